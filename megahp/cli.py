@@ -1,0 +1,138 @@
+"""The `megahp` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from megahp import config, launch
+from megahp.config import Config
+from megahp.errors import UserError
+from megahp.parallel.layout import Layout, fit
+
+USER_ERROR = 2  # exit code for a mistake in what the user gave
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0, 2 for a user's mistake, told in one line."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(words)
+    try:
+        return options.command(options, words)
+    except UserError as error:
+        _complain(error)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megahp", description="Pretrain language models that set their own hyperparameters.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train the run of a TOML file")
+    _add_run_file(train)
+    train.add_argument("--ranks", type=int, default=0, metavar="N", help="start N ranks on this machine")
+    train.add_argument("--resume", choices=("auto",), help="go on from the newest checkpoint, if there is one")
+    train.set_defaults(command=_train)
+
+    show = commands.add_parser("config", help="print every setting and where its value comes from")
+    _add_run_file(show)
+    show.set_defaults(command=_config)
+
+    sample = commands.add_parser("sample", help="generate text from a run's newest checkpoint")
+    sample.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    sample.add_argument("--prompt", default="", help="text to go on from")
+    sample.add_argument("--tokens", type=int, default=200, help="tokens to generate (default 200)")
+    sample.add_argument("--temperature", type=float, default=0.8, help="0 = the likeliest token (default 0.8)")
+    sample.add_argument("--top-k", type=int, default=50, help="choose among so many likeliest tokens; 0 = all (default 50)")
+    sample.add_argument("--seed", type=int, default=1)
+    sample.set_defaults(command=_sample)
+
+    report = commands.add_parser("report", help="write report.html of one run, or of several overlaid")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+    report.add_argument("--out", type=Path, help="file to write (default: report.html in the first RUN)")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _add_run_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", type=Path, metavar="RUN.toml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+
+
+def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
+    settings = config.load(options.run_file, options.overrides).config
+    place = launch.world()
+    ranks = options.ranks or place.size
+    if options.ranks < 0:
+        raise UserError(f"--ranks {options.ranks} must be at least 1")
+    layout = fit(settings.parallel, ranks)
+
+    from megahp.train.run import prepare
+
+    if options.ranks and place.size not in (1, options.ranks):
+        raise UserError(f"--ranks {options.ranks}, but the launcher started {place.size}; leave --ranks out")
+    settings = prepare(settings, layout, options.resume == "auto")
+    if ranks > place.size:
+        return launch.spawn(words, ranks)
+    return _train_rank(settings, place, layout, options.resume == "auto")
+
+
+def _train_rank(settings: Config, place: launch.World, layout: Layout, resume: bool) -> int:
+    """Train as one rank, and leave without tearing the process group down (launch.leave)."""
+    from megahp.train.loop import cuda_wanted, train
+
+    code = 0
+    try:
+        launch.join(place, cuda_wanted(settings))
+        directory = train(settings, place, layout, resume)
+        if place.rank == 0:
+            _finish(directory)
+    except UserError as error:
+        if place.rank:
+            time.sleep(launch.SECONDS_TO_EXPLAIN + 1)  # rank 0 most likely says the same, and ends this one
+        _complain(error, place.rank)
+        code = USER_ERROR
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    launch.leave(code)
+    return code
+
+
+def _finish(directory: Path) -> None:
+    """The report, and where everything is."""
+    from megahp.train.report import text_summary, write_report
+
+    print(text_summary(directory))
+    print(f"report: {write_report([directory], directory / 'report.html')}")
+
+
+def _config(options: argparse.Namespace, words: Sequence[str]) -> int:
+    resolved = config.load(options.run_file, options.overrides)
+    print(config.to_toml(resolved.config, resolved.origins), end="")
+    return 0
+
+
+def _sample(options: argparse.Namespace, words: Sequence[str]) -> int:
+    from megahp.train.sample import generate
+
+    text = generate(options.run, options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
+    print(text)
+    return 0
+
+
+def _report(options: argparse.Namespace, words: Sequence[str]) -> int:
+    from megahp.train.report import write_report
+
+    print(f"report: {write_report(options.runs, options.out or options.runs[0] / 'report.html')}")
+    return 0
+
+
+def _complain(error: UserError, rank: int = 0) -> None:
+    print(f"megahp: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)

@@ -1,0 +1,56 @@
+"""Causal self-attention over this rank's heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megahp import config
+from megahp.model.norm import RMSNorm
+from megahp.model.positions import rotate
+from megahp.parallel.mesh import TensorAxis
+from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear, enter
+from megahp.scaling.parameterization import Role
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What every block's attention needs to know of a batch's positions; computed once a forward pass."""
+
+    rotary: tuple[Tensor, Tensor] | None  # cos, sin: [length, head_size / 2]
+    bias: Tensor | None  # added to the logits; None = causal mask only
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query attention. [b, s, width] -> [b, s, width].
+
+    The fused projection holds, for each key/value head in turn, its query heads, the key head and the value head,
+    as Megatron lays it out: splitting its rows over tp gives every rank whole groups.
+    """
+
+    def __init__(self, model: config.Model, scale: float, axis: TensorAxis, probe: bool) -> None:
+        super().__init__()
+        self.scale, self.axis = scale, axis
+        self.head_size, self.queries = model.head_size, model.heads // model.kv_heads
+        self.qkv = ColumnParallelLinear(model.width, (model.heads + 2 * model.kv_heads) * model.head_size, model.bias)
+        self.out = RowParallelLinear(model.heads * model.head_size, model.width, model.bias, axis)
+        self.query_norm = self.key_norm = None
+        if model.qk_norm:  # one gain for all heads, and the heads lie on all tp ranks
+            self.query_norm, self.key_norm = (
+                RMSNorm(model.head_size, model.norm_eps, Role.NORM, ("tp",), axis, probe=probe) for _ in range(2)
+            )
+
+    def forward(self, x: Tensor, positions: Positions) -> Tensor:
+        qkv = self.qkv(enter(x, self.axis)).unflatten(-1, (-1, self.queries + 2, self.head_size))
+        query, key, value = qkv.split((self.queries, 1, 1), -2)
+        query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)  # [b, s, heads, head_size]
+        if self.query_norm and self.key_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if positions.rotary:
+            query, key = rotate(query, *positions.rotary), rotate(key, *positions.rotary)
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=positions.bias,
+            is_causal=positions.bias is None, scale=self.scale, enable_gqa=self.queries > 1)
+        return self.out(mixed.transpose(1, 2).flatten(2))

@@ -1,0 +1,52 @@
+"""RMSNorm and LayerNorm that measure, in their backward pass, the squared norms of per-example gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megahp import ops
+from megahp.parallel.mesh import TensorAxis
+from megahp.parallel.parameters import Module, Row, local
+from megahp.scaling.parameterization import Role
+
+
+class _Norm(Module):
+    """`probe.grad` accumulates sum_b ||dL/d(weight, bias)_b||^2 over the examples b of every backward pass.
+
+    `sum_over` names the axes an example's tokens, or the uses of the weight, are spread over: there the per-example
+    gradients are summed before they are squared. Without an axis the norm is a plain module for one process.
+    """
+
+    def __init__(self, size: int, eps: float, role: Role, sum_over: tuple[str, ...], axis: TensorAxis | None,
+                 bias: bool, probe: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.group = axis.group.group_name if axis and axis.size > 1 and "tp" in sum_over else ""
+        self.parameter("weight", (size,), Row(role, sum_over=sum_over, start=1.0))
+        if bias:
+            self.parameter("bias", (size,), Row(role, sum_over=sum_over, start=0.0))
+        self.register_parameter("probe", nn.Parameter(torch.zeros(())) if probe else None)
+
+
+class RMSNorm(_Norm):
+    """x / rms(x) * weight over the last dimension of x [batch, ..., size]."""
+
+    def __init__(self, size: int, eps: float = 1e-6, role: Role = Role.NORM, sum_over: tuple[str, ...] = (),
+                 axis: TensorAxis | None = None, bias: bool = False, probe: bool = True) -> None:
+        super().__init__(size, eps, role, sum_over, axis, False, probe)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, local(self.weight), self.probe, self.eps, self.group)
+
+
+class LayerNorm(_Norm):
+    """(x - mean) / std * weight + bias over the last dimension of x [batch, ..., size]."""
+
+    def __init__(self, size: int, eps: float = 1e-5, role: Role = Role.NORM, sum_over: tuple[str, ...] = (),
+                 axis: TensorAxis | None = None, bias: bool = True, probe: bool = True) -> None:
+        super().__init__(size, eps, role, sum_over, axis, bias, probe)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = local(self.bias) if "bias" in self.rows else None
+        return ops.layer_norm(x, local(self.weight), bias, self.probe, self.eps, self.group)

@@ -1,0 +1,48 @@
+"""How a position is known: rotary embeddings, ALiBi, and the mask that keeps documents apart."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rotary(length: int, size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, each [length, size / 2], fp32. (RoFormer, arXiv 2104.09864, eq. 15.)"""
+    frequencies = theta ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + size/2) of x [batch, length, heads, size], as Hugging Face and Megatron do."""
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Slopes [heads], fp32: r, r^2, ... with r = 2^(-8/heads); other counts than powers of two interleave those of
+    twice the next lower power. (ALiBi, arXiv 2108.12409, and its authors' code.)"""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
+    between = [2 ** (-8 * (h + 0.5) / power) for h in range(heads - power)]
+    return torch.tensor(slopes + between)
+
+
+def attention_bias(length: int, slopes: Tensor | None, documents: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to attention logits, [batch or 1, heads or 1, length, length]; None where causality is all.
+
+    slopes [heads] penalise distance; documents int [batch, length] forbid looking across a boundary.
+    """
+    if slopes is None and documents is None:
+        return None
+    device = documents.device if slopes is None else slopes.device  # type: ignore[union-attr]
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    allowed = (distance >= 0)[None, None]
+    if documents is not None:
+        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+    bias = torch.zeros((), device=device) if slopes is None else -slopes[:, None, None] * distance
+    return torch.where(allowed, bias, -math.inf).to(dtype)

@@ -1,0 +1,92 @@
+"""The decoder: embedding, blocks, final norm, unembedding. Forward multipliers come from the parameterization table."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megahp import config
+from megahp.model.attention import Attention, Positions
+from megahp.model.mlp import MLP
+from megahp.model.norm import LayerNorm, RMSNorm
+from megahp.model.positions import alibi_slopes, attention_bias, rotary
+from megahp.parallel.mesh import TensorAxis
+from megahp.parallel.parameters import local
+from megahp.parallel.tensor import (
+    ColumnParallelLinear,
+    PositionEmbedding,
+    VocabParallelEmbedding,
+    enter,
+    vocab_parallel_cross_entropy,
+)
+from megahp.scaling.parameterization import Role, Table
+
+
+def make_norm(model: config.Model, role: Role, axis: TensorAxis, probe: bool) -> nn.Module:
+    """A norm over the residual stream, which sequence parallelism spreads over tp."""
+    kind = RMSNorm if model.norm == "rmsnorm" else LayerNorm
+    return kind(model.width, model.norm_eps, role, axis.spread, axis, model.bias, probe)
+
+
+class Block(nn.Module):
+    """x + r attention(norm(x)), then x + r mlp(norm(x)), r the table's residual multiplier."""
+
+    def __init__(self, model: config.Model, table: Table, axis: TensorAxis, probe: bool) -> None:
+        super().__init__()
+        self.residual = table.residual
+        self.attention_norm = make_norm(model, Role.NORM, axis, probe)
+        self.attention = Attention(model, table.attention, axis, probe)
+        self.mlp_norm = make_norm(model, Role.NORM, axis, probe)
+        self.mlp = MLP(model, axis)
+
+    def forward(self, x: Tensor, positions: Positions) -> Tensor:
+        x = torch.add(x, self.attention(self.attention_norm(x), positions), alpha=self.residual)
+        return torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.residual)
+
+
+class Transformer(nn.Module):
+    """tokens [b, s] -> per-token losses [b, s] in nats when targets [b, s] are given, else logits [b, s, vocab / tp].
+
+    documents [b, s] number the document of each token, where attention must not cross documents.
+    """
+
+    def __init__(self, model: config.Model, longest: int, table: Table, axis: TensorAxis, dtype: torch.dtype,
+                 probe: bool) -> None:
+        super().__init__()
+        self.model, self.table, self.axis, self.dtype = model, table, axis, dtype
+        self.embedding = VocabParallelEmbedding(model.padded_vocab, model.width, axis)
+        self.positions = PositionEmbedding(longest, model.width, axis) if model.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(model, table, axis, probe) for _ in range(model.layers))
+        self.final_norm = make_norm(model, Role.FINAL_NORM, axis, probe)
+        self.unembedding = None
+        if not model.tied_embeddings:
+            self.unembedding = ColumnParallelLinear(model.width, model.padded_vocab, False, Role.UNEMBEDDING)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        positions = self._positions(tokens, documents)
+        x = self._embed(tokens)
+        for block in self.blocks:
+            x = block(x, positions)
+        logits = self._unembed(self.final_norm(x))
+        return logits if targets is None else vocab_parallel_cross_entropy(logits, targets, self.axis)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens, self.dtype)
+        if self.positions:
+            x = x + self.positions(tokens.shape[1], self.dtype)
+        return x * self.table.embedding
+
+    def _unembed(self, x: Tensor) -> Tensor:
+        x = enter(x, self.axis) * self.table.logits
+        return self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
+
+    def _positions(self, tokens: Tensor, documents: Tensor | None) -> Positions:
+        model, length = self.model, tokens.shape[1]
+        turns = slopes = None
+        if model.positions == "rope":
+            turns = rotary(length, model.head_size, model.rope_theta, tokens.device)
+        if model.positions == "alibi":
+            heads = alibi_slopes(model.heads).chunk(self.axis.size)[self.axis.rank]
+            slopes = heads.to(tokens.device)
+        return Positions(turns, attention_bias(length, slopes, documents, self.dtype))

@@ -1,0 +1,51 @@
+"""Which ranks do what: the sizes of the parallel axes, fitted to a number of ranks. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megahp.config import Parallel
+from megahp.errors import UserError
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: tp ranks are neighbours
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes; their product is the number of ranks."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks: those that see different samples."""
+        return self.dp_replicate * self.dp_shard
+
+
+def fit(parallel: Parallel, ranks: int) -> Layout:
+    """The layout of `parallel` on so many ranks, its 0 axis filled. Raises UserError naming the nearest counts."""
+    given = {axis: getattr(parallel, axis) for axis in AXES}
+    fixed = 1
+    for size in given.values():
+        fixed *= size or 1
+    open_axes = [axis for axis, size in given.items() if size == 0]
+    words = " x ".join(f"{axis} {size or '*'}" for axis, size in given.items() if size != 1) or "1"
+    if open_axes:
+        if ranks % fixed:
+            lower = ranks // fixed * fixed
+            nearest = ", ".join(str(n) for n in (lower, lower + fixed) if n)
+            raise UserError(f"parallel: the layout {words} needs a multiple of {fixed} ranks and there are {ranks}; "
+                            f"nearest: {nearest}")
+        given[open_axes[0]] = ranks // fixed
+    elif fixed != ranks:
+        raise UserError(f"parallel: the layout {words} needs {fixed} ranks and there are {ranks}; "
+                        f"run it on {fixed}, or set parallel.dp_shard=0 to fill")
+    return Layout(**given)

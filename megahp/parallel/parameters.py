@@ -1,0 +1,175 @@
+"""What a parameter *is*, in one declarative row, and everything that only needs the row: where it lies on the mesh,
+how it is drawn, over which axes its gradient is summed, who counts it in a norm.
+
+Weights are DTensors on the `tp` mesh (FSDP2 adds the data-parallel axes); the forward pass computes on `local(weight)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from megahp.parallel.layout import AXES
+from megahp.parallel.mesh import Mesh
+from megahp.scaling.parameterization import Role, Table
+
+ROWS_PER_DRAW = 256  # a rank draws whole blocks of so many rows, and only those it holds a part of
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a parameter is, beside its name and global shape."""
+
+    role: Role
+    tp_dim: int | None = None  # the dimension split over tp; None = every tp rank holds all of it
+    sum_over: tuple[str, ...] = ()  # besides data parallelism, the axes its gradient is summed over; for a norm
+    # weight also before its per-example gradients are squared: an example's tokens or the weight's uses lie there
+    start: float | None = None  # a constant to start from; None = drawn at random
+
+
+class Module(nn.Module):
+    """A module that says of each of its own parameters what it is: rows[name].
+
+    Parameters are made in their global shape; a model is built on `meta`, then made real by `distribute` and
+    `initialise`, so that no rank ever holds more than its part.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, Row] = {}
+
+    def parameter(self, name: str, shape: tuple[int, ...], row: Row) -> None:
+        value = torch.empty(shape) if row.start is None else torch.full(shape, row.start)
+        self.register_parameter(name, nn.Parameter(value))
+        self.rows[name] = row
+
+
+def rows(model: nn.Module) -> dict[str, Row]:
+    """Fully qualified name -> row, for every parameter but the probes. A tied weight stands once."""
+    table = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, Module):
+            table.update({f"{prefix}.{name}" if prefix else name: row for name, row in module.rows.items()})
+    named = dict(parameters(model))
+    assert table.keys() == named.keys(), table.keys() ^ named.keys()
+    return {name: table[name] for name in named}
+
+
+def parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trained parameters by name: all but the probes."""
+    return ((name, p) for name, p in model.named_parameters() if not _is_probe(name))
+
+
+def probes(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name of the norm module -> its probe. Empty when the noise scale is not measured."""
+    return {name.removesuffix(".probe"): p for name, p in model.named_parameters() if _is_probe(name)}
+
+
+def local(weight: Tensor) -> Tensor:
+    """This rank's part of a weight, inside autograd. The weight may also be a plain tensor."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
+    """Replace each global `meta` parameter by a `meta` DTensor of this rank's part, as its row says.
+
+    dtype is that of the master weights.
+    """
+    tp = mesh.devices["tp"]
+    for module in model.modules():
+        for name, row in getattr(module, "rows", {}).items():
+            shape = list(getattr(module, name).shape)
+            stride = getattr(module, name).stride()
+            part = list(shape)
+            if row.tp_dim is not None:
+                part[row.tp_dim] //= mesh.layout.tp
+            placement = Replicate() if row.tp_dim is None else Shard(row.tp_dim)
+            shard = DTensor.from_local(torch.empty(part, dtype=dtype, device="meta"), tp, [placement], run_check=False,
+                                       shape=torch.Size(shape), stride=stride)
+            setattr(module, name, nn.Parameter(shard))
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, table: Table, init_std: float, seed: int) -> None:
+    """Draw every parameter in place: the same bits on every layout and device, from (seed, name, block of rows)."""
+    by_name = rows(model)
+    for name, weight in parameters(model):
+        row, part = by_name[name], storage(weight)
+        if row.start is not None:
+            part.fill_(row.start)
+        elif part.numel():
+            std = init_std * table.rules[row.role].init_std
+            offsets, sizes = _extent(weight)
+            window = tuple(slice(start, start + size) for start, size in zip(offsets[1:], sizes[1:], strict=True))
+            drawn = _draw(name, weight.shape, offsets[0], offsets[0] + sizes[0], seed)[(slice(None), *window)]
+            part.copy_(torch.from_numpy(np.ascontiguousarray(drawn)) * std)
+    for probe in probes(model).values():
+        probe.zero_()
+
+
+def _draw(name: str, shape: tuple[int, ...], start: int, stop: int, seed: int) -> np.ndarray:
+    """Rows start..stop of the standard normal matrix of this name."""
+    first, last = start // ROWS_PER_DRAW, -(-stop // ROWS_PER_DRAW)
+    blocks = []
+    for block in range(first, last):
+        key = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=16).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+        count = min(ROWS_PER_DRAW, shape[0] - block * ROWS_PER_DRAW)
+        blocks.append(generator.standard_normal((count, *shape[1:]), dtype=np.float32))
+    begin = start - first * ROWS_PER_DRAW
+    return np.concatenate(blocks)[begin : begin + stop - start]
+
+
+def _extent(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offsets and sizes, in the global weight, of the part this rank stores."""
+    if not isinstance(weight, DTensor):
+        return (0,) * weight.dim(), tuple(weight.shape)
+    (chunk,) = weight.__create_chunk_list__()
+    return tuple(chunk.offsets), tuple(chunk.sizes)
+
+
+def storage(weight: Tensor) -> Tensor:
+    """The plain tensor a weight is stored in on this rank, outside autograd."""
+    weight = weight.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def like(weight: Tensor, part: Tensor) -> Tensor:
+    """A tensor laid out over the ranks as the weight is, from this rank's part of it."""
+    if not isinstance(weight, DTensor):
+        return part
+    return DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False,
+                              shape=weight.shape, stride=weight.stride())
+
+
+def counted_once(weight: Tensor, mesh: Mesh) -> bool:
+    """Whether this rank's part of the weight enters a sum over all ranks: of equal copies only the first does."""
+    placed: dict[str, Any] = {"dp_replicate": Replicate(), "dp_shard": Replicate(), "tp": Replicate()}
+    if isinstance(weight, DTensor):
+        names = weight.device_mesh.mesh_dim_names or ()
+        placed.update(zip(names, weight.placements, strict=True))
+    return mesh.is_first(tuple(axis for axis, placement in placed.items() if placement.is_replicate()))
+
+
+def sum_gradients(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:
+    """Sum each gradient over its row's axes, with one collective an axis. Data parallelism has been summed by FSDP2."""
+    for axis in AXES:
+        grads = [storage(weight.grad) for name, weight in weights.items()
+                 if axis in table[name].sum_over and weight.grad is not None]
+        if grads and mesh.group(axis).size() > 1:
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            dist.all_reduce(flat, group=mesh.group(axis))
+            parts = flat.split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+
+
+def _is_probe(name: str) -> bool:
+    return name.rpartition(".")[2] == "probe"

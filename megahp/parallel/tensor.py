@@ -1,0 +1,122 @@
+"""Tensor-parallel layers: Megatron's column, row and vocabulary splits, computed on local shards.
+
+Activations are [batch, sequence, width]. Between `enter` and `leave` a rank works on its heads or columns; outside,
+every rank holds the whole residual stream, or under sequence parallelism its slice of the sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from megahp.parallel.collectives import all_reduce, copy_to, gather_from, sum_from, sum_scatter
+from megahp.parallel.mesh import TensorAxis
+from megahp.parallel.parameters import Module, Row, local
+from megahp.scaling.parameterization import Role
+
+SEQUENCE = 1  # the dimension sequence parallelism splits
+
+
+def enter(x: Tensor, axis: TensorAxis) -> Tensor:
+    """Make x whole on every tp rank, for column-parallel work. [b, s or s/tp, d] -> [b, s, d]."""
+    return gather_from(x, SEQUENCE, axis.group) if axis.sequence_parallel else copy_to(x, axis.group)
+
+
+def leave(x: Tensor, axis: TensorAxis) -> Tensor:
+    """Sum the tp ranks' partial results. [b, s, d] -> [b, s or s/tp, d]."""
+    return sum_scatter(x, SEQUENCE, axis.group) if axis.sequence_parallel else sum_from(x, axis.group)
+
+
+class ColumnParallelLinear(Module):
+    """y = x W^T (+ b), the outputs split over tp. Its input comes from `enter`. W: [outputs, inputs]."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, role: Role = Role.HIDDEN) -> None:
+        super().__init__()
+        self.parameter("weight", (outputs, inputs), Row(role, tp_dim=0))
+        if bias:
+            self.parameter("bias", (outputs,), Row(Role.BIAS, tp_dim=0, start=0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = local(self.bias).to(x.dtype) if "bias" in self.rows else None
+        return F.linear(x, local(self.weight).to(x.dtype), bias)
+
+
+class RowParallelLinear(Module):
+    """y = leave(x W^T) (+ b), the inputs split over tp. W: [outputs, inputs]."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, axis: TensorAxis) -> None:
+        super().__init__()
+        self.axis = axis
+        self.parameter("weight", (outputs, inputs), Row(Role.HIDDEN, tp_dim=1))
+        if bias:
+            self.parameter("bias", (outputs,), Row(Role.BIAS, sum_over=axis.spread, start=0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = leave(F.linear(x, local(self.weight).to(x.dtype)), self.axis)
+        return y + local(self.bias).to(x.dtype) if "bias" in self.rows else y
+
+
+class VocabParallelEmbedding(Module):
+    """Rows of a [vocabulary, width] matrix, the vocabulary split over tp. ids [b, s] -> [b, s or s/tp, width]."""
+
+    def __init__(self, vocabulary: int, width: int, axis: TensorAxis) -> None:
+        super().__init__()
+        self.axis = axis
+        self.parameter("weight", (vocabulary, width), Row(Role.EMBEDDING, tp_dim=0))
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        weight = local(self.weight)
+        if self.axis.size == 1:
+            return F.embedding(ids, weight).to(dtype)
+        ids = ids - self.axis.rank * weight.shape[0]
+        elsewhere = (ids < 0) | (ids >= weight.shape[0])
+        x = F.embedding(ids.masked_fill(elsewhere, 0), weight).to(dtype)
+        return leave(x.masked_fill(elsewhere[..., None], 0), self.axis)
+
+
+class PositionEmbedding(Module):
+    """The first rows of a learned [longest, width] matrix; under sequence parallelism this rank's slice of them."""
+
+    def __init__(self, longest: int, width: int, axis: TensorAxis) -> None:
+        super().__init__()
+        self.axis = axis
+        self.parameter("weight", (longest, width), Row(Role.EMBEDDING, sum_over=axis.spread))
+
+    def forward(self, length: int, dtype: torch.dtype) -> Tensor:
+        rows = local(self.weight)[:length].to(dtype)
+        return rows.chunk(self.axis.size)[self.axis.rank] if self.axis.sequence_parallel else rows
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: TensorAxis) -> Tensor:
+    """Per-token losses [...] in nats, fp32 or wider, from this rank's logits [..., vocabulary / tp] and targets [...]."""
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    if axis.size == 1:
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+    return _VocabParallelCrossEntropy.apply(logits, targets, axis)
+
+
+class _VocabParallelCrossEntropy(Function):
+    """log sum exp(logits) - logits[target]; only sums over the vocabulary cross ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: TensorAxis) -> Tensor:
+        shifted = logits - all_reduce(logits.amax(-1), axis.group, dist.ReduceOp.MAX)[..., None]
+        index = targets - axis.rank * logits.shape[-1]
+        here = (index >= 0) & (index < logits.shape[-1])
+        index = index.where(here, 0)[..., None]
+        target_logit = shifted.gather(-1, index).squeeze(-1).where(here, 0)
+        weights = shifted.exp_()
+        total, target_logit = all_reduce(torch.stack((weights.sum(-1), target_logit)), axis.group)
+        ctx.save_for_backward(weights.div_(total[..., None]), index, here)
+        return total.log() - target_logit
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        probabilities, index, here = ctx.saved_tensors
+        grad = probabilities.scatter_add(-1, index, -here[..., None].to(probabilities.dtype))
+        return grad * grads[0][..., None], None, None

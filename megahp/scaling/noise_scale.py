@@ -1,0 +1,72 @@
+"""The gradient noise scale from per-example gradient norms (Gray et al., arXiv 2411.00999; McCandlish et al.,
+arXiv 1812.06162, appendix A).
+
+With g_b the gradient of example b's own loss and G the gradient of the mean loss over B examples,
+  |G|^2 = (B ||G||^2 - mean_b ||g_b||^2) / (B - 1)   and   S = (mean_b ||g_b||^2 - ||G||^2) / (1 - 1/B)
+are unbiased for the squared norm of the true gradient and the trace of the per-example covariance. The noise scale is
+S / |G|^2, in examples: the two are smoothed apart and only then divided, since a single |G|^2 may be near 0 or below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def estimate(sq_example: float, sq_batch: float, batch: int) -> tuple[float, float]:
+    """(|G|^2, S) from mean_b ||g_b||^2, ||G||^2 and B. Raises ValueError for B < 2, where neither is known."""
+    if batch < 2:
+        raise ValueError("the noise scale needs a batch of at least 2 examples")
+    return (batch * sq_batch - sq_example) / (batch - 1), (sq_example - sq_batch) / (1 - 1 / batch)
+
+
+def ratio(true_sq: float, noise: float) -> float | None:
+    """S / |G|^2 in examples; None when the averages do not make a positive number."""
+    return noise / true_sq if true_sq > 0 and noise > 0 else None
+
+
+@dataclass
+class Average:
+    """Exponential averages of |G|^2 and S whose half-life is counted in tokens, unbiased from the first value on."""
+
+    true_sq: float = 0.0
+    noise: float = 0.0
+    weight: float = 0.0
+
+    def add(self, true_sq: float, noise: float, decay: float) -> None:
+        self.true_sq = decay * self.true_sq + (1 - decay) * true_sq
+        self.noise = decay * self.noise + (1 - decay) * noise
+        self.weight = decay * self.weight + (1 - decay)
+
+    @property
+    def ratio(self) -> float | None:
+        """The smoothed noise scale in examples. The common weight of both averages cancels."""
+        return ratio(self.true_sq, self.noise)
+
+
+@dataclass
+class NoiseScale:
+    """The smoothed noise scale of every norm layer, and pooled over them (sums of S and |G|^2 over the layers)."""
+
+    half_life: float  # tokens
+    pooled: Average = field(default_factory=Average)
+    layers: dict[str, Average] = field(default_factory=dict)
+
+    def update(self, sq_example: Mapping[str, float], sq_batch: Mapping[str, float], batch: int, tokens: int) -> None:
+        """Take in one step of so many tokens: mean_b ||g_b||^2 and ||G||^2 by layer. A batch of 1 says nothing."""
+        if batch < 2:
+            return
+        decay = 0.5 ** (tokens / self.half_life)
+        for name in sq_example:
+            estimates = estimate(sq_example[name], sq_batch[name], batch)
+            self.layers.setdefault(name, Average()).add(*estimates, decay)
+        pooled = estimate(sum(sq_example.values()), sum(sq_batch.values()), batch)
+        self.pooled.add(*pooled, decay)
+
+    def state(self) -> dict[str, Any]:
+        return {"pooled": vars(self.pooled), "layers": {name: vars(a) for name, a in self.layers.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.pooled = Average(**state["pooled"])
+        self.layers = {name: Average(**values) for name, values in state["layers"].items()}

@@ -1,0 +1,82 @@
+"""Parameterizations as filled-in tables: how init, learning rate, weight decay, eps and forward multipliers of each
+role follow from the width multiplier m_N, the depth multiplier m_L and the density multiplier m_rho.
+
+No other file contains a scaling exponent. Sources: SP, muP and depth-alpha columns of CompleteP (arXiv 2505.01618)
+Table 1; the density factors of SmuPar (arXiv 2405.15743), which stay at m_rho = 1 until weights can be sparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from megahp import config
+
+
+class Role(StrEnum):
+    """What a parameter does, which is all the table needs to know of it."""
+
+    EMBEDDING = "embedding"  # token and position embeddings: fan-in does not grow with width
+    HIDDEN = "hidden"  # matrices between width-sized spaces
+    NORM = "norm"  # gains and biases of the norms inside blocks
+    BIAS = "bias"  # biases of hidden matrices
+    FINAL_NORM = "final_norm"  # gain and bias of the norm before the unembedding
+    UNEMBEDDING = "unembedding"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Multipliers of the base hyperparameters for one role. A vector has no init_std: gains start at 1, biases at 0."""
+
+    init_std: float = 1.0
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """One parameterization filled in for one model."""
+
+    name: str
+    rules: Mapping[Role, Rule]
+    embedding: float  # multiplies the embedding's output
+    residual: float  # multiplies what each branch adds to the residual stream
+    logits: float  # multiplies the logits
+    attention: float  # softmax scale
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fill_in(rules: config.Parameterization, width: int, layers: int, head_size: int, density: float = 1.0) -> Table:
+    """The table for a model of this width, depth, head size and density of its hidden matrices.
+
+    muP and CompleteP scale the attention logits by 1/head_size, SP by its root. AdamW's eps is scaled in the
+    residual blocks only, as in the paper's Table 1 (its authors' code scales every group's; at eps <= 1e-12 the
+    two are the same to the eye). Norms and biases are not decayed.
+    """
+    m_n = width / rules.base_width if rules.name != "sp" else 1.0
+    m_l = layers / rules.base_layers if rules.name == "completep" else 1.0
+    m_rho = density if rules.name == "smupar" else 1.0
+    depth_lr = m_l ** (rules.depth_alpha - 1)
+    eps = 1 / (m_n * m_l**rules.depth_alpha)
+    vector = Rule(lr=depth_lr, weight_decay=0.0, eps=eps)
+    by_role = {
+        Role.EMBEDDING: Rule(),
+        Role.HIDDEN: Rule((m_n * m_rho) ** -0.5, depth_lr / (m_n * m_rho), m_n, eps),
+        Role.NORM: vector,
+        Role.BIAS: vector,
+        Role.FINAL_NORM: Rule(weight_decay=0.0),
+        Role.UNEMBEDDING: Rule(),
+    }
+    return Table(
+        name=rules.name,
+        rules=by_role,
+        embedding=rules.embedding_multiplier,
+        residual=m_l**-rules.depth_alpha,
+        logits=rules.output_multiplier / m_n,
+        attention=head_size**-0.5 if rules.name == "sp" else 1 / head_size,
+    )

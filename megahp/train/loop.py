@@ -1,0 +1,144 @@
+"""Training, from the first line to the last: each thing a step does is a line of `train`, in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megahp import checkpoint, config
+from megahp.data.loader import Batch, Loader, TrainingData
+from megahp.data.ngrams import unigram_and_bigram
+from megahp.launch import World
+from megahp.parallel.layout import Layout
+from megahp.parallel.mesh import make_mesh
+from megahp.scaling.batch_size import Plan, plan_step
+from megahp.train.reporter import Reporter
+from megahp.train.run import Run, changes, is_first, open_data
+from megahp.train.step import clip
+
+BASELINE_TOKENS = 50_000_000  # the n-gram models of the report are fitted on at most so many training tokens
+
+
+def train(settings: config.Config, place: World, layout: Layout, resume: bool) -> Path:
+    """Run, or go on with, the run of these prepared settings, as one of its ranks. Returns the run directory."""
+    mesh = make_mesh(layout, device_of(settings, place))
+    data = open_data(settings)
+    loader = Loader(data, mesh.device, settings.data.mask_documents)
+    run = Run(settings, mesh, data.fingerprint)
+    reporter = Reporter(settings)
+    start(run, reporter, resume)
+
+    with reporter.showing(run.progress):
+        while plan := plan_step(settings, run.progress):
+            began = time.monotonic()
+            batches = microbatches(loader, plan, run)
+            loss = run.engine.forward_backward(batches, plan.microbatches(layout.dp), plan.tokens)
+            grads = run.engine.gradients()
+            measured = run.engine.measure(loss, grads, plan.global_batch)
+            if measured.finite:
+                run.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)
+                clip(grads, measured.grad_norm, settings.optimizer.clip)
+                run.optimizer.step(grads, plan)
+            else:
+                run.skipped += 1
+                reporter.event("skipped", "the gradient is not finite", run.progress, loss=measured.loss)
+            run.engine.zero()
+            run.progress = run.progress.after(plan)
+            seconds = time.monotonic() - began
+            validation = validate(run, data) if is_due(settings.train.validate_every, run) else None
+            reporter.step(run, plan, measured, seconds, validation)
+            if is_due(settings.checkpoint.every, run):
+                run.save()
+
+    loader.close()
+    if run.progress.step and checkpoint.latest(run.folder) != checkpoint.path(run.folder, run.progress.step):
+        run.save()
+    if is_first() and settings.train.validation_samples:
+        reporter.baselines(*baselines(settings, data))
+    reporter.event("finished", "the token budget or train.steps is reached", run.progress, skipped=run.skipped)
+    reporter.close()
+    return settings.directory
+
+
+def device_of(settings: config.Config, place: World) -> torch.device:
+    """This rank's device. Ranks on CPUs share the machine's cores between them."""
+    if cuda_wanted(settings):
+        torch.cuda.set_device(place.local_rank)
+        return torch.device("cuda", place.local_rank)
+    torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
+    return torch.device("cpu")
+
+
+def cuda_wanted(settings: config.Config) -> bool:
+    """Whether this run computes on CUDA devices."""
+    return settings.train.device == "cuda" or (settings.train.device == "auto" and torch.cuda.is_available())
+
+
+def start(run: Run, reporter: Reporter, resume: bool) -> None:
+    """Begin at the beginning, or at the newest checkpoint if resuming and there is one."""
+    path = checkpoint.latest(run.folder) if resume else None
+    if path is None:
+        layout = {axis: size for axis, size in vars(run.mesh.layout).items() if size > 1}
+        reporter.event("started", f"a new run of {count(run)} parameters", run.progress, layout=layout)
+    else:
+        saved = run.restore(path)["config"]
+        reporter.resumed(run.progress, path, changes(run.settings, saved))
+
+
+def count(run: Run) -> str:
+    return f"{sum(weight.numel() for weight in run.engine.weights.values()):,}"
+
+
+def microbatches(loader: Loader, plan: Plan, run: Run) -> Iterator[Batch]:
+    """This rank's microbatches of one step; while each computes, the one after it is read."""
+    ids = samples_of(plan, run)
+    following = plan_step(run.settings, run.progress.after(plan))
+    ahead = [*ids[1:], samples_of(following, run)[0] if following else None]
+    for now, then in zip(ids, ahead, strict=True):
+        yield loader.take(now, then)
+
+
+def samples_of(plan: Plan, run: Run) -> list[np.ndarray]:
+    return plan.samples(run.mesh.data_rank, run.mesh.layout.dp)
+
+
+def is_due(every: int, run: Run) -> bool:
+    """Whether something done every so many steps is due after this one; 0 = at the end only."""
+    if every == 0:
+        return plan_step(run.settings, run.progress) is None
+    return run.progress.step % every == 0 or plan_step(run.settings, run.progress) is None
+
+
+def validate(run: Run, data: TrainingData) -> float | None:
+    """Mean loss over the validation samples, in nats per token, equal on all ranks; None where there are none."""
+    if run.settings.train.validation_samples == 0:
+        return None
+    samples = data.validation(run.settings.train.validation_samples)
+    count, dp, size = len(samples.tokens), run.mesh.layout.dp, run.settings.batch.micro_batch
+    total = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
+    for start in range(run.mesh.data_rank * size, -(-count // (dp * size)) * dp * size, dp * size):
+        # FSDP2 needs as many forward passes on every rank: where samples run out the last is repeated, for nothing
+        index = np.arange(start, start + size)
+        total += run.engine.evaluate(rows_of(samples, index.clip(max=count - 1), run), torch.from_numpy(index < count))
+    if not run.mesh.is_first(("tp",)):
+        total.zero_()
+    dist.all_reduce(total)
+    return total.item() / (count * run.settings.data.sequence_length)
+
+
+def rows_of(samples: Batch, index: np.ndarray, run: Run) -> Batch:
+    device = run.mesh.device
+    masked = samples.documents is not None and run.settings.data.mask_documents
+    documents = samples.documents[index].to(device) if masked else None  # type: ignore[index]
+    return Batch(samples.tokens[index].to(device), documents, samples.ids[index])
+
+
+def baselines(settings: config.Config, data: TrainingData) -> tuple[float, float]:
+    """What a unigram and a bigram model of the training tokens lose on the validation samples, nats per token."""
+    samples = data.validation(settings.train.validation_samples)
+    return unigram_and_bigram(data.training_chunks(BASELINE_TOKENS), samples.tokens, settings.model.vocab_size)

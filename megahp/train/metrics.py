@@ -1,0 +1,217 @@
+"""What a run writes down as it goes, and how it is read back.
+
+A run directory holds `metrics.jsonl`, one object for every logged step, and `events.jsonl`, one object for
+every event (a batch change, a resume, a skipped step). Both are append-only plain text, so that `tail -f`,
+`jq` and a report work while the run is going, and a `kill -9` costs at most the line being written.
+
+A metrics object has, in this order, the keys
+    step, tokens, samples        counted since the start of the run, the step included
+    loss                         nats per token, the mean over the global batch
+    lr, weight_decay, global_batch
+    grad_norm                    null beside `"skipped": true` where it was not finite
+    grad_sq_example              mean ||g_b||^2 over the examples of the batch
+    grad_sq_batch                ||G||^2 of the batch's mean gradient
+    noise_scale                  examples, smoothed; null where it means nothing
+    noise_scale_tokens           the same in tokens
+    noise_scale_layers           {norm layer: examples or null}
+    tokens_per_second, step_seconds
+and where they are known `mfu` and `validation_loss`.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from megahp.errors import UserError
+
+Record = dict[str, Any]
+
+
+class RunLog:
+    """Writes one run's metrics and events; one process writes, usually rank 0."""
+
+    def __init__(self, directory: Path, tensorboard: bool = False):
+        """Open, or create, the logs in `directory`; UserError when TensorBoard is asked for and missing."""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{directory} cannot be made ({error.strerror}); name another one") from None
+        self.directory = directory
+        self.tensorboard = tensorboard
+        self.step = 0
+        self.tokens = 0
+        self._open()
+
+    def metrics(self, record: Record) -> None:
+        """Write one step; numbers must be Python's own, which are written so that they read back exactly."""
+        record = _without_nan(record)
+        self.step, self.tokens = record["step"], record["tokens"]
+        _append(self._metrics, record)
+        if self._board:
+            for name, value in _scalars(record):
+                self._board.add_scalar(name, value, self.step)
+
+    def event(self, event: str, reason: str, **inputs: Any) -> None:
+        """Write one event, what led to it in `inputs`.
+
+        It is dated with the last logged step and tokens unless `inputs` says `step=` and `tokens=`, and with
+        the wall clock in seconds since 1970.
+        """
+        when = {"step": self.step, "tokens": self.tokens, "time": time.time()}
+        record = _without_nan({**when, "event": event, "reason": reason, **inputs})
+        _append(self._events, record)
+        if self._board:
+            self._board.add_text(event, reason, record["step"])
+
+    def resume(self, step: int) -> None:
+        """Forget the metrics after `step`, the step the run goes on from (0: from the beginning).
+
+        The steps after it will be taken, and logged, again. Events stay: they did happen. Lines that a crash
+        left torn are dropped from both.
+        """
+        self.close()
+        kept = _rewrite(self.directory / "metrics.jsonl", lambda record: record.get("step", math.inf) <= step)
+        _rewrite(self.directory / "events.jsonl", lambda record: True)
+        self.step, self.tokens = (kept[-1]["step"], kept[-1]["tokens"]) if kept else (0, 0)
+        self._open(purge_step=step + 1)
+
+    def close(self) -> None:
+        """Close the files; TensorBoard's last scalars are on disk only after this."""
+        self._metrics.close()
+        self._events.close()
+        if self._board:
+            self._board.close()
+
+    def _open(self, purge_step: int | None = None) -> None:
+        self._metrics = _appending(self.directory / "metrics.jsonl")
+        self._events = _appending(self.directory / "events.jsonl")
+        self._board = _board(self.directory / "tensorboard", purge_step) if self.tensorboard else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, read: at least one step, and what else there is.
+
+    `baselines` may hold `unigram` and `bigram` (nats per token) and `sample` (text); `config` is the text of
+    config.toml.
+    """
+
+    name: str
+    steps: list[Record]
+    events: list[Record]
+    baselines: Record
+    config: str
+
+    def column(self, key: str) -> np.ndarray:
+        """One number of every step, [steps] in float64; NaN where it is null or missing."""
+        return np.array([record.get(key) for record in self.steps], dtype=np.float64)
+
+
+def read_run(directory: Path) -> Run:
+    """Read a run directory; UserError when it is none, is damaged, or has no steps yet."""
+    steps = read_metrics(directory)
+    if not steps:
+        raise UserError(f"{directory}/metrics.jsonl holds no step yet; wait for the first one to be logged")
+    baselines, config = directory / "baselines.json", directory / "config.toml"
+    return Run(
+        name=directory.resolve().name,
+        steps=steps,
+        events=read_events(directory),
+        baselines=_read_object(baselines) if baselines.exists() else {},
+        config=config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
+    )
+
+
+def read_metrics(directory: Path) -> list[Record]:
+    """The steps a run logged, in order; UserError when the file is missing or damaged."""
+    return _read(directory / "metrics.jsonl")
+
+
+def read_events(directory: Path) -> list[Record]:
+    """The events of a run, in order; UserError when the file is missing or damaged."""
+    return _read(directory / "events.jsonl")
+
+
+def _read(path: Path) -> list[Record]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; name a run directory, such as runs/<name>") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    records = [_parse(line) for line in lines]
+    if records and records[-1] is None:
+        records.pop()  # torn by a crash, or still being written
+    if None in records:
+        raise UserError(f"{path} line {records.index(None) + 1} is not a JSON object; remove that line")
+    return [record for record in records if record is not None]
+
+
+def _read_object(path: Path) -> Record:
+    record = _parse(path.read_bytes())
+    if record is None:
+        raise UserError(f"{path} is not a JSON object; write it again or remove it")
+    return record
+
+
+def _parse(line: bytes) -> Record | None:
+    """The object on a line, or None; a torn line never parses, for an object ends with its own brace."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _appending(path: Path) -> TextIO:
+    # Line buffered: a line is with the operating system as soon as it is complete.
+    return open(path, "a", buffering=1, encoding="utf-8")
+
+
+def _append(file: TextIO, record: Record) -> None:
+    file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def _rewrite(path: Path, keep: Callable[[Record], bool]) -> list[Record]:
+    """Keep the lines whose object passes, byte for byte, in one atomic step; returns their objects."""
+    lines = path.read_bytes().splitlines()
+    parsed = [(line, record) for line in lines if (record := _parse(line)) is not None and keep(record)]
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        file.writelines(line + b"\n" for line, _ in parsed)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    return [record for _, record in parsed]
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            yield prefix + key, value
+
+
+def _board(directory: Path, purge_step: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("TensorBoard was asked for and is missing; pip install tensorboard") from None
+    return SummaryWriter(str(directory), purge_step=purge_step)

@@ -1,0 +1,210 @@
+"""What a report says about a run: its numbers, and whether they look healthy."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from megahp.train.metrics import Record, Run
+from megahp.train.progress import human_count, human_duration
+
+
+def summary(run: Run) -> dict[str, str]:
+    """What the table on top says of a run: label to value, "" where it is not known."""
+    loss, tokens = final(run, "loss"), run.steps[-1]["tokens"]
+    validation = last(run, "validation_loss")
+    best = loss if validation is None else validation
+    seconds = training_seconds(run)
+    mfu = median(run, "mfu")
+    return {
+        "Final loss": nats(loss),
+        "Validation loss": nats(validation),
+        "Unigram baseline": against(best, run.baselines.get("unigram")),
+        "Bigram baseline": against(best, run.baselines.get("bigram")),
+        "Tokens": f"{tokens:,}",
+        "Steps": f"{run.steps[-1]['step']:,}",
+        "Steps skipped": f"{skipped(run):,}",
+        "Training time": human_duration(seconds) if seconds else "",
+        "Tokens per second": count(median(run, "tokens_per_second")),
+        "Model FLOPs utilization": "" if mfu is None else f"{100 * mfu:.1f} %",
+        "Peak learning rate": "" if (peak := highest(run, "lr")) is None else f"{peak:.3g}",
+        "Global batch": change(run, "global_batch"),
+        "Noise scale": change(run, "noise_scale"),
+    }
+
+
+def health(run: Run) -> list[tuple[bool, str]]:
+    """What a glance should tell: (all is well, a sentence) for every question the run can answer."""
+    questions = (loss_check, stability_check, skipped_check, batch_check, throughput_check)
+    return [answer for question in questions if (answer := question(run)) is not None]
+
+
+def loss_check(run: Run) -> tuple[bool, str] | None:
+    """Has the model learned more than counting would?"""
+    loss = last(run, "validation_loss")
+    loss = final(run, "loss") if loss is None else loss
+    if loss is None:
+        return False, "No step has a finite loss."
+    lessons = {"unigram": "how often each token occurs", "bigram": "which token follows which"}
+    levels = [(kind, level) for kind in lessons if (level := run.baselines.get(kind)) is not None]
+    for kind, level in levels:
+        if loss >= level:
+            gap = f"Loss is {loss - level:.2f} nats above the {kind} baseline"
+            return False, f"{gap}: the model knows less than {lessons[kind]}."
+    if levels:
+        kind, level = levels[-1]
+        return True, f"Loss is {level - loss:.2f} nats below the {kind} baseline."
+    first = next(record["loss"] for record in run.steps if record.get("loss") is not None)
+    return loss <= first, f"Loss went from {first:.2f} to {loss:.2f}."
+
+
+def stability_check(run: Run) -> tuple[bool, str] | None:
+    """Has the loss come back from every spike?"""
+    course = smooth(run.column("loss"), window_of(run))
+    course = course[np.isfinite(course)]
+    if len(course) < 2:
+        return None
+    risen = course[-1] - course.min()
+    if risen < 0.1:
+        return True, "Loss ends within 0.1 nats of its lowest level."
+    return False, f"Loss ends {risen:.2f} nats above its lowest level: look for a spike or a jump."
+
+
+def skipped_check(run: Run) -> tuple[bool, str] | None:
+    """Was every gradient finite?"""
+    number = skipped(run)
+    if number == 0:
+        return True, "Every gradient was finite; no step was skipped."
+    return False, f"{number:,} of {len(run.steps):,} logged steps were skipped: gradient not finite."
+
+
+def batch_check(run: Run) -> tuple[bool, str] | None:
+    """Does the batch average more examples than the gradient needs?"""
+    batch, noise = last(run, "global_batch"), last(run, "noise_scale")
+    if batch is None or not noise:
+        return None
+    text = f"Global batch is {batch / noise:.2f} times the noise scale"
+    if batch <= noise:
+        return True, text + "."
+    return False, text + ": more examples a step than the gradient needs."
+
+
+def throughput_check(run: Run) -> tuple[bool, str] | None:
+    """Has the run slowed down?"""
+    speed = run.column("tokens_per_second")
+    tail = speed[-max(1, len(speed) // 10) :]
+    if not np.isfinite(tail).any():
+        return None
+    ratio = np.nanmedian(tail) / np.nanmedian(speed)
+    if ratio > 0.8:
+        return True, "Throughput is steady."
+    return False, f"Throughput has fallen to {100 * ratio:.0f} % of its median."
+
+
+def last(run: Run, key: str) -> float | None:
+    """The newest number under a key, or None."""
+    return next((value for record in reversed(run.steps) if (value := record.get(key)) is not None), None)
+
+
+def final(run: Run, key: str) -> float | None:
+    """Mean of the last 1 % of the steps that have a number: one step alone is noise."""
+    values = run.column(key)
+    values = values[np.isfinite(values)]
+    return float(values[-max(1, len(run.steps) // 100) :].mean()) if len(values) else None
+
+
+def median(run: Run, key: str) -> float | None:
+    """The middle of all numbers under a key, or None."""
+    return float(np.nanmedian(run.column(key))) if known([run], key) else None
+
+
+def highest(run: Run, key: str) -> float | None:
+    """The largest number under a key, or None."""
+    return float(np.nanmax(run.column(key))) if known([run], key) else None
+
+
+def skipped(run: Run) -> int:
+    """How many of the logged steps were not taken."""
+    return sum(bool(record.get("skipped")) for record in run.steps)
+
+
+def training_seconds(run: Run) -> float:
+    """Seconds in steps, unlogged ones counted like the next logged one, pauses between sessions not."""
+    steps = np.diff(run.column("step"), prepend=0.0)
+    return float(np.nansum(steps * run.column("step_seconds")))
+
+
+def nats(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
+
+
+def count(number: float | None) -> str:
+    return "" if number is None else human_count(number)
+
+
+def against(loss: float | None, baseline: float | None) -> str:
+    """A baseline, and where the loss stands to it."""
+    if loss is None or baseline is None:
+        return nats(baseline)
+    side = "below" if loss <= baseline else "above"
+    return f"{baseline:.4f} ({abs(loss - baseline):.4f} {side})"
+
+
+def change(run: Run, key: str) -> str:
+    """First and last number under a key."""
+    first = next((value for record in run.steps if (value := record.get(key)) is not None), None)
+    start, end = count(first), count(last(run, key))
+    return start if start == end else f"{start} to {end}"
+
+
+def known(runs: Sequence[Run], key: str) -> bool:
+    """Whether any step of any run holds a number under this key."""
+    return any(record.get(key) is not None for run in runs for record in run.steps)
+
+
+def window_of(run: Run) -> int:
+    """Steps that a smoothed line averages over: 2 % of the run."""
+    return max(1, len(run.steps) // 50)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over `window` points, the nearer counting more; NaN is left out of it, and stays NaN."""
+    known = np.isfinite(values)
+    weights = np.hanning(window + 2)[1:-1]
+    total = np.convolve(np.where(known, values, 0.0), weights, mode="same")
+    count = np.convolve(known, weights, mode="same")
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=known)
+
+
+def thin(x: np.ndarray, y: np.ndarray, buckets: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """At most 2 * buckets + 2 of the points: the lowest and highest of every bucket, so that spikes stay."""
+    if len(x) <= 2 * buckets:
+        return x, y
+    edges = np.linspace(0, len(x), buckets + 1).astype(int)
+    spans = list(zip(edges[:-1], edges[1:], strict=True))
+    low, high = np.where(np.isnan(y), np.inf, y), np.where(np.isnan(y), -np.inf, y)
+    lowest = [start + np.argmin(low[start:stop]) for start, stop in spans]
+    highest = [start + np.argmax(high[start:stop]) for start, stop in spans]
+    kept = np.unique([0, *lowest, *highest, len(x) - 1])
+    return x[kept], y[kept]
+
+
+def layer_points(run: Run) -> list[tuple[str, int, float]]:
+    """(kind, depth, examples) of the last step that knows them; `layers.3.norm` is of kind `layers.*.norm`.
+
+    A layer without a number, the final norm for instance, stands one deeper than the layer before it.
+    """
+    layers = (record.get("noise_scale_layers") for record in reversed(run.steps))
+    last: Record = next(filter(None, layers), {})
+    points, depth = [], -1
+    for name, value in last.items():
+        number = re.search(r"\d+", name)
+        depth = int(number[0]) if number else depth + 1
+        if value is not None:
+            points.append((re.sub(r"\d+", "*", name), depth, value))
+    return points
+
+
+def layer_kinds(runs: Sequence[Run]) -> list[str]:
+    """The kinds of norm layers that `layer_points` finds, in the order of `MARKERS`."""
+    return list(dict.fromkeys(kind for run in runs for kind, _, _ in layer_points(run)))

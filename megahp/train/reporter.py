@@ -1,0 +1,109 @@
+"""What a run tells the world: its directory, its logs, its progress display. Only the first rank has one that speaks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megahp import config
+from megahp.scaling.batch_size import Plan, Progress
+from megahp.train.metrics import Record, RunLog
+from megahp.train.progress import Progress as Display
+from megahp.train.run import Run, is_first
+from megahp.train.step import Measurement
+
+
+class Reporter:
+    """Writes the run directory and shows progress, on the first rank; the others' calls do nothing."""
+
+    def __init__(self, settings: config.Config) -> None:
+        self.settings = settings
+        self.log: RunLog | None = None
+        self.display: Display | None = None
+        if is_first():
+            self.log = RunLog(settings.directory, settings.log.tensorboard)
+            _write(settings.directory / "config.toml", config.to_toml(settings))
+
+    @contextlib.contextmanager
+    def showing(self, progress: Progress) -> Any:
+        """A progress display for the time of training."""
+        if self.log is None:
+            yield
+            return
+        with Display(self.settings.train.tokens, progress.tokens) as self.display:
+            yield
+        self.display = None
+
+    def event(self, event: str, reason: str, progress: Progress, **inputs: Any) -> None:
+        """Log something that happened, and why, and show it."""
+        if self.log:
+            self.log.event(event, reason, step=progress.step, tokens=progress.tokens, **inputs)
+            self.say(f"{event}: {reason}")
+
+    def resumed(self, progress: Progress, checkpoint: Path, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        """Log a resume: steps logged after the checkpoint will be taken again, so their lines go."""
+        if self.log:
+            self.log.resume(progress.step)
+        changed = {key: {"before": before, "now": now} for key, (before, now) in changes.items()}
+        self.event("resumed", f"from {checkpoint}", progress, changed=changed)
+
+    def step(self, run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None) -> None:
+        """Log and show one step, if it is one of those logged."""
+        if self.log and (run.progress.step % self.settings.log.every == 0 or validation is not None):
+            record = _record(run, plan, measured, seconds, validation)
+            self.log.metrics(record)
+            if self.display:
+                self.display.update(record)
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        if self.display:
+            self.display.message(text)
+        elif self.log:
+            print(text, flush=True)
+
+    def baselines(self, unigram: float, bigram: float) -> None:
+        """Keep what the simplest models lose on the same validation tokens, in nats per token."""
+        if self.log:
+            _write(self.settings.directory / "baselines.json", json.dumps({"unigram": unigram, "bigram": bigram}))
+
+    def close(self) -> None:
+        if self.log:
+            self.log.close()
+
+
+def _record(run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None) -> Record:
+    length = run.settings.data.sequence_length
+    noise = run.noise.pooled.ratio
+    record: Record = {
+        "step": run.progress.step,
+        "tokens": run.progress.tokens,
+        "samples": run.progress.samples,
+        "loss": measured.loss,
+        "lr": plan.lr,
+        "weight_decay": plan.weight_decay,
+        "global_batch": plan.global_batch,
+        "grad_norm": measured.grad_norm,
+        "grad_sq_example": sum(measured.grad_sq_example.values()) if measured.grad_sq_example else None,
+        "grad_sq_batch": sum(measured.grad_sq_batch.values()) if measured.grad_sq_batch else None,
+        "noise_scale": noise,
+        "noise_scale_tokens": noise * length if noise else None,
+        "noise_scale_layers": {name: average.ratio for name, average in run.noise.layers.items()},
+        "tokens_per_second": plan.tokens / seconds,
+        "step_seconds": seconds,
+    }
+    if not measured.finite:
+        record["skipped"] = True
+    if validation is not None:
+        record["validation_loss"] = validation
+    return record
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a small file in one step, so that a reader or a crash never meets half of it."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

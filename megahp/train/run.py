@@ -1,0 +1,151 @@
+"""A run's state and its directory: everything that is opened before the first step and kept for the next start."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megahp import checkpoint, config
+from megahp.config import Config
+from megahp.data.indexed import IndexedDataset
+from megahp.data.loader import Source, TrainingData
+from megahp.data.tokenizer import Tokenizer, load_tokenizer
+from megahp.errors import UserError
+from megahp.model.build import build_model, table_of
+from megahp.parallel.layout import Layout
+from megahp.parallel.mesh import Mesh
+from megahp.scaling.batch_size import Progress, runnable
+from megahp.scaling.noise_scale import NoiseScale
+from megahp.train.optimizer import AdamW
+from megahp.train.step import Engine
+
+# What a resumed run may not change, by section or key; all else may, and the change is an event. Files may move: that
+# the data is the same is known by its fingerprint.
+FIXED = ("model", "parameterization", "data", "train.seed", "train.dtype", "optimizer.name")
+MOVABLE = ("data.train", "data.tokenizer", "data.cache")
+
+
+def prepare(settings: Config, layout: Layout, resume: bool) -> Config:
+    """Check, before anything is built or written, all that can be checked: batch and layout, tokenizer, run directory,
+    and on resume that the run is the same one. Returns the settings with the vocabulary filled in. Raises UserError."""
+    unit = layout.dp * settings.batch.micro_batch
+    nearest = runnable(settings.batch.global_batch, layout.dp, settings.batch.micro_batch)
+    if nearest != (settings.batch.global_batch,):
+        raise UserError(
+            f"batch.global_batch = {settings.batch.global_batch} is not a multiple of {unit} (data parallel {layout.dp} x "
+            f"batch.micro_batch {settings.batch.micro_batch}); nearest that are: {', '.join(map(str, nearest))}")
+    settings = with_vocabulary(settings, load_tokenizer(settings.data.tokenizer))
+    if not settings.data.train:
+        raise UserError("data.train is empty; name at least one prefix written by tools/preprocess_data.py")
+    saved = checkpoint.latest(settings.directory / "checkpoints")
+    if not resume and (settings.directory / "metrics.jsonl").exists():
+        raise UserError(f"{settings.directory} already holds a run; go on with --resume auto, or choose another log.name")
+    if resume and saved:
+        refuse_changes(settings, checkpoint.read_state(saved)["config"], saved)
+    return settings
+
+
+def with_vocabulary(settings: Config, tokenizer: Tokenizer) -> Config:
+    """model.vocab_size from the tokenizer where it is 0. Raises UserError when it is too small for the tokenizer."""
+    if settings.model.vocab_size == 0:
+        return config.with_values(settings, {"model.vocab_size": tokenizer.vocab_size})
+    if settings.model.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size = {settings.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
+                        f"data.tokenizer = {settings.data.tokenizer!r}; leave it out to take the tokenizer's")
+    return settings
+
+
+def changes(settings: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Settings whose value differs from the saved one: key -> (saved, now)."""
+    before = config.from_dict(saved, "checkpoint")
+    pairs = {key: (config.get(before, key), config.get(settings, key)) for key in config.keys()}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def refuse_changes(settings: Config, saved: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Raise UserError when a setting differs that a checkpoint's weights or data order rest on."""
+    for key, (before, now) in changes(settings, saved).items():
+        if key.startswith(FIXED) and key not in MOVABLE:
+            raise UserError(f"{key} = {now!r} but {path} was trained with {before!r}; "
+                            "set it back, or start a new run under another log.name")
+
+
+def open_data(settings: Config) -> TrainingData:
+    """The run's data, memory-mapped. Raises UserError for missing or damaged files."""
+    data = settings.data
+    weights = data.weights or [float(IndexedDataset(prefix).lengths.sum(dtype=np.int64)) for prefix in data.train]
+    sources = [Source(prefix, weight) for prefix, weight in zip(data.train, weights, strict=True)]
+    cache = Path(data.cache) if data.cache else Path(data.train[0]).parent / "cache"
+    return TrainingData(sources, data.sequence_length, settings.train.seed, data.validation_fraction, cache)
+
+
+class Run:
+    """Model, optimizer, progress and averages of one run: what a checkpoint holds."""
+
+    def __init__(self, settings: Config, mesh: Mesh, data_fingerprint: str) -> None:
+        self.settings, self.mesh, self.data_fingerprint = settings, mesh, data_fingerprint
+        self.table = table_of(settings)
+        self.engine = Engine(build_model(settings, mesh), mesh)
+        self.optimizer = AdamW(self.engine.weights, self.engine.rows, self.table)
+        self.progress = Progress()
+        self.skipped = 0
+        self.noise = NoiseScale(settings.train.noise_half_life * settings.train.tokens)
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.directory / "checkpoints"
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment, from all ranks."""
+        state = {
+            "progress": asdict(self.progress),
+            "skipped": self.skipped,
+            "updates": self.optimizer.updates,
+            "noise_scale": self.noise.state(),
+            "data": self.data_fingerprint,
+            "table": self.table.to_dict(),
+            "layout": asdict(self.mesh.layout),
+            "config": config.to_dict(self.settings),
+            "versions": {"torch": torch.__version__},
+        }
+        return checkpoint.save(self.folder, self.progress.step, self._tensors(), state, self.settings.checkpoint.keep)
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Become what was saved, on this layout. Returns the saved JSON state. Raises UserError."""
+        state = checkpoint.read_state(path)
+        if state["data"] != self.data_fingerprint:
+            raise UserError(f"the data of {', '.join(self.settings.data.train)} is not what {path} was trained on; "
+                            "restore those files, or start a new run under another log.name")
+        if state["table"] != self.table.to_dict():
+            raise UserError(f"the parameterization table of this megahp differs from the one in {path}; "
+                            "go on with the version that wrote it")
+        checkpoint.load(path, self._tensors())
+        self.progress = Progress(**state["progress"])
+        self.skipped = state["skipped"]
+        self.optimizer.updates = state["updates"]
+        self.noise.restore(state["noise_scale"])
+        return state
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {f"model.{name}": weight.detach() for name, weight in self.engine.weights.items()} | self.optimizer.state()
+
+
+def is_first() -> bool:
+    """Whether this is the rank that writes and speaks."""
+    return dist.get_rank() == 0
+
+
+def read_config(directory: Path) -> Config:
+    """The resolved settings in a run directory. Raises UserError."""
+    path = directory / "config.toml"
+    try:
+        return config.from_dict(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); name a run directory, such as runs/quickstart") from None

@@ -1,0 +1,59 @@
+"""Text from a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megahp import checkpoint, config, launch
+from megahp.data.tokenizer import load_tokenizer
+from megahp.errors import UserError
+from megahp.model.build import build_model
+from megahp.model.transformer import Transformer
+from megahp.parallel.layout import Layout
+from megahp.parallel.mesh import make_mesh
+from megahp.parallel.parameters import parameters
+from megahp.train.loop import cuda_wanted, device_of
+from megahp.train.run import read_config
+
+ALONE = {"parallel.tp": 1, "parallel.dp_replicate": 1, "parallel.dp_shard": 1, "parallel.sequence_parallel": False,
+         "train.noise_scale": False}
+
+
+def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
+    """The prompt and what the run's newest checkpoint makes of it, on this process alone. Raises UserError."""
+    settings = config.with_values(read_config(run), ALONE)
+    path = checkpoint.latest(run / "checkpoints")
+    if path is None:
+        raise UserError(f"{run} has no checkpoint yet; train it first")
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    launch.join(launch.World(), cuda_wanted(settings))
+    device = device_of(settings, launch.World())
+    model = build_model(settings, make_mesh(Layout(), device))
+    checkpoint.load(path, {f"model.{name}": weight.detach() for name, weight in parameters(model)})
+    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eod]], device=device)
+    ids = continued(model, ids, tokens, settings.data.sequence_length, temperature, top_k, tokenizer.vocab_size, seed)
+    return tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.eod])
+
+
+@torch.no_grad()
+def continued(model: Transformer, ids: Tensor, tokens: int, window: int, temperature: float, top_k: int,
+              vocab_size: int, seed: int) -> Tensor:
+    """ids [b, n] with `tokens` more, each drawn from the model's view of the last `window` before it."""
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    for _ in range(tokens):
+        logits = model(ids[:, -window:])[:, -1, :vocab_size].float()
+        ids = torch.cat((ids, _choose(logits, temperature, top_k, generator)), 1)
+    return ids
+
+
+def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """One token id a row, [b, 1], from logits [b, v]."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

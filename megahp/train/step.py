@@ -1,0 +1,97 @@
+"""One optimizer step's mathematics: forward and backward over microbatches, then everything a step needs to know
+about its gradients in one collective and one transfer to the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megahp.data.loader import Batch
+from megahp.model.transformer import Transformer
+from megahp.parallel import data as data_parallel
+from megahp.parallel.mesh import Mesh
+from megahp.parallel.parameters import counted_once, parameters, probes, rows, storage, sum_gradients
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one step's gradients say, equal on all ranks."""
+
+    loss: float  # nats per token, mean over the global batch
+    grad_norm: float  # of the whole gradient
+    grad_sq_example: dict[str, float]  # norm layer -> mean_b ||g_b||^2 over its weight and bias
+    grad_sq_batch: dict[str, float]  # norm layer -> ||G||^2 over its weight and bias
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.grad_norm)
+
+
+class Engine:
+    """A model on a mesh, from batches to summed gradients."""
+
+    def __init__(self, model: Transformer, mesh: Mesh) -> None:
+        self.model, self.mesh = model, mesh
+        self.weights = dict(parameters(model))
+        self.rows = rows(model)
+        self.probes = probes(model)
+        # probes are whole on every tp rank, losses too: one of the ranks that hold the same value speaks
+        mine = [counted_once(weight, mesh) for weight in self.weights.values()]
+        self.weights_counted = torch.tensor(mine, dtype=torch.float64, device=mesh.device)
+        self.first_of_tp = mesh.is_first(("tp",))
+
+    def forward_backward(self, microbatches: Iterable[Batch], count: int, tokens: int) -> Tensor:
+        """Add up the gradients of the mean loss over `tokens` tokens of the global batch, from this rank's `count`
+        microbatches. Returns this rank's part of that loss, without waiting for it."""
+        total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
+        for index, batch in enumerate(microbatches):
+            data_parallel.reduce_after(self.model, last=index == count - 1)
+            losses = self.model(batch.tokens[:, :-1], batch.tokens[:, 1:], batch.documents)
+            loss = losses.sum() / tokens
+            loss.backward()
+            total += loss.detach()
+        sum_gradients(self.weights, self.rows, self.mesh)
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, counted: Tensor) -> Tensor:
+        """Sum of the token losses of the rows that are counted (bool [n]), without waiting for it."""
+        losses = self.model(batch.tokens[:, :-1], batch.tokens[:, 1:], batch.documents)
+        return (losses.double().sum(1) * counted.to(losses.device)).sum()
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's parts of the gradients, in the order of the weights."""
+        return [storage(weight.grad) for weight in self.weights.values()]  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def measure(self, loss: Tensor, grads: list[Tensor], batch: int) -> Measurement:
+        """Reduce loss, squared gradient norms and probes of one step over all ranks and bring them to the host."""
+        squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square() * self.weights_counted
+        own = [loss, *(probe.grad.double() for probe in self.probes.values())]  # type: ignore[union-attr]
+        values = torch.cat((torch.stack(own) * self.first_of_tp, squares))
+        dist.all_reduce(values)
+        loss_value, *numbers = values.tolist()
+        by_probe = dict(zip(self.probes, numbers, strict=False))
+        by_weight = dict(zip(self.weights, numbers[len(by_probe):], strict=True))
+        return Measurement(
+            loss=loss_value,
+            grad_norm=math.sqrt(sum(by_weight.values())) if all(map(math.isfinite, numbers)) else math.nan,
+            # the probes hold sum_b ||g_b / B||^2, since the loss is a mean over the batch
+            grad_sq_example={name: batch * square for name, square in by_probe.items()},
+            grad_sq_batch={name: by_weight[f"{name}.weight"] + by_weight.get(f"{name}.bias", 0.0) for name in by_probe},
+        )
+
+    def zero(self) -> None:
+        """Forget the gradients."""
+        self.model.zero_grad(set_to_none=True)
+
+
+def clip(grads: list[Tensor], norm: float, largest: float) -> None:
+    """Scale the gradients, in place, down to the largest global norm. 0 = never."""
+    if largest and norm > largest:
+        torch._foreach_mul_(grads, largest / norm)
