@@ -81,7 +81,7 @@ def local(weight: Tensor) -> Tensor:
 def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
     """Replace each global `meta` parameter by a `meta` DTensor of this rank's part, as its row says.
 
-    dtype is that of the master weights.
+    dtype is that of the master weights, and of the probes.
     """
     tp = mesh.devices["tp"]
     for module in model.modules():
@@ -95,6 +95,8 @@ def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
             shard = DTensor.from_local(torch.empty(part, dtype=dtype, device="meta"), tp, [placement], run_check=False,
                                        shape=torch.Size(shape), stride=stride)
             setattr(module, name, nn.Parameter(shard))
+    for probe in probes(model).values():
+        probe.data = probe.data.to(dtype)
 
 
 @torch.no_grad()

@@ -1,0 +1,152 @@
+"""Dropping any one reduction shows: for each there is a measure that no longer agrees with one rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import world
+from distributed.training import Training, differences, settings_of, train
+from torch.distributed.fsdp import FSDPModule
+
+from megahp.parallel import collectives, tensor
+
+SPLIT = ("parallel.tp=2", "parallel.sequence_parallel=true")
+PLAIN = ("parallel.tp=2",)
+ALL_REDUCE = dist.all_reduce
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # torch 2.13
+
+
+def unchanged(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x
+
+
+def own_slice(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    return x.chunk(group.size(), dim)[group.rank()].contiguous()
+
+
+def keep_own(*, output: torch.Tensor, input: torch.Tensor, **_: Any) -> None:
+    output.copy_(input.chunk(dist.get_world_size())[dist.get_rank()])
+
+
+def only_over_all_ranks(x: torch.Tensor, *arguments: Any, group: dist.ProcessGroup | None = None, **options: Any) -> Any:
+    return None if group else ALL_REDUCE(x, *arguments, **options)
+
+
+@contextlib.contextmanager
+def without_row_sum(name: str) -> Iterator[None]:
+    """One parameter's row says nothing of the axes its gradient is summed over."""
+    init = Training.__init__
+
+    def crippled(self: Training, *arguments: Any) -> None:
+        init(self, *arguments)
+        assert self.engine.rows[name].sum_over
+        self.engine.rows[name] = replace(self.engine.rows[name], sum_over=())
+
+    with mock.patch.object(Training, "__init__", crippled):
+        yield
+
+
+@contextlib.contextmanager
+def without_sum_before_squaring(name: str) -> Iterator[None]:
+    """One norm squares per-example gradients of its own tokens or heads only."""
+    init = Training.__init__
+
+    def crippled(self: Training, *arguments: Any) -> None:
+        init(self, *arguments)
+        module = self.engine.model.get_submodule(name)
+        assert module.group
+        module.group = ""
+
+    with mock.patch.object(Training, "__init__", crippled):
+        yield
+
+
+@contextlib.contextmanager
+def counting_copies() -> Iterator[None]:
+    """Every rank's copy of a weight that is whole on several ranks enters the norm."""
+    init = Training.__init__
+
+    def crippled(self: Training, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.engine.weights_counted.fill_(1)
+
+    with mock.patch.object(Training, "__init__", crippled):
+        yield
+
+
+def backward_without(function: type, collective: str, instead: Callable[..., Any]) -> Any:
+    """The adjoint of one collective left out, its forward kept."""
+    backward = function.backward
+
+    def crippled(ctx: Any, *grads: torch.Tensor) -> Any:
+        with mock.patch.object(collectives, collective, instead):
+            return backward(ctx, *grads)
+
+    return mock.patch.object(function, "backward", staticmethod(crippled))
+
+
+def forward_without(function: type, collective: str, instead: Callable[..., Any]) -> Any:
+    forward = function.forward
+
+    def crippled(ctx: Any, *arguments: Any) -> Any:
+        with mock.patch.object(collectives, collective, instead):
+            return forward(ctx, *arguments)
+
+    return mock.patch.object(function, "forward", staticmethod(crippled))
+
+
+# name -> (model, layout, what is broken). Every reduction there is stands here once.
+SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
+    "norm weight over tp (sp)": ("llama", SPLIT, lambda: without_row_sum("blocks.0.mlp_norm.weight")),
+    "norm bias over tp (sp)": ("gpt2", SPLIT, lambda: without_row_sum("final_norm.bias")),
+    "row-parallel bias over tp (sp)": ("gpt2", SPLIT, lambda: without_row_sum("blocks.1.mlp.down.bias")),
+    "position embedding over tp (sp)": ("gpt2", SPLIT, lambda: without_row_sum("positions.weight")),
+    "query norm weight over tp": ("llama", PLAIN, lambda: without_row_sum("blocks.0.attention.query_norm.weight")),
+    "per-example norm before squaring (sp)": ("llama", SPLIT, lambda: without_sum_before_squaring("final_norm")),
+    "per-example norm before squaring (heads)": (
+        "llama", PLAIN, lambda: without_sum_before_squaring("blocks.1.attention.key_norm")),
+    "loss, norms and probes over all ranks": (
+        "llama", (), lambda: mock.patch("megahp.train.step.dist.all_reduce", lambda *_, **__: None)),
+    "weights counted once": ("llama", PLAIN, counting_copies),
+    "gradients over shards": ("llama", (), lambda: mock.patch.object(dist, REDUCE_SCATTER, keep_own)),
+    "gradients over replicas": (
+        "llama", ("parallel.dp_replicate=2",), lambda: mock.patch.object(dist, "all_reduce", only_over_all_ranks)),
+    "gradients summed, not averaged": (
+        "llama", (), lambda: mock.patch.object(FSDPModule, "set_gradient_divide_factor", lambda *_: None)),
+    "copy_to, backward": ("llama", PLAIN, lambda: backward_without(collectives._Copy, "all_reduce", unchanged)),
+    "sum_from, forward": ("llama", PLAIN, lambda: forward_without(collectives._Sum, "all_reduce", unchanged)),
+    "gather_from, backward": ("llama", SPLIT, lambda: backward_without(collectives._Gather, "reduce_scatter", own_slice)),
+    "sum_scatter, forward": ("llama", SPLIT, lambda: forward_without(collectives._SumScatter, "reduce_scatter", own_slice)),
+    "cross-entropy over the vocabulary": ("llama", PLAIN, lambda: mock.patch.object(tensor, "all_reduce", unchanged)),
+}
+
+
+def trained_sabotaged() -> dict[str, Any]:
+    found = {}
+    for name, (model, layout, breaks) in SABOTAGE.items():
+        with breaks():
+            found[name] = train(settings_of(model, *layout), 2)
+    return found
+
+
+def trained_soundly(models: list[str]) -> dict[str, Any]:
+    return {model: train(settings_of(model), 2) for model in models}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> tuple[dict[str, Any], dict[str, Any]]:
+    sound = world.run(1, trained_soundly, ["llama", "gpt2"])[0]
+    return world.run(2, trained_sabotaged)[-1], sound
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_dropping_a_reduction_shows(outcomes: tuple[dict[str, Any], dict[str, Any]], name: str) -> None:
+    sabotaged, sound = outcomes
+    assert differences(sabotaged[name], sound[SABOTAGE[name][0]], 1e-5, None) != []
