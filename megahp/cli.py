@@ -20,8 +20,13 @@ USER_ERROR = 2  # exit code for a mistake in what the user gave
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, 2 for a user's mistake, told in one line."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options, more = parser.parse_known_args(words)  # settings may stand anywhere, between options too
+    if more and not hasattr(options, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:
+        if more:
+            options.overrides += more
         return options.command(options, words)
     except UserError as error:
         _complain(error)

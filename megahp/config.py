@@ -326,7 +326,7 @@ def _parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
         key, equals, text = word.partition("=")
         section, dot, name = key.removeprefix("--").partition(".")
         if not (equals and dot):
-            raise UserError(f"{word!r} is not a setting; write section.key=value, such as train.steps=10")
+            raise UserError(f"{word!r} is neither an option nor a setting; write section.key=value, such as train.steps=10")
         tree.setdefault(section, {})[name] = _parse_value(text)
     return tree
 

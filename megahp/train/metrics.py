@@ -77,9 +77,9 @@ class RunLog:
         left torn are dropped from both.
         """
         self.close()
-        kept = _rewrite(self.directory / "metrics.jsonl", lambda record: record.get("step", math.inf) <= step)
+        last = _rewrite(self.directory / "metrics.jsonl", lambda record: record.get("step", math.inf) <= step)
         _rewrite(self.directory / "events.jsonl", lambda record: True)
-        self.step, self.tokens = (kept[-1]["step"], kept[-1]["tokens"]) if kept else (0, 0)
+        self.step, self.tokens = (last["step"], last["tokens"]) if last else (0, 0)
         self._open(purge_step=step + 1)
 
     def close(self) -> None:
@@ -141,12 +141,12 @@ def read_events(directory: Path) -> list[Record]:
 
 def _read(path: Path) -> list[Record]:
     try:
-        lines = path.read_bytes().splitlines()
+        with open(path, "rb") as file:
+            records = [_parse(line) for line in file]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; name a run directory, such as runs/<name>") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    records = [_parse(line) for line in lines]
     if records and records[-1] is None:
         records.pop()  # torn by a crash, or still being written
     if None in records:
@@ -179,17 +179,19 @@ def _append(file: TextIO, record: Record) -> None:
     file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
-def _rewrite(path: Path, keep: Callable[[Record], bool]) -> list[Record]:
-    """Keep the lines whose object passes, byte for byte, in one atomic step; returns their objects."""
-    lines = path.read_bytes().splitlines()
-    parsed = [(line, record) for line in lines if (record := _parse(line)) is not None and keep(record)]
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        file.writelines(line + b"\n" for line, _ in parsed)
-        file.flush()
-        os.fsync(file.fileno())
+def _rewrite(path: Path, keep: Callable[[Record], bool]) -> Record | None:
+    """Keep the lines whose object passes, byte for byte, in one atomic step; returns the last such object."""
+    part, last = path.with_suffix(".part"), None
+    with open(path, "rb") as old, open(part, "wb") as new:
+        for line in old:
+            record = _parse(line)
+            if record is not None and keep(record):
+                new.write(line.rstrip(b"\n") + b"\n")  # a whole object may lack its newline alone
+                last = record
+        new.flush()
+        os.fsync(new.fileno())
     os.replace(part, path)
-    return [record for _, record in parsed]
+    return last
 
 
 def _without_nan(value: Any) -> Any:

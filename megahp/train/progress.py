@@ -1,5 +1,6 @@
 """How far a run has come: a bar on a terminal, a line now and then in a log file."""
 
+import math
 import sys
 import time
 from collections import deque
@@ -64,8 +65,8 @@ class Progress:
 
 
 def human_count(number: float | None) -> str:
-    """Three significant digits and a unit: 850, 12.3k, 4.56M, 1.2B; "-" for None."""
-    if number is None:
+    """Three significant digits and a unit: 850, 12.3k, 4.56M, 1.2B; "-" for None and NaN."""
+    if number is None or not math.isfinite(number):
         return "-"
     for unit in ("", "k", "M", "B"):
         if abs(number) < 999.5:

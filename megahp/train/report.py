@@ -184,7 +184,7 @@ def events_of(runs: Sequence[Run], marks: Sequence[figures.Mark]) -> str:
     rest = ", ".join(f"{number:,} × {escape(str(event))}" for event, number in often.items() if number > 0)
     rest = f'<p class="caption">Not drawn, for there are many: {rest}. See events.jsonl.</p>' if rest else ""
     if not marks:
-        return f'<section><h2>Events</h2>{rest or "<p class=none>None.</p>"}</section>'
+        return f"<section><h2>Events</h2>{rest or '<p class=none>None.</p>'}</section>"
     labels = ("#", "Event", "Step", "Tokens", "Time (UTC)", "Reason")
     head = "".join(f'<th scope="col">{label}</th>' for label in labels)
     table = f'<table class="events"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
@@ -237,7 +237,8 @@ section { margin-top: 44px; min-width: 0; }
 .health li { display: grid; grid-template-columns: 24px 1fr; padding: 3px 0; }
 li.good b { color: var(--good); } li.bad b { color: var(--accent); }
 .caption { color: var(--muted); margin: 3px 0 10px; font-size: 14px; } .none { color: var(--muted); }
-figure { margin: 0; } svg { width: 100%; height: auto; display: block; }
+figure { margin: 0; overflow-x: auto; }
+svg { width: 100%; min-width: 440px; height: auto; display: block; }
 svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif !important; }
 .pairs { display: grid; column-gap: 44px;
   grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
@@ -247,7 +248,8 @@ table { border-collapse: collapse; width: 100%; }
 th, td { padding: 6px 14px 6px 0; text-align: left; vertical-align: top; }
 tr > * { border-bottom: 1px solid var(--rule); }
 .summary td, .summary thead th { text-align: right; padding: 6px 0 6px 22px; white-space: nowrap; }
-.summary th { font-weight: 400; color: var(--muted); } .summary thead th { color: var(--ink); }
+.summary th { font-weight: 400; color: var(--muted); white-space: nowrap; }
+.summary thead th { color: var(--ink); }
 .events { font-size: 14px; } .events th { font-weight: 400; color: var(--muted); white-space: nowrap; }
 .events thead th { position: sticky; top: 0; background: var(--paper); }
 .events td { white-space: nowrap; } .events td:last-child { white-space: normal; min-width: 220px; }

@@ -270,7 +270,7 @@ def for_page(svg: str, title: str, tooltips: dict[str, str]) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for gid, text in tooltips.items():
         svg = svg.replace(f'<g id="{gid}">', f"<g><title>{html.escape(text)}</title>")
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # an id must be unique in a page; each figure has an axes_1
+    svg = re.sub(r'(<\w+) id="[\w.]+_\d+"', r"\1", svg)  # each figure has an axes_1, and a page may have one
     for name, value in PALETTE.items():
         svg = svg.replace(value, f"var(--{name})")
     return svg

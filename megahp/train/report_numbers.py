@@ -41,10 +41,10 @@ def health(run: Run) -> list[tuple[bool, str]]:
 
 def loss_check(run: Run) -> tuple[bool, str] | None:
     """Has the model learned more than counting would?"""
-    loss = last(run, "validation_loss")
-    loss = final(run, "loss") if loss is None else loss
-    if loss is None:
+    losses = [loss for loss in (final(run, "loss"), last(run, "validation_loss")) if loss is not None]
+    if not losses:
         return False, "No step has a finite loss."
+    loss = max(losses)  # the last validation may be from before a divergence
     lessons = {"unigram": "how often each token occurs", "bigram": "which token follows which"}
     levels = [(kind, level) for kind in lessons if (level := run.baselines.get(kind)) is not None]
     for kind, level in levels:
@@ -54,7 +54,7 @@ def loss_check(run: Run) -> tuple[bool, str] | None:
     if levels:
         kind, level = levels[-1]
         return True, f"Loss is {level - loss:.2f} nats below the {kind} baseline."
-    first = next(record["loss"] for record in run.steps if record.get("loss") is not None)
+    first = next((record["loss"] for record in run.steps if record.get("loss") is not None), loss)
     return loss <= first, f"Loss went from {first:.2f} to {loss:.2f}."
 
 
@@ -81,7 +81,7 @@ def skipped_check(run: Run) -> tuple[bool, str] | None:
 def batch_check(run: Run) -> tuple[bool, str] | None:
     """Does the batch average more examples than the gradient needs?"""
     batch, noise = last(run, "global_batch"), last(run, "noise_scale")
-    if batch is None or not noise:
+    if batch is None or noise is None or noise <= 0:
         return None
     text = f"Global batch is {batch / noise:.2f} times the noise scale"
     if batch <= noise:

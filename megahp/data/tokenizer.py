@@ -1,0 +1,241 @@
+"""Text to token ids and back: bytes, SentencePiece, Hugging Face `tokenizers`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megahp.errors import UserError
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+
+# SentencePiece stores a space as this character, so the character itself has to travel as its three bytes.
+META_SPACE = "\u2581"
+
+TRAINING_CHARACTERS = 24_000_000
+
+
+class Tokenizer(Protocol):
+    """Maps text to ids in [0, vocab_size); `eod` is the id that ends a document."""
+
+    vocab_size: int
+    eod: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without begin or end tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; end-of-document ids contribute nothing."""
+        ...
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer at `path`: "bytes", a SentencePiece `*.model` or a Hugging Face `*.json`.
+
+    Raises UserError when the file is missing, damaged, of another kind, or has no end-of-document token.
+    """
+    if path == "bytes":
+        return ByteTokenizer()
+    kinds: dict[str, Callable[[str], Tokenizer]] = {
+        ".model": SentencePieceTokenizer,
+        ".json": HuggingFaceTokenizer,
+    }
+    kind = kinds.get(Path(path).suffix)
+    if kind is None:
+        raise UserError(
+            f"tokenizer {path!r} is none of the known kinds: use 'bytes', a *.model or a *.json file"
+        )
+    if not Path(path).is_file():
+        raise UserError(
+            f"tokenizer {path!r} does not exist: check the path, or train one with tools/preprocess_data.py"
+        )
+    return kind(path)
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8, and one end-of-document id."""
+
+    vocab_size = 257
+    eod = 256
+    fingerprint = hashlib.sha256(b"bytes").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i != self.eod).decode(errors="replace")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model; `eod` is its end-of-sentence piece."""
+
+    def __init__(self, path: str) -> None:
+        self._processor = _sentencepiece_processor(path)
+        self.vocab_size: int = self._processor.vocab_size()
+        self.eod = self._end_of_document(path)
+        self.fingerprint = _file_fingerprint(path)
+        self._meta_space = self._meta_space_bytes()
+
+    def encode(self, text: str) -> list[int]:
+        if not self._meta_space or META_SPACE not in text:
+            return self._processor.encode(text)
+        first, *rest = (self._processor.encode(part) for part in text.split(META_SPACE))
+        return first + [i for part in rest for i in self._meta_space + part]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+    def _end_of_document(self, path: str) -> int:
+        if self._processor.eos_id() >= 0:
+            return self._processor.eos_id()
+        ids = (self._processor.piece_to_id(piece) for piece in END_OF_DOCUMENT)
+        return _first_known((i for i in ids if i != self._processor.unk_id()), path)
+
+    def _meta_space_bytes(self) -> list[int]:
+        """The byte pieces of META_SPACE; empty where the model lacks them or puts a space before a text."""
+        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
+        prepends = self._processor.encode("a", out_type=str)[0].startswith(META_SPACE)
+        return [] if prepends or self._processor.unk_id() in ids else ids
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`; `eod` is the first of END_OF_DOCUMENT in its vocabulary."""
+
+    def __init__(self, path: str) -> None:
+        self._tokenizer = _huggingface_tokenizer(path)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        # An end-of-document string inside a text is text: only the preprocessor may end a document.
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eod = _first_known((vocabulary[token] for token in END_OF_DOCUMENT if token in vocabulary), path)
+        self.fingerprint = _file_fingerprint(path)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
+
+
+def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0) -> None:
+    """Train a BPE model that loses nothing and write it to `path`, atomically.
+
+    Spaces, tabs and newlines are kept as they are, digits stand alone, what is rare falls back to bytes,
+    and "\\n" is a token of its own: no other token contains a newline. Texts of any size are sampled evenly
+    to TRAINING_CHARACTERS. Raises UserError for a file that is there already, no text, or a `vocab_size`
+    the text cannot fill or that cannot hold the characters.
+    """
+    if path.exists():
+        raise UserError(f"tokenizer {str(path)!r} exists: remove it or train to another path")
+    if path.suffix != ".model":
+        raise UserError(
+            f"tokenizer {str(path)!r} is to be trained by SentencePiece: give it a name ending in .model"
+        )
+    lines = _sample_lines(texts, TRAINING_CHARACTERS, seed)
+    if not lines:
+        raise UserError(f"tokenizer {str(path)!r} cannot be trained: the input holds no text")
+    model = _train_model(lines, path, vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    unfinished.write_bytes(model)
+    unfinished.replace(path)
+
+
+def _train_model(lines: list[str], path: Path, vocab_size: int) -> bytes:
+    sentencepiece = _import("sentencepiece")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            eos_piece=END_OF_DOCUMENT[0],
+            max_sentence_length=1 << 20,
+            num_threads=os.cpu_count() or 1,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("] ")[-1].split())
+        raise UserError(
+            f"tokenizer {str(path)!r} with {vocab_size} pieces cannot be trained: {reason}"
+        ) from error
+    return model.getvalue()
+
+
+def _sample_lines(texts: Iterable[str], characters: int, seed: int) -> list[str]:
+    """The lines of `texts`, thinned evenly (each kept with the same probability) to at most `characters`."""
+    random_ = random.Random(seed)
+    kept: list[str] = []
+    size, probability = 0, 1.0
+    for line in (line for text in texts for line in text.split("\n") if line):
+        if probability < 1 and random_.random() >= probability:
+            continue
+        kept.append(line)
+        size += len(line)
+        while size > characters and len(kept) > 1:
+            probability /= 2
+            kept = [line for line in kept if random_.random() < 0.5] or kept[:1]
+            size = sum(map(len, kept))
+    return kept
+
+
+def _first_known(ids: Iterable[int], path: str) -> int:
+    for i in ids:
+        return i
+    raise UserError(
+        f"tokenizer {path!r} has no end-of-document token: add one of {', '.join(END_OF_DOCUMENT)}"
+    )
+
+
+def _file_fingerprint(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _sentencepiece_processor(path: str) -> SentencePieceProcessor:
+    try:
+        return _import("sentencepiece").SentencePieceProcessor(model_file=path)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"tokenizer {path!r} is not a SentencePiece model: train or download it again"
+        ) from error
+
+
+def _huggingface_tokenizer(path: str) -> Any:
+    tokenizers = _import("tokenizers")
+    try:
+        return tokenizers.Tokenizer.from_file(path)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(
+            f"tokenizer {path!r} is not a Hugging Face tokenizer.json: download it again"
+        ) from error
+
+
+def _import(package: str) -> Any:
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise UserError(f"this tokenizer needs the package {package!r}: pip install {package}") from error

@@ -1,0 +1,188 @@
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megahp.data.indexed import IndexedWriter
+from megahp.data.loader import Loader, Source, TrainingData
+from megahp.errors import UserError
+
+LENGTH = 8
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Two sources of 40 documents of 30 tokens; no token id occurs twice."""
+    for k, name in enumerate(("one", "two")):
+        with IndexedWriter(str(tmp_path / name), 3000) as writer:
+            for document in range(40):
+                start = 1200 * k + 30 * document
+                writer.add_document(range(start, start + 30))
+    return [Source(str(tmp_path / "one"), 3.0), Source(str(tmp_path / "two"), 1.0)]
+
+
+def training_data(sources, tmp_path, seed=1, fraction=0.1, length=LENGTH):
+    return TrainingData(sources, length, seed, fraction, tmp_path / "cache")
+
+
+def test_batches_do_not_depend_on_how_they_are_cut(sources, tmp_path):
+    data = training_data(sources, tmp_path)
+    whole = data.batch(np.arange(64), documents=True)
+    assert (whole.tokens.dtype, whole.tokens.shape) == (torch.int64, (64, LENGTH + 1))
+    assert (whole.documents.dtype, whole.documents.shape) == (torch.int32, (64, LENGTH))
+    for rows in (np.arange(5, 9), np.array([63, 0, 17])):
+        part = training_data(sources, tmp_path).batch(rows, documents=True)
+        assert torch.equal(part.tokens, whole.tokens[rows]) and torch.equal(
+            part.documents, whole.documents[rows]
+        )
+        assert part.ids.tolist() == rows.tolist()
+    assert data.batch(np.arange(4), documents=False).documents is None
+
+
+def test_sources_are_dealt_by_weight(sources, tmp_path):
+    tokens = training_data(sources, tmp_path).batch(np.arange(400), documents=False).tokens
+    assert ((tokens[:, 0] < 1200).sum() - 300).abs() <= 1
+
+
+def test_one_epoch_of_a_source_repeats_nothing(sources, tmp_path):
+    data = training_data(sources[:1], tmp_path)
+    inputs = data.batch(np.arange((data.tokens - 1) // LENGTH), documents=False).tokens[:, :-1]
+    assert data.tokens == 36 * 30 and inputs.unique().numel() == inputs.numel()
+
+
+def test_validation_is_held_out_blended_and_the_same_for_all(sources, tmp_path):
+    data = training_data(sources, tmp_path)
+    everything = data.validation(10_000).tokens
+    assert len(everything) == 2 * ((4 * 30 - 1) // LENGTH) == len({row[0] for row in everything.tolist()})
+    trained = data.batch(np.arange(3000), documents=False).tokens.unique()
+    assert not np.isin(everything.numpy(), trained.numpy()).any()
+    few = data.validation(8)
+    assert ((few.tokens[:, 0] < 1200).sum().item(), len(few.tokens)) == (6, 8)
+    assert torch.equal(few.tokens, data.validation(12).tokens[:8])
+    assert torch.equal(few.tokens, training_data(sources, tmp_path, seed=9).validation(8).tokens)
+    assert few.documents.shape == (8, LENGTH)
+
+
+def test_validation_of_nothing_is_refused(sources, tmp_path):
+    with pytest.raises(UserError, match="validation_fraction is 0"):
+        training_data(sources, tmp_path, fraction=0.0).validation(1)
+    with pytest.raises(UserError, match="validation_fraction 0.01 leaves"):
+        training_data(sources, tmp_path, fraction=0.01, length=200)
+
+
+def test_a_single_document_cannot_be_split(tmp_path):
+    with IndexedWriter(str(tmp_path / "book"), 100) as writer:
+        writer.add_document([1] * 1000)
+    with pytest.raises(UserError, match="split the data into more documents"):
+        training_data([Source(str(tmp_path / "book"), 1.0)], tmp_path)
+
+
+def test_fingerprint_names_everything_but_the_path(sources, tmp_path):
+    base = training_data(sources, tmp_path).fingerprint
+    copies = []
+    for source in sources:
+        for suffix in ("bin", "idx"):
+            content = Path(f"{source.prefix}.{suffix}").read_bytes()
+            (tmp_path / f"copy-{source.weight}.{suffix}").write_bytes(content)
+        copies.append(Source(str(tmp_path / f"copy-{source.weight}"), 2 * source.weight))
+    assert training_data(copies, tmp_path).fingerprint == base
+    others = [
+        training_data(sources, tmp_path, seed=2),
+        training_data(sources, tmp_path, length=9),
+        training_data(sources, tmp_path, fraction=0.2),
+        training_data(sources[::-1], tmp_path),
+        training_data([sources[0], Source(sources[1].prefix, 2.0)], tmp_path),
+    ]
+    assert len({base, *(other.fingerprint for other in others)}) == 6
+
+
+def test_bad_sources_are_refused(sources, tmp_path):
+    for bad, reason in (
+        ([], "no sources"),
+        ([Source("/none", 1.0)], "/none.idx"),
+        ([Source("x", 0.0)], "weight 0.0"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            training_data(bad, tmp_path)
+
+
+def test_training_chunks_are_the_first_samples_up_to_an_epoch(sources, tmp_path):
+    data = training_data(sources, tmp_path)
+    (chunk,) = data.training_chunks(limit=100)
+    assert np.array_equal(chunk, data.batch(np.arange(12), documents=False).tokens)
+    assert sum(len(chunk) for chunk in data.training_chunks(limit=10**9)) == data.tokens // LENGTH
+
+
+class Recorded:
+    """Stands in for TrainingData: says which thread asked for which ids, and fails on a negative one."""
+
+    def __init__(self, data):
+        self.data, self.asked = data, []
+
+    def batch(self, ids, documents):
+        self.asked.append((ids.tolist(), threading.current_thread() is threading.main_thread()))
+        if ids.min() < 0:
+            raise RuntimeError("no such sample")
+        return self.data.batch(ids, documents)
+
+
+@pytest.fixture
+def recorded(sources, tmp_path):
+    return Recorded(training_data(sources, tmp_path))
+
+
+@pytest.fixture
+def loader(recorded):
+    loader = Loader(recorded, CPU, documents=True)
+    yield loader
+    loader.close()
+
+
+def test_what_was_announced_is_gathered_once_in_the_background(loader, recorded):
+    steps = [np.arange(4 * k, 4 * k + 4) for k in range(5)]
+    for now, then in zip(steps, [*steps[1:], None], strict=True):
+        batch = loader.take(now, then)
+        expected = recorded.data.batch(now, documents=True)
+        assert batch.ids.tolist() == now.tolist()
+        assert torch.equal(batch.tokens, expected.tokens) and torch.equal(batch.documents, expected.documents)
+    assert recorded.asked == [(step.tolist(), k == 0) for k, step in enumerate(steps)]
+
+
+def test_a_batch_that_grew_after_the_announcement(loader, recorded):
+    loader.take(np.arange(4), then=np.arange(4, 8))
+    batch = loader.take(np.arange(4, 12), then=np.arange(12, 20))
+    assert torch.equal(batch.tokens, recorded.data.batch(np.arange(4, 12), documents=False).tokens)
+    assert loader.take(np.arange(12, 20)).ids.tolist() == list(range(12, 20))
+    assert recorded.asked[-1] == (list(range(12, 20)), False)
+
+
+def test_errors_of_the_thread_surface_where_the_batch_is_used(loader):
+    loader.take(np.arange(4), then=np.array([-1]))
+    with pytest.raises(RuntimeError, match="no such sample"):
+        loader.take(np.array([-1]))
+    loader.take(np.arange(4), then=np.array([-1]))
+    assert loader.take(np.arange(4, 8)).ids.tolist() == [4, 5, 6, 7]
+
+
+def test_close_ends_the_thread(recorded):
+    before = threading.active_count()
+    loader = Loader(recorded, CPU, documents=False)
+    assert loader.take(np.arange(2), then=np.arange(2, 4)).documents is None
+    loader.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_arrive_on_the_gpu(recorded):
+    loader = Loader(recorded, torch.device("cuda"), documents=True)
+    for start in range(0, 40, 8):
+        batch = loader.take(np.arange(start, start + 8), then=np.arange(start + 8, start + 16))
+        expected = recorded.data.batch(batch.ids, documents=True)
+        assert batch.tokens.device.type == batch.documents.device.type == "cuda"
+        assert torch.equal(batch.tokens.cpu(), expected.tokens)
+        assert torch.equal(batch.documents.cpu(), expected.documents)
+    loader.close()

@@ -1,0 +1,175 @@
+import multiprocessing
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megahp.data.indexed import IndexedDataset, IndexedWriter
+from megahp.data.samples import SampleOrder, split_documents
+from megahp.errors import UserError
+
+LENGTH = 7
+# Some documents fill several windows, some are shorter than one, some are empty.
+SIZES = [3, 40, 0, 1, 9, 0, 0, 25, 2, 2, 2, 14, 7, 8, 1, 30]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Every token of the corpus has its own id, so a token tells where it comes from."""
+    with IndexedWriter(str(tmp_path / "data"), 1000) as writer:
+        for start, size in zip(np.cumsum([0, *SIZES]), SIZES, strict=False):
+            writer.add_document(range(start, start + size))
+    return IndexedDataset(str(tmp_path / "data"))
+
+
+def order(dataset, cache, seed=1, documents=None, length=LENGTH):
+    documents = np.arange(dataset.documents) if documents is None else documents
+    return SampleOrder(dataset, documents, length, seed, Path(cache))
+
+
+def document_of(token):
+    return int(np.searchsorted(np.cumsum(SIZES), token, side="right"))
+
+
+def epoch(samples, number):
+    start = number * samples.samples_per_epoch
+    return [samples.sample(j) for j in range(start, start + samples.samples_per_epoch)]
+
+
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_windows_of_an_epoch_join_to_whole_documents(dataset, tmp_path, number):
+    windows = [tokens.tolist() for tokens, _ in epoch(order(dataset, tmp_path / "c"), number)]
+    assert len(windows) == (sum(SIZES) - 1) // LENGTH
+    following = {window[0]: window for window in windows}
+    heads = set(following) - {window[-1] for window in windows}
+    assert len(following) == len(windows) and len(heads) == 1
+    stream = [heads.pop()]
+    while stream[-1] in following:
+        stream += following[stream[-1]][1:]
+    assert len(stream) == len(windows) * LENGTH + 1
+    # The stream is whole documents in some order; only the last may be cut.
+    parts = [
+        list(range(start, start + size)) for start, size in zip(np.cumsum([0, *SIZES]), SIZES, strict=False)
+    ]
+    while stream:
+        part = parts[document_of(stream[0])]
+        assert stream[: len(part)] == part[: len(stream)]
+        stream = stream[len(part) :]
+
+
+def test_every_input_token_comes_once_an_epoch_but_for_the_remainder(dataset, tmp_path):
+    samples = order(dataset, tmp_path / "c")
+    for number in range(4):
+        seen = Counter(int(i) for tokens, _ in epoch(samples, number) for i in tokens[:-1])
+        assert set(seen.values()) == {1} and len(seen) == samples.samples_per_epoch * LENGTH
+
+
+def test_document_numbers_follow_the_tokens(dataset, tmp_path):
+    samples = order(dataset, tmp_path / "c")
+    for j in range(3 * samples.samples_per_epoch):
+        tokens, documents = samples.sample(j)
+        assert (tokens.dtype, documents.dtype) == (np.int64, np.int32)
+        assert (tokens.shape, documents.shape) == ((LENGTH + 1,), (LENGTH,))
+        origins = [document_of(token) for token in tokens[:-1]]
+        changes = np.cumsum([0] + [a != b for a, b in zip(origins, origins[1:], strict=False)])
+        assert documents.tolist() == changes.tolist()
+
+
+def test_a_sample_depends_only_on_seed_and_number(dataset, tmp_path):
+    first, second = order(dataset, tmp_path / "one"), order(dataset, tmp_path / "two")
+    ids = [400, 3, 17, 0, 250, 3, 60]
+    forward = {j: first.sample(j)[0].tolist() for j in range(401)}
+    assert [second.sample(j)[0].tolist() for j in ids] == [forward[j] for j in ids]
+
+
+def test_epochs_and_seeds_differ(dataset, tmp_path):
+    orders = [order(dataset, tmp_path / "c", seed) for seed in (1, 2)]
+    epochs = [
+        str([t.tolist() for t, _ in epoch(samples, number)]) for samples in orders for number in range(3)
+    ]
+    assert len(set(epochs)) == 6
+
+
+def test_the_order_is_pinned(dataset, tmp_path):
+    """A resumed run relies on these numbers: a change of the order is a change of every run's data."""
+    samples = order(dataset, tmp_path / "c", seed=1234)
+    assert [int(samples.sample(j)[0][0]) for j in (0, 1, 2, 20, 21)] == [124, 75, 79, 34, 65]
+
+
+def test_too_few_tokens_for_one_sample(dataset, tmp_path):
+    exact = order(dataset, tmp_path / "c", length=sum(SIZES) - 1)
+    assert exact.samples_per_epoch == 1 and sorted(exact.sample(5)[0]) == list(range(sum(SIZES)))
+    with pytest.raises(UserError, match=f"fewer than the {sum(SIZES) + 1} of one sample"):
+        order(dataset, tmp_path / "c", length=sum(SIZES))
+
+
+def test_cache_is_used_and_a_damaged_one_is_rebuilt(dataset, tmp_path):
+    cache = tmp_path / "c"
+    wanted = [t.tolist() for t, _ in epoch(order(dataset, cache), 0)]
+    (path,) = cache.iterdir()
+    good = path.read_bytes()
+    order(dataset, cache).sample(0)
+    assert path.read_bytes() == good and len(list(cache.iterdir())) == 1
+    flipped = good[:-30] + bytes([good[-30] ^ 1]) + good[-29:]
+    for bad in (b"", good[:50], good[:-8], good + b"\0", flipped, b"\0" * len(good)):
+        path.write_bytes(bad)
+        assert [t.tolist() for t, _ in epoch(order(dataset, cache), 0)] == wanted
+        assert bad == good + b"\0" or path.read_bytes() == good
+
+
+def test_cache_names_differ_with_all_they_depend_on(dataset, tmp_path):
+    cache = tmp_path / "c"
+    for samples in (
+        order(dataset, cache),
+        order(dataset, cache, seed=2),
+        order(dataset, cache, length=8),
+        order(dataset, cache, documents=np.arange(1, dataset.documents)),
+    ):
+        samples.sample(0)
+        samples.sample(samples.samples_per_epoch)
+    assert len(list(cache.iterdir())) == 8
+
+
+def read_all(prefix, cache, barrier, results):
+    samples = order(IndexedDataset(prefix), cache)
+    barrier.wait()
+    results.put([samples.sample(j)[0].tolist() for j in range(20 * samples.samples_per_epoch)])
+
+
+def test_processes_race_for_the_same_cache(dataset, tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(4), context.Queue()
+    arguments = (dataset.prefix, tmp_path / "c", barrier, results)
+    ranks = [context.Process(target=read_all, args=arguments) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    read = [results.get(timeout=20) for _ in ranks]
+    for rank in ranks:
+        rank.join()
+    samples = order(dataset, tmp_path / "alone")
+    alone = [samples.sample(j)[0].tolist() for j in range(20 * samples.samples_per_epoch)]
+    assert read == [alone] * 4
+    assert len(list((tmp_path / "c").iterdir())) == 20
+
+
+@pytest.mark.parametrize("documents", [1, 2, 3, 10, 1000])
+@pytest.mark.parametrize("fraction", [0.0, 1e-9, 0.01, 0.3, 0.5, 0.999])
+def test_split_is_a_partition_with_both_parts(documents, fraction):
+    training, validation = split_documents(documents, fraction)
+    assert sorted([*training, *validation]) == list(range(documents))
+    assert len(training) > 0
+    assert (len(validation) > 0) == (fraction > 0 and documents >= 2)
+    assert len(validation) <= max(1, round(fraction * documents))
+
+
+def test_split_sees_every_tenth_of_the_corpus():
+    _, validation = split_documents(10_000, 0.01)
+    assert np.bincount(validation // 1000).tolist() == [10] * 10
+    assert len(set(np.diff(validation))) > 20, "evenly spaced ids would follow any period of the corpus"
+
+
+def test_split_refuses_a_bad_fraction():
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UserError, match="validation_fraction"):
+            split_documents(10, fraction)

@@ -1,0 +1,80 @@
+"""The estimators: unbiased, exact against their definitions, and smoothed apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megahp.scaling.noise_scale import Average, NoiseScale, estimate, ratio
+
+
+@pytest.mark.parametrize("batch", [2, 4, 8, 32])
+def test_both_estimates_are_unbiased(batch: int) -> None:
+    """Gaussian per-example gradients of known mean and covariance: within 4 standard errors of the truth."""
+    random = np.random.default_rng(1)
+    trials, size = 20_000, 50
+    mean, deviation = random.normal(0, 0.3, size), random.uniform(0.5, 1.8, size)
+    gradients = mean + deviation * random.normal(size=(trials, batch, size))
+    sq_example = (gradients**2).sum(2).mean(1)
+    sq_batch = (gradients.mean(1) ** 2).sum(1)
+    estimates = np.array([estimate(a, b, batch) for a, b in zip(sq_example, sq_batch, strict=True)])
+    errors = estimates.std(0) / trials**0.5
+    assert abs(estimates[:, 0].mean() - (mean**2).sum()) < 4 * errors[0]
+    assert abs(estimates[:, 1].mean() - (deviation**2).sum()) < 4 * errors[1]
+    # and the naive ||G||^2 is not: the test can tell
+    assert abs(sq_batch.mean() - (mean**2).sum()) > 4 * sq_batch.std() / trials**0.5
+
+
+def test_a_batch_of_one_says_nothing() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        estimate(1.0, 1.0, 1)
+    noise = NoiseScale(half_life=100)
+    noise.update({"norm": 1.0}, {"norm": 1.0}, 1, 10)
+    assert noise.pooled.ratio is None and noise.layers == {}
+
+
+@pytest.mark.parametrize("pair", [(-1.0, 1.0), (0.0, 1.0), (1.0, -1.0)])
+def test_a_ratio_that_means_nothing_is_none(pair: tuple[float, float]) -> None:
+    assert ratio(*pair) is None
+
+
+def test_half_life_is_counted_in_tokens() -> None:
+    """Many small steps and few large ones of the same tokens weigh the past alike."""
+    fine, coarse = Average(), Average()
+    for _ in range(100):
+        fine.add(1.0, 2.0, 0.5 ** (1 / 100))
+    coarse.add(1.0, 2.0, 0.5)
+    assert fine.weight == pytest.approx(coarse.weight, rel=1e-12) == 0.5
+    assert fine.true_sq == pytest.approx(0.5) and fine.noise == pytest.approx(1.0)
+
+
+def test_smoothing_apart_is_right_where_averaging_ratios_is_not() -> None:
+    random = np.random.default_rng(0)
+    mean = np.full(50, 0.28)
+    noise, ratios = NoiseScale(half_life=4e4), []
+    for _ in range(4000):
+        gradients = mean + random.normal(0, 1.2, size=(4, 50))
+        sq_example, sq_batch = (gradients**2).sum(1).mean(), (gradients.mean(0) ** 2).sum()
+        noise.update({"a": sq_example}, {"a": sq_batch}, 4, 64)
+        ratios.append(np.divide(*estimate(sq_example, sq_batch, 4)[::-1]))
+    truth = 50 * 1.2**2 / (mean**2).sum()
+    assert noise.pooled.ratio == pytest.approx(truth, rel=0.1)
+    assert abs(np.mean(ratios) / truth - 1) > 0.1
+
+
+def test_pooled_is_the_ratio_of_sums_over_layers() -> None:
+    noise = NoiseScale(half_life=100)
+    noise.update({"a": 10.0, "b": 4.0}, {"a": 3.0, "b": 1.0}, 8, 10)
+    (a_true, a_noise), (b_true, b_noise) = estimate(10.0, 3.0, 8), estimate(4.0, 1.0, 8)
+    assert noise.layers["a"].ratio == pytest.approx(a_noise / a_true)
+    assert noise.pooled.ratio == pytest.approx((a_noise + b_noise) / (a_true + b_true))
+
+
+def test_state_restores_exactly() -> None:
+    first = NoiseScale(half_life=100)
+    first.update({"a": 10.0}, {"a": 3.0}, 8, 10)
+    second = NoiseScale(half_life=100)
+    second.restore(first.state())
+    for noise in (first, second):
+        noise.update({"a": 9.0}, {"a": 2.5}, 8, 10)
+    assert first.state() == second.state()

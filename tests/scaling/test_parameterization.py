@@ -1,0 +1,65 @@
+"""The tables, against the numbers of papers (CompleteP Table 1) worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from megahp.config import Parameterization
+from megahp.scaling.parameterization import Role, Rule, Table, fill_in
+
+
+def table(name: str, alpha: float = 1.0, width: int = 2048, layers: int = 32) -> Table:
+    return fill_in(Parameterization(name=name, depth_alpha=alpha), width, layers, head_size=64)  # base (256, 2)
+
+
+def test_completep_at_alpha_1() -> None:
+    filled = table("completep")
+    assert filled.residual == 1 / 16
+    assert filled.logits == 1 / 8
+    assert filled.attention == 1 / 64
+    assert filled.rules[Role.HIDDEN] == Rule(init_std=8**-0.5, lr=1 / 8, weight_decay=8.0, eps=1 / 128)
+    assert filled.rules[Role.HIDDEN].init_std == pytest.approx(0.35355, abs=1e-5)
+    assert filled.rules[Role.NORM] == filled.rules[Role.BIAS] == Rule(lr=1.0, weight_decay=0.0, eps=1 / 128)
+
+
+def test_completep_at_alpha_half() -> None:
+    filled = table("completep", 0.5)
+    assert filled.residual == 0.25
+    assert filled.rules[Role.HIDDEN].lr == 0.03125
+    assert filled.rules[Role.HIDDEN].eps == 0.03125
+    assert filled.rules[Role.NORM].lr == 0.25
+
+
+def test_mup_scales_width_only() -> None:
+    filled = table("mup")
+    assert filled == fill_in(Parameterization(name="mup"), 2048, 2, 64)
+    assert (filled.residual, filled.logits) == (1.0, 1 / 8)
+    assert filled.rules[Role.HIDDEN] == Rule(init_std=8**-0.5, lr=1 / 8, weight_decay=8.0, eps=1 / 8)
+
+
+def test_sp_scales_nothing() -> None:
+    filled = table("sp")
+    assert (filled.residual, filled.logits, filled.attention) == (1.0, 1.0, 1 / 8)
+    assert {rule.lr for rule in filled.rules.values()} == {rule.eps for rule in filled.rules.values()} == {1.0}
+
+
+@pytest.mark.parametrize("name", ["sp", "mup", "completep"])
+def test_embeddings_and_ends_keep_the_base_values_and_vectors_are_not_decayed(name: str) -> None:
+    rules = table(name).rules
+    assert rules[Role.EMBEDDING] == rules[Role.UNEMBEDDING] == Rule()
+    assert rules[Role.FINAL_NORM] == Rule(weight_decay=0.0)
+    assert {role for role, rule in rules.items() if rule.weight_decay == 0} == {Role.NORM, Role.BIAS, Role.FINAL_NORM}
+
+
+def test_at_the_base_shape_every_table_is_the_same_but_for_attention() -> None:
+    at_base = {name: table(name, width=256, layers=2) for name in ("sp", "mup", "completep")}
+    assert at_base["mup"].rules == at_base["completep"].rules == at_base["sp"].rules
+    assert {filled.residual for filled in at_base.values()} == {filled.logits for filled in at_base.values()} == {1.0}
+
+
+def test_the_timescale_of_hidden_weights_depends_on_neither_width_nor_depth() -> None:
+    """tau = 1 / (eta lambda): the product of the two multipliers is 1 (papers.md check 6)."""
+    products = {rule.lr * rule.weight_decay
+                for width in (256, 768, 2048) for layers in (2, 10, 64)
+                for rule in [table("completep", width=width, layers=layers).rules[Role.HIDDEN]]}
+    assert max(abs(product - 1) for product in products) < 1e-12

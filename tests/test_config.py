@@ -1,0 +1,132 @@
+"""The settings: which there are, where a value comes from, and what is refused."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from megahp import config
+from megahp.errors import UserError
+from megahp.parallel.layout import Layout, fit
+from megahp.presets import PRESETS
+
+# A setting is a promise: adding one means adding it here, and to the changelog.
+SETTINGS = """
+model.preset model.layers model.width model.heads model.kv_heads model.head_size model.mlp_width model.activation
+model.norm model.norm_eps model.positions model.rope_theta model.bias model.qk_norm model.tied_embeddings model.vocab_size
+parameterization.name parameterization.base_width parameterization.base_layers parameterization.depth_alpha
+parameterization.init_std parameterization.embedding_multiplier parameterization.output_multiplier
+data.train data.weights data.tokenizer data.sequence_length data.validation_fraction data.mask_documents data.cache
+schedule.name schedule.warmup
+batch.policy batch.global_batch batch.micro_batch
+optimizer.name optimizer.lr optimizer.weight_decay optimizer.beta1 optimizer.beta2 optimizer.eps optimizer.clip
+parallel.tp parallel.pp parallel.cp parallel.ep parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel
+train.tokens train.steps train.dtype train.device train.seed train.noise_scale train.noise_half_life train.validate_every
+train.validation_samples
+checkpoint.every checkpoint.keep
+log.name log.root log.every log.tensorboard
+""".split()
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def problems_of(folder: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        config.load(write(folder, text), overrides)
+    return str(caught.value).splitlines()
+
+
+def test_the_list_of_settings_is_frozen() -> None:
+    assert config.keys() == SETTINGS
+
+
+def test_every_setting_is_described() -> None:
+    assert all(config.describe(key) for key in config.keys())
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    code = "".join(path.read_text() for path in Path(config.__file__).parent.rglob("*.py"))
+    unread = [key for key in config.keys() if f".{key.partition('.')[2]}" not in code]
+    assert unread == []
+
+
+def test_command_line_wins_over_file_over_preset_over_default(tmp_path: Path) -> None:
+    path = write(tmp_path, '[model]\npreset = "llama-3-8b"\nlayers = 3\n[train]\ntokens = 1e8\n')
+    resolved = config.load(path, ["model.layers=5", "log.name=first"])
+    assert (resolved.config.model.layers, resolved.origins["model.layers"]) == (5, "command line")
+    assert (resolved.config.model.kv_heads, resolved.origins["model.kv_heads"]) == (8, "preset llama-3-8b")
+    assert (resolved.config.train.tokens, resolved.origins["train.tokens"]) == (100_000_000, "run.toml")
+    assert (resolved.config.optimizer.beta2, resolved.origins["optimizer.beta2"]) == (0.95, "default")
+    assert resolved.origins["model.head_size"].startswith("derived")
+    assert resolved.config.log.name == "first"
+
+
+def test_what_is_printed_is_a_valid_run_file(tmp_path: Path) -> None:
+    for preset in PRESETS:
+        resolved = config.load(write(tmp_path, f'[model]\npreset = "{preset}"\n[data]\ntrain = ["a b", "c\\"d"]\n'))
+        text = config.to_toml(resolved.config, resolved.origins)
+        assert config.from_dict(tomllib.loads(text), "again") == resolved.config
+        assert config.from_dict(config.to_dict(resolved.config), "again") == resolved.config
+
+
+def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: Path) -> None:
+    found = problems_of(
+        tmp_path,
+        '[model]\nlyers = 3\nwidth = "wide"\nbias = 1\n[train]\ndtype = "fp8"\ntokens = 0.5\n[optimser]\nlr = 1\n',
+        "optimizer.lr=-1", "parallel.pp=2")
+    told = "\n".join(found)
+    assert len(found) == 8
+    for words in ("model.lyers = 3", "did you mean layers", "model.width = 'wide'", "whole number", "true or false",
+                  "float32, bfloat16, float64", "[optimser]", "did you mean optimizer", "optimizer.lr = -1.0",
+                  "above 0", "parallel.pp = 2"):
+        assert words in told
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["model.heads=5"], ["model.heads = 5", "model.width = 256", "4"]),
+    (["model.kv_heads=3"], ["model.kv_heads = 3", "2, 4"]),
+    (["parallel.tp=3"], ["parallel.tp = 3", "model.kv_heads = 4", "2, 4"]),
+    (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tp"]),
+    (["parallel.tp=4", "parallel.sequence_parallel=true", "data.sequence_length=62"], ["62", "60, 64"]),
+    (["data.train=[\"a\"]", "data.weights=[1, 2]"], ["data.weights", "data.train"]),
+    (["parallel.dp_replicate=0"], ["dp_replicate", "dp_shard"]),
+    (["train.tokens=100"], ["train.tokens = 100", "batch"]),
+    (["model.positions=alibi", "model.rope_theta=500"], ["model.rope_theta", "no effect", "rope"]),
+    (["parameterization.name=sp", "parameterization.base_width=64"], ["parameterization.base_width", "no effect"]),
+    (["model.preset=lama-3-8b"], ["lama-3-8b", "llama-3-8b"]),
+    (["data.validation_fraction=0"], ["validation_samples", "validation_fraction"]),
+    (["--rank", "2"], ["--rank"]),
+])
+def test_impossible_settings_are_refused(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    told = "\n".join(problems_of(tmp_path, "", *overrides))
+    assert all(word in told for word in words), told
+
+
+def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.toml does not exist"):
+        config.load(tmp_path / "nowhere.toml")
+    assert "not valid TOML" in problems_of(tmp_path, "[model\n")[0]
+
+
+@pytest.mark.parametrize(("parallel", "ranks", "layout"), [
+    (config.Parallel(), 1, Layout()),
+    (config.Parallel(tp=2), 8, Layout(tp=2, dp_shard=4)),
+    (config.Parallel(tp=2, dp_replicate=0, dp_shard=2), 8, Layout(tp=2, dp_shard=2, dp_replicate=2)),
+])
+def test_data_parallelism_fills_what_is_left(parallel: config.Parallel, ranks: int, layout: Layout) -> None:
+    assert fit(parallel, ranks) == layout
+
+
+@pytest.mark.parametrize(("parallel", "ranks", "words"), [
+    (config.Parallel(tp=4), 6, "nearest: 4, 8"),
+    (config.Parallel(tp=2, dp_shard=2), 2, "needs 4 ranks"),
+])
+def test_a_layout_that_does_not_fit_the_ranks_is_refused(parallel: config.Parallel, ranks: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        fit(parallel, ranks)

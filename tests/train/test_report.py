@@ -1,0 +1,256 @@
+"""The report: the right numbers, nothing executable, any length of run."""
+
+import json
+import re
+import sys
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from megahp.errors import UserError
+from megahp.train.metrics import Run, RunLog, read_run
+from megahp.train.report import text_summary, write_report
+from megahp.train.report_numbers import health, layer_points, smooth, summary, thin
+
+pytest.importorskip("matplotlib")
+
+
+def record(step, **values):
+    """A step of a run of batch 32 and 512 tokens a sample, 4 s each."""
+    return {
+        "step": step, "tokens": step * 32 * 512, "samples": step * 32, "loss": 3.0 + 5.0 / step,
+        "lr": 2e-3 / step, "weight_decay": 0.1, "global_batch": 32, "grad_norm": 1.0,
+        "grad_sq_example": 20.0 / step, "grad_sq_batch": 1.0 / step,
+        "noise_scale": 40.0 + step, "noise_scale_tokens": 512 * (40.0 + step),
+        "noise_scale_layers": {"layers.0.norm": 30.0, "layers.1.norm": 60.0 + step, "final_norm": None},
+        "tokens_per_second": 4096.0, "step_seconds": 4.0, **values,
+    }  # fmt: skip
+
+
+def write_run(directory, steps=100, events=(), baselines=None, config=None, **values):
+    log = RunLog(directory)
+    for step in range(1, steps + 1):
+        log.metrics(record(step, **values))
+    for event, reason, inputs in events:
+        log.event(event, reason, **inputs)
+    log.close()
+    if baselines is not None:
+        (directory / "baselines.json").write_text(json.dumps(baselines))
+    if config is not None:
+        (directory / "config.toml").write_text(config)
+    return directory
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page: its tags, its text, the rows of its tables."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.rows, self.open, self.texts = [], [], [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.text = " ".join(self.texts)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.texts.append(data)
+        if self.rows and {"td", "th"} & set(self.open):
+            self.rows[-1].append(data)
+
+
+def report(tmp_path, *runs):
+    return Page(write_report(runs, tmp_path / "report.html"))
+
+
+def test_the_numbers_are_right(tmp_path):
+    run = write_run(tmp_path / "owl", validation_loss=3.5, baselines={"unigram": 7.25, "bigram": 4.75})
+    rows = dict(row for row in report(tmp_path, run).rows if len(row) == 2)
+    assert rows == {
+        "Final loss": "3.0500",
+        "Validation loss": "3.5000",
+        "Unigram baseline": "7.2500 (3.7500 below)",
+        "Bigram baseline": "4.7500 (1.2500 below)",
+        "Tokens": "1,638,400",
+        "Steps": "100",
+        "Steps skipped": "0",
+        "Training time": "6 min 40 s",
+        "Tokens per second": "4.1k",
+        "Peak learning rate": "0.002",
+        "Global batch": "32",
+        "Noise scale": "41 to 140",
+    }
+
+
+def test_the_text_for_a_terminal_has_the_same_numbers(tmp_path):
+    run = write_run(tmp_path / "owl", mfu=0.413)
+    text = text_summary(run)
+    numbers = {label: value for label, value in summary(read_run(run)).items() if value}
+    assert numbers["Model FLOPs utilization"] == "41.3 %"
+    assert all(re.search(rf"^{label} +{re.escape(value)}$", text, re.M) for label, value in numbers.items())
+    assert "Unigram" not in text  # unknown: not mentioned
+    assert "ok    Throughput is steady." in text
+
+
+def test_the_page_stands_alone_and_nothing_in_it_runs(tmp_path):
+    evil = "<script>alert(1)</script><img src=x onerror=y>&\"' $a_1$ #1c2128"
+    run = write_run(
+        tmp_path / "<b>owl",
+        baselines={"unigram": 7.0, "sample": evil},
+        config=f'name = "{evil}"',
+        events=[(evil, evil, {"step": 50, "tokens": 50 * 32 * 512})],
+        noise_scale_layers={evil: 3.0, "layers.1.norm": 60.0},
+    )
+    page = report(tmp_path, run)
+    names = [tag for tag, _ in page.tags]
+    assert not {"script", "img", "link", "iframe", "object", "base"} & set(names)
+    assert names.count("b") == len(health(read_run(run)))  # the signs of the checks, not the run's name
+    assert not any({"src", "href"} & set(attributes) for _, attributes in page.tags)
+    assert "url(http" not in page.source and "@import" not in page.source
+    assert page.text.count("<script>alert(1)</script>") >= 5  # sample, config, event, reason, layer
+    assert f'name = "{evil}"' in page.text and "<b>owl" in page.text
+
+
+def test_figures_can_be_read_and_follow_the_page(tmp_path):
+    events = [("batch", "noise scale reached 64", {"step": 9, "tokens": 9 * 32 * 512})]
+    page = report(tmp_path, write_run(tmp_path / "owl", baselines={"bigram": 4.75}, events=events))
+    drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(drawings) == 6 and all(one["role"] == "img" and one["aria-label"] for one in drawings)
+    assert "bigram 4.75" in page.text and "batch: noise scale reached 64" in page.text
+    svg = page.source[page.source.index("<svg") :]
+    assert "var(--run0)" in svg and "#2b5fa8" not in svg  # no colour is fixed
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_same_run_gives_the_same_page(tmp_path):
+    run = write_run(tmp_path / "owl", baselines={"unigram": 7.0, "bigram": 4.0})
+    first = report(tmp_path, run).source
+    assert report(tmp_path, run).source == first
+
+
+def test_runs_are_overlaid_each_in_its_colour(tmp_path):
+    one = write_run(tmp_path / "a" / "owl", baselines={"unigram": 7.0})
+    two = write_run(tmp_path / "b" / "owl", steps=50, loss=2.5, events=[("batch", "grew", {})])
+    page = report(tmp_path, one, two)
+    rows = {row[0]: row[1:] for row in page.rows if row}
+    assert rows["Final loss"] == ["3.0500", "2.5000"] and rows["Steps"] == ["100", "50"]
+    assert rows["Unigram baseline"][1] == "–"
+    assert str(one) in page.text and str(two) in page.text  # the same name: told apart by path
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 6
+    assert "var(--run0)" in page.source and "stroke: var(--run1)" in page.source
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_that_has_just_begun(tmp_path, steps):
+    run = write_run(tmp_path / "owl", steps=steps, baselines={"unigram": 7.0, "bigram": 4.0})
+    page = report(tmp_path, run)
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 6
+
+
+def test_nulls_everywhere(tmp_path):
+    nulls = {key: None for key in record(1) if key not in ("step", "tokens", "samples")}
+    run = write_run(tmp_path / "owl", steps=30, skipped=True, **nulls)
+    page = report(tmp_path, run, write_run(tmp_path / "lark", noise_scale=None, noise_scale_layers=None))
+    assert {row[0]: row[1] for row in page.rows if row}["Steps skipped"] == "30"
+    assert "No step has a finite loss." in page.text
+    alone = report(tmp_path, run)
+    assert alone.text.count("Not recorded.") == 6 and "nan" not in alone.text.lower()
+
+
+def test_a_long_run_is_thinned_and_quick(tmp_path):
+    steps = 50_000
+    log = RunLog(tmp_path / "owl")
+    noise = np.random.default_rng(0).normal(size=steps)
+    for step in range(1, steps + 1):
+        extra = {"skipped": True} if step % 5000 == 0 else {}
+        loss = None if extra else 3.0 + 5.0 / step + 0.05 * float(noise[step - 1])
+        log.metrics(record(step, loss=loss, **extra))
+    for step in range(0, steps, 100):
+        log.event("checkpoint", "every 100 steps", step=step, tokens=step * 32 * 512)
+    log.event("batch", "64 -> 128", step=40, tokens=40 * 32 * 512)
+    log.close()
+    start = time.monotonic()
+    page = report(tmp_path, tmp_path / "owl")
+    assert time.monotonic() - start < 10
+    assert len(page.source) < 1_500_000
+    assert "500 × checkpoint" in page.text and page.text.count("every 100 steps") == 0
+    assert "64 -> 128" in page.text
+
+
+def test_thin_keeps_the_ends_the_spikes_and_the_gaps():
+    x = np.arange(100_000.0)
+    y = np.sin(x / 9000)
+    y[12_345], y[70_001], y[40_000:41_000] = 50.0, -50.0, np.nan
+    thin_x, thin_y = thin(x, y)
+    assert len(thin_x) <= 2002
+    assert {0.0, 12_345.0, 70_001.0, 99_999.0} <= set(thin_x)
+    assert np.nanmax(thin_y) == 50 and np.nanmin(thin_y) == -50
+    assert np.isnan(thin_y[(thin_x >= 40_100) & (thin_x < 40_900)]).all()
+    assert thin(x[:10], y[:10])[0].tolist() == x[:10].tolist()
+
+
+def test_smooth_is_a_mean_that_skips_nan():
+    assert smooth(np.full(50, 2.5), 7) == pytest.approx(np.full(50, 2.5))
+    ramp = np.arange(50.0)
+    assert smooth(ramp, 5)[5:-5] == pytest.approx(ramp[5:-5])  # centred: no lag
+    ramp[20] = np.nan
+    assert np.isnan(smooth(ramp, 5)[20]) and np.isfinite(smooth(ramp, 5)[[19, 21]]).all()
+    assert smooth(ramp, 1) == pytest.approx(ramp, nan_ok=True)
+
+
+def test_layers_lie_at_their_depth():
+    layers = {"layers.0.a": 1.0, "layers.0.b": None, "layers.1.a": 3.0, "final": 4.0}
+    run = Run("owl", [{"noise_scale_layers": layers}, {"noise_scale_layers": None}], [], {}, "")
+    assert layer_points(run) == [("layers.*.a", 0, 1.0), ("layers.*.a", 1, 3.0), ("final", 2, 4.0)]
+
+
+def checks(*losses, baselines=None, **values):
+    steps = [record(step, loss=loss, **values) for step, loss in enumerate(losses, start=1)]
+    return health(Run("owl", steps, [], baselines or {}, ""))
+
+
+def test_health_sees_what_is_wrong():
+    assert all(good for good, _ in checks(5.0, 4.0, 3.0, baselines={"unigram": 7.0, "bigram": 4.5}))
+    found = checks(5.0, 3.0, 6.0, skipped=True, global_batch=90, noise_scale=45.0)
+    assert {text for good, text in found if not good} == {
+        "Loss went from 5.00 to 6.00.",
+        "Loss ends 3.00 nats above its lowest level: look for a spike or a jump.",
+        "3 of 3 logged steps were skipped: gradient not finite.",
+        "Global batch is 2.00 times the noise scale: more examples a step than the gradient needs.",
+    }
+    assert checks(7.0, 5.0, baselines={"unigram": 7.0, "bigram": 4.5})[0] == (
+        False,
+        "Loss is 0.50 nats above the bigram baseline: the model knows less than which token follows which.",
+    )
+    stale = checks(5.0, 3.0, 9.0, baselines={"unigram": 7.0}, validation_loss=3.0)[0]
+    assert stale[0] is False and stale[1].startswith("Loss is 2.00 nats above the unigram baseline")
+
+
+def test_mistakes_are_told(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="at least one run"):
+        write_report([], tmp_path / "report.html")
+    with pytest.raises(UserError, match=r"absent/metrics\.jsonl does not exist"):
+        write_report([tmp_path / "absent"], tmp_path / "report.html")
+    with pytest.raises(UserError, match="holds no step yet"):
+        text_summary(write_run(tmp_path / "new", steps=0))
+    run = write_run(tmp_path / "owl", steps=2)
+    with pytest.raises(UserError, match="owl cannot be written"):
+        write_report([run], run)  # a directory
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        write_report([run], tmp_path / "report.html")
