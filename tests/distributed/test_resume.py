@@ -1,0 +1,179 @@
+"""Runs through the real command: killed and gone on with, moved to another layout, with another batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megahp.data.indexed import IndexedWriter
+
+RUN = """
+[model]
+layers = 2
+width = 32
+heads = 4
+[data]
+train = ["corpus"]
+sequence_length = 32
+validation_fraction = 0.1
+[batch]
+global_batch = 8
+micro_batch = 2
+[train]
+tokens = 10240
+validate_every = 7
+validation_samples = 12
+[checkpoint]
+every = 5
+[log]
+tensorboard = false
+"""
+STEPS = 40  # 10240 tokens in batches of 8 x 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    random = np.random.RandomState(0)
+    with IndexedWriter(str(folder / "corpus"), 257) as writer:
+        for _ in range(40):
+            writer.add_document(np.minimum(random.geometric(0.05, random.randint(50, 300)), 256).tolist())
+    (folder / "run.toml").write_text(RUN)
+    return folder
+
+
+def command(name: str, *words: str) -> list[str]:
+    return [sys.executable, "-m", "megahp", "train", "run.toml", f"log.name={name}", *words]
+
+
+def train(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(name, *words), cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def metrics(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(folder: Path, name: str) -> list[dict[str, Any]]:
+    """All that is logged of each step but the clock's readings."""
+    clock = ("tokens_per_second", "step_seconds")
+    return [{key: value for key, value in record.items() if key not in clock} for record in metrics(folder, name)]
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    return [record["loss"] for record in metrics(folder, name)]
+
+
+def kill_a_rank(folder: Path, name: str, step: int) -> int:
+    """Start two ranks, kill -9 the second once `step` is logged, and return the command's exit code."""
+    started = subprocess.Popen(command(name, "--ranks", "2"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = folder / "runs" / name / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= step):
+        assert started.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    second = next(int(pid) for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    os.kill(second, signal.SIGKILL)
+    code = started.wait(timeout=30)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children), "a rank outlived its peer"
+    return code
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> list[dict[str, Any]]:
+    train(folder, "whole", "--ranks", "2")
+    return numbers(folder, "whole")
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path, whole: list[dict[str, Any]]) -> str:
+    code = kill_a_rank(folder, "killed", step=12)
+    assert code != 0
+    assert 12 <= len(metrics(folder, "killed")) < STEPS
+    return "killed"
+
+
+def copy_of(folder: Path, name: str, copy: str) -> str:
+    subprocess.run(["cp", "-r", folder / "runs" / name, folder / "runs" / copy], check=True)
+    return copy
+
+
+def test_a_killed_run_goes_on_bit_for_bit(folder: Path, whole: list[dict[str, Any]], killed: str) -> None:
+    again = copy_of(folder, killed, "again")
+    train(folder, again, "--ranks", "2", "--resume", "auto")
+    assert len(whole) == STEPS
+    assert numbers(folder, again) == whole  # losses, norms, noise scale, validation: every digit
+    events = [json.loads(line)["event"] for line in (folder / "runs" / again / "events.jsonl").read_text().splitlines()]
+    assert events == ["started", "resumed", "finished"]
+
+
+def test_a_killed_run_goes_on_on_another_layout(folder: Path, whole: list[dict[str, Any]], killed: str) -> None:
+    moved = copy_of(folder, killed, "moved")
+    train(folder, moved, "--ranks", "2", "--resume", "auto", "parallel.tp=2")
+    assert losses(folder, moved) == pytest.approx([record["loss"] for record in whole], rel=1e-5)
+    assert losses(folder, moved) != [record["loss"] for record in whole]  # it did compute differently
+
+
+def test_a_finished_run_is_not_done_again(folder: Path, whole: list[dict[str, Any]]) -> None:
+    before = (folder / "runs/whole/metrics.jsonl").read_bytes()
+    train(folder, "whole", "--ranks", "2", "--resume", "auto")
+    assert (folder / "runs/whole/metrics.jsonl").read_bytes() == before
+
+
+def test_an_existing_run_is_not_overwritten(folder: Path, whole: list[dict[str, Any]]) -> None:
+    before = (folder / "runs/whole/metrics.jsonl").read_bytes()
+    done = subprocess.run(command("whole", "--ranks", "2"), cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "--resume auto" in done.stderr
+    assert (folder / "runs/whole/metrics.jsonl").read_bytes() == before
+
+
+TRACE = """
+import json, os, sys
+from megahp.data import loader
+take = loader.Loader.take
+def traced(self, ids, then=None):
+    with open(f"ids-{os.environ.get('RANK', 0)}.jsonl", "a") as file:
+        file.write(json.dumps(ids.tolist()) + "\\n")
+    return take(self, ids, then)
+loader.Loader.take = traced
+from megahp.cli import main
+sys.exit(main())
+"""
+
+
+def test_no_sample_is_repeated_or_skipped_across_batches_and_layouts(folder: Path) -> None:
+    """Steps 1-5 of 8 samples on 1 x 2 ranks, then 5 of 16 on one rank, then 8 on 2 x 1: every sample id once."""
+    (folder / "traced.py").write_text(TRACE)
+    legs = [((), 2, 5, 8), (("batch.global_batch=16", "batch.micro_batch=4"), 1, 10, 16), (("parallel.tp=2",), 2, 15, 8)]
+    seen: list[int] = []
+    for words, ranks, until, _ in legs:
+        run_traced(folder, ranks, f"train.steps={until}", *words)
+        traces = sorted(folder.glob("ids-*.jsonl"))
+        reading = traces[:1] if "parallel.tp=2" in words else traces  # tp ranks read the same samples
+        assert len(traces) == ranks
+        if "parallel.tp=2" in words:
+            assert traces[0].read_text() == traces[1].read_text()
+        seen += [i for trace in reading for line in trace.read_text().splitlines() for i in json.loads(line)]
+        for trace in traces:
+            trace.unlink()
+    assert sorted(seen) == list(range(5 * 8 + 5 * 16 + 5 * 8))
+
+
+def run_traced(folder: Path, ranks: int, *words: str) -> None:
+    """One leg of a run, under torchrun, every rank writing down the sample ids it takes."""
+    arguments = ["train", "run.toml", "log.name=traced", "--resume", "auto", *words]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run([*launcher, "traced.py", *arguments], cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
