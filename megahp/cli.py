@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megahp", description="Pretrain language models that set their own hyperparameters.")
+    parser = argparse.ArgumentParser(
+        prog="megahp", description="Pretrain language models that set their own hyperparameters."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train the run of a TOML file")
@@ -54,8 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", default="", help="text to go on from")
     sample.add_argument("--tokens", type=int, default=200, help="tokens to generate (default 200)")
     sample.add_argument("--temperature", type=float, default=0.8, help="0 = the likeliest token (default 0.8)")
-    sample.add_argument("--top-k", type=int, default=50, help="choose among so many likeliest tokens; 0 = all (default 50)")
-    sample.add_argument("--seed", type=int, default=1)
+    sample.add_argument(
+        "--top-k", type=int, default=50, help="choose among so many likeliest tokens; 0 = all (default 50)"
+    )
+    sample.add_argument("--seed", type=int, default=1, help="of the choices (default 1)")
+    sample.add_argument("--save", action="store_true", help="keep it in the run directory, for the report")
     sample.set_defaults(command=_sample)
 
     report = commands.add_parser("report", help="write report.html of one run, or of several overlaid")
@@ -129,6 +134,8 @@ def _sample(options: argparse.Namespace, words: Sequence[str]) -> int:
 
     text = generate(options.run, options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
     print(text)
+    if options.save:
+        (options.run / "sample.txt").write_text(text, encoding="utf-8")
     return 0
 
 

@@ -21,8 +21,9 @@ from megahp.presets import PRESETS
 VOCAB_MULTIPLE = 128  # the vocabulary is padded to this, on every layout alike, so that any usual tp divides it
 
 
-def setting(default: Any, doc: str, *, at_least: float | None = None, above: float | None = None,
-            at_most: float | None = None) -> Any:
+def setting(
+    default: Any, doc: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None
+) -> Any:
     """A dataclass field with its meaning and its bounds (the same unit as the value)."""
     return field(default=default, metadata={"doc": doc, "at_least": at_least, "above": above, "at_most": at_most})
 
@@ -37,8 +38,12 @@ class Model:
     heads: int = setting(4, "query heads", at_least=1)
     kv_heads: int = setting(0, "key/value heads (grouped-query attention); 0 = as many as heads", at_least=0)
     head_size: int = setting(0, "size of one head; 0 = width / heads", at_least=0)
-    mlp_width: int = setting(0, "hidden size of the MLP; 0 = 4 width, or 8/3 width rounded up to 64s for swiglu", at_least=0)
-    activation: Literal["swiglu", "gelu", "relu2"] = setting("swiglu", "MLP: gated SiLU, GELU (tanh form), squared ReLU")
+    mlp_width: int = setting(
+        0, "hidden size of the MLP; 0 = 4 width, or 8/3 width rounded up to 64s for swiglu", at_least=0
+    )
+    activation: Literal["swiglu", "gelu", "relu2"] = setting(
+        "swiglu", "MLP: gated SiLU, GELU (tanh form), squared ReLU"
+    )
     norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "normalisation before each branch and at the end")
     norm_eps: float = setting(1e-5, "added to the variance", above=0)
     positions: Literal["rope", "alibi", "learned", "none"] = setting("rope", "how a position is known")
@@ -46,7 +51,9 @@ class Model:
     bias: bool = setting(False, "biases on linear layers and on LayerNorm")
     qk_norm: bool = setting(False, "normalise queries and keys, per head")
     tied_embeddings: bool = setting(False, "one matrix for embedding and unembedding")
-    vocab_size: int = setting(0, "number of token ids; 0 = the tokenizer's. The matrices are padded to 128s", at_least=0)
+    vocab_size: int = setting(
+        0, "number of token ids; 0 = the tokenizer's. The matrices are padded to 128s", at_least=0
+    )
 
     @property
     def padded_vocab(self) -> int:
@@ -60,7 +67,9 @@ class Parameterization:
     name: Literal["sp", "mup", "completep"] = setting("completep", "the rule table: standard, muP, CompleteP")
     base_width: int = setting(256, "width at which the base hyperparameters were tuned", at_least=1)
     base_layers: int = setting(2, "depth at which the base hyperparameters were tuned", at_least=1)
-    depth_alpha: float = setting(1.0, "CompleteP's alpha: residual branches are scaled by m_L^-alpha", at_least=0.5, at_most=1)
+    depth_alpha: float = setting(
+        1.0, "CompleteP's alpha: residual branches are scaled by m_L^-alpha", at_least=0.5, at_most=1
+    )
     init_std: float = setting(0.02, "base standard deviation of every matrix", above=0)
     embedding_multiplier: float = setting(1.0, "alpha_in: scales the embedding's output", above=0)
     output_multiplier: float = setting(1.0, "alpha_out: scales the logits", above=0)
@@ -84,7 +93,9 @@ class Schedule:
     """The learning rate over the run's tokens, as a fraction of its peak."""
 
     name: Literal["decay-to-zero", "constant"] = setting("decay-to-zero", "shape after the warm-up")
-    warmup: float = setting(0.1, "share of train.tokens spent rising linearly from 0 to the peak", at_least=0, at_most=1)
+    warmup: float = setting(
+        0.1, "share of train.tokens spent rising linearly from 0 to the peak", at_least=0, at_most=1
+    )
 
 
 @dataclass(frozen=True)
@@ -129,11 +140,14 @@ class Train:
     tokens: int = setting(10_000_000, "horizon of the schedules and end of the run", at_least=1)
     steps: int = setting(0, "stop after so many optimizer steps, if sooner; 0 = no such stop", at_least=0)
     dtype: Literal["float32", "bfloat16", "float64"] = setting(
-        "float32", "compute type; weights and moments stay in float32 (float64 for float64)")
+        "float32", "compute type; weights and moments stay in float32 (float64 for float64)"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto = cuda where there is one")
     seed: int = setting(1, "of the weights and of the data order", at_least=0)
     noise_scale: bool = setting(True, "measure the gradient noise scale in the norm layers")
-    noise_half_life: float = setting(0.02, "half-life of the noise scale's averages, as a share of train.tokens", above=0, at_most=1)
+    noise_half_life: float = setting(
+        0.02, "half-life of the noise scale's averages, as a share of train.tokens", above=0, at_most=1
+    )
     validate_every: int = setting(0, "steps between validations; 0 = only at the end", at_least=0)
     validation_samples: int = setting(64, "samples of one validation; 0 = none", at_least=0)
 
@@ -213,18 +227,22 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Re
             checked = _check(key, value, origin, problems)
             values[key], origins[key] = checked, origin
     _refuse(problems)
-    config = Config(**{
-        name: section(**{f.name: values[f"{name}.{f.name}"] for f in fields(section) if f"{name}.{f.name}" in values})
-        for name, section in SECTIONS.items()
-    })
+    config = Config(
+        **{
+            name: section(
+                **{f.name: values[f"{name}.{f.name}"] for f in fields(section) if f"{name}.{f.name}" in values}
+            )
+            for name, section in SECTIONS.items()
+        }
+    )
     problems += _unused(config, origins)
     config = _derive(config, origins)
     problems += impossible(config)
     _refuse(problems)
-    return Resolved(config, {key: origins.get(key, "default") for key in keys()})
+    return Resolved(config, {key: origins.get(key, "default") for key in names()})
 
 
-def keys() -> list[str]:
+def names() -> list[str]:
     """Every setting there is, as section.key, in order."""
     return [f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section)]
 
@@ -274,38 +292,56 @@ def impossible(config: Config) -> list[str]:
     model, parallel, data = config.model, config.parallel, config.data
     problems = []
     if model.width % model.heads and not model.head_size:
-        problems.append(f"model.heads = {model.heads} does not divide model.width = {model.width}; "
-                        f"nearest that do: {_nearest_divisors(model.width, model.heads)}")
+        problems.append(
+            f"model.heads = {model.heads} does not divide model.width = {model.width}; "
+            f"nearest that do: {_nearest_divisors(model.width, model.heads)}"
+        )
     if model.head_size % 2 and model.positions == "rope":
         problems.append(f"model.head_size = {model.head_size} is odd, and rope turns pairs; make it even")
     if model.kv_heads and model.heads % model.kv_heads:
-        problems.append(f"model.kv_heads = {model.kv_heads} does not divide model.heads = {model.heads}; "
-                        f"nearest that do: {_nearest_divisors(model.heads, model.kv_heads)}")
+        problems.append(
+            f"model.kv_heads = {model.kv_heads} does not divide model.heads = {model.heads}; "
+            f"nearest that do: {_nearest_divisors(model.heads, model.kv_heads)}"
+        )
     for key, size in (("model.kv_heads", model.kv_heads), ("model.mlp_width", model.mlp_width)):
         if size % parallel.tp:
-            problems.append(f"parallel.tp = {parallel.tp} does not divide {key} = {size}; "
-                            f"nearest that do: {_nearest_divisors(size, parallel.tp)}")
+            problems.append(
+                f"parallel.tp = {parallel.tp} does not divide {key} = {size}; "
+                f"nearest that do: {_nearest_divisors(size, parallel.tp)}"
+            )
     if VOCAB_MULTIPLE % parallel.tp:
-        problems.append(f"parallel.tp = {parallel.tp} does not divide the vocabulary's padding of {VOCAB_MULTIPLE}; "
-                        f"nearest that do: {_nearest_divisors(VOCAB_MULTIPLE, parallel.tp)}")
+        problems.append(
+            f"parallel.tp = {parallel.tp} does not divide the vocabulary's padding of {VOCAB_MULTIPLE}; "
+            f"nearest that do: {_nearest_divisors(VOCAB_MULTIPLE, parallel.tp)}"
+        )
     if parallel.sequence_parallel and parallel.tp == 1:
         problems.append("parallel.sequence_parallel = true needs parallel.tp of at least 2, which is 1")
     if parallel.sequence_parallel and data.sequence_length % parallel.tp:
-        problems.append(f"data.sequence_length = {data.sequence_length} is not a multiple of parallel.tp = {parallel.tp}, "
-                        "as parallel.sequence_parallel needs; "
-                        f"nearest that are: {_nearest_multiples(parallel.tp, data.sequence_length)}")
+        problems.append(
+            f"data.sequence_length = {data.sequence_length} is not a multiple of parallel.tp = {parallel.tp}, "
+            "as parallel.sequence_parallel needs; "
+            f"nearest that are: {_nearest_multiples(parallel.tp, data.sequence_length)}"
+        )
     if data.weights and len(data.weights) != len(data.train):
-        problems.append(f"data.weights has {len(data.weights)} values and data.train {len(data.train)}; give one for each")
+        problems.append(
+            f"data.weights has {len(data.weights)} values and data.train {len(data.train)}; give one for each"
+        )
     if any(weight <= 0 for weight in data.weights):
         problems.append(f"data.weights = {list(data.weights)} must all be above 0")
     if config.train.validation_samples and not data.validation_fraction:
-        problems.append(f"train.validation_samples = {config.train.validation_samples} needs documents held out, and "
-                        "data.validation_fraction is 0; raise it, or set train.validation_samples=0")
+        problems.append(
+            f"train.validation_samples = {config.train.validation_samples} needs documents held out, and "
+            "data.validation_fraction is 0; raise it, or set train.validation_samples=0"
+        )
     if not parallel.dp_replicate and not parallel.dp_shard:
-        problems.append("parallel.dp_replicate and parallel.dp_shard are both 0; only one of them can fill what is left")
+        problems.append(
+            "parallel.dp_replicate and parallel.dp_shard are both 0; only one of them can fill what is left"
+        )
     if config.train.tokens < data.sequence_length * config.batch.global_batch:
-        problems.append(f"train.tokens = {config.train.tokens} is less than one batch of "
-                        f"{config.batch.global_batch} x {data.sequence_length} tokens")
+        problems.append(
+            f"train.tokens = {config.train.tokens} is less than one batch of "
+            f"{config.batch.global_batch} x {data.sequence_length} tokens"
+        )
     return problems
 
 
@@ -326,7 +362,9 @@ def _parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
         key, equals, text = word.partition("=")
         section, dot, name = key.removeprefix("--").partition(".")
         if not (equals and dot):
-            raise UserError(f"{word!r} is neither an option nor a setting; write section.key=value, such as train.steps=10")
+            raise UserError(
+                f"{word!r} is neither an option nor a setting; write section.key=value, such as train.steps=10"
+            )
         tree.setdefault(section, {})[name] = _parse_value(text)
     return tree
 
@@ -415,8 +453,10 @@ def _unused(config: Config, origins: Mapping[str, str]) -> list[str]:
     for key, (other, values) in USED_ONLY_WITH.items():
         given = key in origins and not origins[key].startswith("preset")
         if given and get(config, other) not in values and get(config, key) != get(Config(), key):
-            problems.append(f"{key} = {get(config, key)!r} ({origins[key]}) has no effect with "
-                            f"{other} = {get(config, other)!r}; it needs {' or '.join(map(str, values))}")
+            problems.append(
+                f"{key} = {get(config, key)!r} ({origins[key]}) has no effect with "
+                f"{other} = {get(config, other)!r}; it needs {' or '.join(map(str, values))}"
+            )
     return problems
 
 

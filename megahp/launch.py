@@ -30,12 +30,20 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
     """This process's place, from torchrun's variables, else srun's, else alone."""
     if "WORLD_SIZE" in environment:
         size = int(environment["WORLD_SIZE"])
-        return World(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK", 0)),
-                     int(environment.get("LOCAL_WORLD_SIZE", size)))
+        return World(
+            int(environment["RANK"]),
+            size,
+            int(environment.get("LOCAL_RANK", 0)),
+            int(environment.get("LOCAL_WORLD_SIZE", size)),
+        )
     if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
         local = int(environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
-        return World(int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]),
-                     int(environment["SLURM_LOCALID"]), local)
+        return World(
+            int(environment["SLURM_PROCID"]),
+            int(environment["SLURM_STEP_NUM_TASKS"]),
+            int(environment["SLURM_LOCALID"]),
+            local,
+        )
     return World()
 
 
@@ -47,8 +55,11 @@ def spawn(arguments: Sequence[str], ranks: int) -> int:
     # this process holds the store, on a port the system picks, so that two runs never want the same one
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
     }
     command = [sys.executable, "-m", "megahp", *arguments]
     processes = [subprocess.Popen(command, env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]

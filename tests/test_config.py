@@ -15,7 +15,8 @@ from megahp.presets import PRESETS
 # A setting is a promise: adding one means adding it here, and to the changelog.
 SETTINGS = """
 model.preset model.layers model.width model.heads model.kv_heads model.head_size model.mlp_width model.activation
-model.norm model.norm_eps model.positions model.rope_theta model.bias model.qk_norm model.tied_embeddings model.vocab_size
+model.norm model.norm_eps model.positions model.rope_theta model.bias model.qk_norm model.tied_embeddings
+model.vocab_size
 parameterization.name parameterization.base_width parameterization.base_layers parameterization.depth_alpha
 parameterization.init_std parameterization.embedding_multiplier parameterization.output_multiplier
 data.train data.weights data.tokenizer data.sequence_length data.validation_fraction data.mask_documents data.cache
@@ -23,11 +24,11 @@ schedule.name schedule.warmup
 batch.policy batch.global_batch batch.micro_batch
 optimizer.name optimizer.lr optimizer.weight_decay optimizer.beta1 optimizer.beta2 optimizer.eps optimizer.clip
 parallel.tp parallel.pp parallel.cp parallel.ep parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel
-train.tokens train.steps train.dtype train.device train.seed train.noise_scale train.noise_half_life train.validate_every
-train.validation_samples
+train.tokens train.steps train.dtype train.device train.seed train.noise_scale train.noise_half_life
+train.validate_every train.validation_samples
 checkpoint.every checkpoint.keep
 log.name log.root log.every log.tensorboard
-""".split()
+"""
 
 
 def write(folder: Path, text: str) -> Path:
@@ -43,17 +44,20 @@ def problems_of(folder: Path, text: str, *overrides: str) -> list[str]:
 
 
 def test_the_list_of_settings_is_frozen() -> None:
-    assert config.keys() == SETTINGS
+    assert config.names() == SETTINGS.split()
 
 
 def test_every_setting_is_described() -> None:
-    assert all(config.describe(key) for key in config.keys())
+    assert all(config.describe(key) for key in config.names())
 
 
 def test_every_setting_is_read_somewhere() -> None:
     code = "".join(path.read_text() for path in Path(config.__file__).parent.rglob("*.py"))
-    unread = {key for key in config.keys() if f".{key.partition('.')[2]}" not in code}
-    assert unread <= {"parallel.pp", "batch.policy"}  # axes are read by name in a loop; a choice of one decides nothing yet
+    unread = {key for key in config.names() if f".{key.partition('.')[2]}" not in code}
+    assert unread <= {
+        "parallel.pp",
+        "batch.policy",
+    }  # axes are read by name in a loop; a choice of one decides nothing yet
 
 
 def test_command_line_wins_over_file_over_preset_over_default(tmp_path: Path) -> None:
@@ -79,30 +83,45 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
     found = problems_of(
         tmp_path,
         '[model]\nlyers = 3\nwidth = "wide"\nbias = 1\n[train]\ndtype = "fp8"\ntokens = 0.5\n[optimser]\nlr = 1\n',
-        "optimizer.lr=-1", "parallel.pp=2")
+        "optimizer.lr=-1",
+        "parallel.pp=2",
+    )
     told = "\n".join(found)
     assert len(found) == 8
-    for words in ("model.lyers = 3", "did you mean layers", "model.width = 'wide'", "whole number", "true or false",
-                  "float32, bfloat16, float64", "[optimser]", "did you mean optimizer", "optimizer.lr = -1.0",
-                  "above 0", "parallel.pp = 2"):
+    for words in (
+        "model.lyers = 3",
+        "did you mean layers",
+        "model.width = 'wide'",
+        "whole number",
+        "true or false",
+        "float32, bfloat16, float64",
+        "[optimser]",
+        "did you mean optimizer",
+        "optimizer.lr = -1.0",
+        "above 0",
+        "parallel.pp = 2",
+    ):
         assert words in told
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    (["model.heads=5"], ["model.heads = 5", "model.width = 256", "4"]),
-    (["model.kv_heads=3"], ["model.kv_heads = 3", "2, 4"]),
-    (["parallel.tp=3"], ["parallel.tp = 3", "model.kv_heads = 4", "2, 4"]),
-    (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tp"]),
-    (["parallel.tp=4", "parallel.sequence_parallel=true", "data.sequence_length=62"], ["62", "60, 64"]),
-    (["data.train=[\"a\"]", "data.weights=[1, 2]"], ["data.weights", "data.train"]),
-    (["parallel.dp_replicate=0"], ["dp_replicate", "dp_shard"]),
-    (["train.tokens=100"], ["train.tokens = 100", "batch"]),
-    (["model.positions=alibi", "model.rope_theta=500"], ["model.rope_theta", "no effect", "rope"]),
-    (["parameterization.name=sp", "parameterization.base_width=64"], ["parameterization.base_width", "no effect"]),
-    (["model.preset=lama-3-8b"], ["lama-3-8b", "llama-3-8b"]),
-    (["data.validation_fraction=0"], ["validation_samples", "validation_fraction"]),
-    (["--rank", "2"], ["--rank"]),
-])
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.heads=5"], ["model.heads = 5", "model.width = 256", "4"]),
+        (["model.kv_heads=3"], ["model.kv_heads = 3", "2, 4"]),
+        (["parallel.tp=3"], ["parallel.tp = 3", "model.kv_heads = 4", "2, 4"]),
+        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tp"]),
+        (["parallel.tp=4", "parallel.sequence_parallel=true", "data.sequence_length=62"], ["62", "60, 64"]),
+        (['data.train=["a"]', "data.weights=[1, 2]"], ["data.weights", "data.train"]),
+        (["parallel.dp_replicate=0"], ["dp_replicate", "dp_shard"]),
+        (["train.tokens=100"], ["train.tokens = 100", "batch"]),
+        (["model.positions=alibi", "model.rope_theta=500"], ["model.rope_theta", "no effect", "rope"]),
+        (["parameterization.name=sp", "parameterization.base_width=64"], ["parameterization.base_width", "no effect"]),
+        (["model.preset=lama-3-8b"], ["lama-3-8b", "llama-3-8b"]),
+        (["data.validation_fraction=0"], ["validation_samples", "validation_fraction"]),
+        (["--rank", "2"], ["--rank"]),
+    ],
+)
 def test_impossible_settings_are_refused(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
     told = "\n".join(problems_of(tmp_path, "", *overrides))
     assert all(word in told for word in words), told
@@ -114,19 +133,25 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
     assert "not valid TOML" in problems_of(tmp_path, "[model\n")[0]
 
 
-@pytest.mark.parametrize(("parallel", "ranks", "layout"), [
-    (config.Parallel(), 1, Layout()),
-    (config.Parallel(tp=2), 8, Layout(tp=2, dp_shard=4)),
-    (config.Parallel(tp=2, dp_replicate=0, dp_shard=2), 8, Layout(tp=2, dp_shard=2, dp_replicate=2)),
-])
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "layout"),
+    [
+        (config.Parallel(), 1, Layout()),
+        (config.Parallel(tp=2), 8, Layout(tp=2, dp_shard=4)),
+        (config.Parallel(tp=2, dp_replicate=0, dp_shard=2), 8, Layout(tp=2, dp_shard=2, dp_replicate=2)),
+    ],
+)
 def test_data_parallelism_fills_what_is_left(parallel: config.Parallel, ranks: int, layout: Layout) -> None:
     assert fit(parallel, ranks) == layout
 
 
-@pytest.mark.parametrize(("parallel", "ranks", "words"), [
-    (config.Parallel(tp=4), 6, "nearest: 4, 8"),
-    (config.Parallel(tp=2, dp_shard=2), 2, "needs 4 ranks"),
-])
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "words"),
+    [
+        (config.Parallel(tp=4), 6, "nearest: 4, 8"),
+        (config.Parallel(tp=2, dp_shard=2), 2, "needs 4 ranks"),
+    ],
+)
 def test_a_layout_that_does_not_fit_the_ranks_is_refused(parallel: config.Parallel, ranks: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
         fit(parallel, ranks)

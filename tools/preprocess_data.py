@@ -80,7 +80,7 @@ def preprocess(arguments: argparse.Namespace) -> None:
     _refuse_existing(arguments.output, arguments.overwrite)
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}: give at least 1")
-    files = find_files(arguments.input, arguments.extensions)
+    files = find_files(arguments.input, arguments.extensions, arguments.exclude)
     if arguments.train_sentencepiece and not Path(arguments.tokenizer).exists():
         _train(files, arguments)
     tokenizer = load_tokenizer(arguments.tokenizer)
@@ -136,9 +136,7 @@ def _tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Names
             tally.skipped += encoded.skipped
             advance(encoded.consumed)
         if tally.documents == 0:
-            raise UserError(
-                f"--input {' '.join(arguments.input)} holds no text ({tally.skipped} unreadable): check it"
-            )
+            raise UserError(f"--input {' '.join(arguments.input)} holds no text ({tally.skipped} unreadable): check it")
     return tally
 
 
@@ -259,9 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files and folders")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="TOK", help="'bytes', a *.model or a *.json file"
-    )
+    parser.add_argument("--tokenizer", required=True, metavar="TOK", help="'bytes', a *.model or a *.json file")
     parser.add_argument(
         "--train-sentencepiece",
         type=int,
@@ -269,16 +265,13 @@ def _parser() -> argparse.ArgumentParser:
         help="train --tokenizer on the input if it does not exist",
     )
     parser.add_argument("--json-key", default="text", metavar="KEY", help="field of the text in JSON lines")
-    parser.add_argument(
-        "--extensions", nargs="+", default=[".py", ".rst", ".txt"], help="files taken from folders"
-    )
+    parser.add_argument("--extensions", nargs="+", default=[".py", ".rst", ".txt"], help="files taken from folders")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="folders passed over inside folders")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
         "--workers", type=int, default=cores, metavar="N", help="processes (default: cores, %(default)s)"
     )
-    parser.add_argument(
-        "--no-eod", action="store_true", help="do not end documents with the end-of-document token"
-    )
+    parser.add_argument("--no-eod", action="store_true", help="do not end documents with the end-of-document token")
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
     return parser
 

@@ -1,6 +1,6 @@
 """Checkpoints: PyTorch's DCP for tensors on any layout, JSON for the rest, visible by one rename when complete.
 
-    checkpoints/step-00000100/{state.json, .metadata, __0_0.distcp, ...}
+checkpoints/step-00000100/{state.json, .metadata, __0_0.distcp, ...}
 """
 
 from __future__ import annotations

@@ -38,9 +38,7 @@ class Blend:
             raise UserError("data has no sources: name at least one")
         for weight in weights:
             if not 0 < weight < float("inf"):
-                raise UserError(
-                    f"data weight {weight} is not positive: give a positive one or leave the source out"
-                )
+                raise UserError(f"data weight {weight} is not positive: give a positive one or leave the source out")
         self._tree = _huffman(weights)
 
     def locate(self, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

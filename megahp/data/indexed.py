@@ -174,17 +174,13 @@ def _output(prefix: str, overwrite: bool) -> Iterator[tuple[IO[bytes], IO[bytes]
         for file, name in zip(unfinished, names, strict=True):
             file.replace(name)
     except OSError as error:
-        raise UserError(
-            f"output {prefix!r} cannot be written ({error}): make room or choose another"
-        ) from error
+        raise UserError(f"output {prefix!r} cannot be written ({error}): make room or choose another") from error
     finally:
         for file in unfinished:
             file.unlink(missing_ok=True)
 
 
-def _write_index(
-    idx: IO[bytes], dtype: np.dtype[Any], lengths: np.ndarray, document_index: np.ndarray
-) -> None:
+def _write_index(idx: IO[bytes], dtype: np.dtype[Any], lengths: np.ndarray, document_index: np.ndarray) -> None:
     idx.write(HEADER.pack(MAGIC, 1, CODES[dtype], len(lengths), len(document_index)))
     idx.write(lengths.astype("<i4", copy=False).data)
     offset = 0

@@ -155,9 +155,7 @@ def _write_order(path: Path, numbers: np.ndarray) -> None:
             np.save(file, np.append(numbers, _checksum(numbers)))
         unfinished.replace(path)
     except OSError as error:
-        raise UserError(
-            f"cache {str(path.parent)!r} cannot be written, {error.strerror}: choose another"
-        ) from error
+        raise UserError(f"cache {str(path.parent)!r} cannot be written, {error.strerror}: choose another") from error
 
 
 def _checksum(numbers: np.ndarray) -> int:

@@ -23,14 +23,21 @@ class Document:
     consumed: int
 
 
-def find_files(inputs: Sequence[str], extensions: Sequence[str]) -> list[Path]:
-    """The files of the inputs in order, those of a folder sorted by path; UserError where there are none."""
+def find_files(inputs: Sequence[str], extensions: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
+    """The files of the inputs in order, those of a folder sorted by path; UserError where there are none.
+
+    exclude: names of folders inside a folder that are passed over.
+    """
     endings = tuple(f".{extension.lstrip('.')}" for extension in extensions)
     files: list[Path] = []
     for path in map(Path, inputs):
         if not path.exists():
             raise UserError(f"--input {str(path)!r} does not exist: check the path")
-        inside = sorted(p for p in path.rglob("*") if p.name.endswith(endings) and p.is_file())
+        inside = sorted(
+            p
+            for p in path.rglob("*")
+            if p.name.endswith(endings) and p.is_file() and not set(p.relative_to(path).parts[:-1]) & set(exclude)
+        )
         if path.is_dir() and not inside:
             raise UserError(f"--input {str(path)!r} holds no {' '.join(endings)} files: see --extensions")
         files += inside if path.is_dir() else [path]
@@ -110,9 +117,7 @@ def _check_key(file: Path, line: bytes, key: str) -> None:
     """A wrong --json-key shows in the first line, not after hours."""
     record = _json(line)
     if isinstance(record, dict) and key not in record:
-        raise UserError(
-            f"--json-key {key!r} is not in {str(file)!r}, which has {', '.join(record)}: choose one"
-        )
+        raise UserError(f"--json-key {key!r} is not in {str(file)!r}, which has {', '.join(record)}: choose one")
 
 
 def _json_text(line: bytes, key: str) -> str | None:

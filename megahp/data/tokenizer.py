@@ -53,9 +53,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     }
     kind = kinds.get(Path(path).suffix)
     if kind is None:
-        raise UserError(
-            f"tokenizer {path!r} is none of the known kinds: use 'bytes', a *.model or a *.json file"
-        )
+        raise UserError(f"tokenizer {path!r} is none of the known kinds: use 'bytes', a *.model or a *.json file")
     if not Path(path).is_file():
         raise UserError(
             f"tokenizer {path!r} does not exist: check the path, or train one with tools/preprocess_data.py"
@@ -139,9 +137,7 @@ def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, seed:
     if path.exists():
         raise UserError(f"tokenizer {str(path)!r} exists: remove it or train to another path")
     if path.suffix != ".model":
-        raise UserError(
-            f"tokenizer {str(path)!r} is to be trained by SentencePiece: give it a name ending in .model"
-        )
+        raise UserError(f"tokenizer {str(path)!r} is to be trained by SentencePiece: give it a name ending in .model")
     lines = _sample_lines(texts, TRAINING_CHARACTERS, seed)
     if not lines:
         raise UserError(f"tokenizer {str(path)!r} cannot be trained: the input holds no text")
@@ -180,9 +176,7 @@ def _train_model(lines: list[str], path: Path, vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split("] ")[-1].split())
-        raise UserError(
-            f"tokenizer {str(path)!r} with {vocab_size} pieces cannot be trained: {reason}"
-        ) from error
+        raise UserError(f"tokenizer {str(path)!r} with {vocab_size} pieces cannot be trained: {reason}") from error
     return model.getvalue()
 
 
@@ -206,9 +200,7 @@ def _sample_lines(texts: Iterable[str], characters: int, seed: int) -> list[str]
 def _first_known(ids: Iterable[int], path: str) -> int:
     for i in ids:
         return i
-    raise UserError(
-        f"tokenizer {path!r} has no end-of-document token: add one of {', '.join(END_OF_DOCUMENT)}"
-    )
+    raise UserError(f"tokenizer {path!r} has no end-of-document token: add one of {', '.join(END_OF_DOCUMENT)}")
 
 
 def _file_fingerprint(path: str) -> str:
@@ -219,9 +211,7 @@ def _sentencepiece_processor(path: str) -> SentencePieceProcessor:
     try:
         return _import("sentencepiece").SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"tokenizer {path!r} is not a SentencePiece model: train or download it again"
-        ) from error
+        raise UserError(f"tokenizer {path!r} is not a SentencePiece model: train or download it again") from error
 
 
 def _huggingface_tokenizer(path: str) -> Any:
@@ -229,9 +219,7 @@ def _huggingface_tokenizer(path: str) -> Any:
     try:
         return tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(
-            f"tokenizer {path!r} is not a Hugging Face tokenizer.json: download it again"
-        ) from error
+        raise UserError(f"tokenizer {path!r} is not a Hugging Face tokenizer.json: download it again") from error
 
 
 def _import(package: str) -> Any:

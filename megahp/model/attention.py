@@ -51,6 +51,12 @@ class Attention(nn.Module):
         if positions.rotary:
             query, key = rotate(query, *positions.rotary), rotate(key, *positions.rotary)
         mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=positions.bias,
-            is_causal=positions.bias is None, scale=self.scale, enable_gqa=self.queries > 1)
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=positions.bias,
+            is_causal=positions.bias is None,
+            scale=self.scale,
+            enable_gqa=self.queries > 1,
+        )
         return self.out(mixed.transpose(1, 2).flatten(2))

@@ -18,8 +18,16 @@ class _Norm(Module):
     gradients are summed before they are squared. Without an axis the norm is a plain module for one process.
     """
 
-    def __init__(self, size: int, eps: float, role: Role, sum_over: tuple[str, ...], axis: TensorAxis | None,
-                 bias: bool, probe: bool) -> None:
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        role: Role,
+        sum_over: tuple[str, ...],
+        axis: TensorAxis | None,
+        bias: bool,
+        probe: bool,
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.group = axis.group.group_name if axis and axis.size > 1 and "tp" in sum_over else ""
@@ -32,8 +40,16 @@ class _Norm(Module):
 class RMSNorm(_Norm):
     """x / rms(x) * weight over the last dimension of x [batch, ..., size]."""
 
-    def __init__(self, size: int, eps: float = 1e-6, role: Role = Role.NORM, sum_over: tuple[str, ...] = (),
-                 axis: TensorAxis | None = None, bias: bool = False, probe: bool = True) -> None:
+    def __init__(
+        self,
+        size: int,
+        eps: float = 1e-6,
+        role: Role = Role.NORM,
+        sum_over: tuple[str, ...] = (),
+        axis: TensorAxis | None = None,
+        bias: bool = False,
+        probe: bool = True,
+    ) -> None:
         super().__init__(size, eps, role, sum_over, axis, False, probe)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,8 +59,16 @@ class RMSNorm(_Norm):
 class LayerNorm(_Norm):
     """(x - mean) / std * weight + bias over the last dimension of x [batch, ..., size]."""
 
-    def __init__(self, size: int, eps: float = 1e-5, role: Role = Role.NORM, sum_over: tuple[str, ...] = (),
-                 axis: TensorAxis | None = None, bias: bool = True, probe: bool = True) -> None:
+    def __init__(
+        self,
+        size: int,
+        eps: float = 1e-5,
+        role: Role = Role.NORM,
+        sum_over: tuple[str, ...] = (),
+        axis: TensorAxis | None = None,
+        bias: bool = True,
+        probe: bool = True,
+    ) -> None:
         super().__init__(size, eps, role, sum_over, axis, bias, probe)
 
     def forward(self, x: Tensor) -> Tensor:

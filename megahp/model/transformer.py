@@ -51,8 +51,9 @@ class Transformer(nn.Module):
     documents [b, s] number the document of each token, where attention must not cross documents.
     """
 
-    def __init__(self, model: config.Model, longest: int, table: Table, axis: TensorAxis, dtype: torch.dtype,
-                 probe: bool) -> None:
+    def __init__(
+        self, model: config.Model, longest: int, table: Table, axis: TensorAxis, dtype: torch.dtype, probe: bool
+    ) -> None:
         super().__init__()
         self.model, self.table, self.axis, self.dtype = model, table, axis, dtype
         self.embedding = VocabParallelEmbedding(model.padded_vocab, model.width, axis)

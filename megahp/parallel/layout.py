@@ -42,10 +42,14 @@ def fit(parallel: Parallel, ranks: int) -> Layout:
         if ranks % fixed:
             lower = ranks // fixed * fixed
             nearest = ", ".join(str(n) for n in (lower, lower + fixed) if n)
-            raise UserError(f"parallel: the layout {words} needs a multiple of {fixed} ranks and there are {ranks}; "
-                            f"nearest: {nearest}")
+            raise UserError(
+                f"parallel: the layout {words} needs a multiple of {fixed} ranks and there are {ranks}; "
+                f"nearest: {nearest}"
+            )
         given[open_axes[0]] = ranks // fixed
     elif fixed != ranks:
-        raise UserError(f"parallel: the layout {words} needs {fixed} ranks and there are {ranks}; "
-                        f"run it on {fixed}, or set parallel.dp_shard=0 to fill")
+        raise UserError(
+            f"parallel: the layout {words} needs {fixed} ranks and there are {ranks}; "
+            f"run it on {fixed}, or set parallel.dp_shard=0 to fill"
+        )
     return Layout(**given)

@@ -42,6 +42,10 @@ class Module(nn.Module):
     `initialise`, so that no rank ever holds more than its part.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+    probe: nn.Parameter | None
+
     def __init__(self) -> None:
         super().__init__()
         self.rows: dict[str, Row] = {}
@@ -92,8 +96,14 @@ def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
             if row.tp_dim is not None:
                 part[row.tp_dim] //= mesh.layout.tp
             placement = Replicate() if row.tp_dim is None else Shard(row.tp_dim)
-            shard = DTensor.from_local(torch.empty(part, dtype=dtype, device="meta"), tp, [placement], run_check=False,
-                                       shape=torch.Size(shape), stride=stride)
+            shard = DTensor.from_local(
+                torch.empty(part, dtype=dtype, device="meta"),
+                tp,
+                [placement],
+                run_check=False,
+                shape=torch.Size(shape),
+                stride=stride,
+            )
             setattr(module, name, nn.Parameter(shard))
     for probe in probes(model).values():
         probe.data = probe.data.to(dtype)
@@ -148,8 +158,9 @@ def like(weight: Tensor, part: Tensor) -> Tensor:
     """A tensor laid out over the ranks as the weight is, from this rank's part of it."""
     if not isinstance(weight, DTensor):
         return part
-    return DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False,
-                              shape=weight.shape, stride=weight.stride())
+    return DTensor.from_local(
+        part, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
 
 
 def counted_once(weight: Tensor, mesh: Mesh) -> bool:
@@ -164,8 +175,11 @@ def counted_once(weight: Tensor, mesh: Mesh) -> bool:
 def sum_gradients(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:
     """Sum each gradient over its row's axes, with one collective an axis. Data parallelism has been summed by FSDP2."""
     for axis in AXES:
-        grads = [storage(weight.grad) for name, weight in weights.items()
-                 if axis in table[name].sum_over and weight.grad is not None]
+        grads = [
+            storage(weight.grad)
+            for name, weight in weights.items()
+            if axis in table[name].sum_over and weight.grad is not None
+        ]
         if grads and mesh.group(axis).size() > 1:
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             dist.all_reduce(flat, group=mesh.group(axis))

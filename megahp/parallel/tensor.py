@@ -93,7 +93,7 @@ class PositionEmbedding(Module):
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: TensorAxis) -> Tensor:
-    """Per-token losses [...] in nats, fp32 or wider, from this rank's logits [..., vocabulary / tp] and targets [...]."""
+    """Per-token losses [...] in nats, fp32 or wider, from logits [..., vocabulary / tp] and targets [...]."""
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     if axis.size == 1:
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)

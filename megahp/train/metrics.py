@@ -99,8 +99,8 @@ class RunLog:
 class Run:
     """A run directory, read: at least one step, and what else there is.
 
-    `baselines` may hold `unigram` and `bigram` (nats per token) and `sample` (text); `config` is the text of
-    config.toml.
+    `baselines` may hold `unigram` and `bigram` (nats per token); `config` and `sample` are the texts of config.toml
+    and sample.txt, empty where there is none.
     """
 
     name: str
@@ -108,6 +108,7 @@ class Run:
     events: list[Record]
     baselines: Record
     config: str
+    sample: str
 
     def column(self, key: str) -> np.ndarray:
         """One number of every step, [steps] in float64; NaN where it is null or missing."""
@@ -119,13 +120,14 @@ def read_run(directory: Path) -> Run:
     steps = read_metrics(directory)
     if not steps:
         raise UserError(f"{directory}/metrics.jsonl holds no step yet; wait for the first one to be logged")
-    baselines, config = directory / "baselines.json", directory / "config.toml"
+    baselines = directory / "baselines.json"
     return Run(
         name=directory.resolve().name,
         steps=steps,
         events=read_events(directory),
         baselines=_read_object(baselines) if baselines.exists() else {},
-        config=config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
+        config=_read_text(directory / "config.toml"),
+        sample=_read_text(directory / "sample.txt"),
     )
 
 
@@ -152,6 +154,10 @@ def _read(path: Path) -> list[Record]:
     if None in records:
         raise UserError(f"{path} line {records.index(None) + 1} is not a JSON object; remove that line")
     return [record for record in records if record is not None]
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def _read_object(path: Path) -> Record:

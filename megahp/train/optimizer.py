@@ -30,7 +30,8 @@ class AdamW:
         self.rules: dict[Role, Rule] = dict(table.rules)
         for part in self.parts.values():
             self.adamw.state[part] = {"step": torch.zeros((), device=part.device)} | {
-                moment: torch.zeros_like(part) for moment in MOMENTS}
+                moment: torch.zeros_like(part) for moment in MOMENTS
+            }
 
     def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
         """One update from this rank's gradients, in the order of the weights."""
@@ -46,8 +47,11 @@ class AdamW:
 
     def state(self) -> dict[str, Tensor]:
         """The moments, laid out as their weights, under flat names: moment.weight."""
-        return {f"{moment}.{name}": like(self.weights[name], self.adamw.state[part][moment])
-                for name, part in self.parts.items() for moment in MOMENTS}
+        return {
+            f"{moment}.{name}": like(self.weights[name], self.adamw.state[part][moment])
+            for name, part in self.parts.items()
+            for moment in MOMENTS
+        }
 
     @property
     def updates(self) -> int:

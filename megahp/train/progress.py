@@ -24,9 +24,7 @@ class Progress:
     wrong, so that Slurm's `--error` file is empty after a good run.
     """
 
-    def __init__(
-        self, total_tokens: int, done_tokens: int = 0, stream: TextIO | None = None, every: float = 10.0
-    ):
+    def __init__(self, total_tokens: int, done_tokens: int = 0, stream: TextIO | None = None, every: float = 10.0):
         self.total_tokens = total_tokens
         self.done_tokens = done_tokens
         self.stream = sys.stdout if stream is None else stream

@@ -141,9 +141,7 @@ def health_of(runs: Sequence[Run]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def section(
-    runs: Sequence[Run], title: str, caption: str, keys: str, figure: Callable[[Sequence[Run]], str]
-) -> str:
+def section(runs: Sequence[Run], title: str, caption: str, keys: str, figure: Callable[[Sequence[Run]], str]) -> str:
     """A figure under its heading, or a word that there is nothing to draw."""
     recorded = any(known(runs, key) for key in keys.split())
     drawing = figure(runs) if recorded else '<p class="none">Not recorded.</p>'
@@ -193,7 +191,7 @@ def events_of(runs: Sequence[Run], marks: Sequence[figures.Mark]) -> str:
 
 def sample_of(run: Run) -> str:
     """What the model wrote, if it was asked."""
-    text = run.baselines.get("sample")
+    text = run.sample
     if not text:
         return ""
     return f"<section><h2>Sample of {escape(run.name)}</h2><blockquote>{escape(text)}</blockquote></section>"

@@ -1,4 +1,4 @@
-"""What a run tells the world: its directory, its logs, its progress display. Only the first rank has one that speaks."""
+"""What a run tells the world: its directory, its logs, its progress display. Only the first rank speaks."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -39,17 +40,34 @@ def prepare(settings: Config, layout: Layout, resume: bool) -> Config:
     nearest = runnable(settings.batch.global_batch, layout.dp, settings.batch.micro_batch)
     if nearest != (settings.batch.global_batch,):
         raise UserError(
-            f"batch.global_batch = {settings.batch.global_batch} is not a multiple of {unit} (data parallel {layout.dp} x "
-            f"batch.micro_batch {settings.batch.micro_batch}); nearest that are: {', '.join(map(str, nearest))}")
-    settings = with_vocabulary(settings, load_tokenizer(settings.data.tokenizer))
+            f"batch.global_batch = {settings.batch.global_batch} is not a multiple of {unit} (data parallel "
+            f"{layout.dp} x batch.micro_batch {settings.batch.micro_batch}); "
+            f"nearest that are: {', '.join(map(str, nearest))}"
+        )
     if not settings.data.train:
         raise UserError("data.train is empty; name at least one prefix written by tools/preprocess_data.py")
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    check_tokenizer(settings, tokenizer)
+    settings = with_vocabulary(settings, tokenizer)
     saved = checkpoint.latest(settings.directory / "checkpoints")
     if not resume and (settings.directory / "metrics.jsonl").exists():
-        raise UserError(f"{settings.directory} already holds a run; go on with --resume auto, or choose another log.name")
+        raise UserError(
+            f"{settings.directory} already holds a run; go on with --resume auto, or choose another log.name"
+        )
     if resume and saved:
         refuse_changes(settings, checkpoint.read_state(saved)["config"], saved)
     return settings
+
+
+def check_tokenizer(settings: Config, tokenizer: Tokenizer) -> None:
+    """Raise UserError when the data says it was written with another tokenizer than the run's."""
+    for prefix in settings.data.train:
+        side = Path(f"{prefix}.json")
+        if side.exists() and json.loads(side.read_text()).get("tokenizer_fingerprint") != tokenizer.fingerprint:
+            raise UserError(
+                f"data.tokenizer = {settings.data.tokenizer!r} is not the one {prefix} was written with, "
+                f"according to {side}; name that one, or preprocess again"
+            )
 
 
 def with_vocabulary(settings: Config, tokenizer: Tokenizer) -> Config:
@@ -57,15 +75,17 @@ def with_vocabulary(settings: Config, tokenizer: Tokenizer) -> Config:
     if settings.model.vocab_size == 0:
         return config.with_values(settings, {"model.vocab_size": tokenizer.vocab_size})
     if settings.model.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"model.vocab_size = {settings.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
-                        f"data.tokenizer = {settings.data.tokenizer!r}; leave it out to take the tokenizer's")
+        raise UserError(
+            f"model.vocab_size = {settings.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
+            f"data.tokenizer = {settings.data.tokenizer!r}; leave it out to take the tokenizer's"
+        )
     return settings
 
 
 def changes(settings: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
     """Settings whose value differs from the saved one: key -> (saved, now)."""
     before = config.from_dict(saved, "checkpoint")
-    pairs = {key: (config.get(before, key), config.get(settings, key)) for key in config.keys()}
+    pairs = {key: (config.get(before, key), config.get(settings, key)) for key in config.names()}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -73,8 +93,10 @@ def refuse_changes(settings: Config, saved: Mapping[str, Mapping[str, Any]], pat
     """Raise UserError when a setting differs that a checkpoint's weights or data order rest on."""
     for key, (before, now) in changes(settings, saved).items():
         if key.startswith(FIXED) and key not in MOVABLE:
-            raise UserError(f"{key} = {now!r} but {path} was trained with {before!r}; "
-                            "set it back, or start a new run under another log.name")
+            raise UserError(
+                f"{key} = {now!r} but {path} was trained with {before!r}; "
+                "set it back, or start a new run under another log.name"
+            )
 
 
 def open_data(settings: Config) -> TrainingData:
@@ -121,11 +143,15 @@ class Run:
         """Become what was saved, on this layout. Returns the saved JSON state. Raises UserError."""
         state = checkpoint.read_state(path)
         if state["data"] != self.data_fingerprint:
-            raise UserError(f"the data of {', '.join(self.settings.data.train)} is not what {path} was trained on; "
-                            "restore those files, or start a new run under another log.name")
+            raise UserError(
+                f"the data of {', '.join(self.settings.data.train)} is not what {path} was trained on; "
+                "restore those files, or start a new run under another log.name"
+            )
         if state["table"] != self.table.to_dict():
-            raise UserError(f"the parameterization table of this megahp differs from the one in {path}; "
-                            "go on with the version that wrote it")
+            raise UserError(
+                f"the parameterization table of this megahp differs from the one in {path}; "
+                "go on with the version that wrote it"
+            )
         checkpoint.load(path, self._tensors())
         self.progress = Progress(**state["progress"])
         self.skipped = state["skipped"]
@@ -134,7 +160,9 @@ class Run:
         return state
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {f"model.{name}": weight.detach() for name, weight in self.engine.weights.items()} | self.optimizer.state()
+        return {
+            f"model.{name}": weight.detach() for name, weight in self.engine.weights.items()
+        } | self.optimizer.state()
 
 
 def is_first() -> bool:

@@ -18,8 +18,13 @@ from megahp.parallel.parameters import parameters
 from megahp.train.loop import cuda_wanted, device_of
 from megahp.train.run import read_config
 
-ALONE = {"parallel.tp": 1, "parallel.dp_replicate": 1, "parallel.dp_shard": 1, "parallel.sequence_parallel": False,
-         "train.noise_scale": False}
+ALONE = {
+    "parallel.tp": 1,
+    "parallel.dp_replicate": 1,
+    "parallel.dp_shard": 1,
+    "parallel.sequence_parallel": False,
+    "train.noise_scale": False,
+}
 
 
 def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
@@ -39,8 +44,16 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
 
 
 @torch.no_grad()
-def continued(model: Transformer, ids: Tensor, tokens: int, window: int, temperature: float, top_k: int,
-              vocab_size: int, seed: int) -> Tensor:
+def continued(
+    model: Transformer,
+    ids: Tensor,
+    tokens: int,
+    window: int,
+    temperature: float,
+    top_k: int,
+    vocab_size: int,
+    seed: int,
+) -> Tensor:
     """ids [b, n] with `tokens` more, each drawn from the model's view of the last `window` before it."""
     generator = torch.Generator(ids.device).manual_seed(seed)
     for _ in range(tokens):

@@ -77,7 +77,7 @@ class Engine:
         dist.all_reduce(values)
         loss_value, *numbers = values.tolist()
         by_probe = dict(zip(self.probes, numbers, strict=False))
-        by_weight = dict(zip(self.weights, numbers[len(by_probe):], strict=True))
+        by_weight = dict(zip(self.weights, numbers[len(by_probe) :], strict=True))
         return Measurement(
             loss=loss_value,
             grad_norm=math.sqrt(sum(by_weight.values())) if all(map(math.isfinite, numbers)) else math.nan,

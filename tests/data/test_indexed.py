@@ -175,9 +175,7 @@ def test_merge_concatenates_documents_with_their_sequences(tmp_path):
     one = hand_made(tmp_path / "one", [[1, 2], [3], [4]], [0, 2, 3], 8, "H")
     two = write(tmp_path / "two", [[5], [6, 7]])
     merge([one, two, one], str(tmp_path / "all"))
-    hand_made(
-        tmp_path / "hand", [[1, 2], [3], [4], [5], [6, 7], [1, 2], [3], [4]], [0, 2, 3, 4, 5, 7, 8], 8, "H"
-    )
+    hand_made(tmp_path / "hand", [[1, 2], [3], [4], [5], [6, 7], [1, 2], [3], [4]], [0, 2, 3, 4, 5, 7, 8], 8, "H")
     for suffix in ("idx", "bin"):
         assert (tmp_path / f"all.{suffix}").read_bytes() == (tmp_path / f"hand.{suffix}").read_bytes()
 

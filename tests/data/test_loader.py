@@ -35,9 +35,7 @@ def test_batches_do_not_depend_on_how_they_are_cut(sources, tmp_path):
     assert (whole.documents.dtype, whole.documents.shape) == (torch.int32, (64, LENGTH))
     for rows in (np.arange(5, 9), np.array([63, 0, 17])):
         part = training_data(sources, tmp_path).batch(rows, documents=True)
-        assert torch.equal(part.tokens, whole.tokens[rows]) and torch.equal(
-            part.documents, whole.documents[rows]
-        )
+        assert torch.equal(part.tokens, whole.tokens[rows]) and torch.equal(part.documents, whole.documents[rows])
         assert part.ids.tolist() == rows.tolist()
     assert data.batch(np.arange(4), documents=False).documents is None
 

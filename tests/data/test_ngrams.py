@@ -80,9 +80,7 @@ def test_bigram_probabilities_sum_to_one():
     pairs, counts = count_bigrams([markov_rows(5, seed=1)], VOCABULARY)
     for context in range(VOCABULARY):
         contexts = np.full(VOCABULARY, context)
-        assert kneser_ney(pairs, counts, VOCABULARY, contexts, np.arange(VOCABULARY)).sum() == pytest.approx(
-            1
-        )
+        assert kneser_ney(pairs, counts, VOCABULARY, contexts, np.arange(VOCABULARY)).sum() == pytest.approx(1)
 
 
 def test_bigram_approaches_the_entropy_of_a_chain():

@@ -49,9 +49,7 @@ def test_windows_of_an_epoch_join_to_whole_documents(dataset, tmp_path, number):
         stream += following[stream[-1]][1:]
     assert len(stream) == len(windows) * LENGTH + 1
     # The stream is whole documents in some order; only the last may be cut.
-    parts = [
-        list(range(start, start + size)) for start, size in zip(np.cumsum([0, *SIZES]), SIZES, strict=False)
-    ]
+    parts = [list(range(start, start + size)) for start, size in zip(np.cumsum([0, *SIZES]), SIZES, strict=False)]
     while stream:
         part = parts[document_of(stream[0])]
         assert stream[: len(part)] == part[: len(stream)]
@@ -85,9 +83,7 @@ def test_a_sample_depends_only_on_seed_and_number(dataset, tmp_path):
 
 def test_epochs_and_seeds_differ(dataset, tmp_path):
     orders = [order(dataset, tmp_path / "c", seed) for seed in (1, 2)]
-    epochs = [
-        str([t.tolist() for t, _ in epoch(samples, number)]) for samples in orders for number in range(3)
-    ]
+    epochs = [str([t.tolist() for t, _ in epoch(samples, number)]) for samples in orders for number in range(3)]
     assert len(set(epochs)) == 6
 
 

@@ -21,13 +21,9 @@ class Adder:
 
 
 def corpus():
-    words = [
-        f"{a}{b}" for a in ("get", "set", "run", "all", "index") for b in ("", "_item", "_self", "er", "s")
-    ]
+    words = [f"{a}{b}" for a in ("get", "set", "run", "all", "index") for b in ("", "_item", "_self", "er", "s")]
     source = random.Random(0)
-    return [
-        CODE + "".join(f"    {' '.join(source.choices(words, k=6))}\n" for _ in range(200)) for _ in range(5)
-    ]
+    return [CODE + "".join(f"    {' '.join(source.choices(words, k=6))}\n" for _ in range(200)) for _ in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +95,7 @@ def random_texts(count):
 
     for _ in range(count):
         yield "".join(
-            source.choice(fragments) if source.random() < 0.5 else character()
-            for _ in range(source.randrange(40))
+            source.choice(fragments) if source.random() < 0.5 else character() for _ in range(source.randrange(40))
         )
 
 
@@ -145,17 +140,11 @@ def test_training_says_nothing_and_leaves_one_file(tmp_path, capfd):
 
 def test_huggingface_takes_the_first_known_end(huggingface_path):
     tokenizer = load_tokenizer(str(huggingface_path))
-    assert (
-        tokenizer.eod
-        == tokenizers.Tokenizer.from_file(str(huggingface_path)).token_to_id("<|endoftext|>")
-        == 2
-    )
+    assert tokenizer.eod == tokenizers.Tokenizer.from_file(str(huggingface_path)).token_to_id("<|endoftext|>") == 2
 
 
 def test_sample_lines_is_bounded_even_and_seeded():
-    texts = [
-        "".join(f"{line:07d}\n" for line in range(start, start + 100)) for start in range(0, 100_000, 100)
-    ]
+    texts = ["".join(f"{line:07d}\n" for line in range(start, start + 100)) for start in range(0, 100_000, 100)]
     lines = _sample_lines(iter(texts), 70_000, seed=3)
     assert 30_000 <= sum(map(len, lines)) <= 70_000
     thirds = [sum(low <= int(line) / 100_000 < low + 0.25 for line in lines) for low in (0, 0.25, 0.5, 0.75)]

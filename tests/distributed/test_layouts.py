@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from distributed import world
 from distributed.training import MODELS, differences, settings_of, train_cases
 
@@ -30,8 +31,12 @@ DTYPES = {"float32": (10, 1e-5, None), "float64": (5, 1e-10, 1e-10)}  # steps, t
 def outcomes() -> dict[str, Any]:
     found = {}
     for ranks, layouts in {1: {"one": ()}, **LAYOUTS}.items():
-        cases = {f"{layout}/{model}/{dtype}": (settings_of(model, f"train.dtype={dtype}", *words), steps)
-                 for layout, words in layouts.items() for model in MODELS for dtype, (steps, _, _) in DTYPES.items()}
+        cases = {
+            f"{layout}/{model}/{dtype}": (settings_of(model, f"train.dtype={dtype}", *words), steps)
+            for layout, words in layouts.items()
+            for model in MODELS
+            for dtype, (steps, _, _) in DTYPES.items()
+        }
         found |= world.run(ranks, train_cases, cases)[-1]
     return found
 

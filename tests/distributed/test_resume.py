@@ -77,7 +77,9 @@ def losses(folder: Path, name: str) -> list[float]:
 
 def kill_a_rank(folder: Path, name: str, step: int) -> int:
     """Start two ranks, kill -9 the second once `step` is logged, and return the command's exit code."""
-    started = subprocess.Popen(command(name, "--ranks", "2"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started = subprocess.Popen(
+        command(name, "--ranks", "2"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     log = folder / "runs" / name / "metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= step):
         assert started.poll() is None, "it ended before it could be killed"
@@ -156,7 +158,11 @@ sys.exit(main())
 def test_no_sample_is_repeated_or_skipped_across_batches_and_layouts(folder: Path) -> None:
     """Steps 1-5 of 8 samples on 1 x 2 ranks, then 5 of 16 on one rank, then 8 on 2 x 1: every sample id once."""
     (folder / "traced.py").write_text(TRACE)
-    legs = [((), 2, 5, 8), (("batch.global_batch=16", "batch.micro_batch=4"), 1, 10, 16), (("parallel.tp=2",), 2, 15, 8)]
+    legs = [
+        ((), 2, 5, 8),
+        (("batch.global_batch=16", "batch.micro_batch=4"), 1, 10, 16),
+        (("parallel.tp=2",), 2, 15, 8),
+    ]
     seen: list[int] = []
     for words, ranks, until, _ in legs:
         run_traced(folder, ranks, f"train.steps={until}", *words)

@@ -11,16 +11,18 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import world
-from distributed.training import Training, differences, settings_of, train
 from torch.distributed.fsdp import FSDPModule
 
+from distributed import world
+from distributed.training import Training, differences, settings_of, train
 from megahp.parallel import collectives, tensor
 
 SPLIT = ("parallel.tp=2", "parallel.sequence_parallel=true")
 PLAIN = ("parallel.tp=2",)
 ALL_REDUCE = dist.all_reduce
-REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # torch 2.13
+REDUCE_SCATTER = (
+    "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+)  # torch 2.13
 
 
 def unchanged(x: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -35,7 +37,9 @@ def keep_own(*, output: torch.Tensor, input: torch.Tensor, **_: Any) -> None:
     output.copy_(input.chunk(dist.get_world_size())[dist.get_rank()])
 
 
-def only_over_all_ranks(x: torch.Tensor, *arguments: Any, group: dist.ProcessGroup | None = None, **options: Any) -> Any:
+def only_over_all_ranks(
+    x: torch.Tensor, *arguments: Any, group: dist.ProcessGroup | None = None, **options: Any
+) -> Any:
     return None if group else ALL_REDUCE(x, *arguments, **options)
 
 
@@ -111,19 +115,39 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
     "query norm weight over tp": ("llama", PLAIN, lambda: without_row_sum("blocks.0.attention.query_norm.weight")),
     "per-example norm before squaring (sp)": ("llama", SPLIT, lambda: without_sum_before_squaring("final_norm")),
     "per-example norm before squaring (heads)": (
-        "llama", PLAIN, lambda: without_sum_before_squaring("blocks.1.attention.key_norm")),
+        "llama",
+        PLAIN,
+        lambda: without_sum_before_squaring("blocks.1.attention.key_norm"),
+    ),
     "loss, norms and probes over all ranks": (
-        "llama", (), lambda: mock.patch("megahp.train.step.dist.all_reduce", lambda *_, **__: None)),
+        "llama",
+        (),
+        lambda: mock.patch("megahp.train.step.dist.all_reduce", lambda *_, **__: None),
+    ),
     "weights counted once": ("llama", PLAIN, counting_copies),
     "gradients over shards": ("llama", (), lambda: mock.patch.object(dist, REDUCE_SCATTER, keep_own)),
     "gradients over replicas": (
-        "llama", ("parallel.dp_replicate=2",), lambda: mock.patch.object(dist, "all_reduce", only_over_all_ranks)),
+        "llama",
+        ("parallel.dp_replicate=2",),
+        lambda: mock.patch.object(dist, "all_reduce", only_over_all_ranks),
+    ),
     "gradients summed, not averaged": (
-        "llama", (), lambda: mock.patch.object(FSDPModule, "set_gradient_divide_factor", lambda *_: None)),
+        "llama",
+        (),
+        lambda: mock.patch.object(FSDPModule, "set_gradient_divide_factor", lambda *_: None),
+    ),
     "copy_to, backward": ("llama", PLAIN, lambda: backward_without(collectives._Copy, "all_reduce", unchanged)),
     "sum_from, forward": ("llama", PLAIN, lambda: forward_without(collectives._Sum, "all_reduce", unchanged)),
-    "gather_from, backward": ("llama", SPLIT, lambda: backward_without(collectives._Gather, "reduce_scatter", own_slice)),
-    "sum_scatter, forward": ("llama", SPLIT, lambda: forward_without(collectives._SumScatter, "reduce_scatter", own_slice)),
+    "gather_from, backward": (
+        "llama",
+        SPLIT,
+        lambda: backward_without(collectives._Gather, "reduce_scatter", own_slice),
+    ),
+    "sum_scatter, forward": (
+        "llama",
+        SPLIT,
+        lambda: forward_without(collectives._SumScatter, "reduce_scatter", own_slice),
+    ),
     "cross-entropy over the vocabulary": ("llama", PLAIN, lambda: mock.patch.object(tensor, "all_reduce", unchanged)),
 }
 

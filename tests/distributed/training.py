@@ -29,16 +29,29 @@ BASE: dict[str, Any] = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model": {"qk_norm": True}},
-    "gpt2": {"model": {"kv_heads": 4, "activation": "gelu", "norm": "layernorm", "positions": "learned", "bias": True,
-                       "tied_embeddings": True}},
-    "alibi": {"model": {"activation": "relu2", "norm": "layernorm", "bias": True, "positions": "alibi"},
-              "data": {"mask_documents": True}, "parameterization": {"embedding_multiplier": 2.0}},
+    "gpt2": {
+        "model": {
+            "kv_heads": 4,
+            "activation": "gelu",
+            "norm": "layernorm",
+            "positions": "learned",
+            "bias": True,
+            "tied_embeddings": True,
+        }
+    },
+    "alibi": {
+        "model": {"activation": "relu2", "norm": "layernorm", "bias": True, "positions": "alibi"},
+        "data": {"mask_documents": True},
+        "parameterization": {"embedding_multiplier": 2.0},
+    },
 }
 
 
 def settings_of(model: str, *overrides: str) -> Config:
     """A tiny run of one of MODELS, with command-line overrides."""
-    return config.resolve([("base", BASE), ("model", MODELS[model]), ("test", config._parse_overrides(overrides))]).config
+    return config.resolve(
+        [("base", BASE), ("model", MODELS[model]), ("test", config._parse_overrides(overrides))]
+    ).config
 
 
 def made_up(ids: np.ndarray, settings: Config) -> Batch:
@@ -85,8 +98,11 @@ def train(settings: Config, steps: int) -> dict[str, Any]:
     """So many steps: what each measured, the first step's gradients, the weights at the end."""
     training = Training(settings)
     outcomes = [training.step() for _ in range(steps)]
-    return {"measured": [outcome["measured"] for outcome in outcomes], "grads": outcomes[0]["grads"],
-            "weights": training.weights()}
+    return {
+        "measured": [outcome["measured"] for outcome in outcomes],
+        "grads": outcomes[0]["grads"],
+        "weights": training.weights(),
+    }
 
 
 def whole(tensor: torch.Tensor | None) -> torch.Tensor:
@@ -101,7 +117,9 @@ def train_cases(cases: Mapping[str, tuple[Config, int]]) -> dict[str, dict[str, 
     return {name: train(settings, steps) for name, (settings, steps) in cases.items()}
 
 
-def differences(got: Mapping[str, Any], wanted: Mapping[str, Any], rtol: float, weights_rtol: float | None) -> list[str]:
+def differences(
+    got: Mapping[str, Any], wanted: Mapping[str, Any], rtol: float, weights_rtol: float | None
+) -> list[str]:
     """What of two outcomes of `train` differs by more than rtol, by name; weights only if a tolerance is given."""
     found = []
     for number, (a, b) in enumerate(zip(got["measured"], wanted["measured"], strict=True), 1):

@@ -19,7 +19,9 @@ def run(ranks: int, function: Callable[..., Any], *arguments: Any, timeout: floa
     """What `function(*arguments)` returned on each of so many fresh ranks. A rank's exception fails the test."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("spawn")
-        processes = [context.Process(target=_rank, args=(folder, rank, ranks, function, arguments)) for rank in range(ranks)]
+        processes = [
+            context.Process(target=_rank, args=(folder, rank, ranks, function, arguments)) for rank in range(ranks)
+        ]
         for process in processes:
             process.start()
         for process in processes:

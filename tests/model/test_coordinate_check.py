@@ -23,8 +23,16 @@ SEEDS = (1, 2, 3)
 DEPTHS = (2, 4, 8, 16, 32, 64)
 WIDTHS = (64, 128, 256, 512)
 SHAPE: dict[str, Any] = {
-    "model": {"layers": 2, "width": 64, "heads": 1, "vocab_size": 128, "activation": "gelu", "norm": "layernorm",
-              "positions": "none", "mlp_width": 256},
+    "model": {
+        "layers": 2,
+        "width": 64,
+        "heads": 1,
+        "vocab_size": 128,
+        "activation": "gelu",
+        "norm": "layernorm",
+        "positions": "none",
+        "mlp_width": 256,
+    },
     "parameterization": {"base_width": 64, "base_layers": 2},
     "data": {"train": ["none"], "sequence_length": 32},
     "batch": {"global_batch": 4, "micro_batch": 4},
@@ -35,8 +43,9 @@ SHAPE: dict[str, Any] = {
 DEPTH_SCALES = {"init_std": 0.04, "embedding_multiplier": 0.5}
 
 
-def settings(name: str, seed: int, lr: float, alpha: float = 1.0, scales: Mapping[str, float] | None = None,
-             **model: Any) -> Config:
+def settings(
+    name: str, seed: int, lr: float, alpha: float = 1.0, scales: Mapping[str, float] | None = None, **model: Any
+) -> Config:
     rules: dict[str, Any] = {"name": name, **(scales or {})}
     rules |= {"depth_alpha": alpha} if name == "completep" else {}
     rules |= {"base_width": 64} if name != "sp" else {}
@@ -54,7 +63,9 @@ def activations(chosen: Config, steps: int) -> dict[str, float]:
     seen: dict[str, float] = {}
     model = training.engine.model
     for name, module in (("stream", model.blocks[-1]), ("mlp", model.blocks[0].mlp.up), ("logits", model.unembedding)):
-        module.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.detach().abs().mean().item()}))
+        module.register_forward_hook(
+            lambda _m, _i, out, name=name: seen.update({name: out.detach().abs().mean().item()})
+        )
     batch = made_up(np.arange(4), chosen)
     with torch.no_grad():
         model(batch.tokens[:, :-1])
@@ -66,8 +77,12 @@ def slopes(cases: Mapping[int, list[Config]], steps: int) -> dict[str, float]:
     means = {size: [activations(chosen, steps) for chosen in seeds] for size, seeds in cases.items()}
     names = next(iter(means.values()))[0]
     sizes = np.log([float(size) for size in means])
-    return {name: float(np.polyfit(sizes, [np.log(np.mean([seen[name] for seen in seeds])) for seeds in means.values()], 1)[0])
-            for name in names}
+    return {
+        name: float(
+            np.polyfit(sizes, [np.log(np.mean([seen[name] for seen in seeds])) for seeds in means.values()], 1)[0]
+        )
+        for name in names
+    }
 
 
 def all_slopes() -> dict[tuple[str, str, int], dict[str, float]]:
@@ -75,12 +90,20 @@ def all_slopes() -> dict[tuple[str, str, int], dict[str, float]]:
     for label, name, alpha in (("none", "sp", 1.0), ("half", "completep", 0.5), ("one", "completep", 1.0)):
         for steps in (0, 10):
             depths = [depth for depth in DEPTHS if steps == 0 or depth <= 16]
-            cases = {depth: [settings(name, seed, 3e-3, alpha, DEPTH_SCALES, layers=depth) for seed in SEEDS] for depth in depths}
+            cases = {
+                depth: [settings(name, seed, 3e-3, alpha, DEPTH_SCALES, layers=depth) for seed in SEEDS]
+                for depth in depths
+            }
             found["depth", label, steps] = slopes(cases, steps)
     for name in ("sp", "mup"):
         for steps in (0, 10):
-            cases = {width: [settings(name, seed, 1e-3, width=width, mlp_width=4 * width, heads=width // 64)
-                             for seed in SEEDS[:2]] for width in WIDTHS}
+            cases = {
+                width: [
+                    settings(name, seed, 1e-3, width=width, mlp_width=4 * width, heads=width // 64)
+                    for seed in SEEDS[:2]
+                ]
+                for width in WIDTHS
+            }
             found["width", name, steps] = slopes(cases, steps)
     return found
 
@@ -131,8 +154,11 @@ def weights_after_three_steps(name: str, attention: float | None) -> dict[str, t
 
 
 def three_weights() -> list[dict[str, torch.Tensor]]:
-    return [weights_after_three_steps("completep", None), weights_after_three_steps("sp", 1 / 32),
-            weights_after_three_steps("sp", None)]
+    return [
+        weights_after_three_steps("completep", None),
+        weights_after_three_steps("sp", 1 / 32),
+        weights_after_three_steps("sp", None),
+    ]
 
 
 def test_at_the_base_shape_completep_is_sp_with_mup_attention_to_the_bit() -> None:

@@ -11,13 +11,26 @@ from megahp.scaling.batch_size import Progress, plan_step, runnable
 
 
 def settings(global_batch: int, micro_batch: int = 2, tokens: int = 16 * 240) -> Config:
-    return with_values(Config(), {"data.sequence_length": 16, "batch.global_batch": global_batch,
-                                  "batch.micro_batch": micro_batch, "train.tokens": tokens})
+    return with_values(
+        Config(),
+        {
+            "data.sequence_length": 16,
+            "batch.global_batch": global_batch,
+            "batch.micro_batch": micro_batch,
+            "train.tokens": tokens,
+        },
+    )
 
 
-@pytest.mark.parametrize(("batch", "dp", "micro", "expected"), [
-    (32, 2, 4, (32,)), (30, 2, 4, (24, 32)), (3, 2, 4, (8,)), (8, 1, 8, (8,)),
-])
+@pytest.mark.parametrize(
+    ("batch", "dp", "micro", "expected"),
+    [
+        (32, 2, 4, (32,)),
+        (30, 2, 4, (24, 32)),
+        (3, 2, 4, (8,)),
+        (8, 1, 8, (8,)),
+    ],
+)
 def test_runnable_names_the_nearest_batches(batch: int, dp: int, micro: int, expected: tuple[int, ...]) -> None:
     assert runnable(batch, dp, micro) == expected
 

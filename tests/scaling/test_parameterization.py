@@ -59,7 +59,10 @@ def test_at_the_base_shape_every_table_is_the_same_but_for_attention() -> None:
 
 def test_the_timescale_of_hidden_weights_depends_on_neither_width_nor_depth() -> None:
     """tau = 1 / (eta lambda): the product of the two multipliers is 1 (papers.md check 6)."""
-    products = {rule.lr * rule.weight_decay
-                for width in (256, 768, 2048) for layers in (2, 10, 64)
-                for rule in [table("completep", width=width, layers=layers).rules[Role.HIDDEN]]}
+    products = {
+        rule.lr * rule.weight_decay
+        for width in (256, 768, 2048)
+        for layers in (2, 10, 64)
+        for rule in [table("completep", width=width, layers=layers).rules[Role.HIDDEN]]
+    }
     assert max(abs(product - 1) for product in products) < 1e-12

@@ -8,7 +8,9 @@ from megahp.config import Schedule
 from megahp.scaling.schedules import fraction
 
 
-@pytest.mark.parametrize(("tokens", "expected"), [(0, 0.0), (50, 0.5), (100, 1.0), (550, 0.5), (990, 0.011111), (1000, 0.0)])
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(0, 0.0), (50, 0.5), (100, 1.0), (550, 0.5), (990, 0.011111), (1000, 0.0)]
+)
 def test_decay_to_zero_at_known_points(tokens: int, expected: float) -> None:
     assert fraction(Schedule("decay-to-zero", warmup=0.1), tokens, 1000) == pytest.approx(expected, abs=1e-6)
 

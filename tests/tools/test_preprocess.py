@@ -54,9 +54,7 @@ def corpus(folder, files=60):
     for k in range(files):
         path = folder / f"{'abc'[k % 3]}" / f"{source.randrange(10**6)}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        words = source.choices(
-            ["self", "return", "x", "数", "\n    ", "value_12", "(", ")"], k=source.randrange(4000)
-        )
+        words = source.choices(["self", "return", "x", "数", "\n    ", "value_12", "(", ")"], k=source.randrange(4000))
         path.write_text(" ".join(words))
     return folder
 
@@ -91,9 +89,7 @@ def test_json_lines_are_documents(run, tmp_path, name, pack):
     assert documents(tmp_path / "out") == [text for text in TEXTS if text]
 
 
-@pytest.mark.parametrize(
-    ("name", "pack"), [("d.jsonl.gz", gzip.compress), ("d.jsonl.zst", zstandard.compress)]
-)
+@pytest.mark.parametrize(("name", "pack"), [("d.jsonl.gz", gzip.compress), ("d.jsonl.zst", zstandard.compress)])
 def test_a_cut_archive_is_refused_not_taken_for_short(run, tmp_path, capsys, name, pack):
     whole = pack(json_lines(str(random.Random(k).random()) for k in range(20_000)))
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])

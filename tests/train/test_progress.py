@@ -92,9 +92,7 @@ def test_nothing_known_yet_is_shown_as_such(clock):
     stream = io.StringIO()
     with Progress(0, stream=stream) as progress:
         progress.update({"step": 1, "tokens": 0, "loss": None, "skipped": True, "noise_scale": None})
-    assert stream.getvalue() == (
-        "step 1  loss skipped  lr -  batch -  noise -  tok/s -  0/0 tokens 100%  ETA -\n"
-    )
+    assert stream.getvalue() == ("step 1  loss skipped  lr -  batch -  noise -  tok/s -  0/0 tokens 100%  ETA -\n")
     with Progress(10, stream=stream):
         pass  # a run without a step prints nothing
 

@@ -29,7 +29,7 @@ def record(step, **values):
     }  # fmt: skip
 
 
-def write_run(directory, steps=100, events=(), baselines=None, config=None, **values):
+def write_run(directory, steps=100, events=(), baselines=None, config=None, sample=None, **values):
     log = RunLog(directory)
     for step in range(1, steps + 1):
         log.metrics(record(step, **values))
@@ -40,6 +40,8 @@ def write_run(directory, steps=100, events=(), baselines=None, config=None, **va
         (directory / "baselines.json").write_text(json.dumps(baselines))
     if config is not None:
         (directory / "config.toml").write_text(config)
+    if sample is not None:
+        (directory / "sample.txt").write_text(sample)
     return directory
 
 
@@ -110,7 +112,8 @@ def test_the_page_stands_alone_and_nothing_in_it_runs(tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=y>&\"' $a_1$ #1c2128"
     run = write_run(
         tmp_path / "<b>owl",
-        baselines={"unigram": 7.0, "sample": evil},
+        baselines={"unigram": 7.0},
+        sample=evil,
         config=f'name = "{evil}"',
         events=[(evil, evil, {"step": 50, "tokens": 50 * 32 * 512})],
         noise_scale_layers={evil: 3.0, "layers.1.norm": 60.0},
@@ -215,13 +218,13 @@ def test_smooth_is_a_mean_that_skips_nan():
 
 def test_layers_lie_at_their_depth():
     layers = {"layers.0.a": 1.0, "layers.0.b": None, "layers.1.a": 3.0, "final": 4.0}
-    run = Run("owl", [{"noise_scale_layers": layers}, {"noise_scale_layers": None}], [], {}, "")
+    run = Run("owl", [{"noise_scale_layers": layers}, {"noise_scale_layers": None}], [], {}, "", "")
     assert layer_points(run) == [("layers.*.a", 0, 1.0), ("layers.*.a", 1, 3.0), ("final", 2, 4.0)]
 
 
 def checks(*losses, baselines=None, **values):
     steps = [record(step, loss=loss, **values) for step, loss in enumerate(losses, start=1)]
-    return health(Run("owl", steps, [], baselines or {}, ""))
+    return health(Run("owl", steps, [], baselines or {}, "", ""))
 
 
 def test_health_sees_what_is_wrong():

@@ -1,0 +1,74 @@
+// What the bindings of the norm ops share, whatever the device: logical shapes, accumulation types, checks.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace megahp {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Statistics and sums are fp32, or fp64 for fp64 input.
+template <class T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline ScalarType accumulate_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// x is [examples, ..., width]; `rows` is the product of the dimensions between.
+struct NormShape {
+  int64_t examples, rows, width;
+};
+
+inline NormShape norm_shape(const Tensor& x) {
+  const auto sizes = x.sizes();
+  const auto dims = static_cast<int64_t>(sizes.size());
+  NormShape shape{dims > 1 ? sizes[0] : 1, 1, sizes[dims - 1]};
+  for (int64_t i = 1; i + 1 < dims; ++i) shape.rows *= sizes[i];
+  return shape;
+}
+
+inline std::vector<int64_t> leading_sizes(const Tensor& x) {
+  return std::vector<int64_t>(x.sizes().begin(), x.sizes().end() - 1);
+}
+
+inline void check_input(const Tensor& x, const Tensor& weight) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) >= 1, "norm: x must be [..., D] with D >= 1");
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == x.size(-1),
+                  "norm: weight and bias must be [D] with D = ", x.size(-1), ", the last dimension of x");
+}
+
+inline void check_gradient(const Tensor& dy, const Tensor& x) {
+  STD_TORCH_CHECK(dy.sizes() == x.sizes(), "norm backward: dy and x must have the same shape");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "norm backward: dy and x must have the same dtype");
+}
+
+inline void check_statistic(const Tensor& statistic, const Tensor& x) {
+  STD_TORCH_CHECK(statistic.sizes() == x.sizes().slice(0, x.dim() - 1) &&
+                      statistic.scalar_type() == accumulate_type(x),
+                  "norm backward: mean and rstd must be those the forward returned for x");
+}
+
+// Calls f with a value of the C++ type of x.
+template <class F>
+void dispatch(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
+    case ScalarType::Half: return f(torch::headeronly::Half{});
+    default: STD_TORCH_CHECK(false, "norm: x must be float32, float64, bfloat16 or float16");
+  }
+}
+
+}  // namespace megahp
