@@ -8,8 +8,9 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from megahp import config, launch
+from megahp import config, launch, resolve
 from megahp.config import Config
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
@@ -35,10 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """No abbreviations: an option that is not spelled out is a mistake, not a guess."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megahp", description="Pretrain language models that set their own hyperparameters."
-    )
+    parser = _Parser(prog="megahp", description="Pretrain language models that set their own hyperparameters.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train the run of a TOML file")
@@ -76,7 +82,7 @@ def _add_run_file(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
-    settings = config.load(options.run_file, options.overrides).config
+    settings = resolve.load(options.run_file, options.overrides).config
     place = launch.world()
     ranks = options.ranks or place.size
     if options.ranks < 0:
@@ -87,7 +93,7 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
 
     if options.ranks and place.size not in (1, options.ranks):
         raise UserError(f"--ranks {options.ranks}, but the launcher started {place.size}; leave --ranks out")
-    settings = prepare(settings, layout, options.resume == "auto")
+    settings = prepare(settings, layout, options.ranks or place.local_size, options.resume == "auto")
     if ranks > place.size:
         return launch.spawn(words, ranks)
     return _train_rank(settings, place, layout, options.resume == "auto")
@@ -95,7 +101,8 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 def _train_rank(settings: Config, place: launch.World, layout: Layout, resume: bool) -> int:
     """Train as one rank, and leave without tearing the process group down (launch.leave)."""
-    from megahp.train.loop import cuda_wanted, train
+    from megahp.train.loop import train
+    from megahp.train.run import cuda_wanted
 
     code = 0
     try:
@@ -124,7 +131,7 @@ def _finish(directory: Path) -> None:
 
 
 def _config(options: argparse.Namespace, words: Sequence[str]) -> int:
-    resolved = config.load(options.run_file, options.overrides)
+    resolved = resolve.load(options.run_file, options.overrides)
     print(config.to_toml(resolved.config, resolved.origins), end="")
     return 0
 

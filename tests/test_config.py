@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megahp import config
+from megahp import config, resolve
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
 from megahp.presets import PRESETS
@@ -39,7 +39,7 @@ def write(folder: Path, text: str) -> Path:
 
 def problems_of(folder: Path, text: str, *overrides: str) -> list[str]:
     with pytest.raises(UserError) as caught:
-        config.load(write(folder, text), overrides)
+        resolve.load(write(folder, text), overrides)
     return str(caught.value).splitlines()
 
 
@@ -62,7 +62,7 @@ def test_every_setting_is_read_somewhere() -> None:
 
 def test_command_line_wins_over_file_over_preset_over_default(tmp_path: Path) -> None:
     path = write(tmp_path, '[model]\npreset = "llama-3-8b"\nlayers = 3\n[train]\ntokens = 1e8\n')
-    resolved = config.load(path, ["model.layers=5", "log.name=first"])
+    resolved = resolve.load(path, ["model.layers=5", "log.name=first"])
     assert (resolved.config.model.layers, resolved.origins["model.layers"]) == (5, "command line")
     assert (resolved.config.model.kv_heads, resolved.origins["model.kv_heads"]) == (8, "preset llama-3-8b")
     assert (resolved.config.train.tokens, resolved.origins["train.tokens"]) == (100_000_000, "run.toml")
@@ -73,10 +73,10 @@ def test_command_line_wins_over_file_over_preset_over_default(tmp_path: Path) ->
 
 def test_what_is_printed_is_a_valid_run_file(tmp_path: Path) -> None:
     for preset in PRESETS:
-        resolved = config.load(write(tmp_path, f'[model]\npreset = "{preset}"\n[data]\ntrain = ["a b", "c\\"d"]\n'))
+        resolved = resolve.load(write(tmp_path, f'[model]\npreset = "{preset}"\n[data]\ntrain = ["a b", "c\\"d"]\n'))
         text = config.to_toml(resolved.config, resolved.origins)
-        assert config.from_dict(tomllib.loads(text), "again") == resolved.config
-        assert config.from_dict(config.to_dict(resolved.config), "again") == resolved.config
+        assert resolve.from_dict(tomllib.loads(text), "again") == resolved.config
+        assert resolve.from_dict(config.to_dict(resolved.config), "again") == resolved.config
 
 
 def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_impossible_settings_are_refused(tmp_path: Path, overrides: list[str], w
 
 def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere.toml does not exist"):
-        config.load(tmp_path / "nowhere.toml")
+        resolve.load(tmp_path / "nowhere.toml")
     assert "not valid TOML" in problems_of(tmp_path, "[model\n")[0]
 
 

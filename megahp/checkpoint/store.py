@@ -66,11 +66,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors, in place and on whatever layout they have. Raises UserError naming the checkpoint."""
+    reader = dcp.FileSystemReader(checkpoint)
     try:
-        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(checkpoint))
-    except Exception as error:  # DCP raises many kinds, depending on what is damaged
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"checkpoint {checkpoint} cannot be loaded ({cause[-1]}); {_remedy(checkpoint)}") from None
+        reader.read_metadata()  # here, since dcp.load would print tracebacks before it gives up
+        dcp.load(dict(tensors), storage_reader=reader)
+    except (Exception, dcp.CheckpointException) as error:  # DCP raises many kinds, depending on what is damaged
+        raise UserError(f"checkpoint {checkpoint} cannot be loaded ({_cause(error)}); {_remedy(checkpoint)}") from None
+
+
+def _cause(error: BaseException) -> str:
+    """In one line, the first rank's reason out of what DCP gathered from all."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _remedy(checkpoint: Path) -> str:

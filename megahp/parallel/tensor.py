@@ -96,7 +96,8 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: TensorAx
     """Per-token losses [...] in nats, fp32 or wider, from logits [..., vocabulary / tp] and targets [...]."""
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     if axis.size == 1:
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+        losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+        return losses.view_as(targets).clone()  # FSDP2 hooks on to a module's output, which therefore is no view
     return _VocabParallelCrossEntropy.apply(logits, targets, axis)
 
 

@@ -18,7 +18,7 @@ from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch_size import Plan, plan_step
 from megahp.train.reporter import Reporter
-from megahp.train.run import Run, changes, is_first, open_data
+from megahp.train.run import Run, changes, cuda_wanted, is_first, open_data
 from megahp.train.step import clip
 
 BASELINE_TOKENS = 50_000_000  # the n-gram models of the report are fitted on at most so many training tokens
@@ -72,11 +72,6 @@ def device_of(settings: config.Config, place: World) -> torch.device:
         return torch.device("cuda", place.local_rank)
     torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
     return torch.device("cpu")
-
-
-def cuda_wanted(settings: config.Config) -> bool:
-    """Whether this run computes on CUDA devices."""
-    return settings.train.device == "cuda" or (settings.train.device == "auto" and torch.cuda.is_available())
 
 
 def start(run: Run, reporter: Reporter, resume: bool) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megahp import checkpoint, config
+from megahp import checkpoint, config, resolve
 from megahp.config import Config
 from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import Source, TrainingData
@@ -33,7 +33,7 @@ FIXED = ("model", "parameterization", "data", "train.seed", "train.dtype", "opti
 MOVABLE = ("data.train", "data.tokenizer", "data.cache")
 
 
-def prepare(settings: Config, layout: Layout, resume: bool) -> Config:
+def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> Config:
     """Check, before anything is built or written, all that can be checked: batch and layout, tokenizer, run directory,
     and on resume that the run is the same one. Returns the settings with the vocabulary filled in. Raises UserError."""
     unit = layout.dp * settings.batch.micro_batch
@@ -44,6 +44,7 @@ def prepare(settings: Config, layout: Layout, resume: bool) -> Config:
             f"{layout.dp} x batch.micro_batch {settings.batch.micro_batch}); "
             f"nearest that are: {', '.join(map(str, nearest))}"
         )
+    check_devices(settings, ranks_here)
     if not settings.data.train:
         raise UserError("data.train is empty; name at least one prefix written by tools/preprocess_data.py")
     tokenizer = load_tokenizer(settings.data.tokenizer)
@@ -56,7 +57,23 @@ def prepare(settings: Config, layout: Layout, resume: bool) -> Config:
         )
     if resume and saved:
         refuse_changes(settings, checkpoint.read_state(saved)["config"], saved)
+    open_data(settings)
     return settings
+
+
+def cuda_wanted(settings: Config) -> bool:
+    """Whether this run computes on CUDA devices."""
+    return settings.train.device == "cuda" or (settings.train.device == "auto" and torch.cuda.is_available())
+
+
+def check_devices(settings: Config, ranks_here: int) -> None:
+    """Raise UserError when this machine has fewer CUDA devices than the run would use on it."""
+    devices = torch.cuda.device_count()
+    if cuda_wanted(settings) and devices < ranks_here:
+        raise UserError(
+            f"train.device = {settings.train.device!r} needs a CUDA device for each of {ranks_here} ranks and this "
+            f"machine has {devices}; start fewer ranks, or set train.device=cpu"
+        )
 
 
 def check_tokenizer(settings: Config, tokenizer: Tokenizer) -> None:
@@ -84,7 +101,7 @@ def with_vocabulary(settings: Config, tokenizer: Tokenizer) -> Config:
 
 def changes(settings: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
     """Settings whose value differs from the saved one: key -> (saved, now)."""
-    before = config.from_dict(saved, "checkpoint")
+    before = resolve.from_dict(saved, "checkpoint")
     pairs = {key: (config.get(before, key), config.get(settings, key)) for key in config.names()}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -174,6 +191,6 @@ def read_config(directory: Path) -> Config:
     """The resolved settings in a run directory. Raises UserError."""
     path = directory / "config.toml"
     try:
-        return config.from_dict(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+        return resolve.from_dict(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); name a run directory, such as runs/quickstart") from None

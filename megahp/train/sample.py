@@ -15,8 +15,8 @@ from megahp.model.transformer import Transformer
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.parameters import parameters
-from megahp.train.loop import cuda_wanted, device_of
-from megahp.train.run import read_config
+from megahp.train.loop import device_of
+from megahp.train.run import cuda_wanted, read_config
 
 ALONE = {
     "parallel.tp": 1,

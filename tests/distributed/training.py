@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from megahp import config
+from megahp import resolve
 from megahp.config import Config
 from megahp.data.loader import Batch
 from megahp.model.build import build_model, table_of
@@ -49,8 +49,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def settings_of(model: str, *overrides: str) -> Config:
     """A tiny run of one of MODELS, with command-line overrides."""
-    return config.resolve(
-        [("base", BASE), ("model", MODELS[model]), ("test", config._parse_overrides(overrides))]
+    return resolve.resolve(
+        [("base", BASE), ("model", MODELS[model]), ("test", resolve.parse_overrides(overrides))]
     ).config
 
 

@@ -15,7 +15,7 @@ import torch
 from distributed import world
 from distributed.training import Training, made_up
 
-from megahp import config
+from megahp import resolve
 from megahp.config import Config
 from megahp.model import build
 
@@ -52,7 +52,7 @@ def settings(
     rules |= {"base_layers": 2} if name == "completep" else {}
     base = {**SHAPE, "parameterization": {}}
     tested = {"model": model, "parameterization": rules, "train": {"seed": seed}, "optimizer": {"lr": lr, "clip": 0.0}}
-    return config.resolve([("base", base), ("test", tested)]).config
+    return resolve.resolve([("base", base), ("test", tested)]).config
 
 
 def activations(chosen: Config, steps: int) -> dict[str, float]:

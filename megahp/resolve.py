@@ -1,0 +1,275 @@
+"""From a run file and command-line words to a checked tree of settings.
+
+A value comes from the first of: command line, run file, preset, default. Anything unknown, of the wrong type or
+impossible is refused here, before torch is imported or a process started; all problems are told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from megahp.config import SECTIONS, TYPES, VOCAB_MULTIPLE, Config, get, names, with_values
+from megahp.errors import UserError
+from megahp.presets import PRESETS
+
+# A setting that only means something beside another one: giving it elsewhere is an error, not silence.
+USED_ONLY_WITH = {
+    "model.rope_theta": ("model.positions", ("rope",)),
+    "parameterization.base_width": ("parameterization.name", ("mup", "completep")),
+    "parameterization.base_layers": ("parameterization.name", ("completep",)),
+    "parameterization.depth_alpha": ("parameterization.name", ("completep",)),
+    "train.noise_half_life": ("train.noise_scale", (True,)),
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked tree, and where each of its values came from (`section.key` -> origin)."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
+    """The run described by a TOML file and by `section.key=value` words. Raises UserError naming every problem."""
+    layers = [(Path(path).name, _read(Path(path))), ("command line", parse_overrides(overrides))]
+    return resolve(layers)
+
+
+def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Resolved:
+    """The tree from (origin, {section: {key: value}}) layers, later ones winning. Raises UserError."""
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, tree in _with_preset(layers, problems):
+        for key, value in _flatten(tree, origin, problems):
+            checked = _check(key, value, origin, problems)
+            values[key], origins[key] = checked, origin
+    _refuse(problems)
+    config = Config(
+        **{
+            name: section(
+                **{f.name: values[f"{name}.{f.name}"] for f in fields(section) if f"{name}.{f.name}" in values}
+            )
+            for name, section in SECTIONS.items()
+        }
+    )
+    problems += _unused(config, origins)
+    config = _derive(config, origins)
+    problems += impossible(config)
+    _refuse(problems)
+    return Resolved(config, {key: origins.get(key, "default") for key in names()})
+
+
+def from_dict(tree: Mapping[str, Mapping[str, Any]], origin: str) -> Config:
+    """The tree written by `to_dict`, checked again."""
+    return resolve([(origin, tree)]).config
+
+
+def impossible(config: Config) -> list[str]:
+    """Combinations that cannot run on any number of ranks, one line each."""
+    model, parallel, data = config.model, config.parallel, config.data
+    problems = []
+    if model.width % model.heads and not model.head_size:
+        problems.append(
+            f"model.heads = {model.heads} does not divide model.width = {model.width}; "
+            f"nearest that do: {_nearest_divisors(model.width, model.heads)}"
+        )
+    if model.head_size % 2 and model.positions == "rope":
+        problems.append(f"model.head_size = {model.head_size} is odd, and rope turns pairs; make it even")
+    if model.kv_heads and model.heads % model.kv_heads:
+        problems.append(
+            f"model.kv_heads = {model.kv_heads} does not divide model.heads = {model.heads}; "
+            f"nearest that do: {_nearest_divisors(model.heads, model.kv_heads)}"
+        )
+    split = {
+        "model.kv_heads": model.kv_heads,
+        "model.mlp_width": model.mlp_width,
+        "the padded vocabulary": VOCAB_MULTIPLE,
+    }
+    if undivided := [f"{key} = {size}" for key, size in split.items() if size % parallel.tp]:
+        problems.append(
+            f"parallel.tp = {parallel.tp} does not divide {' nor '.join(undivided)}; "
+            f"nearest that do: {_nearest_divisors(math.gcd(*split.values()), parallel.tp)}"
+        )
+    if parallel.sequence_parallel and parallel.tp == 1:
+        problems.append("parallel.sequence_parallel = true needs parallel.tp of at least 2, which is 1")
+    if parallel.sequence_parallel and data.sequence_length % parallel.tp:
+        problems.append(
+            f"data.sequence_length = {data.sequence_length} is not a multiple of parallel.tp = {parallel.tp}, "
+            "as parallel.sequence_parallel needs; "
+            f"nearest that are: {_nearest_multiples(parallel.tp, data.sequence_length)}"
+        )
+    if data.weights and len(data.weights) != len(data.train):
+        problems.append(
+            f"data.weights has {len(data.weights)} values and data.train {len(data.train)}; give one for each"
+        )
+    if any(weight <= 0 for weight in data.weights):
+        problems.append(f"data.weights = {list(data.weights)} must all be above 0")
+    if config.train.validation_samples and not data.validation_fraction:
+        problems.append(
+            f"train.validation_samples = {config.train.validation_samples} needs documents held out, and "
+            "data.validation_fraction is 0; raise it, or set train.validation_samples=0"
+        )
+    if not parallel.dp_replicate and not parallel.dp_shard:
+        problems.append(
+            "parallel.dp_replicate and parallel.dp_shard are both 0; only one of them can fill what is left"
+        )
+    if config.train.tokens < data.sequence_length * config.batch.global_batch:
+        problems.append(
+            f"train.tokens = {config.train.tokens} is less than one batch of "
+            f"{config.batch.global_batch} x {data.sequence_length} tokens"
+        )
+    return problems
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"run file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"run file {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"run file {path} is not valid TOML: {error}") from None
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    tree: dict[str, dict[str, Any]] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        section, dot, name = key.removeprefix("--").partition(".")
+        if not (equals and dot):
+            raise UserError(
+                f"{word!r} is neither an option nor a setting; write section.key=value, such as train.steps=10"
+            )
+        tree.setdefault(section, {})[name] = _parse_value(text)
+    return tree
+
+
+def _parse_value(text: str) -> Any:
+    """As in TOML where it parses, else a plain string, so that log.name=first needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _with_preset(layers: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]) -> list[tuple[str, Any]]:
+    name = ""
+    for _, tree in layers:
+        section = tree.get("model", {})
+        name = section.get("preset", name) if isinstance(section, Mapping) else name
+    if name and name not in PRESETS:
+        problems.append(f"model.preset = {name!r} is unknown; {_suggest(str(name), PRESETS)}")
+        name = ""
+    return [(f"preset {name}", {"model": PRESETS[name]}), *layers] if name else list(layers)
+
+
+def _flatten(tree: Mapping[str, Any], origin: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    for name, section in tree.items():
+        if name not in SECTIONS:
+            problems.append(f"[{name}] ({origin}) is no section; {_suggest(name, SECTIONS)}")
+        elif not isinstance(section, Mapping):
+            problems.append(f"{name} = {section!r} ({origin}) is a section; write [{name}] and its keys below")
+        else:
+            for key, value in section.items():
+                if key in TYPES[name]:
+                    yield f"{name}.{key}", value
+                else:
+                    problems.append(f"{name}.{key} = {value!r} ({origin}) is no setting; {_suggest(key, TYPES[name])}")
+
+
+def _suggest(word: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(close)}?" if close else f"there are: {', '.join(known)}"
+
+
+def _check(key: str, value: Any, origin: str, problems: list[str]) -> Any:
+    """The value in its declared type and inside its bounds, or a problem."""
+    section, name = key.split(".")
+    try:
+        value = _convert(value, TYPES[section][name])
+    except TypeError as error:
+        problems.append(f"{key} = {value!r} ({origin}) {error}")
+        return value
+    bounds = next(f.metadata for f in fields(SECTIONS[section]) if f.name == name)
+    words = {"at_least": "at least", "above": "above", "at_most": "at most"}
+    broken = {
+        "at_least": lambda limit: not value >= limit,
+        "above": lambda limit: not value > limit,
+        "at_most": lambda limit: not value <= limit,
+    }
+    for kind, breaks in broken.items():
+        if bounds[kind] is not None and breaks(bounds[kind]):
+            problems.append(f"{key} = {value!r} ({origin}) must be {words[kind]} {bounds[kind]:g}")
+    return value
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """Exact types, but an integer serves as a float and a whole float (1e9) as an integer. Raises TypeError."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise TypeError(f"must be one of: {', '.join(map(str, get_args(kind)))}")
+        return value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError("must be a list")
+        return tuple(_convert(item, get_args(kind)[0]) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if type(value) is not kind:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise TypeError(f"must be {names[kind]}")
+    return value
+
+
+def _unused(config: Config, origins: Mapping[str, str]) -> list[str]:
+    problems = []
+    for key, (other, values) in USED_ONLY_WITH.items():
+        given = key in origins and not origins[key].startswith("preset")
+        if given and get(config, other) not in values and get(config, key) != get(Config(), key):
+            problems.append(
+                f"{key} = {get(config, key)!r} ({origins[key]}) has no effect with "
+                f"{other} = {get(config, other)!r}; it needs {' or '.join(map(str, values))}"
+            )
+    return problems
+
+
+def _derive(config: Config, origins: dict[str, str]) -> Config:
+    """Zeros that stand for a derived value, replaced by it."""
+    model = config.model
+    wide = -(-8 * model.width // (3 * 64)) * 64 if model.activation == "swiglu" else 4 * model.width
+    derived = {
+        "model.kv_heads": (model.heads, "derived from model.heads"),
+        "model.head_size": (model.width // model.heads, "derived from model.width and model.heads"),
+        "model.mlp_width": (wide, "derived from model.width and model.activation"),
+    }
+    for key, (value, why) in derived.items():
+        if get(config, key) == 0 and (key != "model.head_size" or model.width % model.heads == 0):
+            config = with_values(config, {key: value})
+            origins[key] = why
+    return config
+
+
+def _nearest_divisors(number: int, to: int) -> str:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - to))[:3])))
+
+
+def _nearest_multiples(of: int, to: int) -> str:
+    below = to // of * of
+    return ", ".join(str(value) for value in (below, below + of) if value)
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise UserError("\n".join(problems))

@@ -1,0 +1,157 @@
+"""The transformer against an independent one written from the papers, and what its attention may look at."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import world
+from distributed.training import MODELS, Training, settings_of
+from torch import Tensor
+
+from megahp.model.positions import alibi_slopes
+from megahp.parallel.parameters import storage
+
+
+def plain_norm(x: Tensor, weights: dict[str, Tensor], name: str, kind: str, eps: float) -> Tensor:
+    if kind == "rmsnorm":
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weights[f"{name}.weight"]
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+    return (x - mean) / (variance + eps).sqrt() * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0.0)
+
+
+def plain_rope(x: Tensor, theta: float) -> Tensor:
+    """x [s, d] as complex numbers x[i] + i x[i + d/2], multiplied by exp(i position frequency)."""
+    length, size = x.shape
+    half = size // 2
+    angle = torch.arange(length)[:, None] * theta ** (-2 * torch.arange(half).double() / size)
+    turned = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angle), angle).to(torch.complex128)
+    return torch.cat((turned.real, turned.imag), 1)
+
+
+def plain_transformer(
+    tokens: Tensor, documents: Tensor | None, w: dict[str, Tensor], chosen: Any, table: Any
+) -> Tensor:
+    """Logits of one sequence [s] of token ids, head by head, in float64."""
+    m, length = chosen.model, len(tokens)
+    x = w["embedding.weight"][tokens]
+    if m.positions == "learned":
+        x = x + w["positions.weight"][:length]
+    x = x * table.embedding
+    linear = lambda y, name: y @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)  # noqa: E731
+    for layer in range(m.layers):
+        at = f"blocks.{layer}"
+        qkv = linear(plain_norm(x, w, f"{at}.attention_norm", m.norm, m.norm_eps), f"{at}.attention.qkv")
+        groups, per_group = qkv.view(length, m.kv_heads, -1, m.head_size), m.heads // m.kv_heads
+        heads = []
+        for head in range(m.heads):
+            group = groups[:, head // per_group]
+            q, k, v = group[:, head % per_group], group[:, per_group], group[:, per_group + 1]
+            if m.qk_norm:
+                q = plain_norm(q, w, f"{at}.attention.query_norm", "rmsnorm", m.norm_eps)
+                k = plain_norm(k, w, f"{at}.attention.key_norm", "rmsnorm", m.norm_eps)
+            if m.positions == "rope":
+                q, k = plain_rope(q, m.rope_theta), plain_rope(k, m.rope_theta)
+            scores = q @ k.T * table.attention
+            for i in range(length):
+                for j in range(length):
+                    apart = documents is not None and documents[i] != documents[j]
+                    scores[i, j] = -math.inf if j > i or apart else scores[i, j]
+                    if m.positions == "alibi" and j <= i:
+                        scores[i, j] -= 2 ** (-8 * (head + 1) / m.heads) * (i - j)
+            heads.append(scores.softmax(-1) @ v)
+        x = x + table.residual * linear(torch.cat(heads, -1), f"{at}.attention.out")
+        y = plain_norm(x, w, f"{at}.mlp_norm", m.norm, m.norm_eps)
+        up = linear(y, f"{at}.mlp.up")
+        if m.activation == "swiglu":
+            gate = linear(y, f"{at}.mlp.gate")
+            up = gate * torch.sigmoid(gate) * up
+        elif m.activation == "gelu":
+            up = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        else:
+            up = up.clamp(min=0) ** 2
+        x = x + table.residual * linear(up, f"{at}.mlp.down")
+    x = plain_norm(x, w, "final_norm", m.norm, m.norm_eps)
+    return x @ w["embedding.weight" if m.tied_embeddings else "unembedding.weight"].T * table.logits
+
+
+def both_logits() -> dict[str, tuple[Tensor, Tensor]]:
+    found = {}
+    for name in MODELS:
+        chosen = settings_of(name, "train.dtype=float64", "parameterization.output_multiplier=3.0")
+        training = Training(chosen)
+        for weight in training.engine.weights.values():
+            storage(weight).add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+        tokens = torch.from_numpy(np.random.RandomState(0).randint(0, 128, (1, 12)))
+        documents = torch.tensor([[0] * 5 + [1] * 7]) if chosen.data.mask_documents else None
+        model = training.engine.model
+        with torch.no_grad():
+            ours = model(tokens, documents=documents)[0]
+            plain = plain_transformer(
+                tokens[0], None if documents is None else documents[0], training.weights(), chosen, model.table
+            )
+        found[name] = ours, plain
+    return found
+
+
+def separate_documents() -> dict[str, tuple[Tensor, Tensor]]:
+    """Logits of the second of two documents, packed behind the first with the mask, and alone."""
+    found = {}
+    for positions in ("rope", "alibi", "none"):
+        model = Training(settings_of("llama", "train.dtype=float64", f"model.positions={positions}")).engine.model
+        tokens = torch.from_numpy(np.random.RandomState(0).randint(0, 128, (1, 16)))
+        with torch.no_grad():
+            packed = model(tokens, documents=torch.tensor([[0] * 6 + [1] * 10]))[0, 6:]
+            found[positions] = packed, model(tokens[:, 6:])[0]
+    return found
+
+
+def inits_and_losses() -> tuple[float, float]:
+    """Loss of an untrained model, and of one whose target logits are known."""
+    training = Training(settings_of("llama", "parameterization.init_std=0.001"))
+    tokens = torch.from_numpy(np.random.RandomState(0).randint(0, 128, (2, 17)))
+    losses = training.engine.model(tokens[:, :-1], tokens[:, 1:])
+    return losses.mean().item(), losses.shape[1]
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    return world.run(1, everything)[0]
+
+
+def everything() -> Any:
+    return both_logits(), separate_documents(), inits_and_losses()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_an_independent_transformer(found: Any, name: str) -> None:
+    ours, plain = found[0][name]
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-8)  # rope's angles are fp32 in ours
+    assert plain.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("positions", ["rope", "alibi", "none"])
+def test_masked_documents_do_not_see_each_other(found: Any, positions: str) -> None:
+    packed, alone = found[1][positions]
+    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-8)
+
+
+def test_an_untrained_model_knows_nothing(found: Any) -> None:
+    loss, length = found[2]
+    assert loss == pytest.approx(math.log(128), abs=1e-3)
+    assert length == 16
+
+
+@pytest.mark.parametrize(
+    ("heads", "expected"),
+    [
+        (8, [2.0**-i for i in range(1, 9)]),
+        (1, [2.0**-8]),
+        (6, [2.0 ** -(2 * i) for i in range(1, 5)] + [2.0**-1, 2.0**-3]),
+    ],
+)
+def test_alibi_slopes(heads: int, expected: list[float]) -> None:
+    assert alibi_slopes(heads).tolist() == pytest.approx(expected)

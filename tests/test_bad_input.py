@@ -1,0 +1,115 @@
+"""What a new user gets wrong: one clear line, exit code 2, nothing written or overwritten."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distributed.test_resume import RUN
+
+from megahp.data.indexed import IndexedWriter
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good corpus, bad ones beside it, and a finished run of three steps."""
+    folder = tmp_path_factory.mktemp("bad")
+    with IndexedWriter(str(folder / "corpus"), 257) as writer:
+        for _ in range(40):
+            writer.add_document(list(b"some text, again and again " * 8))
+    for name in ("truncated", "magic", "short"):
+        for suffix in (".bin", ".idx"):
+            (folder / f"{name}{suffix}").write_bytes((folder / f"corpus{suffix}").read_bytes())
+    (folder / "truncated.idx").write_bytes((folder / "corpus.idx").read_bytes()[:60])
+    (folder / "magic.idx").write_bytes(b"NOTANIDX" + (folder / "corpus.idx").read_bytes()[8:])
+    (folder / "short.bin").write_bytes((folder / "corpus.bin").read_bytes()[:100])
+    (folder / "tagged.json").write_text('{"tokenizer_fingerprint": "another"}')
+    for suffix in (".bin", ".idx"):
+        (folder / f"tagged{suffix}").write_bytes((folder / f"corpus{suffix}").read_bytes())
+    (folder / "run.toml").write_text(RUN)
+    done = megahp(folder, "train", "run.toml", "log.name=done", "train.steps=3")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def megahp(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megahp", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("train nowhere.toml", ["nowhere.toml", "does not exist"]),
+        ("train run.toml model.lyers=3", ["model.lyers = 3", "layers"]),
+        ("train run.toml train.tokens=many", ["train.tokens = 'many'", "whole number"]),
+        ("train run.toml --rank 2", ["--rank", "section.key=value"]),
+        ("train run.toml parallel.tp=3", ["parallel.tp = 3", "model.kv_heads = 4", "2, 4"]),
+        ("train run.toml parallel.tp=4 --ranks 6", ["tp 4", "multiple of 4 ranks", "nearest: 4, 8"]),
+        ("train run.toml batch.global_batch=5", ["batch.global_batch = 5", "nearest", "4, 6"]),
+        ("train run.toml batch.global_batch=2 --ranks 4", ["batch.global_batch = 2", "nearest that are: 8"]),
+        ("train run.toml train.device=cuda", ["train.device", "CUDA", "cpu"]),
+        ("train run.toml data.train=[]", ["data.train", "preprocess_data.py"]),
+        ('train run.toml data.train=["nowhere"]', ["nowhere"]),
+        ('train run.toml data.train=["truncated"]', ["truncated.idx"]),
+        ('train run.toml data.train=["magic"]', ["magic.idx"]),
+        ('train run.toml data.train=["short"]', ["short.bin"]),
+        ('train run.toml data.train=["tagged"]', ["data.tokenizer", "tagged"]),
+        ("train run.toml data.sequence_length=100000 train.tokens=1e7", ["corpus", "100001"]),
+        ("train run.toml data.tokenizer=nowhere.model", ["nowhere.model"]),
+        ("train run.toml model.vocab_size=100", ["model.vocab_size = 100", "257"]),
+        ("train run.toml log.name=done", ["runs/done", "--resume auto"]),
+        ("train run.toml log.name=done --resume auto model.width=64", ["model.width = 64", "32"]),
+        ("train run.toml log.name=done --resume auto train.seed=9", ["train.seed = 9", "1"]),
+        ("sample runs/nowhere", ["runs/nowhere"]),
+        ("report runs/nowhere", ["runs/nowhere"]),
+        ("config nowhere.toml", ["nowhere.toml"]),
+    ],
+)
+def test_a_mistake_is_one_line(folder: Path, words: str, told: list[str]) -> None:
+    before = contents(folder)
+    done = megahp(folder, *words.split())
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("megahp: ") and done.stderr.count("\n") == 1, done.stderr
+    assert all(word in done.stderr for word in told), done.stderr
+    assert done.stdout == ""
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("file", ["state.json", ".metadata", "__0_0.distcp"])
+def test_a_damaged_checkpoint_is_named(folder: Path, file: str) -> None:
+    (path,) = (folder / "runs/done/checkpoints").glob(f"step-*/{file}")
+    sound = path.read_bytes()
+    path.write_bytes(sound[: len(sound) // 2])
+    before = contents(folder)
+    try:
+        done = megahp(folder, "train", "run.toml", "log.name=done", "--resume", "auto", "train.steps=5")
+    finally:
+        after = contents(folder)
+        path.write_bytes(sound)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("megahp: checkpoint") and done.stderr.count("\n") == 1, done.stderr
+    assert "step-00000003" in done.stderr
+    assert {name: data for name, data in after.items() if "config.toml" not in name} == {
+        name: data for name, data in before.items() if "config.toml" not in name
+    }
+
+
+def test_preprocessing_mistakes_are_one_line(folder: Path) -> None:
+    tool = Path(__file__).parents[1] / "tools/preprocess_data.py"
+    (folder / "empty").mkdir()
+    (folder / "empty" / "nothing.txt").write_text("")
+    for words in (["--input", "nowhere"], ["--input", "empty"], ["--input", "run.toml", "--output", "corpus"]):
+        arguments = ["--output", "out", "--tokenizer", "bytes", *words]
+        done = subprocess.run(
+            [sys.executable, tool, *arguments], cwd=folder, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+        assert not (folder / "out.bin").exists()
