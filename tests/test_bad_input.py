@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from distributed.test_resume import RUN
 
+from megahp.cli import main
 from megahp.data.indexed import IndexedWriter
 
 
@@ -72,13 +73,17 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("config nowhere.toml", ["nowhere.toml"]),
     ],
 )
-def test_a_mistake_is_one_line(folder: Path, words: str, told: list[str]) -> None:
+def test_a_mistake_is_one_line(
+    folder: Path, words: str, told: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = contents(folder)
-    done = megahp(folder, *words.split())
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("megahp: ") and done.stderr.count("\n") == 1, done.stderr
-    assert all(word in done.stderr for word in told), done.stderr
-    assert done.stdout == ""
+    monkeypatch.chdir(folder)
+    code = main(words.split())
+    output, errors = capfd.readouterr()
+    assert code == 2
+    assert errors.startswith("megahp: ") and errors.count("\n") == 1, errors
+    assert all(word in errors for word in told), errors
+    assert output == ""
     assert contents(folder) == before
 
 

@@ -60,11 +60,12 @@ def loss_check(run: Run) -> tuple[bool, str] | None:
 
 def stability_check(run: Run) -> tuple[bool, str] | None:
     """Has the loss come back from every spike?"""
-    course = smooth(run.column("loss"), window_of(run))
-    course = course[np.isfinite(course)]
-    if len(course) < 2:
+    losses = run.column("loss")
+    losses = losses[np.isfinite(losses)]
+    if len(losses) < 2:
         return None
-    risen = course[-1] - course.min()
+    course = [part.mean() for part in np.array_split(losses, min(20, len(losses)))]  # single steps are noise
+    risen = course[-1] - min(course)
     if risen < 0.1:
         return True, "Loss ends within 0.1 nats of its lowest level."
     return False, f"Loss ends {risen:.2f} nats above its lowest level: look for a spike or a jump."
@@ -107,10 +108,10 @@ def last(run: Run, key: str) -> float | None:
 
 
 def final(run: Run, key: str) -> float | None:
-    """Mean of the last 1 % of the steps that have a number: one step alone is noise."""
+    """Mean of the last 5 % of the steps that have a number: one step alone is noise."""
     values = run.column(key)
     values = values[np.isfinite(values)]
-    return float(values[-max(1, len(run.steps) // 100) :].mean()) if len(values) else None
+    return float(values[-max(1, len(run.steps) // 20) :].mean()) if len(values) else None
 
 
 def median(run: Run, key: str) -> float | None:

@@ -24,7 +24,11 @@ LAYOUTS = {
     },
 }
 CELLS = [(layout, model) for layouts in LAYOUTS.values() for layout in layouts for model in MODELS]
-DTYPES = {"float32": (10, 1e-5, None), "float64": (5, 1e-10, 1e-10)}  # steps, tolerance of measures, of weights
+DTYPES = {"float32": (1e-5, None), "float64": (1e-10, 1e-10)}  # tolerance of measures, of weights
+
+
+def steps_of(model: str, dtype: str) -> int:
+    return 10 if (model, dtype) == ("llama", "float32") else 3
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +36,10 @@ def outcomes() -> dict[str, Any]:
     found = {}
     for ranks, layouts in {1: {"one": ()}, **LAYOUTS}.items():
         cases = {
-            f"{layout}/{model}/{dtype}": (settings_of(model, f"train.dtype={dtype}", *words), steps)
+            f"{layout}/{model}/{dtype}": (settings_of(model, f"train.dtype={dtype}", *words), steps_of(model, dtype))
             for layout, words in layouts.items()
             for model in MODELS
-            for dtype, (steps, _, _) in DTYPES.items()
+            for dtype in DTYPES
         }
         found |= world.run(ranks, train_cases, cases)[-1]
     return found
@@ -44,6 +48,6 @@ def outcomes() -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("layout", "model"), CELLS)
 def test_layout_equals_one_rank(outcomes: dict[str, Any], layout: str, model: str, dtype: str) -> None:
-    _, rtol, weights_rtol = DTYPES[dtype]
+    rtol, weights_rtol = DTYPES[dtype]
     got, wanted = outcomes[f"{layout}/{model}/{dtype}"], outcomes[f"one/{model}/{dtype}"]
     assert differences(got, wanted, rtol, weights_rtol) == []

@@ -83,7 +83,7 @@ def test_the_numbers_are_right(tmp_path):
     run = write_run(tmp_path / "owl", validation_loss=3.5, baselines={"unigram": 7.25, "bigram": 4.75})
     rows = dict(row for row in report(tmp_path, run).rows if len(row) == 2)
     assert rows == {
-        "Final loss": "3.0500",
+        "Final loss": "3.0510",
         "Validation loss": "3.5000",
         "Unigram baseline": "7.2500 (3.7500 below)",
         "Bigram baseline": "4.7500 (1.2500 below)",
@@ -151,7 +151,7 @@ def test_runs_are_overlaid_each_in_its_colour(tmp_path):
     two = write_run(tmp_path / "b" / "owl", steps=50, loss=2.5, events=[("batch", "grew", {})])
     page = report(tmp_path, one, two)
     rows = {row[0]: row[1:] for row in page.rows if row}
-    assert rows["Final loss"] == ["3.0500", "2.5000"] and rows["Steps"] == ["100", "50"]
+    assert rows["Final loss"] == ["3.0510", "2.5000"] and rows["Steps"] == ["100", "50"]
     assert rows["Unigram baseline"][1] == "–"
     assert str(one) in page.text and str(two) in page.text  # the same name: told apart by path
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == 6
