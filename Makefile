@@ -31,7 +31,7 @@ test-gpu:
 	@$(PYTHON) -m pytest -m gpu tests/gpu
 
 bench-gpu:
-	@$(PYTHON) tools/benchmark_norm.py
+	@PYTHONPATH=. $(PYTHON) tools/benchmark_norm.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info megahp/*.so

@@ -123,11 +123,14 @@ def _train_rank(settings: Config, place: launch.World, layout: Layout, resume: b
 
 
 def _finish(directory: Path) -> None:
-    """The report, and where everything is."""
+    """The report, and where it is. Where it cannot be drawn the run is still a finished one."""
     from megahp.train.report import text_summary, write_report
 
     print(text_summary(directory))
-    print(f"report: {write_report([directory], directory / 'report.html')}")
+    try:
+        print(f"report: {write_report([directory], directory / 'report.html')}")
+    except UserError as error:
+        print(f"no report: {error}")
 
 
 def _config(options: argparse.Namespace, words: Sequence[str]) -> int:

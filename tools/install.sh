@@ -1,21 +1,31 @@
 #!/bin/sh
 # Make a virtual environment with megahp, its pinned dependencies and its compiled ops.   install.sh PYTHON VENV
-# An installed torch >= 2.11 (a CUDA build, say) is kept and used; otherwise the pinned one is installed.
+# A torch >= 2.11 that PYTHON has (a CUDA build, say) is kept and used from where it is; else the pinned one is taken.
 set -eu
 python=$1 venv=$2
 torch=torch==2.13.0
 
-has_torch='import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))'
+has_torch='import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))'
+folder_of_torch='import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("torch").origin).parents[1])'
+own_packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+
 if [ ! -x "$venv/bin/python" ]; then
-    if "$python" -c "$has_torch" 2>/dev/null; then inherit=--system-site-packages; else inherit=; fi
-    "$python" -m venv $inherit "$venv" || {
+    "$python" -m venv "$venv" || {
         rm -rf "$venv"
         echo "megahp: $python cannot make a virtual environment; install python3-venv, or name another with PYTHON=..." >&2
         exit 2
     }
+    if "$python" -c "$has_torch" 2>/dev/null; then
+        "$python" -c "$folder_of_torch" > "$("$venv/bin/python" -c "$own_packages")/torch_of_the_system.pth"
+    fi
 fi
 pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
-"$venv/bin/python" -c "$has_torch" 2>/dev/null || { echo "installing $torch"; $pip install "$torch"; }
+if "$venv/bin/python" -c "$has_torch" 2>/dev/null; then
+    "$venv/bin/python" -c 'import torch; print(f"using torch {torch.__version__} of {torch.__file__}")'
+else
+    echo "installing $torch"
+    $pip install "$torch"
+fi
 echo "installing the pinned dependencies"
 $pip install -r requirements.txt
 echo "building megahp's compiled ops"
