@@ -86,10 +86,13 @@ class Data:
 class Schedule:
     """The learning rate over the run's tokens, as a fraction of its peak."""
 
-    name: Literal["decay-to-zero", "constant"] = setting("decay-to-zero", "shape after the warm-up")
-    warmup: float = setting(
-        0.1, "share of train.tokens spent rising linearly from 0 to the peak", at_least=0, at_most=1
+    name: Literal["decay-to-zero", "cosine", "wsd", "constant", "inverse-sqrt"] = setting(
+        "decay-to-zero", "shape after the warm-up"
     )
+    warmup: float = setting(0.1, "share of the tokens spent rising linearly from 0 to the peak", at_least=0, at_most=1)
+    floor: float = setting(0.0, "where cosine and wsd end, as a share of the peak", at_least=0, at_most=1)
+    decay: float = setting(0.1, "share of the tokens that wsd's decay takes", at_least=0, at_most=1)
+    shape: Literal["linear", "cosine", "exponential", "minus-sqrt"] = setting("minus-sqrt", "of wsd's decay")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ USED_ONLY_WITH = {
     "parameterization.base_width": ("parameterization.name", ("mup", "completep")),
     "parameterization.base_layers": ("parameterization.name", ("completep",)),
     "parameterization.depth_alpha": ("parameterization.name", ("completep",)),
+    "schedule.floor": ("schedule.name", ("cosine", "wsd")),
+    "schedule.decay": ("schedule.name", ("wsd",)),
+    "schedule.shape": ("schedule.name", ("wsd",)),
     "train.noise_half_life": ("train.noise_scale", (True,)),
 }
 
@@ -117,6 +120,13 @@ def impossible(config: Config) -> list[str]:
             f"train.validation_samples = {config.train.validation_samples} needs documents held out, and "
             "data.validation_fraction is 0; raise it, or set train.validation_samples=0"
         )
+    if config.schedule.name == "wsd" and config.schedule.warmup + config.schedule.decay > 1:
+        problems.append(
+            f"schedule.warmup = {config.schedule.warmup:g} and schedule.decay = {config.schedule.decay:g} overlap; "
+            f"let them add up to at most 1"
+        )
+    if config.schedule.name == "inverse-sqrt" and not config.schedule.warmup:
+        problems.append("schedule.warmup = 0 leaves inverse-sqrt without a start; make it above 0, such as 0.01")
     if not parallel.dp_replicate and not parallel.dp_shard:
         problems.append(
             "parallel.dp_replicate and parallel.dp_shard are both 0; only one of them can fill what is left"

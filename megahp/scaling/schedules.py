@@ -1,19 +1,64 @@
-"""Learning-rate schedules: the fraction of the peak at a point of the run, counted in tokens."""
+"""Learning-rate schedules: the fraction of the peak at a point of the run, counted in tokens; and what a schedule means
+for AdamW read as an average of its updates."""
 
 from __future__ import annotations
 
-from megahp import config
+import math
+
+import numpy as np
+
+from megahp.config import Schedule
 
 
-def fraction(schedule: config.Schedule, tokens: float, horizon: float) -> float:
-    """Fraction of the peak learning rate after `tokens` of `horizon` tokens.
+def fraction(schedule: Schedule, tokens: float, horizon: float) -> float:
+    """Fraction of the peak learning rate after `tokens` of `horizon` tokens: a linear rise from 0, then the schedule.
 
-    Rises linearly from 0 over the warm-up, then falls linearly to exactly 0 at the horizon (D2Z, arXiv 2502.15938)
-    or stays at 1.
+    decay-to-zero falls linearly to exactly 0 (D2Z, arXiv 2502.15938); cosine to its floor; wsd stays at 1 and decays at
+    the end (MiniCPM, arXiv 2404.06395, with Megatron-LM's shapes); inverse-sqrt goes on as sqrt(warm-up / tokens).
     """
     warmup = schedule.warmup * horizon
     if tokens < warmup:
         return tokens / warmup
-    if schedule.name == "constant":
-        return 1.0
-    return max(0.0, (horizon - tokens) / (horizon - warmup)) if horizon > warmup else 0.0
+    done = min(1.0, (tokens - warmup) / (horizon - warmup)) if horizon > warmup else 1.0
+    match schedule.name:
+        case "decay-to-zero":
+            return 1 - done
+        case "cosine":
+            return schedule.floor + (1 - schedule.floor) * _cosine(done)
+        case "wsd":
+            return schedule.floor + (1 - schedule.floor) * _decay(schedule, tokens, horizon)
+        case "inverse-sqrt":
+            return math.sqrt(warmup / tokens)
+        case "constant":
+            return 1.0
+
+
+def _decay(schedule: Schedule, tokens: float, horizon: float) -> float:
+    """From 1, where the decay begins, to 0 at the horizon."""
+    length = schedule.decay * horizon
+    done = min(1.0, max(0.0, (tokens - (horizon - length)) / length)) if length else float(tokens >= horizon)
+    match schedule.shape:
+        case "linear":
+            return 1 - done
+        case "cosine":
+            return _cosine(done)
+        case "exponential":
+            return 2 * 0.5**done - 1
+        case "minus-sqrt":
+            return 1 - math.sqrt(done)
+
+
+def _cosine(done: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def dual_coefficients(lr: np.ndarray, weight_decay: np.ndarray) -> tuple[float, np.ndarray]:
+    """AdamW as an exponential average: the weights after T steps are `first` times the initial ones plus the sum over
+    steps i of c_i x_i, with x_i = -m_i / (lambda_i (sqrt(v_i) + eps)) the update that step i asks for.
+
+    lr, weight_decay: [T], those applied at each step. Returns (first, c [T]), which add up to 1.
+    c_i = alpha_i prod_{j > i} (1 - alpha_j), alpha = lr weight_decay (D2Z, arXiv 2502.15938, section 3).
+    """
+    alpha = np.asarray(lr, dtype=np.float64) * np.asarray(weight_decay, dtype=np.float64)
+    kept = np.append(np.cumprod((1 - alpha)[::-1])[::-1], 1.0)
+    return float(kept[0]), alpha * kept[1:]
