@@ -97,11 +97,26 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Batch:
-    """How many sequences one optimizer step sees."""
+    """How many sequences one optimizer step sees, and what follows from that (megahp/scaling/batch_size.py)."""
 
-    policy: Literal["constant"] = setting("constant", "how the global batch evolves")
-    global_batch: int = setting(32, "sequences per optimizer step", at_least=1)
+    policy: Literal["constant", "ramp", "table", "law", "noise-scale"] = setting(
+        "constant", "how the global batch grows; it never shrinks"
+    )
+    global_batch: int = setting(32, "sequences per optimizer step; where it grows, at the start", at_least=1)
     micro_batch: int = setting(8, "sequences per forward pass of one data-parallel rank", at_least=1)
+    largest: int = setting(0, "the global batch grows no further, where a ramp ends; 0 = no limit", at_least=0)
+    rule: Literal["power-lines", "sqrt", "none"] = setting(
+        "power-lines", "how learning rate, weight decay, beta2 and eps follow a larger batch"
+    )
+    increment: int = setting(0, "ramp: sequences added at a time", at_least=0)
+    ramp_samples: int = setting(0, "ramp: samples it takes from start to end", at_least=0)
+    table: tuple[str, ...] = setting((), 'table: "tokens:batch" words, such as "1e9:512"')
+    target: float = setting(0.2, "law, noise-scale: share of the critical batch that is aimed at", above=0)
+    noise_to_total: float = setting(1.4, "noise-scale: the whole model's noise scale over the norm layers'", above=0)
+    look_every: int = setting(10, "noise-scale: steps between looks at it, which are always logged", at_least=1)
+    delay: float = setting(0.1, "noise-scale: share of train.tokens before the first change", at_least=0, at_most=1)
+    hysteresis: float = setting(1.25, "noise-scale: it must ask for at least this factor", at_least=1)
+    growth: float = setting(2.0, "noise-scale: largest factor of one change", above=1)
 
 
 @dataclass(frozen=True)
@@ -189,6 +204,21 @@ class Config:
 
 SECTIONS: dict[str, Any] = get_type_hints(Config)
 TYPES = {name: get_type_hints(section) for name, section in SECTIONS.items()}
+
+
+def parse_table(words: tuple[str, ...]) -> list[tuple[float, int]]:
+    """(tokens, batch) pairs, ascending in both. Raises ValueError naming the word that is wrong."""
+    pairs: list[tuple[float, int]] = []
+    for word in words:
+        tokens, _, batch = word.partition(":")
+        try:
+            pair = float(tokens), int(float(batch))
+        except ValueError:
+            raise ValueError(f"{word!r} is not tokens:batch, such as 1e9:512") from None
+        if pairs and (pair[0] <= pairs[-1][0] or pair[1] <= pairs[-1][1]):
+            raise ValueError(f"{word!r} must come after, and be above, {words[len(pairs) - 1]!r}")
+        pairs.append(pair)
+    return pairs
 
 
 def names() -> list[str]:

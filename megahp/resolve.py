@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from megahp.config import SECTIONS, TYPES, VOCAB_MULTIPLE, Config, get, names, with_values
+from megahp.config import SECTIONS, TYPES, VOCAB_MULTIPLE, Config, get, names, parse_table, with_values
 from megahp.errors import UserError
 from megahp.presets import PRESETS
 
@@ -27,6 +27,17 @@ USED_ONLY_WITH = {
     "schedule.floor": ("schedule.name", ("cosine", "wsd")),
     "schedule.decay": ("schedule.name", ("wsd",)),
     "schedule.shape": ("schedule.name", ("wsd",)),
+    "batch.largest": ("batch.policy", ("ramp", "table", "law", "noise-scale")),
+    "batch.rule": ("batch.policy", ("ramp", "table", "law", "noise-scale")),
+    "batch.increment": ("batch.policy", ("ramp",)),
+    "batch.ramp_samples": ("batch.policy", ("ramp",)),
+    "batch.table": ("batch.policy", ("table",)),
+    "batch.target": ("batch.policy", ("law", "noise-scale")),
+    "batch.noise_to_total": ("batch.policy", ("noise-scale",)),
+    "batch.look_every": ("batch.policy", ("noise-scale",)),
+    "batch.delay": ("batch.policy", ("noise-scale",)),
+    "batch.hysteresis": ("batch.policy", ("noise-scale",)),
+    "batch.growth": ("batch.policy", ("noise-scale",)),
     "train.noise_half_life": ("train.noise_scale", (True,)),
 }
 
@@ -120,6 +131,7 @@ def impossible(config: Config) -> list[str]:
             f"train.validation_samples = {config.train.validation_samples} needs documents held out, and "
             "data.validation_fraction is 0; raise it, or set train.validation_samples=0"
         )
+    problems += _batch_policy(config)
     if config.schedule.name == "wsd" and config.schedule.warmup + config.schedule.decay > 1:
         problems.append(
             f"schedule.warmup = {config.schedule.warmup:g} and schedule.decay = {config.schedule.decay:g} overlap; "
@@ -137,6 +149,33 @@ def impossible(config: Config) -> list[str]:
             f"{config.batch.global_batch} x {data.sequence_length} tokens"
         )
     return problems
+
+
+def _batch_policy(config: Config) -> list[str]:
+    """What is wrong with the settings of a growing batch."""
+    batch = config.batch
+    if batch.largest and batch.largest < batch.global_batch:
+        return [f"batch.largest = {batch.largest} is below batch.global_batch = {batch.global_batch}; raise it"]
+    if batch.policy == "noise-scale" and not config.train.noise_scale:
+        return ["batch.policy = 'noise-scale' needs train.noise_scale = true"]
+    if batch.policy == "table" and not batch.table:
+        return ['batch.table is empty; give the growth as tokens:batch words, such as ["1e9:512"]']
+    if batch.policy == "ramp":
+        missing = [f"batch.{key}" for key in ("largest", "increment", "ramp_samples") if not getattr(batch, key)]
+        if missing:
+            return [f"batch.policy = 'ramp' needs {', '.join(missing)} above 0"]
+        if batch.largest == batch.global_batch or (batch.largest - batch.global_batch) % batch.increment:
+            return [
+                f"batch.increment = {batch.increment} does not lead from batch.global_batch = {batch.global_batch} to "
+                f"batch.largest = {batch.largest}; their difference must be a multiple of it"
+            ]
+    try:
+        steps = parse_table(batch.table)
+    except ValueError as error:
+        return [f"batch.table: {error}"]
+    if steps and steps[0][1] <= batch.global_batch:
+        return [f"batch.table begins at {steps[0][1]}, not above batch.global_batch = {batch.global_batch}; raise it"]
+    return []
 
 
 def _read(path: Path) -> dict[str, Any]:

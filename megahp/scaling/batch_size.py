@@ -1,13 +1,19 @@
-"""The batch plan: what one optimizer step does, as a function of the run's progress alone."""
+"""The batch plan: what one optimizer step does, as a function of the run's progress and of the measured noise scale.
+
+A change of the global batch is one event at a step boundary. It never shrinks, and is always one the layout runs.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
-from megahp.config import Config
-from megahp.scaling import schedules
+from megahp import config
+from megahp.config import Config, parse_table
+from megahp.scaling import power_laws, schedules
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,39 @@ class Plan:
         return [np.arange(first + m * dp * size, first + m * dp * size + size) for m in range(self.microbatches(dp))]
 
 
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The optimizer's base values at one batch."""
+
+    lr: float  # at the schedule's peak
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+
+    def timescale(self, batch_tokens: float, horizon: float) -> float:
+        """tau = B / (eta lambda D), the share of the run AdamW averages over (Power Lines, arXiv 2505.13738, eq. 2)."""
+        return batch_tokens / (self.lr * self.weight_decay * horizon) if self.weight_decay else math.inf
+
+
+@dataclass(frozen=True)
+class Change:
+    """A growth of the global batch: the decision, and everything it was made from."""
+
+    before: int
+    now: int
+    wanted: float  # sequences
+    noise_scale: float | None  # smoothed, examples, the least over the time it was confirmed; None for other policies
+    reason: str
+    hyperparameters_before: Hyperparameters
+    hyperparameters_now: Hyperparameters
+    tau_before: float
+    tau_now: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def runnable(global_batch: int, dp: int, micro_batch: int) -> tuple[int, ...]:
     """The runnable global batches nearest to the wanted one, ascending: one, if it is itself runnable, or two.
 
@@ -59,25 +98,155 @@ def runnable(global_batch: int, dp: int, micro_batch: int) -> tuple[int, ...]:
     return (below, below + unit) if below else (unit,)
 
 
-def plan_step(config: Config, progress: Progress) -> Plan | None:
-    """The next optimizer step, or None when the run is over: the horizon has no room for another batch, or
-    train.steps are done. The learning rate is the schedule's at the middle of the step's tokens, so that its mean
-    over a linear schedule does not depend on the batch."""
-    tokens = config.batch.global_batch * config.data.sequence_length
-    done = config.train.steps and progress.step >= config.train.steps
-    if done or progress.tokens + tokens > config.train.tokens:
-        return None
-    rate = schedules.fraction(config.schedule, progress.tokens + tokens / 2, config.train.tokens)
-    optimizer = config.optimizer
-    return Plan(
-        step=progress.step + 1,
-        first_sample=progress.samples,
-        global_batch=config.batch.global_batch,
-        micro_batch=config.batch.micro_batch,
-        tokens=tokens,
-        lr=optimizer.lr * rate,
-        weight_decay=optimizer.weight_decay,
-        beta1=optimizer.beta1,
-        beta2=optimizer.beta2,
-        eps=optimizer.eps,
+def follow(rule: str, optimizer: config.Optimizer, kappa: float) -> Hyperparameters:
+    """Base hyperparameters at kappa times the batch they were set for.
+
+    power-lines: weight decay times kappa, so that tau stays (arXiv 2505.13738). sqrt: learning rate and weight decay
+    times sqrt(kappa), beta2 to max(beta2^kappa, 0.9), eps over sqrt(kappa). none: nothing.
+    """
+    lr, decay, beta1, beta2, eps = (
+        getattr(optimizer, name) for name in ("lr", "weight_decay", "beta1", "beta2", "eps")
     )
+    if rule == "power-lines":
+        return Hyperparameters(lr, decay * kappa, beta1, beta2, eps)
+    if rule == "sqrt":
+        root = math.sqrt(kappa)
+        return Hyperparameters(lr * root, decay * root, beta1, max(beta2**kappa, min(beta2, 0.9)), eps / root)
+    return Hyperparameters(lr, decay, beta1, beta2, eps)
+
+
+class BatchPlan:
+    """The batch of the next step. Everything it remembers is in `state`."""
+
+    def __init__(self, settings: Config, dp: int) -> None:
+        self.settings, self.dp = settings, dp
+        self.batch = settings.batch.global_batch
+        self.since: int | None = None  # tokens since which the noise scale has asked for more, without a break
+        self.least = math.inf  # the least it asked for since then, examples of noise scale
+
+    def step(self, progress: Progress) -> Plan | None:
+        """The next optimizer step, or None when the run is over: the horizon has no room for another batch, or
+        train.steps are done. The learning rate is the schedule's at the middle of the step's tokens, so that its mean
+        over a linear schedule does not depend on the batch."""
+        train, tokens = self.settings.train, self._tokens(self.batch)
+        if (train.steps and progress.step >= train.steps) or progress.tokens + tokens > train.tokens:
+            return None
+        rate = schedules.fraction(self.settings.schedule, progress.tokens + tokens / 2, train.tokens)
+        values = self.hyperparameters(self.batch)
+        return Plan(
+            step=progress.step + 1,
+            first_sample=progress.samples,
+            global_batch=self.batch,
+            micro_batch=self.settings.batch.micro_batch,
+            tokens=tokens,
+            lr=values.lr * rate,
+            weight_decay=values.weight_decay,
+            beta1=values.beta1,
+            beta2=values.beta2,
+            eps=values.eps,
+        )
+
+    def look(self, progress: Progress, noise_scale: float | None) -> Change | None:
+        """Decide, after a step, whether the next ones have a larger batch. noise_scale: smoothed, in examples.
+
+        Under `sqrt` beta2 may change only once 10 / (1 - beta2) steps are done: AdamW corrects its bias with the
+        present beta2.
+        """
+        batch = self.settings.batch
+        if batch.rule == "sqrt" and progress.step < 10 / (1 - self.settings.optimizer.beta2):
+            return None
+        noise = self._confirmed(progress, noise_scale) if batch.policy == "noise-scale" else None
+        wanted = self._wanted(progress, noise)
+        now = self._runnable_below(wanted)
+        if now <= self.batch:
+            return None
+        before, self.batch, self.since = self.batch, now, None
+        return self._change(before, now, wanted, noise)
+
+    def is_look(self, step: int) -> bool:
+        """Whether the noise scale after this step can decide something, and so must be in the log."""
+        return self.settings.batch.policy == "noise-scale" and step % self.settings.batch.look_every == 0
+
+    def hyperparameters(self, batch: int) -> Hyperparameters:
+        """The optimizer's base values at this global batch."""
+        chosen = self.settings.batch
+        return follow(chosen.rule, self.settings.optimizer, batch / chosen.global_batch)
+
+    def state(self) -> dict[str, Any]:
+        return {"batch": self.batch, "since": self.since, "least": None if math.isinf(self.least) else self.least}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state: on this layout the batch is the next one it can run."""
+        if self.settings.batch.policy != "constant":
+            unit = self.dp * self.settings.batch.micro_batch
+            self.batch = max(self.batch, -(-state["batch"] // unit) * unit)
+        self.since = state["since"]
+        self.least = math.inf if state["least"] is None else state["least"]
+
+    def _wanted(self, progress: Progress, noise: float | None) -> float:
+        """The batch the policy asks for now, in sequences."""
+        batch = self.settings.batch
+        match batch.policy:
+            case "ramp":
+                return self._ramp(progress.samples)
+            case "table":
+                reached = [size for tokens, size in parse_table(batch.table) if progress.tokens >= tokens]
+                return max(reached, default=self.batch)
+            case "law":
+                critical = power_laws.critical_batch_along(progress.tokens) / self.settings.data.sequence_length
+                return batch.target * critical
+            case "noise-scale" if noise is not None:
+                return min(batch.target * batch.noise_to_total * noise, batch.growth * self.batch)
+        return self.batch
+
+    def _ramp(self, samples: int) -> int:
+        """Megatron-LM's linear ramp of batch by consumed samples (before its release 0.18)."""
+        batch = self.settings.batch
+        increments = (batch.largest - batch.global_batch) // batch.increment
+        if samples > batch.ramp_samples:
+            return batch.largest
+        return batch.global_batch + int(samples / (batch.ramp_samples / increments)) * batch.increment
+
+    def _confirmed(self, progress: Progress, noise_scale: float | None) -> float | None:
+        """The least noise scale seen, once it has asked for enough growth during one half-life without a break.
+
+        A spike shorter than the half-life therefore grows nothing, and a value that is unknown breaks nothing.
+        """
+        batch, train = self.settings.batch, self.settings.train
+        if not self.is_look(progress.step) or progress.tokens < batch.delay * train.tokens:
+            return None
+        if noise_scale is None or not math.isfinite(noise_scale):
+            return None
+        wanted = batch.target * batch.noise_to_total * noise_scale
+        if wanted < batch.hysteresis * self.batch or self._runnable_below(wanted) <= self.batch:
+            self.since, self.least = None, math.inf
+            return None
+        if self.since is None:
+            self.since, self.least = progress.tokens, math.inf
+        self.least = min(self.least, noise_scale)
+        return self.least if progress.tokens - self.since >= train.noise_half_life * train.tokens else None
+
+    def _runnable_below(self, wanted: float) -> int:
+        """The largest batch the layout runs that is neither above what is wanted nor above the limit."""
+        unit = self.dp * self.settings.batch.micro_batch
+        limit = self.settings.batch.largest or math.inf
+        return int(min(wanted, limit) // unit) * unit
+
+    def _change(self, before: int, now: int, wanted: float, noise: float | None) -> Change:
+        old, new = self.hyperparameters(before), self.hyperparameters(now)
+        horizon = self.settings.train.tokens
+        because = f"; the smoothed noise scale stayed at {noise:.4g} examples or more" if noise else ""
+        return Change(
+            before=before,
+            now=now,
+            wanted=wanted,
+            noise_scale=noise,
+            reason=f"global batch {before} -> {now}: {self.settings.batch.policy} asks for {wanted:.4g}{because}",
+            hyperparameters_before=old,
+            hyperparameters_now=new,
+            tau_before=old.timescale(self._tokens(before), horizon),
+            tau_now=new.timescale(self._tokens(now), horizon),
+        )
+
+    def _tokens(self, batch: int) -> int:
+        return batch * self.settings.data.sequence_length

@@ -16,7 +16,7 @@ from megahp.data.ngrams import unigram_and_bigram
 from megahp.launch import World
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
-from megahp.scaling.batch_size import Plan, plan_step
+from megahp.scaling.batch_size import Plan
 from megahp.train.reporter import Reporter
 from megahp.train.run import Run, changes, cuda_wanted, is_first, open_data
 from megahp.train.step import clip
@@ -34,7 +34,7 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
     start(run, reporter, resume)
 
     with reporter.showing(run.progress):
-        while plan := plan_step(settings, run.progress):
+        while plan := run.batch_plan.step(run.progress):
             began = time.monotonic()
             batches = microbatches(loader, plan, run)
             loss = run.engine.forward_backward(batches, plan.microbatches(layout.dp), plan.tokens)
@@ -49,9 +49,12 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
                 reporter.event("skipped", "the gradient is not finite", run.progress, loss=measured.loss)
             run.engine.zero()
             run.progress = run.progress.after(plan)
+            change = run.batch_plan.look(run.progress, run.noise.pooled.ratio)
             seconds = time.monotonic() - began
             validation = validate(run, data) if is_due(settings.train.validate_every, run) else None
             reporter.step(run, plan, measured, seconds, validation)
+            if change:
+                reporter.event("batch", change.reason, run.progress, **change.to_dict())
             if is_due(settings.checkpoint.every, run):
                 run.save()
 
@@ -92,7 +95,7 @@ def count(run: Run) -> str:
 def microbatches(loader: Loader, plan: Plan, run: Run) -> Iterator[Batch]:
     """This rank's microbatches of one step; while each computes, the one after it is read."""
     ids = samples_of(plan, run)
-    following = plan_step(run.settings, run.progress.after(plan))
+    following = run.batch_plan.step(run.progress.after(plan))  # unless the batch grows: then it is read in vain
     ahead = [*ids[1:], samples_of(following, run)[0] if following else None]
     for now, then in zip(ids, ahead, strict=True):
         yield loader.take(now, then)
@@ -103,10 +106,8 @@ def samples_of(plan: Plan, run: Run) -> list[np.ndarray]:
 
 
 def is_due(every: int, run: Run) -> bool:
-    """Whether something done every so many steps is due after this one; 0 = at the end only."""
-    if every == 0:
-        return plan_step(run.settings, run.progress) is None
-    return run.progress.step % every == 0 or plan_step(run.settings, run.progress) is None
+    """Whether something done every so many steps, and at the end, is due after this one; 0 = at the end only."""
+    return (every and run.progress.step % every == 0) or run.batch_plan.step(run.progress) is None
 
 
 def validate(run: Run, data: TrainingData) -> float | None:

@@ -37,11 +37,12 @@ class Reporter:
             yield
         self.display = None
 
-    def event(self, event: str, reason: str, progress: Progress, **inputs: Any) -> None:
+    def event(self, event: str, why: str, progress: Progress, **inputs: Any) -> None:
         """Log something that happened, and why, and show it."""
         if self.log:
-            self.log.event(event, reason, step=progress.step, tokens=progress.tokens, **inputs)
-            self.say(f"{event}: {reason}")
+            details = {"step": progress.step, "tokens": progress.tokens, **inputs}
+            self.log.event(event, **{"reason": why, **details})
+            self.say(f"{event}: {why}")
 
     def resumed(self, progress: Progress, checkpoint: Path, changes: Mapping[str, tuple[Any, Any]]) -> None:
         """Log a resume: steps logged after the checkpoint will be taken again, so their lines go."""
@@ -52,7 +53,9 @@ class Reporter:
 
     def step(self, run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None) -> None:
         """Log and show one step, if it is one of those logged."""
-        if self.log and (run.progress.step % self.settings.log.every == 0 or validation is not None):
+        step = run.progress.step
+        due = step % self.settings.log.every == 0 or run.batch_plan.is_look(step) or validation is not None
+        if self.log and due:
             record = _record(run, plan, measured, seconds, validation)
             self.log.metrics(record)
             if self.display:

@@ -22,7 +22,7 @@ from megahp.errors import UserError
 from megahp.model.build import build_model, table_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh
-from megahp.scaling.batch_size import Progress, runnable
+from megahp.scaling.batch_size import BatchPlan, Progress, runnable
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.train.optimizer import AdamW
 from megahp.train.step import Engine
@@ -134,6 +134,7 @@ class Run:
         self.engine = Engine(build_model(settings, mesh), mesh)
         self.optimizer = AdamW(self.engine.weights, self.engine.rows, self.table)
         self.progress = Progress()
+        self.batch_plan = BatchPlan(settings, mesh.layout.dp)
         self.skipped = 0
         self.noise = NoiseScale(settings.train.noise_half_life * settings.train.tokens)
 
@@ -148,6 +149,7 @@ class Run:
             "skipped": self.skipped,
             "updates": self.optimizer.updates,
             "noise_scale": self.noise.state(),
+            "batch_plan": self.batch_plan.state(),
             "data": self.data_fingerprint,
             "table": self.table.to_dict(),
             "layout": asdict(self.mesh.layout),
@@ -174,6 +176,7 @@ class Run:
         self.skipped = state["skipped"]
         self.optimizer.updates = state["updates"]
         self.noise.restore(state["noise_scale"])
+        self.batch_plan.restore(state["batch_plan"])
         return state
 
     def _tensors(self) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from megahp.data.loader import Batch
 from megahp.model.build import build_model, table_of
 from megahp.parallel.layout import fit
 from megahp.parallel.mesh import make_mesh
-from megahp.scaling.batch_size import Plan, Progress, plan_step
+from megahp.scaling.batch_size import BatchPlan, Plan, Progress
 from megahp.train.optimizer import AdamW
 from megahp.train.step import Engine, clip
 
@@ -71,10 +71,11 @@ class Training:
         self.engine = Engine(build_model(settings, self.mesh), self.mesh)
         self.optimizer = AdamW(self.engine.weights, self.engine.rows, table_of(settings))
         self.progress = Progress()
+        self.batch_plan = BatchPlan(settings, layout.dp)
 
     def step(self) -> dict[str, Any]:
         """One optimizer step; its loss, norms and (before clipping) whole gradients."""
-        plan = plan_step(self.settings, self.progress)
+        plan = self.batch_plan.step(self.progress)
         assert plan is not None
         loss = self.engine.forward_backward(self._batches(plan), plan.microbatches(self.mesh.layout.dp), plan.tokens)
         grads = self.engine.gradients()
