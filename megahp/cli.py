@@ -69,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--save", action="store_true", help="keep it in the run directory, for the report")
     sample.set_defaults(command=_sample)
 
+    replay = commands.add_parser("replay", help="decide a run's batch changes again from its log, and compare")
+    replay.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    replay.set_defaults(command=_replay)
+
     report = commands.add_parser("report", help="write report.html of one run, or of several overlaid")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     report.add_argument("--out", type=Path, help="file to write (default: report.html in the first RUN)")
@@ -147,6 +151,19 @@ def _sample(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.save:
         (options.run / "sample.txt").write_text(text, encoding="utf-8")
     return 0
+
+
+def _replay(options: argparse.Namespace, words: Sequence[str]) -> int:
+    from megahp.train.replay import replay
+
+    replayed = replay(options.run)
+    for step, change in replayed.changes:
+        print(f"step {step:,}: {change.reason}")
+    for difference in replayed.differences:
+        print(f"not as logged: {difference}", file=sys.stderr)
+    if not replayed.differences:
+        print(f"{len(replayed.changes)} changes of the global batch, each as logged")
+    return 1 if replayed.differences else 0
 
 
 def _report(options: argparse.Namespace, words: Sequence[str]) -> int:

@@ -81,11 +81,10 @@ def start(run: Run, reporter: Reporter, resume: bool) -> None:
     """Begin at the beginning, or at the newest checkpoint if resuming and there is one."""
     path = checkpoint.latest(run.folder) if resume else None
     if path is None:
-        layout = {axis: size for axis, size in vars(run.mesh.layout).items() if size > 1}
-        reporter.event("started", f"a new run of {count(run)} parameters", run.progress, layout=layout)
+        reporter.started(run.progress, f"a new run of {count(run)} parameters", run.mesh.layout)
     else:
         saved = run.restore(path)["config"]
-        reporter.resumed(run.progress, path, changes(run.settings, saved))
+        reporter.resumed(run.progress, path, run.mesh.layout, changes(run.settings, saved))
 
 
 def count(run: Run) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megahp import config
+from megahp.parallel.layout import Layout
 from megahp.scaling.batch_size import Plan, Progress
 from megahp.train.metrics import Record, RunLog
 from megahp.train.progress import Progress as Display
@@ -44,12 +45,19 @@ class Reporter:
             self.log.event(event, **{"reason": why, **details})
             self.say(f"{event}: {why}")
 
-    def resumed(self, progress: Progress, checkpoint: Path, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    def started(self, progress: Progress, why: str, layout: Layout) -> None:
+        """Log a start, with all that decides what follows, so that it can be replayed."""
+        self.event("started", why, progress, layout=vars(layout), config=config.to_dict(self.settings))
+
+    def resumed(
+        self, progress: Progress, checkpoint: Path, layout: Layout, changes: Mapping[str, tuple[Any, Any]]
+    ) -> None:
         """Log a resume: steps logged after the checkpoint will be taken again, so their lines go."""
         if self.log:
             self.log.resume(progress.step)
         changed = {key: {"before": before, "now": now} for key, (before, now) in changes.items()}
-        self.event("resumed", f"from {checkpoint}", progress, changed=changed)
+        how = {"layout": vars(layout), "config": config.to_dict(self.settings)}
+        self.event("resumed", f"from {checkpoint}", progress, changed=changed, **how)
 
     def step(self, run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None) -> None:
         """Log and show one step, if it is one of those logged."""

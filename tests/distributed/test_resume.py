@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 
 from megahp.data.indexed import IndexedWriter
+from megahp.train.metrics import read_events
+from megahp.train.replay import replay
 
 RUN = """
 [model]
@@ -37,7 +40,17 @@ every = 5
 [log]
 tensorboard = false
 """
-STEPS = 40  # 10240 tokens in batches of 8 x 32
+# a batch that grows three times by the measured noise scale, and as many checkpoints as steps
+GROWING = (
+    "batch.policy=noise-scale",
+    "batch.largest=32",
+    "batch.target=10.0",
+    "batch.look_every=1",
+    "batch.growth=1.6",
+    "train.noise_half_life=0.1",
+    "checkpoint.every=1",
+    "checkpoint.keep=100",
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +91,7 @@ def losses(folder: Path, name: str) -> list[float]:
 def kill_a_rank(folder: Path, name: str, step: int) -> int:
     """Start two ranks, kill -9 the second once `step` is logged, and return the command's exit code."""
     started = subprocess.Popen(
-        command(name, "--ranks", "2"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(name, "--ranks", "2", *GROWING), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     log = folder / "runs" / name / "metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= step):
@@ -94,15 +107,15 @@ def kill_a_rank(folder: Path, name: str, step: int) -> int:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> list[dict[str, Any]]:
-    train(folder, "whole", "--ranks", "2")
+    train(folder, "whole", "--ranks", "2", *GROWING)
     return numbers(folder, "whole")
 
 
 @pytest.fixture(scope="module")
 def killed(folder: Path, whole: list[dict[str, Any]]) -> str:
-    code = kill_a_rank(folder, "killed", step=12)
+    code = kill_a_rank(folder, "killed", step=8)
     assert code != 0
-    assert 12 <= len(metrics(folder, "killed")) < STEPS
+    assert 8 <= len(metrics(folder, "killed")) < len(whole)
     return "killed"
 
 
@@ -113,23 +126,60 @@ def copy_of(folder: Path, name: str, copy: str) -> str:
 
 def test_a_killed_run_goes_on_bit_for_bit(folder: Path, whole: list[dict[str, Any]], killed: str) -> None:
     again = copy_of(folder, killed, "again")
-    train(folder, again, "--ranks", "2", "--resume", "auto")
-    assert len(whole) == STEPS
+    train(folder, again, "--ranks", "2", "--resume", "auto", *GROWING)
     assert numbers(folder, again) == whole  # losses, norms, noise scale, validation: every digit
-    events = [json.loads(line)["event"] for line in (folder / "runs" / again / "events.jsonl").read_text().splitlines()]
-    assert events == ["started", "resumed", "finished"]
+    told = [event["event"] for event in read_events(folder / "runs" / again) if event["event"] != "batch"]
+    assert told == ["started", "resumed", "finished"]
 
 
 def test_a_killed_run_goes_on_on_another_layout(folder: Path, whole: list[dict[str, Any]], killed: str) -> None:
     moved = copy_of(folder, killed, "moved")
-    train(folder, moved, "--ranks", "2", "--resume", "auto", "parallel.tp=2")
+    train(folder, moved, "--ranks", "2", "--resume", "auto", "parallel.tp=2", *GROWING, "batch.micro_batch=4")
     assert losses(folder, moved) == pytest.approx([record["loss"] for record in whole], rel=1e-5)
     assert losses(folder, moved) != [record["loss"] for record in whole]  # it did compute differently
 
 
+def changes(folder: Path, name: str) -> list[tuple[int, Any]]:
+    return replay(folder / "runs" / name).changes
+
+
+def test_the_batch_grew_for_a_reason(folder: Path, whole: list[dict[str, Any]]) -> None:
+    replayed = replay(folder / "runs/whole")
+    assert replayed.differences == []
+    assert [change.now for _, change in replayed.changes] == [12, 16, 24, 32]
+    assert all(change.noise_scale * 14 >= change.wanted >= change.now for _, change in replayed.changes)
+    sizes = [record["global_batch"] for record in whole]
+    assert sizes == sorted(sizes) and set(sizes) == {8, 12, 16, 24, 32}
+    decays = {record["global_batch"]: record["weight_decay"] for record in whole}
+    assert all(decay == pytest.approx(0.1 * size / 8) for size, decay in decays.items())
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_resumed_before_at_and_after_a_change(folder: Path, whole: list[dict[str, Any]], offset: int) -> None:
+    """Bit for bit on the same layout, and the log of both lives together replays as one."""
+    step = changes(folder, "whole")[1][0] + offset
+    name = copy_of(folder, "whole", f"from{offset}")
+    for later in sorted((folder / "runs" / name / "checkpoints").glob("step-*"))[step:]:
+        shutil.rmtree(later)
+    train(folder, name, "--ranks", "2", "--resume", "auto", *GROWING)
+    assert numbers(folder, name) == whole
+    assert replay(folder / "runs" / name).differences == []
+    assert changes(folder, name) == changes(folder, "whole")
+
+
+def test_a_replay_notices_a_changed_log(folder: Path, whole: list[dict[str, Any]]) -> None:
+    name = copy_of(folder, "whole", "forged")
+    log = folder / "runs" / name / "metrics.jsonl"
+    records = metrics(folder, name)
+    for record in records[1:8]:
+        record["noise_scale"] = 0.01
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert replay(folder / "runs" / name).differences != []
+
+
 def test_a_finished_run_is_not_done_again(folder: Path, whole: list[dict[str, Any]]) -> None:
     before = (folder / "runs/whole/metrics.jsonl").read_bytes()
-    train(folder, "whole", "--ranks", "2", "--resume", "auto")
+    train(folder, "whole", "--ranks", "2", "--resume", "auto", *GROWING)
     assert (folder / "runs/whole/metrics.jsonl").read_bytes() == before
 
 

@@ -23,9 +23,9 @@ BASE: dict[str, Any] = {
     "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 128},
     "parameterization": {"base_width": 16, "base_layers": 1, "init_std": 0.1},
     "data": {"train": ["none"], "sequence_length": 16},
-    "batch": {"global_batch": 8, "micro_batch": 2},
+    "batch": {"global_batch": 8, "micro_batch": 2, "policy": "table", "table": ["128:16", "640:24", "1792:32"]},
     "optimizer": {"lr": 0.01, "clip": 0.5},
-    "train": {"tokens": 16 * 8 * 12},
+    "train": {"tokens": 16 * 8 * 40},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model": {"qk_norm": True}},
@@ -85,6 +85,7 @@ class Training:
         self.optimizer.step(grads, plan)
         self.engine.zero()
         self.progress = self.progress.after(plan)
+        self.batch_plan.look(self.progress, None)
         return {"measured": vars(measured), "grads": whole_grads}
 
     def weights(self) -> dict[str, torch.Tensor]:
