@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
 
 USER_ERROR = 2  # exit code for a mistake in what the user gave
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,10 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.overrides += more
         return options.command(options, words)
     except UserError as error:
-        _complain(error)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # what is found before the ranks meet, all of them find
+            _complain(error)
         return USER_ERROR
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train the run of a TOML file")
     _add_run_file(train)
-    train.add_argument("--ranks", type=int, default=0, metavar="N", help="start N ranks on this machine")
+    train.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
     train.add_argument("--resume", choices=("auto",), help="go on from the newest checkpoint, if there is one")
     train.set_defaults(command=_train)
 
@@ -88,8 +90,8 @@ def _add_run_file(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
     settings = resolve.load(options.run_file, options.overrides).config
     place = launch.world()
-    ranks = options.ranks or place.size
-    if options.ranks < 0:
+    ranks = place.size if options.ranks is None else options.ranks
+    if ranks < 1:
         raise UserError(f"--ranks {options.ranks} must be at least 1")
     layout = fit(settings.parallel, ranks)
 
@@ -109,19 +111,21 @@ def _train_rank(settings: Config, place: launch.World, layout: Layout, resume: b
     from megahp.train.run import cuda_wanted
 
     code = 0
+    store = launch.join(place, cuda_wanted(settings))
     try:
-        launch.join(place, cuda_wanted(settings))
         directory = train(settings, place, layout, resume)
         if place.rank == 0:
             _finish(directory)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except UserError as error:
-        if place.rank:
-            time.sleep(launch.SECONDS_TO_EXPLAIN + 1)  # rank 0 most likely says the same, and ends this one
-        _complain(error, place.rank)
+        if launch.is_first_to_tell(store):
+            _complain(error)
         code = USER_ERROR
     except Exception:
-        traceback.print_exc()
-        code = 1
+        code = USER_ERROR if launch.is_told(store) else 1
+        if code == 1:
+            traceback.print_exc()
     launch.leave(code)
     return code
 
@@ -173,5 +177,5 @@ def _report(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
-def _complain(error: UserError, rank: int = 0) -> None:
-    print(f"megahp: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+def _complain(error: UserError) -> None:
+    print(f"megahp: {error}", file=sys.stderr)

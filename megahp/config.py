@@ -16,10 +16,17 @@ VOCAB_MULTIPLE = 128  # the vocabulary is padded to this, on every layout alike,
 
 
 def setting(
-    default: Any, doc: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None
+    default: Any,
+    doc: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A dataclass field with its meaning and its bounds (the same unit as the value)."""
-    return field(default=default, metadata={"doc": doc, "at_least": at_least, "above": above, "at_most": at_most})
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    return field(default=default, metadata={"doc": doc, **bounds})
 
 
 @dataclass(frozen=True)
@@ -126,9 +133,9 @@ class Optimizer:
     name: Literal["adamw"] = setting("adamw", "update rule")
     lr: float = setting(4e-3, "peak learning rate", above=0)
     weight_decay: float = setting(0.1, "decoupled weight decay (multiplied by the learning rate)", at_least=0)
-    beta1: float = setting(0.9, "decay of the first moment", at_least=0, at_most=1)
-    beta2: float = setting(0.95, "decay of the second moment", at_least=0, at_most=1)
-    eps: float = setting(1e-8, "added to the root of the second moment", at_least=0)
+    beta1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
+    beta2: float = setting(0.95, "decay of the second moment", at_least=0, below=1)
+    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
     clip: float = setting(1.0, "largest global gradient norm; 0 = no clipping", at_least=0)
 
 
@@ -149,7 +156,7 @@ class Parallel:
 class Train:
     """How long, how precisely, from which seed."""
 
-    tokens: int = setting(10_000_000, "horizon of the schedules and end of the run", at_least=1)
+    tokens: int = setting(10_000_000, "horizon of the schedules and end of the run", at_least=1, at_most=1e18)
     steps: int = setting(0, "stop after so many optimizer steps, if sooner; 0 = no such stop", at_least=0)
     dtype: Literal["float32", "bfloat16", "float64"] = setting(
         "float32", "compute type; weights and moments stay in float32 (float64 for float64)"

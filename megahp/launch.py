@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -11,10 +12,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from megahp.errors import UserError
 
-SECONDS_TO_EXPLAIN = 2.0  # the first rank speaks for all: how long it is left alone once another has failed
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+SECONDS_TO_EXPLAIN = 2.0  # how long the ranks are left alone once one has failed, to say why
+TOLD = "user error told"
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class World:
 def world(environment: Mapping[str, str] = os.environ) -> World:
     """This process's place, from torchrun's variables, else srun's, else alone."""
     if "WORLD_SIZE" in environment:
+        if "RANK" not in environment:
+            raise UserError("WORLD_SIZE is set and RANK is not; start with --ranks, torchrun or srun, or unset it")
         size = int(environment["WORLD_SIZE"])
         return World(
             int(environment["RANK"]),
@@ -62,24 +71,34 @@ def spawn(arguments: Sequence[str], ranks: int) -> int:
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
     }
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the ranks are ended too
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # so that the ranks are ended too
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     command = [sys.executable, "-m", "megahp", *arguments]
-    processes = [subprocess.Popen(command, env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=common | place, preexec_fn=_die_with_parent))
         while any(process.poll() is None for process in processes):
             if failed := [process.returncode for process in processes if process.poll()]:
-                _wait(processes[:1], SECONDS_TO_EXPLAIN)
+                _wait(processes, SECONDS_TO_EXPLAIN)
                 return _exit_code(failed[0])
             time.sleep(0.05)
         return next((_exit_code(process.returncode) for process in processes if process.returncode), 0)
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
     finally:
         _end(processes)
 
 
-def join(place: World, cuda: bool) -> None:
-    """Initialise the default process group: gloo for CPU tensors, NCCL for CUDA's.
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when the launcher is killed, which could not end it itself."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def join(place: World, cuda: bool) -> Store:
+    """Initialise the default process group: gloo for CPU tensors, NCCL for CUDA's. Returns the store the ranks share.
 
     Raises UserError when torchrun's or srun's variables do not lead to the first rank.
     """
@@ -87,13 +106,30 @@ def join(place: World, cuda: bool) -> None:
 
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if place.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return
+        alone = dist.HashStore()
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+        return alone
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_host(os.environ.get("SLURM_STEP_NODELIST", ""))
     if "MASTER_PORT" not in os.environ:  # the same on all ranks of a job, different between jobs of one user
         os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
-    dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timedelta(minutes=10))
+    store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=timedelta(minutes=10)))
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
+    return store
+
+
+def is_first_to_tell(store: Store) -> bool:
+    """Whether no other rank has told the user of a mistake before: one line is enough for what all ranks meet."""
+    return store.add(TOLD, 1) == 1
+
+
+def is_told(store: Store) -> bool:
+    """Whether some rank has told, or is about to tell, the user of a mistake: then this rank's failure is its echo."""
+    time.sleep(SECONDS_TO_EXPLAIN / 4)
+    try:
+        return store.check([TOLD])
+    except RuntimeError:  # the store has gone with the rank that held it
+        return False
 
 
 def leave(code: int) -> None:

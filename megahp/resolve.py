@@ -7,11 +7,12 @@ impossible is refused here, before torch is imported or a process started; all p
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, get_args, get_origin
 
 from megahp.config import SECTIONS, TYPES, VOCAB_MULTIPLE, Config, get, names, parse_table, with_values
@@ -74,6 +75,7 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Re
             for name, section in SECTIONS.items()
         }
     )
+    config = _without_idle_presets(config, origins)
     problems += _unused(config, origins)
     config = _derive(config, origins)
     problems += impossible(config)
@@ -120,6 +122,9 @@ def impossible(config: Config) -> list[str]:
             "as parallel.sequence_parallel needs; "
             f"nearest that are: {_nearest_multiples(parallel.tp, data.sequence_length)}"
         )
+    name = PurePath(config.log.name)
+    if not name.parts or name.is_absolute() or ".." in name.parts:
+        problems.append(f"log.name = {config.log.name!r} names no folder inside log.root; choose one such as first")
     if data.weights and len(data.weights) != len(data.train):
         problems.append(
             f"data.weights has {len(data.weights)} values and data.train {len(data.train)}; give one for each"
@@ -215,8 +220,10 @@ def _with_preset(layers: Sequence[tuple[str, Mapping[str, Any]]], problems: list
     for _, tree in layers:
         section = tree.get("model", {})
         name = section.get("preset", name) if isinstance(section, Mapping) else name
+    if not isinstance(name, str):
+        return list(layers)  # refused, like any value of the wrong type
     if name and name not in PRESETS:
-        problems.append(f"model.preset = {name!r} is unknown; {_suggest(str(name), PRESETS)}")
+        problems.append(f"model.preset = {name!r} is unknown; {_suggest(name, PRESETS)}")
         name = ""
     return [(f"preset {name}", {"model": PRESETS[name]}), *layers] if name else list(layers)
 
@@ -249,11 +256,12 @@ def _check(key: str, value: Any, origin: str, problems: list[str]) -> Any:
         problems.append(f"{key} = {value!r} ({origin}) {error}")
         return value
     bounds = next(f.metadata for f in fields(SECTIONS[section]) if f.name == name)
-    words = {"at_least": "at least", "above": "above", "at_most": "at most"}
+    words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
     broken = {
         "at_least": lambda limit: not value >= limit,
         "above": lambda limit: not value > limit,
         "at_most": lambda limit: not value <= limit,
+        "below": lambda limit: not value < limit,
     }
     for kind, breaks in broken.items():
         if bounds[kind] is not None and breaks(bounds[kind]):
@@ -275,22 +283,31 @@ def _convert(value: Any, kind: Any) -> Any:
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise TypeError("must be finite")
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise TypeError(f"must be {names[kind]}")
     return value
 
 
-def _unused(config: Config, origins: Mapping[str, str]) -> list[str]:
-    problems = []
+def _unused(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
+    """Settings that are given and mean nothing beside the others."""
     for key, (other, values) in USED_ONLY_WITH.items():
-        given = key in origins and not origins[key].startswith("preset")
-        if given and get(config, other) not in values and get(config, key) != get(Config(), key):
-            problems.append(
+        if get(config, other) not in values and get(config, key) != get(Config(), key):
+            yield (
                 f"{key} = {get(config, key)!r} ({origins[key]}) has no effect with "
                 f"{other} = {get(config, other)!r}; it needs {' or '.join(map(str, values))}"
             )
-    return problems
+
+
+def _without_idle_presets(config: Config, origins: dict[str, str]) -> Config:
+    """A preset's value goes back to the default where another choice left it without meaning."""
+    for key, (other, values) in USED_ONLY_WITH.items():
+        if origins.get(key, "").startswith("preset") and get(config, other) not in values:
+            config = with_values(config, {key: get(Config(), key)})
+            del origins[key]
+    return config
 
 
 def _derive(config: Config, origins: dict[str, str]) -> Config:
@@ -310,8 +327,8 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
 
 
 def _nearest_divisors(number: int, to: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return ", ".join(map(str, sorted(sorted(divisors, key=lambda d: abs(d - to))[:3])))
+    around = itertools.chain([to], *((to - d, to + d) for d in range(1, min(number, 10_000))))
+    return ", ".join(map(str, sorted(itertools.islice((n for n in around if n > 0 and number % n == 0), 3))))
 
 
 def _nearest_multiples(of: int, to: int) -> str:

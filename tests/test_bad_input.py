@@ -26,10 +26,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "truncated.idx").write_bytes((folder / "corpus.idx").read_bytes()[:60])
     (folder / "magic.idx").write_bytes(b"NOTANIDX" + (folder / "corpus.idx").read_bytes()[8:])
     (folder / "short.bin").write_bytes((folder / "corpus.bin").read_bytes()[:100])
-    (folder / "tagged.json").write_text('{"tokenizer_fingerprint": "another"}')
-    for suffix in (".bin", ".idx"):
-        (folder / f"tagged{suffix}").write_bytes((folder / f"corpus{suffix}").read_bytes())
+    for name, text in (("garbled", "[]"), ("tagged", '{"tokenizer_fingerprint": "another"}')):
+        (folder / f"{name}.json").write_text(text)
+        for suffix in (".bin", ".idx"):
+            (folder / f"{name}{suffix}").write_bytes((folder / f"corpus{suffix}").read_bytes())
+    with IndexedWriter(str(folder / "nothing"), 257) as writer:
+        pass
     (folder / "run.toml").write_text(RUN)
+    (folder / "runs").mkdir()
+    (folder / "runs" / "file").write_text("")
     done = megahp(folder, "train", "run.toml", "log.name=done", "train.steps=3")
     assert done.returncode == 0, done.stderr
     return folder
@@ -50,6 +55,23 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("train nowhere.toml", ["nowhere.toml", "does not exist"]),
         ("train run.toml model.lyers=3", ["model.lyers = 3", "layers"]),
         ("train run.toml train.tokens=many", ["train.tokens = 'many'", "whole number"]),
+        ("train run.toml --ranks 0", ["--ranks 0", "at least 1"]),
+        ("train run.toml optimizer.beta2=1", ["optimizer.beta2 = 1.0", "below 1"]),
+        ("train run.toml optimizer.lr=inf", ["optimizer.lr = inf", "finite"]),
+        ("train run.toml model.preset=[1]", ["model.preset = [1]", "text"]),
+        ("train run.toml model.width=1000000000007 model.heads=6", ["model.heads = 6", "nearest"]),
+        ("train run.toml log.name=", ["log.name = ''", "log.root"]),
+        ("train run.toml log.name=../out", ["log.name = '../out'"]),
+        ("train run.toml log.name=/out", ["log.name = '/out'"]),
+        ("train run.toml log.name=file", ["runs/file is a file"]),
+        ('train run.toml data.train=["nothing"]', ["nothing", "no tokens"]),
+        ('train run.toml data.train=["garbled"]', ["garbled.json"]),
+        ("train run.toml data.weights=[-1]", ["data.weights"]),
+        ("sample runs/done --temperature -1", ["--temperature -1"]),
+        ("sample runs/done --temperature nan", ["--temperature nan"]),
+        ("sample runs/done --tokens -5", ["--tokens -5"]),
+        ("sample runs/done --seed 99999999999999999999", ["--seed"]),
+        ("replay runs/nowhere", ["runs/nowhere"]),
         ("train run.toml --rank 2", ["--rank", "section.key=value"]),
         ("train run.toml parallel.tp=3", ["parallel.tp = 3", "model.kv_heads = 4", "2, 4"]),
         ("train run.toml parallel.tp=4 --ranks 6", ["tp 4", "multiple of 4 ranks", "nearest: 4, 8"]),
@@ -88,22 +110,50 @@ def test_a_mistake_is_one_line(
 
 
 @pytest.mark.parametrize("file", ["state.json", ".metadata", "__0_0.distcp"])
-def test_a_damaged_checkpoint_is_named(folder: Path, file: str) -> None:
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_a_damaged_checkpoint_is_named(folder: Path, file: str, damage: str) -> None:
     (path,) = (folder / "runs/done/checkpoints").glob(f"step-*/{file}")
     sound = path.read_bytes()
-    path.write_bytes(sound[: len(sound) // 2])
+    path.write_bytes(sound[: len(sound) // 2] if damage == "cut" else b'{"version": 1}')
     before = contents(folder)
     try:
-        done = megahp(folder, "train", "run.toml", "log.name=done", "--resume", "auto", "train.steps=5")
+        done = megahp(folder, "train", "run.toml", "log.name=done", "--resume", "auto", "optimizer.lr=0.5")
+        assert contents(folder) == before
     finally:
-        after = contents(folder)
         path.write_bytes(sound)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("megahp: checkpoint") and done.stderr.count("\n") == 1, done.stderr
     assert "step-00000003" in done.stderr
-    assert {name: data for name, data in after.items() if "config.toml" not in name} == {
-        name: data for name, data in before.items() if "config.toml" not in name
-    }
+
+
+def test_tokens_outside_the_vocabulary_are_refused_on_every_layout(folder: Path) -> None:
+    with IndexedWriter(str(folder / "wide"), 5000) as writer:
+        for _ in range(40):
+            writer.add_document([4999] * 200)
+    for words in ([], ["--ranks", "2", "parallel.tp=2"]):
+        done = megahp(folder, "train", "run.toml", 'data.train=["wide"]', f"log.name=wide{len(words)}", *words)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert done.stderr.count("\n") == 1 and "token 4999" in done.stderr and "257" in done.stderr, done.stderr
+
+
+def test_a_run_that_diverged_ends_with_an_error(folder: Path) -> None:
+    words = ["optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup=0", "log.name=diverged", "checkpoint.every=1"]
+    done = megahp(folder, "train", "run.toml", *words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "20 gradients in a row" in done.stderr and "optimizer.lr" in done.stderr
+
+
+def test_a_preset_s_value_without_meaning_is_no_obstacle(folder: Path) -> None:
+    """llama's rope_theta beside positions without rope: the run can be gone on with, and sampled."""
+    shape = (
+        "layers=1 width=32 heads=4 kv_heads=2 head_size=8 mlp_width=32 vocab_size=257 positions=alibi preset=llama-3-8b"
+    )
+    words = ["train", "run.toml", "log.name=preset", "model.preset=llama-3-8b", "model.positions=alibi"]
+    words += [f"model.{word}" for word in shape.split()]
+    assert megahp(folder, *words, "train.steps=2").returncode == 0
+    again = megahp(folder, *words, "train.steps=3", "--resume", "auto")
+    assert again.returncode == 0, again.stderr
+    assert megahp(folder, "sample", "runs/preset", "--tokens", "3").returncode == 0
 
 
 def test_preprocessing_mistakes_are_one_line(folder: Path) -> None:

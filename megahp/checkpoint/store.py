@@ -19,23 +19,32 @@ from torch import Tensor
 from megahp.errors import UserError
 
 VERSION = 1
+STATE = {"progress", "skipped", "updates", "noise_scale", "batch_plan", "data", "table", "layout", "config"}
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
-    """Write one checkpoint from all ranks, publish it, then drop all but the last `keep`. Returns its path."""
+    """Write one checkpoint, publish it, then drop all but the `keep` newest up to it. Every rank must call this.
+
+    Returns its path. Raises UserError, on every rank, when it cannot be written; those before it are untouched.
+    """
     final, partial = path(folder, step), folder / f".partial-{step:08d}"
     first = dist.get_rank() == 0
     if first:
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in folder.glob(".partial-*"):
+            shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+    try:
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+    except (OSError, dcp.CheckpointException) as error:
+        if isinstance(_first_failure(error), KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise UserError(f"checkpoint {final} cannot be written ({_cause(error)}); make room in {folder}") from None
     if first:
         _write_synced(partial / "state.json", json.dumps({"version": VERSION, **state}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from before it
         partial.rename(final)
         _sync(folder)
-        for old in _complete(folder)[:-keep]:
+        for old in [older for older in _complete(folder) if older <= final][:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return final
@@ -53,14 +62,17 @@ def latest(folder: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON part. Raises UserError if it cannot be read or is of another version."""
+    """The JSON part. Raises UserError if it cannot be read, is not whole or is of another version."""
     file = checkpoint / "state.json"
     try:
         state = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {file} cannot be read ({error}); {_remedy(checkpoint)}") from None
-    if state.get("version") != VERSION:
-        raise UserError(f"checkpoint {file} has version {state.get('version')} and this megahp reads {VERSION}")
+        version = state["version"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"checkpoint {file} cannot be read ({error!r}); {_remedy(checkpoint)}") from None
+    if version != VERSION:
+        raise UserError(f"checkpoint {file} has version {version} and this megahp reads {VERSION}")
+    if missing := STATE - state.keys():
+        raise UserError(f"checkpoint {file} lacks {', '.join(sorted(missing))}; {_remedy(checkpoint)}")
     return state
 
 
@@ -74,11 +86,16 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
         raise UserError(f"checkpoint {checkpoint} cannot be loaded ({_cause(error)}); {_remedy(checkpoint)}") from None
 
 
-def _cause(error: BaseException) -> str:
-    """In one line, the first rank's reason out of what DCP gathered from all."""
+def _first_failure(error: BaseException) -> BaseException:
+    """The first rank's own exception, out of what DCP gathered from all."""
     if isinstance(error, dcp.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    lines = str(error).strip().splitlines()
+        return next(iter(error.failures.values()))[0]
+    return error
+
+
+def _cause(error: BaseException) -> str:
+    """Why it failed, in one line."""
+    lines = str(_first_failure(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 

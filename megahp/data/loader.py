@@ -48,7 +48,8 @@ class TrainingData:
     tokens: training tokens of all sources, each counted once.
     fingerprint: changes with the data, weights, sequence length, seed or split, but not with a path.
 
-    Raises UserError for missing or corrupt files, bad weights or fractions, sources too small for a sample.
+    Raises UserError for missing or corrupt files, bad weights or fractions, sources too small for a sample; and, as
+    they are read, for tokens outside the vocabulary.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class TrainingData:
         seed: int,
         validation_fraction: float,
         cache: Path,
+        vocab_size: int = 1 << 62,
     ) -> None:
+        self._vocab_size = vocab_size
         self._blend = Blend([source.weight for source in sources])
         datasets = [IndexedDataset(source.prefix) for source in sources]
         splits = [split_documents(dataset.documents, validation_fraction) for dataset in datasets]
@@ -89,7 +92,7 @@ class TrainingData:
 
     def batch(self, ids: np.ndarray, documents: bool) -> Batch:
         """The training samples with these global ids (int64 [n]), on the CPU."""
-        return _gather(self._training, self._blend, ids, documents)
+        return self._checked(_gather(self._training, self._blend, ids, documents))
 
     def validation(self, count: int) -> Batch:
         """Up to `count` windows of the validation documents, blended by weight, the same for every seed.
@@ -103,7 +106,17 @@ class TrainingData:
         source, j = self._validation_blend.locate(wanted)
         available = np.array([order.samples_per_epoch for order in self._validation])
         ids = wanted[j < available[source]]
-        return _gather(self._validation, self._validation_blend, ids, documents=True)
+        return self._checked(_gather(self._validation, self._validation_blend, ids, documents=True))
+
+    def _checked(self, batch: Batch) -> Batch:
+        """The batch, if its tokens are in the vocabulary: split over ranks, no rank would miss one that is not."""
+        wrong = batch.tokens[(batch.tokens < 0) | (batch.tokens >= self._vocab_size)]
+        if len(wrong):
+            raise UserError(
+                f"the data holds token {wrong[0].item()} and the vocabulary ends at {self._vocab_size}: name the "
+                "tokenizer it was written with, or set model.vocab_size"
+            )
+        return batch
 
     def training_chunks(self, limit: int) -> Iterator[np.ndarray]:
         """The run's first samples, int64 [n, sequence_length + 1], up to `limit` tokens or one epoch."""

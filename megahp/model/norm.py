@@ -47,10 +47,9 @@ class RMSNorm(_Norm):
         role: Role = Role.NORM,
         sum_over: tuple[str, ...] = (),
         axis: TensorAxis | None = None,
-        bias: bool = False,
         probe: bool = True,
     ) -> None:
-        super().__init__(size, eps, role, sum_over, axis, False, probe)
+        super().__init__(size, eps, role, sum_over, axis, bias=False, probe=probe)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, local(self.weight), self.probe, self.eps, self.group)

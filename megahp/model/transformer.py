@@ -25,8 +25,10 @@ from megahp.scaling.parameterization import Role, Table
 
 def make_norm(model: config.Model, role: Role, axis: TensorAxis, probe: bool) -> nn.Module:
     """A norm over the residual stream, which sequence parallelism spreads over tp."""
-    kind = RMSNorm if model.norm == "rmsnorm" else LayerNorm
-    return kind(model.width, model.norm_eps, role, axis.spread, axis, model.bias, probe)
+    common = (model.width, model.norm_eps, role, axis.spread, axis)
+    if model.norm == "rmsnorm":
+        return RMSNorm(*common, probe=probe)
+    return LayerNorm(*common, bias=model.bias, probe=probe)
 
 
 class Block(nn.Module):

@@ -71,6 +71,8 @@ class VocabParallelEmbedding(Module):
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         weight = local(self.weight)
+        if weight.dtype.itemsize < 4:  # the gradient adds up one row's uses one by one: not in half precision
+            weight = weight.float()
         if self.axis.size == 1:
             return F.embedding(ids, weight).to(dtype)
         ids = ids - self.axis.rank * weight.shape[0]

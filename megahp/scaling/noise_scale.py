@@ -9,6 +9,7 @@ S / |G|^2, in examples: the two are smoothed apart and only then divided, since 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,20 +29,23 @@ def ratio(true_sq: float, noise: float) -> float | None:
 
 @dataclass
 class Average:
-    """Exponential averages of |G|^2 and S whose half-life is counted in tokens, unbiased from the first value on."""
+    """Exponential averages of |G|^2 and S whose half-life is counted in tokens.
+
+    Both start at 0 and so are small at first, by a factor they share: their ratio is right from the first value on.
+    """
 
     true_sq: float = 0.0
     noise: float = 0.0
-    weight: float = 0.0
 
     def add(self, true_sq: float, noise: float, decay: float) -> None:
-        self.true_sq = decay * self.true_sq + (1 - decay) * true_sq
-        self.noise = decay * self.noise + (1 - decay) * noise
-        self.weight = decay * self.weight + (1 - decay)
+        """Take in one step's estimates; those that are not finite say nothing."""
+        if math.isfinite(true_sq) and math.isfinite(noise):
+            self.true_sq = decay * self.true_sq + (1 - decay) * true_sq
+            self.noise = decay * self.noise + (1 - decay) * noise
 
     @property
     def ratio(self) -> float | None:
-        """The smoothed noise scale in examples. The common weight of both averages cancels."""
+        """The smoothed noise scale in examples."""
         return ratio(self.true_sq, self.noise)
 
 

@@ -13,24 +13,26 @@ import torch.distributed as dist
 from megahp import checkpoint, config
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.data.ngrams import unigram_and_bigram
+from megahp.errors import UserError
 from megahp.launch import World
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch_size import Plan
 from megahp.train.reporter import Reporter
 from megahp.train.run import Run, changes, cuda_wanted, is_first, open_data
-from megahp.train.step import clip
+from megahp.train.step import Measurement, clip
 
+MOST_SKIPPED = 20  # non-finite gradients in a row end a run
 BASELINE_TOKENS = 50_000_000  # the n-gram models of the report are fitted on at most so many training tokens
 
 
 def train(settings: config.Config, place: World, layout: Layout, resume: bool) -> Path:
     """Run, or go on with, the run of these prepared settings, as one of its ranks. Returns the run directory."""
     mesh = make_mesh(layout, device_of(settings, place))
+    reporter = Reporter(settings)
     data = open_data(settings)
     loader = Loader(data, mesh.device, settings.data.mask_documents)
     run = Run(settings, mesh, data.fingerprint)
-    reporter = Reporter(settings)
     start(run, reporter, resume)
 
     with reporter.showing(run.progress):
@@ -44,9 +46,9 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
                 run.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)
                 clip(grads, measured.grad_norm, settings.optimizer.clip)
                 run.optimizer.step(grads, plan)
+                run.skipped_in_a_row = 0
             else:
-                run.skipped += 1
-                reporter.event("skipped", "the gradient is not finite", run.progress, loss=measured.loss)
+                skip(run, reporter, measured)
             run.engine.zero()
             run.progress = run.progress.after(plan)
             change = run.batch_plan.look(run.progress, run.noise.pooled.ratio)
@@ -55,11 +57,11 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
             reporter.step(run, plan, measured, seconds, validation)
             if change:
                 reporter.event("batch", change.reason, run.progress, **change.to_dict())
-            if is_due(settings.checkpoint.every, run):
+            if is_due(settings.checkpoint.every, run) and not run.skipped_in_a_row:
                 run.save()
 
     loader.close()
-    if run.progress.step and checkpoint.latest(run.folder) != checkpoint.path(run.folder, run.progress.step):
+    if run.progress.step != run.saved_at and not run.skipped_in_a_row:
         run.save()
     if is_first() and settings.train.validation_samples:
         reporter.baselines(*baselines(settings, data))
@@ -79,12 +81,26 @@ def device_of(settings: config.Config, place: World) -> torch.device:
 
 def start(run: Run, reporter: Reporter, resume: bool) -> None:
     """Begin at the beginning, or at the newest checkpoint if resuming and there is one."""
-    path = checkpoint.latest(run.folder) if resume else None
+    found = [checkpoint.latest(run.folder) if resume else None]
+    dist.broadcast_object_list(found)  # a shared file system may show the ranks different things
+    path = found[0]
     if path is None:
         reporter.started(run.progress, f"a new run of {count(run)} parameters", run.mesh.layout)
     else:
         saved = run.restore(path)["config"]
         reporter.resumed(run.progress, path, run.mesh.layout, changes(run.settings, saved))
+
+
+def skip(run: Run, reporter: Reporter, measured: Measurement) -> None:
+    """Leave the weights alone this once. Raises UserError when that has become the rule."""
+    run.skipped += 1
+    run.skipped_in_a_row += 1
+    reporter.event("skipped", "the gradient is not finite", run.progress, loss=measured.loss)
+    if run.skipped_in_a_row == MOST_SKIPPED:
+        raise UserError(
+            f"{MOST_SKIPPED} gradients in a row were not finite, at step {run.progress.step + 1} with "
+            f"optimizer.lr = {run.settings.optimizer.lr:g}; lower it and go on from the last checkpoint"
+        )
 
 
 def count(run: Run) -> str:

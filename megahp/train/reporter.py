@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megahp import config
+from megahp.errors import UserError
 from megahp.parallel.layout import Layout
 from megahp.scaling.batch_size import Plan, Progress
 from megahp.train.metrics import Record, RunLog
@@ -18,15 +20,16 @@ from megahp.train.step import Measurement
 
 
 class Reporter:
-    """Writes the run directory and shows progress, on the first rank; the others' calls do nothing."""
+    """Writes the run directory and shows progress, on the first rank; the others' calls do nothing.
+
+    Raises UserError when another process writes there, or nobody can.
+    """
 
     def __init__(self, settings: config.Config) -> None:
         self.settings = settings
         self.log: RunLog | None = None
         self.display: Display | None = None
-        if is_first():
-            self.log = RunLog(settings.directory, settings.log.tensorboard)
-            _write(settings.directory / "config.toml", config.to_toml(settings))
+        self.lock = _lock(settings.directory) if is_first() else None
 
     @contextlib.contextmanager
     def showing(self, progress: Progress) -> Any:
@@ -47,14 +50,14 @@ class Reporter:
 
     def started(self, progress: Progress, why: str, layout: Layout) -> None:
         """Log a start, with all that decides what follows, so that it can be replayed."""
+        self._open(progress)
         self.event("started", why, progress, layout=vars(layout), config=config.to_dict(self.settings))
 
     def resumed(
         self, progress: Progress, checkpoint: Path, layout: Layout, changes: Mapping[str, tuple[Any, Any]]
     ) -> None:
         """Log a resume: steps logged after the checkpoint will be taken again, so their lines go."""
-        if self.log:
-            self.log.resume(progress.step)
+        self._open(progress)
         changed = {key: {"before": before, "now": now} for key, (before, now) in changes.items()}
         how = {"layout": vars(layout), "config": config.to_dict(self.settings)}
         self.event("resumed", f"from {checkpoint}", progress, changed=changed, **how)
@@ -85,6 +88,17 @@ class Reporter:
         if self.log:
             self.log.close()
 
+    def _open(self, progress: Progress) -> None:
+        """Begin to write, after all that could refuse the run; what was logged beyond this point is taken back."""
+        if self.lock:
+            directory = self.settings.directory
+            try:
+                self.log = RunLog(directory, self.settings.log.tensorboard)
+                self.log.resume(progress.step)
+                _write(directory / "config.toml", config.to_toml(self.settings))
+            except OSError as error:
+                raise UserError(f"{directory} cannot be written ({error.strerror}); make it writable") from None
+
 
 def _record(run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None) -> Record:
     length = run.settings.data.sequence_length
@@ -111,6 +125,20 @@ def _record(run: Run, plan: Plan, measured: Measurement, seconds: float, validat
     if validation is not None:
         record["validation_loss"] = validation
     return record
+
+
+def _lock(directory: Path) -> TextIO:
+    """A lock on the run directory that ends with this process."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written ({error.strerror}); choose another log.root") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{directory} is in use by another run; wait for its end, or choose another log.name") from None
+    return file
 
 
 def _write(path: Path, text: str) -> None:

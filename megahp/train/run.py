@@ -51,7 +51,9 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
     check_tokenizer(settings, tokenizer)
     settings = with_vocabulary(settings, tokenizer)
     saved = checkpoint.latest(settings.directory / "checkpoints")
-    if not resume and (settings.directory / "metrics.jsonl").exists():
+    if settings.directory.exists() and not settings.directory.is_dir():
+        raise UserError(f"{settings.directory} is a file; choose another log.name")
+    if not resume and (saved or (settings.directory / "metrics.jsonl").exists()):
         raise UserError(
             f"{settings.directory} already holds a run; go on with --resume auto, or choose another log.name"
         )
@@ -80,11 +82,18 @@ def check_tokenizer(settings: Config, tokenizer: Tokenizer) -> None:
     """Raise UserError when the data says it was written with another tokenizer than the run's."""
     for prefix in settings.data.train:
         side = Path(f"{prefix}.json")
-        if side.exists() and json.loads(side.read_text()).get("tokenizer_fingerprint") != tokenizer.fingerprint:
+        if side.exists() and _fingerprint_in(side) != tokenizer.fingerprint:
             raise UserError(
                 f"data.tokenizer = {settings.data.tokenizer!r} is not the one {prefix} was written with, "
                 f"according to {side}; name that one, or preprocess again"
             )
+
+
+def _fingerprint_in(side: Path) -> str:
+    try:
+        return json.loads(side.read_text())["tokenizer_fingerprint"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{side} cannot be read ({error!r}); preprocess again, or remove it") from None
 
 
 def with_vocabulary(settings: Config, tokenizer: Tokenizer) -> Config:
@@ -119,10 +128,21 @@ def refuse_changes(settings: Config, saved: Mapping[str, Mapping[str, Any]], pat
 def open_data(settings: Config) -> TrainingData:
     """The run's data, memory-mapped. Raises UserError for missing or damaged files."""
     data = settings.data
-    weights = data.weights or [float(IndexedDataset(prefix).lengths.sum(dtype=np.int64)) for prefix in data.train]
+    tokens = {prefix: int(IndexedDataset(prefix).lengths.sum(dtype=np.int64)) for prefix in data.train}
+    for prefix, count in tokens.items():
+        if count == 0:
+            raise UserError(f"data {prefix!r} holds no tokens; leave it out of data.train, or preprocess again")
+    weights = data.weights or tuple(map(float, tokens.values()))
     sources = [Source(prefix, weight) for prefix, weight in zip(data.train, weights, strict=True)]
     cache = Path(data.cache) if data.cache else Path(data.train[0]).parent / "cache"
-    return TrainingData(sources, data.sequence_length, settings.train.seed, data.validation_fraction, cache)
+    return TrainingData(
+        sources,
+        data.sequence_length,
+        settings.train.seed,
+        data.validation_fraction,
+        cache,
+        settings.model.vocab_size,
+    )
 
 
 class Run:
@@ -135,7 +155,8 @@ class Run:
         self.optimizer = AdamW(self.engine.weights, self.engine.rows, self.table)
         self.progress = Progress()
         self.batch_plan = BatchPlan(settings, mesh.layout.dp)
-        self.skipped = 0
+        self.skipped = self.skipped_in_a_row = 0
+        self.saved_at = -1  # step
         self.noise = NoiseScale(settings.train.noise_half_life * settings.train.tokens)
 
     @property
@@ -156,6 +177,7 @@ class Run:
             "config": config.to_dict(self.settings),
             "versions": {"torch": torch.__version__},
         }
+        self.saved_at = self.progress.step
         return checkpoint.save(self.folder, self.progress.step, self._tensors(), state, self.settings.checkpoint.keep)
 
     def restore(self, path: Path) -> dict[str, Any]:
@@ -173,6 +195,7 @@ class Run:
             )
         checkpoint.load(path, self._tensors())
         self.progress = Progress(**state["progress"])
+        self.saved_at = self.progress.step
         self.skipped = state["skipped"]
         self.optimizer.updates = state["updates"]
         self.noise.restore(state["noise_scale"])

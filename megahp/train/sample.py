@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -24,11 +25,19 @@ ALONE = {
     "parallel.dp_shard": 1,
     "parallel.sequence_parallel": False,
     "train.noise_scale": False,
+    "train.device": "auto",
 }
 
 
 def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
     """The prompt and what the run's newest checkpoint makes of it, on this process alone. Raises UserError."""
+    if not (0 <= temperature < math.inf and tokens >= 0 and top_k >= 0 and 0 <= seed < 2**63):
+        raise UserError(
+            f"--temperature {temperature}, --tokens {tokens}, --top-k {top_k} and --seed {seed} must all be finite and "
+            "not negative"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError("--prompt is not valid UTF-8; give it as text")
     settings = config.with_values(read_config(run), ALONE)
     path = checkpoint.latest(run / "checkpoints")
     if path is None:
@@ -69,4 +78,5 @@ def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gen
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
+    logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature, however low, overflows
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

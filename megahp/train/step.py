@@ -80,7 +80,7 @@ class Engine:
         by_weight = dict(zip(self.weights, numbers[len(by_probe) :], strict=True))
         return Measurement(
             loss=loss_value,
-            grad_norm=math.sqrt(sum(by_weight.values())) if all(map(math.isfinite, numbers)) else math.nan,
+            grad_norm=math.sqrt(sum(by_weight.values())),  # nan or inf passes through
             # the probes hold sum_b ||g_b / B||^2, since the loss is a mean over the batch
             grad_sq_example={name: batch * square for name, square in by_probe.items()},
             grad_sq_batch={name: by_weight[f"{name}.weight"] + by_weight.get(f"{name}.bias", 0.0) for name in by_probe},

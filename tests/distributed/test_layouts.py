@@ -9,17 +9,19 @@ import pytest
 from distributed import world
 from distributed.training import MODELS, differences, settings_of, train_cases
 
+SP = ("parallel.tp=2", "parallel.sequence_parallel=true")
+# ranks -> layout -> settings. All run multiples of 8 sequences, from one to four microbatches of them.
 LAYOUTS = {
     2: {
-        "tp2": ("parallel.tp=2",),
-        "tp2 sp": ("parallel.tp=2", "parallel.sequence_parallel=true"),
-        "shard2": (),
-        "replicate2": ("parallel.dp_replicate=2",),
+        "tp2": ("parallel.tp=2", "batch.micro_batch=8"),
+        "tp2 sp": (*SP, "batch.micro_batch=4"),
+        "shard2": ("batch.micro_batch=4",),
+        "replicate2": ("parallel.dp_replicate=2", "batch.micro_batch=2"),
     },
     4: {
-        "tp2 shard2": ("parallel.tp=2",),
-        "tp2 sp shard2": ("parallel.tp=2", "parallel.sequence_parallel=true"),
-        "tp2 sp replicate2": ("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.dp_replicate=2"),
+        "tp2 shard2": ("parallel.tp=2", "batch.micro_batch=4"),
+        "tp2 sp shard2": (*SP, "batch.micro_batch=4"),
+        "tp2 sp replicate2": (*SP, "parallel.dp_replicate=2", "batch.micro_batch=4"),
         "replicate2 shard2": ("parallel.dp_replicate=2",),
     },
 }
@@ -41,6 +43,9 @@ def outcomes() -> dict[str, Any]:
             for model in MODELS
             for dtype in DTYPES
         }
+        for layout, words in layouts.items():
+            bf16 = settings_of("gpt2", "train.dtype=bfloat16", *words)
+            cases[f"{layout}/gpt2/bfloat16"] = (bf16, 1)
         found |= world.run(ranks, train_cases, cases)[-1]
     return found
 
@@ -51,3 +56,12 @@ def test_layout_equals_one_rank(outcomes: dict[str, Any], layout: str, model: st
     rtol, weights_rtol = DTYPES[dtype]
     got, wanted = outcomes[f"{layout}/{model}/{dtype}"], outcomes[f"one/{model}/{dtype}"]
     assert differences(got, wanted, rtol, weights_rtol) == []
+
+
+@pytest.mark.parametrize("layout", ["tp2 sp shard2", "replicate2 shard2"])
+def test_bf16_gradients_differ_by_bf16_rounding_only(outcomes: dict[str, Any], layout: str) -> None:
+    """No layout adds up in half precision what one rank adds up in single."""
+    got, wanted = outcomes[f"{layout}/gpt2/bfloat16"]["grads"], outcomes["one/gpt2/bfloat16"]["grads"]
+    for name in wanted:
+        error = (got[name] - wanted[name]).norm() / wanted[name].norm()
+        assert error < 0.02, (name, error)

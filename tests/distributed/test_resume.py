@@ -183,6 +183,33 @@ def test_a_finished_run_is_not_done_again(folder: Path, whole: list[dict[str, An
     assert (folder / "runs/whole/metrics.jsonl").read_bytes() == before
 
 
+def test_a_resume_before_the_first_checkpoint_starts_anew(folder: Path) -> None:
+    train(folder, "early", "train.steps=3")
+    shutil.rmtree(folder / "runs/early/checkpoints")
+    first = numbers(folder, "early")
+    train(folder, "early", "train.steps=3", "--resume", "auto")
+    assert numbers(folder, "early") == first  # each step once
+
+
+def test_two_runs_do_not_share_a_directory_and_no_rank_outlives_its_launcher(folder: Path) -> None:
+    words = command("shared", "--ranks", "2", "checkpoint.every=0", "--resume", "auto", "train.tokens=1e7")
+    started = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = folder / "runs/shared/metrics.jsonl"
+    while not log.exists():
+        time.sleep(0.01)
+    second = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 2
+    assert "in use by another run" in second.stderr and second.stderr.count("\n") == 1, second.stderr
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    assert started.poll() is None and len(children) == 2
+    started.kill()
+    started.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < deadline, "a rank outlived its launcher"
+        time.sleep(0.05)
+
+
 def test_an_existing_run_is_not_overwritten(folder: Path, whole: list[dict[str, Any]]) -> None:
     before = (folder / "runs/whole/metrics.jsonl").read_bytes()
     done = subprocess.run(command("whole", "--ranks", "2"), cwd=folder, capture_output=True, text=True, timeout=60)

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from distributed import world
+from distributed import training, world
 from distributed.training import Training, differences, settings_of, train
 from megahp.parallel import collectives, tensor
 
 SPLIT = ("parallel.tp=2", "parallel.sequence_parallel=true")
 PLAIN = ("parallel.tp=2",)
 ALL_REDUCE = dist.all_reduce
+VALIDATE = training.validate
 REDUCE_SCATTER = (
     "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 )  # torch 2.13
@@ -31,6 +32,19 @@ def unchanged(x: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def own_slice(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     return x.chunk(group.size(), dim)[group.rank()].contiguous()
+
+
+def all_but_largest(x: torch.Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    return x if op == dist.ReduceOp.MAX else collectives.all_reduce(x, group, op)
+
+
+def only_largest(x: torch.Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    return collectives.all_reduce(x, group, op) if op == dist.ReduceOp.MAX else x
+
+
+def validate_alone(*arguments: Any) -> Any:
+    with mock.patch.object(dist, "all_reduce", lambda *_, **__: None):
+        return VALIDATE(*arguments)
 
 
 def keep_own(*, output: torch.Tensor, input: torch.Tensor, **_: Any) -> None:
@@ -148,7 +162,9 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
         SPLIT,
         lambda: forward_without(collectives._SumScatter, "reduce_scatter", own_slice),
     ),
-    "cross-entropy over the vocabulary": ("llama", PLAIN, lambda: mock.patch.object(tensor, "all_reduce", unchanged)),
+    "cross-entropy, largest logit": ("llama", PLAIN, lambda: mock.patch.object(tensor, "all_reduce", all_but_largest)),
+    "cross-entropy, sums": ("llama", PLAIN, lambda: mock.patch.object(tensor, "all_reduce", only_largest)),
+    "validation loss": ("llama", (), lambda: mock.patch.object(training, "validate", validate_alone)),
 }
 
 

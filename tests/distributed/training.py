@@ -16,6 +16,7 @@ from megahp.model.build import build_model, table_of
 from megahp.parallel.layout import fit
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch_size import BatchPlan, Plan, Progress
+from megahp.train.loop import validate
 from megahp.train.optimizer import AdamW
 from megahp.train.step import Engine, clip
 
@@ -96,11 +97,22 @@ class Training:
             yield made_up(ids, self.settings)
 
 
+class MadeUpData:
+    """Validation samples, as many as no layout divides evenly."""
+
+    def __init__(self, settings: Config) -> None:
+        self.settings = settings
+
+    def validation(self, count: int) -> Batch:
+        return made_up(np.arange(1000, 1005), self.settings)
+
+
 def train(settings: Config, steps: int) -> dict[str, Any]:
     """So many steps: what each measured, the first step's gradients, the weights at the end."""
     training = Training(settings)
     outcomes = [training.step() for _ in range(steps)]
     return {
+        "validation": validate(training, MadeUpData(settings)),
         "measured": [outcome["measured"] for outcome in outcomes],
         "grads": outcomes[0]["grads"],
         "weights": training.weights(),
@@ -123,7 +135,7 @@ def differences(
     got: Mapping[str, Any], wanted: Mapping[str, Any], rtol: float, weights_rtol: float | None
 ) -> list[str]:
     """What of two outcomes of `train` differs by more than rtol, by name; weights only if a tolerance is given."""
-    found = []
+    found = ["validation loss"] * (not close(got["validation"], wanted["validation"], rtol))
     for number, (a, b) in enumerate(zip(got["measured"], wanted["measured"], strict=True), 1):
         for key in ("loss", "grad_norm"):
             found += [f"step {number} {key}"] * (not close(a[key], b[key], rtol))

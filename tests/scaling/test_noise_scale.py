@@ -44,7 +44,7 @@ def test_half_life_is_counted_in_tokens() -> None:
     for _ in range(100):
         fine.add(1.0, 2.0, 0.5 ** (1 / 100))
     coarse.add(1.0, 2.0, 0.5)
-    assert fine.weight == pytest.approx(coarse.weight, rel=1e-12) == 0.5
+    assert fine.true_sq == pytest.approx(coarse.true_sq, rel=1e-12)
     assert fine.true_sq == pytest.approx(0.5) and fine.noise == pytest.approx(1.0)
 
 
@@ -68,6 +68,14 @@ def test_pooled_is_the_ratio_of_sums_over_layers() -> None:
     (a_true, a_noise), (b_true, b_noise) = estimate(10.0, 3.0, 8), estimate(4.0, 1.0, 8)
     assert noise.layers["a"].ratio == pytest.approx(a_noise / a_true)
     assert noise.pooled.ratio == pytest.approx((a_noise + b_noise) / (a_true + b_true))
+
+
+def test_what_is_not_finite_says_nothing() -> None:
+    average = Average()
+    average.add(1.0, 2.0, 0.5)
+    average.add(float("nan"), 1.0, 0.5)
+    average.add(1.0, float("inf"), 0.5)
+    assert average.ratio == 2.0
 
 
 def test_state_restores_exactly() -> None:
