@@ -234,6 +234,7 @@ def names() -> list[str]:
 
 
 def get(config: Config, key: str) -> Any:
+    """The value of section.key. Raises AttributeError for a key there is not."""
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
 

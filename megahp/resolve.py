@@ -195,6 +195,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """section.key=value words as {section: {key: value}}, unchecked. Raises UserError for what is no such word."""
     tree: dict[str, dict[str, Any]] = {}
     for word in words:
         key, equals, text = word.partition("=")

@@ -11,7 +11,8 @@ from megahp.parallel.parameters import probes
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList, mesh: Mesh, compute: torch.dtype, master: torch.dtype) -> None:
-    """Shard the parameters over the data-parallel ranks: one unit a block, one for the rest. Nothing on one rank.
+    """Shard the parameters over the data-parallel ranks: one unit a block, one for the rest. Without
+    data parallelism nothing is done.
 
     Weights are gathered in the compute type and gradients reduced in the master type. Probes are scalars and cannot
     be sharded; they stay out of it.

@@ -96,7 +96,7 @@ class RunLog:
 
 
 @dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """A run directory, read: at least one step, and what else there is.
 
     `baselines` may hold `unigram` and `bigram` (nats per token); `config` and `sample` are the texts of config.toml
@@ -115,13 +115,13 @@ class Run:
         return np.array([record.get(key) for record in self.steps], dtype=np.float64)
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path) -> LoggedRun:
     """Read a run directory; UserError when it is none, is damaged, or has no steps yet."""
     steps = read_metrics(directory)
     if not steps:
         raise UserError(f"{directory}/metrics.jsonl holds no step yet; wait for the first one to be logged")
     baselines = directory / "baselines.json"
-    return Run(
+    return LoggedRun(
         name=directory.resolve().name,
         steps=steps,
         events=read_events(directory),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megahp.errors import UserError
 from megahp.train import report_figures as figures
-from megahp.train.metrics import Run, read_run
+from megahp.train.metrics import LoggedRun, read_run
 from megahp.train.progress import human_count
 from megahp.train.report_numbers import health, known, layer_kinds, skipped, summary
 
@@ -49,7 +49,7 @@ def text_summary(run: Path) -> str:
     return "\n".join([read.name, "", *lines, "", *checks])
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[LoggedRun]) -> str:
     """The whole page, as HTML."""
     names = escape(", ".join(run.name for run in runs))
     heading = names if len(runs) == 1 else f"{len(runs)} runs compared"
@@ -83,7 +83,7 @@ def page(runs: Sequence[Run]) -> str:
     )
 
 
-def legend_of(runs: Sequence[Run]) -> str:
+def legend_of(runs: Sequence[LoggedRun]) -> str:
     """Which colour is which run; there is nothing to tell apart in one."""
     if len(runs) == 1:
         return ""
@@ -95,7 +95,7 @@ def swatch(index: int) -> str:
     return f'<span class="swatch" style="background:var(--{figures.colour(index)})"></span>'
 
 
-def strokes(runs: Sequence[Run], solid: str, dashed: str) -> str:
+def strokes(runs: Sequence[LoggedRun], solid: str, dashed: str) -> str:
     """Which quantity is the solid line and which the dashed."""
     first, second = ("run0", "accent") if len(runs) == 1 else ("muted", "muted")
     return (
@@ -104,14 +104,14 @@ def strokes(runs: Sequence[Run], solid: str, dashed: str) -> str:
     )
 
 
-def kinds_of(runs: Sequence[Run]) -> str:
+def kinds_of(runs: Sequence[LoggedRun]) -> str:
     """Which marker is which kind of norm layer."""
     marked = zip(layer_kinds(runs), cycle(figures.MARKERS), strict=False)
     kinds = "".join(f'<span class="kind">{written} {escape(kind)}</span> ' for kind, (_, written) in marked)
     return f"At the last step. {kinds}"
 
 
-def table_of(runs: Sequence[Run]) -> str:
+def table_of(runs: Sequence[LoggedRun]) -> str:
     """The summary: a row a quantity, a column a run; rows that no run knows are left out."""
     columns = [summary(run) for run in runs]
     rows = [label for label in columns[0] if any(column[label] for column in columns)]
@@ -124,7 +124,7 @@ def table_of(runs: Sequence[Run]) -> str:
     return f'<div class="scroll"><table class="summary">{head}<tbody>{body}</tbody></table></div>'
 
 
-def health_of(runs: Sequence[Run]) -> str:
+def health_of(runs: Sequence[LoggedRun]) -> str:
     """The verdict on each run, and the checks it rests on."""
     cards = []
     for index, run in enumerate(runs):
@@ -141,7 +141,9 @@ def health_of(runs: Sequence[Run]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def section(runs: Sequence[Run], title: str, caption: str, keys: str, figure: Callable[[Sequence[Run]], str]) -> str:
+def section(
+    runs: Sequence[LoggedRun], title: str, caption: str, keys: str, figure: Callable[[Sequence[LoggedRun]], str]
+) -> str:
     """A figure under its heading, or a word that there is nothing to draw."""
     recorded = any(known(runs, key) for key in keys.split())
     drawing = figure(runs) if recorded else '<p class="none">Not recorded.</p>'
@@ -149,7 +151,7 @@ def section(runs: Sequence[Run], title: str, caption: str, keys: str, figure: Ca
     return f"<section>{heading}<figure>{drawing}</figure></section>"
 
 
-def loss_caption(runs: Sequence[Run]) -> str:
+def loss_caption(runs: Sequence[LoggedRun]) -> str:
     parts = ["Faint: every logged step. Line: the mean over 2 % of the run."]
     if known(runs, "validation_loss"):
         parts.append("Dots: validation.")
@@ -158,7 +160,7 @@ def loss_caption(runs: Sequence[Run]) -> str:
     return " ".join(parts)
 
 
-def events_to_mark(runs: Sequence[Run]) -> list[figures.Mark]:
+def events_to_mark(runs: Sequence[LoggedRun]) -> list[figures.Mark]:
     """The events to draw, numbered along the tokens; a kind that happens all the time would hide the rest."""
     marks = []
     for index, run in enumerate(runs):
@@ -168,7 +170,7 @@ def events_to_mark(runs: Sequence[Run]) -> list[figures.Mark]:
     return [(number, index, event) for number, (index, event) in enumerate(marks, start=1)]
 
 
-def events_of(runs: Sequence[Run], marks: Sequence[figures.Mark]) -> str:
+def events_of(runs: Sequence[LoggedRun], marks: Sequence[figures.Mark]) -> str:
     """The events that are drawn, each with its number, and how many there are of the others."""
     rows = ""
     for number, index, event in marks:
@@ -189,7 +191,7 @@ def events_of(runs: Sequence[Run], marks: Sequence[figures.Mark]) -> str:
     return f'<section><h2>Events</h2><div class="scroll tall">{table}</div>{rest}</section>'
 
 
-def sample_of(run: Run) -> str:
+def sample_of(run: LoggedRun) -> str:
     """What the model wrote, if it was asked."""
     text = run.sample
     if not text:
@@ -197,7 +199,7 @@ def sample_of(run: Run) -> str:
     return f"<section><h2>Sample of {escape(run.name)}</h2><blockquote>{escape(text)}</blockquote></section>"
 
 
-def config_of(run: Run) -> str:
+def config_of(run: LoggedRun) -> str:
     """The settings of the run, folded."""
     text = escape(run.config) if run.config else "config.toml is missing."
     return f"<details><summary>Settings of {escape(run.name)}</summary><pre>{text}</pre></details>"

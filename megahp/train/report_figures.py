@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megahp.errors import UserError
-from megahp.train.metrics import Record, Run
+from megahp.train.metrics import LoggedRun, Record
 from megahp.train.progress import human_count
 from megahp.train.report_numbers import layer_kinds, layer_points, smooth, thin, window_of
 
@@ -64,7 +64,7 @@ def colour(run: int) -> str:
     return f"run{run % 6}"
 
 
-def loss_figure(runs: Sequence[Run]) -> str:
+def loss_figure(runs: Sequence[LoggedRun]) -> str:
     """Loss against tokens: every step faint, their smoothed course, validation points, baselines."""
 
     def draw(axes: Any) -> None:
@@ -78,7 +78,7 @@ def loss_figure(runs: Sequence[Run]) -> str:
     return plot(draw, runs, "Loss against tokens", 10, 4.2)
 
 
-def validation_points(axes: Any, run: Run, hue: str) -> None:
+def validation_points(axes: Any, run: LoggedRun, hue: str) -> None:
     """An open circle for every validation."""
     loss = run.column("validation_loss")
     known = np.isfinite(loss)
@@ -86,14 +86,14 @@ def validation_points(axes: Any, run: Run, hue: str) -> None:
     axes.plot(*points, "o", color=hue, ms=5, mew=1.4, mfc=PALETTE["paper"], zorder=4)
 
 
-def skipped_ticks(axes: Any, run: Run) -> None:
+def skipped_ticks(axes: Any, run: LoggedRun) -> None:
     """A tick on the x axis for every step that was not taken."""
     tokens = [record["tokens"] for record in run.steps if record.get("skipped")]
     style = {"color": PALETTE["warn"], "ms": 9, "mew": 1.5, "clip_on": False}
     axes.plot(tokens, [0] * len(tokens), "|", transform=axes.get_xaxis_transform(), **style)
 
 
-def baselines(axes: Any, runs: Sequence[Run]) -> None:
+def baselines(axes: Any, runs: Sequence[LoggedRun]) -> None:
     """A dotted line for every unigram and bigram baseline; one above the axis is only named."""
     found = {(kind, run.baselines.get(kind)) for run in runs for kind in ("unigram", "bigram")}
     levels = sorted((level, kind) for kind, level in found if level is not None)
@@ -107,7 +107,7 @@ def baselines(axes: Any, runs: Sequence[Run]) -> None:
             note(axes, f"{kind} {level:.2f}", (1, level), ("axes fraction", "data"), "right")
 
 
-def learning_rate_figure(runs: Sequence[Run]) -> str:
+def learning_rate_figure(runs: Sequence[LoggedRun]) -> str:
     """Learning rate against tokens."""
 
     def draw(axes: Any) -> None:
@@ -119,7 +119,7 @@ def learning_rate_figure(runs: Sequence[Run]) -> str:
     return plot(draw, runs, "Learning rate against tokens", 5, 2.7)
 
 
-def throughput_figure(runs: Sequence[Run]) -> str:
+def throughput_figure(runs: Sequence[LoggedRun]) -> str:
     """Tokens per second against tokens."""
 
     def draw(axes: Any) -> None:
@@ -131,7 +131,7 @@ def throughput_figure(runs: Sequence[Run]) -> str:
     return plot(draw, runs, "Tokens per second against tokens", 5, 2.7)
 
 
-def batch_figure(runs: Sequence[Run], marks: Sequence[Mark]) -> str:
+def batch_figure(runs: Sequence[LoggedRun], marks: Sequence[Mark]) -> str:
     """Global batch and noise scale in examples; the events as upright lines, numbered as in their table."""
 
     def draw(axes: Any) -> None:
@@ -159,7 +159,7 @@ def batch_figure(runs: Sequence[Run], marks: Sequence[Mark]) -> str:
     return plot(draw, runs, "Global batch and noise scale against tokens", 10, 3.4, reasons)
 
 
-def gradient_figure(runs: Sequence[Run]) -> str:
+def gradient_figure(runs: Sequence[LoggedRun]) -> str:
     """The mean squared gradient norm of one example, and the squared norm of the batch's mean gradient."""
 
     def draw(axes: Any) -> None:
@@ -173,7 +173,7 @@ def gradient_figure(runs: Sequence[Run]) -> str:
     return plot(draw, runs, "Squared gradient norms against tokens", 5, 2.7)
 
 
-def layer_figure(runs: Sequence[Run]) -> str:
+def layer_figure(runs: Sequence[LoggedRun]) -> str:
     """The last noise scale of every norm layer over depth, a marker for each kind of norm."""
 
     def draw(axes: Any) -> None:
@@ -191,7 +191,7 @@ def layer_figure(runs: Sequence[Run]) -> str:
     return plot(draw, [], "Noise scale of each norm layer over depth", 5, 2.7)
 
 
-def trend(axes: Any, run: Run, key: str, hue: str) -> None:
+def trend(axes: Any, run: LoggedRun, key: str, hue: str) -> None:
     """Every point as a faint line, and their course over 2 % of the run as a clear one."""
     x, y, window = run.column("tokens"), run.column(key), window_of(run)
     if window > 1:
@@ -199,7 +199,7 @@ def trend(axes: Any, run: Run, key: str, hue: str) -> None:
     axes.plot(*thin(x, smooth(y, window)), color=hue, marker="." if len(x) < 30 else None, zorder=3)
 
 
-def second(index: int, runs: Sequence[Run]) -> dict[str, Any]:
+def second(index: int, runs: Sequence[LoggedRun]) -> dict[str, Any]:
     """The line style of a figure's second quantity."""
     name = "accent" if len(runs) == 1 else colour(index)
     return {"color": PALETTE[name], "ls": (0, (3, 1.3)), "lw": 1.3}
@@ -238,7 +238,7 @@ def logarithmic(axes: Any, base: int) -> None:
 
 def plot(
     draw: Callable[[Any], None],
-    runs: Sequence[Run],
+    runs: Sequence[LoggedRun],
     title: str,
     width: float,
     height: float,

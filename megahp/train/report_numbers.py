@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megahp.train.metrics import Record, Run
+from megahp.train.metrics import LoggedRun, Record
 from megahp.train.progress import human_count, human_duration
 
 
-def summary(run: Run) -> dict[str, str]:
+def summary(run: LoggedRun) -> dict[str, str]:
     """What the table on top says of a run: label to value, "" where it is not known."""
     loss, tokens = final(run, "loss"), run.steps[-1]["tokens"]
     validation = last(run, "validation_loss")
@@ -33,13 +33,13 @@ def summary(run: Run) -> dict[str, str]:
     }
 
 
-def health(run: Run) -> list[tuple[bool, str]]:
+def health(run: LoggedRun) -> list[tuple[bool, str]]:
     """What a glance should tell: (all is well, a sentence) for every question the run can answer."""
     questions = (loss_check, stability_check, skipped_check, batch_check, throughput_check)
     return [answer for question in questions if (answer := question(run)) is not None]
 
 
-def loss_check(run: Run) -> tuple[bool, str] | None:
+def loss_check(run: LoggedRun) -> tuple[bool, str] | None:
     """Has the model learned more than counting would?"""
     losses = [loss for loss in (final(run, "loss"), last(run, "validation_loss")) if loss is not None]
     if not losses:
@@ -58,7 +58,7 @@ def loss_check(run: Run) -> tuple[bool, str] | None:
     return loss <= first, f"Loss went from {first:.2f} to {loss:.2f}."
 
 
-def stability_check(run: Run) -> tuple[bool, str] | None:
+def stability_check(run: LoggedRun) -> tuple[bool, str] | None:
     """Has the loss come back from every spike?"""
     losses = run.column("loss")
     losses = losses[np.isfinite(losses)]
@@ -71,7 +71,7 @@ def stability_check(run: Run) -> tuple[bool, str] | None:
     return False, f"Loss ends {risen:.2f} nats above its lowest level: look for a spike or a jump."
 
 
-def skipped_check(run: Run) -> tuple[bool, str] | None:
+def skipped_check(run: LoggedRun) -> tuple[bool, str] | None:
     """Was every gradient finite?"""
     number = skipped(run)
     if number == 0:
@@ -79,7 +79,7 @@ def skipped_check(run: Run) -> tuple[bool, str] | None:
     return False, f"{number:,} of {len(run.steps):,} logged steps were skipped: gradient not finite."
 
 
-def batch_check(run: Run) -> tuple[bool, str] | None:
+def batch_check(run: LoggedRun) -> tuple[bool, str] | None:
     """Does the batch average more examples than the gradient needs?"""
     batch, noise = last(run, "global_batch"), last(run, "noise_scale")
     if batch is None or noise is None or noise <= 0:
@@ -90,7 +90,7 @@ def batch_check(run: Run) -> tuple[bool, str] | None:
     return False, text + ": more examples a step than the gradient needs."
 
 
-def throughput_check(run: Run) -> tuple[bool, str] | None:
+def throughput_check(run: LoggedRun) -> tuple[bool, str] | None:
     """Has the run slowed down?"""
     speed = run.column("tokens_per_second")
     tail = speed[-max(1, len(speed) // 10) :]
@@ -102,34 +102,34 @@ def throughput_check(run: Run) -> tuple[bool, str] | None:
     return False, f"Throughput has fallen to {100 * ratio:.0f} % of its median."
 
 
-def last(run: Run, key: str) -> float | None:
+def last(run: LoggedRun, key: str) -> float | None:
     """The newest number under a key, or None."""
     return next((value for record in reversed(run.steps) if (value := record.get(key)) is not None), None)
 
 
-def final(run: Run, key: str) -> float | None:
+def final(run: LoggedRun, key: str) -> float | None:
     """Mean of the last 5 % of the steps that have a number: one step alone is noise."""
     values = run.column(key)
     values = values[np.isfinite(values)]
     return float(values[-max(1, len(run.steps) // 20) :].mean()) if len(values) else None
 
 
-def median(run: Run, key: str) -> float | None:
+def median(run: LoggedRun, key: str) -> float | None:
     """The middle of all numbers under a key, or None."""
     return float(np.nanmedian(run.column(key))) if known([run], key) else None
 
 
-def highest(run: Run, key: str) -> float | None:
+def highest(run: LoggedRun, key: str) -> float | None:
     """The largest number under a key, or None."""
     return float(np.nanmax(run.column(key))) if known([run], key) else None
 
 
-def skipped(run: Run) -> int:
+def skipped(run: LoggedRun) -> int:
     """How many of the logged steps were not taken."""
     return sum(bool(record.get("skipped")) for record in run.steps)
 
 
-def training_seconds(run: Run) -> float:
+def training_seconds(run: LoggedRun) -> float:
     """Seconds in steps, unlogged ones counted like the next logged one, pauses between sessions not."""
     steps = np.diff(run.column("step"), prepend=0.0)
     return float(np.nansum(steps * run.column("step_seconds")))
@@ -151,19 +151,19 @@ def against(loss: float | None, baseline: float | None) -> str:
     return f"{baseline:.4f} ({abs(loss - baseline):.4f} {side})"
 
 
-def change(run: Run, key: str) -> str:
+def change(run: LoggedRun, key: str) -> str:
     """First and last number under a key."""
     first = next((value for record in run.steps if (value := record.get(key)) is not None), None)
     start, end = count(first), count(last(run, key))
     return start if start == end else f"{start} to {end}"
 
 
-def known(runs: Sequence[Run], key: str) -> bool:
+def known(runs: Sequence[LoggedRun], key: str) -> bool:
     """Whether any step of any run holds a number under this key."""
     return any(record.get(key) is not None for run in runs for record in run.steps)
 
 
-def window_of(run: Run) -> int:
+def window_of(run: LoggedRun) -> int:
     """Steps that a smoothed line averages over: 2 % of the run."""
     return max(1, len(run.steps) // 50)
 
@@ -190,7 +190,7 @@ def thin(x: np.ndarray, y: np.ndarray, buckets: int = 1000) -> tuple[np.ndarray,
     return x[kept], y[kept]
 
 
-def layer_points(run: Run) -> list[tuple[str, int, float]]:
+def layer_points(run: LoggedRun) -> list[tuple[str, int, float]]:
     """(kind, depth, examples) of the last step that knows them; `layers.3.norm` is of kind `layers.*.norm`.
 
     A layer without a number, the final norm for instance, stands one deeper than the layer before it.
@@ -206,6 +206,6 @@ def layer_points(run: Run) -> list[tuple[str, int, float]]:
     return points
 
 
-def layer_kinds(runs: Sequence[Run]) -> list[str]:
+def layer_kinds(runs: Sequence[LoggedRun]) -> list[str]:
     """The kinds of norm layers that `layer_points` finds, in the order of `MARKERS`."""
     return list(dict.fromkeys(kind for run in runs for kind, _, _ in layer_points(run)))

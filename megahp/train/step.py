@@ -33,7 +33,7 @@ class Measurement:
 
 
 class Engine:
-    """A model on a mesh, from batches to summed gradients."""
+    """A model on a mesh, from batches to summed gradients. Losses are in nats per token."""
 
     def __init__(self, model: Transformer, mesh: Mesh) -> None:
         self.model, self.mesh = model, mesh

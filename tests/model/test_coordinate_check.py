@@ -1,6 +1,6 @@
 """Activations neither grow nor vanish with width or depth where the parameterization says so, and do where it does not.
 
-Slopes of log mean |activation| against log size, over seeds. Numbers: papers.md section 10, checks 9, 10, 12, 13.
+Slopes of log mean |activation| against log size, over seeds. Checks 9, 10, 12, 13.
 """
 
 from __future__ import annotations

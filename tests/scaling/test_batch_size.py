@@ -78,7 +78,7 @@ def test_the_mean_learning_rate_does_not_depend_on_the_batch() -> None:
 
 
 def test_ramp_is_megatrons() -> None:
-    """(16, 16, 300000) -> 1024 as Megatron ran it: facts/megatron.md A9, including its counts at the end."""
+    """(16, 16, 300000) -> 1024 as Megatron-LM 0.16's own calculator was seen to run it, to its counts at the end."""
     ramp = {"batch__policy": "ramp", "batch__largest": 1024, "batch__increment": 16, "batch__ramp_samples": 300_000}
     steps = run(BatchPlan(settings(16, 16, tokens=16 * 305_000, **ramp), 1))
     starts = {batch: before.samples for before, batch, _ in reversed(steps)}
@@ -96,7 +96,7 @@ def test_table_is_followed_at_its_tokens() -> None:
 
 
 def test_a_linear_ramp_of_accumulation_is_a_table() -> None:
-    """papers.md check 23: accumulation from 2 to 15 over the run, in ten points, rounded up."""
+    """check 23: accumulation from 2 to 15 over the run, in ten points, rounded up."""
     tokens = 16 * 15 * 400
     points = np.linspace(0, tokens, 14)[1:-1]
     table = tuple(f"{at:.0f}:{math.ceil(np.interp(at, [0, tokens], [2, 15]))}" for at in points)

@@ -58,7 +58,7 @@ def test_at_the_base_shape_every_table_is_the_same_but_for_attention() -> None:
 
 
 def test_the_timescale_of_hidden_weights_depends_on_neither_width_nor_depth() -> None:
-    """tau = 1 / (eta lambda): the product of the two multipliers is 1 (papers.md check 6)."""
+    """tau = 1 / (eta lambda): the product of the two multipliers is 1 (check 6)."""
     products = {
         rule.lr * rule.weight_decay
         for width in (256, 768, 2048)

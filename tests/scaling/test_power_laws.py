@@ -1,4 +1,4 @@
-"""Power Lines' laws at the points of papers.md section 1: checks 1 to 5."""
+"""Power Lines' laws at published and hand-computed points (checks 1 to 5)."""
 
 from __future__ import annotations
 

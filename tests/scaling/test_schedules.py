@@ -14,7 +14,7 @@ from megahp.scaling.schedules import dual_coefficients, fraction
     ("tokens", "expected"), [(0, 0.0), (50, 0.5), (100, 1.0), (550, 0.5), (990, 0.011111), (1000, 0.0)]
 )
 def test_decay_to_zero_at_known_points(tokens: int, expected: float) -> None:
-    """papers.md check 16."""
+    """check 16."""
     assert fraction(Schedule("decay-to-zero", warmup=0.1), tokens, 1000) == pytest.approx(expected, abs=1e-6)
 
 
@@ -43,7 +43,7 @@ def test_cosine_at_known_points() -> None:
     [("linear", 0.5), ("cosine", 0.5), ("exponential", 2 * 0.5**0.5 - 1), ("minus-sqrt", 1 - 0.5**0.5)],
 )
 def test_wsd_at_its_boundaries(shape: str, half: float) -> None:
-    """papers.md check 33: warm-up, stable, decay; every shape is 1 where the decay begins and 0 where it ends."""
+    """check 33: warm-up, stable, decay; every shape is 1 where the decay begins and 0 where it ends."""
     schedule = Schedule("wsd", warmup=0.1, decay=0.2, shape=shape)
     found = [fraction(schedule, tokens, 1000) for tokens in (0, 50, 100, 500, 800, 900, 1000)]
     assert found == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0, half, 0.0])
@@ -60,7 +60,7 @@ def test_inverse_sqrt_goes_on_from_the_peak() -> None:
     ("name", "last", "largest", "at"), [("constant", 0.01, 0.01, 1000), ("decay-to-zero", 1.1e-5, 0.002024, 700)]
 )
 def test_duals_add_up_to_one(name: str, last: float, largest: float, at: int) -> None:
-    """papers.md check 16 and the vectors of its section 4: T = 1000, warm-up 100, eta lambda = 0.01 at the peak."""
+    """check 16 and the vectors of its section 4: T = 1000, warm-up 100, eta lambda = 0.01 at the peak."""
     warmup = 0.0 if name == "constant" else 0.1
     lr = np.array([fraction(Schedule(name, warmup=warmup), t, 1000) for t in range(1, 1001)])
     first, coefficients = dual_coefficients(lr, np.full(1000, 0.01))
@@ -71,7 +71,7 @@ def test_duals_add_up_to_one(name: str, last: float, largest: float, at: int) ->
 
 
 def test_adamw_is_its_average() -> None:
-    """papers.md check 17: a loop of AdamW on a quadratic equals the expansion, weight decay and rate varying."""
+    """check 17: a loop of AdamW on a quadratic equals the expansion, weight decay and rate varying."""
     steps, beta1, beta2, eps = 60, 0.9, 0.95, 1e-8
     generator = torch.Generator().manual_seed(0)
     target, start = (torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megahp.errors import UserError
-from megahp.train.metrics import Run, RunLog, read_run
+from megahp.train.metrics import LoggedRun, RunLog, read_run
 from megahp.train.report import text_summary, write_report
 from megahp.train.report_numbers import health, layer_points, smooth, summary, thin
 
@@ -218,13 +218,13 @@ def test_smooth_is_a_mean_that_skips_nan():
 
 def test_layers_lie_at_their_depth():
     layers = {"layers.0.a": 1.0, "layers.0.b": None, "layers.1.a": 3.0, "final": 4.0}
-    run = Run("owl", [{"noise_scale_layers": layers}, {"noise_scale_layers": None}], [], {}, "", "")
+    run = LoggedRun("owl", [{"noise_scale_layers": layers}, {"noise_scale_layers": None}], [], {}, "", "")
     assert layer_points(run) == [("layers.*.a", 0, 1.0), ("layers.*.a", 1, 3.0), ("final", 2, 4.0)]
 
 
 def checks(*losses, baselines=None, **values):
     steps = [record(step, loss=loss, **values) for step, loss in enumerate(losses, start=1)]
-    return health(Run("owl", steps, [], baselines or {}, "", ""))
+    return health(LoggedRun("owl", steps, [], baselines or {}, "", ""))
 
 
 def test_health_sees_what_is_wrong():
