@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.overrides += more
         return options.command(options, words)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # what is found before the ranks meet, all of them find
+        if launch.is_first_here():  # what is found before the ranks meet, all of them find
             _complain(error)
         return USER_ERROR
     except KeyboardInterrupt:

@@ -57,6 +57,11 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
     return World()
 
 
+def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first of its machine's ranks, or alone."""
+    return environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0")) == "0"
+
+
 def spawn(arguments: Sequence[str], ranks: int) -> int:
     """Run `python -m megahp ARGUMENTS` as so many local ranks. Returns 0, or the first failing rank's exit code;
     the others are ended then, since a rank without its peers can only hang."""
