@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 Group = dist.ProcessGroup
+# torch 2.13 gave these two new names, and warns at each use of the old
+gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -26,7 +29,7 @@ def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
     """The ranks' x, concatenated along dim. Not differentiable."""
     x = x.movedim(dim, 0).contiguous()
     y = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(y, x, group)
+    gather_into(y, x, group)
     return y.movedim(0, dim)
 
 
@@ -34,7 +37,7 @@ def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's slice along dim of x summed over the group. Not differentiable."""
     x = x.movedim(dim, 0).contiguous()
     y = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(y, x, group=group)
+    reduce_scatter_into(y, x, group=group)
     return y.movedim(0, dim)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ from megahp import resolve
 from megahp.config import Config
 from megahp.data.loader import Batch
 from megahp.model.build import build_model, table_of
-from megahp.parallel.layout import fit
-from megahp.parallel.mesh import make_mesh
+from megahp.parallel.layout import Layout, fit
+from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.scaling.batch_size import BatchPlan, Plan, Progress
 from megahp.train.loop import validate
 from megahp.train.optimizer import AdamW
@@ -63,12 +64,18 @@ def made_up(ids: np.ndarray, settings: Config) -> Batch:
     return Batch(torch.from_numpy(tokens), torch.from_numpy(documents) if settings.data.mask_documents else None, ids)
 
 
+@functools.cache
+def mesh_of(layout: Layout) -> Mesh:
+    """One mesh a layout: making its process groups costs more than training on it does."""
+    return make_mesh(layout, torch.device("cpu"))
+
+
 class Training:
     """A model, its optimizer and its progress on the layout of the settings."""
 
     def __init__(self, settings: Config) -> None:
         layout = fit(settings.parallel, torch.distributed.get_world_size())
-        self.settings, self.mesh = settings, make_mesh(layout, torch.device("cpu"))
+        self.settings, self.mesh = settings, mesh_of(layout)
         self.engine = Engine(build_model(settings, self.mesh), self.mesh)
         self.optimizer = AdamW(self.engine.weights, self.engine.rows, table_of(settings))
         self.progress = Progress()
