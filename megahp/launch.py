@@ -118,8 +118,9 @@ def join(place: World, cuda: bool) -> Store:
         os.environ["MASTER_ADDR"] = _first_host(os.environ.get("SLURM_STEP_NODELIST", ""))
     if "MASTER_PORT" not in os.environ:  # the same on all ranks of a job, different between jobs of one user
         os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
-    store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=timedelta(minutes=10)))
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
+    timeout = timedelta(minutes=10)
+    store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=timeout))
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
     return store
 
 

@@ -13,6 +13,11 @@ from megahp.cli import main
 from megahp.data.indexed import IndexedWriter
 
 
+def copy_corpus(folder: Path, name: str) -> None:
+    for suffix in (".bin", ".idx"):
+        (folder / f"{name}{suffix}").write_bytes((folder / f"corpus{suffix}").read_bytes())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good corpus, bad ones beside it, and a finished run of three steps."""
@@ -21,15 +26,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(40):
             writer.add_document(list(b"some text, again and again " * 8))
     for name in ("truncated", "magic", "short"):
-        for suffix in (".bin", ".idx"):
-            (folder / f"{name}{suffix}").write_bytes((folder / f"corpus{suffix}").read_bytes())
+        copy_corpus(folder, name)
     (folder / "truncated.idx").write_bytes((folder / "corpus.idx").read_bytes()[:60])
     (folder / "magic.idx").write_bytes(b"NOTANIDX" + (folder / "corpus.idx").read_bytes()[8:])
     (folder / "short.bin").write_bytes((folder / "corpus.bin").read_bytes()[:100])
     for name, text in (("garbled", "[]"), ("tagged", '{"tokenizer_fingerprint": "another"}')):
         (folder / f"{name}.json").write_text(text)
-        for suffix in (".bin", ".idx"):
-            (folder / f"{name}{suffix}").write_bytes((folder / f"corpus{suffix}").read_bytes())
+        copy_corpus(folder, name)
     with IndexedWriter(str(folder / "nothing"), 257) as writer:
         pass
     (folder / "run.toml").write_text(RUN)

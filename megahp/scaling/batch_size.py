@@ -64,8 +64,10 @@ class Hyperparameters:
     eps: float
 
     def timescale(self, batch_tokens: float, horizon: float) -> float:
-        """tau = B / (eta lambda D), the share of the run AdamW averages over (Power Lines, arXiv 2505.13738, eq. 2)."""
-        return batch_tokens / (self.lr * self.weight_decay * horizon) if self.weight_decay else math.inf
+        """tau, the share of the run AdamW averages over; infinite without weight decay."""
+        if self.weight_decay == 0:
+            return math.inf
+        return power_laws.timescale(self.lr, self.weight_decay, batch_tokens, horizon)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class BatchPlan:
 
     def __init__(self, settings: Config, dp: int) -> None:
         self.settings, self.dp = settings, dp
+        self.table = parse_table(settings.batch.table)
         self.batch = settings.batch.global_batch
         self.since: int | None = None  # tokens since which the noise scale has asked for more, without a break
         self.least = math.inf  # the least it asked for since then, examples of noise scale
@@ -190,7 +193,7 @@ class BatchPlan:
             case "ramp":
                 return self._ramp(progress.samples)
             case "table":
-                reached = [size for tokens, size in parse_table(batch.table) if progress.tokens >= tokens]
+                reached = [size for tokens, size in self.table if progress.tokens >= tokens]
                 return max(reached, default=self.batch)
             case "law":
                 critical = power_laws.critical_batch_along(progress.tokens) / self.settings.data.sequence_length
