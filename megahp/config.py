@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -82,8 +82,13 @@ class Data:
 
     train: tuple[str, ...] = setting((), "prefixes of .bin/.idx pairs, relative to the working directory")
     weights: tuple[float, ...] = setting((), "share of samples from each prefix; empty = in proportion to its tokens")
+    mixtures: tuple[str, ...] = setting((), 'weights from some tokens on: "tokens:weight,weight..." words')
     tokenizer: str = setting("bytes", "sentencepiece .model, Hugging Face tokenizer .json, or bytes")
     sequence_length: int = setting(256, "tokens of one sample", at_least=1)
+    lengths: tuple[str, ...] = setting(
+        (),
+        'sequence lengths from some tokens on, at equal tokens per step: "tokens:length" words, such as "4.7e11:8192"',
+    )
     validation_fraction: float = setting(0.01, "share of the documents held out", at_least=0, at_most=0.5)
     mask_documents: bool = setting(False, "attention stays inside a document")
     cache: str = setting("", "folder of the sample order's index; empty = cache/ beside the first prefix")
@@ -93,12 +98,15 @@ class Data:
 class Schedule:
     """The learning rate over the run's tokens, as a fraction of its peak."""
 
-    name: Literal["decay-to-zero", "cosine", "wsd", "constant", "inverse-sqrt"] = setting(
+    name: Literal["decay-to-zero", "linear", "cosine", "wsd", "constant", "inverse-sqrt"] = setting(
         "decay-to-zero", "shape after the warm-up"
     )
-    warmup: float = setting(0.1, "share of the tokens spent rising linearly from 0 to the peak", at_least=0, at_most=1)
-    floor: float = setting(0.0, "where cosine and wsd end, as a share of the peak", at_least=0, at_most=1)
-    decay: float = setting(0.1, "share of the tokens that wsd's decay takes", at_least=0, at_most=1)
+    start: int = setting(
+        0, "tokens at which it begins, in a run that starts from a checkpoint", at_least=0, at_most=1e18
+    )
+    warmup: float = setting(0.1, "share of its tokens spent rising linearly from 0 to the peak", at_least=0, at_most=1)
+    floor: float = setting(0.0, "where linear, cosine and wsd end, as a share of the peak", at_least=0, at_most=1)
+    decay: float = setting(0.1, "share of its tokens that wsd's decay takes", at_least=0, at_most=1)
     shape: Literal["linear", "cosine", "exponential", "minus-sqrt"] = setting("minus-sqrt", "of wsd's decay")
 
 
@@ -128,14 +136,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW and clipping. Values are the base ones; the parameterization turns them into each weight's own."""
+    """The update rule and clipping. Values are the base ones; the parameterization makes each weight's own of them."""
 
-    name: Literal["adamw"] = setting("adamw", "update rule")
+    name: Literal["adamw", "muon"] = setting(
+        "adamw", "update rule; muon = Muon for hidden matrices, AdamW for the rest"
+    )
     lr: float = setting(4e-3, "peak learning rate", above=0)
     weight_decay: float = setting(0.1, "decoupled weight decay (multiplied by the learning rate)", at_least=0)
     beta1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
     beta2: float = setting(0.95, "decay of the second moment", at_least=0, below=1)
     eps: float = setting(1e-8, "added to the root of the second moment", above=0)
+    muon_lr: float = setting(0.02, "muon: peak learning rate of hidden matrices, in units of spectral norm", above=0)
+    momentum: float = setting(0.95, "muon: decay of the momentum", at_least=0, below=1)
     clip: float = setting(1.0, "largest global gradient norm; 0 = no clipping", at_least=0)
 
 
@@ -156,6 +168,7 @@ class Parallel:
 class Train:
     """How long, how precisely, from which seed."""
 
+    start_from: str = setting("", "checkpoint, or run directory, whose weights and progress a new run takes over")
     tokens: int = setting(10_000_000, "horizon of the schedules and end of the run", at_least=1, at_most=1e18)
     steps: int = setting(0, "stop after so many optimizer steps, if sooner; 0 = no such stop", at_least=0)
     dtype: Literal["float32", "bfloat16", "float64"] = setting(
@@ -187,6 +200,8 @@ class Log:
     root: str = setting("runs", "folder that holds the runs")
     every: int = setting(1, "steps between lines of metrics.jsonl", at_least=1)
     tensorboard: bool = setting(True, "also write TensorBoard files")
+    wandb: Literal["off", "offline", "online"] = setting("off", "also send to Weights & Biases; offline = sync later")
+    wandb_project: str = setting("megahp", "Weights & Biases project")
 
 
 @dataclass(frozen=True)
@@ -213,19 +228,65 @@ SECTIONS: dict[str, Any] = get_type_hints(Config)
 TYPES = {name: get_type_hints(section) for name, section in SECTIONS.items()}
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What the data is from some tokens of the run on."""
+
+    tokens: float
+    length: int  # tokens of one sample
+    weights: tuple[float, ...]  # one a source, 0 = not now; empty = in proportion to their tokens
+
+
+def stages(data: Data) -> list[Stage]:
+    """The stages of the data, the first from 0 tokens on. Raises ValueError naming the word that is wrong."""
+    lengths = [
+        (0.0, data.sequence_length),
+        *_parse_words(data.lengths, _parse_whole, "tokens:length, such as 4.7e11:8192"),
+    ]
+    mixtures = [
+        (0.0, data.weights),
+        *_parse_words(data.mixtures, _parse_weights, "tokens:weights, such as 1e9:0.7,0.3"),
+    ]
+    begins = sorted({tokens for tokens, _ in (*lengths, *mixtures)})
+    return [Stage(tokens, _reached(lengths, tokens), _reached(mixtures, tokens)) for tokens in begins]
+
+
 def parse_table(words: tuple[str, ...]) -> list[tuple[float, int]]:
     """(tokens, batch) pairs, ascending in both. Raises ValueError naming the word that is wrong."""
-    pairs: list[tuple[float, int]] = []
+    pairs = _parse_words(words, _parse_whole, "tokens:batch, such as 1e9:512")
+    for word, (_, before), (_, batch) in zip(words[1:], pairs, pairs[1:], strict=False):
+        if batch <= before:
+            raise ValueError(f"{word!r} must have a larger batch than {before}")
+    return pairs
+
+
+def _parse_words(words: tuple[str, ...], parse: Callable[[str], Any], form: str) -> list[tuple[float, Any]]:
+    pairs: list[tuple[float, Any]] = []
     for word in words:
-        tokens, _, batch = word.partition(":")
+        tokens, _, value = word.partition(":")
         try:
-            pair = float(tokens), int(float(batch))
+            pair = float(tokens), parse(value)
         except ValueError:
-            raise ValueError(f"{word!r} is not tokens:batch, such as 1e9:512") from None
-        if pairs and (pair[0] <= pairs[-1][0] or pair[1] <= pairs[-1][1]):
-            raise ValueError(f"{word!r} must come after, and be above, {words[len(pairs) - 1]!r}")
+            raise ValueError(f"{word!r} is not {form}") from None
+        if not pair[0] > (pairs[-1][0] if pairs else 0):
+            raise ValueError(f"{word!r} must come after {pairs[-1][0] if pairs else 0:g} tokens")
         pairs.append(pair)
     return pairs
+
+
+def _parse_whole(text: str) -> int:
+    if not (value := float(text)).is_integer():
+        raise ValueError
+    return int(value)
+
+
+def _parse_weights(text: str) -> tuple[float, ...]:
+    return tuple(float(weight) for weight in text.split(","))
+
+
+def _reached(pairs: list[tuple[float, Any]], tokens: float) -> Any:
+    """The last value whose tokens are reached."""
+    return [value for at, value in pairs if tokens >= at][-1]
 
 
 def names() -> list[str]:

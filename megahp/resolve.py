@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args, get_origin
 
-from megahp.config import SECTIONS, TYPES, VOCAB_MULTIPLE, Config, get, names, parse_table, with_values
+from megahp.config import SECTIONS, TYPES, VOCAB_MULTIPLE, Config, get, names, parse_table, stages, with_values
 from megahp.errors import UserError
 from megahp.presets import PRESETS
 
@@ -25,7 +25,7 @@ USED_ONLY_WITH = {
     "parameterization.base_width": ("parameterization.name", ("mup", "completep")),
     "parameterization.base_layers": ("parameterization.name", ("completep",)),
     "parameterization.depth_alpha": ("parameterization.name", ("completep",)),
-    "schedule.floor": ("schedule.name", ("cosine", "wsd")),
+    "schedule.floor": ("schedule.name", ("linear", "cosine", "wsd")),
     "schedule.decay": ("schedule.name", ("wsd",)),
     "schedule.shape": ("schedule.name", ("wsd",)),
     "batch.largest": ("batch.policy", ("ramp", "table", "law", "noise-scale")),
@@ -39,6 +39,9 @@ USED_ONLY_WITH = {
     "batch.delay": ("batch.policy", ("noise-scale",)),
     "batch.hysteresis": ("batch.policy", ("noise-scale",)),
     "batch.growth": ("batch.policy", ("noise-scale",)),
+    "optimizer.muon_lr": ("optimizer.name", ("muon",)),
+    "optimizer.momentum": ("optimizer.name", ("muon",)),
+    "log.wandb_project": ("log.wandb", ("offline", "online")),
     "train.noise_half_life": ("train.noise_scale", (True,)),
 }
 
@@ -116,21 +119,10 @@ def impossible(config: Config) -> list[str]:
         )
     if parallel.sequence_parallel and parallel.tp == 1:
         problems.append("parallel.sequence_parallel = true needs parallel.tp of at least 2, which is 1")
-    if parallel.sequence_parallel and data.sequence_length % parallel.tp:
-        problems.append(
-            f"data.sequence_length = {data.sequence_length} is not a multiple of parallel.tp = {parallel.tp}, "
-            "as parallel.sequence_parallel needs; "
-            f"nearest that are: {_nearest_multiples(parallel.tp, data.sequence_length)}"
-        )
     name = PurePath(config.log.name)
     if not name.parts or name.is_absolute() or ".." in name.parts:
         problems.append(f"log.name = {config.log.name!r} names no folder inside log.root; choose one such as first")
-    if data.weights and len(data.weights) != len(data.train):
-        problems.append(
-            f"data.weights has {len(data.weights)} values and data.train {len(data.train)}; give one for each"
-        )
-    if any(weight <= 0 for weight in data.weights):
-        problems.append(f"data.weights = {list(data.weights)} must all be above 0")
+    problems += _data_stages(config)
     if config.train.validation_samples and not data.validation_fraction:
         problems.append(
             f"train.validation_samples = {config.train.validation_samples} needs documents held out, and "
@@ -144,6 +136,15 @@ def impossible(config: Config) -> list[str]:
         )
     if config.schedule.name == "inverse-sqrt" and not config.schedule.warmup:
         problems.append("schedule.warmup = 0 leaves inverse-sqrt without a start; make it above 0, such as 0.01")
+    if config.schedule.start and not config.train.start_from:
+        problems.append(
+            f"schedule.start = {config.schedule.start} needs a run that begins there; name its checkpoint in "
+            "train.start_from, or leave it out"
+        )
+    if config.schedule.start >= config.train.tokens:
+        problems.append(
+            f"schedule.start = {config.schedule.start} is not before its end, train.tokens = {config.train.tokens}"
+        )
     if not parallel.dp_replicate and not parallel.dp_shard:
         problems.append(
             "parallel.dp_replicate and parallel.dp_shard are both 0; only one of them can fill what is left"
@@ -154,6 +155,35 @@ def impossible(config: Config) -> list[str]:
             f"{config.batch.global_batch} x {data.sequence_length} tokens"
         )
     return problems
+
+
+def _data_stages(config: Config) -> list[str]:
+    """What is wrong with mixtures and sequence lengths, from the first to the last."""
+    data, tp = config.data, config.parallel.tp if config.parallel.sequence_parallel else 1
+    try:
+        along = stages(data)
+    except ValueError as error:
+        return [f"data.lengths or data.mixtures: {error}"]
+    problems = [f"data.train names {prefix!r} twice; give it one larger weight" for prefix in _repeated(data.train)]
+    longest = max(stage.length for stage in along)
+    for key, length in [("data.sequence_length", along[0].length), *(("data.lengths", s.length) for s in along[1:])]:
+        if length < 1 or longest % length:
+            problems.append(f"{key} = {length} does not divide the longest, {longest}; let every length divide it")
+        elif length % tp:
+            problems.append(
+                f"{key} = {length} is not a multiple of parallel.tp = {tp}, as parallel.sequence_parallel needs; "
+                f"nearest that are: {_nearest_multiples(tp, length)}"
+            )
+    for key, weights in [("data.weights", along[0].weights), *(("data.mixtures", s.weights) for s in along[1:])]:
+        if weights and len(weights) != len(data.train):
+            problems.append(f"{key} has {len(weights)} values and data.train {len(data.train)}; give one for each")
+        elif weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+            problems.append(f"{key} = {list(weights)} must be shares: none below 0, and not all 0")
+    return list(dict.fromkeys(problems))
+
+
+def _repeated(words: Sequence[str]) -> list[str]:
+    return sorted({word for word in words if words.count(word) > 1})
 
 
 def _batch_policy(config: Config) -> list[str]:

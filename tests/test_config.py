@@ -19,16 +19,18 @@ model.norm model.norm_eps model.positions model.rope_theta model.bias model.qk_n
 model.vocab_size
 parameterization.name parameterization.base_width parameterization.base_layers parameterization.depth_alpha
 parameterization.init_std parameterization.embedding_multiplier parameterization.output_multiplier
-data.train data.weights data.tokenizer data.sequence_length data.validation_fraction data.mask_documents data.cache
-schedule.name schedule.warmup schedule.floor schedule.decay schedule.shape
+data.train data.weights data.mixtures data.tokenizer data.sequence_length data.lengths data.validation_fraction
+data.mask_documents data.cache
+schedule.name schedule.start schedule.warmup schedule.floor schedule.decay schedule.shape
 batch.policy batch.global_batch batch.micro_batch batch.largest batch.rule batch.increment batch.ramp_samples
 batch.table batch.target batch.noise_to_total batch.look_every batch.delay batch.hysteresis batch.growth
-optimizer.name optimizer.lr optimizer.weight_decay optimizer.beta1 optimizer.beta2 optimizer.eps optimizer.clip
+optimizer.name optimizer.lr optimizer.weight_decay optimizer.beta1 optimizer.beta2 optimizer.eps
+optimizer.muon_lr optimizer.momentum optimizer.clip
 parallel.tp parallel.pp parallel.cp parallel.ep parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel
-train.tokens train.steps train.dtype train.device train.seed train.noise_scale train.noise_half_life
+train.start_from train.tokens train.steps train.dtype train.device train.seed train.noise_scale train.noise_half_life
 train.validate_every train.validation_samples
 checkpoint.every checkpoint.keep
-log.name log.root log.every log.tensorboard
+log.name log.root log.every log.tensorboard log.wandb log.wandb_project
 """
 
 

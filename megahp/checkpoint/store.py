@@ -18,8 +18,19 @@ from torch import Tensor
 
 from megahp.errors import UserError
 
-VERSION = 1
-STATE = {"progress", "skipped", "updates", "noise_scale", "batch_plan", "data", "table", "layout", "config"}
+VERSION = 2
+STATE = {
+    "progress",
+    "skipped",
+    "updates",
+    "noise_scale",
+    "batch_plan",
+    "data",
+    "data_order",
+    "table",
+    "layout",
+    "config",
+}
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
@@ -59,6 +70,14 @@ def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run, if any."""
     complete = _complete(folder)
     return complete[-1] if complete else None
+
+
+def find(place: Path) -> Path:
+    """A checkpoint that was named itself, or by its run directory: then the newest. Raises UserError."""
+    found = place if (place / "state.json").exists() else latest(place / "checkpoints")
+    if found is None:
+        raise UserError(f"{place} is neither a checkpoint nor a run directory that has one; name one that is")
+    return found
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class _Split:
 
 
 class Blend:
-    """Deals samples to sources by `weights` (positive; only their ratios matter).
+    """Deals samples to sources by `weights` (only their ratios matter; a source of weight 0 gets none).
 
     A Huffman tree of two-way splits: of the first n samples that reach a split, round(fraction * n) go one
     way. So the source of sample i is a function of i alone. After any i samples the count of a source
@@ -30,15 +30,16 @@ class Blend:
     by 1 with up to three sources, and by less than 1.7 with any number, because weights in a Huffman tree
     grow upwards like Fibonacci numbers.
 
-    Raises UserError for no weights or one that is not positive and finite.
+    Raises UserError when no weight is above 0, or one is negative or not finite.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        if not weights:
-            raise UserError("data has no sources: name at least one")
         for weight in weights:
-            if not 0 < weight < float("inf"):
-                raise UserError(f"data weight {weight} is not positive: give a positive one or leave the source out")
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"data weight {weight} is not a share: give one that is positive, or 0")
+        if not any(weights):
+            raise UserError("data has no source of a weight above 0: name at least one")
+        self._sources = len(weights)
         self._tree = _huffman(weights)
 
     def locate(self, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -57,15 +58,27 @@ class Blend:
             reached.append((node.second, rows[~first], (n - before)[~first]))
         return source, j
 
+    def counts(self, n: int) -> list[int]:
+        """How many of the first n samples each source gets."""
+        counts, reached = [0] * self._sources, [(self._tree, n)]
+        while reached:
+            node, samples = reached.pop()
+            if isinstance(node, int):
+                counts[node] = samples
+                continue
+            first = int(_share(node.fraction, np.int64(samples)))
+            reached += [(node.first, first), (node.second, samples - first)]
+        return counts
 
-def _share(fraction: float, n: np.ndarray) -> np.ndarray:
+
+def _share(fraction: float, n: np.ndarray | np.int64) -> np.ndarray:
     return np.floor(fraction * n + 0.5).astype(np.int64)
 
 
 def _huffman(weights: Sequence[float]) -> _Split | int:
-    nodes: list[tuple[float, int, _Split | int]] = [(weight, k, k) for k, weight in enumerate(weights)]
+    nodes: list[tuple[float, int, _Split | int]] = [(weight, k, k) for k, weight in enumerate(weights) if weight]
     heapq.heapify(nodes)
-    for order in range(len(weights), 2 * len(weights) - 1):
+    for order in range(len(weights), len(weights) + len(nodes) - 1):
         light, _, first = heapq.heappop(nodes)
         heavy, _, second = heapq.heappop(nodes)
         heapq.heappush(nodes, (light + heavy, order, _Split(light / (light + heavy), first, second)))

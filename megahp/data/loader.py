@@ -1,16 +1,18 @@
-"""Batches by sample id: sample i of a run is a function of (data, seed, i) and of nothing else."""
+"""Batches by sample id: within a stage of the data, sample i of a run is a function of (data, seed, i) alone."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from megahp.config import Stage
 from megahp.data.blend import Blend
 from megahp.data.indexed import IndexedDataset
 from megahp.data.samples import SampleOrder, split_documents
@@ -18,14 +20,6 @@ from megahp.errors import UserError
 
 # Validation windows are the same in every run, whatever its seed.
 VALIDATION_SEED = 0
-
-
-@dataclass(frozen=True)
-class Source:
-    """A tokenized corpus, `prefix`.bin and `prefix`.idx, and its share of the samples."""
-
-    prefix: str
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -43,10 +37,15 @@ class Batch:
 
 
 class TrainingData:
-    """All sources of a run, split into training and validation documents and blended by weight.
+    """All sources of a run, split into training and validation documents, and dealt stage by stage.
 
+    prefixes: one tokenized corpus each, `prefix`.bin and `prefix`.idx.
+    stages: mixture (weights, one a prefix; 0 = not now) and sample length along the run; each length divides the
+    longest. Validation is dealt by the last stage's mixture at the first one's length, in every stage alike.
     tokens: training tokens of all sources, each counted once.
-    fingerprint: changes with the data, weights, sequence length, seed or split, but not with a path.
+    fingerprint: changes with the data, stages, seed or split, but not with a path.
+
+    Within a stage sample i is a function of (data, seed, i); each source goes on where the stage before left it.
 
     Raises UserError for missing or corrupt files, bad weights or fractions, sources too small for a sample; and, as
     they are read, for tokens outside the vocabulary.
@@ -54,45 +53,70 @@ class TrainingData:
 
     def __init__(
         self,
-        sources: Sequence[Source],
-        sequence_length: int,
+        prefixes: Sequence[str],
+        stages: Sequence[Stage],
         seed: int,
         validation_fraction: float,
         cache: Path,
         vocab_size: int = 1 << 62,
     ) -> None:
-        self._vocab_size = vocab_size
-        self._blend = Blend([source.weight for source in sources])
-        datasets = [IndexedDataset(source.prefix) for source in sources]
+        self.stages, self._vocab_size = stages, vocab_size
+        self._blends = [Blend(stage.weights) for stage in stages]
+        datasets = [IndexedDataset(prefix) for prefix in prefixes]
         splits = [split_documents(dataset.documents, validation_fraction) for dataset in datasets]
+        window, validation_length = max(stage.length for stage in stages), stages[0].length
         self._training = [
-            SampleOrder(dataset, training, sequence_length, seed, cache)
+            SampleOrder(dataset, training, window, seed, cache)
             for dataset, (training, _) in zip(datasets, splits, strict=True)
         ]
         # A source whose validation documents cannot fill one window has no part in validation.
         held_out = {
-            k: SampleOrder(dataset, validation, sequence_length, VALIDATION_SEED, cache)
+            k: SampleOrder(dataset, validation, validation_length, VALIDATION_SEED, cache)
             for k, (dataset, (_, validation)) in enumerate(zip(datasets, splits, strict=True))
-            if dataset.document_tokens[validation].sum() > sequence_length
+            if stages[-1].weights[k] and dataset.document_tokens[validation].sum() > validation_length
         }
         if validation_fraction > 0 and not held_out:
             raise UserError(
-                f"validation_fraction {validation_fraction} leaves no source {sequence_length + 1} tokens of "
+                f"validation_fraction {validation_fraction} leaves no source {validation_length + 1} tokens of "
                 "validation documents: raise it, split the data into more documents, or set it to 0"
             )
         self._validation = list(held_out.values())
-        self._validation_blend = Blend([sources[k].weight for k in held_out]) if held_out else None
-        self._sequence_length = sequence_length
+        self._validation_blend = Blend([stages[-1].weights[k] for k in held_out]) if held_out else None
         self.tokens = sum(order.tokens for order in self._training)
-        total = sum(source.weight for source in sources)
-        shares = [source.weight / total for source in sources]
+        shares = [(stage.tokens, stage.length, _shares(stage.weights)) for stage in stages]
         contents = [dataset.fingerprint for dataset in datasets]
-        described = f"{contents} {shares} {sequence_length} {seed} {validation_fraction}"
-        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(f"{contents} {shares} {seed} {validation_fraction}".encode()).hexdigest()
+        self.stage = self._first_sample = 0
+        self._begins = {order.key: (0, stages[0].length) for order in self._training}
 
     def batch(self, ids: np.ndarray, documents: bool) -> Batch:
-        """The training samples with these global ids (int64 [n]), on the CPU."""
-        return self._checked(_gather(self._training, self._blend, ids, documents))
+        """The training samples with these global ids (int64 [n]), of the present stage, on the CPU."""
+        source, j = self._blends[self.stage].locate(ids - self._first_sample)
+        begins = np.array([self._begins[order.key][0] for order in self._training])
+        return self._checked(_gather(self._training, source, begins[source] + j, self.length, ids, documents))
+
+    def enter(self, stage: int, sample: int) -> None:
+        """Deal by another stage from this global sample id on."""
+        self._go_on_from(self._taken(sample), stage, sample)
+
+    def state(self, sample: int) -> dict[str, Any]:
+        """Where every source stands at this global sample id, for `restore` and `branch`."""
+        return {
+            "stage": self.stage,
+            "first_sample": self._first_sample,
+            "begins": self._begins,
+            "taken": self._taken(sample),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as the data did that made this state."""
+        self.stage, self._first_sample = state["stage"], state["first_sample"]
+        self._begins = {key: (count, length) for key, (count, length) in state["begins"].items()}
+
+    def branch(self, state: Mapping[str, Any], tokens: int, sample: int) -> None:
+        """Go on from other data's state: a source that both share, in the same order, where it stands."""
+        taken = {key: (count, length) for key, (count, length) in state["taken"].items()}
+        self._go_on_from(taken, [s.tokens <= tokens for s in self.stages].count(True) - 1, sample)
 
     def validation(self, count: int) -> Batch:
         """Up to `count` windows of the validation documents, blended by weight, the same for every seed.
@@ -104,9 +128,31 @@ class TrainingData:
             raise UserError("validation_fraction is 0, so there is nothing to validate on: set it above 0")
         wanted = np.arange(count)
         source, j = self._validation_blend.locate(wanted)
-        available = np.array([order.samples_per_epoch for order in self._validation])
-        ids = wanted[j < available[source]]
-        return self._checked(_gather(self._validation, self._validation_blend, ids, documents=True))
+        available = np.array([order.windows for order in self._validation])
+        there = j < available[source]
+        length = self.stages[0].length
+        return self._checked(_gather(self._validation, source[there], j[there], length, wanted[there], documents=True))
+
+    @property
+    def length(self) -> int:
+        return self.stages[self.stage].length
+
+    def _go_on_from(self, taken: Mapping[str, tuple[int, int]], stage: int, sample: int) -> None:
+        """Begin a stage. Sources it does not know keep their place, for a later one that does."""
+        self.stage, self._first_sample = stage, sample
+        here = {
+            order.key: (order.go_on(*taken.get(order.key, (0, self.length)), self.length), self.length)
+            for order in self._training
+        }
+        self._begins = {**taken, **here}
+
+    def _taken(self, sample: int) -> dict[str, tuple[int, int]]:
+        """Samples taken of every source before this global sample id, and their length."""
+        counts = self._blends[self.stage].counts(sample - self._first_sample)
+        return self._begins | {
+            order.key: (self._begins[order.key][0] + count, self.length)
+            for order, count in zip(self._training, counts, strict=True)
+        }
 
     def _checked(self, batch: Batch) -> Batch:
         """The batch, if its tokens are in the vocabulary: split over ranks, no rank would miss one that is not."""
@@ -119,11 +165,12 @@ class TrainingData:
         return batch
 
     def training_chunks(self, limit: int) -> Iterator[np.ndarray]:
-        """The run's first samples, int64 [n, sequence_length + 1], up to `limit` tokens or one epoch."""
-        samples = min(limit, self.tokens) // self._sequence_length
-        step = max(1, (1 << 20) // self._sequence_length)
+        """Samples of the present stage, int64 [n, length + 1], from its first on, up to `limit` tokens or one epoch."""
+        samples = min(limit, self.tokens) // self.length
+        step = max(1, (1 << 20) // self.length)
         for start in range(0, samples, step):
-            yield self.batch(np.arange(start, min(start + step, samples)), documents=False).tokens.numpy()
+            ids = self._first_sample + np.arange(start, min(start + step, samples))
+            yield self.batch(ids, documents=False).tokens.numpy()
 
 
 class Loader:
@@ -169,10 +216,15 @@ class Loader:
         return replace(batch, tokens=batch.tokens.to(self._device, non_blocking=True), documents=documents)
 
 
-def _gather(orders: Sequence[SampleOrder], blend: Blend, ids: np.ndarray, documents: bool) -> Batch:
-    length = orders[0].sequence_length
+def _gather(
+    orders: Sequence[SampleOrder], source: np.ndarray, j: np.ndarray, length: int, ids: np.ndarray, documents: bool
+) -> Batch:
     tokens = np.empty((len(ids), length + 1), np.int64)
     places = np.empty((len(ids), length), np.int32)
-    for row, (source, j) in enumerate(zip(*blend.locate(ids), strict=True)):
-        tokens[row], places[row] = orders[source].sample(j)
+    for row, (order, number) in enumerate(zip(source, j, strict=True)):
+        tokens[row], places[row] = orders[order].sample(number, length)
     return Batch(torch.from_numpy(tokens), torch.from_numpy(places) if documents else None, ids)
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]

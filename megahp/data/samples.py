@@ -1,8 +1,8 @@
 """Which tokens sample j of one source holds: a pure function of (data, seed, j).
 
-Every epoch shuffles the documents, lays them end to end, cuts the stream into windows of `sequence_length`
-tokens (plus the one that is the last target) and shuffles the windows. Nothing depends on how long the run
-will be, on the ranks or on the batch, so any of them may change in mid-run.
+Every epoch shuffles the documents, lays them end to end, cuts the stream into windows and shuffles the windows.
+A sample is a window, or one of its equal parts (plus the token that is the last target). Nothing depends on how long
+the run will be, on the ranks or on the batch, so any of them may change in mid-run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from megahp.errors import UserError
 
 # All draws are RandomState's: numpy promises that its stream never changes, which default_rng's may.
 SPLIT_SEED = 20_250_101
+# Windows whose parts are dealt in turn, so that neighbours in the text are none in a batch; or a sixteenth of an epoch.
+GROUP = 64
 
 
 def split_documents(documents: int, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +47,7 @@ class _Epoch:
 
     documents: int64 [D], document ids in the order of the stream.
     ends: int64 [D], stream position at which each of them ends.
-    windows: int64 [W], window of the stream that each sample of the epoch is.
+    windows: int64 [W], the windows of the stream in the order of the epoch.
     """
 
     documents: np.ndarray
@@ -56,48 +58,65 @@ class _Epoch:
 class SampleOrder:
     """The samples of `documents` (ids, int64) of one dataset, epoch after epoch without end.
 
-    samples_per_epoch: windows in an epoch; up to `sequence_length` tokens at the end of the stream, other
-    documents in each epoch, belong to none.
+    window: tokens that are shuffled as one, and the most a sample may have.
+    windows: how many an epoch has; up to `window` tokens at the end of the stream, other documents in each epoch,
+    belong to none.
+    key: names the order, the same for the same contents, documents, seed and window.
 
     The orders of epochs are cached under `cache` as one .npy file each, whose name hashes all that the
     order depends on; processes may build the same one at the same time. Raises UserError when the documents
     hold too few tokens for one sample.
     """
 
-    def __init__(
-        self, dataset: IndexedDataset, documents: np.ndarray, sequence_length: int, seed: int, cache: Path
-    ) -> None:
-        self.sequence_length = sequence_length
+    def __init__(self, dataset: IndexedDataset, documents: np.ndarray, window: int, seed: int, cache: Path) -> None:
+        self.window = window
         self.tokens = int(dataset.document_tokens[documents].sum())
-        self.samples_per_epoch = (self.tokens - 1) // sequence_length
-        if self.samples_per_epoch < 1:
+        self.windows = (self.tokens - 1) // window
+        self.group = max(1, min(GROUP, self.windows // 16))
+        if self.windows < 1:
             raise UserError(
                 f"data {dataset.prefix!r}: {len(documents)} documents hold {self.tokens} tokens, fewer than "
-                f"the {sequence_length + 1} of one sample: add data or lower sequence_length"
+                f"the {window + 1} of one sample: add data or lower sequence_length"
             )
         self._dataset = dataset
         self._documents = documents
         self._seed = seed
         self._cache = cache
         split = hashlib.sha256(np.ascontiguousarray(documents, np.int64).data).hexdigest()
-        self._key = f"{dataset.fingerprint} {split} {seed} {sequence_length}"
+        self._identity = f"{dataset.fingerprint} {split} {seed} {window}"
+        self.key = hashlib.sha256(self._identity.encode()).hexdigest()[:32]
         self._epoch = lru_cache(maxsize=2)(self._load_epoch)
 
-    def sample(self, j: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample j >= 0.
+    def sample(self, j: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample j >= 0 of the order read in samples of `length` tokens, a divisor of the window.
 
-        Returns its tokens, int64 [sequence_length + 1], and for each of its input tokens the document it is
-        in, counted from 0 within the sample, int32 [sequence_length].
+        Of a group of windows the first parts come first, then the second parts. Returns the sample's tokens, int64
+        [length + 1], and for each of its input tokens the document it is in, counted from 0 within the sample, int32
+        [length].
         """
-        number, within = divmod(int(j), self.samples_per_epoch)
+        parts = self.window // length
+        number, within = divmod(int(j), self.windows * parts)
+        group, within = divmod(within, self.group * parts)
+        part, place = divmod(within, min(self.group, self.windows - group * self.group))
         epoch = self._epoch(number)
-        start = int(epoch.windows[within]) * self.sequence_length
-        return self._window(epoch, start)
+        start = int(epoch.windows[group * self.group + place]) * self.window + part * length
+        return self._read(epoch, start, length)
 
-    def _window(self, epoch: _Epoch, start: int) -> tuple[np.ndarray, np.ndarray]:
+    def go_on(self, taken: int, before: int, now: int) -> int:
+        """The sample of `now` tokens to go on with after `taken` samples of `before` tokens.
+
+        No token comes twice in an epoch: with another length, what is left of a group of windows is passed over.
+        """
+        if before == now:
+            return taken
+        number, within = divmod(taken, self.windows * (self.window // before))
+        groups = -(-within // (self.group * (self.window // before)))
+        return (number * self.windows + min(groups * self.group, self.windows)) * (self.window // now)
+
+    def _read(self, epoch: _Epoch, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of the stream from `start` on, gathered document by document."""
-        tokens = np.empty(self.sequence_length + 1, np.int64)
-        documents = np.empty(self.sequence_length + 1, np.int32)
+        tokens = np.empty(length + 1, np.int64)
+        documents = np.empty(length + 1, np.int32)
         place = int(np.searchsorted(epoch.ends, start, side="right"))
         filled = pieces = 0
         while filled < len(tokens):
@@ -112,9 +131,9 @@ class SampleOrder:
         return tokens, documents[:-1]
 
     def _load_epoch(self, number: int) -> _Epoch:
-        name = hashlib.sha256(f"{self._key} {number}".encode()).hexdigest()[:32]
+        name = hashlib.sha256(f"{self._identity} {number}".encode()).hexdigest()[:32]
         path = self._cache / f"order-{name}.npy"
-        size = 2 * len(self._documents) + self.samples_per_epoch
+        size = 2 * len(self._documents) + self.windows
         numbers = _read_order(path, size)
         if numbers is None:
             numbers = np.concatenate(self._build_epoch(number))
@@ -126,7 +145,7 @@ class SampleOrder:
         random = np.random.RandomState(_seed_words(self._seed, number))
         documents = random.permutation(self._documents)
         ends = np.cumsum(self._dataset.document_tokens[documents])
-        return documents, ends, random.permutation(self.samples_per_epoch)
+        return documents, ends, random.permutation(self.windows)
 
 
 def _seed_words(seed: int, epoch: int) -> np.ndarray:

@@ -34,7 +34,8 @@ class Attention(nn.Module):
         super().__init__()
         self.scale, self.axis = scale, axis
         self.head_size, self.queries = model.head_size, model.heads // model.kv_heads
-        self.qkv = ColumnParallelLinear(model.width, (model.heads + 2 * model.kv_heads) * model.head_size, model.bias)
+        group = (self.queries * model.head_size, model.head_size, model.head_size)
+        self.qkv = ColumnParallelLinear(model.width, model.kv_heads * sum(group), model.bias, fused=group)
         self.out = RowParallelLinear(model.heads * model.head_size, model.width, model.bias, axis)
         self.query_norm = self.key_norm = None
         if model.qk_norm:  # one gain for all heads, and the heads lie on all tp ranks

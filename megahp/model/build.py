@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megahp.config import Config
+from megahp.config import Config, stages
 from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
 from megahp.parallel.mesh import Mesh
@@ -18,13 +18,18 @@ def table_of(config: Config) -> Table:
     return fill_in(config.parameterization, model.width, model.layers, model.head_size)
 
 
+def longest(config: Config) -> int:
+    """Tokens of the longest sequence the run trains on."""
+    return max(stage.length for stage in stages(config.data))
+
+
 def build_model(config: Config, mesh: Mesh) -> Transformer:
     """The model with its initial weights, which are the same on every layout. model.vocab_size must be set."""
     compute = getattr(torch, config.train.dtype)
     master = torch.promote_types(compute, torch.float32)
     table, axis = table_of(config), mesh.tensor_axis(config.parallel.sequence_parallel)
     with torch.device("meta"):
-        model = Transformer(config.model, config.data.sequence_length, table, axis, compute, config.train.noise_scale)
+        model = Transformer(config.model, longest(config), table, axis, compute, config.train.noise_scale)
     distribute(model, mesh, master)
     shard(model, model.blocks, mesh, compute, master)
     model.to_empty(device=mesh.device)

@@ -22,13 +22,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int, stretch: float = 1.0) -> Tensor:
     """Slopes [heads], fp32: r, r^2, ... with r = 2^(-8/heads); other counts than powers of two interleave those of
-    twice the next lower power. (ALiBi, arXiv 2108.12409, and its authors' code.)"""
+    twice the next lower power. (ALiBi, arXiv 2108.12409, and its authors' code.)
+
+    stretch: the length now over the longest one trained on; above 1 the slopes are divided by it, so that the distances
+    seen stay those trained on. (Position interpolation, arXiv 2310.13017.)
+    """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
     between = [2 ** (-8 * (h + 0.5) / power) for h in range(heads - power)]
-    return torch.tensor(slopes + between)
+    return torch.tensor(slopes + between) / max(1.0, stretch)
 
 
 def attention_bias(length: int, slopes: Tensor | None, documents: Tensor | None, dtype: torch.dtype) -> Tensor | None:

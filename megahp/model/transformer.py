@@ -50,14 +50,15 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """tokens [b, s] -> per-token losses [b, s] in nats when targets [b, s] are given, else logits [b, s, vocab / tp].
 
-    documents [b, s] number the document of each token, where attention must not cross documents.
+    documents [b, s] number the document of each token, where attention must not cross documents. longest: the most
+    tokens it is trained on; ALiBi is interpolated beyond.
     """
 
     def __init__(
         self, model: config.Model, longest: int, table: Table, axis: TensorAxis, dtype: torch.dtype, probe: bool
     ) -> None:
         super().__init__()
-        self.model, self.table, self.axis, self.dtype = model, table, axis, dtype
+        self.model, self.longest, self.table, self.axis, self.dtype = model, longest, table, axis, dtype
         self.embedding = VocabParallelEmbedding(model.padded_vocab, model.width, axis)
         self.positions = PositionEmbedding(longest, model.width, axis) if model.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(model, table, axis, probe) for _ in range(model.layers))
@@ -90,6 +91,6 @@ class Transformer(nn.Module):
         if model.positions == "rope":
             turns = rotary(length, model.head_size, model.rope_theta, tokens.device)
         if model.positions == "alibi":
-            heads = alibi_slopes(model.heads).chunk(self.axis.size)[self.axis.rank]
+            heads = alibi_slopes(model.heads, length / self.longest).chunk(self.axis.size)[self.axis.rank]
             slopes = heads.to(tokens.device)
         return Positions(turns, attention_bias(length, slopes, documents, self.dtype))

@@ -7,7 +7,7 @@ Weights are DTensors on the `tp` mesh (FSDP2 adds the data-parallel axes); the f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,22 @@ class Row:
     sum_over: tuple[str, ...] = ()  # besides data parallelism, the axes its gradient is summed over; for a norm
     # weight also before its per-example gradients are squared: an example's tokens or the weight's uses lie there
     start: float | None = None  # a constant to start from; None = drawn at random
+    fused: tuple[
+        int, ...
+    ] = ()  # rows of the matrices that lie together in each of its equal groups of rows, if several
+
+    def matrices(self, whole: Tensor) -> list[Tensor]:
+        """The matrices a whole weight is made of, each [rows, columns], from first to last."""
+        if not self.fused:
+            return [whole]
+        return [part.flatten(0, 1) for part in whole.unflatten(0, (-1, sum(self.fused))).split(self.fused, 1)]
+
+    def fuse(self, matrices: Sequence[Tensor]) -> Tensor:
+        """The inverse of `matrices`."""
+        if not self.fused:
+            return matrices[0]
+        groups = [part.unflatten(0, (-1, size)) for part, size in zip(matrices, self.fused, strict=True)]
+        return torch.cat(groups, 1).flatten(0, 1)
 
 
 class Module(nn.Module):
@@ -161,6 +177,17 @@ def like(weight: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(
         part, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )
+
+
+def whole(weight: Tensor, part: Tensor) -> Tensor:
+    """The global tensor, on every rank, from the ranks' parts laid out as the weight is. A collective."""
+    laid_out = like(weight, part)
+    return laid_out.full_tensor() if isinstance(laid_out, DTensor) else laid_out
+
+
+def part_of(weight: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of a global tensor that is to lie as the weight does."""
+    return whole[tuple(slice(start, start + size) for start, size in zip(*_extent(weight), strict=True))]
 
 
 def counted_once(weight: Tensor, mesh: Mesh) -> bool:

@@ -35,9 +35,11 @@ def leave(x: Tensor, axis: TensorAxis) -> Tensor:
 class ColumnParallelLinear(Module):
     """y = x W^T (+ b), the outputs split over tp. Its input comes from `enter`. W: [outputs, inputs]."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, role: Role = Role.HIDDEN) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool, role: Role = Role.HIDDEN, fused: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
-        self.parameter("weight", (outputs, inputs), Row(role, tp_dim=0))
+        self.parameter("weight", (outputs, inputs), Row(role, tp_dim=0, fused=fused))
         if bias:
             self.parameter("bias", (outputs,), Row(Role.BIAS, tp_dim=0, start=0.0))
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megahp import config
-from megahp.config import Config, parse_table
+from megahp.config import Config, parse_table, stages
 from megahp.scaling import power_laws, schedules
 
 
@@ -33,7 +33,9 @@ class Plan:
     """One optimizer step: its samples, how they are divided, and the base hyperparameters it uses."""
 
     step: int  # 1 for the first
+    stage: int  # of the data
     first_sample: int
+    length: int  # tokens of a sequence
     global_batch: int  # sequences
     micro_batch: int  # sequences of one rank's forward pass
     tokens: int  # of the whole global batch
@@ -88,12 +90,20 @@ class Change:
         return asdict(self)
 
 
-def runnable(global_batch: int, dp: int, micro_batch: int) -> tuple[int, ...]:
-    """The runnable global batches nearest to the wanted one, ascending: one, if it is itself runnable, or two.
+def micro_batch(settings: Config, length: int) -> int:
+    """Sequences of this length in one forward pass of one rank: as many tokens as at the run's first length."""
+    return max(1, settings.batch.micro_batch * settings.data.sequence_length // length)
 
-    A layout can run multiples of dp x micro_batch sequences.
-    """
-    unit = dp * micro_batch
+
+def unit(settings: Config, dp: int) -> int:
+    """What a global batch is a multiple of, in sequences of the run's first length: so many tokens are a whole number
+    of microbatches on every data-parallel rank in every stage of the data."""
+    tokens = math.lcm(*(dp * micro_batch(settings, stage.length) * stage.length for stage in stages(settings.data)))
+    return tokens // settings.data.sequence_length
+
+
+def runnable(global_batch: int, unit: int) -> tuple[int, ...]:
+    """The multiples of the unit nearest to the wanted batch, ascending: one, if it is itself one, or two."""
     below = global_batch // unit * unit
     if below == global_batch:
         return (global_batch,)
@@ -118,12 +128,19 @@ def follow(rule: str, optimizer: config.Optimizer, kappa: float) -> Hyperparamet
 
 
 class BatchPlan:
-    """The batch of the next step. Everything it remembers is in `state`."""
+    """The batch of the next step. Everything it remembers is in `state`.
+
+    Inside, batches are in sequences of the run's first length, so that a step keeps its tokens when the length changes;
+    plans, changes and noise scales are in sequences of the present one.
+    """
 
     def __init__(self, settings: Config, dp: int) -> None:
-        self.settings, self.dp = settings, dp
+        self.settings = settings
+        self.unit = unit(settings, dp)
+        self.stages = stages(settings.data)
         self.table = parse_table(settings.batch.table)
         self.batch = settings.batch.global_batch
+        self.length = settings.data.sequence_length  # of the noise scales seen
         self.since: int | None = None  # tokens since which the noise scale has asked for more, without a break
         self.least = math.inf  # the least it asked for since then, examples of noise scale
 
@@ -136,11 +153,15 @@ class BatchPlan:
             return None
         rate = schedules.fraction(self.settings.schedule, progress.tokens + tokens / 2, train.tokens)
         values = self.hyperparameters(self.batch)
+        stage = self._stage(progress)
+        length = self.stages[stage].length
         return Plan(
             step=progress.step + 1,
+            stage=stage,
             first_sample=progress.samples,
-            global_batch=self.batch,
-            micro_batch=self.settings.batch.micro_batch,
+            length=length,
+            global_batch=tokens // length,
+            micro_batch=micro_batch(self.settings, length),
             tokens=tokens,
             lr=values.lr * rate,
             weight_decay=values.weight_decay,
@@ -156,6 +177,9 @@ class BatchPlan:
         present beta2.
         """
         batch = self.settings.batch
+        length = self.stages[self._stage(progress)].length
+        if length != self.length:  # an example is another thing from here on
+            self.length, self.since, self.least, noise_scale = length, None, math.inf, None
         if batch.rule == "sqrt" and progress.step < 10 / (1 - self.settings.optimizer.beta2):
             return None
         noise = self._confirmed(progress, noise_scale) if batch.policy == "noise-scale" else None
@@ -170,37 +194,44 @@ class BatchPlan:
         """Whether the noise scale after this step can decide something, and so must be in the log."""
         return self.settings.batch.policy == "noise-scale" and step % self.settings.batch.look_every == 0
 
+    def aim(self, progress: Progress, noise_scale: float | None) -> float | None:
+        """The batch, in sequences, that a policy following the critical batch would have if nothing held it back."""
+        batch = self.settings.batch
+        if batch.policy == "law":
+            return batch.target * power_laws.critical_batch_along(progress.tokens) / self.length
+        if batch.policy == "noise-scale" and noise_scale is not None:
+            return batch.target * batch.noise_to_total * noise_scale
+        return None
+
     def hyperparameters(self, batch: int) -> Hyperparameters:
         """The optimizer's base values at this global batch."""
         chosen = self.settings.batch
         return follow(chosen.rule, self.settings.optimizer, batch / chosen.global_batch)
 
     def state(self) -> dict[str, Any]:
-        return {"batch": self.batch, "since": self.since, "least": None if math.isinf(self.least) else self.least}
+        least = None if math.isinf(self.least) else self.least
+        return {"batch": self.batch, "length": self.length, "since": self.since, "least": least}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a saved state: on this layout the batch is the next one it can run."""
         if self.settings.batch.policy != "constant":
-            unit = self.dp * self.settings.batch.micro_batch
-            self.batch = max(self.batch, -(-state["batch"] // unit) * unit)
-        self.since = state["since"]
+            self.batch = max(self.batch, -(-state["batch"] // self.unit) * self.unit)
+        self.length, self.since = state["length"], state["since"]
         self.least = math.inf if state["least"] is None else state["least"]
 
     def _wanted(self, progress: Progress, noise: float | None) -> float:
-        """The batch the policy asks for now, in sequences."""
+        """The batch the policy asks for now."""
         batch = self.settings.batch
-        match batch.policy:
-            case "ramp":
-                return self._ramp(progress.samples)
-            case "table":
-                reached = [size for tokens, size in self.table if progress.tokens >= tokens]
-                return max(reached, default=self.batch)
-            case "law":
-                critical = power_laws.critical_batch_along(progress.tokens) / self.settings.data.sequence_length
-                return batch.target * critical
-            case "noise-scale" if noise is not None:
-                return min(batch.target * batch.noise_to_total * noise, batch.growth * self.batch)
-        return self.batch
+        if batch.policy == "ramp":
+            return self._ramp(progress.samples)
+        if batch.policy == "table":
+            reached = [size for tokens, size in self.table if progress.tokens >= tokens]
+            return max(reached, default=self.batch)
+        aim = self.aim(progress, noise)
+        if aim is None:
+            return self.batch
+        wanted = self._first_length(aim)
+        return min(wanted, batch.growth * self.batch) if batch.policy == "noise-scale" else wanted
 
     def _ramp(self, samples: int) -> int:
         """Megatron-LM's linear ramp of batch by consumed samples (before its release 0.18)."""
@@ -220,7 +251,7 @@ class BatchPlan:
             return None
         if noise_scale is None or not math.isfinite(noise_scale):
             return None
-        wanted = batch.target * batch.noise_to_total * noise_scale
+        wanted = self._first_length(batch.target * batch.noise_to_total * noise_scale)
         if wanted < batch.hysteresis * self.batch or self._runnable_below(wanted) <= self.batch:
             self.since, self.least = None, math.inf
             return None
@@ -231,25 +262,34 @@ class BatchPlan:
 
     def _runnable_below(self, wanted: float) -> int:
         """The largest batch the layout runs that is neither above what is wanted nor above the limit."""
-        unit = self.dp * self.settings.batch.micro_batch
         limit = self.settings.batch.largest or math.inf
-        return int(min(wanted, limit) // unit) * unit
+        return int(min(wanted, limit) // self.unit) * self.unit
 
     def _change(self, before: int, now: int, wanted: float, noise: float | None) -> Change:
         old, new = self.hyperparameters(before), self.hyperparameters(now)
         horizon = self.settings.train.tokens
+        sequences = [self._tokens(batch) // self.length for batch in (before, now)]
+        asked = wanted * self.settings.data.sequence_length / self.length
         because = f"; the smoothed noise scale stayed at {noise:.4g} examples or more" if noise else ""
         return Change(
-            before=before,
-            now=now,
-            wanted=wanted,
+            before=sequences[0],
+            now=sequences[1],
+            wanted=asked,
             noise_scale=noise,
-            reason=f"global batch {before} -> {now}: {self.settings.batch.policy} asks for {wanted:.4g}{because}",
+            reason=f"global batch {sequences[0]} -> {sequences[1]}: {self.settings.batch.policy} asks for "
+            f"{asked:.4g}{because}",
             hyperparameters_before=old,
             hyperparameters_now=new,
             tau_before=old.timescale(self._tokens(before), horizon),
             tau_now=new.timescale(self._tokens(now), horizon),
         )
+
+    def _stage(self, progress: Progress) -> int:
+        return [stage.tokens <= progress.tokens for stage in self.stages].count(True) - 1
+
+    def _first_length(self, sequences: float) -> float:
+        """As many tokens in sequences of the run's first length."""
+        return sequences * self.length / self.settings.data.sequence_length
 
     def _tokens(self, batch: int) -> int:
         return batch * self.settings.data.sequence_length

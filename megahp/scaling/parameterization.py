@@ -7,6 +7,7 @@ Table 1; the density factors of SmuPar (arXiv 2405.15743), which stay at m_rho =
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -34,6 +35,7 @@ class Rule:
     lr: float = 1.0
     weight_decay: float = 1.0
     eps: float = 1.0
+    spectral_lr: float = 1.0  # of the learning rate of updates made orthogonal (Muon), beside `spectral_scale`
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class Table:
         return asdict(self)
 
 
+def spectral_scale(fan_out: int, fan_in: int) -> float:
+    """Spectral norm of an update that moves a hidden matrix's outputs as much at any width: sqrt(fan_out / fan_in).
+
+    (A spectral condition for feature learning, arXiv 2310.17813, condition 1; from memory, unverified. For AdamW, whose
+    updates have entries of about 1, it gives muP's 1 / fan_in.) That depth enters as for AdamW, since both updates have
+    a size of their own whatever the gradient's, is our reading of CompleteP, not the paper's.
+    """
+    return math.sqrt(fan_out / fan_in)
+
+
 def fill_in(rules: config.Parameterization, width: int, layers: int, head_size: int, density: float = 1.0) -> Table:
     """The table for a model of this width, depth, head size and density of its hidden matrices.
 
@@ -66,7 +78,7 @@ def fill_in(rules: config.Parameterization, width: int, layers: int, head_size: 
     vector = Rule(lr=depth_lr, weight_decay=0.0, eps=eps)
     by_role = {
         Role.EMBEDDING: Rule(),
-        Role.HIDDEN: Rule((m_n * m_rho) ** -0.5, depth_lr / (m_n * m_rho), m_n, eps),
+        Role.HIDDEN: Rule((m_n * m_rho) ** -0.5, depth_lr / (m_n * m_rho), m_n, eps, depth_lr),
         Role.NORM: vector,
         Role.BIAS: vector,
         Role.FINAL_NORM: Rule(weight_decay=0.0),

@@ -13,9 +13,11 @@ from megahp.config import Schedule
 def fraction(schedule: Schedule, tokens: float, horizon: float) -> float:
     """Fraction of the peak learning rate after `tokens` of `horizon` tokens: a linear rise from 0, then the schedule.
 
-    decay-to-zero falls linearly to exactly 0 (D2Z, arXiv 2502.15938); cosine to its floor; wsd stays at 1 and decays at
-    the end (MiniCPM, arXiv 2404.06395, with Megatron-LM's shapes); inverse-sqrt goes on as sqrt(warm-up / tokens).
+    decay-to-zero falls linearly to exactly 0 (D2Z, arXiv 2502.15938); linear and cosine to their floor; wsd stays at 1
+    and decays at the end (MiniCPM, arXiv 2404.06395, with Megatron-LM's shapes); inverse-sqrt goes on as
+    sqrt(warm-up / tokens). One that starts later is over the tokens from there to the horizon.
     """
+    tokens, horizon = max(0.0, tokens - schedule.start), horizon - schedule.start
     warmup = schedule.warmup * horizon
     if tokens < warmup:
         return tokens / warmup
@@ -23,6 +25,8 @@ def fraction(schedule: Schedule, tokens: float, horizon: float) -> float:
     match schedule.name:
         case "decay-to-zero":
             return 1 - done
+        case "linear":
+            return schedule.floor + (1 - schedule.floor) * (1 - done)
         case "cosine":
             return schedule.floor + (1 - schedule.floor) * _cosine(done)
         case "wsd":

@@ -32,12 +32,14 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
     reporter = Reporter(settings)
     data = open_data(settings)
     loader = Loader(data, mesh.device, settings.data.mask_documents)
-    run = Run(settings, mesh, data.fingerprint)
+    run = Run(settings, mesh, data)
     start(run, reporter, resume)
 
     with reporter.showing(run.progress):
         while plan := run.batch_plan.step(run.progress):
             began = time.monotonic()
+            if run.enter_stage(plan):
+                reporter.stage(run, plan)
             batches = microbatches(loader, plan, run)
             loss = run.engine.forward_backward(batches, plan.microbatches(layout.dp), plan.tokens)
             grads = run.engine.gradients()
@@ -80,15 +82,20 @@ def device_of(settings: config.Config, place: World) -> torch.device:
 
 
 def start(run: Run, reporter: Reporter, resume: bool) -> None:
-    """Begin at the beginning, or at the newest checkpoint if resuming and there is one."""
-    found = [checkpoint.latest(run.folder) if resume else None]
+    """Begin at the newest checkpoint if resuming and there is one, else where train.start_from says, else at the
+    beginning."""
+    origin = run.settings.train.start_from
+    found = [checkpoint.latest(run.folder) if resume else None, checkpoint.find(Path(origin)) if origin else None]
     dist.broadcast_object_list(found)  # a shared file system may show the ranks different things
-    path = found[0]
-    if path is None:
-        reporter.started(run.progress, f"a new run of {count(run)} parameters", run.mesh.layout)
+    own, others = found
+    if own:
+        saved = run.restore(own)["config"]
+        reporter.began("resumed", f"from {own}", run, changes(run.settings, saved))
+    elif others:
+        saved = run.branch(others)["config"]
+        reporter.began("branched", f"from {others}", run, changes(run.settings, saved))
     else:
-        saved = run.restore(path)["config"]
-        reporter.resumed(run.progress, path, run.mesh.layout, changes(run.settings, saved))
+        reporter.began("started", f"a new run of {count(run)} parameters", run, {})
 
 
 def skip(run: Run, reporter: Reporter, measured: Measurement) -> None:
@@ -111,7 +118,8 @@ def microbatches(loader: Loader, plan: Plan, run: Run) -> Iterator[Batch]:
     """This rank's microbatches of one step; while each computes, the one after it is read."""
     ids = samples_of(plan, run)
     following = run.batch_plan.step(run.progress.after(plan))  # unless the batch grows: then it is read in vain
-    ahead = [*ids[1:], samples_of(following, run)[0] if following else None]
+    same_data = following and following.stage == plan.stage
+    ahead = [*ids[1:], samples_of(following, run)[0] if following and same_data else None]
     for now, then in zip(ids, ahead, strict=True):
         yield loader.take(now, then)
 

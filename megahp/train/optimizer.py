@@ -1,17 +1,43 @@
-"""AdamW on this rank's parts of the weights, with each role's multipliers from the parameterization table."""
+"""The update rules, on this rank's parts of the weights, with each role's multipliers from the table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from megahp.parallel.parameters import Row, like, storage
+from megahp import config
+from megahp.parallel.parameters import Row, like, part_of, storage, whole
 from megahp.scaling.batch_size import Plan
-from megahp.scaling.parameterization import Role, Rule, Table
+from megahp.scaling.parameterization import Role, Rule, Table, spectral_scale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # K. Jordan's quintic: slope as steep at 0 as singular values near 1 allow
+ITERATIONS = 5
+
+
+class Optimizer(Protocol):
+    """An update rule over the weights it was made with."""
+
+    updates: int  # made so far
+
+    def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
+        """One update from this rank's parts of the gradients, in the order of the weights."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What it remembers of every weight, laid out as the weight is, under flat names: moment.weight."""
+
+
+def make_optimizer(
+    settings: config.Optimizer, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table
+) -> Optimizer:
+    """The update rule that is asked for."""
+    if settings.name == "muon":
+        return Muon(weights, rows, table, settings.muon_lr / settings.lr, settings.momentum)
+    return AdamW(weights, rows, table)
 
 
 class AdamW:
@@ -34,7 +60,6 @@ class AdamW:
             }
 
     def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
-        """One update from this rank's gradients, in the order of the weights."""
         for group in self.adamw.param_groups:
             rule = self.rules[group["role"]]
             group["lr"] = plan.lr * rule.lr
@@ -46,7 +71,6 @@ class AdamW:
         self.adamw.step()
 
     def state(self) -> dict[str, Tensor]:
-        """The moments, laid out as their weights, under flat names: moment.weight."""
         return {
             f"{moment}.{name}": like(self.weights[name], self.adamw.state[part][moment])
             for name, part in self.parts.items()
@@ -55,10 +79,82 @@ class AdamW:
 
     @property
     def updates(self) -> int:
-        """Updates made so far, which bias correction depends on."""
         return int(next(iter(self.adamw.state.values()))["step"].item())
 
     @updates.setter
     def updates(self, count: int) -> None:
         for state in self.adamw.state.values():
             state["step"].fill_(count)
+
+
+class Muon:
+    """Muon (K. Jordan, 2024) for hidden matrices, AdamW for everything else.
+
+    A hidden matrix moves by -rate sqrt(fan_out / fan_in) U, U its Nesterov momentum made orthogonal: an update of that
+    spectral norm is muP's own rule for any width (arXiv 2310.17813, condition 1), so no 1/m_N enters; rate is
+    `ratio` times the plan's, which carries schedule and batch rule. It decays as AdamW would have it decay, so tau
+    means the same for every weight.
+
+    The matrices are dealt to the ranks: all give their parts of the momentum, one orthogonalises, all take their part
+    of the result. So every layout computes the same update, and a rank holds one whole matrix at a time.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table, ratio: float, momentum: float
+    ) -> None:
+        self.rows, self.rule, self.ratio, self.decay = rows, table.rules[Role.HIDDEN], ratio, momentum
+        self.names = list(weights)
+        self.hidden = {name: weight for name, weight in weights.items() if rows[name].role is Role.HIDDEN}
+        rest = {name: weight for name, weight in weights.items() if name not in self.hidden}
+        self.adamw = AdamW(rest, rows, table)
+        self.momentum = {name: torch.zeros_like(storage(weight)) for name, weight in self.hidden.items()}
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
+        by_name = dict(zip(self.names, grads, strict=True))
+        self.adamw.step([by_name[name] for name in self.adamw.parts], plan)
+        names, ranks = list(self.hidden), dist.get_world_size()
+        for start in range(0, len(names), ranks):
+            self._update(names[start : start + ranks], by_name, plan)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.adamw.state() | {
+            f"momentum.{name}": like(weight, self.momentum[name]) for name, weight in self.hidden.items()
+        }
+
+    @property
+    def updates(self) -> int:
+        return self.adamw.updates
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self.adamw.updates = count
+
+    def _update(self, names: Sequence[str], grads: Mapping[str, Tensor], plan: Plan) -> None:
+        """Update so many matrices at most as there are ranks, the n-th orthogonalised by rank n."""
+        mine = torch.empty(0)
+        for rank, name in enumerate(names):
+            momentum = self.momentum[name].lerp_(grads[name], 1 - self.decay)
+            gathered = whole(self.hidden[name], grads[name].lerp(momentum, self.decay))
+            if rank == dist.get_rank():
+                matrices = self.rows[name].matrices(gathered)
+                mine = self.rows[name].fuse([spectral_scale(*m.shape) * orthogonal(m) for m in matrices])
+        for rank, name in enumerate(names):
+            weight = self.hidden[name]
+            update = mine if rank == dist.get_rank() else gathered.new_empty(weight.shape)
+            dist.broadcast(update, rank)
+            part = storage(weight)
+            part.mul_(1 - plan.lr * self.rule.lr * plan.weight_decay * self.rule.weight_decay)
+            part.sub_(part_of(weight, update), alpha=self.ratio * plan.lr * self.rule.spectral_lr)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About U V^T of the matrix U S V^T, by five Newton-Schulz iterations: its singular values come to lie between
+    about 0.7 and 1.2. [m, n] -> [m, n]."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + torch.finfo(x.dtype).tiny)
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x

@@ -13,6 +13,8 @@ from megahp.parallel.layout import Layout
 from megahp.scaling.batch_size import BatchPlan, Change, Progress
 from megahp.train.metrics import Record, read_events, read_metrics
 
+STARTS = ("started", "branched", "resumed")  # events after which a batch plan goes on
+
 
 @dataclass(frozen=True)
 class Replayed:
@@ -25,7 +27,7 @@ class Replayed:
 def replay(run: Path) -> Replayed:
     """Decide again, from the start and every resume, each change of the batch. Raises UserError for a damaged log."""
     events, records = read_events(run), {record["step"]: record for record in read_metrics(run)}
-    starts = [event for event in events if event["event"] in ("started", "resumed")]
+    starts = [event for event in events if event["event"] in STARTS]
     if not starts or "config" not in starts[0]:
         raise UserError(f"{run}/events.jsonl does not tell how the run started; it cannot be replayed")
     changes: list[tuple[int, Change]] = []
@@ -43,10 +45,11 @@ def _decide(
     """The changes between one start and the step the next one went on from; `after` gathers the state of each step."""
     settings = resolve.from_dict(start["config"], "events.jsonl")
     plan = BatchPlan(settings, Layout(**start["layout"]).dp)
-    progress = Progress()
+    progress = Progress(start["step"], start["samples"], start["tokens"])
+    if start["event"] == "branched":
+        plan.restore(start["batch_plan"])
     if start["event"] == "resumed":
-        progress, state = after[start["step"]] if start["step"] else (Progress(), plan.state())
-        plan.restore(state)
+        plan.restore(after[progress.step][1] if progress.step else plan.state())
     while progress.step < until and (step := plan.step(progress)):
         progress = progress.after(step)
         noise = records.get(progress.step, {}).get("noise_scale")

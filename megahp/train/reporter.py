@@ -11,7 +11,6 @@ from typing import Any, TextIO
 
 from megahp import config
 from megahp.errors import UserError
-from megahp.parallel.layout import Layout
 from megahp.scaling.batch_size import Plan, Progress
 from megahp.train.metrics import Record, RunLog
 from megahp.train.progress import Progress as Display
@@ -48,19 +47,27 @@ class Reporter:
             self.log.event(event, **{"reason": why, **details})
             self.say(f"{event}: {why}")
 
-    def started(self, progress: Progress, why: str, layout: Layout) -> None:
-        """Log a start, with all that decides what follows, so that it can be replayed."""
-        self._open(progress)
-        self.event("started", why, progress, layout=vars(layout), config=config.to_dict(self.settings))
+    def began(self, event: str, why: str, run: Run, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        """Log a start (event: started, resumed, branched), with all that decides what follows, so that it can be
+        replayed. Steps logged beyond the checkpoint will be taken again, so their lines go."""
+        self._open(run.progress)
+        self.event(
+            event,
+            why,
+            run.progress,
+            samples=run.progress.samples,
+            batch_plan=run.batch_plan.state(),
+            changed={key: {"before": before, "now": now} for key, (before, now) in changes.items()},
+            layout=vars(run.mesh.layout),
+            config=config.to_dict(self.settings),
+        )
 
-    def resumed(
-        self, progress: Progress, checkpoint: Path, layout: Layout, changes: Mapping[str, tuple[Any, Any]]
-    ) -> None:
-        """Log a resume: steps logged after the checkpoint will be taken again, so their lines go."""
-        self._open(progress)
-        changed = {key: {"before": before, "now": now} for key, (before, now) in changes.items()}
-        how = {"layout": vars(layout), "config": config.to_dict(self.settings)}
-        self.event("resumed", f"from {checkpoint}", progress, changed=changed, **how)
+    def stage(self, run: Run, plan: Plan) -> None:
+        """Log that another stage of the data begins."""
+        weights = run.data.stages[plan.stage].weights
+        shares = ", ".join(f"{weight / sum(weights):.3g}" for weight in weights)
+        reads = f"batches of {plan.global_batch} sequences of {plan.length} tokens, the sources' shares {shares}"
+        self.event("stage", reads, run.progress, stage=plan.stage, length=plan.length, weights=weights)
 
     def step(self, run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None) -> None:
         """Log and show one step, if it is one of those logged."""
@@ -101,7 +108,6 @@ class Reporter:
 
 
 def _record(run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None) -> Record:
-    length = run.settings.data.sequence_length
     noise = run.noise.pooled.ratio
     record: Record = {
         "step": run.progress.step,
@@ -111,11 +117,12 @@ def _record(run: Run, plan: Plan, measured: Measurement, seconds: float, validat
         "lr": plan.lr,
         "weight_decay": plan.weight_decay,
         "global_batch": plan.global_batch,
+        "batch_target": run.batch_plan.aim(run.progress, noise),
         "grad_norm": measured.grad_norm,
         "grad_sq_example": sum(measured.grad_sq_example.values()) if measured.grad_sq_example else None,
         "grad_sq_batch": sum(measured.grad_sq_batch.values()) if measured.grad_sq_batch else None,
         "noise_scale": noise,
-        "noise_scale_tokens": noise * length if noise else None,
+        "noise_scale_tokens": noise * plan.length if noise else None,
         "noise_scale_layers": {name: average.ratio for name, average in run.noise.layers.items()},
         "tokens_per_second": plan.tokens / seconds,
         "step_seconds": seconds,

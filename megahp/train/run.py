@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +16,28 @@ import torch.distributed as dist
 from megahp import checkpoint, config, resolve
 from megahp.config import Config
 from megahp.data.indexed import IndexedDataset
-from megahp.data.loader import Source, TrainingData
+from megahp.data.loader import TrainingData
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.model.build import build_model, table_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh
-from megahp.scaling.batch_size import BatchPlan, Progress, runnable
+from megahp.scaling.batch_size import BatchPlan, Plan, Progress, runnable, unit
 from megahp.scaling.noise_scale import NoiseScale
-from megahp.train.optimizer import AdamW
+from megahp.train.optimizer import make_optimizer
 from megahp.train.step import Engine
 
-# What a resumed run may not change, by section or key; all else may, and the change is an event. Files may move: that
-# the data is the same is known by its fingerprint.
-FIXED = ("model", "parameterization", "data", "train.seed", "train.dtype", "optimizer.name")
+# What a run that starts from another's checkpoint may not change, by section or key, and what one that is resumed may
+# not either. All else may, and the change is an event. Files may move: the data is known by its fingerprint.
+FIXED = ("model", "parameterization", "train.dtype", "optimizer.name")
+FIXED_ON_RESUME = (*FIXED, "data", "train.seed", "train.start_from")
 MOVABLE = ("data.train", "data.tokenizer", "data.cache")
 
 
 def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> Config:
     """Check, before anything is built or written, all that can be checked: batch and layout, tokenizer, run directory,
     and on resume that the run is the same one. Returns the settings with the vocabulary filled in. Raises UserError."""
-    unit = layout.dp * settings.batch.micro_batch
-    nearest = runnable(settings.batch.global_batch, layout.dp, settings.batch.micro_batch)
-    if nearest != (settings.batch.global_batch,):
-        raise UserError(
-            f"batch.global_batch = {settings.batch.global_batch} is not a multiple of {unit} (data parallel "
-            f"{layout.dp} x batch.micro_batch {settings.batch.micro_batch}); "
-            f"nearest that are: {', '.join(map(str, nearest))}"
-        )
+    check_batch(settings, layout)
     check_devices(settings, ranks_here)
     if not settings.data.train:
         raise UserError("data.train is empty; name at least one prefix written by tools/preprocess_data.py")
@@ -58,9 +52,42 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
             f"{settings.directory} already holds a run; go on with --resume auto, or choose another log.name"
         )
     if resume and saved:
-        refuse_changes(settings, checkpoint.read_state(saved)["config"], saved)
+        refuse_changes(settings, checkpoint.read_state(saved)["config"], saved, FIXED_ON_RESUME)
+    elif settings.train.start_from:
+        check_start(settings, checkpoint.find(Path(settings.train.start_from)))
     open_data(settings)
     return settings
+
+
+def check_batch(settings: Config, layout: Layout) -> None:
+    """Raise UserError when the layout cannot run the global batch in every stage of the data."""
+    batch, multiple = settings.batch, unit(settings, layout.dp)
+    nearest = runnable(batch.global_batch, multiple)
+    if nearest != (batch.global_batch,):
+        of = f"data parallel {layout.dp} x batch.micro_batch {batch.micro_batch}"
+        if multiple != layout.dp * batch.micro_batch:
+            of += ", in sequences of every length in data.lengths"
+        raise UserError(
+            f"batch.global_batch = {batch.global_batch} is not a multiple of {multiple} ({of}); "
+            f"nearest that are: {', '.join(map(str, nearest))}"
+        )
+
+
+def check_start(settings: Config, path: Path) -> None:
+    """Raise UserError when a new run cannot go on from this checkpoint."""
+    state = checkpoint.read_state(path)
+    refuse_changes(settings, state["config"], path, FIXED)
+    done = state["progress"]["tokens"]
+    if settings.train.tokens <= done:
+        raise UserError(
+            f"train.tokens = {settings.train.tokens} is not beyond the {done} tokens of {path}, which count as this "
+            "run's own; raise it"
+        )
+    if settings.schedule.start > done:
+        raise UserError(
+            f"schedule.start = {settings.schedule.start} is beyond the {done} tokens of {path}, where the run begins; "
+            f"set schedule.start={done} for a schedule of its own"
+        )
 
 
 def cuda_wanted(settings: Config) -> bool:
@@ -115,14 +142,14 @@ def changes(settings: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[st
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def refuse_changes(settings: Config, saved: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Raise UserError when a setting differs that a checkpoint's weights or data order rest on."""
+def refuse_changes(
+    settings: Config, saved: Mapping[str, Mapping[str, Any]], path: Path, fixed: tuple[str, ...]
+) -> None:
+    """Raise UserError when a setting differs that may not."""
     for key, (before, now) in changes(settings, saved).items():
-        if key.startswith(FIXED) and key not in MOVABLE:
-            raise UserError(
-                f"{key} = {now!r} but {path} was trained with {before!r}; "
-                "set it back, or start a new run under another log.name"
-            )
+        if key.startswith(fixed) and key not in MOVABLE:
+            elsewhere = "set it back" if fixed == FIXED else "set it back, or start a new run under another log.name"
+            raise UserError(f"{key} = {now!r} but {path} was trained with {before!r}; {elsewhere}")
 
 
 def open_data(settings: Config) -> TrainingData:
@@ -132,12 +159,12 @@ def open_data(settings: Config) -> TrainingData:
     for prefix, count in tokens.items():
         if count == 0:
             raise UserError(f"data {prefix!r} holds no tokens; leave it out of data.train, or preprocess again")
-    weights = data.weights or tuple(map(float, tokens.values()))
-    sources = [Source(prefix, weight) for prefix, weight in zip(data.train, weights, strict=True)]
+    by_tokens = tuple(map(float, tokens.values()))
+    along = [replace(stage, weights=stage.weights or by_tokens) for stage in config.stages(data)]
     cache = Path(data.cache) if data.cache else Path(data.train[0]).parent / "cache"
     return TrainingData(
-        sources,
-        data.sequence_length,
+        data.train,
+        along,
         settings.train.seed,
         data.validation_fraction,
         cache,
@@ -146,18 +173,18 @@ def open_data(settings: Config) -> TrainingData:
 
 
 class Run:
-    """Model, optimizer, progress and averages of one run: what a checkpoint holds."""
+    """Model, optimizer, data, progress and averages of one run: what a checkpoint holds."""
 
-    def __init__(self, settings: Config, mesh: Mesh, data_fingerprint: str) -> None:
-        self.settings, self.mesh, self.data_fingerprint = settings, mesh, data_fingerprint
+    def __init__(self, settings: Config, mesh: Mesh, data: TrainingData) -> None:
+        self.settings, self.mesh, self.data = settings, mesh, data
         self.table = table_of(settings)
         self.engine = Engine(build_model(settings, mesh), mesh)
-        self.optimizer = AdamW(self.engine.weights, self.engine.rows, self.table)
+        self.optimizer = make_optimizer(settings.optimizer, self.engine.weights, self.engine.rows, self.table)
         self.progress = Progress()
         self.batch_plan = BatchPlan(settings, mesh.layout.dp)
         self.skipped = self.skipped_in_a_row = 0
         self.saved_at = -1  # step
-        self.noise = NoiseScale(settings.train.noise_half_life * settings.train.tokens)
+        self.forget_noise()
 
     @property
     def folder(self) -> Path:
@@ -171,7 +198,8 @@ class Run:
             "updates": self.optimizer.updates,
             "noise_scale": self.noise.state(),
             "batch_plan": self.batch_plan.state(),
-            "data": self.data_fingerprint,
+            "data": self.data.fingerprint,
+            "data_order": self.data.state(self.progress.samples),
             "table": self.table.to_dict(),
             "layout": asdict(self.mesh.layout),
             "config": config.to_dict(self.settings),
@@ -182,12 +210,49 @@ class Run:
 
     def restore(self, path: Path) -> dict[str, Any]:
         """Become what was saved, on this layout. Returns the saved JSON state. Raises UserError."""
-        state = checkpoint.read_state(path)
-        if state["data"] != self.data_fingerprint:
+        state = self._load(path)
+        if state["data"] != self.data.fingerprint:
             raise UserError(
                 f"the data of {', '.join(self.settings.data.train)} is not what {path} was trained on; "
                 "restore those files, or start a new run under another log.name"
             )
+        self.data.restore(state["data_order"])
+        self.batch_plan.restore(state["batch_plan"])
+        self.skipped = state["skipped"]
+        return state
+
+    def branch(self, path: Path) -> dict[str, Any]:
+        """Take over weights, moments, averages and progress, and go on under this run's own settings: with its data,
+        each source from where it stands, and its batch plan. What is set as before goes on as before. Returns the saved
+        JSON state. Raises UserError."""
+        state = self._load(path)
+        saved = resolve.from_dict(state["config"], str(path))
+        if state["data"] == self.data.fingerprint:
+            self.data.restore(state["data_order"])
+        else:
+            self.data.branch(state["data_order"], self.progress.tokens, self.progress.samples)
+        if (saved.batch, saved.data.sequence_length) == (self.settings.batch, self.settings.data.sequence_length):
+            self.batch_plan.restore(state["batch_plan"])
+        if state["batch_plan"]["length"] != self.data.length:
+            self.forget_noise()
+        return state
+
+    def enter_stage(self, plan: Plan) -> bool:
+        """Whether this step is the first of another stage of the data, which is then entered."""
+        if plan.stage == self.data.stage:
+            return False
+        if plan.length != self.data.length:
+            self.forget_noise()
+        self.data.enter(plan.stage, plan.first_sample)
+        return True
+
+    def forget_noise(self) -> None:
+        """Begin the averages again: an example has become another thing."""
+        self.noise = NoiseScale(self.settings.train.noise_half_life * self.settings.train.tokens)
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        """Weights, moments, progress and averages of a checkpoint. Returns its JSON state."""
+        state = checkpoint.read_state(path)
         if state["table"] != self.table.to_dict():
             raise UserError(
                 f"the parameterization table of this megahp differs from the one in {path}; "
@@ -196,10 +261,8 @@ class Run:
         checkpoint.load(path, self._tensors())
         self.progress = Progress(**state["progress"])
         self.saved_at = self.progress.step
-        self.skipped = state["skipped"]
         self.optimizer.updates = state["updates"]
         self.noise.restore(state["noise_scale"])
-        self.batch_plan.restore(state["batch_plan"])
         return state
 
     def _tensors(self) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megahp import checkpoint, config, launch
 from megahp.data.tokenizer import load_tokenizer
 from megahp.errors import UserError
-from megahp.model.build import build_model
+from megahp.model.build import build_model, longest
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
@@ -48,8 +48,14 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
     model = build_model(settings, make_mesh(Layout(), device))
     checkpoint.load(path, {f"model.{name}": weight.detach() for name, weight in parameters(model)})
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eod]], device=device)
-    ids = continued(model, ids, tokens, settings.data.sequence_length, temperature, top_k, tokenizer.vocab_size, seed)
+    ids = continued(model, ids, tokens, window_of(settings), temperature, top_k, tokenizer.vocab_size, seed)
     return tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.eod])
+
+
+def window_of(settings: config.Config) -> int:
+    """How many tokens the model looks back on: as many as it was trained on; with ALiBi, which interpolates, twice
+    that (what arXiv 2310.13017 found to work)."""
+    return longest(settings) * (2 if settings.model.positions == "alibi" else 1)
 
 
 @torch.no_grad()

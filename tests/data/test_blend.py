@@ -92,7 +92,21 @@ def test_only_ratios_of_weights_matter():
     assert (one[0] == ten[0]).all() and (one[1] == ten[1]).all()
 
 
-@pytest.mark.parametrize("weights", [[], [1, 0], [1, -1], [float("nan")], [1, float("inf")]])
+@pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [float("nan")], [1, float("inf")]])
 def test_bad_weights_are_refused(weights):
     with pytest.raises(UserError):
         Blend(weights)
+
+
+@pytest.mark.parametrize("weights", BLENDS)
+@pytest.mark.parametrize("n", [0, 1, 2, 17, 2000])
+def test_counts_are_those_of_the_first_samples(weights, n):
+    source, _ = Blend(weights).locate(np.arange(n))
+    assert Blend(weights).counts(n) == np.bincount(source, minlength=len(weights)).tolist()
+
+
+def test_a_source_of_weight_zero_is_as_if_it_were_not_there():
+    source, j = Blend([0, 0.3, 0, 0.7]).locate(np.arange(500))
+    without, same = Blend([0.3, 0.7]).locate(np.arange(500))
+    assert np.array_equal(source, np.array([1, 3])[without]) and np.array_equal(j, same)
+    assert Blend([0, 0.3, 0, 0.7]).counts(500)[::2] == [0, 0]

@@ -1,3 +1,4 @@
+import json
 import threading
 from pathlib import Path
 
@@ -5,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from megahp.config import Stage
 from megahp.data.indexed import IndexedWriter
-from megahp.data.loader import Loader, Source, TrainingData
+from megahp.data.loader import Loader, TrainingData
 from megahp.errors import UserError
 
 LENGTH = 8
@@ -21,11 +23,12 @@ def sources(tmp_path):
             for document in range(40):
                 start = 1200 * k + 30 * document
                 writer.add_document(range(start, start + 30))
-    return [Source(str(tmp_path / "one"), 3.0), Source(str(tmp_path / "two"), 1.0)]
+    return {str(tmp_path / "one"): 3.0, str(tmp_path / "two"): 1.0}
 
 
-def training_data(sources, tmp_path, seed=1, fraction=0.1, length=LENGTH):
-    return TrainingData(sources, length, seed, fraction, tmp_path / "cache")
+def training_data(sources, tmp_path, seed=1, fraction=0.1, length=LENGTH, more=()):
+    stages = [Stage(0.0, length, tuple(sources.values())), *more]
+    return TrainingData(tuple(sources), stages, seed, fraction, tmp_path / "cache")
 
 
 def test_batches_do_not_depend_on_how_they_are_cut(sources, tmp_path):
@@ -46,7 +49,7 @@ def test_sources_are_dealt_by_weight(sources, tmp_path):
 
 
 def test_one_epoch_of_a_source_repeats_nothing(sources, tmp_path):
-    data = training_data(sources[:1], tmp_path)
+    data = training_data(dict([*sources.items()][:1]), tmp_path)
     inputs = data.batch(np.arange((data.tokens - 1) // LENGTH), documents=False).tokens[:, :-1]
     assert data.tokens == 36 * 30 and inputs.unique().numel() == inputs.numel()
 
@@ -75,33 +78,34 @@ def test_a_single_document_cannot_be_split(tmp_path):
     with IndexedWriter(str(tmp_path / "book"), 100) as writer:
         writer.add_document([1] * 1000)
     with pytest.raises(UserError, match="split the data into more documents"):
-        training_data([Source(str(tmp_path / "book"), 1.0)], tmp_path)
+        training_data({str(tmp_path / "book"): 1.0}, tmp_path)
 
 
 def test_fingerprint_names_everything_but_the_path(sources, tmp_path):
     base = training_data(sources, tmp_path).fingerprint
-    copies = []
-    for source in sources:
+    copies = {}
+    for prefix, weight in sources.items():
         for suffix in ("bin", "idx"):
-            content = Path(f"{source.prefix}.{suffix}").read_bytes()
-            (tmp_path / f"copy-{source.weight}.{suffix}").write_bytes(content)
-        copies.append(Source(str(tmp_path / f"copy-{source.weight}"), 2 * source.weight))
+            content = Path(f"{prefix}.{suffix}").read_bytes()
+            (tmp_path / f"copy-{weight}.{suffix}").write_bytes(content)
+        copies[str(tmp_path / f"copy-{weight}")] = 2 * weight
     assert training_data(copies, tmp_path).fingerprint == base
     others = [
         training_data(sources, tmp_path, seed=2),
         training_data(sources, tmp_path, length=9),
         training_data(sources, tmp_path, fraction=0.2),
-        training_data(sources[::-1], tmp_path),
-        training_data([sources[0], Source(sources[1].prefix, 2.0)], tmp_path),
+        training_data(dict([*sources.items()][::-1]), tmp_path),
+        training_data(dict(zip(sources, (3.0, 2.0), strict=True)), tmp_path),
+        training_data(sources, tmp_path, more=[Stage(80.0, LENGTH, (1.0, 1.0))]),
     ]
-    assert len({base, *(other.fingerprint for other in others)}) == 6
+    assert len({base, *(other.fingerprint for other in others)}) == 7
 
 
 def test_bad_sources_are_refused(sources, tmp_path):
     for bad, reason in (
-        ([], "no sources"),
-        ([Source("/none", 1.0)], "/none.idx"),
-        ([Source("x", 0.0)], "weight 0.0"),
+        ({}, "no source"),
+        ({"/none": 1.0}, "/none.idx"),
+        ({"x": -1.0}, "weight -1.0"),
     ):
         with pytest.raises(UserError, match=reason):
             training_data(bad, tmp_path)
@@ -112,6 +116,93 @@ def test_training_chunks_are_the_first_samples_up_to_an_epoch(sources, tmp_path)
     (chunk,) = data.training_chunks(limit=100)
     assert np.array_equal(chunk, data.batch(np.arange(12), documents=False).tokens)
     assert sum(len(chunk) for chunk in data.training_chunks(limit=10**9)) == data.tokens // LENGTH
+
+
+FLIP = Stage(200.0, LENGTH, (1.0, 3.0))
+LONG = Stage(400.0, 4 * LENGTH, (0.0, 1.0))
+
+
+def tokens_of(data, first, count):
+    return data.batch(np.arange(first, first + count), documents=False).tokens[:, :-1]
+
+
+def test_stages_change_mixture_and_length_and_repeat_nothing(sources, tmp_path):
+    data = training_data(sources, tmp_path, more=[FLIP, LONG])
+    seen = [tokens_of(data, 0, 25)]
+    data.enter(1, 25)
+    seen.append(tokens_of(data, 25, 40))
+    data.enter(2, 65)
+    seen.append(tokens_of(data, 65, 5))
+    assert [part.shape for part in seen] == [(25, LENGTH), (40, LENGTH), (5, 4 * LENGTH)]
+    ones = [(part[:, 0] < 1200).sum().item() for part in seen]
+    assert ones == [19, 10, 0]
+    everything = torch.cat([part.reshape(-1) for part in seen])
+    assert everything.unique().numel() == everything.numel()
+
+
+def test_another_mixture_passes_over_nothing(sources, tmp_path):
+    """Each source's samples are, in their order, those it would have given alone."""
+    data = training_data(sources, tmp_path, more=[FLIP])
+    first = tokens_of(data, 0, 25)
+    data.enter(1, 25)
+    rows = torch.cat([first, tokens_of(data, 25, 40)])
+    for prefix, of in ((0, rows[:, 0] < 1200), (1, rows[:, 0] >= 1200)):
+        alone = training_data({list(sources)[prefix]: 1.0}, tmp_path)
+        assert torch.equal(rows[of], tokens_of(alone, 0, int(of.sum())))
+
+
+@pytest.mark.parametrize("at", [0, 10, 25, 30, 64, 65, 67])
+def test_a_restored_order_goes_on_as_if_nothing_had_been(sources, tmp_path, at):
+    def deal(data, first, last):
+        rows = []
+        for i in range(first, last):
+            stage = 0 if i < 25 else 1 if i < 65 else 2
+            if data.stage != stage:
+                data.enter(stage, i)
+            rows.append(tokens_of(data, i, 1)[0].tolist())
+        return rows
+
+    whole, data = (training_data(sources, tmp_path, more=[FLIP, LONG]) for _ in range(2))
+    deal(data, 0, at)
+    state = json.loads(json.dumps(data.state(at)))
+    again = training_data(sources, tmp_path, more=[FLIP, LONG])
+    again.restore(state)
+    assert deal(again, at, 69) == deal(whole, 0, 69)[at:]
+
+
+def test_a_branch_goes_on_with_every_source_where_it_stands(sources, tmp_path):
+    one, two = sources
+    data = training_data({one: 1.0}, tmp_path)
+    seen = [tokens_of(data, 0, 40)]
+    both = training_data(sources, tmp_path, more=[Stage(1e9, LENGTH, (1.0, 0.0))])
+    both.branch(data.state(40), 40 * LENGTH, 40)
+    assert both.stage == 0
+    seen.append(tokens_of(both, 40, 40))
+    other = training_data({two: 1.0}, tmp_path)  # forgets nothing of the first
+    other.branch(both.state(80), 80 * LENGTH, 80)
+    seen.append(tokens_of(other, 80, 30))
+    back = training_data({one: 1.0}, tmp_path)
+    back.branch(other.state(110), 110 * LENGTH, 110)
+    seen.append(tokens_of(back, 110, 40))
+    everything = torch.cat([part.reshape(-1) for part in seen])
+    assert everything.unique().numel() == everything.numel() == 150 * LENGTH
+    alone = tokens_of(training_data({one: 1.0}, tmp_path), 0, 110)
+    assert torch.equal(seen[-1], alone[70:])
+
+
+def test_a_branch_enters_the_stage_its_tokens_are_in(sources, tmp_path):
+    data = training_data(sources, tmp_path)
+    branch = training_data(sources, tmp_path, more=[FLIP])
+    branch.branch(data.state(30), 30 * LENGTH, 30)
+    assert branch.stage == 1
+
+
+def test_validation_is_the_same_in_every_stage(sources, tmp_path):
+    data = training_data(sources, tmp_path, more=[FLIP])
+    before = data.validation(8).tokens
+    data.enter(1, 25)
+    assert torch.equal(data.validation(8).tokens, before)
+    assert (before[:, 0] < 1200).sum() == 2, "dealt by what the run ends with"
 
 
 class Recorded:

@@ -33,8 +33,8 @@ def document_of(token):
 
 
 def epoch(samples, number):
-    start = number * samples.samples_per_epoch
-    return [samples.sample(j) for j in range(start, start + samples.samples_per_epoch)]
+    start = number * samples.windows
+    return [samples.sample(j, LENGTH) for j in range(start, start + samples.windows)]
 
 
 @pytest.mark.parametrize("number", [0, 1, 5])
@@ -60,13 +60,13 @@ def test_every_input_token_comes_once_an_epoch_but_for_the_remainder(dataset, tm
     samples = order(dataset, tmp_path / "c")
     for number in range(4):
         seen = Counter(int(i) for tokens, _ in epoch(samples, number) for i in tokens[:-1])
-        assert set(seen.values()) == {1} and len(seen) == samples.samples_per_epoch * LENGTH
+        assert set(seen.values()) == {1} and len(seen) == samples.windows * LENGTH
 
 
 def test_document_numbers_follow_the_tokens(dataset, tmp_path):
     samples = order(dataset, tmp_path / "c")
-    for j in range(3 * samples.samples_per_epoch):
-        tokens, documents = samples.sample(j)
+    for j in range(3 * samples.windows):
+        tokens, documents = samples.sample(j, LENGTH)
         assert (tokens.dtype, documents.dtype) == (np.int64, np.int32)
         assert (tokens.shape, documents.shape) == ((LENGTH + 1,), (LENGTH,))
         origins = [document_of(token) for token in tokens[:-1]]
@@ -77,8 +77,8 @@ def test_document_numbers_follow_the_tokens(dataset, tmp_path):
 def test_a_sample_depends_only_on_seed_and_number(dataset, tmp_path):
     first, second = order(dataset, tmp_path / "one"), order(dataset, tmp_path / "two")
     ids = [400, 3, 17, 0, 250, 3, 60]
-    forward = {j: first.sample(j)[0].tolist() for j in range(401)}
-    assert [second.sample(j)[0].tolist() for j in ids] == [forward[j] for j in ids]
+    forward = {j: first.sample(j, LENGTH)[0].tolist() for j in range(401)}
+    assert [second.sample(j, LENGTH)[0].tolist() for j in ids] == [forward[j] for j in ids]
 
 
 def test_epochs_and_seeds_differ(dataset, tmp_path):
@@ -90,14 +90,60 @@ def test_epochs_and_seeds_differ(dataset, tmp_path):
 def test_the_order_is_pinned(dataset, tmp_path):
     """A resumed run relies on these numbers: a change of the order is a change of every run's data."""
     samples = order(dataset, tmp_path / "c", seed=1234)
-    assert [int(samples.sample(j)[0][0]) for j in (0, 1, 2, 20, 21)] == [124, 75, 79, 34, 65]
+    assert [int(samples.sample(j, LENGTH)[0][0]) for j in (0, 1, 2, 20, 21)] == [124, 75, 79, 34, 65]
 
 
 def test_too_few_tokens_for_one_sample(dataset, tmp_path):
     exact = order(dataset, tmp_path / "c", length=sum(SIZES) - 1)
-    assert exact.samples_per_epoch == 1 and sorted(exact.sample(5)[0]) == list(range(sum(SIZES)))
+    assert exact.windows == 1 and sorted(exact.sample(5, sum(SIZES) - 1)[0]) == list(range(sum(SIZES)))
     with pytest.raises(UserError, match=f"fewer than the {sum(SIZES) + 1} of one sample"):
         order(dataset, tmp_path / "c", length=sum(SIZES))
+
+
+@pytest.fixture
+def long(tmp_path):
+    """A corpus of 200 windows of 12 tokens and some more, in more than one group of windows."""
+    with IndexedWriter(str(tmp_path / "long"), 5000) as writer:
+        for start in range(0, 2410, 10):
+            writer.add_document(range(start, start + 10))
+    return SampleOrder(IndexedDataset(str(tmp_path / "long")), np.arange(241), 12, 1, tmp_path / "c")
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 12])
+def test_parts_of_windows_hold_every_token_once(long, length):
+    samples = long.windows * 12 // length
+    for number in range(2):
+        rows = [long.sample(number * samples + j, length)[0] for j in range(samples)]
+        inputs = np.concatenate([row[:-1] for row in rows])
+        assert len(np.unique(inputs)) == len(inputs) == 2400
+        followed = dict(zip(inputs.tolist(), np.concatenate([row[1:] for row in rows]).tolist(), strict=True))
+        whole = [long.sample(number * long.windows + j, 12)[0].tolist() for j in range(long.windows)]
+        assert all(followed[a] == b for row in whole for a, b in zip(row, row[1:], strict=False))
+
+
+def test_parts_of_a_window_are_far_apart(long):
+    """Neighbours in the text would make the examples of a batch alike."""
+    at = {int(long.sample(j, 3)[0][0]): j for j in range(800)}
+    windows = [long.sample(j, 12)[0] for j in range(200)]
+    places = np.array([[at[int(window[part])] for part in (0, 3, 6, 9)] for window in windows])
+    assert set(np.diff(places, axis=1)[:192].ravel()) == {12} == {long.group}
+    assert set(np.diff(places, axis=1)[192:].ravel()) == {200 - 192}
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, 255, 256, 257, 500, 769, 800, 801, 1700])
+@pytest.mark.parametrize("lengths", [(3, 12), (12, 3), (3, 6, 12), (12, 4, 12), (6, 6), (3, 1)])
+def test_another_length_repeats_nothing_and_passes_over_less_than_a_group(long, taken, lengths):
+    seen, tokens, j = [], taken * 3, 0
+    for before, now in zip(lengths, (*lengths[1:], None), strict=True):
+        count = tokens // before
+        seen += [int(token) for number in range(j, j + count) for token in long.sample(number, before)[0][:-1]]
+        j = long.go_on(j + count, before, now) if now else j + count
+    used = j * lengths[-1]  # of the order, counted in tokens, with what was passed over
+    assert 0 <= used - len(seen) <= (len(lengths) - 1) * long.group * 12
+    assert lengths != (6, 6) or used == len(seen)
+    times = np.bincount(seen, minlength=2410)
+    epochs = -(-used // 2400)
+    assert times.max() <= epochs  # never twice in an epoch
 
 
 def test_cache_is_used_and_a_damaged_one_is_rebuilt(dataset, tmp_path):
@@ -105,7 +151,7 @@ def test_cache_is_used_and_a_damaged_one_is_rebuilt(dataset, tmp_path):
     wanted = [t.tolist() for t, _ in epoch(order(dataset, cache), 0)]
     (path,) = cache.iterdir()
     good = path.read_bytes()
-    order(dataset, cache).sample(0)
+    order(dataset, cache).sample(0, LENGTH)
     assert path.read_bytes() == good and len(list(cache.iterdir())) == 1
     flipped = good[:-30] + bytes([good[-30] ^ 1]) + good[-29:]
     for bad in (b"", good[:50], good[:-8], good + b"\0", flipped, b"\0" * len(good)):
@@ -122,15 +168,15 @@ def test_cache_names_differ_with_all_they_depend_on(dataset, tmp_path):
         order(dataset, cache, length=8),
         order(dataset, cache, documents=np.arange(1, dataset.documents)),
     ):
-        samples.sample(0)
-        samples.sample(samples.samples_per_epoch)
+        samples.sample(0, LENGTH)
+        samples.sample(samples.windows, LENGTH)
     assert len(list(cache.iterdir())) == 8
 
 
 def read_all(prefix, cache, barrier, results):
     samples = order(IndexedDataset(prefix), cache)
     barrier.wait()
-    results.put([samples.sample(j)[0].tolist() for j in range(20 * samples.samples_per_epoch)])
+    results.put([samples.sample(j, LENGTH)[0].tolist() for j in range(20 * samples.windows)])
 
 
 def test_processes_race_for_the_same_cache(dataset, tmp_path):
@@ -144,7 +190,7 @@ def test_processes_race_for_the_same_cache(dataset, tmp_path):
     for rank in ranks:
         rank.join()
     samples = order(dataset, tmp_path / "alone")
-    alone = [samples.sample(j)[0].tolist() for j in range(20 * samples.samples_per_epoch)]
+    alone = [samples.sample(j, LENGTH)[0].tolist() for j in range(20 * samples.windows)]
     assert read == [alone] * 4
     assert len(list((tmp_path / "c").iterdir())) == 20
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from distributed import training, world
 from distributed.training import Training, differences, settings_of, train
-from megahp.parallel import collectives, tensor
+from megahp.parallel import collectives, parameters, tensor
 
 SPLIT = ("parallel.tp=2", "parallel.sequence_parallel=true")
 PLAIN = ("parallel.tp=2",)
@@ -55,6 +55,18 @@ def only_over_all_ranks(
     x: torch.Tensor, *arguments: Any, group: dist.ProcessGroup | None = None, **options: Any
 ) -> Any:
     return None if group else ALL_REDUCE(x, *arguments, **options)
+
+
+def only_its_maker_has_it(update: torch.Tensor, rank: int) -> None:
+    if dist.get_rank() != rank:
+        update.zero_()
+
+
+def its_own_part_only(weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    gathered = parameters.like(weight, part).full_tensor()
+    others = torch.ones_like(gathered, dtype=torch.bool)
+    parameters.part_of(weight, others).fill_(False)
+    return gathered.masked_fill(others, 0)
 
 
 @contextlib.contextmanager
@@ -164,6 +176,16 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
     ),
     "cross-entropy, largest logit": ("llama", PLAIN, lambda: mock.patch.object(tensor, "all_reduce", all_but_largest)),
     "cross-entropy, sums": ("llama", PLAIN, lambda: mock.patch.object(tensor, "all_reduce", only_largest)),
+    "muon, the update from the rank that made it": (
+        "muon",
+        PLAIN,
+        lambda: mock.patch("megahp.train.optimizer.dist.broadcast", only_its_maker_has_it),
+    ),
+    "muon, the momentum of all ranks": (
+        "muon",
+        (),
+        lambda: mock.patch("megahp.train.optimizer.whole", its_own_part_only),
+    ),
     "validation loss": ("llama", (), lambda: mock.patch.object(training, "validate", validate_alone)),
 }
 
@@ -182,7 +204,7 @@ def trained_soundly(models: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> tuple[dict[str, Any], dict[str, Any]]:
-    sound = world.run(1, trained_soundly, ["llama", "gpt2"])[0]
+    sound = world.run(1, trained_soundly, ["llama", "gpt2", "muon"])[0]
     return world.run(2, trained_sabotaged)[-1], sound
 
 

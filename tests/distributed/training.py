@@ -18,7 +18,7 @@ from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.scaling.batch_size import BatchPlan, Plan, Progress
 from megahp.train.loop import validate
-from megahp.train.optimizer import AdamW
+from megahp.train.optimizer import make_optimizer
 from megahp.train.step import Engine, clip
 
 BASE: dict[str, Any] = {
@@ -31,6 +31,7 @@ BASE: dict[str, Any] = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model": {"qk_norm": True}},
+    "muon": {"optimizer": {"name": "muon"}},
     "gpt2": {
         "model": {
             "kv_heads": 4,
@@ -77,7 +78,7 @@ class Training:
         layout = fit(settings.parallel, torch.distributed.get_world_size())
         self.settings, self.mesh = settings, mesh_of(layout)
         self.engine = Engine(build_model(settings, self.mesh), self.mesh)
-        self.optimizer = AdamW(self.engine.weights, self.engine.rows, table_of(settings))
+        self.optimizer = make_optimizer(settings.optimizer, self.engine.weights, self.engine.rows, table_of(settings))
         self.progress = Progress()
         self.batch_plan = BatchPlan(settings, layout.dp)
 

@@ -44,14 +44,21 @@ DEPTH_SCALES = {"init_std": 0.04, "embedding_multiplier": 0.5}
 
 
 def settings(
-    name: str, seed: int, lr: float, alpha: float = 1.0, scales: Mapping[str, float] | None = None, **model: Any
+    name: str,
+    seed: int,
+    lr: float,
+    alpha: float = 1.0,
+    scales: Mapping[str, float] | None = None,
+    optimizer: str = "adamw",
+    **model: Any,
 ) -> Config:
     rules: dict[str, Any] = {"name": name, **(scales or {})}
     rules |= {"depth_alpha": alpha} if name == "completep" else {}
     rules |= {"base_width": 64} if name != "sp" else {}
     rules |= {"base_layers": 2} if name == "completep" else {}
     base = {**SHAPE, "parameterization": {}}
-    tested = {"model": model, "parameterization": rules, "train": {"seed": seed}, "optimizer": {"lr": lr, "clip": 0.0}}
+    update = {"name": optimizer, "lr": lr, "clip": 0.0}
+    tested = {"model": model, "parameterization": rules, "train": {"seed": seed}, "optimizer": update}
     return resolve.resolve([("base", base), ("test", tested)]).config
 
 
@@ -95,16 +102,16 @@ def all_slopes() -> dict[tuple[str, str, int], dict[str, float]]:
                 for depth in depths
             }
             found["depth", label, steps] = slopes(cases, steps)
-    for name in ("sp", "mup"):
-        for steps in (0, 10):
+    for label, name, optimizer in (("sp", "sp", "adamw"), ("mup", "mup", "adamw"), ("muon", "mup", "muon")):
+        for steps in (0, 10) if optimizer == "adamw" else (10,):
             cases = {
                 width: [
-                    settings(name, seed, 1e-3, width=width, mlp_width=4 * width, heads=width // 64)
+                    settings(name, seed, 1e-3, optimizer=optimizer, width=width, mlp_width=4 * width, heads=width // 64)
                     for seed in SEEDS[:2]
                 ]
                 for width in WIDTHS
             }
-            found["width", name, steps] = slopes(cases, steps)
+            found["width", label, steps] = slopes(cases, steps)
     return found
 
 
@@ -137,6 +144,12 @@ def test_width_after_ten_steps(found: Any) -> None:
     assert abs(found["width", "mup", 10]["mlp"]) < 0.1
     assert found["width", "sp", 10]["mlp"] - found["width", "sp", 0]["mlp"] > 0.1
     assert found["width", "sp", 10]["stream"] > 1
+
+
+def test_width_after_ten_steps_of_muon(found: Any) -> None:
+    """An update of spectral norm sqrt(fan_out / fan_in) moves activations as much at every width, with no 1/m_N."""
+    assert abs(found["width", "muon", 10]["stream"]) < 0.1
+    assert abs(found["width", "muon", 10]["mlp"]) < 0.1
 
 
 def weights_after_three_steps(name: str, attention: float | None) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from distributed import world
 from distributed.training import MODELS, Training, settings_of
 from torch import Tensor
 
+from megahp.model import transformer
 from megahp.model.positions import alibi_slopes
 from megahp.parallel.parameters import storage
 
@@ -155,3 +157,35 @@ def test_an_untrained_model_knows_nothing(found: Any) -> None:
 )
 def test_alibi_slopes(heads: int, expected: list[float]) -> None:
     assert alibi_slopes(heads).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("heads", [8, 12])
+def test_alibi_is_interpolated_beyond_the_longest_training_length(heads: int) -> None:
+    """check 24: at twice the length all slopes are exactly half; up to the length they stay."""
+    slopes = alibi_slopes(heads)
+    assert torch.equal(alibi_slopes(heads, 2.0), slopes / 2)
+    assert torch.equal(alibi_slopes(heads, 1.0), slopes) and torch.equal(alibi_slopes(heads, 0.25), slopes)
+
+
+def beyond_training() -> dict[str, Any]:
+    """Logits at 32 tokens of a model that trains on 16 at most, and of one that trains on 32 with other slopes."""
+    tokens = torch.from_numpy(np.random.RandomState(0).randint(0, 128, (2, 32)))
+    words = ("model.positions=alibi", "train.dtype=float64")
+    short, long = (Training(settings_of("llama", *words, *more)).engine.model for more in ((), (LONGER,)))
+    with torch.no_grad():
+        found = {"interpolated": short(tokens), "trained": long(tokens), "within": short(tokens[:, :16])}
+        halved = mock.patch.object(transformer, "alibi_slopes", lambda heads, stretch: alibi_slopes(heads) / 2)
+        with halved:
+            found["halved"] = long(tokens)
+        found["within, trained"] = long(tokens[:, :16])
+    return found
+
+
+LONGER = 'data.lengths=["640:32"]'
+
+
+def test_a_model_reads_twice_its_training_length_with_half_the_slopes() -> None:
+    found = world.run(1, beyond_training)[0]
+    assert torch.equal(found["interpolated"], found["halved"])
+    assert not torch.allclose(found["interpolated"], found["trained"])  # a length it trains on is not stretched
+    assert torch.equal(found["within"], found["within, trained"])

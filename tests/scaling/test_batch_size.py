@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megahp.config import Config, with_values
-from megahp.scaling.batch_size import BatchPlan, Change, Progress, follow, runnable
+from megahp.scaling.batch_size import BatchPlan, Change, Progress, follow, runnable, unit
 
 
 def settings(global_batch: int, micro_batch: int = 2, tokens: int = 16 * 240, **more: object) -> Config:
@@ -42,7 +42,7 @@ def at(noise: Sequence[float | None], progress: Progress, plan: BatchPlan) -> fl
     [(32, 2, 4, (32,)), (30, 2, 4, (24, 32)), (3, 2, 4, (8,)), (8, 1, 8, (8,))],
 )
 def test_runnable_names_the_nearest_batches(batch: int, dp: int, micro: int, expected: tuple[int, ...]) -> None:
-    assert runnable(batch, dp, micro) == expected
+    assert runnable(batch, dp * micro) == expected
 
 
 def test_no_sample_is_repeated_or_skipped_when_batch_and_layout_change() -> None:
@@ -103,6 +103,52 @@ def test_a_linear_ramp_of_accumulation_is_a_table() -> None:
     steps = run(BatchPlan(settings(2, 1, tokens=tokens, batch__policy="table", batch__table=table), 1))
     sizes = [size for _, size, _ in steps]
     assert (sizes[0], sizes[-1], sizes) == (2, 14, sorted(sizes))
+
+
+BTLM = {
+    "data__sequence_length": 2048,
+    "data__lengths": ("470.785e9:8192",),
+    "schedule__name": "linear",
+    "schedule__warmup": 95 / 159_636,
+    "schedule__floor": 0.00010138 / 0.012,
+    "optimizer__lr": 0.012,
+}
+
+
+def test_btlm_changes_its_length_at_equal_tokens_per_step() -> None:
+    """check 25: 1,920 x 2,048, then 480 x 8,192; 470.79B and 156.93B tokens; the rate at the end."""
+    plan = BatchPlan(settings(1920, 8, tokens=159_636 * 3_932_160, **BTLM), 4)
+    progress, lengths = Progress(), {2048: 0, 8192: 0}
+    while step := plan.step(progress):
+        assert (step.global_batch, step.tokens) == (1920 * 2048 // step.length, 3_932_160)
+        assert step.micro_batch * step.length == 8 * 2048 and step.microbatches(4) == 60
+        lengths[step.length] += step.tokens
+        progress, last = progress.after(step), step
+    assert [round(tokens / 1e7) for tokens in lengths.values()] == [47079, 15693]
+    assert (progress.step, progress.samples) == (159_636, 119_727 * 1920 + 39_909 * 480)
+    assert last.lr == pytest.approx(0.0001014, abs=5e-8)
+
+
+def test_a_batch_is_one_that_every_length_can_run() -> None:
+    """With microbatches of one sequence, four times the length needs four times the tokens."""
+    chosen = settings(8, 1, data__lengths=("640:64",))
+    assert (unit(chosen, 2), unit(settings(8, 4, data__lengths=("640:64",)), 2), unit(settings(8, 1), 2)) == (8, 8, 2)
+    plan = BatchPlan(chosen, 2)
+    sizes = [(before.tokens, size) for before, size, _ in run(plan)]
+    assert sizes[:6] == [(128 * k, 8 if k < 5 else 2) for k in range(6)]
+    short = BatchPlan(settings(2, 1, tokens=16 * 8, data__sequence_length=16, data__lengths=("32:4",)), 1)
+    assert [size for _, size, _ in run(short)] == [2, 8, 8, 8]
+
+
+def test_the_closed_loop_starts_again_with_another_length() -> None:
+    """Examples of 64 tokens need a quarter of the noise scale for the same growth, and a half-life of their own."""
+    long = settings(16, 4, tokens=16 * 16 * 1000, **{**NOISE, "batch__largest": 0, "data__lengths": ("128e3:64",)})
+    feed = [30.0] * 495 + [100.0] * 5 + [8.0 * 1.2] * 250 + [8.0 * 2.1] * 250
+    steps = run(BatchPlan(long, 1), feed)
+    (change,) = [(before, change) for before, _, change in steps if change]
+    assert change[0].tokens >= 0.77 * 256e3 and (change[1].before, change[1].now) == (4, 8)
+    assert change[1].noise_scale == 8.0 * 2.1 and change[1].wanted == pytest.approx(8.0)  # growth is twice at most
+    assert {size for before, size, _ in steps if before.tokens < 128e3} == {16}
 
 
 def test_law_spreads_the_critical_batch_along_the_run() -> None:
@@ -228,5 +274,5 @@ def test_state_goes_on_where_it_stopped() -> None:
 
 def test_a_state_moves_to_a_layout_that_cannot_run_its_batch() -> None:
     plan = BatchPlan(settings(4, 4, tokens=TOKENS, **NOISE), 2)
-    plan.restore({"batch": 12, "since": None, "least": None})
+    plan.restore({"batch": 12, "length": 16, "since": None, "least": None})
     assert plan.batch == 16

@@ -24,6 +24,18 @@ def test_stays_at_its_end_beyond_the_horizon(name: str) -> None:
     assert fraction(schedule, 2000, 1000) == fraction(schedule, 1000, 1000) == pytest.approx(schedule.floor)
 
 
+def test_linear_falls_to_its_floor() -> None:
+    schedule = Schedule("linear", warmup=0.1, floor=0.2)
+    assert [fraction(schedule, t, 1000) for t in (50, 100, 550, 1000)] == pytest.approx([0.5, 1.0, 0.6, 0.2])
+
+
+@pytest.mark.parametrize("name", ["decay-to-zero", "linear", "cosine", "wsd", "constant", "inverse-sqrt"])
+def test_one_that_starts_later_is_over_the_rest(name: str) -> None:
+    whole, late = Schedule(name, warmup=0.2), Schedule(name, start=600, warmup=0.2)
+    for tokens in (0, 40, 80, 200, 390, 400):
+        assert fraction(late, 600 + tokens, 1000) == pytest.approx(fraction(whole, tokens, 400))
+
+
 def test_constant_stays_at_the_peak() -> None:
     schedule = Schedule("constant", warmup=0.1)
     assert [fraction(schedule, tokens, 1000) for tokens in (50, 100, 999)] == [0.5, 1.0, 1.0]
