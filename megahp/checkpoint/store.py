@@ -19,18 +19,8 @@ from torch import Tensor
 from megahp.errors import UserError
 
 VERSION = 2
-STATE = {
-    "progress",
-    "skipped",
-    "updates",
-    "noise_scale",
-    "batch_plan",
-    "data",
-    "data_order",
-    "table",
-    "layout",
-    "config",
-}
+STATE = {"progress", "skipped", "updates", "noise_scale", "batch_plan", "wandb_id"}
+STATE |= {"data", "data_order", "table", "layout", "config"}
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:

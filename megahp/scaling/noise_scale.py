@@ -27,6 +27,14 @@ def ratio(true_sq: float, noise: float) -> float | None:
     return noise / true_sq if true_sq > 0 and noise > 0 else None
 
 
+def step_efficiency(batch: float, noise_scale: float) -> float:
+    """eta(B) / eta_max = 1 / (1 + B_noise / B): the best step at a batch B > 0, and the progress it makes, as shares of
+    those of an infinite batch, for SGD in the quadratic picture; 1/2 at B = B_noise. Both arguments in the same unit.
+    (McCandlish et al., arXiv 1812.06162, section 2.2)
+    """
+    return 1 / (1 + noise_scale / batch)
+
+
 @dataclass
 class Average:
     """Exponential averages of |G|^2 and S whose half-life is counted in tokens.

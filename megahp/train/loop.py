@@ -56,9 +56,7 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
             change = run.batch_plan.look(run.progress, run.noise.pooled.ratio)
             seconds = time.monotonic() - began
             validation = validate(run, data) if is_due(settings.train.validate_every, run) else None
-            reporter.step(run, plan, measured, seconds, validation)
-            if change:
-                reporter.event("batch", change.reason, run.progress, **change.to_dict())
+            reporter.step(run, plan, measured, change, seconds, validation)
             if is_due(settings.checkpoint.every, run) and not run.skipped_in_a_row:
                 run.save()
 

@@ -8,6 +8,7 @@ A metrics object has, in this order, the keys
     step, tokens, samples        counted since the start of the run, the step included
     loss                         nats per token, the mean over the global batch
     lr, weight_decay, global_batch
+    batch_target                 sequences the policy aims at now, before its limits; null where at nothing
     grad_norm                    null beside `"skipped": true` where it was not finite
     grad_sq_example              mean ||g_b||^2 over the examples of the batch
     grad_sq_batch                ||G||^2 of the batch's mean gradient

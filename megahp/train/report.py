@@ -13,7 +13,16 @@ from megahp.errors import UserError
 from megahp.train import report_figures as figures
 from megahp.train.metrics import LoggedRun, read_run
 from megahp.train.progress import human_count
-from megahp.train.report_numbers import health, known, layer_kinds, skipped, summary
+from megahp.train.report_numbers import (
+    decayed,
+    health,
+    known,
+    layer_kinds,
+    newest_half,
+    skipped,
+    summary,
+    update_shares,
+)
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -54,7 +63,8 @@ def page(runs: Sequence[LoggedRun]) -> str:
     names = escape(", ".join(run.name for run in runs))
     heading = names if len(runs) == 1 else f"{len(runs)} runs compared"
     marks = events_to_mark(runs)
-    batch = strokes(runs, "global batch", "noise scale") + "In examples. Numbered lines are the events below."
+    target = "target of the batch policy" if known(runs, "batch_target") else ""
+    batch = strokes(runs, "global batch", "noise scale", target) + "In examples. Numbered lines are the events below."
     norms = strokes(runs, "one example, on average", "the whole batch")
     squares = "grad_sq_example grad_sq_batch"
     top = "top" if len(runs) == 1 else "top many"
@@ -65,6 +75,7 @@ def page(runs: Sequence[LoggedRun]) -> str:
         section(runs, "Batch size and noise scale", batch, "global_batch noise_scale",
                 lambda runs: figures.batch_figure(runs, marks)),
         events_of(runs, marks),
+        section(runs, "What the weights are made of", weights_caption(runs), "weight_decay", weights_of),
         '<div class="pairs">',
         section(runs, "Learning rate", "The schedule as it was applied.", "lr", figures.learning_rate_figure),
         section(runs, "Throughput", "Tokens per second.", "tokens_per_second", figures.throughput_figure),
@@ -95,13 +106,16 @@ def swatch(index: int) -> str:
     return f'<span class="swatch" style="background:var(--{figures.colour(index)})"></span>'
 
 
-def strokes(runs: Sequence[LoggedRun], solid: str, dashed: str) -> str:
-    """Which quantity is the solid line and which the dashed."""
+def strokes(runs: Sequence[LoggedRun], solid: str, dashed: str, dotted: str = "") -> str:
+    """Which quantity is the solid line, which the dashed and, if there is one, which the dotted."""
     first, second = ("run0", "accent") if len(runs) == 1 else ("muted", "muted")
-    return (
-        f'<span class="stroke" style="border-top:2px solid var(--{first})"></span>{solid}'
-        f'<span class="stroke" style="border-top:2px dashed var(--{second})"></span>{dashed}. '
+    lines = [("solid", first, solid), ("dashed", second, dashed), ("dotted", first, dotted)]
+    spans = (
+        f'<span class="stroke" style="border-top:2px {line} var(--{hue})"></span>{name}'
+        for line, hue, name in lines
+        if name
     )
+    return "".join(spans) + ". "
 
 
 def kinds_of(runs: Sequence[LoggedRun]) -> str:
@@ -158,6 +172,28 @@ def loss_caption(runs: Sequence[LoggedRun]) -> str:
     if any(skipped(run) for run in runs):
         parts.append("Red ticks: skipped steps.")
     return " ".join(parts)
+
+
+def weights_caption(runs: Sequence[LoggedRun]) -> str:
+    """What the dual form of AdamW says, and its two numbers for each run."""
+    parts = [
+        "Weight decay makes the weights an average of all updates: how much each counts in it at the end, relative to "
+        "an even average. For hidden matrices under muP, or CompleteP at alpha = 1."
+    ]
+    for index, run in enumerate(runs):
+        if decayed(run):
+            name = f"{swatch(index)}{escape(run.name)}: " if len(runs) > 1 else ""
+            first, shares = update_shares(run)
+            newest = f"half of the rest from the last {100 * newest_half(run, shares):.0f} % of the tokens"
+            parts.append(f"{name}Initial weights {100 * first:.1f} %, {newest}.")
+    return " ".join(parts)
+
+
+def weights_of(runs: Sequence[LoggedRun]) -> str:
+    """Which updates the weights are made of, or that they are no average."""
+    if any(map(decayed, runs)):
+        return figures.weights_figure(runs)
+    return '<p class="none">Weight decay is 0: the weights are a sum of all updates, not an average.</p>'
 
 
 def events_to_mark(runs: Sequence[LoggedRun]) -> list[figures.Mark]:

@@ -16,7 +16,17 @@ import numpy as np
 from megahp.errors import UserError
 from megahp.train.metrics import LoggedRun, Record
 from megahp.train.progress import human_count
-from megahp.train.report_numbers import layer_kinds, layer_points, smooth, thin, window_of
+from megahp.train.report_numbers import (
+    decayed,
+    known,
+    layer_kinds,
+    layer_points,
+    smooth,
+    thin,
+    token_bounds,
+    update_density,
+    window_of,
+)
 
 PALETTE = {
     "paper": "#fbfbfa",
@@ -90,7 +100,8 @@ def skipped_ticks(axes: Any, run: LoggedRun) -> None:
     """A tick on the x axis for every step that was not taken."""
     tokens = [record["tokens"] for record in run.steps if record.get("skipped")]
     style = {"color": PALETTE["warn"], "ms": 9, "mew": 1.5, "clip_on": False}
-    axes.plot(tokens, [0] * len(tokens), "|", transform=axes.get_xaxis_transform(), **style)
+    if tokens:  # an empty line that is not clipped would still be given room
+        axes.plot(tokens, [0] * len(tokens), "|", transform=axes.get_xaxis_transform(), **style)
 
 
 def baselines(axes: Any, runs: Sequence[LoggedRun]) -> None:
@@ -132,17 +143,17 @@ def throughput_figure(runs: Sequence[LoggedRun]) -> str:
 
 
 def batch_figure(runs: Sequence[LoggedRun], marks: Sequence[Mark]) -> str:
-    """Global batch and noise scale in examples; the events as upright lines, numbered as in their table."""
+    """Global batch, its target and the noise scale; the events as upright lines, numbered as in their table."""
 
     def draw(axes: Any) -> None:
         for index, run in enumerate(runs):
-            tokens = run.column("tokens")
-            # A record's batch led up to its tokens, from the tokens of the record before it.
-            batch = run.column("global_batch")
-            line = thin(np.append(0, tokens), np.append(batch[0], batch))
-            axes.plot(*line, color=PALETTE[colour(index)], ds="steps-pre")
+            tokens, hue = run.column("tokens"), PALETTE[colour(index)]
+            axes.plot(*stairs(run, run.column("global_batch")), color=hue, ds="steps-pre")
             axes.plot(*thin(tokens, run.column("noise_scale")), **second(index, runs))
+            if known([run], "batch_target"):
+                axes.plot(*thin(tokens, run.column("batch_target")), color=hue, ls=(0, (1, 1.2)), lw=1.6)
         logarithmic(axes, 2)
+        fit(axes, columns(runs, "global_batch"), columns(runs, "noise_scale", "batch_target"))
         span = max(run.steps[-1]["tokens"] for run in runs) or 1
         labelled = -1.0
         for number, index, event in marks:
@@ -157,6 +168,21 @@ def batch_figure(runs: Sequence[LoggedRun], marks: Sequence[Mark]) -> str:
 
     reasons = {f"event {number}": f"{event['event']}: {event['reason']}" for number, _, event in marks}
     return plot(draw, runs, "Global batch and noise scale against tokens", 10, 3.4, reasons)
+
+
+def weights_figure(runs: Sequence[LoggedRun]) -> str:
+    """How much of the weights each update makes up, per token, over that in an even average of them all."""
+
+    def draw(axes: Any) -> None:
+        for index, run in enumerate(runs):
+            if decayed(run):
+                axes.plot(*stairs(run, update_density(run)), color=PALETTE[colour(index)], ds="steps-pre")
+        axes.axhline(1, color=PALETTE["muted"], lw=1, ls=(0, (1, 2)))
+        note(axes, "even average", (1, 1), ("axes fraction", "data"), "right")
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("times an even average")
+
+    return plot(draw, runs, "Share of each update in the weights against tokens", 10, 2.7)
 
 
 def gradient_figure(runs: Sequence[LoggedRun]) -> str:
@@ -199,6 +225,11 @@ def trend(axes: Any, run: LoggedRun, key: str, hue: str) -> None:
     axes.plot(*thin(x, smooth(y, window)), color=hue, marker="." if len(x) < 30 else None, zorder=3)
 
 
+def stairs(run: LoggedRun, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points of a "steps-pre" line: a record's value is that of all its tokens since the record before it."""
+    return thin(token_bounds(run), np.append(values[0], values))
+
+
 def second(index: int, runs: Sequence[LoggedRun]) -> dict[str, Any]:
     """The line style of a figure's second quantity."""
     name = "accent" if len(runs) == 1 else colour(index)
@@ -216,6 +247,23 @@ def focus(axes: Any, losses: Sequence[np.ndarray], levels: Sequence[float]) -> f
     low = min([low, *levels])
     axes.set_ylim(low - 0.04 * (high - low), high)
     return high
+
+
+def columns(runs: Sequence[LoggedRun], *keys: str) -> list[np.ndarray]:
+    """The positive numbers of every run under every key, where there are any."""
+    found = (run.column(key) for run in runs for key in keys)
+    return [values[values > 0] for values in found if (values > 0).any()]
+
+
+def fit(axes: Any, exact: Sequence[np.ndarray], rough: Sequence[np.ndarray]) -> None:
+    """Fit a logarithmic y axis to all of `exact` and an octave around the middle 90 % of `rough`.
+
+    Estimates from a run's first steps may be wrong by orders of magnitude, and would flatten all the rest.
+    """
+    bounds = [bound for values in exact for bound in (values.min() / 1.2, values.max() * 1.2)]
+    bounds += [bound for values in rough for bound in np.percentile(values, [5, 95]) * (0.5, 2)]
+    if bounds:
+        axes.set_ylim(min(bounds), max(bounds))
 
 
 def note(axes: Any, text: str, at: tuple[float, float], coordinates: tuple[str, str], align: str) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megahp.scaling.noise_scale import step_efficiency
+from megahp.scaling.schedules import dual_coefficients
 from megahp.train.metrics import LoggedRun, Record
 from megahp.train.progress import human_count, human_duration
 
@@ -84,10 +86,14 @@ def batch_check(run: LoggedRun) -> tuple[bool, str] | None:
     batch, noise = last(run, "global_batch"), last(run, "noise_scale")
     if batch is None or noise is None or noise <= 0:
         return None
-    text = f"Global batch is {batch / noise:.2f} times the noise scale"
+    share = 100 * step_efficiency(batch, noise)
+    text = (
+        f"Global batch is {batch / noise:.2f} times the noise scale: in SGD's quadratic picture "
+        f"a step makes {share:.0f} % of the progress an infinite batch would"
+    )
     if batch <= noise:
         return True, text + "."
-    return False, text + ": more examples a step than the gradient needs."
+    return False, text + ", from more examples than the gradient needs."
 
 
 def throughput_check(run: LoggedRun) -> tuple[bool, str] | None:
@@ -131,8 +137,53 @@ def skipped(run: LoggedRun) -> int:
 
 def training_seconds(run: LoggedRun) -> float:
     """Seconds in steps, unlogged ones counted like the next logged one, pauses between sessions not."""
-    steps = np.diff(run.column("step"), prepend=0.0)
-    return float(np.nansum(steps * run.column("step_seconds")))
+    return float(np.nansum(steps_taken(run) * run.column("step_seconds")))
+
+
+def beginning(run: LoggedRun) -> tuple[int, int]:
+    """(step, tokens) where the run began: 0, or where another run's checkpoint stood."""
+    branched = (event for event in run.events if event["event"] == "branched")
+    return next(((event["step"], event["tokens"]) for event in branched), (0, 0))
+
+
+def steps_taken(run: LoggedRun) -> np.ndarray:
+    """How many steps each record stands for, [steps]: its own and the unlogged ones since the record before."""
+    return np.diff(run.column("step"), prepend=beginning(run)[0])
+
+
+def token_bounds(run: LoggedRun) -> np.ndarray:
+    """Between which tokens each record's steps lie, [steps + 1]."""
+    return np.append(beginning(run)[1], run.column("tokens"))
+
+
+def update_shares(run: LoggedRun) -> tuple[float, np.ndarray]:
+    """The weights at the end as an average: the share of those at the beginning, and of each record's updates, [steps].
+
+    AdamW in its dual form (`dual_coefficients`), with the logged learning rate and weight decay for all steps that a
+    record stands for; a step that was skipped, or whose rate is unknown, made no update.
+    """
+    alpha = np.nan_to_num(run.column("lr") * run.column("weight_decay"))
+    missed = np.array([bool(record.get("skipped")) for record in run.steps])
+    replaced = 1 - (1 - alpha) ** (steps_taken(run) - missed)
+    return dual_coefficients(replaced, np.ones(len(replaced)))
+
+
+def update_density(run: LoggedRun) -> np.ndarray:
+    """Share in the weights over share of the run's tokens, [steps]: 1 throughout in an even average of all updates."""
+    tokens, (_, shares) = token_bounds(run), update_shares(run)
+    return shares * (tokens[-1] - tokens[0]) / np.diff(tokens)
+
+
+def newest_half(run: LoggedRun, shares: np.ndarray) -> float:
+    """The share of the run's tokens, the newest ones, whose updates are half of all `shares` in the weights."""
+    tokens = token_bounds(run)
+    older = np.append(0, np.cumsum(shares))
+    return float((tokens[-1] - np.interp(older[-1] / 2, older, tokens)) / (tokens[-1] - tokens[0]))
+
+
+def decayed(run: LoggedRun) -> bool:
+    """Whether there is weight decay; without it the weights are no average."""
+    return any((record.get("lr") or 0) * (record.get("weight_decay") or 0) > 0 for record in run.steps)
 
 
 def nats(loss: float | None) -> str:

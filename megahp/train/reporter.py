@@ -11,11 +11,12 @@ from typing import Any, TextIO
 
 from megahp import config
 from megahp.errors import UserError
-from megahp.scaling.batch_size import Plan, Progress
+from megahp.scaling.batch_size import Change, Plan, Progress
 from megahp.train.metrics import Record, RunLog
 from megahp.train.progress import Progress as Display
 from megahp.train.run import Run, is_first
 from megahp.train.step import Measurement
+from megahp.train.wandb_log import WandbLog
 
 
 class Reporter:
@@ -27,6 +28,7 @@ class Reporter:
     def __init__(self, settings: config.Config) -> None:
         self.settings = settings
         self.log: RunLog | None = None
+        self.wandb: WandbLog | None = None
         self.display: Display | None = None
         self.lock = _lock(settings.directory) if is_first() else None
 
@@ -46,11 +48,13 @@ class Reporter:
             details = {"step": progress.step, "tokens": progress.tokens, **inputs}
             self.log.event(event, **{"reason": why, **details})
             self.say(f"{event}: {why}")
+        if self.wandb:
+            self.wandb.event(event, why, progress.step)
 
     def began(self, event: str, why: str, run: Run, changes: Mapping[str, tuple[Any, Any]]) -> None:
         """Log a start (event: started, resumed, branched), with all that decides what follows, so that it can be
         replayed. Steps logged beyond the checkpoint will be taken again, so their lines go."""
-        self._open(run.progress)
+        self._open(run)
         self.event(
             event,
             why,
@@ -69,15 +73,27 @@ class Reporter:
         reads = f"batches of {plan.global_batch} sequences of {plan.length} tokens, the sources' shares {shares}"
         self.event("stage", reads, run.progress, stage=plan.stage, length=plan.length, weights=weights)
 
-    def step(self, run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None) -> None:
-        """Log and show one step, if it is one of those logged."""
+    def step(
+        self,
+        run: Run,
+        plan: Plan,
+        measured: Measurement,
+        change: Change | None,
+        seconds: float,
+        validation: float | None,
+    ) -> None:
+        """Log and show one step, if it is one of those logged, and what it changed."""
         step = run.progress.step
-        due = step % self.settings.log.every == 0 or run.batch_plan.is_look(step) or validation is not None
+        due = step % self.settings.log.every == 0 or run.batch_plan.is_look(step) or change or validation is not None
         if self.log and due:
             record = _record(run, plan, measured, seconds, validation)
             self.log.metrics(record)
+            if self.wandb:
+                self.wandb.metrics(record)
             if self.display:
                 self.display.update(record)
+        if change:
+            self.event("batch", change.reason, run.progress, **change.to_dict())
 
     def say(self, text: str) -> None:
         """Show a line."""
@@ -92,19 +108,26 @@ class Reporter:
             _write(self.settings.directory / "baselines.json", json.dumps({"unigram": unigram, "bigram": bigram}))
 
     def close(self) -> None:
+        if self.wandb:
+            self.wandb.close()
         if self.log:
             self.log.close()
 
-    def _open(self, progress: Progress) -> None:
+    def _open(self, run: Run) -> None:
         """Begin to write, after all that could refuse the run; what was logged beyond this point is taken back."""
         if self.lock:
             directory = self.settings.directory
             try:
                 self.log = RunLog(directory, self.settings.log.tensorboard)
-                self.log.resume(progress.step)
+                self.log.resume(run.progress.step)
                 _write(directory / "config.toml", config.to_toml(self.settings))
             except OSError as error:
                 raise UserError(f"{directory} cannot be written ({error.strerror}); make it writable") from None
+            if (log := self.settings.log).wandb != "off":
+                settings = config.to_dict(self.settings)
+                self.wandb = WandbLog(
+                    log.wandb, log.wandb_project, log.name, directory, run.wandb_id, settings, self.say
+                )
 
 
 def _record(run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None) -> Record:

@@ -26,6 +26,7 @@ from megahp.scaling.batch_size import BatchPlan, Plan, Progress, runnable, unit
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.train.optimizer import make_optimizer
 from megahp.train.step import Engine
+from megahp.train.wandb_log import check_wandb, new_id
 
 # What a run that starts from another's checkpoint may not change, by section or key, and what one that is resumed may
 # not either. All else may, and the change is an event. Files may move: the data is known by its fingerprint.
@@ -39,6 +40,8 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
     and on resume that the run is the same one. Returns the settings with the vocabulary filled in. Raises UserError."""
     check_batch(settings, layout)
     check_devices(settings, ranks_here)
+    if settings.log.wandb != "off":
+        check_wandb()
     if not settings.data.train:
         raise UserError("data.train is empty; name at least one prefix written by tools/preprocess_data.py")
     tokenizer = load_tokenizer(settings.data.tokenizer)
@@ -184,6 +187,7 @@ class Run:
         self.batch_plan = BatchPlan(settings, mesh.layout.dp)
         self.skipped = self.skipped_in_a_row = 0
         self.saved_at = -1  # step
+        self.wandb_id = new_id()
         self.forget_noise()
 
     @property
@@ -198,6 +202,7 @@ class Run:
             "updates": self.optimizer.updates,
             "noise_scale": self.noise.state(),
             "batch_plan": self.batch_plan.state(),
+            "wandb_id": self.wandb_id,
             "data": self.data.fingerprint,
             "data_order": self.data.state(self.progress.samples),
             "table": self.table.to_dict(),
@@ -218,7 +223,7 @@ class Run:
             )
         self.data.restore(state["data_order"])
         self.batch_plan.restore(state["batch_plan"])
-        self.skipped = state["skipped"]
+        self.skipped, self.wandb_id = state["skipped"], state["wandb_id"]
         return state
 
     def branch(self, path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megahp.scaling.noise_scale import Average, NoiseScale, estimate, ratio
+from megahp.scaling.noise_scale import Average, NoiseScale, estimate, ratio, step_efficiency
 
 
 @pytest.mark.parametrize("batch", [2, 4, 8, 32])
@@ -36,6 +36,27 @@ def test_a_batch_of_one_says_nothing() -> None:
 @pytest.mark.parametrize("pair", [(-1.0, 1.0), (0.0, 1.0), (1.0, -1.0)])
 def test_a_ratio_that_means_nothing_is_none(pair: tuple[float, float]) -> None:
     assert ratio(*pair) is None
+
+
+def test_step_efficiency() -> None:
+    assert step_efficiency(24, 24.0) == 0.5
+    assert step_efficiency(8, 24.0) == 0.25 and step_efficiency(24, 8.0) == 0.75
+    assert step_efficiency(32, 0.0) == 1.0 == step_efficiency(float("inf"), 24.0)
+    assert step_efficiency(32, float("inf")) == 0.0 and step_efficiency(1e-9, 24.0) < 1e-10
+    batches = [step_efficiency(batch, 24.0) for batch in (1, 2, 8, 64, 4096)]
+    assert batches == sorted(batches) and len(set(batches)) == 5
+
+
+def test_a_step_of_sgd_on_a_quadratic_gains_that_share() -> None:
+    """Loss |w|^2 / 2, gradient noise of covariance C / B: the best step and its mean progress, over those without."""
+    weight, covariance, batch = np.array([1.0, -2.0, 0.5]), np.array([3.0, 0.5, 7.0]), 4
+    steps = np.linspace(0, 1, 100_001)
+    gradient_sq = (weight**2).sum()
+    noise_sq = covariance.sum() / batch
+    progress = steps * gradient_sq - steps**2 / 2 * (gradient_sq + noise_sq)
+    share = step_efficiency(batch, covariance.sum() / gradient_sq)
+    assert progress.max() / (gradient_sq / 2) == pytest.approx(share, rel=1e-8)
+    assert steps[progress.argmax()] == pytest.approx(share, abs=1e-5)
 
 
 def test_half_life_is_counted_in_tokens() -> None:
