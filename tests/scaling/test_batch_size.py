@@ -98,11 +98,14 @@ def test_table_is_followed_at_its_tokens() -> None:
 def test_a_linear_ramp_of_accumulation_is_a_table() -> None:
     """check 23: accumulation from 2 to 15 over the run, in ten points, rounded up."""
     tokens = 16 * 15 * 400
-    points = np.linspace(0, tokens, 14)[1:-1]
+    points = np.linspace(0, tokens, 14)[1:]
     table = tuple(f"{at:.0f}:{math.ceil(np.interp(at, [0, tokens], [2, 15]))}" for at in points)
-    steps = run(BatchPlan(settings(2, 1, tokens=tokens, batch__policy="table", batch__table=table), 1))
+    plan = BatchPlan(settings(2, 1, tokens=tokens, batch__policy="table", batch__table=table), 1)
+    steps = run(plan)
     sizes = [size for _, size, _ in steps]
     assert (sizes[0], sizes[-1], sizes) == (2, 14, sorted(sizes))
+    change = plan.look(Progress(len(sizes), sum(sizes), tokens), None)
+    assert change is not None and change.now == 15
 
 
 BTLM = {

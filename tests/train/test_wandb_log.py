@@ -13,7 +13,10 @@ import time
 import zlib
 
 import pytest
+from distributed.test_resume import RUN
 
+from megahp import checkpoint
+from megahp.data.indexed import IndexedWriter
 from megahp.errors import UserError
 from megahp.train import wandb_log
 from megahp.train.wandb_log import WandbLog, new_id
@@ -288,3 +291,22 @@ def test_a_missing_package_is_a_users_mistake(tmp_path, monkeypatch, folder):
         monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         WandbLog("offline", "mine", "name", tmp_path, "id", {}, print)
+
+
+def test_a_resumed_run_continues_its_curve(tmp_path):
+    """Through the real command: the id is in the checkpoint, a branch has one of its own, steps go on."""
+    with IndexedWriter(str(tmp_path / "corpus"), 257) as writer:
+        for _ in range(40):
+            writer.add_document(list(b"some text, again and again " * 8))
+    (tmp_path / "run.toml").write_text(RUN)
+    command = [sys.executable, "-m", "megahp", "train", "run.toml", "log.wandb=offline", "--resume", "auto"]
+    for words in (["train.steps=2"], ["train.steps=4"], ["train.steps=5", "log.name=b", "train.start_from=runs/run"]):
+        done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "left out" not in done.stdout, done.stdout + done.stderr
+    first, again = sessions(tmp_path / "runs/run")
+    (other,) = sessions(tmp_path / "runs/b")
+    ids = [run_of(session).run_id for session in (first, again, other)]
+    assert ids[0] == ids[1] == checkpoint.read_state(checkpoint.latest(tmp_path / "runs/run/checkpoints"))["wandb_id"]
+    assert ids[2] not in ids[:2]
+    steps = [sorted({row["step"] for row in history(session) if "step" in row}) for session in (first, again, other)]
+    assert steps == [[1, 2], [3, 4], [5]]
