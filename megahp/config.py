@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -266,9 +267,9 @@ def _parse_words(words: tuple[str, ...], parse: Callable[[str], Any], form: str)
         tokens, _, value = word.partition(":")
         try:
             pair = float(tokens), parse(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError(f"{word!r} is not {form}") from None
-        if not pair[0] > (pairs[-1][0] if pairs else 0):
+        if not (pairs[-1][0] if pairs else 0) < pair[0] < math.inf:
             raise ValueError(f"{word!r} must come after {pairs[-1][0] if pairs else 0:g} tokens")
         pairs.append(pair)
     return pairs

@@ -165,6 +165,11 @@ def _data_stages(config: Config) -> list[str]:
     except ValueError as error:
         return [f"data.lengths or data.mixtures: {error}"]
     problems = [f"data.train names {prefix!r} twice; give it one larger weight" for prefix in _repeated(data.train)]
+    if late := [stage.tokens for stage in along if stage.tokens >= config.train.tokens]:
+        problems.append(
+            f"data.lengths or data.mixtures: a stage at {late[0]:g} tokens is never reached, since train.tokens = "
+            f"{config.train.tokens}; leave it out, or raise train.tokens"
+        )
     longest = max(stage.length for stage in along)
     for key, length in [("data.sequence_length", along[0].length), *(("data.lengths", s.length) for s in along[1:])]:
         if length < 1 or longest % length:
@@ -177,7 +182,7 @@ def _data_stages(config: Config) -> list[str]:
     for key, weights in [("data.weights", along[0].weights), *(("data.mixtures", s.weights) for s in along[1:])]:
         if weights and len(weights) != len(data.train):
             problems.append(f"{key} has {len(weights)} values and data.train {len(data.train)}; give one for each")
-        elif weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+        elif weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
             problems.append(f"{key} = {list(weights)} must be shares: none below 0, and not all 0")
     return list(dict.fromkeys(problems))
 

@@ -109,7 +109,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _remedy(checkpoint: Path) -> str:
-    return f"remove {checkpoint} to go on from the one before it"
+    return f"if it is damaged, remove {checkpoint}: the one before it then serves"
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -60,7 +60,7 @@ class TrainingData:
         cache: Path,
         vocab_size: int = 1 << 62,
     ) -> None:
-        self.stages, self._vocab_size = stages, vocab_size
+        self.stages, self._prefixes, self._vocab_size = stages, prefixes, vocab_size
         self._blends = [Blend(stage.weights) for stage in stages]
         datasets = [IndexedDataset(prefix) for prefix in prefixes]
         splits = [split_documents(dataset.documents, validation_fraction) for dataset in datasets]
@@ -69,6 +69,11 @@ class TrainingData:
             SampleOrder(dataset, training, window, seed, cache)
             for dataset, (training, _) in zip(datasets, splits, strict=True)
         ]
+        by_key = dict(zip((order.key for order in self._training), prefixes, strict=True))
+        if doubles := set(prefixes) - set(by_key.values()):
+            raise UserError(
+                f"data {min(doubles)!r} holds the same as another prefix; name one of them, with their weight"
+            )
         # A source whose validation documents cannot fill one window has no part in validation.
         held_out = {
             k: SampleOrder(dataset, validation, validation_length, VALIDATION_SEED, cache)
@@ -104,6 +109,7 @@ class TrainingData:
         return {
             "stage": self.stage,
             "first_sample": self._first_sample,
+            "length": self.length,
             "begins": self._begins,
             "taken": self._taken(sample),
         }
@@ -113,10 +119,12 @@ class TrainingData:
         self.stage, self._first_sample = state["stage"], state["first_sample"]
         self._begins = {key: (count, length) for key, (count, length) in state["begins"].items()}
 
-    def branch(self, state: Mapping[str, Any], tokens: int, sample: int) -> None:
-        """Go on from other data's state: a source that both share, in the same order, where it stands."""
+    def branch(self, state: Mapping[str, Any], tokens: int, sample: int) -> list[str]:
+        """Go on from other data's state: a source that both share, in the same order, where it stands. Returns the
+        sources that begin at their beginning."""
         taken = {key: (count, length) for key, (count, length) in state["taken"].items()}
         self._go_on_from(taken, [s.tokens <= tokens for s in self.stages].count(True) - 1, sample)
+        return [prefix for prefix, order in zip(self._prefixes, self._training, strict=True) if order.key not in taken]
 
     def validation(self, count: int) -> Batch:
         """Up to `count` windows of the validation documents, blended by weight, the same for every seed.

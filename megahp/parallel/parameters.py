@@ -181,8 +181,15 @@ def like(weight: Tensor, part: Tensor) -> Tensor:
 
 def whole(weight: Tensor, part: Tensor) -> Tensor:
     """The global tensor, on every rank, from the ranks' parts laid out as the weight is. A collective."""
-    laid_out = like(weight, part)
-    return laid_out.full_tensor() if isinstance(laid_out, DTensor) else laid_out
+    if not isinstance(weight, DTensor):
+        return part
+    mesh, shape, stride = weight.device_mesh, weight.shape, weight.stride()
+    left = [Replicate() if mesh.size(axis) == 1 else placed for axis, placed in enumerate(weight.placements)]
+    laid_out = DTensor.from_local(part, mesh, left, run_check=False, shape=shape, stride=stride)
+    for axis in range(mesh.ndim):  # data-parallel axes first: they split what tensor parallelism had left
+        left[axis] = Replicate()
+        laid_out = laid_out.redistribute(placements=left)
+    return laid_out.to_local()
 
 
 def part_of(weight: Tensor, whole: Tensor) -> Tensor:

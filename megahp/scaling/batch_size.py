@@ -6,6 +6,7 @@ A change of the global batch is one event at a step boundary. It never shrinks, 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class Change:
-    """A growth of the global batch: the decision, and everything it was made from."""
+    """A change of the global batch: the decision, and everything it was made from."""
 
     before: int
     now: int
@@ -143,6 +144,7 @@ class BatchPlan:
         self.length = settings.data.sequence_length  # of the noise scales seen
         self.since: int | None = None  # tokens since which the noise scale has asked for more, without a break
         self.least = math.inf  # the least it asked for since then, examples of noise scale
+        self.began = 0  # tokens of the run at which the plan began
 
     def step(self, progress: Progress) -> Plan | None:
         """The next optimizer step, or None when the run is over: the horizon has no room for another batch, or
@@ -210,20 +212,34 @@ class BatchPlan:
 
     def state(self) -> dict[str, Any]:
         least = None if math.isinf(self.least) else self.least
-        return {"batch": self.batch, "length": self.length, "since": self.since, "least": least}
+        return {
+            "batch": self.batch,
+            "length": self.length,
+            "since": self.since,
+            "least": least,
+            "began": self.began,
+        }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state: on this layout the batch is the next one it can run."""
-        if self.settings.batch.policy != "constant":
-            self.batch = max(self.batch, -(-state["batch"] // self.unit) * self.unit)
-        self.length, self.since = state["length"], state["since"]
+    def go_on(self, state: Mapping[str, Any], progress: Progress) -> list[Change]:
+        """Become what a state says, as far as settings and layout allow: a batch that this layout cannot run becomes
+        the next one that it can. Returns what that changed, and what the policy changes at once."""
+        self.length, self.since, self.began = state["length"], state["since"], state["began"]
         self.least = math.inf if state["least"] is None else state["least"]
+        if self.settings.batch.policy != "constant":
+            above = -(-state["batch"] // self.unit) * self.unit
+            self.batch = max(self.batch, above if above <= self._limit else self._runnable_below(above))
+        moved = []
+        if self.batch != state["batch"]:
+            moved.append(self._change(state["batch"], self.batch, self.batch, None, "settings or layout have changed"))
+        # what was measured decides at the looks alone, or a resume would not be exact
+        looked = self.look(progress, None) if self.settings.batch.policy != "noise-scale" else None
+        return [*moved, looked] if looked else moved
 
     def _wanted(self, progress: Progress, noise: float | None) -> float:
         """The batch the policy asks for now."""
         batch = self.settings.batch
         if batch.policy == "ramp":
-            return self._ramp(progress.samples)
+            return self._ramp((progress.tokens - self.began) // self.settings.data.sequence_length)
         if batch.policy == "table":
             reached = [size for tokens, size in self.table if progress.tokens >= tokens]
             return max(reached, default=self.batch)
@@ -244,13 +260,13 @@ class BatchPlan:
     def _confirmed(self, progress: Progress, noise_scale: float | None) -> float | None:
         """The least noise scale seen, once it has asked for enough growth during one half-life without a break.
 
-        A spike shorter than the half-life therefore grows nothing, and a value that is unknown breaks nothing.
+        A spike shorter than the half-life therefore grows nothing. A value that is unknown asks for nothing.
         """
         batch, train = self.settings.batch, self.settings.train
         if not self.is_look(progress.step) or progress.tokens < batch.delay * train.tokens:
             return None
         if noise_scale is None or not math.isfinite(noise_scale):
-            return None
+            noise_scale = 0.0
         wanted = self._first_length(batch.target * batch.noise_to_total * noise_scale)
         if wanted < batch.hysteresis * self.batch or self._runnable_below(wanted) <= self.batch:
             self.since, self.least = None, math.inf
@@ -262,22 +278,25 @@ class BatchPlan:
 
     def _runnable_below(self, wanted: float) -> int:
         """The largest batch the layout runs that is neither above what is wanted nor above the limit."""
-        limit = self.settings.batch.largest or math.inf
-        return int(min(wanted, limit) // self.unit) * self.unit
+        return int(min(wanted, self._limit) // self.unit) * self.unit
 
-    def _change(self, before: int, now: int, wanted: float, noise: float | None) -> Change:
+    @property
+    def _limit(self) -> float:
+        return self.settings.batch.largest or math.inf
+
+    def _change(self, before: int, now: int, wanted: float, noise: float | None, why: str = "") -> Change:
         old, new = self.hyperparameters(before), self.hyperparameters(now)
         horizon = self.settings.train.tokens
         sequences = [self._tokens(batch) // self.length for batch in (before, now)]
         asked = wanted * self.settings.data.sequence_length / self.length
         because = f"; the smoothed noise scale stayed at {noise:.4g} examples or more" if noise else ""
+        why = why or f"{self.settings.batch.policy} asks for {asked:.4g}{because}"
         return Change(
             before=sequences[0],
             now=sequences[1],
             wanted=asked,
             noise_scale=noise,
-            reason=f"global batch {sequences[0]} -> {sequences[1]}: {self.settings.batch.policy} asks for "
-            f"{asked:.4g}{because}",
+            reason=f"global batch {sequences[0]} -> {sequences[1]}: {why}",
             hyperparameters_before=old,
             hyperparameters_now=new,
             tau_before=old.timescale(self._tokens(before), horizon),

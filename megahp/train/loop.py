@@ -19,7 +19,7 @@ from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch_size import Plan
 from megahp.train.reporter import Reporter
-from megahp.train.run import Run, changes, cuda_wanted, is_first, open_data
+from megahp.train.run import Run, Taken, cuda_wanted, is_first, open_data
 from megahp.train.step import Measurement, clip
 
 MOST_SKIPPED = 20  # non-finite gradients in a row end a run
@@ -82,18 +82,30 @@ def device_of(settings: config.Config, place: World) -> torch.device:
 def start(run: Run, reporter: Reporter, resume: bool) -> None:
     """Begin at the newest checkpoint if resuming and there is one, else where train.start_from says, else at the
     beginning."""
-    origin = run.settings.train.start_from
-    found = [checkpoint.latest(run.folder) if resume else None, checkpoint.find(Path(origin)) if origin else None]
+    found = [checkpoint_to_start_from(run, resume) if is_first() else None]
     dist.broadcast_object_list(found)  # a shared file system may show the ranks different things
-    own, others = found
-    if own:
-        saved = run.restore(own)["config"]
-        reporter.began("resumed", f"from {own}", run, changes(run.settings, saved))
-    elif others:
-        saved = run.branch(others)["config"]
-        reporter.began("branched", f"from {others}", run, changes(run.settings, saved))
-    else:
-        reporter.began("started", f"a new run of {count(run)} parameters", run, {})
+    if isinstance(found[0], UserError):
+        raise found[0]
+    if found[0] is None:
+        reporter.began("started", f"a new run of {count(run)} parameters", run, Taken(None, run.batch_plan.state()))
+        return
+    event, path = found[0]
+    taken = run.restore(path) if event == "resumed" else run.branch(path)
+    anew = f"; {', '.join(taken.anew)} read from the beginning" if taken.anew else ""
+    reporter.began(event, f"from {path}{anew}", run, taken)
+    for change in taken.changes:
+        reporter.event("batch", change.reason, run.progress, **change.to_dict())
+
+
+def checkpoint_to_start_from(run: Run, resume: bool) -> tuple[str, Path] | UserError | None:
+    """The event a start is, and the checkpoint; or why there is none."""
+    if resume and (own := checkpoint.latest(run.folder)):
+        return "resumed", own
+    try:
+        origin = run.settings.train.start_from
+        return ("branched", checkpoint.find(Path(origin))) if origin else None
+    except UserError as error:
+        return error
 
 
 def skip(run: Run, reporter: Reporter, measured: Measurement) -> None:

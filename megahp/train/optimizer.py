@@ -95,8 +95,8 @@ class Muon:
     `ratio` times the plan's, which carries schedule and batch rule. It decays as AdamW would have it decay, so tau
     means the same for every weight.
 
-    The matrices are dealt to the ranks: all give their parts of the momentum, one orthogonalises, all take their part
-    of the result. So every layout computes the same update, and a rank holds one whole matrix at a time.
+    The matrices are dealt to the ranks: each is gathered, orthogonalised by one rank and sent out again, and every rank
+    keeps its part. So every layout computes the same update, and a rank holds three whole matrices at most.
     """
 
     def __init__(
@@ -138,7 +138,8 @@ class Muon:
             gathered = whole(self.hidden[name], grads[name].lerp(momentum, self.decay))
             if rank == dist.get_rank():
                 matrices = self.rows[name].matrices(gathered)
-                mine = self.rows[name].fuse([spectral_scale(*m.shape) * orthogonal(m) for m in matrices])
+                scaled = [spectral_scale(*matrix.shape) * orthogonal(matrix) for matrix in matrices]
+                mine = self.rows[name].fuse(scaled).contiguous()
         for rank, name in enumerate(names):
             weight = self.hidden[name]
             update = mine if rank == dist.get_rank() else gathered.new_empty(weight.shape)
@@ -153,7 +154,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
     about 0.7 and 1.2. [m, n] -> [m, n]."""
     a, b, c = NEWTON_SCHULZ
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + torch.finfo(x.dtype).tiny)
+    x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)  # or the norm of a small matrix would underflow
+    x = x / x.norm().clamp(min=1)  # at least 1, but for zeros
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x

@@ -26,15 +26,21 @@ class Replayed:
 
 def replay(run: Path) -> Replayed:
     """Decide again, from the start and every resume, each change of the batch. Raises UserError for a damaged log."""
-    events, records = read_events(run), {record["step"]: record for record in read_metrics(run)}
+    try:
+        return _replay(read_events(run), {record["step"]: record for record in read_metrics(run)})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the log of {run} lacks what a replay needs ({error!r}); it cannot be replayed") from None
+
+
+def _replay(events: Sequence[Record], records: Mapping[int, Record]) -> Replayed:
     starts = [event for event in events if event["event"] in STARTS]
-    if not starts or "config" not in starts[0]:
-        raise UserError(f"{run}/events.jsonl does not tell how the run started; it cannot be replayed")
+    if not starts:
+        raise KeyError("started")
     changes: list[tuple[int, Change]] = []
     after: dict[int, tuple[Progress, dict[str, Any]]] = {}
     ends = [start["step"] for start in starts[1:]] + [max(records, default=0)]
     for start, until in zip(starts, ends, strict=True):
-        changes = [change for change in changes if change[0] <= start["step"]]
+        changes = [change for change in changes if _stands(change[0], start)]
         changes += _decide(start, until, records, after)
     return Replayed(changes, list(_differences(changes, after, events, records)))
 
@@ -46,10 +52,10 @@ def _decide(
     settings = resolve.from_dict(start["config"], "events.jsonl")
     plan = BatchPlan(settings, Layout(**start["layout"]).dp)
     progress = Progress(start["step"], start["samples"], start["tokens"])
-    if start["event"] == "branched":
-        plan.restore(start["batch_plan"])
-    if start["event"] == "resumed":
-        plan.restore(after[progress.step][1] if progress.step else plan.state())
+    if start["event"] != "started":
+        own = after.get(progress.step) if start["event"] == "resumed" else None
+        moved = plan.go_on(own[1] if own else start["batch_plan"], progress)
+        yield from ((progress.step, change) for change in moved)
     while progress.step < until and (step := plan.step(progress)):
         progress = progress.after(step)
         noise = records.get(progress.step, {}).get("noise_scale")
@@ -59,14 +65,19 @@ def _decide(
             yield progress.step, change
 
 
-def _standing(events: Sequence[Record]) -> dict[int, Record]:
-    """The logged changes by step, without those that a resume from before them undid."""
-    standing: dict[int, Record] = {}
+def _stands(step: int, start: Record) -> bool:
+    """Whether a change after this step is part of the run that goes on with this start."""
+    return start["event"] == "resumed" and step <= start["step"]
+
+
+def _standing(events: Sequence[Record]) -> dict[tuple[int, int], Record]:
+    """The logged changes by step and batch before, without those that a later start undid."""
+    standing: dict[tuple[int, int], Record] = {}
     for event in events:
-        if event["event"] == "resumed":
-            standing = {step: change for step, change in standing.items() if step <= event["step"]}
+        if event["event"] in STARTS:
+            standing = {key: change for key, change in standing.items() if _stands(key[0], event)}
         elif event["event"] == "batch":
-            standing[event["step"]] = event
+            standing[event["step"], event["before"]] = event
     return standing
 
 
@@ -77,9 +88,9 @@ def _differences(
     records: Mapping[int, Record],
 ) -> Iterator[str]:
     logged = _standing(events)
-    decided = dict(changes)
-    for step in sorted(logged.keys() | decided.keys()):
-        told, made = logged.get(step), decided.get(step)
+    decided = {(step, change.before): change for step, change in changes}
+    for key in sorted(logged.keys() | decided.keys()):
+        step, told, made = key[0], logged.get(key), decided.get(key)
         if made is None or told is None:
             yield f"step {step}: the log has {'a' if told else 'no'} change and the replay {'one' if made else 'none'}"
         elif any(told[key] != value for key, value in made.to_dict().items()):

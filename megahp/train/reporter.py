@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,7 +13,7 @@ from megahp.errors import UserError
 from megahp.scaling.batch_size import Change, Plan, Progress
 from megahp.train.metrics import Record, RunLog
 from megahp.train.progress import Progress as Display
-from megahp.train.run import Run, is_first
+from megahp.train.run import Run, Taken, changes, is_first
 from megahp.train.step import Measurement
 from megahp.train.wandb_log import WandbLog
 
@@ -38,9 +37,14 @@ class Reporter:
         if self.log is None:
             yield
             return
-        with Display(self.settings.train.tokens, progress.tokens) as self.display:
-            yield
-        self.display = None
+        try:
+            with Display(self.settings.train.tokens, progress.tokens) as self.display:
+                yield
+        except BaseException:
+            self.close()  # what is logged arrives, whatever ends the run
+            raise
+        finally:
+            self.display = None
 
     def event(self, event: str, why: str, progress: Progress, **inputs: Any) -> None:
         """Log something that happened, and why, and show it."""
@@ -51,17 +55,18 @@ class Reporter:
         if self.wandb:
             self.wandb.event(event, why, progress.step)
 
-    def began(self, event: str, why: str, run: Run, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    def began(self, event: str, why: str, run: Run, taken: Taken) -> None:
         """Log a start (event: started, resumed, branched), with all that decides what follows, so that it can be
-        replayed. Steps logged beyond the checkpoint will be taken again, so their lines go."""
-        self._open(run)
+        replayed. Steps logged beyond a checkpoint of the run's own will be taken again, so their lines go."""
+        self._open(run, run.progress.step if event == "resumed" else 0)
+        changed = changes(run.settings, taken.config) if taken.config else {}
         self.event(
             event,
             why,
             run.progress,
             samples=run.progress.samples,
-            batch_plan=run.batch_plan.state(),
-            changed={key: {"before": before, "now": now} for key, (before, now) in changes.items()},
+            batch_plan=taken.batch_plan,
+            changed={key: {"before": before, "now": now} for key, (before, now) in changed.items()},
             layout=vars(run.mesh.layout),
             config=config.to_dict(self.settings),
         )
@@ -113,13 +118,13 @@ class Reporter:
         if self.log:
             self.log.close()
 
-    def _open(self, run: Run) -> None:
+    def _open(self, run: Run, step: int) -> None:
         """Begin to write, after all that could refuse the run; what was logged beyond this point is taken back."""
         if self.lock:
             directory = self.settings.directory
             try:
                 self.log = RunLog(directory, self.settings.log.tensorboard)
-                self.log.resume(run.progress.step)
+                self.log.resume(step)
                 _write(directory / "config.toml", config.to_toml(self.settings))
             except OSError as error:
                 raise UserError(f"{directory} cannot be written ({error.strerror}); make it writable") from None

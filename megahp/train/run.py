@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import TrainingData
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
-from megahp.model.build import build_model, table_of
+from megahp.model.build import build_model, longest, table_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh
-from megahp.scaling.batch_size import BatchPlan, Plan, Progress, runnable, unit
+from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress, runnable, unit
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.train.optimizer import make_optimizer
 from megahp.train.step import Engine
@@ -30,8 +30,8 @@ from megahp.train.wandb_log import check_wandb, new_id
 
 # What a run that starts from another's checkpoint may not change, by section or key, and what one that is resumed may
 # not either. All else may, and the change is an event. Files may move: the data is known by its fingerprint.
-FIXED = ("model", "parameterization", "train.dtype", "optimizer.name")
-FIXED_ON_RESUME = (*FIXED, "data", "train.seed", "train.start_from")
+FIXED = ("model", "parameterization", "train.dtype", "optimizer.name", "data.validation_fraction")
+FIXED_ON_RESUME = (*FIXED, "data", "train.seed")
 MOVABLE = ("data.train", "data.tokenizer", "data.cache")
 
 
@@ -55,9 +55,11 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
             f"{settings.directory} already holds a run; go on with --resume auto, or choose another log.name"
         )
     if resume and saved:
-        refuse_changes(settings, checkpoint.read_state(saved)["config"], saved, FIXED_ON_RESUME)
+        state = checkpoint.read_state(saved)
+        refuse_changes(settings, state["config"], saved, FIXED_ON_RESUME)
+        check_schedule(settings, state["progress"]["tokens"], saved)
     elif settings.train.start_from:
-        check_start(settings, checkpoint.find(Path(settings.train.start_from)))
+        check_start(settings, layout, checkpoint.find(Path(settings.train.start_from)))
     open_data(settings)
     return settings
 
@@ -76,21 +78,50 @@ def check_batch(settings: Config, layout: Layout) -> None:
         )
 
 
-def check_start(settings: Config, path: Path) -> None:
+def check_start(settings: Config, layout: Layout, path: Path) -> None:
     """Raise UserError when a new run cannot go on from this checkpoint."""
     state = checkpoint.read_state(path)
     refuse_changes(settings, state["config"], path, FIXED)
-    done = state["progress"]["tokens"]
-    if settings.train.tokens <= done:
+    saved, progress = resolve.from_dict(state["config"], str(path)), Progress(**state["progress"])
+    if settings.model.positions == "learned" and longest(settings) != longest(saved):
         raise UserError(
-            f"train.tokens = {settings.train.tokens} is not beyond the {done} tokens of {path}, which count as this "
-            "run's own; raise it"
+            f"model.positions = 'learned' holds {longest(saved)} positions in {path}, and the longest sequence would "
+            f"be {longest(settings)}; keep that length"
         )
-    if settings.schedule.start > done:
+    check_schedule(settings, progress.tokens, path)
+    plan = BatchPlan(settings, layout.dp)
+    plan.go_on(plan_to_go_on(settings, saved, state, plan), progress)
+    if plan.step(progress) is None:
+        train = settings.train
         raise UserError(
-            f"schedule.start = {settings.schedule.start} is beyond the {done} tokens of {path}, where the run begins; "
-            f"set schedule.start={done} for a schedule of its own"
+            f"train.tokens = {train.tokens} and train.steps = {train.steps} leave no step after the {progress.tokens} "
+            f"tokens and {progress.step} steps of {path}, which count as this run's own; raise them"
         )
+
+
+def check_schedule(settings: Config, tokens: int, path: Path) -> None:
+    """Raise UserError when the schedule would begin only after this checkpoint."""
+    if settings.schedule.start > tokens:
+        raise UserError(
+            f"schedule.start = {settings.schedule.start} is beyond the {tokens} tokens of {path}, where the run goes "
+            f"on; set schedule.start={tokens} for a schedule that begins there"
+        )
+
+
+def plan_to_go_on(settings: Config, saved: Config, state: Mapping[str, Any], plan: BatchPlan) -> dict[str, Any]:
+    """The state a branch's batch plan begins in: the checkpoint's, where nothing of [batch] has changed, or its own."""
+    same = (saved.batch, saved.data.sequence_length) == (settings.batch, settings.data.sequence_length)
+    return state["batch_plan"] if same else {**plan.state(), "began": state["progress"]["tokens"]}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a start took over."""
+
+    config: Mapping[str, Mapping[str, Any]] | None  # of the run that wrote the checkpoint; None = there is none
+    batch_plan: Mapping[str, Any]  # the state the batch plan went on from
+    changes: Sequence[Change] = ()  # of the batch that came of it
+    anew: Sequence[str] = ()  # sources whose samples begin at the beginning
 
 
 def cuda_wanted(settings: Config) -> bool:
@@ -213,8 +244,8 @@ class Run:
         self.saved_at = self.progress.step
         return checkpoint.save(self.folder, self.progress.step, self._tensors(), state, self.settings.checkpoint.keep)
 
-    def restore(self, path: Path) -> dict[str, Any]:
-        """Become what was saved, on this layout. Returns the saved JSON state. Raises UserError."""
+    def restore(self, path: Path) -> Taken:
+        """Become what was saved, on this layout. Raises UserError."""
         state = self._load(path)
         if state["data"] != self.data.fingerprint:
             raise UserError(
@@ -222,25 +253,24 @@ class Run:
                 "restore those files, or start a new run under another log.name"
             )
         self.data.restore(state["data_order"])
-        self.batch_plan.restore(state["batch_plan"])
         self.skipped, self.wandb_id = state["skipped"], state["wandb_id"]
-        return state
+        return Taken(state["config"], state["batch_plan"], self.batch_plan.go_on(state["batch_plan"], self.progress))
 
-    def branch(self, path: Path) -> dict[str, Any]:
+    def branch(self, path: Path) -> Taken:
         """Take over weights, moments, averages and progress, and go on under this run's own settings: with its data,
-        each source from where it stands, and its batch plan. What is set as before goes on as before. Returns the saved
-        JSON state. Raises UserError."""
+        each source from where it stands, and its batch plan. What is set as before goes on as before. Raises
+        UserError."""
         state = self._load(path)
         saved = resolve.from_dict(state["config"], str(path))
+        anew: list[str] = []
         if state["data"] == self.data.fingerprint:
             self.data.restore(state["data_order"])
         else:
-            self.data.branch(state["data_order"], self.progress.tokens, self.progress.samples)
-        if (saved.batch, saved.data.sequence_length) == (self.settings.batch, self.settings.data.sequence_length):
-            self.batch_plan.restore(state["batch_plan"])
-        if state["batch_plan"]["length"] != self.data.length:
+            anew = self.data.branch(state["data_order"], self.progress.tokens, self.progress.samples)
+        if state["data_order"]["length"] != self.data.length:
             self.forget_noise()
-        return state
+        plan = plan_to_go_on(self.settings, saved, state, self.batch_plan)
+        return Taken(state["config"], plan, self.batch_plan.go_on(plan, self.progress), anew)
 
     def enter_stage(self, plan: Plan) -> bool:
         """Whether this step is the first of another stage of the data, which is then entered."""
@@ -267,7 +297,8 @@ class Run:
         self.progress = Progress(**state["progress"])
         self.saved_at = self.progress.step
         self.optimizer.updates = state["updates"]
-        self.noise.restore(state["noise_scale"])
+        if self.settings.train.noise_scale:
+            self.noise.restore(state["noise_scale"])
         return state
 
     def _tensors(self) -> dict[str, torch.Tensor]:

@@ -170,6 +170,39 @@ def test_noise_begins_anew_when_an_example_becomes_another_thing(staged: list[di
     assert first["noise_scale"] == (pytest.approx(alone) if alone else None)
 
 
+def test_a_branch_at_a_change_of_length_begins_its_averages_anew(folder: Path, staged: list[dict[str, Any]]) -> None:
+    """The checkpoint at the boundary holds averages over examples of 16 tokens; the branch's are 64 long at once."""
+    at = next(record["step"] for record in staged if record["tokens"] >= 2560)
+    mixture = 'data.mixtures=["1280:0.5,0.4"]'
+    train(folder, "boundary", start("staged", at), *STAGES, mixture, f"train.steps={at + 1}")
+    (record,) = metrics(folder, "boundary")
+    batch, noise = record["global_batch"], record["grad_sq_example"] - record["grad_sq_batch"]
+    true = batch * record["grad_sq_batch"] - record["grad_sq_example"]
+    assert record["noise_scale"] == (pytest.approx(batch * noise / true) if true > 0 and noise > 0 else None)
+
+
+def test_a_branch_outlives_the_checkpoint_it_came_from(folder: Path, stable: list[dict[str, Any]]) -> None:
+    origin = copy_of(folder, "stable", "origin")
+    words = (start(origin, 15), "checkpoint.every=5")
+    train(folder, "orphan", *words, "train.steps=20")
+    shutil.rmtree(folder / "runs" / origin)
+    train(folder, "orphan", "--resume", "auto", *words, "train.steps=22")
+    train(folder, "orphan", "--resume", "auto", "train.steps=25")  # nor need it be named again
+    assert losses(folder, "orphan") == [record["loss"] for record in stable[15:25]]
+
+
+def test_rows_of_a_run_without_checkpoint_do_not_stay_before_a_branch(
+    folder: Path, stable: list[dict[str, Any]]
+) -> None:
+    words = ("batch.policy=table", 'batch.table=["512:16"]')
+    train(folder, "again", *words, "train.steps=12")
+    shutil.rmtree(folder / "runs/again/checkpoints")
+    train(folder, "again", "--resume", "auto", start("stable", 8), *words, "train.steps=12")
+    assert [record["step"] for record in metrics(folder, "again")] == [9, 10, 11, 12]
+    replayed = replay(folder / "runs/again")  # the first life's growth at step 4 is undone, the branch's comes at once
+    assert replayed.differences == [] and [(step, c.now) for step, c in replayed.changes] == [(8, 16)]
+
+
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 def test_resumed_before_at_and_after_another_length(folder: Path, staged: list[dict[str, Any]], offset: int) -> None:
     step = next(record["step"] for record in staged if record["tokens"] >= 2560) + offset

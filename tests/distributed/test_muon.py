@@ -100,6 +100,12 @@ def test_orthogonal_of_an_ill_conditioned_matrix() -> None:
     assert torch.equal(orthogonal(torch.zeros(3, 5)), torch.zeros(3, 5))
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e25])
+def test_orthogonal_does_not_depend_on_the_size_of_the_matrix(scale: float) -> None:
+    matrix = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(orthogonal(matrix * scale), orthogonal(matrix), rtol=1e-4, atol=1e-5)
+
+
 def test_its_rate_follows_schedule_and_batch_rule(trained: dict[str, Any]) -> None:
     """The plans of the test above do differ, so that it can tell."""
     rates = [plan.lr for plan in trained["plans"]]

@@ -265,7 +265,7 @@ def test_state_goes_on_where_it_stopped() -> None:
     while True:
         plan = BatchPlan(settings(4, 2, tokens=TOKENS, **NOISE), 1)
         if state:
-            plan.restore(state)
+            assert plan.go_on(state, progress) == []
         step = plan.step(progress)
         if step is None:
             break
@@ -275,7 +275,38 @@ def test_state_goes_on_where_it_stopped() -> None:
     assert seen == whole and any(change for _, change in seen)
 
 
-def test_a_state_moves_to_a_layout_that_cannot_run_its_batch() -> None:
-    plan = BatchPlan(settings(4, 4, tokens=TOKENS, **NOISE), 2)
-    plan.restore({"batch": 12, "length": 16, "since": None, "least": None})
-    assert plan.batch == 16
+SAVED = {"batch": 12, "length": 16, "since": None, "least": None, "began": 0}
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(64, 16), (15, 8), (16, 16)])
+def test_a_state_moves_to_a_layout_that_cannot_run_its_batch(largest: int, expected: int) -> None:
+    """Up, or where that would exceed the limit down; and it is told."""
+    plan = BatchPlan(settings(8, 4, tokens=TOKENS, **{**NOISE, "batch__largest": largest}), 2)
+    (change,) = plan.go_on(SAVED, Progress(50, 400, 6400))
+    assert (change.before, change.now, plan.batch) == (12, expected, expected)
+    assert "layout" in change.reason and change.hyperparameters_now == plan.hyperparameters(expected)
+    assert BatchPlan(settings(8, 4, tokens=TOKENS), 2).go_on({**SAVED, "batch": 8}, Progress()) == []
+
+
+def test_a_policy_that_is_behind_catches_up_at_once() -> None:
+    plan = BatchPlan(settings(4, 2, batch__policy="table", batch__table=("320:8", "640:12")), 1)
+    (change,) = plan.go_on({**SAVED, "batch": 4}, Progress(10, 40, 640))
+    assert (change.before, change.now) == (4, 12)
+
+
+def test_a_ramp_begins_where_its_plan_does() -> None:
+    ramp = {"batch__policy": "ramp", "batch__largest": 8, "batch__increment": 2, "batch__ramp_samples": 40}
+    whole = [size for _, size, _ in run(BatchPlan(settings(4, 2, tokens=16 * 240, **ramp), 1))]
+    late, progress, sizes = BatchPlan(settings(4, 2, tokens=16 * 1240, **ramp), 1), Progress(99, 1000, 16_000), []
+    assert late.go_on({**SAVED, "batch": 4, "began": 16_000}, progress) == []
+    while step := late.step(progress):
+        progress = progress.after(step)
+        sizes.append(step.global_batch)
+        late.look(progress, None)
+    assert sizes == whole and set(sizes) == {4, 6, 8}
+
+
+def test_an_unknown_noise_scale_confirms_nothing() -> None:
+    """Two looks at a spike, a half-life apart, with nothing known between them."""
+    feed = [3.0] * 200 + [1e3] + [None] * 22 + [1e3] + [3.0] * 776
+    assert max(size for _, size, _ in noise_run(feed)) == 4
