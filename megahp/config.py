@@ -172,8 +172,9 @@ class Train:
     start_from: str = setting("", "checkpoint, or run directory, whose weights and progress a new run takes over")
     tokens: int = setting(10_000_000, "horizon of the schedules and end of the run", at_least=1, at_most=1e18)
     steps: int = setting(0, "stop after so many optimizer steps, if sooner; 0 = no such stop", at_least=0)
-    dtype: Literal["float32", "bfloat16", "float64"] = setting(
-        "float32", "compute type; weights and moments stay in float32 (float64 for float64)"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(
+        "float32",
+        "compute type, float16 with loss scaling; weights and moments stay in float32 (float64 for float64)",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto = cuda where there is one")
     seed: int = setting(1, "of the weights and of the data order", at_least=0)
@@ -183,6 +184,17 @@ class Train:
     )
     validate_every: int = setting(0, "steps between validations; 0 = only at the end", at_least=0)
     validation_samples: int = setting(64, "samples of one validation; 0 = none", at_least=0)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a block is computed: time against memory, the same model."""
+
+    compile: bool = setting(False, "torch.compile every block")
+    recompute: Literal["none", "selective", "full"] = setting(
+        "none", "what backward computes again rather than keeps: all of a block, or all but its matrix products"
+    )
+    recompute_every: int = setting(1, "only in every so manyth block", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -217,6 +229,7 @@ class Config:
     optimizer: Optimizer = Optimizer()
     parallel: Parallel = Parallel()
     train: Train = Train()
+    compute: Compute = Compute()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
 

@@ -41,6 +41,7 @@ USED_ONLY_WITH = {
     "batch.growth": ("batch.policy", ("noise-scale",)),
     "optimizer.muon_lr": ("optimizer.name", ("muon",)),
     "optimizer.momentum": ("optimizer.name", ("muon",)),
+    "compute.recompute_every": ("compute.recompute", ("selective", "full")),
     "log.wandb_project": ("log.wandb", ("offline", "online")),
     "train.noise_half_life": ("train.noise_scale", (True,)),
 }

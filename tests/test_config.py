@@ -29,6 +29,7 @@ optimizer.muon_lr optimizer.momentum optimizer.clip
 parallel.tp parallel.pp parallel.cp parallel.ep parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel
 train.start_from train.tokens train.steps train.dtype train.device train.seed train.noise_scale train.noise_half_life
 train.validate_every train.validation_samples
+compute.compile compute.recompute compute.recompute_every
 checkpoint.every checkpoint.keep
 log.name log.root log.every log.tensorboard log.wandb log.wandb_project
 """

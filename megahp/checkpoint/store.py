@@ -19,7 +19,7 @@ from torch import Tensor
 from megahp.errors import UserError
 
 VERSION = 2
-STATE = {"progress", "skipped", "updates", "noise_scale", "batch_plan", "wandb_id"}
+STATE = {"progress", "skipped", "updates", "noise_scale", "batch_plan", "wandb_id", "loss_scale"}
 STATE |= {"data", "data_order", "table", "layout", "config"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megahp.config import Config, stages
+from megahp.model.compute import arrange
 from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
 from megahp.parallel.mesh import Mesh
@@ -30,6 +31,7 @@ def build_model(config: Config, mesh: Mesh) -> Transformer:
     table, axis = table_of(config), mesh.tensor_axis(config.parallel.sequence_parallel)
     with torch.device("meta"):
         model = Transformer(config.model, longest(config), table, axis, compute, config.train.noise_scale)
+    arrange(model.blocks, config.compute)  # type: ignore[arg-type]
     distribute(model, mesh, master)
     shard(model, model.blocks, mesh, compute, master)
     model.to_empty(device=mesh.device)

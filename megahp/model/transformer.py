@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,17 +34,24 @@ def make_norm(model: config.Model, role: Role, axis: TensorAxis, probe: bool) ->
 
 
 class Block(nn.Module):
-    """x + r attention(norm(x)), then x + r mlp(norm(x)), r the table's residual multiplier."""
+    """x + r attention(norm(x)), then x + r mlp(norm(x)), r the table's residual multiplier.
+
+    `compute` does it; megahp/model/compute.py may compile it, or have parts of it computed again in the backward pass.
+    """
 
     def __init__(self, model: config.Model, table: Table, axis: TensorAxis, probe: bool) -> None:
         super().__init__()
         self.residual = table.residual
+        self.compute: Callable[[Tensor, Positions], Tensor] = self.branches
         self.attention_norm = make_norm(model, Role.NORM, axis, probe)
         self.attention = Attention(model, table.attention, axis, probe)
         self.mlp_norm = make_norm(model, Role.NORM, axis, probe)
         self.mlp = MLP(model, axis)
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
+        return self.compute(x, positions)
+
+    def branches(self, x: Tensor, positions: Positions) -> Tensor:
         x = torch.add(x, self.attention(self.attention_norm(x), positions), alpha=self.residual)
         return torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.residual)
 

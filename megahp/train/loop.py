@@ -41,16 +41,19 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
             if run.enter_stage(plan):
                 reporter.stage(run, plan)
             batches = microbatches(loader, plan, run)
-            loss = run.engine.forward_backward(batches, plan.microbatches(layout.dp), plan.tokens)
+            scale = run.loss_scale.value
+            loss = run.engine.forward_backward(batches, plan.microbatches(layout.dp), plan.tokens, scale)
             grads = run.engine.gradients()
-            measured = run.engine.measure(loss, grads, plan.global_batch)
+            measured = run.engine.measure(loss, grads, plan.global_batch, scale)
             if measured.finite:
                 run.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)
-                clip(grads, measured.grad_norm, settings.optimizer.clip)
+                clip(grads, measured.grad_norm, settings.optimizer.clip, scale)
                 run.optimizer.step(grads, plan)
                 run.skipped_in_a_row = 0
             else:
                 skip(run, reporter, measured)
+            if settings.train.dtype == "float16":
+                run.loss_scale.update(measured.finite)
             run.engine.zero()
             run.progress = run.progress.after(plan)
             change = run.batch_plan.look(run.progress, run.noise.pooled.ratio)
@@ -112,7 +115,8 @@ def skip(run: Run, reporter: Reporter, measured: Measurement) -> None:
     """Leave the weights alone this once. Raises UserError when that has become the rule."""
     run.skipped += 1
     run.skipped_in_a_row += 1
-    reporter.event("skipped", "the gradient is not finite", run.progress, loss=measured.loss)
+    scale = run.loss_scale.value
+    reporter.event("skipped", "the gradient is not finite", run.progress, loss=measured.loss, loss_scale=scale)
     if run.skipped_in_a_row == MOST_SKIPPED:
         raise UserError(
             f"{MOST_SKIPPED} gradients in a row were not finite, at step {run.progress.step + 1} with "

@@ -25,7 +25,7 @@ from megahp.parallel.mesh import Mesh
 from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress, runnable, unit
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.train.optimizer import make_optimizer
-from megahp.train.step import Engine
+from megahp.train.step import FIRST_SCALE, Engine, LossScale
 from megahp.train.wandb_log import check_wandb, new_id
 
 # What a run that starts from another's checkpoint may not change, by section or key, and what one that is resumed may
@@ -218,6 +218,7 @@ class Run:
         self.batch_plan = BatchPlan(settings, mesh.layout.dp)
         self.skipped = self.skipped_in_a_row = 0
         self.saved_at = -1  # step
+        self.loss_scale = LossScale(FIRST_SCALE if settings.train.dtype == "float16" else 1.0)
         self.wandb_id = new_id()
         self.forget_noise()
 
@@ -233,6 +234,7 @@ class Run:
             "updates": self.optimizer.updates,
             "noise_scale": self.noise.state(),
             "batch_plan": self.batch_plan.state(),
+            "loss_scale": vars(self.loss_scale),
             "wandb_id": self.wandb_id,
             "data": self.data.fingerprint,
             "data_order": self.data.state(self.progress.samples),
@@ -297,6 +299,7 @@ class Run:
         self.progress = Progress(**state["progress"])
         self.saved_at = self.progress.step
         self.optimizer.updates = state["updates"]
+        self.loss_scale = LossScale(**state["loss_scale"])
         if self.settings.train.noise_scale:
             self.noise.restore(state["noise_scale"])
         return state

@@ -17,6 +17,9 @@ from megahp.parallel import data as data_parallel
 from megahp.parallel.mesh import Mesh
 from megahp.parallel.parameters import counted_once, parameters, probes, rows, storage, sum_gradients
 
+FIRST_SCALE = 65536.0
+SCALE_GROWS_AFTER = 2000  # steps
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -45,15 +48,15 @@ class Engine:
         self.weights_counted = torch.tensor(mine, dtype=torch.float64, device=mesh.device)
         self.first_of_tp = mesh.is_first(("tp",))
 
-    def forward_backward(self, microbatches: Iterable[Batch], count: int, tokens: int) -> Tensor:
-        """Add up the gradients of the mean loss over `tokens` tokens of the global batch, from this rank's `count`
-        microbatches. Returns this rank's part of that loss, without waiting for it."""
+    def forward_backward(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float = 1.0) -> Tensor:
+        """Add up the gradients of `scale` times the mean loss over `tokens` tokens of the global batch, from this
+        rank's `count` microbatches. Returns this rank's part of that loss, not scaled, without waiting for it."""
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
         for index, batch in enumerate(microbatches):
             data_parallel.reduce_after(self.model, last=index == count - 1)
             losses = self.model(batch.tokens[:, :-1], batch.tokens[:, 1:], batch.documents)
             loss = losses.sum() / tokens
-            loss.backward()
+            (loss * scale).backward()
             total += loss.detach()
         sum_gradients(self.weights, self.rows, self.mesh)
         return total
@@ -69,13 +72,15 @@ class Engine:
         return [storage(weight.grad) for weight in self.weights.values()]  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def measure(self, loss: Tensor, grads: list[Tensor], batch: int) -> Measurement:
-        """Reduce loss, squared gradient norms and probes of one step over all ranks and bring them to the host."""
+    def measure(self, loss: Tensor, grads: list[Tensor], batch: int, scale: float = 1.0) -> Measurement:
+        """Reduce loss, squared gradient norms and probes of one step over all ranks and bring them to the host, the
+        scale of the gradients taken out."""
         squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square() * self.weights_counted
         own = [loss, *(probe.grad.double() for probe in self.probes.values())]  # type: ignore[union-attr]
         values = torch.cat((torch.stack(own) * self.first_of_tp, squares))
         dist.all_reduce(values)
-        loss_value, *numbers = values.tolist()
+        loss_value, *squared = values.tolist()
+        numbers = [value / scale**2 for value in squared]
         by_probe = dict(zip(self.probes, numbers, strict=False))
         by_weight = dict(zip(self.weights, numbers[len(by_probe) :], strict=True))
         return Measurement(
@@ -91,7 +96,27 @@ class Engine:
         self.model.zero_grad(set_to_none=True)
 
 
-def clip(grads: list[Tensor], norm: float, largest: float) -> None:
-    """Scale the gradients, in place, down to the largest global norm. 0 = never."""
-    if largest and norm > largest:
-        torch._foreach_mul_(grads, largest / norm)
+def clip(grads: list[Tensor], norm: float, largest: float, scale: float = 1.0) -> None:
+    """Take the scale out of the gradients, in place, and bring them down to the largest global norm (0 = any), if
+    theirs, without the scale, is above it."""
+    factor = (largest / norm if largest and norm > largest else 1.0) / scale
+    if factor != 1:
+        torch._foreach_mul_(grads, factor)
+
+
+@dataclass
+class LossScale:
+    """What the loss is multiplied by, so that no gradient vanishes in float16: halved when one overflows, doubled after
+    so many steps in which none did. (Micikevicius et al., arXiv 1710.03740, section 3.2; torch's GradScaler has the
+    same numbers.) It stays 1 for other types."""
+
+    value: float = 1.0
+    steps: int = 0  # since the last change
+
+    def update(self, finite: bool) -> None:
+        """Take in whether a step's gradients were finite."""
+        self.steps += 1
+        if not finite:
+            self.value, self.steps = self.value / 2, 0
+        elif self.steps == SCALE_GROWS_AFTER:
+            self.value, self.steps = self.value * 2, 0

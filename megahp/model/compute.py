@@ -1,0 +1,56 @@
+"""How blocks are computed: compiled, or with activations computed again in the backward pass.
+
+Nothing of it changes what they compute, and since it stays inside a block's forward pass, hooks, names and shards are
+as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from megahp import config
+from megahp.model.transformer import Block
+
+aten = torch.ops.aten
+# What selective recomputation keeps: the operations that cost most for a byte of their result.
+KEPT = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def arrange(blocks: Iterable[Block], compute: config.Compute) -> None:
+    """Set every block's `compute` as the settings say."""
+    for index, block in enumerate(blocks):
+        recompute = compute.recompute if index % compute.recompute_every == 0 else "none"
+        if recompute == "selective":  # inside, where the compiler can keep what is to be kept
+            block.compute = recomputed(block.compute, context_fn=partial(create_selective_checkpoint_contexts, _keep))
+        if compute.compile:
+            block.compute = torch.compile(block.compute)
+        if recompute == "full":  # outside: torch 2.13 cannot compile it where weights are DTensors
+            block.compute = recomputed(block.compute)
+
+
+def recomputed(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """The function, keeping for its backward pass nothing but its inputs, and what `context_fn` says if there is one.
+
+    (Selective recomputation of Korthikanti et al., arXiv 2205.05198, keeps all but the attention scores, which fused
+    attention does not make; ours keeps `KEPT`.)
+    """
+    # nothing in a block is random, so there is no random state to restore
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _keep(_context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,121 @@
+"""Compiled blocks, recomputed activations and half precision train the same model, per-example norms included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from distributed import world
+from distributed.training import Training, differences, settings_of, train_cases
+from megahp.train.step import LossScale, clip
+
+F64 = "train.dtype=float64"
+FULL, SELECTIVE, COMPILE = "compute.recompute=full", "compute.recompute=selective", "compute.compile=true"
+SP = ("parallel.tp=2", "parallel.sequence_parallel=true", "batch.micro_batch=4")
+# ranks -> case -> settings
+WAYS: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {
+        "full": (FULL,),
+        "every second block": (FULL, "compute.recompute_every=2"),
+        "selective": (SELECTIVE,),
+        "compiled": (COMPILE,),
+        "compiled, full": (COMPILE, FULL),
+        "compiled, selective": (COMPILE, SELECTIVE),
+    },
+    2: {
+        "shard2 full": (FULL,),
+        "shard2 selective": (SELECTIVE,),
+        "tp2 sp full": (FULL, *SP),
+        "tp2 sp selective": (SELECTIVE, *SP),
+        "shard2 compiled": (COMPILE,),
+        "tp2 sp compiled, full": (COMPILE, FULL, *SP),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    found = {}
+    for ranks, ways in WAYS.items():
+        cases = {name: (settings_of("llama", F64, *words), 2) for name, words in ways.items()}
+        plain = {"plain": (settings_of("llama", F64), 2)} if ranks == 1 else {}
+        found |= world.run(ranks, train_cases, cases | plain)[-1]
+    return found
+
+
+@pytest.mark.parametrize("way", [name for ways in WAYS.values() for name in ways])
+def test_trains_the_same_model(outcomes: dict[str, Any], way: str) -> None:
+    assert differences(outcomes[way], outcomes["plain"], 1e-10, 1e-10) == []
+
+
+def flops_of_a_step() -> dict[str, int]:
+    found = {}
+    for words in ((), (FULL,), (FULL, "compute.recompute_every=2"), (SELECTIVE,)):
+        training = Training(settings_of("llama", *words))
+        with FlopCounterMode(display=False) as counter:
+            training.step()
+        found[" ".join(words)] = counter.get_total_flops()
+    return found
+
+
+def test_what_is_computed_again() -> None:
+    """Full: all of the forward's matrix products in the blocks, half of it in every second of two; selective: none."""
+    flops = world.run(1, flops_of_a_step)[0]
+    plain, full, second, selective = flops.values()
+    assert selective == plain
+    assert 1.2 * plain < full < 4 / 3 * plain  # the unembedding is no block's
+    assert second - plain == (full - plain) / 2
+
+
+def half_precision() -> dict[str, Any]:
+    """One step in each type, without and with a scale; and one that overflows."""
+    found: dict[str, Any] = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        for scale in (1.0, 1024.0):
+            training = Training(settings_of("llama", f"train.dtype={dtype}"))
+            plan = training.batch_plan.step(training.progress)
+            assert plan
+            batches = list(training._batches(plan))
+            loss = training.engine.forward_backward(batches, len(batches), plan.tokens, scale)
+            grads = training.engine.gradients()
+            measured = training.engine.measure(loss, grads, plan.global_batch, scale)
+            clip(grads, measured.grad_norm, 0.5, scale)
+            found[dtype, scale] = vars(measured), [grad.clone() for grad in grads]
+    training.engine.zero()
+    loss = training.engine.forward_backward(batches, len(batches), plan.tokens, 2.0**40)
+    found["overflow"] = training.engine.measure(loss, training.engine.gradients(), plan.global_batch, 2.0**40).finite
+    return found
+
+
+def test_the_loss_scale_leaves_no_trace_but_precision() -> None:
+    found = world.run(1, half_precision)[0]
+    plain, plain_grads = found["float32", 1.0]
+    for (dtype, scale), (measured, grads) in ((key, value) for key, value in found.items() if key != "overflow"):
+        rtol = {"float32": 1e-6, "bfloat16": 0.05, "float16": 0.01}[dtype]
+        assert measured["loss"] == pytest.approx(plain["loss"], rel=rtol / 4)
+        assert measured["grad_norm"] == pytest.approx(plain["grad_norm"], rel=rtol)
+        for key in ("grad_sq_example", "grad_sq_batch"):
+            assert sum(measured[key].values()) == pytest.approx(sum(plain[key].values()), rel=2 * rtol), (dtype, scale)
+        for grad, wanted in zip(grads, plain_grads, strict=True):
+            assert (grad - wanted).norm() <= 3 * rtol * wanted.norm(), (dtype, scale)
+    assert found["overflow"] is False
+
+
+def test_the_loss_scale_halves_and_doubles() -> None:
+    scale = LossScale(1024.0)
+    seen = []
+    for step in range(4100):
+        scale.update(finite=step not in (5, 6))
+        seen.append(scale.value)
+    assert seen[4:8] == [1024, 512, 256, 256]
+    assert (seen[2005], seen[2006], seen[4005], seen[4006]) == (256, 512, 512, 1024)
+
+
+def test_clip_takes_the_scale_out() -> None:
+    for norm, largest, expected in ((2.0, 1.0, 0.5), (0.5, 1.0, 1.0), (9.0, 0.0, 1.0)):
+        grads = [torch.full((3,), 8.0)]
+        clip(grads, norm, largest, scale=8.0)
+        assert grads[0].tolist() == [expected] * 3
