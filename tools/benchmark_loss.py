@@ -4,8 +4,8 @@
 
 A shape is batch x length x width x vocabulary; weights are fp32. `plain` is F.cross_entropy of F.linear. The two take
 turns, so that a busy machine slows them alike; medians of the turns are printed, and the median of ours over plain's
-in each turn. `peak` is what forward and backward hold at most beyond their inputs, gradients included: on the CPU by
-the process's resident memory (Linux), on CUDA by torch's allocator.
+in each turn. With one thread on the CPU (OMP_NUM_THREADS=1) it is CPU time, which other work lengthens little. `peak`
+is what forward and backward hold at most beyond their inputs, gradients included, as torch's allocators count it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.mesh import TensorAxis
@@ -44,34 +46,33 @@ LOSSES: dict[str, Loss] = {"ours": ours, "plain": plain}
 def timed(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[float, float]:
     """Seconds of one forward and one backward."""
     synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
+    clock = time.perf_counter if x.is_cuda or torch.get_num_threads() > 1 else time.process_time
     x.grad = weight.grad = None
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     mean = loss(x, weight, targets).mean()
     synchronize()
-    middle = time.perf_counter()
+    middle = clock()
     mean.backward()
     synchronize()
-    return middle - start, time.perf_counter() - middle
+    return middle - start, clock() - middle
 
 
 def peak(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> int:
-    """Bytes held at most by one forward and backward beyond what was held before."""
+    """Bytes that one forward and backward hold at most beyond what was held before."""
     x.grad = weight.grad = None
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         timed(loss, x, weight, targets)
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
-    before = resident("VmRSS")
-    timed(loss, x, weight, targets)
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        timed(loss, x, weight, targets)
+    events = sorted(
+        (event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    )
+    return max(accumulate(event.nbytes() for event in events))
 
 
 def measure(shape: str, dtype: str, device: str, turns: int) -> list[dict]:
@@ -80,11 +81,9 @@ def measure(shape: str, dtype: str, device: str, turns: int) -> list[dict]:
     x = torch.randn(batch, length, width, device=device).to(getattr(torch, dtype)).requires_grad_()
     weight = (torch.randn(vocabulary, width, device=device) / width**0.5).requires_grad_()
     targets = torch.randint(vocabulary, (batch, length), device=device)
-    peaks: dict[str, list[int]] = {name: [] for name in LOSSES}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in LOSSES}
     for _ in range(turns + 1):
         for name, loss in LOSSES.items():
-            peaks[name].append(peak(loss, x, weight, targets))
             times[name].append(timed(loss, x, weight, targets))
     ratios = {
         name: [sum(own) / sum(other) for own, other in zip(several, times["plain"], strict=True)]
@@ -98,9 +97,9 @@ def measure(shape: str, dtype: str, device: str, turns: int) -> list[dict]:
             "forward ms": 1e3 * statistics.median(forward for forward, _ in times[name][1:]),
             "backward ms": 1e3 * statistics.median(backward for _, backward in times[name][1:]),
             "both, of plain": statistics.median(ratios[name][1:]),
-            "peak MiB": statistics.median(peaks[name][1:]) / 2**20,
+            "peak MiB": peak(loss, x, weight, targets) / 2**20,
         }
-        for name in LOSSES
+        for name, loss in LOSSES.items()
     ]
 
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from megahp.parallel.collectives import all_reduce
 from megahp.parallel.mesh import TensorAxis
 
-LOGITS_AT_ONCE = 2**22  # 16 MiB of fp32, which a CPU's cache holds; measured in docs/benchmarks/loss.md
+LOGITS_AT_ONCE = 2**21  # 8 MiB of fp32, which a CPU's cache holds (docs/benchmarks/loss.md)
 
 
 @torch.compiler.disable  # traced, backward's logits are found to equal forward's, and all of them are kept
