@@ -13,15 +13,10 @@ from megahp.model.attention import Attention, Positions
 from megahp.model.mlp import MLP
 from megahp.model.norm import LayerNorm, RMSNorm
 from megahp.model.positions import alibi_slopes, attention_bias, rotary
+from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.parameters import local
-from megahp.parallel.tensor import (
-    ColumnParallelLinear,
-    PositionEmbedding,
-    VocabParallelEmbedding,
-    enter,
-    vocab_parallel_cross_entropy,
-)
+from megahp.parallel.tensor import ColumnParallelLinear, PositionEmbedding, VocabParallelEmbedding, enter
 from megahp.scaling.parameterization import Role, Table
 
 
@@ -81,8 +76,8 @@ class Transformer(nn.Module):
         x = self._embed(tokens)
         for block in self.blocks:
             x = block(x, positions)
-        logits = self._unembed(self.final_norm(x))
-        return logits if targets is None else vocab_parallel_cross_entropy(logits, targets, self.axis)
+        x = enter(self.final_norm(x), self.axis) * self.table.logits
+        return self._logits(x) if targets is None else self._losses(x, targets)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens, self.dtype)
@@ -90,8 +85,11 @@ class Transformer(nn.Module):
             x = x + self.positions(tokens.shape[1], self.dtype)
         return x * self.table.embedding
 
-    def _unembed(self, x: Tensor) -> Tensor:
-        x = enter(x, self.axis) * self.table.logits
+    def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        weight = (self.unembedding or self.embedding).weight
+        return linear_cross_entropy(x, local(weight), targets, self.axis)
+
+    def _logits(self, x: Tensor) -> Tensor:
         return self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
 
     def _positions(self, tokens: Tensor, documents: Tensor | None) -> Positions:

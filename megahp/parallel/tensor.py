@@ -6,15 +6,11 @@ every rank holds the whole residual stream, or under sequence parallelism its sl
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
-from megahp.parallel.collectives import all_reduce, copy_to, gather_from, sum_from, sum_scatter
+from megahp.parallel.collectives import copy_to, gather_from, sum_from, sum_scatter
 from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.parameters import Module, Row, local
 from megahp.scaling.parameterization import Role
@@ -94,34 +90,3 @@ class PositionEmbedding(Module):
     def forward(self, length: int, dtype: torch.dtype) -> Tensor:
         rows = local(self.weight)[:length].to(dtype)
         return rows.chunk(self.axis.size)[self.axis.rank] if self.axis.sequence_parallel else rows
-
-
-def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: TensorAxis) -> Tensor:
-    """Per-token losses [...] in nats, fp32 or wider, from logits [..., vocabulary / tp] and targets [...]."""
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    if axis.size == 1:
-        losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-        return losses.view_as(targets).clone()  # FSDP2 hooks on to a module's output, which therefore is no view
-    return _VocabParallelCrossEntropy.apply(logits, targets, axis)
-
-
-class _VocabParallelCrossEntropy(Function):
-    """log sum exp(logits) - logits[target]; only sums over the vocabulary cross ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: TensorAxis) -> Tensor:
-        shifted = logits - all_reduce(logits.amax(-1), axis.group, dist.ReduceOp.MAX)[..., None]
-        index = targets - axis.rank * logits.shape[-1]
-        here = (index >= 0) & (index < logits.shape[-1])
-        index = index.where(here, 0)[..., None]
-        target_logit = shifted.gather(-1, index).squeeze(-1).where(here, 0)
-        weights = shifted.exp_()
-        total, target_logit = all_reduce(torch.stack((weights.sum(-1), target_logit)), axis.group)
-        ctx.save_for_backward(weights.div_(total[..., None]), index, here)
-        return total.log() - target_logit
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        probabilities, index, here = ctx.saved_tensors
-        grad = probabilities.scatter_add(-1, index, -here[..., None].to(probabilities.dtype))
-        return grad * grads[0][..., None], None, None

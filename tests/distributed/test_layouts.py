@@ -1,13 +1,22 @@
-"""Every layout trains the same model: loss, every gradient, norms, per-example norms and weights against one rank."""
+"""Every layout trains the same model: loss, every gradient, norms, per-example norms and weights against one rank.
+
+That one rank takes its loss from logits, the layouts from slices of the vocabulary that do not divide it evenly.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from distributed import world
+from distributed.test_cross_entropy import plain_losses
 from distributed.training import MODELS, differences, settings_of, train_cases
+from megahp.config import Config
+from megahp.model import transformer
+from megahp.parallel import cross_entropy
 
 SP = ("parallel.tp=2", "parallel.sequence_parallel=true")
 # ranks -> layout -> settings. All run multiples of 8 sequences, from one to four microbatches of them.
@@ -33,6 +42,16 @@ def steps_of(model: str, dtype: str) -> int:
     return 10 if (model, dtype) == ("llama", "float32") else 3
 
 
+def train_plainly(cases: Mapping[str, tuple[Config, int]]) -> dict[str, dict[str, Any]]:
+    with mock.patch.object(transformer, "linear_cross_entropy", plain_losses):
+        return train_cases(cases)
+
+
+def train_in_slices(cases: Mapping[str, tuple[Config, int]]) -> dict[str, dict[str, Any]]:
+    with mock.patch.object(cross_entropy, "rows_at_once", lambda *_: 24):
+        return train_cases(cases)
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
     found = {}
@@ -46,7 +65,7 @@ def outcomes() -> dict[str, Any]:
         for layout, words in layouts.items():
             bf16 = settings_of("gpt2", "train.dtype=bfloat16", *words)
             cases[f"{layout}/gpt2/bfloat16"] = (bf16, 1)
-        found |= world.run(ranks, train_cases, cases)[-1]
+        found |= world.run(ranks, train_plainly if ranks == 1 else train_in_slices, cases)[-1]
     return found
 
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from distributed import training, world
 from distributed.training import Training, differences, settings_of, train
-from megahp.parallel import collectives, parameters, tensor
+from megahp.parallel import collectives, cross_entropy, parameters
 
 SPLIT = ("parallel.tp=2", "parallel.sequence_parallel=true")
 PLAIN = ("parallel.tp=2",)
@@ -174,8 +174,12 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
         SPLIT,
         lambda: forward_without(collectives._SumScatter, "reduce_scatter", own_slice),
     ),
-    "cross-entropy, largest logit": ("llama", PLAIN, lambda: mock.patch.object(tensor, "all_reduce", all_but_largest)),
-    "cross-entropy, sums": ("llama", PLAIN, lambda: mock.patch.object(tensor, "all_reduce", only_largest)),
+    "cross-entropy, largest logit": (
+        "llama",
+        PLAIN,
+        lambda: mock.patch.object(cross_entropy, "all_reduce", all_but_largest),
+    ),
+    "cross-entropy, sums": ("llama", PLAIN, lambda: mock.patch.object(cross_entropy, "all_reduce", only_largest)),
     "muon, the update from the rank that made it": (
         "muon",
         PLAIN,

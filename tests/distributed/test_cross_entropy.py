@@ -1,0 +1,238 @@
+"""The loss in slices of the vocabulary against the loss from whole logits: values, gradients, memory, collectives."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from distributed import world
+from distributed.training import Training, made_up, mesh_of, settings_of
+from megahp.parallel import cross_entropy
+from megahp.parallel.cross_entropy import linear_cross_entropy
+from megahp.parallel.layout import Layout
+from megahp.parallel.mesh import TensorAxis
+from megahp.parallel.tensor import enter
+
+ALONE = TensorAxis(1, 0, None, False)  # type: ignore[arg-type]
+VOCABULARY = 100
+SLICES = (1, 7, 50, 99, 100, 1000)
+
+
+def plain_losses(x: Tensor, weight: Tensor, targets: Tensor, axis: TensorAxis) -> Tensor:
+    """The same losses, on one rank, from whole logits."""
+    logits = F.linear(x, weight.to(x.dtype))
+    logits = logits.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
+    return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets).clone()
+
+
+def in_slices_of(rows: int) -> Any:
+    return mock.patch.object(cross_entropy, "rows_at_once", lambda *_: rows)
+
+
+def inputs(
+    dtype: torch.dtype, tokens: tuple[int, ...] = (3, 11), width: int = 16, vocabulary: int = VOCABULARY
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "x": torch.randn(*tokens, width, generator=generator).to(dtype),
+        "weight": (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(dtype),
+        "targets": torch.randint(0, vocabulary, tokens, generator=generator),
+        "upstream": torch.randn(tokens, generator=generator),
+    }
+
+
+def outcome(losses_of: Any, given: dict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Losses, and the gradients of x and weight, whose upstream gradients differ by token in size and sign."""
+    x, weight = (given[name].to(dtype, copy=True).requires_grad_() for name in ("x", "weight"))
+    losses = losses_of(x, weight, given["targets"], ALONE)
+    losses.backward(given["upstream"].to(losses.dtype))
+    return [losses.detach(), x.grad, weight.grad]
+
+
+@pytest.mark.parametrize("rows", SLICES)
+def test_equals_the_plain_loss_in_float64(rows: int) -> None:
+    given = inputs(torch.float64)
+    with in_slices_of(rows):
+        found = outcome(linear_cross_entropy, given, torch.float64)
+    torch.testing.assert_close(found, outcome(plain_losses, given, torch.float64), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("rows", SLICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_is_as_exact_as_the_plain_loss(dtype: torch.dtype, rows: int) -> None:
+    """Within twice the plain loss's own error, against float64 on the same inputs, in norm and largest element."""
+    given = inputs(dtype, tokens=(8, 33), width=32)
+    exact = outcome(plain_losses, given, torch.float64)
+    plain = outcome(plain_losses, given, dtype)
+    with in_slices_of(rows):
+        found = outcome(linear_cross_entropy, given, dtype)
+    for name, ours, theirs, right in zip(("losses", "x", "weight"), found, plain, exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        for size in (torch.norm, lambda difference: difference.abs().max()):
+            error, plain_error = size(ours.double() - right), size(theirs.double() - right)
+            assert error <= 2 * plain_error, (name, error / plain_error)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_extreme_logits(scale: float) -> None:
+    """Neither flat nor saturated distributions overflow, whichever slice holds the largest logit."""
+    given = inputs(torch.float32)
+    given["weight"] *= scale * torch.linspace(-1, 1, VOCABULARY)[:, None]
+    with in_slices_of(7):
+        found = outcome(linear_cross_entropy, given, torch.float32)
+    torch.testing.assert_close(found, outcome(plain_losses, given, torch.float32), rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_what_is_not_finite_shows() -> None:
+    given = inputs(torch.float32)
+    given["x"][1, 2, 3] = torch.nan
+    with in_slices_of(7):
+        losses, grad_x, grad_weight = outcome(linear_cross_entropy, given, torch.float32)
+    assert losses.isnan().nonzero().tolist() == [[1, 2]]
+    assert grad_x[1, 2].isnan().all() and grad_weight.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_of_another_type(dtype: torch.dtype) -> None:
+    """fp32 masters are multiplied in x's type; their gradient is fp32, as through `weight.to(x.dtype)`."""
+    given = inputs(dtype)
+    weight = inputs(torch.float32)["weight"].requires_grad_()
+    grads = []
+    for losses_of in (plain_losses, linear_cross_entropy):
+        losses = losses_of(given["x"], weight, given["targets"], ALONE)
+        grads += torch.autograd.grad(losses, weight, given["upstream"])
+    assert grads[1].dtype == torch.float32
+    torch.testing.assert_close(*grads, rtol=2**-7, atol=1e-5)
+
+
+def test_no_tokens() -> None:
+    losses, grad_x, grad_weight = outcome(linear_cross_entropy, inputs(torch.float32, tokens=(0, 5)), torch.float32)
+    assert losses.shape == (0, 5) and grad_x.shape == (0, 5, 16) and not grad_weight.any()
+
+
+def test_gradients_do_not_pretend_to_have_gradients() -> None:
+    given = inputs(torch.float64)
+    x = given["x"].requires_grad_()
+    losses = linear_cross_entropy(x, given["weight"], given["targets"], ALONE)
+    (grad,) = torch.autograd.grad(losses.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_never_stand_in_memory(dtype: torch.dtype) -> None:
+    tokens, vocabulary = 2048, 2**15
+    given = inputs(dtype, (tokens,), vocabulary=vocabulary)
+    with Largest() as largest:
+        outcome(linear_cross_entropy, given, dtype)
+    assert largest.numel <= tokens * vocabulary / 16
+    with Largest() as largest:
+        outcome(plain_losses, given, dtype)
+    assert largest.numel == tokens * vocabulary
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, on the compiler's first use
+def test_the_compiler_does_not_keep_the_logits_either() -> None:
+    given, saved = inputs(torch.float32, tokens=(8, 33)), []
+    backend = "aot_eager_decomp_partition"  # all of the default backend but the code it writes
+    compiled = torch.compile(lambda x, *others: linear_cross_entropy(x * 2, *others) / 2, backend=backend)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x)
+    with in_slices_of(7), hooks:
+        found = outcome(compiled, given, torch.float32)
+    wanted = outcome(lambda x, *others: plain_losses(x * 2, *others) / 2, given, torch.float32)
+    torch.testing.assert_close(found, wanted)
+    assert given["x"].numel() < sum(saved) < 8 * 33 * VOCABULARY / 3
+
+
+def largest_of_a_step(model: str) -> int:
+    """Elements of the largest tensor in forward and backward of 128 tokens at a vocabulary of 4096 and width 32."""
+    settings = settings_of(model, "model.vocab_size=4096", "batch.micro_batch=8")
+    training = Training(settings)
+    batch = made_up(training.batch_plan.step(training.progress).samples(0, 1)[0], settings)
+    with in_slices_of(512), Largest() as largest:
+        training.engine.forward_backward([batch], 1, 128)
+    return largest.numel
+
+
+def largest_of_steps() -> list[int]:
+    return [largest_of_a_step(model) for model in ("llama", "gpt2")]
+
+
+def test_a_training_step_holds_no_logits() -> None:
+    """With an unembedding of its own or a tied one, nothing is larger than the embedding."""
+    assert world.run(1, largest_of_steps)[0] == [4096 * 32] * 2
+
+
+def losses_and_collectives(sequence_parallel: bool, dtype: torch.dtype, rows: int) -> tuple[list[Tensor], list[str]]:
+    """This rank's losses and gradients, the latter gathered, and the collectives they took after `enter`."""
+    axis = mesh_of(Layout(tp=2)).tensor_axis(sequence_parallel)
+    given = inputs(dtype, tokens=(3, 10))
+    own = given["x"].chunk(2, 1)[axis.rank] if sequence_parallel else given["x"]
+    x, weight = own.clone().requires_grad_(), given["weight"].chunk(2)[axis.rank].clone().requires_grad_()
+    entered = enter(x, axis)
+    with in_slices_of(rows), Collectives() as collectives:
+        losses = linear_cross_entropy(entered, weight, given["targets"], axis)
+        losses.backward(given["upstream"].to(losses.dtype))
+    grads = [torch.empty_like(weight) for _ in range(2)]
+    dist.all_gather(grads, weight.grad)
+    parts = [torch.empty_like(x) for _ in range(2)]
+    dist.all_gather(parts, x.grad.contiguous())
+    return [losses.detach(), torch.cat(parts, 1) if sequence_parallel else x.grad, torch.cat(grads)], collectives.names
+
+
+class Collectives(TorchDispatchMode):
+    """Names of the collectives that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.names.append(function._opname.rstrip("_"))
+        return function(*args, **(kwargs or {}))
+
+
+CASES = [(sp, dtype, rows) for sp in (False, True) for dtype in (torch.float64, torch.bfloat16) for rows in (3, 50)]
+
+
+def all_cases() -> list[Any]:
+    return [losses_and_collectives(*case) for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks() -> list[list[Any]]:
+    return [dict(zip(CASES, found, strict=True)) for found in world.run(2, all_cases)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_vocabulary_split_over_ranks(on_two_ranks: Any, case: tuple[bool, torch.dtype, int]) -> None:
+    sequence_parallel, dtype, _ = case
+    given = inputs(dtype, tokens=(3, 10))
+    exact = outcome(plain_losses, given, torch.float64)
+    rtol, atol = (1e-12, 1e-13) if dtype == torch.float64 else (2**-7, 2**-5)
+    for rank in range(2):
+        found, collectives = on_two_ranks[rank][case]
+        for ours, right in zip(found, exact, strict=True):
+            torch.testing.assert_close(ours.double(), right, rtol=rtol, atol=atol)
+        adjoint = "_reduce_scatter_base" if sequence_parallel else "allreduce"
+        assert collectives == ["allreduce", "allreduce", adjoint]
