@@ -73,12 +73,14 @@ def wants_cuda(torch: Path) -> bool:
     if setting not in ("0", "1"):
         sys.exit(f"MEGAHP_CUDA must be auto, 0 or 1, not {setting!r}")
     if setting == "1" and nvcc() is None:
-        sys.exit("MEGAHP_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME/bin: install the CUDA toolkit, or leave it 0")
+        sys.exit(
+            "MEGAHP_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME/bin: install the CUDA toolkit, or leave it 0"
+        )
     return setting == "1"
 
 
 def architectures(compiler: str) -> list[str]:
-    """nvcc's options for TORCH_CUDA_ARCH_LIST, or for A100, H100 and B200, as far as this nvcc knows them, and later."""
+    """nvcc's options for TORCH_CUDA_ARCH_LIST, or for A100, H100, B200 as far as it knows them, and later."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not listed:
         known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()

@@ -9,7 +9,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
-#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -48,7 +48,8 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-constexpr int kProcessors = 3, kBlocksOfOne = 2, kSharedMemory = 96 * 1024;
+constexpr int kProcessors = 3, kBlocksOfOne = 2, kSharedMemory = 227 * 1024;
+inline int allowed_by_device = kSharedMemory;
 inline bool scrambled = false;  // runs blocks, and threads between their meetings, in the opposite order
 
 struct Fiber {
@@ -63,7 +64,7 @@ inline std::unique_ptr<char[]> stacks;
 inline jmp_buf scheduler;
 inline int current = 0;
 inline std::function<void()> body;
-inline std::vector<std::vector<char>> exchanged;  // what each thread shows its warp
+inline std::vector<std::array<char, 8>> exchanged;  // what each thread shows its warp
 
 constexpr size_t kStack = 64 * 1024;
 
@@ -92,10 +93,10 @@ inline void resume(int thread) {
   setcontext(&fiber.start);
 }
 
-// One block, whose threads all meet at every shuffle and barrier until they end: stricter than CUDA, and so are the kernels.
+// One block, whose threads all meet at every shuffle and barrier until they end: stricter than CUDA, as the kernels are.
 inline void run_block(int threads) {
   fibers.assign(threads, {});
-  exchanged.assign(threads, {});
+  exchanged.resize(threads);
   for (char place = 1; place;) {
     place = 0;
     for (int i = 0; i < threads; ++i) {
@@ -120,11 +121,9 @@ namespace emulator {
 // The value of lane `of` of this thread's warp; every lane comes here.
 template <class T>
 T shuffle(T value, int of) {
-  const auto* bytes = reinterpret_cast<const char*>(&value);
-  exchanged[current].assign(bytes, bytes + sizeof(T));
+  std::memcpy(&exchanged[current], &value, sizeof(T));
   meet('w');
   const int other = current / 32 * 32 + of;
-  if (exchanged.at(other).size() != sizeof(T)) std::abort();
   T result;
   std::memcpy(&result, exchanged[other].data(), sizeof(T));
   meet('r');
@@ -196,7 +195,7 @@ inline const char* cudaGetErrorString(int) { return "launch refused"; }
 
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
-  *value = name == cudaDevAttrMultiProcessorCount ? emulator::kProcessors : emulator::kSharedMemory;
+  *value = name == cudaDevAttrMultiProcessorCount ? emulator::kProcessors : emulator::allowed_by_device;
   return 0;
 }
 
@@ -253,5 +252,6 @@ AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard)
   return *guard = nullptr, TORCH_SUCCESS;
 }
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return TORCH_SUCCESS; }
-__attribute__((visibility("default"))) void megahp_scramble(bool on) { emulator::scrambled = on; }
+[[gnu::visibility("default")]] void emulator_scramble(bool on) { emulator::scrambled = on; }
+[[gnu::visibility("default")]] void emulator_shared_memory(int bytes) { emulator::allowed_by_device = bytes; }
 }
