@@ -94,7 +94,7 @@ Launch<Forward<T, A>> forward_launch(const Forward<T, A>& p) {
   return {normalize_wide_row<centered, T, A>, block_of_wide_row(vectors), 0};
 }
 
-// Eight elements in a thread, or sixteen of RMSNorm's where a block would be too large: the sums of each take registers.
+// Eight elements in a thread, or sixteen where RMSNorm's block would be too large: the sums of each take registers.
 template <bool centered, class T, class A>
 Launch<Backward<T, A>> backward_launch(Backward<T, A>& p, size_t most_shared) {
   const int64_t vectors = divided_up(p.width, kPerVector<T>);

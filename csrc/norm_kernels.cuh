@@ -1,4 +1,4 @@
-// The norms' device code: LayerNorm, and RMSNorm as LayerNorm with a mean of zero. No libtorch beyond its 16-bit floats.
+// The norms' device code: LayerNorm, and RMSNorm as LayerNorm with a mean of zero; of libtorch only its 16-bit floats.
 //
 // T is the type of the data, A that of statistics and sums. In a block, threadIdx.y is one of the rows it works on side
 // by side and threadIdx.x a thread of that row: at most 32, a power of two, or a multiple of 32. A thread moves whole
@@ -19,8 +19,11 @@
 
 namespace megahp {
 
-constexpr int kMostThreads = 1024;                    // in a block
-constexpr int kStaticShared = 2 * 2 * 32 * sizeof(double);  // bytes of shared memory a kernel takes beside what its launch adds
+constexpr int kMostThreads = 1024;  // in a block
+
+// Bytes of shared memory, at most, that the backward kernels take beside what their launch gives them.
+constexpr int kStaticShared = 2 * 2 * 32 * sizeof(double);
+
 
 template <class T>
 constexpr int kPerVector = 16 / sizeof(T);
@@ -220,12 +223,12 @@ __device__ __forceinline__ A sum_of_squares(const Vector<T>& x, A mean, int firs
 
 // The row stays in registers, `vectors` of 16 bytes in each thread.
 template <bool centered, class T, class A, int vectors>
-__global__ void __launch_bounds__(kMostThreads) normalize_rows(const Forward<T, A> p) {
+__global__ void __launch_bounds__(kMostThreads, 1) normalize_rows(const Forward<T, A> p) {
   __shared__ A slots[2][1][32];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int width = row < p.rows ? p.width : 0;  // the last block may have rows too many: they are empty
   const int64_t at = row * p.width;
-  const auto column = [](int v) { return (v * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kPerVector<T>; };
+  const auto column = [](int v) { return static_cast<int>(v * blockDim.x + threadIdx.x) * kPerVector<T>; };
 
   Vector<T> x[vectors];
 #pragma unroll
@@ -264,7 +267,7 @@ __global__ void __launch_bounds__(kMostThreads) normalize_rows(const Forward<T, 
 
 // A row too wide for registers: one block, which reads it again from L2 for each pass.
 template <bool centered, class T, class A>
-__global__ void __launch_bounds__(kMostThreads) normalize_wide_row(const Forward<T, A> p) {
+__global__ void __launch_bounds__(kMostThreads, 1) normalize_wide_row(const Forward<T, A> p) {
   __shared__ A slots[2][1][32];
   const int64_t row = blockIdx.x, at = row * p.width;
   const int begin = threadIdx.x * kPerVector<T>, step = blockDim.x * kPerVector<T>;
@@ -361,7 +364,8 @@ struct Terms {
   }
 
   template <int count>
-  __device__ __forceinline__ Vector<T> dx(const A (&averages)[count], const Row<A>& row, const Vector<T>& dstream) const {
+  __device__ __forceinline__ Vector<T> dx(const A (&averages)[count], const Row<A>& row,
+                                          const Vector<T>& dstream) const {
     A values[kPerVector<T>];
     unpack(values, dstream);
 #pragma unroll
@@ -399,13 +403,13 @@ constexpr int kStages = 2;
 
 // The rows pass through shared memory, of which a thread reads only what it wrote; the sums stay in registers.
 template <bool centered, class T, class A, int vectors>
-__global__ void __launch_bounds__(kMostThreads) differentiate_rows(const Backward<T, A> p) {
+__global__ void __launch_bounds__(kMostThreads, 1) differentiate_rows(const Backward<T, A> p) {
   __shared__ A slots[2][1 + centered][32];
   constexpr int elements = vectors * kPerVector<T>;
   const Run run = run_of_block(p);
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
   const int arrays = p.dstream ? 3 : 2;
-  const auto column = [](int v) { return (v * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kPerVector<T>; };
+  const auto column = [](int v) { return static_cast<int>(v * blockDim.x + threadIdx.x) * kPerVector<T>; };
   const auto slot = [&](int step, int array, int v) {
     const int stage = step % kStages;
     return reinterpret_cast<Vector<T>*>(shared_memory) + ((stage * arrays + array) * vectors + v) * threads + thread;
@@ -442,9 +446,11 @@ __global__ void __launch_bounds__(kMostThreads) differentiate_rows(const Backwar
     A weight[kPerVector<T>];
     p.weight.load(weight, column(v), p.width, true);
 #pragma unroll
-    for (int k = 0; k < pieces; ++k)
+    for (int k = 0; k < pieces; ++k) {
+      Vector<A>& piece = weights[(v * pieces + k) * threads];
 #pragma unroll
-      for (int j = 0; j < kPerVector<A>; ++j) weights[(v * pieces + k) * threads].values[j] = weight[k * kPerVector<A> + j];
+      for (int j = 0; j < kPerVector<A>; ++j) piece.values[j] = weight[k * kPerVector<A> + j];
+    }
   }
   A dweight[elements] = {}, dbias[centered ? elements : 1] = {};
   for (int step = 0; step + 1 < kStages; ++step) load_step(step);
@@ -491,8 +497,8 @@ __global__ void __launch_bounds__(kMostThreads) differentiate_rows(const Backwar
 
 // sums += terms, or = for the first row.
 template <class T, class A>
-__device__ __forceinline__ void accumulate(A* sums, const A (&terms)[kPerVector<T>], bool is_first, int first, int width,
-                                           bool whole) {
+__device__ __forceinline__ void accumulate(A* sums, const A (&terms)[kPerVector<T>], bool is_first, int first,
+                                           int width, bool whole) {
 #pragma unroll
   for (int j = 0; j < kPerVector<T>; j += kPerVector<A>) {
     Vector<A> sum = load(sums, first + j, is_first ? 0 : width, whole);
@@ -505,7 +511,7 @@ __device__ __forceinline__ void accumulate(A* sums, const A (&terms)[kPerVector<
 // Rows too wide for that: read again from L2 for the second pass; the sums stay in shared memory where they fit, else
 // in the block's part of the output, which L2 holds.
 template <bool centered, class T, class A>
-__global__ void __launch_bounds__(kMostThreads) differentiate_wide_rows(const Backward<T, A> p) {
+__global__ void __launch_bounds__(kMostThreads, 1) differentiate_wide_rows(const Backward<T, A> p) {
   __shared__ A slots[2][1 + centered][32];
   const Run run = run_of_block(p);
   const int begin = threadIdx.x * kPerVector<T>, step = blockDim.x * kPerVector<T>;
@@ -564,7 +570,7 @@ struct Reduction {
 // One block takes 32 columns, one warp at a time a slice of the parts of one example; blockIdx.y is 0 for the weight, 1
 // for the bias. The last block to finish, whichever it is, sums the squares of all of them, in their order.
 template <class A>
-__global__ void __launch_bounds__(kMostThreads) reduce_parts(const Reduction<A> p) {
+__global__ void __launch_bounds__(kMostThreads, 1) reduce_parts(const Reduction<A> p) {
   __shared__ A shared[32][33];
   const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
   const int column = blockIdx.x * 32 + lane;

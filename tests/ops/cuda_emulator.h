@@ -1,9 +1,10 @@
-// Enough of CUDA to run csrc/norm_cuda.cu on the CPU, for tests: the same source, compiled by g++ with this header in place of
-// CUDA's, registers the ops for CPU tensors under a namespace of its own (see test_norm_cuda.py).
+// Enough of CUDA to run csrc/norm_cuda.cu on the CPU, for tests: the same source, compiled by g++ with this header in
+// place of CUDA's, registers the ops for CPU tensors in a namespace of their own (see test_norm_cuda.py).
 //
-// Blocks run one after the other; the threads of a block are fibers that take turns between the points where they meet. A
-// barrier that a thread never reaches, a shuffle that a lane skips, and shared memory read before it is written
-// (it holds NaNs as a block starts) show as failures. Races between such points do not show.
+// Blocks run one after the other; the threads of a block are fibers that take turns between the points where they meet.
+// A barrier or shuffle that some threads skip, an asynchronous copy used before it is waited for, and dynamic shared
+// memory read before it is written (it holds NaNs as a block starts) show as failures; a race between two such points
+// shows where running blocks and threads in the opposite order changes a result.
 #pragma once
 
 #include <setjmp.h>
@@ -30,7 +31,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 #define __shared__ thread_local  // one block runs at a time
 
 struct dim3 {
@@ -93,7 +94,7 @@ inline void resume(int thread) {
   setcontext(&fiber.start);
 }
 
-// One block, whose threads all meet at every shuffle and barrier until they end: stricter than CUDA, as the kernels are.
+// One block. All its threads meet at every shuffle and barrier until they end: stricter than CUDA, as the kernels are.
 inline void run_block(int threads) {
   fibers.assign(threads, {});
   exchanged.resize(threads);
@@ -228,7 +229,8 @@ template <class P>
 int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P), const P& parameters) {
   using namespace emulator;
   const unsigned threads = config->blockDim.x * config->blockDim.y, blocks = config->gridDim.x * config->gridDim.y;
-  if (threads == 0 || threads > 1024 || threads % 32 || blocks == 0 || config->dynamicSmemBytes > allowed_shared) return 1;
+  if (threads == 0 || threads > 1024 || threads % 32 || blocks == 0) return 1;
+  if (config->dynamicSmemBytes > allowed_shared) return 1;
   allowed_shared = 48 * 1024;
   if (!stacks) stacks.reset(new char[1024 * kStack]);
   blockDim = config->blockDim;

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -280,3 +281,38 @@ def test_no_kernel_spills(architecture):
     )
     assert len(report) >= 30
     assert [name for name, *numbers in report if numbers != ["0", "0"]] == []
+
+
+# setup.py, which builds the object.
+
+
+def setup_py(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=CSRC.parent,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_wrong_settings_of_the_build_are_told():
+    run = setup_py("--name", MEGAHP_CUDA="yes")
+    assert run.returncode != 0 and "MEGAHP_CUDA must be auto, 0 or 1, not 'yes'" in run.stderr
+    run = setup_py("--name", MEGAHP_CUDA="1", CUDA_HOME="/nowhere", PATH="")
+    assert run.returncode != 0 and "there is no nvcc" in run.stderr
+    for fine in ("auto", "0"):
+        assert setup_py("--name", MEGAHP_CUDA=fine, CUDA_HOME="/nowhere", PATH="").returncode == 0
+
+
+@pytest.mark.slow
+def test_the_object_is_built_without_a_gpu(tmp_path):
+    """For the architectures asked for, also against a torch without CUDA, under which it is then not looked for."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc on PATH")
+    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temporary")]
+    run = setup_py("build_ext", *folders, MEGAHP_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+    assert run.returncode == 0, run.stderr
+    assert "arch=compute_80,code=sm_80 " in run.stdout and "arch=compute_90,code=[sm_90,compute_90]" in run.stdout
+    built = (tmp_path / "lib" / "megahp" / "_cuda.abi3.so").read_bytes()
+    assert b"sm_80" in built and b"sm_90" in built
