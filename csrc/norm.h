@@ -48,13 +48,13 @@ inline void check_input(const Tensor& x, const Tensor& weight) {
                   "norm: weight and bias must be [D] with D = ", x.size(-1), ", the last dimension of x");
 }
 
-inline void check_gradient(const Tensor& dy, const Tensor& x) {
-  STD_TORCH_CHECK(dy.sizes() == x.sizes(), "norm backward: dy and x must have the same shape");
-  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "norm backward: dy and x must have the same dtype");
+inline void check_like(const Tensor& other, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(other.sizes().equals(x.sizes()), "norm: ", name, " and x must have the same shape");
+  STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), "norm: ", name, " and x must have the same dtype");
 }
 
 inline void check_statistic(const Tensor& statistic, const Tensor& x) {
-  STD_TORCH_CHECK(statistic.sizes() == x.sizes().slice(0, x.dim() - 1) &&
+  STD_TORCH_CHECK(statistic.sizes().equals(x.sizes().slice(0, x.dim() - 1)) &&
                       statistic.scalar_type() == accumulate_type(x),
                   "norm backward: mean and rstd must be those the forward returned for x");
 }

@@ -1,29 +1,99 @@
 // The norm ops on the CPU: binding, threads, order of summation. Their schemas are in megahp/ops/norm.py.
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <optional>
+#include <string_view>
 #include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <torch/csrc/stable/library.h>
 
 #include "norm.h"
-#include "norm_rows.h"
 
 namespace megahp {
 namespace {
 
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 using torch::stable::contiguous;
 using torch::stable::new_empty;
-using torch::stable::new_zeros;
 using torch::stable::parallel_for;
 
-// Rows of one example whose gradients are summed in one go: fixed, so that no result depends on the threads.
-constexpr int64_t kChunk = 64;
+// Sums a row is added up in at a time, which hides the latency of an addition.
+constexpr int kSums = 4;
+#define MEGAHP_INLINE [[gnu::always_inline]] inline
+#define MEGAHP_LAMBDA __attribute__((always_inline))
 
-// How many rows, or chunks of rows, are worth waking a thread for.
+namespace baseline {
+#define MEGAHP_VECTOR_BYTES 16
+#include "norm_rows.h"
+#undef MEGAHP_VECTOR_BYTES
+}  // namespace baseline
+
+// The instruction sets beyond the one the compiler is told to target. Which one serves is seen when the object loads.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace avx2 {
+#define MEGAHP_VECTOR_BYTES 32
+#include "norm_rows.h"
+#undef MEGAHP_VECTOR_BYTES
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+namespace avx512 {
+#define MEGAHP_VECTOR_BYTES 64
+#include "norm_rows.h"
+#undef MEGAHP_VECTOR_BYTES
+}  // namespace avx512
+#pragma GCC pop_options
+
+enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+
+// The best there is, or what torch's own variable ATEN_CPU_CAPABILITY asks for if there is that.
+InstructionSet best_instruction_set() {
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view asked = variable ? variable : "";
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!avx2 || asked == "default") return InstructionSet::kBaseline;
+  return avx512 && asked != "avx2" ? InstructionSet::kAvx512 : InstructionSet::kAvx2;
+}
+
+const InstructionSet kInstructionSet = best_instruction_set();
+
+#define MEGAHP_BEST(...)                                        \
+  (kInstructionSet == InstructionSet::kAvx512 ? &avx512::__VA_ARGS__ \
+   : kInstructionSet == InstructionSet::kAvx2 ? &avx2::__VA_ARGS__   \
+                                              : &baseline::__VA_ARGS__)
+#else
+#define MEGAHP_BEST(...) (&baseline::__VA_ARGS__)
+#endif
+
+// Rows of one example whose gradients are summed in one go, and columns of which squares are: fixed, so that no
+// result depends on the threads.
+constexpr int64_t kChunk = 64;
+constexpr int64_t kColumns = 256;
+
+// How many units of work are worth waking a thread for.
 int64_t grain(int64_t elements_of_one) { return std::max<int64_t>(1, 32768 / elements_of_one); }
 
+int64_t divided_up(int64_t all, int64_t part) { return (all + part - 1) / part; }
+
 Tensor prepared(const Tensor& weight, ScalarType dtype) {
-  return contiguous(torch::stable::to(weight, dtype));
+  return contiguous(weight.scalar_type() == dtype ? weight : torch::stable::to(weight, dtype));
 }
 
 template <class T>
@@ -36,19 +106,27 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// RMSNorm (not centered) has neither mean nor bias. Below, other tensors stand in their place, which the row
-// functions do not touch.
+// RMSNorm (not centered) has neither mean nor bias, and the stream is only there where a branch is added to x. Other
+// tensors stand in the place of those that are missing; the row functions do not touch them.
+
+struct Normalized {
+  Tensor stream, y, mean, rstd;
+};
 
 template <bool centered>
-std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, const Tensor& weight,
-                                             const std::optional<Tensor>& bias, double eps) {
+Normalized normalize(const Tensor& input, const std::optional<Tensor>& added, double alpha, const Tensor& weight,
+                     const std::optional<Tensor>& bias, double eps) {
   check_input(input, weight);
+  if (added) check_like(*added, input, "branch");
   if (bias) check_input(input, *bias);
   const auto dtype = accumulate_type(input);
   const NormShape shape = norm_shape(input);
+  const int64_t rows = shape.examples * shape.rows;
   const Tensor x = contiguous(input);
+  const Tensor branch = added ? contiguous(*added) : x;
   const Tensor w = prepared(weight, dtype);
-  const Tensor b = !centered ? w : bias ? prepared(*bias, dtype) : new_zeros(w, w.sizes());
+  const Tensor b = !centered ? w : bias ? prepared(*bias, dtype) : torch::stable::new_zeros(w, w.sizes());
+  const Tensor stream = added ? new_empty(x, x.sizes()) : x;
   const Tensor y = new_empty(x, x.sizes());
   const Tensor rstd = new_empty(x, leading_sizes(x), dtype);
   const Tensor mean = centered ? new_empty(rstd, rstd.sizes()) : rstd;
@@ -56,27 +134,59 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, const Tensor& 
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
-    parallel_for(0, shape.examples * shape.rows, grain(shape.width), [&](int64_t begin, int64_t end) {
-      const int64_t at = begin * shape.width;
-      normalize_rows<centered, T, A>(end - begin, shape.width, static_cast<A>(eps), data<T>(x) + at,
-                                     data<A>(w), data<A>(b), mutable_data<T>(y) + at,
-                                     mutable_data<A>(mean) + begin, mutable_data<A>(rstd) + begin);
+    const auto add_rows = MEGAHP_BEST(add_rows<T, A>);
+    const auto normalize_rows = MEGAHP_BEST(normalize_rows<centered, T, A>);
+    parallel_for(0, rows, grain(shape.width), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin, count; row < end; row += count) {
+        count = added ? 1 : end - row;  // a row is normalized while its sum is in the cache
+        const int64_t at = row * shape.width;
+        if (added)
+          add_rows(shape.width, static_cast<A>(alpha), data<T>(x) + at, data<T>(branch) + at,
+                   mutable_data<T>(stream) + at);
+        normalize_rows(count, shape.width, static_cast<A>(eps), data<T>(stream) + at, data<A>(w), data<A>(b),
+                       mutable_data<T>(y) + at, mutable_data<A>(mean) + row, mutable_data<A>(rstd) + row);
+      }
     });
   });
-  return {y, mean, rstd};
+  return {stream, y, mean, rstd};
 }
 
+// partial [examples, parts, width] -> the gradient, [width] or by example, and the sum of squares, which `squares`
+// is made of or grows by.
+template <class A>
+Tensor sum_examples(const Tensor& partial, bool by_example, A& squares) {
+  const int64_t examples = partial.size(0), parts = partial.size(1), width = partial.size(2);
+  const Tensor gradient = by_example ? new_empty(partial, {examples, width}) : new_empty(partial, {width});
+  const auto sum_columns = MEGAHP_BEST(sum_examples<A>);
+  std::vector<A> several(divided_up(width, kColumns));
+  const int64_t blocks = static_cast<int64_t>(several.size());
+  const int64_t elements = std::max<int64_t>(1, examples * parts * kColumns);
+  parallel_for(0, blocks, grain(elements), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block)
+      several[block] = sum_columns(examples, parts, width, block * kColumns,
+                                   std::min(width, (block + 1) * kColumns), by_example, data<A>(partial),
+                                   mutable_data<A>(gradient));
+  });
+  for (const A one : several) squares += one;
+  return gradient;
+}
+
+struct Gradients {
+  Tensor dx, dweight, dbias, squares;
+};
+
 template <bool centered>
-std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& gradient, const Tensor& input,
-                                                 const Tensor& weight, const Tensor& mean,
-                                                 const Tensor& rstd) {
+Gradients differentiate(const Tensor& gradient, const std::optional<Tensor>& stream_gradient, const Tensor& input,
+                        const Tensor& weight, const Tensor& mean, const Tensor& rstd, bool by_example, bool bias) {
   check_input(input, weight);
-  check_gradient(gradient, input);
+  check_like(gradient, input, "dy");
+  if (stream_gradient) check_like(*stream_gradient, input, "dstream");
   check_statistic(mean, input);
   check_statistic(rstd, input);
   const NormShape shape = norm_shape(input);
-  const int64_t chunks = (shape.rows + kChunk - 1) / kChunk;
+  const int64_t chunks = divided_up(shape.rows, kChunk);
   const Tensor dy = contiguous(gradient);
+  const Tensor dstream = stream_gradient ? contiguous(*stream_gradient) : dy;
   const Tensor x = contiguous(input);
   const Tensor w = prepared(weight, accumulate_type(input));
   const Tensor m = contiguous(mean);
@@ -84,51 +194,84 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& gradient, const T
   const Tensor dx = new_empty(x, x.sizes());
   const Tensor dweights = new_empty(w, {shape.examples, chunks, shape.width});
   const Tensor dbiases = centered ? new_empty(w, dweights.sizes()) : dweights;
+  const Tensor squares = new_empty(w, {});
+  Tensor dweight = w, dbias = w;
 
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
+    const auto differentiate_rows = stream_gradient ? MEGAHP_BEST(differentiate_rows<centered, true, T, A>)
+                                                    : MEGAHP_BEST(differentiate_rows<centered, false, T, A>);
     parallel_for(0, shape.examples * chunks, grain(kChunk * shape.width), [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t skipped = chunk % chunks * kChunk;
         const int64_t row = chunk / chunks * shape.rows + skipped;
         const int64_t at = row * shape.width;
         const int64_t sums = chunk * shape.width;
-        differentiate_rows<centered, T, A>(
-            std::min(kChunk, shape.rows - skipped), shape.width, data<T>(dy) + at, data<T>(x) + at,
-            data<A>(w), data<A>(m) + row, data<A>(r) + row, mutable_data<T>(dx) + at,
-            mutable_data<A>(dweights) + sums, mutable_data<A>(dbiases) + sums);
+        differentiate_rows(std::min(kChunk, shape.rows - skipped), shape.width, data<T>(dy) + at,
+                           data<T>(dstream) + at, data<T>(x) + at, data<A>(w),
+                           data<A>(m) + row, data<A>(r) + row, mutable_data<T>(dx) + at,
+                           mutable_data<A>(dweights) + sums, mutable_data<A>(dbiases) + sums);
       }
     });
+    A sum = 0;
+    dweight = sum_examples<A>(dweights, by_example, sum);
+    dbias = bias ? sum_examples<A>(dbiases, by_example, sum) : new_empty(w, {0});
+    *mutable_data<A>(squares) = by_example ? 0 : sum;
   });
-
-  const std::vector<int64_t> over_chunks{1};
-  const Tensor dweight = torch::stable::sum(dweights, over_chunks);
-  return {dx, dweight, centered ? torch::stable::sum(dbiases, over_chunks) : dweight};
+  return {dx, dweight, dbias, squares};
 }
 
 // The forward ops ignore `probe` and `group`, which are the backward's. A string is taken as the handle it
 // comes as: its conversion to std::string leaks one string a call (torch 2.13, ToImpl<std::string>).
 void ignore(StringHandle group) { torch_delete_string(group); }
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&,
-                                    double eps, StringHandle group) {
+using Optional = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, const Optional&, double eps,
+                                    StringHandle group) {
   ignore(group);
-  const auto [y, mean, rstd] = normalize<false>(x, weight, std::nullopt, eps);
+  const auto [stream, y, mean, rstd] = normalize<false>(x, std::nullopt, 1, weight, std::nullopt, eps);
   return {y, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight,
-                                              const std::optional<Tensor>& bias, const std::optional<Tensor>&,
-                                              double eps, StringHandle group) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Optional& bias,
+                                              const Optional&, double eps, StringHandle group) {
   ignore(group);
-  return normalize<true>(x, weight, bias, eps);
+  const auto [stream, y, mean, rstd] = normalize<true>(x, std::nullopt, 1, weight, bias, eps);
+  return {y, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                             const Tensor& rstd) {
-  const auto [dx, dweight, dbias] = differentiate<false>(dy, x, weight, rstd, rstd);
-  return {dx, dweight};
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& branch, double alpha,
+                                                const Tensor& weight, const Optional&, double eps,
+                                                StringHandle group) {
+  ignore(group);
+  const auto [stream, y, mean, rstd] = normalize<false>(x, branch, alpha, weight, std::nullopt, eps);
+  return {stream, y, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& branch, double alpha,
+                                                          const Tensor& weight, const Optional& bias,
+                                                          const Optional&, double eps, StringHandle group) {
+  ignore(group);
+  const auto [stream, y, mean, rstd] = normalize<true>(x, branch, alpha, weight, bias, eps);
+  return {stream, y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Optional& dstream, const Tensor& x,
+                                                     const Tensor& weight, const Tensor& rstd, bool by_example) {
+  const auto [dx, dweight, dbias, squares] =
+      differentiate<false>(dy, dstream, x, weight, rstd, rstd, by_example, false);
+  return {dx, dweight, squares};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const Optional& dstream,
+                                                               const Tensor& x, const Tensor& weight,
+                                                               const Tensor& mean, const Tensor& rstd,
+                                                               bool by_example, bool bias) {
+  const auto [dx, dweight, dbias, squares] =
+      differentiate<true>(dy, dstream, x, weight, mean, rstd, by_example, bias);
+  return {dx, dweight, dbias, squares};
 }
 
 }  // namespace
@@ -138,5 +281,7 @@ STABLE_TORCH_LIBRARY_IMPL(megahp, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&megahp::rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&megahp::rms_norm_backward));
   m.impl("layer_norm", TORCH_BOX(&megahp::layer_norm));
-  m.impl("layer_norm_backward", TORCH_BOX(&megahp::differentiate<true>));
+  m.impl("layer_norm_backward", TORCH_BOX(&megahp::layer_norm_backward));
+  m.impl("add_rms_norm", TORCH_BOX(&megahp::add_rms_norm));
+  m.impl("add_layer_norm", TORCH_BOX(&megahp::add_layer_norm));
 }

@@ -54,6 +54,10 @@ class RMSNorm(_Norm):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, local(self.weight), self.probe, self.eps, self.group)
 
+    def add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """x + alpha branch, and its norm."""
+        return ops.add_rms_norm(x, branch, alpha, local(self.weight), self.probe, self.eps, self.group)
+
 
 class LayerNorm(_Norm):
     """(x - mean) / std * weight + bias over the last dimension of x [batch, ..., size]."""
@@ -71,5 +75,12 @@ class LayerNorm(_Norm):
         super().__init__(size, eps, role, sum_over, axis, bias, probe)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = local(self.bias) if "bias" in self.rows else None
-        return ops.layer_norm(x, local(self.weight), bias, self.probe, self.eps, self.group)
+        return ops.layer_norm(x, local(self.weight), self._bias(), self.probe, self.eps, self.group)
+
+    def add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """x + alpha branch, and its norm."""
+        weight, bias = local(self.weight), self._bias()
+        return ops.add_layer_norm(x, branch, alpha, weight, bias, self.probe, self.eps, self.group)
+
+    def _bias(self) -> Tensor | None:
+        return local(self.bias) if "bias" in self.rows else None

@@ -20,7 +20,7 @@ from megahp.parallel.tensor import ColumnParallelLinear, PositionEmbedding, Voca
 from megahp.scaling.parameterization import Role, Table
 
 
-def make_norm(model: config.Model, role: Role, axis: TensorAxis, probe: bool) -> nn.Module:
+def make_norm(model: config.Model, role: Role, axis: TensorAxis, probe: bool) -> RMSNorm | LayerNorm:
     """A norm over the residual stream, which sequence parallelism spreads over tp."""
     common = (model.width, model.norm_eps, role, axis.spread, axis)
     if model.norm == "rmsnorm":
@@ -47,8 +47,10 @@ class Block(nn.Module):
         return self.compute(x, positions)
 
     def branches(self, x: Tensor, positions: Positions) -> Tensor:
-        x = torch.add(x, self.attention(self.attention_norm(x), positions), alpha=self.residual)
-        return torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.residual)
+        branch = self.attention(self.attention_norm(x), positions)
+        x, normal = self.mlp_norm.add(x, branch, self.residual)
+        # The next norm would take this addition too, but then blocks, and pipeline stages, would exchange two tensors.
+        return torch.add(x, self.mlp(normal), alpha=self.residual)
 
 
 class Transformer(nn.Module):

@@ -6,6 +6,13 @@ from pathlib import Path
 import torch
 
 
+def load_all() -> None:
+    """Load the kernels of every device that this torch knows: CUDA's only under a CUDA build, GPU or not."""
+    load("_cpu")
+    if torch.version.cuda is not None:
+        load("_cuda")
+
+
 def load(name: str) -> bool:
     """Load ``megahp/<name>.*so``, whose kernels then serve their device; nothing is compiled here.
 
@@ -17,7 +24,8 @@ def load(name: str) -> bool:
         torch.ops.load_library(next(package.glob(f"{name}.*so")))
         return True
     except StopIteration:
-        reason = f"{package} holds no {name} object; `pip install --no-build-isolation -e .` builds it"
+        builds = "builds it" if name == "_cpu" else "builds it where nvcc is on PATH or in CUDA_HOME/bin"
+        reason = f"{package} holds no {name} object; `pip install --no-build-isolation -e .` {builds}"
     except OSError as error:
         reason = str(error)
     warnings.warn(f"megahp: the slower PyTorch reference of the norm ops is used: {reason}", stacklevel=2)

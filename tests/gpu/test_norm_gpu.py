@@ -1,49 +1,282 @@
-"""The norm ops on a GPU, where the PyTorch references serve, against torch.nn.functional in float64."""
+"""The norm ops' CUDA kernels on a GPU, against float64, torch.nn.functional and the PyTorch references.
+
+What needs no GPU, with planted mistakes, is in tests/ops/test_norm_cuda.py.
+"""
+
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from megahp.ops import layer_norm, rms_norm
+from megahp.ops import layer_norm, norm, rms_norm
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 
+OPS = torch.ops.megahp
+KINDS = ["rms", "layer", "layer without bias"]
+# Half a unit in the last place of the greatest value, and room for sums.
+PRECISION = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+EPS = 1e-5
+SHAPES = [
+    (1, 1, 1),
+    (2, 3, 7),
+    (3, 130, 24),
+    (5, 11, 257),
+    (40, 3, 128),
+    (4, 512, 8, 64),
+    (5,),
+    (300, 16),
+    (2, 300, 1000),
+    (3, 700, 4096),
+    (1, 1000, 8192),
+    (2, 40, 12288),
+    (2, 40, 16384),
+    (1, 40, 16388),
+    (1, 30, 65535),
+    (1, 30, 65536),
+    (0, 3, 8),
+    (2, 0, 8),
+]
 
-@pytest.mark.parametrize("shape", [(1, 1, 3), (3, 130, 257), (4, 2, 65, 1024)], ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)], ids=str)
-@pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_equals_float64(kind, dtype, tolerance, shape):
-    generator = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(shape, generator=generator).to("cuda", dtype) for _ in range(2))
-    weight, bias = (torch.randn(shape[-1], generator=generator).to("cuda") for _ in range(2))
+
+def test_the_kernels_serve():
+    """Else all below would test the PyTorch references."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("megahp::rms_norm", "CUDA"), "`make install` builds them"
+
+
+class Case:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cuda"):
+        generator = torch.Generator(device).manual_seed(sum(shape))
+        draw = functools.partial(torch.randn, generator=generator, device=device, dtype=torch.float64)
+        self.x, self.branch, self.dy, self.dstream = (draw(shape).to(dtype) for _ in range(4))
+        self.weight, self.bias = (draw(shape[-1]).to(dtype) for _ in range(2))
+
+    def outcome(self, op) -> dict[str, Tensor]:
+        """Every op in every form; `op` gives it by name."""
+        x, weight, bias, out = self.x, self.weight, self.bias, {}
+
+        def run(form: str, name: str, *arguments) -> tuple[Tensor, ...]:
+            results = op(name)(*arguments)
+            out.update({f"{form}: {i}": result for i, result in enumerate(results)})
+            return results
+
+        run("add_rms", "add_rms_norm", x, self.branch, 0.5, weight, None, EPS, "")
+        run("add_layer", "add_layer_norm", x, self.branch, -2.0, weight, bias, None, EPS, "")
+        _, rstd = run("rms", "rms_norm", x, weight, None, EPS, "")
+        run("rms backward", "rms_norm_backward", self.dy, self.dstream, x, weight, rstd, False)
+        run("rms backward by example", "rms_norm_backward", self.dy, None, x, weight, rstd, True)
+        _, *statistics = run("layer", "layer_norm", x, weight, bias, None, EPS, "")
+        backward = functools.partial(run, "layer backward", "layer_norm_backward")
+        backward(self.dy, self.dstream, x, weight, *statistics, False, True)
+        backward = functools.partial(run, "layer backward by example", "layer_norm_backward")
+        backward(self.dy, None, x, weight, *statistics, True, False)
+        return out
+
+
+def kernel(name: str):
+    return getattr(OPS, name)
+
+
+def exact(name: str):
+    """The PyTorch reference in float64; what is normalized after an addition is the stream as rounded."""
+    if name.startswith("add_"):
+        return functools.partial(exact_after_addition, exact(name.removeprefix("add_")))
+    reference = getattr(norm, f"{name}_reference")
+    return lambda *arguments: reference(*(a.double() if isinstance(a, Tensor) else a for a in arguments))
+
+
+def exact_after_addition(then, x: Tensor, branch: Tensor, alpha: float, *arguments) -> tuple[Tensor, ...]:
+    dtype = norm._accumulation_dtype(x)
+    stream = (x.to(dtype) + alpha * branch.to(dtype)).to(x.dtype)
+    return (stream.double(), *then(stream, *arguments))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+def test_equals_float64(dtype, shape):
+    case = Case(shape, dtype)
+    wanted = case.outcome(exact)
+    for name, got in case.outcome(kernel).items():
+        want = wanted[name]
+        assert got.shape == want.shape and got.is_contiguous() and got.is_cuda, name
+        if got.numel():
+            error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1)
+            assert error <= PRECISION[got.dtype], f"{name}: error {error:.1e}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_the_same_from_run_to_run(dtype, shape):
+    case = Case(shape, dtype)
+    first = case.outcome(kernel)
+    for _ in range(3):
+        again = case.outcome(kernel)
+        assert [name for name in first if not torch.equal(first[name], again[name])] == []
+
+
+def functional(kind: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if kind == "rms":
+        return F.rms_norm(x, x.shape[-1:], weight, eps=EPS)
+    return F.layer_norm(x, x.shape[-1:], weight, bias if kind == "layer" else None, eps=EPS)
+
+
+def ours(kind: str, x: Tensor, weight: Tensor, bias: Tensor, probe: Tensor | None = None) -> Tensor:
+    if kind == "rms":
+        return rms_norm(x, weight, probe, EPS)
+    return layer_norm(x, weight, bias if kind == "layer" else None, probe, EPS)
+
+
+@pytest.mark.parametrize("shape", [(3, 130, 257), (4, 200, 1024), (2, 64, 4096)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_further_from_float64_than_torch_is(kind, shape):
+    """In bfloat16: twice torch's own error is allowed."""
+    case = Case(shape, torch.bfloat16)
+    inputs = [t.requires_grad_() for t in (case.x, case.weight, case.bias)]
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+
+    def results(f, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
+        y = f(kind, *inputs)
+        gradients = torch.autograd.grad(y, inputs, dy, allow_unused=True)
+        return [y, *(g for g in gradients if g is not None)]
+
+    wanted = results(functional, doubles, case.dy.double())
+    for got, theirs, want in zip(
+        results(ours, inputs, case.dy), results(functional, inputs, case.dy), wanted, strict=True
+    ):
+        error, allowed = ((t.double() - want).abs().max() for t in (got, theirs))
+        assert error <= 2 * allowed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probe_is_the_loop_over_examples(kind):
+    case = Case((4, 70, 1024), torch.float32)
+    parameters = [case.weight, case.bias] if kind == "layer" else [case.weight]
+    for parameter in parameters:
+        parameter.requires_grad_()
     probe = torch.zeros((), device="cuda", requires_grad=True)
-    parameters = [weight] if kind == "rms" else [weight, bias]
-    inputs = [t.requires_grad_() for t in (x, *parameters)]
-    exact = [t.detach().double().requires_grad_() for t in inputs]
+    ours(kind, case.x, case.weight, case.bias, probe).backward(case.dy)
+    loop = torch.zeros((), device="cuda", dtype=torch.float64)
+    for b in range(4):
+        y = ours(kind, case.x[b : b + 1], case.weight, case.bias)
+        loop += sum(g.double().square().sum() for g in torch.autograd.grad(y, parameters, case.dy[b : b + 1]))
+    torch.testing.assert_close(probe.grad.double(), loop, rtol=1e-5, atol=0)
 
-    def functional(x):
-        if kind == "rms":
-            return F.rms_norm(x, x.shape[-1:], *exact[1:], eps=1e-5)
-        return F.layer_norm(x, x.shape[-1:], *exact[1:], eps=1e-5)
 
-    y = rms_norm(x, weight, probe, 1e-5) if kind == "rms" else layer_norm(x, weight, bias, probe, 1e-5)
-    *gradients, squared = torch.autograd.grad(y, [*inputs, probe], dy)
-    wanted = functional(exact[0])
-    wanted_gradients = torch.autograd.grad(wanted, exact, dy.double())
-    wanted_squared = sum(
-        g.square().sum()
-        for example, d in zip(exact[0], dy.double(), strict=True)
-        for g in torch.autograd.grad(functional(example), exact[1:], d)
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layout_does_not_matter(dtype):
+    case = Case((3, 6, 64), dtype)
+    wanted = case.outcome(kernel)
+    for name in vars(case):
+        strided, shifted = Case((3, 6, 64), dtype), Case((3, 6, 64), dtype)
+        tensor = getattr(case, name)
+        setattr(strided, name, tensor.repeat_interleave(2, -1)[..., ::2])
+        moved = torch.empty(tensor.numel() + 1, dtype=dtype, device="cuda")[1:].view(tensor.shape).copy_(tensor)
+        setattr(shifted, name, moved)
+        for other in (strided, shifted):
+            for form, value in other.outcome(kernel).items():
+                torch.testing.assert_close(value, wanted[form], rtol=2**-7, atol=2**-7)
 
-    def assert_near(got, want, tolerance):
-        assert (got.double() - want).abs().max() <= tolerance * want.abs().max().clamp(min=1)
 
-    assert y.dtype == gradients[0].dtype == dtype
-    assert_near(y, wanted, tolerance)
-    for got, want in zip(gradients, wanted_gradients, strict=True):
-        assert_near(got, want, tolerance)
-    assert_near(squared, wanted_squared, 1e-5)
+def test_runs_on_the_current_stream():
+    """Inputs that another stream is still writing, after a long wait, are waited for, and by that stream alone."""
+    case = Case((4, 500, 4096), torch.bfloat16)
+    wanted = case.outcome(kernel)
+    late = Case((4, 500, 4096), torch.bfloat16)
+    for tensor in vars(late).values():
+        tensor.zero_()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        for name, tensor in vars(case).items():
+            getattr(late, name).copy_(tensor)
+        got = late.outcome(kernel)
+        assert not stream.query(), "an op waited for the device"
+    torch.cuda.synchronize()
+    assert [name for name in wanted if not torch.equal(wanted[name], got[name])] == []
+
+
+def test_captured_in_a_graph():
+    case = Case((4, 500, 4096), torch.bfloat16)
+    case.outcome(kernel)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = case.outcome(kernel)
+    for seed in range(3):
+        case.x.normal_(generator=torch.Generator("cuda").manual_seed(seed))
+        graph.replay()
+        wanted = case.outcome(kernel)
+        assert [name for name in wanted if not torch.equal(wanted[name], captured[name])] == []
+
+
+def test_without_synchronisation():
+    case = Case((2, 30, 1000), torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.outcome(kernel)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+def test_on_a_device_that_is_not_current():
+    wanted = Case((3, 130, 1024), torch.bfloat16, "cuda:0").outcome(kernel)
+    case = Case((3, 130, 1024), torch.bfloat16, "cuda:0")
+    for name, tensor in vars(case).items():
+        setattr(case, name, tensor.to("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    for name, value in case.outcome(kernel).items():
+        assert value.device == torch.device("cuda:1") and torch.equal(value.to("cuda:0"), wanted[name]), name
+
+
+def test_tensors_of_two_devices_are_refused():
+    with pytest.raises(RuntimeError, match="on the device of x"):
+        OPS.rms_norm(torch.ones(2, 3, device="cuda"), torch.ones(3), None, EPS, "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck_and_gradcheck(kind):
+    case = Case((2, 3, 5), torch.float64)
+    probe = torch.zeros((), device="cuda", dtype=torch.float64)
+    bias = case.bias.requires_grad_() if kind == "layer" else None
+    inputs = [case.x.requires_grad_(), case.weight.requires_grad_(), *([] if kind == "rms" else [bias])]
+    assert torch.autograd.gradcheck(rms_norm if kind == "rms" else layer_norm, (*inputs, probe))
+    op = OPS.rms_norm if kind == "rms" else OPS.layer_norm
+    torch.library.opcheck(op.default, (*inputs, probe.requires_grad_(), EPS, ""))
+
+
+def test_compiles_as_one_graph():
+    rms, layer = Case((3, 5, 1024), torch.float32), Case((3, 5, 1024), torch.float32)
+    inputs = [t.requires_grad_() for t in (rms.x, rms.weight, layer.weight, layer.bias)]
+    probe = torch.zeros((), device="cuda", requires_grad=True)
+
+    def block(x: Tensor) -> Tensor:
+        return ours("layer", ours("rms", x, rms.weight, rms.bias, probe).tanh(), layer.weight, layer.bias, probe)
+
+    def gradients(f) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(f(rms.x), [*inputs, probe], rms.dy)
+
+    compiled = torch.compile(block, fullgraph=True)
+    torch.testing.assert_close(gradients(compiled), gradients(block), rtol=1e-4, atol=1e-4)
+
+
+def test_offsets_beyond_32_bits():
+    rows, width = (2**31 + 2**20) // 4096, 4096
+    needed = 3 * 2 * rows * width * 2
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of GPU memory")
+    x = torch.ones(1, rows, width, device="cuda", dtype=torch.bfloat16)
+    x[0, -1] = torch.arange(width, device="cuda").remainder(7) - 3
+    weight = torch.ones(width, device="cuda")
+    y, rstd = OPS.rms_norm(x, weight, None, EPS, "")
+    dx, _, _ = OPS.rms_norm_backward(x, None, x, weight, rstd, False)
+    wanted_y, wanted_rstd = exact("rms_norm")(x[:, -1:], weight, None, EPS, "")
+    wanted_dx, _, _ = exact("rms_norm_backward")(x[:, -1:], None, x[:, -1:], weight, wanted_rstd, False)
+    assert (y[:, -1:] - wanted_y).abs().max() <= 2**-8 * wanted_y.abs().max()
+    assert (dx[:, -1:] - wanted_dx).abs().max() <= 2**-6
