@@ -195,6 +195,9 @@ class Compute:
         "none", "what backward computes again rather than keeps: all of a block, or all but its matrix products"
     )
     recompute_every: int = setting(1, "only in every so manyth block", at_least=1)
+    norms: Literal["megahp", "apex", "transformer-engine"] = setting(
+        "megahp", "whose norm kernels; only megahp's measure the noise scale"
+    )
 
 
 @dataclass(frozen=True)

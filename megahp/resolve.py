@@ -130,6 +130,11 @@ def impossible(config: Config) -> list[str]:
             "data.validation_fraction is 0; raise it, or set train.validation_samples=0"
         )
     problems += _batch_policy(config)
+    if config.compute.norms != "megahp" and config.train.noise_scale:
+        problems.append(
+            f"compute.norms = {config.compute.norms!r} cannot measure the noise scale; set train.noise_scale=false, or "
+            "leave it out"
+        )
     if config.schedule.name == "wsd" and config.schedule.warmup + config.schedule.decay > 1:
         problems.append(
             f"schedule.warmup = {config.schedule.warmup:g} and schedule.decay = {config.schedule.decay:g} overlap; "

@@ -29,7 +29,7 @@ optimizer.muon_lr optimizer.momentum optimizer.clip
 parallel.tp parallel.pp parallel.cp parallel.ep parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel
 train.start_from train.tokens train.steps train.dtype train.device train.seed train.noise_scale train.noise_half_life
 train.validate_every train.validation_samples
-compute.compile compute.recompute compute.recompute_every
+compute.compile compute.recompute compute.recompute_every compute.norms
 checkpoint.every checkpoint.keep
 log.name log.root log.every log.tensorboard log.wandb log.wandb_project
 """
@@ -98,7 +98,7 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
         "model.width = 'wide'",
         "whole number",
         "true or false",
-        "float32, bfloat16, float64",
+        "float32, bfloat16, float16, float64",
         "[optimser]",
         "did you mean optimizer",
         "optimizer.lr = -1.0",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megahp.config import Config, stages
-from megahp.model.compute import arrange
+from megahp.model.compute import arrange, replace_norms
 from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
 from megahp.parallel.mesh import Mesh
@@ -32,6 +32,8 @@ def build_model(config: Config, mesh: Mesh) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config.model, longest(config), table, axis, compute, config.train.noise_scale)
     arrange(model.blocks, config.compute)  # type: ignore[arg-type]
+    if config.compute.norms != "megahp":
+        replace_norms(model, config.compute.norms)
     distribute(model, mesh, master)
     shard(model, model.blocks, mesh, compute, master)
     model.to_empty(device=mesh.device)

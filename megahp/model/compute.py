@@ -11,11 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megahp import config
+from megahp.model.norm import LayerNorm, RMSNorm
 from megahp.model.transformer import Block
+from megahp.ops.engines import norm_of
 
 aten = torch.ops.aten
 # What selective recomputation keeps: the operations that cost most for a byte of their result.
@@ -40,6 +42,13 @@ def arrange(blocks: Iterable[Block], compute: config.Compute) -> None:
             block.compute = torch.compile(block.compute)
         if recompute == "full":  # outside: torch 2.13 cannot compile it where weights are DTensors
             block.compute = recomputed(block.compute)
+
+
+def replace_norms(model: nn.Module, engine: str) -> None:
+    """Let another engine compute the norms of a model that measures nothing. Raises UserError."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm | LayerNorm):
+            module.engine = norm_of(engine, "rmsnorm" if isinstance(module, RMSNorm) else "layernorm")
 
 
 def recomputed(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:

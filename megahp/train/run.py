@@ -20,6 +20,7 @@ from megahp.data.loader import TrainingData
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.model.build import build_model, longest, table_of
+from megahp.ops.engines import norm_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh
 from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress, runnable, unit
@@ -40,6 +41,8 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
     and on resume that the run is the same one. Returns the settings with the vocabulary filled in. Raises UserError."""
     check_batch(settings, layout)
     check_devices(settings, ranks_here)
+    if settings.compute.norms != "megahp":
+        norm_of(settings.compute.norms, settings.model.norm)
     if settings.log.wandb != "off":
         check_wandb()
     if not settings.data.train:
