@@ -3,7 +3,7 @@
     python tools/benchmark_training.py [--shape 4x256 llama-2-7b ...] [--sequence 256] [--micro-batch 8]
         [--global-batch N] [--vocabulary 4096] [--dtype float32 bfloat16] [--ranks N] [--tp 1 2 ...] [--device cuda]
         [--contestants megahp nanogpt ...] [--turns 7] [--steps 3] [--warm-up 2] [--peak-tflops T] [--profile]
-        [--json FILE] [--plot FILE] [section.key=value ...]
+        [--json FILE] [--plot FILE] [--settings section.key=value ...]
 
 A shape is LAYERSxWIDTH or a preset; data parallelism takes the ranks that tp leaves; further settings, of megahp alone,
 are given as to `megahp train`. Contestants: megahp, which measures the noise scale as it goes;
@@ -11,22 +11,21 @@ megahp-without-noise; nanogpt, eager; nanogpt-compiled, by torch.compile. The ba
 
 A step is all that training does between two lines of its log: a batch through the loader, forward and backward,
 reductions, clipping, the update, the noise scale; not the log itself, checkpoints or validation. After a warm-up the
-contestants take turns of some steps each, so that a busy machine slows them alike. Seconds are the median of the turns;
-a ratio is the median of the turns' ratios, [between their quartiles]; the faster baseline is the one it is to.
+contestants take turns of some steps each, so that a busy machine slows them alike. Seconds are the median of the
+turns; a ratio is the median of the turns' ratios, [between their quartiles], and is to the faster baseline. Processor
+time is that of rank 0's process, all threads: with OMP_NUM_THREADS=1 it is what a step takes even on a machine that
+others use too; with several threads it also counts their waiting for each other.
 
-MFU: model FLOPs (megahp/scaling/flops.py, attention counted causally, by half) over the peak of all ranks' devices. The
-JSON holds mfu_full_attention, with all of attention as nanoGPT, PaLM and torchtitan count it, and hfu, with what is
-recomputed. The peak is NVIDIA's for dense bf16, where known, or --peak-tflops; without one there is no MFU.
+MFU: model FLOPs (megahp/scaling/flops.py, attention counted causally, by half) over the peak of all ranks' devices.
+The JSON holds mfu_full_attention, with all of attention as nanoGPT, PaLM and torchtitan count it, and hfu, with what
+is recomputed. The peak is NVIDIA's for dense bf16, where known, or --peak-tflops; without one there is no MFU.
 
 Peak memory: on CUDA this contestant's own, of rank 0's device; on a CPU that of rank 0's process, with every
 contestant in it, so that it tells of one only if that ran alone.
 
-The split of a step's time is rank 0's, from torch.profiler over steps apart, which it slows; shares are of those steps.
-On a CPU: compute = an operator runs in the main thread, its dispatch and allocations with it; communication = gloo is at
-work, or waits for other ranks, and no operator runs; data = the loader is waited for; host = the rest, Python and
-autograd. On CUDA: compute = a kernel or copy runs; communication = only NCCL's do, waiting for other ranks too; data =
-the device is idle, or copies a batch, while the loader is waited for; host = it is idle for any other reason. Data that is
-prepared, and communication that goes on, behind compute is therefore counted as compute.
+The split of a step's time (tools/time_split.py) is of steps under the profiler, which slows them. What cannot be told
+apart: an operator's dispatch and allocations from its work on a CPU; waiting for other ranks from communication; and
+data that is prepared, or communication that goes on, behind compute is counted as compute.
 
 Exit code 2 means a mistake in what was given.
 """
@@ -34,16 +33,16 @@ Exit code 2 means a mistake in what was given.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import math
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -52,8 +51,8 @@ import nanogpt
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from time_split import DATA, profiled
+from torch.profiler import record_function
 
 from megahp import launch, resolve
 from megahp.config import Config, get, to_dict
@@ -81,20 +80,9 @@ BASELINE = {
     "optimizer.name": "adamw",
 }
 POOL = 256  # made-up samples, dealt again and again
-DATA = "waiting for data"
-COMMUNICATION = ("gloo:", "c10d::", "nccl")
-OPERATORS = ("aten::", "megahp::", "Torch-Compiled Region", "CompiledFxGraph", "graph_")
-SPLIT = ("compute", "communication", "data", "host")
 PROFILED_STEPS = 2
-HEADER = (
-    f"{'shape':<12}{'dtype':<9} {'layout':<8}{'contestant':<21}{'tokens/s':>10}{'ms/step':>10}{'MFU':>7}{'GiB':>7}"
-    "  compute comm. data host"
-)
-LINE = (
-    "{shape:<12}{dtype:<9} {layout:<8}{contestant:<21}{tokens_per_second:>10,.0f}{ms:>10,.1f}{mfu_text:>7}{gib:>7.1f}"
-    "{compute:>9.0%}{communication:>6.0%}{data:>5.0%}{host:>5.0%}"
-)
-Spans = list[tuple[float, float]]  # begin and end, microseconds
+LABELS = "{shape:<12}{dtype:<9} {layout:<8}"
+COLUMNS = ("tokens/s", "ms", "cpu ms", "MFU", "GiB", "compute", "communication", "data", "host")
 
 
 @dataclass(frozen=True)
@@ -169,16 +157,15 @@ def recorded(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 class NanoGPT:
-    """The baseline's step. Eager and compiled share weights and moments: `forward` is what differs."""
+    """The baseline's step."""
 
-    def __init__(self, settings: Config, device: torch.device) -> None:
-        model, batch = settings.model, settings.batch
+    def __init__(self, settings: Config, device: torch.device, compiled: bool) -> None:
         with device:
-            self.model = nanogpt.GPT(model, settings.data.sequence_length)
-        self.forward: Callable[..., torch.Tensor] = self.model
+            self.model = nanogpt.GPT(settings.model, settings.data.sequence_length)
+        self.forward: Callable[..., torch.Tensor] = torch.compile(self.model) if compiled else self.model
         self.optimizer = nanogpt.make_optimizer(self.model, settings.optimizer)
-        self.device, self.clip, self.size = device, settings.optimizer.clip, batch.micro_batch
-        self.microbatches = batch.global_batch // batch.micro_batch
+        self.device, self.clip, self.size = device, settings.optimizer.clip, settings.batch.micro_batch
+        self.microbatches = settings.batch.global_batch // self.size
         self.dtype = getattr(torch, settings.train.dtype)
         self.data, self.sample = MadeUp(settings), 0
 
@@ -199,16 +186,6 @@ class NanoGPT:
         return tokens.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tokens
 
 
-class CompiledNanoGPT:
-    def __init__(self, eager: NanoGPT) -> None:
-        self.eager, self.forward = eager, torch.compile(eager.model)
-
-    def step(self) -> None:
-        self.eager.forward = self.forward
-        self.eager.step()
-        self.eager.forward = self.eager.model
-
-
 @dataclass
 class Lane:
     """One contestant and what was measured of it."""
@@ -216,6 +193,7 @@ class Lane:
     contestant: Contestant
     held: int  # bytes that were allocated on the device to build it
     seconds: list[float] = field(default_factory=list)  # a step, one value a turn
+    processor_seconds: list[float] = field(default_factory=list)
     peak: int = 0  # bytes of its own at most
 
 
@@ -271,9 +249,10 @@ def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> C
         "train": {"dtype": dtype, "device": arguments.device, "tokens": 10**15},
     }
     further = resolve.parse_overrides(arguments.settings)
-    for section, values in further.items():
-        if double := set(values) & ({"noise_scale", *tree.get(section, {})} if section in tree else set()):
-            raise UserError(f"{section}.{min(double)} is what another option of this tool decides; leave it out")
+    decided = {f"{section}.{key}" for section, keys in tree.items() for key in keys} | {"train.noise_scale"}
+    asked = {f"{section}.{key}" for section, keys in further.items() for key in keys}
+    if double := decided & asked - {"model.heads"}:
+        raise UserError(f"--settings: {min(double)} is what another option decides; leave it out")
     noise, quiet = (
         resolve.resolve([("options", tree), ("command line", further), ("tool", {"train": {"noise_scale": on}})]).config
         for on in (True, False)
@@ -310,29 +289,48 @@ def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], place: launc
     """Measure every case as one of the ranks; the first one prints and writes."""
     first, rows, verdicts = place.rank == 0, [], []
     device = device_of(cases[0].settings, place)
-    machine = {**machine_of(device), "ranks": place.size, "load": os.getloadavg()}
+    machine = {**machine_of(device), "ranks": place.size, "load": round(os.getloadavg()[0], 1)}
     tell = print if first else lambda *_, **__: None
-    tell(", ".join(f"{key} {value}" for key, value in machine.items()) + "\n" + HEADER, flush=True)
+    tell(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    tell(f"{'':<30}{'a step takes':<21}" + line(COLUMNS), flush=True)
     for case in cases:
-        try:
-            found = measure(case, arguments, device)
-        except torch.OutOfMemoryError:  # the next case may fit
+        found = measure_if_it_fits(case, arguments, device)
+        if not found:
             tell(LABELS.format(**case.labels) + "out of memory", flush=True)
-            torch.cuda.empty_cache()
             continue
         for row in found:
-            tell(LINE.format(**row, **row["split"], **shown(row)), flush=True)
+            tell(LABELS.format(**row) + f"{row['contestant']:<21}" + line(numbers(row)), flush=True)
             for event in row["costliest"]:
                 tell("    {share:>6.1%} {ms:>9.2f} ms {calls:>6.0f} x  {name}".format(**event), flush=True)
         verdicts.append(compare(case, found))
         tell(sentence(verdicts[-1]), flush=True)
         rows += found
-    if ratios := [verdict["speedup"]["median"] for verdict in verdicts if "speedup" in verdict]:
-        tell(f"geometric mean of {len(ratios)}: {statistics.geometric_mean(ratios):.3f} times the faster baseline")
+    if compared := [verdict for verdict in verdicts if "speedup" in verdict]:
+        tell(f"geometric mean of {len(compared)}: {mean(compared, ''):.3f} times the faster baseline; ", end="")
+        tell(f"processor time: {mean(compared, 'processor_'):.3f}", flush=True)
     if first and arguments.json:
         write_json(arguments.json, machine, cases, rows, verdicts)
     if first and arguments.plot:
         plot(arguments.plot, rows)
+
+
+def measure_if_it_fits(case: Case, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """The case's rows; none if it is too large for the device. With several ranks that ends them all instead, since
+    the others would wait for this one."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        return measure(case, arguments, device)
+    except torch.OutOfMemoryError:
+        if arguments.ranks > 1:
+            raise
+        return []
+
+
+def mean(verdicts: Sequence[Mapping[str, Any]], clock: str) -> float:
+    """Geometric mean of the speed-ups by this clock."""
+    return statistics.geometric_mean(verdict[f"{clock}speedup"]["median"] for verdict in verdicts)
 
 
 def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -347,18 +345,11 @@ def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> 
 def enter_lanes(case: Case, arguments: argparse.Namespace, device: torch.device) -> dict[str, Lane]:
     """The contestants, built and warm."""
     mesh = make_mesh(case.layout, device)
-    eager: list[NanoGPT] = []  # which both baselines are
-
-    def baseline() -> NanoGPT:
-        if not eager:
-            eager.append(NanoGPT(case.settings, device))
-        return eager[0]
-
     make: dict[str, Callable[[], Contestant]] = {
         "megahp": lambda: Megahp(case.settings, mesh),
         "megahp-without-noise": lambda: Megahp(case.quiet, mesh),
-        "nanogpt": baseline,
-        "nanogpt-compiled": lambda: CompiledNanoGPT(baseline()),
+        "nanogpt": lambda: NanoGPT(case.settings, device, compiled=False),
+        "nanogpt-compiled": lambda: NanoGPT(case.settings, device, compiled=True),
     }
     lanes = {}
     for name in arguments.contestants:
@@ -367,11 +358,6 @@ def enter_lanes(case: Case, arguments: argparse.Namespace, device: torch.device)
         for _ in range(arguments.warm_up):
             contestant.step()
         lanes[name] = Lane(contestant, allocated(device) - before)
-    if eager:  # both hold what the first of them allocated
-        held = max(lanes[name].held for name in BASELINES if name in lanes)
-        for name in BASELINES:
-            if name in lanes:
-                lanes[name].held = held
     return lanes
 
 
@@ -380,19 +366,21 @@ def take_turn(lane: Lane, steps: int, device: torch.device) -> None:
     others = allocated(device) - lane.held
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    lane.seconds.append(time_of(lane.contestant, steps, device))
+    seconds, processor_seconds = time_of(lane.contestant, steps, device)
+    lane.seconds.append(seconds)
+    lane.processor_seconds.append(processor_seconds)
     lane.peak = max(lane.peak, peak_memory(device) - others)
 
 
-def time_of(contestant: Contestant, steps: int, device: torch.device) -> float:
-    """Seconds of one step, averaged over some."""
+def time_of(contestant: Contestant, steps: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of one step, averaged over some, and those its process ran."""
     dist.barrier()
     synchronize(device)
-    began = time.perf_counter()
+    began, processor_began = time.perf_counter(), time.process_time()
     for _ in range(steps):
         contestant.step()
     synchronize(device)
-    return (time.perf_counter() - began) / steps
+    return (time.perf_counter() - began) / steps, (time.process_time() - processor_began) / steps
 
 
 def synchronize(device: torch.device) -> None:
@@ -412,15 +400,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def row_of(
-    case: Case, arguments: argparse.Namespace, name: str, lane: Lane, device: torch.device
-) -> dict[str, Any]:
+def row_of(case: Case, arguments: argparse.Namespace, name: str, lane: Lane, device: torch.device) -> dict[str, Any]:
     """Everything known of one contestant."""
     settings, seconds = case.settings, statistics.median(lane.seconds)
     tokens = settings.batch.global_batch * settings.data.sequence_length
     flops, full = (training_flops(settings.model, settings.data.sequence_length, causal) for causal in (True, False))
     peak = peak_of(device, case.dtype, arguments.peak_tflops) * arguments.ranks
-    split, costliest = profiled(lane.contestant, device)
+    split, costliest = profiled(lambda: time_of(lane.contestant, PROFILED_STEPS, device)[0], PROFILED_STEPS, device)
     return {
         **case.labels,
         "contestant": name,
@@ -428,7 +414,9 @@ def row_of(
         "ranks": arguments.ranks,
         "tokens_per_step": tokens,
         "seconds": seconds,
+        "processor_seconds": statistics.median(lane.processor_seconds),
         "turns": lane.seconds,
+        "processor_turns": lane.processor_seconds,
         "tokens_per_second": tokens / seconds,
         "model_flops_per_token": flops,
         "mfu": tokens * flops / seconds / peak if peak else None,
@@ -449,90 +437,17 @@ def peak_of(device: torch.device, dtype: str, given: float | None) -> float:
     return next((peak * 1e12 for name, peak in PEAKS.items() if name in torch.cuda.get_device_name(device)), 0.0)
 
 
-def profiled(contestant: Contestant, device: torch.device) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Shares of the time of some steps, and the ten operators (on CUDA kernels) that took most of it."""
-    cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with profile(activities=activities) as seen:
-        seconds = time_of(contestant, PROFILED_STEPS, device) * PROFILED_STEPS
-    events = seen.events() or []
-    spans = cuda_spans(events) if cuda else cpu_spans(events)
-    split = split_of(spans, 1e6 * seconds)
-    averages = [
-        each
-        for each in seen.key_averages()
-        if (each.device_type == DeviceType.CUDA) == cuda and not each.is_user_annotation
-    ]
-    own = (lambda each: each.self_device_time_total) if cuda else (lambda each: each.self_cpu_time_total)
-    costliest = [
-        {
-            "name": each.key[:100],
-            "calls": each.count / PROFILED_STEPS,
-            "ms": own(each) / 1e3 / PROFILED_STEPS,
-            "share": own(each) / 1e6 / seconds,
-        }
-        for each in sorted(averages, key=own, reverse=True)[:10]
-    ]
-    return split, costliest
-
-
-def cpu_spans(events: Iterable[Any]) -> dict[str, Spans]:
-    """When what was going on, the first named counting where several were: gloo runs behind the main thread."""
-    return {
-        "data": spans_of(event for event in events if event.name == DATA),
-        "compute": spans_of(event for event in events if event.name.startswith(OPERATORS)),
-        "communication": spans_of(event for event in events if event.name.startswith(COMMUNICATION)),
-    }
-
-
-def cuda_spans(events: Iterable[Any]) -> dict[str, Spans]:
-    """The same on a device, whose kernels run behind the host."""
-    on_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-    transfers = [event for event in on_device if event.name.startswith("Memcpy HtoD")]
-    nccl = [event for event in on_device if event.name.startswith(COMMUNICATION)]
-    apart = {id(event) for event in (*transfers, *nccl)}
-    waiting = [e for e in events if e.device_type == DeviceType.CPU and e.name == DATA]
-    return {
-        "compute": spans_of(event for event in on_device if id(event) not in apart),
-        "communication": spans_of(nccl),
-        "data": spans_of((*transfers, *waiting)),
-    }
-
-
-def spans_of(events: Iterable[Any]) -> Spans:
-    return [(event.time_range.start, event.time_range.end) for event in events]
-
-
-def split_of(spans: Mapping[str, Spans], total: float) -> dict[str, float]:
-    """The share of a total time that each kind of spans covers and none named before it does; host is the rest."""
-    found, covered, before = {}, 0.0, cast(Spans, [])
-    for name, these in spans.items():
-        before = before + these
-        found[name] = (covers(before) - covered) / total
-        covered = covers(before)
-    found["host"] = max(0.0, 1 - covered / total)
-    return {name: found[name] for name in SPLIT}
-
-
-def covers(spans: Spans) -> float:
-    """Length of the union."""
-    length, reached = 0.0, -math.inf
-    for begin, end in sorted(spans):
-        length += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return length
-
-
 def compare(case: Case, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """megahp's speed over the faster baseline's, and what measuring the noise scale costs of its time."""
     verdict: dict[str, Any] = {**case.labels}
-    turns = {row["contestant"]: row["turns"] for row in rows}
-    baselines = [name for name in BASELINES if name in turns]
-    if "megahp" in turns and baselines:
-        fastest = min(baselines, key=lambda name: statistics.median(turns[name]))
-        verdict |= {"baseline": fastest, "speedup": ratio(turns[fastest], turns["megahp"])}
-    if set(MEGAHP) <= set(turns):
-        verdict["noise_scale"] = ratio(turns["megahp"], turns["megahp-without-noise"])
+    for clock, prefix in (("turns", ""), ("processor_turns", "processor_")):
+        turns = {row["contestant"]: row[clock] for row in rows}
+        baselines = [name for name in BASELINES if name in turns]
+        if "megahp" in turns and baselines:
+            fastest = min(baselines, key=lambda name: statistics.median(turns[name]))
+            verdict |= {f"{prefix}baseline": fastest, f"{prefix}speedup": ratio(turns[fastest], turns["megahp"])}
+        if set(MEGAHP) <= set(turns):
+            verdict[f"{prefix}noise_scale"] = ratio(turns["megahp"], turns["megahp-without-noise"])
     return verdict
 
 
@@ -546,18 +461,30 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[st
 def sentence(verdict: Mapping[str, Any]) -> str:
     """The comparison, in a line."""
     parts = []
-    if speed := verdict.get("speedup"):
-        parts.append("{median:.3f} [{low:.3f}, {high:.3f}] times ".format(**speed) + verdict["baseline"])
-    if noise := verdict.get("noise_scale"):
-        cost, low, high = (100 * (noise[key] - 1) for key in ("median", "low", "high"))
-        parts.append(f"the noise scale costs {cost:.1f} % [{low:.1f}, {high:.1f}]")
+    for clock, prefix in (("", ""), ("processor time: ", "processor_")):
+        if speed := verdict.get(f"{prefix}speedup"):
+            found = "{median:.3f} [{low:.3f}, {high:.3f}] times ".format(**speed) + verdict[f"{prefix}baseline"]
+            parts.append(clock + found)
+        if noise := verdict.get(f"{prefix}noise_scale"):
+            cost, low, high = (100 * (noise[key] - 1) for key in ("median", "low", "high"))
+            parts.append(f"{clock}noise scale {cost:+.1f} % [{low:+.1f}, {high:+.1f}]")
     return LABELS.format(**verdict) + "; ".join(parts)
 
 
-def shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a row as the table has them."""
-    mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
-    return {"ms": 1e3 * row["seconds"], "gib": row["peak_memory"] / 2**30, "mfu_text": mfu}
+def numbers(row: Mapping[str, Any]) -> list[str]:
+    """A row's values under COLUMNS."""
+    return [
+        f"{row['tokens_per_second']:,.0f}",
+        f"{1e3 * row['seconds']:,.1f}",
+        f"{1e3 * row['processor_seconds']:,.1f}",
+        "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
+        f"{row['peak_memory'] / 2**30:.1f}",
+        *(f"{row['split'][name]:.1%}" for name in ("compute", "communication", "data", "host")),
+    ]
+
+
+def line(values: Sequence[str]) -> str:
+    return "".join(f"{value:>{max(8, len(name)) + 1}}" for name, value in zip(COLUMNS, values, strict=True))
 
 
 def machine_of(device: torch.device) -> dict[str, Any]:
@@ -582,7 +509,7 @@ def write_json(
     found = {
         "machine": machine,
         "command": sys.argv,
-        "flops": "matrix products, attention causal (half); mfu_full_attention counts all of it; hfu what is recomputed",
+        "flops": "matrix products, attention causal (half)",
         "rows": rows,
         "comparisons": verdicts,
         "settings": [{**case.labels, **to_dict(case.settings)} for case in cases],
@@ -625,7 +552,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--shape", nargs="+", default=["4x256"], help="LAYERSxWIDTH or preset")
     options.add_argument("--sequence", type=int, default=256, help="tokens")
     options.add_argument("--micro-batch", type=int, default=8, help="sequences of one rank's forward pass")
-    options.add_argument("--global-batch", type=int, default=0, help="sequences a step (default: one microbatch a rank)")
+    options.add_argument(
+        "--global-batch", type=int, default=0, help="sequences a step (default: one microbatch a rank)"
+    )
     options.add_argument("--vocabulary", type=int, default=4096, help="token ids")
     options.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     options.add_argument("--ranks", type=int, default=1, help="on this machine")
@@ -639,7 +568,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--profile", action="store_true", help="name the ten costliest operators, or kernels")
     options.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here too")
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens per second: .svg, .png or .pdf")
-    options.add_argument("settings", nargs="*", metavar="section.key=value", help="of megahp")
+    options.add_argument("--settings", nargs="+", default=[], metavar="section.key=value", help="of megahp")
     return options
 
 

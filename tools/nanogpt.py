@@ -31,6 +31,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, model: config.Model, length: int) -> None:
         super().__init__()
         self.heads, self.head_size = model.heads, model.head_size
@@ -44,7 +47,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        cos, sin = self.cos.to(q.dtype), self.sin.to(q.dtype)  # type: ignore[operator]
+        cos, sin = self.cos.to(q.dtype), self.sin.to(q.dtype)
         y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(2))
 

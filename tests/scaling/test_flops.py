@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from distributed import world
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distributed import world
 from megahp import resolve
 from megahp.config import Config, Model
 from megahp.model.build import build_model
