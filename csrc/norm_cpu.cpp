@@ -121,31 +121,25 @@ Normalized normalize(const Tensor& input, const std::optional<Tensor>& added, do
   if (bias) check_input(input, *bias);
   const auto dtype = accumulate_type(input);
   const NormShape shape = norm_shape(input);
-  const int64_t rows = shape.examples * shape.rows;
   const Tensor x = contiguous(input);
   const Tensor branch = added ? contiguous(*added) : x;
   const Tensor w = prepared(weight, dtype);
   const Tensor b = !centered ? w : bias ? prepared(*bias, dtype) : torch::stable::new_zeros(w, w.sizes());
-  const Tensor stream = added ? new_empty(x, x.sizes()) : x;
   const Tensor y = new_empty(x, x.sizes());
+  const Tensor stream = added ? new_empty(x, x.sizes()) : y;
   const Tensor rstd = new_empty(x, leading_sizes(x), dtype);
   const Tensor mean = centered ? new_empty(rstd, rstd.sizes()) : rstd;
 
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
-    const auto add_rows = MEGAHP_BEST(add_rows<T, A>);
-    const auto normalize_rows = MEGAHP_BEST(normalize_rows<centered, T, A>);
-    parallel_for(0, rows, grain(shape.width), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin, count; row < end; row += count) {
-        count = added ? 1 : end - row;  // a row is normalized while its sum is in the cache
-        const int64_t at = row * shape.width;
-        if (added)
-          add_rows(shape.width, static_cast<A>(alpha), data<T>(x) + at, data<T>(branch) + at,
-                   mutable_data<T>(stream) + at);
-        normalize_rows(count, shape.width, static_cast<A>(eps), data<T>(stream) + at, data<A>(w), data<A>(b),
-                       mutable_data<T>(y) + at, mutable_data<A>(mean) + row, mutable_data<A>(rstd) + row);
-      }
+    const auto normalize_rows = added ? MEGAHP_BEST(normalize_rows<centered, true, T, A>)
+                                      : MEGAHP_BEST(normalize_rows<centered, false, T, A>);
+    parallel_for(0, shape.examples * shape.rows, grain(shape.width), [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * shape.width;
+      normalize_rows(end - begin, shape.width, static_cast<A>(alpha), static_cast<A>(eps), data<T>(x) + at,
+                     data<T>(branch) + at, data<A>(w), data<A>(b), mutable_data<T>(stream) + at,
+                     mutable_data<T>(y) + at, mutable_data<A>(mean) + begin, mutable_data<A>(rstd) + begin);
     });
   });
   return {stream, y, mean, rstd};
