@@ -66,7 +66,7 @@ def test_what_is_computed_again() -> None:
     flops = world.run(1, flops_of_a_step)[0]
     plain, full, second, selective = flops.values()
     assert selective == plain
-    assert 1.2 * plain < full < 4 / 3 * plain  # the unembedding is no block's
+    assert 1.15 * plain < full < 4 / 3 * plain  # the unembedding is no block's, and is computed again anyway
     assert second - plain == (full - plain) / 2
 
 
