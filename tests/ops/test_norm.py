@@ -1,6 +1,7 @@
 """The norm ops, by reference and by kernel, against torch.nn.functional in float64."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -147,8 +148,13 @@ def assert_same(case: Case, actual: Outcome, wanted: Outcome) -> None:
     # dx is a difference of terms as large as dy weight rstd.
     assert_as_good(actual.dx, yardstick.dx, wanted.dx, scale=largest_term(case))
     for got, torchs, want in zip(actual.gradients, yardstick.gradients, wanted.gradients, strict=True):
-        assert_as_good(got, torchs, want, scale=1.0)
+        assert_as_good(got, torchs, want, scale=sum_of_rows(case))
     assert_near(actual.squared, wanted.squared, 1e-5, scale=1.0)
+
+
+def sum_of_rows(case: Case) -> float:
+    """The size of a gradient summed over rows of normal numbers, which the final value may be far below."""
+    return max(1.0, case.x[..., 0].numel() ** 0.5)
 
 
 def largest_term(case: Case) -> float:
@@ -222,7 +228,7 @@ def test_residual_addition(served_by, kind, dtype, shape):
     assert_as_good(y.detach(), yardstick.y, wanted.y, scale=1.0)
     assert_as_good(dx, yardstick.dx + dstream, wanted.dx + dstream.double(), scale=largest_term(alone))
     for got, torchs, want in zip(gradients, yardstick.gradients, wanted.gradients, strict=True):
-        assert_as_good(got, torchs, want, scale=1.0)
+        assert_as_good(got, torchs, want, scale=sum_of_rows(case))
     assert_near(squared, wanted.squared, 1e-5, scale=1.0)
 
 
@@ -253,8 +259,9 @@ def test_gradcheck_of_the_residual_addition(served_by, kind):
 def test_offsets_beyond_32_bits(kind):
     width = 65536
     rows = 2**31 // width + 2
-    if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") < 10 * rows * width:
-        pytest.skip("takes 20 GiB of free memory")
+    available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    if not available or int(available[1]) * 1024 < 9 * rows * width:
+        pytest.skip("takes 18 GiB of memory")
     case = make(kind, (1, 2, width), torch.bfloat16)
     x = torch.zeros(1, rows, width, dtype=torch.bfloat16)
     dy = torch.zeros_like(x)
