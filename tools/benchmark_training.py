@@ -1,7 +1,7 @@
 """Tokens per second of megahp's training step, beside a plain PyTorch baseline (tools/nanogpt.py) on the same tokens.
 
     python tools/benchmark_training.py [--shape 4x256 llama-2-7b ...] [--sequence 256] [--micro-batch 8]
-        [--global-batch N] [--vocabulary 4096] [--dtype float32 bfloat16] [--ranks N] [--tp 1 2 ...] [--device cuda]
+        [--global-batch N] [--vocabulary N] [--dtype float32 bfloat16] [--ranks N] [--tp 1 2 ...] [--device cuda]
         [--contestants megahp nanogpt ...] [--turns 7] [--steps 3] [--warm-up 2] [--peak-tflops T] [--profile]
         [--json FILE] [--plot FILE] [--settings section.key=value ...]
 
@@ -79,6 +79,7 @@ BASELINE = {
     "model.tied_embeddings": False,
     "optimizer.name": "adamw",
 }
+VOCABULARY = 4096
 POOL = 256  # made-up samples, dealt again and again
 PROFILED_STEPS = 2
 LABELS = "{shape:<12}{dtype:<9} {layout:<8}"
@@ -221,9 +222,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def cases_of(arguments: argparse.Namespace) -> list[Case]:
     """Every shape on every layout in every dtype, checked. Raises UserError."""
-    for name in ("ranks", "turns", "steps", "warm_up", "micro_batch", "sequence", "vocabulary"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    for name in ("ranks", "turns", "steps", "warm_up", "micro_batch", "sequence", "global_batch", "vocabulary"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if arguments.peak_tflops is not None and not 0 < arguments.peak_tflops < math.inf:
         raise UserError(f"--peak-tflops {arguments.peak_tflops:g} must be above 0")
     if arguments.peak_tflops and len(arguments.dtype) > 1:
@@ -242,7 +244,7 @@ def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> C
     length, micro_batch = arguments.sequence, arguments.micro_batch
     global_batch = arguments.global_batch or micro_batch * layout.dp
     tree: dict[str, dict[str, Any]] = {
-        "model": {**model_of(shape), "vocab_size": arguments.vocabulary},
+        "model": model_of(shape, arguments.vocabulary),
         "parallel": {"tp": tp},
         "data": {"sequence_length": length},
         "batch": {"micro_batch": micro_batch, "global_batch": global_batch},
@@ -264,15 +266,16 @@ def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> C
     return Case(shape, dtype, layout, noise, quiet)
 
 
-def model_of(shape: str) -> dict[str, Any]:
+def model_of(shape: str, vocabulary: int | None) -> dict[str, Any]:
     """Settings of LAYERSxWIDTH, with heads of 64 or 128, or of a preset. Raises UserError."""
+    vocab_size = {"vocab_size": vocabulary or VOCABULARY}
     if shape in PRESETS:
-        return {"preset": shape}
+        return {"preset": shape} | ({} if "vocab_size" in PRESETS[shape] and not vocabulary else vocab_size)
     layers, _, width = shape.partition("x")
     if not (layers.isdecimal() and width.isdecimal()):
         raise UserError(f"--shape {shape} is neither LAYERSxWIDTH, such as 4x256, nor one of: {', '.join(PRESETS)}")
-    head_size = 64 if int(width) <= 1024 else 128
-    return {"layers": int(layers), "width": int(width), "heads": max(1, int(width) // head_size)}
+    heads = max(1, int(width) // (64 if int(width) <= 1024 else 128))
+    return {"layers": int(layers), "width": int(width), "heads": heads} | vocab_size
 
 
 def check_baseline(settings: Config) -> None:
@@ -552,10 +555,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--shape", nargs="+", default=["4x256"], help="LAYERSxWIDTH or preset")
     options.add_argument("--sequence", type=int, default=256, help="tokens")
     options.add_argument("--micro-batch", type=int, default=8, help="sequences of one rank's forward pass")
-    options.add_argument(
-        "--global-batch", type=int, default=0, help="sequences a step (default: one microbatch a rank)"
-    )
-    options.add_argument("--vocabulary", type=int, default=4096, help="token ids")
+    options.add_argument("--global-batch", type=int, help="sequences a step (default: one microbatch a rank)")
+    options.add_argument("--vocabulary", type=int, help=f"token ids (default: the preset's, or {VOCABULARY})")
     options.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     options.add_argument("--ranks", type=int, default=1, help="on this machine")
     options.add_argument("--tp", type=int, nargs="+", default=[1], help="tensor-parallel ranks, one layout each")

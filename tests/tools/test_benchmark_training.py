@@ -111,6 +111,7 @@ MISTAKES = {
     "shape": (["--shape", "big"], "--shape big is neither LAYERSxWIDTH, such as 4x256, nor one of: debug"),
     "heads": (["--shape", "1x130"], "model.head_size = 65 is odd, and rope turns pairs; make it even"),
     "turns": (["--turns", "0"], "--turns 0 must be at least 1"),
+    "global batch": (["--global-batch", "0"], "--global-batch 0 must be at least 1"),
     "dtype": (["--dtype", "fp8"], "train.dtype = 'fp8' (options) must be one of: float32"),
     "batch": (["--global-batch", "3"], "batch.global_batch = 3 is not a multiple of 2"),
     "layout": (["--ranks", "3", "--tp", "2"], "needs a multiple of 2 ranks and there are 3"),
