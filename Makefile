@@ -30,8 +30,14 @@ test-slow: $(READY)
 test-gpu:
 	@$(PYTHON) -m pytest -m gpu tests/gpu
 
+TRAINING := PYTHONPATH=. $(PYTHON) tools/benchmark_training.py --device cuda --dtype bfloat16 --vocabulary 32768 --turns 5
+
+# 1B beside the baseline; then 1B, 3B and 7B, which leave no room for another. Minutes: most is drawing the weights.
 bench-gpu:
 	@PYTHONPATH=. $(PYTHON) tools/benchmark_norm.py
+	@$(TRAINING) --shape 16x2048 --sequence 2048 --micro-batch 8 --profile
+	@$(TRAINING) --shape 16x2048 28x3072 --sequence 8192 --micro-batch 1 --contestants megahp
+	@$(TRAINING) --shape llama-2-7b --sequence 2048 --micro-batch 1 --contestants megahp
 
 clean:
 	rm -rf $(VENV) build *.egg-info megahp/*.so

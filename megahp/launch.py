@@ -62,8 +62,8 @@ def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0")) == "0"
 
 
-def spawn(arguments: Sequence[str], ranks: int) -> int:
-    """Run `python -m megahp ARGUMENTS` as so many local ranks. Returns 0, or the first failing rank's exit code;
+def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", "megahp")) -> int:
+    """Run `python PROGRAM ARGUMENTS` as so many local ranks. Returns 0, or the first failing rank's exit code;
     the others are ended then, since a rank without its peers can only hang."""
     from torch.distributed import TCPStore
 
@@ -78,7 +78,7 @@ def spawn(arguments: Sequence[str], ranks: int) -> int:
     }
     for ending in (signal.SIGTERM, signal.SIGHUP):  # so that the ranks are ended too
         signal.signal(ending, lambda number, _: sys.exit(128 + number))
-    command = [sys.executable, "-m", "megahp", *arguments]
+    command = [sys.executable, *program, *arguments]
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(ranks):
