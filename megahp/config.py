@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -266,6 +266,11 @@ def stages(data: Data) -> list[Stage]:
     ]
     begins = sorted({tokens for tokens, _ in (*lengths, *mixtures)})
     return [Stage(tokens, _reached(lengths, tokens), _reached(mixtures, tokens)) for tokens in begins]
+
+
+def stage_at(stages: Sequence[Stage], tokens: int) -> int:
+    """The number of the stage that a step beginning after so many tokens belongs to."""
+    return [stage.tokens <= tokens for stage in stages].count(True) - 1
 
 
 def parse_table(words: tuple[str, ...]) -> list[tuple[float, int]]:

@@ -527,7 +527,7 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib, which is missing; pip install matplotlib") from None
-    from megahp.train.report_figures import PALETTE, STYLE, colour
+    from megahp.train.report_figures import PALETTE, STYLE, colour, save_plot
 
     cases = list(dict.fromkeys(LABELS.format(**row) for row in rows))
     names = list(dict.fromkeys(row["contestant"] for row in rows))
@@ -543,10 +543,7 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.invert_yaxis()
         axes.set_xlabel("tokens per second")
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        try:
-            figure.savefig(file)
-        except ValueError as error:  # an ending it knows no format for
-            raise UserError(f"--plot {file} cannot be drawn ({error}); name a .svg, .png or .pdf file") from None
+        save_plot(figure, file)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -312,7 +312,7 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], star: float, tolerance: 
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib, which is missing; pip install matplotlib") from None
-    from megahp.train.report_figures import PALETTE, STYLE
+    from megahp.train.report_figures import PALETTE, STYLE, save_plot
 
     batches, losses, limits = ([each[key] for each in rows] for key in ("batch", "loss", "limit"))
     with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
@@ -328,10 +328,7 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], star: float, tolerance: 
         axes.set_xlabel("sequences a step")
         axes.set_ylabel("nats per token")
         axes.legend(frameon=False)
-        try:
-            figure.savefig(file)
-        except ValueError as error:  # an ending it knows no format for
-            raise UserError(f"--plot {file} cannot be drawn ({error}); name a .svg, .png or .pdf file") from None
+        save_plot(figure, file)
 
 
 def parser() -> argparse.ArgumentParser:

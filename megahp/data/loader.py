@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megahp.config import Stage
+from megahp.config import Stage, stage_at
 from megahp.data.blend import Blend
 from megahp.data.indexed import IndexedDataset
 from megahp.data.samples import SampleOrder, split_documents
@@ -123,7 +123,7 @@ class TrainingData:
         """Go on from other data's state: a source that both share, in the same order, where it stands. Returns the
         sources that begin at their beginning."""
         taken = {key: (count, length) for key, (count, length) in state["taken"].items()}
-        self._go_on_from(taken, [s.tokens <= tokens for s in self.stages].count(True) - 1, sample)
+        self._go_on_from(taken, stage_at(self.stages, tokens), sample)
         return [prefix for prefix, order in zip(self._prefixes, self._training, strict=True) if order.key not in taken]
 
     def validation(self, count: int) -> Batch:

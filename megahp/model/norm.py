@@ -38,6 +38,25 @@ class _Norm(Module):
         self.register_parameter("probe", nn.Parameter(torch.zeros(())) if probe else None)
         self.engine: Norm | None = None  # in place of ours; it measures nothing
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.engine(x, local(self.weight), self._bias(), self.eps) if self.engine else self._norm(x)
+
+    def add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """x + alpha branch, and its norm."""
+        if self.engine:
+            stream = torch.add(x, branch, alpha=alpha)
+            return stream, self(stream)
+        return self._add(x, branch, alpha)
+
+    def _bias(self) -> Tensor | None:
+        return local(self.bias) if "bias" in self.rows else None
+
+    def _norm(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
 
 class RMSNorm(_Norm):
     """x / rms(x) * weight over the last dimension of x [batch, ..., size]."""
@@ -53,16 +72,10 @@ class RMSNorm(_Norm):
     ) -> None:
         super().__init__(size, eps, role, sum_over, axis, bias=False, probe=probe)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.engine:
-            return self.engine(x, local(self.weight), None, self.eps)
+    def _norm(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, local(self.weight), self.probe, self.eps, self.group)
 
-    def add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        """x + alpha branch, and its norm."""
-        if self.engine:
-            stream = torch.add(x, branch, alpha=alpha)
-            return stream, self(stream)
+    def _add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         return ops.add_rms_norm(x, branch, alpha, local(self.weight), self.probe, self.eps, self.group)
 
 
@@ -81,18 +94,9 @@ class LayerNorm(_Norm):
     ) -> None:
         super().__init__(size, eps, role, sum_over, axis, bias, probe)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.engine:
-            return self.engine(x, local(self.weight), self._bias(), self.eps)
+    def _norm(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, local(self.weight), self._bias(), self.probe, self.eps, self.group)
 
-    def add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        """x + alpha branch, and its norm."""
-        if self.engine:
-            stream = torch.add(x, branch, alpha=alpha)
-            return stream, self(stream)
+    def _add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         weight, bias = local(self.weight), self._bias()
         return ops.add_layer_norm(x, branch, alpha, weight, bias, self.probe, self.eps, self.group)
-
-    def _bias(self) -> Tensor | None:
-        return local(self.bias) if "bias" in self.rows else None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megahp import config
-from megahp.config import Config, parse_table, stages
+from megahp.config import Config, parse_table, stage_at, stages
 from megahp.scaling import power_laws, schedules
 
 
@@ -304,7 +304,7 @@ class BatchPlan:
         )
 
     def _stage(self, progress: Progress) -> int:
-        return [stage.tokens <= progress.tokens for stage in self.stages].count(True) - 1
+        return stage_at(self.stages, progress.tokens)
 
     def _first_length(self, sequences: float) -> float:
         """As many tokens in sequences of the run's first length."""

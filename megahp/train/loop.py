@@ -132,8 +132,9 @@ def microbatches(loader: Loader, plan: Plan, run: Run) -> Iterator[Batch]:
     """This rank's microbatches of one step; while each computes, the one after it is read."""
     ids = samples_of(plan, run)
     following = run.batch_plan.step(run.progress.after(plan))  # unless the batch grows: then it is read in vain
-    same_data = following and following.stage == plan.stage
-    ahead = [*ids[1:], samples_of(following, run)[0] if following and same_data else None]
+    if following and following.stage != plan.stage:
+        following = None  # its data is not yet entered
+    ahead = [*ids[1:], samples_of(following, run)[0] if following else None]
     for now, then in zip(ids, ahead, strict=True):
         yield loader.take(now, then)
 

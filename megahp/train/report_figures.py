@@ -9,6 +9,7 @@ import html
 import io
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -310,6 +311,14 @@ def plot(
         drawing = io.StringIO()
         figure.savefig(drawing, format="svg")
     return for_page(drawing.getvalue(), title, tooltips or {})
+
+
+def save_plot(figure: Any, file: Path) -> None:
+    """Write a tool's figure to the file of its --plot. Raises UserError for an ending without a format."""
+    try:
+        figure.savefig(file)
+    except ValueError as error:
+        raise UserError(f"--plot {file} cannot be drawn ({error}); name a .svg, .png or .pdf file") from None
 
 
 def for_page(svg: str, title: str, tooltips: dict[str, str]) -> str:
