@@ -1,4 +1,6 @@
-"""The one exception that means: what the user gave cannot be used."""
+"""The one exception that means: what the user gave cannot be used; and what its remedies are made of."""
+
+import itertools
 
 
 class UserError(Exception):
@@ -7,3 +9,15 @@ class UserError(Exception):
     The message names what is wrong (the setting or file), its value, and the remedy.
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def nearest_divisors(number: int, to: int) -> str:
+    """Up to three divisors of the number around a wanted one, as words."""
+    around = itertools.chain([to], *((to - d, to + d) for d in range(1, min(number, 10_000))))
+    return ", ".join(map(str, sorted(itertools.islice((n for n in around if n > 0 and number % n == 0), 3))))
+
+
+def nearest_multiples(of: int, to: int) -> str:
+    """The multiples below and above a wanted number, as words."""
+    below = to // of * of
+    return ", ".join(str(value) for value in (below, below + of) if value)

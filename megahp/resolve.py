@@ -7,7 +7,6 @@ impossible is refused here, before torch is imported or a process started; all p
 from __future__ import annotations
 
 import difflib
-import itertools
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, get_args, get_origin
 
 from megahp.config import SECTIONS, TYPES, VOCAB_MULTIPLE, Config, get, names, parse_table, stages, with_values
-from megahp.errors import UserError
+from megahp.errors import UserError, nearest_divisors, nearest_multiples
 from megahp.presets import PRESETS
 
 # A setting that only means something beside another one: giving it elsewhere is an error, not silence.
@@ -99,14 +98,14 @@ def impossible(config: Config) -> list[str]:
     if model.width % model.heads and not model.head_size:
         problems.append(
             f"model.heads = {model.heads} does not divide model.width = {model.width}; "
-            f"nearest that do: {_nearest_divisors(model.width, model.heads)}"
+            f"nearest that do: {nearest_divisors(model.width, model.heads)}"
         )
     if model.head_size % 2 and model.positions == "rope":
         problems.append(f"model.head_size = {model.head_size} is odd, and rope turns pairs; make it even")
     if model.kv_heads and model.heads % model.kv_heads:
         problems.append(
             f"model.kv_heads = {model.kv_heads} does not divide model.heads = {model.heads}; "
-            f"nearest that do: {_nearest_divisors(model.heads, model.kv_heads)}"
+            f"nearest that do: {nearest_divisors(model.heads, model.kv_heads)}"
         )
     split = {
         "model.kv_heads": model.kv_heads,
@@ -116,7 +115,7 @@ def impossible(config: Config) -> list[str]:
     if undivided := [f"{key} = {size}" for key, size in split.items() if size % parallel.tp]:
         problems.append(
             f"parallel.tp = {parallel.tp} does not divide {' nor '.join(undivided)}; "
-            f"nearest that do: {_nearest_divisors(math.gcd(*split.values()), parallel.tp)}"
+            f"nearest that do: {nearest_divisors(math.gcd(*split.values()), parallel.tp)}"
         )
     if parallel.sequence_parallel and parallel.tp == 1:
         problems.append("parallel.sequence_parallel = true needs parallel.tp of at least 2, which is 1")
@@ -183,7 +182,7 @@ def _data_stages(config: Config) -> list[str]:
         elif length % tp:
             problems.append(
                 f"{key} = {length} is not a multiple of parallel.tp = {tp}, as parallel.sequence_parallel needs; "
-                f"nearest that are: {_nearest_multiples(tp, length)}"
+                f"nearest that are: {nearest_multiples(tp, length)}"
             )
     for key, weights in [("data.weights", along[0].weights), *(("data.mixtures", s.weights) for s in along[1:])]:
         if weights and len(weights) != len(data.train):
@@ -366,16 +365,6 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
             config = with_values(config, {key: value})
             origins[key] = why
     return config
-
-
-def _nearest_divisors(number: int, to: int) -> str:
-    around = itertools.chain([to], *((to - d, to + d) for d in range(1, min(number, 10_000))))
-    return ", ".join(map(str, sorted(itertools.islice((n for n in around if n > 0 and number % n == 0), 3))))
-
-
-def _nearest_multiples(of: int, to: int) -> str:
-    below = to // of * of
-    return ", ".join(str(value) for value in (below, below + of) if value)
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megahp.parallel.cross_entropy import linear_cross_entropy
-from megahp.parallel.mesh import TensorAxis
+from megahp.parallel.mesh import Place
 
-ALONE = TensorAxis(1, 0, None, False)  # type: ignore[arg-type]
+ALONE = Place(1, 0, None)  # type: ignore[arg-type]
 LINE = "{loss:<6} {shape:<17} {dtype:<9}{forward ms:>11.0f}{backward ms:>12.0f}{both, of plain:>15.2f}{peak MiB:>10.0f}"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -40,7 +40,7 @@ class Attention(nn.Module):
         self.query_norm = self.key_norm = None
         if model.qk_norm:  # one gain for all heads, and the heads lie on all tp ranks
             self.query_norm, self.key_norm = (
-                RMSNorm(model.head_size, model.norm_eps, Role.NORM, ("tp",), axis, probe=probe) for _ in range(2)
+                RMSNorm(model.head_size, model.norm_eps, Role.NORM, ("tp",), axis.heads, probe=probe) for _ in range(2)
             )
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megahp import ops
 from megahp.ops.engines import Norm
-from megahp.parallel.mesh import TensorAxis
+from megahp.parallel.collectives import Group
 from megahp.parallel.parameters import Module, Row, local
 from megahp.scaling.parameterization import Role
 
@@ -15,8 +15,8 @@ from megahp.scaling.parameterization import Role
 class _Norm(Module):
     """`probe.grad` accumulates sum_b ||dL/d(weight, bias)_b||^2 over the examples b of every backward pass.
 
-    `sum_over` names the axes an example's tokens, or the uses of the weight, are spread over: there the per-example
-    gradients are summed before they are squared. Without an axis the norm is a plain module for one process.
+    `group` holds the ranks an example's tokens, or the uses of the weight, are spread over: there the per-example
+    gradients are summed before they are squared. Without one the norm is a plain module for one process.
     """
 
     def __init__(
@@ -25,13 +25,13 @@ class _Norm(Module):
         eps: float,
         role: Role,
         sum_over: tuple[str, ...],
-        axis: TensorAxis | None,
+        group: Group | None,
         bias: bool,
         probe: bool,
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.group = axis.group.group_name if axis and axis.size > 1 and "tp" in sum_over else ""
+        self.group = group.group_name if group and group.size() > 1 else ""
         self.parameter("weight", (size,), Row(role, sum_over=sum_over, start=1.0))
         if bias:
             self.parameter("bias", (size,), Row(role, sum_over=sum_over, start=0.0))
@@ -67,10 +67,10 @@ class RMSNorm(_Norm):
         eps: float = 1e-6,
         role: Role = Role.NORM,
         sum_over: tuple[str, ...] = (),
-        axis: TensorAxis | None = None,
+        group: Group | None = None,
         probe: bool = True,
     ) -> None:
-        super().__init__(size, eps, role, sum_over, axis, bias=False, probe=probe)
+        super().__init__(size, eps, role, sum_over, group, bias=False, probe=probe)
 
     def _norm(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, local(self.weight), self.probe, self.eps, self.group)
@@ -88,11 +88,11 @@ class LayerNorm(_Norm):
         eps: float = 1e-5,
         role: Role = Role.NORM,
         sum_over: tuple[str, ...] = (),
-        axis: TensorAxis | None = None,
+        group: Group | None = None,
         bias: bool = True,
         probe: bool = True,
     ) -> None:
-        super().__init__(size, eps, role, sum_over, axis, bias, probe)
+        super().__init__(size, eps, role, sum_over, group, bias, probe)
 
     def _norm(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, local(self.weight), self._bias(), self.probe, self.eps, self.group)

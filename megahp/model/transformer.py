@@ -22,7 +22,7 @@ from megahp.scaling.parameterization import Role, Table
 
 def make_norm(model: config.Model, role: Role, axis: TensorAxis, probe: bool) -> RMSNorm | LayerNorm:
     """A norm over the residual stream, which sequence parallelism spreads over tp."""
-    common = (model.width, model.norm_eps, role, axis.spread, axis)
+    common = (model.width, model.norm_eps, role, axis.spread, axis.tokens)
     if model.norm == "rmsnorm":
         return RMSNorm(*common, probe=probe)
     return LayerNorm(*common, bias=model.bias, probe=probe)

@@ -5,24 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megahp.config import Parallel
-from megahp.errors import UserError
+from megahp.errors import UserError, nearest_divisors
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: tp ranks are neighbours
+AXES = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")  # outermost first: tp ranks are neighbours
+FREE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # their product is the number of ranks: ep divides dp_shard
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes; their product is the number of ranks."""
+    """Sizes of the axes; the product of all but ep is the number of ranks."""
 
     pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
+    ep: int = 1
     cp: int = 1
     tp: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(getattr(self, axis) for axis in AXES)
+        """Sizes along AXES, whose dp_shard is what ep leaves of it."""
+        return (self.pp, self.dp_replicate, self.dp_shard // self.ep, self.ep, self.cp, self.tp)
 
     @property
     def dp(self) -> int:
@@ -32,7 +35,7 @@ class Layout:
 
 def fit(parallel: Parallel, ranks: int) -> Layout:
     """The layout of `parallel` on so many ranks, its 0 axis filled. Raises UserError naming the nearest counts."""
-    given = {axis: getattr(parallel, axis) for axis in AXES}
+    given = {axis: getattr(parallel, axis) for axis in FREE}
     fixed = 1
     for size in given.values():
         fixed *= size or 1
@@ -52,4 +55,9 @@ def fit(parallel: Parallel, ranks: int) -> Layout:
             f"parallel: the layout {words} needs {fixed} ranks and there are {ranks}; "
             f"run it on {fixed}, or set parallel.dp_shard=0 to fill"
         )
-    return Layout(**given)
+    if given["dp_shard"] % parallel.ep:
+        raise UserError(
+            f"parallel.ep = {parallel.ep} does not divide the {given['dp_shard']} ranks of parallel.dp_shard; "
+            f"nearest that do: {nearest_divisors(given['dp_shard'], parallel.ep)}"
+        )
+    return Layout(**given, ep=parallel.ep)

@@ -10,19 +10,32 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megahp.parallel.layout import AXES, Layout
 
+SHARDS = ("dp_shard", "ep", "cp")  # the axes that share out a weight between them, beside tensor parallelism
+EXPERT_SHARDS = ("dp_shard", "cp")  # and an expert's, which lies on one rank along ep
+
 
 @dataclass(frozen=True)
-class TensorAxis:
-    """This rank's place on the tensor-parallel axis, as the layers need it."""
+class Place:
+    """This rank's place on one axis of the mesh."""
 
     size: int
     rank: int
     group: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class TensorAxis(Place):
+    """This rank's place on the tensor-parallel axis, and on the others that layers need to know of."""
+
     sequence_parallel: bool
+    tokens: dist.ProcessGroup  # the ranks an example's tokens lie on outside the matrix products
+    heads: dist.ProcessGroup  # the ranks its tokens and heads lie on inside attention
+    context: Place
+    experts: Place
 
     @property
     def spread(self) -> tuple[str, ...]:
-        """Axes that share out the tokens outside the matrix products: ("tp",) under sequence parallelism."""
+        """Axes besides the data-parallel ones over which a weight outside the matrix products has its uses."""
         return ("tp",) if self.sequence_parallel else ()
 
 
@@ -37,21 +50,39 @@ class Mesh:
     def rank(self, axis: str) -> int:
         return self.devices.get_local_rank(axis)
 
-    def group(self, axis: str) -> dist.ProcessGroup:
-        return self.devices.get_group(axis)
+    def over(self, *axes: str) -> DeviceMesh:
+        """One axis over all ranks along these, adjacent or not."""
+        return self.devices[axes]._flatten() if len(axes) > 1 else self.devices[axes[0]]
+
+    def group(self, *axes: str) -> dist.ProcessGroup:
+        """This rank's group of the ranks that differ along these axes alone."""
+        return self.over(*axes).get_group()
+
+    def place(self, axis: str) -> Place:
+        return Place(self.group(axis).size(), self.rank(axis), self.group(axis))
 
     def tensor_axis(self, sequence_parallel: bool) -> TensorAxis:
-        return TensorAxis(self.layout.tp, self.rank("tp"), self.group("tp"), sequence_parallel)
+        return TensorAxis(
+            **vars(self.place("tp")),
+            sequence_parallel=sequence_parallel,
+            tokens=self.group("cp", "tp") if sequence_parallel else self.group("cp"),
+            heads=self.group("cp", "tp"),
+            context=self.place("cp"),
+            experts=self.place("ep"),
+        )
 
     @property
     def data_rank(self) -> int:
         """0 .. dp-1: which part of every global batch is this rank's."""
-        return self.rank("dp_replicate") * self.layout.dp_shard + self.rank("dp_shard")
+        shard = self.rank("dp_shard") * self.layout.ep + self.rank("ep")
+        return self.rank("dp_replicate") * self.layout.dp_shard + shard
 
-    @property
-    def fsdp(self) -> DeviceMesh:
+    def fsdp(self, shards: tuple[str, ...] = SHARDS) -> DeviceMesh:
         """The mesh FSDP2 shards over: one axis, or replicas x shards (HSDP)."""
-        return self.devices["dp_replicate", "dp_shard"] if self.layout.dp_replicate > 1 else self.devices["dp_shard"]
+        flat = self.over(*shards)
+        if self.layout.dp_replicate == 1:
+            return flat
+        return DeviceMesh._concatenate([self.devices["dp_replicate"], flat])
 
     def is_first(self, axes: tuple[str, ...]) -> bool:
         """Whether this rank speaks for all ranks along these axes, where they hold the same value."""

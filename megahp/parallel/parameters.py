@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megahp.parallel.layout import AXES
-from megahp.parallel.mesh import Mesh
+from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, Mesh
 from megahp.scaling.parameterization import Role, Table
 
+FLATTENED = {"_".join(axes): axes for axes in (SHARDS, EXPERT_SHARDS)}  # the name DeviceMesh gives them as one
 ROWS_PER_DRAW = 256  # a rank draws whole blocks of so many rows, and only those it holds a part of
 
 
@@ -199,11 +199,12 @@ def part_of(weight: Tensor, whole: Tensor) -> Tensor:
 
 def counted_once(weight: Tensor, mesh: Mesh) -> bool:
     """Whether this rank's part of the weight enters a sum over all ranks: of equal copies only the first does."""
-    placed: dict[str, Any] = {"dp_replicate": Replicate(), "dp_shard": Replicate(), "tp": Replicate()}
+    copied = {axis for axis in AXES if axis != "pp"}
     if isinstance(weight, DTensor):
-        names = weight.device_mesh.mesh_dim_names or ()
-        placed.update(zip(names, weight.placements, strict=True))
-    return mesh.is_first(tuple(axis for axis, placement in placed.items() if placement.is_replicate()))
+        for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True):
+            if placement.is_shard():
+                copied -= set(FLATTENED.get(name, (name,)))
+    return mesh.is_first(tuple(copied))
 
 
 def sum_gradients(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:

@@ -43,10 +43,11 @@ class Engine:
         self.weights = dict(parameters(model))
         self.rows = rows(model)
         self.probes = probes(model)
-        # probes are whole on every tp rank, losses too: one of the ranks that hold the same value speaks
+        # of the ranks that hold the same value one speaks: a loss is that of the rank's tokens, before tp splits them,
+        # and probes have been summed over the ranks an example lies on
         mine = [counted_once(weight, mesh) for weight in self.weights.values()]
         self.weights_counted = torch.tensor(mine, dtype=torch.float64, device=mesh.device)
-        self.first_of_tp = mesh.is_first(("tp",))
+        self.first_of_tokens, self.first_of_example = mesh.is_first(("tp",)), mesh.is_first(("cp", "tp"))
 
     def forward_backward(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float = 1.0) -> Tensor:
         """Add up the gradients of `scale` times the mean loss over `tokens` tokens of the global batch, from this
@@ -76,8 +77,8 @@ class Engine:
         """Reduce loss, squared gradient norms and probes of one step over all ranks and bring them to the host, the
         scale of the gradients taken out."""
         squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square() * self.weights_counted
-        own = [loss, *(probe.grad.double() for probe in self.probes.values())]  # type: ignore[union-attr]
-        values = torch.cat((torch.stack(own) * self.first_of_tp, squares))
+        by_example = [probe.grad.double() * self.first_of_example for probe in self.probes.values()]  # type: ignore[union-attr]
+        values = torch.cat((torch.stack([loss * self.first_of_tokens, *by_example]), squares))
         dist.all_reduce(values)
         loss_value, *squared = values.tolist()
         numbers = [value / scale**2 for value in squared]

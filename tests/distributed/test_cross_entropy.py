@@ -18,15 +18,15 @@ from distributed.training import Training, made_up, mesh_of, settings_of
 from megahp.parallel import cross_entropy
 from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.layout import Layout
-from megahp.parallel.mesh import TensorAxis
+from megahp.parallel.mesh import Place
 from megahp.parallel.tensor import enter
 
-ALONE = TensorAxis(1, 0, None, False)  # type: ignore[arg-type]
+ALONE = Place(1, 0, None)  # type: ignore[arg-type]
 VOCABULARY = 100
 SLICES = (1, 7, 50, 99, 100, 1000)
 
 
-def plain_losses(x: Tensor, weight: Tensor, targets: Tensor, axis: TensorAxis) -> Tensor:
+def plain_losses(x: Tensor, weight: Tensor, targets: Tensor, axis: Place) -> Tensor:
     """The same losses, on one rank, from whole logits."""
     logits = F.linear(x, weight.to(x.dtype))
     logits = logits.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
