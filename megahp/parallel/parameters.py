@@ -202,7 +202,7 @@ def counted_once(weight: Tensor, mesh: Mesh) -> bool:
     copied = {axis for axis in AXES if axis != "pp"}
     if isinstance(weight, DTensor):
         for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True):
-            if placement.is_shard():
+            if not placement.is_replicate():  # FSDP2 has a kind of shard that says it is none
                 copied -= set(FLATTENED.get(name, (name,)))
     return mesh.is_first(tuple(copied))
 
