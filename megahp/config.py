@@ -157,12 +157,41 @@ class Parallel:
     """The layout. Data parallelism fills what the other axes leave."""
 
     tp: int = setting(1, "tensor parallel: each weight matrix split over so many ranks", at_least=1)
-    pp: int = setting(1, "pipeline parallel stages (only 1 so far)", at_least=1, at_most=1)
+    pp: int = setting(1, "pipeline parallel: the blocks dealt to so many ranks", at_least=1)
+    schedule: Literal["1f1b", "interleaved", "zero-bubble", "zbv"] = setting(
+        "1f1b", "order of a pipeline's forward and backward passes"
+    )
+    stages_per_rank: int = setting(
+        0, "stages of one pipeline rank; 0 = the schedule's least: 2 for interleaved and zbv, else 1", at_least=0
+    )
+    split: tuple[int, ...] = setting((), "blocks of each stage, first to last; empty = balanced by cost")
     cp: int = setting(1, "context parallel: a sequence split over so many ranks (only 1 so far)", at_least=1, at_most=1)
     ep: int = setting(1, "expert parallel (only 1 so far)", at_least=1, at_most=1)
     dp_replicate: int = setting(1, "data parallel replicas; 0 = what is left", at_least=0)
     dp_shard: int = setting(0, "ranks that share one sharded replica (FSDP2); 0 = what is left", at_least=0)
     sequence_parallel: bool = setting(False, "split norms and residual stream along the sequence over tp")
+
+    zero: int = setting(
+        0,
+        "what shards keep between uses: 1 = weights gathered for the whole step, gradients whole until its end; 2 = "
+        "weights gathered for each microbatch; 3 = for its forward and its backward pass apart; 0 = 3, in pipelines 1",
+        at_least=0,
+        at_most=3,
+    )
+    reduce: Literal["once", "every"] = setting(
+        "once", "gradients are summed over the ranks once a step, or after every microbatch: less memory, more traffic"
+    )
+    prefetch: int = setting(0, "blocks gathered ahead of the one that computes; 0 = as FSDP2 does", at_least=0)
+
+    @property
+    def zero_level(self) -> int:
+        """What zero stands for."""
+        return self.zero or (3 if self.pp == 1 else 1)
+
+    @property
+    def local_stages(self) -> int:
+        """Stages of one pipeline rank."""
+        return self.stages_per_rank or (2 if self.schedule in ("interleaved", "zbv") else 1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args, get_origin
 
-from megahp.config import SECTIONS, TYPES, VOCAB_MULTIPLE, Config, get, names, parse_table, stages, with_values
+from megahp.config import (
+    SECTIONS,
+    TYPES,
+    VOCAB_MULTIPLE,
+    Config,
+    Parallel,
+    get,
+    names,
+    parse_table,
+    stages,
+    with_values,
+)
 from megahp.errors import UserError, nearest_divisors, nearest_multiples
 from megahp.presets import PRESETS
 
@@ -122,6 +133,7 @@ def impossible(config: Config) -> list[str]:
     name = PurePath(config.log.name)
     if not name.parts or name.is_absolute() or ".." in name.parts:
         problems.append(f"log.name = {config.log.name!r} names no folder inside log.root; choose one such as first")
+    problems += _pipeline(config)
     problems += _data_stages(config)
     if config.train.validation_samples and not data.validation_fraction:
         problems.append(
@@ -158,6 +170,59 @@ def impossible(config: Config) -> list[str]:
         problems.append(
             f"train.tokens = {config.train.tokens} is less than one batch of "
             f"{config.batch.global_batch} x {data.sequence_length} tokens"
+        )
+    return problems
+
+
+def _pipeline(config: Config) -> list[str]:
+    """What is wrong with the settings of a pipeline."""
+    model, parallel, default = config.model, config.parallel, Parallel()
+    problems = []
+    if parallel.zero_level == 1 and parallel.reduce == "every":
+        problems.append(
+            "parallel.reduce = 'every' goes with parallel.zero = 2 or 3 alone, and without pipelines; set "
+            "parallel.reduce=once"
+        )
+    if parallel.pp > 1 and parallel.zero > 1:
+        problems.append(
+            f"parallel.zero = {parallel.zero} would gather weights for each microbatch anew, which pipelines do not; "
+            "leave it out with parallel.pp above 1"
+        )
+    if parallel.pp == 1:
+        given = [
+            key for key in ("schedule", "stages_per_rank", "split") if getattr(parallel, key) != getattr(default, key)
+        ]
+        return problems + [
+            f"parallel.{key} = {getattr(parallel, key)!r} has no effect with parallel.pp = 1; leave it out"
+            for key in given
+        ]
+    stages = parallel.pp * parallel.local_stages
+    wanted = {"1f1b": "1", "interleaved": "2 or more", "zero-bubble": "1 or more", "zbv": "2"}[parallel.schedule]
+    if (
+        parallel.schedule != "zero-bubble"
+        and (parallel.local_stages > 1) != (wanted != "1")
+        or (parallel.schedule == "zbv" and parallel.local_stages != 2)
+    ):
+        problems.append(
+            f"parallel.stages_per_rank = {parallel.stages_per_rank} does not go with parallel.schedule = "
+            f"{parallel.schedule!r}, which has {wanted}; leave it out, or choose another schedule"
+        )
+    if stages > model.layers:
+        problems.append(
+            f"parallel.pp = {parallel.pp} with {parallel.local_stages} stages a rank needs {stages} blocks and "
+            f"model.layers = {model.layers}; at most parallel.pp={max(1, model.layers // parallel.local_stages)}"
+        )
+    if parallel.split and (len(parallel.split), sum(parallel.split)) != (stages, model.layers):
+        problems.append(
+            f"parallel.split = {list(parallel.split)} must give the blocks of {stages} stages, {model.layers} in all; "
+            "leave it out to balance them"
+        )
+    if min(parallel.split, default=1) < 1:
+        problems.append(f"parallel.split = {list(parallel.split)} leaves a stage without blocks; give each at least 1")
+    if parallel.schedule == "zbv" and model.tied_embeddings:
+        problems.append(
+            "parallel.schedule = 'zbv' puts both ends of the model on one rank, where model.tied_embeddings = true "
+            "would need two copies; choose another schedule"
         )
     return problems
 

@@ -26,7 +26,8 @@ batch.policy batch.global_batch batch.micro_batch batch.largest batch.rule batch
 batch.table batch.target batch.noise_to_total batch.look_every batch.delay batch.hysteresis batch.growth
 optimizer.name optimizer.lr optimizer.weight_decay optimizer.beta1 optimizer.beta2 optimizer.eps
 optimizer.muon_lr optimizer.momentum optimizer.clip
-parallel.tp parallel.pp parallel.cp parallel.ep parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel
+parallel.tp parallel.pp parallel.schedule parallel.stages_per_rank parallel.split parallel.cp parallel.ep
+parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel parallel.zero parallel.reduce parallel.prefetch
 train.start_from train.tokens train.steps train.dtype train.device train.seed train.noise_scale train.noise_half_life
 train.validate_every train.validation_samples
 compute.compile compute.recompute compute.recompute_every compute.norms

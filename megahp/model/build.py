@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
 import torch
 
 from megahp.config import Config, stages
@@ -9,7 +12,9 @@ from megahp.model.compute import arrange, replace_norms
 from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import distribute, initialise
+from megahp.parallel.parameters import Row, check_copies, distribute, initialise, parameters, probes, rows
+from megahp.parallel.pipeline import split, stages_of
+from megahp.scaling.flops import layer_costs
 from megahp.scaling.parameterization import Table, fill_in
 
 
@@ -24,18 +29,59 @@ def longest(config: Config) -> int:
     return max(stage.length for stage in stages(config.data))
 
 
-def build_model(config: Config, mesh: Mesh) -> Transformer:
+@dataclass(frozen=True)
+class Model:
+    """What this rank holds of a model, and what there is in all of it."""
+
+    stages: dict[int, Transformer]  # pipeline stages, by number; without pipelines there is one, the whole
+    rows: dict[str, Row]
+    probes: list[str]  # names of the norms that measure
+    parameters: int
+
+
+def build_model(config: Config, mesh: Mesh) -> Model:
     """The model with its initial weights, which are the same on every layout. model.vocab_size must be set."""
-    compute = getattr(torch, config.train.dtype)
-    master = torch.promote_types(compute, torch.float32)
-    table, axis = table_of(config), mesh.tensor_axis(config.parallel.sequence_parallel)
+    whole = _skeleton(config, mesh)
+    cuts = cut(config)
+    stages = {number: _stage(config, mesh, cuts[number]) for number in stages_of(mesh.rank("pp"), config.parallel)}
+    for stage in stages.values():
+        check_copies(dict(parameters(stage)), rows(stage), mesh)
+    return Model(stages, rows(whole), list(probes(whole)), sum(weight.numel() for _, weight in parameters(whole)))
+
+
+def cut(config: Config) -> list[range]:
+    """The blocks of each pipeline stage, first to last."""
+    model, parallel = config.model, config.parallel
+    if not parallel.split:
+        return split(layer_costs(model, config.data.sequence_length), parallel.pp * parallel.local_stages)
+    ends = list(accumulate(parallel.split, initial=0))
+    return [range(start, end) for start, end in pairwise(ends)]
+
+
+def _skeleton(config: Config, mesh: Mesh) -> Transformer:
+    """The whole model on `meta`."""
+    axis = mesh.tensor_axis(config.parallel.sequence_parallel)
     with torch.device("meta"):
-        model = Transformer(config.model, longest(config), table, axis, compute, config.train.noise_scale)
-    arrange(model.blocks, config.compute)  # type: ignore[arg-type]
+        return Transformer(
+            config.model,
+            longest(config),
+            table_of(config),
+            axis,
+            getattr(torch, config.train.dtype),
+            config.train.noise_scale,
+        )
+
+
+def _stage(config: Config, mesh: Mesh, blocks: range) -> Transformer:
+    """The pipeline stage of these blocks, with its initial weights."""
+    model = _skeleton(config, mesh)
+    model.keep(blocks)
+    master = torch.promote_types(model.dtype, torch.float32)
+    arrange(model.blocks, config.compute)
     if config.compute.norms != "megahp":
         replace_norms(model, config.compute.norms)
     distribute(model, mesh, master)
-    shard(model, model.blocks, mesh, compute, master)
+    shard(model, model.blocks.values(), mesh, config.parallel, model.dtype, master)
     model.to_empty(device=mesh.device)
-    initialise(model, table, config.parameterization.init_std, config.train.seed)
+    initialise(model, model.table, config.parameterization.init_std, config.train.seed)
     return model

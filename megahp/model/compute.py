@@ -6,7 +6,7 @@ as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megahp import config
 from megahp.model.norm import LayerNorm, RMSNorm
-from megahp.model.transformer import Block
 from megahp.ops.engines import norm_of
 
 aten = torch.ops.aten
@@ -32,10 +31,11 @@ KEPT = {
 }
 
 
-def arrange(blocks: Iterable[Block], compute: config.Compute) -> None:
-    """Set every block's `compute` as the settings say."""
-    for index, block in enumerate(blocks):
-        recompute = compute.recompute if index % compute.recompute_every == 0 else "none"
+def arrange(blocks: nn.ModuleDict, compute: config.Compute) -> None:
+    """Set every block's `compute` as the settings say. The blocks stand under their numbers in the whole model."""
+    block: Any
+    for number, block in blocks.items():
+        recompute = compute.recompute if int(number) % compute.recompute_every == 0 else "none"
         if recompute == "selective":  # inside, where the compiler can keep what is to be kept
             block.compute = recomputed(block.compute, context_fn=partial(create_selective_checkpoint_contexts, _keep))
         if compute.compile:

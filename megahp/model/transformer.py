@@ -55,6 +55,8 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """tokens [b, s] -> per-token losses [b, s] in nats when targets [b, s] are given, else logits [b, s, vocab / tp].
+    As a pipeline stage that is not the first it takes the residual stream instead of tokens, and one that is not the
+    last returns it.
 
     documents [b, s] number the document of each token, where attention must not cross documents. longest: the most
     tokens it is trained on; ALiBi is interpolated beyond.
@@ -65,21 +67,49 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.longest, self.table, self.axis, self.dtype = model, longest, table, axis, dtype
-        self.embedding = VocabParallelEmbedding(model.padded_vocab, model.width, axis)
+        self.is_first = self.is_last = True  # stage of a pipeline
+        self.embedding = VocabParallelEmbedding(model.padded_vocab, model.width, axis, model.tied_embeddings)
         self.positions = PositionEmbedding(longest, model.width, axis) if model.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(model, table, axis, probe) for _ in range(model.layers))
+        self.blocks = nn.ModuleDict({str(i): Block(model, table, axis, probe) for i in range(model.layers)})
         self.final_norm = make_norm(model, Role.FINAL_NORM, axis, probe)
         self.unembedding = None
         if not model.tied_embeddings:
             self.unembedding = ColumnParallelLinear(model.width, model.padded_vocab, False, Role.UNEMBEDDING)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        positions = self._positions(tokens, documents)
-        x = self._embed(tokens)
-        for block in self.blocks:
+    def keep(self, blocks: range) -> None:
+        """Become the pipeline stage of these blocks. The embedding goes with the first block; final norm and
+        unembedding, and with them the embedding if it is tied, go with the last."""
+        self.is_first, self.is_last = blocks.start == 0, blocks.stop == self.model.layers
+        if not self.is_first:
+            self.positions = None
+            if not (self.is_last and self.model.tied_embeddings):
+                del self.embedding
+        if not self.is_last:
+            del self.final_norm, self.unembedding
+        for number in set(map(str, range(self.model.layers))) - set(map(str, blocks)):
+            del self.blocks[number]
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        split = 1 if self.is_first else self._split
+        positions = self._positions(x.shape[1] * split, x.device, documents)
+        if self.is_first:
+            x = self._embed(x)
+        for block in self.blocks.values():
             x = block(x, positions)
+        if not self.is_last:
+            return x
         x = enter(self.final_norm(x), self.axis) * self.table.logits
         return self._logits(x) if targets is None else self._losses(x, targets)
+
+    def stream(self, tokens: Tensor) -> Tensor:
+        """What a stage gives to the next for these tokens, on `meta`: [b, s or s/tp, width]."""
+        length = tokens.shape[1] // self._split
+        return torch.empty(len(tokens), length, self.model.width, dtype=self.dtype, device="meta")
+
+    @property
+    def _split(self) -> int:
+        """Ranks that share out the residual stream of a sequence."""
+        return self.axis.size if self.axis.sequence_parallel else 1
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens, self.dtype)
@@ -94,12 +124,12 @@ class Transformer(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         return self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
 
-    def _positions(self, tokens: Tensor, documents: Tensor | None) -> Positions:
-        model, length = self.model, tokens.shape[1]
+    def _positions(self, length: int, device: torch.device, documents: Tensor | None) -> Positions:
+        model = self.model
         turns = slopes = None
         if model.positions == "rope":
-            turns = rotary(length, model.head_size, model.rope_theta, tokens.device)
+            turns = rotary(length, model.head_size, model.rope_theta, device)
         if model.positions == "alibi":
             heads = alibi_slopes(model.heads, length / self.longest).chunk(self.axis.size)[self.axis.rank]
-            slopes = heads.to(tokens.device)
+            slopes = heads.to(device)
         return Positions(turns, attention_bias(length, slopes, documents, self.dtype))

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from megahp import config
 from megahp.parallel.mesh import Mesh
 from megahp.parallel.parameters import probes
 
 
-def shard(model: nn.Module, blocks: nn.ModuleList, mesh: Mesh, compute: torch.dtype, master: torch.dtype) -> None:
+def shard(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: Mesh,
+    parallel: config.Parallel,
+    compute: torch.dtype,
+    master: torch.dtype,
+) -> None:
     """Shard the parameters over the data- and context-parallel ranks: one unit a block, one for the rest. Where
     there is one such rank nothing is done.
 
@@ -21,18 +31,31 @@ def shard(model: nn.Module, blocks: nn.ModuleList, mesh: Mesh, compute: torch.dt
         return
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
     ignored = set(probes(model).values())
-    for unit in (*blocks, model):
-        fully_shard(unit, mesh=mesh.fsdp(), mp_policy=policy, ignored_params=ignored)
-    for unit in _units(model):
+    # a zero-bubble schedule finds no gradients of weights that were gathered twice for one microbatch
+    again = parallel.zero_level == 3
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh.fsdp(), reshard_after_forward=again, mp_policy=policy, ignored_params=ignored)
+    units = _units(model)
+    for unit in units:
         # the loss is divided by the global batch already; on gloo the factor alone would still average
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+    _prefetch([unit for unit in units if unit is not model], parallel.prefetch)
 
 
-def reduce_after(model: nn.Module, last: bool) -> None:
-    """Communicate gradients after the next backward pass only if it is the step's last one."""
+def before(model: nn.Module, last: bool, parallel: config.Parallel) -> None:
+    """Prepare the next forward and backward pass, the step's last one or not: whether gradients are communicated
+    after it, and whether the gathered weights are kept."""
     for unit in _units(model)[:1]:
-        unit.set_requires_gradient_sync(last)
+        unit.set_requires_gradient_sync(last or parallel.reduce == "every")
+        unit.set_reshard_after_backward(last or parallel.zero_level > 1)
+
+
+def _prefetch(units: list[FSDPModule], count: int) -> None:
+    """Gather so many blocks ahead of the one that computes; FSDP2 itself takes one when its turn is certain."""
+    for index, unit in enumerate(units if count else []):
+        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + count])
+        unit.set_modules_to_backward_prefetch(units[max(0, index - count) : index][::-1])
 
 
 def _units(model: nn.Module) -> list[FSDPModule]:

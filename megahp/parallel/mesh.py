@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megahp.parallel.layout import AXES, Layout
 
 SHARDS = ("dp_shard", "ep", "cp")  # the axes that share out a weight between them, beside tensor parallelism
+WITHIN_STAGE = ("dp_replicate", "dp_shard", "ep", "cp", "tp")  # the axes of one pipeline stage
 EXPERT_SHARDS = ("dp_shard", "cp")  # and an expert's, which lies on one rank along ep
 
 
@@ -46,6 +47,7 @@ class Mesh:
     layout: Layout
     device: torch.device
     devices: DeviceMesh
+    ends: dist.ProcessGroup | None  # the first and the last rank of this rank's pipeline, if it is one of them
 
     def rank(self, axis: str) -> int:
         return self.devices.get_local_rank(axis)
@@ -91,4 +93,15 @@ class Mesh:
 
 def make_mesh(layout: Layout, device: torch.device) -> Mesh:
     """The mesh over the default process group, whose size must be the layout's product."""
-    return Mesh(layout, device, init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES))
+    devices = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
+    return Mesh(layout, device, devices, _ends(devices) if layout.pp > 1 else None)
+
+
+def _ends(devices: DeviceMesh) -> dist.ProcessGroup | None:
+    """This rank's group of the two ends of a pipeline. All ranks must make all groups, in one order."""
+    mine = None
+    for pipeline in devices.mesh.flatten(1).T.tolist():
+        group = dist.new_group([pipeline[0], pipeline[-1]])
+        if dist.get_rank() in (pipeline[0], pipeline[-1]):
+            mine = group
+    return mine

@@ -33,6 +33,7 @@ class Row:
     sum_over: tuple[str, ...] = ()  # besides data parallelism, the axes its gradient is summed over; for a norm
     # weight also before its per-example gradients are squared: an example's tokens or the weight's uses lie there
     start: float | None = None  # a constant to start from; None = drawn at random
+    tied: bool = False  # the last pipeline stage has a copy too, whose gradient is summed with the first's
     fused: tuple[
         int, ...
     ] = ()  # rows of the matrices that lie together in each of its equal groups of rows, if several
@@ -197,9 +198,9 @@ def part_of(weight: Tensor, whole: Tensor) -> Tensor:
     return whole[tuple(slice(start, start + size) for start, size in zip(*_extent(weight), strict=True))]
 
 
-def counted_once(weight: Tensor, mesh: Mesh) -> bool:
+def counted_once(weight: Tensor, row: Row, mesh: Mesh) -> bool:
     """Whether this rank's part of the weight enters a sum over all ranks: of equal copies only the first does."""
-    copied = {axis for axis in AXES if axis != "pp"}
+    copied = {axis for axis in AXES if axis != "pp" or row.tied}
     if isinstance(weight, DTensor):
         for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True):
             if not placement.is_replicate():  # FSDP2 has a kind of shard that says it is none
@@ -209,17 +210,31 @@ def counted_once(weight: Tensor, mesh: Mesh) -> bool:
 
 def sum_gradients(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:
     """Sum each gradient over its row's axes, with one collective an axis. Data parallelism has been summed by FSDP2."""
+    grads = {name: storage(weight.grad) for name, weight in weights.items() if weight.grad is not None}
     for axis in AXES:
-        grads = [
-            storage(weight.grad)
-            for name, weight in weights.items()
-            if axis in table[name].sum_over and weight.grad is not None
-        ]
-        if grads and mesh.group(axis).size() > 1:
-            flat = torch.cat([grad.reshape(-1) for grad in grads])
-            dist.all_reduce(flat, group=mesh.group(axis))
-            parts = flat.split([grad.numel() for grad in grads])
-            torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+        _sum([grad for name, grad in grads.items() if axis in table[name].sum_over], mesh.group(axis))
+    if mesh.ends:
+        _sum([grad for name, grad in grads.items() if table[name].tied], mesh.ends)
+
+
+def _sum(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum each over the group, in place, with one collective."""
+    if tensors and group.size() > 1:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+
+
+def check_copies(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:
+    """Make sure that the two copies of a tied weight are equal. Raises RuntimeError."""
+    for name, weight in weights.items():
+        if table[name].tied and mesh.ends:
+            part = storage(weight)
+            first = part.clone()
+            dist.broadcast(first, group=mesh.ends, group_src=0)
+            if not torch.equal(first, part):
+                raise RuntimeError(f"the copies of {name} on the first and the last pipeline stage have come apart")
 
 
 def _is_probe(name: str) -> bool:

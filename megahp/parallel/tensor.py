@@ -62,10 +62,10 @@ class RowParallelLinear(Module):
 class VocabParallelEmbedding(Module):
     """Rows of a [vocabulary, width] matrix, the vocabulary split over tp. ids [b, s] -> [b, s or s/tp, width]."""
 
-    def __init__(self, vocabulary: int, width: int, axis: TensorAxis) -> None:
+    def __init__(self, vocabulary: int, width: int, axis: TensorAxis, tied: bool) -> None:
         super().__init__()
         self.axis = axis
-        self.parameter("weight", (vocabulary, width), Row(Role.EMBEDDING, tp_dim=0))
+        self.parameter("weight", (vocabulary, width), Row(Role.EMBEDDING, tp_dim=0, tied=tied))
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         weight = local(self.weight)

@@ -98,17 +98,30 @@ def micro_batch(settings: Config, length: int) -> int:
 
 def unit(settings: Config, dp: int) -> int:
     """What a global batch is a multiple of, in sequences of the run's first length: so many tokens are a whole number
-    of microbatches on every data-parallel rank in every stage of the data."""
-    tokens = math.lcm(*(dp * micro_batch(settings, stage.length) * stage.length for stage in stages(settings.data)))
-    return tokens // settings.data.sequence_length
+    of microbatches on every data-parallel rank in every stage of the data, and of rounds of one for each pipeline rank
+    where the schedule goes in rounds."""
+    rounds = 1 if settings.parallel.schedule == "1f1b" else settings.parallel.pp
+    return math.lcm(*(rounds * tokens for tokens in _microbatches(settings, dp))) // settings.data.sequence_length
 
 
-def runnable(global_batch: int, unit: int) -> tuple[int, ...]:
-    """The multiples of the unit nearest to the wanted batch, ascending: one, if it is itself one, or two."""
+def least_batch(settings: Config, dp: int) -> int:
+    """The smallest global batch, in sequences of the run's first length: a microbatch for every pipeline rank."""
+    tokens, multiple = settings.parallel.pp * max(_microbatches(settings, dp)), unit(settings, dp)
+    return -(-tokens // (multiple * settings.data.sequence_length)) * multiple
+
+
+def _microbatches(settings: Config, dp: int) -> list[int]:
+    """Tokens of one microbatch of all data-parallel ranks, in each stage of the data."""
+    return [dp * micro_batch(settings, stage.length) * stage.length for stage in stages(settings.data)]
+
+
+def runnable(global_batch: int, unit: int, least: int = 0) -> tuple[int, ...]:
+    """The multiples of the unit, not below the least, nearest to the wanted batch, ascending: one, if it is itself one,
+    or two."""
     below = global_batch // unit * unit
-    if below == global_batch:
-        return (global_batch,)
-    return (below, below + unit) if below else (unit,)
+    if below < least or not below:
+        return (least or unit,)
+    return (below,) if below == global_batch else (below, below + unit)
 
 
 def follow(rule: str, optimizer: config.Optimizer, kappa: float) -> Hyperparameters:

@@ -34,10 +34,21 @@ def training_flops(model: Model, length: int, causal: bool = True, recomputed_la
     With no recomputed layers these are model FLOPs, whose share of the peak is MFU. Each layer that runs forward a
     second time in the backward pass adds that: hardware FLOPs, and HFU.
     """
-    attended = length / 2 if causal else length  # keys a query meets, on average
-    layer = 2 * _matrices(model) + 2 * 2 * attended * model.heads * model.head_size
-    logits = 2 * model.width * model.padded_vocab
+    layer, logits = _layer(model, length, causal), 2 * model.width * model.padded_vocab
     return (3 * model.layers + recomputed_layers) * layer + 3 * logits
+
+
+def layer_costs(model: Model, length: int) -> list[float]:
+    """Operations of one token's forward pass in each layer, in sequences of `length` tokens; the unembedding's, forward
+    and once more in the backward pass of a loss that keeps no logits, are the last layer's."""
+    layer, logits = _layer(model, length, causal=True), 2 * model.width * model.padded_vocab
+    return [layer] * (model.layers - 1) + [layer + 4 / 3 * logits]
+
+
+def _layer(model: Model, length: int, causal: bool) -> float:
+    """Operations of one token's forward pass in one layer."""
+    attended = length / 2 if causal else length  # keys a query meets, on average
+    return 2 * _matrices(model) + 2 * 2 * attended * model.heads * model.head_size
 
 
 def _matrices(model: Model) -> int:

@@ -125,7 +125,7 @@ def skip(run: Run, reporter: Reporter, measured: Measurement) -> None:
 
 
 def count(run: Run) -> str:
-    return f"{sum(weight.numel() for weight in run.engine.weights.values()):,}"
+    return f"{run.engine.model.parameters:,}"
 
 
 def microbatches(loader: Loader, plan: Plan, run: Run) -> Iterator[Batch]:

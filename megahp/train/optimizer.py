@@ -32,11 +32,15 @@ class Optimizer(Protocol):
 
 
 def make_optimizer(
-    settings: config.Optimizer, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table
+    settings: config.Optimizer,
+    weights: Mapping[str, Tensor],
+    rows: Mapping[str, Row],
+    table: Table,
+    group: dist.ProcessGroup,
 ) -> Optimizer:
-    """The update rule that is asked for."""
+    """The update rule that is asked for. group: the ranks that hold these weights, or parts or copies of them."""
     if settings.name == "muon":
-        return Muon(weights, rows, table, settings.muon_lr / settings.lr, settings.momentum)
+        return Muon(weights, rows, table, settings.muon_lr / settings.lr, settings.momentum, group)
     return AdamW(weights, rows, table)
 
 
@@ -100,8 +104,15 @@ class Muon:
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table, ratio: float, momentum: float
+        self,
+        weights: Mapping[str, Tensor],
+        rows: Mapping[str, Row],
+        table: Table,
+        ratio: float,
+        momentum: float,
+        group: dist.ProcessGroup,
     ) -> None:
+        self.group = group
         self.rows, self.rule, self.ratio, self.decay = rows, table.rules[Role.HIDDEN], ratio, momentum
         self.names = list(weights)
         self.hidden = {name: weight for name, weight in weights.items() if rows[name].role is Role.HIDDEN}
@@ -113,7 +124,7 @@ class Muon:
     def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
         by_name = dict(zip(self.names, grads, strict=True))
         self.adamw.step([by_name[name] for name in self.adamw.parts], plan)
-        names, ranks = list(self.hidden), dist.get_world_size()
+        names, ranks = list(self.hidden), self.group.size()
         for start in range(0, len(names), ranks):
             self._update(names[start : start + ranks], by_name, plan)
 
@@ -136,14 +147,14 @@ class Muon:
         for rank, name in enumerate(names):
             momentum = self.momentum[name].lerp_(grads[name], 1 - self.decay)
             gathered = whole(self.hidden[name], grads[name].lerp(momentum, self.decay))
-            if rank == dist.get_rank():
+            if rank == self.group.rank():
                 matrices = self.rows[name].matrices(gathered)
                 scaled = [spectral_scale(*matrix.shape) * orthogonal(matrix) for matrix in matrices]
                 mine = self.rows[name].fuse(scaled).contiguous()
         for rank, name in enumerate(names):
             weight = self.hidden[name]
-            update = mine if rank == dist.get_rank() else gathered.new_empty(weight.shape)
-            dist.broadcast(update, rank)
+            update = mine if rank == self.group.rank() else gathered.new_empty(weight.shape)
+            dist.broadcast(update, group=self.group, group_src=rank)
             part = storage(weight)
             part.mul_(1 - plan.lr * self.rule.lr * plan.weight_decay * self.rule.weight_decay)
             part.sub_(part_of(weight, update), alpha=self.ratio * plan.lr * self.rule.spectral_lr)

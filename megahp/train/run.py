@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megahp import checkpoint, config, resolve
-from megahp.config import Config
+from megahp.config import Config, stages
 from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import TrainingData
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
@@ -22,8 +22,9 @@ from megahp.errors import UserError
 from megahp.model.build import build_model, longest, table_of
 from megahp.ops.engines import norm_of
 from megahp.parallel.layout import Layout
-from megahp.parallel.mesh import Mesh
-from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress, runnable, unit
+from megahp.parallel.mesh import WITHIN_STAGE, Mesh
+from megahp.parallel.parameters import check_copies
+from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress, least_batch, runnable, unit
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.train.optimizer import make_optimizer
 from megahp.train.step import FIRST_SCALE, Engine, LossScale
@@ -69,15 +70,18 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
 
 def check_batch(settings: Config, layout: Layout) -> None:
     """Raise UserError when the layout cannot run the global batch in every stage of the data."""
-    batch, multiple = settings.batch, unit(settings, layout.dp)
-    nearest = runnable(batch.global_batch, multiple)
+    batch, multiple, least = settings.batch, unit(settings, layout.dp), least_batch(settings, layout.dp)
+    nearest = runnable(batch.global_batch, multiple, least)
     if nearest != (batch.global_batch,):
         of = f"data parallel {layout.dp} x batch.micro_batch {batch.micro_batch}"
-        if multiple != layout.dp * batch.micro_batch:
+        if layout.pp > 1:
+            of += f", {layout.pp} pipeline stages kept busy by the {settings.parallel.schedule} schedule"
+        if stages(settings.data)[1:]:
             of += ", in sequences of every length in data.lengths"
+        wanted = f"below {least}" if batch.global_batch < least else f"not a multiple of {multiple}"
         raise UserError(
-            f"batch.global_batch = {batch.global_batch} is not a multiple of {multiple} ({of}); "
-            f"nearest that are: {', '.join(map(str, nearest))}"
+            f"batch.global_batch = {batch.global_batch} is {wanted} ({of}); "
+            f"nearest that can be: {', '.join(map(str, nearest))}"
         )
 
 
@@ -215,8 +219,10 @@ class Run:
     def __init__(self, settings: Config, mesh: Mesh, data: TrainingData) -> None:
         self.settings, self.mesh, self.data = settings, mesh, data
         self.table = table_of(settings)
-        self.engine = Engine(build_model(settings, mesh), mesh)
-        self.optimizer = make_optimizer(settings.optimizer, self.engine.weights, self.engine.rows, self.table)
+        self.engine = Engine(build_model(settings, mesh), mesh, settings.parallel)
+        self.optimizer = make_optimizer(
+            settings.optimizer, self.engine.weights, self.engine.rows, self.table, mesh.group(*WITHIN_STAGE)
+        )
         self.progress = Progress()
         self.batch_plan = BatchPlan(settings, mesh.layout.dp)
         self.skipped = self.skipped_in_a_row = 0
@@ -247,6 +253,7 @@ class Run:
             "versions": {"torch": torch.__version__},
         }
         self.saved_at = self.progress.step
+        check_copies(self.engine.weights, self.engine.rows, self.mesh)
         return checkpoint.save(self.folder, self.progress.step, self._tensors(), state, self.settings.checkpoint.keep)
 
     def restore(self, path: Path) -> Taken:

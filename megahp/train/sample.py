@@ -21,6 +21,10 @@ from megahp.train.run import cuda_wanted, read_config
 
 ALONE = {
     "parallel.tp": 1,
+    "parallel.pp": 1,
+    "parallel.schedule": "1f1b",
+    "parallel.stages_per_rank": 0,
+    "parallel.split": (),
     "parallel.dp_replicate": 1,
     "parallel.dp_shard": 1,
     "parallel.sequence_parallel": False,
@@ -45,7 +49,7 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
     tokenizer = load_tokenizer(settings.data.tokenizer)
     launch.join(launch.World(), cuda_wanted(settings))
     device = device_of(settings, launch.World())
-    model = build_model(settings, make_mesh(Layout(), device))
+    (model,) = build_model(settings, make_mesh(Layout(), device)).stages.values()
     checkpoint.load(path, {f"model.{name}": weight.detach() for name, weight in parameters(model)})
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eod]], device=device)
     ids = continued(model, ids, tokens, window_of(settings), temperature, top_k, tokenizer.vocab_size, seed)

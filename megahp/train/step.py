@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megahp import config
 from megahp.data.loader import Batch
-from megahp.model.transformer import Transformer
+from megahp.model.build import Model
 from megahp.parallel import data as data_parallel
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import counted_once, parameters, probes, rows, storage, sum_gradients
+from megahp.parallel.parameters import counted_once, parameters, probes, storage, sum_gradients
+from megahp.parallel.pipeline import Pipeline
 
 FIRST_SCALE = 65536.0
 SCALE_GROWS_AFTER = 2000  # steps
@@ -38,35 +40,60 @@ class Measurement:
 class Engine:
     """A model on a mesh, from batches to summed gradients. Losses are in nats per token."""
 
-    def __init__(self, model: Transformer, mesh: Mesh) -> None:
-        self.model, self.mesh = model, mesh
-        self.weights = dict(parameters(model))
-        self.rows = rows(model)
-        self.probes = probes(model)
+    def __init__(self, model: Model, mesh: Mesh, parallel: config.Parallel) -> None:
+        self.model, self.mesh, self.parallel = model, mesh, parallel
+        self.stages = list(model.stages.values())
+        self.rows = model.rows
+        self.weights = {name: weight for stage in self.stages for name, weight in parameters(stage)}
+        self.probes = {name: probe for stage in self.stages for name, probe in probes(stage).items()}
+        self.pipeline = Pipeline(model.stages, parallel, mesh, self.stages[0].stream) if parallel.pp > 1 else None
         # of the ranks that hold the same value one speaks: a loss is that of the rank's tokens, before tp splits them,
         # and probes have been summed over the ranks an example lies on
-        mine = [counted_once(weight, mesh) for weight in self.weights.values()]
+        mine = [counted_once(weight, self.rows[name], mesh) for name, weight in self.weights.items()]
         self.weights_counted = torch.tensor(mine, dtype=torch.float64, device=mesh.device)
         self.first_of_tokens, self.first_of_example = mesh.is_first(("tp",)), mesh.is_first(("cp", "tp"))
+        # where this rank's squares stand among those of all probes and weights
+        places = {name: place for place, name in enumerate([*(f"{name}.probe" for name in model.probes), *self.rows])}
+        own = [*(f"{name}.probe" for name in self.probes), *self.weights]
+        self.places = torch.tensor([places[name] for name in own], device=mesh.device)
 
     def forward_backward(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float = 1.0) -> Tensor:
         """Add up the gradients of `scale` times the mean loss over `tokens` tokens of the global batch, from this
         rank's `count` microbatches. Returns this rank's part of that loss, not scaled, without waiting for it."""
-        total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
-        for index, batch in enumerate(microbatches):
-            data_parallel.reduce_after(self.model, last=index == count - 1)
-            losses = self.model(batch.tokens[:, :-1], batch.tokens[:, 1:], batch.documents)
-            loss = losses.sum() / tokens
-            (loss * scale).backward()
-            total += loss.detach()
+        if self.pipeline:
+            inputs = [self._inputs(batch) for batch in microbatches]
+            together = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
+            total = self.pipeline.forward_backward(together.pop("x"), scale / tokens, count, **together) / scale
+        else:
+            total = self._accumulate(microbatches, count, tokens, scale)
         sum_gradients(self.weights, self.rows, self.mesh)
         return total
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, counted: Tensor) -> Tensor:
-        """Sum of the token losses of the rows that are counted (bool [n]), without waiting for it."""
-        losses = self.model(batch.tokens[:, :-1], batch.tokens[:, 1:], batch.documents)
+        """Sum of the token losses of the rows that are counted (bool [n]), on the last pipeline stage; 0 elsewhere.
+        Does not wait for it."""
+        inputs = self._inputs(batch)
+        losses = self.pipeline.forward(inputs.pop("x"), **inputs) if self.pipeline else self.stages[0](**inputs)
+        if losses is None:
+            return torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         return (losses.double().sum(1) * counted.to(losses.device)).sum()
+
+    def _accumulate(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float) -> Tensor:
+        """Forward and backward of one microbatch after the other, by a model that is whole on this rank."""
+        (model,) = self.stages
+        total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
+        for index, batch in enumerate(microbatches):
+            data_parallel.before(model, index == count - 1, self.parallel)
+            loss = model(**self._inputs(batch)).sum() / tokens
+            (loss * scale).backward()
+            total += loss.detach()
+        return total
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model takes of a batch."""
+        inputs = {"x": batch.tokens[:, :-1], "targets": batch.tokens[:, 1:]}
+        return inputs if batch.documents is None else {**inputs, "documents": batch.documents}
 
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the gradients, in the order of the weights."""
@@ -76,25 +103,28 @@ class Engine:
     def measure(self, loss: Tensor, grads: list[Tensor], batch: int, scale: float = 1.0) -> Measurement:
         """Reduce loss, squared gradient norms and probes of one step over all ranks and bring them to the host, the
         scale of the gradients taken out."""
-        squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square() * self.weights_counted
-        by_example = [probe.grad.double() * self.first_of_example for probe in self.probes.values()]  # type: ignore[union-attr]
-        values = torch.cat((torch.stack([loss * self.first_of_tokens, *by_example]), squares))
+        by_weight = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square() * self.weights_counted
+        by_probe = [probe.grad.double() * self.first_of_example for probe in self.probes.values()]  # type: ignore[union-attr]
+        squares = torch.zeros(len(self.model.probes) + len(self.rows), dtype=torch.float64, device=loss.device)
+        squares[self.places] = torch.cat((torch.stack(by_probe), by_weight)) if by_probe else by_weight
+        values = torch.cat((loss[None] * self.first_of_tokens, squares))
         dist.all_reduce(values)
         loss_value, *squared = values.tolist()
         numbers = [value / scale**2 for value in squared]
-        by_probe = dict(zip(self.probes, numbers, strict=False))
-        by_weight = dict(zip(self.weights, numbers[len(by_probe) :], strict=True))
+        examples = dict(zip(self.model.probes, numbers, strict=False))
+        batches = dict(zip(self.rows, numbers[len(examples) :], strict=True))
         return Measurement(
             loss=loss_value,
-            grad_norm=math.sqrt(sum(by_weight.values())),  # nan or inf passes through
+            grad_norm=math.sqrt(sum(batches.values())),  # nan or inf passes through
             # the probes hold sum_b ||g_b / B||^2, since the loss is a mean over the batch
-            grad_sq_example={name: batch * square for name, square in by_probe.items()},
-            grad_sq_batch={name: by_weight[f"{name}.weight"] + by_weight.get(f"{name}.bias", 0.0) for name in by_probe},
+            grad_sq_example={name: batch * square for name, square in examples.items()},
+            grad_sq_batch={name: batches[f"{name}.weight"] + batches.get(f"{name}.bias", 0.0) for name in examples},
         )
 
     def zero(self) -> None:
         """Forget the gradients."""
-        self.model.zero_grad(set_to_none=True)
+        for stage in self.stages:
+            stage.zero_grad(set_to_none=True)
 
 
 def clip(grads: list[Tensor], norm: float, largest: float, scale: float = 1.0) -> None:

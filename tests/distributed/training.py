@@ -15,7 +15,7 @@ from megahp.config import Config
 from megahp.data.loader import Batch
 from megahp.model.build import build_model, table_of
 from megahp.parallel.layout import Layout, fit
-from megahp.parallel.mesh import Mesh, make_mesh
+from megahp.parallel.mesh import WITHIN_STAGE, Mesh, make_mesh
 from megahp.scaling.batch_size import BatchPlan, Plan, Progress
 from megahp.train.loop import validate
 from megahp.train.optimizer import make_optimizer
@@ -77,8 +77,14 @@ class Training:
     def __init__(self, settings: Config) -> None:
         layout = fit(settings.parallel, torch.distributed.get_world_size())
         self.settings, self.mesh = settings, mesh_of(layout)
-        self.engine = Engine(build_model(settings, self.mesh), self.mesh)
-        self.optimizer = make_optimizer(settings.optimizer, self.engine.weights, self.engine.rows, table_of(settings))
+        self.engine = Engine(build_model(settings, self.mesh), self.mesh, settings.parallel)
+        self.optimizer = make_optimizer(
+            settings.optimizer,
+            self.engine.weights,
+            self.engine.rows,
+            table_of(settings),
+            self.mesh.group(*WITHIN_STAGE),
+        )
         self.progress = Progress()
         self.batch_plan = BatchPlan(settings, layout.dp)
 
@@ -122,9 +128,16 @@ def train(settings: Config, steps: int) -> dict[str, Any]:
     return {
         "validation": validate(training, MadeUpData(settings)),
         "measured": [outcome["measured"] for outcome in outcomes],
-        "grads": outcomes[0]["grads"],
-        "weights": training.weights(),
+        "grads": of_all_stages(outcomes[0]["grads"], training.mesh),
+        "weights": of_all_stages(training.weights(), training.mesh),
     }
+
+
+def of_all_stages(tensors: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, torch.Tensor]:
+    """The tensors of all pipeline stages, on every rank."""
+    parts: list[Any] = [None] * mesh.layout.pp
+    torch.distributed.all_gather_object(parts, tensors, mesh.group("pp"))
+    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def whole(tensor: torch.Tensor | None) -> torch.Tensor:

@@ -68,8 +68,12 @@ def activations(chosen: Config, steps: int) -> dict[str, float]:
     for _ in range(steps):
         training.step()
     seen: dict[str, float] = {}
-    model = training.engine.model
-    for name, module in (("stream", model.blocks[-1]), ("mlp", model.blocks[0].mlp.up), ("logits", model.unembedding)):
+    model = training.engine.stages[0]
+    for name, module in (
+        ("stream", model.blocks[str(len(model.blocks) - 1)]),
+        ("mlp", model.blocks["0"].mlp.up),
+        ("logits", model.unembedding),
+    ):
         module.register_forward_hook(
             lambda _m, _i, out, name=name: seen.update({name: out.detach().abs().mean().item()})
         )

@@ -89,7 +89,7 @@ def both_logits() -> dict[str, tuple[Tensor, Tensor]]:
             storage(weight).add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
         tokens = torch.from_numpy(np.random.RandomState(0).randint(0, 128, (1, 12)))
         documents = torch.tensor([[0] * 5 + [1] * 7]) if chosen.data.mask_documents else None
-        model = training.engine.model
+        model = training.engine.stages[0]
         with torch.no_grad():
             ours = model(tokens, documents=documents)[0]
             plain = plain_transformer(
@@ -103,7 +103,7 @@ def separate_documents() -> dict[str, tuple[Tensor, Tensor]]:
     """Logits of the second of two documents, packed behind the first with the mask, and alone."""
     found = {}
     for positions in ("rope", "alibi", "none"):
-        model = Training(settings_of("llama", "train.dtype=float64", f"model.positions={positions}")).engine.model
+        model = Training(settings_of("llama", "train.dtype=float64", f"model.positions={positions}")).engine.stages[0]
         tokens = torch.from_numpy(np.random.RandomState(0).randint(0, 128, (1, 16)))
         with torch.no_grad():
             packed = model(tokens, documents=torch.tensor([[0] * 6 + [1] * 10]))[0, 6:]
@@ -115,7 +115,7 @@ def inits_and_losses() -> tuple[float, float]:
     """Loss of an untrained model, and of one whose target logits are known."""
     training = Training(settings_of("llama", "parameterization.init_std=0.001"))
     tokens = torch.from_numpy(np.random.RandomState(0).randint(0, 128, (2, 17)))
-    losses = training.engine.model(tokens[:, :-1], tokens[:, 1:])
+    losses = training.engine.stages[0](tokens[:, :-1], tokens[:, 1:])
     return losses.mean().item(), losses.shape[1]
 
 
@@ -171,7 +171,7 @@ def beyond_training() -> dict[str, Any]:
     """Logits at 32 tokens of a model that trains on 16 at most, and of one that trains on 32 with other slopes."""
     tokens = torch.from_numpy(np.random.RandomState(0).randint(0, 128, (2, 32)))
     words = ("model.positions=alibi", "train.dtype=float64")
-    short, long = (Training(settings_of("llama", *words, *more)).engine.model for more in ((), (LONGER,)))
+    short, long = (Training(settings_of("llama", *words, *more)).engine.stages[0] for more in ((), (LONGER,)))
     with torch.no_grad():
         found = {"interpolated": short(tokens), "trained": long(tokens), "within": short(tokens[:, :16])}
         halved = mock.patch.object(transformer, "alibi_slopes", lambda heads, stretch: alibi_slopes(heads) / 2)

@@ -74,7 +74,7 @@ def counted() -> dict[str, tuple[int, int]]:
     mesh = make_mesh(Layout(), torch.device("cpu"))
     for name, words in MODELS.items():
         settings = settings_of(words)
-        model = build_model(settings, mesh)
+        (model,) = build_model(settings, mesh).stages.values()
         tokens = torch.randint(128, (3, 16))
         # as products it knows: the CPU's own attention kernel is one that the counter passes over
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
