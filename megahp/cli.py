@@ -58,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_file(show)
     show.set_defaults(command=_config)
 
+    verify = commands.add_parser("verify-layout", help="check that a run's layout trains the same model as one rank")
+    _add_run_file(verify)
+    verify.add_argument("--ranks", type=int, required=True, metavar="N", help="start N ranks on this machine")
+    verify.set_defaults(command=_verify_layout)
+
     sample = commands.add_parser("sample", help="generate text from a run's newest checkpoint")
     sample.add_argument("run", type=Path, metavar="RUN", help="run directory")
     sample.add_argument("--prompt", default="", help="text to go on from")
@@ -144,6 +149,18 @@ def _config(options: argparse.Namespace, words: Sequence[str]) -> int:
     resolved = resolve.load(options.run_file, options.overrides)
     print(config.to_toml(resolved.config, resolved.origins), end="")
     return 0
+
+
+def _verify_layout(options: argparse.Namespace, words: Sequence[str]) -> int:
+    from megahp.train.verify import verify
+
+    settings = resolve.load(options.run_file, options.overrides).config
+    found = verify(settings, options.ranks)
+    for difference in found:
+        print(difference)
+    verdict = f"{len(found)} differences" if found else "the same model: loss, gradients, norms and weights agree"
+    print(f"{verdict}, on {options.ranks} ranks and on one")
+    return 1 if found else 0
 
 
 def _sample(options: argparse.Namespace, words: Sequence[str]) -> int:

@@ -78,7 +78,7 @@ def half_precision() -> dict[str, Any]:
             training = Training(settings_of("llama", f"train.dtype={dtype}"))
             plan = training.batch_plan.step(training.progress)
             assert plan
-            batches = list(training._batches(plan))
+            batches = list(training.batches(plan))
             loss = training.engine.forward_backward(batches, len(batches), plan.tokens, scale)
             grads = training.engine.gradients()
             measured = training.engine.measure(loss, grads, plan.global_batch, scale)

@@ -57,8 +57,8 @@ def only_over_all_ranks(
     return None if group else ALL_REDUCE(x, *arguments, **options)
 
 
-def only_its_maker_has_it(update: torch.Tensor, rank: int) -> None:
-    if dist.get_rank() != rank:
+def only_its_maker_has_it(update: torch.Tensor, group: dist.ProcessGroup, group_src: int) -> None:
+    if group.rank() != group_src:
         update.zero_()
 
 
@@ -90,7 +90,7 @@ def without_sum_before_squaring(name: str) -> Iterator[None]:
 
     def crippled(self: Training, *arguments: Any) -> None:
         init(self, *arguments)
-        module = self.engine.model.get_submodule(name)
+        module = self.engine.stages[0].get_submodule(name)
         assert module.group
         module.group = ""
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from megahp import resolve
 from megahp.config import Config
 from megahp.data.loader import Batch
-from megahp.model.build import build_model, table_of
 from megahp.parallel.layout import Layout, fit
-from megahp.parallel.mesh import WITHIN_STAGE, Mesh, make_mesh
-from megahp.scaling.batch_size import BatchPlan, Plan, Progress
+from megahp.parallel.mesh import Mesh, make_mesh
+from megahp.train import verify
 from megahp.train.loop import validate
-from megahp.train.optimizer import make_optimizer
-from megahp.train.step import Engine, clip
+from megahp.train.verify import Trial, made_up, of_all_stages
 
 BASE: dict[str, Any] = {
     "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 128},
@@ -57,58 +54,17 @@ def settings_of(model: str, *overrides: str) -> Config:
     ).config
 
 
-def made_up(ids: np.ndarray, settings: Config) -> Batch:
-    """Samples that are a function of their ids, in two documents each."""
-    length = settings.data.sequence_length
-    tokens = np.stack([np.random.RandomState(i).randint(0, settings.model.vocab_size, length + 1) for i in ids])
-    documents = (np.arange(length) >= (ids[:, None] * 7 % length)).astype(np.int32)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(documents) if settings.data.mask_documents else None, ids)
-
-
 @functools.cache
 def mesh_of(layout: Layout) -> Mesh:
     """One mesh a layout: making its process groups costs more than training on it does."""
     return make_mesh(layout, torch.device("cpu"))
 
 
-class Training:
-    """A model, its optimizer and its progress on the layout of the settings."""
+class Training(Trial):
+    """A trial on the layout of the settings."""
 
     def __init__(self, settings: Config) -> None:
-        layout = fit(settings.parallel, torch.distributed.get_world_size())
-        self.settings, self.mesh = settings, mesh_of(layout)
-        self.engine = Engine(build_model(settings, self.mesh), self.mesh, settings.parallel)
-        self.optimizer = make_optimizer(
-            settings.optimizer,
-            self.engine.weights,
-            self.engine.rows,
-            table_of(settings),
-            self.mesh.group(*WITHIN_STAGE),
-        )
-        self.progress = Progress()
-        self.batch_plan = BatchPlan(settings, layout.dp)
-
-    def step(self) -> dict[str, Any]:
-        """One optimizer step; its loss, norms and (before clipping) whole gradients."""
-        plan = self.batch_plan.step(self.progress)
-        assert plan is not None
-        loss = self.engine.forward_backward(self._batches(plan), plan.microbatches(self.mesh.layout.dp), plan.tokens)
-        grads = self.engine.gradients()
-        measured = self.engine.measure(loss, grads, plan.global_batch)
-        whole_grads = {name: whole(weight.grad) for name, weight in self.engine.weights.items()}
-        clip(grads, measured.grad_norm, self.settings.optimizer.clip)
-        self.optimizer.step(grads, plan)
-        self.engine.zero()
-        self.progress = self.progress.after(plan)
-        self.batch_plan.look(self.progress, None)
-        return {"measured": vars(measured), "grads": whole_grads}
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {name: whole(weight) for name, weight in self.engine.weights.items()}
-
-    def _batches(self, plan: Plan) -> Iterator[Batch]:
-        for ids in plan.samples(self.mesh.data_rank, self.mesh.layout.dp):
-            yield made_up(ids, self.settings)
+        super().__init__(settings, mesh_of(fit(settings.parallel, torch.distributed.get_world_size())))
 
 
 class MadeUpData:
@@ -122,7 +78,7 @@ class MadeUpData:
 
 
 def train(settings: Config, steps: int) -> dict[str, Any]:
-    """So many steps: what each measured, the first step's gradients, the weights at the end."""
+    """What the trial's `train` tells, and the validation loss after it."""
     training = Training(settings)
     outcomes = [training.step() for _ in range(steps)]
     return {
@@ -131,20 +87,6 @@ def train(settings: Config, steps: int) -> dict[str, Any]:
         "grads": of_all_stages(outcomes[0]["grads"], training.mesh),
         "weights": of_all_stages(training.weights(), training.mesh),
     }
-
-
-def of_all_stages(tensors: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, torch.Tensor]:
-    """The tensors of all pipeline stages, on every rank."""
-    parts: list[Any] = [None] * mesh.layout.pp
-    torch.distributed.all_gather_object(parts, tensors, mesh.group("pp"))
-    return {name: tensor for part in parts for name, tensor in part.items()}
-
-
-def whole(tensor: torch.Tensor | None) -> torch.Tensor:
-    """The global tensor, on every rank."""
-    assert tensor is not None
-    tensor = tensor.detach()
-    return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def train_cases(cases: Mapping[str, tuple[Config, int]]) -> dict[str, dict[str, Any]]:
@@ -156,20 +98,5 @@ def differences(
     got: Mapping[str, Any], wanted: Mapping[str, Any], rtol: float, weights_rtol: float | None
 ) -> list[str]:
     """What of two outcomes of `train` differs by more than rtol, by name; weights only if a tolerance is given."""
-    found = ["validation loss"] * (not close(got["validation"], wanted["validation"], rtol))
-    for number, (a, b) in enumerate(zip(got["measured"], wanted["measured"], strict=True), 1):
-        for key in ("loss", "grad_norm"):
-            found += [f"step {number} {key}"] * (not close(a[key], b[key], rtol))
-        for key in ("grad_sq_example", "grad_sq_batch"):
-            found += [f"step {number} {key} {name}" for name in b[key] if not close(a[key][name], b[key][name], rtol)]
-    for name in wanted["grads"]:
-        found += [f"gradient {name}"] * (not close(got["grads"][name], wanted["grads"][name], rtol))
-        if weights_rtol:
-            found += [f"weight {name}"] * (not close(got["weights"][name], wanted["weights"][name], weights_rtol))
-    return found
-
-
-def close(a: Any, b: Any, rtol: float) -> bool:
-    """Equal to rtol of the largest magnitude."""
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
-    return a.shape == b.shape and bool((a - b).abs().max() <= rtol * b.abs().max())
+    validation = abs(got["validation"] - wanted["validation"]) > rtol * abs(wanted["validation"])
+    return ["validation loss"] * validation + verify.differences(got, wanted, rtol, weights_rtol)
