@@ -158,7 +158,7 @@ class Parallel:
 
     tp: int = setting(1, "tensor parallel: each weight matrix split over so many ranks", at_least=1)
     pp: int = setting(1, "pipeline parallel stages (only 1 so far)", at_least=1, at_most=1)
-    cp: int = setting(1, "context parallel: a sequence split over so many ranks (only 1 so far)", at_least=1, at_most=1)
+    cp: int = setting(1, "context parallel: the tokens of each sequence shared out over so many ranks", at_least=1)
     ep: int = setting(1, "expert parallel (only 1 so far)", at_least=1, at_most=1)
     dp_replicate: int = setting(1, "data parallel replicas; 0 = what is left", at_least=0)
     dp_shard: int = setting(0, "ranks that share one sharded replica (FSDP2); 0 = what is left", at_least=0)

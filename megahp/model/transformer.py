@@ -13,6 +13,7 @@ from megahp.model.attention import Attention, Positions
 from megahp.model.mlp import MLP
 from megahp.model.norm import LayerNorm, RMSNorm
 from megahp.model.positions import alibi_slopes, attention_bias, rotary
+from megahp.parallel.context import own_tokens, spans
 from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.parameters import local
@@ -56,8 +57,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """tokens [b, s] -> per-token losses [b, s] in nats when targets [b, s] are given, else logits [b, s, vocab / tp].
 
-    documents [b, s] number the document of each token, where attention must not cross documents. longest: the most
-    tokens it is trained on; ALiBi is interpolated beyond.
+    documents [b, s] number the document of each token, where attention must not cross documents. Under context
+    parallelism tokens and targets are the rank's own, [b, s/cp], and documents those of whole sequences. longest: the
+    most tokens it is trained on; ALiBi is interpolated beyond.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Transformer(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens, self.dtype)
         if self.positions:
-            x = x + self.positions(tokens.shape[1], self.dtype)
+            x = x + self.positions(tokens.shape[1] * self.axis.context.size, self.dtype)
         return x * self.table.embedding
 
     def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -95,11 +97,14 @@ class Transformer(nn.Module):
         return self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
 
     def _positions(self, tokens: Tensor, documents: Tensor | None) -> Positions:
-        model, length = self.model, tokens.shape[1]
+        model, context = self.model, self.axis.context
+        length = tokens.shape[1] * context.size
         turns = slopes = None
         if model.positions == "rope":
-            turns = rotary(length, model.head_size, model.rope_theta, tokens.device)
+            own = own_tokens(torch.arange(length, device=tokens.device), 0, context)
+            turns = rotary(own, model.head_size, model.rope_theta)
         if model.positions == "alibi":
             heads = alibi_slopes(model.heads, length / self.longest).chunk(self.axis.size)[self.axis.rank]
             slopes = heads.to(tokens.device)
-        return Positions(turns, attention_bias(length, slopes, documents, self.dtype))
+        biases = (attention_bias(span, slopes, documents, self.dtype) for span in spans(length, context))
+        return Positions(turns, tuple(biases))

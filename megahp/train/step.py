@@ -14,6 +14,7 @@ from torch import Tensor
 from megahp.data.loader import Batch
 from megahp.model.transformer import Transformer
 from megahp.parallel import data as data_parallel
+from megahp.parallel.context import own_tokens
 from megahp.parallel.mesh import Mesh
 from megahp.parallel.parameters import counted_once, parameters, probes, rows, storage, sum_gradients
 
@@ -55,7 +56,7 @@ class Engine:
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
         for index, batch in enumerate(microbatches):
             data_parallel.reduce_after(self.model, last=index == count - 1)
-            losses = self.model(batch.tokens[:, :-1], batch.tokens[:, 1:], batch.documents)
+            losses = self.model(*self._own(batch))
             loss = losses.sum() / tokens
             (loss * scale).backward()
             total += loss.detach()
@@ -65,8 +66,14 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch, counted: Tensor) -> Tensor:
         """Sum of the token losses of the rows that are counted (bool [n]), without waiting for it."""
-        losses = self.model(batch.tokens[:, :-1], batch.tokens[:, 1:], batch.documents)
+        losses = self.model(*self._own(batch))
         return (losses.double().sum(1) * counted.to(losses.device)).sum()
+
+    def _own(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This rank's tokens and targets, and the documents of the whole sequences."""
+        context = self.model.axis.context
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+        return own_tokens(inputs, 1, context), own_tokens(targets, 1, context), batch.documents
 
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the gradients, in the order of the weights."""
