@@ -165,7 +165,7 @@ class Parallel:
         0, "stages of one pipeline rank; 0 = the schedule's least: 2 for interleaved and zbv, else 1", at_least=0
     )
     split: tuple[int, ...] = setting((), "blocks of each stage, first to last; empty = balanced by cost")
-    cp: int = setting(1, "context parallel: a sequence split over so many ranks (only 1 so far)", at_least=1, at_most=1)
+    cp: int = setting(1, "context parallel: the tokens of each sequence shared out over so many ranks", at_least=1)
     ep: int = setting(1, "expert parallel (only 1 so far)", at_least=1, at_most=1)
     dp_replicate: int = setting(1, "data parallel replicas; 0 = what is left", at_least=0)
     dp_shard: int = setting(0, "ranks that share one sharded replica (FSDP2); 0 = what is left", at_least=0)

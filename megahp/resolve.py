@@ -229,7 +229,7 @@ def _pipeline(config: Config) -> list[str]:
 
 def _data_stages(config: Config) -> list[str]:
     """What is wrong with mixtures and sequence lengths, from the first to the last."""
-    data, tp = config.data, config.parallel.tp if config.parallel.sequence_parallel else 1
+    data, (multiple, why) = config.data, _unit_of_lengths(config)
     try:
         along = stages(data)
     except ValueError as error:
@@ -244,10 +244,10 @@ def _data_stages(config: Config) -> list[str]:
     for key, length in [("data.sequence_length", along[0].length), *(("data.lengths", s.length) for s in along[1:])]:
         if length < 1 or longest % length:
             problems.append(f"{key} = {length} does not divide the longest, {longest}; let every length divide it")
-        elif length % tp:
+        elif length % multiple:
             problems.append(
-                f"{key} = {length} is not a multiple of parallel.tp = {tp}, as parallel.sequence_parallel needs; "
-                f"nearest that are: {nearest_multiples(tp, length)}"
+                f"{key} = {length} is not a multiple of {multiple}, as {why}; "
+                f"nearest that are: {nearest_multiples(multiple, length)}"
             )
     for key, weights in [("data.weights", along[0].weights), *(("data.mixtures", s.weights) for s in along[1:])]:
         if weights and len(weights) != len(data.train):
@@ -255,6 +255,14 @@ def _data_stages(config: Config) -> list[str]:
         elif weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
             problems.append(f"{key} = {list(weights)} must be shares: none below 0, and not all 0")
     return list(dict.fromkeys(problems))
+
+
+def _unit_of_lengths(config: Config) -> tuple[int, str]:
+    """What every sequence length must be a multiple of, and why: a cp rank holds two chunks, and tp may split them."""
+    cp, tp = config.parallel.cp, config.parallel.tp if config.parallel.sequence_parallel else 1
+    causes = [f"parallel.cp = {cp}"] * (cp > 1) + [f"parallel.sequence_parallel over parallel.tp = {tp}"] * (tp > 1)
+    multiple = math.lcm(2 * cp, cp * tp) if cp > 1 else tp
+    return multiple, f"{' and '.join(causes)} need{'s' * (len(causes) == 1)}"
 
 
 def _repeated(words: Sequence[str]) -> list[str]:

@@ -117,6 +117,12 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
         (["parallel.tp=3"], ["parallel.tp = 3", "model.kv_heads = 4", "2, 4"]),
         (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tp"]),
         (["parallel.tp=4", "parallel.sequence_parallel=true", "data.sequence_length=62"], ["62", "60, 64"]),
+        (["parallel.cp=2", "data.sequence_length=62"], ["62", "multiple of 4", "parallel.cp = 2 needs", "60, 64"]),
+        (
+            ["parallel.cp=2", "parallel.tp=4", "parallel.sequence_parallel=true", "data.sequence_length=60"],
+            ["60", "multiple of 8", "parallel.cp = 2 and parallel.sequence_parallel", "56, 64"],
+        ),
+        (["parallel.cp=2", 'data.lengths=["1e6:514"]', "data.sequence_length=514"], ["data.lengths", "512, 516"]),
         (['data.train=["a"]', "data.weights=[1, 2]"], ["data.weights", "data.train"]),
         (["parallel.dp_replicate=0"], ["dp_replicate", "dp_shard"]),
         (["train.tokens=100"], ["train.tokens = 100", "batch"]),
@@ -144,6 +150,7 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
         (config.Parallel(), 1, Layout()),
         (config.Parallel(tp=2), 8, Layout(tp=2, dp_shard=4)),
         (config.Parallel(tp=2, dp_replicate=0, dp_shard=2), 8, Layout(tp=2, dp_shard=2, dp_replicate=2)),
+        (config.Parallel(tp=2, cp=4), 16, Layout(tp=2, cp=4, dp_shard=2)),
     ],
 )
 def test_data_parallelism_fills_what_is_left(parallel: config.Parallel, ranks: int, layout: Layout) -> None:

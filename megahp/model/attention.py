@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megahp import config
 from megahp.model.norm import RMSNorm
 from megahp.model.positions import rotate
-from megahp.parallel.mesh import TensorAxis
+from megahp.parallel.context import all_tokens, spans
+from megahp.parallel.mesh import Place, TensorAxis
 from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear, enter
 from megahp.scaling.parameterization import Role
 
@@ -20,7 +23,7 @@ class Positions:
     """What every block's attention needs to know of a batch's positions; computed once a forward pass."""
 
     rotary: tuple[Tensor, Tensor] | None  # cos, sin: [length, head_size / 2]
-    bias: Tensor | None  # added to the logits; None = causal mask only
+    biases: tuple[Tensor | None, ...]  # added to the logits, one a span of the rank's tokens; None = causal mask only
 
 
 class Attention(nn.Module):
@@ -51,13 +54,36 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if positions.rotary:
             query, key = rotate(query, *positions.rotary), rotate(key, *positions.rotary)
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=positions.bias,
-            is_causal=positions.bias is None,
-            scale=self.scale,
-            enable_gqa=self.queries > 1,
-        )
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if self.axis.context.size == 1:
+            mixed = attend(query, key, value, positions.biases[0], self.scale)
+        else:
+            keys, values = all_tokens(torch.cat((key, value), -1), 2, self.axis.context).chunk(2, -1)
+            mixed = attend_by_span(query, keys, values, positions.biases, self.scale, self.axis.context)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def attend_by_span(
+    query: Tensor, keys: Tensor, values: Tensor, biases: Sequence[Tensor | None], scale: float, context: Place
+) -> Tensor:
+    """Causal attention of the rank's own queries [b, heads, s/cp, size] over whole sequences [b, kv heads, s, size]:
+    of each of its spans over no more than the keys up to the span's end."""
+    own = spans(keys.shape[2], context)
+    mixed = [
+        attend(part, keys[:, :, : span.stop], values[:, :, : span.stop], bias, scale)
+        for part, span, bias in zip(query.chunk(len(own), 2), own, biases, strict=True)
+    ]
+    return torch.cat(mixed, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of [b, heads, queries, size] over [b, kv heads, keys, size], causal where there is no bias."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=bias,
+        is_causal=bias is None,
+        scale=scale,
+        enable_gqa=query.shape[1] > key.shape[1],
+    )

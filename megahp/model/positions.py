@@ -6,12 +6,13 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 
-def rotary(length: int, size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, each [length, size / 2], fp32. (RoFormer, arXiv 2104.09864, eq. 15.)"""
-    frequencies = theta ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+def rotary(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions [n] x frequencies, each [n, size / 2], fp32. (RoFormer, arXiv 2104.09864, eq. 15.)"""
+    frequencies = theta ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
+    angles = torch.outer(positions.float(), frequencies)
     return angles.cos(), angles.sin()
 
 
@@ -35,18 +36,20 @@ def alibi_slopes(heads: int, stretch: float = 1.0) -> Tensor:
     return torch.tensor(slopes + between) / max(1.0, stretch)
 
 
-def attention_bias(length: int, slopes: Tensor | None, documents: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What is added to attention logits, [batch or 1, heads or 1, length, length]; None where causality is all.
+def attention_bias(span: slice, slopes: Tensor | None, documents: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the logits of the queries of a span over all keys up to its end, [batch or 1, heads or 1,
+    queries, keys]. Where causality is all: None for a span from the beginning, else torch's sign for it, which flash
+    kernels serve.
 
     slopes [heads] penalise distance; documents int [batch, length] forbid looking across a boundary.
     """
     if slopes is None and documents is None:
-        return None
+        return causal_lower_right(span.stop - span.start, span.stop) if span.start else None
     device = documents.device if slopes is None else slopes.device  # type: ignore[union-attr]
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position
+    position = torch.arange(span.stop, device=device)
+    distance = position[span, None] - position
     allowed = (distance >= 0)[None, None]
     if documents is not None:
-        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+        allowed = allowed & (documents[:, None, span, None] == documents[:, None, None, : span.stop])
     bias = torch.zeros((), device=device) if slopes is None else -slopes[:, None, None] * distance
     return torch.where(allowed, bias, -math.inf).to(dtype)

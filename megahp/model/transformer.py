@@ -13,6 +13,7 @@ from megahp.model.attention import Attention, Positions
 from megahp.model.mlp import MLP
 from megahp.model.norm import LayerNorm, RMSNorm
 from megahp.model.positions import alibi_slopes, attention_bias, rotary
+from megahp.parallel.context import own_tokens, spans
 from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.parameters import local
@@ -58,8 +59,9 @@ class Transformer(nn.Module):
     As a pipeline stage that is not the first it takes the residual stream instead of tokens, and one that is not the
     last returns it.
 
-    documents [b, s] number the document of each token, where attention must not cross documents. longest: the most
-    tokens it is trained on; ALiBi is interpolated beyond.
+    documents [b, s] number the document of each token, where attention must not cross documents. Under context
+    parallelism tokens and targets are the rank's own, [b, s/cp], and documents those of whole sequences. longest: the
+    most tokens it is trained on; ALiBi is interpolated beyond.
     """
 
     def __init__(
@@ -90,8 +92,8 @@ class Transformer(nn.Module):
             del self.blocks[number]
 
     def forward(self, x: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        split = 1 if self.is_first else self._split
-        positions = self._positions(x.shape[1] * split, x.device, documents)
+        length = x.shape[1] * self.axis.context.size * (1 if self.is_first else self._split)
+        positions = self._positions(length, x.device, documents)
         if self.is_first:
             x = self._embed(x)
         for block in self.blocks.values():
@@ -108,13 +110,13 @@ class Transformer(nn.Module):
 
     @property
     def _split(self) -> int:
-        """Ranks that share out the residual stream of a sequence."""
+        """Ranks that share out the residual stream of a rank's tokens."""
         return self.axis.size if self.axis.sequence_parallel else 1
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens, self.dtype)
         if self.positions:
-            x = x + self.positions(tokens.shape[1], self.dtype)
+            x = x + self.positions(tokens.shape[1] * self.axis.context.size, self.dtype)
         return x * self.table.embedding
 
     def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -125,11 +127,13 @@ class Transformer(nn.Module):
         return self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
 
     def _positions(self, length: int, device: torch.device, documents: Tensor | None) -> Positions:
-        model = self.model
+        model, context = self.model, self.axis.context
         turns = slopes = None
         if model.positions == "rope":
-            turns = rotary(length, model.head_size, model.rope_theta, device)
+            own = own_tokens(torch.arange(length, device=device), 0, context)
+            turns = rotary(own, model.head_size, model.rope_theta)
         if model.positions == "alibi":
             heads = alibi_slopes(model.heads, length / self.longest).chunk(self.axis.size)[self.axis.rank]
             slopes = heads.to(device)
-        return Positions(turns, attention_bias(length, slopes, documents, self.dtype))
+        biases = (attention_bias(span, slopes, documents, self.dtype) for span in spans(length, context))
+        return Positions(turns, tuple(biases))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megahp.parallel.collectives import copy_to, gather_from, sum_from, sum_scatter
+from megahp.parallel.context import own_tokens
 from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.parameters import Module, Row, local
 from megahp.scaling.parameterization import Role
@@ -80,7 +81,8 @@ class VocabParallelEmbedding(Module):
 
 
 class PositionEmbedding(Module):
-    """The first rows of a learned [longest, width] matrix; under sequence parallelism this rank's slice of them."""
+    """The first rows of a learned [longest, width] matrix, those of this rank's tokens: under sequence parallelism its
+    slice of them."""
 
     def __init__(self, longest: int, width: int, axis: TensorAxis) -> None:
         super().__init__()
@@ -88,5 +90,5 @@ class PositionEmbedding(Module):
         self.parameter("weight", (longest, width), Row(Role.EMBEDDING, sum_over=axis.spread))
 
     def forward(self, length: int, dtype: torch.dtype) -> Tensor:
-        rows = local(self.weight)[:length].to(dtype)
+        rows = own_tokens(local(self.weight)[:length].to(dtype), 0, self.axis.context)
         return rows.chunk(self.axis.size)[self.axis.rank] if self.axis.sequence_parallel else rows

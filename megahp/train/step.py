@@ -15,6 +15,7 @@ from megahp import config
 from megahp.data.loader import Batch
 from megahp.model.build import Model
 from megahp.parallel import data as data_parallel
+from megahp.parallel.context import own_tokens
 from megahp.parallel.mesh import Mesh
 from megahp.parallel.parameters import counted_once, parameters, probes, storage, sum_gradients
 from megahp.parallel.pipeline import Pipeline
@@ -91,8 +92,12 @@ class Engine:
         return total
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What the model takes of a batch."""
-        inputs = {"x": batch.tokens[:, :-1], "targets": batch.tokens[:, 1:]}
+        """What the model takes of a batch: this rank's tokens and targets, and the documents of the whole sequences."""
+        context = self.stages[0].axis.context
+        inputs = {
+            "x": own_tokens(batch.tokens[:, :-1], 1, context),
+            "targets": own_tokens(batch.tokens[:, 1:], 1, context),
+        }
         return inputs if batch.documents is None else {**inputs, "documents": batch.documents}
 
     def gradients(self) -> list[Tensor]:

@@ -15,6 +15,7 @@ from megahp.train.step import LossScale, clip
 F64 = "train.dtype=float64"
 FULL, SELECTIVE, COMPILE = "compute.recompute=full", "compute.recompute=selective", "compute.compile=true"
 SP = ("parallel.tp=2", "parallel.sequence_parallel=true", "batch.micro_batch=4")
+CP = ("parallel.cp=2", "batch.micro_batch=8")
 # ranks -> case -> settings
 WAYS: dict[int, dict[str, tuple[str, ...]]] = {
     1: {
@@ -30,7 +31,9 @@ WAYS: dict[int, dict[str, tuple[str, ...]]] = {
         "shard2 selective": (SELECTIVE,),
         "tp2 sp full": (FULL, *SP),
         "tp2 sp selective": (SELECTIVE, *SP),
-        "shard2 compiled": (COMPILE,),
+        "cp2 full": (FULL, *CP),
+        "cp2 selective": (SELECTIVE, *CP),
+        "cp2 compiled": (COMPILE, *CP),  # shards over its ranks, too
         "tp2 sp compiled, full": (COMPILE, FULL, *SP),
     },
 }

@@ -19,6 +19,7 @@ from megahp.model import transformer
 from megahp.parallel import cross_entropy
 
 SP = ("parallel.tp=2", "parallel.sequence_parallel=true")
+CP = ("parallel.cp=2",)
 # ranks -> layout -> settings. All run multiples of 8 sequences, from one to four microbatches of them.
 LAYOUTS = {
     2: {
@@ -26,12 +27,18 @@ LAYOUTS = {
         "tp2 sp": (*SP, "batch.micro_batch=4"),
         "shard2": ("batch.micro_batch=4",),
         "replicate2": ("parallel.dp_replicate=2", "batch.micro_batch=2"),
+        "cp2": (*CP, "batch.micro_batch=8"),
     },
     4: {
         "tp2 shard2": ("parallel.tp=2", "batch.micro_batch=4"),
         "tp2 sp shard2": (*SP, "batch.micro_batch=4"),
         "tp2 sp replicate2": (*SP, "parallel.dp_replicate=2", "batch.micro_batch=4"),
         "replicate2 shard2": ("parallel.dp_replicate=2",),
+        "cp4": ("parallel.cp=4", "batch.micro_batch=8"),
+        "cp2 tp2": (*CP, "parallel.tp=2", "batch.micro_batch=8"),
+        "cp2 tp2 sp": (*CP, *SP, "batch.micro_batch=8"),
+        "cp2 shard2": (*CP, "batch.micro_batch=4"),
+        "cp2 replicate2": (*CP, "parallel.dp_replicate=2", "batch.micro_batch=4"),
     },
 }
 CELLS = [(layout, model) for layouts in LAYOUTS.values() for layout in layouts for model in MODELS]
@@ -77,7 +84,7 @@ def test_layout_equals_one_rank(outcomes: dict[str, Any], layout: str, model: st
     assert differences(got, wanted, rtol, weights_rtol) == []
 
 
-@pytest.mark.parametrize("layout", ["tp2 sp shard2", "replicate2 shard2"])
+@pytest.mark.parametrize("layout", ["tp2 sp shard2", "replicate2 shard2", "cp4"])
 def test_bf16_gradients_differ_by_bf16_rounding_only(outcomes: dict[str, Any], layout: str) -> None:
     """No layout adds up in half precision what one rank adds up in single."""
     got, wanted = outcomes[f"{layout}/gpt2/bfloat16"]["grads"], outcomes["one/gpt2/bfloat16"]["grads"]

@@ -132,9 +132,12 @@ def test_a_killed_run_goes_on_bit_for_bit(folder: Path, whole: list[dict[str, An
     assert told == ["started", "resumed", "finished"]
 
 
-def test_a_killed_run_goes_on_on_another_layout(folder: Path, whole: list[dict[str, Any]], killed: str) -> None:
+def test_a_killed_run_goes_on_on_other_layouts(folder: Path, whole: list[dict[str, Any]], killed: str) -> None:
+    """Begun sharded, it goes on with shared-out sequences for two steps, and to the end with split matrices."""
     moved = copy_of(folder, killed, "moved")
-    train(folder, moved, "--ranks", "2", "--resume", "auto", "parallel.tp=2", *GROWING, "batch.micro_batch=4")
+    words = ("--ranks", "2", "--resume", "auto", *GROWING, "batch.micro_batch=4")
+    train(folder, moved, *words, "parallel.cp=2", f"train.steps={len(metrics(folder, killed)) + 2}")
+    train(folder, moved, *words, "parallel.tp=2")
     assert losses(folder, moved) == pytest.approx([record["loss"] for record in whole], rel=1e-5)
     assert losses(folder, moved) != [record["loss"] for record in whole]  # it did compute differently
 

@@ -12,13 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention.bias import causal_upper_left
 
 from distributed import training, world
 from distributed.training import Training, differences, settings_of, train
-from megahp.parallel import collectives, cross_entropy, parameters
+from megahp.model import positions, transformer
+from megahp.parallel import collectives, context, cross_entropy, parameters, tensor
+from megahp.parallel.mesh import Place
 
 SPLIT = ("parallel.tp=2", "parallel.sequence_parallel=true")
 PLAIN = ("parallel.tp=2",)
+CONTEXT = ("parallel.cp=2", "batch.micro_batch=8")
 ALL_REDUCE = dist.all_reduce
 VALIDATE = training.validate
 REDUCE_SCATTER = (
@@ -99,6 +103,29 @@ def without_sum_before_squaring(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def counting_examples_twice() -> Iterator[None]:
+    """Every rank's copy of a probe, summed over the ranks an example lies on, enters the sum over all ranks."""
+    init = Training.__init__
+
+    def crippled(self: Training, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.engine.first_of_example = True
+
+    with mock.patch.object(Training, "__init__", crippled):
+        yield
+
+
+def from_the_beginning(x: torch.Tensor, dim: int, context: Place) -> torch.Tensor:
+    return x.narrow(dim, 0, x.shape[dim] // context.size)
+
+
+def bias_from_the_beginning(span: slice, *arguments: Any) -> torch.Tensor | None:
+    """Of the first queries there are."""
+    bias = positions.attention_bias(slice(0, span.stop), *arguments)
+    return None if bias is None else bias[:, :, : span.stop - span.start]
+
+
+@contextlib.contextmanager
 def counting_copies() -> Iterator[None]:
     """Every rank's copy of a weight that is whole on several ranks enters the norm."""
     init = Training.__init__
@@ -174,6 +201,41 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
         SPLIT,
         lambda: forward_without(collectives._SumScatter, "reduce_scatter", own_slice),
     ),
+    "keys and values of all ranks, backward (cp)": (
+        "llama",
+        CONTEXT,
+        lambda: backward_without(collectives._Gather, "reduce_scatter", own_slice),
+    ),
+    "keys and values in the order of the sequence": (
+        "llama",
+        CONTEXT,
+        lambda: mock.patch.object(context, "in_sequence", unchanged),
+    ),
+    "causal mask of a later span (cp)": (
+        "llama",
+        CONTEXT,
+        lambda: mock.patch.object(positions, "causal_lower_right", causal_upper_left),
+    ),
+    "mask and distances of a later span (cp)": (
+        "alibi",
+        CONTEXT,
+        lambda: mock.patch.object(transformer, "attention_bias", bias_from_the_beginning),
+    ),
+    "rotary positions (cp)": (
+        "llama",
+        CONTEXT,
+        lambda: mock.patch.object(transformer, "own_tokens", from_the_beginning),
+    ),
+    "learned positions (cp)": ("gpt2", CONTEXT, lambda: mock.patch.object(tensor, "own_tokens", from_the_beginning)),
+    "gradients over cp": ("llama", CONTEXT, lambda: mock.patch.object(dist, REDUCE_SCATTER, keep_own)),
+    "per-example norm before squaring (cp)": ("llama", CONTEXT, lambda: without_sum_before_squaring("final_norm")),
+    "per-example norm before squaring (heads, cp)": (
+        "llama",
+        CONTEXT,
+        lambda: without_sum_before_squaring("blocks.0.attention.query_norm"),
+    ),
+    "probes counted once (cp)": ("llama", CONTEXT, counting_examples_twice),
+    "validation loss over cp": ("llama", CONTEXT, lambda: mock.patch.object(training, "validate", validate_alone)),
     "cross-entropy, largest logit": (
         "llama",
         PLAIN,
@@ -208,7 +270,7 @@ def trained_soundly(models: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> tuple[dict[str, Any], dict[str, Any]]:
-    sound = world.run(1, trained_soundly, ["llama", "gpt2", "muon"])[0]
+    sound = world.run(1, trained_soundly, ["llama", "gpt2", "muon", "alibi"])[0]
     return world.run(2, trained_sabotaged)[-1], sound
 
 
