@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +20,6 @@ from megahp.config import (
     TYPES,
     VOCAB_MULTIPLE,
     Config,
-    Parallel,
     get,
     names,
     parse_table,
@@ -29,9 +29,23 @@ from megahp.config import (
 from megahp.errors import UserError, nearest_divisors, nearest_multiples
 from megahp.presets import PRESETS
 
+SOME, SEVERAL = range(1, sys.maxsize), range(2, sys.maxsize)
 # A setting that only means something beside another one: giving it elsewhere is an error, not silence.
-USED_ONLY_WITH = {
+USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
     "model.rope_theta": ("model.positions", ("rope",)),
+    "model.experts_per_token": ("model.experts", SOME),
+    "model.expert_width": ("model.experts", SOME),
+    "model.shared_experts": ("model.experts", SOME),
+    "model.dense_layers": ("model.experts", SOME),
+    "model.router_score": ("model.experts", SOME),
+    "model.router_normalize": ("model.experts", SOME),
+    "model.router_scale": ("model.experts", SOME),
+    "model.balance_rate": ("model.experts", SOME),
+    "model.balance_loss": ("model.experts", SOME),
+    "parallel.ep": ("model.experts", SOME),
+    "parallel.schedule": ("parallel.pp", SEVERAL),
+    "parallel.stages_per_rank": ("parallel.pp", SEVERAL),
+    "parallel.split": ("parallel.pp", SEVERAL),
     "parameterization.base_width": ("parameterization.name", ("mup", "completep")),
     "parameterization.base_layers": ("parameterization.name", ("completep",)),
     "parameterization.depth_alpha": ("parameterization.name", ("completep",)),
@@ -123,6 +137,9 @@ def impossible(config: Config) -> list[str]:
         "model.mlp_width": model.mlp_width,
         "the padded vocabulary": VOCAB_MULTIPLE,
     }
+    if model.experts:
+        split["model.expert_width"] = model.expert_width
+        problems += _experts(config)
     if undivided := [f"{key} = {size}" for key, size in split.items() if size % parallel.tp]:
         problems.append(
             f"parallel.tp = {parallel.tp} does not divide {' nor '.join(undivided)}; "
@@ -176,8 +193,7 @@ def impossible(config: Config) -> list[str]:
 
 def _pipeline(config: Config) -> list[str]:
     """What is wrong with the settings of a pipeline."""
-    model, parallel, default = config.model, config.parallel, Parallel()
-    problems = []
+    model, parallel, problems = config.model, config.parallel, []
     if parallel.zero_level == 1 and parallel.reduce == "every":
         problems.append(
             "parallel.reduce = 'every' goes with parallel.zero = 2 or 3 alone, and without pipelines; set "
@@ -189,13 +205,7 @@ def _pipeline(config: Config) -> list[str]:
             "leave it out with parallel.pp above 1"
         )
     if parallel.pp == 1:
-        given = [
-            key for key in ("schedule", "stages_per_rank", "split") if getattr(parallel, key) != getattr(default, key)
-        ]
-        return problems + [
-            f"parallel.{key} = {getattr(parallel, key)!r} has no effect with parallel.pp = 1; leave it out"
-            for key in given
-        ]
+        return problems
     stages = parallel.pp * parallel.local_stages
     wanted = {"1f1b": "1", "interleaved": "2 or more", "zero-bubble": "1 or more", "zbv": "2"}[parallel.schedule]
     if (
@@ -224,6 +234,35 @@ def _pipeline(config: Config) -> list[str]:
             "parallel.schedule = 'zbv' puts both ends of the model on one rank, where model.tied_embeddings = true "
             "would need two copies; choose another schedule"
         )
+    return problems
+
+
+def _experts(config: Config) -> list[str]:
+    """What is wrong with a mixture of experts."""
+    model, ep = config.model, config.parallel.ep
+    problems = []
+    if model.experts_per_token > model.experts:
+        problems.append(
+            f"model.experts_per_token = {model.experts_per_token} is more than model.experts = {model.experts}; "
+            f"make it at most {model.experts}"
+        )
+    if model.experts % ep:
+        problems.append(
+            f"parallel.ep = {ep} does not divide model.experts = {model.experts}; "
+            f"nearest that do: {nearest_divisors(model.experts, ep)}"
+        )
+    if model.dense_layers >= model.layers:
+        problems.append(
+            f"model.dense_layers = {model.dense_layers} leaves none of model.layers = {model.layers} to experts; "
+            f"make it at most {model.layers - 1}, or leave out model.experts"
+        )
+    if not model.dense_layers and model.mlp_width != model.expert_width:
+        problems.append(
+            f"model.mlp_width = {model.mlp_width} has no effect beside model.expert_width = {model.expert_width} where "
+            "no block is dense; leave one of them out, or set model.dense_layers"
+        )
+    if model.bias:
+        problems.append("model.bias = true is not for experts, which have none; set model.bias=false")
     return problems
 
 
@@ -409,9 +448,10 @@ def _unused(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     """Settings that are given and mean nothing beside the others."""
     for key, (other, values) in USED_ONLY_WITH.items():
         if get(config, other) not in values and get(config, key) != get(Config(), key):
+            needed = f"at least {values.start}" if isinstance(values, range) else " or ".join(map(str, values))
             yield (
                 f"{key} = {get(config, key)!r} ({origins[key]}) has no effect with "
-                f"{other} = {get(config, other)!r}; it needs {' or '.join(map(str, values))}"
+                f"{other} = {get(config, other)!r}; it needs {needed}"
             )
 
 
@@ -433,6 +473,10 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
         "model.head_size": (model.width // model.heads, "derived from model.width and model.heads"),
         "model.mlp_width": (wide, "derived from model.width and model.activation"),
     }
+    if model.experts:
+        derived["model.expert_width"] = (model.mlp_width or wide, "derived from model.mlp_width")
+    if model.expert_width and not model.dense_layers:
+        derived["model.mlp_width"] = (model.expert_width, "derived from model.expert_width")
     for key, (value, why) in derived.items():
         if get(config, key) == 0 and (key != "model.head_size" or model.width % model.heads == 0):
             config = with_values(config, {key: value})

@@ -9,6 +9,7 @@ import torch
 
 from megahp.config import Config, stages
 from megahp.model.compute import arrange, replace_norms
+from megahp.model.moe import routers
 from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
 from megahp.parallel.mesh import Mesh
@@ -35,7 +36,8 @@ class Model:
 
     stages: dict[int, Transformer]  # pipeline stages, by number; without pipelines there is one, the whole
     rows: dict[str, Row]
-    probes: list[str]  # names of the norms that measure
+    probes: dict[str, int]  # norms that measure, and routers -> how many numbers
+    routers: list[str]
     parameters: int
 
 
@@ -46,7 +48,13 @@ def build_model(config: Config, mesh: Mesh) -> Model:
     stages = {number: _stage(config, mesh, cuts[number]) for number in stages_of(mesh.rank("pp"), config.parallel)}
     for stage in stages.values():
         check_copies(dict(parameters(stage)), rows(stage), mesh)
-    return Model(stages, rows(whole), list(probes(whole)), sum(weight.numel() for _, weight in parameters(whole)))
+    return Model(
+        stages,
+        rows(whole),
+        {name: probe.numel() for name, probe in probes(whole).items()},
+        list(routers(whole)),
+        sum(weight.numel() for _, weight in parameters(whole)),
+    )
 
 
 def cut(config: Config) -> list[range]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from megahp import config
-from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import probes
+from megahp.parallel.mesh import EXPERT_SHARDS, Mesh
+from megahp.parallel.parameters import probes, storage
 
 
 def shard(
@@ -21,8 +23,8 @@ def shard(
     compute: torch.dtype,
     master: torch.dtype,
 ) -> None:
-    """Shard the parameters over the data- and context-parallel ranks: one unit a block, one for the rest. Where
-    there is one such rank nothing is done.
+    """Shard the parameters over the data- and context-parallel ranks: one unit a block, one for the rest, and one for
+    a block's experts, of which other such ranks hold the same. Where there is one such rank nothing is done.
 
     Weights are gathered in the compute type and gradients reduced in the master type. Probes are scalars and cannot
     be sharded; they stay out of it.
@@ -32,9 +34,11 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
     ignored = set(probes(model).values())
     # a zero-bubble schedule finds no gradients of weights that were gathered twice for one microbatch
-    again = parallel.zero_level == 3
+    sharded = partial(fully_shard, mp_policy=policy, reshard_after_forward=parallel.zero_level == 3)
+    for experts in _experts(model):
+        sharded(experts, mesh=mesh.fsdp(EXPERT_SHARDS), shard_placement_fn=partial(_even, mesh))
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh.fsdp(), reshard_after_forward=again, mp_policy=policy, ignored_params=ignored)
+        sharded(module, mesh=mesh.fsdp(), ignored_params=ignored)
     units = _units(model)
     for unit in units:
         # the loss is divided by the global batch already; on gloo the factor alone would still average
@@ -56,6 +60,16 @@ def _prefetch(units: list[FSDPModule], count: int) -> None:
     for index, unit in enumerate(units if count else []):
         unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + count])
         unit.set_modules_to_backward_prefetch(units[max(0, index - count) : index][::-1])
+
+
+def _experts(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if any(row.experts for row in getattr(module, "rows", {}).values())]
+
+
+def _even(mesh: Mesh, weight: nn.Parameter) -> Shard:
+    """The first dimension that the shards divide, since there may be fewer experts than shards."""
+    shards = mesh.fsdp(EXPERT_SHARDS).shape[-1]
+    return Shard(next((dim for dim, size in enumerate(storage(weight).shape) if size % shards == 0), 0))
 
 
 def _units(model: nn.Module) -> list[FSDPModule]:

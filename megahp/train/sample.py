@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,22 +16,9 @@ from megahp.model.build import build_model, longest
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
-from megahp.parallel.parameters import parameters
+from megahp.parallel.parameters import saved
 from megahp.train.loop import device_of
 from megahp.train.run import cuda_wanted, read_config
-
-ALONE = {
-    "parallel.tp": 1,
-    "parallel.pp": 1,
-    "parallel.schedule": "1f1b",
-    "parallel.stages_per_rank": 0,
-    "parallel.split": (),
-    "parallel.dp_replicate": 1,
-    "parallel.dp_shard": 1,
-    "parallel.sequence_parallel": False,
-    "train.noise_scale": False,
-    "train.device": "auto",
-}
 
 
 def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
@@ -42,7 +30,8 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
         )
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt is not valid UTF-8; give it as text")
-    settings = config.with_values(read_config(run), ALONE)
+    settings = replace(read_config(run), parallel=config.Parallel())
+    settings = config.with_values(settings, {"train.noise_scale": False, "train.device": "auto"})
     path = checkpoint.latest(run / "checkpoints")
     if path is None:
         raise UserError(f"{run} has no checkpoint yet; train it first")
@@ -50,7 +39,7 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
     launch.join(launch.World(), cuda_wanted(settings))
     device = device_of(settings, launch.World())
     (model,) = build_model(settings, make_mesh(Layout(), device)).stages.values()
-    checkpoint.load(path, {f"model.{name}": weight.detach() for name, weight in parameters(model)})
+    checkpoint.load(path, saved(model))
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eod]], device=device)
     ids = continued(model, ids, tokens, window_of(settings), temperature, top_k, tokenizer.vocab_size, seed)
     return tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.eod])

@@ -4,8 +4,9 @@ about its gradients in one collective and one transfer to the host."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import Tensor
 from megahp import config
 from megahp.data.loader import Batch
 from megahp.model.build import Model
+from megahp.model.moe import routers
 from megahp.parallel import data as data_parallel
 from megahp.parallel.context import own_tokens
 from megahp.parallel.mesh import Mesh
@@ -32,6 +34,8 @@ class Measurement:
     grad_norm: float  # of the whole gradient
     grad_sq_example: dict[str, float]  # norm layer -> mean_b ||g_b||^2 over its weight and bias
     grad_sq_batch: dict[str, float]  # norm layer -> ||G||^2 over its weight and bias
+    load: dict[str, Tensor]  # router -> how often the global batch's tokens chose each expert: [experts] on the host
+    balance_loss: dict[str, float]  # router -> mean over the global batch's sequences
 
     @property
     def finite(self) -> bool:
@@ -46,6 +50,7 @@ class Engine:
         self.stages = list(model.stages.values())
         self.rows = model.rows
         self.weights = {name: weight for stage in self.stages for name, weight in parameters(stage)}
+        self.routers = {name: router for stage in self.stages for name, router in routers(stage).items()}
         self.probes = {name: probe for stage in self.stages for name, probe in probes(stage).items()}
         self.pipeline = Pipeline(model.stages, parallel, mesh, self.stages[0].stream) if parallel.pp > 1 else None
         # of the ranks that hold the same value one speaks: a loss is that of the rank's tokens, before tp splits them,
@@ -53,14 +58,20 @@ class Engine:
         mine = [counted_once(weight, self.rows[name], mesh) for name, weight in self.weights.items()]
         self.weights_counted = torch.tensor(mine, dtype=torch.float64, device=mesh.device)
         self.first_of_tokens, self.first_of_example = mesh.is_first(("tp",)), mesh.is_first(("cp", "tp"))
-        # where this rank's squares stand among those of all probes and weights
-        places = {name: place for place, name in enumerate([*(f"{name}.probe" for name in model.probes), *self.rows])}
-        own = [*(f"{name}.probe" for name in self.probes), *self.weights]
-        self.places = torch.tensor([places[name] for name in own], device=mesh.device)
+        # what a step measures over all stages, name -> how many numbers; and where this rank's stand among them
+        self.sizes = (
+            {"loss": 1} | {f"{name}.probe": size for name, size in model.probes.items()} | dict.fromkeys(self.rows, 1)
+        )
+        ends = dict(zip(self.sizes, accumulate(self.sizes.values()), strict=True))
+        own = ["loss", *(f"{name}.probe" for name in self.probes), *self.weights]
+        places = [torch.arange(ends[name] - self.sizes[name], ends[name]) for name in own]
+        self.places = torch.cat(places).to(mesh.device)
 
     def forward_backward(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float = 1.0) -> Tensor:
         """Add up the gradients of `scale` times the mean loss over `tokens` tokens of the global batch, from this
         rank's `count` microbatches. Returns this rank's part of that loss, not scaled, without waiting for it."""
+        for router in self.routers.values():
+            router.unit = scale / tokens
         if self.pipeline:
             inputs = [self._inputs(batch) for batch in microbatches]
             together = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
@@ -106,25 +117,32 @@ class Engine:
 
     @torch.no_grad()
     def measure(self, loss: Tensor, grads: list[Tensor], batch: int, scale: float = 1.0) -> Measurement:
-        """Reduce loss, squared gradient norms and probes of one step over all ranks and bring them to the host, the
-        scale of the gradients taken out."""
+        """Reduce loss, squared gradient norms and probes of one step of `batch` sequences over all ranks and bring them
+        to the host, the scale of the gradients taken out."""
+        speaks = {name: self.first_of_tokens if name in self.routers else self.first_of_example for name in self.probes}
+        measured = [probe.grad.double().view(-1) * speaks[name] for name, probe in self.probes.items()]  # type: ignore[union-attr]
         by_weight = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square() * self.weights_counted
-        by_probe = [probe.grad.double() * self.first_of_example for probe in self.probes.values()]  # type: ignore[union-attr]
-        squares = torch.zeros(len(self.model.probes) + len(self.rows), dtype=torch.float64, device=loss.device)
-        squares[self.places] = torch.cat((torch.stack(by_probe), by_weight)) if by_probe else by_weight
-        values = torch.cat((loss[None] * self.first_of_tokens, squares))
+        values = torch.zeros(sum(self.sizes.values()), dtype=torch.float64, device=loss.device)
+        values[self.places] = torch.cat((loss[None] * self.first_of_tokens, *measured, by_weight))
         dist.all_reduce(values)
-        loss_value, *squared = values.tolist()
-        numbers = [value / scale**2 for value in squared]
-        examples = dict(zip(self.model.probes, numbers, strict=False))
-        batches = dict(zip(self.rows, numbers[len(examples) :], strict=True))
+        found = dict(zip(self.sizes, values.cpu().split(list(self.sizes.values())), strict=True))
+        routed = {name: found[f"{name}.probe"] for name in self.model.routers}
+        examples = {name: found[f"{name}.probe"].item() / scale**2 for name in self.model.probes if name not in routed}
+        batches = {name: found[name].item() / scale**2 for name in self.rows}
         return Measurement(
-            loss=loss_value,
+            loss=found["loss"].item(),
             grad_norm=math.sqrt(sum(batches.values())),  # nan or inf passes through
             # the probes hold sum_b ||g_b / B||^2, since the loss is a mean over the batch
             grad_sq_example={name: batch * square for name, square in examples.items()},
             grad_sq_batch={name: batches[f"{name}.weight"] + batches.get(f"{name}.bias", 0.0) for name in examples},
+            load={name: part[:-1] for name, part in routed.items()},
+            balance_loss={name: part[-1].item() / batch for name, part in routed.items()},
         )
+
+    def rebalance(self, load: Mapping[str, Tensor]) -> None:
+        """Make routers choose differently after a step that measured this load."""
+        for name, router in self.routers.items():
+            router.rebalance(load[name].to(self.mesh.device))
 
     def zero(self) -> None:
         """Forget the gradients."""

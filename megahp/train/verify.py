@@ -25,7 +25,7 @@ from megahp.data.loader import Batch
 from megahp.model.build import build_model, table_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh, make_mesh
-from megahp.parallel.parameters import storage, whole
+from megahp.parallel.parameters import saved, storage, whole
 from megahp.scaling.batch_size import BatchPlan, Plan, Progress, least_batch
 from megahp.train.loop import device_of
 from megahp.train.optimizer import make_optimizer
@@ -62,6 +62,11 @@ def shrunk(settings: Config, layout: Layout) -> Config:
             "model.heads": width // 8,
             "model.kv_heads": heads,
             "model.mlp_width": 2 * width,
+            "model.experts": layout.ep * -(-4 // layout.ep) if model.experts else 0,
+            "model.experts_per_token": min(2, model.experts_per_token),
+            "model.expert_width": 2 * width if model.experts else 0,
+            "model.shared_experts": min(1, model.shared_experts),
+            "model.dense_layers": min(1, model.dense_layers),
             "model.vocab_size": 100,
             "parallel.split": (1,) * stages if parallel.split else (),
             "parameterization.base_width": max(1, rules.base_width * width // model.width),
@@ -118,14 +123,16 @@ class Trial:
         gathered = {name: of_all_ranks(weight, weight.grad) for name, weight in self.engine.weights.items()}
         clip(grads, measured.grad_norm, self.settings.optimizer.clip)
         self.optimizer.step(grads, plan)
+        self.engine.rebalance(measured.load)
         self.engine.zero()
         self.progress = self.progress.after(plan)
         self.batch_plan.look(self.progress, None)
         return {"measured": vars(measured), "grads": gathered}
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole weights of this rank's pipeline stages."""
-        return {name: of_all_ranks(weight, weight) for name, weight in self.engine.weights.items()}
+        """The whole weights, and the routers' biases, of this rank's pipeline stages."""
+        tensors = {name: tensor for stage in self.engine.stages for name, tensor in saved(stage).items()}
+        return {name.removeprefix("model."): of_all_ranks(tensor, tensor) for name, tensor in tensors.items()}
 
     def batches(self, plan: Plan) -> Iterator[Batch]:
         for ids in plan.samples(self.mesh.data_rank, self.mesh.layout.dp):
@@ -173,13 +180,13 @@ def differences(
     for number, (a, b) in enumerate(zip(got["measured"], wanted["measured"], strict=True), 1):
         for key in ("loss", "grad_norm"):
             found += _difference(f"step {number} {key}", a[key], b[key], rtol)
-        for key in ("grad_sq_example", "grad_sq_batch"):
+        for key in ("grad_sq_example", "grad_sq_batch", "balance_loss", "load"):
             for name in b[key]:
                 found += _difference(f"step {number} {key} {name}", a[key][name], b[key][name], rtol)
     for name in wanted["grads"]:
         found += _difference(f"gradient {name}", got["grads"][name], wanted["grads"][name], rtol)
-        if weights_rtol:
-            found += _difference(f"weight {name}", got["weights"][name], wanted["weights"][name], weights_rtol)
+    for name in wanted["weights"] if weights_rtol else ():
+        found += _difference(f"weight {name}", got["weights"][name], wanted["weights"][name], weights_rtol or 0)
     return found
 
 

@@ -1,11 +1,13 @@
 """Every layout trains the same model: loss, every gradient, norms, per-example norms and weights against one rank.
 
-That one rank takes its loss from logits, the layouts from slices of the vocabulary that do not divide it evenly.
+That one rank takes its loss from logits, the layouts from slices of the vocabulary that do not divide it evenly. The
+batch grows in mid-run. `pytest -m slow` runs every model on every layout, in both types, and prints the table of
+docs/layouts.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -18,35 +20,118 @@ from megahp.config import Config
 from megahp.model import transformer
 from megahp.parallel import cross_entropy
 
-SP = ("parallel.tp=2", "parallel.sequence_parallel=true")
-CP = ("parallel.cp=2",)
-# ranks -> layout -> settings. All run multiples of 8 sequences, from one to four microbatches of them.
-LAYOUTS = {
+TP, CP, EP, REPLICATE = ("parallel.tp=2",), ("parallel.cp=2",), ("parallel.ep=2",), ("parallel.dp_replicate=2",)
+SP = (*TP, "parallel.sequence_parallel=true")
+PP = ("parallel.pp=2", "model.layers=4")
+INTERLEAVED, ZERO_BUBBLE, ZBV = (
+    (*PP, f"parallel.schedule={schedule}") for schedule in ("interleaved", "zero-bubble", "zbv")
+)
+FULL, SELECTIVE = "compute.recompute=full", "compute.recompute=selective"
+FOUR, EIGHT = "batch.micro_batch=4", "batch.micro_batch=8"
+# ranks -> layout -> settings. All run multiples of 8 sequences, from one to eight microbatches of them.
+LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
     2: {
-        "tp2": ("parallel.tp=2", "batch.micro_batch=8"),
-        "tp2 sp": (*SP, "batch.micro_batch=4"),
-        "shard2": ("batch.micro_batch=4",),
-        "replicate2": ("parallel.dp_replicate=2", "batch.micro_batch=2"),
-        "cp2": (*CP, "batch.micro_batch=8"),
+        "tp2": (*TP, EIGHT),
+        "tp2 sp": (*SP, FOUR),
+        "tp2 sp, full recomputation": (*SP, FOUR, FULL),
+        "shard2": (FOUR,),
+        "shard2, selective recomputation": (SELECTIVE,),
+        "shard2, zero 2, reduced every time": ("parallel.zero=2", "parallel.reduce=every"),
+        "shard2, zero 1": ("parallel.zero=1",),
+        "replicate2": (*REPLICATE,),
+        "cp2": (*CP, EIGHT),
+        "ep2": (*EP, FOUR),
+        "pp2 1f1b": (*PP,),
+        "pp2 1f1b, uneven": (*PP, "parallel.split=[3,1]", "batch.micro_batch=1"),
+        "pp2 interleaved": INTERLEAVED,
+        "pp2 zero-bubble": ZERO_BUBBLE,
+        "pp2 zero-bubble, 2 stages a rank": (*ZERO_BUBBLE, "parallel.stages_per_rank=2"),
+        "pp2 zbv": (*ZBV, "batch.micro_batch=1"),
     },
     4: {
-        "tp2 shard2": ("parallel.tp=2", "batch.micro_batch=4"),
-        "tp2 sp shard2": (*SP, "batch.micro_batch=4"),
-        "tp2 sp replicate2": (*SP, "parallel.dp_replicate=2", "batch.micro_batch=4"),
-        "replicate2 shard2": ("parallel.dp_replicate=2",),
-        "cp4": ("parallel.cp=4", "batch.micro_batch=8"),
-        "cp2 tp2": (*CP, "parallel.tp=2", "batch.micro_batch=8"),
-        "cp2 tp2 sp": (*CP, *SP, "batch.micro_batch=8"),
-        "cp2 shard2": (*CP, "batch.micro_batch=4"),
-        "cp2 replicate2": (*CP, "parallel.dp_replicate=2", "batch.micro_batch=4"),
+        "tp2 shard2": (*TP, FOUR),
+        "tp2 sp shard2": (*SP, FOUR),
+        "tp2 sp replicate2": (*SP, *REPLICATE, FOUR),
+        "replicate2 shard2": REPLICATE,
+        "shard4, zero 2, prefetch": ("parallel.zero=2", "parallel.prefetch=2"),
+        "cp4": ("parallel.cp=4", EIGHT),
+        "cp2 tp2": (*CP, *TP, EIGHT),
+        "cp2 tp2 sp": (*CP, *SP, EIGHT),
+        "cp2 shard2": (*CP, FOUR),
+        "cp2 shard2, selective recomputation": (*CP, FOUR, SELECTIVE),
+        "cp2 replicate2": (*CP, *REPLICATE, FOUR),
+        "ep2 shard4": EP,
+        "ep4": ("parallel.ep=4",),
+        "ep2 tp2 sp": (*EP, *SP, FOUR),
+        "ep2 replicate2": (*EP, *REPLICATE),
+        "ep2 cp2": (*EP, *CP, FOUR),
+        "pp2 tp2": (*PP, *TP, FOUR),
+        "pp2 tp2 sp, interleaved": (*INTERLEAVED, *SP, FOUR),
+        "pp2 shard2": PP,
+        "pp2 shard2, interleaved, full recomputation": (*INTERLEAVED, FULL),
+        "pp2 shard2, zbv": ZBV,
+        "pp2 shard2, zero-bubble, selective recomputation": (*ZERO_BUBBLE, SELECTIVE),
+        "pp2 replicate2, zero-bubble": (*ZERO_BUBBLE, *REPLICATE),
+        "pp2 cp2": (*PP, *CP, FOUR),
+        "pp2 cp2, zbv": (*ZBV, *CP, FOUR),
+        "pp2 ep2": (*PP, *EP),
+        "pp2 ep2, zbv": (*ZBV, *EP),
+        "pp4 1f1b": (*PP, "parallel.pp=4"),
+        "pp4 zero-bubble": (*ZERO_BUBBLE, "parallel.pp=4"),
     },
 }
-CELLS = [(layout, model) for layouts in LAYOUTS.values() for layout in layouts for model in MODELS]
+EIGHT_RANKS: dict[int, dict[str, tuple[str, ...]]] = {
+    8: {
+        "pp2 cp2 tp2 sp": (*PP, *CP, *SP, FOUR),
+        "pp2 cp2 tp2 sp, zbv, full recomputation": (*ZBV, *CP, *SP, FOUR, FULL),
+        "pp2 ep2 tp2 sp, zero-bubble": (*ZERO_BUBBLE, *EP, *SP),
+        "pp2 ep2 cp2, interleaved": (*INTERLEAVED, *EP, *CP),
+        "cp2 ep2 tp2 sp": (*CP, *EP, *SP, FOUR),
+        "pp2 replicate2 shard2": (*PP, *REPLICATE),
+    },
+}
 DTYPES = {"float32": (1e-5, None), "float64": (1e-10, 1e-10)}  # tolerance of measures, of weights
+STEPS = 5
+BF16 = [
+    ("tp2 sp shard2", "gpt2"),
+    ("replicate2 shard2", "gpt2"),
+    ("cp4", "gpt2"),
+    ("ep2 shard4", "moe"),
+    ("pp4 1f1b", "gpt2"),
+]
+Cell = tuple[str, str, str]  # layout, model, dtype
 
 
-def steps_of(model: str, dtype: str) -> int:
-    return 10 if (model, dtype) == ("llama", "float32") else 3
+def runs(layout: str, model: str) -> bool:
+    """Experts are parallel where there are experts, and as many a rank; zbv unties embeddings."""
+    experts = "ep2" in layout or "ep4" in layout
+    uneven = "ep4" in layout and model == "moe-loss"  # of its 6 experts
+    return not (experts and "moe" not in model or "zbv" in layout and model == "gpt2" or uneven)
+
+
+def every_cell(layouts: Mapping[int, Mapping[str, Any]]) -> list[Cell]:
+    return [
+        (layout, model, dtype)
+        for cells in layouts.values()
+        for layout in cells
+        for model in MODELS
+        for dtype in DTYPES
+        if runs(layout, model)
+    ]
+
+
+def some_cells() -> list[Cell]:
+    """Of every layout two models by turns, one of them in both types."""
+    found = []
+    for number, layout in enumerate(layout for cells in LAYOUTS.values() for layout in cells):
+        models = [model for model in MODELS if runs(layout, model)]
+        first, second = models[number % len(models)], models[(number + 3) % len(models)]
+        found += [(layout, first, "float64"), (layout, first, "float32"), (layout, second, "float64")]
+    return list(dict.fromkeys(found))
+
+
+def reference(layout: str) -> str:
+    return "one, 4 blocks" if "pp" in layout else "one"
 
 
 def train_plainly(cases: Mapping[str, tuple[Config, int]]) -> dict[str, dict[str, Any]]:
@@ -59,35 +144,70 @@ def train_in_slices(cases: Mapping[str, tuple[Config, int]]) -> dict[str, dict[s
         return train_cases(cases)
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, Any]:
+def train_cells(cells: Iterable[Cell], layouts: Mapping[int, Mapping[str, tuple[str, ...]]]) -> dict[Cell, Any]:
+    """What each cell's training tells, and that of one rank beside it."""
+    cells = list(cells)
+    plain = {1: {"one": (), "one, 4 blocks": ("model.layers=4",)}}
+    wanted = list(dict.fromkeys([*cells, *((reference(layout), *rest) for layout, *rest in cells)]))
     found = {}
-    for ranks, layouts in {1: {"one": ()}, **LAYOUTS}.items():
+    for ranks, words in {**plain, **layouts}.items():
         cases = {
-            f"{layout}/{model}/{dtype}": (settings_of(model, f"train.dtype={dtype}", *words), steps_of(model, dtype))
-            for layout, words in layouts.items()
-            for model in MODELS
-            for dtype in DTYPES
+            (layout, model, dtype): (
+                settings_of(model, f"train.dtype={dtype}", *words[layout]),
+                1 if dtype == "bfloat16" else STEPS,
+            )
+            for layout, model, dtype in wanted
+            if layout in words
         }
-        for layout, words in layouts.items():
-            bf16 = settings_of("gpt2", "train.dtype=bfloat16", *words)
-            cases[f"{layout}/gpt2/bfloat16"] = (bf16, 1)
-        found |= world.run(ranks, train_plainly if ranks == 1 else train_in_slices, cases)[-1]
+        if cases:
+            found |= world.run(ranks, train_plainly if ranks == 1 else train_in_slices, cases, timeout=3600)[-1]
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layout", "model"), CELLS)
-def test_layout_equals_one_rank(outcomes: dict[str, Any], layout: str, model: str, dtype: str) -> None:
-    rtol, weights_rtol = DTYPES[dtype]
-    got, wanted = outcomes[f"{layout}/{model}/{dtype}"], outcomes[f"one/{model}/{dtype}"]
-    assert differences(got, wanted, rtol, weights_rtol) == []
+def compare(outcomes: Mapping[Cell, Any], cell: Cell) -> list[str]:
+    layout, model, dtype = cell
+    return differences(outcomes[cell], outcomes[reference(layout), model, dtype], *DTYPES[dtype])
 
 
-@pytest.mark.parametrize("layout", ["tp2 sp shard2", "replicate2 shard2", "cp4"])
-def test_bf16_gradients_differ_by_bf16_rounding_only(outcomes: dict[str, Any], layout: str) -> None:
+@pytest.fixture(scope="module")
+def outcomes() -> dict[Cell, Any]:
+    return train_cells([*some_cells(), *((*cell, "bfloat16") for cell in BF16)], LAYOUTS)
+
+
+@pytest.mark.parametrize("cell", some_cells(), ids="/".join)
+def test_layout_equals_one_rank(outcomes: dict[Cell, Any], cell: Cell) -> None:
+    assert compare(outcomes, cell) == []
+
+
+@pytest.mark.parametrize(("layout", "model"), BF16)
+def test_bf16_gradients_differ_by_bf16_rounding_only(outcomes: dict[Cell, Any], layout: str, model: str) -> None:
     """No layout adds up in half precision what one rank adds up in single."""
-    got, wanted = outcomes[f"{layout}/gpt2/bfloat16"]["grads"], outcomes["one/gpt2/bfloat16"]["grads"]
+    got = outcomes[layout, model, "bfloat16"]["grads"]
+    wanted = outcomes[reference(layout), model, "bfloat16"]["grads"]
     for name in wanted:
         error = (got[name] - wanted[name]).norm() / wanted[name].norm()
         assert error < 0.02, (name, error)
+
+
+@pytest.mark.slow
+def test_the_whole_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+    layouts = {**LAYOUTS, **EIGHT_RANKS}
+    cells = every_cell(layouts)
+    outcomes = train_cells(cells, layouts)
+    wrong = {cell: found for cell in cells if (found := compare(outcomes, cell))}
+    with capsys.disabled():
+        print("\n".join(table(cells, wrong)))
+    assert wrong == {}
+
+
+def table(cells: list[Cell], wrong: Mapping[Cell, list[str]]) -> list[str]:
+    """A line for each layout, a column for each model, in Markdown."""
+    ranks = {layout: count for count, words in {**LAYOUTS, **EIGHT_RANKS}.items() for layout in words}
+    lines = [f"| layout | ranks | {' | '.join(MODELS)} |", "|---" * (len(MODELS) + 2) + "|"]
+    for layout, count in ranks.items():
+        marks = [
+            "–" if not runs(layout, model) else "no" if any((layout, model, d) in wrong for d in DTYPES) else "yes"
+            for model in MODELS
+        ]
+        lines.append(f"| {layout} | {count} | {' | '.join(marks)} |")
+    return lines

@@ -44,6 +44,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "data": {"mask_documents": True},
         "parameterization": {"embedding_multiplier": 2.0},
     },
+    "moe": {
+        "model": {
+            "experts": 8,
+            "expert_width": 16,
+            "shared_experts": 1,
+            "dense_layers": 1,
+            "router_scale": 1.5,
+            "balance_rate": 0.05,
+        }
+    },
+    "moe-loss": {
+        "model": {"experts": 6, "router_score": "softmax", "router_normalize": False, "balance_loss": 0.1},
+        "optimizer": {"name": "muon"},
+    },
 }
 
 
