@@ -136,15 +136,15 @@ def counts() -> dict[str, Any]:
 
 
 def per_example(model: str) -> dict[str, tuple[float, float]]:
-    """Norm -> mean ||g_b||^2 as measured, in two microbatches, and by a loop over examples."""
+    """Norm -> mean ||g_b||^2 as measured, in two microbatches and with a loss scale, and by a loop over examples."""
     training = Training(settings_of(model, F64))
     engine = training.engine
     for router in engine.routers.values():
         router.bias.copy_(torch.linspace(-0.3, 0.3, len(router.bias)))
     ids = np.arange(6)
     halves = [made_up(ids[:3], training.settings), made_up(ids[3:], training.settings)]
-    loss = engine.forward_backward(halves, 2, 6 * 16)
-    measured = engine.measure(loss, engine.gradients(), 6).grad_sq_example
+    loss = engine.forward_backward(halves, 2, 6 * 16, scale=1024.0)
+    measured = engine.measure(loss, engine.gradients(), 6, scale=1024.0).grad_sq_example
     looped = dict.fromkeys(measured, 0.0)
     for i in ids:
         engine.zero()
