@@ -229,6 +229,11 @@ def _pipeline(config: Config) -> list[str]:
         )
     if min(parallel.split, default=1) < 1:
         problems.append(f"parallel.split = {list(parallel.split)} leaves a stage without blocks; give each at least 1")
+    if parallel.schedule in ("zero-bubble", "zbv") and config.compute.recompute == "selective":
+        problems.append(
+            f"compute.recompute = 'selective' cannot go through a backward pass in two parts, as parallel.schedule = "
+            f"{parallel.schedule!r} has; set compute.recompute=full"
+        )
     if parallel.schedule == "zbv" and model.tied_embeddings:
         problems.append(
             "parallel.schedule = 'zbv' puts both ends of the model on one rank, where model.tied_embeddings = true "

@@ -80,6 +80,10 @@ def contents(folder: Path) -> dict[str, bytes]:
             "train run.toml parallel.pp=2 parallel.schedule=zbv model.layers=4 model.tied_embeddings=true --ranks 2",
             ["'zbv'", "tied_embeddings"],
         ),
+        (
+            "train run.toml parallel.pp=2 parallel.schedule=zero-bubble compute.recompute=selective --ranks 2",
+            ["'selective'", "'zero-bubble'", "compute.recompute=full"],
+        ),
         ("train run.toml parallel.pp=2 parallel.zero=3 --ranks 2", ["parallel.zero = 3", "parallel.pp"]),
         ("train run.toml parallel.zero=1 parallel.reduce=every", ["parallel.reduce = 'every'", "parallel.zero"]),
         ("train run.toml data.weights=[-1]", ["data.weights"]),

@@ -169,7 +169,7 @@ def with_each(kind: type, breaks: Callable[[Any], Any]) -> Iterator[None]:
 
     def crippled(self: Training, *arguments: Any) -> None:
         init(self, *arguments)
-        for module in self.engine.model.modules():
+        for module in self.engine.stages[0].modules():
             if isinstance(module, kind):
                 breaks(module)
 

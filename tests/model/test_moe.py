@@ -74,7 +74,7 @@ def both_layers(family: str, favoured: bool) -> dict[str, tuple[Tensor, Tensor]]
     """What ours and the loop say of one layer: outputs and every gradient. Favoured: two experts get all tokens."""
     model, *words = FAMILIES[family]
     training = Training(settings_of(model, F64, *words))
-    layer = training.engine.model.blocks[1].mlp
+    layer = training.engine.stages[0].blocks["1"].mlp
     generator = torch.Generator().manual_seed(3)
     if family == "deepseek-v3":
         layer.router.bias.copy_(torch.randn(layer.router.bias.shape, generator=generator) / 10)

@@ -1,0 +1,69 @@
+"""A run that moves at every step from one kind of layout to another, through checkpoints, trains as one that stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed import world
+from distributed.test_layouts import EIGHT, FULL, LAYOUTS
+from distributed.training import Training, settings_of
+from megahp import checkpoint
+from megahp.parallel.parameters import saved
+from megahp.train.verify import of_all_stages
+
+BLOCKS = "model.layers=4"
+LEGS = {
+    "moe": [
+        "pp2 shard2, zbv",
+        "cp2 tp2 sp",
+        "ep2 replicate2",
+        "pp4 zero-bubble",
+        "ep4",
+        "pp2 tp2 sp, interleaved",
+        "replicate2 shard2",
+        "pp2 ep2",
+        "tp2 sp replicate2",
+    ],
+    "gpt2": ["pp4 1f1b", "cp4", "pp2 replicate2, zero-bubble", "tp2 shard2", "pp2 cp2", "shard4, zero 2, prefetch"],
+}
+
+
+def tensors(training: Training) -> dict[str, torch.Tensor]:
+    stages = training.engine.stages
+    return {name: value for stage in stages for name, value in saved(stage).items()} | training.optimizer.state()
+
+
+def relay(model: str, folder: str) -> dict[str, Any]:
+    """One step on each leg's layout, starting from the checkpoint of the leg before."""
+    losses: list[float] = []
+    before: Training | None = None
+    for number, leg in enumerate(LEGS[model]):
+        training = Training(settings_of(model, "train.dtype=float64", BLOCKS, *LAYOUTS[4][leg]))
+        if before:
+            checkpoint.load(checkpoint.path(Path(folder), number), tensors(training))
+            training.progress, training.optimizer.updates = before.progress, before.optimizer.updates
+            training.batch_plan.go_on(before.batch_plan.state(), before.progress)
+        losses.append(training.step()["measured"]["loss"])
+        checkpoint.save(Path(folder), number + 1, tensors(training), {}, keep=1)
+        before = training
+    assert before
+    return {"losses": losses, "weights": of_all_stages(before.weights(), before.mesh)}
+
+
+def stay(model: str) -> dict[str, Any]:
+    training = Training(settings_of(model, "train.dtype=float64", BLOCKS, EIGHT, FULL))
+    losses = [training.step()["measured"]["loss"] for _ in LEGS[model]]
+    return {"losses": losses, "weights": training.weights()}
+
+
+@pytest.mark.parametrize("model", LEGS)
+def test_a_run_that_moves_trains_as_one_that_stays(model: str, tmp_path: Path) -> None:
+    moved, stayed = world.run(4, relay, model, str(tmp_path))[-1], world.run(1, stay, model)[0]
+    assert moved["losses"] == pytest.approx(stayed["losses"], rel=1e-10)
+    assert moved["weights"].keys() == stayed["weights"].keys()
+    for name, weight in stayed["weights"].items():
+        assert (moved["weights"][name] - weight).abs().max() <= 1e-10 * weight.abs().max(), name
