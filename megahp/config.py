@@ -53,22 +53,18 @@ class Model:
     bias: bool = setting(False, "biases on linear layers and on LayerNorm")
     qk_norm: bool = setting(False, "normalise queries and keys, per head")
     tied_embeddings: bool = setting(False, "one matrix for embedding and unembedding")
-    experts: int = setting(
-        0, "MLPs of a block, of which each token passes some (mixture of experts); 0 = dense", at_least=0
-    )
+    experts: int = setting(0, "experts in place of a block's MLP (mixture of experts); 0 = dense", at_least=0)
     experts_per_token: int = setting(2, "experts that each token is routed to", at_least=1)
     expert_width: int = setting(0, "hidden size of an expert; 0 = mlp_width", at_least=0)
-    shared_experts: int = setting(0, "further experts, computed as one MLP, that every token passes", at_least=0)
-    dense_layers: int = setting(0, "the first so many blocks have an MLP in place of experts", at_least=0)
+    shared_experts: int = setting(0, "further experts, that every token passes, as one MLP", at_least=0)
+    dense_layers: int = setting(0, "the first so many blocks have an MLP all the same", at_least=0)
     router_score: Literal["sigmoid", "softmax"] = setting("sigmoid", "from a token's router logits to experts' scores")
     router_normalize: bool = setting(True, "divide the scores of a token's experts by their sum")
-    router_scale: float = setting(1.0, "multiplies what the experts, but for the shared ones, add up to", above=0)
+    router_scale: float = setting(1.0, "multiplies what the chosen experts add up to", above=0)
     balance_rate: float = setting(
-        1e-3,
-        "after each step an expert with less (more) than the mean load is favoured by so much more (less)",
-        at_least=0,
+        1e-3, "step of the bias with which experts below the mean load are chosen sooner, others later", at_least=0
     )
-    balance_loss: float = setting(0.0, "weight of the load-balancing loss of each sequence", at_least=0)
+    balance_loss: float = setting(0.0, "weight of each sequence's load-balancing loss", at_least=0)
     vocab_size: int = setting(
         0, "number of token ids; 0 = the tokenizer's. The matrices are padded to 128s", at_least=0
     )

@@ -15,33 +15,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args, get_origin
 
-from megahp.config import (
-    SECTIONS,
-    TYPES,
-    VOCAB_MULTIPLE,
-    Config,
-    get,
-    names,
-    parse_table,
-    stages,
-    with_values,
-)
+from megahp.config import SECTIONS, TYPES, VOCAB_MULTIPLE, Config, get, names, parse_table, stages, with_values
 from megahp.errors import UserError, nearest_divisors, nearest_multiples
 from megahp.presets import PRESETS
 
 SOME, SEVERAL = range(1, sys.maxsize), range(2, sys.maxsize)
+OF_EXPERTS = (
+    "experts_per_token expert_width shared_experts dense_layers router_score router_normalize router_scale "
+    "balance_rate balance_loss"
+)
 # A setting that only means something beside another one: giving it elsewhere is an error, not silence.
 USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
     "model.rope_theta": ("model.positions", ("rope",)),
-    "model.experts_per_token": ("model.experts", SOME),
-    "model.expert_width": ("model.experts", SOME),
-    "model.shared_experts": ("model.experts", SOME),
-    "model.dense_layers": ("model.experts", SOME),
-    "model.router_score": ("model.experts", SOME),
-    "model.router_normalize": ("model.experts", SOME),
-    "model.router_scale": ("model.experts", SOME),
-    "model.balance_rate": ("model.experts", SOME),
-    "model.balance_loss": ("model.experts", SOME),
+    **{f"model.{key}": ("model.experts", SOME) for key in OF_EXPERTS.split()},
     "parallel.ep": ("model.experts", SOME),
     "parallel.schedule": ("parallel.pp", SEVERAL),
     "parallel.stages_per_rank": ("parallel.pp", SEVERAL),

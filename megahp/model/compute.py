@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    SAC_IGNORED_OPS,
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megahp import config
 from megahp.model.norm import LayerNorm, RMSNorm
@@ -36,10 +31,9 @@ KEPT = {
     aten._efficient_attention_forward.default,
 }
 
-# FSDP2's marks for the profiler, of which experts, a unit inside a block, make more when they are computed again.
-SAC_IGNORED_OPS.update(
-    {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
-)
+# FSDP2's marks for the profiler: experts, a unit inside a block, make more of them when they are computed again.
+SAC_IGNORED_OPS.add(torch.ops.profiler._record_function_enter_new.default)
+SAC_IGNORED_OPS.add(torch.ops.profiler._record_function_exit._RecordFunction)
 
 
 def arrange(blocks: nn.ModuleDict, compute: config.Compute) -> None:

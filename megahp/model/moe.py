@@ -121,14 +121,10 @@ class Experts(Module):
     def __init__(self, model: config.Model) -> None:
         super().__init__()
         self.activation = model.activation
-        inner, outer = (
-            (model.experts, model.expert_width, model.width),
-            (model.experts, model.width, model.expert_width),
-        )
-        self.parameter("down", outer, Row(Role.HIDDEN, tp_dim=2, experts=True))
-        self.parameter("up", inner, Row(Role.HIDDEN, tp_dim=1, experts=True))
-        if model.activation == "swiglu":
-            self.parameter("gate", inner, Row(Role.HIDDEN, tp_dim=1, experts=True))
+        count, width, hidden = model.experts, model.width, model.expert_width
+        self.parameter("down", (count, width, hidden), Row(Role.HIDDEN, tp_dim=2, experts=True))
+        for name in ("up", "gate") if model.activation == "swiglu" else ("up",):
+            self.parameter(name, (count, hidden, width), Row(Role.HIDDEN, tp_dim=1, experts=True))
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         matrices = (local(getattr(self, name)).to(x.dtype).unbind() for name in self.rows)

@@ -42,12 +42,9 @@ def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     return y.movedim(0, dim)
 
 
-def all_to_all(
-    x: Tensor, group: Group, sent: Sequence[int] | None = None, received: Sequence[int] | None = None
-) -> Tensor:
-    """The ranks' parts of x for this one, from first to last: `sent` rows of this rank's x go to each rank, `received`
-    come from each; without them x is shared out evenly. Not differentiable."""
-    y = torch.empty_like(x) if received is None else x.new_empty(sum(received), *x.shape[1:])
+def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
+    """So many rows of x, from its first on, sent to each rank, for so many received from each. Not differentiable."""
+    y = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(y, x.contiguous(), received, sent, group)
     return y
 
@@ -99,11 +96,11 @@ class _Exchange(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group
-        return all_to_all(x, group, sent, received)
+        return all_to_all(x, sent, received, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return all_to_all(grads[0], ctx.group, ctx.received, ctx.sent), None, None, None
+        return all_to_all(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
 
 
 def copy_to(x: Tensor, group: Group) -> Tensor:
@@ -127,5 +124,5 @@ def sum_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
-    """So many rows of x to each rank, for so many from each; their gradient goes back to where they came from."""
+    """`all_to_all`; the rows' gradients go back to where they came from."""
     return x if group.size() == 1 else _Exchange.apply(x, sent, received, group)

@@ -41,7 +41,7 @@ def apply_experts(experts: Experts, x: Tensor, chosen: Tensor, load: Tensor, axi
 def _elsewhere(experts: Experts, rows: Tensor, load: Tensor, axis: Place) -> Tensor:
     """The same of rows sorted by expert, each computed on the rank that holds it."""
     sent = load.unflatten(0, (axis.size, -1))  # by rank, by its experts
-    received = all_to_all(sent, axis.group)
+    received = all_to_all(sent, [1] * axis.size, [1] * axis.size, axis.group)  # from each rank, for this one's experts
     there, here = sent.sum(1).tolist(), received.sum(1).tolist()
     arrived = exchange(rows, there, here, axis.group)  # from one rank after the other, each sorted by expert
     numbers = torch.arange(received.shape[1], device=rows.device).repeat(axis.size)
