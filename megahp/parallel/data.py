@@ -31,8 +31,8 @@ def shard(model: nn.Module, blocks: nn.ModuleList, mesh: Mesh, compute: torch.dt
 
 def reduce_after(model: nn.Module, last: bool) -> None:
     """Communicate gradients after the next backward pass only if it is the step's last one."""
-    for unit in _units(model)[:1]:
-        unit.set_requires_gradient_sync(last)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
 
 
 def _units(model: nn.Module) -> list[FSDPModule]:

@@ -207,11 +207,12 @@ def counted_once(weight: Tensor, mesh: Mesh) -> bool:
     return mesh.is_first(tuple(copied))
 
 
+@torch.no_grad()
 def sum_gradients(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:
     """Sum each gradient over its row's axes, with one collective an axis. Data parallelism has been summed by FSDP2."""
     for axis in AXES:
         grads = [
-            storage(weight.grad)
+            local(weight.grad)
             for name, weight in weights.items()
             if axis in table[name].sum_over and weight.grad is not None
         ]

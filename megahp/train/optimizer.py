@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megahp import config
 from megahp.parallel.parameters import Row, like, part_of, storage, whole
@@ -41,50 +41,53 @@ def make_optimizer(
 
 
 class AdamW:
-    """torch's AdamW over plain local tensors that share storage with the weights.
+    """torch's fused AdamW, one call a role, over plain local tensors that share storage with the weights.
 
     The update is elementwise, so a part of a weight is updated as the whole would be, on any layout.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table) -> None:
-        self.weights = weights
-        self.parts = {name: nn.Parameter(storage(weight)) for name, weight in weights.items()}
-        groups: dict[Role, list[nn.Parameter]] = {}
-        for name, part in self.parts.items():
-            groups.setdefault(rows[name].role, []).append(part)
-        self.adamw = torch.optim.AdamW([{"params": parts, "role": role} for role, parts in groups.items()], fused=True)
-        self.rules: dict[Role, Rule] = dict(table.rules)
-        for part in self.parts.values():
-            self.adamw.state[part] = {"step": torch.zeros((), device=part.device)} | {
-                moment: torch.zeros_like(part) for moment in MOMENTS
-            }
+        self.weights, self.updates = weights, 0
+        parts = [storage(weight) for weight in weights.values()]
+        self.moments = [[torch.zeros_like(part) for part in parts] for _ in MOMENTS]
+        by_role: dict[Role, list[int]] = {}
+        for place, name in enumerate(weights):
+            by_role.setdefault(rows[name].role, []).append(place)
+        self.groups = [
+            (table.rules[role], places, [[tensors[place] for place in places] for tensors in (parts, *self.moments)])
+            for role, places in by_role.items()
+        ]
 
+    @torch.no_grad()
     def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
-        for group in self.adamw.param_groups:
-            rule = self.rules[group["role"]]
-            group["lr"] = plan.lr * rule.lr
-            group["weight_decay"] = plan.weight_decay * rule.weight_decay
-            group["betas"] = (plan.beta1, plan.beta2)
-            group["eps"] = plan.eps * rule.eps
-        for part, grad in zip(self.parts.values(), grads, strict=True):
-            part.grad = grad
-        self.adamw.step()
+        self.updates += 1
+        count = torch.full((), float(self.updates), device=grads[0].device)  # the kernel reads it there
+        for rule, places, (parts, exp_avg, exp_avg_sq) in self.groups:
+            torch._fused_adamw_(  # torch.optim would sort the lists by type first, which takes as long again
+                parts,
+                [grads[place] for place in places],
+                exp_avg,
+                exp_avg_sq,
+                [],
+                [count] * len(parts),
+                **_rates(rule, plan),
+                beta1=plan.beta1,
+                beta2=plan.beta2,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def state(self) -> dict[str, Tensor]:
         return {
-            f"{moment}.{name}": like(self.weights[name], self.adamw.state[part][moment])
-            for name, part in self.parts.items()
-            for moment in MOMENTS
+            f"{moment}.{name}": like(weight, part)
+            for moment, parts in zip(MOMENTS, self.moments, strict=True)
+            for (name, weight), part in zip(self.weights.items(), parts, strict=True)
         }
 
-    @property
-    def updates(self) -> int:
-        return int(next(iter(self.adamw.state.values()))["step"].item())
 
-    @updates.setter
-    def updates(self, count: int) -> None:
-        for state in self.adamw.state.values():
-            state["step"].fill_(count)
+def _rates(rule: Rule, plan: Plan) -> dict[str, Any]:
+    """What of AdamW the table scales by role."""
+    return {"lr": plan.lr * rule.lr, "weight_decay": plan.weight_decay * rule.weight_decay, "eps": plan.eps * rule.eps}
 
 
 class Muon:
@@ -112,7 +115,7 @@ class Muon:
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
         by_name = dict(zip(self.names, grads, strict=True))
-        self.adamw.step([by_name[name] for name in self.adamw.parts], plan)
+        self.adamw.step([by_name[name] for name in self.adamw.weights], plan)
         names, ranks = list(self.hidden), dist.get_world_size()
         for start in range(0, len(names), ranks):
             self._update(names[start : start + ranks], by_name, plan)

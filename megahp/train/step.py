@@ -15,7 +15,7 @@ from megahp.data.loader import Batch
 from megahp.model.transformer import Transformer
 from megahp.parallel import data as data_parallel
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import counted_once, parameters, probes, rows, storage, sum_gradients
+from megahp.parallel.parameters import counted_once, local, parameters, probes, rows, sum_gradients
 
 FIRST_SCALE = 65536.0
 SCALE_GROWS_AFTER = 2000  # steps
@@ -68,17 +68,19 @@ class Engine:
         losses = self.model(batch.tokens[:, :-1], batch.tokens[:, 1:], batch.documents)
         return (losses.double().sum(1) * counted.to(losses.device)).sum()
 
+    @torch.no_grad()  # without autograd a DTensor's part is an attribute; a detour through it takes 100 times as long
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the gradients, in the order of the weights."""
-        return [storage(weight.grad) for weight in self.weights.values()]  # type: ignore[arg-type]
+        return [local(weight.grad) for weight in self.weights.values()]  # type: ignore[arg-type]
 
     @torch.no_grad()
     def measure(self, loss: Tensor, grads: list[Tensor], batch: int, scale: float = 1.0) -> Measurement:
         """Reduce loss, squared gradient norms and probes of one step over all ranks and bring them to the host, the
         scale of the gradients taken out."""
         squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square() * self.weights_counted
-        by_example = [probe.grad.double() * self.first_of_example for probe in self.probes.values()]  # type: ignore[union-attr]
-        values = torch.cat((torch.stack([loss * self.first_of_tokens, *by_example]), squares))
+        firsts = torch.stack([loss * self.first_of_tokens, *(probe.grad for probe in self.probes.values())])  # type: ignore[list-item]
+        firsts[1:] *= self.first_of_example
+        values = torch.cat((firsts, squares))
         dist.all_reduce(values)
         loss_value, *squared = values.tolist()
         numbers = [value / scale**2 for value in squared]
@@ -94,7 +96,8 @@ class Engine:
 
     def zero(self) -> None:
         """Forget the gradients."""
-        self.model.zero_grad(set_to_none=True)
+        for parameter in (*self.weights.values(), *self.probes.values()):
+            parameter.grad = None
 
 
 def clip(grads: list[Tensor], norm: float, largest: float, scale: float = 1.0) -> None:
