@@ -198,6 +198,9 @@ class Compute:
     norms: Literal["megahp", "apex", "transformer-engine"] = setting(
         "megahp", "whose norm kernels; only megahp's measure the noise scale"
     )
+    fp8: Literal["none", "torchao", "transformer-engine"] = setting(
+        "none", "whose float8 products multiply hidden matrices, forward and backward"
+    )
 
 
 @dataclass(frozen=True)

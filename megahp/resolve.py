@@ -122,7 +122,7 @@ def impossible(config: Config) -> list[str]:
     name = PurePath(config.log.name)
     if not name.parts or name.is_absolute() or ".." in name.parts:
         problems.append(f"log.name = {config.log.name!r} names no folder inside log.root; choose one such as first")
-    problems += _data_stages(config)
+    problems += _data_stages(config) or _float8(config)
     if config.train.validation_samples and not data.validation_fraction:
         problems.append(
             f"train.validation_samples = {config.train.validation_samples} needs documents held out, and "
@@ -190,6 +190,35 @@ def _data_stages(config: Config) -> list[str]:
         elif weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
             problems.append(f"{key} = {list(weights)} must be shares: none below 0, and not all 0")
     return list(dict.fromkeys(problems))
+
+
+def _float8(config: Config) -> list[str]:
+    """What float8 products cannot take: other types around them, and sides on a rank that are no multiples of 16."""
+    model, tp, fp8 = config.model, config.parallel.tp, config.compute.fp8
+    if fp8 == "none":
+        return []
+    sides = [
+        ("model.width", model.width),
+        ("model.mlp_width / parallel.tp", model.mlp_width // tp),
+        ("model.heads x model.head_size / parallel.tp", model.heads * model.head_size // tp),
+        ("2 x model.kv_heads x model.head_size / parallel.tp", 2 * model.kv_heads * model.head_size // tp),
+        *(
+            ("data.sequence_length or data.lengths", stage.length // config.parallel.cp)
+            for stage in stages(config.data)
+        ),
+    ]
+    problems = [
+        f"{name} = {size} is not a multiple of 16, as compute.fp8 = {fp8!r} needs; "
+        f"nearest that are: {nearest_multiples(16, size)}"
+        for name, size in sides
+        if size % 16
+    ]
+    if config.train.dtype not in ("bfloat16", "float32"):
+        problems.append(
+            f"compute.fp8 = {fp8!r} gives bfloat16 or float32, not train.dtype = {config.train.dtype!r}; choose one of "
+            "those, or leave it out"
+        )
+    return problems
 
 
 def _repeated(words: Sequence[str]) -> list[str]:

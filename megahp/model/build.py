@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megahp.config import Config, stages
-from megahp.model.compute import arrange, replace_norms
+from megahp.model.compute import arrange, replace_norms, replace_products
 from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
 from megahp.parallel.mesh import Mesh
@@ -35,6 +35,8 @@ def build_model(config: Config, mesh: Mesh) -> Transformer:
     if config.compute.norms != "megahp":
         replace_norms(model, config.compute.norms)
     distribute(model, mesh, master)
+    if config.compute.fp8 != "none":
+        replace_products(model, config.compute.fp8, mesh.device)
     shard(model, model.blocks, mesh, compute, master)
     model.to_empty(device=mesh.device)
     initialise(model, table, config.parameterization.init_std, config.train.seed)

@@ -26,6 +26,8 @@ ALONE = {
     "parallel.sequence_parallel": False,
     "train.noise_scale": False,
     "train.device": "auto",
+    "compute.norms": "megahp",
+    "compute.fp8": "none",
 }
 
 
