@@ -150,6 +150,7 @@ class Optimizer:
     muon_lr: float = setting(0.02, "muon: peak learning rate of hidden matrices, in units of spectral norm", above=0)
     momentum: float = setting(0.95, "muon: decay of the momentum", at_least=0, below=1)
     clip: float = setting(1.0, "largest global gradient norm; 0 = no clipping", at_least=0)
+    engine: Literal["torch", "apex"] = setting("torch", "whose fused AdamW")
 
 
 @dataclass(frozen=True)

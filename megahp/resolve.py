@@ -134,6 +134,10 @@ def impossible(config: Config) -> list[str]:
             f"compute.norms = {config.compute.norms!r} cannot measure the noise scale; set train.noise_scale=false, or "
             "leave it out"
         )
+    if config.optimizer.engine == "apex" and config.train.dtype == "float64":
+        problems.append(
+            "optimizer.engine = 'apex' has no float64, the weights' type where train.dtype = 'float64'; choose another"
+        )
     if config.schedule.name == "wsd" and config.schedule.warmup + config.schedule.decay > 1:
         problems.append(
             f"schedule.warmup = {config.schedule.warmup:g} and schedule.decay = {config.schedule.decay:g} overlap; "

@@ -1,5 +1,5 @@
-"""What other engines compute for those who have them: norms, without the noise scale, and float8 products. Thin
-adapters; those of apex and Transformer Engine are tested by contract alone, neither has been run with megahp."""
+"""What other engines compute for those who have them: norms, without the noise scale, float8 products, AdamW.
+Thin adapters; those of apex and Transformer Engine are tested by contract alone, neither has been run with megahp."""
 
 from __future__ import annotations
 
@@ -59,6 +59,12 @@ def _transformer_engine(kind: str) -> Norm:
 
 def _or_zeros(bias: Tensor | None, weight: Tensor) -> Tensor:
     return weight.new_zeros(weight.shape) if bias is None else bias
+
+
+def fused_adam() -> Any:
+    """apex's FusedAdam, the class. Raises UserError when apex, or its CUDA part, is not installed."""
+    _installed("optimizer.engine", *APEX, "amp_C")
+    return _installed("optimizer.engine", *APEX, "apex.optimizers").FusedAdam
 
 
 def linear_of(engine: str, device: torch.device, outputs: int, inputs: int) -> Linear:

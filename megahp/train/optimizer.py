@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megahp import config
+from megahp.ops.engines import fused_adam
 from megahp.parallel.parameters import Row, like, part_of, storage, whole
 from megahp.scaling.batch_size import Plan
 from megahp.scaling.parameterization import Role, Rule, Table, spectral_scale
@@ -36,8 +37,8 @@ def make_optimizer(
 ) -> Optimizer:
     """The update rule that is asked for."""
     if settings.name == "muon":
-        return Muon(weights, rows, table, settings.muon_lr / settings.lr, settings.momentum)
-    return AdamW(weights, rows, table)
+        return Muon(settings, weights, rows, table)
+    return ADAMW[settings.engine](weights, rows, table)
 
 
 class AdamW:
@@ -85,6 +86,30 @@ class AdamW:
         }
 
 
+class ApexAdamW(AdamW):
+    """The same by apex's FusedAdam, which is to use our moments and our count of updates."""
+
+    def __init__(self, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table) -> None:
+        super().__init__(weights, rows, table)
+        params = [[nn.Parameter(part) for part in parts] for _, _, (parts, *_) in self.groups]
+        self.fused = fused_adam()([{"params": parts} for parts in params], adam_w_mode=True)
+        for parts, (_, _, (_, *moments)) in zip(params, self.groups, strict=True):
+            for part, *mine in zip(parts, *moments, strict=True):
+                self.fused.state[part] = dict(zip(MOMENTS, mine, strict=True))
+
+    def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
+        for group, (rule, places, _) in zip(self.fused.param_groups, self.groups, strict=True):
+            group.update(_rates(rule, plan), betas=(plan.beta1, plan.beta2), step=self.updates)
+            for part, place in zip(group["params"], places, strict=True):
+                part.grad = grads[place]
+        self.fused.step()
+        self.fused.zero_grad()
+        self.updates += 1
+
+
+ADAMW = {"torch": AdamW, "apex": ApexAdamW}
+
+
 def _rates(rule: Rule, plan: Plan) -> dict[str, Any]:
     """What of AdamW the table scales by role."""
     return {"lr": plan.lr * rule.lr, "weight_decay": plan.weight_decay * rule.weight_decay, "eps": plan.eps * rule.eps}
@@ -103,13 +128,14 @@ class Muon:
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table, ratio: float, momentum: float
+        self, settings: config.Optimizer, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table
     ) -> None:
-        self.rows, self.rule, self.ratio, self.decay = rows, table.rules[Role.HIDDEN], ratio, momentum
+        self.rows, self.rule = rows, table.rules[Role.HIDDEN]
+        self.ratio, self.decay = settings.muon_lr / settings.lr, settings.momentum
         self.names = list(weights)
         self.hidden = {name: weight for name, weight in weights.items() if rows[name].role is Role.HIDDEN}
         rest = {name: weight for name, weight in weights.items() if name not in self.hidden}
-        self.adamw = AdamW(rest, rows, table)
+        self.adamw = ADAMW[settings.engine](rest, rows, table)
         self.momentum = {name: torch.zeros_like(storage(weight)) for name, weight in self.hidden.items()}
 
     @torch.no_grad()

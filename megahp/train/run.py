@@ -20,7 +20,7 @@ from megahp.data.loader import TrainingData
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.model.build import build_model, longest, table_of
-from megahp.ops.engines import linear_of, norm_of
+from megahp.ops.engines import fused_adam, linear_of, norm_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh
 from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress, runnable, unit
@@ -86,7 +86,9 @@ def check_engines(settings: Config) -> None:
         norm_of(settings.compute.norms, settings.model.norm)
     if settings.compute.fp8 != "none":
         linear_of(settings.compute.fp8, torch.device("cpu"), 16, 16)
-    for key in ("compute.norms", "compute.fp8"):
+    if settings.optimizer.engine == "apex":
+        fused_adam()
+    for key in ("compute.norms", "compute.fp8", "optimizer.engine"):
         if (engine := config.get(settings, key)) in ("apex", "transformer-engine") and not cuda_wanted(settings):
             raise UserError(f"{key} = {engine!r} computes on CUDA devices alone; train on one, or leave it out")
 
