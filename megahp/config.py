@@ -167,6 +167,7 @@ class Optimizer:
     muon_lr: float = setting(0.02, "muon: peak learning rate of hidden matrices, in units of spectral norm", above=0)
     momentum: float = setting(0.95, "muon: decay of the momentum", at_least=0, below=1)
     clip: float = setting(1.0, "largest global gradient norm; 0 = no clipping", at_least=0)
+    engine: Literal["torch", "apex"] = setting("torch", "whose fused AdamW")
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,9 @@ class Compute:
     recompute_every: int = setting(1, "only in every so manyth block", at_least=1)
     norms: Literal["megahp", "apex", "transformer-engine"] = setting(
         "megahp", "whose norm kernels; only megahp's measure the noise scale"
+    )
+    fp8: Literal["none", "torchao", "transformer-engine"] = setting(
+        "none", "whose float8 products multiply hidden matrices, forward and backward"
     )
 
 

@@ -137,7 +137,7 @@ def impossible(config: Config) -> list[str]:
     if not name.parts or name.is_absolute() or ".." in name.parts:
         problems.append(f"log.name = {config.log.name!r} names no folder inside log.root; choose one such as first")
     problems += _pipeline(config)
-    problems += _data_stages(config)
+    problems += _data_stages(config) or _float8(config)
     if config.train.validation_samples and not data.validation_fraction:
         problems.append(
             f"train.validation_samples = {config.train.validation_samples} needs documents held out, and "
@@ -148,6 +148,10 @@ def impossible(config: Config) -> list[str]:
         problems.append(
             f"compute.norms = {config.compute.norms!r} cannot measure the noise scale; set train.noise_scale=false, or "
             "leave it out"
+        )
+    if config.optimizer.engine == "apex" and config.train.dtype == "float64":
+        problems.append(
+            "optimizer.engine = 'apex' has no float64, the weights' type where train.dtype = 'float64'; choose another"
         )
     if config.schedule.name == "wsd" and config.schedule.warmup + config.schedule.decay > 1:
         problems.append(
@@ -293,6 +297,37 @@ def _unit_of_lengths(config: Config) -> tuple[int, str]:
     causes = [f"parallel.cp = {cp}"] * (cp > 1) + [f"parallel.sequence_parallel over parallel.tp = {tp}"] * (tp > 1)
     multiple = math.lcm(2 * cp, cp * tp) if cp > 1 else tp
     return multiple, f"{' and '.join(causes)} need{'s' * (len(causes) == 1)}"
+
+
+def _float8(config: Config) -> list[str]:
+    """What float8 products cannot take: other types around them, and sides on a rank that are no multiples of 16."""
+    model, tp, fp8 = config.model, config.parallel.tp, config.compute.fp8
+    if fp8 == "none":
+        return []
+    sides = [
+        ("model.width", model.width),
+        ("model.mlp_width / parallel.tp", model.mlp_width // tp),
+        ("model.heads x model.head_size / parallel.tp", model.heads * model.head_size // tp),
+        ("2 x model.kv_heads x model.head_size / parallel.tp", 2 * model.kv_heads * model.head_size // tp),
+        *(
+            ("data.sequence_length or data.lengths", stage.length // config.parallel.cp)
+            for stage in stages(config.data)
+        ),
+    ]
+    problems = [
+        f"{name} = {size} is not a multiple of 16, as compute.fp8 = {fp8!r} needs; "
+        f"nearest that are: {nearest_multiples(16, size)}"
+        for name, size in sides
+        if size % 16
+    ]
+    if model.experts:
+        problems.append(f"compute.fp8 = {fp8!r} is not there for experts; leave it out, or leave out model.experts")
+    if config.train.dtype not in ("bfloat16", "float32"):
+        problems.append(
+            f"compute.fp8 = {fp8!r} gives bfloat16 or float32, not train.dtype = {config.train.dtype!r}; choose one of "
+            "those, or leave it out"
+        )
+    return problems
 
 
 def _repeated(words: Sequence[str]) -> list[str]:

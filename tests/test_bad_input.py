@@ -138,6 +138,11 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("train run.toml train.start_from=runs/done schedule.start=10240", ["schedule.start = 10240", "10240"]),
         ("train run.toml compute.norms=apex", ["compute.norms = 'apex'", "train.noise_scale=false"]),
         ("train run.toml compute.norms=apex train.noise_scale=false", ["compute.norms = 'apex'", "not installed"]),
+        (
+            "train run.toml optimizer.engine=apex",
+            ["optimizer.engine = 'apex'", "not installed", "github.com/NVIDIA/apex"],
+        ),
+        ("train run.toml compute.fp8=transformer-engine", ["compute.fp8 = 'transformer-engine'", "not installed"]),
         ("train run.toml compute.recompute_every=2", ["compute.recompute_every", "needs selective or full"]),
         ("train run.toml optimizer.momentum=0.9", ["optimizer.momentum", "needs muon"]),
         ("sample runs/nowhere", ["runs/nowhere"]),

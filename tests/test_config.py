@@ -26,12 +26,12 @@ schedule.name schedule.start schedule.warmup schedule.floor schedule.decay sched
 batch.policy batch.global_batch batch.micro_batch batch.largest batch.rule batch.increment batch.ramp_samples
 batch.table batch.target batch.noise_to_total batch.look_every batch.delay batch.hysteresis batch.growth
 optimizer.name optimizer.lr optimizer.weight_decay optimizer.beta1 optimizer.beta2 optimizer.eps
-optimizer.muon_lr optimizer.momentum optimizer.clip
+optimizer.muon_lr optimizer.momentum optimizer.clip optimizer.engine
 parallel.tp parallel.pp parallel.schedule parallel.stages_per_rank parallel.split parallel.cp parallel.ep
 parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel parallel.zero parallel.reduce parallel.prefetch
 train.start_from train.tokens train.steps train.dtype train.device train.seed train.noise_scale train.noise_half_life
 train.validate_every train.validation_samples
-compute.compile compute.recompute compute.recompute_every compute.norms
+compute.compile compute.recompute compute.recompute_every compute.norms compute.fp8
 checkpoint.every checkpoint.keep
 log.name log.root log.every log.tensorboard log.wandb log.wandb_project
 """
@@ -159,6 +159,16 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
         ),
         (["model.experts=8", "model.bias=true"], ["model.bias = true", "model.bias=false"]),
         (["--rank", "2"], ["--rank"]),
+        (
+            ["compute.fp8=torchao", "model.mlp_width=48", "parallel.tp=2"],
+            ["model.mlp_width / parallel.tp = 24", "compute.fp8 = 'torchao'", "16, 32"],
+        ),
+        (["compute.fp8=torchao", "model.heads=5", "model.head_size=8"], ["model.heads x model.head_size", "32, 48"]),
+        (["compute.fp8=torchao", "model.kv_heads=1", "model.head_size=4"], ["2 x model.kv_heads", "= 8", "16"]),
+        (["compute.fp8=torchao", "model.width=264"], ["model.width = 264", "256, 272"]),
+        (["compute.fp8=torchao", 'data.lengths=["1e6:8"]'], ["data.lengths = 8", "16"]),
+        (["optimizer.engine=apex", "train.dtype=float64"], ["optimizer.engine = 'apex'", "float64"]),
+        (["compute.fp8=torchao", "train.dtype=float16"], ["compute.fp8", "train.dtype = 'float16'", "bfloat16"]),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path: Path, overrides: list[str], words: list[str]) -> None:

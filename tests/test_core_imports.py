@@ -12,7 +12,7 @@ from megahp.data.indexed import IndexedWriter
 
 ALONE = """
 import sys
-for name in ("sentencepiece", "tokenizers", "zstandard", "rich", "matplotlib", "tensorboard", "wandb"):
+for name in ("sentencepiece", "tokenizers", "zstandard", "rich", "matplotlib", "tensorboard", "wandb", "torchao"):
     sys.modules[name] = None  # importing it now raises ImportError
 from megahp.cli import main
 sys.exit(main(["train", "run.toml", "train.steps=2", "log.tensorboard=false"]))

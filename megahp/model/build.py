@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from megahp.config import Config, stages
-from megahp.model.compute import arrange, replace_norms
+from megahp.model.compute import arrange, replace_norms, replace_products
 from megahp.model.moe import routers
 from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
@@ -89,6 +89,8 @@ def _stage(config: Config, mesh: Mesh, blocks: range) -> Transformer:
     if config.compute.norms != "megahp":
         replace_norms(model, config.compute.norms)
     distribute(model, mesh, master)
+    if config.compute.fp8 != "none":
+        replace_products(model, config.compute.fp8, mesh.device)
     shard(model, model.blocks.values(), mesh, config.parallel, model.dtype, master)
     model.to_empty(device=mesh.device)
     initialise(model, model.table, config.parameterization.init_std, config.train.seed)

@@ -1,13 +1,13 @@
-"""How blocks are computed: compiled, or with activations computed again in the backward pass.
+"""How blocks are computed: compiled, with activations computed again in the backward pass, by other engines.
 
-Nothing of it changes what they compute, and since it stays inside a block's forward pass, hooks, names and shards are
-as they were.
+Nothing of it but float8 changes what they compute, and since it stays inside a block's forward pass, hooks, names and
+shards are as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint
 
 from megahp import config
 from megahp.model.norm import LayerNorm, RMSNorm
-from megahp.ops.engines import norm_of
+from megahp.ops.engines import linear_of, norm_of
+from megahp.parallel.parameters import storage
+from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from megahp.scaling.parameterization import Role
 
 aten = torch.ops.aten
 # What selective recomputation keeps: the operations that cost most for a byte of their result.
@@ -54,6 +57,15 @@ def replace_norms(model: nn.Module, engine: str) -> None:
     for module in model.modules():
         if isinstance(module, RMSNorm | LayerNorm):
             module.engine = norm_of(engine, "rmsnorm" if isinstance(module, RMSNorm) else "layernorm")
+
+
+def replace_products(model: nn.Module, engine: str, device: torch.device) -> None:
+    """Let an engine multiply by the hidden matrices in float8: not by embedding or unembedding. The model's weights are
+    this tp rank's parts, on any device; it will compute on this one. Raises UserError."""
+    linear = cache(partial(linear_of, engine, device))  # one for all blocks, or each would be compiled anew
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.rows["weight"].role is Role.HIDDEN:
+            module.linear = linear(*storage(module.weight).shape)
 
 
 def recomputed(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:

@@ -50,9 +50,9 @@ def shard(
 def before(model: nn.Module, last: bool, parallel: config.Parallel) -> None:
     """Prepare the next forward and backward pass, the step's last one or not: whether gradients are communicated
     after it, and whether the gathered weights are kept."""
-    for unit in _units(model)[:1]:
-        unit.set_requires_gradient_sync(last or parallel.reduce == "every")
-        unit.set_reshard_after_backward(last or parallel.zero_level > 1)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or parallel.reduce == "every")
+        model.set_reshard_after_backward(last or parallel.zero_level > 1)
 
 
 def _prefetch(units: list[FSDPModule], count: int) -> None:

@@ -227,22 +227,23 @@ def counted_once(weight: Tensor, row: Row, mesh: Mesh) -> bool:
     return mesh.is_first(tuple(copied))
 
 
+@torch.no_grad()
 def sum_gradients(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:
     """Sum each gradient over its row's axes, with one collective an axis. Data parallelism has been summed by FSDP2."""
-    grads = {name: storage(weight.grad) for name, weight in weights.items() if weight.grad is not None}
     for axis in AXES:
-        _sum([grad for name, grad in grads.items() if axis in table[name].sum_over], mesh.group(axis))
+        if mesh.group(axis).size() > 1:
+            _sum([weight.grad for name, weight in weights.items() if axis in table[name].sum_over], mesh.group(axis))
     if mesh.ends:
-        _sum([grad for name, grad in grads.items() if table[name].tied], mesh.ends)
+        _sum([weight.grad for name, weight in weights.items() if table[name].tied], mesh.ends)
 
 
-def _sum(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+def _sum(grads: Sequence[Tensor | None], group: dist.ProcessGroup) -> None:
     """Sum each over the group, in place, with one collective."""
-    if tensors and group.size() > 1:
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if parts := [local(grad) for grad in grads if grad is not None]:
+        flat = torch.cat([part.reshape(-1) for part in parts])
         dist.all_reduce(flat, group=group)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+        sums = flat.split([part.numel() for part in parts])
+        torch._foreach_copy_(parts, [total.view_as(part) for total, part in zip(sums, parts, strict=True)])
 
 
 def check_copies(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megahp.ops.engines import Linear
 from megahp.parallel.collectives import copy_to, gather_from, sum_from, sum_scatter
 from megahp.parallel.context import own_tokens
 from megahp.parallel.mesh import TensorAxis
@@ -36,13 +37,14 @@ class ColumnParallelLinear(Module):
         self, inputs: int, outputs: int, bias: bool, role: Role = Role.HIDDEN, fused: tuple[int, ...] = ()
     ) -> None:
         super().__init__()
+        self.linear: Linear = F.linear
         self.parameter("weight", (outputs, inputs), Row(role, tp_dim=0, fused=fused))
         if bias:
             self.parameter("bias", (outputs,), Row(Role.BIAS, tp_dim=0, start=0.0))
 
     def forward(self, x: Tensor) -> Tensor:
         bias = local(self.bias).to(x.dtype) if "bias" in self.rows else None
-        return F.linear(x, local(self.weight).to(x.dtype), bias)
+        return self.linear(x, local(self.weight).to(x.dtype), bias)
 
 
 class RowParallelLinear(Module):
@@ -51,12 +53,13 @@ class RowParallelLinear(Module):
     def __init__(self, inputs: int, outputs: int, bias: bool, axis: TensorAxis) -> None:
         super().__init__()
         self.axis = axis
+        self.linear: Linear = F.linear
         self.parameter("weight", (outputs, inputs), Row(Role.HIDDEN, tp_dim=1))
         if bias:
             self.parameter("bias", (outputs,), Row(Role.BIAS, sum_over=axis.spread, start=0.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = leave(F.linear(x, local(self.weight).to(x.dtype)), self.axis)
+        y = leave(self.linear(x, local(self.weight).to(x.dtype), None), self.axis)
         return y + local(self.bias).to(x.dtype) if "bias" in self.rows else y
 
 

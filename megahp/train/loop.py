@@ -56,6 +56,7 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
             if settings.train.dtype == "float16":
                 run.loss_scale.update(measured.finite)
             run.engine.zero()
+            del grads  # or they would lie in memory beside the next step's
             run.progress = run.progress.after(plan)
             change = run.batch_plan.look(run.progress, run.noise.pooled.ratio)
             seconds = time.monotonic() - began

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megahp import config
+from megahp.ops.engines import fused_adam
 from megahp.parallel.parameters import Row, like, part_of, storage, whole
 from megahp.scaling.batch_size import Plan
 from megahp.scaling.parameterization import Role, Rule, Table, spectral_scale
@@ -40,55 +41,82 @@ def make_optimizer(
 ) -> Optimizer:
     """The update rule that is asked for. group: the ranks that hold these weights, or parts or copies of them."""
     if settings.name == "muon":
-        return Muon(weights, rows, table, settings.muon_lr / settings.lr, settings.momentum, group)
-    return AdamW(weights, rows, table)
+        return Muon(settings, weights, rows, table, group)
+    return ADAMW[settings.engine](weights, rows, table)
 
 
 class AdamW:
-    """torch's AdamW over plain local tensors that share storage with the weights.
+    """torch's fused AdamW, one call a role, over plain local tensors that share storage with the weights.
 
     The update is elementwise, so a part of a weight is updated as the whole would be, on any layout.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table) -> None:
-        self.weights = weights
-        self.parts = {name: nn.Parameter(storage(weight)) for name, weight in weights.items()}
-        groups: dict[Role, list[nn.Parameter]] = {}
-        for name, part in self.parts.items():
-            groups.setdefault(rows[name].role, []).append(part)
-        self.adamw = torch.optim.AdamW([{"params": parts, "role": role} for role, parts in groups.items()], fused=True)
-        self.rules: dict[Role, Rule] = dict(table.rules)
-        for part in self.parts.values():
-            self.adamw.state[part] = {"step": torch.zeros((), device=part.device)} | {
-                moment: torch.zeros_like(part) for moment in MOMENTS
-            }
+        self.weights, self.updates = weights, 0
+        parts = [storage(weight) for weight in weights.values()]
+        self.moments = [[torch.zeros_like(part) for part in parts] for _ in MOMENTS]
+        by_role: dict[Role, list[int]] = {}
+        for place, name in enumerate(weights):
+            by_role.setdefault(rows[name].role, []).append(place)
+        self.groups = [
+            (table.rules[role], places, [[tensors[place] for place in places] for tensors in (parts, *self.moments)])
+            for role, places in by_role.items()
+        ]
 
+    @torch.no_grad()
     def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
-        for group in self.adamw.param_groups:
-            rule = self.rules[group["role"]]
-            group["lr"] = plan.lr * rule.lr
-            group["weight_decay"] = plan.weight_decay * rule.weight_decay
-            group["betas"] = (plan.beta1, plan.beta2)
-            group["eps"] = plan.eps * rule.eps
-        for part, grad in zip(self.parts.values(), grads, strict=True):
-            part.grad = grad
-        self.adamw.step()
+        self.updates += 1
+        count = torch.full((), float(self.updates), device=grads[0].device)  # the kernel reads it there
+        for rule, places, (parts, exp_avg, exp_avg_sq) in self.groups:
+            torch._fused_adamw_(  # torch.optim would sort the lists by type first, which takes as long again
+                parts,
+                [grads[place] for place in places],
+                exp_avg,
+                exp_avg_sq,
+                [],
+                [count] * len(parts),
+                **_rates(rule, plan),
+                beta1=plan.beta1,
+                beta2=plan.beta2,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def state(self) -> dict[str, Tensor]:
         return {
-            f"{moment}.{name}": like(self.weights[name], self.adamw.state[part][moment])
-            for name, part in self.parts.items()
-            for moment in MOMENTS
+            f"{moment}.{name}": like(weight, part)
+            for moment, parts in zip(MOMENTS, self.moments, strict=True)
+            for (name, weight), part in zip(self.weights.items(), parts, strict=True)
         }
 
-    @property
-    def updates(self) -> int:
-        return int(next(iter(self.adamw.state.values()))["step"].item())
 
-    @updates.setter
-    def updates(self, count: int) -> None:
-        for state in self.adamw.state.values():
-            state["step"].fill_(count)
+class ApexAdamW(AdamW):
+    """The same by apex's FusedAdam, which is to use our moments and our count of updates."""
+
+    def __init__(self, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table) -> None:
+        super().__init__(weights, rows, table)
+        params = [[nn.Parameter(part) for part in parts] for _, _, (parts, *_) in self.groups]
+        self.fused = fused_adam()([{"params": parts} for parts in params], adam_w_mode=True)
+        for parts, (_, _, (_, *moments)) in zip(params, self.groups, strict=True):
+            for part, *mine in zip(parts, *moments, strict=True):
+                self.fused.state[part] = dict(zip(MOMENTS, mine, strict=True))
+
+    def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
+        for group, (rule, places, _) in zip(self.fused.param_groups, self.groups, strict=True):
+            group.update(_rates(rule, plan), betas=(plan.beta1, plan.beta2), step=self.updates)
+            for part, place in zip(group["params"], places, strict=True):
+                part.grad = grads[place]
+        self.fused.step()
+        self.fused.zero_grad()
+        self.updates += 1
+
+
+ADAMW = {"torch": AdamW, "apex": ApexAdamW}
+
+
+def _rates(rule: Rule, plan: Plan) -> dict[str, Any]:
+    """What of AdamW the table scales by role."""
+    return {"lr": plan.lr * rule.lr, "weight_decay": plan.weight_decay * rule.weight_decay, "eps": plan.eps * rule.eps}
 
 
 class Muon:
@@ -106,25 +134,24 @@ class Muon:
 
     def __init__(
         self,
+        settings: config.Optimizer,
         weights: Mapping[str, Tensor],
         rows: Mapping[str, Row],
         table: Table,
-        ratio: float,
-        momentum: float,
         group: dist.ProcessGroup,
     ) -> None:
-        self.group = group
-        self.rows, self.rule, self.ratio, self.decay = rows, table.rules[Role.HIDDEN], ratio, momentum
+        self.rows, self.rule, self.group = rows, table.rules[Role.HIDDEN], group
+        self.ratio, self.decay = settings.muon_lr / settings.lr, settings.momentum
         self.names = list(weights)
         self.hidden = {name: weight for name, weight in weights.items() if rows[name].role is Role.HIDDEN}
         rest = {name: weight for name, weight in weights.items() if name not in self.hidden}
-        self.adamw = AdamW(rest, rows, table)
+        self.adamw = ADAMW[settings.engine](rest, rows, table)
         self.momentum = {name: torch.zeros_like(storage(weight)) for name, weight in self.hidden.items()}
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
         by_name = dict(zip(self.names, grads, strict=True))
-        self.adamw.step([by_name[name] for name in self.adamw.parts], plan)
+        self.adamw.step([by_name[name] for name in self.adamw.weights], plan)
         names, ranks = list(self.hidden), self.group.size()
         for start in range(0, len(names), ranks):
             self._update(names[start : start + ranks], by_name, plan)

@@ -20,7 +20,7 @@ from megahp.data.loader import TrainingData
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.model.build import build_model, longest, table_of
-from megahp.ops.engines import norm_of
+from megahp.ops.engines import fused_adam, linear_of, norm_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh
 from megahp.parallel.parameters import check_copies, saved
@@ -42,8 +42,7 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
     and on resume that the run is the same one. Returns the settings with the vocabulary filled in. Raises UserError."""
     check_batch(settings, layout)
     check_devices(settings, ranks_here)
-    if settings.compute.norms != "megahp":
-        norm_of(settings.compute.norms, settings.model.norm)
+    check_engines(settings)
     if settings.log.wandb != "off":
         check_wandb()
     if not settings.data.train:
@@ -83,6 +82,19 @@ def check_batch(settings: Config, layout: Layout) -> None:
             f"batch.global_batch = {batch.global_batch} is {wanted} ({of}); "
             f"nearest that can be: {', '.join(map(str, nearest))}"
         )
+
+
+def check_engines(settings: Config) -> None:
+    """Raise UserError when an engine that is asked for is not installed, or cannot compute on the run's device."""
+    if settings.compute.norms != "megahp":
+        norm_of(settings.compute.norms, settings.model.norm)
+    if settings.compute.fp8 != "none":
+        linear_of(settings.compute.fp8, torch.device("cpu"), 16, 16)
+    if settings.optimizer.engine == "apex":
+        fused_adam()
+    for key in ("compute.norms", "compute.fp8", "optimizer.engine"):
+        if (engine := config.get(settings, key)) in ("apex", "transformer-engine") and not cuda_wanted(settings):
+            raise UserError(f"{key} = {engine!r} computes on CUDA devices alone; train on one, or leave it out")
 
 
 def check_start(settings: Config, layout: Layout, path: Path) -> None:

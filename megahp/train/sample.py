@@ -30,7 +30,7 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
         )
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt is not valid UTF-8; give it as text")
-    settings = replace(read_config(run), parallel=config.Parallel())
+    settings = replace(read_config(run), parallel=config.Parallel(), compute=config.Compute())
     settings = config.with_values(settings, {"train.noise_scale": False, "train.device": "auto"})
     path = checkpoint.latest(run / "checkpoints")
     if path is None:

@@ -19,7 +19,7 @@ from megahp.model.moe import routers
 from megahp.parallel import data as data_parallel
 from megahp.parallel.context import own_tokens
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import counted_once, parameters, probes, storage, sum_gradients
+from megahp.parallel.parameters import counted_once, local, parameters, probes, sum_gradients
 from megahp.parallel.pipeline import Pipeline
 
 FIRST_SCALE = 65536.0
@@ -53,19 +53,17 @@ class Engine:
         self.routers = {name: router for stage in self.stages for name, router in routers(stage).items()}
         self.probes = {name: probe for stage in self.stages for name, probe in probes(stage).items()}
         self.pipeline = Pipeline(model.stages, parallel, mesh, self.stages[0].stream) if parallel.pp > 1 else None
-        # of the ranks that hold the same value one speaks: a loss is that of the rank's tokens, before tp splits them,
-        # and probes have been summed over the ranks an example lies on
-        mine = [counted_once(weight, self.rows[name], mesh) for name, weight in self.weights.items()]
-        self.weights_counted = torch.tensor(mine, dtype=torch.float64, device=mesh.device)
-        self.first_of_tokens, self.first_of_example = mesh.is_first(("tp",)), mesh.is_first(("cp", "tp"))
         # what a step measures over all stages, name -> how many numbers; and where this rank's stand among them
-        self.sizes = (
-            {"loss": 1} | {f"{name}.probe": size for name, size in model.probes.items()} | dict.fromkeys(self.rows, 1)
-        )
+        probe_sizes = {f"{name}.probe": size for name, size in model.probes.items()}
+        self.sizes = {"loss": 1, **probe_sizes, **dict.fromkeys(self.rows, 1)}
         ends = dict(zip(self.sizes, accumulate(self.sizes.values()), strict=True))
-        own = ["loss", *(f"{name}.probe" for name in self.probes), *self.weights]
-        places = [torch.arange(ends[name] - self.sizes[name], ends[name]) for name in own]
-        self.places = torch.cat(places).to(mesh.device)
+        own = {"loss": mesh.is_first(("tp",))} | {f"{name}.probe": self._speaks(name) for name in self.probes}
+        own |= {name: counted_once(weight, self.rows[name], mesh) for name, weight in self.weights.items()}
+        self.places = torch.cat([torch.arange(ends[name] - self.sizes[name], ends[name]) for name in own]).to(
+            mesh.device
+        )
+        counted = [float(counts) for name, counts in own.items() for _ in range(self.sizes[name])]
+        self.counted = torch.tensor(counted, dtype=torch.float64, device=mesh.device)
 
     def forward_backward(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float = 1.0) -> Tensor:
         """Add up the gradients of `scale` times the mean loss over `tokens` tokens of the global batch, from this
@@ -111,19 +109,24 @@ class Engine:
         }
         return inputs if batch.documents is None else {**inputs, "documents": batch.documents}
 
+    def _speaks(self, probe: str) -> bool:
+        """Whether this rank is the one, of those that hold the same value, whose counts. A router's is, as a loss is, of
+        the rank's tokens, before tp splits them; a norm's has been summed over the ranks an example lies on."""
+        return self.mesh.is_first(("tp",) if probe in self.routers else ("cp", "tp"))
+
+    @torch.no_grad()  # without autograd a DTensor's part is an attribute; a detour through it takes 100 times as long
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the gradients, in the order of the weights."""
-        return [storage(weight.grad) for weight in self.weights.values()]  # type: ignore[arg-type]
+        return [local(weight.grad) for weight in self.weights.values()]  # type: ignore[arg-type]
 
     @torch.no_grad()
     def measure(self, loss: Tensor, grads: list[Tensor], batch: int, scale: float = 1.0) -> Measurement:
         """Reduce loss, squared gradient norms and probes of one step of `batch` sequences over all ranks and bring them
         to the host, the scale of the gradients taken out."""
-        speaks = {name: self.first_of_tokens if name in self.routers else self.first_of_example for name in self.probes}
-        measured = [probe.grad.double().view(-1) * speaks[name] for name, probe in self.probes.items()]  # type: ignore[union-attr]
-        by_weight = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square() * self.weights_counted
+        squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square()
+        probed = [probe.grad.view(-1) for probe in self.probes.values()]  # type: ignore[union-attr]
         values = torch.zeros(sum(self.sizes.values()), dtype=torch.float64, device=loss.device)
-        values[self.places] = torch.cat((loss[None] * self.first_of_tokens, *measured, by_weight))
+        values[self.places] = torch.cat((loss[None], *probed, squares)) * self.counted
         dist.all_reduce(values)
         found = dict(zip(self.sizes, values.cpu().split(list(self.sizes.values())), strict=True))
         routed = {name: found[f"{name}.probe"] for name in self.model.routers}
@@ -146,8 +149,8 @@ class Engine:
 
     def zero(self) -> None:
         """Forget the gradients."""
-        for stage in self.stages:
-            stage.zero_grad(set_to_none=True)
+        for parameter in (*self.weights.values(), *self.probes.values()):
+            parameter.grad = None
 
 
 def clip(grads: list[Tensor], norm: float, largest: float, scale: float = 1.0) -> None:

@@ -1,8 +1,12 @@
-"""The contract of the adapters to other engines' norms, against stand-ins with the signatures the engines document."""
+"""The contract of the adapters to other engines, against stand-ins with the signatures the engines document."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +18,7 @@ from distributed.training import Training, settings_of
 from torch import Tensor, nn
 
 from megahp.errors import UserError
-from megahp.ops.engines import norm_of
+from megahp.ops.engines import linear_of, norm_of
 
 
 def fused_rms_norm_affine(x: Tensor, weight: Tensor, shape: Any, eps: float = 1e-6) -> Tensor:
@@ -45,13 +49,52 @@ class LayerNorm(RMSNorm):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+class Linear(nn.Module):
+    """Multiplies only while the recipe of its `autocast` is in force, and only by weights of its own size."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, device: str = "cuda") -> None:
+        super().__init__()
+        assert not bias
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device))
+        self.shape = self.weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert RECIPES and self.weight.shape == self.shape and self.weight.dtype == x.dtype
+        return F.linear(x, self.weight)
+
+
+@dataclass(frozen=True)
+class QParams:
+    power_2_scale: bool = False
+
+
+class Float8CurrentScaling:
+    fp8_quant_fwd_inp = fp8_quant_fwd_weight = fp8_quant_bwd_grad = QParams()
+
+
+RECIPES: list[Float8CurrentScaling] = []  # those in force
+
+
+@contextlib.contextmanager
+def autocast(enabled: bool = True, recipe: Float8CurrentScaling | None = None) -> Iterator[None]:
+    assert enabled and recipe and not RECIPES
+    assert recipe.fp8_quant_fwd_inp.power_2_scale and recipe.fp8_quant_fwd_weight.power_2_scale
+    assert recipe.fp8_quant_bwd_grad.power_2_scale
+    RECIPES.append(recipe)
+    yield
+    RECIPES.pop()
+
+
 def install(names: dict[str, Any]) -> None:
-    for package in ("apex", "apex.normalization", "transformer_engine"):
+    for package in ("apex", "apex.normalization", "transformer_engine", "transformer_engine.common"):
         names[package] = ModuleType(package)
     apex = names["apex.normalization.fused_layer_norm"] = ModuleType("fused_layer_norm")
     apex.fused_rms_norm_affine, apex.fused_layer_norm_affine = fused_rms_norm_affine, fused_layer_norm_affine  # type: ignore[attr-defined]
     engine = names["transformer_engine.pytorch"] = ModuleType("pytorch")
     engine.RMSNorm, engine.LayerNorm = RMSNorm, LayerNorm  # type: ignore[attr-defined]
+    engine.Linear, engine.autocast = Linear, autocast  # type: ignore[attr-defined]
+    recipes = names["transformer_engine.common.recipe"] = ModuleType("recipe")
+    recipes.Float8CurrentScaling, recipes.QParams = Float8CurrentScaling, QParams  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("engine", ["apex", "transformer-engine"])
@@ -78,19 +121,57 @@ def test_an_engine_gets_what_it_asks_for(
     assert weight.grad is not None and weight.grad.abs().sum() > 0 and x.grad is not None
 
 
-def steps_with(words: tuple[str, ...]) -> list[float]:
+def test_transformer_engine_gets_what_it_asks_for_to_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {}
+    install(names)
+    for name, module in names.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator).requires_grad_() for shape in ((3, 5, 8), (4, 8), (4,)))
+    linear = linear_of("transformer-engine", torch.device("cpu"), 4, 8)
+    for b in (bias, None):
+        torch.testing.assert_close(linear(x, weight, b), F.linear(x, weight, b))
+    linear(x, weight, None).sum().backward()
+    assert weight.grad is not None and x.grad is not None and RECIPES == []
+
+
+WAYS = {
+    "plain": (),
+    "norms of apex": ("compute.norms=apex",),
+    "norms of transformer-engine": ("compute.norms=transformer-engine",),
+    "products of transformer-engine": ("compute.fp8=transformer-engine", "train.dtype=float32"),
+}
+
+
+def losses_of_every_way() -> dict[str, list[float]]:
     install(sys.modules)  # type: ignore[arg-type]
-    training = Training(settings_of("gpt2", "train.noise_scale=false", "train.dtype=float64", *words))
-    return [training.step()["measured"]["loss"] for _ in range(2)]
+    found = {}
+    for name, words in WAYS.items():
+        size = ("model.head_size=16", "train.noise_scale=false", "train.dtype=float64")
+        training = Training(settings_of("gpt2", *size, *words))
+        found[name] = [training.step()["measured"]["loss"] for _ in range(2)]
+    return found
 
 
-@pytest.mark.parametrize("engine", ["apex", "transformer-engine"])
-def test_a_model_trains_the_same_with_another_engines_norms(engine: str) -> None:
-    found = world.run(1, steps_with, (f"compute.norms={engine}",))[0]
-    assert found == pytest.approx(world.run(1, steps_with, ())[0], rel=1e-12)
+def test_a_model_trains_the_same_with_another_engine() -> None:
+    found = world.run(1, losses_of_every_way)[0]
+    for name, words in WAYS.items():
+        rtol = 1e-6 if "train.dtype=float32" in words else 1e-12
+        assert found[name] == pytest.approx(found["plain"], rel=rtol), name
 
 
 def test_a_missing_engine_is_a_users_mistake() -> None:
     for engine, words in (("apex", "github.com/NVIDIA/apex"), ("transformer-engine", "pip install transformer-engine")):
         with pytest.raises(UserError, match=words):
             norm_of(engine, "rmsnorm")
+    with pytest.raises(UserError, match="compute.fp8 = 'transformer-engine' is not installed"):
+        linear_of("transformer-engine", torch.device("cpu"), 16, 16)
+
+
+def test_a_half_installed_engine_is_one_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the empty package says that PyPI has under the name, without the parts that compute."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine/__init__.py").write_text("raise RuntimeError('Found empty meta package')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="not installed .Found empty meta package"):
+        norm_of("transformer-engine", "rmsnorm")
