@@ -110,7 +110,7 @@ class Engine:
         return inputs if batch.documents is None else {**inputs, "documents": batch.documents}
 
     def _speaks(self, probe: str) -> bool:
-        """Whether this rank is the one, of those that hold the same value, whose counts. A router's is, as a loss is, of
+        """Whether this rank is the one, of those that hold the same value, whose counts. A router's is, as a loss, of
         the rank's tokens, before tp splits them; a norm's has been summed over the ranks an example lies on."""
         return self.mesh.is_first(("tp",) if probe in self.routers else ("cp", "tp"))
 
