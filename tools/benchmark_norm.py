@@ -23,13 +23,16 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megahp.errors import UserError
 from megahp.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from megahp.ops.engines import norm_of
 
 Norm = Callable[..., Tensor | tuple[Tensor, Tensor]]  # of x, and of the branch where one is added
 OPS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
@@ -92,22 +95,10 @@ def of_quack(op: str, weight: Tensor, bias: Tensor) -> Norm:
     return adding(norm) if op.startswith("add") else norm
 
 
-def of_apex(op: str, weight: Tensor, bias: Tensor) -> Norm:
-    from apex.normalization import fused_layer_norm
-
-    shape = weight.shape
-    if op.endswith("rms_norm"):
-        norm = lambda x: fused_layer_norm.fused_rms_norm_affine(x, weight, shape, EPS)  # noqa: E731
-    else:
-        norm = lambda x: fused_layer_norm.fused_layer_norm_affine(x, weight, bias, shape, EPS)  # noqa: E731
-    return adding(norm) if op.startswith("add") else norm
-
-
-def of_transformer_engine(op: str, weight: Tensor, bias: Tensor) -> Norm:
-    from transformer_engine import pytorch
-
-    kind = pytorch.RMSNorm if op.endswith("rms_norm") else pytorch.LayerNorm
-    norm = kind(weight.shape[0], eps=EPS, device=weight.device, dtype=weight.dtype)
+def of_engine(engine: str, op: str, weight: Tensor, bias: Tensor) -> Norm:
+    """As megahp's `compute.norms` calls it."""
+    theirs = norm_of(engine, "rmsnorm" if op.endswith("rms_norm") else "layernorm")
+    norm = lambda x: theirs(x, weight, bias, EPS)  # noqa: E731
     return adding(norm) if op.startswith("add") else norm
 
 
@@ -116,8 +107,8 @@ PEERS: dict[str, Callable[[str, Tensor, Tensor], Norm]] = {
     "compiled": compiled,
     "liger": of_liger,
     "quack": of_quack,
-    "apex": of_apex,
-    "te": of_transformer_engine,
+    "apex": partial(of_engine, "apex"),
+    "te": partial(of_engine, "transformer-engine"),
 }
 
 
@@ -147,7 +138,7 @@ def candidates(op: str, weight: Tensor, bias: Tensor, probe: Tensor, peers: list
     for name in peers:
         try:
             norms[name] = PEERS[name](op, weight, bias)
-        except ImportError:
+        except (ImportError, UserError):
             continue
     return norms
 

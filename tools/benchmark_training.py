@@ -17,8 +17,9 @@ time is that of rank 0's process, all threads: with OMP_NUM_THREADS=1 it is what
 others use too; with several threads it also counts their waiting for each other.
 
 MFU: model FLOPs (megahp/scaling/flops.py, attention counted causally, by half) over the peak of all ranks' devices.
-The JSON holds mfu_full_attention, with all of attention as nanoGPT, PaLM and torchtitan count it, and hfu, with what
-is recomputed. The peak is NVIDIA's for dense bf16, where known, or --peak-tflops; without one there is no MFU.
+The JSON holds mfu_full_attention, with all of attention as nanoGPT, PaLM and torchtitan count it, and hfu, with the
+layers that megahp computes again (compute.recompute=full). The peak is NVIDIA's for dense bf16, where known, or
+--peak-tflops; without one there is no MFU.
 
 Peak memory: on CUDA this contestant's own, of rank 0's device; on a CPU that of rank 0's process, with every
 contestant in it, so that it tells of one only if that ran alone.
@@ -408,7 +409,10 @@ def row_of(case: Case, arguments: argparse.Namespace, name: str, lane: Lane, dev
     """Everything known of one contestant."""
     settings, seconds = case.settings, statistics.median(lane.seconds)
     tokens = settings.batch.global_batch * settings.data.sequence_length
-    flops, full = (training_flops(settings.model, settings.data.sequence_length, causal) for causal in (True, False))
+    flops, full, hardware = (
+        training_flops(settings.model, settings.data.sequence_length, causal, again)
+        for causal, again in ((True, 0), (False, 0), (True, recomputed_layers(settings) if name in MEGAHP else 0))
+    )
     peak = peak_of(device, case.dtype, arguments.peak_tflops) * arguments.ranks
     split, costliest = profiled(lambda: time_of(lane.contestant, PROFILED_STEPS, device)[0], PROFILED_STEPS, device)
     return {
@@ -425,11 +429,17 @@ def row_of(case: Case, arguments: argparse.Namespace, name: str, lane: Lane, dev
         "model_flops_per_token": flops,
         "mfu": tokens * flops / seconds / peak if peak else None,
         "mfu_full_attention": tokens * full / seconds / peak if peak else None,
-        "hfu": tokens * flops / seconds / peak if peak else None,  # nothing is recomputed yet
+        "hfu": tokens * hardware / seconds / peak if peak else None,
         "peak_memory": lane.peak,
         "split": split,
         "costliest": costliest if arguments.profile else [],
     }
+
+
+def recomputed_layers(settings: Config) -> int:
+    """Layers whose matrix products are made again in the backward pass; selective recomputation keeps them."""
+    compute = settings.compute
+    return -(-settings.model.layers // compute.recompute_every) if compute.recompute == "full" else 0
 
 
 def peak_of(device: torch.device, dtype: str, given: float | None) -> float:

@@ -68,7 +68,7 @@ class AdamW:
         self.updates += 1
         count = torch.full((), float(self.updates), device=grads[0].device)  # the kernel reads it there
         for rule, places, (parts, exp_avg, exp_avg_sq) in self.groups:
-            torch._fused_adamw_(  # torch.optim would sort the lists by type first, which takes as long again
+            torch._fused_adamw_(  # torch.optim would sort the lists by type, and count every weight's steps
                 parts,
                 [grads[place] for place in places],
                 exp_avg,

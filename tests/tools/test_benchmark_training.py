@@ -42,7 +42,7 @@ def test_one_rank_beside_the_baseline(tool: ModuleType, tmp_path: Path) -> None:
     json_file, plot = tmp_path / "found.json", tmp_path / "found.svg"
     contestants = ["megahp", "megahp-without-noise", "nanogpt"]  # compiling takes longer than all of this
     words = ["--global-batch", "4", "--peak-tflops", "0.5", "--profile", "--json", str(json_file), "--plot", str(plot)]
-    out = run(*words, "--contestants", *contestants)
+    out = run(*words, "--contestants", *contestants, "--settings", "compute.recompute=full")
     found = json.loads(json_file.read_text())
     assert [row["contestant"] for row in found["rows"]] == contestants
     model = tool.case_of(
@@ -55,7 +55,9 @@ def test_one_rank_beside_the_baseline(tool: ModuleType, tmp_path: Path) -> None:
         assert row["tokens_per_second"] * row["seconds"] == pytest.approx(4 * 16)
         assert row["model_flops_per_token"] == training_flops(model, 16)
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * training_flops(model, 16) / 0.5e12)
-        assert row["mfu"] == row["hfu"] < row["mfu_full_attention"]
+        assert row["mfu"] < row["mfu_full_attention"]
+        again = training_flops(model, 16, recomputed_layers=row["contestant"] != "nanogpt") / training_flops(model, 16)
+        assert row["hfu"] == pytest.approx(row["mfu"] * again)
         assert sum(row["split"].values()) == pytest.approx(1) and min(row["split"].values()) >= 0
         assert list(row["split"]) == ["data", "compute", "communication", "host"] and row["split"]["compute"] > 0
         assert len(row["costliest"]) == 10 and row["costliest"][0]["name"] in out
@@ -84,6 +86,13 @@ def test_the_baseline_has_as_many_weights(tool: ModuleType) -> None:
     settings = tool.case_of(options, "2x128", 1, "float32").settings
     model = tool.nanogpt.GPT(settings.model, 16)
     assert sum(weight.numel() for weight in model.parameters()) == parameters(settings.model, 16)
+
+
+def test_layers_computed_again(tool: ModuleType) -> None:
+    full, second = "compute.recompute=full", "compute.recompute_every=2"
+    for words, layers in (((full,), 5), ((full, second), 3), (("compute.recompute=selective",), 0)):
+        options = tool.parser().parse_args([*TINY, "--contestants", "megahp", "--settings", *words])
+        assert tool.recomputed_layers(tool.case_of(options, "5x64", 1, "float32").settings) == layers
 
 
 def event(name: str, start: float, end: float, device: DeviceType = DeviceType.CPU) -> Any:
