@@ -88,7 +88,7 @@ def trained(ranks: int) -> dict[str, Any]:
 def products_of_a_step(*words: str) -> int:
     """How often float8 matrices are multiplied."""
     training = Training(tiny(*FP8, *words))
-    linears = [module for module in training.engine.model.modules() if hasattr(module, "linear")]
+    linears = [module for module in training.engine.stages[0].modules() if hasattr(module, "linear")]
     assert [module.linear is F.linear for module in linears] == [False] * 10 + [True]  # the unembedding
     with mock.patch.object(torch, "_scaled_mm", side_effect=SCALED_MM) as multiply:
         training.step()

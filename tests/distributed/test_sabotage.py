@@ -91,6 +91,19 @@ def without_row_sum(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_the_other_copy() -> Iterator[None]:
+    """A tied weight's two copies keep their gradients to themselves."""
+    init = Training.__init__
+
+    def crippled(self: Training, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.engine.rows = {name: replace(row, tied=False) for name, row in self.engine.rows.items()}
+
+    with mock.patch.object(Training, "__init__", crippled):
+        yield
+
+
+@contextlib.contextmanager
 def without_sum_before_squaring(name: str) -> Iterator[None]:
     """One norm squares per-example gradients of its own tokens or heads only."""
     init = Training.__init__
@@ -207,6 +220,7 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
     "row-parallel bias over tp (sp)": ("gpt2", SPLIT, lambda: without_row_sum("blocks.1.mlp.down.bias")),
     "position embedding over tp (sp)": ("gpt2", SPLIT, lambda: without_row_sum("positions.weight")),
     "query norm weight over tp": ("llama", PLAIN, lambda: without_row_sum("blocks.0.attention.query_norm.weight")),
+    "tied embedding over both ends of a pipeline": ("gpt2", ("parallel.pp=2",), without_the_other_copy),
     "per-example norm before squaring (sp)": ("llama", SPLIT, lambda: without_sum_before_squaring("final_norm")),
     "per-example norm before squaring (heads)": (
         "llama",
