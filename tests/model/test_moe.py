@@ -168,10 +168,10 @@ def alone() -> dict[str, Any]:
 
 
 def starved(*words: str) -> dict[str, Any]:
-    """A step in which experts 0 and 1, that is one rank of two, get every token."""
+    """A step in which the last two experts, that is one rank of two, get every token."""
     training = Training(settings_of("moe", F64, *words))
     (router,) = training.engine.routers.values()
-    router.bias[:2] = 5.0
+    router.bias[-2:] = 5.0
     outcome = training.step()
     return {"load": outcome["measured"]["load"], "grads": outcome["grads"], "bias": router.bias.clone()}
 
@@ -250,12 +250,12 @@ def test_an_example_s_norm_depends_on_no_other_example(found: dict[str, Any], mo
 def test_ranks_and_experts_without_tokens(found: dict[str, Any], on_two: dict[str, Any]) -> None:
     one, two = found["starved"], on_two["starved"]
     (load,) = one["load"].values()
-    assert load.tolist() == [128.0] * 2 + [0.0] * 6
+    assert load.tolist() == [0.0] * 6 + [128.0] * 2
     assert torch.equal(one["bias"], two["bias"])
     for name, grad in one["grads"].items():
         torch.testing.assert_close(two["grads"][name], grad, rtol=1e-10, atol=1e-14)
         if ".experts." in name:
-            assert grad[:2].any() and not grad[2:].any()
+            assert grad[6:].any() and not grad[:6].any()
 
 
 def test_balance_of_a_sequence_that_lies_on_several_ranks(found: dict[str, Any], on_two: dict[str, Any]) -> None:
