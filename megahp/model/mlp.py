@@ -26,6 +26,6 @@ class MLP(nn.Module):
         up = self.up(x)
         if self.activation == "swiglu":
             return self.down(F.silu(self.gate(x)) * up)
-        if self.activation == "gelu":
-            return self.down(F.gelu(up, approximate="tanh"))
-        return self.down(F.relu(up).square())
+        if self.activation == "relu2":
+            return self.down(F.relu(up).square())
+        return self.down(F.gelu(up, approximate="tanh" if self.activation == "gelu" else "none"))
