@@ -53,6 +53,18 @@ class Model:
     bias: bool = setting(False, "biases on linear layers and on LayerNorm")
     qk_norm: bool = setting(False, "normalise queries and keys, per head")
     tied_embeddings: bool = setting(False, "one matrix for embedding and unembedding")
+    experts: int = setting(0, "experts in place of a block's MLP (mixture of experts); 0 = dense", at_least=0)
+    experts_per_token: int = setting(2, "experts that each token is routed to", at_least=1)
+    expert_width: int = setting(0, "hidden size of an expert; 0 = mlp_width", at_least=0)
+    shared_experts: int = setting(0, "further experts, that every token passes, as one MLP", at_least=0)
+    dense_layers: int = setting(0, "the first so many blocks have an MLP all the same", at_least=0)
+    router_score: Literal["sigmoid", "softmax"] = setting("sigmoid", "from a token's router logits to experts' scores")
+    router_normalize: bool = setting(True, "divide the scores of a token's experts by their sum")
+    router_scale: float = setting(1.0, "multiplies what the chosen experts add up to", above=0)
+    balance_rate: float = setting(
+        1e-3, "step of the bias with which experts below the mean load are chosen sooner, others later", at_least=0
+    )
+    balance_loss: float = setting(0.0, "weight of each sequence's load-balancing loss", at_least=0)
     vocab_size: int = setting(
         0, "number of token ids; 0 = the tokenizer's. The matrices are padded to 128s", at_least=0
     )
@@ -60,6 +72,11 @@ class Model:
     @property
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def expert_layers(self) -> int:
+        """Blocks with experts: the last ones."""
+        return self.layers - self.dense_layers if self.experts else 0
 
 
 @dataclass(frozen=True)
@@ -159,7 +176,7 @@ class Parallel:
     tp: int = setting(1, "tensor parallel: each weight matrix split over so many ranks", at_least=1)
     pp: int = setting(1, "pipeline parallel stages (only 1 so far)", at_least=1, at_most=1)
     cp: int = setting(1, "context parallel: a sequence split over so many ranks (only 1 so far)", at_least=1, at_most=1)
-    ep: int = setting(1, "expert parallel (only 1 so far)", at_least=1, at_most=1)
+    ep: int = setting(1, "expert parallel: the experts dealt to so many of the dp_shard ranks", at_least=1)
     dp_replicate: int = setting(1, "data parallel replicas; 0 = what is left", at_least=0)
     dp_shard: int = setting(0, "ranks that share one sharded replica (FSDP2); 0 = what is left", at_least=0)
     sequence_parallel: bool = setting(False, "split norms and residual stream along the sequence over tp")

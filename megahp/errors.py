@@ -13,7 +13,7 @@ class UserError(Exception):
 
 def nearest_divisors(number: int, to: int) -> str:
     """Up to three divisors of the number around a wanted one, as words."""
-    around = itertools.chain([to], *((to - d, to + d) for d in range(1, min(number, 10_000))))
+    around = itertools.chain([to], *((to - d, to + d) for d in range(1, min(max(number, to), 10_000))))
     return ", ".join(map(str, sorted(itertools.islice((n for n in around if n > 0 and number % n == 0), 3))))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,9 +19,16 @@ from megahp.config import SECTIONS, TYPES, VOCAB_MULTIPLE, Config, get, names, p
 from megahp.errors import UserError, nearest_divisors, nearest_multiples
 from megahp.presets import PRESETS
 
+SOME = range(1, sys.maxsize)
+OF_EXPERTS = (
+    "experts_per_token expert_width shared_experts dense_layers router_score router_normalize router_scale "
+    "balance_rate balance_loss"
+)
 # A setting that only means something beside another one: giving it elsewhere is an error, not silence.
-USED_ONLY_WITH = {
+USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
     "model.rope_theta": ("model.positions", ("rope",)),
+    **{f"model.{key}": ("model.experts", SOME) for key in OF_EXPERTS.split()},
+    "parallel.ep": ("model.experts", SOME),
     "parameterization.base_width": ("parameterization.name", ("mup", "completep")),
     "parameterization.base_layers": ("parameterization.name", ("completep",)),
     "parameterization.depth_alpha": ("parameterization.name", ("completep",)),
@@ -112,6 +120,9 @@ def impossible(config: Config) -> list[str]:
         "model.mlp_width": model.mlp_width,
         "the padded vocabulary": VOCAB_MULTIPLE,
     }
+    if model.experts:
+        split["model.expert_width"] = model.expert_width
+        problems += _experts(config)
     if undivided := [f"{key} = {size}" for key, size in split.items() if size % parallel.tp]:
         problems.append(
             f"parallel.tp = {parallel.tp} does not divide {' nor '.join(undivided)}; "
@@ -159,6 +170,35 @@ def impossible(config: Config) -> list[str]:
             f"train.tokens = {config.train.tokens} is less than one batch of "
             f"{config.batch.global_batch} x {data.sequence_length} tokens"
         )
+    return problems
+
+
+def _experts(config: Config) -> list[str]:
+    """What is wrong with a mixture of experts."""
+    model, ep = config.model, config.parallel.ep
+    problems = []
+    if model.experts_per_token > model.experts:
+        problems.append(
+            f"model.experts_per_token = {model.experts_per_token} is more than model.experts = {model.experts}; "
+            f"make it at most {model.experts}"
+        )
+    if model.experts % ep:
+        problems.append(
+            f"parallel.ep = {ep} does not divide model.experts = {model.experts}; "
+            f"nearest that do: {nearest_divisors(model.experts, ep)}"
+        )
+    if model.dense_layers >= model.layers:
+        problems.append(
+            f"model.dense_layers = {model.dense_layers} leaves none of model.layers = {model.layers} to experts; "
+            f"make it at most {model.layers - 1}, or leave out model.experts"
+        )
+    if not model.dense_layers and model.mlp_width != model.expert_width:
+        problems.append(
+            f"model.mlp_width = {model.mlp_width} has no effect beside model.expert_width = {model.expert_width} where "
+            "no block is dense; leave one of them out, or set model.dense_layers"
+        )
+    if model.bias:
+        problems.append("model.bias = true is not for experts, which have none; set model.bias=false")
     return problems
 
 
@@ -336,9 +376,10 @@ def _unused(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     """Settings that are given and mean nothing beside the others."""
     for key, (other, values) in USED_ONLY_WITH.items():
         if get(config, other) not in values and get(config, key) != get(Config(), key):
+            needed = "at least 1" if values is SOME else " or ".join(map(str, values))
             yield (
                 f"{key} = {get(config, key)!r} ({origins[key]}) has no effect with "
-                f"{other} = {get(config, other)!r}; it needs {' or '.join(map(str, values))}"
+                f"{other} = {get(config, other)!r}; it needs {needed}"
             )
 
 
@@ -360,6 +401,10 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
         "model.head_size": (model.width // model.heads, "derived from model.width and model.heads"),
         "model.mlp_width": (wide, "derived from model.width and model.activation"),
     }
+    if model.experts:
+        derived["model.expert_width"] = (model.mlp_width or wide, "derived from model.mlp_width")
+    if model.expert_width and not model.dense_layers:
+        derived["model.mlp_width"] = (model.expert_width, "derived from model.expert_width")
     for key, (value, why) in derived.items():
         if get(config, key) == 0 and (key != "model.head_size" or model.width % model.heads == 0):
             config = with_values(config, {key: value})

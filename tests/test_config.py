@@ -16,7 +16,8 @@ from megahp.presets import PRESETS
 SETTINGS = """
 model.preset model.layers model.width model.heads model.kv_heads model.head_size model.mlp_width model.activation
 model.norm model.norm_eps model.positions model.rope_theta model.bias model.qk_norm model.tied_embeddings
-model.vocab_size
+model.experts model.experts_per_token model.expert_width model.shared_experts model.dense_layers
+model.router_score model.router_normalize model.router_scale model.balance_rate model.balance_loss model.vocab_size
 parameterization.name parameterization.base_width parameterization.base_layers parameterization.depth_alpha
 parameterization.init_std parameterization.embedding_multiplier parameterization.output_multiplier
 data.train data.weights data.mixtures data.tokenizer data.sequence_length data.lengths data.validation_fraction
@@ -83,6 +84,22 @@ def test_what_is_printed_is_a_valid_run_file(tmp_path: Path) -> None:
         assert resolve.from_dict(config.to_dict(resolved.config), "again") == resolved.config
 
 
+@pytest.mark.parametrize(
+    ("words", "widths"),
+    [
+        ((), (704, 704)),
+        (("model.mlp_width=96",), (96, 96)),
+        (("model.expert_width=96",), (96, 96)),
+        (("model.expert_width=96", "model.dense_layers=1"), (704, 96)),
+        (("model.expert_width=96", "model.dense_layers=1", "model.mlp_width=128"), (128, 96)),
+    ],
+)
+def test_the_widths_of_experts_and_mlps(tmp_path: Path, words: tuple[str, ...], widths: tuple[int, int]) -> None:
+    found = resolve.load(write(tmp_path, "[model]\nexperts = 4\n"), words).config
+    assert (found.model.mlp_width, found.model.expert_width) == widths
+    assert resolve.from_dict(config.to_dict(found), "again") == found
+
+
 def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: Path) -> None:
     found = problems_of(
         tmp_path,
@@ -123,6 +140,17 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
         (["parameterization.name=sp", "parameterization.base_width=64"], ["parameterization.base_width", "no effect"]),
         (["model.preset=lama-3-8b"], ["lama-3-8b", "llama-3-8b"]),
         (["data.validation_fraction=0"], ["validation_samples", "validation_fraction"]),
+        (["parallel.ep=2"], ["parallel.ep = 2", "model.experts = 0", "needs at least 1"]),
+        (["model.balance_rate=0.1"], ["model.balance_rate = 0.1", "model.experts = 0"]),
+        (["model.experts=8", "parallel.ep=3"], ["parallel.ep = 3", "model.experts = 8", "2, 4"]),
+        (["model.experts=8", "model.experts_per_token=9"], ["model.experts_per_token = 9", "at most 8"]),
+        (["model.experts=8", "model.dense_layers=4"], ["model.dense_layers = 4", "at most 3"]),
+        (["model.experts=8", "model.expert_width=90", "parallel.tp=4"], ["model.expert_width = 90", "1, 2"]),
+        (
+            ["model.experts=8", "model.expert_width=64", "model.mlp_width=128"],
+            ["model.mlp_width = 128", "dense_layers"],
+        ),
+        (["model.experts=8", "model.bias=true"], ["model.bias = true", "model.bias=false"]),
         (["--rank", "2"], ["--rank"]),
     ],
 )
@@ -143,6 +171,7 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
         (config.Parallel(), 1, Layout()),
         (config.Parallel(tp=2), 8, Layout(tp=2, dp_shard=4)),
         (config.Parallel(tp=2, dp_replicate=0, dp_shard=2), 8, Layout(tp=2, dp_shard=2, dp_replicate=2)),
+        (config.Parallel(tp=2, ep=2), 8, Layout(tp=2, dp_shard=4, ep=2)),
     ],
 )
 def test_data_parallelism_fills_what_is_left(parallel: config.Parallel, ranks: int, layout: Layout) -> None:
@@ -154,6 +183,7 @@ def test_data_parallelism_fills_what_is_left(parallel: config.Parallel, ranks: i
     [
         (config.Parallel(tp=4), 6, "nearest: 4, 8"),
         (config.Parallel(tp=2, dp_shard=2), 2, "needs 4 ranks"),
+        (config.Parallel(ep=4, dp_replicate=2), 12, "parallel.ep = 4 does not divide the 6 ranks of parallel.dp_shard"),
     ],
 )
 def test_a_layout_that_does_not_fit_the_ranks_is_refused(parallel: config.Parallel, ranks: int, words: str) -> None:

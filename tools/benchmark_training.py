@@ -142,6 +142,7 @@ class Megahp:
         run.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)
         clip(grads, measured.grad_norm, run.settings.optimizer.clip)
         run.optimizer.step(grads, plan)
+        run.engine.rebalance(measured.load)
         run.engine.zero()
         run.progress = run.progress.after(plan)
         run.batch_plan.look(run.progress, run.noise.pooled.ratio)

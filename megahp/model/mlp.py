@@ -13,19 +13,23 @@ from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear, ente
 class MLP(nn.Module):
     """down(act(up x)), or down(silu(gate x) * up x) for SwiGLU. [b, s, width] -> [b, s, width]."""
 
-    def __init__(self, model: config.Model, axis: TensorAxis) -> None:
+    def __init__(self, model: config.Model, hidden: int, axis: TensorAxis) -> None:
         super().__init__()
         self.activation, self.axis = model.activation, axis
-        self.up = ColumnParallelLinear(model.width, model.mlp_width, model.bias)
+        self.up = ColumnParallelLinear(model.width, hidden, model.bias)
         if model.activation == "swiglu":
-            self.gate = ColumnParallelLinear(model.width, model.mlp_width, model.bias)
-        self.down = RowParallelLinear(model.mlp_width, model.width, model.bias, axis)
+            self.gate = ColumnParallelLinear(model.width, hidden, model.bias)
+        self.down = RowParallelLinear(hidden, model.width, model.bias, axis)
 
     def forward(self, x: Tensor) -> Tensor:
         x = enter(x, self.axis)
-        up = self.up(x)
-        if self.activation == "swiglu":
-            return self.down(F.silu(self.gate(x)) * up)
-        if self.activation == "relu2":
-            return self.down(F.relu(up).square())
-        return self.down(F.gelu(up, approximate="tanh" if self.activation == "gelu" else "none"))
+        return self.down(activate(self.activation, self.up(x), self.gate(x) if self.activation == "swiglu" else None))
+
+
+def activate(kind: str, up: Tensor, gate: Tensor | None = None) -> Tensor:
+    """The hidden layer of an MLP from its products, of which only SwiGLU has two."""
+    if gate is not None:
+        return F.silu(gate) * up
+    if kind == "relu2":
+        return F.relu(up).square()
+    return F.gelu(up, approximate="tanh" if kind == "gelu" else "none")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megahp import config
 from megahp.model.attention import Attention, Positions
 from megahp.model.mlp import MLP
+from megahp.model.moe import MoE
 from megahp.model.norm import LayerNorm, RMSNorm
 from megahp.model.positions import alibi_slopes, attention_bias, rotary
 from megahp.parallel.cross_entropy import linear_cross_entropy
@@ -29,19 +30,19 @@ def make_norm(model: config.Model, role: Role, axis: TensorAxis, probe: bool) ->
 
 
 class Block(nn.Module):
-    """x + r attention(norm(x)), then x + r mlp(norm(x)), r the table's residual multiplier.
+    """x + r attention(norm(x)), then x + r mlp(norm(x)), r the table's residual multiplier; not dense: with experts.
 
     `compute` does it; megahp/model/compute.py may compile it, or have parts of it computed again in the backward pass.
     """
 
-    def __init__(self, model: config.Model, table: Table, axis: TensorAxis, probe: bool) -> None:
+    def __init__(self, model: config.Model, table: Table, axis: TensorAxis, probe: bool, dense: bool) -> None:
         super().__init__()
         self.residual = table.residual
         self.compute: Callable[[Tensor, Positions], Tensor] = self.branches
         self.attention_norm = make_norm(model, Role.NORM, axis, probe)
         self.attention = Attention(model, table.attention, axis, probe)
         self.mlp_norm = make_norm(model, Role.NORM, axis, probe)
-        self.mlp = MLP(model, axis)
+        self.mlp = MLP(model, model.mlp_width, axis) if dense else MoE(model, axis)
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         return self.compute(x, positions)
@@ -67,7 +68,8 @@ class Transformer(nn.Module):
         self.model, self.longest, self.table, self.axis, self.dtype = model, longest, table, axis, dtype
         self.embedding = VocabParallelEmbedding(model.padded_vocab, model.width, axis)
         self.positions = PositionEmbedding(longest, model.width, axis) if model.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(model, table, axis, probe) for _ in range(model.layers))
+        dense = model.layers - model.expert_layers
+        self.blocks = nn.ModuleList(Block(model, table, axis, probe, n < dense) for n in range(model.layers))
         self.final_norm = make_norm(model, Role.FINAL_NORM, axis, probe)
         self.unembedding = None
         if not model.tied_embeddings:

@@ -5,6 +5,7 @@ Every function is the identity on a group of one. Sums are sums: nothing here av
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,13 @@ def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     y = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     reduce_scatter_into(y, x, group=group)
     return y.movedim(0, dim)
+
+
+def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
+    """So many rows of x, from its first on, sent to each rank, for so many received from each. Not differentiable."""
+    y = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(y, x.contiguous(), received, sent, group)
+    return y
 
 
 class _Copy(Function):
@@ -84,6 +92,17 @@ class _SumScatter(Function):
         return all_gather(grads[0], ctx.dim, ctx.group), None, None
 
 
+class _Exchange(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return all_to_all(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_to_all(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
+
+
 def copy_to(x: Tensor, group: Group) -> Tensor:
     """Identity; the gradient is summed over the group, whose ranks each use x for a part of the work."""
     return x if group.size() == 1 else _Copy.apply(x, group)
@@ -102,3 +121,8 @@ def gather_from(x: Tensor, dim: int, group: Group) -> Tensor:
 def sum_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's slice along dim of the sum of the parts; the gradient is put together again."""
     return x if group.size() == 1 else _SumScatter.apply(x, dim, group)
+
+
+def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
+    """`all_to_all`; the rows' gradients go back to where they came from."""
+    return x if group.size() == 1 else _Exchange.apply(x, sent, received, group)

@@ -30,6 +30,7 @@ class Row:
 
     role: Role
     tp_dim: int | None = None  # the dimension split over tp; None = every tp rank holds all of it
+    experts: bool = False  # one matrix for each expert along dimension 0, which is split over ep
     sum_over: tuple[str, ...] = ()  # besides data parallelism, the axes its gradient is summed over; for a norm
     # weight also before its per-example gradients are squared: an example's tokens or the weight's uses lie there
     start: float | None = None  # a constant to start from; None = drawn at random
@@ -37,14 +38,23 @@ class Row:
         int, ...
     ] = ()  # rows of the matrices that lie together in each of its equal groups of rows, if several
 
+    @property
+    def split(self) -> dict[str, int | None]:
+        """The axes of the mesh it is laid over -> the dimension that each splits, if any."""
+        return {"ep": 0, "tp": self.tp_dim} if self.experts else {"tp": self.tp_dim}
+
     def matrices(self, whole: Tensor) -> list[Tensor]:
         """The matrices a whole weight is made of, each [rows, columns], from first to last."""
+        if self.experts:
+            return list(whole)
         if not self.fused:
             return [whole]
         return [part.flatten(0, 1) for part in whole.unflatten(0, (-1, sum(self.fused))).split(self.fused, 1)]
 
     def fuse(self, matrices: Sequence[Tensor]) -> Tensor:
         """The inverse of `matrices`."""
+        if self.experts:
+            return torch.stack(tuple(matrices))
         if not self.fused:
             return matrices[0]
         groups = [part.unflatten(0, (-1, size)) for part, size in zip(matrices, self.fused, strict=True)]
@@ -88,8 +98,14 @@ def parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if not _is_probe(name))
 
 
+def saved(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: weights, as they lie on the ranks, and buffers, which are equal on all."""
+    tensors = (*parameters(model), *model.named_buffers())
+    return {f"model.{name}": tensor.detach() for name, tensor in tensors}
+
+
 def probes(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name of the norm module -> its probe. Empty when the noise scale is not measured."""
+    """Name of the norm, if the noise scale is measured, or router -> its probe, whose gradient is what it measures."""
     return {name.removesuffix(".probe"): p for name, p in model.named_parameters() if _is_probe(name)}
 
 
@@ -103,19 +119,18 @@ def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
 
     dtype is that of the master weights, and of the probes.
     """
-    tp = mesh.devices["tp"]
     for module in model.modules():
         for name, row in getattr(module, "rows", {}).items():
             shape = list(getattr(module, name).shape)
             stride = getattr(module, name).stride()
             part = list(shape)
-            if row.tp_dim is not None:
-                part[row.tp_dim] //= mesh.layout.tp
-            placement = Replicate() if row.tp_dim is None else Shard(row.tp_dim)
+            for axis, dim in row.split.items():
+                if dim is not None:
+                    part[dim] //= getattr(mesh.layout, axis)
             shard = DTensor.from_local(
                 torch.empty(part, dtype=dtype, device="meta"),
-                tp,
-                [placement],
+                mesh.devices[tuple(row.split)],
+                [Replicate() if dim is None else Shard(dim) for dim in row.split.values()],
                 run_check=False,
                 shape=torch.Size(shape),
                 stride=stride,
@@ -127,24 +142,27 @@ def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def initialise(model: nn.Module, table: Table, init_std: float, seed: int) -> None:
-    """Draw every parameter in place: the same bits on every layout and device, from (seed, name, block of rows)."""
+    """Draw every parameter in place: the same bits on every layout and device, from (seed, name, block of rows).
+    Buffers start at 0."""
     by_name = rows(model)
     for name, weight in parameters(model):
         row, part = by_name[name], storage(weight)
         if row.start is not None:
             part.fill_(row.start)
         elif part.numel():
-            std = init_std * table.rules[row.role].init_std
-            offsets, sizes = _extent(weight)
-            window = tuple(slice(start, start + size) for start, size in zip(offsets[1:], sizes[1:], strict=True))
-            drawn = _draw(name, weight.shape, offsets[0], offsets[0] + sizes[0], seed)[(slice(None), *window)]
-            part.copy_(torch.from_numpy(np.ascontiguousarray(drawn)) * std)
-    for probe in probes(model).values():
-        probe.zero_()
+            drawn = _draw(name, weight.shape, *_extent(weight), seed)
+            part.copy_(drawn * (init_std * table.rules[row.role].init_std))
+    for zero in (*probes(model).values(), *model.buffers()):
+        zero.zero_()
 
 
-def _draw(name: str, shape: tuple[int, ...], start: int, stop: int, seed: int) -> np.ndarray:
-    """Rows start..stop of the standard normal matrix of this name."""
+def _draw(name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], seed: int) -> Tensor:
+    """This window of the standard normal matrix of this name, whose other rows are not drawn. Of several matrices each
+    has a name of its own."""
+    if len(shape) > 2:
+        numbers = range(offsets[0], offsets[0] + sizes[0])
+        return torch.stack([_draw(f"{name}.{n}", shape[1:], offsets[1:], sizes[1:], seed) for n in numbers])
+    start, stop = offsets[0], offsets[0] + sizes[0]
     first, last = start // ROWS_PER_DRAW, -(-stop // ROWS_PER_DRAW)
     blocks = []
     for block in range(first, last):
@@ -152,8 +170,9 @@ def _draw(name: str, shape: tuple[int, ...], start: int, stop: int, seed: int) -
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
         count = min(ROWS_PER_DRAW, shape[0] - block * ROWS_PER_DRAW)
         blocks.append(generator.standard_normal((count, *shape[1:]), dtype=np.float32))
-    begin = start - first * ROWS_PER_DRAW
-    return np.concatenate(blocks)[begin : begin + stop - start]
+    begins = (start - first * ROWS_PER_DRAW, *offsets[1:])
+    window = tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
+    return torch.from_numpy(np.ascontiguousarray(np.concatenate(blocks)[window]))
 
 
 def _extent(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,9 +1,9 @@
 """Parameters and floating-point operations of the decoder, in closed form.
 
-Counted are matrix products, a multiply-add as two operations, a backward pass as two forward ones: projections, MLP,
-unembedding (of the padded vocabulary, which is what is multiplied) and attention's two products. Not counted are
-look-ups, norms, softmax, activations, positions, the loss, and the update. (Narayanan et al., arXiv 2104.04473;
-Korthikanti et al., arXiv 2205.05198.)
+Counted are matrix products, a multiply-add as two operations, a backward pass as two forward ones: projections, MLP
+(or the router and the experts that a token passes), unembedding (of the padded vocabulary, which is what is multiplied)
+and attention's two products. Not counted are look-ups, norms, softmax, activations, positions, the loss, and the
+update. (Narayanan et al., arXiv 2104.04473; Korthikanti et al., arXiv 2205.05198.)
 
 `causal` counts half of attention's products, those below the diagonal, as Megatron-LM does today; without it all of
 them, as in those papers, PaLM, nanoGPT and torchtitan. So utilisations of the two kinds are not comparable.
@@ -17,7 +17,7 @@ from megahp.config import Model
 def parameters(model: Model, longest: int) -> int:
     """Number of weights; longest: positions of a learned embedding. model: resolved, with its vocabulary."""
     norm = model.width * (2 if model.norm == "layernorm" and model.bias else 1)
-    block = _matrices(model) + 2 * norm
+    block = 2 * norm
     if model.bias:
         block += (model.heads + 2 * model.kv_heads) * model.head_size + model.width  # attention
         block += (_mlp_matrices(model) - 1) * model.mlp_width + model.width
@@ -25,25 +25,29 @@ def parameters(model: Model, longest: int) -> int:
         block += 2 * model.head_size
     embeddings = (1 if model.tied_embeddings else 2) * model.padded_vocab * model.width
     positions = longest * model.width if model.positions == "learned" else 0
-    return model.layers * block + norm + embeddings + positions
+    return _matrices(model, model.experts) + model.layers * block + norm + embeddings + positions
 
 
 def training_flops(model: Model, length: int, causal: bool = True, recomputed_layers: int = 0) -> float:
     """Operations of one token's forward and backward pass, in sequences of `length` tokens.
 
     With no recomputed layers these are model FLOPs, whose share of the peak is MFU. Each layer that runs forward a
-    second time in the backward pass adds that: hardware FLOPs, and HFU.
+    second time in the backward pass adds that (of all layers the mean): hardware FLOPs, and HFU.
     """
     attended = length / 2 if causal else length  # keys a query meets, on average
-    layer = 2 * _matrices(model) + 2 * 2 * attended * model.heads * model.head_size
+    products = model.layers * 2 * attended * model.heads * model.head_size
+    layer = 2 * (_matrices(model, model.experts_per_token) + products) / model.layers
     logits = 2 * model.width * model.padded_vocab
     return (3 * model.layers + recomputed_layers) * layer + 3 * logits
 
 
-def _matrices(model: Model) -> int:
-    """Weights of one layer's matrices."""
-    attention = 2 * (model.heads + model.kv_heads) * model.head_size * model.width
-    return attention + _mlp_matrices(model) * model.mlp_width * model.width
+def _matrices(model: Model, experts: int) -> int:
+    """Weights of all layers' matrices, so many experts and the shared ones counted."""
+    attention = 2 * (model.heads + model.kv_heads) * model.head_size
+    mlp = _mlp_matrices(model) * model.mlp_width
+    routed = model.experts + _mlp_matrices(model) * (experts + model.shared_experts) * model.expert_width
+    dense = model.layers - model.expert_layers
+    return model.width * (model.layers * attention + dense * mlp + model.expert_layers * routed)
 
 
 def _mlp_matrices(model: Model) -> int:

@@ -21,6 +21,7 @@ class Role(StrEnum):
 
     EMBEDDING = "embedding"  # token and position embeddings: fan-in does not grow with width
     HIDDEN = "hidden"  # matrices between width-sized spaces
+    ROUTER = "router"  # from the width to the experts' scores: fan-out does not grow with width
     NORM = "norm"  # gains and biases of the norms inside blocks
     BIAS = "bias"  # biases of hidden matrices
     FINAL_NORM = "final_norm"  # gain and bias of the norm before the unembedding
@@ -69,6 +70,10 @@ def fill_in(rules: config.Parameterization, width: int, layers: int, head_size: 
     muP and CompleteP scale the attention logits by 1/head_size, SP by its root. AdamW's eps is scaled in the
     residual blocks only, as in the paper's Table 1 (its authors' code scales every group's; at eps <= 1e-12 the
     two are the same to the eye). Norms and biases are not decayed.
+
+    The router is, in muP's terms, an output matrix (as in arXiv 2508.09752, from memory, unverified) without an output
+    multiplier: init and learning rate fall as 1/m_N, and its gradient, unlike a hidden matrix's, does not. That depth
+    enters as for any matrix in a residual branch is our reading of CompleteP.
     """
     m_n = width / rules.base_width if rules.name != "sp" else 1.0
     m_l = layers / rules.base_layers if rules.name == "completep" else 1.0
@@ -79,6 +84,7 @@ def fill_in(rules: config.Parameterization, width: int, layers: int, head_size: 
     by_role = {
         Role.EMBEDDING: Rule(),
         Role.HIDDEN: Rule((m_n * m_rho) ** -0.5, depth_lr / (m_n * m_rho), m_n, eps, depth_lr),
+        Role.ROUTER: Rule(1 / m_n, depth_lr / m_n, m_n, m_l**-rules.depth_alpha),
         Role.NORM: vector,
         Role.BIAS: vector,
         Role.FINAL_NORM: Rule(weight_decay=0.0),

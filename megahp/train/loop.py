@@ -49,6 +49,7 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
                 run.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)
                 clip(grads, measured.grad_norm, settings.optimizer.clip, scale)
                 run.optimizer.step(grads, plan)
+                run.engine.rebalance(measured.load)
                 run.skipped_in_a_row = 0
             else:
                 skip(run, reporter, measured)

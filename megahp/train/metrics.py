@@ -16,6 +16,10 @@ A metrics object has, in this order, the keys
     noise_scale_tokens           the same in tokens
     noise_scale_layers           {norm layer: examples or null}
     tokens_per_second, step_seconds
+of a mixture of experts, {router: number},
+    expert_load_max              tokens of the fullest expert over those of the mean one
+    expert_load_cv               standard deviation of the experts' tokens over their mean
+    balance_loss                 the mean over sequences; 1 where they are balanced
 and where they are known `mfu` and `validation_loss`.
 """
 

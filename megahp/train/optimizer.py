@@ -96,7 +96,8 @@ class Muon:
     means the same for every weight.
 
     The matrices are dealt to the ranks: each is gathered, orthogonalised by one rank and sent out again, and every rank
-    keeps its part. So every layout computes the same update, and a rank holds three whole matrices at most.
+    keeps its part. So every layout computes the same update, and a rank holds three whole matrices at most (those of a
+    layer's experts count as one).
     """
 
     def __init__(

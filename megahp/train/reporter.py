@@ -155,6 +155,12 @@ def _record(run: Run, plan: Plan, measured: Measurement, seconds: float, validat
         "tokens_per_second": plan.tokens / seconds,
         "step_seconds": seconds,
     }
+    if measured.load:
+        record["expert_load_max"] = {name: (load.max() / load.mean()).item() for name, load in measured.load.items()}
+        record["expert_load_cv"] = {
+            name: (load.std(correction=0) / load.mean()).item() for name, load in measured.load.items()
+        }
+        record["balance_loss"] = measured.balance_loss
     if not measured.finite:
         record["skipped"] = True
     if validation is not None:

@@ -23,6 +23,7 @@ from megahp.model.build import build_model, longest, table_of
 from megahp.ops.engines import norm_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh
+from megahp.parallel.parameters import saved
 from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress, runnable, unit
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.train.optimizer import make_optimizer
@@ -33,7 +34,7 @@ from megahp.train.wandb_log import check_wandb, new_id
 # not either. All else may, and the change is an event. Files may move: the data is known by its fingerprint.
 FIXED = ("model", "parameterization", "train.dtype", "optimizer.name", "data.validation_fraction")
 FIXED_ON_RESUME = (*FIXED, "data", "train.seed")
-MOVABLE = ("data.train", "data.tokenizer", "data.cache")
+MOVABLE = ("data.train", "data.tokenizer", "data.cache", "model.balance_rate", "model.balance_loss")
 
 
 def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> Config:
@@ -308,9 +309,7 @@ class Run:
         return state
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            f"model.{name}": weight.detach() for name, weight in self.engine.weights.items()
-        } | self.optimizer.state()
+        return saved(self.engine.model) | self.optimizer.state()
 
 
 def is_first() -> bool:

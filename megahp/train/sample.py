@@ -15,12 +15,13 @@ from megahp.model.build import build_model, longest
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
-from megahp.parallel.parameters import parameters
+from megahp.parallel.parameters import saved
 from megahp.train.loop import device_of
 from megahp.train.run import cuda_wanted, read_config
 
 ALONE = {
     "parallel.tp": 1,
+    "parallel.ep": 1,
     "parallel.dp_replicate": 1,
     "parallel.dp_shard": 1,
     "parallel.sequence_parallel": False,
@@ -46,7 +47,7 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
     launch.join(launch.World(), cuda_wanted(settings))
     device = device_of(settings, launch.World())
     model = build_model(settings, make_mesh(Layout(), device))
-    checkpoint.load(path, {f"model.{name}": weight.detach() for name, weight in parameters(model)})
+    checkpoint.load(path, saved(model))
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eod]], device=device)
     ids = continued(model, ids, tokens, window_of(settings), temperature, top_k, tokenizer.vocab_size, seed)
     return tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.eod])

@@ -4,7 +4,7 @@ about its gradients in one collective and one transfer to the host."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megahp.data.loader import Batch
+from megahp.model.moe import Router
 from megahp.model.transformer import Transformer
 from megahp.parallel import data as data_parallel
 from megahp.parallel.mesh import Mesh
@@ -29,6 +30,8 @@ class Measurement:
     grad_norm: float  # of the whole gradient
     grad_sq_example: dict[str, float]  # norm layer -> mean_b ||g_b||^2 over its weight and bias
     grad_sq_batch: dict[str, float]  # norm layer -> ||G||^2 over its weight and bias
+    load: dict[str, Tensor]  # router -> how often the global batch's tokens chose each expert: [experts] on the host
+    balance_loss: dict[str, float]  # router -> mean over the global batch's sequences
 
     @property
     def finite(self) -> bool:
@@ -42,7 +45,8 @@ class Engine:
         self.model, self.mesh = model, mesh
         self.weights = dict(parameters(model))
         self.rows = rows(model)
-        self.probes = probes(model)
+        self.routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+        self.probes = {name: probe for name, probe in probes(model).items() if name not in self.routers}
         # of the ranks that hold the same value one speaks: a loss is that of the rank's tokens, before tp splits them,
         # and probes have been summed over the ranks an example lies on
         mine = [counted_once(weight, mesh) for weight in self.weights.values()]
@@ -53,6 +57,8 @@ class Engine:
         """Add up the gradients of `scale` times the mean loss over `tokens` tokens of the global batch, from this
         rank's `count` microbatches. Returns this rank's part of that loss, not scaled, without waiting for it."""
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
+        for router in self.routers.values():
+            router.unit = scale / tokens
         for index, batch in enumerate(microbatches):
             data_parallel.reduce_after(self.model, last=index == count - 1)
             losses = self.model(batch.tokens[:, :-1], batch.tokens[:, 1:], batch.documents)
@@ -74,13 +80,16 @@ class Engine:
 
     @torch.no_grad()
     def measure(self, loss: Tensor, grads: list[Tensor], batch: int, scale: float = 1.0) -> Measurement:
-        """Reduce loss, squared gradient norms and probes of one step over all ranks and bring them to the host, the
-        scale of the gradients taken out."""
+        """Reduce loss, squared gradient norms and probes of one step of `batch` sequences over all ranks and bring them
+        to the host, the scale of the gradients taken out."""
         squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square() * self.weights_counted
         by_example = [probe.grad.double() * self.first_of_example for probe in self.probes.values()]  # type: ignore[union-attr]
-        values = torch.cat((torch.stack([loss * self.first_of_tokens, *by_example]), squares))
+        counted = [router.probe.grad.double() * self.first_of_tokens for router in self.routers.values()]  # type: ignore[union-attr]
+        values = torch.cat((torch.stack([loss * self.first_of_tokens, *by_example]), squares, *counted))
         dist.all_reduce(values)
-        loss_value, *squared = values.tolist()
+        sizes = [len(part) for part in counted]
+        measured, *counted = values.cpu().split([len(values) - sum(sizes), *sizes])
+        loss_value, *squared = measured.tolist()
         numbers = [value / scale**2 for value in squared]
         by_probe = dict(zip(self.probes, numbers, strict=False))
         by_weight = dict(zip(self.weights, numbers[len(by_probe) :], strict=True))
@@ -90,7 +99,14 @@ class Engine:
             # the probes hold sum_b ||g_b / B||^2, since the loss is a mean over the batch
             grad_sq_example={name: batch * square for name, square in by_probe.items()},
             grad_sq_batch={name: by_weight[f"{name}.weight"] + by_weight.get(f"{name}.bias", 0.0) for name in by_probe},
+            load={name: part[:-1] for name, part in zip(self.routers, counted, strict=True)},
+            balance_loss={name: part[-1].item() / batch for name, part in zip(self.routers, counted, strict=True)},
         )
+
+    def rebalance(self, load: Mapping[str, Tensor]) -> None:
+        """Make routers choose differently after a step that measured this load."""
+        for name, router in self.routers.items():
+            router.rebalance(load[name].to(self.mesh.device))
 
     def zero(self) -> None:
         """Forget the gradients."""

@@ -32,23 +32,30 @@ WAYS: dict[int, dict[str, tuple[str, ...]]] = {
         "tp2 sp selective": (SELECTIVE, *SP),
         "shard2 compiled": (COMPILE,),
         "tp2 sp compiled, full": (COMPILE, FULL, *SP),
+        "moe ep2 full": (FULL, "parallel.ep=2"),
+        "moe ep2 selective": (SELECTIVE, "parallel.ep=2"),
+        "moe ep2 compiled": (COMPILE, "parallel.ep=2"),
     },
 }
+
+
+def model_of(way: str) -> str:
+    return "moe" if way.startswith("moe") else "llama"
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
     found = {}
     for ranks, ways in WAYS.items():
-        cases = {name: (settings_of("llama", F64, *words), 2) for name, words in ways.items()}
-        plain = {"plain": (settings_of("llama", F64), 2)} if ranks == 1 else {}
+        cases = {name: (settings_of(model_of(name), F64, *words), 2) for name, words in ways.items()}
+        plain = {model: (settings_of(model, F64), 2) for model in ("llama", "moe")} if ranks == 1 else {}
         found |= world.run(ranks, train_cases, cases | plain)[-1]
     return found
 
 
 @pytest.mark.parametrize("way", [name for ways in WAYS.values() for name in ways])
 def test_trains_the_same_model(outcomes: dict[str, Any], way: str) -> None:
-    assert differences(outcomes[way], outcomes["plain"], 1e-10, 1e-10) == []
+    assert differences(outcomes[way], outcomes[model_of(way)], 1e-10, 1e-10) == []
 
 
 def flops_of_a_step() -> dict[str, int]:

@@ -24,9 +24,25 @@ def train_three_steps() -> dict[str, Any]:
     return {"before": before, "grads": grads, "plans": plans, "after": training.weights()}
 
 
+def train_experts() -> dict[str, Any]:
+    """One step of a model with six experts a layer."""
+    training = Training(settings_of("moe-loss", *SETTINGS))
+    plan, before = training.batch_plan.step(training.progress), training.weights()
+    return {"plan": plan, "before": before, "grads": training.step()["grads"], "after": training.weights()}
+
+
+def both() -> tuple[dict[str, Any], dict[str, Any]]:
+    return train_three_steps(), train_experts()
+
+
 @pytest.fixture(scope="module")
-def trained() -> dict[str, Any]:
-    return world.run(1, train_three_steps)[0]
+def outcomes() -> tuple[dict[str, Any], dict[str, Any]]:
+    return world.run(1, both)[0]
+
+
+@pytest.fixture(scope="module")
+def trained(outcomes: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    return outcomes[0]
 
 
 def newton_schulz(matrix: np.ndarray) -> np.ndarray:
@@ -68,6 +84,17 @@ def test_hidden_matrices_take_muons_steps(trained: dict[str, Any], name: str) ->
             step = newton_schulz(nesterov[rows]) * np.sqrt(len(rows) / weight.shape[1])
             weight[rows] -= 0.03 * plan.lr / 0.01 * step
     np.testing.assert_allclose(trained["after"][name].numpy(), weight, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["up", "gate", "down"])
+def test_each_expert_takes_a_step_of_its_own(outcomes: tuple[dict[str, Any], dict[str, Any]], name: str) -> None:
+    step, name = outcomes[1], f"blocks.1.mlp.experts.{name}"
+    plan = step["plan"]
+    moved = step["after"][name] - step["before"][name] * (1 - plan.lr * plan.weight_decay)
+    assert len(moved) == 6
+    for grad, change in zip(step["grads"][name].numpy(), moved.numpy(), strict=True):
+        direction = newton_schulz(grad) * np.sqrt(grad.shape[0] / grad.shape[1])
+        np.testing.assert_allclose(change, -0.03 * plan.lr / 0.01 * direction, rtol=1e-8, atol=1e-12)
 
 
 def test_everything_else_takes_adamws(trained: dict[str, Any]) -> None:

@@ -167,6 +167,33 @@ def test_resumed_before_at_and_after_a_change(folder: Path, whole: list[dict[str
     assert changes(folder, name) == changes(folder, "whole")
 
 
+def test_experts_and_their_biases_go_on(folder: Path) -> None:
+    """From expert parallelism, bit for bit on the same layout, and on one rank, where the model also speaks."""
+    words = ("model.experts=4", "model.balance_rate=0.05", "model.balance_loss=0.01", "train.steps=6")
+    words = (*words, "checkpoint.every=1", "checkpoint.keep=100")
+    train(folder, "experts", "--ranks", "2", "parallel.ep=2", *words)
+    whole = numbers(folder, "experts")
+    for name, layout in (("again", ("--ranks", "2", "parallel.ep=2")), ("moved", ())):
+        name = copy_of(folder, "experts", f"experts-{name}")
+        for later in sorted((folder / "runs" / name / "checkpoints").glob("step-*"))[3:]:
+            shutil.rmtree(later)
+        train(folder, name, "--resume", "auto", *layout, *words)
+    assert numbers(folder, "experts-again") == whole
+    assert losses(folder, "experts-moved") == pytest.approx([record["loss"] for record in whole], rel=1e-5)
+    for record, moved in zip(whole, numbers(folder, "experts-moved"), strict=True):
+        assert (moved["expert_load_max"], moved["expert_load_cv"]) == (
+            record["expert_load_max"],
+            record["expert_load_cv"],
+        )
+        assert moved["balance_loss"] == pytest.approx(record["balance_loss"], rel=1e-5)
+        assert all(1 <= value <= 2 for value in record["expert_load_max"].values())
+    sample = ["sample", "runs/experts", "--tokens", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "megahp", *sample], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_replay_notices_a_changed_log(folder: Path, whole: list[dict[str, Any]]) -> None:
     name = copy_of(folder, "whole", "forged")
     log = folder / "runs" / name / "metrics.jsonl"

@@ -15,10 +15,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from distributed import training, world
 from distributed.training import Training, differences, settings_of, train
+from megahp.model.moe import Experts, Router
 from megahp.parallel import collectives, cross_entropy, parameters
+from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, Mesh
+from megahp.train.step import Engine
 
 SPLIT = ("parallel.tp=2", "parallel.sequence_parallel=true")
 PLAIN = ("parallel.tp=2",)
+EXPERTS = ("parallel.ep=2",)
 ALL_REDUCE = dist.all_reduce
 VALIDATE = training.validate
 REDUCE_SCATTER = (
@@ -132,6 +136,44 @@ def forward_without(function: type, collective: str, instead: Callable[..., Any]
     return mock.patch.object(function, "forward", staticmethod(crippled))
 
 
+@contextlib.contextmanager
+def with_each(kind: type, breaks: Callable[[Any], Any]) -> Iterator[None]:
+    """Something done to every module of a kind, once the model stands."""
+    init = Training.__init__
+
+    def crippled(self: Training, *arguments: Any) -> None:
+        init(self, *arguments)
+        for module in self.engine.model.modules():
+            if isinstance(module, kind):
+                breaks(module)
+
+    with mock.patch.object(Training, "__init__", crippled):
+        yield
+
+
+def nothing_arrives(x: torch.Tensor, _sent: Any, received: Any, _group: dist.ProcessGroup) -> torch.Tensor:
+    return x.new_zeros(sum(received), *x.shape[1:])
+
+
+def by_its_own_load(self: Engine, _load: Any) -> None:
+    for router in self.routers.values():
+        router.rebalance(router.probe.grad[:-1])
+
+
+def counted_by_every_tp_rank(router: Router) -> None:
+    router.coefficient *= router.axis.size
+
+
+def experts_over(axis: str) -> Any:
+    """Experts' gradients summed over one axis alone."""
+    fsdp = Mesh.fsdp
+
+    def crippled(self: Mesh, shards: tuple[str, ...] = SHARDS) -> Any:
+        return self.over(axis) if shards == EXPERT_SHARDS else fsdp(self, shards)
+
+    return mock.patch.object(Mesh, "fsdp", crippled)
+
+
 # name -> (model, layout, what is broken). Every reduction there is stands here once.
 SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
     "norm weight over tp (sp)": ("llama", SPLIT, lambda: without_row_sum("blocks.0.mlp_norm.weight")),
@@ -190,6 +232,26 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
         (),
         lambda: mock.patch("megahp.train.optimizer.whole", its_own_part_only),
     ),
+    "router over tp": ("moe", PLAIN, lambda: without_row_sum("blocks.1.mlp.router.weight")),
+    "balance loss, one tp rank's": ("moe-loss", PLAIN, lambda: with_each(Router, counted_by_every_tp_rank)),
+    "expert load over all ranks": ("moe", (), lambda: mock.patch.object(Engine, "rebalance", by_its_own_load)),
+    "tokens to their experts": (
+        "moe",
+        EXPERTS,
+        lambda: forward_without(collectives._Exchange, "all_to_all", nothing_arrives),
+    ),
+    "tokens to their experts, backward": (
+        "moe",
+        EXPERTS,
+        lambda: backward_without(collectives._Exchange, "all_to_all", nothing_arrives),
+    ),
+    "experts' gradients over shards": ("moe", (), lambda: experts_over("cp")),
+    "experts' gradients over replicas": ("moe", ("parallel.dp_replicate=2",), lambda: experts_over("dp_shard")),
+    "experts' gradients summed, not averaged": (
+        "moe",
+        (),
+        lambda: with_each(Experts, lambda experts: experts.set_gradient_divide_factor(2.0)),
+    ),
     "validation loss": ("llama", (), lambda: mock.patch.object(training, "validate", validate_alone)),
 }
 
@@ -208,7 +270,7 @@ def trained_soundly(models: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> tuple[dict[str, Any], dict[str, Any]]:
-    sound = world.run(1, trained_soundly, ["llama", "gpt2", "muon"])[0]
+    sound = world.run(1, trained_soundly, ["llama", "gpt2", "muon", "moe", "moe-loss"])[0]
     return world.run(2, trained_sabotaged)[-1], sound
 
 

@@ -16,6 +16,7 @@ from megahp.data.loader import Batch
 from megahp.model.build import build_model, table_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
+from megahp.parallel.parameters import saved
 from megahp.scaling.batch_size import BatchPlan, Plan, Progress
 from megahp.train.loop import validate
 from megahp.train.optimizer import make_optimizer
@@ -46,6 +47,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "model": {"activation": "relu2", "norm": "layernorm", "bias": True, "positions": "alibi"},
         "data": {"mask_documents": True},
         "parameterization": {"embedding_multiplier": 2.0},
+    },
+    "moe": {
+        "model": {
+            "experts": 8,
+            "expert_width": 16,
+            "shared_experts": 1,
+            "dense_layers": 1,
+            "router_scale": 1.5,
+            "balance_rate": 0.05,
+        }
+    },
+    "moe-loss": {
+        "model": {"experts": 6, "router_score": "softmax", "router_normalize": False, "balance_loss": 0.1},
+        "optimizer": {"name": "muon"},
     },
 }
 
@@ -92,13 +107,15 @@ class Training:
         whole_grads = {name: whole(weight.grad) for name, weight in self.engine.weights.items()}
         clip(grads, measured.grad_norm, self.settings.optimizer.clip)
         self.optimizer.step(grads, plan)
+        self.engine.rebalance(measured.load)
         self.engine.zero()
         self.progress = self.progress.after(plan)
         self.batch_plan.look(self.progress, None)
         return {"measured": vars(measured), "grads": whole_grads}
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: whole(weight) for name, weight in self.engine.weights.items()}
+        """The weights, and the routers' biases."""
+        return {name.removeprefix("model."): whole(tensor) for name, tensor in saved(self.engine.model).items()}
 
     def _batches(self, plan: Plan) -> Iterator[Batch]:
         for ids in plan.samples(self.mesh.data_rank, self.mesh.layout.dp):
@@ -147,12 +164,15 @@ def differences(
     for number, (a, b) in enumerate(zip(got["measured"], wanted["measured"], strict=True), 1):
         for key in ("loss", "grad_norm"):
             found += [f"step {number} {key}"] * (not close(a[key], b[key], rtol))
-        for key in ("grad_sq_example", "grad_sq_batch"):
+        for key in ("grad_sq_example", "grad_sq_batch", "balance_loss"):
             found += [f"step {number} {key} {name}" for name in b[key] if not close(a[key][name], b[key][name], rtol)]
+        found += [
+            f"step {number} load {name}" for name in b["load"] if not torch.equal(a["load"][name], b["load"][name])
+        ]
     for name in wanted["grads"]:
         found += [f"gradient {name}"] * (not close(got["grads"][name], wanted["grads"][name], rtol))
-        if weights_rtol:
-            found += [f"weight {name}"] * (not close(got["weights"][name], wanted["weights"][name], weights_rtol))
+    for name in wanted["weights"] if weights_rtol else ():
+        found += [f"weight {name}"] * (not close(got["weights"][name], wanted["weights"][name], weights_rtol))
     return found
 
 

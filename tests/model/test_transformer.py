@@ -67,6 +67,9 @@ def plain_transformer(
             heads.append(scores.softmax(-1) @ v)
         x = x + table.residual * linear(torch.cat(heads, -1), f"{at}.attention.out")
         y = plain_norm(x, w, f"{at}.mlp_norm", m.norm, m.norm_eps)
+        if f"{at}.mlp.router.weight" in w:
+            x = x + table.residual * plain_experts(y, w, f"{at}.mlp", m)
+            continue
         up = linear(y, f"{at}.mlp.up")
         if m.activation == "swiglu":
             gate = linear(y, f"{at}.mlp.gate")
@@ -78,6 +81,18 @@ def plain_transformer(
         x = x + table.residual * linear(up, f"{at}.mlp.down")
     x = plain_norm(x, w, "final_norm", m.norm, m.norm_eps)
     return x @ w["embedding.weight" if m.tied_embeddings else "unembedding.weight"].T * table.logits
+
+
+def plain_experts(x: Tensor, w: dict[str, Tensor], at: str, m: Any) -> Tensor:
+    """x [s, width], every token through every expert, most of them with weight 0."""
+    logits = x @ w[f"{at}.router.weight"].T
+    scores = logits.softmax(1) if m.router_score == "softmax" else logits.sigmoid()
+    weights = scores.where(scores >= scores.sort(1).values[:, -m.experts_per_token, None], 0.0)
+    weights = weights / weights.sum(1, keepdim=True) if m.router_normalize else weights
+    swiglu = lambda up, gate, down: (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T  # noqa: E731
+    experts = [swiglu(*(w[f"{at}.experts.{name}"][i] for name in ("up", "gate", "down"))) for i in range(m.experts)]
+    y = m.router_scale * torch.einsum("si,isd->sd", weights, torch.stack(experts))
+    return y + swiglu(*(w[f"{at}.shared.{name}.weight"] for name in ("up", "gate", "down"))) if m.shared_experts else y
 
 
 def both_logits() -> dict[str, tuple[Tensor, Tensor]]:

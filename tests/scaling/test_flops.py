@@ -60,6 +60,7 @@ MODELS = {
     "gpt2": {"activation": "gelu", "norm": "layernorm", "positions": "learned", "bias": True, "tied_embeddings": True},
     "alibi": {"activation": "relu2", "norm": "layernorm", "positions": "alibi", "bias": True, "vocab_size": 130},
     "swiglu with biases": {"bias": True},
+    "experts": {"experts": 6, "experts_per_token": 3, "expert_width": 32, "shared_experts": 2, "dense_layers": 1},
 }
 
 

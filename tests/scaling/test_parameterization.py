@@ -30,6 +30,11 @@ def test_completep_at_alpha_half() -> None:
     assert filled.rules[Role.NORM].lr == 0.25
 
 
+def test_the_router_is_an_output_matrix_without_an_output_multiplier() -> None:
+    rule = table("completep", 0.5).rules[Role.ROUTER]
+    assert rule == Rule(init_std=1 / 8, lr=1 / 32, weight_decay=8.0, eps=1 / 4)
+
+
 def test_mup_scales_width_only() -> None:
     filled = table("mup")
     assert filled == fill_in(Parameterization(name="mup"), 2048, 2, 64)
@@ -63,6 +68,7 @@ def test_the_timescale_of_hidden_weights_depends_on_neither_width_nor_depth() ->
         rule.lr * rule.weight_decay
         for width in (256, 768, 2048)
         for layers in (2, 10, 64)
-        for rule in [table("completep", width=width, layers=layers).rules[Role.HIDDEN]]
+        for role in (Role.HIDDEN, Role.ROUTER)
+        for rule in [table("completep", width=width, layers=layers).rules[role]]
     }
     assert max(abs(product - 1) for product in products) < 1e-12
