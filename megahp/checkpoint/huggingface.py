@@ -17,12 +17,12 @@ from megahp import config, resolve
 from megahp.checkpoint.families import (
     ABSENT,
     ACTIVATIONS,
-    ALWAYS,
-    ATTENTION,
-    MLP,
+    EXPERTS,
+    LINEAR,
     Family,
     family_named,
     family_of,
+    has,
     has_bias,
 )
 from megahp.errors import UserError
@@ -32,6 +32,7 @@ from megahp.scaling.parameterization import Role
 
 Weights = Mapping[str, Tensor]  # by name; one is looked up when it is its turn, so they may lie in files
 Tensors = Iterator[tuple[str, Tensor]]
+OLDER = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor", "num_experts": "num_local_experts"}
 OLD_BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # early versions saved them
 
 
@@ -43,7 +44,7 @@ def export(settings: config.Config, weights: Weights) -> tuple[dict[str, Any], T
     """
     model, read = without_multipliers(settings, weights)
     family = family_of(model)
-    lacking = ALWAYS in family.bias.values() and not model.bias
+    lacking = family.always_biased and not model.bias
     model = replace(model, bias=model.bias or lacking)
     written = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     values = {**vars(model), "activation": written[model.activation], "sequence_length": longest(settings)}
@@ -51,7 +52,7 @@ def export(settings: config.Config, weights: Weights) -> tuple[dict[str, Any], T
         "model_type": family.model_type,
         "architectures": [family.architecture],
         **{key: values[setting] for setting, key in family.keys.items()},
-        **{key: model.bias for key in _bias_keys(family)},
+        **dict.fromkeys(family.bias_keys, model.bias),
         **family.needs,
         **family.writes,
         "bos_token_id": None,  # the tokenizer's affair; left out they would be those of another one
@@ -65,6 +66,10 @@ def _exported(family: Family, model: config.Model, read: Callable[[str], Tensor]
     for name, module, theirs in _names(family, model, family.bias):
         zeros = lacking and name.endswith(".bias")  # as many as its weight, which came just before, has rows
         tensor = tensor.new_zeros(len(tensor)) if zeros else read(name)
+        if not theirs:
+            if tensor.any():
+                raise UserError(f"{name} is not 0, and {family.architecture} has no such bias")
+            continue
         for their_name, part in zip(theirs, _apart(family, model, module, tensor), strict=True):
             yield their_name, part.contiguous()
 
@@ -86,8 +91,7 @@ def import_(hf_config: Mapping[str, Any], weights: Weights) -> tuple[dict[str, d
         "parameterization": {"name": "sp"},
     }
     model = resolve.resolve([("config.json", {"model": values})]).config.model
-    biased = [module for module, key in family.bias.items() if key == ALWAYS or hf[key]]
-    names = list(_names(family, model, biased, _stem(family, weights)))
+    names = list(_names(family, model, family.biased(hf), _stem(family, weights)))
     _complete(family, {name for *_, theirs in names for name in theirs}, set(weights))
     return layer, _imported(family, model, weights, names)
 
@@ -100,7 +104,8 @@ def _imported(
         parts = [weights[each] for each in theirs]
         # without any, a bias of zeros: as many as its weight, which came just before, has rows
         tensor = _together(family, model, module, parts) if parts else tensor.new_zeros(len(tensor))
-        yield name, tensor.contiguous()
+        if tensor.numel():  # not so are shared experts where there are none
+            yield name, tensor.contiguous()
 
 
 def without_multipliers(settings: config.Config, weights: Weights) -> tuple[config.Model, Callable[[str], Tensor]]:
@@ -118,6 +123,8 @@ def without_multipliers(settings: config.Config, weights: Weights) -> tuple[conf
         "attention.query_norm": attention,
         "attention.out": table.residual,
         "mlp.down": table.residual,
+        "mlp.experts.down": table.residual,
+        "mlp.shared.down": table.residual,
         "final_norm": table.logits,
     }
 
@@ -125,6 +132,8 @@ def without_multipliers(settings: config.Config, weights: Weights) -> tuple[conf
         module = re.sub(r"^blocks\.\d+\.|\.(weight|bias)$", "", name)
         if module == "unembedding" and model.tied_embeddings:
             return weights["embedding.weight"]
+        if module.startswith("mlp.shared.") and not model.shared_experts:  # they have it all the same, with no rows
+            return torch.empty((model.width, 0) if module == "mlp.shared.down" else (0, model.width))
         if module == "attention.qkv" and not model.qk_norm:
             queries, *others = qkv.matrices(weights[name])
             return qkv.fuse([_times(queries, attention), *others])
@@ -150,29 +159,35 @@ def _names(
 
     biased: the modules that have a bias there; ours has none of theirs to be made of where another has.
     """
-    modules = [(name, name, [theirs]) for name, theirs in family.outside.items()]
+    modules = [(name, name, theirs) for name, theirs in family.outside.items() if has(model, name)]
     for layer in range(model.layers):
         for module, theirs in family.inside.items():
-            found = [f"{family.blocks}.{layer}.{each}" for each in theirs.split()]
-            modules.append((f"blocks.{layer}.{module}", module, found))
-    for name, module, found in modules:
-        if module == "unembedding" and model.tied_embeddings:
-            continue
-        found = [each.removeprefix(stem) for each in found]
-        yield f"{name}.weight", module, [f"{each}.weight" for each in found]
-        if model.bias and has_bias(model, module):
-            yield f"{name}.bias", module, [f"{each}.bias" for each in found if module in biased]
+            if has(model, module, layer):
+                places = " ".join(f"{family.blocks}.{layer}.{each}" for each in theirs.split())
+                modules.append((f"blocks.{layer}.{module}", module, places))
+    for name, module, theirs in modules:
+        found = [each.removeprefix(stem) for each in theirs.split()]
+        if module in EXPERTS:
+            yield name, module, [each.replace("*", str(number)) for each in found for number in range(model.experts)]
+        elif module == "mlp.router.bias":
+            yield name, module, found
+        else:
+            yield f"{name}.weight", module, [f"{each}.weight" for each in found]
+            if model.bias and has_bias(model, module):
+                yield f"{name}.bias", module, [f"{each}.bias" for each in found if module in biased]
 
 
 def _apart(family: Family, model: config.Model, module: str, ours: Tensor) -> Sequence[Tensor]:
     """What they have for one of our tensors."""
     if module in ("embedding", "unembedding"):
         return [ours[: model.vocab_size]]
+    if module in EXPERTS:
+        return ours.unbind()
     parts = [ours]
     if module == "attention.qkv" and family.qkv != "grouped":
         parts = _qkv(model).matrices(ours)
         parts = [torch.cat(parts)] if family.qkv == "stacked" else parts
-    return [part.t() for part in parts] if family.transposed and module in ATTENTION + MLP else parts
+    return [part.t() for part in parts] if family.transposed and module in LINEAR else parts
 
 
 def _together(family: Family, model: config.Model, module: str, theirs: Sequence[Tensor]) -> Tensor:
@@ -180,23 +195,24 @@ def _together(family: Family, model: config.Model, module: str, theirs: Sequence
     if module in ("embedding", "unembedding"):
         padding = theirs[0].mean(0, keepdim=True).expand(model.padded_vocab - model.vocab_size, -1)
         return torch.cat((theirs[0], padding))
-    parts = [part.t() for part in theirs] if family.transposed and module in ATTENTION + MLP else theirs
+    if module in EXPERTS:
+        return torch.stack(tuple(theirs))
+    parts = [part.t() for part in theirs] if family.transposed and module in LINEAR else theirs
     if module == "attention.qkv" and family.qkv != "grouped":
         return _qkv(model).fuse(parts[0].chunk(3) if family.qkv == "stacked" else parts)
     return parts[0]
 
 
 def _flat(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with what newer versions put into `rope_parameters` by its older keys."""
+    """The configuration without a table of its own for rotary embeddings, newer keys also by their older names."""
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    older = {"rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
-    moved = {key: rope[newer] for key, newer in older.items() if newer in rope}
-    return {**hf_config, **moved, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    flat = {**hf_config, **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    return flat | {older: flat[newer] for older, newer in OLDER.items() if newer in flat}
 
 
 def _settings(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
     """The model's settings, and its sequence length. Raises UserError for what makes it another model than ours."""
-    if missing := [key for key in (*family.keys.values(), *_bias_keys(family)) if key not in hf]:
+    if missing := [key for key in (*family.keys.values(), *family.bias_keys) if key not in hf]:
         raise UserError(f"config.json: a {family.model_type} model has {', '.join(missing)}, and this has not")
     for key, needed in {"rope_type": "default", **family.needs}.items():
         if not _agrees(hf.get(key, needed), needed):
@@ -206,14 +222,9 @@ def _settings(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
         values["activation"] = ACTIVATIONS.get(values["activation"], values["activation"])
     for setting, allowed in family.values.items():
         if values.setdefault(setting, allowed[0]) not in allowed:
-            raise UserError(
-                f"config.json: {family.keys[setting]} = {values[setting]!r}; we have {' or '.join(allowed)}"
-            )
-    return {**values, "bias": any(key == ALWAYS or hf[key] for key in family.bias.values())}
-
-
-def _bias_keys(family: Family) -> set[str]:
-    return set(family.bias.values()) - {ALWAYS}
+            key = family.keys[setting]
+            raise UserError(f"config.json: {key} = {hf[key]!r} makes another model than ours; we have {allowed}")
+    return {**values, "bias": bool(family.biased(hf))}
 
 
 def _agrees(found: Any, needed: Any) -> bool:

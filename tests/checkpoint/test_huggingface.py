@@ -24,7 +24,7 @@ from megahp.errors import UserError
 from megahp.model.build import build_model, table_of
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import Layout
-from megahp.parallel.parameters import parameters, storage
+from megahp.parallel.parameters import saved, storage
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -53,6 +53,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("mpt", {**MPT, "tied_embeddings": True}),
     "mpt, 6 heads": ("mpt", {**MPT, "width": 36, "mlp_width": 144, "heads": 6}),
 }
+MOE = {**GQA, "experts": 5, "mlp_width": 0, "expert_width": 24, "experts_per_token": 2}
+CASES |= {
+    "mixtral": ("mixtral", {**MOE, "router_score": "softmax", "head_size": 12}),
+    "qwen3 moe": ("qwen3_moe", {**MOE, "qk_norm": True, "router_score": "softmax", "router_normalize": False}),
+    "glm4 moe": (
+        "glm4_moe",
+        {**MOE, "dense_layers": 1, "mlp_width": 48, "shared_experts": 2, "router_scale": 1.7, "qk_norm": True},
+    ),
+    "glm4 moe, nothing shared": ("glm4_moe", {**MOE, "router_normalize": False, "tied_embeddings": True}),
+}
 MULTIPLIERS = {"base_width": 10, "embedding_multiplier": 3.0, "output_multiplier": 0.7}  # so that no factor is 1
 TABLES: dict[str, dict[str, Any]] = {
     "sp": {"name": "sp"},
@@ -68,17 +78,18 @@ def settings_of(case: str, table: str, dtype: str = "float32") -> Config:
 
 
 def drawn(settings: Config) -> Transformer:
-    """A model in which every weight and bias is random."""
+    """A model in which every weight and bias is random; a router's bias where a family has one."""
     model, generator = build_model(settings, mesh_of(Layout())), torch.Generator().manual_seed(1)
-    for _, weight in parameters(model):
-        storage(weight).add_(torch.randn(weight.shape, generator=generator) * 0.2)
+    for name, weight in saved(model).items():
+        if not name.endswith("router.bias") or settings.model.router_score == "sigmoid":
+            storage(weight).add_(torch.randn(weight.shape, generator=generator) * 0.2)
     return model
 
 
 def filled(settings: Config, weights: Mapping[str, Tensor]) -> Transformer:
     """A model with these weights, and no others."""
     model = build_model(settings, mesh_of(Layout()))
-    named = dict(parameters(model))
+    named = {name.removeprefix("model."): weight for name, weight in saved(model).items()}
     assert named.keys() == weights.keys()
     for name, weight in named.items():
         assert weight.shape == weights[name].shape
@@ -87,7 +98,7 @@ def filled(settings: Config, weights: Mapping[str, Tensor]) -> Transformer:
 
 
 def weights_of(model: Transformer) -> dict[str, Tensor]:
-    return {name: whole(weight) for name, weight in parameters(model)}
+    return {name.removeprefix("model."): whole(weight) for name, weight in saved(model).items()}
 
 
 def tokens() -> Tensor:
@@ -208,6 +219,16 @@ def first_gpt2(folder: Path) -> float:
     return difference(imported(folder / "gpt2-old")[0], loaded(folder / "gpt2-old"))
 
 
+def lost_bias() -> str:
+    """What is said of a router's bias that a family has no place for."""
+    settings = settings_of("mixtral", "sp")
+    weights = weights_of(drawn(settings))
+    weights["blocks.1.mlp.router.bias"][3] = 0.1
+    with pytest.raises(UserError) as told:
+        dict(huggingface.export(settings, weights)[1])
+    return str(told.value)
+
+
 def padding() -> dict[str, float]:
     """How much of the probability the padding takes where all logits are about -60: as imported, and as zeros."""
     model = drawn(settings_of("gpt2", "sp"))
@@ -248,14 +269,21 @@ def mistakes() -> Iterator[tuple[str, str, Any]]:
         yield f"{case}: attention's multiplier forgotten", case, with_table(attention=size**-0.5)
         for name in ("embedding", "residual", "logits"):
             yield f"{case}: {name} multiplier forgotten", case, with_table(**{name: 1.0})
-    llama, neox = families.LLAMA, families.NEOX
+    yield "experts: residual multiplier forgotten", "glm4 moe", with_table(residual=1.0)
+    llama, neox, mixtral = families.LLAMA, families.NEOX, families.MIXTRAL
     backwards = {**llama.inside, "attention.qkv": " ".join(reversed(llama.inside["attention.qkv"].split()))}
     yield "gate and up swapped", "llama", with_family(llama, inside=swapped(llama, "mlp.gate", "mlp.up"))
+    experts = swapped(mixtral, "mlp.experts.gate", "mlp.experts.up")
+    yield "experts: gate and up swapped", "mixtral", with_family(mixtral, inside=experts)
     yield "norms swapped", "llama", with_family(llama, inside=swapped(llama, "attention_norm", "mlp_norm"))
     yield "keys and queries swapped", "llama, tied", with_family(llama, inside=backwards)
     yield "heads not grouped", "neox", with_family(neox, qkv="stacked")
     yield "heads grouped", "gpt2", with_family(families.GPT2, qkv="grouped")
-    yield "one transpose forgotten", "gpt2", mock.patch.object(huggingface, "ATTENTION", ("attention.qkv",))
+    yield (
+        "one transpose forgotten",
+        "gpt2",
+        mock.patch.object(huggingface, "LINEAR", families.LINEAR[:1] + families.MLP),
+    )
     for setting in ("rope_theta", "norm_eps"):
         yield f"{setting} by no key of theirs", "llama", with_family(llama, keys={**llama.keys, setting: "nothing"})
     yield "the other GELU", "neox", mock.patch.dict(families.ACTIVATIONS, {"gelu": "gelu", "gelu_new": "gelu-exact"})
@@ -283,6 +311,7 @@ def everything(folder: Path) -> dict[str, Any]:
         "some biases": some_biases(folder),
         "first gpt2": first_gpt2(folder),
         "padding": padding(),
+        "lost bias": lost_bias(),
         "planted": planted,
     }
 
@@ -321,9 +350,14 @@ def test_padding_takes_no_probability(found: Any) -> None:
 
 
 @needs_transformers
+def test_a_bias_is_not_lost(found: Any) -> None:
+    assert found["lost bias"].startswith("blocks.1.mlp.router.bias is not 0, and MixtralForCausalLM")
+
+
+@needs_transformers
 def test_mistakes_are_seen(found: Any) -> None:
     assert {name: by for name, by in found["planted"].items() if not by > 4 * RTOL} == {}
-    assert len(found["planted"]) == 21
+    assert len(found["planted"]) == 23
 
 
 class Counted(Mapping[str, Tensor]):
@@ -379,6 +413,16 @@ def test_one_tensor_at_a_time() -> None:
         ({"qk_norm": True, "activation": "relu2"}, "Qwen3ForCausalLM", "model.activation = 'swiglu', not 'relu2'"),
         ({**GPT2, "qk_norm": True}, "GPT2LMHeadModel", "model.qk_norm = False, not True"),
         ({**MPT, "mlp_width": 96}, "MptForCausalLM", "model.mlp_width = 128, not 96"),
+        (
+            {**MOE, "positions": "none", "rope_theta": 10000.0},
+            "Glm4MoeForCausalLM",
+            "model.positions = 'rope', not 'none'",
+        ),
+        (
+            {**MOE, "router_score": "softmax", "router_scale": 2.0},
+            "MixtralForCausalLM",
+            "model.router_scale = 1.0, not 2.0",
+        ),
         (
             {**GPT2, "heads": 5, "head_size": 8, "activation": "swiglu"},
             "GPT2LMHeadModel",
