@@ -43,8 +43,8 @@ class Model:
     mlp_width: int = setting(
         0, "hidden size of the MLP; 0 = 4 width, or 8/3 width rounded up to 64s for swiglu", at_least=0
     )
-    activation: Literal["swiglu", "gelu", "relu2"] = setting(
-        "swiglu", "MLP: gated SiLU, GELU (tanh form), squared ReLU"
+    activation: Literal["swiglu", "gelu", "gelu-exact", "relu2"] = setting(
+        "swiglu", "MLP: gated SiLU, GELU (in its tanh form, or exact), squared ReLU"
     )
     norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "normalisation before each branch and at the end")
     norm_eps: float = setting(1e-5, "added to the variance", above=0)

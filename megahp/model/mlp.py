@@ -30,4 +30,6 @@ def activate(kind: str, up: Tensor, gate: Tensor | None = None) -> Tensor:
     """The hidden layer of an MLP from its products, of which only SwiGLU has two."""
     if gate is not None:
         return F.silu(gate) * up
-    return F.gelu(up, approximate="tanh") if kind == "gelu" else F.relu(up).square()
+    if kind == "relu2":
+        return F.relu(up).square()
+    return F.gelu(up, approximate="tanh" if kind == "gelu" else "none")
