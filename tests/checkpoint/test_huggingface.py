@@ -79,7 +79,7 @@ def settings_of(case: str, table: str, dtype: str = "float32") -> Config:
 
 def drawn(settings: Config) -> Transformer:
     """A model in which every weight and bias is random; a router's bias where a family has one."""
-    model, generator = build_model(settings, mesh_of(Layout())), torch.Generator().manual_seed(1)
+    (model,), generator = build_model(settings, mesh_of(Layout())).stages.values(), torch.Generator().manual_seed(1)
     for name, weight in saved(model).items():
         if not name.endswith("router.bias") or settings.model.router_score == "sigmoid":
             storage(weight).add_(torch.randn(weight.shape, generator=generator) * 0.2)
@@ -88,7 +88,7 @@ def drawn(settings: Config) -> Transformer:
 
 def filled(settings: Config, weights: Mapping[str, Tensor]) -> Transformer:
     """A model with these weights, and no others."""
-    model = build_model(settings, mesh_of(Layout()))
+    (model,) = build_model(settings, mesh_of(Layout())).stages.values()
     named = {name.removeprefix("model."): weight for name, weight in saved(model).items()}
     assert named.keys() == weights.keys()
     for name, weight in named.items():

@@ -16,7 +16,7 @@ from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.train import verify
 from megahp.train.loop import validate
-from megahp.train.verify import Trial, made_up, of_all_stages
+from megahp.train.verify import Trial, made_up, of_all_ranks, of_all_stages
 
 BASE: dict[str, Any] = {
     "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 128},
@@ -101,6 +101,11 @@ def train(settings: Config, steps: int) -> dict[str, Any]:
         "grads": of_all_stages(outcomes[0]["grads"], training.mesh),
         "weights": of_all_stages(training.weights(), training.mesh),
     }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The global tensor, on every rank."""
+    return of_all_ranks(tensor, tensor)
 
 
 def train_cases(cases: Mapping[str, tuple[Config, int]]) -> dict[str, dict[str, Any]]:
