@@ -16,6 +16,7 @@ from megahp.parallel.layout import Layout, fit
 
 USER_ERROR = 2  # exit code for a mistake in what the user gave
 INTERRUPTED = 130
+SHOWN = 20  # differences between layouts, the first parameters first
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,8 +96,6 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
     settings = resolve.load(options.run_file, options.overrides).config
     place = launch.world()
     ranks = place.size if options.ranks is None else options.ranks
-    if ranks < 1:
-        raise UserError(f"--ranks {options.ranks} must be at least 1")
     layout = fit(settings.parallel, ranks)
 
     from megahp.train.run import prepare
@@ -156,7 +155,7 @@ def _verify_layout(options: argparse.Namespace, words: Sequence[str]) -> int:
 
     settings = resolve.load(options.run_file, options.overrides).config
     found = verify(settings, options.ranks)
-    for difference in found:
+    for difference in found[:SHOWN]:
         print(difference)
     verdict = f"{len(found)} differences" if found else "the same model: loss, gradients, norms and weights agree"
     print(f"{verdict}, on {options.ranks} ranks and on one")

@@ -192,7 +192,8 @@ class Parallel:
     zero: int = setting(
         0,
         "what shards keep between uses: 1 = weights gathered for the whole step, gradients whole until its end; 2 = "
-        "weights gathered for each microbatch; 3 = for its forward and its backward pass apart; 0 = 3, in pipelines 1",
+        "weights gathered for each microbatch; 3 = for its forward and its backward pass apart; 0 = 3, in pipelines 1. "
+        "Like reduce and prefetch it means nothing on one such rank",
         at_least=0,
         at_most=3,
     )

@@ -24,6 +24,7 @@ OF_EXPERTS = (
     "experts_per_token expert_width shared_experts dense_layers router_score router_normalize router_scale "
     "balance_rate balance_loss"
 )
+STAGES_PER_RANK = {"1f1b": range(1, 2), "interleaved": SEVERAL, "zero-bubble": SOME, "zbv": range(2, 3)}
 # A setting that only means something beside another one: giving it elsewhere is an error, not silence.
 USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
     "model.rope_theta": ("model.positions", ("rope",)),
@@ -137,7 +138,8 @@ def impossible(config: Config) -> list[str]:
     if not name.parts or name.is_absolute() or ".." in name.parts:
         problems.append(f"log.name = {config.log.name!r} names no folder inside log.root; choose one such as first")
     problems += _pipeline(config)
-    problems += _data_stages(config) or _float8(config)
+    problems += _data_stages(config)
+    problems += _float8(config)
     if config.train.validation_samples and not data.validation_fraction:
         problems.append(
             f"train.validation_samples = {config.train.validation_samples} needs documents held out, and "
@@ -197,15 +199,12 @@ def _pipeline(config: Config) -> list[str]:
     if parallel.pp == 1:
         return problems
     stages = parallel.pp * parallel.local_stages
-    wanted = {"1f1b": "1", "interleaved": "2 or more", "zero-bubble": "1 or more", "zbv": "2"}[parallel.schedule]
-    if (
-        parallel.schedule != "zero-bubble"
-        and (parallel.local_stages > 1) != (wanted != "1")
-        or (parallel.schedule == "zbv" and parallel.local_stages != 2)
-    ):
+    if parallel.local_stages not in STAGES_PER_RANK[parallel.schedule]:
+        allowed = STAGES_PER_RANK[parallel.schedule]
         problems.append(
             f"parallel.stages_per_rank = {parallel.stages_per_rank} does not go with parallel.schedule = "
-            f"{parallel.schedule!r}, which has {wanted}; leave it out, or choose another schedule"
+            f"{parallel.schedule!r}, which has {allowed.start}{' or more' * (len(allowed) > 1)}; leave it out, or "
+            "choose another schedule"
         )
     if stages > model.layers:
         problems.append(
@@ -219,10 +218,16 @@ def _pipeline(config: Config) -> list[str]:
         )
     if min(parallel.split, default=1) < 1:
         problems.append(f"parallel.split = {list(parallel.split)} leaves a stage without blocks; give each at least 1")
-    if parallel.schedule in ("zero-bubble", "zbv") and config.compute.recompute == "selective":
+    in_two_parts = parallel.schedule in ("zero-bubble", "zbv")
+    if in_two_parts and config.compute.recompute == "selective":
         problems.append(
             f"compute.recompute = 'selective' cannot go through a backward pass in two parts, as parallel.schedule = "
             f"{parallel.schedule!r} has; set compute.recompute=full"
+        )
+    if in_two_parts and config.compute.compile:
+        problems.append(
+            f"compute.compile = true has not been shown to be right with a backward pass in two parts, as "
+            f"parallel.schedule = {parallel.schedule!r} has; leave it out, or choose another schedule"
         )
     if parallel.schedule == "zbv" and model.tied_embeddings:
         problems.append(
@@ -304,20 +309,24 @@ def _float8(config: Config) -> list[str]:
     model, tp, fp8 = config.model, config.parallel.tp, config.compute.fp8
     if fp8 == "none":
         return []
-    sides = [
-        ("model.width", model.width),
-        ("model.mlp_width / parallel.tp", model.mlp_width // tp),
-        ("model.heads x model.head_size / parallel.tp", model.heads * model.head_size // tp),
-        ("2 x model.kv_heads x model.head_size / parallel.tp", 2 * model.kv_heads * model.head_size // tp),
-        *(
-            ("data.sequence_length or data.lengths", stage.length // config.parallel.cp)
+    try:
+        lengths = {
+            f"sequence length {stage.length} / parallel.cp": stage.length // config.parallel.cp
             for stage in stages(config.data)
-        ),
-    ]
+        }
+    except ValueError:
+        lengths = {}  # refused elsewhere
+    sides = {
+        "model.width": model.width,
+        "model.mlp_width / parallel.tp": model.mlp_width // tp,
+        "model.heads x model.head_size / parallel.tp": model.heads * model.head_size // tp,
+        "2 x model.kv_heads x model.head_size / parallel.tp": 2 * model.kv_heads * model.head_size // tp,
+        **lengths,
+    }
     problems = [
         f"{name} = {size} is not a multiple of 16, as compute.fp8 = {fp8!r} needs; "
         f"nearest that are: {nearest_multiples(16, size)}"
-        for name, size in sides
+        for name, size in sides.items()
         if size % 16
     ]
     if model.experts:

@@ -166,7 +166,7 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
         (["compute.fp8=torchao", "model.heads=5", "model.head_size=8"], ["model.heads x model.head_size", "32, 48"]),
         (["compute.fp8=torchao", "model.kv_heads=1", "model.head_size=4"], ["2 x model.kv_heads", "= 8", "16"]),
         (["compute.fp8=torchao", "model.width=264"], ["model.width = 264", "256, 272"]),
-        (["compute.fp8=torchao", 'data.lengths=["1e6:8"]'], ["data.lengths = 8", "16"]),
+        (["compute.fp8=torchao", 'data.lengths=["1e6:8"]'], ["sequence length 8", "16"]),
         (["optimizer.engine=apex", "train.dtype=float64"], ["optimizer.engine = 'apex'", "float64"]),
         (["compute.fp8=torchao", "train.dtype=float16"], ["compute.fp8", "train.dtype = 'float16'", "bfloat16"]),
     ],

@@ -91,7 +91,7 @@ def _stage(config: Config, mesh: Mesh, blocks: range) -> Transformer:
     distribute(model, mesh, master)
     if config.compute.fp8 != "none":
         replace_products(model, config.compute.fp8, mesh.device)
-    shard(model, model.blocks.values(), mesh, config.parallel, model.dtype, master)
+    shard(model, list(model.blocks.values()), mesh, config.parallel, model.dtype, master)
     model.to_empty(device=mesh.device)
     initialise(model, model.table, config.parameterization.init_std, config.train.seed)
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from megahp.parallel.parameters import probes, storage
 
 def shard(
     model: nn.Module,
-    blocks: Iterable[nn.Module],
+    blocks: Collection[nn.Module],
     mesh: Mesh,
     parallel: config.Parallel,
     compute: torch.dtype,
@@ -36,7 +36,8 @@ def shard(
     # a zero-bubble schedule finds no gradients of weights that were gathered twice for one microbatch
     sharded = partial(fully_shard, mp_policy=policy, reshard_after_forward=parallel.zero_level == 3)
     for experts in _experts(model):
-        sharded(experts, mesh=mesh.fsdp(EXPERT_SHARDS), shard_placement_fn=partial(_even, mesh))
+        over = mesh.fsdp(EXPERT_SHARDS)
+        sharded(experts, mesh=over, shard_placement_fn=partial(_even, over.shape[-1]))
     for module in (*blocks, model):
         sharded(module, mesh=mesh.fsdp(), ignored_params=ignored)
     units = _units(model)
@@ -44,7 +45,7 @@ def shard(
         # the loss is divided by the global batch already; on gloo the factor alone would still average
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    _prefetch([unit for unit in units if unit is not model], parallel.prefetch)
+    _prefetch([block for block in units if block in blocks], parallel.prefetch)
 
 
 def before(model: nn.Module, last: bool, parallel: config.Parallel) -> None:
@@ -53,6 +54,12 @@ def before(model: nn.Module, last: bool, parallel: config.Parallel) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or parallel.reduce == "every")
         model.set_reshard_after_backward(last or parallel.zero_level > 1)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of whatever weights are gathered."""
+    for unit in _units(model):
+        unit.reshard()
 
 
 def _prefetch(units: list[FSDPModule], count: int) -> None:
@@ -66,9 +73,8 @@ def _experts(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if any(row.experts for row in getattr(module, "rows", {}).values())]
 
 
-def _even(mesh: Mesh, weight: nn.Parameter) -> Shard:
+def _even(shards: int, weight: nn.Parameter) -> Shard:
     """The first dimension that the shards divide, since there may be fewer experts than shards."""
-    shards = mesh.fsdp(EXPERT_SHARDS).shape[-1]
     return Shard(next((dim for dim, size in enumerate(storage(weight).shape) if size % shards == 0), 0))
 
 

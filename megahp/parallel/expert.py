@@ -42,11 +42,12 @@ def _elsewhere(experts: Experts, rows: Tensor, load: Tensor, axis: Place) -> Ten
     """The same of rows sorted by expert, each computed on the rank that holds it."""
     sent = load.unflatten(0, (axis.size, -1))  # by rank, by its experts
     received = all_to_all(sent, [1] * axis.size, [1] * axis.size, axis.group)  # from each rank, for this one's experts
-    there, here = sent.sum(1).tolist(), received.sum(1).tolist()
+    by_rank, from_rank = torch.stack((sent, received)).tolist()  # one wait for the device, before anything is queued
+    there, here = [sum(counts) for counts in by_rank], [sum(counts) for counts in from_rank]
     arrived = exchange(rows, there, here, axis.group)  # from one rank after the other, each sorted by expert
     numbers = torch.arange(received.shape[1], device=rows.device).repeat(axis.size)
-    order = numbers.repeat_interleave(received.flatten()).argsort(stable=True)
-    out = experts(_rearrange(arrived, order), received.sum(0).tolist())
+    order = numbers.repeat_interleave(received.flatten(), output_size=sum(here)).argsort(stable=True)
+    out = experts(_rearrange(arrived, order), [sum(counts) for counts in zip(*from_rank, strict=True)])
     return exchange(_rearrange(out, _inverse(order)), here, there, axis.group)
 
 

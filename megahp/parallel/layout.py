@@ -35,6 +35,8 @@ class Layout:
 
 def fit(parallel: Parallel, ranks: int) -> Layout:
     """The layout of `parallel` on so many ranks, its 0 axis filled. Raises UserError naming the nearest counts."""
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks} must be at least 1")
     given = {axis: getattr(parallel, axis) for axis in FREE}
     fixed = 1
     for size in given.values():

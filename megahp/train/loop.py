@@ -161,6 +161,7 @@ def validate(run: Run, data: TrainingData) -> float | None:
         # FSDP2 needs as many forward passes on every rank: where samples run out the last is repeated, for nothing
         index = np.arange(start, start + size)
         total += run.engine.evaluate(rows_of(samples, index.clip(max=count - 1), run), torch.from_numpy(index < count))
+    run.engine.reshard()
     if not run.mesh.is_first(("tp",)):
         total.zero_()
     dist.all_reduce(total)

@@ -20,7 +20,7 @@ of a mixture of experts, {router: number},
     expert_load_max              tokens of the fullest expert over those of the mean one
     expert_load_cv               standard deviation of the experts' tokens over their mean
     balance_loss                 the mean over sequences; 1 where they are balanced
-and where they are known `mfu` and `validation_loss`.
+and where it is known `validation_loss`.
 """
 
 import json

@@ -23,7 +23,7 @@ from megahp.model.build import build_model, longest, table_of
 from megahp.ops.engines import fused_adam, linear_of, norm_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh
-from megahp.parallel.parameters import check_copies, saved
+from megahp.parallel.parameters import check_copies
 from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress, least_batch, runnable, unit
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.train.optimizer import make_optimizer
@@ -327,9 +327,7 @@ class Run:
         return state
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            key: value for stage in self.engine.stages for key, value in saved(stage).items()
-        } | self.optimizer.state()
+        return self.engine.saved() | self.optimizer.state()
 
 
 def is_first() -> bool:

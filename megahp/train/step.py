@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 import torch.distributed as dist
@@ -89,6 +89,17 @@ class Engine:
             return torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         return (losses.double().sum(1) * counted.to(losses.device)).sum()
 
+    def reshard(self) -> None:
+        """Let go of the weights that forward passes without a backward pass have gathered."""
+        for stage in self.stages:
+            data_parallel.reshard(stage)
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model: this rank's parts of the weights, and buffers, which are equal on all
+        ranks. (Not the modules' own parameters: they are FSDP2's gathered ones, in the compute type, at times.)"""
+        buffers = {name: buffer for stage in self.stages for name, buffer in stage.named_buffers()}
+        return {f"model.{name}": tensor.detach() for name, tensor in (self.weights | buffers).items()}
+
     def _accumulate(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float) -> Tensor:
         """Forward and backward of one microbatch after the other, by a model that is whole on this rank."""
         (model,) = self.stages
@@ -124,28 +135,32 @@ class Engine:
         """Reduce loss, squared gradient norms and probes of one step of `batch` sequences over all ranks and bring them
         to the host, the scale of the gradients taken out."""
         squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square()
-        probed = [probe.grad.view(-1) for probe in self.probes.values()]  # type: ignore[union-attr]
+        measured = [probe.grad.view(-1) for probe in self.probes.values()]  # type: ignore[union-attr]
         values = torch.zeros(sum(self.sizes.values()), dtype=torch.float64, device=loss.device)
-        values[self.places] = torch.cat((loss[None], *probed, squares)) * self.counted
+        values[self.places] = torch.cat((loss[None], *measured, squares)) * self.counted
         dist.all_reduce(values)
-        found = dict(zip(self.sizes, values.cpu().split(list(self.sizes.values())), strict=True))
-        routed = {name: found[f"{name}.probe"] for name in self.model.routers}
-        examples = {name: found[f"{name}.probe"].item() / scale**2 for name in self.model.probes if name not in routed}
-        batches = {name: found[name].item() / scale**2 for name in self.rows}
+        numbers = iter(values.tolist())
+        loss_value = next(numbers)
+        probed = {name: list(islice(numbers, size)) for name, size in self.model.probes.items()}
+        routed = {name: probed.pop(name) for name in self.model.routers}
+        examples = {name: square / scale**2 for name, (square,) in probed.items()}
+        batches = {name: square / scale**2 for name, square in zip(self.rows, numbers, strict=True)}
         return Measurement(
-            loss=found["loss"].item(),
+            loss=loss_value,
             grad_norm=math.sqrt(sum(batches.values())),  # nan or inf passes through
             # the probes hold sum_b ||g_b / B||^2, since the loss is a mean over the batch
             grad_sq_example={name: batch * square for name, square in examples.items()},
             grad_sq_batch={name: batches[f"{name}.weight"] + batches.get(f"{name}.bias", 0.0) for name in examples},
-            load={name: part[:-1] for name, part in routed.items()},
-            balance_loss={name: part[-1].item() / batch for name, part in routed.items()},
+            load={name: torch.tensor(part[:-1]) for name, part in routed.items()},
+            balance_loss={name: part[-1] / batch for name, part in routed.items()},
         )
 
     def rebalance(self, load: Mapping[str, Tensor]) -> None:
         """Make routers choose differently after a step that measured this load."""
-        for name, router in self.routers.items():
-            router.rebalance(load[name].to(self.mesh.device))
+        if self.routers:
+            loads = torch.stack([load[name] for name in self.routers]).to(self.mesh.device)
+            for router, own in zip(self.routers.values(), loads, strict=True):
+                router.rebalance(own)
 
     def zero(self) -> None:
         """Forget the gradients."""

@@ -22,14 +22,15 @@ from torch import Tensor
 from megahp import config, launch, resolve
 from megahp.config import Config
 from megahp.data.loader import Batch
+from megahp.errors import UserError
 from megahp.model.build import build_model, table_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh, make_mesh
-from megahp.parallel.parameters import saved, storage, whole
+from megahp.parallel.parameters import storage, whole
 from megahp.scaling.batch_size import BatchPlan, Plan, Progress, least_batch
 from megahp.train.loop import device_of
 from megahp.train.optimizer import make_optimizer
-from megahp.train.run import cuda_wanted
+from megahp.train.run import check_devices, cuda_wanted
 from megahp.train.step import Engine, clip
 
 STEPS = 5  # the global batch doubles after the first
@@ -40,21 +41,26 @@ def verify(settings: Config, ranks: int) -> list[str]:
     """What differs between a small run of this kind on so many ranks, laid out as it says, and on one: empty if nothing
     does. Each difference is one line, parameters in the model's order. Raises UserError when ranks do not fit."""
     small = shrunk(settings, fit(settings.parallel, ranks))
+    check_devices(small, ranks)
     alone = replace(small, parallel=config.Parallel(), compute=config.Compute())
     laid_out, plain = _outcome(small, ranks), _outcome(alone, 1)
     return differences(laid_out, plain, RTOL, RTOL)
 
 
 def shrunk(settings: Config, layout: Layout) -> Config:
-    """A run of this kind, as small as its layout allows, in float64, from made-up data."""
+    """A run of this kind, as small as its layout allows, in float64, from made-up data; without float8 and other
+    engines, which know no float64."""
     model, parallel, tp = settings.model, settings.parallel, layout.tp
     stages = layout.pp * parallel.local_stages
     heads = tp * min(2, model.kv_heads // tp)
     width, layers = 8 * heads * min(2, model.heads // model.kv_heads), min(model.layers, stages + 1)
     length = 4 * 2 * layout.cp * tp
-    rules = settings.parameterization
+    scaled = {"sp": (), "mup": ("base_width",), "completep": ("base_width", "base_layers")}[
+        settings.parameterization.name
+    ]
+    bases = {"base_width": width // 2, "base_layers": max(1, layers // 2)}
     small = config.with_values(
-        settings,
+        replace(settings, batch=config.Batch(micro_batch=1, policy="table")),
         {
             "model.layers": stages if parallel.split else layers,
             "model.width": width,
@@ -69,24 +75,23 @@ def shrunk(settings: Config, layout: Layout) -> Config:
             "model.dense_layers": min(1, model.dense_layers),
             "model.vocab_size": 100,
             "parallel.split": (1,) * stages if parallel.split else (),
-            "parameterization.base_width": max(1, rules.base_width * width // model.width),
-            "parameterization.base_layers": max(1, rules.base_layers * layers // model.layers),
+            **{f"parameterization.{key}": bases[key] for key in scaled},
             "data.train": ("made-up",),
             "data.sequence_length": length,
             "data.lengths": (),
             "data.mixtures": (),
             "data.weights": (),
-            "batch.micro_batch": 1,
-            "batch.largest": 0,
-            "batch.policy": "table",
+            "optimizer.eps": 1e-7,  # less, and it would amplify gradients that are rounding alone
+            "optimizer.engine": "torch",
             "train.dtype": "float64",
             "train.start_from": "",
             "schedule.start": 0,
             "compute.norms": "megahp",
+            "compute.fp8": "none",
         },
     )
     batch = least_batch(small, layout.dp)
-    return config.with_values(
+    sized = config.with_values(
         small,
         {
             "batch.global_batch": batch,
@@ -95,6 +100,7 @@ def shrunk(settings: Config, layout: Layout) -> Config:
             "train.steps": STEPS,
         },
     )
+    return resolve.from_dict(config.to_dict(sized), "the small run")
 
 
 class Trial:
@@ -131,8 +137,8 @@ class Trial:
 
     def weights(self) -> dict[str, Tensor]:
         """The whole weights, and the routers' biases, of this rank's pipeline stages."""
-        tensors = {name: tensor for stage in self.engine.stages for name, tensor in saved(stage).items()}
-        return {name.removeprefix("model."): of_all_ranks(tensor, tensor) for name, tensor in tensors.items()}
+        tensors = self.engine.saved().items()
+        return {name.removeprefix("model."): of_all_ranks(tensor, tensor) for name, tensor in tensors}
 
     def batches(self, plan: Plan) -> Iterator[Batch]:
         for ids in plan.samples(self.mesh.data_rank, self.mesh.layout.dp):
@@ -175,16 +181,17 @@ def of_all_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
 def differences(
     got: Mapping[str, Any], wanted: Mapping[str, Any], rtol: float, weights_rtol: float | None
 ) -> list[str]:
-    """What of two outcomes of `train` differs by more than rtol, by name; weights only if a tolerance is given."""
+    """What of two outcomes of `train` differs by more than rtol, by name, the first step's gradients first, in the
+    model's order; weights only if a tolerance is given."""
     found = []
+    for name in wanted["grads"]:
+        found += _difference(f"gradient {name}", got["grads"][name], wanted["grads"][name], rtol)
     for number, (a, b) in enumerate(zip(got["measured"], wanted["measured"], strict=True), 1):
         for key in ("loss", "grad_norm"):
             found += _difference(f"step {number} {key}", a[key], b[key], rtol)
         for key in ("grad_sq_example", "grad_sq_batch", "balance_loss", "load"):
             for name in b[key]:
                 found += _difference(f"step {number} {key} {name}", a[key][name], b[key][name], rtol)
-    for name in wanted["grads"]:
-        found += _difference(f"gradient {name}", got["grads"][name], wanted["grads"][name], rtol)
     for name in wanted["weights"] if weights_rtol else ():
         found += _difference(f"weight {name}", got["weights"][name], wanted["weights"][name], weights_rtol or 0)
     return found
@@ -206,7 +213,7 @@ def _outcome(settings: Config, ranks: int) -> dict[str, Any]:
         run_file.write_text(config.to_toml(settings), encoding="utf-8")
         code = launch.spawn([str(run_file), str(outcome)], ranks, ("-m", "megahp.train.verify"))
         if code:
-            raise RuntimeError(f"a rank of {ranks} ended with exit code {code}")
+            raise UserError(f"a rank of {ranks} ended with exit code {code}; what it said stands above")
         return torch.load(outcome, weights_only=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +13,8 @@ from distributed import world
 from distributed.test_layouts import EIGHT, FULL, LAYOUTS
 from distributed.training import Training, settings_of
 from megahp import checkpoint
-from megahp.parallel.parameters import saved
-from megahp.train.verify import of_all_stages
+from megahp.parallel.parameters import storage
+from megahp.train.verify import made_up, of_all_stages
 
 BLOCKS = "model.layers=4"
 LEGS = {
@@ -33,8 +34,7 @@ LEGS = {
 
 
 def tensors(training: Training) -> dict[str, torch.Tensor]:
-    stages = training.engine.stages
-    return {name: value for stage in stages for name, value in saved(stage).items()} | training.optimizer.state()
+    return training.engine.saved() | training.optimizer.state()
 
 
 def relay(model: str, folder: str) -> dict[str, Any]:
@@ -67,3 +67,22 @@ def test_a_run_that_moves_trains_as_one_that_stays(model: str, tmp_path: Path) -
     assert moved["weights"].keys() == stayed["weights"].keys()
     for name, weight in stayed["weights"].items():
         assert (moved["weights"][name] - weight).abs().max() <= 1e-10 * weight.abs().max(), name
+
+
+def what_is_saved_after_a_validation() -> list[tuple[torch.dtype, bool]]:
+    """A forward pass alone leaves gathered weights in the modules, rounded to the compute type."""
+    settings = settings_of("llama", "train.dtype=bfloat16", "parallel.zero=1", "batch.micro_batch=4")
+    training = Training(settings)
+    before = {name: storage(value).clone() for name, value in training.engine.saved().items()}
+    training.engine.evaluate(made_up(np.arange(4), settings), torch.ones(4, dtype=torch.bool))
+    gathered = {weight.dtype for weight in training.engine.stages[0].parameters() if weight.dim()}
+    assert torch.bfloat16 in gathered  # or this would test nothing
+    after = {name: storage(value) for name, value in training.engine.saved().items()}
+    training.engine.reshard()
+    assert {weight.dtype for weight in training.engine.stages[0].parameters()} == {torch.float32}
+    return [(value.dtype, torch.equal(value, before[name])) for name, value in after.items()]
+
+
+def test_a_checkpoint_after_a_validation_is_in_full_precision() -> None:
+    for saved in world.run(2, what_is_saved_after_a_validation):
+        assert set(saved) == {(torch.float32, True)}
