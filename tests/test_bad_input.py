@@ -69,7 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("train run.toml log.name=file", ["runs/file is a file"]),
         ('train run.toml data.train=["nothing"]', ["nothing", "no tokens"]),
         ('train run.toml data.train=["garbled"]', ["garbled.json"]),
-        ("train run.toml parallel.split=[1,1]", ["parallel.split = (1, 1) has no effect", "parallel.pp = 1"]),
+        ("train run.toml parallel.split=[1,1]", ["parallel.split = (1, 1)", "has no effect", "parallel.pp = 1"]),
         ("train run.toml parallel.pp=3 --ranks 3", ["parallel.pp = 3", "3 blocks", "parallel.pp=2"]),
         ("train run.toml parallel.pp=2 parallel.split=[1,2] --ranks 2", ["parallel.split = [1, 2]", "2 stages"]),
         (
