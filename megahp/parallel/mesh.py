@@ -94,7 +94,10 @@ class Mesh:
 def make_mesh(layout: Layout, device: torch.device) -> Mesh:
     """The mesh over the default process group, whose size must be the layout's product."""
     devices = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
-    return Mesh(layout, device, devices, _ends(devices) if layout.pp > 1 else None)
+    mesh = Mesh(layout, device, devices, _ends(devices) if layout.pp > 1 else None)
+    for axes in (SHARDS, EXPERT_SHARDS, ("cp", "tp"), WITHIN_STAGE):
+        mesh.over(*axes)  # here, since all ranks must make a group at one time, and not all have experts
+    return mesh
 
 
 def _ends(devices: DeviceMesh) -> dist.ProcessGroup | None:
