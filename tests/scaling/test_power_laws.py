@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from megahp.scaling.power_laws import (
+    CRITICAL_BATCH,
+    OPTIMAL_BATCH,
     PAPER_SEQUENCE,
-    critical_batch,
+    TAU,
     critical_batch_along,
     least_tokens,
-    optimal_batch,
-    optimal_timescale,
     optimal_weight_decay,
     timescale,
 )
@@ -44,9 +44,9 @@ def test_timescale_of_the_610m_runs(factor: dict[str, float], expected: float) -
 
 
 @pytest.mark.parametrize(("tpp", "tau"), [(2, 0.7523), (20, 0.22356), (80, 0.10767), (234, 0.06116), (1280, 0.02498)])
-def test_optimal_timescale(tpp: float, tau: float) -> None:
+def test_tau_opt(tpp: float, tau: float) -> None:
     """Check 2."""
-    assert optimal_timescale(tpp) == pytest.approx(tau, abs=1e-4)
+    assert TAU(tpp) == pytest.approx(tau, abs=1e-4)
 
 
 def test_optimal_weight_decay() -> None:
@@ -59,12 +59,12 @@ def test_optimal_weight_decay() -> None:
 @pytest.mark.parametrize(("tokens", "sequences"), [(3e9, 130.45), (12.1e9, 222.55), (1e11, 499.71), (1e12, 1207.04)])
 def test_optimal_batch(tokens: float, sequences: float) -> None:
     """Check 4."""
-    assert optimal_batch(tokens) / PAPER_SEQUENCE == pytest.approx(sequences, rel=1e-3)
+    assert OPTIMAL_BATCH(tokens) / PAPER_SEQUENCE == pytest.approx(sequences, rel=1e-3)
 
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(3e9, 1125.77), (12.1e9, 2144.21), (1e11, 5688.80), (1e12, 16482.4)])
 def test_critical_batch(tokens: float, sequences: float) -> None:
-    assert critical_batch(tokens) / PAPER_SEQUENCE == pytest.approx(sequences, rel=1e-3)
+    assert CRITICAL_BATCH(tokens) / PAPER_SEQUENCE == pytest.approx(sequences, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_least_tokens(tokens: float, batch: float, least: float) -> None:
     """Check 4, and check 5: (S / S_min - 1) (D / D_min - 1) = 1 there, and both ratios are 2 at the critical batch."""
     found = least_tokens(tokens, batch * PAPER_SEQUENCE)
     assert found == pytest.approx(least, rel=1e-3)
-    critical = critical_batch(found)
+    critical = CRITICAL_BATCH(found)
     steps, fewest = tokens / (batch * PAPER_SEQUENCE), found / critical
     assert (steps / fewest - 1) * (tokens / found - 1) == pytest.approx(1, abs=1e-9)
     doubled = least_tokens(2 * found, critical)
@@ -84,5 +84,5 @@ def test_least_tokens(tokens: float, batch: float, least: float) -> None:
 def test_the_law_along_a_run_has_the_run_s_critical_batch_as_its_mean() -> None:
     horizon, points = 1e9, 100_000
     mean = sum(critical_batch_along(horizon * (i + 0.5) / points) for i in range(points)) / points
-    assert mean == pytest.approx(critical_batch(horizon), rel=1e-4)
+    assert mean == pytest.approx(CRITICAL_BATCH(horizon), rel=1e-4)
     assert critical_batch_along(0) == 0.0

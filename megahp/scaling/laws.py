@@ -1,0 +1,93 @@
+"""What a scaling law is: its constants, where they come from, how sure we are of them, and the range they were fitted
+on. Laws fitted by `megahp fit` keep their bootstrap draws, so that whatever is read from them has an interval.
+
+The laws themselves stand in power_laws.py and loss_laws.py; a law file holds a user's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+INTERVAL = (0.1, 0.9)  # quantiles of the bootstrap draws that an interval reaches from and to
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """y = scale x^exponent."""
+
+    scale: float
+    exponent: float
+    source: str
+    confidence: str
+    fitted: tuple[float, float] = (0.0, math.inf)  # least and largest x
+    draws: tuple[tuple[float, float], ...] = ()  # (scale, exponent)
+
+    def __call__(self, x: float) -> float:
+        return self.scale * x**self.exponent
+
+    def interval(self, x: float) -> tuple[float, float] | None:
+        """Of y at x; None where the law has no draws."""
+        return _quantiles([scale * x**exponent for scale, exponent in self.draws])
+
+
+@dataclass(frozen=True)
+class LossLaw:
+    """L(N, D) = floor + a / N^alpha + b / D^beta in nats per token, N parameters and D tokens.
+
+    (Hoffmann et al., arXiv 2203.15556, eq. 10; alpha = beta is the over-training law of Gadre et al., arXiv 2403.08540,
+    written in N and D.)
+    """
+
+    floor: float
+    a: float
+    b: float
+    alpha: float
+    beta: float
+    source: str
+    confidence: str
+    parameters: tuple[float, float] = (0.0, math.inf)  # least and largest N it was fitted on
+    tokens: tuple[float, float] = (0.0, math.inf)  # and D
+    draws: tuple[tuple[float, float, float, float, float], ...] = ()  # (floor, a, b, alpha, beta)
+
+    def __call__(self, parameters: float, tokens: float) -> float:
+        return loss(parameters, tokens, *self.constants)
+
+    @property
+    def constants(self) -> tuple[float, float, float, float, float]:
+        return self.floor, self.a, self.b, self.alpha, self.beta
+
+    def interval(self, parameters: float, tokens: float) -> tuple[float, float] | None:
+        """Of L(N, D); None where the law has no draws."""
+        return _quantiles([loss(parameters, tokens, *draw) for draw in self.draws])
+
+    def optimum(self, flops: float) -> tuple[float, float]:
+        """(N, D) of least loss with 6 N D = flops. N = G (C/6)^(beta / (alpha + beta)), G = (alpha a / (beta b))^(1 /
+        (alpha + beta)). (Hoffmann et al., eq. 4)"""
+        both = self.alpha + self.beta
+        parameters = (self.alpha * self.a / (self.beta * self.b)) ** (1 / both) * (flops / 6) ** (self.beta / both)
+        return parameters, flops / 6 / parameters
+
+
+def loss(parameters: Any, tokens: Any, floor: float, a: float, b: float, alpha: float, beta: float) -> Any:
+    """floor + a / N^alpha + b / D^beta; of numbers or arrays."""
+    return floor + a / parameters**alpha + b / tokens**beta
+
+
+def increasing_root(function: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """x in [low, high], both above 0, where an increasing function reaches the target, by bisection of log x."""
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if function(middle) < target else (low, middle)
+    return high
+
+
+def _quantiles(values: list[float]) -> tuple[float, float] | None:
+    if not values:
+        return None
+    low, high = np.quantile(values, INTERVAL)
+    return float(low), float(high)
