@@ -188,7 +188,6 @@ class Parallel:
     dp_replicate: int = setting(1, "data parallel replicas; 0 = what is left", at_least=0)
     dp_shard: int = setting(0, "ranks that share one sharded replica (FSDP2); 0 = what is left", at_least=0)
     sequence_parallel: bool = setting(False, "split norms and residual stream along the sequence over tp")
-
     zero: int = setting(
         0,
         "what shards keep between uses: 1 = weights gathered for the whole step, gradients whole until its end; 2 = "

@@ -35,9 +35,8 @@ class Row:
     # weight also before its per-example gradients are squared: an example's tokens or the weight's uses lie there
     start: float | None = None  # a constant to start from; None = drawn at random
     tied: bool = False  # the last pipeline stage has a copy too, whose gradient is summed with the first's
-    fused: tuple[
-        int, ...
-    ] = ()  # rows of the matrices that lie together in each of its equal groups of rows, if several
+    # rows of the matrices that lie together in each of its equal groups of rows, if several
+    fused: tuple[int, ...] = ()
 
     @property
     def split(self) -> dict[str, int | None]:
@@ -231,8 +230,8 @@ def counted_once(weight: Tensor, row: Row, mesh: Mesh) -> bool:
 def sum_gradients(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:
     """Sum each gradient over its row's axes, with one collective an axis. Data parallelism has been summed by FSDP2."""
     for axis in AXES:
-        if mesh.group(axis).size() > 1:
-            _sum([weight.grad for name, weight in weights.items() if axis in table[name].sum_over], mesh.group(axis))
+        if (group := mesh.group(axis)).size() > 1:
+            _sum([weight.grad for name, weight in weights.items() if axis in table[name].sum_over], group)
     if mesh.ends:
         _sum([weight.grad for name, weight in weights.items() if table[name].tied], mesh.ends)
 

@@ -327,7 +327,7 @@ class Run:
         return state
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return self.engine.saved() | self.optimizer.state()
+        return self.engine.saved | self.optimizer.state()
 
 
 def is_first() -> bool:

@@ -137,22 +137,21 @@ class Trial:
 
     def weights(self) -> dict[str, Tensor]:
         """The whole weights, and the routers' biases, of this rank's pipeline stages."""
-        tensors = self.engine.saved().items()
-        return {name.removeprefix("model."): of_all_ranks(tensor, tensor) for name, tensor in tensors}
+        saved = self.engine.saved.items()
+        return {name.removeprefix("model."): of_all_ranks(tensor, tensor) for name, tensor in saved}
 
     def batches(self, plan: Plan) -> Iterator[Batch]:
         for ids in plan.samples(self.mesh.data_rank, self.mesh.layout.dp):
             yield made_up(ids, self.settings, self.mesh.device)
 
 
-def train(settings: Config, steps: int, mesh: Mesh) -> dict[str, Any]:
+def train(trial: Trial, steps: int) -> dict[str, Any]:
     """So many steps: what each measured, the first step's gradients, the weights at the end, of the whole model."""
-    trial = Trial(settings, mesh)
     outcomes = [trial.step() for _ in range(steps)]
     return {
         "measured": [outcome["measured"] for outcome in outcomes],
-        "grads": of_all_stages(outcomes[0]["grads"], mesh),
-        "weights": of_all_stages(trial.weights(), mesh),
+        "grads": of_all_stages(outcomes[0]["grads"], trial.mesh),
+        "weights": of_all_stages(trial.weights(), trial.mesh),
     }
 
 
@@ -222,7 +221,7 @@ def _main(run_file: str, outcome: str) -> None:
     place = launch.world()
     launch.join(place, cuda_wanted(settings))
     mesh = make_mesh(fit(settings.parallel, place.size), device_of(settings, place))
-    found = train(settings, STEPS, mesh)
+    found = train(Trial(settings, mesh), STEPS)
     if place.rank == 0:
         torch.save(found, outcome)
     launch.leave(0)
