@@ -261,6 +261,27 @@ def _batch(config: Config) -> list[str]:
     return []
 
 
+def _sparsity(config: Config) -> list[str]:
+    """What is wrong with sparse weights."""
+    sparsity, layers, problems = config.sparsity, config.model.layers, []
+    if sparsity.layers and sparsity.density != 1:
+        problems.append(
+            f"sparsity.density = {sparsity.density:g} has no effect beside sparsity.layers; leave one of them out"
+        )
+    if sparsity.layers and len(sparsity.layers) != layers:
+        problems.append(
+            f"sparsity.layers has {len(sparsity.layers)} densities and model.layers = {layers}; give one for each block"
+        )
+    if not all(0 < density <= 1 for density in sparsity.layers):
+        problems.append(f"sparsity.layers = {list(sparsity.layers)} must all be above 0 and at most 1")
+    if sparsity.method != "none" and config.optimizer.name == "muon":
+        problems.append(
+            f"sparsity.method = {sparsity.method!r} with optimizer.name = 'muon' would make whole matrices orthogonal, "
+            "of which a mask leaves something else; set optimizer.name=adamw"
+        )
+    return problems
+
+
 def _engines(config: Config) -> list[str]:
     """What other engines cannot do."""
     problems = []
@@ -326,6 +347,7 @@ CHECKS = (
     _data,
     _batch,
     _float8,
+    _sparsity,
     _engines,
     _schedule,
     _run,

@@ -83,7 +83,9 @@ class Model:
 class Parameterization:
     """How init, learning rates and multipliers follow from the model's size (megahp/scaling/parameterization.py)."""
 
-    name: Literal["sp", "mup", "completep"] = setting("completep", "the rule table: standard, muP, CompleteP")
+    name: Literal["sp", "mup", "completep", "smupar"] = setting(
+        "completep", "the rule table: standard, muP, CompleteP, SmuPar (muP for sparse weights)"
+    )
     base_width: int = setting(256, "width at which the base hyperparameters were tuned", at_least=1)
     base_layers: int = setting(2, "depth at which the base hyperparameters were tuned", at_least=1)
     depth_alpha: float = setting(
@@ -168,6 +170,21 @@ class Optimizer:
     momentum: float = setting(0.95, "muon: decay of the momentum", at_least=0, below=1)
     clip: float = setting(1.0, "largest global gradient norm; 0 = no clipping", at_least=0)
     engine: Literal["torch", "apex"] = setting("torch", "whose fused AdamW")
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Which weights of the blocks' matrices are zero, and stay so (megahp/train/masks.py)."""
+
+    method: Literal["none", "static"] = setting("none", "how they are chosen; static = at random, for the whole run")
+    density: float = setting(1.0, "share of each matrix's weights that are not zero", above=0, at_most=1)
+    layers: tuple[float, ...] = setting((), "densities, one a block, in place of density")
+
+    def densities(self, layers: int) -> tuple[float, ...]:
+        """Of each block's matrices, as they are drawn."""
+        if self.method == "none":
+            return (1.0,) * layers
+        return self.layers or (self.density,) * layers
 
 
 @dataclass(frozen=True)
@@ -280,6 +297,7 @@ class Config:
     schedule: Schedule = Schedule()
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
+    sparsity: Sparsity = Sparsity()
     parallel: Parallel = Parallel()
     train: Train = Train()
     compute: Compute = Compute()
