@@ -53,6 +53,7 @@ USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
     "optimizer.muon_lr": ("optimizer.name", ("muon",)),
     "optimizer.momentum": ("optimizer.name", ("muon",)),
     "compute.recompute_every": ("compute.recompute", ("selective", "full")),
+    "log.baselines": ("train.validation_samples", SOME),
     "log.wandb_project": ("log.wandb", ("offline", "online")),
     "train.noise_half_life": ("train.noise_scale", (True,)),
 }
