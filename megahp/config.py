@@ -283,6 +283,7 @@ class Log:
     root: str = setting("runs", "folder that holds the runs")
     every: int = setting(1, "steps between lines of metrics.jsonl", at_least=1)
     tensorboard: bool = setting(True, "also write TensorBoard files")
+    baselines: bool = setting(True, "at the end, also what a unigram and a bigram model lose in validation")
     wandb: Literal["off", "offline", "online"] = setting("off", "also send to Weights & Biases; offline = sync later")
     wandb_project: str = setting("megahp", "Weights & Biases project")
 

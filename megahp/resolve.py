@@ -55,6 +55,7 @@ USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
     "sparsity.density": ("sparsity.method", ("static",)),
     "sparsity.layers": ("sparsity.method", ("static",)),
     "compute.recompute_every": ("compute.recompute", ("selective", "full")),
+    "log.baselines": ("train.validation_samples", SOME),
     "log.wandb_project": ("log.wandb", ("offline", "online")),
     "train.noise_half_life": ("train.noise_scale", (True,)),
 }

@@ -34,7 +34,7 @@ train.start_from train.tokens train.steps train.dtype train.device train.seed tr
 train.validate_every train.validation_samples
 compute.compile compute.recompute compute.recompute_every compute.norms compute.fp8
 checkpoint.every checkpoint.keep
-log.name log.root log.every log.tensorboard log.wandb log.wandb_project
+log.name log.root log.every log.tensorboard log.baselines log.wandb log.wandb_project
 """
 
 

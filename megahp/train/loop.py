@@ -69,7 +69,7 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
     loader.close()
     if run.progress.step != run.saved_at and not run.skipped_in_a_row:
         run.save()
-    if is_first() and settings.train.validation_samples:
+    if is_first() and settings.log.baselines and settings.train.validation_samples:
         reporter.baselines(*baselines(settings, data))
     reporter.event("finished", "the token budget or train.steps is reached", run.progress, skipped=run.skipped)
     reporter.close()
