@@ -145,6 +145,9 @@ class Batch:
     ramp_samples: int = setting(0, "ramp: samples it takes from start to end", at_least=0)
     table: tuple[str, ...] = setting((), 'table: "tokens:batch" words, such as "1e9:512"')
     target: float = setting(0.2, "law, noise-scale: share of the critical batch that is aimed at", above=0)
+    critical_batch: tuple[float, ...] = setting(
+        (96.4608, 0.462), "law: the critical batch in tokens, of tokens: scale, exponent (megahp/scaling/power_laws.py)"
+    )
     noise_to_total: float = setting(1.4, "noise-scale: the whole model's noise scale over the norm layers'", above=0)
     look_every: int = setting(10, "noise-scale: steps between looks at it, which are always logged", at_least=1)
     delay: float = setting(0.1, "noise-scale: share of train.tokens before the first change", at_least=0, at_most=1)

@@ -45,6 +45,7 @@ USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
     "batch.ramp_samples": ("batch.policy", ("ramp",)),
     "batch.table": ("batch.policy", ("table",)),
     "batch.target": ("batch.policy", ("law", "noise-scale")),
+    "batch.critical_batch": ("batch.policy", ("law",)),
     "batch.noise_to_total": ("batch.policy", ("noise-scale",)),
     "batch.look_every": ("batch.policy", ("noise-scale",)),
     "batch.delay": ("batch.policy", ("noise-scale",)),
@@ -350,6 +351,8 @@ def _batch_policy(config: Config) -> list[str]:
         return [f"batch.largest = {batch.largest} is below batch.global_batch = {batch.global_batch}; raise it"]
     if batch.policy == "noise-scale" and not config.train.noise_scale:
         return ["batch.policy = 'noise-scale' needs train.noise_scale = true"]
+    if len(batch.critical_batch) != 2 or not all(0 < value < math.inf for value in batch.critical_batch):
+        return [f"batch.critical_batch = {list(batch.critical_batch)} must be two numbers above 0: scale, exponent"]
     if batch.policy == "table" and not batch.table:
         return ['batch.table is empty; give the growth as tokens:batch words, such as ["1e9:512"]']
     if batch.policy == "ramp":
