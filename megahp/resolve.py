@@ -504,8 +504,7 @@ def _without_idle_presets(config: Config, origins: dict[str, str]) -> Config:
 
 def _derive(config: Config, origins: dict[str, str]) -> Config:
     """Zeros that stand for a derived value, replaced by it."""
-    model = config.model
-    wide = -(-8 * model.width // (3 * 64)) * 64 if model.activation == "swiglu" else 4 * model.width
+    model, wide = config.model, mlp_width(config.model.activation, config.model.width)
     derived = {
         "model.kv_heads": (model.heads, "derived from model.heads"),
         "model.head_size": (model.width // model.heads, "derived from model.width and model.heads"),
@@ -520,6 +519,11 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
             config = with_values(config, {key: value})
             origins[key] = why
     return config
+
+
+def mlp_width(activation: str, width: int) -> int:
+    """Hidden size of an MLP that is not given one."""
+    return -(-8 * width // (3 * 64)) * 64 if activation == "swiglu" else 4 * width
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -214,7 +214,8 @@ class BatchPlan:
         """The batch, in sequences, that a policy following the critical batch would have if nothing held it back."""
         batch = self.settings.batch
         if batch.policy == "law":
-            law = PowerLaw(*batch.critical_batch, "batch.critical_batch", "given")
+            scale, exponent = batch.critical_batch
+            law = PowerLaw(scale, exponent, "batch.critical_batch", "given")
             return batch.target * power_laws.critical_batch_along(progress.tokens, law) / self.length
         if batch.policy == "noise-scale" and noise_scale is not None:
             return batch.target * batch.noise_to_total * noise_scale
