@@ -41,6 +41,9 @@ def given_of(options: Namespace) -> Given:
 
 def base_of(options: Namespace) -> Base:
     """The proxy or the user's run, with the preset and the settings that are given beside it. Raises UserError."""
+    for name in ("vocab_size", "sequence_length"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise UserError(f"--{name.replace('_', '-')} {number} must be above 0")
     base = _tuned(options.base) if options.base else PROXY
     words = load_tokenizer(options.tokenizer).vocab_size if options.tokenizer else options.vocab_size
     data = {"train": options.data, "tokenizer": options.tokenizer, "sequence_length": options.sequence_length}
