@@ -153,6 +153,8 @@ def test_steps_are_those_the_batch_plan_takes(given: dict[str, float]) -> None:
 
 def test_the_growing_batch_saves_steps_for_a_fifth_more_data() -> None:
     found = of(params=6e8)
+    first = 0.2 * power_laws.critical_batch_along(0.01 * found.tokens) / 2048
+    assert found.run.batch.global_batch == pytest.approx(first, abs=found.run.batch.micro_batch / 2)
     assert found.steps < 0.7 * found.tokens / power_laws.OPTIMAL_BATCH(found.tokens)
     assert found.tokens / found.least_tokens == pytest.approx(1.2, abs=0.04)
 
@@ -298,8 +300,9 @@ def test_a_base_must_transfer(section: str, told: str, tmp_path: Path, capsys: p
 def test_a_law_file_takes_the_place_of_power_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its critical batch is the run's too; what it lacks is Power Lines', whose rows say so."""
     critical = PowerLaw(40.0, 0.5, "my runs", "fitted", fitted=(1e6, 1e12), draws=((39.0, 0.5), (41.0, 0.5)))
+    tau = PowerLaw(0.5, -0.3, "my decays", "fitted")
     loss = LossLaw(1.5, 300.0, 900.0, 0.33, 0.33, "my losses", "fitted", draws=((1.4, 300.0, 900.0, 0.33, 0.33),) * 9)
-    law_file.write(tmp_path / "laws.toml", law_file.Laws(loss=loss, critical_batch=critical))
+    law_file.write(tmp_path / "laws.toml", law_file.Laws(loss=loss, timescale=tau, critical_batch=critical))
     out = tmp_path / "run.toml"
     assert run(f"--params 1e9 --law {tmp_path / 'laws.toml'} --json --out {out}") == 0
     printed = json.loads(capsys.readouterr().out)
@@ -310,6 +313,9 @@ def test_a_law_file_takes_the_place_of_power_lines(tmp_path: Path, capsys: pytes
     )
     written = resolve.load(out).config
     assert written.batch.critical_batch == (40.0, 0.5)
+    batch, decay = written.batch.global_batch * 2048, rows["weight decay, hidden"]["value"]
+    timescale = batch / (rows["peak LR, hidden matrices"]["value"] * decay * written.train.tokens)
+    assert timescale == pytest.approx(0.5 * rows["tokens per parameter"]["value"] ** -0.3)
     assert json.loads(json.dumps(cli.config.to_dict(written))) == printed["run"]
     law_file.write(tmp_path / "loss.toml", law_file.Laws(loss=loss))
     assert run(f"--params 1e9 --law {tmp_path / 'loss.toml'}") == cli.USER_ERROR
