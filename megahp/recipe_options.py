@@ -45,7 +45,10 @@ def base_of(options: Namespace) -> Base:
         if (number := getattr(options, name)) is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} {number} must be above 0")
     base = _tuned(options.base) if options.base else PROXY
-    words = load_tokenizer(options.tokenizer).vocab_size if options.tokenizer else options.vocab_size
+    known = PRESETS[options.preset] if options.preset else base.tree["model"]
+    words = options.vocab_size
+    if options.tokenizer or not (words or known.get("vocab_size")):
+        words = load_tokenizer(options.tokenizer or base.get("data", "tokenizer")).vocab_size
     data = {"train": options.data, "tokenizer": options.tokenizer, "sequence_length": options.sequence_length}
     told: dict[str, dict[str, Any]] = {
         "model": {} if words is None else {"vocab_size": words},
@@ -55,15 +58,14 @@ def base_of(options: Namespace) -> Base:
 
 
 def _tuned(path: Path) -> Base:
-    """A user's run file: what it gives, a preset's values and its vocabulary included, and no defaults."""
+    """A user's run file: what it gives, a preset's values included, and of the defaults what is tuned or scaled."""
     found = resolve.load(path)
     tree: dict[str, dict[str, Any]] = {"model": {}}
     for key, origin in found.origins.items():
         section, name = key.split(".")
         if key != "model.preset" and (origin == path.name or origin.startswith("preset")):
             tree.setdefault(section, {})[name] = getattr(getattr(found.config, section), name)
-    words = found.config.model.vocab_size or load_tokenizer(found.config.data.tokenizer).vocab_size
-    tree["model"] |= {"width": found.config.model.width, "heads": found.config.model.heads, "vocab_size": words}
+    tree["model"] |= {"width": found.config.model.width, "heads": found.config.model.heads}
     tree["optimizer"] = {"lr": found.config.optimizer.lr} | tree.get("optimizer", {})
     return Base(path.name, tree, f"your run {path}", "yours")
 

@@ -149,6 +149,8 @@ def notes(plan: Plan) -> list[str]:
         for name, symbol, value, (low, high), source in used
         if not 0.99 * low <= value <= 1.01 * high  # 20 TPP are 19.9 of the exact parameters
     ]
+    if (batch := tokens / plan.steps) > (limit := critical(plan.least_tokens)):
+        found.append(f"batch: {batch:.3g} tokens, in the mean, are above B_crit, {limit:.3g}, to which the laws hold")
     if choice:
         found.append(f"{choice.rule} is for {choice.rate}; schedule, init and weight decay here are not its own")
         found += [f"{choice.rule}: {choice.outside}"] if choice.outside else []
