@@ -241,6 +241,8 @@ def _batch(config: Config) -> list[str]:
         return [f"batch.largest = {batch.largest} is below batch.global_batch = {batch.global_batch}; raise it"]
     if batch.policy == "noise-scale" and not config.train.noise_scale:
         return ["batch.policy = 'noise-scale' needs train.noise_scale = true"]
+    if len(batch.critical_batch) != 2 or not all(0 < value < math.inf for value in batch.critical_batch):
+        return [f"batch.critical_batch = {list(batch.critical_batch)} must be two numbers above 0: scale, exponent"]
     if batch.policy == "table" and not batch.table:
         return ['batch.table is empty; give the growth as tokens:batch words, such as ["1e9:512"]']
     if batch.policy == "ramp":

@@ -147,6 +147,9 @@ class Batch:
     ramp_samples: int = setting(0, "ramp: samples it takes from start to end", at_least=0)
     table: tuple[str, ...] = setting((), 'table: "tokens:batch" words, such as "1e9:512"')
     target: float = setting(0.2, "law, noise-scale: share of the critical batch that is aimed at", above=0)
+    critical_batch: tuple[float, ...] = setting(
+        (96.4608, 0.462), "law: the critical batch in tokens, of tokens: scale, exponent (megahp/scaling/power_laws.py)"
+    )
     noise_to_total: float = setting(1.4, "noise-scale: the whole model's noise scale over the norm layers'", above=0)
     look_every: int = setting(10, "noise-scale: steps between looks at it, which are always logged", at_least=1)
     delay: float = setting(0.1, "noise-scale: share of train.tokens before the first change", at_least=0, at_most=1)
@@ -409,7 +412,7 @@ def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
     for name, section in SECTIONS.items():
         lines.append(f"[{name}]")
         for f in fields(section):
-            line = f"{f.name} = {_toml(getattr(getattr(config, name), f.name))}"
+            line = f"{f.name} = {toml_value(getattr(getattr(config, name), f.name))}"
             lines.append(f"{line:<44}# {origins[f'{name}.{f.name}']}" if origins else line)
         lines.append("")
     return "\n".join(lines)
@@ -421,7 +424,10 @@ def describe(key: str) -> str:
     return next(f.metadata["doc"] for f in fields(SECTIONS[section]) if f.name == name)
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A setting's value, or any nest of tuples, as TOML."""
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    if isinstance(value, float):
+        return repr(float(value))  # numpy's floats are floats of another repr
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)

@@ -45,6 +45,7 @@ USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
     "batch.ramp_samples": ("batch.policy", ("ramp",)),
     "batch.table": ("batch.policy", ("table",)),
     "batch.target": ("batch.policy", ("law", "noise-scale")),
+    "batch.critical_batch": ("batch.policy", ("law",)),
     "batch.noise_to_total": ("batch.policy", ("noise-scale",)),
     "batch.look_every": ("batch.policy", ("noise-scale",)),
     "batch.delay": ("batch.policy", ("noise-scale",)),
@@ -237,8 +238,7 @@ def _without_idle_presets(config: Config, origins: dict[str, str]) -> Config:
 
 def _derive(config: Config, origins: dict[str, str]) -> Config:
     """Zeros that stand for a derived value, replaced by it."""
-    model = config.model
-    wide = -(-8 * model.width // (3 * 64)) * 64 if model.activation == "swiglu" else 4 * model.width
+    model, wide = config.model, mlp_width(config.model.activation, config.model.width)
     derived = {
         "model.kv_heads": (model.heads, "derived from model.heads"),
         "model.head_size": (model.width // model.heads, "derived from model.width and model.heads"),
@@ -253,6 +253,11 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
             config = with_values(config, {key: value})
             origins[key] = why
     return config
+
+
+def mlp_width(activation: str, width: int) -> int:
+    """Hidden size of an MLP that is not given one."""
+    return -(-8 * width // (3 * 64)) * 64 if activation == "swiglu" else 4 * width
 
 
 def _refuse(problems: Sequence[str]) -> None:
