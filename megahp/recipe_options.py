@@ -24,11 +24,11 @@ def given_of(options: Namespace) -> Given:
     names = {f.name for f in fields(Given)}
     given = Given(**{name: value for name, value in vars(options).items() if name in names})
     if options.gpu:
-        if options.gpu not in GPUS:
+        if options.gpu.upper() not in GPUS:
             raise UserError(f"--gpu {options.gpu} is unknown; there are {', '.join(GPUS)}, or give --peak-flops")
         if options.peak_flops:
             raise UserError("--gpu and --peak-flops are both a peak; leave one out")
-        given = replace(given, peak_flops=GPUS[options.gpu])
+        given = replace(given, peak_flops=GPUS[options.gpu.upper()])
     if options.preset:
         if options.preset not in PRESETS:
             raise UserError(f"--preset {options.preset} is unknown; there are {', '.join(PRESETS)}")
