@@ -391,7 +391,7 @@ def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
     for name, section in SECTIONS.items():
         lines.append(f"[{name}]")
         for f in fields(section):
-            line = f"{f.name} = {_toml(getattr(getattr(config, name), f.name))}"
+            line = f"{f.name} = {toml_value(getattr(getattr(config, name), f.name))}"
             lines.append(f"{line:<44}# {origins[f'{name}.{f.name}']}" if origins else line)
         lines.append("")
     return "\n".join(lines)
@@ -403,7 +403,10 @@ def describe(key: str) -> str:
     return next(f.metadata["doc"] for f in fields(SECTIONS[section]) if f.name == name)
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A setting's value, or any nest of tuples, as TOML."""
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    if isinstance(value, float):
+        return repr(float(value))  # numpy's floats are floats of another repr
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
