@@ -52,7 +52,7 @@ class Trained:
 class Fit:
     """A law, what it was fitted to, and what was left out."""
 
-    law: LossLaw | PowerLaw
+    law: Any  # LossLaw or PowerLaw
     points: np.ndarray  # [points, 2]: x, y; of a loss law [points, 3]: N, D, loss
     notes: list[str] = field(default_factory=list)
 
@@ -85,8 +85,8 @@ def fit_loss(runs: Sequence[Trained], tied: bool = False, draws: int = DRAWS, se
     with np.errstate(over="ignore"):
         laws = np.hstack([np.exp(fits[:, :3]), fits[:, 3:]])  # E, A, B, alpha, beta
     good = np.isfinite(laws).all(1) & (laws[:, 3:] > 0).all(1)
-    if not good[0]:
-        raise UserError("no loss law can be fitted: the loss does not fall with both parameters and tokens")
+    if not good[0] or good.mean() < 0.5:
+        raise UserError("no loss law can be fitted: the loss does not clearly fall with both parameters and tokens")
     floor, a, b, alpha, beta = laws[0].tolist()
     others = tuple(map(tuple, laws[1:][good[1:]].tolist()))
     ranges = _range(points[:, 0]), _range(points[:, 1])
@@ -94,21 +94,21 @@ def fit_loss(runs: Sequence[Trained], tied: bool = False, draws: int = DRAWS, se
 
 
 def fit_timescale(runs: Sequence[Trained], draws: int = DRAWS, seed: int = SEED) -> Fit:
-    """tau_opt(TPP): at each (N, D) the optimum over tau, and a power law through them.
+    """tau_opt(TPP): at each (N, D, B) the optimum over tau, and a power law through them.
 
-    (Power Lines, arXiv 2505.13738, eq. 3.) Of several runs at one tau the best counts, so that a grid of weight decays,
-    learning rates and batches gives the least loss at each. Raises UserError for too few runs.
+    (Power Lines, arXiv 2505.13738, eq. 3.) At one batch, which changes the loss by itself; of several runs at one tau, as
+    a grid of weight decays and learning rates has, the best counts. Raises UserError for too few runs.
     """
-    return _fit_optima(runs, "timescale", "tokens_per_parameter", draws, seed)
+    return _fit_optima(runs, ("parameters", "tokens", "batch"), "timescale", "tokens_per_parameter", draws, seed)
 
 
 def fit_optimal_batch(runs: Sequence[Trained], draws: int = DRAWS, seed: int = SEED) -> Fit:
     """B_opt(D) in tokens: at each (N, D) the optimum over the batch, and a power law through them.
 
-    (Power Lines, eq. 5.) Of several runs at one batch the best counts, as each batch has a weight decay of its own.
-    Raises UserError for too few runs.
+    (Power Lines, eq. 5.) Of several runs at one batch the best counts, since each has a weight decay of its own. Raises
+    UserError for too few runs.
     """
-    return _fit_optima(runs, "batch", "tokens", draws, seed)
+    return _fit_optima(runs, ("parameters", "tokens"), "batch", "tokens", draws, seed)
 
 
 def fit_critical_batch(runs: Sequence[Trained], draws: int = DRAWS, seed: int = SEED) -> Fit:
@@ -121,7 +121,7 @@ def fit_critical_batch(runs: Sequence[Trained], draws: int = DRAWS, seed: int = 
     """
     known, notes = _known(runs, "batch")
     random = np.random.default_rng(seed)
-    logs = []  # of each size (ln D_min, ln B_crit), [1 + draws, targets]
+    used, logs = 0, []  # of each size (ln D_min, ln B_crit), [1 + draws, targets]
     for of_size in _groups(known, "parameters"):
         curves = [curve for batch in _groups(of_size, "batch") if len(curve := _best(batch, "tokens")) >= 3]
         try:
@@ -129,6 +129,7 @@ def fit_critical_batch(runs: Sequence[Trained], draws: int = DRAWS, seed: int = 
         except ValueError as error:
             notes.append(f"N = {of_size[0].parameters:.4g}: {error}")
             continue
+        used += sum(map(len, curves))
         logs.append(_hyperbolas(batches, tokens, _resamples(len(curves), lambda drawn: sum(drawn) >= 2, draws, random)))
     x, y = np.concatenate(logs, axis=-1) if logs else np.empty((2, 1, 0))
     found = np.isfinite(x + y)
@@ -141,7 +142,7 @@ def fit_critical_batch(runs: Sequence[Trained], draws: int = DRAWS, seed: int = 
         there = f"at 3 token counts or more; there are {len(known)} runs of one batch"
         raise UserError("; ".join([needs + there, *notes]))
     lines = _lines(np.nan_to_num(x), np.nan_to_num(y), found)
-    return _power_law(np.exp(np.stack([x[0], y[0]], -1)[found[0]]), lines, len(known), notes)
+    return _power_law(np.exp(np.stack([x[0], y[0]], -1)[found[0]]), lines, used, notes)
 
 
 def _refuse_few_for_loss(points: np.ndarray, tied: bool) -> None:
@@ -235,11 +236,12 @@ def _cost(residuals: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.sum(weights * np.where(size < HUBER, size**2 / 2, HUBER * (size - HUBER / 2)), -1)
 
 
-def _fit_optima(runs: Sequence[Trained], swept: str, over: str, draws: int, seed: int) -> Fit:
-    """The power law of the optima of one attribute, one of each (N, D), over another; the bootstrap draws optima."""
+def _fit_optima(runs: Sequence[Trained], alike: Sequence[str], swept: str, over: str, draws: int, seed: int) -> Fit:
+    """The power law of the optima of one attribute over another. Runs that are alike in others have one optimum; the
+    bootstrap draws optima."""
     known, notes = _known(runs, swept)
     points, used = [], 0
-    for group in _groups(known, "parameters", "tokens"):
+    for group in _groups(known, *alike):
         if len(best := _best(group, swept)) < 3:
             continue
         try:
@@ -266,14 +268,12 @@ def _fit_optima(runs: Sequence[Trained], swept: str, over: str, draws: int, seed
 
 def _parabola(x: Sequence[float], losses: Sequence[float]) -> float:
     """x where the parabola of the losses in ln x is least. Raises ValueError where that is not among those tried."""
-    logs = np.log(x)
+    logs, best = np.log(x), x[int(np.argmin(losses))]
     curvature, slope, _ = np.polyfit(logs - logs.mean(), losses, 2)
-    if curvature <= 0:
-        raise ValueError("the loss has no least point among those tried")
-    least = math.exp(logs.mean() - slope / (2 * curvature))
-    if not min(x) < least < max(x):
-        raise ValueError(f"the least loss, at {least:.3g}, is outside those tried, {min(x):.3g} to {max(x):.3g}")
-    return least
+    least = logs.mean() - slope / (2 * curvature)
+    if curvature <= 0 or not logs.min() < least < logs.max() or best in (min(x), max(x)):
+        raise ValueError(f"the least loss is not inside the range tried, {min(x):.3g} to {max(x):.3g}")
+    return math.exp(least)
 
 
 def _iso_loss(curves: Sequence[Sequence[Trained]]) -> tuple[np.ndarray, np.ndarray]:
@@ -320,7 +320,10 @@ def _lines(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _power_law(points: np.ndarray, lines: np.ndarray, runs: int, notes: list[str]) -> Fit:
-    (scale, exponent), *draws = lines[np.isfinite(lines).all(-1)].tolist()
+    good = np.isfinite(lines).all(-1)
+    if not good[0] or good.mean() < 0.5:
+        raise UserError("no power law can be fitted: less than half of the bootstrap draws have one; add runs")
+    (scale, exponent), *draws = lines[good].tolist()
     law = PowerLaw(scale, exponent, _source(runs), "", _range(points[:, 0]), tuple(map(tuple, draws)))
     return _sure(law, points, notes)
 
