@@ -19,6 +19,7 @@ from megahp.scaling.power_laws import timescale
 
 HUBER = 1e-3  # of ln loss: where squares end (Hoffmann et al., arXiv 2203.15556, eq. 3)
 EXPONENTS = np.linspace(0.05, 1.25, 9)  # every pair of them is a start
+PLAUSIBLE = 0.03, 3.0  # exponents of the loss between which a law says something; a draw beyond is dropped
 STEPS = 500  # at most, of one descent; most are done in 50
 TARGETS = 5  # losses of one size at which the critical batch is read
 DRAWS, SEED = 200, 1
@@ -82,12 +83,14 @@ def fit_loss(runs: Sequence[Trained], tied: bool = False, draws: int = DRAWS, se
 
     weights = _resamples(len(points), suffices, draws, np.random.default_rng(seed))
     fits = _fit_sums(points[:, :2], points[:, 2], weights, tied)
-    with np.errstate(over="ignore"):
-        laws = np.hstack([np.exp(fits[:, :3]), fits[:, 3:]])  # E, A, B, alpha, beta
-    good = np.isfinite(laws).all(1) & (laws[:, 3:] > 0).all(1)
-    if not good[0] or good.mean() < 0.5:
-        raise UserError("no loss law can be fitted: the loss does not clearly fall with both parameters and tokens")
+    laws = np.hstack([np.exp(fits[:, :3].clip(max=300)), fits[:, 3:]])  # E, A, B, alpha, beta
+    good = (laws[:, 3:].min(1) > PLAUSIBLE[0]) & (laws[:, 3:].max(1) < PLAUSIBLE[1])
     floor, a, b, alpha, beta = laws[0].tolist()
+    if not good[0] or good.mean() < 0.5:
+        raise UserError(
+            f"no loss law can be fitted: its exponents, {alpha:.3g} and {beta:.3g}, are not plausible, or hang on few "
+            "runs; add runs, over wider ranges of parameters and tokens"
+        )
     others = tuple(map(tuple, laws[1:][good[1:]].tolist()))
     ranges = _range(points[:, 0]), _range(points[:, 1])
     return _sure(LossLaw(floor, a, b, alpha, beta, _source(len(points)), "", *ranges, others), points)
@@ -96,8 +99,8 @@ def fit_loss(runs: Sequence[Trained], tied: bool = False, draws: int = DRAWS, se
 def fit_timescale(runs: Sequence[Trained], draws: int = DRAWS, seed: int = SEED) -> Fit:
     """tau_opt(TPP): at each (N, D, B) the optimum over tau, and a power law through them.
 
-    (Power Lines, arXiv 2505.13738, eq. 3.) At one batch, which changes the loss by itself; of several runs at one tau, as
-    a grid of weight decays and learning rates has, the best counts. Raises UserError for too few runs.
+    (Power Lines, arXiv 2505.13738, eq. 3.) At one batch, which changes the loss by itself; of several runs at one tau,
+    as in a grid of weight decays and learning rates, the best counts. Raises UserError for too few runs.
     """
     return _fit_optima(runs, ("parameters", "tokens", "batch"), "timescale", "tokens_per_parameter", draws, seed)
 
@@ -202,20 +205,21 @@ def _descend(
     costs = _cost(residuals, weights)
     for _ in range(STEPS):
         near = weights * HUBER / np.maximum(np.abs(residuals), HUBER)
-        slopes = slopes @ basis.T
-        weighted = np.swapaxes(slopes * near[..., None], 1, 2)
-        curvature, gradient = weighted @ slopes, weighted @ residuals[..., None]
+        along = slopes @ basis.T
+        weighted = np.swapaxes(along * near[..., None], 1, 2)
+        curvature, gradient = weighted @ along, weighted @ residuals[..., None]
         diagonal = np.einsum("rii->ri", curvature)  # a view
         diagonal += damping[:, None] * diagonal + 1e-12 * diagonal.max(1, keepdims=True) + 1e-300
         trial = fits - np.linalg.solve(curvature, gradient)[..., 0] @ basis
         with np.errstate(all="ignore"):  # a wild step costs infinity or NaN, and is not taken
-            trial_residuals, _ = _residuals(trial, logs, target)
+            trial_residuals, trial_slopes = _residuals(trial, logs, target)
             trial_costs = _cost(trial_residuals, weights)
         better = trial_costs < costs
         moving = np.where(better, costs - trial_costs > 1e-10 * costs, damping < 1e6)
         fits, costs = np.where(better[:, None], trial, fits), np.where(better, trial_costs, costs)
+        residuals = np.where(better[:, None], trial_residuals, residuals)
+        slopes = np.where(better[:, None, None], trial_slopes, slopes)
         damping = np.where(better, damping / 5, damping * 5).clip(1e-12, 1e12)
-        residuals, slopes = _residuals(fits, logs, target)
         if not moving.any():
             break
     return fits, costs

@@ -170,14 +170,15 @@ def summary(name: str, fitted: Fit) -> Record:
 def optimal(law: LossLaw, compute: float) -> Record:
     """The run of least loss at 6 N D FLOPs, and whether it lies within what the law was fitted on."""
     parameters, tokens = law.optimum(compute)
-    ratios = [(pair := LossLaw(*draw, "", "").optimum(compute))[1] / pair[0] for draw in law.draws]
+    floor, a, b, alpha, beta = np.array(law.draws).T  # all at once
+    drawn = LossLaw(floor, a, b, alpha, beta, "", "").optimum(compute)
     inside = law.parameters[0] <= parameters <= law.parameters[1] and law.tokens[0] <= tokens <= law.tokens[1]
     return {
         "compute": compute,
         "parameters": parameters,
         "tokens": tokens,
         "tokens_per_parameter": tokens / parameters,
-        "tokens_per_parameter_interval": np.quantile(ratios, INTERVAL).tolist(),
+        "tokens_per_parameter_interval": np.quantile(drawn[1] / drawn[0], INTERVAL).tolist(),
         "loss": law(parameters, tokens),
         "loss_interval": law.interval(parameters, tokens),
         "inside": inside,
