@@ -180,8 +180,10 @@ def test_runs_of_unknown_or_mixed_batch_are_left_out() -> None:
     """Sweeps at two batches are two sweeps; without a batch a run serves the loss law alone."""
     runs = sweeps("timescale")
     larger = [
-        replace(run, batch=4 * run.batch, weight_decay=4 * run.weight_decay, loss=run.loss + 0.05) for run in runs
-    ]
+        Trained("", run.parameters, run.tokens, 3 + math.log(1.7 * run.timescale / TAU(run.tokens_per_parameter)) ** 2,
+                4 * run.batch, 1e-3, 4 / 1.7 * run.weight_decay)
+        for run in runs if run.timescale
+    ]  # fmt: skip
     both = fit_timescale(runs + larger).law
     assert both.exponent == pytest.approx(TAU.exponent, rel=1e-6) and both.source == f"fitted to {2 * len(runs)} runs"
     unknown = [replace(run, batch=None, loss=9.0) for run in runs]
@@ -196,6 +198,13 @@ def test_an_optimum_outside_the_range_tried_is_no_optimum() -> None:
     found = fit_timescale(cut)
     assert len(found.points) == 14 and found.law(40) == pytest.approx(TAU(40), rel=1e-6)
     assert len(found.notes) == 7 and all("N = 1e+08" in note and "not inside the range" in note for note in found.notes)
+
+
+def test_a_loss_that_only_falls_has_no_optimum() -> None:
+    """Its parabola's least point may lie inside the range tried, but the least loss lies at its end."""
+    runs = [replace(run, loss=2 + 0.01 / run.timescale) for run in sweeps("timescale") if run.timescale]
+    with pytest.raises(UserError, match="there are 0 among 105 runs; .* not inside the range tried"):
+        fit_timescale(runs)
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
