@@ -143,7 +143,7 @@ def fit_critical_batch(runs: Sequence[Trained], draws: int = DRAWS, seed: int = 
             "a critical batch needs, of one size or more, runs that reach the same losses at 3 batches or more, each "
         )
         there = f"at 3 token counts or more; there are {len(known)} runs of one batch"
-        raise UserError("; ".join([needs + there, *notes]))
+        raise UserError("; ".join([needs + there, *notes[:3]]))
     lines = _lines(np.nan_to_num(x), np.nan_to_num(y), found)
     return _power_law(np.exp(np.stack([x[0], y[0]], -1)[found[0]]), lines, used, notes)
 
@@ -260,7 +260,7 @@ def _fit_optima(runs: Sequence[Trained], alike: Sequence[str], swept: str, over:
             f"an optimal {swept} needs 3 sweeps of it or more, at different {over.replace('_', ' ')}, each of 3 values "
         )
         there = f"or more around the least loss; there are {len(points)} among {len(known)} runs"
-        raise UserError("; ".join([needs + there, *notes]))
+        raise UserError("; ".join([needs + there, *notes[:3]]))
     found = np.array(points)
     weights = _resamples(
         len(found), lambda drawn: len(np.unique(found[drawn, 0])) >= 2, draws, np.random.default_rng(seed)
@@ -283,7 +283,7 @@ def _parabola(x: Sequence[float], losses: Sequence[float]) -> float:
 def _iso_loss(curves: Sequence[Sequence[Trained]]) -> tuple[np.ndarray, np.ndarray]:
     """Batches [batches], and the tokens at which each meets the target losses [batches, targets]. Raises ValueError."""
     if len(curves) < 3:
-        raise ValueError(f"{len(curves)} batches with 3 token counts or more; left out")
+        raise ValueError(f"batches with 3 token counts or more: {len(curves)}; left out")
     fits, ends = [], []
     for curve in curves:
         tokens = np.array([run.tokens for run in curve])

@@ -41,13 +41,7 @@ KINDS = {
     ),
 }
 COMPUTE = (*(10.0**power for power in range(18, 24)), 5.76e23, 1e24)  # FLOPs; 5.76e23 is Chinchilla's
-ON_SAME_TEXT = (
-    "data.train",
-    "data.tokenizer",
-    "data.sequence_length",
-    "data.validation_fraction",
-    "train.validation_samples",
-)
+OF_THE_TEXT = ("data.train", "data.tokenizer", "data.sequence_length", "data.validation_fraction")
 LEAST_DRAWS = 20
 NEEDED, OPTIONAL = ("parameters", "tokens", "loss"), ("batch", "lr", "weight_decay")  # of a table's objects
 
@@ -63,7 +57,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Trained], list[str]]:
         else:
             trees.append(read_config(path))
             runs.append(_read_run(path, trees[-1], notes))
-    for key in ON_SAME_TEXT:
+    for key in OF_THE_TEXT:
         if len({get(settings, key) for settings in trees}) > 1:
             notes.append(f"the runs differ in {key}, so their losses may not compare")
     return runs, notes
@@ -152,18 +146,22 @@ def fit_laws(
 
 def summary(name: str, fitted: Fit) -> Record:
     """What there is to say of one law."""
-    law = fitted.law
-    names = ("E", "A", "B", "alpha", "beta") if isinstance(law, LossLaw) else ("scale", "exponent")
-    values = law.constants if isinstance(law, LossLaw) else (law.scale, law.exponent)
+    law, kind, more = fitted.law, KINDS[name], {}
+    if isinstance(law, LossLaw):
+        constants = dict(zip(("E", "A", "B", "alpha", "beta"), law.constants, strict=True))
+        ranges = {"N": law.parameters, "D": law.tokens}
+        more = {"compute_optimal": [optimal(law, compute) for compute in COMPUTE]}
+    else:
+        constants, ranges = {"scale": law.scale, "exponent": law.exponent}, {kind.x: law.fitted}
     return {
-        "formula": KINDS[name].formula,
+        "formula": kind.formula,
         "source": law.source,
         "confidence": law.confidence,
-        "constants": dict(zip(names, values, strict=True)),
-        "intervals": dict(zip(names, np.quantile(law.draws, INTERVAL, axis=0).T.tolist(), strict=True)),
-        "fitted": {"N": law.parameters, "D": law.tokens} if isinstance(law, LossLaw) else {"x": law.fitted},
+        "constants": constants,
+        "intervals": dict(zip(constants, np.quantile(law.draws, INTERVAL, axis=0).T.tolist(), strict=True)),
+        "fitted": ranges,
         "notes": fitted.notes,
-        **({"compute_optimal": [optimal(law, compute) for compute in COMPUTE]} if isinstance(law, LossLaw) else {}),
+        **more,
     }
 
 
@@ -244,14 +242,12 @@ def _draw(name: str, fitted: Fit, *panels: Any) -> None:
         left.plot(x, y, "o", color=hue, ms=4)
         left.plot(along, law, color=hue, lw=1, label=f"N = {human_count(size)}")
         right.plot(x, residuals[of_size], "o", color=hue, ms=4)
-    left.set(xscale="log", yscale="linear" if name == "loss" else "log", ylabel=KINDS[name].y)
+    left.set(xscale="log", yscale="linear" if name == "loss" else "log", xlabel=KINDS[name].x, ylabel=KINDS[name].y)
     left.set_title(f"{name}, {fitted.law.source}")
-    right.set(xscale="log", ylabel="found over law, %", title=f"R^2 {fitted.r_squared:.4f}")
+    right.set(xscale="log", xlabel=KINDS[name].x, ylabel="found over law, %", title=f"R^2 {fitted.r_squared:.4f}")
     right.axhline(0, color=PALETTE["muted"], lw=1)
     for axis in [left.xaxis, right.xaxis] + [left.yaxis] * (name != "loss"):
         axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter())
         axis.set_major_formatter(lambda value, _: human_count(value))
-    left.set_xlabel(KINDS[name].x)
-    right.set_xlabel(KINDS[name].x)
     if 1 < len(np.unique(sizes)) <= 8:
         left.legend(frameon=False)

@@ -236,8 +236,8 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         (fit_timescale, sweeps("timescale")[::3], "3 sweeps of it or more, at different tokens per parameter"),
         (fit_timescale, grid(HOFFMANN), "there are 0 among 0 runs; 56 runs are left out"),
         (fit_optimal_batch, sweeps("batch", ratios=[20], sizes=[1e8, 1e9]), "there are 2 among 10 runs"),
-        (fit_critical_batch, batches((1e9,))[:16], "0 batches with 3 token counts or more"),
-        (fit_critical_batch, [run for run in batches() if run.batch < 2**18], "2 batches with 3 token counts"),
+        (fit_critical_batch, batches((1e9,))[:16], "batches with 3 token counts or more: 0"),
+        (fit_critical_batch, [run for run in batches() if run.batch < 2**18], "batches with 3 token counts or more: 2"),
     ],
 )
 def test_too_few_runs(fitted: Callable[..., fit.Fit], runs: list[Trained], told: str) -> None:
