@@ -24,7 +24,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,16 @@ def place(path: Path, settings: Config, data: TrainingData, arguments: argparse.
     if state["data"] != data.fingerprint:
         raise UserError(f"the data of {', '.join(settings.data.train)} is not what {path} was trained on; restore it")
     length = state["data_order"]["length"]
-    batch = arguments.batch or state["batch_plan"]["batch"] * settings.data.sequence_length // length
-    micro = arguments.micro_batch or micro_batch(settings, length)
+    batch, micro = arguments.batch, arguments.micro_batch
+    if batch is None:
+        batch = state["batch_plan"]["batch"] * settings.data.sequence_length // length
+    if micro is None:
+        micro = micro_batch(settings, length)
     if micro < 1 or batch < 2 or batch % micro:
-        given = f"--batch {batch} in microbatches of {micro}" + " (--micro-batch)" * bool(arguments.micro_batch)
-        raise UserError(f"{given} at {path}: it must be at least 2, and a multiple; change one of them")
+        raise UserError(
+            f"--batch {batch} at {path} must be at least 2, and whole microbatches of {micro}; change it, or "
+            "--micro-batch"
+        )
     progress = state["progress"]
     return Place(path, progress["tokens"], progress["samples"], state["data_order"], length, batch, micro)
 
@@ -196,8 +201,15 @@ def checkpoint_row(
         }
         for k, name in enumerate(kinds)
     }
-    shown = {key: value for key, value in asdict(place).items() if key not in ("data_order", "samples")}
-    return {**shown, "path": str(place.path), "kinds": rows, "data_parallel": data_parallel(place, squares, exact)}
+    return {
+        "checkpoint": str(place.path),
+        "tokens": place.tokens,
+        "sequence_length": place.length,
+        "batch": place.batch,
+        "micro_batch": place.micro_batch,
+        "kinds": rows,
+        "data_parallel": data_parallel(place, squares, exact),
+    }
 
 
 def data_parallel(place: Place, squares: Sequence[Squares], exact: np.ndarray) -> dict[str, float] | None:
@@ -236,7 +248,9 @@ def compare(exact: np.ndarray, kinds: Mapping[str, Sequence[str]]) -> dict[str, 
 def show(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Mapping[str, Any]], noise_to_total: float) -> None:
     """Print a table for every checkpoint, the comparison, and what it says of the setting."""
     for row in rows:
-        print(f"\nafter {human_count(row['tokens'])} tokens: batches of {row['batch']} x {row['length']} tokens")
+        print(
+            f"\nafter {human_count(row['tokens'])} tokens: batches of {row['batch']} x {row['sequence_length']} tokens"
+        )
         print(HEADER)
         for name, each in row["kinds"].items():
             print(LINE.format(name=name, **each | written(each, "noise_scale", "interval")))

@@ -52,7 +52,7 @@ def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
 
-def resampled(estimates: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndarray:
+def resampled(estimates: np.ndarray, draws: int = 1000, seed: int = 0) -> np.ndarray:
     """The bootstrap of means over batches: estimates [places, batches, ...] -> [draws, places, ...], the places (such
     as checkpoints) drawn with replacement, and for each of these its batches."""
     random = np.random.default_rng(seed)
