@@ -1,8 +1,8 @@
 """The gradient noise scale of every kind of layer at a run's checkpoints, exactly, and the total's over the norm
-layers', for which batch.noise_to_total stands.
+layers' as training smoothed it, for which batch.noise_to_total stands.
 
-    python tools/measure_noise_scale.py runs/first [--batches 16] [--batch N] [--micro-batch N] [--json FILE]
-        [--plot FILE]
+    python tools/measure_noise_scale.py runs/first [--batches 16] [--batch N] [--micro-batch N] [--without-embeddings]
+        [--json FILE] [--plot FILE]
 
 At every checkpoint that is kept, or at the one that is named, the batches that the run takes next go forward and
 backward, without an update, in float32 (float64 for a run in it), and the squared norm of every example's gradient is
@@ -49,9 +49,10 @@ from megahp.train.progress import human_count, human_duration
 from megahp.train.run import cuda_wanted, open_data
 
 HEADER = f"{'layers':<13}{'mean |g_b|^2':>13}{'|G_B|^2':>11}{'|G|^2':>11}{'S':>11}{'noise scale':>13}  95 %"
+SMOOTHED = "norms, in training"
 LINE = "{name:<13}{sq_example:>13.4g}{sq_batch:>11.4g}{true_sq:>11.4g}{noise:>11.4g}{noise_scale:>13}  {interval}"
-SUMMARY_HEADER = f"{'layers':<13}{'slope':>8}  {'95 %':<17}{'r':>6}  {'95 %':<17}r over batches"
-SUMMARY_LINE = "{name:<13}{slope:>8}  {slope_interval:<17}{r:>6}  {r_interval:<17}{r_batches}"
+SUMMARY_HEADER = f"{'layers':<19}{'slope':>8}  {'95 %':<17}{'r':>6}  {'95 %':<17}r over batches"
+SUMMARY_LINE = "{name:<19}{slope:>8}  {slope_interval:<17}{r:>6}  {r_interval:<17}{r_batches}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Place:
     path: Path
     tokens: int  # done
     samples: int  # done
+    smoothed: tuple[float, float]  # |G|^2 and S of the norm layers, as training smoothed them; 0 where it did not
     data_order: Mapping[str, Any]
     length: int  # tokens of a sequence
     batch: int  # sequences
@@ -87,10 +89,10 @@ def measure(arguments: argparse.Namespace) -> int:
     data = open_data(settings)
     places = [place(path, settings, data, arguments) for path in paths]
     squares = measure_all(places, settings, data, arguments.batches)
-    kinds = kinds_of(squares[0][0].example)
+    kinds = kinds_of(squares[0][0].example, arguments.without_embeddings)
     exact = np.stack([by_kind(*each, kinds) for each in zip(places, squares, strict=True)])
     rows = [checkpoint_row(*each, kinds) for each in zip(places, squares, exact, strict=True)]
-    summary = compare(exact, kinds)
+    summary = compare(np.array([each.smoothed for each in places]), exact, list(kinds))
     show(rows, summary, settings.batch.noise_to_total)
     if arguments.json:
         write_json(arguments.json, rows, summary, squares)
@@ -130,8 +132,9 @@ def place(path: Path, settings: Config, data: TrainingData, arguments: argparse.
             f"--batch {batch} at {path} must be at least 2, and whole microbatches of {micro}; change it, or "
             "--micro-batch"
         )
-    progress = state["progress"]
-    return Place(path, progress["tokens"], progress["samples"], state["data_order"], length, batch, micro)
+    progress, pooled = state["progress"], state["noise_scale"]["pooled"]
+    smoothed = pooled["true_sq"], pooled["noise"]
+    return Place(path, progress["tokens"], progress["samples"], smoothed, state["data_order"], length, batch, micro)
 
 
 def measure_all(places: Sequence[Place], settings: Config, data: TrainingData, batches: int) -> list[list[Squares]]:
@@ -158,13 +161,14 @@ def microbatches(loader: Loader, place: Place, batch: int) -> Iterator[Batch]:
         yield loader.take(np.arange(start, start + place.micro_batch))
 
 
-def kinds_of(layers: Iterable[str]) -> dict[str, list[str]]:
-    """Kind -> its layers, and all of them as the total. Norms are together as training has them."""
+def kinds_of(layers: Iterable[str], without_embeddings: bool) -> dict[str, list[str]]:
+    """Kind -> its layers, and all of them as the total. Norms are together, as training has them."""
+    layers = [each for each in layers if not (without_embeddings and each in ("embedding", "unembedding"))]
     kinds: dict[str, list[str]] = {}
     for layer in layers:
         kind = "norms" if layer.endswith("norm") else layer.split(".")[2 if layer.startswith("blocks.") else 0]
         kinds.setdefault(kind, []).append(layer)
-    return {**kinds, "total": list(layers)}
+    return {**kinds, "total": layers}
 
 
 def by_kind(place: Place, squares: Sequence[Squares], kinds: Mapping[str, Sequence[str]]) -> np.ndarray:
@@ -207,18 +211,20 @@ def checkpoint_row(
         "sequence_length": place.length,
         "batch": place.batch,
         "micro_batch": place.micro_batch,
+        "smoothed": float(noise_scales(np.array(place.smoothed))),
         "kinds": rows,
-        "data_parallel": data_parallel(place, squares, exact),
+        "data_parallel": data_parallel(place, squares, exact, kinds),
     }
 
 
-def data_parallel(place: Place, squares: Sequence[Squares], exact: np.ndarray) -> dict[str, float] | None:
+def data_parallel(
+    place: Place, squares: Sequence[Squares], exact: np.ndarray, kinds: Mapping[str, Sequence[str]]
+) -> dict[str, float] | None:
     """The total as microbatches, or ranks of one each, estimate it; None where there is but one. apart: from the exact
     S, in standard errors of the mean difference over batches (that of |G|^2 is -1/B times it)."""
     if place.batch == place.micro_batch:
         return None
-    total = {"total": list(squares[0].example)}
-    micro, batch = (sums([getattr(each, key) for each in squares], total)[:, 0] for key in ("micro", "batch"))
+    micro, batch = (sums([getattr(each, key) for each in squares], kinds)[:, -1] for key in ("micro", "batch"))
     estimates = np.stack(estimate(micro, batch, place.batch, place.micro_batch), -1)
     differences = estimates[:, 1] - exact[:, -1, 1]
     error = differences.std(ddof=1) / math.sqrt(len(differences))
@@ -229,18 +235,21 @@ def data_parallel(place: Place, squares: Sequence[Squares], exact: np.ndarray) -
     }
 
 
-def compare(exact: np.ndarray, kinds: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
-    """Each kind beside the total, over checkpoints; exact: estimates [checkpoints, batches, kinds, 2]."""
-    scales, drawn = (noise_scales(means) for means in (exact.mean(1), resampled(exact)))
+def compare(smoothed: np.ndarray, exact: np.ndarray, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The total beside each kind, and beside what training smoothed, over checkpoints. smoothed: [checkpoints, 2];
+    exact: estimates [checkpoints, batches, kinds, 2], the total last."""
+    known = np.broadcast_to(smoothed[:, None, None], (*exact.shape[:2], 1, 2))
+    estimates = np.concatenate((known, exact), 2)
+    scales, drawn = noise_scales(estimates.mean(1)), noise_scales(resampled(estimates))
     noise = (exact[..., 1] / exact[..., 1].mean(1, keepdims=True)).reshape(-1, len(kinds))
     found = {}
-    for k, name in enumerate(list(kinds)[:-1]):
+    for k, name in enumerate((SMOOTHED, *kinds[:-1])):
         found[name] = {
             "slope": float(slope(scales[:, k], scales[:, -1])),
             "slope_interval": interval(slope(drawn[..., k], drawn[..., -1])),
             "r": float(correlation(scales[:, k], scales[:, -1])),
             "r_interval": interval(correlation(drawn[..., k], drawn[..., -1])),
-            "r_batches": float(correlation(noise[:, k], noise[:, -1])),
+            "r_batches": float(correlation(noise[:, k - 1], noise[:, -1])) if k else math.nan,
         }
     return found
 
@@ -254,6 +263,7 @@ def show(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Mapping[str, A
         print(HEADER)
         for name, each in row["kinds"].items():
             print(LINE.format(name=name, **each | written(each, "noise_scale", "interval")))
+        print(f"norms as training smoothed them: noise scale {number(row['smoothed'])}")
         if by_ranks := row["data_parallel"]:
             print(
                 f"total from microbatches of {row['micro_batch']}: S {by_ranks['noise']:.4g}, noise scale "
@@ -263,9 +273,9 @@ def show(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Mapping[str, A
     print(SUMMARY_HEADER)
     for name, each in summary.items():
         print(SUMMARY_LINE.format(name=name, **written(each, *each)))
-    norms = written(summary["norms"], *summary["norms"])
+    factor = written(summary[SMOOTHED], *summary[SMOOTHED])
     print(
-        f"total = {norms['slope']} (95 %: {norms['slope_interval']}) x the norm layers'; the run has "
+        f"total = {factor['slope']} (95 %: {factor['slope_interval']}) x the norm layers' in training; the run has "
         f"batch.noise_to_total = {noise_to_total:g}"
     )
 
@@ -308,21 +318,21 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Ma
         raise UserError("--plot needs matplotlib, which is missing; pip install matplotlib") from None
     from megahp.train.report_figures import PALETTE, STYLE, save_plot
 
-    colours = [PALETTE[f"run{n}"] for n in range(6)]
+    kinds = list(rows[0]["kinds"])
+    colours = [*(PALETTE[f"run{n}"] for n in range(len(kinds) - 1)), PALETTE["ink"]]
     with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
         figure = Figure(figsize=(8, 3), layout="constrained")
         along, against = figure.subplots(1, 2)
-        for name, colour in zip(rows[0]["kinds"], [*colours[: len(summary)], PALETTE["ink"]], strict=True):
+        for name, colour in zip(kinds, colours, strict=True):
             scales = [row["kinds"][name]["noise_scale"] for row in rows]
             along.plot([row["tokens"] for row in rows], scales, "o-", ms=3, color=colour, label=name)
         along.set(yscale="log", xlabel="tokens", ylabel="noise scale, sequences")
         along.legend(frameon=False)
-        norms, total = ([row["kinds"][name]["noise_scale"] for row in rows] for name in ("norms", "total"))
+        norms, total = [row["smoothed"] for row in rows], [row["kinds"]["total"]["noise_scale"] for row in rows]
         against.plot(norms, total, "o", ms=4, color=PALETTE["ink"])
-        ends = np.array([0, np.nanmax(norms)])
-        factor = summary["norms"]["slope"]
+        factor, ends = summary[SMOOTHED]["slope"], np.array([0, np.nanmax(norms)])
         against.plot(ends, factor * ends, color=PALETTE["accent"], label=f"{number(factor)} x")
-        against.set(xlabel="norm layers' noise scale, sequences", ylabel="total's")
+        against.set(xlabel="norm layers' noise scale in training, sequences", ylabel="total's")
         against.legend(frameon=False)
         save_plot(figure, file)
 
@@ -334,6 +344,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batches", type=int, default=16, metavar="K", help="at each checkpoint (default 16)")
     options.add_argument("--batch", type=int, metavar="N", help="sequences (default: as many as at the checkpoint)")
     options.add_argument("--micro-batch", type=int, metavar="N", help="sequences at once (default: the run's)")
+    options.add_argument(
+        "--without-embeddings", action="store_true", help="total without embedding and unembedding, as the paper's"
+    )
     options.add_argument("--json", type=Path, metavar="FILE", help="write what was found here too")
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw the noise scales: .svg, .png or .pdf")
     return options

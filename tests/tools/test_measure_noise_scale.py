@@ -82,6 +82,7 @@ def test_the_first_batch_is_the_step_that_the_run_took_next(folder: Path) -> Non
         (320, 8, 2),
         (576, 8, 2),
     ]
+    assert [row["smoothed"] for row in found] == [step["noise_scale"] for step in steps[1::2]]
     for row, step in zip(found[:2], (steps[2], steps[4]), strict=True):
         first = row["batches"][0]
         norms = [layer for layer in first["example"] if layer.endswith("norm")]
@@ -107,12 +108,12 @@ def test_what_is_told_follows_from_the_batches(folder: Path) -> None:
         by_ranks = row["data_parallel"]
         assert by_ranks["noise"] == pytest.approx(estimate(micro.mean(), batch.mean(), row["batch"], 2)[1])
         assert abs(by_ranks["apart"]) < 10  # t of two degrees of freedom
-    assert list(found["comparison"]) == KINDS[:-1]
+    assert list(found["comparison"]) == ["norms, in training", *KINDS[:-1]]
     out = (folder / "out").read_text()
     assert "step-00000002 measured; 1 of 3, ETA" in out and "after 320 tokens: batches of 8 x 16 tokens" in out
     assert "total from microbatches of 2: S" in out
-    assert out.splitlines()[-1].endswith("x the norm layers'; the run has batch.noise_to_total = 1.4")
-    assert "norm layers' noise scale" in (folder / "found.svg").read_text()
+    assert out.splitlines()[-1].endswith("x the norm layers' in training; the run has batch.noise_to_total = 1.4")
+    assert "norm layers' noise scale in training" in (folder / "found.svg").read_text()
 
 
 def test_a_factor_is_found_again(tool: ModuleType) -> None:
@@ -126,13 +127,25 @@ def test_a_factor_is_found_again(tool: ModuleType) -> None:
         exact[:, :, k, 1] = each[:, None]
     exact[..., 0] += 0.05 * random.normal(size=(8, 16, 3))
     exact[..., 1] *= 1 + 0.05 * random.normal(size=(8, 16, 3))
-    found = tool.compare(exact, {"norms": [], "mlp": [], "total": []})
+    smoothed = np.stack((np.full(8, 0.1), 0.1 * 0.5 * scale), -1)
+    found = tool.compare(smoothed, exact, ["norms", "mlp", "total"])
+    assert found["norms, in training"]["slope"] == pytest.approx(2.8, rel=0.05)
+    assert found["norms, in training"]["r"] > 0.98
     low, high = found["norms"]["slope_interval"]
     assert 1.3 < low < 1.4 < high < 1.5 and low < found["norms"]["slope"] < high
     assert found["norms"]["r_interval"][0] > 0.98 > 0.9 > found["mlp"]["r"] > found["mlp"]["r_interval"][0]
     exact[..., 0] -= 1  # of either sign
-    found = tool.compare(exact, {"norms": [], "mlp": [], "total": []})
+    found = tool.compare(smoothed, exact, ["norms", "mlp", "total"])
     assert np.isnan(found["norms"]["slope_interval"]).all()
+
+
+def test_the_kinds_of_layers(tool: ModuleType) -> None:
+    block = ["blocks.0.attention_norm", "blocks.0.attention.query_norm", "blocks.0.attention.qkv", "blocks.0.mlp.up"]
+    layers = ["embedding", *block, "final_norm", "unembedding"]
+    inner = {"norms": [*block[:2], "final_norm"], "attention": [block[2]], "mlp": [block[3]]}
+    assert tool.kinds_of(layers, True) == {**inner, "total": [*block, "final_norm"]}
+    ends = {"embedding": ["embedding"], "unembedding": ["unembedding"]}
+    assert tool.kinds_of(layers, False) == {**inner, **ends, "total": layers}
 
 
 MISTAKES: dict[str, tuple[list[Any], str]] = {
