@@ -35,11 +35,11 @@ def shard(
     ignored = set(probes(model).values())
     # a zero-bubble schedule finds no gradients of weights that were gathered twice for one microbatch
     sharded = partial(fully_shard, mp_policy=policy, reshard_after_forward=parallel.zero_level == 3)
+    of_experts, of_rest = mesh.fsdp(EXPERT_SHARDS), mesh.fsdp()
     for experts in _experts(model):
-        over = mesh.fsdp(EXPERT_SHARDS)
-        sharded(experts, mesh=over, shard_placement_fn=partial(_even, over.shape[-1]))
+        sharded(experts, mesh=of_experts, shard_placement_fn=partial(_even, of_experts.shape[-1]))
     for module in (*blocks, model):
-        sharded(module, mesh=mesh.fsdp(), ignored_params=ignored)
+        sharded(module, mesh=of_rest, ignored_params=ignored)
     units = _units(model)
     for unit in units:
         # the loss is divided by the global batch already; on gloo the factor alone would still average

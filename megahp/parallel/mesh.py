@@ -53,12 +53,12 @@ class Mesh:
         return self.devices.get_local_rank(axis)
 
     def over(self, *axes: str) -> DeviceMesh:
-        """One axis over all ranks along these, adjacent or not."""
-        return self.devices[axes]._flatten() if len(axes) > 1 else self.devices[axes[0]]
+        """One axis over all ranks along these two or more, adjacent or not."""
+        return self.devices[axes]._flatten()
 
     def group(self, *axes: str) -> dist.ProcessGroup:
         """This rank's group of the ranks that differ along these axes alone."""
-        return self.over(*axes).get_group()
+        return self.over(*axes).get_group() if len(axes) > 1 else self.devices.get_group(axes[0])
 
     def place(self, axis: str) -> Place:
         return Place(self.group(axis).size(), self.rank(axis), self.group(axis))

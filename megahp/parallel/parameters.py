@@ -35,9 +35,9 @@ class Row:
     # weight also before its per-example gradients are squared: an example's tokens or the weight's uses lie there
     start: float | None = None  # a constant to start from; None = drawn at random
     tied: bool = False  # the last pipeline stage has a copy too, whose gradient is summed with the first's
-    fused: tuple[
-        int, ...
-    ] = ()  # rows of the matrices that lie together in each of its equal groups of rows, if several
+    # rows of the matrices that lie together in each of its equal groups of rows, if several
+    fused: tuple[int, ...] = ()
+    density: float = 1.0  # share of its entries that its first mask keeps; 1 = it has none
 
     @property
     def split(self) -> dict[str, int | None]:
@@ -150,19 +150,30 @@ def initialise(model: nn.Module, table: Table, init_std: float, seed: int) -> No
         row, part = by_name[name], storage(weight)
         if row.start is not None:
             part.fill_(row.start)
-        elif part.numel():
-            drawn = _draw(name, weight.shape, *_extent(weight), seed)
-            part.copy_(drawn * (init_std * table.rules[row.role].init_std))
+        else:
+            drawn = _draw(name, weight.shape, *_extent(weight), seed, "standard_normal")
+            part.copy_(drawn * (init_std * table.rule(row.role, row.density).init_std))
     for zero in (*probes(model).values(), *model.buffers()):
         zero.zero_()
 
 
-def _draw(name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], seed: int) -> Tensor:
-    """This window of the standard normal matrix of this name, whose other rows are not drawn. Of several matrices each
-    has a name of its own."""
+def draw_mask(name: str, weight: Tensor, density: float, seed: int) -> Tensor:
+    """This rank's part of a bool mask laid out as the weight is, each entry true with probability `density`."""
+    uniform = _draw(f"{name}.mask", weight.shape, *_extent(weight), seed, "random")
+    return (uniform < density).to(weight.device)
+
+
+def _draw(
+    name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], seed: int, distribution: str
+) -> Tensor:
+    """This window of the matrix of this name, whose other rows are not drawn. Of several matrices each has a name of
+    its own. distribution: as numpy's generators call it, standard_normal or random (uniform in [0, 1))."""
+    if 0 in sizes:
+        return torch.empty(*sizes)
     if len(shape) > 2:
         numbers = range(offsets[0], offsets[0] + sizes[0])
-        return torch.stack([_draw(f"{name}.{n}", shape[1:], offsets[1:], sizes[1:], seed) for n in numbers])
+        windows = [_draw(f"{name}.{n}", shape[1:], offsets[1:], sizes[1:], seed, distribution) for n in numbers]
+        return torch.stack(windows)
     start, stop = offsets[0], offsets[0] + sizes[0]
     first, last = start // ROWS_PER_DRAW, -(-stop // ROWS_PER_DRAW)
     blocks = []
@@ -170,7 +181,7 @@ def _draw(name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequen
         key = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=16).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
         count = min(ROWS_PER_DRAW, shape[0] - block * ROWS_PER_DRAW)
-        blocks.append(generator.standard_normal((count, *shape[1:]), dtype=np.float32))
+        blocks.append(getattr(generator, distribution)((count, *shape[1:]), dtype=np.float32))
     begins = (start - first * ROWS_PER_DRAW, *offsets[1:])
     window = tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(blocks)[window]))
@@ -231,8 +242,8 @@ def counted_once(weight: Tensor, row: Row, mesh: Mesh) -> bool:
 def sum_gradients(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:
     """Sum each gradient over its row's axes, with one collective an axis. Data parallelism has been summed by FSDP2."""
     for axis in AXES:
-        if mesh.group(axis).size() > 1:
-            _sum([weight.grad for name, weight in weights.items() if axis in table[name].sum_over], mesh.group(axis))
+        if (group := mesh.group(axis)).size() > 1:
+            _sum([weight.grad for name, weight in weights.items() if axis in table[name].sum_over], group)
     if mesh.ends:
         _sum([weight.grad for name, weight in weights.items() if table[name].tied], mesh.ends)
 

@@ -73,7 +73,8 @@ class Pipeline:
         self.stages, self.parallel, self.mesh, self.stream = stages, parallel, mesh, stream
         self.last = parallel.pp * parallel.local_stages - 1
         self.weight = 1.0  # of a token's loss in the step's
-        self.schedules: dict[tuple[int, torch.Size], Any] = {}
+        self.shape: tuple[int, torch.Size] | None = None  # what the schedule at hand is for
+        self.schedule: Any = None
 
     def forward_backward(self, tokens: Tensor, weight: float, count: int, **others: Tensor) -> Tensor:
         """Add up the gradients of `weight` times the sum of all tokens' losses over `count` microbatches.
@@ -106,7 +107,7 @@ class Pipeline:
     def _schedule(self, count: int, tokens: Tensor) -> Any:
         """PyTorch's schedule for so many microbatches of this shape; it can serve no other."""
         one = tokens.chunk(count)[0].to("meta")
-        if (count, one.shape) not in self.schedules:
+        if self.shape != (count, one.shape):
             stream = self.stream(one).requires_grad_()
             losses = torch.empty_like(one, dtype=torch.promote_types(stream.dtype, torch.float32), requires_grad=True)
             made = [
@@ -123,8 +124,9 @@ class Pipeline:
             ]
             kind = SCHEDULES[self.parallel.schedule]
             of = made[0] if kind is Schedule1F1B else made
-            self.schedules = {(count, one.shape): kind(of, count, loss_fn=self._loss, scale_grads=False)}
-        return self.schedules[count, one.shape]
+            self.schedule = kind(of, count, loss_fn=self._loss, scale_grads=False)
+            self.shape = count, one.shape
+        return self.schedule
 
     def _loss(self, losses: Tensor, _: Tensor) -> Tensor:
         return losses.sum() * self.weight

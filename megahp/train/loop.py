@@ -44,6 +44,7 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
             scale = run.loss_scale.value
             loss = run.engine.forward_backward(batches, plan.microbatches(layout.dp), plan.tokens, scale)
             grads = run.engine.gradients()
+            run.masks.apply(grads)
             measured = run.engine.measure(loss, grads, plan.global_batch, scale)
             if measured.finite:
                 run.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)

@@ -20,6 +20,8 @@ of a mixture of experts, {router: number},
     expert_load_max              tokens of the fullest expert over those of the mean one
     expert_load_cv               standard deviation of the experts' tokens over their mean
     balance_loss                 the mean over sequences; 1 where they are balanced
+of sparse weights
+    density                      share of the entries of the masked matrices that are not masked
 and where it is known `validation_loss`.
 """
 

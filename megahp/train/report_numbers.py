@@ -17,7 +17,6 @@ def summary(run: LoggedRun) -> dict[str, str]:
     validation = last(run, "validation_loss")
     best = loss if validation is None else validation
     seconds = training_seconds(run)
-    mfu = median(run, "mfu")
     return {
         "Final loss": nats(loss),
         "Validation loss": nats(validation),
@@ -28,7 +27,6 @@ def summary(run: LoggedRun) -> dict[str, str]:
         "Steps skipped": f"{skipped(run):,}",
         "Training time": human_duration(seconds) if seconds else "",
         "Tokens per second": count(median(run, "tokens_per_second")),
-        "Model FLOPs utilization": "" if mfu is None else f"{100 * mfu:.1f} %",
         "Peak learning rate": "" if (peak := highest(run, "lr")) is None else f"{peak:.3g}",
         "Global batch": change(run, "global_batch"),
         "Noise scale": change(run, "noise_scale"),

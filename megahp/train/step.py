@@ -19,7 +19,7 @@ from megahp.model.moe import routers
 from megahp.parallel import data as data_parallel
 from megahp.parallel.context import own_tokens
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import counted_once, local, parameters, probes, sum_gradients
+from megahp.parallel.parameters import counted_once, local, parameters, probes, saved, sum_gradients
 from megahp.parallel.pipeline import Pipeline
 
 FIRST_SCALE = 65536.0
@@ -50,19 +50,21 @@ class Engine:
         self.stages = list(model.stages.values())
         self.rows = model.rows
         self.weights = {name: weight for stage in self.stages for name, weight in parameters(stage)}
+        # looked up now: at times the modules' own parameters are FSDP2's gathered ones, in the compute type
+        self.saved = {name: tensor for stage in self.stages for name, tensor in saved(stage).items()}
         self.routers = {name: router for stage in self.stages for name, router in routers(stage).items()}
         self.probes = {name: probe for stage in self.stages for name, probe in probes(stage).items()}
         self.pipeline = Pipeline(model.stages, parallel, mesh, self.stages[0].stream) if parallel.pp > 1 else None
         # what a step measures over all stages, name -> how many numbers; and where this rank's stand among them
         probe_sizes = {f"{name}.probe": size for name, size in model.probes.items()}
-        self.sizes = {"loss": 1, **probe_sizes, **dict.fromkeys(self.rows, 1)}
-        ends = dict(zip(self.sizes, accumulate(self.sizes.values()), strict=True))
+        sizes = {"loss": 1, **probe_sizes, **dict.fromkeys(self.rows, 1)}
+        ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
+        self.total = sum(sizes.values())
         own = {"loss": mesh.is_first(("tp",))} | {f"{name}.probe": self._speaks(name) for name in self.probes}
         own |= {name: counted_once(weight, self.rows[name], mesh) for name, weight in self.weights.items()}
-        self.places = torch.cat([torch.arange(ends[name] - self.sizes[name], ends[name]) for name in own]).to(
-            mesh.device
-        )
-        counted = [float(counts) for name, counts in own.items() for _ in range(self.sizes[name])]
+        places = [torch.arange(ends[name] - sizes[name], ends[name]) for name in own]
+        self.places = torch.cat(places).to(mesh.device)
+        counted = [float(counts) for name, counts in own.items() for _ in range(sizes[name])]
         self.counted = torch.tensor(counted, dtype=torch.float64, device=mesh.device)
 
     def forward_backward(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float = 1.0) -> Tensor:
@@ -93,12 +95,6 @@ class Engine:
         """Let go of the weights that forward passes without a backward pass have gathered."""
         for stage in self.stages:
             data_parallel.reshard(stage)
-
-    def saved(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model: this rank's parts of the weights, and buffers, which are equal on all
-        ranks. (Not the modules' own parameters: they are FSDP2's gathered ones, in the compute type, at times.)"""
-        buffers = {name: buffer for stage in self.stages for name, buffer in stage.named_buffers()}
-        return {f"model.{name}": tensor.detach() for name, tensor in (self.weights | buffers).items()}
 
     def _accumulate(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float) -> Tensor:
         """Forward and backward of one microbatch after the other, by a model that is whole on this rank."""
@@ -136,7 +132,7 @@ class Engine:
         to the host, the scale of the gradients taken out."""
         squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square()
         measured = [probe.grad.view(-1) for probe in self.probes.values()]  # type: ignore[union-attr]
-        values = torch.zeros(sum(self.sizes.values()), dtype=torch.float64, device=loss.device)
+        values = torch.zeros(self.total, dtype=torch.float64, device=loss.device)
         values[self.places] = torch.cat((loss[None], *measured, squares)) * self.counted
         dist.all_reduce(values)
         numbers = iter(values.tolist())

@@ -34,7 +34,7 @@ LEGS = {
 
 
 def tensors(training: Training) -> dict[str, torch.Tensor]:
-    return training.engine.saved() | training.optimizer.state()
+    return training.engine.saved | training.optimizer.state()
 
 
 def relay(model: str, folder: str) -> dict[str, Any]:
@@ -73,11 +73,11 @@ def what_is_saved_after_a_validation() -> list[tuple[torch.dtype, bool]]:
     """A forward pass alone leaves gathered weights in the modules, rounded to the compute type."""
     settings = settings_of("llama", "train.dtype=bfloat16", "parallel.zero=1", "batch.micro_batch=4")
     training = Training(settings)
-    before = {name: storage(value).clone() for name, value in training.engine.saved().items()}
+    before = {name: storage(value).clone() for name, value in training.engine.saved.items()}
     training.engine.evaluate(made_up(np.arange(4), settings), torch.ones(4, dtype=torch.bool))
     gathered = {weight.dtype for weight in training.engine.stages[0].parameters() if weight.dim()}
     assert torch.bfloat16 in gathered  # or this would test nothing
-    after = {name: storage(value) for name, value in training.engine.saved().items()}
+    after = {name: storage(value) for name, value in training.engine.saved.items()}
     training.engine.reshard()
     assert {weight.dtype for weight in training.engine.stages[0].parameters()} == {torch.float32}
     return [(value.dtype, torch.equal(value, before[name])) for name, value in after.items()]

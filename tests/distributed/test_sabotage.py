@@ -208,7 +208,7 @@ def experts_over(axis: str) -> Any:
     fsdp = Mesh.fsdp
 
     def crippled(self: Mesh, shards: tuple[str, ...] = SHARDS) -> Any:
-        return self.over(axis) if shards == EXPERT_SHARDS else fsdp(self, shards)
+        return self.devices[axis] if shards == EXPERT_SHARDS else fsdp(self, shards)
 
     return mock.patch.object(Mesh, "fsdp", crippled)
 

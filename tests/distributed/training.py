@@ -16,7 +16,7 @@ from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.train import verify
 from megahp.train.loop import validate
-from megahp.train.verify import Trial, made_up, of_all_ranks, of_all_stages
+from megahp.train.verify import Trial, made_up, of_all_ranks
 
 BASE: dict[str, Any] = {
     "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 128},
@@ -94,13 +94,8 @@ class MadeUpData:
 def train(settings: Config, steps: int) -> dict[str, Any]:
     """What the trial's `train` tells, and the validation loss after it."""
     training = Training(settings)
-    outcomes = [training.step() for _ in range(steps)]
-    return {
-        "validation": validate(training, MadeUpData(settings)),
-        "measured": [outcome["measured"] for outcome in outcomes],
-        "grads": of_all_stages(outcomes[0]["grads"], training.mesh),
-        "weights": of_all_stages(training.weights(), training.mesh),
-    }
+    found = verify.train(training, steps)
+    return found | {"validation": validate(training, MadeUpData(settings))}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

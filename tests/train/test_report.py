@@ -109,10 +109,9 @@ def test_the_numbers_are_right(tmp_path):
 
 
 def test_the_text_for_a_terminal_has_the_same_numbers(tmp_path):
-    run = write_run(tmp_path / "owl", mfu=0.413)
+    run = write_run(tmp_path / "owl")
     text = text_summary(run)
     numbers = {label: value for label, value in summary(read_run(run)).items() if value}
-    assert numbers["Model FLOPs utilization"] == "41.3 %"
     assert all(re.search(rf"^{label} +{re.escape(value)}$", text, re.M) for label, value in numbers.items())
     assert "Unigram" not in text  # unknown: not mentioned
     assert "ok    Throughput is steady." in text
