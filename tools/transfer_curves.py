@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megahp.errors import UserError
-from megahp.scaling.transfer import Curve, Drift
+from megahp.scaling.transfer import Curve, Drift, Estimate
 from megahp.train.metrics import without_nan
 
 HEADER = f"{'variant':<20}{'size':>8}{'optimum':>12}{'octaves':>9}{'loss':>9}{'+-':>8}"
@@ -42,15 +42,16 @@ def show(families: Mapping[str, Family], drifts: Mapping[str, Drift]) -> None:
 
 def in_words(drift: Drift, at_edge: bool) -> str:
     """What was found of one variant, in a sentence."""
-    slope, spread = (
-        f"[{low:.2f}, {high:.2f}]" if math.isfinite(low) else "(one seed: no interval)"
-        for low, high in (drift.slope_interval, drift.spread_interval)
-    )
     beyond = "; an optimum is at the grid's edge, so it may be more: widen the grid" if at_edge else ""
     return (
-        f"the optimum drifts {drift.slope:+.2f} octaves {slope} by its slope, "
-        f"{drift.spread:.2f} {spread} from least to largest{beyond}"
+        f"the optimum drifts {drift.slope.value:+.2f} octaves {interval(drift.slope)} by its slope, "
+        f"{drift.spread.value:.2f} {interval(drift.spread)} from least to largest{beyond}"
     )
+
+
+def interval(found: Estimate) -> str:
+    """Its interval, in words where there is none."""
+    return f"[{found.low:.2f}, {found.high:.2f}]" if math.isfinite(found.low) else "(one seed: no interval)"
 
 
 def write_json(

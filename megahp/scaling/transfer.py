@@ -1,12 +1,12 @@
-"""Whether an optimum stays where it is while a model grows: losses over a grid of one hyperparameter, a curve a size.
+"""Whether things stay where they are while a model grows: the optimum of a hyperparameter, the size of activations.
 
-tools/transfer_sweep.py trains the runs.
+tools/transfer_sweep.py and tools/coordinate_check.py measure them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,13 +25,20 @@ class Optimum:
 
 
 @dataclass(frozen=True)
-class Drift:
-    """How far the optimum moves over a family of sizes, in octaves, with 95 % bootstrap intervals over the seeds."""
+class Estimate:
+    """A number and its 95 % bootstrap interval over the seeds, NaN of one seed."""
 
-    slope: float  # of log2 optimum against log2 size, times the family's span in log2 size
-    slope_interval: tuple[float, float]
-    spread: float  # largest less smallest optimum
-    spread_interval: tuple[float, float]
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the optimum moves over a family of sizes, in octaves."""
+
+    slope: Estimate  # of log2 optimum against log2 size, times the family's span in log2 size
+    spread: Estimate  # largest less smallest optimum
 
 
 @dataclass(frozen=True)
@@ -80,25 +87,24 @@ def optimum(values: Sequence[float], losses: Sequence[float]) -> Optimum:
 
 
 def drift(family: Mapping[float, Curve]) -> Drift:
-    """The drift of the mean optimum over a family of two or more sizes, of the same seeds each.
-
-    Seeds are drawn with replacement, each with all its sizes, since these saw the same data. Of one seed there is no
-    interval: NaN.
-    """
+    """The drift of the mean optimum over a family of two or more sizes, of the same seeds each."""
     logs = np.log2([[each.value for each in curve.optima] for curve in family.values()])
     at = np.log2(list(family))
-    seeds = logs.shape[1]
+    return Drift(
+        estimate(lambda drawn: np.polyfit(at, drawn.mean(-1), 1)[0] * np.ptp(at), logs),
+        estimate(lambda drawn: np.ptp(drawn.mean(-1), axis=0), logs),
+    )
+
+
+def slope(sizes: Sequence[float], values: np.ndarray) -> Estimate:
+    """Slope of log value against log size, the value being the mean over the seeds of values [sizes, seeds]."""
+    return estimate(lambda drawn: np.polyfit(np.log(sizes), np.log(drawn.mean(-1)), 1)[0], values)
+
+
+def estimate(statistic: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> Estimate:
+    """A statistic, [sizes, n, seeds] -> [n], of values [sizes, seeds]. Seeds are drawn with replacement, each with all
+    its sizes, since these saw the same data."""
+    seeds = values.shape[1]
     drawn = np.random.RandomState(0).randint(seeds, size=(RESAMPLES, seeds))
-    slopes, spreads = _drifts(at, logs[:, drawn].mean(-1))
-    slope, spread = _drifts(at, logs.mean(1, keepdims=True))
-    return Drift(slope.item(), _interval(slopes, seeds), spread.item(), _interval(spreads, seeds))
-
-
-def _drifts(at: np.ndarray, logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slope times span, and spread, of each column of logs [sizes, n]."""
-    return np.polyfit(at, logs, 1)[0] * np.ptp(at), np.ptp(logs, axis=0)
-
-
-def _interval(values: np.ndarray, seeds: int) -> tuple[float, float]:
-    low, high = np.percentile(values, [2.5, 97.5]) if seeds > 1 else (math.nan, math.nan)
-    return float(low), float(high)
+    low, high = np.percentile(statistic(values[:, drawn]), [2.5, 97.5]) if seeds > 1 else (math.nan, math.nan)
+    return Estimate(statistic(values[:, None]).item(), float(low), float(high))

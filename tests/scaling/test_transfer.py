@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from megahp.scaling.transfer import Curve, drift, optimum
+from megahp.scaling.transfer import Curve, drift, optimum, slope
 
 GRID = [2.0**k for k in range(-10, -3)]
 
@@ -45,33 +45,32 @@ def test_beside_a_run_that_diverged_the_optimum_is_the_best_point_and_no_edge(go
         optimum(GRID, [gone] * len(GRID))
 
 
-def family(slope: float, noise: float = 0.0, seeds: int = 3) -> dict[float, Curve]:
-    """Sizes 2 to 32, whose optimum moves by `slope` octaves an octave."""
+def family(rate: float, noise: float = 0.0, seeds: int = 3) -> dict[float, Curve]:
+    """Sizes 2 to 32, whose optimum moves by `rate` octaves an octave."""
     random = np.random.RandomState(1)
     return {
         size: Curve(
             GRID,
-            np.array([parabola(-7 + slope * math.log2(size / 8) + noise * random.randn()) for _ in range(seeds)]).T,
+            np.array([parabola(-7 + rate * math.log2(size / 8) + noise * random.randn()) for _ in range(seeds)]).T,
         )
         for size in (2.0, 4.0, 8.0, 16.0, 32.0)
     }
 
 
-@pytest.mark.parametrize("slope", [0.0, -0.5, 0.25])
-def test_the_drift_of_exact_curves_is_exact(slope: float) -> None:
-    found = drift(family(slope))
-    assert found.slope == pytest.approx(4 * slope, abs=1e-9)
-    assert found.spread == pytest.approx(4 * abs(slope), abs=1e-9)
-    assert found.slope_interval == pytest.approx((4 * slope, 4 * slope), abs=1e-9)
+@pytest.mark.parametrize("rate", [0.0, -0.5, 0.25])
+def test_the_drift_of_exact_curves_is_exact(rate: float) -> None:
+    found = drift(family(rate))
+    assert vars(found.slope).values() == pytest.approx([4 * rate] * 3, abs=1e-9)
+    assert vars(found.spread).values() == pytest.approx([4 * abs(rate)] * 3, abs=1e-9)
 
 
 def test_the_interval_holds_the_drift_and_is_as_wide_as_the_seeds_scatter() -> None:
     found = drift(family(-0.25, noise=0.2, seeds=20))
-    low, high = found.slope_interval
-    assert low < -1 < high
+    assert found.slope.low < -1 < found.slope.high
     # a seed's slope scatters by 0.2 / sqrt(10) x 4 octaves, the mean of 20 by a root of 20 less
-    assert high - low == pytest.approx(2 * 1.96 * 0.2 / math.sqrt(10) * 4 / math.sqrt(20), rel=0.3)
-    assert found.spread_interval[0] <= found.spread <= found.spread_interval[1]
+    expected = 2 * 1.96 * 0.2 / math.sqrt(10) * 4 / math.sqrt(20)
+    assert found.slope.high - found.slope.low == pytest.approx(expected, rel=0.3)
+    assert found.spread.low <= found.spread.value <= found.spread.high
 
 
 def test_seeds_that_shift_all_sizes_alike_do_not_widen_the_interval() -> None:
@@ -79,10 +78,15 @@ def test_seeds_that_shift_all_sizes_alike_do_not_widen_the_interval() -> None:
     shifted = {
         size: Curve(GRID, np.array([parabola(-7 + shift) for shift in shifts]).T) for size in (64.0, 128.0, 256.0)
     }
-    found = drift(shifted)
-    assert found.slope_interval == pytest.approx((0, 0), abs=1e-9)
+    assert vars(drift(shifted).slope).values() == pytest.approx([0, 0, 0], abs=1e-9)
 
 
 def test_one_seed_has_no_interval() -> None:
     found = drift(family(0.1, seeds=1))
-    assert found.slope == pytest.approx(0.4) and all(map(math.isnan, (*found.slope_interval, *found.spread_interval)))
+    assert found.slope.value == pytest.approx(0.4) and math.isnan(found.slope.low) and math.isnan(found.spread.high)
+
+
+def test_the_slope_of_a_power_law_is_its_exponent() -> None:
+    sizes = [64.0, 128.0, 512.0]
+    law = np.array([[3 * factor * size**-0.5 for factor in (1.0, 1.2, 0.9, 50.0)] for size in sizes])
+    assert vars(slope(sizes, law)).values() == pytest.approx([-0.5] * 3)

@@ -104,7 +104,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(
             curve["optimum"] == pytest.approx(0.03) and not curve["optima"][0]["at_edge"]
         )  # since beyond it runs diverge
         assert json.dumps(fast) in (interrupted / f"all/{curve['size']:g}/0.03/1/metrics.jsonl").read_text()
-    assert found["drifts"]["all"]["slope"] == pytest.approx(0, abs=1e-9) and "one seed: no interval" in out
+    assert found["drifts"]["all"]["slope"]["value"] == pytest.approx(0, abs=1e-9) and "one seed: no interval" in out
     assert "inf" in out and Path("found.svg").stat().st_size > 1000
     assert not list(interrupted.rglob("checkpoints")) and not list(interrupted.rglob("baselines.json"))
 
