@@ -81,7 +81,7 @@ class Masks:
     def measure(self) -> None:
         """Take stock of the masks: what they keep, int64 [groups], and the density of all, 1 without any."""
         self.kept = self.entries.count(self.masks)
-        self.density = (self.kept.sum() / self.size.sum()).nan_to_num(1.0).item()
+        self.density = (self.kept.sum() / self.size.sum().double()).nan_to_num(1.0).item()
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of them, laid out as the weights are."""
@@ -97,7 +97,9 @@ class Masks:
         ends = progress.tokens - plan.tokens < span[1] * self.horizon <= progress.tokens
         if not (ends or self._due(plan)):
             return None
-        wanted = (self.size * density_at(progress.tokens / self.horizon, sparsity.density, span)).round().long()
+        wanted = (
+            (self.size.double() * density_at(progress.tokens / self.horizon, sparsity.density, span)).round().long()
+        )
         if wanted >= self.kept:
             return None
         masks, least = self.entries.largest(self._values(), self.masks, wanted)
@@ -109,7 +111,7 @@ class Masks:
         share = replaced_at(progress.tokens / self.horizon, self.sparsity.drop, self.sparsity.end)
         if share == 0:
             return None
-        changing = (self.kept * share).long()
+        changing = (self.kept.double() * share).long()
         left, _ = self.entries.largest(self._values(), self.masks, self.kept - changing)
         grown, _ = self.entries.largest(self.unmasked, {name: ~mask for name, mask in left.items()}, changing)
         masks = {name: mask | grown[name] for name, mask in left.items()}
@@ -126,4 +128,5 @@ class Masks:
             for tensor in (self.weights[name], *(moments[f"{moment}.{name}"] for moment in MOMENTS)):
                 storage(tensor).mul_(mask)
         self.measure()
+        self.unmasked = {}
         return MaskChange(why, before, self.density, threshold)
