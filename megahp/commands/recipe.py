@@ -65,14 +65,11 @@ def add_to(parsers: Any) -> None:
 
 
 def _recipe(options: Namespace, words: Sequence[str]) -> int:
-
     laws = laws_of(options.law, options.loss_law)
     if options.pareto and not options.target_loss:
         raise UserError(f"--pareto {options.pareto} is drawn at one loss; give --target-loss")
     if options.out and options.out.exists():
         raise UserError(f"--out {options.out} exists; choose another name, or remove it")
-    if options.out and options.density:
-        raise UserError("--density plans pruning, which a run file cannot say yet; leave out --density or --out")
     found = plan(given_of(options), base_of(options), laws)
     rows, notes, choices = recipe_rows.rows(found), recipe_rows.notes(found), recipe_rows.choices(found)
     if options.pareto:
