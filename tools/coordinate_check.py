@@ -21,7 +21,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,14 @@ from megahp.errors import UserError
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.scaling.transfer import Estimate, slope
-from megahp.train.coordinates import MadeUp, Samples, activations, nonlinearity
+from megahp.train.coordinates import MadeUp, activations, nonlinearity
 from megahp.train.loop import device_of
 from megahp.train.metrics import without_nan
 from megahp.train.run import cuda_wanted, open_data, with_vocabulary
 
 FAMILIES = {"widths": "model.width", "depths": "model.layers", "densities": "sparsity.density"}
-LINE = "{quantity:<12}{when:<7}{slope:>+7.2f}  [{low:+.2f}, {high:+.2f}]  {needed:>14}{predicted:>9}  {verdict}"
-HEADER = f"{'quantity':<12}{'when':<7}{'slope':>7}  {'95 % interval':<14}  {'needed':>14}{'theory':>9}"
+LINE = "{quantity:<13}{when:<7}{slope:>+7.2f}  [{low:+.2f}, {high:+.2f}]  {needed:>14}{predicted:>9}  {verdict}"
+HEADER = f"{'quantity':<13}{'when':<7}{'slope':>7}  {'95 % interval':<14}  {'needed':>14}{'theory':>9}"
 
 
 @dataclass(frozen=True)
@@ -109,20 +109,31 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Measure, fit, judge. Returns 1 where a slope is not what it must be, else 0."""
-    kind, texts = next((kind, given) for kind in FAMILIES if (given := getattr(arguments, kind)))
-    refuse_mistakes(arguments, kind, texts)
-    base = of_a_check(resolve.load(arguments.run, arguments.overrides).config, arguments)
-    family = {size: of_size(base, kind, size) for size in sorted(map(number, texts.split(",")))}
+    base, family = read_family(arguments)
     launch.join(launch.World(), cuda_wanted(base))
-    mesh = make_mesh(Layout(), device_of(base, launch.World()))
-    found = measure(family, arguments.seeds, mesh, look(arguments), arguments.data)
-    rows = judged("lazy" if arguments.lazy else kind, base.parameterization, list(family), found)
+    found = measure(family, arguments, make_mesh(Layout(), device_of(base, launch.World())))
+    rows = judged(arguments, base.parameterization, list(family), found)
     show(rows)
     if arguments.json:
         write_json(arguments.json, rows, list(family), found, base)
     if arguments.plot:
-        plot(arguments.plot, rows, list(family), found, FAMILIES[kind])
+        plot(arguments.plot, rows, list(family), found, FAMILIES[kind_of(arguments)])
     return 0 if all(row["passed"] for row in rows) else 1
+
+
+def kind_of(arguments: argparse.Namespace) -> str:
+    return next(kind for kind in FAMILIES if getattr(arguments, kind))
+
+
+def read_family(arguments: argparse.Namespace) -> tuple[Config, dict[float, Config]]:
+    """The run as it is looked at, and the same at each size, small ones first. Raises UserError."""
+    kind = kind_of(arguments)
+    sizes = [number(text) for text in getattr(arguments, kind).split(",")]
+    if len(set(sizes)) < max(2, len(sizes)):
+        raise UserError(f"--{kind} {getattr(arguments, kind)}: give two or more sizes, each once, to see a slope")
+    refuse_mistakes(arguments)
+    base = of_a_check(resolve.load(arguments.run, arguments.overrides).config, arguments)
+    return base, {size: of_size(base, kind, size) for size in sorted(sizes)}
 
 
 def number(text: str) -> float:
@@ -135,12 +146,10 @@ def number(text: str) -> float:
     return value
 
 
-def refuse_mistakes(arguments: argparse.Namespace, kind: str, texts: str) -> None:
+def refuse_mistakes(arguments: argparse.Namespace) -> None:
     """Raise UserError for options that cannot be meant."""
-    if len(set(map(number, texts.split(",")))) < max(2, len(texts.split(","))):
-        raise UserError(f"--{kind} {texts}: give two or more sizes, each once, to see a slope")
-    if arguments.lazy and kind != "depths":
-        raise UserError(f"--lazy is about depth, not --{kind}; give --depths")
+    if arguments.lazy and not arguments.depths:
+        raise UserError(f"--lazy is about depth, not --{kind_of(arguments)}; give --depths")
     if arguments.lazy and arguments.steps is not None:
         raise UserError(f"--steps {arguments.steps} has no effect with --lazy, which looks at the first; leave it out")
     if arguments.steps is not None and arguments.steps < 1:
@@ -159,6 +168,8 @@ def of_a_check(settings: Config, arguments: argparse.Namespace) -> Config:
         raise UserError(
             "--data, and data.train is empty; name what tools/preprocess_data.py wrote, or leave --data out"
         )
+    if arguments.lazy and settings.model.experts:
+        raise UserError(f"--lazy looks at dense MLPs, not at model.experts = {settings.model.experts}; leave those out")
     tokens = 1_000_000 * arguments.batch * settings.data.sequence_length  # more than are taken
     return replace(
         settings,
@@ -193,36 +204,33 @@ def of_size(base: Config, kind: str, size: float) -> Config:
 Measured = dict[tuple[str, str], np.ndarray]  # quantity and when -> [sizes, seeds]
 
 
-def look(arguments: argparse.Namespace) -> Callable[[Config, Mesh, Samples], dict[tuple[str, str], float]]:
-    """What is measured of one run: quantity and when -> value."""
-    if arguments.lazy:
-        return lambda settings, mesh, samples: {("nonlinearity", "step 1"): nonlinearity(settings, mesh, samples)}
-
-    def both(settings: Config, mesh: Mesh, samples: Samples) -> dict[tuple[str, str], float]:
-        steps = 10 if arguments.steps is None else arguments.steps
-        times = zip(("init", "after"), activations(settings, mesh, steps, samples), strict=True)
-        return {(quantity, when): value for when, values in times for quantity, value in values.items()}
-
-    return both
-
-
-def measure(
-    family: Mapping[float, Config], seeds: Sequence[int], mesh: Mesh, look: Any, data: bool = False
-) -> Measured:
-    """What `look` sees of every size and seed."""
+def measure(family: Mapping[float, Config], arguments: argparse.Namespace, mesh: Mesh) -> Measured:
+    """What is seen of every size and seed."""
     found = []
     for settings in family.values():
-        own = [replace(settings, train=replace(settings.train, seed=seed)) for seed in seeds]
-        found.append([look(each, mesh, open_data(each) if data else MadeUp(each)) for each in own])
+        own = [replace(settings, train=replace(settings.train, seed=seed)) for seed in arguments.seeds]
+        found.append([look(each, arguments, mesh) for each in own])
     return {key: np.array([[each[key] for each in row] for row in found]) for key in found[0][0]}
 
 
-def judged(kind: str, rules: config.Parameterization, sizes: Sequence[float], found: Measured) -> list[dict[str, Any]]:
+def look(settings: Config, arguments: argparse.Namespace, mesh: Mesh) -> dict[tuple[str, str], float]:
+    """What is measured of one run: quantity and when -> value."""
+    samples = open_data(settings) if arguments.data else MadeUp(settings)
+    if arguments.lazy:
+        return {("nonlinearity", "step 1"): nonlinearity(settings, mesh, samples)}
+    steps = 10 if arguments.steps is None else arguments.steps
+    times = zip(("init", "after"), activations(settings, mesh, steps, samples), strict=True)
+    return {(quantity, when): value for when, values in times for quantity, value in values.items()}
+
+
+def judged(
+    arguments: argparse.Namespace, rules: config.Parameterization, sizes: Sequence[float], found: Measured
+) -> list[dict[str, Any]]:
     """The slope of everything measured and, where theory has something to say, whether it is what it must be."""
     name = "completep-half" if rules.name == "completep" and rules.depth_alpha < 1 else rules.name
     rows = []
     for (quantity, when), values in found.items():
-        required = REQUIRED[kind].get((quantity, when))
+        required = REQUIRED["lazy" if arguments.lazy else kind_of(arguments)].get((quantity, when))
         each = slope(sizes, values) if np.isfinite(values).all() else Estimate(*[math.nan] * 3)
         rows.append(
             {
@@ -276,7 +284,7 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], sizes: Sequence[float], 
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib, which is missing; pip install matplotlib") from None
-    from megahp.train.report_figures import PALETTE, STYLE, save_plot
+    from megahp.train.report_figures import PALETTE, STYLE, logarithmic, save_plot
 
     names = list(dict.fromkeys(quantity for quantity, _ in found))
     with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
@@ -289,7 +297,9 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], sizes: Sequence[float], 
             axes.fill_between(sizes, values.min(1), values.max(1), color=hue, alpha=0.2, lw=0)
         for name, axes in panels.items():
             axes.set_xscale("log")
-            axes.set_yscale("log")
+            every = np.concatenate([values.ravel() for (quantity, _), values in found.items() if quantity == name])
+            axes.set_ylim(every.min() / 2, every.max() * 2)  # or what is flat would look steep
+            logarithmic(axes, 10)
             axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
             axes.minorticks_off()
             axes.set_title(name, fontsize=8.5)

@@ -87,13 +87,16 @@ def plot(file: Path, families: Mapping[str, Family], key: str, size_key: str) ->
     hues = dict(zip(sizes, matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, len(sizes))), strict=True))
     with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
         figure = Figure(figsize=(2.3 * len(families) + 1.2, 2.9), layout="constrained")
-        panels = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
+        panels = figure.subplots(1, len(families), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (variant, family) in zip(panels, families.items(), strict=True):
             for size, curve in family.items():
                 draw(axes, curve, hues[size], f"{size:g}")
-            axes.set_xscale("log")
             axes.set_title(variant, fontsize=8.5)
             axes.set_xlabel(key)
+        values = sorted({value for family in families.values() for curve in family.values() for value in curve.values})
+        panels[0].set_xscale("log")
+        panels[0].minorticks_off()
+        panels[0].set_xticks(values[::-2], [f"{value:g}" for value in values[::-2]])
         panels[0].set_ylabel("nats per token")
         panels[0].set_ylim(*window([curve for family in families.values() for curve in family.values()]))
         handles, labels = panels[0].get_legend_handles_labels()

@@ -5,7 +5,8 @@ model's size where learning is to transfer. tools/coordinate_check.py fits and j
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from megahp.parallel.mesh import Mesh
 from megahp.scaling.batch_size import Plan
 from megahp.train.verify import Trial, made_up
 
+Weights = dict[str, Tensor]
 QUANTITIES = ("stream", "attention", "mlp", "logits")
 
 
@@ -109,19 +111,20 @@ def nonlinearity(settings: Config, mesh: Mesh, samples: Samples) -> float:
     ratios = []
     for name in mlps:
         old, new = (_of(weights, f"{name}.") for weights in (before, after))
-        x = inputs[name].to(next(iter(old.values())))
-        ratios.append(_relative_distance(lambda w, x=x: _mlp(w, x, settings.model.activation), old, new))
+        h = partial(mlp_output, x=inputs[name].to(old["up.weight"]), activation=settings.model.activation)
+        ratios.append(relative_distance(h, old, new))
     return float(np.exp(np.mean(np.log(ratios))))
 
 
-def _relative_distance(h: Any, old: dict[str, Tensor], new: dict[str, Tensor]) -> float:
+def relative_distance(h: Callable[[Weights], Tensor], old: Weights, new: Weights) -> float:
+    """||h(new) - h(old) - J (new - old)|| / ||J (new - old)||, J the Jacobian of h at the old weights."""
     change = {name: new[name] - old[name] for name in old}
     start, linear = torch.func.jvp(h, (old,), (change,))[:2]
     return ((h(new) - start - linear).norm() / linear.norm()).item()
 
 
-def _mlp(weights: dict[str, Tensor], x: Tensor, activation: str) -> Tensor:
-    """What megahp.model.mlp.MLP computes, as a function of whole weights in float64."""
+def mlp_output(weights: Weights, x: Tensor, activation: str) -> Tensor:
+    """What megahp.model.mlp.MLP computes, as a function of its whole weights."""
     products = {
         name: F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
         for name in ("up", "gate")
@@ -131,5 +134,5 @@ def _mlp(weights: dict[str, Tensor], x: Tensor, activation: str) -> Tensor:
     return F.linear(hidden, weights["down.weight"], weights.get("down.bias"))
 
 
-def _of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _of(weights: Weights, prefix: str) -> Weights:
     return {name.removeprefix(prefix): w.double() for name, w in weights.items() if name.startswith(prefix)}

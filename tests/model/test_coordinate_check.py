@@ -1,162 +1,145 @@
-"""Activations neither grow nor vanish with width or depth where the parameterization says so, and do where it does not.
-
-Slopes of log mean |activation| against log size, over seeds. Checks 9, 10, 12, 13.
+"""Activations neither grow nor vanish with width, depth or density where the parameterization says so, and do where it
+does not; and layers learn features at any depth where it is CompleteP. Checks 9 to 14, by tools/coordinate_check.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from distributed import world
-from distributed.training import Training, made_up
+from distributed.training import Training, mesh_of
 
 from megahp import resolve
 from megahp.config import Config
 from megahp.model import build
+from megahp.parallel.layout import Layout
 
-SEEDS = (1, 2, 3)
-DEPTHS = (2, 4, 8, 16, 32, 64)
-WIDTHS = (64, 128, 256, 512)
-SHAPE: dict[str, Any] = {
-    "model": {
-        "layers": 2,
-        "width": 64,
-        "heads": 1,
-        "vocab_size": 128,
-        "activation": "gelu",
-        "norm": "layernorm",
-        "positions": "none",
-        "mlp_width": 256,
-    },
-    "parameterization": {"base_width": 64, "base_layers": 2},
-    "data": {"train": ["none"], "sequence_length": 32},
-    "batch": {"global_batch": 4, "micro_batch": 4},
-    "schedule": {"name": "constant", "warmup": 0},
-    "train": {"tokens": 32 * 4 * 10, "noise_scale": False},
-}
+TOOLS = Path(__file__).parents[2] / "tools"
+RUN = """
+[model]
+layers = 2
+width = 64
+heads = 1
+vocab_size = 128
+activation = "gelu"
+norm = "layernorm"
+positions = "none"
+mlp_width = 256
+[data]
+sequence_length = 32
+[optimizer]
+clip = 0.0
+"""
+SP = "parameterization.name=sp"
+MUP = "parameterization.name=mup parameterization.base_width=64"
+SMUPAR = "parameterization.name=smupar parameterization.base_width=64"
+COMPLETEP = "parameterization.name=completep parameterization.base_width=64 parameterization.base_layers=2"
 # std x sqrt(width) = 0.32 and an embedding of 0.02, as in the authors' own check at width 256
-DEPTH_SCALES = {"init_std": 0.04, "embedding_multiplier": 0.5}
+DEPTH = "optimizer.lr=3e-3 parameterization.init_std=0.04 parameterization.embedding_multiplier=0.5"
+WIDTH = "optimizer.lr=1e-3"
+DENSITY = "optimizer.lr=1e-3 sparsity.method=static"
+DEPTHS, WIDTHS, DENSITIES = "--depths=2,4,8,16", "--widths=64,128,256", "--densities=1,0.25,0.0625"
+CASES = {
+    "depth, SP": f"{SP} {DEPTH} {DEPTHS}",
+    "depth, alpha 1/2": f"{COMPLETEP} parameterization.depth_alpha=0.5 {DEPTH} {DEPTHS}",
+    "depth, alpha 1": f"{COMPLETEP} {DEPTH} {DEPTHS}",
+    "width, SP": f"{SP} {WIDTH} {WIDTHS} --seeds=1,2",
+    "width, muP": f"{MUP} {WIDTH} {WIDTHS} --seeds=1,2",
+    "width, Muon": f"{MUP} {WIDTH} {WIDTHS} optimizer.name=muon --seeds=1,2",
+    "density, muP": f"{MUP} {DENSITY} {DENSITIES} --steps=3 --seeds=1,2",
+    "density, SmuPar": f"{SMUPAR} {DENSITY} {DENSITIES} --steps=3 --seeds=1,2",
+    "lazy, SP": f"{SP} {DEPTH} {DEPTHS} --lazy --seeds=1,2",
+    "lazy, alpha 1/2": f"{COMPLETEP} parameterization.depth_alpha=0.5 {DEPTH} {DEPTHS} --lazy",
+    "lazy, alpha 1": f"{COMPLETEP} {DEPTH} {DEPTHS} --lazy",
+}
+FAILING = {
+    "depth, SP": {("stream", "init"), ("stream", "after")},
+    "width, SP": {
+        (quantity, when) for quantity in ("stream", "attention", "mlp", "logits") for when in ("init", "after")
+    },
+    "density, muP": {("mlp", "init"), ("mlp", "after")},
+    "lazy, alpha 1/2": {("nonlinearity", "step 1")},
+}
 
 
-def settings(
-    name: str,
-    seed: int,
-    lr: float,
-    alpha: float = 1.0,
-    scales: Mapping[str, float] | None = None,
-    optimizer: str = "adamw",
-    **model: Any,
-) -> Config:
-    rules: dict[str, Any] = {"name": name, **(scales or {})}
-    rules |= {"depth_alpha": alpha} if name == "completep" else {}
-    rules |= {"base_width": 64} if name != "sp" else {}
-    rules |= {"base_layers": 2} if name == "completep" else {}
-    base = {**SHAPE, "parameterization": {}}
-    update = {"name": optimizer, "lr": lr, "clip": 0.0}
-    tested = {"model": model, "parameterization": rules, "train": {"seed": seed}, "optimizer": update}
-    return resolve.resolve([("base", base), ("test", tested)]).config
+def tool() -> ModuleType:
+    if str(TOOLS) not in sys.path:
+        sys.path.append(str(TOOLS))
+    return importlib.import_module("coordinate_check")
 
 
-def activations(chosen: Config, steps: int) -> dict[str, float]:
-    """mean |activation| of the residual stream, the first MLP's pre-activations and the logits, after so many steps."""
-    training = Training(chosen)
-    for _ in range(steps):
-        training.step()
-    seen: dict[str, float] = {}
-    model = training.engine.stages[0]
-    for name, module in (
-        ("stream", model.blocks[str(len(model.blocks) - 1)]),
-        ("mlp", model.blocks["0"].mlp.up),
-        ("logits", model.unembedding),
-    ):
-        module.register_forward_hook(
-            lambda _m, _i, out, name=name: seen.update({name: out.detach().abs().mean().item()})
-        )
-    batch = made_up(np.arange(4), chosen)
-    with torch.no_grad():
-        model(batch.tokens[:, :-1])
-    return seen
-
-
-def slopes(cases: Mapping[int, list[Config]], steps: int) -> dict[str, float]:
-    """Log-log slope of each activation, averaged over seeds, against the size that names the cases."""
-    means = {size: [activations(chosen, steps) for chosen in seeds] for size, seeds in cases.items()}
-    names = next(iter(means.values()))[0]
-    sizes = np.log([float(size) for size in means])
-    return {
-        name: float(
-            np.polyfit(sizes, [np.log(np.mean([seen[name] for seen in seeds])) for seeds in means.values()], 1)[0]
-        )
-        for name in names
-    }
-
-
-def all_slopes() -> dict[tuple[str, str, int], dict[str, float]]:
-    found = {}
-    for label, name, alpha in (("none", "sp", 1.0), ("half", "completep", 0.5), ("one", "completep", 1.0)):
-        for steps in (0, 10):
-            depths = [depth for depth in DEPTHS if steps == 0 or depth <= 16]
-            cases = {
-                depth: [settings(name, seed, 3e-3, alpha, DEPTH_SCALES, layers=depth) for seed in SEEDS]
-                for depth in depths
-            }
-            found["depth", label, steps] = slopes(cases, steps)
-    for label, name, optimizer in (("sp", "sp", "adamw"), ("mup", "mup", "adamw"), ("muon", "mup", "muon")):
-        for steps in (0, 10) if optimizer == "adamw" else (10,):
-            cases = {
-                width: [
-                    settings(name, seed, 1e-3, optimizer=optimizer, width=width, mlp_width=4 * width, heads=width // 64)
-                    for seed in SEEDS[:2]
-                ]
-                for width in WIDTHS
-            }
-            found["width", label, steps] = slopes(cases, steps)
+def all_rows(folder: Path) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
+    """What the tool says of every case: quantity and when -> slope, prediction, verdict."""
+    check, mesh, file, found = tool(), mesh_of(Layout()), folder / "run.toml", {}
+    file.write_text(RUN)
+    for name, words in CASES.items():
+        arguments = check.parser().parse_intermixed_args([str(file), *words.split()])
+        base, family = check.read_family(arguments)
+        measured = check.measure(family, arguments, mesh)
+        rows = check.judged(arguments, base.parameterization, list(family), measured)
+        found[name] = {(row["quantity"], row["when"]): row for row in rows}
     return found
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[tuple[str, str, int], dict[str, float]]:
-    return world.run(1, all_slopes)[0]
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
+    return world.run(1, all_rows, tmp_path_factory.mktemp("check"))[0]
 
 
-@pytest.mark.parametrize(("alpha", "low", "high"), [("none", 0.4, 0.6), ("half", -0.1, 0.1), ("one", -0.6, -0.3)])
-def test_depth_at_init(found: Any, alpha: str, low: float, high: float) -> None:
-    """Check 9: +1/2 without a multiplier, 0 at alpha 1/2, -1/2 toward the embedding's floor at alpha 1."""
-    assert low < found["depth", alpha, 0]["stream"] < high
+@pytest.mark.parametrize("case", CASES)
+def test_a_check_fails_where_theory_says_it_must_and_passes_elsewhere(found: Any, case: str) -> None:
+    assert {key for key, row in found[case].items() if not row["passed"]} == FAILING.get(case, set())
 
 
-@pytest.mark.parametrize(("alpha", "low", "high"), [("none", 0.8, 1.6), ("half", -0.2, 0.2), ("one", -0.2, 0.2)])
-def test_depth_after_ten_steps(found: Any, alpha: str, low: float, high: float) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_slopes_at_init_are_those_of_theory(found: Any, case: str) -> None:
+    """Checks 9, 11, 13, 14: within a tenth, SP's stream in width apart, since its branches are no single matrix."""
+    predicted = {key: row for key, row in found[case].items() if key[1] != "after" and row["predicted"] is not None}
+    for (quantity, _), row in predicted.items():
+        assert row["slope"] == pytest.approx(row["predicted"], abs=0.25 if row["predicted"] == 1 else 0.1), quantity
+
+
+def test_depth_after_ten_steps(found: Any) -> None:
     """Check 10: flat at both alphas, growing without a multiplier."""
-    assert low < found["depth", alpha, 10]["stream"] < high
+    stream = {case: rows["stream", "after"]["slope"] for case, rows in found.items() if case.startswith("depth")}
+    assert 0.8 < stream["depth, SP"] < 1.6
+    assert abs(stream["depth, alpha 1/2"]) < 0.2 and abs(stream["depth, alpha 1"]) < 0.2
 
 
-def test_width_at_init(found: Any) -> None:
-    """Check 13: hidden pre-activations are flat in width under muP, and grow as its root with an unscaled init."""
-    assert abs(found["width", "mup", 0]["mlp"]) < 0.1
-    assert found["width", "sp", 0]["mlp"] == pytest.approx(0.5, abs=0.1)
+@pytest.mark.parametrize("case", ["width, muP", "width, Muon"])
+def test_width_after_ten_steps(found: Any, case: str) -> None:
+    """Check 13. An update of spectral norm sqrt(fan_out / fan_in), which is Muon's, moves activations as much at every
+    width, with no 1/m_N."""
+    assert all(abs(found[case][quantity, "after"]["slope"]) < 0.1 for quantity in ("stream", "mlp"))
 
 
-def test_width_after_ten_steps(found: Any) -> None:
-    """Check 13: still flat under muP; with an unscaled learning rate everything grows."""
-    assert abs(found["width", "mup", 10]["stream"]) < 0.1
-    assert abs(found["width", "mup", 10]["mlp"]) < 0.1
-    assert found["width", "sp", 10]["mlp"] - found["width", "sp", 0]["mlp"] > 0.1
-    assert found["width", "sp", 10]["stream"] > 1
+def test_an_unscaled_learning_rate_makes_everything_grow_with_width(found: Any) -> None:
+    """Check 13."""
+    rows = found["width, SP"]
+    assert rows["mlp", "after"]["slope"] - rows["mlp", "init"]["slope"] > 0.1 and rows["stream", "after"]["slope"] > 1
 
 
-def test_width_after_ten_steps_of_muon(found: Any) -> None:
-    """An update of spectral norm sqrt(fan_out / fan_in) moves activations as much at every width, with no 1/m_N."""
-    assert abs(found["width", "muon", 10]["stream"]) < 0.1
-    assert abs(found["width", "muon", 10]["mlp"]) < 0.1
+def test_intervals_hold_their_slopes(found: Any) -> None:
+    for row in (row for rows in found.values() for row in rows.values()):
+        low, high = row["interval"]
+        assert low <= row["slope"] <= high and high - low < 0.5
 
 
-def weights_after_three_steps(name: str, attention: float | None) -> dict[str, torch.Tensor]:
+def of_a_run(rules: str) -> Config:
+    words = [*rules.split(), "model.heads=2", "optimizer.lr=1e-3", "batch.global_batch=4", "batch.micro_batch=4"]
+    words += ["schedule.name=constant", "schedule.warmup=0", "train.noise_scale=false", "data.train=['none']"]
+    return resolve.resolve([("run", tomllib.loads(RUN)), ("test", resolve.parse_overrides(words))]).config
+
+
+def weights_after_three_steps(rules: str, attention: float | None) -> dict[str, torch.Tensor]:
     fill_in = build.fill_in
 
     def with_attention(*arguments: Any) -> Any:
@@ -164,7 +147,7 @@ def weights_after_three_steps(name: str, attention: float | None) -> dict[str, t
         return table if attention is None else type(table)(**{**vars(table), "attention": attention})
 
     with mock.patch.object(build, "fill_in", with_attention):
-        training = Training(settings(name, 1, 1e-3, layers=2, width=64, heads=2))
+        training = Training(of_a_run(rules))
         for _ in range(3):
             training.step()
         return training.weights()
@@ -172,9 +155,9 @@ def weights_after_three_steps(name: str, attention: float | None) -> dict[str, t
 
 def three_weights() -> list[dict[str, torch.Tensor]]:
     return [
-        weights_after_three_steps("completep", None),
-        weights_after_three_steps("sp", 1 / 32),
-        weights_after_three_steps("sp", None),
+        weights_after_three_steps(COMPLETEP, None),
+        weights_after_three_steps(SP, 1 / 32),
+        weights_after_three_steps(SP, None),
     ]
 
 
