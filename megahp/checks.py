@@ -276,6 +276,17 @@ def _sparsity(config: Config) -> list[str]:
         )
     if not all(0 < density <= 1 for density in sparsity.layers):
         problems.append(f"sparsity.layers = {list(sparsity.layers)} must all be above 0 and at most 1")
+    if sparsity.method in ("gradual", "rigl") and sparsity.density == 1 and not sparsity.layers:
+        problems.append(
+            f"sparsity.density = 1 leaves nothing to sparsity.method = {sparsity.method!r}; make it less, such as 0.5"
+        )
+    if sparsity.method == "gradual" and sparsity.begin >= sparsity.end:
+        problems.append(f"sparsity.begin = {sparsity.begin:g} is not before sparsity.end = {sparsity.end:g}")
+    if sparsity.method == "gradual" and config.parameterization.name == "smupar":
+        problems.append(
+            "parameterization.name = 'smupar' is for one density, which sparsity.method = 'gradual' has not; "
+            "set parameterization.name=mup"
+        )
     if sparsity.method != "none" and config.optimizer.name == "muon":
         problems.append(
             f"sparsity.method = {sparsity.method!r} with optimizer.name = 'muon' would make whole matrices orthogonal, "

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megahp import config, launch, resolve
+from megahp import commands, config, launch, resolve
 from megahp.config import Config
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
 
 USER_ERROR = 2  # exit code for a mistake in what the user gave
 INTERRUPTED = 130
-LAWS = {
-    "loss": "L(N, D)",
-    "timescale": "tau_opt(D / N)",
-    "optimal-batch": "B_opt(D)",
-    "critical-batch": "B_crit(D_min)",
-}
 SHOWN = 20  # differences between layouts, the first parameters first
 
 
@@ -55,24 +47,24 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="megahp", description="Pretrain language models that set their own hyperparameters.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train the run of a TOML file")
+    train = parsers.add_parser("train", help="train the run of a TOML file")
     _add_run_file(train)
     train.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
     train.add_argument("--resume", choices=("auto",), help="go on from the newest checkpoint, if there is one")
     train.set_defaults(command=_train)
 
-    show = commands.add_parser("config", help="print every setting and where its value comes from")
+    show = parsers.add_parser("config", help="print every setting and where its value comes from")
     _add_run_file(show)
     show.set_defaults(command=_config)
 
-    verify = commands.add_parser("verify-layout", help="check that a run's layout trains the same model as one rank")
+    verify = parsers.add_parser("verify-layout", help="check that a run's layout trains the same model as one rank")
     _add_run_file(verify)
     verify.add_argument("--ranks", type=int, required=True, metavar="N", help="start N ranks on this machine")
     verify.set_defaults(command=_verify_layout)
 
-    sample = commands.add_parser("sample", help="generate text from a run's newest checkpoint")
+    sample = parsers.add_parser("sample", help="generate text from a run's newest checkpoint")
     sample.add_argument("run", type=Path, metavar="RUN", help="run directory")
     sample.add_argument("--prompt", default="", help="text to go on from")
     sample.add_argument("--tokens", type=int, default=200, help="tokens to generate (default 200)")
@@ -84,71 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--save", action="store_true", help="keep it in the run directory, for the report")
     sample.set_defaults(command=_sample)
 
-    replay = commands.add_parser("replay", help="decide a run's batch changes again from its log, and compare")
+    replay = parsers.add_parser("replay", help="decide a run's batch changes again from its log, and compare")
     replay.add_argument("run", type=Path, metavar="RUN", help="run directory")
     replay.set_defaults(command=_replay)
 
-    _add_recipe(commands)
-
-    report = commands.add_parser("report", help="write report.html of one run, or of several overlaid")
+    report = parsers.add_parser("report", help="write report.html of one run, or of several overlaid")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     report.add_argument("--out", type=Path, help="file to write (default: report.html in the first RUN)")
     report.set_defaults(command=_report)
 
-    laws = commands.add_parser("fit", help="fit scaling laws to finished runs")
-    laws.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, or .jsonl table of runs")
-    for name, law in LAWS.items():
-        laws.add_argument(
-            f"--{name}", action="append_const", dest="laws", const=name.replace("-", "_"), help=f"fit {law}"
-        )
-    laws.add_argument("--tied-exponents", action="store_true", help="alpha = beta in L(N, D)")
-    laws.add_argument("--draws", type=int, default=200, metavar="K", help="bootstrap draws (default 200)")
-    laws.add_argument("--seed", type=int, default=1, help="of the draws (default 1)")
-    laws.add_argument("--out", type=Path, required=True, metavar="LAW.toml", help="law file to write")
-    laws.add_argument("--plot", type=Path, metavar="FILE", help="draw fits and residuals: .svg, .png or .pdf")
-    laws.add_argument("--json", action="store_true", help="print JSON")
-    laws.set_defaults(command=_fit)
+    commands.add_to(parsers)
     return parser
-
-
-def _add_recipe(commands: Any) -> None:
-    recipe = commands.add_parser("recipe", help="from a size, a budget or a loss to a run file, with every source")
-    numbers = {
-        "params": "parameters, embeddings included",
-        "tokens": "tokens to train on",
-        "tpp": "tokens per parameter",
-        "flops": "compute, as 6 N D",
-        "days": "compute, as days of the cluster",
-        "target-loss": "loss to reach, nats per token",
-        "peak-flops": "FLOP/s of one GPU",
-        "mfu": "share of the peak that is reached (assumed: 0.4)",
-        "density": "share of the weights left after pruning between 25 and 75 %% of compute: N_avg and its loss",
-    }
-    for name, meaning in numbers.items():
-        recipe.add_argument(f"--{name}", type=float, metavar="X", help=meaning)
-    whole = {
-        "batch": "sequences of every batch",
-        "width": "of the model",
-        "layers": "of the model",
-        "gpus": "of the cluster",
-    }
-    for name, meaning in whole.items():
-        recipe.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
-    recipe.add_argument("--gpu", metavar="NAME", help="kind of GPU, for its peak")
-    recipe.add_argument("--preset", metavar="NAME", help="a known model")
-    recipe.add_argument("--base", type=Path, metavar="RUN.toml", help="your tuned run, to transfer from")
-    recipe.add_argument("--data", nargs="+", metavar="PREFIX", help="prefixes of .bin/.idx pairs")
-    recipe.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a sample")
-    words = recipe.add_mutually_exclusive_group()
-    words.add_argument("--tokenizer", metavar="FILE", help="of the data; its vocabulary is the model's")
-    words.add_argument("--vocab-size", type=int, metavar="N", help="number of token ids")
-    recipe.add_argument("--law", default="power-lines", help="whose rate and batch: a name, or a law file")
-    recipe.add_argument("--loss-law", metavar="LAW", help="a name, or a law file (default besiroglu)")
-    recipe.add_argument("--compare", action="store_true", help="what other rules would have chosen")
-    recipe.add_argument("--pareto", type=Path, metavar="FILE.png", help="plot time against compute at --target-loss")
-    recipe.add_argument("--json", action="store_true", help="print everything as JSON")
-    recipe.add_argument("--out", type=Path, metavar="RUN.toml", help="write the run file")
-    recipe.set_defaults(command=_recipe)
 
 
 def _add_run_file(parser: argparse.ArgumentParser) -> None:
@@ -249,58 +187,10 @@ def _replay(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 1 if replayed.differences else 0
 
 
-def _recipe(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from megahp.recipe_options import base_of, given_of, laws_of
-    from megahp.scaling import pareto, recipe_rows, recipe_text
-    from megahp.scaling.recipe import plan
-
-    laws = laws_of(options.law, options.loss_law)
-    if options.pareto and not options.target_loss:
-        raise UserError(f"--pareto {options.pareto} is drawn at one loss; give --target-loss")
-    if options.out and options.out.exists():
-        raise UserError(f"--out {options.out} exists; choose another name, or remove it")
-    if options.out and options.density:
-        raise UserError("--density plans pruning, which a run file cannot say yet; leave out --density or --out")
-    found = plan(given_of(options), base_of(options), laws)
-    rows, notes, choices = recipe_rows.rows(found), recipe_rows.notes(found), recipe_rows.choices(found)
-    if options.pareto:
-        frontier = pareto.frontier(options.target_loss, laws.loss, laws.critical_batch)
-        pareto.plot(options.pareto, options.target_loss, frontier, laws.loss.source)
-    if options.out:
-        options.out.write_text(config.to_toml(found.run, found.resolved.origins), encoding="utf-8")
-        print(f"run file: {options.out}", file=sys.stderr)
-    if options.json:
-        tree = {"rows": rows, "notes": notes, "choices": choices, "run": found.run}
-        print(json.dumps(tree, default=dataclasses.asdict, indent=2))
-    else:
-        print(recipe_text.table(rows, notes))
-        if options.compare:
-            print(f"\n{recipe_text.comparison(choices)}")
-    return 0
-
-
 def _report(options: argparse.Namespace, words: Sequence[str]) -> int:
     from megahp.train.report import write_report
 
     print(f"report: {write_report(options.runs, options.out or options.runs[0] / 'report.html')}")
-    return 0
-
-
-def _fit(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from megahp.scaling.law_file import Laws, write
-    from megahp.train import fit_runs
-
-    runs, notes = fit_runs.read_runs(options.runs)
-    fits, refused = fit_runs.fit_laws(runs, options.laws, options.tied_exponents, options.draws, options.seed)
-    try:
-        write(options.out, Laws(**{name: fitted.law for name, fitted in fits.items()}))
-        if options.plot:
-            fit_runs.plot(options.plot, fits)
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be written ({error.strerror}); name another file") from None
-    found = {name: fit_runs.summary(name, fitted) for name, fitted in fits.items()}
-    notes += refused
-    print(json.dumps({"laws": found, "notes": notes}, indent=2) if options.json else fit_runs.text(found, notes))
     return 0
 
 

@@ -179,13 +179,30 @@ class Optimizer:
 class Sparsity:
     """Which weights of the blocks' matrices are zero, and stay so (megahp/train/masks.py)."""
 
-    method: Literal["none", "static"] = setting("none", "how they are chosen; static = at random, for the whole run")
-    density: float = setting(1.0, "share of each matrix's weights that are not zero", above=0, at_most=1)
-    layers: tuple[float, ...] = setting((), "densities, one a block, in place of density")
+    method: Literal["none", "static", "gradual", "rigl"] = setting(
+        "none",
+        "static = chosen at random, for the whole run; gradual = more and more of the smallest in all matrices; "
+        "rigl = at first at random, then again and again the smallest in place of those with the largest gradients",
+    )
+    density: float = setting(
+        1.0,
+        "share of each matrix's weights that are not zero; gradual: of all matrices', at the end",
+        above=0,
+        at_most=1,
+    )
+    layers: tuple[float, ...] = setting((), "static, rigl: densities, one a block, in place of density")
+    begin: float = setting(0.25, "gradual: first change, as a share of the run's compute", at_least=0, below=1)
+    end: float = setting(
+        0.75, "last change, as a share: gradual: of the run's compute; rigl: of train.tokens", above=0, at_most=1
+    )
+    drop: float = setting(
+        0.3, "rigl: share of a matrix's weights that is replaced; it falls to 0 as a cosine", above=0, at_most=1
+    )
+    every: int = setting(100, "gradual, rigl: steps between changes", at_least=1)
 
-    def densities(self, layers: int) -> tuple[float, ...]:
-        """Of each block's matrices, as they are drawn."""
-        if self.method == "none":
+    def drawn(self, layers: int) -> tuple[float, ...]:
+        """Density of each block's matrices at the start."""
+        if self.method in ("none", "gradual"):
             return (1.0,) * layers
         return self.layers or (self.density,) * layers
 

@@ -28,7 +28,7 @@ batch.table batch.target batch.critical_batch batch.noise_to_total batch.look_ev
 batch.growth
 optimizer.name optimizer.lr optimizer.weight_decay optimizer.beta1 optimizer.beta2 optimizer.eps
 optimizer.muon_lr optimizer.momentum optimizer.clip optimizer.engine
-sparsity.method sparsity.density sparsity.layers
+sparsity.method sparsity.density sparsity.layers sparsity.begin sparsity.end sparsity.drop sparsity.every
 parallel.tp parallel.pp parallel.schedule parallel.stages_per_rank parallel.split parallel.cp parallel.ep
 parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel parallel.zero parallel.reduce parallel.prefetch
 train.start_from train.tokens train.steps train.dtype train.device train.seed train.noise_scale train.noise_half_life

@@ -79,7 +79,7 @@ def _skeleton(config: Config, mesh: Mesh) -> Transformer:
             getattr(torch, config.train.dtype),
             config.train.noise_scale,
         )
-    for block, density in zip(model.blocks.values(), config.sparsity.densities(config.model.layers), strict=True):
+    for block, density in zip(model.blocks.values(), config.sparsity.drawn(config.model.layers), strict=True):
         _say_density(block, density)
     return model
 

@@ -195,6 +195,14 @@ def _extent(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(chunk.offsets), tuple(chunk.sizes)
 
 
+def indices(weight: Tensor) -> Tensor:
+    """Where in the global weight, row by row, the entries of this rank's part stand: int64, as the part is laid out."""
+    index = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start, size, whole in zip(*_extent(weight), weight.shape, strict=True):
+        index = index[..., None] * whole + torch.arange(start, start + size, device=weight.device)
+    return index
+
+
 def storage(weight: Tensor) -> Tensor:
     """The plain tensor a weight is stored in on this rank, outside autograd."""
     weight = weight.detach()

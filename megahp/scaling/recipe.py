@@ -136,6 +136,8 @@ def plan(given: Given, base: Base, laws: Laws) -> Plan:
     tokens, of_tokens = tokens_for(n, flops.training_flops(model, length), given, laws.loss)
     choice = next((each for each in rules(model, length, tokens) if each.rule == laws.rule), None)
     tree = _tree(base, model, round(tokens), n, choice)
+    if given.density and given.density < 1:
+        tree[-1][1]["sparsity"] = {"method": "gradual", "density": given.density}
     draft = resolve.resolve(tree).config
     ranks = max(1, (given.gpus or 1) // (draft.parallel.tp * draft.parallel.pp * draft.parallel.cp))
     tree[-1][1].update(_batch_settings(draft, given, laws, choice, n, ranks, base.get("batch", "micro_batch")))

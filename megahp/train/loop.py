@@ -44,7 +44,7 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
             scale = run.loss_scale.value
             loss = run.engine.forward_backward(batches, plan.microbatches(layout.dp), plan.tokens, scale)
             grads = run.engine.gradients()
-            run.masks.apply(grads)
+            run.masks.apply(grads, plan)
             measured = run.engine.measure(loss, grads, plan.global_batch, scale)
             if measured.finite:
                 run.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)
@@ -60,9 +60,10 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
             del grads  # or they would lie in memory beside the next step's
             run.progress = run.progress.after(plan)
             change = run.batch_plan.look(run.progress, run.noise.pooled.ratio)
+            masked = run.masks.look(plan, run.progress) if measured.finite else None
             seconds = time.monotonic() - began
             validation = validate(run, data) if is_due(settings.train.validate_every, run) else None
-            reporter.step(run, plan, measured, change, seconds, validation)
+            reporter.step(run, plan, measured, change, masked, seconds, validation)
             if is_due(settings.checkpoint.every, run) and not run.skipped_in_a_row:
                 run.save()
 

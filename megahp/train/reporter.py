@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from megahp import config
 from megahp.errors import UserError
 from megahp.scaling.batch_size import Change, Plan, Progress
+from megahp.train.masks import MaskChange
 from megahp.train.metrics import Record, RunLog
 from megahp.train.progress import Progress as Display
 from megahp.train.run import Run, Taken, changes, is_first
@@ -84,12 +85,19 @@ class Reporter:
         plan: Plan,
         measured: Measurement,
         change: Change | None,
+        masked: MaskChange | None,
         seconds: float,
         validation: float | None,
     ) -> None:
         """Log and show one step, if it is one of those logged, and what it changed."""
         step = run.progress.step
-        due = step % self.settings.log.every == 0 or run.batch_plan.is_look(step) or change or validation is not None
+        due = (
+            step % self.settings.log.every == 0
+            or run.batch_plan.is_look(step)
+            or change
+            or masked
+            or validation is not None
+        )
         if self.log and due:
             record = _record(run, plan, measured, seconds, validation)
             self.log.metrics(record)
@@ -99,6 +107,8 @@ class Reporter:
                 self.display.update(record)
         if change:
             self.event("batch", change.reason, run.progress, **change.to_dict())
+        if masked:
+            self.event("masks", masked.reason, run.progress, **vars(masked))
 
     def say(self, text: str) -> None:
         """Show a line."""

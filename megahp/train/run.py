@@ -238,7 +238,7 @@ class Run:
         self.optimizer = make_optimizer(
             settings.optimizer, self.engine.weights, self.engine.rows, self.table, mesh.group(*WITHIN_STAGE)
         )
-        self.masks = Masks(settings, self.engine)
+        self.masks = Masks(settings, self.engine, self.optimizer)
         self.progress = Progress()
         self.batch_plan = BatchPlan(settings, mesh.layout.dp)
         self.skipped = self.skipped_in_a_row = 0

@@ -61,6 +61,8 @@ def shrunk(settings: Config, layout: Layout) -> Config:
         settings.parameterization.name
     ]
     bases = {"base_width": width // 2, "base_layers": max(1, layers // 2)}
+    changing = {"gradual": ("every", "begin"), "rigl": ("every",)}.get(settings.sparsity.method, ())
+    soon = {"every": 1, "begin": 0.0}
     small = config.with_values(
         replace(settings, batch=config.Batch(micro_batch=1, policy="table")),
         {
@@ -85,6 +87,7 @@ def shrunk(settings: Config, layout: Layout) -> Config:
             "data.weights": (),
             "optimizer.eps": 1e-7,  # less, and it would amplify gradients that are rounding alone
             "optimizer.engine": "torch",
+            **{f"sparsity.{key}": soon[key] for key in changing},
             "sparsity.layers": settings.sparsity.layers[: stages if parallel.split else layers],
             "train.dtype": "float64",
             "train.start_from": "",
@@ -119,7 +122,7 @@ class Trial:
             table_of(settings),
             mesh.group(*WITHIN_STAGE),
         )
-        self.masks = Masks(settings, self.engine)
+        self.masks = Masks(settings, self.engine, self.optimizer)
         self.progress = Progress()
         self.batch_plan = BatchPlan(settings, mesh.layout.dp)
 
@@ -129,7 +132,7 @@ class Trial:
         assert plan is not None
         loss = self.engine.forward_backward(self.batches(plan), plan.microbatches(self.mesh.layout.dp), plan.tokens)
         grads = self.engine.gradients()
-        self.masks.apply(grads)
+        self.masks.apply(grads, plan)
         measured = self.engine.measure(loss, grads, plan.global_batch)
         gathered = {name: of_all_ranks(weight, weight.grad) for name, weight in self.engine.weights.items()}
         clip(grads, measured.grad_norm, self.settings.optimizer.clip)
@@ -138,12 +141,13 @@ class Trial:
         self.engine.zero()
         self.progress = self.progress.after(plan)
         self.batch_plan.look(self.progress, None)
+        self.masks.look(plan, self.progress)
         return {"measured": vars(measured), "grads": gathered}
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole weights, and the routers' biases, of this rank's pipeline stages."""
-        saved = self.engine.saved.items()
-        return {name.removeprefix("model."): of_all_ranks(tensor, tensor) for name, tensor in saved}
+        """The whole weights, the routers' biases and the masks, of this rank's pipeline stages."""
+        saved = self.engine.saved | self.masks.state()
+        return {name.removeprefix("model."): of_all_ranks(tensor, tensor) for name, tensor in saved.items()}
 
     def batches(self, plan: Plan) -> Iterator[Batch]:
         for ids in plan.samples(self.mesh.data_rank, self.mesh.layout.dp):

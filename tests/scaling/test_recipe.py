@@ -204,6 +204,8 @@ def test_pruning_has_the_loss_of_its_average_density() -> None:
     assert value(pruned, "N_avg") == pytest.approx(average, rel=1e-3)
     loss = float(str(value(pruned, "loss, nats per token")).split()[0])
     assert loss == pytest.approx(LAWS.loss(average, pruned.tokens), abs=1e-3)
+    assert (pruned.run.sparsity.method, pruned.run.sparsity.density) == ("gradual", 0.5)
+    assert dense.run.sparsity.method == "none"
 
 
 def test_the_frontier_is_what_nothing_beats() -> None:
@@ -256,7 +258,6 @@ def run(words: str) -> int:
         ("--params 1e9 --tokens inf", "--tokens inf must be above 0"),
         ("--params 1e9 --density 1.5", "--density 1.5 must be above 0 and at most 1"),
         ("--flops 1e20 --density 0.5", "--density needs a given size and data"),
-        ("--params 1e9 --density 0.5 --out new.toml", "--density plans pruning, which a run file cannot say yet"),
         ("--params 1e9 --batch 0", "--batch 0 must be above 0"),
         ("--params 1e9 --batch 30 --gpus 8 --gpu H100", "--batch 30 cannot be shared out over 8 data-parallel ranks"),
         (
