@@ -136,6 +136,25 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("train run.toml train.start_from=runs/done schedule.start=800", ["schedule.start = 800", "768"]),
         ("train run.toml schedule.start=100", ["schedule.start = 100", "train.start_from"]),
         ("train run.toml train.start_from=runs/done schedule.start=10240", ["schedule.start = 10240", "10240"]),
+        ("train run.toml sparsity.density=0.5", ["sparsity.density = 0.5", "no effect", "sparsity.method = 'none'"]),
+        ("train run.toml sparsity.method=static sparsity.layers=[0.5]", ["has 1 densities", "model.layers = 2"]),
+        ("train run.toml sparsity.method=static sparsity.layers=[0.5,0]", ["sparsity.layers = [0.5, 0.0]"]),
+        (
+            "train run.toml sparsity.method=static sparsity.layers=[0.5,1] sparsity.density=0.5",
+            ["sparsity.density = 0.5", "beside sparsity.layers"],
+        ),
+        ("train run.toml sparsity.method=rigl", ["sparsity.density = 1", "'rigl'"]),
+        (
+            "train run.toml sparsity.method=gradual sparsity.density=0.5 sparsity.begin=0.8",
+            ["sparsity.begin = 0.8", "sparsity.end = 0.75"],
+        ),
+        (
+            "train run.toml sparsity.method=gradual sparsity.density=0.5 parameterization.name=smupar",
+            ["'smupar'", "'gradual'", "parameterization.name=mup"],
+        ),
+        ("train run.toml sparsity.method=static optimizer.name=muon", ["sparsity.method = 'static'", "'muon'"]),
+        ("train run.toml train.start_from=runs/done sparsity.method=static", ["sparsity.method = 'static'", "'none'"]),
+        ("train run.toml log.name=done --resume auto sparsity.method=static", ["sparsity.method", "log.name"]),
         ("train run.toml compute.norms=apex", ["compute.norms = 'apex'", "train.noise_scale=false"]),
         ("train run.toml compute.norms=apex train.noise_scale=false", ["compute.norms = 'apex'", "not installed"]),
         (

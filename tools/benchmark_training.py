@@ -7,7 +7,8 @@
 
 A shape is LAYERSxWIDTH or a preset; data parallelism takes the ranks that tp leaves; further settings, of megahp alone,
 are given as to `megahp train`. Contestants: megahp, which measures the noise scale as it goes;
-megahp-without-noise; nanogpt, eager; nanogpt-compiled, by torch.compile. The baseline is one rank's.
+megahp-without-noise; megahp-dense, beside settings that make weights sparse; nanogpt, eager; nanogpt-compiled, by
+torch.compile. The baseline is one rank's.
 
 A step is all that training does between two lines of its log: a batch through the loader, forward and backward,
 reductions, clipping, the update, the noise scale; not the log itself, checkpoints or validation. After a warm-up the
@@ -44,7 +45,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -56,7 +57,7 @@ from time_split import DATA, profiled
 from torch.profiler import record_function
 
 from megahp import launch, resolve
-from megahp.config import Config, get, to_dict
+from megahp.config import Config, Sparsity, get, to_dict
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
@@ -68,6 +69,7 @@ from megahp.train.run import Run, check_batch, check_devices, cuda_wanted
 from megahp.train.step import clip
 
 MEGAHP = ("megahp", "megahp-without-noise")
+COSTS = {"noise_scale": "megahp-without-noise", "masks": "megahp-dense"}  # what costs time: who goes without it
 BASELINES = ("nanogpt", "nanogpt-compiled")
 PEAKS = {"H200": 989.0}  # TFLOP/s in bf16, dense, by a part of the device's name (NVIDIA's data sheet)
 # What the baseline is. Other models, and Muon, have none.
@@ -79,6 +81,7 @@ BASELINE = {
     "model.qk_norm": False,
     "model.tied_embeddings": False,
     "optimizer.name": "adamw",
+    "sparsity.method": "none",
 }
 VOCABULARY = 4096
 POOL = 256  # made-up samples, dealt again and again
@@ -137,6 +140,7 @@ class Megahp:
         batches = recorded(microbatches(self.loader, plan, run))
         loss = run.engine.forward_backward(batches, plan.microbatches(run.mesh.layout.dp), plan.tokens)
         grads = run.engine.gradients()
+        run.masks.apply(grads, plan)
         measured = run.engine.measure(loss, grads, plan.global_batch)
         if not measured.finite:
             raise UserError(f"the gradient is not finite at step {plan.step}; lower optimizer.lr")
@@ -147,6 +151,7 @@ class Megahp:
         run.engine.zero()
         run.progress = run.progress.after(plan)
         run.batch_plan.look(run.progress, run.noise.pooled.ratio)
+        run.masks.look(plan, run.progress)
 
 
 def recorded(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -265,6 +270,10 @@ def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> C
     check_devices(noise, arguments.ranks)
     if set(arguments.contestants) & set(BASELINES):
         check_baseline(noise)
+    if "megahp-dense" in arguments.contestants and noise.sparsity.method == "none":
+        raise UserError(
+            "--contestants megahp-dense is megahp itself; make that sparse: --settings sparsity.method=static"
+        )
     return Case(shape, dtype, layout, noise, quiet)
 
 
@@ -353,6 +362,7 @@ def enter_lanes(case: Case, arguments: argparse.Namespace, device: torch.device)
     make: dict[str, Callable[[], Contestant]] = {
         "megahp": lambda: Megahp(case.settings, mesh),
         "megahp-without-noise": lambda: Megahp(case.quiet, mesh),
+        "megahp-dense": lambda: Megahp(replace(case.settings, sparsity=Sparsity()), mesh),
         "nanogpt": lambda: NanoGPT(case.settings, device, compiled=False),
         "nanogpt-compiled": lambda: NanoGPT(case.settings, device, compiled=True),
     }
@@ -411,7 +421,7 @@ def row_of(case: Case, arguments: argparse.Namespace, name: str, lane: Lane, dev
     tokens = settings.batch.global_batch * settings.data.sequence_length
     flops, full, hardware = (
         training_flops(settings.model, settings.data.sequence_length, causal, again)
-        for causal, again in ((True, 0), (False, 0), (True, recomputed_layers(settings) if name in MEGAHP else 0))
+        for causal, again in ((True, 0), (False, 0), (True, 0 if name in BASELINES else recomputed_layers(settings)))
     )
     peak = peak_of(device, case.dtype, arguments.peak_tflops) * arguments.ranks
     split, costliest = profiled(lambda: time_of(lane.contestant, PROFILED_STEPS, device)[0], PROFILED_STEPS, device)
@@ -452,7 +462,7 @@ def peak_of(device: torch.device, dtype: str, given: float | None) -> float:
 
 
 def compare(case: Case, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """megahp's speed over the faster baseline's, and what measuring the noise scale costs of its time."""
+    """megahp's speed over the faster baseline's, and what the noise scale and masks cost of its time."""
     verdict: dict[str, Any] = {**case.labels}
     for clock, prefix in (("turns", ""), ("processor_turns", "processor_")):
         turns = {row["contestant"]: row[clock] for row in rows}
@@ -460,8 +470,9 @@ def compare(case: Case, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if "megahp" in turns and baselines:
             fastest = min(baselines, key=lambda name: statistics.median(turns[name]))
             verdict |= {f"{prefix}baseline": fastest, f"{prefix}speedup": ratio(turns[fastest], turns["megahp"])}
-        if set(MEGAHP) <= set(turns):
-            verdict[f"{prefix}noise_scale"] = ratio(turns["megahp"], turns["megahp-without-noise"])
+        for what, without in COSTS.items():
+            if {"megahp", without} <= set(turns):
+                verdict[f"{prefix}{what}"] = ratio(turns["megahp"], turns[without])
     return verdict
 
 
@@ -479,9 +490,9 @@ def sentence(verdict: Mapping[str, Any]) -> str:
         if speed := verdict.get(f"{prefix}speedup"):
             found = "{median:.3f} [{low:.3f}, {high:.3f}] times ".format(**speed) + verdict[f"{prefix}baseline"]
             parts.append(clock + found)
-        if noise := verdict.get(f"{prefix}noise_scale"):
-            cost, low, high = (100 * (noise[key] - 1) for key in ("median", "low", "high"))
-            parts.append(f"{clock}noise scale {cost:+.1f} % [{low:+.1f}, {high:+.1f}]")
+        for what in [what for what in COSTS if f"{prefix}{what}" in verdict]:
+            cost, low, high = (100 * (verdict[f"{prefix}{what}"][key] - 1) for key in ("median", "low", "high"))
+            parts.append(f"{clock}{what.replace('_', ' ')} {cost:+.1f} % [{low:+.1f}, {high:+.1f}]")
     return LABELS.format(**verdict) + "; ".join(parts)
 
 
@@ -569,7 +580,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--ranks", type=int, default=1, help="on this machine")
     options.add_argument("--tp", type=int, nargs="+", default=[1], help="tensor-parallel ranks, one layout each")
     options.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    options.add_argument("--contestants", nargs="+", choices=[*MEGAHP, *BASELINES], help="(default: all)")
+    options.add_argument("--contestants", nargs="+", choices=[*MEGAHP, "megahp-dense", *BASELINES])
     options.add_argument("--turns", type=int, default=7)
     options.add_argument("--steps", type=int, default=3, help="of one turn")
     options.add_argument("--warm-up", type=int, default=2, help="steps before the first turn")

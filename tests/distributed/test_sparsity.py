@@ -392,8 +392,8 @@ def test_a_sparse_run_becomes_dense(found: dict[Any, Any], folder: Path) -> None
 
 def tensors(folder: Path, name: str, step: int) -> dict[str, Tensor]:
     """All of a checkpoint."""
-    place = checkpoint.path(folder / "runs" / name / "checkpoints", step)
-    known = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
+    reader = dcp.FileSystemReader(checkpoint.path(folder / "runs" / name / "checkpoints", step))
+    known = reader.read_metadata().state_dict_metadata
     found = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in known.items()}
-    checkpoint.load(place, found)
+    dcp.load(found, storage_reader=reader, no_dist=True)
     return found
