@@ -37,7 +37,7 @@ class Row:
     tied: bool = False  # the last pipeline stage has a copy too, whose gradient is summed with the first's
     # rows of the matrices that lie together in each of its equal groups of rows, if several
     fused: tuple[int, ...] = ()
-    density: float = 1.0  # share of its entries that its first mask keeps; 1 = it has none
+    density: float = 1.0  # share of its entries that are drawn; the others are masked, 0
 
     @property
     def split(self) -> dict[str, int | None]:
