@@ -46,6 +46,12 @@ def layer_costs(model: Model, length: int) -> list[float]:
     return [*layers[:-1], layers[-1] + 4 / 3 * logits]
 
 
+def pipeline_bubble(stages: int, microbatches: int, stages_per_rank: int = 1) -> float:
+    """Idle over busy time of 1F1B on so many pipeline ranks, interleaved where each has several stages: (p - 1) / (v m).
+    (Narayanan et al., arXiv 2104.04473, section 2.2)"""
+    return (stages - 1) / (stages_per_rank * microbatches)
+
+
 def _layers(model: Model, length: int, causal: bool = True) -> list[float]:
     """Operations of one token's forward pass in each layer."""
     attended = length / 2 if causal else length  # keys a query meets, on average

@@ -20,6 +20,7 @@ COUNTED = ("megahp: counted, megahp/scaling/flops.py and batch_size.py", "exact"
 HYPERBOLA = ("McCandlish et al., arXiv 1812.06162; Power Lines, eq. 6", "secondary source; identity derived")
 COLLAPSE = ("Scaling with Collapse (Power Lines' sibling)", "verified in source text")
 JOURNEY = ("The Journey Matters, arXiv 2501.12486", "schedule verified in code; closed form derived")
+BUBBLE = ("Narayanan et al., arXiv 2104.04473: idle over busy time of (interleaved) 1F1B", "secondary source: many")
 OURS = ("megahp", "judgement")
 LEFT_OPEN = ("megahp/config.py: the rule leaves it open", "default")
 
@@ -126,6 +127,11 @@ def _outcome(plan: Plan) -> Iterator[Row]:
         told = GIVEN if given.mfu else (f"MFU of {MFU:g} assumed; measure it, or give --mfu", "assumption")
         formula = f"exact FLOPs / ({given.gpus} GPUs x {given.peak_flops:.3g} x {given.mfu or MFU:g} MFU)"
         yield Row("days", exact / given.speed / 86400, formula, *told)
+    parallel, batch = plan.run.parallel, plan.run.batch
+    if parallel.pp > 1:
+        microbatches = batch.global_batch // (plan.ranks * batch.micro_batch)
+        idle = flops.pipeline_bubble(parallel.pp, microbatches, parallel.local_stages)
+        yield Row("pipeline bubble", f"{idle:.1%}", f"(p - 1) / (v m), m = {microbatches} at the first batch", *BUBBLE)
 
 
 def notes(plan: Plan) -> list[str]:

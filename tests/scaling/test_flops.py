@@ -16,7 +16,7 @@ from megahp.model.build import build_model
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.parameters import parameters as named_parameters
-from megahp.scaling.flops import parameters, training_flops
+from megahp.scaling.flops import parameters, pipeline_bubble, training_flops
 
 LENGTH = 2048
 GPT3 = (96, 12288, 96, 1536, 1.7462e11, 4.51097e18)
@@ -39,6 +39,11 @@ def test_megatrons_formulas(l: int, h: int, heads: int, batch: int, weights: flo
     flops = batch * s * training_flops(model, s, causal=False, recomputed_layers=l)
     assert flops == pytest.approx(f, rel=1e-12)
     assert (p, f) == (pytest.approx(weights, rel=3e-5), pytest.approx(operations, rel=1e-6))
+
+
+def test_the_bubble_of_a_pipeline() -> None:
+    """Check 36: eight ranks, eight microbatches; 32; four stages a rank."""
+    assert (pipeline_bubble(8, 8), pipeline_bubble(8, 32), pipeline_bubble(8, 32, 4)) == (0.875, 0.21875, 0.0546875)
 
 
 def test_recomputation_adds_one_forward_pass_of_its_layers() -> None:

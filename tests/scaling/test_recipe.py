@@ -198,6 +198,15 @@ def test_other_rules_give_rate_and_batch_and_leave_the_rest_open() -> None:
     assert names == ["megahp, step-law", "deepseek", "nanochat-like", "olmo-ladder"]
 
 
+def test_a_base_with_a_pipeline_tells_its_bubble() -> None:
+    """Eight ranks, one of data parallelism, and a batch of so many microbatches of one sequence."""
+    piped = replace(PROXY, tree={**PROXY.tree, "parallel": {"pp": 8}})
+    found = plan(Given(params=1e9, tokens=2e10, batch=64, gpus=8, peak_flops=1e15), piped, LAWS)
+    microbatches = 64 // found.run.batch.micro_batch
+    assert value(found, "pipeline bubble") == f"{7 / microbatches:.1%}"
+    assert "pipeline bubble" not in [row.name for row in recipe_rows.rows(of(params=1e9))]
+
+
 def test_pruning_has_the_loss_of_its_average_density() -> None:
     dense, pruned = of(params=1e9), of(params=1e9, density=0.5)
     average = dense.parameters - dense.outside_embeddings * (1 - 0.6929)
