@@ -47,7 +47,7 @@ def layer_costs(model: Model, length: int) -> list[float]:
 
 
 def pipeline_bubble(stages: int, microbatches: int, stages_per_rank: int = 1) -> float:
-    """Idle over busy time of 1F1B on so many pipeline ranks, interleaved where each has several stages: (p - 1) / (v m).
+    """Idle over busy time of 1F1B on so many pipeline ranks, interleaved where each has several stages: (p-1) / (v m).
     (Narayanan et al., arXiv 2104.04473, section 2.2)"""
     return (stages - 1) / (stages_per_rank * microbatches)
 
