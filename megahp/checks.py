@@ -287,6 +287,8 @@ def _sparsity(config: Config) -> list[str]:
             "parameterization.name = 'smupar' is for one density, which sparsity.method = 'gradual' has not; "
             "set parameterization.name=mup"
         )
+    if sparsity.method == "gradual" and sparsity.end == 1:
+        problems.append("sparsity.end = 1 leaves no steps at the final density; lower it, such as 0.75")
     if sparsity.method != "none" and config.optimizer.name == "muon":
         problems.append(
             f"sparsity.method = {sparsity.method!r} with optimizer.name = 'muon' would make whole matrices orthogonal, "

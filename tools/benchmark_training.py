@@ -544,17 +544,11 @@ def write_json(
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw tokens per second, one group of bars a case. Raises UserError."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib, which is missing; pip install matplotlib") from None
-    from megahp.train.report_figures import PALETTE, STYLE, colour, save_plot
+    from megahp.train.report_figures import PALETTE, colour, plot_in
 
     cases = list(dict.fromkeys(LABELS.format(**row) for row in rows))
     names = list(dict.fromkeys(row["contestant"] for row in rows))
-    with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
-        figure = Figure(figsize=(6, 1 + 0.25 * len(rows)), layout="constrained")
+    with plot_in(file, 6, 1 + 0.25 * len(rows)) as figure:
         axes = figure.add_subplot()
         for number, name in enumerate(names):
             mine = [row for row in rows if row["contestant"] == name]
@@ -565,7 +559,6 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.invert_yaxis()
         axes.set_xlabel("tokens per second")
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        save_plot(figure, file)
 
 
 def parser() -> argparse.ArgumentParser:

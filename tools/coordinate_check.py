@@ -170,6 +170,10 @@ def of_a_check(settings: Config, arguments: argparse.Namespace) -> Config:
         )
     if arguments.lazy and settings.model.experts:
         raise UserError(f"--lazy looks at dense MLPs, not at model.experts = {settings.model.experts}; leave those out")
+    if arguments.densities and settings.sparsity.method not in ("static", "rigl"):
+        raise UserError(
+            f"--densities with sparsity.method = {settings.sparsity.method!r} would check dense models; set static"
+        )
     tokens = 1_000_000 * arguments.batch * settings.data.sequence_length  # more than are taken
     return replace(
         settings,
@@ -279,16 +283,10 @@ def write_json(
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]], sizes: Sequence[float], found: Measured, size_key: str) -> None:
     """Mean and range of each quantity over the sizes, a panel each, init and after. Raises UserError."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib, which is missing; pip install matplotlib") from None
-    from megahp.train.report_figures import PALETTE, STYLE, logarithmic, save_plot
+    from megahp.train.report_figures import PALETTE, logarithmic, plot_in
 
     names = list(dict.fromkeys(quantity for quantity, _ in found))
-    with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
-        figure = Figure(figsize=(2.6 * len(names), 2.6), layout="constrained")
+    with plot_in(file, 2.6 * len(names), 2.6) as figure:
         panels = dict(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True))
         for row in rows:
             values, axes = found[row["quantity"], row["when"]], panels[row["quantity"]]
@@ -305,7 +303,6 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], sizes: Sequence[float], 
             axes.set_title(name, fontsize=8.5)
             axes.set_xlabel(size_key)
             axes.legend(frameon=False, title="slope")
-        save_plot(figure, file)
 
 
 def parser() -> argparse.ArgumentParser:

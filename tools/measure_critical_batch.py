@@ -307,16 +307,10 @@ def write_json(
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]], star: float, tolerance: float) -> None:
     """Draw the loss of each branch against its batch, and the most it may lose. Raises UserError."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib, which is missing; pip install matplotlib") from None
-    from megahp.train.report_figures import PALETTE, STYLE, save_plot
+    from megahp.train.report_figures import PALETTE, plot_in
 
     batches, losses, limits = ([each[key] for each in rows] for key in ("batch", "loss", "limit"))
-    with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
-        figure = Figure(figsize=(5, 3), layout="constrained")
+    with plot_in(file, 5, 3) as figure:
         axes = figure.add_subplot()
         axes.plot(batches, losses, "o-", color=PALETTE["run0"], label="smoothed loss")
         highest = f"least of the smaller + {tolerance:g}"
@@ -328,7 +322,6 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], star: float, tolerance: 
         axes.set_xlabel("sequences a step")
         axes.set_ylabel("nats per token")
         axes.legend(frameon=False)
-        save_plot(figure, file)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -109,6 +109,11 @@ def settings_to_measure(path: Path) -> Config:
             f"model.experts = {settings.model.experts} at {path}: an example's gradients of experts cannot be "
             "measured; name a run without experts"
         )
+    if settings.sparsity.method != "none":
+        raise UserError(
+            f"sparsity.method = {settings.sparsity.method!r} at {path}: gradients of masked weights would be counted; "
+            "name a dense run"
+        )
     dtype = "float64" if settings.train.dtype == "float64" else "float32"
     return config.with_values(
         replace(settings, parallel=config.Parallel(), compute=config.Compute()),
@@ -311,17 +316,11 @@ def write_json(
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw the noise scales along the run, and the total's against the norm layers'. Raises UserError."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib, which is missing; pip install matplotlib") from None
-    from megahp.train.report_figures import PALETTE, STYLE, save_plot
+    from megahp.train.report_figures import PALETTE, plot_in
 
     kinds = list(rows[0]["kinds"])
     colours = [*(PALETTE[f"run{n}"] for n in range(len(kinds) - 1)), PALETTE["ink"]]
-    with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
-        figure = Figure(figsize=(8, 3), layout="constrained")
+    with plot_in(file, 8, 3) as figure:
         along, against = figure.subplots(1, 2)
         for name, colour in zip(kinds, colours, strict=True):
             scales = [row["kinds"][name]["noise_scale"] for row in rows]
@@ -334,7 +333,6 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Ma
         against.plot(ends, factor * ends, color=PALETTE["accent"], label=f"{number(factor)} x")
         against.set(xlabel="norm layers' noise scale in training, sequences", ylabel="total's")
         against.legend(frameon=False)
-        save_plot(figure, file)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from megahp.errors import UserError
 from megahp.scaling.transfer import Curve, Drift, Estimate
 from megahp.train.metrics import without_nan
 
@@ -76,17 +75,11 @@ def write_json(
 
 def plot(file: Path, families: Mapping[str, Family], key: str, size_key: str) -> None:
     """Loss against the grid: a panel a variant, a colour a size, a ring at each seed's optimum. Raises UserError."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib, which is missing; pip install matplotlib") from None
-    from megahp.train.report_figures import PALETTE, STYLE, save_plot
+    from megahp.train.report_figures import plot_in
 
     sizes = sorted({size for family in families.values() for size in family})
-    hues = dict(zip(sizes, matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, len(sizes))), strict=True))
-    with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
-        figure = Figure(figsize=(2.3 * len(families) + 1.2, 2.9), layout="constrained")
+    with plot_in(file, 2.3 * len(families) + 1.2, 2.9) as figure:
+        hues = dict(zip(sizes, _colours(len(sizes)), strict=True))
         panels = figure.subplots(1, len(families), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (variant, family) in zip(panels, families.items(), strict=True):
             for size, curve in family.items():
@@ -101,7 +94,12 @@ def plot(file: Path, families: Mapping[str, Family], key: str, size_key: str) ->
         panels[0].set_ylim(*window([curve for family in families.values() for curve in family.values()]))
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles=handles, labels=labels, loc="outside right upper", frameon=False, title=size_key)
-        save_plot(figure, file)
+
+
+def _colours(count: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis_r"](np.linspace(0.15, 1, count))
 
 
 def draw(axes: Any, curve: Curve, hue: Any, label: str) -> None:

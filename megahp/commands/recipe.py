@@ -19,6 +19,7 @@ from megahp.scaling import law_file, loss_laws, pareto, recipe_rows, recipe_text
 from megahp.scaling.recipe import PROXY, RULES, Base, Laws, plan
 from megahp.scaling.sizing import Given
 
+MARKED = (10, 20, 30, 50, 80, 130, 200, 320, 500, 1000)  # tokens per parameter in the Pareto plot
 # Dense bfloat16 peaks, FLOP/s.
 GPUS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
@@ -72,12 +73,10 @@ def _recipe(options: Namespace, words: Sequence[str]) -> int:
         raise UserError(f"--out {options.out} exists; choose another name, or remove it")
     found = plan(given_of(options), base_of(options), laws)
     rows, notes, choices = recipe_rows.rows(found), recipe_rows.notes(found), recipe_rows.choices(found)
-    if options.pareto:
-        frontier = pareto.frontier(options.target_loss, laws.loss, laws.critical_batch)
-        pareto.plot(options.pareto, options.target_loss, frontier, laws.loss.source)
     if options.out:
-        options.out.write_text(config.to_toml(found.run, found.resolved.origins), encoding="utf-8")
-        print(f"run file: {options.out}", file=sys.stderr)
+        _write(options.out, config.to_toml(found.run, found.resolved.origins))
+    if options.pareto:
+        draw_pareto(options.pareto, options.target_loss, laws)
     if options.json:
         tree = {"rows": rows, "notes": notes, "choices": choices, "run": found.run}
         print(json.dumps(tree, default=dataclasses.asdict, indent=2))
@@ -86,6 +85,36 @@ def _recipe(options: Namespace, words: Sequence[str]) -> int:
         if options.compare:
             print(f"\n{recipe_text.comparison(choices)}")
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    """Raises UserError."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written ({error.strerror}); name another file") from None
+    print(f"run file: {path}", file=sys.stderr)
+
+
+def draw_pareto(file: Path, target: float, laws: Laws) -> None:
+    """One curve of time against compute, marked with tokens per parameter. Raises UserError."""
+    from megahp.train.report_figures import PALETTE, plot_in
+
+    found, hue = pareto.frontier(target, laws.loss, laws.critical_batch), PALETTE["run0"]
+    ratio = found.tokens / found.parameters
+    with plot_in(file, 7, 4.5) as figure:
+        axes = figure.add_subplot()
+        axes.loglog(found.compute, found.time, color=hue)
+        for tpp in (tpp for tpp in MARKED if ratio.min() <= tpp <= ratio.max()):
+            i = int(abs(ratio / tpp - 1).argmin())
+            words = f"{tpp} TPP, N {found.parameters[i]:.2g}\nB {found.batch[i]:.2g} tokens"
+            axes.plot(found.compute[i], found.time[i], "o", color=hue, ms=4)
+            axes.annotate(
+                words, (found.compute[i], found.time[i]), (-4, 8), textcoords="offset points", fontsize=7, rotation=45
+            )
+        axes.set(xlabel="compute, 6 N D (FLOPs)", ylabel="time on enough devices, N x steps")
+        axes.margins(y=0.2)
+        axes.set_title(f"loss {target:g}; {laws.loss.source}", wrap=True)
 
 
 def given_of(options: Namespace) -> Given:

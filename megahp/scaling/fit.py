@@ -145,7 +145,10 @@ def fit_critical_batch(runs: Sequence[Trained], draws: int = DRAWS, seed: int = 
         there = f"at 3 token counts or more; there are {len(known)} runs of one batch"
         raise UserError("; ".join([needs + there, *notes[:3]]))
     lines = _lines(np.nan_to_num(x), np.nan_to_num(y), found)
-    return _power_law(np.exp(np.stack([x[0], y[0]], -1)[found[0]]), lines, used, notes)
+    fit = _power_law(np.exp(np.stack([x[0], y[0]], -1)[found[0]]), lines, used, notes)
+    if not 0 < fit.law.exponent < 1:
+        raise UserError(f"the critical batch goes as D_min^{fit.law.exponent:.3g}, which is not plausible; add runs")
+    return fit
 
 
 def _refuse_few_for_loss(points: np.ndarray, tied: bool) -> None:

@@ -4,7 +4,6 @@ buys fewer steps with more data. (arXiv 2505.13738; secondary source)"""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -34,33 +33,3 @@ def frontier(target: float, loss: LossLaw, critical: PowerLaw, points: int = 400
     soonest = np.minimum.accumulate(time[order])
     kept = order[np.append(True, soonest[1:] < soonest[:-1])]
     return Frontier(compute[kept], time[kept], n[kept], d[kept], batch[kept])
-
-
-def plot(path: Path, target: float, found: Frontier, law: str) -> None:
-    """One curve, marked with tokens per parameter."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    ratio = found.tokens / found.parameters
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.loglog(found.compute, found.time, color="C0")
-    for tpp in (10, 20, 30, 50, 80, 130, 200, 320, 500, 1000):
-        if ratio.min() <= tpp <= ratio.max():
-            i = int(np.argmin(abs(np.log(ratio / tpp))))
-            axes.plot(found.compute[i], found.time[i], "o", color="C0", markersize=4)
-            axes.annotate(
-                f"{tpp} TPP, N {found.parameters[i]:.2g}\nB {found.batch[i]:.2g} tokens",
-                (found.compute[i], found.time[i]),
-                (-4, 8),
-                textcoords="offset points",
-                fontsize=7,
-                rotation=45,
-            )
-    axes.set_xlabel("compute, 6 N D (FLOPs)")
-    axes.set_ylabel("time on enough devices, N x steps")
-    axes.margins(y=0.2)
-    axes.set_title(f"loss {target:g}; {law}", fontsize=8, wrap=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

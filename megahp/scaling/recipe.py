@@ -130,6 +130,11 @@ def plan(given: Given, base: Base, laws: Laws) -> Plan:
         raise UserError(f"parameterization.name = 'sp' ({base.name}) transfers nothing; tune a base under completep")
     if template.experts:
         raise UserError(f"model.experts = {template.experts} ({base.name}): the laws here are of dense models")
+    if (method := base.get("sparsity", "method")) != "none":
+        raise UserError(
+            f"sparsity.method = {method!r} ({base.name}): the laws here are of dense models; leave it out of the base, "
+            "and put it into the run file, or plan pruning with --density"
+        )
     length = base.get("data", "sequence_length")
     model, of_size = shaped(template, given, laws.loss, length)
     n = flops.parameters(model, length)
@@ -139,7 +144,13 @@ def plan(given: Given, base: Base, laws: Laws) -> Plan:
     if given.density and given.density < 1:
         tree[-1][1]["sparsity"] = {"method": "gradual", "density": given.density}
     draft = resolve.resolve(tree).config
-    ranks = max(1, (given.gpus or 1) // (draft.parallel.tp * draft.parallel.pp * draft.parallel.cp))
+    copy = draft.parallel.tp * draft.parallel.pp * draft.parallel.cp
+    if given.gpus and given.gpus % copy:
+        raise UserError(
+            f"--gpus {given.gpus} is no multiple of the {copy} that tp x pp x cp of {base.name} need; "
+            f"nearest that are: {nearest_multiples(copy, given.gpus)}"
+        )
+    ranks = (given.gpus or copy) // copy
     tree[-1][1].update(_batch_settings(draft, given, laws, choice, n, ranks, base.get("batch", "micro_batch")))
     resolved = resolve.resolve(tree)
     steps = steps_of(resolved.config, ranks)

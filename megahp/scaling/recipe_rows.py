@@ -44,7 +44,8 @@ def _size(plan: Plan) -> Iterator[Row]:
     model, given, loss = plan.run.model, plan.given, _by(plan.laws.loss)
     size, tokens = plan.sized
     own = bool(given.width and given.layers)
-    by_loss = not given.params and not own and not (given.tpp and (given.tokens or given.compute))
+    size = "nearest shape to those given" if size == "given" else size
+    by_loss = "L(" in size
     yield Row("parameters", plan.parameters, f"{size}; exact, with embeddings", *(loss if by_loss else GIVEN))
     yield Row("tokens", plan.tokens, tokens, *(OURS if "nothing else" in tokens else loss if "L(" in tokens else GIVEN))
     yield Row("tokens per parameter", plan.tokens / plan.parameters, "D / N", *COUNTED)
@@ -103,7 +104,9 @@ def _batches(plan: Plan) -> Iterator[Row]:
         yield Row("batch, sequences", first, "given", *GIVEN)
     fixed = max(1, tokens // (max(1, round(optimal(tokens) / length)) * length))
     yield Row("steps", plan.steps, "of this batch plan", *COUNTED)
-    yield Row("steps saved", f"{1 - plan.steps / fixed:.1%}", f"of the {fixed:,} at B_opt throughout", *COUNTED)
+    least_there = power_laws.least_tokens(tokens, tokens / fixed, critical)
+    there = f"of the {fixed:,} at B_opt throughout, with {tokens / least_there - 1:.1%} data overhead"
+    yield Row("steps saved", f"{1 - plan.steps / fixed:.1%}", there, *COUNTED)
     yield Row("data overhead", f"{tokens / least - 1:.1%}", "D / D_min - 1", *HYPERBOLA)
     yield Row("warm-up, tokens", round(run.schedule.warmup * tokens), "10 % of D, then linearly to 0", *COLLAPSE)
 
@@ -111,15 +114,16 @@ def _batches(plan: Plan) -> Iterator[Row]:
 def _outcome(plan: Plan) -> Iterator[Row]:
     law, tokens, given = plan.laws.loss, plan.tokens, plan.given
     weights: float = plan.parameters
-    if given.density:
+    if given.density and given.density < 1:
         average, (begin, end) = sparsity.average_density(given.density), sparsity.pruning_span(given.density)
         weights -= plan.outside_embeddings * (1 - average)
         yield Row("pruning", f"{begin:.1%} to {end:.1%} of D", "25 % to 75 % of compute, geometric", *JOURNEY)
         yield Row("N_avg", weights, f"embeddings, and {average:.4f} of the rest", *JOURNEY)
     spread, what = loss_laws.interval(law, weights, tokens)
     around = f" ({spread[0]:.4f} to {spread[1]:.4f})" if spread else ""
-    terms = f"{law.floor:.4g} + {law.a:.4g} N^-{law.alpha:.4g} + {law.b:.4g} D^-{law.beta:.4g}; {what}"
-    yield Row("loss, nats per token", f"{law(weights, tokens):.4f}{around}", terms, *_by(law))
+    terms = f"{law.floor:.4g} + {law.a:.4g} N^-{law.alpha:.4g} + {law.b:.4g} D^-{law.beta:.4g}"
+    about = f"{terms} at a batch near B_opt; {what}"
+    yield Row("loss, nats per token", f"{law(weights, tokens):.4f}{around}", about, *_by(law))
     exact = flops.training_flops(plan.run.model, plan.run.data.sequence_length) * tokens
     yield Row("FLOPs, 6 N D", 6 * weights * tokens, "6 N D", "Hoffmann et al., arXiv 2203.15556", "convention")
     yield Row("FLOPs, exact", exact, "all matrix products, half of attention; dense", *COUNTED)
@@ -128,7 +132,7 @@ def _outcome(plan: Plan) -> Iterator[Row]:
         formula = f"exact FLOPs / ({given.gpus} GPUs x {given.peak_flops:.3g} x {given.mfu or MFU:g} MFU)"
         yield Row("days", exact / given.speed / 86400, formula, *told)
     parallel, batch = plan.run.parallel, plan.run.batch
-    if parallel.pp > 1:
+    if parallel.pp > 1 and parallel.schedule in ("1f1b", "interleaved"):
         microbatches = batch.global_batch // (plan.ranks * batch.micro_batch)
         idle = flops.pipeline_bubble(parallel.pp, microbatches, parallel.local_stages)
         yield Row("pipeline bubble", f"{idle:.1%}", f"(p - 1) / (v m), m = {microbatches} at the first batch", *BUBBLE)

@@ -74,6 +74,8 @@ def _read_run(path: Path, settings: Config, notes: list[str]) -> Trained:
         raise UserError(f"{path} has not ended: {done}; finish it, or leave it out")
     if (loss := last.get("validation_loss")) is None:
         raise UserError(f"{path} has no validation loss at its end; set train.validation_samples, or leave it out")
+    if settings.sparsity.method != "none":
+        raise UserError(f"{path} is sparse, and the laws are of dense models; leave it out")
     rule = table_of(settings).rules[Role.HIDDEN]
     values = {
         "batch": batch,
@@ -212,18 +214,11 @@ def _row(row: Record) -> str:
 
 def plot(file: Path, fits: Mapping[str, Fit]) -> None:
     """Draw each law with its points, and its residuals beside it. Raises UserError."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib, which is missing; pip install matplotlib") from None
-    from megahp.train.report_figures import PALETTE, STYLE, save_plot
+    from megahp.train.report_figures import plot_in
 
-    with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
-        figure = Figure(figsize=(8, 2.9 * len(fits)), layout="constrained")
+    with plot_in(file, 8, 2.9 * len(fits)) as figure:
         for (name, fitted), axes in zip(fits.items(), figure.subplots(len(fits), 2, squeeze=False), strict=True):
             _draw(name, fitted, *axes)
-        save_plot(figure, file)
 
 
 def _draw(name: str, fitted: Fit, *panels: Any) -> None:

@@ -94,8 +94,7 @@ class Masks:
         """Mask the smallest of all weights, if the schedule has fallen below what they are."""
         sparsity = self.sparsity
         span = pruning_span(sparsity.density, sparsity.begin, sparsity.end)
-        ends = progress.tokens - plan.tokens < span[1] * self.horizon <= progress.tokens
-        if not (ends or self._due(plan)):
+        if not (progress.tokens >= span[1] * self.horizon or self._due(plan)):
             return None
         wanted = (
             (self.size.double() * density_at(progress.tokens / self.horizon, sparsity.density, span)).round().long()

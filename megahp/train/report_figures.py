@@ -8,7 +8,8 @@ figure is dashed. Text stays text: it can be searched, copied and read aloud.
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -313,12 +314,24 @@ def plot(
     return for_page(drawing.getvalue(), title, tooltips or {})
 
 
-def save_plot(figure: Any, file: Path) -> None:
-    """Write a tool's figure to the file of its --plot. Raises UserError for an ending without a format."""
+@contextmanager
+def plot_in(file: Path, width: float, height: float) -> Iterator[Any]:
+    """A figure of so many inches in the report's style, to be drawn on, and then written to a tool's or a command's
+    file. Raises UserError."""
     try:
-        figure.savefig(file)
-    except ValueError as error:
-        raise UserError(f"--plot {file} cannot be drawn ({error}); name a .svg, .png or .pdf file") from None
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(f"{file} needs matplotlib, which is missing; pip install matplotlib") from None
+    with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        try:
+            figure.savefig(file)
+        except ValueError as error:
+            raise UserError(f"{file} cannot be drawn ({error}); name a .svg, .png or .pdf file") from None
+        except OSError as error:
+            raise UserError(f"{file} cannot be written ({error.strerror}); name another file") from None
 
 
 def for_page(svg: str, title: str, tooltips: dict[str, str]) -> str:

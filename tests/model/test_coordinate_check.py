@@ -5,6 +5,7 @@ does not; and layers learn features at any depth where it is CompleteP. Checks 9
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import tomllib
 from pathlib import Path
@@ -49,11 +50,15 @@ DENSITY = "optimizer.lr=1e-3 sparsity.method=static"
 DEPTHS, WIDTHS, DENSITIES = "--depths=2,4,8,16", "--widths=64,128,256", "--densities=1,0.25,0.0625"
 CASES = {
     "depth, SP": f"{SP} {DEPTH} {DEPTHS}",
+    "depth, muP": f"{MUP} {DEPTH} --depths=2,4,8 --seeds=1,2",
     "depth, alpha 1/2": f"{COMPLETEP} parameterization.depth_alpha=0.5 {DEPTH} {DEPTHS}",
     "depth, alpha 1": f"{COMPLETEP} {DEPTH} {DEPTHS}",
     "width, SP": f"{SP} {WIDTH} {WIDTHS} --seeds=1,2",
     "width, muP": f"{MUP} {WIDTH} {WIDTHS} --seeds=1,2",
+    "width, CompleteP": f"{COMPLETEP} {WIDTH} {WIDTHS} --steps=3 --seeds=1,2",
     "width, Muon": f"{MUP} {WIDTH} {WIDTHS} optimizer.name=muon --seeds=1,2",
+    "density, SP": f"{SP} {DENSITY} {DENSITIES} --steps=1 --seeds=1,2",
+    "density, CompleteP": f"{COMPLETEP} {DENSITY} {DENSITIES} --steps=1 --seeds=1,2",
     "density, muP": f"{MUP} {DENSITY} {DENSITIES} --steps=3 --seeds=1,2",
     "density, SmuPar": f"{SMUPAR} {DENSITY} {DENSITIES} --steps=3 --seeds=1,2",
     "lazy, SP": f"{SP} {DEPTH} {DEPTHS} --lazy --seeds=1,2",
@@ -62,10 +67,11 @@ CASES = {
 }
 FAILING = {
     "depth, SP": {("stream", "init"), ("stream", "after")},
+    "depth, muP": {("stream", "init"), ("stream", "after")},
     "width, SP": {
         (quantity, when) for quantity in ("stream", "attention", "mlp", "logits") for when in ("init", "after")
     },
-    "density, muP": {("mlp", "init"), ("mlp", "after")},
+    **dict.fromkeys(("density, SP", "density, muP", "density, CompleteP"), {("mlp", "init"), ("mlp", "after")}),
     "lazy, alpha 1/2": {("nonlinearity", "step 1")},
 }
 
@@ -137,6 +143,29 @@ def of_a_run(rules: str) -> Config:
     words = [*rules.split(), "model.heads=2", "optimizer.lr=1e-3", "batch.global_batch=4", "batch.micro_batch=4"]
     words += ["schedule.name=constant", "schedule.warmup=0", "train.noise_scale=false", "data.train=['none']"]
     return resolve.resolve([("run", tomllib.loads(RUN)), ("test", resolve.parse_overrides(words))]).config
+
+
+def moved_in_a_step(rules: str) -> float:
+    """Norm of the change of the first MLP's matrix, after one step of AdamW."""
+    training = Training(of_a_run(rules))
+    before = training.weights()["blocks.0.mlp.up.weight"].clone()
+    training.step()
+    return (training.weights()["blocks.0.mlp.up.weight"] - before).norm().item()
+
+
+def slopes_of_updates() -> list[float]:
+    """In depth, at alpha 1/2 and 1."""
+    return [
+        math.log(deep / shallow) / math.log(16)
+        for rules in (f"{COMPLETEP} parameterization.depth_alpha=0.5", COMPLETEP)
+        for shallow, deep in [[moved_in_a_step(f"{rules} model.layers={layers}") for layers in (2, 32)]]
+    ]
+
+
+def test_updates_shrink_with_depth_at_alpha_half_alone() -> None:
+    """Check 11: -0.48 and -0.01 in the authors' data, -1/2 and 0 in theory."""
+    half, one = world.run(1, slopes_of_updates)[0]
+    assert half == pytest.approx(-0.5, abs=0.05) and one == pytest.approx(0, abs=0.05)
 
 
 def weights_after_three_steps(rules: str, attention: float | None) -> dict[str, torch.Tensor]:

@@ -352,3 +352,9 @@ def test_a_run_that_cannot_be_used_is_named(
     assert main(["fit", str(run), "--out", str(tmp_path / "law.toml")]) == 2
     error = capsys.readouterr().err
     assert str(run) in error and told in error
+
+
+def test_a_sparse_run_is_no_run_of_these_laws(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "sparse", {"sparsity": {"method": "static", "density": 0.5}})
+    with pytest.raises(UserError, match="sparse is sparse, and the laws are of dense models"):
+        read_runs([run])

@@ -62,3 +62,9 @@ def test_no_law_file_and_an_empty_one(tmp_path):
         law_file.read(tmp_path / "no.toml")
     with pytest.raises(UserError, match="holds nothing"):
         law_file.read(_written(tmp_path, Laws()))
+
+
+def test_a_critical_batch_that_falls_is_no_law(tmp_path):
+    path = _written(tmp_path, Laws(critical_batch=law_file.PowerLaw(40.0, -0.4, "mine", "fitted")))
+    with pytest.raises(UserError, match=r"critical_batch\.exponent = -0\.4 must be above 0 and below 1"):
+        law_file.read(path)

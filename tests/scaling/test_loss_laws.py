@@ -61,7 +61,8 @@ def test_the_over_training_law_is_the_least_squares_fit_of_the_released_runs() -
     assert law.constants[:3] == pytest.approx(squares(law.alpha)[1], rel=1e-4)
     for n, ratio_, loss, error in [(1439795200, 640, 2.502053562117363, 0.7103), (6889410560, 20, 2.424993099, 0.7320)]:
         assert 100 * (law(n, ratio_ * n) / loss - 1) == pytest.approx(error, abs=1e-3)
-    assert loss_laws.interval(law, 1e9, 1e10) == (None, "the law has no draws")
+    (low, high), _ = loss_laws.interval(law, 1e9, 1e10)
+    assert (low, high) == pytest.approx((law(1e9, 1e10) * 0.9927, law(1e9, 1e10) * 1.0073))
 
 
 def test_laws_by_name_and_from_files(tmp_path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from megahp import cli, resolve
 from megahp.data.indexed import IndexedWriter
+from megahp.errors import UserError
 from megahp.scaling import law_file, pareto, power_laws, recipe_rows, recipe_text
 from megahp.scaling.batch_size import BatchPlan, Progress
 from megahp.scaling.law_file import LossLaw, PowerLaw
@@ -198,6 +199,18 @@ def test_other_rules_give_rate_and_batch_and_leave_the_rest_open() -> None:
     assert names == ["megahp, step-law", "deepseek", "nanochat-like", "olmo-ladder"]
 
 
+def test_a_density_of_1_is_a_dense_plan() -> None:
+    """Check 29: L(N_avg) is Chinchilla's L for a constant N."""
+    dense, same = recipe_rows.rows(of(params=1e9)), recipe_rows.rows(of(params=1e9, density=1.0))
+    assert same == dense
+
+
+def test_gpus_that_the_layout_cannot_use_are_refused() -> None:
+    piped = replace(PROXY, tree={**PROXY.tree, "parallel": {"pp": 4}})
+    with pytest.raises(UserError, match="--gpus 6 is no multiple of the 4 .* 4, 8"):
+        plan(Given(params=1e9, tokens=2e10, gpus=6, peak_flops=1e15), piped, LAWS)
+
+
 def test_a_base_with_a_pipeline_tells_its_bubble() -> None:
     """Eight ranks, one of data parallelism, and a batch of so many microbatches of one sequence."""
     piped = replace(PROXY, tree={**PROXY.tree, "parallel": {"pp": 8}})
@@ -281,6 +294,9 @@ def run(words: str) -> int:
         ("--params 1e9 --tokenizer nowhere.model", "nowhere.model"),
         ("--params 1e9 --pareto new.png", "give --target-loss"),
         ("--params 1e9 --out run.toml", "--out run.toml exists"),
+        ("--params 1e9 --out nowhere/new.toml", "--out nowhere/new.toml cannot be written"),
+        ("--target-loss 2.6 --pareto nowhere/new.png", "nowhere/new.png cannot be written"),
+        ("--target-loss 2.6 --pareto new.xyz", "new.xyz cannot be drawn"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -299,6 +315,7 @@ def test_a_mistake_is_one_line(
     [
         ("[parameterization]\nname = 'sp'", "transfers nothing"),
         ("[model]\nexperts = 4", "laws here are of dense models"),
+        ("[sparsity]\nmethod = 'static'\ndensity = 0.5", "laws here are of dense models"),
     ],
 )
 def test_a_base_must_transfer(section: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ def test_a_width_scales_all_that_belongs_to_it(tool: ModuleType, tmp_path: Path)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_therelative_distance_is_that_of_the_second_order(activation: str) -> None:
+def test_the_relative_distance_is_that_of_the_second_order(activation: str) -> None:
     """Against the Jacobian by finite differences; a tenth of the step is a tenth of the distance."""
     random = torch.Generator().manual_seed(1)
     names = ("up.weight", "down.weight") + ("gate.weight",) * (activation == "swiglu")
@@ -123,7 +123,8 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
     "batch": (["--depths", "2,4", "--batch", "0"], "--batch 0 must be at least 1"),
     "seeds": (["--depths", "2,4", "--seeds", "1,1"], "each is measured once"),
     "no data": (["--depths", "2,4", "--data"], "data.train is empty"),
-    "dense": (["--densities", "1,0.5"], "sparsity.density = 0.5"),
+    "dense": (["--densities", "1,0.5"], "sparsity.method = 'none' would check dense models"),
+    "dense at first": (["--densities", "1,0.5", "sparsity.method=gradual"], "sparsity.method = 'gradual'"),
     "half a layer": (["--depths", "2,2.5"], "model.layers = 2.5"),
 }
 
