@@ -1,5 +1,5 @@
 """Checkpoints of whole runs, on any layout."""
 
-from megahp.checkpoint.store import find, latest, load, path, read_state, save
+from megahp.checkpoint.store import DamagedError, Store, complete, find, latest, load, path, problems, read_state
 
-__all__ = ["find", "latest", "load", "path", "read_state", "save"]
+__all__ = ["DamagedError", "Store", "complete", "find", "latest", "load", "path", "problems", "read_state"]

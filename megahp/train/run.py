@@ -241,14 +241,16 @@ class Run:
         self.saved_at = -1  # step
         self.loss_scale = LossScale(FIRST_SCALE if settings.train.dtype == "float16" else 1.0)
         self.wandb_id = new_id()
+        self.store = checkpoint.Store(self.folder, settings.checkpoint)
         self.forget_noise()
 
     @property
     def folder(self) -> Path:
         return self.settings.directory / "checkpoints"
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment, from all ranks."""
+    def save(self, validation_loss: float | None) -> None:
+        """Begin to write a checkpoint of this moment, from all ranks. Raises UserError when that before it could not be
+        written."""
         state = {
             "progress": asdict(self.progress),
             "skipped": self.skipped,
@@ -263,10 +265,11 @@ class Run:
             "layout": asdict(self.mesh.layout),
             "config": config.to_dict(self.settings),
             "versions": {"torch": torch.__version__},
+            "validation_loss": validation_loss,
         }
         self.saved_at = self.progress.step
         check_copies(self.engine.weights, self.engine.rows, self.mesh)
-        return checkpoint.save(self.folder, self.progress.step, self._tensors(), state, self.settings.checkpoint.keep)
+        self.store.begin(self.progress.step, self._tensors(), state)
 
     def restore(self, path: Path) -> Taken:
         """Become what was saved, on this layout. Raises UserError."""
