@@ -124,9 +124,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON part. Raises DamagedError if it is not what was written, or of another version."""
     if wrong := problems(checkpoint, shards=False):
         raise DamagedError(f"checkpoint {checkpoint} is damaged ({wrong[0]}); {_remedy(checkpoint)}")
-    state = json.loads((checkpoint / "state.json").read_bytes())
-    if missing := STATE - state.keys():
-        raise UserError(f"checkpoint {checkpoint} lacks {', '.join(sorted(missing))}; {_remedy(checkpoint)}")
+    try:
+        state = json.loads((checkpoint / "state.json").read_bytes())
+        missing = STATE - state.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedError(f"checkpoint {checkpoint} cannot be read ({error!r}); {_remedy(checkpoint)}") from None
+    if missing:
+        raise DamagedError(f"checkpoint {checkpoint} lacks {', '.join(sorted(missing))}; {_remedy(checkpoint)}")
     return state
 
 
