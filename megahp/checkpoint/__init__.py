@@ -1,5 +1,29 @@
 """Checkpoints of whole runs, on any layout."""
 
-from megahp.checkpoint.store import DamagedError, Store, complete, find, latest, load, path, problems, read_state
+from megahp.checkpoint.store import (
+    DamagedError,
+    Store,
+    complete,
+    find,
+    latest,
+    load,
+    path,
+    problems,
+    read_state,
+    remove,
+    superseded,
+)
 
-__all__ = ["DamagedError", "Store", "complete", "find", "latest", "load", "path", "problems", "read_state"]
+__all__ = [
+    "DamagedError",
+    "Store",
+    "complete",
+    "find",
+    "latest",
+    "load",
+    "path",
+    "problems",
+    "read_state",
+    "remove",
+    "superseded",
+]

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -169,6 +169,28 @@ class Reader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return True
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The whole tensors of a checkpoint by name, each read when it is asked for, on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.index = folder, read_index(folder)
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.index[name]
+        whole = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        for chunk in entry["chunks"]:
+            sides = zip(chunk.offsets, chunk.shape, strict=True)
+            part = whole[tuple(slice(start, start + length) for start, length in sides)]
+            part.copy_(read_chunk(self.folder / chunk.file, chunk, whole.dtype, name))
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
 def read_index(folder: Path) -> dict[str, dict[str, Any]]:

@@ -64,11 +64,11 @@ class Store:
             write_synced(partial / "state.json", json.dumps({"version": VERSION, **state}, indent=1))
             write_manifest(partial)
             if self.target.exists():  # a damaged one, or it would have been gone on from
-                shutil.rmtree(self.target)
+                remove(self.target)
             partial.rename(self.target)
             sync(self.folder)
             for dropped in superseded(self.folder, self.target, self.keep):
-                shutil.rmtree(dropped)
+                remove(dropped)
 
         writer = Writer(partial, prepare, publish)
         self.writing = dcp.async_save(dict(tensors), storage_writer=writer, process_group=self.group)  # type: ignore[assignment]
@@ -216,6 +216,13 @@ def superseded(folder: Path, newest: Path, keep: Checkpoint) -> list[Path]:
         losses = {each: loss for each in older if (loss := _validation_loss(each)) is not None}
         kept |= {min(losses, key=lambda each: losses[each])} if losses else set()
     return [each for each in older if each not in kept]
+
+
+def remove(checkpoint: Path) -> None:
+    """Drop a checkpoint; one that is half gone is none."""
+    going = checkpoint.with_name(f".partial-{checkpoint.name}")
+    checkpoint.rename(going)
+    shutil.rmtree(going)
 
 
 def _validation_loss(checkpoint: Path) -> float | None:
