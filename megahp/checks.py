@@ -241,6 +241,8 @@ def _batch(config: Config) -> list[str]:
         return [f"batch.largest = {batch.largest} is below batch.global_batch = {batch.global_batch}; raise it"]
     if batch.policy == "noise-scale" and not config.train.noise_scale:
         return ["batch.policy = 'noise-scale' needs train.noise_scale = true"]
+    if len(batch.critical_batch) != 2 or not all(0 < value < math.inf for value in batch.critical_batch):
+        return [f"batch.critical_batch = {list(batch.critical_batch)} must be two numbers above 0: scale, exponent"]
     if batch.policy == "table" and not batch.table:
         return ['batch.table is empty; give the growth as tokens:batch words, such as ["1e9:512"]']
     if batch.policy == "ramp":
@@ -259,6 +261,27 @@ def _batch(config: Config) -> list[str]:
     if steps and steps[0][1] <= batch.global_batch:
         return [f"batch.table begins at {steps[0][1]}, not above batch.global_batch = {batch.global_batch}; raise it"]
     return []
+
+
+def _sparsity(config: Config) -> list[str]:
+    """What is wrong with sparse weights."""
+    sparsity, layers, problems = config.sparsity, config.model.layers, []
+    if sparsity.layers and sparsity.density != 1:
+        problems.append(
+            f"sparsity.density = {sparsity.density:g} has no effect beside sparsity.layers; leave one of them out"
+        )
+    if sparsity.layers and len(sparsity.layers) != layers:
+        problems.append(
+            f"sparsity.layers has {len(sparsity.layers)} densities and model.layers = {layers}; give one for each block"
+        )
+    if not all(0 < density <= 1 for density in sparsity.layers):
+        problems.append(f"sparsity.layers = {list(sparsity.layers)} must all be above 0 and at most 1")
+    if sparsity.method != "none" and config.optimizer.name == "muon":
+        problems.append(
+            f"sparsity.method = {sparsity.method!r} with optimizer.name = 'muon' would make whole matrices orthogonal, "
+            "of which a mask leaves something else; set optimizer.name=adamw"
+        )
+    return problems
 
 
 def _engines(config: Config) -> list[str]:
@@ -326,6 +349,7 @@ CHECKS = (
     _data,
     _batch,
     _float8,
+    _sparsity,
     _engines,
     _schedule,
     _run,

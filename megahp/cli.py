@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megahp import config, launch, resolve
+from megahp import commands, config, launch, resolve
 from megahp.config import Config
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
@@ -47,24 +47,24 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="megahp", description="Pretrain language models that set their own hyperparameters.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train the run of a TOML file")
+    train = parsers.add_parser("train", help="train the run of a TOML file")
     _add_run_file(train)
     train.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
     train.add_argument("--resume", choices=("auto",), help="go on from the newest checkpoint, if there is one")
     train.set_defaults(command=_train)
 
-    show = commands.add_parser("config", help="print every setting and where its value comes from")
+    show = parsers.add_parser("config", help="print every setting and where its value comes from")
     _add_run_file(show)
     show.set_defaults(command=_config)
 
-    verify = commands.add_parser("verify-layout", help="check that a run's layout trains the same model as one rank")
+    verify = parsers.add_parser("verify-layout", help="check that a run's layout trains the same model as one rank")
     _add_run_file(verify)
     verify.add_argument("--ranks", type=int, required=True, metavar="N", help="start N ranks on this machine")
     verify.set_defaults(command=_verify_layout)
 
-    sample = commands.add_parser("sample", help="generate text from a run's newest checkpoint")
+    sample = parsers.add_parser("sample", help="generate text from a run's newest checkpoint")
     sample.add_argument("run", type=Path, metavar="RUN", help="run directory")
     sample.add_argument("--prompt", default="", help="text to go on from")
     sample.add_argument("--tokens", type=int, default=200, help="tokens to generate (default 200)")
@@ -76,41 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--save", action="store_true", help="keep it in the run directory, for the report")
     sample.set_defaults(command=_sample)
 
-    replay = commands.add_parser("replay", help="decide a run's batch changes again from its log, and compare")
+    replay = parsers.add_parser("replay", help="decide a run's batch changes again from its log, and compare")
     replay.add_argument("run", type=Path, metavar="RUN", help="run directory")
     replay.set_defaults(command=_replay)
 
-    report = commands.add_parser("report", help="write report.html of one run, or of several overlaid")
+    report = parsers.add_parser("report", help="write report.html of one run, or of several overlaid")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
     report.add_argument("--out", type=Path, help="file to write (default: report.html in the first RUN)")
     report.set_defaults(command=_report)
-    _add_checkpoint(commands)
+
+    commands.add_to(parsers)
     return parser
-
-
-def _add_checkpoint(commands: Any) -> None:
-    """ls, verify, diff, prune."""
-    actions = commands.add_parser("checkpoint", help="list, verify, compare or drop checkpoints").add_subparsers(
-        required=True, metavar="ACTION"
-    )
-    listing = actions.add_parser("ls", help="what a run has")
-    listing.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    listing.set_defaults(command=_list_checkpoints)
-
-    verify = actions.add_parser("verify", help="read every byte, and compare it with what was written")
-    verify.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="or a run: then all of its")
-    verify.set_defaults(command=_verify_checkpoints)
-
-    diff = actions.add_parser("diff", help="how two differ: settings, progress, tensors")
-    diff.add_argument("checkpoints", type=Path, nargs=2, metavar="CHECKPOINT", help="or a run: then its newest")
-    diff.set_defaults(command=_compare_checkpoints)
-
-    prune = actions.add_parser("prune", help="drop what need not be kept")
-    prune.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many of the newest stay")
-    prune.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="those at every so many steps too")
-    prune.add_argument("--keep-best", action="store_true", help="that of least validation loss too")
-    prune.set_defaults(command=_prune_checkpoints)
 
 
 def _add_run_file(parser: argparse.ArgumentParser) -> None:
@@ -216,56 +192,6 @@ def _report(options: argparse.Namespace, words: Sequence[str]) -> int:
 
     print(f"report: {write_report(options.runs, options.out or options.runs[0] / 'report.html')}")
     return 0
-
-
-def _list_checkpoints(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from megahp.checkpoint.inspect import listing
-
-    print("\n".join(listing(_checkpoints_of(options.run))))
-    return 0
-
-
-def _verify_checkpoints(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from megahp.checkpoint import complete, problems
-
-    found = 0
-    for place in options.checkpoints:
-        for checkpoint in complete(place / "checkpoints") or [place]:
-            wrong = problems(checkpoint)
-            found += len(wrong)
-            print("\n".join(f"{checkpoint}: {problem}" for problem in wrong) or f"{checkpoint}: as it was written")
-    return 1 if found else 0
-
-
-def _compare_checkpoints(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from megahp.checkpoint import find
-    from megahp.checkpoint.inspect import differences
-
-    found = 0
-    for line in differences(*map(find, options.checkpoints)):
-        print(line)
-        found = 1
-    return found
-
-
-def _prune_checkpoints(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from megahp.checkpoint import latest, remove, superseded
-
-    if options.keep < 1 or options.keep_every < 0:
-        raise UserError(f"--keep {options.keep} must be at least 1, and --keep-every {options.keep_every} at least 0")
-    folder = _checkpoints_of(options.run)
-    keep = config.Checkpoint(keep=options.keep, keep_every=options.keep_every, keep_best=options.keep_best)
-    newest = latest(folder)
-    for checkpoint in superseded(folder, newest, keep) if newest else []:
-        remove(checkpoint)
-        print(f"{checkpoint} dropped")
-    return 0
-
-
-def _checkpoints_of(run: Path) -> Path:
-    if not (run / "checkpoints").is_dir():
-        raise UserError(f"{run} is no run directory with checkpoints; name one, such as runs/quickstart")
-    return run / "checkpoints"
 
 
 def _complain(error: UserError) -> None:

@@ -83,7 +83,9 @@ class Model:
 class Parameterization:
     """How init, learning rates and multipliers follow from the model's size (megahp/scaling/parameterization.py)."""
 
-    name: Literal["sp", "mup", "completep"] = setting("completep", "the rule table: standard, muP, CompleteP")
+    name: Literal["sp", "mup", "completep", "smupar"] = setting(
+        "completep", "the rule table: standard, muP, CompleteP, SmuPar (muP for sparse weights)"
+    )
     base_width: int = setting(256, "width at which the base hyperparameters were tuned", at_least=1)
     base_layers: int = setting(2, "depth at which the base hyperparameters were tuned", at_least=1)
     depth_alpha: float = setting(
@@ -145,6 +147,9 @@ class Batch:
     ramp_samples: int = setting(0, "ramp: samples it takes from start to end", at_least=0)
     table: tuple[str, ...] = setting((), 'table: "tokens:batch" words, such as "1e9:512"')
     target: float = setting(0.2, "law, noise-scale: share of the critical batch that is aimed at", above=0)
+    critical_batch: tuple[float, ...] = setting(
+        (96.4608, 0.462), "law: the critical batch in tokens, of tokens: scale, exponent (megahp/scaling/power_laws.py)"
+    )
     noise_to_total: float = setting(1.4, "noise-scale: the whole model's noise scale over the norm layers'", above=0)
     look_every: int = setting(10, "noise-scale: steps between looks at it, which are always logged", at_least=1)
     delay: float = setting(0.1, "noise-scale: share of train.tokens before the first change", at_least=0, at_most=1)
@@ -168,6 +173,21 @@ class Optimizer:
     momentum: float = setting(0.95, "muon: decay of the momentum", at_least=0, below=1)
     clip: float = setting(1.0, "largest global gradient norm; 0 = no clipping", at_least=0)
     engine: Literal["torch", "apex"] = setting("torch", "whose fused AdamW")
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Which weights of the blocks' matrices are zero, and stay so (megahp/train/masks.py)."""
+
+    method: Literal["none", "static"] = setting("none", "how they are chosen; static = at random, for the whole run")
+    density: float = setting(1.0, "share of each matrix's weights that are not zero", above=0, at_most=1)
+    layers: tuple[float, ...] = setting((), "densities, one a block, in place of density")
+
+    def densities(self, layers: int) -> tuple[float, ...]:
+        """Of each block's matrices, as they are drawn."""
+        if self.method == "none":
+            return (1.0,) * layers
+        return self.layers or (self.density,) * layers
 
 
 @dataclass(frozen=True)
@@ -268,6 +288,7 @@ class Log:
     root: str = setting("runs", "folder that holds the runs")
     every: int = setting(1, "steps between lines of metrics.jsonl", at_least=1)
     tensorboard: bool = setting(True, "also write TensorBoard files")
+    baselines: bool = setting(True, "at the end, also what a unigram and a bigram model lose in validation")
     wandb: Literal["off", "offline", "online"] = setting("off", "also send to Weights & Biases; offline = sync later")
     wandb_project: str = setting("megahp", "Weights & Biases project")
 
@@ -282,6 +303,7 @@ class Config:
     schedule: Schedule = Schedule()
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
+    sparsity: Sparsity = Sparsity()
     parallel: Parallel = Parallel()
     train: Train = Train()
     compute: Compute = Compute()
@@ -392,7 +414,7 @@ def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
     for name, section in SECTIONS.items():
         lines.append(f"[{name}]")
         for f in fields(section):
-            line = f"{f.name} = {_toml(getattr(getattr(config, name), f.name))}"
+            line = f"{f.name} = {toml_value(getattr(getattr(config, name), f.name))}"
             lines.append(f"{line:<44}# {origins[f'{name}.{f.name}']}" if origins else line)
         lines.append("")
     return "\n".join(lines)
@@ -404,7 +426,10 @@ def describe(key: str) -> str:
     return next(f.metadata["doc"] for f in fields(SECTIONS[section]) if f.name == name)
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A setting's value, or any nest of tuples, as TOML."""
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    if isinstance(value, float):
+        return repr(float(value))  # numpy's floats are floats of another repr
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)

@@ -33,7 +33,7 @@ USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
     "parallel.schedule": ("parallel.pp", SEVERAL),
     "parallel.stages_per_rank": ("parallel.pp", SEVERAL),
     "parallel.split": ("parallel.pp", SEVERAL),
-    "parameterization.base_width": ("parameterization.name", ("mup", "completep")),
+    "parameterization.base_width": ("parameterization.name", ("mup", "completep", "smupar")),
     "parameterization.base_layers": ("parameterization.name", ("completep",)),
     "parameterization.depth_alpha": ("parameterization.name", ("completep",)),
     "schedule.floor": ("schedule.name", ("linear", "cosine", "wsd")),
@@ -45,6 +45,7 @@ USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
     "batch.ramp_samples": ("batch.policy", ("ramp",)),
     "batch.table": ("batch.policy", ("table",)),
     "batch.target": ("batch.policy", ("law", "noise-scale")),
+    "batch.critical_batch": ("batch.policy", ("law",)),
     "batch.noise_to_total": ("batch.policy", ("noise-scale",)),
     "batch.look_every": ("batch.policy", ("noise-scale",)),
     "batch.delay": ("batch.policy", ("noise-scale",)),
@@ -52,7 +53,10 @@ USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
     "batch.growth": ("batch.policy", ("noise-scale",)),
     "optimizer.muon_lr": ("optimizer.name", ("muon",)),
     "optimizer.momentum": ("optimizer.name", ("muon",)),
+    "sparsity.density": ("sparsity.method", ("static",)),
+    "sparsity.layers": ("sparsity.method", ("static",)),
     "compute.recompute_every": ("compute.recompute", ("selective", "full")),
+    "log.baselines": ("train.validation_samples", SOME),
     "log.wandb_project": ("log.wandb", ("offline", "online")),
     "train.noise_half_life": ("train.noise_scale", (True,)),
 }
@@ -234,8 +238,7 @@ def _without_idle_presets(config: Config, origins: dict[str, str]) -> Config:
 
 def _derive(config: Config, origins: dict[str, str]) -> Config:
     """Zeros that stand for a derived value, replaced by it."""
-    model = config.model
-    wide = -(-8 * model.width // (3 * 64)) * 64 if model.activation == "swiglu" else 4 * model.width
+    model, wide = config.model, mlp_width(config.model.activation, config.model.width)
     derived = {
         "model.kv_heads": (model.heads, "derived from model.heads"),
         "model.head_size": (model.width // model.heads, "derived from model.width and model.heads"),
@@ -250,6 +253,11 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
             config = with_values(config, {key: value})
             origins[key] = why
     return config
+
+
+def mlp_width(activation: str, width: int) -> int:
+    """Hidden size of an MLP that is not given one."""
+    return -(-8 * width // (3 * 64)) * 64 if activation == "swiglu" else 4 * width
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -24,16 +24,18 @@ data.train data.weights data.mixtures data.tokenizer data.sequence_length data.l
 data.mask_documents data.cache
 schedule.name schedule.start schedule.warmup schedule.floor schedule.decay schedule.shape
 batch.policy batch.global_batch batch.micro_batch batch.largest batch.rule batch.increment batch.ramp_samples
-batch.table batch.target batch.noise_to_total batch.look_every batch.delay batch.hysteresis batch.growth
+batch.table batch.target batch.critical_batch batch.noise_to_total batch.look_every batch.delay batch.hysteresis
+batch.growth
 optimizer.name optimizer.lr optimizer.weight_decay optimizer.beta1 optimizer.beta2 optimizer.eps
 optimizer.muon_lr optimizer.momentum optimizer.clip optimizer.engine
+sparsity.method sparsity.density sparsity.layers
 parallel.tp parallel.pp parallel.schedule parallel.stages_per_rank parallel.split parallel.cp parallel.ep
 parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel parallel.zero parallel.reduce parallel.prefetch
 train.start_from train.tokens train.steps train.dtype train.device train.seed train.noise_scale train.noise_half_life
 train.validate_every train.validation_samples
 compute.compile compute.recompute compute.recompute_every compute.norms compute.fp8
 checkpoint.every checkpoint.keep
-log.name log.root log.every log.tensorboard log.wandb log.wandb_project
+log.name log.root log.every log.tensorboard log.baselines log.wandb log.wandb_project
 """
 
 
@@ -167,6 +169,9 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
         (["compute.fp8=torchao", "model.kv_heads=1", "model.head_size=4"], ["2 x model.kv_heads", "= 8", "16"]),
         (["compute.fp8=torchao", "model.width=264"], ["model.width = 264", "256, 272"]),
         (["compute.fp8=torchao", 'data.lengths=["1e6:8"]'], ["sequence length 8", "16"]),
+        (["batch.critical_batch=[90, 0.5]"], ["batch.critical_batch = (90.0, 0.5)", "no effect", "law"]),
+        (["batch.policy=law", "batch.critical_batch=[90]"], ["batch.critical_batch = [90.0]", "scale, exponent"]),
+        (["batch.policy=law", "batch.critical_batch=[90, -1]"], ["batch.critical_batch", "above 0"]),
         (["optimizer.engine=apex", "train.dtype=float64"], ["optimizer.engine = 'apex'", "float64"]),
         (["compute.fp8=torchao", "train.dtype=float16"], ["compute.fp8", "train.dtype = 'float16'", "bfloat16"]),
     ],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
+from torch import nn
 
 from megahp.config import Config, stages
 from megahp.model.compute import arrange, replace_norms, replace_products
@@ -13,10 +14,10 @@ from megahp.model.moe import routers
 from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import Row, check_copies, distribute, initialise, parameters, probes, rows
+from megahp.parallel.parameters import Module, Row, check_copies, distribute, initialise, parameters, probes, rows
 from megahp.parallel.pipeline import split, stages_of
 from megahp.scaling.flops import layer_costs
-from megahp.scaling.parameterization import Table, fill_in
+from megahp.scaling.parameterization import Role, Table, fill_in
 
 
 def table_of(config: Config) -> Table:
@@ -70,7 +71,7 @@ def _skeleton(config: Config, mesh: Mesh) -> Transformer:
     """The whole model on `meta`."""
     axis = mesh.tensor_axis(config.parallel.sequence_parallel)
     with torch.device("meta"):
-        return Transformer(
+        model = Transformer(
             config.model,
             longest(config),
             table_of(config),
@@ -78,6 +79,17 @@ def _skeleton(config: Config, mesh: Mesh) -> Transformer:
             getattr(torch, config.train.dtype),
             config.train.noise_scale,
         )
+    for block, density in zip(model.blocks.values(), config.sparsity.densities(config.model.layers), strict=True):
+        _say_density(block, density)
+    return model
+
+
+def _say_density(block: nn.Module, density: float) -> None:
+    """Have the rows of a block's matrices, the router's aside, tell their density."""
+    for module in block.modules():
+        if isinstance(module, Module):
+            hidden = {name: row for name, row in module.rows.items() if row.role is Role.HIDDEN}
+            module.rows |= {name: replace(row, density=density) for name, row in hidden.items()}
 
 
 def _stage(config: Config, mesh: Mesh, blocks: range) -> Transformer:

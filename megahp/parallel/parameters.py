@@ -37,6 +37,7 @@ class Row:
     tied: bool = False  # the last pipeline stage has a copy too, whose gradient is summed with the first's
     # rows of the matrices that lie together in each of its equal groups of rows, if several
     fused: tuple[int, ...] = ()
+    density: float = 1.0  # share of its entries that its first mask keeps; 1 = it has none
 
     @property
     def split(self) -> dict[str, int | None]:
@@ -149,19 +150,30 @@ def initialise(model: nn.Module, table: Table, init_std: float, seed: int) -> No
         row, part = by_name[name], storage(weight)
         if row.start is not None:
             part.fill_(row.start)
-        elif part.numel():
-            drawn = _draw(name, weight.shape, *_extent(weight), seed)
-            part.copy_(drawn * (init_std * table.rules[row.role].init_std))
+        else:
+            drawn = _draw(name, weight.shape, *_extent(weight), seed, "standard_normal")
+            part.copy_(drawn * (init_std * table.rule(row.role, row.density).init_std))
     for zero in (*probes(model).values(), *model.buffers()):
         zero.zero_()
 
 
-def _draw(name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], seed: int) -> Tensor:
-    """This window of the standard normal matrix of this name, whose other rows are not drawn. Of several matrices each
-    has a name of its own."""
+def draw_mask(name: str, weight: Tensor, density: float, seed: int) -> Tensor:
+    """This rank's part of a bool mask laid out as the weight is, each entry true with probability `density`."""
+    uniform = _draw(f"{name}.mask", weight.shape, *_extent(weight), seed, "random")
+    return (uniform < density).to(weight.device)
+
+
+def _draw(
+    name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], seed: int, distribution: str
+) -> Tensor:
+    """This window of the matrix of this name, whose other rows are not drawn. Of several matrices each has a name of
+    its own. distribution: as numpy's generators call it, standard_normal or random (uniform in [0, 1))."""
+    if 0 in sizes:
+        return torch.empty(*sizes)
     if len(shape) > 2:
         numbers = range(offsets[0], offsets[0] + sizes[0])
-        return torch.stack([_draw(f"{name}.{n}", shape[1:], offsets[1:], sizes[1:], seed) for n in numbers])
+        windows = [_draw(f"{name}.{n}", shape[1:], offsets[1:], sizes[1:], seed, distribution) for n in numbers]
+        return torch.stack(windows)
     start, stop = offsets[0], offsets[0] + sizes[0]
     first, last = start // ROWS_PER_DRAW, -(-stop // ROWS_PER_DRAW)
     blocks = []
@@ -169,7 +181,7 @@ def _draw(name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequen
         key = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=16).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
         count = min(ROWS_PER_DRAW, shape[0] - block * ROWS_PER_DRAW)
-        blocks.append(generator.standard_normal((count, *shape[1:]), dtype=np.float32))
+        blocks.append(getattr(generator, distribution)((count, *shape[1:]), dtype=np.float32))
     begins = (start - first * ROWS_PER_DRAW, *offsets[1:])
     window = tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(blocks)[window]))

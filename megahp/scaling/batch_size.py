@@ -15,6 +15,7 @@ import numpy as np
 from megahp import config
 from megahp.config import Config, parse_table, stage_at, stages
 from megahp.scaling import power_laws, schedules
+from megahp.scaling.laws import PowerLaw
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,9 @@ class BatchPlan:
         """The batch, in sequences, that a policy following the critical batch would have if nothing held it back."""
         batch = self.settings.batch
         if batch.policy == "law":
-            return batch.target * power_laws.critical_batch_along(progress.tokens) / self.length
+            scale, exponent = batch.critical_batch
+            law = PowerLaw(scale, exponent, "batch.critical_batch", "given")
+            return batch.target * power_laws.critical_batch_along(progress.tokens, law) / self.length
         if batch.policy == "noise-scale" and noise_scale is not None:
             return batch.target * batch.noise_to_total * noise_scale
         return None

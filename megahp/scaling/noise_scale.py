@@ -5,6 +5,10 @@ With g_b the gradient of example b's own loss and G the gradient of the mean los
   |G|^2 = (B ||G||^2 - mean_b ||g_b||^2) / (B - 1)   and   S = (mean_b ||g_b||^2 - ||G||^2) / (1 - 1/B)
 are unbiased for the squared norm of the true gradient and the trace of the per-example covariance. The noise scale is
 S / |G|^2, in examples: the two are smoothed apart and only then divided, since a single |G|^2 may be near 0 or below.
+
+That is m = 1 of an estimate that any two sizes m < n allow, from the squared norms of the mean gradient over m examples
+(averaged over such groups) and over n. Data parallelism has both at hand: a rank's gradient, or a microbatch's, before
+it is summed, and after.
 """
 
 from __future__ import annotations
@@ -12,19 +16,59 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+
+Number = TypeVar("Number", float, np.ndarray)
 
 
-def estimate(sq_example: float, sq_batch: float, batch: int) -> tuple[float, float]:
-    """(|G|^2, S) from mean_b ||g_b||^2, ||G||^2 and B. Raises ValueError for B < 2, where neither is known."""
-    if batch < 2:
-        raise ValueError("the noise scale needs a batch of at least 2 examples")
-    return (batch * sq_batch - sq_example) / (batch - 1), (sq_example - sq_batch) / (1 - 1 / batch)
+def estimate(sq_small: Number, sq_batch: Number, batch: int, small: int = 1) -> tuple[Number, Number]:
+    """(|G|^2, S), unbiased, from the squared norms of mean gradients over `small` examples and over a batch of them,
+    numbers or arrays. By default sq_small is mean_b ||g_b||^2. Raises ValueError for batch <= small, where neither is
+    known. (McCandlish et al., equation A.2)"""
+    if batch <= small:
+        raise ValueError(f"the noise scale needs a batch of at least {small + 1} examples")
+    true_sq = (batch * sq_batch - small * sq_small) / (batch - small)
+    return true_sq, (sq_small - sq_batch) / (1 / small - 1 / batch)
 
 
 def ratio(true_sq: float, noise: float) -> float | None:
     """S / |G|^2 in examples; None when the averages do not make a positive number."""
     return noise / true_sq if true_sq > 0 and noise > 0 else None
+
+
+def slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of the line through the origin that fits y to x best in least squares, over the last dimension."""
+    return (x * y).sum(-1) / (x * x).sum(-1)
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson's, over the last dimension; NaN below three points, where it says nothing, and where all are one."""
+    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+    if x.shape[-1] < 3:
+        return np.full(x.shape[:-1], np.nan)
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+
+
+def resampled(estimates: np.ndarray, draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """The bootstrap of means over batches: estimates [places, batches, ...] -> [draws, places, ...], the places (such
+    as checkpoints) drawn with replacement, and for each of these its batches."""
+    random = np.random.default_rng(seed)
+    places, batches = estimates.shape[:2]
+    place = random.integers(places, size=(draws, places, 1))
+    return estimates[place, random.integers(batches, size=(draws, places, batches))].mean(2)
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Where so much of a bootstrap's values [draws] lies, as much of the rest below as above; NaN where more than 1 %
+    of them mean nothing."""
+    values, tail = np.where(np.isfinite(values), values, np.nan), (1 - level) / 2
+    if np.isnan(values).mean() > 0.01:
+        return np.nan, np.nan
+    low, high = np.nanquantile(values, (tail, 1 - tail))
+    return float(low), float(high)
 
 
 def step_efficiency(batch: float, noise_scale: float) -> float:

@@ -2,14 +2,14 @@
 role follow from the width multiplier m_N, the depth multiplier m_L and the density multiplier m_rho.
 
 No other file contains a scaling exponent. Sources: SP, muP and depth-alpha columns of CompleteP (arXiv 2505.01618)
-Table 1; the density factors of SmuPar (arXiv 2405.15743), which stay at m_rho = 1 until weights can be sparse.
+Table 1; SmuPar (arXiv 2405.15743), which is muP with density factors, of a base that is dense.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -50,6 +50,17 @@ class Table:
     logits: float  # multiplies the logits
     attention: float  # softmax scale
 
+    def rule(self, role: Role, density: float = 1.0) -> Rule:
+        """The rule of a weight, of which this share is not masked.
+
+        A sum over fewer inputs is smaller by the root of m_rho, and what an update adds to it by m_rho: SmuPar makes
+        up for both. Weight decay it leaves alone, so lr x weight_decay grows as 1/m_rho. (arXiv 2405.15743, table 1)
+        """
+        rule = self.rules[role]
+        if self.name != "smupar" or role is not Role.HIDDEN:
+            return rule
+        return replace(rule, init_std=rule.init_std * density**-0.5, lr=rule.lr / density)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -64,8 +75,8 @@ def spectral_scale(fan_out: int, fan_in: int) -> float:
     return math.sqrt(fan_out / fan_in)
 
 
-def fill_in(rules: config.Parameterization, width: int, layers: int, head_size: int, density: float = 1.0) -> Table:
-    """The table for a model of this width, depth, head size and density of its hidden matrices.
+def fill_in(rules: config.Parameterization, width: int, layers: int, head_size: int) -> Table:
+    """The table for a model of this width, depth and head size.
 
     muP and CompleteP scale the attention logits by 1/head_size, SP by its root. AdamW's eps is scaled in the
     residual blocks only, as in the paper's Table 1 (its authors' code scales every group's; at eps <= 1e-12 the
@@ -77,13 +88,12 @@ def fill_in(rules: config.Parameterization, width: int, layers: int, head_size: 
     """
     m_n = width / rules.base_width if rules.name != "sp" else 1.0
     m_l = layers / rules.base_layers if rules.name == "completep" else 1.0
-    m_rho = density if rules.name == "smupar" else 1.0
     depth_lr = m_l ** (rules.depth_alpha - 1)
     eps = 1 / (m_n * m_l**rules.depth_alpha)
     vector = Rule(lr=depth_lr, weight_decay=0.0, eps=eps)
     by_role = {
         Role.EMBEDDING: Rule(),
-        Role.HIDDEN: Rule((m_n * m_rho) ** -0.5, depth_lr / (m_n * m_rho), m_n, eps, depth_lr),
+        Role.HIDDEN: Rule(m_n**-0.5, depth_lr / m_n, m_n, eps, depth_lr),
         Role.ROUTER: Rule(1 / m_n, depth_lr / m_n, m_n, m_l**-rules.depth_alpha),
         Role.NORM: vector,
         Role.BIAS: vector,

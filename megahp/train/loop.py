@@ -44,6 +44,7 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
             scale = run.loss_scale.value
             loss = run.engine.forward_backward(batches, plan.microbatches(layout.dp), plan.tokens, scale)
             grads = run.engine.gradients()
+            run.masks.apply(grads)
             measured = run.engine.measure(loss, grads, plan.global_batch, scale)
             if measured.finite:
                 run.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)
@@ -69,7 +70,7 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
     if run.progress.step != run.saved_at and not run.skipped_in_a_row:
         save(run, reporter)
     run.store.wait()
-    if is_first() and settings.train.validation_samples:
+    if is_first() and settings.log.baselines and settings.train.validation_samples:
         reporter.baselines(*baselines(settings, data))
     reporter.event("finished", "the token budget or train.steps is reached", run.progress, skipped=run.skipped)
     reporter.close()

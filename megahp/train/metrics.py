@@ -20,6 +20,8 @@ of a mixture of experts, {router: number},
     expert_load_max              tokens of the fullest expert over those of the mean one
     expert_load_cv               standard deviation of the experts' tokens over their mean
     balance_loss                 the mean over sequences; 1 where they are balanced
+of sparse weights
+    density                      share of the entries of the masked matrices that are not masked
 and where it is known `validation_loss`.
 """
 
@@ -56,7 +58,7 @@ class RunLog:
 
     def metrics(self, record: Record) -> None:
         """Write one step; numbers must be Python's own, which are written so that they read back exactly."""
-        record = _without_nan(record)
+        record = without_nan(record)
         self.step, self.tokens = record["step"], record["tokens"]
         _append(self._metrics, record)
         if self._board:
@@ -70,7 +72,7 @@ class RunLog:
         the wall clock in seconds since 1970.
         """
         when = {"step": self.step, "tokens": self.tokens, "time": time.time()}
-        record = _without_nan({**when, "event": event, "reason": reason, **inputs})
+        record = without_nan({**when, "event": event, "reason": reason, **inputs})
         _append(self._events, record)
         if self._board:
             self._board.add_text(event, reason, record["step"])
@@ -205,12 +207,12 @@ def _rewrite(path: Path, keep: Callable[[Record], bool]) -> Record | None:
     return last
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The value with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
+        return [without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

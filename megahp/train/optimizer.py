@@ -1,4 +1,4 @@
-"""The update rules, on this rank's parts of the weights, with each role's multipliers from the table."""
+"""The update rules, on this rank's parts of the weights, with each weight's multipliers from the table."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_optimizer(
 
 
 class AdamW:
-    """torch's fused AdamW, one call a role, over plain local tensors that share storage with the weights.
+    """torch's fused AdamW, one call a rule, over plain local tensors that share storage with the weights.
 
     The update is elementwise, so a part of a weight is updated as the whole would be, on any layout.
     """
@@ -55,12 +55,12 @@ class AdamW:
         self.weights, self.updates = weights, 0
         parts = [storage(weight) for weight in weights.values()]
         self.moments = [[torch.zeros_like(part) for part in parts] for _ in MOMENTS]
-        by_role: dict[Role, list[int]] = {}
+        by_rule: dict[Rule, list[int]] = {}
         for place, name in enumerate(weights):
-            by_role.setdefault(rows[name].role, []).append(place)
+            by_rule.setdefault(table.rule(rows[name].role, rows[name].density), []).append(place)
         self.groups = [
-            (table.rules[role], places, [[tensors[place] for place in places] for tensors in (parts, *self.moments)])
-            for role, places in by_role.items()
+            (rule, places, [[tensors[place] for place in places] for tensors in (parts, *self.moments)])
+            for rule, places in by_rule.items()
         ]
 
     @torch.no_grad()

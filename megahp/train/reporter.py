@@ -161,6 +161,8 @@ def _record(run: Run, plan: Plan, measured: Measurement, seconds: float, validat
             name: (load.std(correction=0) / load.mean()).item() for name, load in measured.load.items()
         }
         record["balance_loss"] = measured.balance_loss
+    if run.settings.sparsity.method != "none":
+        record["density"] = run.masks.density
     if not measured.finite:
         record["skipped"] = True
     if validation is not None:

@@ -26,6 +26,7 @@ from megahp.parallel.mesh import WITHIN_STAGE, Mesh
 from megahp.parallel.parameters import check_copies
 from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress, least_batch, runnable, unit
 from megahp.scaling.noise_scale import NoiseScale
+from megahp.train.masks import Masks
 from megahp.train.optimizer import make_optimizer
 from megahp.train.step import FIRST_SCALE, Engine, LossScale
 from megahp.train.wandb_log import check_wandb, new_id
@@ -33,7 +34,7 @@ from megahp.train.wandb_log import check_wandb, new_id
 # What a run that starts from another's checkpoint may not change, by section or key, and what one that is resumed may
 # not either. All else may, and the change is an event. Files may move: the data is known by its fingerprint.
 FIXED = ("model", "parameterization", "train.dtype", "optimizer.name", "data.validation_fraction")
-FIXED_ON_RESUME = (*FIXED, "data", "train.seed")
+FIXED_ON_RESUME = (*FIXED, "sparsity", "data", "train.seed")
 MOVABLE = ("data.train", "data.tokenizer", "data.cache", "model.balance_rate", "model.balance_loss")
 
 
@@ -100,7 +101,9 @@ def check_engines(settings: Config) -> None:
 def check_start(settings: Config, layout: Layout, path: Path) -> None:
     """Raise UserError when a new run cannot go on from this checkpoint."""
     state = checkpoint.read_state(path)
-    refuse_changes(settings, state["config"], path, FIXED)
+    # a sparse run may become dense, what was masked then trained from 0 on (MediSwift, arXiv 2403.00952)
+    fixed = FIXED if settings.sparsity.method == "none" else (*FIXED, "sparsity")
+    refuse_changes(settings, state["config"], path, fixed)
     saved, progress = resolve.from_dict(state["config"], str(path)), Progress(**state["progress"])
     if settings.model.positions == "learned" and longest(settings) != longest(saved):
         raise UserError(
@@ -201,8 +204,8 @@ def refuse_changes(
     """Raise UserError when a setting differs that may not."""
     for key, (before, now) in changes(settings, saved).items():
         if key.startswith(fixed) and key not in MOVABLE:
-            elsewhere = "set it back" if fixed == FIXED else "set it back, or start a new run under another log.name"
-            raise UserError(f"{key} = {now!r} but {path} was trained with {before!r}; {elsewhere}")
+            elsewhere = ", or start a new run under another log.name" if fixed == FIXED_ON_RESUME else ""
+            raise UserError(f"{key} = {now!r} but {path} was trained with {before!r}; set it back{elsewhere}")
 
 
 def open_data(settings: Config) -> TrainingData:
@@ -235,6 +238,7 @@ class Run:
         self.optimizer = make_optimizer(
             settings.optimizer, self.engine.weights, self.engine.rows, self.table, mesh.group(*WITHIN_STAGE)
         )
+        self.masks = Masks(settings, self.engine)
         self.progress = Progress()
         self.batch_plan = BatchPlan(settings, mesh.layout.dp)
         self.skipped = self.skipped_in_a_row = 0
@@ -321,6 +325,7 @@ class Run:
                 "go on with the version that wrote it"
             )
         checkpoint.load(path, self._tensors())
+        self.masks.measure()
         self.progress = Progress(**state["progress"])
         self.saved_at = self.progress.step
         self.optimizer.updates = state["updates"]
@@ -330,7 +335,7 @@ class Run:
         return state
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return self.engine.saved | self.optimizer.state()
+        return self.engine.saved | self.optimizer.state() | self.masks.state()
 
 
 def is_first() -> bool:

@@ -29,6 +29,7 @@ from megahp.parallel.mesh import WITHIN_STAGE, Mesh, make_mesh
 from megahp.parallel.parameters import storage, whole
 from megahp.scaling.batch_size import BatchPlan, Plan, Progress, least_batch
 from megahp.train.loop import device_of
+from megahp.train.masks import Masks
 from megahp.train.optimizer import make_optimizer
 from megahp.train.run import check_devices, cuda_wanted
 from megahp.train.step import Engine, clip
@@ -55,7 +56,8 @@ def shrunk(settings: Config, layout: Layout) -> Config:
     heads = tp * min(2, model.kv_heads // tp)
     width, layers = 8 * heads * min(2, model.heads // model.kv_heads), min(model.layers, stages + 1)
     length = 4 * 2 * layout.cp * tp
-    scaled = {"sp": (), "mup": ("base_width",), "completep": ("base_width", "base_layers")}[
+    of_width = ("base_width",)
+    scaled = {"sp": (), "mup": of_width, "smupar": of_width, "completep": (*of_width, "base_layers")}[
         settings.parameterization.name
     ]
     bases = {"base_width": width // 2, "base_layers": max(1, layers // 2)}
@@ -83,6 +85,7 @@ def shrunk(settings: Config, layout: Layout) -> Config:
             "data.weights": (),
             "optimizer.eps": 1e-7,  # less, and it would amplify gradients that are rounding alone
             "optimizer.engine": "torch",
+            "sparsity.layers": settings.sparsity.layers[: stages if parallel.split else layers],
             "train.dtype": "float64",
             "train.start_from": "",
             "schedule.start": 0,
@@ -116,6 +119,7 @@ class Trial:
             table_of(settings),
             mesh.group(*WITHIN_STAGE),
         )
+        self.masks = Masks(settings, self.engine)
         self.progress = Progress()
         self.batch_plan = BatchPlan(settings, mesh.layout.dp)
 
@@ -125,6 +129,7 @@ class Trial:
         assert plan is not None
         loss = self.engine.forward_backward(self.batches(plan), plan.microbatches(self.mesh.layout.dp), plan.tokens)
         grads = self.engine.gradients()
+        self.masks.apply(grads)
         measured = self.engine.measure(loss, grads, plan.global_batch)
         gathered = {name: of_all_ranks(weight, weight.grad) for name, weight in self.engine.weights.items()}
         clip(grads, measured.grad_norm, self.settings.optimizer.clip)

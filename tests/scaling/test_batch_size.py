@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megahp.config import Config, with_values
+from megahp.scaling import power_laws
 from megahp.scaling.batch_size import BatchPlan, Change, Progress, follow, runnable, unit
 
 
@@ -162,6 +163,14 @@ def test_law_spreads_the_critical_batch_along_the_run() -> None:
     assert abs(steps[-1][1] - expected) <= 1
     sizes = [size for _, size, _ in steps]
     assert sizes == sorted(sizes) and sizes[-1] > 20 * sizes[0]
+
+
+def test_the_law_is_the_papers_unless_the_run_has_its_own() -> None:
+    paper = power_laws.CRITICAL_BATCH
+    assert Config().batch.critical_batch == pytest.approx((paper.scale, paper.exponent), rel=1e-12)
+    values = {"batch__policy": "law", "batch__target": 0.5, "batch__critical_batch": (3.0, 0.5)}
+    asked = BatchPlan(settings(8, **values), 1).aim(Progress(tokens=400), None)
+    assert asked == pytest.approx(0.5 * 1.5 * 3 * 400**0.5 / 16)
 
 
 @pytest.mark.parametrize(

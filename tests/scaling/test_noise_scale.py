@@ -5,29 +5,53 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megahp.scaling.noise_scale import Average, NoiseScale, estimate, ratio, step_efficiency
+from megahp.scaling.noise_scale import (
+    Average,
+    NoiseScale,
+    correlation,
+    estimate,
+    interval,
+    ratio,
+    resampled,
+    slope,
+    step_efficiency,
+)
 
 
-@pytest.mark.parametrize("batch", [2, 4, 8, 32])
-def test_both_estimates_are_unbiased(batch: int) -> None:
-    """Gaussian per-example gradients of known mean and covariance: within 4 standard errors of the truth."""
+@pytest.mark.parametrize(
+    ("small", "batch"), [(1, 2), (1, 4), (1, 8), (1, 32), (2, 8), (4, 32), (8, 32)], ids=lambda size: str(size)
+)
+def test_both_estimates_are_unbiased(small: int, batch: int) -> None:
+    """check 18: Gaussian per-example gradients of known mean and covariance, within 4 standard errors of the truth.
+
+    The smaller size is an example, or a data-parallel rank's share of the batch, whose estimate agrees with the exact
+    one within what the two differ by from batch to batch.
+    """
     random = np.random.default_rng(1)
     trials, size = 20_000, 50
     mean, deviation = random.normal(0, 0.3, size), random.uniform(0.5, 1.8, size)
     gradients = mean + deviation * random.normal(size=(trials, batch, size))
-    sq_example = (gradients**2).sum(2).mean(1)
+    shares = gradients.reshape(trials, batch // small, small, size).mean(2)
+    sq_example, sq_small = (gradients**2).sum(2).mean(1), (shares**2).sum(2).mean(1)
     sq_batch = (gradients.mean(1) ** 2).sum(1)
-    estimates = np.array([estimate(a, b, batch) for a, b in zip(sq_example, sq_batch, strict=True)])
-    errors = estimates.std(0) / trials**0.5
-    assert abs(estimates[:, 0].mean() - (mean**2).sum()) < 4 * errors[0]
-    assert abs(estimates[:, 1].mean() - (deviation**2).sum()) < 4 * errors[1]
+    true_sq, noise = estimate(sq_small, sq_batch, batch, small)
+    errors = true_sq.std() / trials**0.5, noise.std() / trials**0.5
+    assert abs(true_sq.mean() - (mean**2).sum()) < 4 * errors[0]
+    assert abs(noise.mean() - (deviation**2).sum()) < 4 * errors[1]
+    difference = noise - estimate(sq_example, sq_batch, batch)[1]
+    assert abs(difference.mean()) <= 4 * difference.std() / trials**0.5
+    assert (difference.std() == 0) == (small == 1)
     # and the naive ||G||^2 is not: the test can tell
     assert abs(sq_batch.mean() - (mean**2).sum()) > 4 * sq_batch.std() / trials**0.5
+    if small > 1:  # nor what forgets that these were gradients of several examples
+        assert abs(estimate(sq_small, sq_batch, batch)[1].mean() - (deviation**2).sum()) > 4 * errors[1]
 
 
 def test_a_batch_of_one_says_nothing() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         estimate(1.0, 1.0, 1)
+    with pytest.raises(ValueError, match="at least 5"):
+        estimate(1.0, 1.0, 4, 4)
     noise = NoiseScale(half_life=100)
     noise.update({"norm": 1.0}, {"norm": 1.0}, 1, 10)
     assert noise.pooled.ratio is None and noise.layers == {}
@@ -36,6 +60,37 @@ def test_a_batch_of_one_says_nothing() -> None:
 @pytest.mark.parametrize("pair", [(-1.0, 1.0), (0.0, 1.0), (1.0, -1.0)])
 def test_a_ratio_that_means_nothing_is_none(pair: tuple[float, float]) -> None:
     assert ratio(*pair) is None
+
+
+def test_slope_and_correlation() -> None:
+    x, y = np.array([1.0, 2.0, 4.0]), np.array([1.5, 2.5, 6.0])
+    assert slope(x, y) == pytest.approx(np.linalg.lstsq(x[:, None], y, rcond=None)[0][0])
+    assert correlation(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
+    both = np.stack((x, -y))
+    assert correlation(both, np.stack((y, y))) == pytest.approx([correlation(x, y), -1.0])
+    assert np.isnan(correlation(x[:2], y[:2])) and np.isnan(correlation(np.ones(3), y))
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Of means over batches at one place, and over places that differ too."""
+    random = np.random.default_rng(2)
+    for spread in (0.0, 1.0):
+        held = []
+        for trial in range(200):
+            places = spread * random.normal(size=(1 if spread == 0 else 20, 1))
+            means = resampled(5 + places + random.normal(size=(len(places), 30)), 300, trial).mean(1)
+            low, high = interval(means, 0.9)
+            held.append(low < 5 < high)
+        assert 0.82 < np.mean(held) < 0.95
+
+
+def test_an_interval_of_what_means_nothing_is_none() -> None:
+    values = np.arange(200.0)
+    assert interval(values) == pytest.approx((0.025 * 199, 0.975 * 199))
+    values[0] = np.inf
+    assert np.isfinite(interval(values)).all()
+    values[1:3] = np.nan
+    assert np.isnan(interval(values)).all()
 
 
 def test_step_efficiency() -> None:
@@ -70,6 +125,7 @@ def test_half_life_is_counted_in_tokens() -> None:
 
 
 def test_smoothing_apart_is_right_where_averaging_ratios_is_not() -> None:
+    """check 19"""
     random = np.random.default_rng(0)
     mean = np.full(50, 0.28)
     noise, ratios = NoiseScale(half_life=4e4), []

@@ -42,13 +42,34 @@ def test_mup_scales_width_only() -> None:
     assert filled.rules[Role.HIDDEN] == Rule(init_std=8**-0.5, lr=1 / 8, weight_decay=8.0, eps=1 / 8)
 
 
+@pytest.mark.parametrize(
+    ("density", "std", "lr"),
+    [(1.0, 0.030653, 0.002025), (0.5, 0.04335, 0.00405), (0.25, 0.061306, 0.0081), (2**-7, 0.3468, 0.2592)],
+)
+def test_smupar_is_mup_with_density_factors(density: float, std: float, lr: float) -> None:
+    """The paper's base hyperparameters at width 2048 (base 256, s 0.0867, e 1.62e-2), worked out in papers.md 3."""
+    filled = table("smupar")
+    rule = filled.rule(Role.HIDDEN, density)
+    assert (0.0867 * rule.init_std, 1.62e-2 * rule.lr) == (pytest.approx(std, rel=1e-4), pytest.approx(lr, rel=1e-4))
+    assert filled.rule(Role.HIDDEN) == table("mup").rules[Role.HIDDEN]
+    assert {role for role in Role if filled.rule(role, density) != table("mup").rules[role]} <= {Role.HIDDEN}
+    assert all(table(name).rule(Role.HIDDEN, density) == table(name).rules[Role.HIDDEN] for name in ("mup", "sp"))
+
+
+@pytest.mark.parametrize("octaves", range(4))
+def test_as_many_weights_a_neuron_have_the_same_multipliers_under_mup_and_smupar(octaves: int) -> None:
+    """Check 15: with width x density constant, those of muP at the base width."""
+    rule = table("smupar", width=256 * 2**octaves).rule(Role.HIDDEN, 2.0**-octaves)
+    assert (rule.init_std, rule.lr) == (pytest.approx(1, rel=1e-12), 1)
+
+
 def test_sp_scales_nothing() -> None:
     filled = table("sp")
     assert (filled.residual, filled.logits, filled.attention) == (1.0, 1.0, 1 / 8)
     assert {rule.lr for rule in filled.rules.values()} == {rule.eps for rule in filled.rules.values()} == {1.0}
 
 
-@pytest.mark.parametrize("name", ["sp", "mup", "completep"])
+@pytest.mark.parametrize("name", ["sp", "mup", "completep", "smupar"])
 def test_embeddings_and_ends_keep_the_base_values_and_vectors_are_not_decayed(name: str) -> None:
     rules = table(name).rules
     assert rules[Role.EMBEDDING] == rules[Role.UNEMBEDDING] == Rule()

@@ -27,12 +27,13 @@ KINDS = {
     "plain": (),
     "experts": ("model.bias=false", "model.experts=8", "model.dense_layers=1", "model.experts_per_token=3"),
     "float8": ("compute.fp8=torchao", "train.dtype=bfloat16"),
+    "sparse": ("sparsity.method=static", "sparsity.density=0.25"),
     "lengths": ('data.lengths=["1e5:1024"]', "train.dtype=float16"),
 }
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("rules", ["sp", "mup", "completep"])
+@pytest.mark.parametrize("rules", ["sp", "mup", "completep", "smupar"])
 @pytest.mark.parametrize("preset", MODELS)
 def test_the_small_run_is_valid(preset: str, rules: str, policy: str) -> None:
     for (ranks, layout), kind in itertools.product(LAYOUTS.items(), KINDS.values()):

@@ -1,0 +1,11 @@
+"""Subcommands of `megahp` that have many options, a file each."""
+
+from typing import Any
+
+from megahp.commands import checkpoint, fit, recipe
+
+
+def add_to(parsers: Any) -> None:
+    """Their parsers."""
+    for command in (recipe, fit, checkpoint):
+        command.add_to(parsers)

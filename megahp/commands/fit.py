@@ -1,0 +1,53 @@
+"""megahp fit: scaling laws from finished runs."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megahp.errors import UserError
+
+LAWS = {
+    "loss": "L(N, D)",
+    "timescale": "tau_opt(D / N)",
+    "optimal-batch": "B_opt(D)",
+    "critical-batch": "B_crit(D_min)",
+}
+
+
+def add_to(parsers: Any) -> None:
+    """Its options."""
+    laws = parsers.add_parser("fit", help="fit scaling laws to finished runs")
+    laws.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, or .jsonl table of runs")
+    for name, law in LAWS.items():
+        laws.add_argument(
+            f"--{name}", action="append_const", dest="laws", const=name.replace("-", "_"), help=f"fit {law}"
+        )
+    laws.add_argument("--tied-exponents", action="store_true", help="alpha = beta in L(N, D)")
+    laws.add_argument("--draws", type=int, default=200, metavar="K", help="bootstrap draws (default 200)")
+    laws.add_argument("--seed", type=int, default=1, help="of the draws (default 1)")
+    laws.add_argument("--out", type=Path, required=True, metavar="LAW.toml", help="law file to write")
+    laws.add_argument("--plot", type=Path, metavar="FILE", help="draw fits and residuals: .svg, .png or .pdf")
+    laws.add_argument("--json", action="store_true", help="print JSON")
+    laws.set_defaults(command=_fit)
+
+
+def _fit(options: Namespace, words: Sequence[str]) -> int:
+    from megahp.scaling.law_file import Laws, write
+    from megahp.train import fit_runs
+
+    runs, notes = fit_runs.read_runs(options.runs)
+    fits, refused = fit_runs.fit_laws(runs, options.laws, options.tied_exponents, options.draws, options.seed)
+    try:
+        write(options.out, Laws(**{name: fitted.law for name, fitted in fits.items()}))
+        if options.plot:
+            fit_runs.plot(options.plot, fits)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written ({error.strerror}); name another file") from None
+    found = {name: fit_runs.summary(name, fitted) for name, fitted in fits.items()}
+    notes += refused
+    print(json.dumps({"laws": found, "notes": notes}, indent=2) if options.json else fit_runs.text(found, notes))
+    return 0

@@ -1,0 +1,156 @@
+"""megahp recipe: from a size, a budget or a loss to a run file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from megahp import config, resolve
+from megahp.data.tokenizer import load_tokenizer
+from megahp.errors import UserError
+from megahp.presets import PRESETS
+from megahp.scaling import law_file, loss_laws, pareto, recipe_rows, recipe_text
+from megahp.scaling.recipe import PROXY, RULES, Base, Laws, plan
+from megahp.scaling.sizing import Given
+
+# Dense bfloat16 peaks, FLOP/s.
+GPUS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def add_to(parsers: Any) -> None:
+    """Its options."""
+    recipe = parsers.add_parser("recipe", help="from a size, a budget or a loss to a run file, with every source")
+    numbers = {
+        "params": "parameters, embeddings included",
+        "tokens": "tokens to train on",
+        "tpp": "tokens per parameter",
+        "flops": "compute, as 6 N D",
+        "days": "compute, as days of the cluster",
+        "target-loss": "loss to reach, nats per token",
+        "peak-flops": "FLOP/s of one GPU",
+        "mfu": "share of the peak that is reached (assumed: 0.4)",
+        "density": "share of the weights left after pruning between 25 and 75 %% of compute: N_avg and its loss",
+    }
+    for name, meaning in numbers.items():
+        recipe.add_argument(f"--{name}", type=float, metavar="X", help=meaning)
+    whole = {
+        "batch": "sequences of every batch",
+        "width": "of the model",
+        "layers": "of the model",
+        "gpus": "of the cluster",
+    }
+    for name, meaning in whole.items():
+        recipe.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
+    recipe.add_argument("--gpu", metavar="NAME", help="kind of GPU, for its peak")
+    recipe.add_argument("--preset", metavar="NAME", help="a known model")
+    recipe.add_argument("--base", type=Path, metavar="RUN.toml", help="your tuned run, to transfer from")
+    recipe.add_argument("--data", nargs="+", metavar="PREFIX", help="prefixes of .bin/.idx pairs")
+    recipe.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a sample")
+    words = recipe.add_mutually_exclusive_group()
+    words.add_argument("--tokenizer", metavar="FILE", help="of the data; its vocabulary is the model's")
+    words.add_argument("--vocab-size", type=int, metavar="N", help="number of token ids")
+    recipe.add_argument("--law", default="power-lines", help="whose rate and batch: a name, or a law file")
+    recipe.add_argument("--loss-law", metavar="LAW", help="a name, or a law file (default besiroglu)")
+    recipe.add_argument("--compare", action="store_true", help="what other rules would have chosen")
+    recipe.add_argument("--pareto", type=Path, metavar="FILE.png", help="plot time against compute at --target-loss")
+    recipe.add_argument("--json", action="store_true", help="print everything as JSON")
+    recipe.add_argument("--out", type=Path, metavar="RUN.toml", help="write the run file")
+    recipe.set_defaults(command=_recipe)
+
+
+def _recipe(options: Namespace, words: Sequence[str]) -> int:
+
+    laws = laws_of(options.law, options.loss_law)
+    if options.pareto and not options.target_loss:
+        raise UserError(f"--pareto {options.pareto} is drawn at one loss; give --target-loss")
+    if options.out and options.out.exists():
+        raise UserError(f"--out {options.out} exists; choose another name, or remove it")
+    if options.out and options.density:
+        raise UserError("--density plans pruning, which a run file cannot say yet; leave out --density or --out")
+    found = plan(given_of(options), base_of(options), laws)
+    rows, notes, choices = recipe_rows.rows(found), recipe_rows.notes(found), recipe_rows.choices(found)
+    if options.pareto:
+        frontier = pareto.frontier(options.target_loss, laws.loss, laws.critical_batch)
+        pareto.plot(options.pareto, options.target_loss, frontier, laws.loss.source)
+    if options.out:
+        options.out.write_text(config.to_toml(found.run, found.resolved.origins), encoding="utf-8")
+        print(f"run file: {options.out}", file=sys.stderr)
+    if options.json:
+        tree = {"rows": rows, "notes": notes, "choices": choices, "run": found.run}
+        print(json.dumps(tree, default=dataclasses.asdict, indent=2))
+    else:
+        print(recipe_text.table(rows, notes))
+        if options.compare:
+            print(f"\n{recipe_text.comparison(choices)}")
+    return 0
+
+
+def given_of(options: Namespace) -> Given:
+    """Raises UserError."""
+    names = {f.name for f in fields(Given)}
+    given = Given(**{name: value for name, value in vars(options).items() if name in names})
+    if options.gpu:
+        if options.gpu.upper() not in GPUS:
+            raise UserError(f"--gpu {options.gpu} is unknown; there are {', '.join(GPUS)}, or give --peak-flops")
+        if options.peak_flops:
+            raise UserError("--gpu and --peak-flops are both a peak; leave one out")
+        given = replace(given, peak_flops=GPUS[options.gpu.upper()])
+    if options.preset:
+        if options.preset not in PRESETS:
+            raise UserError(f"--preset {options.preset} is unknown; there are {', '.join(PRESETS)}")
+        if options.width or options.layers:
+            raise UserError("--preset has a width and layers of its own; leave out --width and --layers")
+        shape = resolve.resolve([("", {"model": {"preset": options.preset}})]).config.model
+        given = replace(given, width=shape.width, layers=shape.layers)
+    return given
+
+
+def base_of(options: Namespace) -> Base:
+    """The proxy or the user's run, with the preset and the settings that are given beside it. Raises UserError."""
+    for name in ("vocab_size", "sequence_length"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise UserError(f"--{name.replace('_', '-')} {number} must be above 0")
+    base = _tuned(options.base) if options.base else PROXY
+    known = PRESETS[options.preset] if options.preset else base.tree["model"]
+    words = options.vocab_size
+    if options.tokenizer or not (words or known.get("vocab_size")):
+        words = load_tokenizer(options.tokenizer or base.get("data", "tokenizer")).vocab_size
+    data = {"train": options.data, "tokenizer": options.tokenizer, "sequence_length": options.sequence_length}
+    told: dict[str, dict[str, Any]] = {
+        "model": {} if words is None else {"vocab_size": words},
+        "data": {key: value for key, value in data.items() if value is not None},
+    }
+    return replace(base, told=told, preset=options.preset or "")
+
+
+def _tuned(path: Path) -> Base:
+    """A user's run file: what it gives, a preset's values included, and of the defaults what is tuned or scaled."""
+    found = resolve.load(path)
+    tree: dict[str, dict[str, Any]] = {"model": {}}
+    for key, origin in found.origins.items():
+        section, name = key.split(".")
+        if key != "model.preset" and (origin == path.name or origin.startswith("preset")):
+            tree.setdefault(section, {})[name] = getattr(getattr(found.config, section), name)
+    tree["model"] |= {"width": found.config.model.width, "heads": found.config.model.heads}
+    tree["optimizer"] = {"lr": found.config.optimizer.lr} | tree.get("optimizer", {})
+    return Base(path.name, tree, f"your run {path}", "yours")
+
+
+def laws_of(law: str, loss_law: str | None) -> Laws:
+    """Of the names, or law files, given. A law file has Power Lines' laws for those it lacks. Raises UserError."""
+    if law in RULES:
+        return Laws(loss_laws.named(loss_law or loss_laws.DEFAULT), rule=law)
+    loss_laws.refuse_unknown("--law", law, RULES)
+    own = law_file.read(Path(law))
+    kinds = ("timescale", "optimal_batch", "critical_batch")
+    fitted = {name: getattr(own, name) for name in kinds if getattr(own, name)}
+    if not fitted:
+        raise UserError(f"--law {law} has none of {', '.join(kinds)}; for its loss law, give --loss-law {law}")
+    loss = own.loss if own.loss and not loss_law else loss_laws.named(loss_law or loss_laws.DEFAULT)
+    return Laws(loss, **fitted)

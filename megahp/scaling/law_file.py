@@ -1,0 +1,96 @@
+"""A law file: the laws that `megahp fit` found in a user's own runs, as TOML, which `megahp recipe` takes by name.
+
+Its sections are [loss], [timescale], [optimal_batch] and [critical_batch], those that could be fitted; each holds every
+field of its law, draws included. Batches and their laws are in tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from megahp.config import toml_value
+from megahp.errors import UserError
+from megahp.scaling.laws import LossLaw, PowerLaw
+
+KINDS: dict[str, type[LossLaw] | type[PowerLaw]] = {
+    "loss": LossLaw,
+    "timescale": PowerLaw,
+    "optimal_batch": PowerLaw,
+    "critical_batch": PowerLaw,
+}
+_ABOVE_0 = ("scale", "a", "b", "alpha", "beta")
+
+
+@dataclass(frozen=True)
+class Laws:
+    """The laws of one file; None where it has none."""
+
+    loss: LossLaw | None = None  # nats per token of (parameters, tokens)
+    timescale: PowerLaw | None = None  # tau_opt of tokens per parameter
+    optimal_batch: PowerLaw | None = None  # tokens of a batch, of the tokens of a run
+    critical_batch: PowerLaw | None = None  # tokens of a batch, of D_min
+
+
+def write(path: Path, laws: Laws) -> None:
+    """The file of these laws, whatever it held before."""
+    lines = ["# Laws fitted by megahp fit; megahp recipe takes them with --law and --loss-law."]
+    for name in KINDS:
+        if law := getattr(laws, name):
+            lines += ["", f"[{name}]", *(f"{f.name} = {toml_value(getattr(law, f.name))}" for f in fields(law))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> Laws:
+    """Raises UserError naming what is no law file, an unknown section, or a law's unknown, missing or wrong fields."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"law file {path} cannot be read: {error}") from None
+    if unknown := [name for name in tree if name not in KINDS] or ([] if tree else ["nothing"]):
+        raise UserError(f"law file {path} holds {', '.join(unknown)}; its sections are {', '.join(KINDS)}")
+    try:
+        return Laws(**{name: _law(name, section) for name, section in tree.items()})
+    except ValueError as error:
+        raise UserError(f"law file {path}: {error}") from None
+
+
+def _law(name: str, section: Any) -> Any:
+    """One section's law. Raises ValueError."""
+    kind = KINDS[name]
+    types = get_type_hints(kind)
+    if not isinstance(section, dict) or section.keys() != types.keys():
+        given = ", ".join(section) if isinstance(section, dict) else section
+        raise ValueError(f"[{name}] must have the fields {', '.join(types)}; it has {given}")
+    values = {}
+    for key, value in section.items():
+        try:
+            values[key] = _convert(value, types[key])
+        except TypeError as error:
+            raise ValueError(f"{name}.{key} = {value!r} must be {error}") from None
+        if key in _ABOVE_0 and not values[key] > 0:
+            raise ValueError(f"{name}.{key} = {value!r} must be above 0")
+    return kind(**values)
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """The value in a field's type. Raises TypeError saying what it must be."""
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        if not isinstance(value, list):
+            raise TypeError("a list")
+        if items[-1] is ...:
+            return tuple(_convert(item, items[0]) for item in value)
+        if len(value) != len(items):
+            raise TypeError(f"{len(items)} numbers")
+        return tuple(_convert(item, part) for item, part in zip(value, items, strict=True))
+    if kind is str:
+        if not isinstance(value, str):
+            raise TypeError("text")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise TypeError("a number")
+    return float(value)

@@ -1,0 +1,220 @@
+"""The sweep: its cells, a small one really trained, interrupted and gone on with, and mistakes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import world
+
+from megahp.data.indexed import IndexedWriter
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "transfer_sweep.py"
+RUN = """
+[model]
+layers = 1
+width = 32
+heads = 4
+vocab_size = 257
+[data]
+train = ["corpus"]
+sequence_length = 16
+validation_fraction = 0.1
+[batch]
+global_batch = 4
+micro_batch = 4
+[train]
+tokens = 192
+validation_samples = 8
+"""
+SWEEP = ["run.toml", "--grid", "optimizer.lr=0.003,0.03,1e38", "--family", "model.layers=1,2", "--seeds", "1"]
+
+
+def load() -> ModuleType:
+    sys.path.insert(0, str(SCRIPT.parent))
+    return importlib.import_module("transfer_sweep")
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[ModuleType]:
+    before = list(sys.path)
+    yield load()
+    sys.path[:] = before
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    random = np.random.RandomState(0)
+    with IndexedWriter(str(folder / "corpus"), 257) as writer:
+        for _ in range(40):
+            writer.add_document(random.geometric(0.1, random.randint(50, 300)).clip(max=256).tolist())
+    (folder / "run.toml").write_text(RUN)
+    return folder
+
+
+@pytest.fixture
+def sweep(tool: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.chdir(folder)
+    return lambda *words: tool.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def interrupted(folder: Path) -> Path:
+    """A sweep of six cells that two workers began, and that was ended with its first cell."""
+    command = [sys.executable, str(SCRIPT), *SWEEP, "--out", "swept", "--jobs", "2"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        said = next(line for line in process.stdout if line.startswith("["))
+        process.terminate()
+    assert "/6] all, size 2, " in said and ", seed 1: loss " in said  # the costliest first
+    assert process.returncode == 128 + signal.SIGTERM
+    return folder / "swept"
+
+
+def test_a_sweep_goes_on_where_it_was_interrupted(
+    sweep: Callable[..., int], interrupted: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = [path for path in interrupted.rglob("events.jsonl") if '"finished"' in path.read_text()]
+    written = {path: path.stat().st_mtime_ns for path in ended}
+    assert 1 <= len(ended) < 6
+    assert sweep(*SWEEP, "--out", "swept", "--jobs", 1, "--json", "found.json", "--plot", "found.svg") == 0
+    assert {path: path.stat().st_mtime_ns for path in ended} == written  # not trained again
+    out = capfd.readouterr().out
+    assert f"6 cells, {len(ended)} of them there already" in out and "[6/6]" in out
+    found = json.loads(Path("found.json").read_text())
+    assert [curve["size"] for curve in found["curves"]] == [1, 2]
+    for curve in found["curves"]:
+        (slow,), (fast,), (diverged,) = curve["losses"]
+        assert fast < slow < math.log(257) + 0.5 and diverged is None
+        assert (
+            curve["optimum"] == pytest.approx(0.03) and not curve["optima"][0]["at_edge"]
+        )  # since beyond it runs diverge
+        assert json.dumps(fast) in (interrupted / f"all/{curve['size']:g}/0.03/1/metrics.jsonl").read_text()
+    assert found["drifts"]["all"]["slope"] == pytest.approx(0, abs=1e-9) and "one seed: no interval" in out
+    assert "inf" in out and Path("found.svg").stat().st_size > 1000
+    assert not list(interrupted.rglob("checkpoints")) and not list(interrupted.rglob("baselines.json"))
+
+
+def test_the_losses_of_training_serve_too(
+    sweep: Callable[..., int], interrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(*SWEEP, "--out", "swept", "--last", 0.5, "--json", "last.json") == 0
+    found = json.loads(Path("last.json").read_text())
+    steps = [json.loads(line) for line in (interrupted / "all/1/0.03/1/metrics.jsonl").read_text().splitlines()]
+    assert found["curves"][0]["losses"][1][0] == pytest.approx(np.mean([step["loss"] for step in steps[-2:]]))
+
+
+def train_three(folder: Path) -> list[tuple[int, int]]:
+    """Threads and open files after each of three cells trained in this process."""
+    os.chdir(folder)
+    tool = load()
+    words = [*SWEEP[:2], "optimizer.lr=0.001,0.002,1e38", *SWEEP[3:], "--out", "thrice"]
+    left = []
+    for cell in tool.read_cells(tool.parser().parse_args(words))[:3]:
+        with tool.claimed(cell):
+            tool.train_cell(cell, 1)
+        left.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
+    return left
+
+
+def test_a_run_leaves_nothing_behind_in_its_process(folder: Path) -> None:
+    first, *others = world.run(1, train_three, folder)[0]
+    assert others == [first, first]
+
+
+def test_a_cell_has_one_worker(tool: ModuleType, sweep: Callable[..., int]) -> None:
+    cell, other = tool.read_cells(tool.parser().parse_args([*SWEEP, "--out", "claims"]))[:2]
+    with tool.claimed(cell) as mine, tool.claimed(cell) as again, tool.claimed(other) as another:
+        assert (mine, again, another) == (True, False, True)
+    with tool.claimed(cell) as mine:
+        assert mine
+
+
+def test_what_another_worker_still_trains_is_not_taken_for_missing(
+    tool: ModuleType, sweep: Callable[..., int], interrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SWEEP, "--out", "swept"]
+    last = tool.read_cells(tool.parser().parse_args(words))[-1]
+    shutil.rmtree(last.directory)
+    with tool.claimed(last):
+        assert sweep(*words, "--jobs", 1) == 2
+    assert f"error: {last} and 0 more are with other workers" in capsys.readouterr().err
+
+
+def test_cells_are_the_run_files_own_but_for_what_is_swept(tool: ModuleType, sweep: Callable[..., int]) -> None:
+    words = ["run.toml", "optimizer.clip=0", "--grid", "optimizer.lr=1e-3,2e-3", "--out", "out", "--seeds", "3,4"]
+    words += ["--family", "model.width=64,32", "model.heads=2,1"]
+    words += ["--variants", "SP: parameterization.name=sp optimizer.lr=5e-4", "parameterization.depth_alpha=0.5"]
+    cells = tool.read_cells(tool.parser().parse_args(words))
+    assert len(cells) == 2 * 2 + 2 * 2 * 2
+    assert {(cell.variant, cell.value) for cell in cells} == {
+        ("SP", 5e-4), ("depth_alpha=0.5", 1e-3), ("depth_alpha=0.5", 2e-3)
+    }  # fmt: skip
+    assert len({cell.directory for cell in cells}) == len(cells)
+    for cell in cells:
+        settings = cell.settings
+        assert (cell.size, settings.model.heads) in {(64, 2), (32, 1)} and settings.model.width == cell.size
+        assert settings.optimizer.lr == cell.value and settings.train.seed == cell.seed
+        assert settings.optimizer.clip == 0 and settings.train.tokens == 192
+        assert settings.parameterization.name == ("sp" if cell.variant == "SP" else "completep")
+
+
+def test_a_job_array_runs_the_same_workers(sweep: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(*SWEEP, "--out", "array", "--slurm", 4, "--sbatch", "--time=1:00:00 -p gpu", "--dry-run") == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("sbatch --array=1-4 --output=array/worker-%a.log --time=1:00:00 -p gpu")
+    assert "--worker" in line and "--dry-run" not in line
+    assert not Path("array").exists()
+
+
+MISTAKES: dict[str, tuple[list[Any], str]] = {
+    "no such setting": (["--grid", "optimizer.rate=1,2"], "'optimizer.rate=1,2' is no setting with values"),
+    "no values": (["--grid", "optimizer.lr="], "is no setting with values"),
+    "a value twice": (["--grid", "optimizer.lr=1,1"], "each value is trained once"),
+    "no number": (["--grid", "optimizer.name=adamw,muon"], "'adamw' is no positive number"),
+    "one size": (["--family", "model.layers=2"], "--family gives 1 of model.layers; give one value for each size"),
+    "uneven": (["--family", "model.width=32,64", "model.heads=4"], "gives 2 of model.width, 1 of model.heads"),
+    "grid in family": (["--grid", "model.layers=1,2"], "model.layers is given twice"),
+    "given to all": (["--variants", "A: model.layers=3"], "model.layers is given twice"),
+    "same label": (["--variants", "A: model.width=32", "A: model.width=64"], "two have the same label"),
+    "its own": (["--variants", "A: train.seed=3"], "train.seed is the sweep's own to set"),
+    "seeds": (["--seeds", "1,1"], "--seeds [1, 1]: each is trained once"),
+    "jobs": (["--jobs", "0"], "--jobs 0 must be at least 1"),
+    "share": (["--last", "2"], "--last 2 must be a share"),
+    "sbatch alone": (["--sbatch", "-p gpu"], "add --slurm N"),
+    "impossible": (["--family", "model.width=32,63"], "model.width = 63"),
+    "idle": (["--variants", "A: parameterization.name=sp parameterization.base_layers=4"], "has no effect with"),
+    "batch": (["--family", "batch.global_batch=4,6"], "batch.global_batch = 6 is not a multiple of 4"),
+    "no validation": (["--variants", "A: train.validation_samples=0"], "give --last"),
+}
+
+
+@pytest.mark.parametrize(("words", "told"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_before_anything_is_trained(
+    sweep: Callable[..., int], capsys: pytest.CaptureFixture[str], words: list[Any], told: str
+) -> None:
+    assert sweep(*SWEEP, "--out", "mistaken", *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and told in said and not Path("mistaken").exists()
+
+
+def test_another_sweep_in_the_same_folder_is_refused(
+    sweep: Callable[..., int], interrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep("run.toml", "optimizer.clip=0.5", *SWEEP[1:], "--out", "swept") == 2
+    said = capsys.readouterr().err
+    assert "was trained with optimizer.clip = 1.0, not 0.5; name another --out" in said

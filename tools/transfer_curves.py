@@ -1,0 +1,117 @@
+"""What a sweep found, shown: tables, JSON, a plot. tools/transfer_sweep.py is the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megahp.errors import UserError
+from megahp.scaling.transfer import Curve, Drift
+from megahp.train.metrics import without_nan
+
+HEADER = f"{'variant':<20}{'size':>8}{'optimum':>12}{'octaves':>9}{'loss':>9}{'+-':>8}"
+LINE = "{variant:<20}{size:>8g}{optimum:>12.4g}{octaves:>+9.2f}{loss:>9.4f}{scatter:>8.4f}{edge}"
+
+Family = Mapping[float, Curve]  # by size, small ones first
+
+
+def show(families: Mapping[str, Family], drifts: Mapping[str, Drift]) -> None:
+    """Print a line a curve, and the drift of each variant. loss: at the optimum; +-: one standard deviation of it over
+    the seeds; octaves: from the smallest size's optimum."""
+    print(HEADER)
+    for variant, family in families.items():
+        first = next(iter(family.values()))
+        for size, curve in family.items():
+            least = [each.loss for each in curve.optima]
+            numbers = {
+                "optimum": curve.optimum,
+                "octaves": math.log2(curve.optimum / first.optimum),
+                "loss": np.mean(least),
+                "scatter": np.std(least, ddof=1) if len(least) > 1 else math.nan,
+            }
+            print(LINE.format(variant=variant, size=size, **numbers, edge="  at the grid's edge" * curve.at_edge))
+    for variant, drift in drifts.items():
+        print(f"{variant}: {in_words(drift, any(curve.at_edge for curve in families[variant].values()))}")
+
+
+def in_words(drift: Drift, at_edge: bool) -> str:
+    """What was found of one variant, in a sentence."""
+    slope, spread = (
+        f"[{low:.2f}, {high:.2f}]" if math.isfinite(low) else "(one seed: no interval)"
+        for low, high in (drift.slope_interval, drift.spread_interval)
+    )
+    beyond = "; an optimum is at the grid's edge, so it may be more: widen the grid" if at_edge else ""
+    return (
+        f"the optimum drifts {drift.slope:+.2f} octaves {slope} by its slope, "
+        f"{drift.spread:.2f} {spread} from least to largest{beyond}"
+    )
+
+
+def write_json(
+    file: Path, about: Mapping[str, Any], families: Mapping[str, Family], drifts: Mapping[str, Drift]
+) -> None:
+    """Everything the tables say, every loss, and what it is about; null where a number is not finite."""
+    curves = [
+        {
+            "variant": variant,
+            "size": size,
+            "values": curve.values,
+            "losses": curve.losses.tolist(),
+            "optima": [asdict(each) for each in curve.optima],
+            "optimum": curve.optimum,
+        }
+        for variant, family in families.items()
+        for size, curve in family.items()
+    ]
+    found = {**about, "curves": curves, "drifts": {variant: asdict(drift) for variant, drift in drifts.items()}}
+    file.write_text(json.dumps(without_nan(found), indent=2) + "\n", encoding="utf-8")
+
+
+def plot(file: Path, families: Mapping[str, Family], key: str, size_key: str) -> None:
+    """Loss against the grid: a panel a variant, a colour a size, a ring at each seed's optimum. Raises UserError."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib, which is missing; pip install matplotlib") from None
+    from megahp.train.report_figures import PALETTE, STYLE, save_plot
+
+    sizes = sorted({size for family in families.values() for size in family})
+    hues = dict(zip(sizes, matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, len(sizes))), strict=True))
+    with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
+        figure = Figure(figsize=(2.3 * len(families) + 1.2, 2.9), layout="constrained")
+        panels = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
+        for axes, (variant, family) in zip(panels, families.items(), strict=True):
+            for size, curve in family.items():
+                draw(axes, curve, hues[size], f"{size:g}")
+            axes.set_xscale("log")
+            axes.set_title(variant, fontsize=8.5)
+            axes.set_xlabel(key)
+        panels[0].set_ylabel("nats per token")
+        panels[0].set_ylim(*window([curve for family in families.values() for curve in family.values()]))
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles=handles, labels=labels, loc="outside right upper", frameon=False, title=size_key)
+        save_plot(figure, file)
+
+
+def draw(axes: Any, curve: Curve, hue: Any, label: str) -> None:
+    """Mean over the seeds, as far as all of them end, and their range as a band."""
+    known = np.isfinite(curve.losses).all(1)
+    values, losses = np.array(curve.values)[known], curve.losses[known]
+    axes.plot(values, losses.mean(1), ".-", color=hue, label=label)
+    axes.fill_between(values, losses.min(1), losses.max(1), color=hue, alpha=0.2, lw=0)
+    for each in curve.optima:
+        axes.plot(each.value, each.loss, "o", color=hue, ms=5, mfc="none", zorder=4)
+
+
+def window(curves: Sequence[Curve]) -> tuple[float, float]:
+    """The losses that are shown: the better half of every curve, or one that explodes would flatten the others."""
+    known = [curve.losses[np.isfinite(curve.losses)] for curve in curves]
+    low, high = min(losses.min() for losses in known), max(np.median(losses) for losses in known)
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
