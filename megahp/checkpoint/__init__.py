@@ -12,6 +12,7 @@ from megahp.checkpoint.store import (
     read_state,
     remove,
     superseded,
+    write,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "read_state",
     "remove",
     "superseded",
+    "write",
 ]

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -172,10 +172,12 @@ class Reader(StorageReader):
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The whole tensors of a checkpoint by name, each read when it is asked for, on the CPU."""
+    """The whole tensors of a checkpoint by what follows a prefix in their names, each read when it is asked for, on the
+    CPU."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.index = folder, read_index(folder)
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        tensors = read_index(folder).items()
+        self.folder, self.index = folder, {name[len(prefix) :]: t for name, t in tensors if name.startswith(prefix)}
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.index[name]
@@ -191,6 +193,35 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.index)
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
+    """Write whole tensors, one after another, as files of `limit` bytes at most and an index."""
+    index = {}
+    for number, together in enumerate(in_files(tensors, limit)):
+        file = f"shard-{number:05d}.safetensors"
+        begins = _write(together, folder / file)
+        for name, tensor in together.items():
+            data = _bytes(tensor)
+            chunk = Chunk([0] * tensor.dim(), list(tensor.shape), file, begins[name], len(data), zlib.crc32(data))
+            index[name] = {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "chunks": [asdict(chunk)]}
+    write_synced(folder / INDEX, json.dumps({"tensors": index}, indent=0))
+
+
+def in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors in their order, as many at a time as have `limit` bytes, or one that has more. What was given out is
+    emptied when the next is asked for, so that only one file's tensors are in memory."""
+    together: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if together and size + tensor.nbytes > limit:
+            yield together
+            together.clear()
+            size = 0
+        together[name] = tensor.contiguous()
+        size += tensor.nbytes
+    if together:
+        yield together
 
 
 def read_index(folder: Path) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from megahp.checkpoint.shards import Damaged, Reader, Writer, digest, sync, write_synced
+from megahp.checkpoint.shards import Damaged, Reader, Writer, digest, sync, write_synced, write_tensors
 from megahp.config import Checkpoint
 from megahp.errors import UserError
 
@@ -60,17 +60,12 @@ class Store:
             if (free := shutil.disk_usage(self.folder).free) < size:
                 raise OSError(f"it takes {size:,} bytes and {free:,} are free")
 
-        def publish() -> None:
-            write_synced(partial / "state.json", json.dumps({"version": VERSION, **state}, indent=1))
-            write_manifest(partial)
-            if self.target.exists():  # a damaged one, or it would have been gone on from
-                remove(self.target)
-            partial.rename(self.target)
-            sync(self.folder)
+        def finish() -> None:
+            publish(partial, self.target, state)
             for dropped in superseded(self.folder, self.target, self.keep):
                 remove(dropped)
 
-        writer = Writer(partial, prepare, publish)
+        writer = Writer(partial, prepare, finish)
         self.writing = dcp.async_save(dict(tensors), storage_writer=writer, process_group=self.group)  # type: ignore[assignment]
 
     def wait(self) -> None:
@@ -87,6 +82,26 @@ class Store:
             raise UserError(why) from None
         finally:
             self.writing = None
+
+
+def write(target: Path, tensors: Iterable[tuple[str, Tensor]], state: Mapping[str, Any], limit: int) -> None:
+    """Write a checkpoint from this process alone, in files of `limit` bytes, of tensors that need not all be in memory
+    at a time."""
+    partial = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_tensors(partial, tensors, limit)
+    publish(partial, target, state)
+
+
+def publish(partial: Path, target: Path, state: Mapping[str, Any]) -> None:
+    """Give a folder that holds the tensors all else that makes a checkpoint, last of all its name."""
+    write_synced(partial / "state.json", json.dumps({"version": VERSION, **state}, indent=1))
+    write_manifest(partial)
+    if target.exists():  # a damaged one, or it would have been gone on from
+        remove(target)
+    partial.rename(target)
+    sync(target.parent)
 
 
 def path(folder: Path, step: int) -> Path:

@@ -324,7 +324,8 @@ class Run:
                 f"the parameterization table of this megahp differs from the one in {path}; "
                 "go on with the version that wrote it"
             )
-        checkpoint.load(path, self._tensors())
+        # before the first update moments are 0, and what comes from elsewhere has none
+        checkpoint.load(path, self._tensors() if state["updates"] else self.engine.saved | self.masks.state())
         self.masks.measure()
         self.progress = Progress(**state["progress"])
         self.saved_at = self.progress.step
@@ -336,6 +337,27 @@ class Run:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return self.engine.saved | self.optimizer.state() | self.masks.state()
+
+
+def state_of_weights(settings: Config) -> dict[str, Any]:
+    """The JSON part of a checkpoint that holds weights, and masks, and nothing of a run: one before its first step,
+    that has seen no data."""
+    return {
+        "progress": asdict(Progress()),
+        "skipped": 0,
+        "updates": 0,
+        "noise_scale": NoiseScale(1.0).state(),
+        "batch_plan": BatchPlan(settings, 1).state(),
+        "loss_scale": vars(LossScale(FIRST_SCALE if settings.train.dtype == "float16" else 1.0)),
+        "wandb_id": new_id(),
+        "data": None,
+        "data_order": {"stage": 0, "first_sample": 0, "length": 0, "begins": {}, "taken": {}},
+        "table": table_of(settings).to_dict(),
+        "layout": asdict(Layout()),
+        "config": config.to_dict(settings),
+        "versions": {"torch": torch.__version__},
+        "validation_loss": None,
+    }
 
 
 def is_first() -> bool:
