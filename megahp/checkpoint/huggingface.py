@@ -115,8 +115,44 @@ def without_multipliers(settings: config.Config, weights: Weights) -> tuple[conf
     each branch; `logits` into the final norm, which is right for a tied head too; `attention`, over SP's, into the
     queries, or their norm. A weight is rounded once, and not at all where a multiplier is a power of two.
     """
-    model, table, qkv = settings.model, table_of(settings), _qkv(settings.model)
-    attention = table.attention / model.head_size**-0.5
+    model = settings.model
+
+    def read(name: str) -> Tensor:
+        module = _module(name)
+        if module == "unembedding" and model.tied_embeddings:
+            return weights["embedding.weight"]
+        if module.startswith("mlp.shared.") and not model.shared_experts:  # they have it all the same, with no rows
+            return torch.empty((model.width, 0) if module == "mlp.shared.down" else (0, model.width))
+        return _scaled(settings, name, weights[name], torch.mul)
+
+    return replace(model, tied_embeddings=model.tied_embeddings and table_of(settings).embedding == 1), read
+
+
+def with_multipliers(settings: config.Config, weights: Tensors) -> Tensors:
+    """The inverse of `without_multipliers`: the model's own weights, the same to the bit where multipliers are powers
+    of two, else within an ulp, since they were rounded twice. Raises UserError for weights that cannot have come of it:
+    a bias the model does not have, or a head that is no longer tied."""
+    model, table = settings.model, table_of(settings)
+    embedding = torch.empty(0)
+    for name, weight in weights:
+        if name.endswith(".bias") and has_bias(model, _module(name)) and not model.bias:
+            if weight.any():
+                raise UserError(f"{name} is not 0, and the model had no biases")
+        elif model.tied_embeddings and table.embedding != 1 and name == "embedding.weight":
+            embedding = weight
+        elif model.tied_embeddings and name == "unembedding.weight":  # which is the embedding as it was
+            folded = _scaled(settings, "embedding.weight", weight, torch.mul)
+            if not folded[: model.vocab_size].equal(embedding[: model.vocab_size]):
+                raise UserError("embedding and unembedding have parted, and the model's are tied")
+            yield "embedding.weight", weight
+        else:
+            yield name, _scaled(settings, name, weight, torch.div)
+
+
+def _scaled(settings: config.Config, name: str, weight: Tensor, by: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """A weight of ours times the multipliers that are folded into it, or over them."""
+    table, qkv = table_of(settings), _qkv(settings.model)
+    attention = table.attention / settings.model.head_size**-0.5
     factors = {
         "embedding": table.embedding,
         "positions": table.embedding,
@@ -127,23 +163,19 @@ def without_multipliers(settings: config.Config, weights: Weights) -> tuple[conf
         "mlp.shared.down": table.residual,
         "final_norm": table.logits,
     }
-
-    def read(name: str) -> Tensor:
-        module = re.sub(r"^blocks\.\d+\.|\.(weight|bias)$", "", name)
-        if module == "unembedding" and model.tied_embeddings:
-            return weights["embedding.weight"]
-        if module.startswith("mlp.shared.") and not model.shared_experts:  # they have it all the same, with no rows
-            return torch.empty((model.width, 0) if module == "mlp.shared.down" else (0, model.width))
-        if module == "attention.qkv" and not model.qk_norm:
-            queries, *others = qkv.matrices(weights[name])
-            return qkv.fuse([_times(queries, attention), *others])
-        return _times(weights[name], factors.get(module, 1.0))
-
-    return replace(model, tied_embeddings=model.tied_embeddings and table.embedding == 1), read
+    if _module(name) == "attention.qkv" and not settings.model.qk_norm:
+        queries, *others = qkv.matrices(weight)
+        return qkv.fuse([_rounded(queries, attention, by), *others])
+    return _rounded(weight, factors.get(_module(name), 1.0), by)
 
 
-def _times(weight: Tensor, factor: float) -> Tensor:
-    return weight if factor == 1 else (weight.double() * factor).to(weight.dtype)
+def _rounded(weight: Tensor, factor: float, by: Callable[[Tensor, float], Tensor]) -> Tensor:
+    return weight if factor == 1 else by(weight.double(), factor).to(weight.dtype)
+
+
+def _module(name: str) -> str:
+    """Which of a block's, or of the model's, modules a tensor of ours belongs to."""
+    return re.sub(r"^blocks\.\d+\.|\.(weight|bias)$", "", name)
 
 
 def _qkv(model: config.Model) -> Row:

@@ -172,12 +172,10 @@ class Reader(StorageReader):
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The whole tensors of a checkpoint by what follows a prefix in their names, each read when it is asked for, on the
-    CPU."""
+    """The whole tensors of a checkpoint by name, each read when it is asked for, on the CPU."""
 
-    def __init__(self, folder: Path, prefix: str = "") -> None:
-        tensors = read_index(folder).items()
-        self.folder, self.index = folder, {name[len(prefix) :]: t for name, t in tensors if name.startswith(prefix)}
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.index = folder, read_index(folder)
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.index[name]
@@ -220,8 +218,7 @@ def in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict
             size = 0
         together[name] = tensor.contiguous()
         size += tensor.nbytes
-    if together:
-        yield together
+    yield together
 
 
 def read_index(folder: Path) -> dict[str, dict[str, Any]]:
