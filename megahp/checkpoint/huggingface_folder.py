@@ -76,7 +76,8 @@ def write(folder: Path, settings: config.Config, tensors: Mapping[str, Tensor], 
     write_files(folder, "megahp", _without_place(settings, tensors), limit)
     ends = {"bos_token_id": None, "eos_token_id": eod}
     _write_json(folder / "generation_config.json", ends)
-    _write_json(folder / OURS, {"config": config.to_dict(settings), "table": table_of(settings).to_dict()})
+    more = {"table": table_of(settings).to_dict(), "tensors": sorted(Files(folder, "megahp"))}
+    _write_json(folder / OURS, {"config": config.to_dict(settings), **more})
     _write_json(folder / "config.json", hf_config | ends)
 
 
@@ -92,7 +93,10 @@ def read(folder: Path) -> tuple[dict[str, dict[str, Any]], Tensors]:
     if table_of(settings).to_dict() != ours["table"]:
         raise UserError(f"{folder / OURS} has another parameterization table than this megahp; {_remedy(folder)}")
     _same_model(settings, layer, folder)
-    return ours["config"], _restored(settings, weights, folder)
+    more = Files(folder, "megahp")
+    if lacking := set(ours["tensors"]) - set(more):
+        raise UserError(f"{folder}/megahp.safetensors lacks {min(lacking)}; restore it, or {_remedy(folder)}")
+    return ours["config"], _restored(settings, weights, more, folder)
 
 
 def write_files(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
@@ -123,12 +127,11 @@ def _without_place(settings: config.Config, tensors: Mapping[str, Tensor]) -> Te
     yield from ((name, tensors[name]) for name in tensors if name.startswith("mask."))
 
 
-def _restored(settings: config.Config, weights: Tensors, folder: Path) -> Tensors:
+def _restored(settings: config.Config, weights: Tensors, more: Files, folder: Path) -> Tensors:
     """The tensors of a checkpoint, from weights without multipliers and from what had no place beside them."""
-    more = Files(folder, "megahp")
     try:
         for short, weight in with_multipliers(settings, weights):
-            name, mask = f"model.{short}", f"mask.model.{short}"
+            name, mask = f"model.{short}", f"mask.{short}"
             if f"padding.{name}" in more:
                 weight = torch.cat((weight[: settings.model.vocab_size], more[f"padding.{name}"]))
             if mask in more:
