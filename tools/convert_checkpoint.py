@@ -1,7 +1,8 @@
-"""A model from one format into another: megahp's checkpoints, Hugging Face's folders, tokenizer included.
+"""A model from one format into another: megahp's checkpoints, Hugging Face's folders, Megatron-Core's, with tokenizers.
 
     python tools/convert_checkpoint.py --from megahp --to huggingface runs/first out/
     python tools/convert_checkpoint.py --from huggingface --to megahp llama/ runs/llama [section.key=value ...]
+    python tools/convert_checkpoint.py --from megatron --to megahp gpt/ runs/gpt --tokenizer gpt.model
 
 A megahp SRC is a checkpoint, or a run directory: then its newest. A megahp DST becomes a run directory, for `megahp
 sample`, whose config.toml trains on from it: megahp train DST/config.toml 'data.train=["my/data"]' log.name=more.
@@ -21,7 +22,7 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from megahp import checkpoint, config, resolve
-from megahp.checkpoint import huggingface_folder
+from megahp.checkpoint import huggingface_folder, megatron
 from megahp.checkpoint.shards import Damaged, Tensors
 from megahp.config import Config
 from megahp.data.tokenizer import END_OF_DOCUMENT, META_SPACE, Tokenizer, load_tokenizer
@@ -39,7 +40,7 @@ from megahp.parallel.parameters import saved, storage
 from megahp.train.run import FIXED, state_of_weights, with_vocabulary
 from megahp.train.sample import alone
 
-FORMATS = ("megahp", "huggingface")
+FORMATS = ("megahp", "huggingface", "megatron", "megatron-legacy")
 RTOL = 1e-5  # of the largest logit, in float32
 MOST_TOKENS = 512  # of the text
 # what of a converted model's settings its next run cannot choose
@@ -81,6 +82,10 @@ def refuse_mistakes(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.target} exists; name a new folder, or remove it")
     if not 0 < arguments.file_size < float("inf"):
         raise UserError(f"--file-size {arguments.file_size:g} must be above 0; 1 is usual")
+    if formats[0] == "megatron-legacy" and not arguments.allow_pickle:
+        raise UserError(f"{arguments.source} is a pickle; --allow-pickle reads it, without executing what it names")
+    if arguments.allow_pickle and formats[0] != "megatron-legacy":
+        raise UserError("--allow-pickle is for --from megatron-legacy; leave it out")
     if arguments.text and arguments.no_check:
         raise UserError(f"--text {arguments.text} is for the check; leave it or --no-check out")
 
@@ -91,14 +96,21 @@ def send(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     named = arguments.tokenizer or settings.data.tokenizer
     tokenizer = load_tokenizer(named)
     with_vocabulary(settings, tokenizer)
-    huggingface_folder.write(partial, settings, Tensors(path), tokenizer.eod, limit(arguments))
-    write_tokenizer(partial, named, tokenizer)
+    if arguments.target_format == "huggingface":
+        huggingface_folder.write(partial, settings, Tensors(path), tokenizer.eod, limit(arguments))
+        write_tokenizer(partial, named, tokenizer)
+        return tokenizer
+    legacy = arguments.target_format == "megatron-legacy"
+    megatron.write(partial, settings, Tensors(path), legacy, limit(arguments))
+    if named != "bytes":
+        shutil.copyfile(named, partial / f"tokenizer{Path(named).suffix}")
     return tokenizer
 
 
 def take(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     """Write a model of others as a run directory of ours. Returns its tokenizer. Raises UserError."""
-    tree, tensors = huggingface_folder.read(arguments.source)
+    said = resolve.parse_overrides(arguments.overrides)
+    tree, tensors = read(arguments.source_format, arguments.source, said.get("model", {}))
     layer = {
         section: {key: value for key, value in values.items() if f"{section}.{key}".startswith(KEPT)}
         for section, values in tree.items()
@@ -110,7 +122,6 @@ def take(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
         name = f"tokenizer{Path(named).suffix}"
         shutil.copyfile(named, partial / name)
         named = str(arguments.target / name)
-    said = resolve.parse_overrides(arguments.overrides)
     origin = str(arguments.source)
     resolved = resolve.resolve([(origin, layer), (origin, {"data": {"tokenizer": named}}), ("command line", said)])
     settings = with_vocabulary(resolved.config, tokenizer)
@@ -119,6 +130,13 @@ def take(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     settings = config.with_values(settings, {"train.start_from": str(arguments.target)})
     (partial / "config.toml").write_text(config.to_toml(settings, resolved.origins), encoding="utf-8")
     return tokenizer
+
+
+def read(form: str, folder: Path, given: Mapping[str, Any]) -> tuple[Any, Iterator[tuple[str, Tensor]]]:
+    """Settings, as a layer for `resolve`, and tensors of a model of others; given: what is said of [model]."""
+    if form == "huggingface":
+        return huggingface_folder.read(folder)
+    return megatron.read(folder, form == "megatron-legacy", given)
 
 
 def compare(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int:
@@ -134,7 +152,7 @@ def compare(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int:
         raise UserError(f"--text {file} holds no text; name another file")
     logits, (through, others) = (
         our_logits(settings, weights_of(Tensors(path).items()), tokens),
-        their_logits(theirs, tokens),
+        their_logits(arguments, tokens),
     )
     difference, largest = (logits - others).abs().max().item(), logits.abs().max().item()
     print(
@@ -177,12 +195,15 @@ def our_logits(settings: Config, weights: Iterable[tuple[str, Tensor]], tokens: 
 
 
 @torch.no_grad()
-def their_logits(folder: Path, tokens: Tensor) -> tuple[str, Tensor]:
+def their_logits(arguments: argparse.Namespace, tokens: Tensor) -> tuple[str, Tensor]:
     """Through what, and the logits of a folder of theirs."""
-    if importlib.util.find_spec("transformers") is None:
-        layer, tensors = huggingface_folder.read(folder)
+    sending = arguments.source_format == "megahp"
+    form = arguments.target_format if sending else arguments.source_format
+    folder = arguments.target if sending else arguments.source
+    if form != "huggingface" or importlib.util.find_spec("transformers") is None:
+        layer, tensors = read(form, folder, resolve.parse_overrides(arguments.overrides).get("model", {}))
         settings = resolve.resolve([(str(folder), layer)]).config
-        return "its own import, transformers not being installed", our_logits(settings, weights_of(tensors), tokens)
+        return f"its own import of {folder}", our_logits(settings, weights_of(tensors), tokens)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -265,6 +286,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--tokenizer", metavar="FILE", help="in place of SRC's")
     options.add_argument("--file-size", type=float, default=1, metavar="GB", help="of one file at most (default 1)")
     options.add_argument("--text", type=Path, metavar="FILE", help="for the check (default: a source file of Python's)")
+    options.add_argument("--allow-pickle", action="store_true", help="read what Megatron's legacy format is")
     options.add_argument("--no-check", action="store_true", help="do not compare logits")
     return options
 

@@ -36,14 +36,15 @@ OLDER = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor",
 OLD_BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # early versions saved them
 
 
-def export(settings: config.Config, weights: Weights) -> tuple[dict[str, Any], Tensors]:
-    """What config.json says, and the tensors by name, of the architecture that computes our model's logits.
+def export(settings: config.Config, weights: Weights, family: Family | None = None) -> tuple[dict[str, Any], Tensors]:
+    """What config.json says, and the tensors by name, of the architecture that computes our model's logits, the first
+    that does where none is given.
 
     weights: the global ones by our names, of any floating dtype, which theirs then have. Biases that only they have are
     zeros, and the rows that pad the vocabulary are left out. Raises UserError where no architecture has the model.
     """
     model, read = without_multipliers(settings, weights)
-    family = family_of(model)
+    family = family_of(model, family)
     lacking = family.always_biased and not model.bias
     model = replace(model, bias=model.bias or lacking)
     written = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
@@ -74,7 +75,9 @@ def _exported(family: Family, model: config.Model, read: Callable[[str], Tensor]
             yield their_name, part.contiguous()
 
 
-def import_(hf_config: Mapping[str, Any], weights: Weights) -> tuple[dict[str, dict[str, Any]], Tensors]:
+def import_(
+    hf_config: Mapping[str, Any], weights: Weights, family: Family | None = None
+) -> tuple[dict[str, dict[str, Any]], Tensors]:
     """Settings, as a layer for `resolve`, and our weights by name, of the model that config.json and tensors describe.
 
     The parameterization is SP. Biases that only some modules have are zeros in the others. Rows that pad the vocabulary
@@ -82,7 +85,7 @@ def import_(hf_config: Mapping[str, Any], weights: Weights) -> tuple[dict[str, d
     softmax's sum. (Zeros would rule it where the logits of all tokens are far below 0.) Raises UserError for an
     architecture, or a setting of one, that we do not have, and for tensors that are missing or left over.
     """
-    family = family_named(hf_config.get("model_type"))
+    family = family or family_named(hf_config.get("model_type"))
     hf = {**ABSENT, **family.absent, **_flat(hf_config)}
     values = _settings(family, hf)
     layer = {
