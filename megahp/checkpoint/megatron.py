@@ -178,9 +178,14 @@ class Distributed(Files):
 
     def __init__(self, folder: Path, given: Mapping[str, Any]) -> None:
         self.folder, self.args = folder, _told(_load(folder / "common.pt"), given, folder)
-        metadata = _unpickled(folder / ".metadata")
-        self.places = {(place.fqn, tuple(place.offset)): info for place, info in metadata.storage_data.items()}
         self.names = {}
+        self.places: dict[tuple[str, tuple[int, ...]], Any] = {}
+        _guarded(folder / ".metadata", self._list)
+
+    def _list(self) -> None:
+        """Where every part of every tensor lies, and which layers there are."""
+        metadata = Unpickler(io.BytesIO((self.folder / ".metadata").read_bytes())).load()
+        self.places = {(place.fqn, tuple(place.offset)): info for place, info in metadata.storage_data.items()}
         for key, tensor in metadata.state_dict_metadata.items():
             stem, stacked = re.subn(r"^decoder\.layers\.(?!\d)", "", key)
             if key.startswith(("optimizer.", "rng_state", "rerun_state")) or "_extra_state" in key:
@@ -393,11 +398,8 @@ def _load(path: Path) -> Any:
     return _guarded(path, load)
 
 
-def _unpickled(path: Path) -> Any:
-    return _guarded(path, lambda: Unpickler(io.BytesIO(path.read_bytes())).load())
-
-
 def _guarded(path: Path, load: Callable[[], Any]) -> Any:
+    """What this makes of a file. Raises UserError."""
     try:
         return load()
     except Exception as error:  # what a damaged pickle raises is anything

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -232,6 +233,138 @@ def gone_on(folder: Path) -> dict[str, Any]:
     }
 
 
+def both_ways(form: str, table: str, model: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A model of ours as Megatron's, and ours again."""
+    before = written(settings_of(table, model), folder / "ours")
+    there = convert("megahp", form, folder / "ours", folder / "theirs")
+    more = ["--allow-pickle"] if form == "megatron-legacy" else []
+    back = convert(form, "megahp", folder / "theirs", folder / "back", "--tokenizer", "bytes", *more)
+    assert (there[0], back[0]) == (0, 0), there[1] + back[1]
+    after = Tensors(checkpoint.find(folder / "back"))
+    return {"names": set(before) == set(after), "ulps": max(ulps(before[name], after[name]) for name in before)}
+
+
+class Stranger:
+    """Of a module that a reader may not have."""
+
+
+def parallel(folder: Path) -> dict[str, Any]:
+    """Megatron's files by hand from our weights: of 2 x 2 ranks, in Transformer Engine's names, and stacked by DCP."""
+    from argparse import Namespace
+
+    from torch.distributed import checkpoint as dcp
+
+    settings = settings_of("sp", {**GQA, "bias": True, "rope_theta": 10000.0})
+    ours = {name.removeprefix("model."): value for name, value in written(settings, folder / "ours").items()}
+    dims = {"attention.out.weight": 1, "mlp.down.weight": 1, "attention.out.bias": None, "mlp.down.bias": None}
+    products = {"self_attention.linear_qkv": "attention.qkv", "self_attention.linear_proj": "attention.out"}
+    products |= {"mlp.linear_fc2": "mlp.down", "gate": "mlp.gate", "up": "mlp.up"}
+
+    def layer(number: int, rank: int | None) -> dict[str, Tensor]:
+        """A rank's part, or all, of a layer."""
+        made = {}
+        for kind in ("weight", "bias"):
+            for theirs, name in products.items():
+                whole, dim = ours[f"blocks.{number}.{name}.{kind}"], dims.get(f"{name}.{kind}", 0)
+                made[f"{theirs}.{kind}"] = whole if rank is None or dim is None else whole.chunk(2, dim)[rank].clone()
+            made[f"mlp.linear_fc1.{kind}"] = torch.cat((made.pop(f"gate.{kind}"), made.pop(f"up.{kind}")))
+        for theirs, name in (("self_attention.linear_qkv", "attention_norm"), ("mlp.linear_fc1", "mlp_norm")):
+            made[f"{theirs}.layer_norm_weight"] = ours[f"blocks.{number}.{name}.weight"]
+        return made
+
+    model = settings.model
+    args = Namespace(
+        num_layers=2, hidden_size=32, num_attention_heads=4, group_query_attention=True, num_query_groups=2,
+        kv_channels=8, ffn_hidden_size=48, swiglu=True, normalization="RMSNorm", norm_epsilon=model.norm_eps,
+        position_embedding_type="rope", rotary_base=10000, rotary_percent=1.0, add_bias_linear=True,
+        untie_embeddings_and_output_weights=True, padded_vocab_size=384, max_position_embeddings=48,
+        bias_gelu_fusion=True, params_dtype=torch.float32, strange=Stranger(),
+    )  # fmt: skip
+    for stage in range(2):
+        for rank in range(2):
+            tensors = {f"decoder.layers.0.{name}": value for name, value in layer(stage, rank).items()}
+            if stage == 0:
+                tensors["embedding.word_embeddings.weight"] = ours["embedding.weight"].chunk(2)[rank].clone()
+            else:
+                tensors["output_layer.weight"] = ours["unembedding.weight"].chunk(2)[rank].clone()
+                tensors["decoder.final_layernorm.weight"] = ours["final_norm.weight"]
+            place = folder / "legacy" / "iter_0000005" / f"mp_rank_{rank:02d}_{stage:03d}"
+            place.mkdir(parents=True)
+            state = {"args": args, "checkpoint_version": 3.0, "iteration": 5, "model": tensors, "rng": Stranger()}
+            state["model"]["decoder.layers.0.mlp.linear_fc1._extra_state"] = None
+            torch.save(state, place / "model_optim_rng.pt")
+    (folder / "legacy" / "latest_checkpointed_iteration.txt").write_text("5")
+    layers = [layer(number, None) for number in range(2)]
+    stacked = {f"decoder.layers.{name}": torch.stack([each[name] for each in layers]) for name in layers[0]}
+    stacked["embedding.word_embeddings.weight"] = ours["embedding.weight"]
+    stacked["output_layer.weight"] = ours["unembedding.weight"]
+    stacked["decoder.final_layernorm.weight"] = ours["final_norm.weight"]
+    stacked["optimizer.state.exp_avg.output_layer.weight"] = ours["unembedding.weight"] + 1
+    dcp.save(stacked, storage_writer=dcp.FileSystemWriter(folder / "dist" / "iter_0000005"))
+    torch.save({"args": args, "iteration": 5}, folder / "dist" / "iter_0000005" / "common.pt")
+    (folder / "dist" / "latest_checkpointed_iteration.txt").write_text("5")
+    found = {}
+    for form, place, *more in (("megatron-legacy", "legacy", "--allow-pickle"), ("megatron", "dist")):
+        words = [folder / place, folder / f"{place} back", "model.vocab_size=384", "--tokenizer", "bytes", *more]
+        code, said = convert(form, "megahp", *words)
+        assert code == 0, said
+        after = Tensors(checkpoint.find(folder / f"{place} back"))
+        found[place] = set(after) == {f"model.{name}" for name in ours} and all(
+            after[f"model.{name}"].equal(value) for name, value in ours.items()
+        )
+    convert("megahp", "megatron", folder / "ours", folder / "sent", "--file-size", 3e-5)
+    empty = {name: torch.zeros_like(value) for name, value in stacked.items() if "optimizer" not in name}
+    dcp.load(empty, storage_reader=dcp.FileSystemReader(folder / "sent" / "release"))
+    found["read by DCP"] = all(value.equal(stacked[name]) for name, value in empty.items())
+    return found
+
+
+class Malicious:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch '{self.mark}'",)
+
+
+def malicious(folder: Path) -> dict[str, tuple[bool, int]]:
+    """Whether a pickle was executed, by where it was planted, and the exit code."""
+    found, mark = {}, folder / "executed"
+    settings = settings_of("sp", GQA)
+    written(settings, folder / "ours")
+    for form, file in (
+        ("megatron", "release/common.pt"),
+        ("megatron", "release/.metadata"),
+        ("megatron", "release/__0_0.distcp"),
+        ("megatron-legacy", "release/mp_rank_00/model_optim_rng.pt"),
+    ):
+        theirs = folder / file.replace("/", "-")
+        assert convert("megahp", form, folder / "ours", theirs, "--no-check")[0] == 0
+        if file.endswith(".metadata"):
+            (theirs / file).write_bytes(pickle.dumps(Malicious(mark)))
+        elif file.endswith(".distcp"):
+            torch.save(Malicious(mark), theirs / file)
+        else:
+            state = torch.load(theirs / file, weights_only=False)
+            torch.save({**state, "more": Malicious(mark)}, theirs / file)
+        more = ["--allow-pickle"] if form == "megatron-legacy" else []
+        code, _ = convert(form, "megahp", theirs, folder / f"{theirs.name} back", "--tokenizer", "bytes", *more)
+        found[file] = mark.exists(), code
+    torch.load(theirs / file, weights_only=False)
+    assert mark.exists()  # by torch.load as it is
+    return found
+
+
+MEGATRON: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("any", GQA),
+    "gpt": ("sp", {**GPT2, "tied_embeddings": True}),
+    "qk norm": ("two", {**GQA, "qk_norm": True, "head_size": 16}),
+    "no biases": ("any", {**GPT2, "bias": False, "activation": "gelu-exact", "positions": "none"}),
+    "relu2": ("any", {"activation": "relu2", "bias": True}),
+}
+FORMS = ("megatron", "megatron-legacy")
+
+
 def everything(folder: Path) -> dict[str, Any]:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers.utils import logging
@@ -246,6 +379,11 @@ def everything(folder: Path) -> dict[str, Any]:
     with mock.patch("importlib.util.find_spec", lambda name: None):
         found["alone"] = there_and_back("any", GQA, folder / "alone")
     found["touched"] = touched(folder)
+    found["megatron"] = {
+        (case, form): both_ways(form, *MEGATRON[case], folder / f"{case} {form}") for case in MEGATRON for form in FORMS
+    }
+    found["parallel"] = parallel(folder / "parallel")
+    found["malicious"] = malicious(folder / "malicious")
     return found
 
 
@@ -312,6 +450,33 @@ def test_a_changed_folder_is_refused(found: Any, what: str, words: str) -> None:
     assert words in said and said.startswith("error: ") and said.count("\n") == 1, said
 
 
+@needs_transformers
+@pytest.mark.parametrize("case", MEGATRON)
+@pytest.mark.parametrize("form", FORMS)
+def test_megatron_and_back(found: Any, case: str, form: str) -> None:
+    result = found["megatron"][case, form]
+    assert result["names"]
+    assert (0 < result["ulps"] <= 1) if MEGATRON[case][0] == "any" else result["ulps"] == 0
+
+
+@needs_transformers
+def test_megatrons_layout(found: Any) -> None:
+    """Parts of two tensor-parallel ranks and two stages, and DCP's own files, are our weights; ours are DCP's."""
+    assert found["parallel"] == {"legacy": True, "dist": True, "read by DCP": True}
+
+
+@needs_transformers
+def test_no_pickle_is_executed(found: Any) -> None:
+    """What a file only carries beside the model is passed over; one that is nothing else cannot be read."""
+    codes = {place: code for place, (executed, code) in found["malicious"].items() if not executed}
+    assert codes == {
+        "release/common.pt": 0,
+        "release/.metadata": 2,
+        "release/__0_0.distcp": 2,
+        "release/mp_rank_00/model_optim_rng.pt": 0,
+    }
+
+
 LARGE = """
 import resource, sys, torch
 sys.path[:0] = ["tools"]
@@ -362,6 +527,10 @@ def test_memory_holds_one_file(tmp_path: Path) -> None:
         ("--from megahp --to huggingface a b --text t --no-check", "--text t is for the check"),
         ("--from megahp --to huggingface a b", "a is neither a checkpoint nor a run directory"),
         ("--from huggingface --to megahp a b", "a/config.json cannot be read"),
+        ("--from megatron --to megahp a b --tokenizer bytes", "a/common.pt cannot be read"),
+        ("--from megatron-legacy --to megahp a b --tokenizer bytes", "a is a pickle; --allow-pickle"),
+        ("--from megatron-legacy --to megahp a b --tokenizer bytes --allow-pickle", "a has no mp_rank_TP"),
+        ("--from megatron --to megahp a b --allow-pickle", "--allow-pickle is for --from megatron-legacy"),
     ],
 )
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, why: str) -> None:
