@@ -293,6 +293,8 @@ class Checkpoint:
 
     every: int = setting(0, "steps between checkpoints; 0 = only at the end", at_least=0)
     keep: int = setting(2, "how many of the latest checkpoints stay", at_least=1)
+    keep_every: int = setting(0, "those at every so many steps stay too; 0 = none", at_least=0)
+    keep_best: bool = setting(False, "that of least validation loss stays too")
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ def test_a_mistake_is_one_line(
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("file", ["state.json", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("file", ["state.json", "index.json", "manifest.json", "shard-00000.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "other"])
 def test_a_damaged_checkpoint_is_named(folder: Path, file: str, damage: str) -> None:
     (path,) = (folder / "runs/done/checkpoints").glob(f"step-*/{file}")

@@ -1,5 +1,31 @@
 """Checkpoints of whole runs, on any layout."""
 
-from megahp.checkpoint.store import find, latest, load, path, read_state, save
+from megahp.checkpoint.store import (
+    DamagedError,
+    Store,
+    complete,
+    find,
+    latest,
+    load,
+    path,
+    problems,
+    read_state,
+    remove,
+    superseded,
+    write,
+)
 
-__all__ = ["find", "latest", "load", "path", "read_state", "save"]
+__all__ = [
+    "DamagedError",
+    "Store",
+    "complete",
+    "find",
+    "latest",
+    "load",
+    "path",
+    "problems",
+    "read_state",
+    "remove",
+    "superseded",
+    "write",
+]

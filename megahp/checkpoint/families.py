@@ -316,18 +316,18 @@ GLM4_MOE = replace(
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, NEOX, STARCODER2, GPT2, MPT, MIXTRAL, QWEN3_MOE, GLM4_MOE)
 
 
-def family_of(model: config.Model) -> Family:
-    """The first family that has the model. Raises UserError with what the nearest would need: one of its positions, if
-    there is any."""
+def family_of(model: config.Model, only: Family | None = None) -> Family:
+    """The first family that has the model; only: the one that must. Raises UserError with what the nearest would need:
+    one of its positions, if there is any."""
     lacking, family = min(
-        ((_misfits(family, model), family) for family in FAMILIES),
+        ((_misfits(family, model), family) for family in ((only,) if only else FAMILIES)),
         key=lambda pair: (model.positions not in pair[1].values["positions"], len(pair[0])),
     )
     if lacking:
-        raise UserError(
-            f"Hugging Face has no architecture of this model; {family.architecture}, the nearest, needs "
-            + " and ".join(lacking)
+        nearest = (
+            "" if only else f"Hugging Face has no architecture of this model; {family.architecture}, the nearest, "
         )
+        raise UserError(f"{nearest or family.architecture + ' '}needs " + " and ".join(lacking))
     return family
 
 
@@ -344,6 +344,8 @@ def has(model: config.Model, module: str, layer: int = 0) -> bool:
     dense = layer < model.layers - model.expert_layers
     if module == "unembedding":
         return not model.tied_embeddings
+    if module == "positions":
+        return model.positions == "learned"
     if module in ("attention.query_norm", "attention.key_norm"):
         return model.qk_norm
     if module.endswith(".gate") and model.activation != "swiglu":

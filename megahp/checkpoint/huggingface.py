@@ -36,14 +36,15 @@ OLDER = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor",
 OLD_BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # early versions saved them
 
 
-def export(settings: config.Config, weights: Weights) -> tuple[dict[str, Any], Tensors]:
-    """What config.json says, and the tensors by name, of the architecture that computes our model's logits.
+def export(settings: config.Config, weights: Weights, family: Family | None = None) -> tuple[dict[str, Any], Tensors]:
+    """What config.json says, and the tensors by name, of the architecture that computes our model's logits, the first
+    that does where none is given.
 
     weights: the global ones by our names, of any floating dtype, which theirs then have. Biases that only they have are
     zeros, and the rows that pad the vocabulary are left out. Raises UserError where no architecture has the model.
     """
     model, read = without_multipliers(settings, weights)
-    family = family_of(model)
+    family = family_of(model, family)
     lacking = family.always_biased and not model.bias
     model = replace(model, bias=model.bias or lacking)
     written = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
@@ -74,7 +75,9 @@ def _exported(family: Family, model: config.Model, read: Callable[[str], Tensor]
             yield their_name, part.contiguous()
 
 
-def import_(hf_config: Mapping[str, Any], weights: Weights) -> tuple[dict[str, dict[str, Any]], Tensors]:
+def import_(
+    hf_config: Mapping[str, Any], weights: Weights, family: Family | None = None
+) -> tuple[dict[str, dict[str, Any]], Tensors]:
     """Settings, as a layer for `resolve`, and our weights by name, of the model that config.json and tensors describe.
 
     The parameterization is SP. Biases that only some modules have are zeros in the others. Rows that pad the vocabulary
@@ -82,7 +85,7 @@ def import_(hf_config: Mapping[str, Any], weights: Weights) -> tuple[dict[str, d
     softmax's sum. (Zeros would rule it where the logits of all tokens are far below 0.) Raises UserError for an
     architecture, or a setting of one, that we do not have, and for tensors that are missing or left over.
     """
-    family = family_named(hf_config.get("model_type"))
+    family = family or family_named(hf_config.get("model_type"))
     hf = {**ABSENT, **family.absent, **_flat(hf_config)}
     values = _settings(family, hf)
     layer = {
@@ -115,8 +118,44 @@ def without_multipliers(settings: config.Config, weights: Weights) -> tuple[conf
     each branch; `logits` into the final norm, which is right for a tied head too; `attention`, over SP's, into the
     queries, or their norm. A weight is rounded once, and not at all where a multiplier is a power of two.
     """
-    model, table, qkv = settings.model, table_of(settings), _qkv(settings.model)
-    attention = table.attention / model.head_size**-0.5
+    model = settings.model
+
+    def read(name: str) -> Tensor:
+        module = _module(name)
+        if module == "unembedding" and model.tied_embeddings:
+            return weights["embedding.weight"]
+        if module.startswith("mlp.shared.") and not model.shared_experts:  # they have it all the same, with no rows
+            return torch.empty((model.width, 0) if module == "mlp.shared.down" else (0, model.width))
+        return _scaled(settings, name, weights[name], torch.mul)
+
+    return replace(model, tied_embeddings=model.tied_embeddings and table_of(settings).embedding == 1), read
+
+
+def with_multipliers(settings: config.Config, weights: Tensors) -> Tensors:
+    """The inverse of `without_multipliers`: the model's own weights, the same to the bit where multipliers are powers
+    of two, else within an ulp, since they were rounded twice. Raises UserError for weights that cannot have come of it:
+    a bias the model does not have, or a head that is no longer tied."""
+    model, table = settings.model, table_of(settings)
+    embedding = torch.empty(0)
+    for name, weight in weights:
+        if name.endswith(".bias") and has_bias(model, _module(name)) and not model.bias:
+            if weight.any():
+                raise UserError(f"{name} is not 0, and the model had no biases")
+        elif model.tied_embeddings and table.embedding != 1 and name == "embedding.weight":
+            embedding = weight
+        elif model.tied_embeddings and name == "unembedding.weight":  # which is the embedding as it was
+            folded = _scaled(settings, "embedding.weight", weight, torch.mul)
+            if not folded[: model.vocab_size].equal(embedding[: model.vocab_size]):
+                raise UserError("embedding and unembedding have parted, and the model's are tied")
+            yield "embedding.weight", weight
+        else:
+            yield name, _scaled(settings, name, weight, torch.div)
+
+
+def _scaled(settings: config.Config, name: str, weight: Tensor, by: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """A weight of ours times the multipliers that are folded into it, or over them."""
+    table, qkv = table_of(settings), _qkv(settings.model)
+    attention = table.attention / settings.model.head_size**-0.5
     factors = {
         "embedding": table.embedding,
         "positions": table.embedding,
@@ -127,23 +166,19 @@ def without_multipliers(settings: config.Config, weights: Weights) -> tuple[conf
         "mlp.shared.down": table.residual,
         "final_norm": table.logits,
     }
-
-    def read(name: str) -> Tensor:
-        module = re.sub(r"^blocks\.\d+\.|\.(weight|bias)$", "", name)
-        if module == "unembedding" and model.tied_embeddings:
-            return weights["embedding.weight"]
-        if module.startswith("mlp.shared.") and not model.shared_experts:  # they have it all the same, with no rows
-            return torch.empty((model.width, 0) if module == "mlp.shared.down" else (0, model.width))
-        if module == "attention.qkv" and not model.qk_norm:
-            queries, *others = qkv.matrices(weights[name])
-            return qkv.fuse([_times(queries, attention), *others])
-        return _times(weights[name], factors.get(module, 1.0))
-
-    return replace(model, tied_embeddings=model.tied_embeddings and table.embedding == 1), read
+    if _module(name) == "attention.qkv" and not settings.model.qk_norm:
+        queries, *others = qkv.matrices(weight)
+        return qkv.fuse([_rounded(queries, attention, by), *others])
+    return _rounded(weight, factors.get(_module(name), 1.0), by)
 
 
-def _times(weight: Tensor, factor: float) -> Tensor:
-    return weight if factor == 1 else (weight.double() * factor).to(weight.dtype)
+def _rounded(weight: Tensor, factor: float, by: Callable[[Tensor, float], Tensor]) -> Tensor:
+    return weight if factor == 1 else by(weight.double(), factor).to(weight.dtype)
+
+
+def _module(name: str) -> str:
+    """Which of a block's, or of the model's, modules a tensor of ours belongs to."""
+    return re.sub(r"^blocks\.\d+\.|\.(weight|bias)$", "", name)
 
 
 def _qkv(model: config.Model) -> Row:

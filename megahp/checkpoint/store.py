@@ -1,14 +1,19 @@
-"""Checkpoints: PyTorch's DCP for tensors on any layout, JSON for the rest, visible by one rename when complete.
+"""A folder of checkpoints: written in the background, visible by one rename when every byte is on the disk and
+accounted for, refused by file when a byte has changed, dropped when newer ones serve.
 
-checkpoints/step-00000100/{state.json, .metadata, __0_0.distcp, ...}
+checkpoints/step-00000100/{shard-00000.safetensors, ..., index.json, state.json, manifest.json}
+
+The manifest holds the size and the SHA-256 of every file, and its own; nothing is loaded from a folder that does not
+agree with its manifest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +21,87 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from megahp.checkpoint.shards import Damaged, Reader, Writer, digest, sync, write_synced, write_tensors
+from megahp.config import Checkpoint
 from megahp.errors import UserError
 
-VERSION = 2
+VERSION = 3
+MANIFEST = "manifest.json"
 STATE = {"progress", "skipped", "updates", "noise_scale", "batch_plan", "wandb_id", "loss_scale"}
 STATE |= {"data", "data_order", "table", "layout", "config"}
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
-    """Write one checkpoint, publish it, then drop all but the `keep` newest up to it. Every rank must call this.
+class DamagedError(UserError):
+    """A checkpoint is not what was written; another may be."""
 
-    Returns its path. Raises UserError, on every rank, when it cannot be written; those before it are untouched.
-    """
-    final, partial = path(folder, step), folder / f".partial-{step:08d}"
-    first = dist.get_rank() == 0
-    if first:
-        for unfinished in folder.glob(".partial-*"):
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    try:
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
-    except (OSError, dcp.CheckpointException) as error:
-        if isinstance(_first_failure(error), KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise UserError(f"checkpoint {final} cannot be written ({_cause(error)}); make room in {folder}") from None
-    if first:
-        _write_synced(partial / "state.json", json.dumps({"version": VERSION, **state}, indent=1))
-        partial.rename(final)
-        _sync(folder)
-        for old in [older for older in _complete(folder) if older <= final][:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+
+class Store:
+    """The checkpoints of a run. Every rank makes one, and calls its methods in the same order."""
+
+    def __init__(self, folder: Path, keep: Checkpoint) -> None:
+        self.folder, self.keep = folder, keep
+        self.group = dist.new_group(backend="gloo")  # the background's own: its messages never meet the training's
+        self.writing: Future[Any] | None = None
+        self.target = folder
+
+    def begin(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Copy the tensors, and write them as a checkpoint in the background, after the one before it.
+
+        state is JSON. Raises UserError, on every rank, when the one before could not be written.
+        """
+        self.wait()
+        self.target = path(self.folder, step)
+        partial = self.folder / f".partial-{step:08d}"
+
+        def prepare(size: int) -> None:
+            for unfinished in self.folder.glob(".partial-*"):
+                shutil.rmtree(unfinished)
+            partial.mkdir(parents=True)
+            if (free := shutil.disk_usage(self.folder).free) < size:
+                raise OSError(f"it takes {size:,} bytes and {free:,} are free")
+
+        def finish() -> None:
+            publish(partial, self.target, state)
+            for dropped in superseded(self.folder, self.target, self.keep):
+                remove(dropped)
+
+        writer = Writer(partial, prepare, finish)
+        self.writing = dcp.async_save(dict(tensors), storage_writer=writer, process_group=self.group)  # type: ignore[assignment]
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk. Raises UserError, on every rank, when that failed; the checkpoints
+        before it are untouched."""
+        if self.writing is None:
+            return
+        try:
+            self.writing.result()
+        except (OSError, dcp.CheckpointException) as error:
+            if isinstance(_first_failure(error), KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            why = f"checkpoint {self.target} cannot be written ({_cause(error)}); make room in {self.folder}"
+            raise UserError(why) from None
+        finally:
+            self.writing = None
+
+
+def write(target: Path, tensors: Iterable[tuple[str, Tensor]], state: Mapping[str, Any], limit: int) -> None:
+    """Write a checkpoint from this process alone, in files of `limit` bytes, of tensors that need not all be in memory
+    at a time."""
+    partial = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_tensors(partial, tensors, limit)
+    publish(partial, target, state)
+
+
+def publish(partial: Path, target: Path, state: Mapping[str, Any]) -> None:
+    """Give a folder that holds the tensors all else that makes a checkpoint, last of all its name."""
+    write_synced(partial / "state.json", json.dumps({"version": VERSION, **state}, indent=1))
+    write_manifest(partial)
+    if target.exists():  # a damaged one, or it would have been gone on from
+        remove(target)
+    partial.rename(target)
+    sync(target.parent)
 
 
 def path(folder: Path, step: int) -> Path:
@@ -56,43 +109,149 @@ def path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def complete(folder: Path) -> list[Path]:
+    """A run's complete checkpoints, damaged or not, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if any."""
-    complete = _complete(folder)
-    return complete[-1] if complete else None
+    """The newest checkpoint whose files are all there and whose JSON is whole; None where there is no checkpoint. Its
+    tensors are for `load` to check. Raises UserError when none is whole."""
+    newest_first = complete(folder)[::-1]
+    whole = next((each for each in newest_first if not problems(each, shards=False)), None)
+    if newest_first and not whole:
+        why = problems(newest_first[0], shards=False)[0]
+        raise UserError(
+            f"checkpoint {newest_first[0]} is damaged ({why}), and so are all before it; restore one from a copy"
+        )
+    return whole
 
 
 def find(place: Path) -> Path:
     """A checkpoint that was named itself, or by its run directory: then the newest. Raises UserError."""
-    found = place if (place / "state.json").exists() else latest(place / "checkpoints")
+    found = place if (place / MANIFEST).exists() else latest(place / "checkpoints")
     if found is None:
         raise UserError(f"{place} is neither a checkpoint nor a run directory that has one; name one that is")
     return found
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON part. Raises UserError if it cannot be read, is not whole or is of another version."""
-    file = checkpoint / "state.json"
+    """The JSON part. Raises DamagedError if it is not what was written, or of another version."""
+    if wrong := problems(checkpoint, shards=False):
+        raise DamagedError(f"checkpoint {checkpoint} is damaged ({wrong[0]}); {_remedy(checkpoint)}")
     try:
-        state = json.loads(file.read_text())
-        version = state["version"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"checkpoint {file} cannot be read ({error!r}); {_remedy(checkpoint)}") from None
-    if version != VERSION:
-        raise UserError(f"checkpoint {file} has version {version} and this megahp reads {VERSION}")
-    if missing := STATE - state.keys():
-        raise UserError(f"checkpoint {file} lacks {', '.join(sorted(missing))}; {_remedy(checkpoint)}")
+        state = json.loads((checkpoint / "state.json").read_bytes())
+        missing = STATE - state.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedError(f"checkpoint {checkpoint} cannot be read ({error!r}); {_remedy(checkpoint)}") from None
+    if missing:
+        raise DamagedError(f"checkpoint {checkpoint} lacks {', '.join(sorted(missing))}; {_remedy(checkpoint)}")
     return state
 
 
 def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the tensors, in place and on whatever layout they have. Raises UserError naming the checkpoint."""
-    reader = dcp.FileSystemReader(checkpoint)
+    """Fill the tensors, in place and on whatever layout they have. All ranks read, and check every file between them,
+    before a tensor is touched. Raises DamagedError naming what is wrong, or UserError."""
+    if wrong := check(checkpoint):
+        raise DamagedError(f"checkpoint {checkpoint} is damaged ({wrong[0]}); {_remedy(checkpoint)}")
+    reader = Reader(checkpoint)
     try:
-        reader.read_metadata()  # here, since dcp.load would print tracebacks before it gives up
         dcp.load(dict(tensors), storage_reader=reader)
-    except (Exception, dcp.CheckpointException) as error:  # DCP raises many kinds, depending on what is damaged
+    except (Exception, dcp.CheckpointException) as error:  # DCP raises many kinds
         raise UserError(f"checkpoint {checkpoint} cannot be loaded ({_cause(error)}); {_remedy(checkpoint)}") from None
+
+
+def check(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint's files, found by all ranks together: each reads its share of them."""
+    alone = not dist.is_initialized()
+    rank, ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+    mine = problems(checkpoint, rank, ranks)
+    if alone:
+        return mine
+    found: list[Any] = [None] * ranks
+    dist.all_gather_object(found, mine)
+    return list(dict.fromkeys(problem for one in found for problem in one))
+
+
+def problems(checkpoint: Path, rank: int = 0, ranks: int = 1, shards: bool = True) -> list[str]:
+    """What is wrong with the files of a checkpoint, one line each: nothing may be missing, longer, shorter or changed.
+
+    Every rank-th of `ranks` files is read; without `shards` the tensors' files are only measured.
+    """
+    try:
+        files = read_manifest(checkpoint)
+    except Damaged as error:
+        return [str(error)]
+    found = []
+    for number, (name, entry) in enumerate(files.items()):
+        file = checkpoint / name
+        is_read = shards and number % ranks == rank or name.endswith(".json")
+        try:
+            if file.stat().st_size != entry["bytes"]:
+                found.append(f"{name} has {file.stat().st_size:,} bytes and was written with {entry['bytes']:,}")
+            elif is_read and digest(file) != entry["sha256"]:
+                found.append(f"{name} is not what was written")
+        except OSError as error:
+            found.append(f"{name}: {error.strerror}")
+    return found
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """List every file of a folder; the list ends with its own digest."""
+    entries = {
+        file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(checkpoint.iterdir())
+    }
+    write_synced(checkpoint / MANIFEST, _sealed(entries))
+    sync(checkpoint)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Name -> bytes and sha256. Raises Damaged unless every byte of it is as written, and of our version."""
+    try:
+        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        version, files = manifest["version"], manifest["files"]
+        if version != VERSION:
+            raise Damaged(f"{MANIFEST} has version {version} and this megahp reads {VERSION}")
+        if text != _sealed(files):
+            raise Damaged(f"{MANIFEST} is not what was written")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"{MANIFEST} cannot be read ({error!r})") from None
+    return files
+
+
+def superseded(folder: Path, newest: Path, keep: Checkpoint) -> list[Path]:
+    """What need not be kept beside a checkpoint that was just published: all older ones but the newest few, those at
+    every so many steps, and the one of least validation loss."""
+    older = [each for each in complete(folder) if each <= newest]
+    kept = set(older[-keep.keep :])
+    if keep.keep_every:
+        kept |= {each for each in older if int(each.name.removeprefix("step-")) % keep.keep_every == 0}
+    if keep.keep_best:
+        losses = {each: loss for each in older if (loss := _validation_loss(each)) is not None}
+        kept |= {min(losses, key=lambda each: losses[each])} if losses else set()
+    return [each for each in older if each not in kept]
+
+
+def remove(checkpoint: Path) -> None:
+    """Drop a checkpoint; one that is half gone is none."""
+    going = checkpoint.with_name(f".partial-{checkpoint.name}")
+    checkpoint.rename(going)
+    shutil.rmtree(going)
+
+
+def _validation_loss(checkpoint: Path) -> float | None:
+    try:
+        return json.loads((checkpoint / "state.json").read_bytes()).get("validation_loss")
+    except (OSError, ValueError):
+        return None
+
+
+def _sealed(files: Mapping[str, Any]) -> str:
+    body = json.dumps({"version": VERSION, "files": files}, indent=1)
+    return json.dumps(
+        {"version": VERSION, "files": files, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1
+    )
 
 
 def _first_failure(error: BaseException) -> BaseException:
@@ -109,22 +268,4 @@ def _cause(error: BaseException) -> str:
 
 
 def _remedy(checkpoint: Path) -> str:
-    return f"if it is damaged, remove {checkpoint}: the one before it then serves"
-
-
-def _complete(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
-
-
-def _write_synced(target: Path, text: str) -> None:
-    with target.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(target.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    return f"remove {checkpoint}: the one before it then serves"

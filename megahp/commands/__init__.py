@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from megahp.commands import fit, recipe
+from megahp.commands import checkpoint, fit, recipe
 
 
 def add_to(parsers: Any) -> None:
     """Their parsers."""
-    for command in (recipe, fit):
+    for command in (recipe, fit, checkpoint):
         command.add_to(parsers)

@@ -65,11 +65,12 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
             validation = validate(run, data) if is_due(settings.train.validate_every, run) else None
             reporter.step(run, plan, measured, change, masked, seconds, validation)
             if is_due(settings.checkpoint.every, run) and not run.skipped_in_a_row:
-                run.save()
+                save(run, reporter, validation)
 
     loader.close()
     if run.progress.step != run.saved_at and not run.skipped_in_a_row:
-        run.save()
+        save(run, reporter)
+    run.store.wait()
     if is_first() and settings.log.baselines and settings.train.validation_samples:
         reporter.baselines(*baselines(settings, data))
     reporter.event("finished", "the token budget or train.steps is reached", run.progress, skipped=run.skipped)
@@ -89,30 +90,53 @@ def device_of(settings: config.Config, place: World) -> torch.device:
 def start(run: Run, reporter: Reporter, resume: bool) -> None:
     """Begin at the newest checkpoint if resuming and there is one, else where train.start_from says, else at the
     beginning."""
-    found = [checkpoint_to_start_from(run, resume) if is_first() else None]
+    found = [checkpoints_to_start_from(run, resume) if is_first() else None]
     dist.broadcast_object_list(found)  # a shared file system may show the ranks different things
     if isinstance(found[0], UserError):
         raise found[0]
     if found[0] is None:
         reporter.began("started", f"a new run of {count(run)} parameters", run, Taken(None, run.batch_plan.state()))
         return
-    event, path = found[0]
-    taken = run.restore(path) if event == "resumed" else run.branch(path)
+    event, paths = found[0]
+    path, taken, refused = go_back(run, paths) if event == "resumed" else (paths[0], run.branch(paths[0]), [])
     anew = f"; {', '.join(taken.anew)} read from the beginning" if taken.anew else ""
     reporter.began(event, f"from {path}{anew}", run, taken)
+    for why in refused:
+        reporter.event("refused", why, run.progress)
     for change in taken.changes:
         reporter.event("batch", change.reason, run.progress, **change.to_dict())
 
 
-def checkpoint_to_start_from(run: Run, resume: bool) -> tuple[str, Path] | UserError | None:
-    """The event a start is, and the checkpoint; or why there is none."""
-    if resume and (own := checkpoint.latest(run.folder)):
-        return "resumed", own
+def go_back(run: Run, newest_first: list[Path]) -> tuple[Path, Taken, list[str]]:
+    """Restore the newest checkpoint that is as it was written. Returns it, what was taken over, and why newer ones were
+    refused. Raises UserError when there is none."""
+    refused: list[str] = []
+    for path in newest_first:
+        try:
+            return path, run.restore(path), refused
+        except checkpoint.DamagedError as error:
+            refused.append(str(error))
+    raise UserError("; ".join(refused))
+
+
+def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[Path]] | UserError | None:
+    """The event a start is, and the checkpoints that serve, the best first; or why there is none."""
+    if resume and (own := checkpoint.complete(run.folder)):
+        return "resumed", own[::-1]
     try:
         origin = run.settings.train.start_from
-        return ("branched", checkpoint.find(Path(origin))) if origin else None
+        return ("branched", [checkpoint.find(Path(origin))]) if origin else None
     except UserError as error:
         return error
+
+
+def save(run: Run, reporter: Reporter, validation: float | None = None) -> None:
+    """Begin a checkpoint. That the one before it could not be written is told, and ends nothing but the run's end."""
+    try:
+        run.store.wait()
+    except UserError as error:
+        reporter.event("unsaved", str(error), run.progress)
+    run.save(validation)
 
 
 def skip(run: Run, reporter: Reporter, measured: Measurement) -> None:

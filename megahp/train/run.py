@@ -245,14 +245,16 @@ class Run:
         self.saved_at = -1  # step
         self.loss_scale = LossScale(FIRST_SCALE if settings.train.dtype == "float16" else 1.0)
         self.wandb_id = new_id()
+        self.store = checkpoint.Store(self.folder, settings.checkpoint)
         self.forget_noise()
 
     @property
     def folder(self) -> Path:
         return self.settings.directory / "checkpoints"
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment, from all ranks."""
+    def save(self, validation_loss: float | None) -> None:
+        """Begin to write a checkpoint of this moment, from all ranks. Raises UserError when that before it could not be
+        written."""
         state = {
             "progress": asdict(self.progress),
             "skipped": self.skipped,
@@ -267,10 +269,11 @@ class Run:
             "layout": asdict(self.mesh.layout),
             "config": config.to_dict(self.settings),
             "versions": {"torch": torch.__version__},
+            "validation_loss": validation_loss,
         }
         self.saved_at = self.progress.step
         check_copies(self.engine.weights, self.engine.rows, self.mesh)
-        return checkpoint.save(self.folder, self.progress.step, self._tensors(), state, self.settings.checkpoint.keep)
+        self.store.begin(self.progress.step, self._tensors(), state)
 
     def restore(self, path: Path) -> Taken:
         """Become what was saved, on this layout. Raises UserError."""
@@ -321,7 +324,8 @@ class Run:
                 f"the parameterization table of this megahp differs from the one in {path}; "
                 "go on with the version that wrote it"
             )
-        checkpoint.load(path, self._tensors())
+        # before the first update moments are 0, and what comes from elsewhere has none
+        checkpoint.load(path, self._tensors() if state["updates"] else self.engine.saved | self.masks.state())
         self.masks.measure()
         self.progress = Progress(**state["progress"])
         self.saved_at = self.progress.step
@@ -333,6 +337,27 @@ class Run:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return self.engine.saved | self.optimizer.state() | self.masks.state()
+
+
+def state_of_weights(settings: Config) -> dict[str, Any]:
+    """The JSON part of a checkpoint that holds weights, and masks, and nothing of a run: one before its first step,
+    that has seen no data."""
+    return {
+        "progress": asdict(Progress()),
+        "skipped": 0,
+        "updates": 0,
+        "noise_scale": NoiseScale(1.0).state(),
+        "batch_plan": BatchPlan(settings, 1).state(),
+        "loss_scale": vars(LossScale(FIRST_SCALE if settings.train.dtype == "float16" else 1.0)),
+        "wandb_id": new_id(),
+        "data": None,
+        "data_order": {"stage": 0, "first_sample": 0, "length": 0, "begins": {}, "taken": {}},
+        "table": table_of(settings).to_dict(),
+        "layout": asdict(Layout()),
+        "config": config.to_dict(settings),
+        "versions": {"torch": torch.__version__},
+        "validation_loss": None,
+    }
 
 
 def is_first() -> bool:

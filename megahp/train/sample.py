@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megahp import checkpoint, config, launch
@@ -30,19 +31,26 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
         )
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt is not valid UTF-8; give it as text")
-    settings = replace(read_config(run), parallel=config.Parallel(), compute=config.Compute())
-    settings = config.with_values(settings, {"train.noise_scale": False, "train.device": "auto"})
+    settings = config.with_values(read_config(run), {"train.device": "auto"})
     path = checkpoint.latest(run / "checkpoints")
     if path is None:
         raise UserError(f"{run} has no checkpoint yet; train it first")
     tokenizer = load_tokenizer(settings.data.tokenizer)
-    launch.join(launch.World(), cuda_wanted(settings))
-    device = device_of(settings, launch.World())
-    (model,) = build_model(settings, make_mesh(Layout(), device)).stages.values()
+    model = alone(settings)
     checkpoint.load(path, saved(model))
-    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eod]], device=device)
+    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eod]], device=device_of(settings, launch.World()))
     ids = continued(model, ids, tokens, window_of(settings), temperature, top_k, tokenizer.vocab_size, seed)
     return tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.eod])
+
+
+def alone(settings: config.Config) -> Transformer:
+    """The model of these settings, with its initial weights, on this process alone."""
+    if not dist.is_initialized():
+        launch.join(launch.World(), cuda_wanted(settings))
+    settings = replace(settings, parallel=config.Parallel(), compute=config.Compute())
+    settings = config.with_values(settings, {"train.noise_scale": False})
+    (model,) = build_model(settings, make_mesh(Layout(), device_of(settings, launch.World()))).stages.values()
+    return model
 
 
 def window_of(settings: config.Config) -> int:

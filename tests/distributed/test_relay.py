@@ -13,6 +13,7 @@ from distributed import world
 from distributed.test_layouts import EIGHT, FULL, LAYOUTS
 from distributed.training import Training, settings_of
 from megahp import checkpoint
+from megahp.config import Checkpoint
 from megahp.parallel.parameters import storage
 from megahp.train.verify import made_up, of_all_stages
 
@@ -48,7 +49,9 @@ def relay(model: str, folder: str) -> dict[str, Any]:
             training.progress, training.optimizer.updates = before.progress, before.optimizer.updates
             training.batch_plan.go_on(before.batch_plan.state(), before.progress)
         losses.append(training.step()["measured"]["loss"])
-        checkpoint.save(Path(folder), number + 1, tensors(training), {}, keep=1)
+        store = checkpoint.Store(Path(folder), Checkpoint(keep=1))
+        store.begin(number + 1, tensors(training), {})
+        store.wait()
         before = training
     assert before
     return {"losses": losses, "weights": of_all_stages(before.weights(), before.mesh)}

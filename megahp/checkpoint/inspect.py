@@ -1,0 +1,53 @@
+"""What a person asks of checkpoints: what there is, whether it is whole, how two differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megahp import resolve
+from megahp.checkpoint.shards import Tensors
+from megahp.checkpoint.store import complete, problems, read_state
+from megahp.config import get, names
+
+LINE = "{name:<15}{step:>10,}{tokens:>16,}{loss:>12}{size:>12}  {layout}"
+HEADER = f"{'checkpoint':<15}{'step':>10}{'tokens':>16}{'validation':>12}{'MB':>12}  layout"
+
+
+def listing(folder: Path) -> Iterator[str]:
+    """A table of a run's checkpoints, oldest first."""
+    yield HEADER
+    for checkpoint in complete(folder):
+        if wrong := problems(checkpoint, shards=False):
+            yield f"{checkpoint.name:<15}damaged: {wrong[0]}"
+            continue
+        state = read_state(checkpoint)
+        layout = ", ".join(f"{axis} {size}" for axis, size in state["layout"].items() if size > 1) or "one rank"
+        size = sum(file.stat().st_size for file in checkpoint.iterdir()) / 1e6
+        loss = state.get("validation_loss")
+        shown = {"loss": "-" if loss is None else f"{loss:.4f}", "size": f"{size:,.1f}", "layout": layout}
+        yield LINE.format(name=checkpoint.name, **state["progress"], **shown)
+
+
+def differences(one: Path, other: Path) -> Iterator[str]:
+    """How two checkpoints differ: settings, progress, and every tensor's largest difference."""
+    states = read_state(one), read_state(other)
+    configs = [resolve.from_dict(state["config"], "checkpoint") for state in states]
+    for key in names():
+        before, now = (get(config, key) for config in configs)
+        if before != now:
+            yield f"{key} = {before!r} and {now!r}"
+    for key, before in states[0]["progress"].items():
+        if before != states[1]["progress"][key]:
+            yield f"{key}: {before:,} and {states[1]['progress'][key]:,}"
+    ours, theirs = Tensors(one), Tensors(other)
+    for name in dict.fromkeys((*ours, *theirs)):
+        if name not in ours or name not in theirs:
+            yield f"{name} is in {one if name in ours else other} alone"
+            continue
+        a, b = ours[name], theirs[name]
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            yield f"{name}: {list(a.shape)} {a.dtype} and {list(b.shape)} {b.dtype}"
+        elif not a.equal(b):
+            off = (a.double() - b.double()).abs().max().item()
+            yield f"{name}: {(a != b).sum().item():,} of {a.numel():,} values differ, by {off:.3g} at most"

@@ -1,0 +1,301 @@
+"""The tensors of one checkpoint, as PyTorch's DCP plans them and we write them: safetensors files, and a JSON index
+that says where every chunk of every tensor lies. Nothing that is read is ever executed.
+
+step-00000100/{shard-00000.safetensors, ..., index.json, state.json, manifest.json}
+
+DCP decides which rank writes which chunk, replicas once, and which bytes a rank on another layout needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint import LoadPlan, LoadPlanner, Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+INDEX = "index.json"
+DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)}
+
+
+class Damaged(Exception):
+    """A file of a checkpoint is missing or is not what was written."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Where a part of a tensor lies."""
+
+    offsets: Sequence[int]  # of the part in the tensor
+    shape: Sequence[int]
+    file: str
+    begin: int  # byte of the file
+    bytes: int
+    crc32: int
+
+
+class Writer(StorageWriter):
+    """What DCP writes a checkpoint through. One rank calls begin(bytes) before anything is written, and publish() when
+    all is."""
+
+    def __init__(self, folder: Path, begin: Callable[[int], None], publish: Callable[[], None]) -> None:
+        self.folder, self.begin, self.publish = folder, begin, publish
+        self.file = ""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.file = f"shard-{kwargs['rank']:05d}.safetensors"
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self.begin(sum(item.tensor_storage_size() or 0 for plan in plans for item in plan.items))
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """This rank's chunks, as one file."""
+        tensors, chunks = {}, {}
+        for item in plan.items:
+            assert item.tensor_data is not None  # nothing but tensors is saved through DCP
+            chunk = item.tensor_data.chunk
+            whole = chunk.sizes == item.tensor_data.size
+            key = item.index.fqn if whole else f"{item.index.fqn}@{','.join(map(str, chunk.offsets))}"
+            value = planner.resolve_data(item)
+            assert isinstance(value, Tensor)
+            tensors[key], chunks[key] = value.cpu().contiguous(), (item, chunk)
+        begins = _write(tensors, self.folder / self.file) if tensors else {}
+        results = []
+        for key, (item, chunk) in chunks.items():
+            data = _bytes(tensors[key])
+            place = Chunk(chunk.offsets, chunk.sizes, self.file, begins[key], len(data), zlib.crc32(data))
+            results.append(WriteResult(index=item.index, size_in_bytes=len(data), storage_data=place))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        chunks: dict[str, list[Any]] = {}
+        for result in (result for of_rank in results for result in of_rank):
+            chunks.setdefault(result.index.fqn, []).append(asdict(result.storage_data))
+        tensors = {
+            name: {"dtype": str(tensor.properties.dtype), "shape": list(tensor.size), "chunks": chunks[name]}
+            for name, tensor in metadata.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata)
+        }
+        write_synced(self.folder / INDEX, json.dumps({"tensors": tensors}, indent=0))
+        self.publish()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+class Reader(StorageReader):
+    """What DCP reads a checkpoint through. Raises Damaged for a chunk that is not what was written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, dict[str, Any]] = {}
+        self.chunks: dict[MetadataIndex, Chunk] = {}
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self.tensors = read_index(self.folder)
+        self.chunks = {
+            MetadataIndex(name, torch.Size(chunk.offsets)): chunk
+            for name, tensor in self.tensors.items()
+            for chunk in tensor["chunks"]
+        }
+        described = {
+            name: TensorStorageMetadata(
+                TensorProperties(dtype=DTYPES[tensor["dtype"]]),
+                torch.Size(tensor["shape"]),
+                [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape)) for c in tensor["chunks"]],
+            )
+            for name, tensor in self.tensors.items()
+        }
+        return Metadata(described, storage_data=self.chunks)  # type: ignore[arg-type]
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.chunks = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        def place(item: Any) -> tuple[str, int]:
+            chunk = self.chunks[item.storage_index]
+            return chunk.file, chunk.begin
+
+        for (file, _), items in groupby(sorted(plan.items, key=place), place):
+            wanted = list(items)
+            chunk, name = self.chunks[wanted[0].storage_index], wanted[0].storage_index.fqn
+            values = read_chunk(self.folder / file, chunk, DTYPES[self.tensors[name]["dtype"]], name)
+            for item in wanted:
+                window = zip(item.storage_offsets, item.lengths, strict=True)
+                part = values[tuple(slice(start, start + length) for start, length in window)]
+                planner.resolve_tensor(item).detach().copy_(part)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The whole tensors of a checkpoint by name, each read when it is asked for, on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.index = folder, read_index(folder)
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.index[name]
+        whole = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        for chunk in entry["chunks"]:
+            sides = zip(chunk.offsets, chunk.shape, strict=True)
+            part = whole[tuple(slice(start, start + length) for start, length in sides)]
+            part.copy_(read_chunk(self.folder / chunk.file, chunk, whole.dtype, name))
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
+    """Write whole tensors, one after another, as files of `limit` bytes at most and an index."""
+    index = {}
+    for number, together in enumerate(in_files(tensors, limit)):
+        file = f"shard-{number:05d}.safetensors"
+        begins = _write(together, folder / file)
+        for name, tensor in together.items():
+            data = _bytes(tensor)
+            chunk = Chunk([0] * tensor.dim(), list(tensor.shape), file, begins[name], len(data), zlib.crc32(data))
+            index[name] = {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "chunks": [asdict(chunk)]}
+    write_synced(folder / INDEX, json.dumps({"tensors": index}, indent=0))
+
+
+def in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors in their order, as many at a time as have `limit` bytes, or one that has more. What was given out is
+    emptied when the next is asked for, so that only one file's tensors are in memory."""
+    together: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if together and size + tensor.nbytes > limit:
+            yield together
+            together.clear()
+            size = 0
+        together[name] = tensor.contiguous()
+        size += tensor.nbytes
+    yield together
+
+
+def read_index(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every tensor's dtype, shape and chunks (as Chunk). Raises Damaged unless it makes sense: chunks that fill their
+    tensor, in files of this folder."""
+    try:
+        tensors: Mapping[str, Any] = json.loads((folder / INDEX).read_bytes())["tensors"]
+        found = {
+            name: {**tensor, "chunks": [Chunk(**chunk) for chunk in tensor["chunks"]]}
+            for name, tensor in tensors.items()
+        }
+        for name, tensor in found.items():
+            _check(name, tensor)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"{folder / INDEX}: {error!r}") from None
+    return found
+
+
+def read_chunk(path: Path, chunk: Chunk, dtype: torch.dtype, name: str) -> Tensor:
+    """One chunk's values. Raises Damaged."""
+    try:
+        with path.open("rb") as file:
+            file.seek(chunk.begin)
+            data = bytearray(file.read(chunk.bytes))
+    except OSError as error:
+        raise Damaged(f"{path}: {error.strerror}") from None
+    if len(data) != chunk.bytes or zlib.crc32(data) != chunk.crc32:
+        raise Damaged(f"{path}: the part of {name} at byte {chunk.begin} is not what was written")
+    values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return values.view(torch.Size(chunk.shape))
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file. Raises Damaged."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Damaged(f"{path}: {error.strerror}") from None
+
+
+def write_synced(target: Path, text: str) -> None:
+    with target.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """See to it that a file's bytes, or a folder's entries, outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _check(name: str, tensor: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the chunks, inside the tensor, are as many values as it has."""
+    shape, size = tensor["shape"], DTYPES[tensor["dtype"]].itemsize
+    for chunk in tensor["chunks"]:
+        ends = zip(chunk.offsets, chunk.shape, shape, strict=True)
+        inside = all(start >= 0 and length >= 0 and start + length <= side for start, length, side in ends)
+        if not inside or chunk.bytes != math.prod(chunk.shape) * size or Path(chunk.file).name != chunk.file:
+            raise ValueError(f"a part of {name} makes no sense: {chunk}")
+    if sum(math.prod(chunk.shape) for chunk in tensor["chunks"]) != math.prod(shape):
+        raise ValueError(f"the parts of {name} do not make it whole")
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> dict[str, int]:
+    """Write a safetensors file, to the disk. Returns at which byte of it each tensor begins."""
+    save_file(dict(tensors), path)
+    sync(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {key: 8 + length + header[key]["data_offsets"][0] for key in tensors}
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """A view of a contiguous tensor's bytes."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

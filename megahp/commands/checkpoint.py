@@ -1,0 +1,86 @@
+"""megahp checkpoint: what there is, whether it is whole, how two differ, and dropping some."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megahp import config
+from megahp.errors import UserError
+
+
+def add_to(parsers: Any) -> None:
+    """ls, verify, diff, prune."""
+    actions = parsers.add_parser("checkpoint", help="list, verify, compare or drop checkpoints").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    listing = actions.add_parser("ls", help="what a run has")
+    listing.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    listing.set_defaults(command=_list_checkpoints)
+
+    verify = actions.add_parser("verify", help="read every byte, and compare it with what was written")
+    verify.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="or a run: then all of its")
+    verify.set_defaults(command=_verify_checkpoints)
+
+    diff = actions.add_parser("diff", help="how two differ: settings, progress, tensors")
+    diff.add_argument("checkpoints", type=Path, nargs=2, metavar="CHECKPOINT", help="or a run: then its newest")
+    diff.set_defaults(command=_compare_checkpoints)
+
+    prune = actions.add_parser("prune", help="drop what need not be kept")
+    prune.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many of the newest stay")
+    prune.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="those at every so many steps too")
+    prune.add_argument("--keep-best", action="store_true", help="that of least validation loss too")
+    prune.set_defaults(command=_prune_checkpoints)
+
+
+def _list_checkpoints(options: Namespace, words: Sequence[str]) -> int:
+    from megahp.checkpoint.inspect import listing
+
+    print("\n".join(listing(_checkpoints_of(options.run))))
+    return 0
+
+
+def _verify_checkpoints(options: Namespace, words: Sequence[str]) -> int:
+    from megahp.checkpoint import complete, problems
+
+    found = 0
+    for place in options.checkpoints:
+        for checkpoint in complete(place / "checkpoints") or [place]:
+            wrong = problems(checkpoint)
+            found += len(wrong)
+            print("\n".join(f"{checkpoint}: {problem}" for problem in wrong) or f"{checkpoint}: as it was written")
+    return 1 if found else 0
+
+
+def _compare_checkpoints(options: Namespace, words: Sequence[str]) -> int:
+    from megahp.checkpoint import find
+    from megahp.checkpoint.inspect import differences
+
+    found = 0
+    for line in differences(*map(find, options.checkpoints)):
+        print(line)
+        found = 1
+    return found
+
+
+def _prune_checkpoints(options: Namespace, words: Sequence[str]) -> int:
+    from megahp.checkpoint import latest, remove, superseded
+
+    if options.keep < 1 or options.keep_every < 0:
+        raise UserError(f"--keep {options.keep} must be at least 1, and --keep-every {options.keep_every} at least 0")
+    folder = _checkpoints_of(options.run)
+    keep = config.Checkpoint(keep=options.keep, keep_every=options.keep_every, keep_best=options.keep_best)
+    newest = latest(folder)
+    for checkpoint in superseded(folder, newest, keep) if newest else []:
+        remove(checkpoint)
+        print(f"{checkpoint} dropped")
+    return 0
+
+
+def _checkpoints_of(run: Path) -> Path:
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run} is no run directory with checkpoints; name one, such as runs/quickstart")
+    return run / "checkpoints"

@@ -1,0 +1,267 @@
+"""The store: whatever happens to a file, or to the process that writes one, what loads is what was saved."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import world
+from safetensors.torch import load_file
+
+from megahp import checkpoint
+from megahp.checkpoint.store import superseded, write_manifest
+from megahp.config import Checkpoint
+from megahp.errors import UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    """Every type that is saved, shapes without elements and without dimensions too."""
+    return {
+        "model.matrix": torch.full((7, 5), float(step)),
+        "model.half": torch.full((6,), step, dtype=torch.bfloat16),
+        "model.scalar": torch.tensor(step, dtype=torch.float64),
+        "mask": torch.arange(9) % (step + 2) == 0,
+        "empty": torch.empty(0, 3),
+    }
+
+
+def save(folder: Path, step: int, keep: Checkpoint | None = None, **state: Any) -> Path:
+    store = checkpoint.Store(folder, keep or Checkpoint(keep=100))
+    store.begin(step, tensors(step), state)
+    store.wait()
+    return checkpoint.path(folder, step)
+
+
+def loaded(path: Path) -> dict[str, torch.Tensor]:
+    found = {name: torch.zeros_like(value) for name, value in tensors(1).items()}
+    checkpoint.load(path, found)
+    return found
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    assert checkpoint.problems(path) == []
+    assert all(torch.equal(value, tensors(3)[name]) for name, value in loaded(path).items())
+
+
+def test_the_shards_are_safetensors_that_the_library_reads(tmp_path: Path) -> None:
+    (shard,) = save(tmp_path, 3).glob("*.safetensors")
+    assert all(torch.equal(value, tensors(3)[name]) for name, value in load_file(shard).items())
+
+
+def test_saving_in_the_background_copies_first(tmp_path: Path) -> None:
+    store, now = checkpoint.Store(tmp_path, Checkpoint()), tensors(1)
+    store.begin(1, now, {})
+    for value in now.values():
+        value.zero_()
+    store.wait()
+    assert torch.equal(loaded(checkpoint.path(tmp_path, 1))["model.matrix"], torch.ones(7, 5))
+
+
+def test_any_flipped_bit_is_refused(tmp_path: Path) -> None:
+    """By `verify`, and by loading, which leaves the tensors alone; in every file, its first and last bit among them."""
+    path = save(tmp_path, 3)
+    draw = random.Random(1)
+    sizes = {file: 8 * file.stat().st_size for file in path.iterdir()}
+    places = [
+        (file, bit) for file, bits in sizes.items() for bit in (0, bits - 1, *draw.sample(range(bits), min(bits, 360)))
+    ]
+    assert len(places) > 1000
+    for file, bit in places:
+        sound = file.read_bytes()
+        broken = bytearray(sound)
+        broken[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(broken)
+        assert checkpoint.problems(path), (file.name, bit)
+        found = {name: torch.zeros_like(value) for name, value in tensors(1).items()}
+        with pytest.raises(checkpoint.DamagedError, match="step-00000003"):
+            checkpoint.load(path, found)
+        assert not any(value.any() for value in found.values())
+        file.write_bytes(sound)
+    assert checkpoint.problems(path) == []
+
+
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "index.json", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "longer", "another's"])
+def test_a_damaged_file_is_named_and_the_one_before_serves(tmp_path: Path, name: str, damage: str) -> None:
+    before, path = (save(tmp_path, step, number=step) for step in (1, 2))
+    file = path / name
+    if damage == "missing":
+        file.unlink()
+    elif damage == "another's":
+        shutil.copy(before / name, file)
+    else:
+        file.write_bytes(file.read_bytes()[:-1] if damage == "cut" else file.read_bytes() + b"\0")
+    wrong = checkpoint.problems(path)
+    assert wrong and (name in wrong[0] or name == "manifest.json")
+    with pytest.raises(checkpoint.DamagedError, match="step-00000002"):
+        loaded(path)
+    if name.endswith(".json"):  # what a start looks at before it reads a tensor
+        assert checkpoint.latest(tmp_path) == before
+
+
+def test_no_checkpoint_is_whole(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "state.json").unlink()
+    with pytest.raises(UserError, match="so are all before it"):
+        checkpoint.latest(tmp_path)
+
+
+class Canary:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "index.json", "shard-00000.safetensors", ".metadata"])
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_planted_pickle_is_never_executed(tmp_path: Path, name: str, sealed: bool) -> None:
+    path, canary = save(tmp_path, 1), tmp_path / "canary"
+    (path / name).write_bytes(pickle.dumps(Canary(canary)))
+    if sealed and name != "manifest.json":  # by somebody who knows the format
+        (path / "manifest.json").unlink()
+        write_manifest(path)
+    for read in (loaded, checkpoint.read_state):
+        with contextlib.suppress(UserError):
+            read(path)
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(Canary(canary)))  # or this would test nothing
+    assert canary.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"file": "../1.safetensors"},
+        {"offsets": [1, 0]},
+        {"offsets": [-1, 0]},
+        {"shape": [6, 5], "bytes": 120},
+        {"bytes": 1},
+        {"begin": 4},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_an_index_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Even when the manifest agrees with it."""
+    path = save(tmp_path, 1)
+    index = json.loads((path / "index.json").read_text())
+    index["tensors"]["model.matrix"]["chunks"][0] |= change
+    (path / "index.json").write_text(json.dumps(index))
+    (path / "manifest.json").unlink()
+    write_manifest(path)
+    with pytest.raises(UserError, match=r"index\.json|is not what was written"):
+        loaded(path)
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (Checkpoint(keep=2), [5, 6]),
+        (Checkpoint(keep=1, keep_every=3), [3, 6]),
+        (Checkpoint(keep=1, keep_best=True), [2, 6]),
+    ],
+)
+def test_what_stays(tmp_path: Path, keep: Checkpoint, kept: list[int]) -> None:
+    for step, loss in enumerate([5.0, 1.0, 2.0, None, 3.0, 4.0], 1):
+        save(tmp_path, step, validation_loss=loss)
+    dropped = superseded(tmp_path, checkpoint.path(tmp_path, 6), keep)
+    assert [step for step in range(1, 7) if checkpoint.path(tmp_path, step) not in dropped] == kept
+
+
+def test_room_is_looked_for_before_a_byte_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = save(tmp_path, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match="100 are free.*make room"):
+            save(tmp_path, 2)
+    assert checkpoint.complete(tmp_path) == [before] and checkpoint.problems(before) == []
+    assert checkpoint.problems(save(tmp_path, 3)) == []  # and the unfinished one is swept away
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def replicated_and_split(folder: str) -> tuple[int, bool]:
+    """Of two ranks' equal tensors one is written; the parts of a split one come together on another layout."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, whole = init_device_mesh("cpu", (2,)), torch.arange(1000.0).reshape(100, 10)
+    laid_out = {"rows": distribute_tensor(whole, mesh, [Shard(0)]), "copied": whole.clone()}
+    store = checkpoint.Store(Path(folder), Checkpoint())
+    store.begin(1, laid_out, {})
+    store.wait()
+    empty = torch.zeros_like(whole)
+    found = {"rows": distribute_tensor(empty, mesh, [Shard(1)]), "copied": distribute_tensor(empty, mesh, [Shard(0)])}
+    checkpoint.load(checkpoint.path(Path(folder), 1), found)
+    same = all(torch.equal(value.redistribute(mesh, [Replicate()]).to_local(), whole) for value in found.values())
+    return sum(file.stat().st_size for file in Path(folder).glob("step-*/*.safetensors")), same
+
+
+def test_two_ranks_write_each_value_once(tmp_path: Path) -> None:
+    for size, same in world.run(2, replicated_and_split, str(tmp_path)):
+        assert same and size < 2 * 4000 + 1000
+
+
+WRITER = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = ["tests", "."]
+from checkpoint.test_store import save, Path
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+step = int(sys.argv[2])
+print("ready", flush=True)
+while True:
+    save(Path(sys.argv[1]), step)
+    step += 1
+"""
+
+
+def kill_while_saving(folder: Path, times: int) -> None:
+    draw, root = random.Random(2), Path(__file__).parents[2]
+    for _ in range(times):
+        done = checkpoint.complete(folder)
+        first = int(done[-1].name[5:]) + 1 if done else 1
+        command = [sys.executable, "-c", WRITER, str(folder), str(first)]
+        writer = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE)
+        assert writer.stdout and writer.stdout.readline() == b"ready\n"
+        time.sleep(0.05 + draw.random() / 4)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        for path in checkpoint.complete(folder)[-3:]:
+            assert checkpoint.problems(path) == []
+            step = int(path.name[5:])
+            assert all(torch.equal(value, tensors(step)[name]) for name, value in loaded(path).items())
+    assert len(checkpoint.complete(folder)) > times
+
+
+def test_a_writer_killed_at_any_moment_leaves_no_wrong_checkpoint(tmp_path: Path) -> None:
+    kill_while_saving(tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_a_writer_killed_two_hundred_times(tmp_path: Path) -> None:
+    kill_while_saving(tmp_path, 200)
