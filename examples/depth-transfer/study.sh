@@ -3,13 +3,7 @@
 # 240 runs, about 50 minutes of CPU. Interrupted, it goes on.      sh examples/depth-transfer/study.sh [--jobs N] [...]
 # Each parameterization has the five rates around its optima, found with one seed and every other rate.
 set -eu
-data=data/stdlib/bytes
-if [ ! -e "$data.idx" ]; then
-    stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
-    mkdir -p data/stdlib
-    python tools/preprocess_data.py --input "$stdlib" --extensions .py --exclude site-packages dist-packages test idlelib \
-        lib2to3 --tokenizer bytes --output "$data" --workers 2
-fi
+sh examples/stdlib-bytes.sh
 base="parameterization.base_width=64"
 completep="parameterization.name=completep $base parameterization.base_layers=2"
 python tools/transfer_sweep.py examples/depth-transfer/run.toml --family model.layers=2,4,8,16 --seeds 1,2,3 \
