@@ -45,13 +45,13 @@ class Store:
         self.target = folder
 
     def begin(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Copy the tensors, and write them as a checkpoint in the background, after the one before it.
+        """Copy tensors and state, and write them as a checkpoint in the background, after the one before it.
 
         state is JSON. Raises UserError, on every rank, when the one before could not be written.
         """
         self.wait()
         self.target = path(self.folder, step)
-        partial = self.folder / f".partial-{step:08d}"
+        partial, said = self.folder / f".partial-{step:08d}", _in_words(state)
 
         def prepare(size: int) -> None:
             for unfinished in self.folder.glob(".partial-*"):
@@ -61,7 +61,7 @@ class Store:
                 raise OSError(f"it takes {size:,} bytes and {free:,} are free")
 
         def finish() -> None:
-            publish(partial, self.target, state)
+            publish(partial, self.target, said)
             for dropped in superseded(self.folder, self.target, self.keep):
                 remove(dropped)
 
@@ -91,12 +91,12 @@ def write(target: Path, tensors: Iterable[tuple[str, Tensor]], state: Mapping[st
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write_tensors(partial, tensors, limit)
-    publish(partial, target, state)
+    publish(partial, target, _in_words(state))
 
 
-def publish(partial: Path, target: Path, state: Mapping[str, Any]) -> None:
+def publish(partial: Path, target: Path, state: str) -> None:
     """Give a folder that holds the tensors all else that makes a checkpoint, last of all its name."""
-    write_synced(partial / "state.json", json.dumps({"version": VERSION, **state}, indent=1))
+    write_synced(partial / "state.json", state)
     write_manifest(partial)
     if target.exists():  # a damaged one, or it would have been gone on from
         remove(target)
@@ -238,6 +238,10 @@ def remove(checkpoint: Path) -> None:
     going = checkpoint.with_name(f".partial-{checkpoint.name}")
     checkpoint.rename(going)
     shutil.rmtree(going)
+
+
+def _in_words(state: Mapping[str, Any]) -> str:
+    return json.dumps({"version": VERSION, **state}, indent=1)
 
 
 def _validation_loss(checkpoint: Path) -> float | None:

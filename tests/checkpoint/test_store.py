@@ -71,12 +71,15 @@ def test_the_shards_are_safetensors_that_the_library_reads(tmp_path: Path) -> No
 
 
 def test_saving_in_the_background_copies_first(tmp_path: Path) -> None:
-    store, now = checkpoint.Store(tmp_path, Checkpoint()), tensors(1)
-    store.begin(1, now, {})
+    store, now, state = checkpoint.Store(tmp_path, Checkpoint()), tensors(1), {"averages": {"noise": 1.0}}
+    store.begin(1, now, state)
+    state["averages"]["noise"] = 0.0
     for value in now.values():
         value.zero_()
     store.wait()
-    assert torch.equal(loaded(checkpoint.path(tmp_path, 1))["model.matrix"], torch.ones(7, 5))
+    path = checkpoint.path(tmp_path, 1)
+    assert torch.equal(loaded(path)["model.matrix"], torch.ones(7, 5))
+    assert json.loads((path / "state.json").read_text())["averages"] == {"noise": 1.0}
 
 
 def test_any_flipped_bit_is_refused(tmp_path: Path) -> None:
