@@ -15,13 +15,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.func import functional_call
 
 from distributed import world
 from distributed.training import Training, differences, settings_of, train, whole
 from megahp import checkpoint
+from megahp.checkpoint.shards import Tensors
 from megahp.config import Config
 from megahp.data.indexed import IndexedWriter
 from megahp.launch import World
@@ -392,8 +392,4 @@ def test_a_sparse_run_becomes_dense(found: dict[Any, Any], folder: Path) -> None
 
 def tensors(folder: Path, name: str, step: int) -> dict[str, Tensor]:
     """All of a checkpoint."""
-    reader = dcp.FileSystemReader(checkpoint.path(folder / "runs" / name / "checkpoints", step))
-    known = reader.read_metadata().state_dict_metadata
-    found = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in known.items()}
-    dcp.load(found, storage_reader=reader, no_dist=True)
-    return found
+    return dict(Tensors(checkpoint.path(folder / "runs" / name / "checkpoints", step)))
