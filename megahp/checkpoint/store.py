@@ -40,7 +40,8 @@ class Store:
 
     def __init__(self, folder: Path, keep: Checkpoint) -> None:
         self.folder, self.keep = folder, keep
-        self.group = dist.new_group(backend="gloo")  # the background's own: its messages never meet the training's
+        # the background's own, so that its messages never meet the training's
+        self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self.writing: Future[Any] | None = None
         self.target = folder
 

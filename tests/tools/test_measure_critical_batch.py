@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from megahp import config, resolve
+from megahp.checkpoint.store import write_manifest
 from megahp.data.indexed import IndexedWriter
 from megahp.scaling.batch_size import Hyperparameters
 from megahp.scaling.critical_batch import scatter
@@ -274,5 +275,6 @@ def test_where_the_rate_is_0_there_is_nothing_to_measure(
     state = json.loads((folder / "runs/run/checkpoints/step-00000006/state.json").read_text())
     state["config"]["schedule"]["floor"], state["progress"]["tokens"] = 0.0, 5120
     (tmp_path / "state.json").write_text(json.dumps(state))
+    write_manifest(tmp_path)
     assert run(tmp_path, "--tokens", 9999) == 2
     assert "the learning rate is 0, after 5120 of train.tokens = 5120" in capfd.readouterr().err

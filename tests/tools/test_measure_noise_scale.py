@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megahp.checkpoint.store import write_manifest
 from megahp.data.indexed import IndexedWriter
 from megahp.scaling.noise_scale import estimate
 from megahp.train.metrics import read_metrics
@@ -179,12 +180,17 @@ def test_mistakes_are_one_line(run: Callable[..., str], words: list[Any], expect
 
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
-    [("config", {"model": {"experts": 4}}, "model.experts = 4 at"), ("data", "another", "is not what")],
-    ids=["experts", "other data"],
+    [
+        ("config", {"model": {"experts": 4}}, "model.experts = 4 at"),
+        ("config", {"sparsity": {"method": "static", "density": 0.5}}, "sparsity.method = 'static' at"),
+        ("data", "another", "is not what"),
+    ],
+    ids=["experts", "sparse", "other data"],
 )
 def test_runs_that_cannot_be_measured(
     run: Callable[..., str], folder: Path, tmp_path: Path, key: str, value: Any, expected: str
 ) -> None:
     state = json.loads((folder / "runs/run/checkpoints/step-00000006/state.json").read_text())
     (tmp_path / "state.json").write_text(json.dumps({**state, key: value}))
+    write_manifest(tmp_path)
     assert expected in run(tmp_path)
