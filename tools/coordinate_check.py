@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import exit_code, positive, whole_numbers
 
 from megahp import config, launch, resolve
 from megahp.config import Config
@@ -98,13 +98,7 @@ REQUIRED: dict[str, dict[tuple[str, str], Requirement]] = {
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 where a slope failed, 2 for a mistake of the user's."""
-    try:
-        return check(parser().parse_intermixed_args(words))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: check(parser().parse_intermixed_args(words)))
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -128,22 +122,14 @@ def kind_of(arguments: argparse.Namespace) -> str:
 def read_family(arguments: argparse.Namespace) -> tuple[Config, dict[float, Config]]:
     """The run as it is looked at, and the same at each size, small ones first. Raises UserError."""
     kind = kind_of(arguments)
-    sizes = [number(text) for text in getattr(arguments, kind).split(",")]
+    sizes = [
+        positive(text, "no size; give positive numbers, such as 2,4,8") for text in getattr(arguments, kind).split(",")
+    ]
     if len(set(sizes)) < max(2, len(sizes)):
         raise UserError(f"--{kind} {getattr(arguments, kind)}: give two or more sizes, each once, to see a slope")
     refuse_mistakes(arguments)
     base = of_a_check(resolve.load(arguments.run, arguments.overrides).config, arguments)
     return base, {size: of_size(base, kind, size) for size in sorted(sizes)}
-
-
-def number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise UserError(f"{text!r} is no size; give positive numbers, such as 2,4,8")
-    return value
 
 
 def refuse_mistakes(arguments: argparse.Namespace) -> None:
@@ -322,10 +308,6 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write what was found here too")
     add("--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf")
     return options
-
-
-def whole_numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import exit_code
 
 from megahp import checkpoint, config, resolve
 from megahp.config import Batch, Checkpoint, Config, Log, Schedule
@@ -62,13 +63,7 @@ class Origin:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command; returns its exit code, 2 for a mistake of the user's."""
-    try:
-        return measure(parser().parse_args(words))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: measure(parser().parse_args(words)))
 
 
 def measure(arguments: argparse.Namespace) -> int:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import exit_code
 
 from megahp import checkpoint, config, launch, resolve
 from megahp.config import Config
@@ -71,20 +71,14 @@ class Place:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command; returns its exit code, 2 for a mistake of the user's."""
-    try:
-        return measure(parser().parse_args(words))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: measure(parser().parse_args(words)))
 
 
 def measure(arguments: argparse.Namespace) -> int:
     """Check, measure at every checkpoint, compare."""
     if arguments.batches < 2:
         raise UserError(f"--batches {arguments.batches} must be at least 2, to know how sure the result is")
-    paths = sorted((arguments.run / "checkpoints").glob("step-*")) or [checkpoint.find(arguments.run)]
+    paths = checkpoint.complete(arguments.run / "checkpoints") or [checkpoint.find(arguments.run)]
     settings = settings_to_measure(paths[-1])
     data = open_data(settings)
     places = [place(path, settings, data, arguments) for path in paths]

@@ -43,6 +43,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import exit_code, positive, whole_numbers
 from measure_critical_batch import diverged, is_over, refuse_another
 from measure_critical_batch import train as train_on_ranks
 from transfer_curves import plot, show, write_json
@@ -88,13 +89,7 @@ class Cell:
 def main(words: Sequence[str] | None = None) -> int:
     """The command; returns its exit code, 2 for a mistake of the user's."""
     given = sys.argv[1:] if words is None else list(words)
-    try:
-        return sweep(parser().parse_args(given), given)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: sweep(parser().parse_args(given), given))
 
 
 def sweep(arguments: argparse.Namespace, words: Sequence[str]) -> int:
@@ -187,13 +182,7 @@ def members(columns: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
 
 def number(text: str) -> float:
     """A value as a positive number, which alone has a logarithm. Raises UserError."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise UserError(f"{text!r} is no positive number, as each value of --grid and each size of --family must be")
-    return value
+    return positive(text, "no positive number, as each value of --grid and each size of --family must be")
 
 
 def plain(text: str) -> str:
@@ -416,10 +405,6 @@ def parser() -> argparse.ArgumentParser:
     add("--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     return options
-
-
-def whole_numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ from megahp.checkpoint.families import (
     has_bias,
 )
 from megahp.errors import UserError
-from megahp.model.build import longest, table_of
+from megahp.model.build import longest
 from megahp.parallel.parameters import Row
-from megahp.scaling.parameterization import Role
+from megahp.scaling.parameterization import Role, table_of
 
 Weights = Mapping[str, Tensor]  # by name; one is looked up when it is its turn, so they may lie in files
 Tensors = Iterator[tuple[str, Tensor]]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megahp import config
 from megahp.checkpoint import sidecar
-from megahp.checkpoint.huggingface import export, import_
-from megahp.checkpoint.sidecar import Files, Tensors, Weights, read_json, write_files, write_json
+from megahp.checkpoint.huggingface import Tensors, export, import_
+from megahp.checkpoint.sidecar import Files, Weights, read_json, write_files, write_json
 
 
 def write(folder: Path, settings: config.Config, tensors: Mapping[str, Tensor], eod: int, limit: int) -> None:

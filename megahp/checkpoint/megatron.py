@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.metadata import (
 from megahp import config
 from megahp.checkpoint import sidecar
 from megahp.checkpoint.families import ALWAYS, LINEAR, NORMS, Family
-from megahp.checkpoint.huggingface import export, import_
+from megahp.checkpoint.huggingface import Tensors, export, import_
 from megahp.checkpoint.shards import in_files
-from megahp.checkpoint.sidecar import Tensors, Weights, write_json
+from megahp.checkpoint.sidecar import Weights, write_json
 from megahp.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -76,7 +76,7 @@ class Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """This rank's chunks, as one file."""
-        tensors, chunks = {}, {}
+        parts, items = {}, {}
         for item in plan.items:
             assert item.tensor_data is not None  # nothing but tensors is saved through DCP
             chunk = item.tensor_data.chunk
@@ -84,27 +84,26 @@ class Writer(StorageWriter):
             key = item.index.fqn if whole else f"{item.index.fqn}@{','.join(map(str, chunk.offsets))}"
             value = planner.resolve_data(item)
             assert isinstance(value, Tensor)
-            tensors[key], chunks[key] = value.cpu().contiguous(), (item, chunk)
-        begins = _write(tensors, self.folder / self.file) if tensors else {}
-        results = []
-        for key, (item, chunk) in chunks.items():
-            data = _bytes(tensors[key])
-            place = Chunk(chunk.offsets, chunk.sizes, self.file, begins[key], len(data), zlib.crc32(data))
-            results.append(WriteResult(index=item.index, size_in_bytes=len(data), storage_data=place))
+            parts[key], items[key] = (chunk.offsets, value.cpu().contiguous()), item
+        places = _write(parts, self.folder / self.file) if parts else {}
+        results = [
+            WriteResult(index=items[key].index, size_in_bytes=place.bytes, storage_data=place)
+            for key, place in places.items()
+        ]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        chunks: dict[str, list[Any]] = {}
+        chunks: dict[str, list[Chunk]] = {}
         for result in (result for of_rank in results for result in of_rank):
-            chunks.setdefault(result.index.fqn, []).append(asdict(result.storage_data))
+            chunks.setdefault(result.index.fqn, []).append(result.storage_data)
         tensors = {
-            name: {"dtype": str(tensor.properties.dtype), "shape": list(tensor.size), "chunks": chunks[name]}
+            name: _entry(tensor.properties.dtype, tensor.size, chunks[name])
             for name, tensor in metadata.state_dict_metadata.items()
             if isinstance(tensor, TensorStorageMetadata)
         }
-        write_synced(self.folder / INDEX, json.dumps({"tensors": tensors}, indent=0))
+        _write_index(self.folder, tensors)
         self.publish()
 
     @classmethod
@@ -159,9 +158,7 @@ class Reader(StorageReader):
             chunk, name = self.chunks[wanted[0].storage_index], wanted[0].storage_index.fqn
             values = read_chunk(self.folder / file, chunk, DTYPES[self.tensors[name]["dtype"]], name)
             for item in wanted:
-                window = zip(item.storage_offsets, item.lengths, strict=True)
-                part = values[tuple(slice(start, start + length) for start, length in window)]
-                planner.resolve_tensor(item).detach().copy_(part)
+                planner.resolve_tensor(item).detach().copy_(values[_window(item.storage_offsets, item.lengths)])
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -181,9 +178,8 @@ class Tensors(Mapping[str, Tensor]):
         entry = self.index[name]
         whole = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
         for chunk in entry["chunks"]:
-            sides = zip(chunk.offsets, chunk.shape, strict=True)
-            part = whole[tuple(slice(start, start + length) for start, length in sides)]
-            part.copy_(read_chunk(self.folder / chunk.file, chunk, whole.dtype, name))
+            part = read_chunk(self.folder / chunk.file, chunk, whole.dtype, name)
+            whole[_window(chunk.offsets, chunk.shape)] = part
         return whole
 
     def __iter__(self) -> Iterator[str]:
@@ -197,13 +193,10 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: in
     """Write whole tensors, one after another, as files of `limit` bytes at most and an index."""
     index = {}
     for number, together in enumerate(in_files(tensors, limit)):
-        file = f"shard-{number:05d}.safetensors"
-        begins = _write(together, folder / file)
-        for name, tensor in together.items():
-            data = _bytes(tensor)
-            chunk = Chunk([0] * tensor.dim(), list(tensor.shape), file, begins[name], len(data), zlib.crc32(data))
-            index[name] = {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "chunks": [asdict(chunk)]}
-    write_synced(folder / INDEX, json.dumps({"tensors": index}, indent=0))
+        parts = {name: ([0] * tensor.dim(), tensor) for name, tensor in together.items()}
+        for name, place in _write(parts, folder / f"shard-{number:05d}.safetensors").items():
+            index[name] = _entry(together[name].dtype, together[name].shape, [place])
+    _write_index(folder, index)
 
 
 def in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
@@ -286,16 +279,30 @@ def _check(name: str, tensor: Mapping[str, Any]) -> None:
         raise ValueError(f"the parts of {name} do not make it whole")
 
 
-def _write(tensors: Mapping[str, Tensor], path: Path) -> dict[str, int]:
-    """Write a safetensors file, to the disk. Returns at which byte of it each tensor begins."""
-    save_file(dict(tensors), path)
+def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> dict[str, Chunk]:
+    """Write a safetensors file, to the disk, of parts of tensors: key -> offsets and contiguous values. Returns where
+    each lies."""
+    save_file({key: values for key, (_, values) in parts.items()}, path)
     sync(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    return {key: 8 + length + header[key]["data_offsets"][0] for key in tensors}
+    places = {}
+    for key, (offsets, values) in parts.items():
+        data = values.reshape(-1).view(torch.uint8).numpy().data
+        begin = 8 + length + header[key]["data_offsets"][0]
+        places[key] = Chunk(list(offsets), list(values.shape), path.name, begin, len(data), zlib.crc32(data))
+    return places
 
 
-def _bytes(tensor: Tensor) -> Any:
-    """A view of a contiguous tensor's bytes."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def _entry(dtype: torch.dtype, shape: Sequence[int], chunks: Sequence[Chunk]) -> dict[str, Any]:
+    """What the index says of a tensor."""
+    return {"dtype": str(dtype), "shape": list(shape), "chunks": [asdict(chunk) for chunk in chunks]}
+
+
+def _write_index(folder: Path, tensors: Mapping[str, Any]) -> None:
+    write_synced(folder / INDEX, json.dumps({"tensors": tensors}, indent=0))
+
+
+def _window(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))

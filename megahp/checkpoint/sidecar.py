@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megahp import config, resolve
-from megahp.checkpoint.huggingface import with_multipliers, without_multipliers
+from megahp.checkpoint.huggingface import Tensors, with_multipliers, without_multipliers
 from megahp.checkpoint.shards import in_files
 from megahp.errors import UserError
-from megahp.model.build import longest, table_of
+from megahp.model.build import longest
+from megahp.scaling.parameterization import table_of
 
-Tensors = Iterator[tuple[str, Tensor]]
 OURS = "megahp.json"
 VOCABULARY = ("embedding.weight", "unembedding.weight")
 

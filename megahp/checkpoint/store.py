@@ -164,13 +164,8 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def check(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint's files, found by all ranks together: each reads its share of them."""
-    alone = not dist.is_initialized()
-    rank, ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
-    mine = problems(checkpoint, rank, ranks)
-    if alone:
-        return mine
-    found: list[Any] = [None] * ranks
-    dist.all_gather_object(found, mine)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problems(checkpoint, dist.get_rank(), dist.get_world_size()))
     return list(dict.fromkeys(problem for one in found for problem in one))
 
 

@@ -17,13 +17,7 @@ from megahp.parallel.mesh import Mesh
 from megahp.parallel.parameters import Module, Row, check_copies, distribute, initialise, parameters, probes, rows
 from megahp.parallel.pipeline import split, stages_of
 from megahp.scaling.flops import layer_costs
-from megahp.scaling.parameterization import Role, Table, fill_in
-
-
-def table_of(config: Config) -> Table:
-    """The parameterization's table for this run's model."""
-    model = config.model
-    return fill_in(config.parameterization, model.width, model.layers, model.head_size)
+from megahp.scaling.parameterization import Role, table_of
 
 
 def longest(config: Config) -> int:

@@ -159,6 +159,8 @@ def initialise(model: nn.Module, table: Table, init_std: float, seed: int) -> No
 
 def draw_mask(name: str, weight: Tensor, density: float, seed: int) -> Tensor:
     """This rank's part of a bool mask laid out as the weight is, each entry true with probability `density`."""
+    if density == 1:
+        return torch.ones_like(storage(weight), dtype=torch.bool)
     uniform = _draw(f"{name}.mask", weight.shape, *_extent(weight), seed, "random")
     return (uniform < density).to(weight.device)
 

@@ -75,6 +75,11 @@ def spectral_scale(fan_out: int, fan_in: int) -> float:
     return math.sqrt(fan_out / fan_in)
 
 
+def table_of(run: config.Config) -> Table:
+    """The table for this run's model."""
+    return fill_in(run.parameterization, run.model.width, run.model.layers, run.model.head_size)
+
+
 def fill_in(rules: config.Parameterization, width: int, layers: int, head_size: int) -> Table:
     """The table for a model of this width, depth and head size.
 

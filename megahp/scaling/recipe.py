@@ -16,11 +16,11 @@ from megahp import resolve
 from megahp.config import Config, Model, get, with_values
 from megahp.errors import UserError, nearest_multiples
 from megahp.resolve import Resolved
-from megahp.scaling import batch_size, flops, hyperparameter_laws, parameterization, power_laws
+from megahp.scaling import batch_size, flops, hyperparameter_laws, power_laws
 from megahp.scaling.batch_size import BatchPlan, Progress
 from megahp.scaling.hyperparameter_laws import Choice
 from megahp.scaling.laws import LossLaw, PowerLaw
-from megahp.scaling.parameterization import Role
+from megahp.scaling.parameterization import Role, Table, table_of
 from megahp.scaling.sizing import Given, outside_embeddings, refuse_mistakes, shaped, tokens_for
 
 RULES = ("power-lines", "step-law", "deepseek")
@@ -103,7 +103,7 @@ class Plan:
         return self.run.train.tokens
 
     @property
-    def table(self) -> parameterization.Table:
+    def table(self) -> Table:
         return table_of(self.run)
 
     @property
@@ -169,11 +169,6 @@ def rules(model: Model, length: int, tokens: float) -> list[Choice]:
         others.nanochat(tokens),
         others.olmo_ladder(hidden),
     ]
-
-
-def table_of(run: Config) -> parameterization.Table:
-    model = run.model
-    return parameterization.fill_in(run.parameterization, model.width, model.layers, model.head_size)
 
 
 def _tree(base: Base, model: Model, tokens: int, n: int, choice: Choice | None) -> list[tuple[str, dict[str, Any]]]:

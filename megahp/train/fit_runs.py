@@ -12,11 +12,11 @@ import numpy as np
 
 from megahp.config import Config, get
 from megahp.errors import UserError
-from megahp.model.build import longest, table_of
+from megahp.model.build import longest
 from megahp.scaling import fit, flops
 from megahp.scaling.fit import Fit, Trained
 from megahp.scaling.laws import INTERVAL, LossLaw
-from megahp.scaling.parameterization import Role
+from megahp.scaling.parameterization import Role, table_of
 from megahp.train.metrics import Record, read_run
 from megahp.train.progress import human_count
 from megahp.train.replay import STARTS

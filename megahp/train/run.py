@@ -19,13 +19,14 @@ from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import TrainingData
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
-from megahp.model.build import build_model, longest, table_of
+from megahp.model.build import build_model, longest
 from megahp.ops.engines import fused_adam, linear_of, norm_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh
 from megahp.parallel.parameters import check_copies
 from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress, least_batch, runnable, unit
 from megahp.scaling.noise_scale import NoiseScale
+from megahp.scaling.parameterization import table_of
 from megahp.train.masks import Masks
 from megahp.train.optimizer import make_optimizer
 from megahp.train.step import FIRST_SCALE, Engine, LossScale

@@ -23,11 +23,12 @@ from megahp import config, launch, resolve
 from megahp.config import Config
 from megahp.data.loader import Batch
 from megahp.errors import UserError
-from megahp.model.build import build_model, table_of
+from megahp.model.build import build_model
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh, make_mesh
 from megahp.parallel.parameters import storage, whole
 from megahp.scaling.batch_size import BatchPlan, Plan, Progress, least_batch
+from megahp.scaling.parameterization import table_of
 from megahp.train.loop import device_of
 from megahp.train.masks import Masks
 from megahp.train.optimizer import make_optimizer

@@ -21,10 +21,11 @@ from megahp import resolve
 from megahp.checkpoint import families, huggingface
 from megahp.config import Config
 from megahp.errors import UserError
-from megahp.model.build import build_model, table_of
+from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import Layout
 from megahp.parallel.parameters import saved, storage
+from megahp.scaling.parameterization import table_of
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"

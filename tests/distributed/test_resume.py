@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from corpus import write_corpus
 
-from megahp.data.indexed import IndexedWriter
 from megahp.train.metrics import read_events
 from megahp.train.replay import replay
 
@@ -56,10 +55,7 @@ GROWING = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
-    random = np.random.RandomState(0)
-    with IndexedWriter(str(folder / "corpus"), 257) as writer:
-        for _ in range(40):
-            writer.add_document(np.minimum(random.geometric(0.05, random.randint(50, 300)), 256).tolist())
+    write_corpus(folder / "corpus", 0.05)
     (folder / "run.toml").write_text(RUN)
     return folder
 

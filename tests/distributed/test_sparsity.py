@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from corpus import write_corpus
 from torch import Tensor
 from torch.func import functional_call
 
@@ -23,13 +24,11 @@ from distributed.training import Training, differences, settings_of, train, whol
 from megahp import checkpoint
 from megahp.checkpoint.shards import Tensors
 from megahp.config import Config
-from megahp.data.indexed import IndexedWriter
 from megahp.launch import World
-from megahp.model.build import table_of
 from megahp.parallel import selection
 from megahp.parallel.layout import fit
 from megahp.parallel.parameters import like, storage
-from megahp.scaling.parameterization import Role
+from megahp.scaling.parameterization import Role, table_of
 from megahp.train import loop, masks
 from megahp.train.metrics import read_events, read_metrics
 from megahp.train.run import prepare
@@ -277,10 +276,7 @@ def reference(case: Case) -> Case:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sparse")
-    random = np.random.RandomState(0)
-    with IndexedWriter(str(folder / "corpus"), 257) as writer:
-        for _ in range(40):
-            writer.add_document(np.minimum(random.geometric(0.05, random.randint(50, 300)), 256).tolist())
+    write_corpus(folder / "corpus", 0.05)
     return folder
 
 

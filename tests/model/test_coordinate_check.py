@@ -20,8 +20,8 @@ from distributed.training import Training, mesh_of
 
 from megahp import resolve
 from megahp.config import Config
-from megahp.model import build
 from megahp.parallel.layout import Layout
+from megahp.scaling import parameterization
 
 TOOLS = Path(__file__).parents[2] / "tools"
 RUN = """
@@ -169,13 +169,13 @@ def test_updates_shrink_with_depth_at_alpha_half_alone() -> None:
 
 
 def weights_after_three_steps(rules: str, attention: float | None) -> dict[str, torch.Tensor]:
-    fill_in = build.fill_in
+    fill_in = parameterization.fill_in
 
     def with_attention(*arguments: Any) -> Any:
         table = fill_in(*arguments)
         return table if attention is None else type(table)(**{**vars(table), "attention": attention})
 
-    with mock.patch.object(build, "fill_in", with_attention):
+    with mock.patch.object(parameterization, "fill_in", with_attention):
         training = Training(of_a_run(rules))
         for _ in range(3):
             training.step()

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,13 +20,6 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "benchmark_training.py"
 TINY = ["--shape", "1x64", "--sequence", "16", "--micro-batch", "2", "--vocabulary", "128", "--dtype", "float32"]
 SHORT = ["--turns", "2", "--steps", "1", "--warm-up", "1"]
-
-
-@pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        yield importlib.import_module("benchmark_training")
 
 
 def run(*words: str) -> str:

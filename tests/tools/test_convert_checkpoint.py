@@ -30,8 +30,8 @@ from megahp.checkpoint.shards import Tensors
 from megahp.config import Config
 from megahp.data.indexed import IndexedWriter
 from megahp.data.tokenizer import train_sentencepiece
-from megahp.model.build import table_of
 from megahp.parallel.parameters import saved, storage
+from megahp.scaling.parameterization import table_of
 from megahp.train.run import state_of_weights
 from megahp.train.sample import alone
 

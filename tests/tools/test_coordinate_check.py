@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from corpus import write_corpus
 
-from megahp.data.indexed import IndexedWriter
 from megahp.train import coordinates
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "coordinate_check.py"
@@ -32,13 +31,6 @@ validation_fraction = 0.1
 """
 
 
-@pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        yield importlib.import_module("coordinate_check")
-
-
 @pytest.fixture
 def check(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     (tmp_path / "run.toml").write_text(RUN)
@@ -48,10 +40,7 @@ def check(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_check_on_the_runs_own_data(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(RUN)
-    random = np.random.RandomState(0)
-    with IndexedWriter(str(tmp_path / "corpus"), 257) as writer:
-        for _ in range(40):
-            writer.add_document(random.geometric(0.1, random.randint(50, 300)).clip(max=256).tolist())
+    write_corpus(tmp_path / "corpus")
     words = ["run.toml", "--depths", "4,2", "--steps", "2", "--seeds", "1,2", "--data", "data.train=['corpus']"]
     words += [
         "parameterization.name=sp",

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
+from corpus import write_corpus
 
 from megahp import config, resolve
 from megahp.checkpoint.store import write_manifest
-from megahp.data.indexed import IndexedWriter
 from megahp.scaling.batch_size import Hyperparameters
 from megahp.scaling.critical_batch import scatter
 from megahp.train.metrics import read_events, read_metrics
@@ -53,20 +51,10 @@ FRACTION = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 128 / 4608))
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        yield importlib.import_module("measure_critical_batch")
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds a run of six steps."""
     folder = tmp_path_factory.mktemp("critical")
-    random = np.random.RandomState(0)
-    with IndexedWriter(str(folder / "corpus"), 257) as writer:
-        for _ in range(40):
-            writer.add_document(random.geometric(0.1, random.randint(50, 300)).clip(max=256).tolist())
+    write_corpus(folder / "corpus")
     (folder / "run.toml").write_text(RUN)
     command = [sys.executable, "-m", "megahp", "train", "run.toml"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from corpus import write_corpus
 
 from megahp.checkpoint.store import write_manifest
-from megahp.data.indexed import IndexedWriter
 from megahp.scaling.noise_scale import estimate
 from megahp.train.metrics import read_metrics
 
@@ -47,20 +46,10 @@ KINDS = ["embedding", "norms", "attention", "mlp", "unembedding", "total"]
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        yield importlib.import_module("measure_noise_scale")
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds a run of six steps, its checkpoints after every second, and what the command found at them."""
     folder = tmp_path_factory.mktemp("noise")
-    random = np.random.RandomState(0)
-    with IndexedWriter(str(folder / "corpus"), 257) as writer:
-        for _ in range(40):
-            writer.add_document(random.geometric(0.1, random.randint(50, 300)).clip(max=256).tolist())
+    write_corpus(folder / "corpus")
     (folder / "run.toml").write_text(RUN)
     command([sys.executable, "-m", "megahp", "train", "run.toml"], folder)
     words = ["runs/run", "--batches", "3", "--json", "found.json", "--plot", "found.svg"]

@@ -1,5 +1,4 @@
 import gzip
-import importlib
 import io
 import json
 import os
@@ -17,14 +16,6 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 zstandard = pytest.importorskip("zstandard")
 
 TEXTS = ["def f():\n\treturn 1\n", "été\n\n", "", "  x = 2", "数据 \u2581 0123\r\n"]
-
-
-@pytest.fixture(scope="module")
-def tool():
-    """The script as a module, importable in spawned workers too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        yield importlib.import_module("preprocess_data")
 
 
 @pytest.fixture

@@ -11,16 +11,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from corpus import write_corpus
 from distributed import world
-
-from megahp.data.indexed import IndexedWriter
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "transfer_sweep.py"
 RUN = """
@@ -49,19 +48,9 @@ def load() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    before = list(sys.path)
-    yield load()
-    sys.path[:] = before
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
-    random = np.random.RandomState(0)
-    with IndexedWriter(str(folder / "corpus"), 257) as writer:
-        for _ in range(40):
-            writer.add_document(random.geometric(0.1, random.randint(50, 300)).clip(max=256).tolist())
+    write_corpus(folder / "corpus")
     (folder / "run.toml").write_text(RUN)
     return folder
 

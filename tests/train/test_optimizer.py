@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megahp.errors import UserError
-from megahp.model.build import table_of
 from megahp.parallel.parameters import Row
 from megahp.scaling.batch_size import BatchPlan, Plan, Progress
-from megahp.scaling.parameterization import Role
+from megahp.scaling.parameterization import Role, table_of
 from megahp.train.optimizer import ADAMW, ApexAdamW, Muon, make_optimizer
 
 SETTINGS = settings_of("llama")
