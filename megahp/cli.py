@@ -11,11 +11,10 @@ from typing import Any
 
 from megahp import commands, config, launch, resolve
 from megahp.config import Config
-from megahp.errors import UserError
+from megahp.errors import Fault, UserError
+from megahp.exit_codes import FAULT, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
 from megahp.parallel.layout import Layout, fit
 
-USER_ERROR = 2  # exit code for a mistake in what the user gave
-INTERRUPTED = 130
 SHOWN = 20  # differences between layouts, the first parameters first
 
 
@@ -53,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_file(train)
     train.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
     train.add_argument("--resume", choices=("auto",), help="go on from the newest checkpoint, if there is one")
+    train.add_argument(
+        "--restarts", type=int, metavar="N", help="after a fault start the ranks again, up to so many times"
+    )
     train.set_defaults(command=_train)
 
     show = parsers.add_parser("config", help="print every setting and where its value comes from")
@@ -105,32 +107,56 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.ranks and place.size not in (1, options.ranks):
         raise UserError(f"--ranks {options.ranks}, but the launcher started {place.size}; leave --ranks out")
     settings = prepare(settings, layout, options.ranks or place.local_size, options.resume == "auto")
+    if options.restarts is not None:
+        return _train_again_and_again(options, words, settings.directory, place)
     if ranks > place.size:
         return launch.spawn(words, ranks)
     return _train_rank(settings, place, layout, options.resume == "auto")
 
 
+def _train_again_and_again(options: argparse.Namespace, words: Sequence[str], run: Path, place: launch.World) -> int:
+    """Start ranks, and after a fault again."""
+    from megahp.relaunch import until_done
+
+    if not options.ranks or place.size > 1 or options.restarts < 0:
+        raise UserError(
+            f"--restarts {options.restarts} goes with --ranks N, and is at least 0; under srun and torchrun the job "
+            "is started again by Slurm's requeue (slurm/)"
+        )
+    arguments = ["train", str(options.run_file), *options.overrides]
+
+    def start(resume: bool) -> int:
+        return launch.spawn([*arguments, *(["--resume", "auto"] if resume or options.resume else [])], options.ranks)
+
+    return until_done(start, run, options.restarts)
+
+
 def _train_rank(settings: Config, place: launch.World, layout: Layout, resume: bool) -> int:
     """Train as one rank, and leave without tearing the process group down (launch.leave)."""
+    from megahp.train.crash import report_crash
     from megahp.train.loop import train
     from megahp.train.run import cuda_wanted
 
-    code = 0
+    code = FINISHED
     store = launch.join(place, cuda_wanted(settings))
     try:
-        directory = train(settings, place, layout, resume)
-        if place.rank == 0:
-            _finish(directory)
+        code = FINISHED if train(settings, place, store, layout, resume) else STOPPED
+        if place.rank == 0 and code == FINISHED:
+            _finish(settings.directory)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except UserError as error:
-        if launch.is_first_to_tell(store):
-            _complain(error)
         code = USER_ERROR
-    except Exception:
-        code = USER_ERROR if launch.is_told(store) else 1
-        if code == 1:
-            traceback.print_exc()
+        if launch.is_first_to_tell(store, "user error"):
+            _complain(error)
+    except Exception as error:
+        code = USER_ERROR if launch.is_told(store, "user error") else FAULT
+        if code == FAULT:
+            report_crash(settings.directory, place.rank, traceback.format_exc())
+            if launch.is_lost_connection(error):
+                _complain(Fault(f"rank {place.rank} has lost its connection to another, and ends too"))
+            elif launch.is_first_to_tell(store, "fault"):
+                _complain(error) if isinstance(error, Fault) else traceback.print_exc()
     launch.leave(code)
     return code
 
@@ -194,5 +220,5 @@ def _report(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
-def _complain(error: UserError) -> None:
+def _complain(error: Exception) -> None:
     print(f"megahp: {error}", file=sys.stderr)

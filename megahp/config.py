@@ -298,6 +298,28 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Resilience:
+    """What is watched while training, and what is done about it."""
+
+    stop_after: float = setting(
+        0.0, "minutes of training after which the run is saved and stops, to be gone on with; 0 = none", at_least=0
+    )
+    hang_after: float = setting(
+        600.0, "seconds without a step after which ranks hang, and the job is ended; 0 = never", at_least=0
+    )
+    check_every: int = setting(
+        50, "steps between comparisons of copied weights, and of the ranks' speed; 0 = at the end only", at_least=0
+    )
+    spikes: Literal["tell", "skip", "rewind"] = setting(
+        "tell",
+        "when loss or gradient norm stand out: an event alone; the step is skipped; back to the newest checkpoint, and "
+        "past the samples since then",
+    )
+    spike_sigmas: float = setting(6.0, "what stands out, in standard deviations above the mean", above=0)
+    spike_window: int = setting(128, "steps that mean and deviation are of", at_least=2)
+
+
+@dataclass(frozen=True)
 class Log:
     """The run directory: root/name."""
 
@@ -325,6 +347,7 @@ class Config:
     train: Train = Train()
     compute: Compute = Compute()
     checkpoint: Checkpoint = Checkpoint()
+    resilience: Resilience = Resilience()
     log: Log = Log()
 
     @property

@@ -1,4 +1,4 @@
-"""The one exception that means: what the user gave cannot be used; and what its remedies are made of."""
+"""Exceptions that are told in one line: what the user gave cannot be used, or a machine failed."""
 
 import itertools
 
@@ -9,6 +9,10 @@ class UserError(Exception):
     The message names what is wrong (the setting or file), its value, and the remedy.
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class Fault(Exception):
+    """Something broke that nobody here did wrong, told in one line; the run may go on from its last checkpoint."""
 
 
 def nearest_divisors(number: int, to: int) -> str:

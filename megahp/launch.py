@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 SECONDS_TO_EXPLAIN = 2.0  # how long the ranks are left alone once one has failed, to say why
-TOLD = "user error told"
 PR_SET_PDEATHSIG = 1
 
 
@@ -64,7 +63,7 @@ def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
 
 def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", "megahp")) -> int:
     """Run `python PROGRAM ARGUMENTS` as so many local ranks. Returns 0, or the first failing rank's exit code;
-    the others are ended then, since a rank without its peers can only hang."""
+    the others are ended then, since a rank without its peers can only hang. Signals that give notice are passed on."""
     from torch.distributed import TCPStore
 
     # this process holds the store, on a port the system picks, so that two runs never want the same one
@@ -76,20 +75,25 @@ def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", 
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
     }
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # so that the ranks are ended too
-        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     command = [sys.executable, *program, *arguments]
     processes: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGUSR1, pass_on)
+    signal.signal(signal.SIGHUP, lambda number, _: sys.exit(128 + number))
     try:
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(command, env=common | place, preexec_fn=_die_with_parent))
         while any(process.poll() is None for process in processes):
-            if failed := [process.returncode for process in processes if process.poll()]:
-                _wait(processes, SECONDS_TO_EXPLAIN)
-                return _exit_code(failed[0])
+            if any(process.returncode for process in processes):
+                break
             time.sleep(0.05)
-        return next((_exit_code(process.returncode) for process in processes if process.returncode), 0)
+        return _first_failure([process.returncode for process in processes])
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
@@ -124,18 +128,28 @@ def join(place: World, cuda: bool) -> Store:
     return store
 
 
-def is_first_to_tell(store: Store) -> bool:
-    """Whether no other rank has told the user of a mistake before: one line is enough for what all ranks meet."""
-    return store.add(TOLD, 1) == 1
+def is_first_to_tell(store: Store, what: str) -> bool:
+    """Whether no other rank has told this before: one line is enough for what all ranks meet."""
+    try:
+        return store.add(f"told {what}", 1) == 1
+    except RuntimeError:  # the store has gone with the rank that held it
+        return True
 
 
-def is_told(store: Store) -> bool:
-    """Whether some rank has told, or is about to tell, the user of a mistake: then this rank's failure is its echo."""
+def is_told(store: Store, what: str) -> bool:
+    """Whether some rank has told this, or is about to: then this rank's failure is its echo."""
     time.sleep(SECONDS_TO_EXPLAIN / 4)
     try:
-        return store.check([TOLD])
-    except RuntimeError:  # the store has gone with the rank that held it
+        return store.check([f"told {what}"])
+    except RuntimeError:
         return False
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed since another rank has gone, in gloo's or NCCL's words."""
+    from torch.distributed import DistBackendError
+
+    return isinstance(error, DistBackendError) or "gloo/transport" in str(error)
 
 
 def leave(code: int) -> None:
@@ -157,15 +171,18 @@ def _first_host(nodes: str) -> str:
     return match[1] + (match[2] or "")
 
 
-def _exit_code(returncode: int) -> int:
-    return 128 - returncode if returncode < 0 else returncode
+def _first_failure(returncodes: Sequence[int | None]) -> int:
+    """The exit code of these ranks together: that of one that was ended by a signal, which is told, before others'."""
+    for rank, code in enumerate(returncodes):
+        if code and code < 0:
+            print(f"megahp: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+            return 128 - code
+    return next((code for code in returncodes if code), 0)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    _wait(processes, 5.0)
+    """End the ranks that do not end by themselves. What they write is whole or is not there."""
+    _wait(processes, SECONDS_TO_EXPLAIN)
     for process in processes:
         if process.poll() is None:
             process.kill()

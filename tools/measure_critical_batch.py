@@ -39,9 +39,9 @@ from megahp.parallel.layout import Layout, fit
 from megahp.scaling import critical_batch
 from megahp.scaling.batch_size import Hyperparameters, follow
 from megahp.scaling.schedules import fraction
-from megahp.train.loop import MOST_SKIPPED
 from megahp.train.metrics import read_events, read_run
 from megahp.train.progress import human_count, human_duration
+from megahp.train.resilience import MOST_SKIPPED
 from megahp.train.run import changes, prepare, read_config
 
 LEAST_STEPS = 5  # of the largest batch: the first step's loss then is a sixteenth of the smoothed one

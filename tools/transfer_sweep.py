@@ -43,6 +43,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from command import exit_code, positive, whole_numbers
 from measure_critical_batch import diverged, is_over, refuse_another
 from measure_critical_batch import train as train_on_ranks
@@ -278,14 +279,13 @@ def submit(command: Sequence[str], arguments: argparse.Namespace) -> int:
 def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
     """Train whatever nobody else does until nothing is left, and end this process."""
     began, before, code = time.monotonic(), [cell for cell in cells if is_over(cell.directory)], 0
-    if ranks == 1:
-        launch.join(launch.World(), cuda_wanted(cells[0].settings))
+    store = launch.join(launch.World(), cuda_wanted(cells[0].settings)) if ranks == 1 else None
     try:
         for cell in cells:
             with claimed(cell) as mine:
                 if not mine or is_over(cell.directory):
                     continue
-                seconds = train_cell(cell, ranks)
+                seconds = train_cell(cell, ranks, store)
             over = [cell for cell in cells if is_over(cell.directory)]
             share = (work_of(over) - work_of(before)) / (work_of(cells) - work_of(before))
             eta = human_duration((time.monotonic() - began) * (1 / share - 1))
@@ -317,28 +317,33 @@ def claimed(cell: Cell) -> Iterator[bool]:
             yield True
 
 
-def train_cell(cell: Cell, ranks: int) -> float:
-    """Begin one run, or go on with it. Returns the seconds it took. Raises UserError where it did not end."""
+def train_cell(cell: Cell, ranks: int, store: dist.Store | None) -> float:
+    """Begin one run, or go on with it: in this process if it has a store, else on ranks of its own. Returns the seconds
+    it took. Raises UserError where it did not end."""
     began = time.monotonic()
-    if ranks > 1:
+    if store is None:
         if (code := train_on_ranks(cell.settings, ranks)) and not diverged(cell.directory):
             raise UserError(f"{cell} ended with exit code {code}; the same command goes on")
     else:
-        train_here(cell)
+        train_here(cell, store)
     shutil.rmtree(cell.directory / "checkpoints", ignore_errors=True)
     gc.collect()  # a model is a circle of references, and the next one needs the room
     return time.monotonic() - began
 
 
-def train_here(cell: Cell) -> None:
+def train_here(cell: Cell, store: dist.Store) -> None:
     """Train one run in this process, what it says going into a file."""
     layout = fit(cell.settings.parallel, 1)
     with (cell.directory / "train.log").open("w") as said, contextlib.redirect_stdout(said):
         try:
-            train(prepare(cell.settings, layout, 1, resume=True), launch.World(), layout, resume=True)
+            settings = prepare(cell.settings, layout, 1, resume=True)
+            finished = train(settings, launch.World(), store, layout, resume=True)
         except UserError:
             if not diverged(cell.directory):
                 raise
+            finished = True
+    if not finished:
+        raise UserError(f"{cell} was told to leave; the same command goes on")
 
 
 def families_of(cells: Sequence[Cell], last: float | None) -> dict[str, dict[float, Curve]]:

@@ -27,7 +27,7 @@ from megahp.errors import UserError
 
 VERSION = 3
 MANIFEST = "manifest.json"
-STATE = {"progress", "skipped", "updates", "noise_scale", "batch_plan", "wandb_id", "loss_scale"}
+STATE = {"progress", "skipped", "updates", "noise_scale", "batch_plan", "wandb_id", "loss_scale", "spikes"}
 STATE |= {"data", "data_order", "table", "layout", "config"}
 
 

@@ -14,7 +14,7 @@ from megahp.model.moe import routers
 from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import Module, Row, check_copies, distribute, initialise, parameters, probes, rows
+from megahp.parallel.parameters import Module, Row, distribute, initialise, parameters, probes, rows
 from megahp.parallel.pipeline import split, stages_of
 from megahp.scaling.flops import layer_costs
 from megahp.scaling.parameterization import Role, table_of
@@ -41,8 +41,6 @@ def build_model(config: Config, mesh: Mesh) -> Model:
     whole = _skeleton(config, mesh)
     cuts = cut(config)
     stages = {number: _stage(config, mesh, cuts[number]) for number in stages_of(mesh.rank("pp"), config.parallel)}
-    for stage in stages.values():
-        check_copies(dict(parameters(stage)), rows(stage), mesh)
     return Model(
         stages,
         rows(whole),

@@ -238,14 +238,19 @@ def part_of(weight: Tensor, whole: Tensor) -> Tensor:
     return whole[tuple(slice(start, start + size) for start, size in zip(*_extent(weight), strict=True))]
 
 
-def counted_once(weight: Tensor, row: Row, mesh: Mesh) -> bool:
-    """Whether this rank's part of the weight enters a sum over all ranks: of equal copies only the first does."""
+def copied_over(weight: Tensor, row: Row) -> set[str]:
+    """The axes along which ranks hold equal copies of their part of this weight."""
     copied = {axis for axis in AXES if axis != "pp" or row.tied}
     if isinstance(weight, DTensor):
         for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True):
             if not placement.is_replicate():  # FSDP2 has a kind of shard that says it is none
                 copied -= set(FLATTENED.get(name, (name,)))
-    return mesh.is_first(tuple(copied))
+    return copied
+
+
+def counted_once(weight: Tensor, row: Row, mesh: Mesh) -> bool:
+    """Whether this rank's part of the weight enters a sum over all ranks: of equal copies only the first does."""
+    return mesh.is_first(tuple(copied_over(weight, row)))
 
 
 @torch.no_grad()
@@ -265,17 +270,6 @@ def _sum(grads: Sequence[Tensor | None], group: dist.ProcessGroup) -> None:
         dist.all_reduce(flat, group=group)
         sums = flat.split([part.numel() for part in parts])
         torch._foreach_copy_(parts, [total.view_as(part) for total, part in zip(sums, parts, strict=True)])
-
-
-def check_copies(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:
-    """Make sure that the two copies of a tied weight are equal. Raises RuntimeError."""
-    for name, weight in weights.items():
-        if table[name].tied and mesh.ends:
-            part = storage(weight)
-            first = part.clone()
-            dist.broadcast(first, group=mesh.ends, group_src=0)
-            if not torch.equal(first, part):
-                raise RuntimeError(f"the copies of {name} on the first and the last pipeline stage have come apart")
 
 
 def _is_probe(name: str) -> bool:

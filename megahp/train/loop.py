@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megahp import checkpoint, config
+from megahp import config
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.data.ngrams import unigram_and_bigram
 from megahp.errors import UserError
@@ -18,16 +19,21 @@ from megahp.launch import World
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch_size import Plan
+from megahp.train.notice import Notice
 from megahp.train.reporter import Reporter
-from megahp.train.run import Run, Taken, cuda_wanted, is_first, open_data
+from megahp.train.resilience import check, rewind, skip, soundly, stands_out
+from megahp.train.run import Run, cuda_wanted, is_first, open_data
+from megahp.train.start import start
 from megahp.train.step import Measurement, clip
+from megahp.train.watchdog import Watchdog
 
-MOST_SKIPPED = 20  # non-finite gradients in a row end a run
 BASELINE_TOKENS = 50_000_000  # the n-gram models of the report are fitted on at most so many training tokens
 
 
-def train(settings: config.Config, place: World, layout: Layout, resume: bool) -> Path:
-    """Run, or go on with, the run of these prepared settings, as one of its ranks. Returns the run directory."""
+def train(settings: config.Config, place: World, store: dist.Store, layout: Layout, resume: bool) -> bool:
+    """Run, or go on with, the run of these prepared settings, as one of its ranks. Returns whether it is finished:
+    False when it was told to leave before."""
+    notice = Notice(settings.resilience.stop_after)
     mesh = make_mesh(layout, device_of(settings, place))
     reporter = Reporter(settings)
     data = open_data(settings)
@@ -35,47 +41,57 @@ def train(settings: config.Config, place: World, layout: Layout, resume: bool) -
     run = Run(settings, mesh, data)
     start(run, reporter, resume)
 
-    with reporter.showing(run.progress):
+    watchdog = Watchdog(store, settings.resilience.hang_after, settings.directory)
+    with reporter.showing(run.progress), watchdog:
         while plan := run.batch_plan.step(run.progress):
             began = time.monotonic()
             if run.enter_stage(plan):
                 reporter.stage(run, plan)
-            batches = microbatches(loader, plan, run)
-            scale = run.loss_scale.value
-            loss = run.engine.forward_backward(batches, plan.microbatches(layout.dp), plan.tokens, scale)
-            grads = run.engine.gradients()
-            run.masks.apply(grads, plan)
-            measured = run.engine.measure(loss, grads, plan.global_batch, scale)
+            grads, measured, why = soundly(partial(compute, run, loader, plan, notice.given), run, plan, reporter)
             if measured.finite:
+                why = stands_out(run, measured, reporter)
+            if why and measured.finite and settings.resilience.spikes == "rewind":
+                rewind(run, reporter, plan, why)
+                continue
+            if why:
+                skip(run, reporter, plan, measured, why)
+            else:
                 run.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)
-                clip(grads, measured.grad_norm, settings.optimizer.clip, scale)
+                clip(grads, measured.grad_norm, settings.optimizer.clip, run.loss_scale.value)
                 run.optimizer.step(grads, plan)
                 run.engine.rebalance(measured.load)
                 run.skipped_in_a_row = 0
-            else:
-                skip(run, reporter, measured)
             if settings.train.dtype == "float16":
                 run.loss_scale.update(measured.finite)
             run.engine.zero()
             del grads  # or they would lie in memory beside the next step's
             run.progress = run.progress.after(plan)
             change = run.batch_plan.look(run.progress, run.noise.pooled.ratio)
-            masked = run.masks.look(plan, run.progress) if measured.finite else None
+            masked = run.masks.look(plan, run.progress) if not why else None
             seconds = time.monotonic() - began
             validation = validate(run, data) if is_due(settings.train.validate_every, run) else None
             reporter.step(run, plan, measured, change, masked, seconds, validation)
+            if is_due(settings.resilience.check_every, run):
+                check(run, watchdog, reporter)
             if is_due(settings.checkpoint.every, run) and not run.skipped_in_a_row:
                 save(run, reporter, validation)
+            watchdog.alive(run.progress.step)
+            if measured.told:
+                break
 
     loader.close()
     if run.progress.step != run.saved_at and not run.skipped_in_a_row:
         save(run, reporter)
     run.store.wait()
+    if run.batch_plan.step(run.progress):
+        reporter.event("stopped", notice.why or "another rank was told to leave", run.progress)
+        reporter.close()
+        return False
     if is_first() and settings.log.baselines and settings.train.validation_samples:
         reporter.baselines(*baselines(settings, data))
     reporter.event("finished", "the token budget or train.steps is reached", run.progress, skipped=run.skipped)
     reporter.close()
-    return settings.directory
+    return True
 
 
 def device_of(settings: config.Config, place: World) -> torch.device:
@@ -87,49 +103,6 @@ def device_of(settings: config.Config, place: World) -> torch.device:
     return torch.device("cpu")
 
 
-def start(run: Run, reporter: Reporter, resume: bool) -> None:
-    """Begin at the newest checkpoint if resuming and there is one, else where train.start_from says, else at the
-    beginning."""
-    found = [checkpoints_to_start_from(run, resume) if is_first() else None]
-    dist.broadcast_object_list(found)  # a shared file system may show the ranks different things
-    if isinstance(found[0], UserError):
-        raise found[0]
-    if found[0] is None:
-        reporter.began("started", f"a new run of {count(run)} parameters", run, Taken(None, run.batch_plan.state()))
-        return
-    event, paths = found[0]
-    path, taken, refused = go_back(run, paths) if event == "resumed" else (paths[0], run.branch(paths[0]), [])
-    anew = f"; {', '.join(taken.anew)} read from the beginning" if taken.anew else ""
-    reporter.began(event, f"from {path}{anew}", run, taken)
-    for why in refused:
-        reporter.event("refused", why, run.progress)
-    for change in taken.changes:
-        reporter.event("batch", change.reason, run.progress, **change.to_dict())
-
-
-def go_back(run: Run, newest_first: list[Path]) -> tuple[Path, Taken, list[str]]:
-    """Restore the newest checkpoint that is as it was written. Returns it, what was taken over, and why newer ones were
-    refused. Raises UserError when there is none."""
-    refused: list[str] = []
-    for path in newest_first:
-        try:
-            return path, run.restore(path), refused
-        except checkpoint.DamagedError as error:
-            refused.append(str(error))
-    raise UserError("; ".join(refused))
-
-
-def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[Path]] | UserError | None:
-    """The event a start is, and the checkpoints that serve, the best first; or why there is none."""
-    if resume and (own := checkpoint.complete(run.folder)):
-        return "resumed", own[::-1]
-    try:
-        origin = run.settings.train.start_from
-        return ("branched", [checkpoint.find(Path(origin))]) if origin else None
-    except UserError as error:
-        return error
-
-
 def save(run: Run, reporter: Reporter, validation: float | None = None) -> None:
     """Begin a checkpoint. That the one before it could not be written is told, and ends nothing but the run's end."""
     try:
@@ -139,21 +112,14 @@ def save(run: Run, reporter: Reporter, validation: float | None = None) -> None:
     run.save(validation)
 
 
-def skip(run: Run, reporter: Reporter, measured: Measurement) -> None:
-    """Leave the weights alone this once. Raises UserError when that has become the rule."""
-    run.skipped += 1
-    run.skipped_in_a_row += 1
+def compute(run: Run, loader: Loader, plan: Plan, told: bool) -> tuple[list[Tensor], Measurement]:
+    """One step's gradients, and what they say, on all ranks."""
     scale = run.loss_scale.value
-    reporter.event("skipped", "the gradient is not finite", run.progress, loss=measured.loss, loss_scale=scale)
-    if run.skipped_in_a_row == MOST_SKIPPED:
-        raise UserError(
-            f"{MOST_SKIPPED} gradients in a row were not finite, at step {run.progress.step + 1} with "
-            f"optimizer.lr = {run.settings.optimizer.lr:g}; lower it and go on from the last checkpoint"
-        )
-
-
-def count(run: Run) -> str:
-    return f"{run.engine.model.parameters:,}"
+    batches = microbatches(loader, plan, run)
+    loss = run.engine.forward_backward(batches, plan.microbatches(run.mesh.layout.dp), plan.tokens, scale)
+    grads = run.engine.gradients()
+    run.masks.apply(grads, plan)
+    return grads, run.engine.measure(loss, grads, plan.global_batch, scale, told)
 
 
 def microbatches(loader: Loader, plan: Plan, run: Run) -> Iterator[Batch]:
@@ -183,9 +149,9 @@ def validate(run: Run, data: TrainingData) -> float | None:
     samples = data.validation(run.settings.train.validation_samples)
     count, dp, size = len(samples.tokens), run.mesh.layout.dp, run.settings.batch.micro_batch
     total = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
-    for start in range(run.mesh.data_rank * size, -(-count // (dp * size)) * dp * size, dp * size):
+    for first in range(run.mesh.data_rank * size, -(-count // (dp * size)) * dp * size, dp * size):
         # FSDP2 needs as many forward passes on every rank: where samples run out the last is repeated, for nothing
-        index = np.arange(start, start + size)
+        index = np.arange(first, first + size)
         total += run.engine.evaluate(rows_of(samples, index.clip(max=count - 1), run), torch.from_numpy(index < count))
     run.engine.reshard()
     if not run.mesh.is_first(("tp",)):

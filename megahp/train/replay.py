@@ -13,7 +13,8 @@ from megahp.parallel.layout import Layout
 from megahp.scaling.batch_size import BatchPlan, Change, Progress
 from megahp.train.metrics import Record, read_events, read_metrics
 
-STARTS = ("started", "branched", "resumed")  # events after which a batch plan goes on
+GONE_BACK = ("resumed", "rewound")  # to a checkpoint of the run's own
+STARTS = ("started", "branched", *GONE_BACK)  # events after which a batch plan goes on
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def _decide(
     plan = BatchPlan(settings, Layout(**start["layout"]).dp)
     progress = Progress(start["step"], start["samples"], start["tokens"])
     if start["event"] != "started":
-        own = after.get(progress.step) if start["event"] == "resumed" else None
+        own = after.get(progress.step) if start["event"] in GONE_BACK else None
         moved = plan.go_on(own[1] if own else start["batch_plan"], progress)
         yield from ((progress.step, change) for change in moved)
     while progress.step < until and (step := plan.step(progress)):
@@ -67,7 +68,7 @@ def _decide(
 
 def _stands(step: int, start: Record) -> bool:
     """Whether a change after this step is part of the run that goes on with this start."""
-    return start["event"] == "resumed" and step <= start["step"]
+    return start["event"] in GONE_BACK and step <= start["step"]
 
 
 def _standing(events: Sequence[Record]) -> dict[tuple[int, int], Record]:

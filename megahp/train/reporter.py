@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +16,7 @@ from megahp.scaling.batch_size import Change, Plan, Progress
 from megahp.train.masks import MaskChange
 from megahp.train.metrics import Record, RunLog
 from megahp.train.progress import Progress as Display
+from megahp.train.replay import GONE_BACK
 from megahp.train.run import Run, Taken, changes, is_first
 from megahp.train.step import Measurement
 from megahp.train.wandb_log import WandbLog
@@ -57,9 +60,9 @@ class Reporter:
             self.wandb.event(event, why, progress.step)
 
     def began(self, event: str, why: str, run: Run, taken: Taken) -> None:
-        """Log a start (event: started, resumed, branched), with all that decides what follows, so that it can be
-        replayed. Steps logged beyond a checkpoint of the run's own will be taken again, so their lines go."""
-        self._open(run, run.progress.step if event == "resumed" else 0)
+        """Log a start (event: started, branched, resumed, rewound), with all that decides what follows, so that it can
+        be replayed. Steps logged beyond a checkpoint of the run's own will be taken again, so their lines go."""
+        self._open(run, run.progress.step if event in GONE_BACK else 0)
         changed = changes(run.settings, taken.config) if taken.config else {}
         self.event(
             event,
@@ -130,7 +133,9 @@ class Reporter:
 
     def _open(self, run: Run, step: int) -> None:
         """Begin to write, after all that could refuse the run; what was logged beyond this point is taken back."""
-        if self.lock:
+        if self.log:
+            self.log.resume(step)
+        elif self.lock:
             directory = self.settings.directory
             try:
                 self.log = RunLog(directory, self.settings.log.tensorboard)
@@ -184,13 +189,18 @@ def _lock(directory: Path) -> TextIO:
     """A lock on the run directory that ends with this process."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("w")
+        file = (directory / ".lock").open("a+")
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror}); choose another log.root") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"{directory} is in use by another run; wait for its end, or choose another log.name") from None
+        file.seek(0)
+        owner = file.read() or "another run"
+        raise UserError(f"{directory} is in use by {owner}; wait for its end, or choose another log.name") from None
+    file.truncate(0)
+    job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    print(f"process {os.getpid()} on {socket.gethostname()}{job}", end="", file=file, flush=True)
     return file
 
 

@@ -21,14 +21,15 @@ from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.model.build import build_model, longest
 from megahp.ops.engines import fused_adam, linear_of, norm_of
+from megahp.parallel.copies import check_copies
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh
-from megahp.parallel.parameters import check_copies
 from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress, least_batch, runnable, unit
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
 from megahp.train.masks import Masks
 from megahp.train.optimizer import make_optimizer
+from megahp.train.spikes import Spikes
 from megahp.train.step import FIRST_SCALE, Engine, LossScale
 from megahp.train.wandb_log import check_wandb, new_id
 
@@ -242,7 +243,9 @@ class Run:
         self.masks = Masks(settings, self.engine, self.optimizer)
         self.progress = Progress()
         self.batch_plan = BatchPlan(settings, mesh.layout.dp)
-        self.skipped = self.skipped_in_a_row = 0
+        self.skipped = self.skipped_in_a_row = self.rewinds = 0
+        self.spikes = Spikes(settings.resilience)
+        self.slow: dict[int, str] = {}
         self.saved_at = -1  # step
         self.loss_scale = LossScale(FIRST_SCALE if settings.train.dtype == "float16" else 1.0)
         self.wandb_id = new_id()
@@ -263,6 +266,7 @@ class Run:
             "noise_scale": self.noise.state(),
             "batch_plan": self.batch_plan.state(),
             "loss_scale": vars(self.loss_scale),
+            "spikes": self.spikes.state(),
             "wandb_id": self.wandb_id,
             "data": self.data.fingerprint,
             "data_order": self.data.state(self.progress.samples),
@@ -272,7 +276,7 @@ class Run:
             "versions": {"torch": torch.__version__},
             "validation_loss": validation_loss,
         }
-        self.saved_at = self.progress.step
+        self.saved_at, self.rewinds = self.progress.step, 0
         check_copies(self.engine.weights, self.engine.rows, self.mesh)
         self.store.begin(self.progress.step, self._tensors(), state)
 
@@ -332,6 +336,7 @@ class Run:
         self.saved_at = self.progress.step
         self.optimizer.updates = state["updates"]
         self.loss_scale = LossScale(**state["loss_scale"])
+        self.spikes.restore(state["spikes"])
         if self.settings.train.noise_scale:
             self.noise.restore(state["noise_scale"])
         return state
@@ -350,6 +355,7 @@ def state_of_weights(settings: Config) -> dict[str, Any]:
         "noise_scale": NoiseScale(1.0).state(),
         "batch_plan": BatchPlan(settings, 1).state(),
         "loss_scale": vars(LossScale(FIRST_SCALE if settings.train.dtype == "float16" else 1.0)),
+        "spikes": Spikes(settings.resilience).state(),
         "wandb_id": new_id(),
         "data": None,
         "data_order": {"stage": 0, "first_sample": 0, "length": 0, "begins": {}, "taken": {}},

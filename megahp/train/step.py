@@ -31,6 +31,7 @@ class Measurement:
     """What one step's gradients say, equal on all ranks."""
 
     loss: float  # nats per token, mean over the global batch
+    told: bool  # whether some rank has been told to leave
     grad_norm: float  # of the whole gradient
     grad_sq_example: dict[str, float]  # norm layer -> mean_b ||g_b||^2 over its weight and bias
     grad_sq_batch: dict[str, float]  # norm layer -> ||G||^2 over its weight and bias
@@ -39,7 +40,7 @@ class Measurement:
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.grad_norm)
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Engine:
@@ -57,10 +58,12 @@ class Engine:
         self.pipeline = Pipeline(model.stages, parallel, mesh, self.stages[0].stream) if parallel.pp > 1 else None
         # what a step measures over all stages, name -> how many numbers; and where this rank's stand among them
         probe_sizes = {f"{name}.probe": size for name, size in model.probes.items()}
-        sizes = {"loss": 1, **probe_sizes, **dict.fromkeys(self.rows, 1)}
+        sizes = {"loss": 1, "told": 1, **probe_sizes, **dict.fromkeys(self.rows, 1)}
         ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
         self.total = sum(sizes.values())
-        own = {"loss": mesh.is_first(("tp",))} | {f"{name}.probe": self._speaks(name) for name in self.probes}
+        own = {"loss": mesh.is_first(("tp",)), "told": True} | {
+            f"{name}.probe": self._speaks(name) for name in self.probes
+        }
         own |= {name: counted_once(weight, self.rows[name], mesh) for name, weight in self.weights.items()}
         places = [torch.arange(ends[name] - sizes[name], ends[name]) for name in own]
         self.places = torch.cat(places).to(mesh.device)
@@ -127,22 +130,25 @@ class Engine:
         return [local(weight.grad) for weight in self.weights.values()]  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def measure(self, loss: Tensor, grads: list[Tensor], batch: int, scale: float = 1.0) -> Measurement:
+    def measure(
+        self, loss: Tensor, grads: list[Tensor], batch: int, scale: float = 1.0, told: bool = False
+    ) -> Measurement:
         """Reduce loss, squared gradient norms and probes of one step of `batch` sequences over all ranks and bring them
-        to the host, the scale of the gradients taken out."""
+        to the host, the scale of the gradients taken out. told: whether this rank has been told to leave."""
         squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square()
         measured = [probe.grad.view(-1) for probe in self.probes.values()]  # type: ignore[union-attr]
         values = torch.zeros(self.total, dtype=torch.float64, device=loss.device)
-        values[self.places] = torch.cat((loss[None], *measured, squares)) * self.counted
+        values[self.places] = torch.cat((loss[None], loss.new_tensor([told]), *measured, squares)) * self.counted
         dist.all_reduce(values)
         numbers = iter(values.tolist())
-        loss_value = next(numbers)
+        loss_value, anybody_told = next(numbers), next(numbers) > 0
         probed = {name: list(islice(numbers, size)) for name, size in self.model.probes.items()}
         routed = {name: probed.pop(name) for name in self.model.routers}
         examples = {name: square / scale**2 for name, (square,) in probed.items()}
         batches = {name: square / scale**2 for name, square in zip(self.rows, numbers, strict=True)}
         return Measurement(
             loss=loss_value,
+            told=anybody_told,
             grad_norm=math.sqrt(sum(batches.values())),  # nan or inf passes through
             # the probes hold sum_b ||g_b / B||^2, since the loss is a mean over the batch
             grad_sq_example={name: batch * square for name, square in examples.items()},

@@ -1,0 +1,20 @@
+"""What a rank leaves behind when it ends before its time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+
+def report_crash(directory: Path, rank: int, what: str) -> None:
+    """Add what happened to this rank to its own file, crashes/rank-00000.txt of the run directory, if that can be."""
+    head = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, {socket.gethostname()}, process {os.getpid()}, rank {rank}"
+    with contextlib.suppress(OSError):
+        (directory / "crashes").mkdir(parents=True, exist_ok=True)
+        with open(directory / "crashes" / f"rank-{rank:05d}.txt", "a", encoding="utf-8") as file:
+            file.write(f"{head}, torch {torch.__version__}\n{what}\n")

@@ -1,0 +1,42 @@
+"""Steps whose loss or gradient stands out from those before."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from megahp.config import Resilience
+
+
+class Spikes:
+    """Compares each step's loss and gradient norm with the last `spike_window` steps'.
+
+    A value is a spike when it is more than `spike_sigmas` standard deviations above their mean (the skip-step
+    optimizer of OLMo-core, optim/skip_step_optimizer.py: 128 steps, 6 sigmas). It enters the window as that limit, so
+    that one spike does not hide the next, and a lasting change is in time no spike any more.
+    """
+
+    def __init__(self, settings: Resilience) -> None:
+        self.sigmas, self.size = settings.spike_sigmas, settings.spike_window
+        self.restore({"loss": [], "gradient norm": []})
+
+    def look(self, loss: float, grad_norm: float) -> str:
+        """Take in one step's. Returns what stands out, in words; empty where nothing does, or too little is known."""
+        values = {"loss": loss, "gradient norm": grad_norm}
+        return ", ".join(filter(None, (self._take(name, value) for name, value in values.items())))
+
+    def state(self) -> dict[str, list[float]]:
+        return {name: list(window) for name, window in self.windows.items()}
+
+    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+        self.windows = {name: deque(values, self.size) for name, values in state.items()}
+
+    def _take(self, name: str, value: float) -> str:
+        window = self.windows[name]
+        limit = math.inf
+        if len(window) == self.size:
+            mean = math.fsum(window) / self.size
+            limit = mean + self.sigmas * math.sqrt(math.fsum((one - mean) ** 2 for one in window) / self.size)
+        window.append(min(value, limit))
+        return f"{name} {value:.4g} is above {limit:.4g}" if value > limit else ""

@@ -1,0 +1,69 @@
+"""Where a run begins: at its newest sound checkpoint, at another run's, or at the beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megahp import checkpoint
+from megahp.errors import UserError
+from megahp.train.reporter import Reporter
+from megahp.train.run import Run, Taken, is_first
+
+T = TypeVar("T")
+
+
+def start(run: Run, reporter: Reporter, resume: bool) -> None:
+    """Begin at the newest checkpoint if resuming and there is one, else where train.start_from says, else at the
+    beginning."""
+    found = as_the_first_sees(lambda: checkpoints_to_start_from(run, resume))
+    if isinstance(found, UserError):
+        raise found
+    if found is None:
+        reporter.began("started", f"a new run of {count(run)} parameters", run, Taken(None, run.batch_plan.state()))
+        return
+    event, paths = found
+    path, taken, refused = go_back(run, paths) if event == "resumed" else (paths[0], run.branch(paths[0]), [])
+    anew = f"; {', '.join(taken.anew)} read from the beginning" if taken.anew else ""
+    reporter.began(event, f"from {path}{anew}", run, taken)
+    for why in refused:
+        reporter.event("refused", why, run.progress)
+    for change in taken.changes:
+        reporter.event("batch", change.reason, run.progress, **change.to_dict())
+
+
+def go_back(run: Run, newest_first: list[Path]) -> tuple[Path, Taken, list[str]]:
+    """Restore the newest checkpoint that is as it was written. Returns it, what was taken over, and why newer ones were
+    refused. Raises UserError when there is none."""
+    refused: list[str] = []
+    for path in newest_first:
+        try:
+            return path, run.restore(path), refused
+        except checkpoint.DamagedError as error:
+            refused.append(str(error))
+    raise UserError("; ".join(refused))
+
+
+def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[Path]] | UserError | None:
+    """The event a start is, and the checkpoints that serve, the best first; or why there is none."""
+    if resume and (own := checkpoint.complete(run.folder)):
+        return "resumed", own[::-1]
+    try:
+        origin = run.settings.train.start_from
+        return ("branched", [checkpoint.find(Path(origin))]) if origin else None
+    except UserError as error:
+        return error
+
+
+def as_the_first_sees(look: Callable[[], T]) -> T:
+    """What the first rank finds: a shared file system may show the ranks different things."""
+    found = [look() if is_first() else None]
+    dist.broadcast_object_list(found)
+    return found[0]  # type: ignore[return-value]
+
+
+def count(run: Run) -> str:
+    return f"{run.engine.model.parameters:,}"

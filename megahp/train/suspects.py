@@ -1,0 +1,100 @@
+"""Where numbers stopped being finite: found by doing the step again, and looking at what every layer gives."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megahp.parallel.parameters import storage
+
+KINDS = ("weight", "output of", "gradient at the output of", "gradient of")
+WEIGHT, OUTPUT, BEFORE, GRADIENT = range(len(KINDS))
+
+
+@dataclass(frozen=True, order=True)
+class Suspect:
+    """Something not finite on one rank. The least is the first to look at: a weight, else the first layer's output,
+    else the last layer's gradient; of the first microbatch."""
+
+    kind: int  # of KINDS
+    microbatch: int
+    place: int  # along the pass
+    layer: str
+    rank: int
+    samples: tuple[int, ...] = ()  # global ids
+
+    def __str__(self) -> str:
+        of = f", microbatch {self.microbatch}, samples {', '.join(map(str, self.samples))}" if self.samples else ""
+        return f"{KINDS[self.kind]} {self.layer} is not finite on rank {self.rank}{of}"
+
+
+@contextlib.contextmanager
+def watching(stages: Mapping[int, nn.Module], samples: Sequence[np.ndarray]) -> Iterator[list[Suspect]]:
+    """Gather what is not finite on this rank while a step is computed. samples: global ids of each microbatch."""
+    found: list[Suspect] = []
+    rank = dist.get_rank()
+
+    def note(kind: int, depth: int, name: str, microbatch: int, value: Tensor) -> None:
+        wrong = ~torch.isfinite(value.detach()).flatten(1).all(1)
+        if wrong.any():
+            ids = samples[microbatch][wrong.cpu().numpy()].tolist()
+            found.append(Suspect(kind, microbatch, depth if kind == OUTPUT else -depth, name, rank, tuple(ids)))
+
+    def hook(depth: int, name: str) -> Callable[..., None]:
+        microbatches = count()  # every schedule takes them in order
+
+        def look(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            microbatch = next(microbatches)
+            note(OUTPUT, depth, name, microbatch, output)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: note(BEFORE, depth, name, microbatch, gradient))
+
+        return look
+
+    hooks = [
+        layer.register_forward_hook(hook(depth, name))
+        for number, stage in stages.items()
+        for depth, (name, layer) in enumerate(_layers(stage), start=number << 20)
+    ]
+    try:
+        yield found
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+def among_weights(weights: Mapping[str, Tensor], grads: Sequence[Tensor]) -> list[Suspect]:
+    """The weights, and the gradients, of which this rank's part is not finite."""
+    rank = dist.get_rank()
+    found = []
+    for place, ((name, weight), grad) in enumerate(zip(weights.items(), grads, strict=True)):
+        found += [] if torch.isfinite(storage(weight)).all() else [Suspect(WEIGHT, 0, place, name, rank)]
+        found += [] if torch.isfinite(grad).all() else [Suspect(GRADIENT, 0, -place, name, rank)]
+    return found
+
+
+def first_of(found: Sequence[Suspect]) -> list[Suspect]:
+    """The first suspects of all ranks: the same layer's, where several ranks saw it. Equal on all ranks."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, min(found, default=None))
+    suspects = sorted(filter(None, gathered))
+    return [each for each in suspects if (each.kind, each.layer) == (suspects[0].kind, suspects[0].layer)]
+
+
+def _layers(stage: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a pipeline stage by name, in the order of the forward pass; last the stage itself, which gives the
+    losses."""
+    for name, module in stage.named_children():
+        if isinstance(module, nn.ModuleDict):
+            yield from ((f"{name}.{number}", block) for number, block in module.items())
+        elif name in ("embedding", "final_norm"):
+            yield name, module
+    yield "the stage's end", stage

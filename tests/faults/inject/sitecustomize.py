@@ -1,0 +1,136 @@
+"""Faults for real ranks. Python imports this at its start where PYTHONPATH leads here; a rank for which FAULTS names
+one then meets it, once in the life of the run, however often it is started again.
+
+FAULTS is a file of JSON: [{"kind": ..., "rank": 1, "step": 7}, ...]. A fault that has struck leaves FAULTS.<number>,
+whose time of change is when.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NAN = float("nan")
+
+
+def due(step: int, *kinds: str) -> dict[str, Any] | None:
+    """The fault of one of these kinds that strikes this rank now; it is marked as struck."""
+    for number, fault in enumerate(json.loads(Path(os.environ["FAULTS"]).read_text())):
+        mark = Path(f"{os.environ['FAULTS']}.{number}")
+        mine = fault["rank"] in (int(os.environ["RANK"]), None)
+        if mine and fault["kind"] in kinds and step >= fault["step"] and not mark.exists():
+            mark.write_text(str(step))
+            return fault
+    return None
+
+
+def freeze() -> None:
+    """Stand still with Python's lock held, as a hanging driver does."""
+    ctypes.PyDLL(None).sleep(1000)
+
+
+def fail() -> None:
+    raise RuntimeError("injected")
+
+
+def jump() -> None:
+    """From now on the wall clock is an hour behind."""
+    now = time.time
+    time.time = lambda: now() - 3600
+
+
+AT_A_STEP: dict[str, Callable[[], None]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "usr1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+    "freeze": freeze,
+    "exception": fail,
+    "exit": lambda: os._exit(7),
+    "clock": jump,
+    "pause": lambda: time.sleep(0.5),
+}
+
+
+def strike_steps() -> None:
+    """Faults inside a step."""
+    from megahp.parallel.parameters import local, storage
+    from megahp.train import loop
+
+    compute = loop.compute
+
+    def struck(run: Any, loader: Any, plan: Any, told: bool) -> Any:
+        if fault := due(plan.step, *AT_A_STEP):
+            AT_A_STEP[fault["kind"]]()
+        weights = list(run.engine.weights.values())
+        if due(plan.step, "weight"):
+            storage(weights[-1]).view(-1)[0] = NAN
+        if due(plan.step, "drift"):  # one unit in the last place
+            part = storage(weights[-1]).view(-1)
+            part[0] = part[0].nextafter(part[0] + 1)
+        (stage,) = run.engine.stages
+        block = next(iter(stage.blocks.values()))
+        hooks = []
+        if due(plan.step, "activation"):
+            hooks = [block.register_forward_hook(lambda module, inputs, output: output * NAN)]
+        if due(plan.step, "gradient"):
+            spoil = lambda module, inputs, output: output.register_hook(lambda gradient: gradient * NAN) and None  # noqa: E731
+            hooks = [block.register_forward_hook(spoil)]
+        try:
+            grads, measured = compute(run, loader, plan, told)
+            if due(plan.step, "sum"):
+                local(grads[0]).view(-1)[0] = NAN
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return grads, measured
+
+    loop.compute = struck
+
+
+def strike_saving() -> None:
+    """A kill before or after each thing that is done to save; what is written may be damaged as soon as it is there."""
+    from megahp.checkpoint import shards, store
+
+    def killing(module: Any, name: str, phase: str) -> None:
+        function = getattr(module, name)
+
+        def struck(*arguments: Any, **named: Any) -> Any:
+            step = progress()
+            if due(step, f"before {phase}"):
+                AT_A_STEP["kill"]()
+            result = function(*arguments, **named)
+            if due(step, f"after {phase}"):
+                AT_A_STEP["kill"]()
+            return result
+
+        setattr(module, name, struck)
+
+    begun = [0]
+    begin = store.Store.begin
+
+    def noted(self: Any, step: int, *more: Any) -> None:
+        begun[0] = step
+        begin(self, step, *more)
+
+    def progress() -> int:
+        return begun[0]
+
+    store.Store.begin = noted  # type: ignore[method-assign]
+    killing(shards.Writer, "write_data", "shard")
+    killing(store, "write_manifest", "manifest")
+    killing(store, "publish", "publication")
+    killing(store, "superseded", "dropping")
+
+
+if "FAULTS" in os.environ and "RANK" in os.environ and "megahp" in sys.orig_argv:
+    strike_steps()
+    strike_saving()
