@@ -89,11 +89,11 @@ def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", 
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(command, env=common | place, preexec_fn=_die_with_parent))
-        while any(process.poll() is None for process in processes):
-            if any(process.returncode for process in processes):
-                break
+        codes: list[int | None] = [None]
+        while None in codes and not any(codes):
             time.sleep(0.05)
-        return _first_failure([process.returncode for process in processes])
+            codes = [process.poll() for process in processes]
+        return _first_failure(codes)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from distributed import world
 from distributed.training import Training, settings_of
-
 from megahp.errors import Fault
 from megahp.parallel.copies import check_copies
 from megahp.parallel.parameters import storage

@@ -60,6 +60,14 @@ AT_A_STEP: dict[str, Callable[[], None]] = {
 }
 
 
+def flip_a_bit(checkpoint: Path) -> None:
+    """Change one bit in the middle of the largest file."""
+    file = max(checkpoint.iterdir(), key=lambda each: each.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
 def strike_steps() -> None:
     """Faults inside a step."""
     from megahp.parallel.parameters import local, storage
@@ -70,6 +78,9 @@ def strike_steps() -> None:
     def struck(run: Any, loader: Any, plan: Any, told: bool) -> Any:
         if fault := due(plan.step, *AT_A_STEP):
             AT_A_STEP[fault["kind"]]()
+        if due(plan.step, "flip"):
+            flip_a_bit(max(run.folder.glob("step-*")))
+            AT_A_STEP["kill"]()
         weights = list(run.engine.weights.values())
         if due(plan.step, "weight"):
             storage(weights[-1]).view(-1)[0] = NAN

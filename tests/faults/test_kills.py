@@ -1,0 +1,56 @@
+"""Killed at any moment of saving, a run loses at most an interval, and ends with the undisturbed run's numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from corpus import write_corpus
+from faults.test_soak import RUN, numbers
+
+from megahp import checkpoint
+
+INTERVAL = 2
+
+
+def test_killed_ten_times_while_saving(tmp_path: Path) -> None:
+    killed_while_saving(tmp_path, 10)
+
+
+@pytest.mark.slow
+def test_killed_two_hundred_times_while_saving(tmp_path: Path) -> None:
+    killed_while_saving(tmp_path, 200)
+
+
+def killed_while_saving(folder: Path, kills: int) -> None:
+    write_corpus(folder / "corpus", 0.02)
+    steps = 8 * kills
+    alone = RUN.replace("dp_replicate = 2", "").replace("tokens = 9600", f"tokens = {64 * steps}")
+    (folder / "run.toml").write_text(alone.replace("keep = 3", f"keep = {steps}"))
+    words = [sys.executable, "-m", "megahp", "train", "run.toml", "log.name=undisturbed"]
+    subprocess.run(words, cwd=folder, check=True, capture_output=True, timeout=600)
+    driver = Path(__file__).parent / "kills.py"
+    done = subprocess.run(
+        [sys.executable, driver, str(folder), str(kills), "1"], capture_output=True, text=True, timeout=3600
+    )
+    assert done.returncode == 0, done.stderr
+    *lives, end = map(json.loads, done.stdout.splitlines())
+    assert end == {"code": 0} and len(lives) == kills
+    for number, life in enumerate(lives):  # what was begun is there, or what was there before is the newest
+        newest = int(life["kept"][-1].removeprefix("step-")) if life["kept"] else 0
+        assert life["begun"] - newest <= INTERVAL, (number, life)
+    assert any(life["kept"] and life["kept"][-1].endswith(f"{life['begun']:08d}") for life in lives)
+    assert any(not life["kept"] or not life["kept"][-1].endswith(f"{life['begun']:08d}") for life in lives)
+    assert numbers(folder / "runs/killed") == numbers(folder / "runs/undisturbed")
+    mine, others = (checkpoint.complete(folder / "runs" / name / "checkpoints") for name in ("killed", "undisturbed"))
+    assert [path.name for path in mine] == [path.name for path in others] and len(mine) == steps // INTERVAL
+    for path, other in zip(mine, others, strict=True):
+        assert checkpoint.problems(path) == []
+        assert shards(path) == shards(other)
+
+
+def shards(path: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted(path.glob("*.safetensors"))]
