@@ -93,6 +93,8 @@ def check(run: Run, watchdog: Watchdog, reporter: Reporter) -> None:
     Raises Fault."""
     check_copies(run.engine.weights, run.engine.rows, run.mesh)
     slow = watchdog.slow_ranks(run.mesh.rank("pp"))
-    if slow and slow != run.slow:
+    if slow is None:
+        return
+    if slow.keys() - run.slow:
         reporter.event("straggler", "; ".join(slow.values()), run.progress, ranks=list(slow))
-    run.slow = slow
+    run.slow = set(slow)

@@ -245,7 +245,7 @@ class Run:
         self.batch_plan = BatchPlan(settings, mesh.layout.dp)
         self.skipped = self.skipped_in_a_row = self.rewinds = 0
         self.spikes = Spikes(settings.resilience)
-        self.slow: dict[int, str] = {}
+        self.slow: set[int] = set()  # ranks that hold up others, as told
         self.saved_at = -1  # step
         self.loss_scale = LossScale(FIRST_SCALE if settings.train.dtype == "float16" else 1.0)
         self.wandb_id = new_id()

@@ -61,14 +61,14 @@ class Watchdog:
         """Say that this step has ended, or something else that takes its time."""
         self.step, self.since = step, time.monotonic()
 
-    def slow_ranks(self, stage: int) -> dict[int, str]:
+    def slow_ranks(self, stage: int) -> dict[int, str] | None:
         """The ranks the others of their pipeline stage wait for, and how that shows; equal on all ranks, which all call
-        it. Nothing before there have been enough looks; then they are counted anew."""
+        it. None before there have been enough looks; then they are counted anew."""
         counts = [torch.zeros(3, dtype=torch.int64) for _ in range(self.ranks)]
         dist.all_gather(counts, torch.tensor([stage, self.looks, self.waits]))
         stages, looks, waits = torch.stack(counts).T
         if looks.min() < ENOUGH_LOOKS:
-            return {}
+            return None
         self.looks = self.waits = 0
         return stragglers(stages.tolist(), (1 - waits / looks).tolist())
 

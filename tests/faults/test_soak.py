@@ -12,6 +12,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +128,8 @@ def numbers(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("soak")
+def prepared(folder: Path) -> Path:
+    """The folder, with data, run file and the undisturbed run."""
     write_corpus(folder / "corpus", 0.02)
     (folder / "run.toml").write_text(RUN)
     subprocess.run(command("undisturbed"), cwd=folder, check=True, capture_output=True, timeout=300)
@@ -137,8 +137,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def soaked(folder: Path) -> Soak:
-    return soak(folder, seed=1)
+def soaked(tmp_path_factory: pytest.TempPathFactory) -> Soak:
+    return soak(prepared(tmp_path_factory.mktemp("soak")), seed=1)
 
 
 def test_every_fault_struck(soaked: Soak) -> None:
@@ -192,3 +192,29 @@ def test_nothing_is_left_behind(soaked: Soak) -> None:
     folder = soaked.folder / "runs/soak/checkpoints"
     assert [each for each in checkpoint.complete(folder) if checkpoint.problems(each)] == []
     assert not list(folder.glob(".partial-*"))
+
+
+def table(soaked: Soak) -> str:
+    """What each fault cost, as Markdown: which step it struck, which the run went on from, after how many seconds."""
+    starts = soaked.events("resumed")
+    rows = []
+    for number, fault in enumerate(soaked.faults):
+        when, step = soaked.struck(number)
+        back = next((start for start in starts if start["time"] > when), None)
+        if fault["kind"] in PASSING or back is None:
+            cost = "none | none | -"
+        else:
+            cost = f"{back['step']} | {max(0, step - 1 - back['step'])} | {back['time'] - when:.1f}"
+        rows.append(f"| {fault['kind']} | {fault['rank']} | {step} | {cost} |")
+    head = (
+        "| fault | rank | step | went on from step | steps lost | seconds to train again |\n|---|---|---|---|---|---|"
+    )
+    return "\n".join([head, *rows, f"\n24 faults and {len(starts) + 1} starts in {soaked.seconds:.0f} s."])
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        place = prepared(Path(name))
+        outcome = soak(place, int(sys.argv[1]))
+        same = numbers(place / "runs/soak") == numbers(place / "runs/undisturbed")
+        print(table(outcome), f"Equal to the undisturbed run: {same}.")

@@ -2,7 +2,8 @@
 one then meets it, once in the life of the run, however often it is started again.
 
 FAULTS is a file of JSON: [{"kind": ..., "rank": 1, "step": 7}, ...]. A fault that has struck leaves FAULTS.<number>,
-whose time of change is when.
+whose time of change is when. A "lasting" one strikes whenever the rank computes a step that holds its "sample", and a
+"slow" rank is so from its step on.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ def flip_a_bit(checkpoint: Path) -> None:
     file.write_bytes(content)
 
 
+def holds(plan: Any, sample: int | None) -> bool:
+    return sample is not None and plan.first_sample <= sample < plan.first_sample + plan.global_batch
+
+
 def strike_steps() -> None:
     """Faults inside a step."""
     from megahp.parallel.parameters import local, storage
@@ -90,11 +95,17 @@ def strike_steps() -> None:
         (stage,) = run.engine.stages
         block = next(iter(stage.blocks.values()))
         hooks = []
+        for fault in json.loads(Path(os.environ["FAULTS"]).read_text()):
+            if fault["rank"] == int(os.environ["RANK"]) and holds(plan, fault.get("sample")):
+                times = fault["times"]
+                hooks.append(stage.register_forward_hook(lambda module, inputs, output, times=times: output * times))
+            if fault["rank"] == int(os.environ["RANK"]) and fault["kind"] == "slow" and plan.step >= fault["step"]:
+                time.sleep(0.2)
         if due(plan.step, "activation"):
-            hooks = [block.register_forward_hook(lambda module, inputs, output: output * NAN)]
+            hooks.append(block.register_forward_hook(lambda module, inputs, output: output * NAN))
         if due(plan.step, "gradient"):
             spoil = lambda module, inputs, output: output.register_hook(lambda gradient: gradient * NAN) and None  # noqa: E731
-            hooks = [block.register_forward_hook(spoil)]
+            hooks.append(block.register_forward_hook(spoil))
         try:
             grads, measured = compute(run, loader, plan, told)
             if due(plan.step, "sum"):

@@ -1,0 +1,196 @@
+"""Faults that last, and those the soak cannot hold: what is done about each, through the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpus import write_corpus
+from faults.test_soak import RUN, numbers
+
+from megahp import checkpoint
+from megahp.train.metrics import read_events
+from megahp.train.replay import replay
+
+INJECT = Path(__file__).parent / "inject"
+ALONE = ("parallel.dp_replicate=1", "resilience.spike_window=12")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    write_corpus(folder / "corpus", 0.02)
+    (folder / "run.toml").write_text(RUN.replace("tokens = 9600", "tokens = 2560"))
+    return folder
+
+
+def start(folder: Path, name: str, *words: str, faults: tuple[dict[str, Any], ...] = ()) -> subprocess.Popen[str]:
+    """The command, on ranks for which there may be faults."""
+    planned = folder / f"{name}.json"
+    planned.write_text(json.dumps(faults))
+    return subprocess.Popen(
+        [sys.executable, "-m", "megahp", "train", "run.toml", f"log.name={name}", *words],
+        cwd=folder,
+        env={**os.environ, "FAULTS": str(planned), "PYTHONPATH": f"{INJECT}:{os.getcwd()}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def train(folder: Path, name: str, *words: str, **options: Any) -> tuple[int, str]:
+    """Exit code, and what was said."""
+    started = start(folder, name, *words, **options)
+    said, _ = started.communicate(timeout=240)
+    return started.returncode, said
+
+
+def events(folder: Path, name: str, *kinds: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(folder / "runs" / name) if event["event"] in kinds]
+
+
+def test_what_is_not_finite_again_is_named_and_left_out(folder: Path) -> None:
+    """A sample that gives no number, on whichever rank has it: once computed again, then the step is skipped."""
+    lasting = ({"kind": "lasting", "rank": 1, "sample": 31, "times": float("nan")},)
+    code, said = train(folder, "lasting", "--ranks", "2", faults=lasting)
+    assert code == 0, said
+    (skipped,) = events(folder, "lasting", "skipped")
+    assert skipped["step"] == 7 and skipped["samples"] == [28, 31]
+    assert "output of the stage's end is not finite on rank 1, microbatch 0" in skipped["reason"]
+    records = numbers(folder / "runs/lasting")
+    assert [record["step"] for record in records if record.get("skipped")] == [8] and len(records) == 40
+    state = checkpoint.read_state(checkpoint.complete(folder / "runs/lasting/checkpoints")[-1])
+    assert (state["skipped"], state["updates"]) == (1, 39)
+
+
+def test_a_spike_is_told_or_left_out(folder: Path) -> None:
+    spike = ({"kind": "lasting", "rank": 0, "sample": 81, "times": 9.0},)
+    for policy, updates in (("tell", 40), ("skip", 39)):
+        words = (*ALONE, "--ranks", "1", "--restarts", "0", f"resilience.spikes={policy}")
+        code, said = train(folder, policy, *words, faults=spike)
+        assert code == 0, said
+        (told,) = events(folder, policy, "spike")
+        assert told["step"] == 20 and told["reason"].startswith("loss ")
+        skipped = events(folder, policy, "skipped")
+        assert [event["samples"] for event in skipped] == ([[80, 83]] if policy == "skip" else [])
+        state = checkpoint.read_state(checkpoint.complete(folder / "runs" / policy / "checkpoints")[-1])
+        assert state["updates"] == updates
+
+
+def test_a_rewind_goes_back_and_past_the_samples(folder: Path) -> None:
+    """And is itself gone on with exactly, after a kill."""
+    spike = {"kind": "lasting", "rank": 0, "sample": 81, "times": 9.0}
+    kill = {"kind": "kill", "rank": 0, "step": 25}
+    words = (*ALONE, "--ranks", "1", "--restarts", "3", "resilience.spikes=rewind")
+    for name, faults in (("rewound", (spike,)), ("rewound and killed", (spike, kill))):
+        code, said = train(folder, name, *words, faults=faults)
+        assert code == 0, said
+        (rewound,) = events(folder, name, "rewound")
+        assert rewound["step"] in (18, 20) and rewound["samples"] == 84
+        assert replay(folder / "runs" / name).differences == []
+        records = numbers(folder / "runs" / name)
+        assert [record["step"] for record in records] == list(range(1, 41))
+        assert records[-1]["samples"] == 160 + (84 - 4 * rewound["step"])
+    restored = [events(folder, name, "rewound")[0]["step"] for name in ("rewound", "rewound and killed")]
+    if restored[0] == restored[1]:  # the newest checkpoint may have been under way
+        assert numbers(folder / "runs/rewound") == numbers(folder / "runs/rewound and killed")
+    assert len(events(folder, "rewound and killed", "resumed")) == 1
+
+
+def test_rewinds_that_do_not_help_end_the_run(folder: Path) -> None:
+    lasting = tuple({"kind": "lasting", "rank": 0, "sample": number, "times": 9.0} for number in range(81, 600, 4))
+    words = (*ALONE, "--ranks", "1", "--restarts", "3", "resilience.spikes=rewind", "checkpoint.every=20")
+    code, said = train(folder, "lost", *words, faults=lasting)
+    assert code == 2 and "3 rewinds did not help; lower optimizer.lr" in said.splitlines()[-1]
+
+
+def test_a_slow_rank_is_named(folder: Path) -> None:
+    slow = ({"kind": "slow", "rank": 1, "step": 1},)
+    code, said = train(folder, "slow", "--ranks", "2", "resilience.check_every=10", faults=slow)
+    assert code == 0, said
+    (told,) = events(folder, "slow", "straggler")
+    assert told["ranks"] == [1] and told["reason"].startswith("rank 1 works for")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_launcher_saves_and_stops(folder: Path, number: signal.Signals) -> None:
+    name = number.name
+    words = ("--ranks", "2", "checkpoint.every=0", "--resume", "auto")
+    pause = ({"kind": "slow", "rank": 0, "step": 1},)  # or it might be over before it is told
+    started = start(folder, name, *words, faults=pause)
+    log = folder / "runs" / name / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        assert started.poll() is None
+        time.sleep(0.02)
+    told = time.monotonic()
+    started.send_signal(number)
+    said, _ = started.communicate(timeout=60)
+    assert started.returncode == 75 and time.monotonic() - told < 20, said
+    (stopped,) = events(folder, name, "stopped")
+    (saved,) = checkpoint.complete(folder / "runs" / name / "checkpoints")
+    assert saved.name == f"step-{stopped['step']:08d}" and name in stopped["reason"]
+    code, said = train(folder, name, *words)
+    assert code == 0, said
+    assert [event["event"] for event in events(folder, name, "started", "resumed", "finished")] == [
+        "started",
+        "resumed",
+        "finished",
+    ]
+    assert len(numbers(folder / "runs" / name)) == 40
+
+
+def test_a_time_limit_of_its_own(folder: Path) -> None:
+    slow = ({"kind": "slow", "rank": 0, "step": 1},)
+    words = (*ALONE, "--ranks", "1", "--restarts", "0", "resilience.stop_after=0.02")
+    code, said = train(folder, "limited", *words, faults=slow)
+    assert code == 75, said
+    (stopped,) = events(folder, "limited", "stopped")
+    assert "resilience.stop_after" in stopped["reason"] and 0 < stopped["step"] < 40
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here, which takes root")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_ends_nothing_but_the_end(folder: Path, small_disk: Path) -> None:
+    """Training goes on without the checkpoints that cannot be written, says so, and keeps the one that was."""
+    words = (*ALONE, f"log.root={small_disk}", "train.steps=12", "checkpoint.every=4", "checkpoint.keep=9")
+    code, said = train(folder, "small", *words, "train.steps=4")
+    assert code == 0, said
+    (good,) = checkpoint.complete(small_disk / "small/checkpoints")
+    room = shutil.disk_usage(small_disk).free
+    (small_disk / "filler").write_bytes(bytes(room - 100_000))
+    code, said = train(folder, "small", *words, "--resume", "auto")
+    assert code == 2 and "free" in said.splitlines()[-1] and "make room" in said.splitlines()[-1]
+    assert len(numbers(small_disk / "small")) == 12
+    unsaved = [event["step"] for event in read_events(small_disk / "small") if event["event"] == "unsaved"]
+    assert unsaved == [12] or unsaved == [8, 12] or unsaved == [8]
+    assert checkpoint.complete(small_disk / "small/checkpoints") == [good] and not checkpoint.problems(good)
+    (small_disk / "filler").unlink()
+    code, said = train(folder, "small", *words, "--resume", "auto")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    "words", [(*ALONE, "--restarts", "3"), ("--ranks", "2", "--restarts", "-1"), ("--restarts", "x")], ids=" ".join
+)
+def test_restarts_that_make_no_sense(folder: Path, words: tuple[str, ...]) -> None:
+    code, said = train(folder, "none", *words)
+    assert code == 2 and "--restarts" in said.splitlines()[-1]
+    assert not (folder / "runs/none").exists()
