@@ -80,10 +80,10 @@ def without_masking(self: masks.Masks, grads: Sequence[Tensor], plan: Any) -> No
 
 
 def of_masked_gradients(self: masks.Masks, grads: Sequence[Tensor], plan: Any) -> None:
-    for name, place in zip(self.masks, self.places, strict=True):
+    for name, place in self.places.items():
         grads[place].mul_(self.masks[name])
     decide = plan.step % self.sparsity.every == 0
-    self.unmasked = {name: grads[place].clone() for name, place in zip(self.masks, self.places, strict=True) if decide}
+    self.unmasked = {name: grads[place].clone() for name, place in self.places.items() if decide}
 
 
 def drawn_by_each_rank(name: str, weight: Tensor, density: float, seed: int) -> Tensor:
