@@ -111,15 +111,12 @@ Cell = tuple[str, str, str]  # layout, model, dtype or embeddings alone in float
 EMBEDDINGS: list[Cell] = [
     ("tp2 sp, full recomputation", "gpt2", "embeddings"),
     ("pp2 zero-bubble", "gpt2", "embeddings"),
-    ("pp2 interleaved", "llama", "embeddings"),
+    ("pp2 interleaved", "muon", "embeddings"),
     ("shard2, zero 2, reduced every time", "moe", "embeddings"),
-    ("pp2 zbv", "moe", "embeddings"),  # nothing of one rank is trained
+    ("pp2 zbv", "muon", "embeddings"),  # nothing of one rank is trained
     ("pp2 shard2, zbv", "muon", "embeddings"),
-    ("tp2 sp replicate2", "muon", "embeddings"),
     ("cp2 shard2", "gpt2", "embeddings"),
     ("ep2 shard4", "moe-loss", "embeddings"),
-    ("pp2 tp2", "gpt2", "embeddings"),
-    ("pp4 zero-bubble", "llama", "embeddings"),
 ]
 
 
