@@ -151,7 +151,7 @@ def begin(arguments: argparse.Namespace, old: Vocabulary, new: Vocabulary) -> Be
 def cut(old: Vocabulary, single: Mapping[bytes, int], token: bytes) -> list[int]:
     """The old tokens that are cut where a text has these bytes; where those are no whole characters, one for each byte,
     out of `single`. Raises UserError for what they cannot spell."""
-    for before in ("", "\n"):  # some tokenizers put a space before a text, not after its first line
+    for before in ("", "\n", "("):  # some tokenizers put a space before a text; and some make one of a new line
         ids = old.tokenizer.encode(before + token.decode(errors="ignore"))
         sizes = accumulate(len(old.tokens[number]) for number in reversed(ids))
         count = next((count for count, size in enumerate(sizes, 1) if size >= len(token)), 0)
