@@ -312,6 +312,33 @@ def _engines(config: Config) -> list[str]:
     return problems
 
 
+def _weights(config: Config) -> list[str]:
+    """What cannot be where only some weights are trained."""
+    train, problems = config.train, []
+    if train.weights == "all":
+        return []
+    chosen = f"train.weights = {train.weights!r}"
+    if not train.start_from:
+        problems.append(
+            f"{chosen} would leave all else as it was drawn; name a checkpoint in train.start_from, or leave it out"
+        )
+    if train.noise_scale:
+        problems.append(
+            f"{chosen} trains no norm layers, in which the noise scale is measured; set train.noise_scale=false"
+        )
+    if config.sparsity.method in ("gradual", "rigl"):
+        problems.append(
+            f"sparsity.method = {config.sparsity.method!r} changes weights that {chosen} leaves as they are; set "
+            "sparsity.method=none"
+        )
+    if config.optimizer.engine == "apex" and config.parallel.pp > 1:
+        problems.append(
+            f"optimizer.engine = 'apex' wants weights on every rank, and with {chosen} and parallel.pp = "
+            f"{config.parallel.pp} some may train none; leave it out"
+        )
+    return problems
+
+
 def _schedule(config: Config) -> list[str]:
     """What is wrong with the learning rate's schedule."""
     schedule, problems = config.schedule, []
@@ -364,6 +391,7 @@ CHECKS = (
     _float8,
     _sparsity,
     _engines,
+    _weights,
     _schedule,
     _run,
 )

@@ -254,6 +254,11 @@ class Train:
     """How long, how precisely, from which seed."""
 
     start_from: str = setting("", "checkpoint, or run directory, whose weights and progress a new run takes over")
+    weights: Literal["all", "embeddings"] = setting(
+        "all",
+        "which weights are trained; embeddings = embedding and unembedding alone, as after the vocabulary has grown; "
+        "the gradient's norm, clipping and moments are then theirs",
+    )
     tokens: int = setting(10_000_000, "horizon of the schedules and end of the run", at_least=1, at_most=1e18)
     steps: int = setting(0, "stop after so many optimizer steps, if sooner; 0 = no such stop", at_least=0)
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(

@@ -214,7 +214,7 @@ def test_a_run_that_diverged_ends_with_an_error(folder: Path) -> None:
     words = ["optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup=0", "log.name=diverged", "checkpoint.every=1"]
     done = megahp(folder, "train", "run.toml", *words)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "20 gradients in a row" in done.stderr and "optimizer.lr" in done.stderr
+    assert "20 steps in a row" in done.stderr and "optimizer.lr" in done.stderr
 
 
 def test_a_preset_s_value_without_meaning_is_no_obstacle(folder: Path) -> None:

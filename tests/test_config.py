@@ -31,8 +31,8 @@ optimizer.muon_lr optimizer.momentum optimizer.clip optimizer.engine
 sparsity.method sparsity.density sparsity.layers sparsity.begin sparsity.end sparsity.drop sparsity.every
 parallel.tp parallel.pp parallel.schedule parallel.stages_per_rank parallel.split parallel.cp parallel.ep
 parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel parallel.zero parallel.reduce parallel.prefetch
-train.start_from train.tokens train.steps train.dtype train.device train.seed train.noise_scale train.noise_half_life
-train.validate_every train.validation_samples
+train.start_from train.weights train.tokens train.steps train.dtype train.device train.seed train.noise_scale
+train.noise_half_life train.validate_every train.validation_samples
 compute.compile compute.recompute compute.recompute_every compute.norms compute.fp8
 checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best
 resilience.stop_after resilience.hang_after resilience.check_every
@@ -174,6 +174,22 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
         (["batch.critical_batch=[90, 0.5]"], ["batch.critical_batch = (90.0, 0.5)", "no effect", "law"]),
         (["batch.policy=law", "batch.critical_batch=[90]"], ["batch.critical_batch = [90.0]", "scale, exponent"]),
         (["batch.policy=law", "batch.critical_batch=[90, -1]"], ["batch.critical_batch", "above 0"]),
+        (["train.weights=embeddings", "train.noise_scale=false"], ["train.weights = 'embeddings'", "train.start_from"]),
+        (["train.weights=embeddings", "train.start_from=x"], ["no norm layers", "train.noise_scale=false"]),
+        (
+            [
+                *("train.weights=embeddings", "train.start_from=x", "train.noise_scale=false"),
+                *("sparsity.method=rigl", "sparsity.density=0.5"),
+            ],
+            ["sparsity.method = 'rigl'", "train.weights = 'embeddings'", "sparsity.method=none"],
+        ),
+        (
+            [
+                *("train.weights=embeddings", "train.start_from=x", "train.noise_scale=false"),
+                *("optimizer.engine=apex", "parallel.pp=2"),
+            ],
+            ["optimizer.engine = 'apex'", "parallel.pp = 2"],
+        ),
         (["optimizer.engine=apex", "train.dtype=float64"], ["optimizer.engine = 'apex'", "float64"]),
         (["compute.fp8=torchao", "train.dtype=float16"], ["compute.fp8", "train.dtype = 'float16'", "bfloat16"]),
     ],

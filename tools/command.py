@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from megahp.errors import UserError
 
@@ -18,6 +21,18 @@ def exit_code(command: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A folder's name to write under; it becomes the target by one rename, or vanishes if anything goes wrong."""
+    partial = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def positive(text: str, remedy: str) -> float:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import appearing
 from torch import Tensor
 
 from megahp import checkpoint, config, resolve
@@ -60,13 +61,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def convert(arguments: argparse.Namespace) -> int:
     refuse_mistakes(arguments)
-    partial = arguments.target.with_name(f".partial-{arguments.target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with appearing(arguments.target) as partial:
         tokenizer = (send if arguments.source_format == "megahp" else take)(arguments, partial)
-        partial.rename(arguments.target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"{arguments.target}: written, in files of up to {arguments.file_size:g} GB")
     return 0 if arguments.no_check else compare(arguments, tokenizer)
 
@@ -111,11 +107,24 @@ def take(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     """Write a model of others as a run directory of ours. Returns its tokenizer. Raises UserError."""
     said = resolve.parse_overrides(arguments.overrides)
     tree, tensors = read(arguments.source_format, arguments.source, said.get("model", {}))
+    named = arguments.tokenizer or tokenizer_in(arguments.source, tree.get("data", {}).get("tokenizer", ""))
+    return write_run(arguments, partial, tree, said, named, tensors)
+
+
+def write_run(
+    arguments: argparse.Namespace,
+    partial: Path,
+    tree: Mapping[str, Mapping[str, Any]],
+    said: Mapping[str, Mapping[str, Any]],
+    named: str,
+    tensors: Iterable[tuple[str, Tensor]],
+) -> Tokenizer:
+    """Write a run directory, the named tokenizer in it, that has these tensors and, of the tree's settings, those its
+    next run cannot choose. said: further settings. Returns the tokenizer. Raises UserError."""
     layer = {
         section: {key: value for key, value in values.items() if f"{section}.{key}".startswith(KEPT)}
         for section, values in tree.items()
     }
-    named = arguments.tokenizer or tokenizer_in(arguments.source, tree.get("data", {}).get("tokenizer", ""))
     tokenizer = load_tokenizer(named)
     partial.mkdir(parents=True)
     if named != "bytes":
@@ -259,11 +268,8 @@ def write_tokenizer(folder: Path, named: str, tokenizer: Tokenizer) -> None:
 
 
 def bytes_tokenizer(eod: int) -> dict[str, Any]:
-    """tokenizer.json of our bytes: a byte-level BPE without merges. A byte that cannot be shown has a letter above 255,
-    as GPT-2 has it."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = {byte: chr(byte) for byte in shown}
-    letters |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in letters)}
+    """tokenizer.json of our bytes: a byte-level BPE without merges."""
+    letters = byte_letters()
     plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
@@ -273,6 +279,14 @@ def bytes_tokenizer(eod: int) -> dict[str, Any]:
         "decoder": plain,
         "model": {"type": "BPE", "vocab": {letter: byte for byte, letter in letters.items()}, "merges": []},
     }
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter of each byte in byte-level tokenizers: one that cannot be shown has a letter above 255, as GPT-2 has
+    it."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = {byte: chr(byte) for byte in shown}
+    return letters | {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in letters)}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -167,7 +167,7 @@ def of_a_check(settings: Config, arguments: argparse.Namespace) -> Config:
         schedule=config.Schedule("constant", warmup=0.0),
         batch=config.Batch(global_batch=arguments.batch, micro_batch=arguments.batch),
         parallel=config.Parallel(),
-        train=replace(settings.train, start_from="", tokens=tokens, steps=0, noise_scale=False),
+        train=replace(settings.train, start_from="", weights="all", tokens=tokens, steps=0, noise_scale=False),
         compute=config.Compute(),
     )
 

@@ -220,7 +220,7 @@ def is_over(directory: Path) -> bool:
 
 
 def diverged(directory: Path) -> bool:
-    """Whether the run gave up, after so many gradients in a row that were not finite."""
+    """Whether the run gave up, after so many steps in a row were skipped."""
     if not (directory / "events.jsonl").exists():
         return False
     last = read_events(directory)[-MOST_SKIPPED:]

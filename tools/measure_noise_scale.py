@@ -111,7 +111,7 @@ def settings_to_measure(path: Path) -> Config:
     dtype = "float64" if settings.train.dtype == "float64" else "float32"
     return config.with_values(
         replace(settings, parallel=config.Parallel(), compute=config.Compute()),
-        {"train.noise_scale": True, "train.device": "auto", "train.dtype": dtype},
+        {"train.weights": "all", "train.noise_scale": True, "train.device": "auto", "train.dtype": dtype},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -73,6 +74,8 @@ def _skeleton(config: Config, mesh: Mesh) -> Transformer:
         )
     for block, density in zip(model.blocks.values(), config.sparsity.drawn(config.model.layers), strict=True):
         _say_density(block, density)
+    if config.train.weights == "embeddings":
+        _freeze_but(model, (model.embedding, model.unembedding))
     return model
 
 
@@ -82,6 +85,13 @@ def _say_density(block: nn.Module, density: float) -> None:
         if isinstance(module, Module):
             hidden = {name: row for name, row in module.rows.items() if row.role is Role.HIDDEN}
             module.rows |= {name: replace(row, density=density) for name, row in hidden.items()}
+
+
+def _freeze_but(model: nn.Module, trained: Collection[nn.Module | None]) -> None:
+    """Have the rows of all other modules tell that they stay as they are."""
+    for module in model.modules():
+        if isinstance(module, Module) and module not in trained:
+            module.rows = {name: replace(row, trained=False) for name, row in module.rows.items()}
 
 
 def _stage(config: Config, mesh: Mesh, blocks: range) -> Transformer:

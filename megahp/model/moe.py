@@ -91,8 +91,10 @@ class Router(Module):
 
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:
-        """Favour experts that got less than the mean; load [experts]: how often each was chosen in the global batch."""
-        self.bias.add_(self.rate * (load.mean() - load).sign())
+        """Favour experts that got less than the mean; load [experts]: how often each was chosen in the global batch. A
+        router that is not trained stays as it is."""
+        if self.rows["weight"].trained:
+            self.bias.add_(self.rate * (load.mean() - load).sign())
 
     def _beside(self, scores: Tensor, counts: Tensor) -> Tensor:
         """A scalar whose gradients are those of the balance loss, and what `probe` is to hold."""

@@ -38,6 +38,7 @@ class Row:
     # rows of the matrices that lie together in each of its equal groups of rows, if several
     fused: tuple[int, ...] = ()
     density: float = 1.0  # share of its entries that are drawn; the others are masked, 0
+    trained: bool = True  # or it stays as it is, and has no gradient
 
     @property
     def split(self) -> dict[str, int | None]:
@@ -95,7 +96,7 @@ def rows(model: nn.Module) -> dict[str, Row]:
 
 
 def parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trained parameters by name: all but the probes."""
+    """The weights by name: all parameters but the probes."""
     return ((name, p) for name, p in model.named_parameters() if not _is_probe(name))
 
 
@@ -136,7 +137,7 @@ def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
                 shape=torch.Size(shape),
                 stride=stride,
             )
-            setattr(module, name, nn.Parameter(shard))
+            setattr(module, name, nn.Parameter(shard, requires_grad=row.trained))
     for probe in probes(model).values():
         probe.data = probe.data.to(dtype)
 

@@ -174,7 +174,7 @@ def rules(model: Model, length: int, tokens: float) -> list[Choice]:
 def _tree(base: Base, model: Model, tokens: int, n: int, choice: Choice | None) -> list[tuple[str, dict[str, Any]]]:
     """The layers of the run file but for the batch: the base without what belonged to its own run, and the plan."""
     shape = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width")
-    old = {"model": shape, "train": ("tokens", "steps", "start_from"), "log": ("name",)}
+    old = {"model": shape, "train": ("tokens", "steps", "start_from", "weights"), "log": ("name",)}
     kept: dict[str, Any] = {
         name: {key: value for key, value in section.items() if key not in old.get(name, ())}
         for name, section in {**base.tree, "model": base.model}.items()

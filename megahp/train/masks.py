@@ -49,7 +49,7 @@ class Masks:
         hidden = [name for name, row in engine.rows.items() if row.role is Role.HIDDEN]
         names = hidden if self.sparsity.method != "none" else []
         self.weights = {name: weight for name, weight in engine.weights.items() if name in names}
-        self.places = [place for place, name in enumerate(engine.weights) if name in names]
+        self.places = {name: place for place, name in enumerate(engine.trained) if name in names}
         together = self.sparsity.method == "gradual"
         self.entries = Entries(names, self.weights, engine.rows, engine.mesh, together)
         self.masks = {
@@ -63,8 +63,9 @@ class Masks:
         self.measure()
 
     def apply(self, grads: Sequence[Tensor], plan: Plan) -> None:
-        """Make the gradients of masked weights 0, in place. grads: this rank's parts, in the order of the weights."""
-        own = {name: grads[place] for name, place in zip(self.masks, self.places, strict=True)}
+        """Make the gradients of masked weights 0, in place. grads: this rank's parts, in the order of the trained
+        weights."""
+        own = {name: grads[place] for name, place in self.places.items()}
         decide = self.sparsity.method == "rigl" and self._due(plan)
         self.unmasked = {name: grad.clone() for name, grad in own.items()} if decide else {}
         for name, grad in own.items():

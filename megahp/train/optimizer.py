@@ -66,6 +66,8 @@ class AdamW:
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
         self.updates += 1
+        if not grads:
+            return
         count = torch.full((), float(self.updates), device=grads[0].device)  # the kernel reads it there
         for rule, places, (parts, exp_avg, exp_avg_sq) in self.groups:
             torch._fused_adamw_(  # torch.optim would sort the lists by type, and count every weight's steps

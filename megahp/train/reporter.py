@@ -200,7 +200,8 @@ def _lock(directory: Path) -> TextIO:
         raise UserError(f"{directory} is in use by {owner}; wait for its end, or choose another log.name") from None
     file.truncate(0)
     job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-    print(f"process {os.getpid()} on {socket.gethostname()}{job}", end="", file=file, flush=True)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}{job}")
+    file.flush()
     return file
 
 

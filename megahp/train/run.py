@@ -36,7 +36,7 @@ from megahp.train.wandb_log import check_wandb, new_id
 # What a run that starts from another's checkpoint may not change, by section or key, and what one that is resumed may
 # not either. All else may, and the change is an event. Files may move: the data is known by its fingerprint.
 FIXED = ("model", "parameterization", "train.dtype", "optimizer.name", "data.validation_fraction")
-FIXED_ON_RESUME = (*FIXED, "sparsity", "data", "train.seed")
+FIXED_ON_RESUME = (*FIXED, "sparsity", "data", "train.seed", "train.weights")
 MOVABLE = ("data.train", "data.tokenizer", "data.cache", "model.balance_rate", "model.balance_loss")
 
 
@@ -238,7 +238,7 @@ class Run:
         self.table = table_of(settings)
         self.engine = Engine(build_model(settings, mesh), mesh, settings.parallel)
         self.optimizer = make_optimizer(
-            settings.optimizer, self.engine.weights, self.engine.rows, self.table, mesh.group(*WITHIN_STAGE)
+            settings.optimizer, self.engine.trained, self.engine.rows, self.table, mesh.group(*WITHIN_STAGE)
         )
         self.masks = Masks(settings, self.engine, self.optimizer)
         self.progress = Progress()
@@ -294,8 +294,8 @@ class Run:
 
     def branch(self, path: Path) -> Taken:
         """Take over weights, moments, averages and progress, and go on under this run's own settings: with its data,
-        each source from where it stands, and its batch plan. What is set as before goes on as before. Raises
-        UserError."""
+        each source from where it stands, and its batch plan. What is set as before goes on as before; moments begin
+        anew where other weights are trained than before. Raises UserError."""
         state = self._load(path)
         saved = resolve.from_dict(state["config"], str(path))
         anew: list[str] = []
@@ -329,12 +329,15 @@ class Run:
                 f"the parameterization table of this megahp differs from the one in {path}; "
                 "go on with the version that wrote it"
             )
+        before = resolve.from_dict(state["config"], str(path)).train.weights
+        # AdamW corrects all moments by one count of updates, so all are of as many
+        updates = state["updates"] if self.settings.train.weights == before else 0
         # before the first update moments are 0, and what comes from elsewhere has none
-        checkpoint.load(path, self._tensors() if state["updates"] else self.engine.saved | self.masks.state())
+        checkpoint.load(path, self._tensors() if updates else self.engine.saved | self.masks.state())
         self.masks.measure()
         self.progress = Progress(**state["progress"])
         self.saved_at = self.progress.step
-        self.optimizer.updates = state["updates"]
+        self.optimizer.updates = updates
         self.loss_scale = LossScale(**state["loss_scale"])
         self.spikes.restore(state["spikes"])
         if self.settings.train.noise_scale:

@@ -32,7 +32,7 @@ class Measurement:
 
     loss: float  # nats per token, mean over the global batch
     told: bool  # whether some rank has been told to leave
-    grad_norm: float  # of the whole gradient
+    grad_norm: float  # of the whole gradient of the trained weights
     grad_sq_example: dict[str, float]  # norm layer -> mean_b ||g_b||^2 over its weight and bias
     grad_sq_batch: dict[str, float]  # norm layer -> ||G||^2 over its weight and bias
     load: dict[str, Tensor]  # router -> how often the global batch's tokens chose each expert: [experts] on the host
@@ -51,6 +51,7 @@ class Engine:
         self.stages = list(model.stages.values())
         self.rows = model.rows
         self.weights = {name: weight for stage in self.stages for name, weight in parameters(stage)}
+        self.trained = {name: weight for name, weight in self.weights.items() if self.rows[name].trained}
         # looked up now: at times the modules' own parameters are FSDP2's gathered ones, in the compute type
         self.saved = {name: tensor for stage in self.stages for name, tensor in saved(stage).items()}
         self.routers = {name: router for stage in self.stages for name, router in routers(stage).items()}
@@ -61,10 +62,9 @@ class Engine:
         sizes = {"loss": 1, "told": 1, **probe_sizes, **dict.fromkeys(self.rows, 1)}
         ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
         self.total = sum(sizes.values())
-        own = {"loss": mesh.is_first(("tp",)), "told": True} | {
-            f"{name}.probe": self._speaks(name) for name in self.probes
-        }
-        own |= {name: counted_once(weight, self.rows[name], mesh) for name, weight in self.weights.items()}
+        own = {"loss": mesh.is_first(("tp",)), "told": True}
+        own |= {f"{name}.probe": self._speaks(name) for name in self.probes}
+        own |= {name: counted_once(weight, self.rows[name], mesh) for name, weight in self.trained.items()}
         places = [torch.arange(ends[name] - sizes[name], ends[name]) for name in own]
         self.places = torch.cat(places).to(mesh.device)
         counted = [float(counts) for name, counts in own.items() for _ in range(sizes[name])]
@@ -81,7 +81,7 @@ class Engine:
             total = self.pipeline.forward_backward(together.pop("x"), scale / tokens, count, **together) / scale
         else:
             total = self._accumulate(microbatches, count, tokens, scale)
-        sum_gradients(self.weights, self.rows, self.mesh)
+        sum_gradients(self.trained, self.rows, self.mesh)
         return total
 
     @torch.no_grad()
@@ -126,8 +126,8 @@ class Engine:
 
     @torch.no_grad()  # without autograd a DTensor's part is an attribute; a detour through it takes 40 times as long
     def gradients(self) -> list[Tensor]:
-        """This rank's parts of the gradients, in the order of the weights."""
-        return [local(weight.grad) for weight in self.weights.values()]  # type: ignore[arg-type]
+        """This rank's parts of the gradients, in the order of the trained weights; a pipeline stage may have none."""
+        return [local(weight.grad) for weight in self.trained.values()]  # type: ignore[arg-type]
 
     @torch.no_grad()
     def measure(
@@ -135,10 +135,11 @@ class Engine:
     ) -> Measurement:
         """Reduce loss, squared gradient norms and probes of one step of `batch` sequences over all ranks and bring them
         to the host, the scale of the gradients taken out. told: whether this rank has been told to leave."""
-        squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square()
-        measured = [probe.grad.view(-1) for probe in self.probes.values()]  # type: ignore[union-attr]
+        measured = [loss[None], loss.new_tensor([told]), *(probe.grad.view(-1) for probe in self.probes.values())]  # type: ignore[union-attr]
+        if grads:
+            measured.append(torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square())
         values = torch.zeros(self.total, dtype=torch.float64, device=loss.device)
-        values[self.places] = torch.cat((loss[None], loss.new_tensor([told]), *measured, squares)) * self.counted
+        values[self.places] = torch.cat(measured) * self.counted
         dist.all_reduce(values)
         numbers = iter(values.tolist())
         loss_value, anybody_told = next(numbers), next(numbers) > 0
@@ -174,7 +175,7 @@ def clip(grads: list[Tensor], norm: float, largest: float, scale: float = 1.0) -
     """Take the scale out of the gradients, in place, and bring them down to the largest global norm (0 = any), if
     theirs, without the scale, is above it."""
     factor = (largest / norm if largest and norm > largest else 1.0) / scale
-    if factor != 1:
+    if factor != 1 and grads:
         torch._foreach_mul_(grads, factor)
 
 

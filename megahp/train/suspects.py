@@ -71,14 +71,13 @@ def watching(stages: Mapping[int, nn.Module], samples: Sequence[np.ndarray]) -> 
             each.remove()
 
 
-def among_weights(weights: Mapping[str, Tensor], grads: Sequence[Tensor]) -> list[Suspect]:
+def among_weights(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> list[Suspect]:
     """The weights, and the gradients, of which this rank's part is not finite."""
-    rank = dist.get_rank()
-    found = []
-    for place, ((name, weight), grad) in enumerate(zip(weights.items(), grads, strict=True)):
-        found += [] if torch.isfinite(storage(weight)).all() else [Suspect(WEIGHT, 0, place, name, rank)]
-        found += [] if torch.isfinite(grad).all() else [Suspect(GRADIENT, 0, -place, name, rank)]
-    return found
+    rank, places = dist.get_rank(), {name: place for place, name in enumerate(weights)}
+    spoilt = [name for name, weight in weights.items() if not torch.isfinite(storage(weight)).all()]
+    found = [Suspect(WEIGHT, 0, places[name], name, rank) for name in spoilt]
+    spoilt = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
+    return found + [Suspect(GRADIENT, 0, -places[name], name, rank) for name in spoilt]
 
 
 def first_of(found: Sequence[Suspect]) -> list[Suspect]:

@@ -91,7 +91,6 @@ def shrunk(settings: Config, layout: Layout) -> Config:
             **{f"sparsity.{key}": soon[key] for key in changing},
             "sparsity.layers": settings.sparsity.layers[: stages if parallel.split else layers],
             "train.dtype": "float64",
-            "train.start_from": "",
             "schedule.start": 0,
             "compute.norms": "megahp",
             "compute.fp8": "none",
@@ -118,7 +117,7 @@ class Trial:
         self.engine = Engine(build_model(settings, mesh), mesh, settings.parallel)
         self.optimizer = make_optimizer(
             settings.optimizer,
-            self.engine.weights,
+            self.engine.trained,
             self.engine.rows,
             table_of(settings),
             mesh.group(*WITHIN_STAGE),
@@ -135,7 +134,7 @@ class Trial:
         grads = self.engine.gradients()
         self.masks.apply(grads, plan)
         measured = self.engine.measure(loss, grads, plan.global_batch)
-        gathered = {name: of_all_ranks(weight, weight.grad) for name, weight in self.engine.weights.items()}
+        gathered = {name: of_all_ranks(weight, weight.grad) for name, weight in self.engine.trained.items()}
         clip(grads, measured.grad_norm, self.settings.optimizer.clip)
         self.optimizer.step(grads, plan)
         self.engine.rebalance(measured.load)

@@ -90,7 +90,15 @@ EIGHT_RANKS: dict[int, dict[str, tuple[str, ...]]] = {
         "pp2 replicate2 shard2": (*PP, *REPLICATE, "batch.micro_batch=1"),
     },
 }
-DTYPES = {"float32": (1e-5, None), "float64": (1e-10, 1e-10)}  # tolerance of measures, of weights
+# tolerance of measures, of weights
+DTYPES = {"float32": (1e-5, None), "float64": (1e-10, 1e-10), "embeddings": (1e-10, 1e-10)}
+# in place of its type
+WORDS = {
+    "embeddings": (
+        *("train.dtype=float64", "train.weights=embeddings"),
+        *("train.start_from=elsewhere", "train.noise_scale=false"),
+    )
+}
 STEPS = 5
 BF16 = [
     ("tp2 sp shard2", "gpt2"),
@@ -99,7 +107,17 @@ BF16 = [
     ("ep2 shard4", "moe"),
     ("pp4 1f1b", "gpt2"),
 ]
-Cell = tuple[str, str, str]  # layout, model, dtype
+Cell = tuple[str, str, str]  # layout, model, dtype or embeddings alone in float64
+EMBEDDINGS: list[Cell] = [
+    ("tp2 sp, full recomputation", "gpt2", "embeddings"),
+    ("pp2 zero-bubble", "gpt2", "embeddings"),
+    ("pp2 interleaved", "muon", "embeddings"),
+    ("shard2, zero 2, reduced every time", "moe", "embeddings"),
+    ("pp2 zbv", "muon", "embeddings"),  # nothing of one rank is trained
+    ("pp2 shard2, zbv", "muon", "embeddings"),
+    ("cp2 shard2", "gpt2", "embeddings"),
+    ("ep2 shard4", "moe-loss", "embeddings"),
+]
 
 
 def runs(layout: str, model: str) -> bool:
@@ -157,7 +175,7 @@ def train_cells(cells: Iterable[Cell], layouts: Mapping[int, Mapping[str, tuple[
     for ranks, words in {**plain, **layouts}.items():
         cases = {
             (layout, model, dtype): (
-                settings_of(model, f"train.dtype={dtype}", *words[layout]),
+                settings_of(model, *WORDS.get(dtype, (f"train.dtype={dtype}",)), *words[layout]),
                 1 if dtype == "bfloat16" else STEPS,
             )
             for layout, model, dtype in wanted
@@ -175,12 +193,20 @@ def compare(outcomes: Mapping[Cell, Any], cell: Cell) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[Cell, Any]:
-    return train_cells([*some_cells(), *((*cell, "bfloat16") for cell in BF16)], LAYOUTS)
+    return train_cells([*some_cells(), *EMBEDDINGS, *((*cell, "bfloat16") for cell in BF16)], LAYOUTS)
 
 
-@pytest.mark.parametrize("cell", some_cells(), ids="/".join)
+@pytest.mark.parametrize("cell", [*some_cells(), *EMBEDDINGS], ids="/".join)
 def test_layout_equals_one_rank(outcomes: dict[Cell, Any], cell: Cell) -> None:
     assert compare(outcomes, cell) == []
+
+
+@pytest.mark.parametrize("cell", EMBEDDINGS, ids="/".join)
+def test_all_but_embeddings_stays_to_the_bit(outcomes: dict[Cell, Any], cell: Cell) -> None:
+    """As drawn, which is the same on every layout. Biases of routers are zeros at first."""
+    got, drawn = outcomes[cell]["weights"], outcomes[cell]["drawn"]
+    trained = {"embedding.weight"} | {"unembedding.weight"} & got.keys()
+    assert {name for name in got if not got[name].equal(drawn[name])} == trained == set(outcomes[cell]["grads"])
 
 
 @pytest.mark.parametrize(("layout", "model"), BF16)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from corpus import write_corpus
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.func import functional_call
 
 from distributed import world
@@ -80,10 +81,10 @@ def without_masking(self: masks.Masks, grads: Sequence[Tensor], plan: Any) -> No
 
 
 def of_masked_gradients(self: masks.Masks, grads: Sequence[Tensor], plan: Any) -> None:
-    for name, place in zip(self.masks, self.places, strict=True):
+    for name, place in self.places.items():
         grads[place].mul_(self.masks[name])
     decide = plan.step % self.sparsity.every == 0
-    self.unmasked = {name: grads[place].clone() for name, place in zip(self.masks, self.places, strict=True) if decide}
+    self.unmasked = {name: grads[place].clone() for name, place in self.places.items() if decide}
 
 
 def drawn_by_each_rank(name: str, weight: Tensor, density: float, seed: int) -> Tensor:
@@ -248,7 +249,7 @@ def run(folder: Path, name: str, *words: str, resume: bool = False) -> None:
     with contextlib.chdir(folder), mock.patch("builtins.print"):
         chosen = settings_of("llama", *RUN, f"log.name={name}", *words)
         layout = fit(chosen.parallel, place.size)
-        loop.train(prepare(chosen, layout, 1, resume), place, layout, resume)
+        loop.train(prepare(chosen, layout, 1, resume), place, _get_default_store(), layout, resume)
 
 
 def in_one_world(

@@ -67,7 +67,8 @@ def found_on(layout: tuple[str, ...], where: str) -> list[Suspect]:
         )
     for each in hooks:
         each.remove()
-    return first_of([*found, *among_weights(training.engine.weights, training.engine.gradients())])
+    grads = dict(zip(training.engine.trained, training.engine.gradients(), strict=True))
+    return first_of([*found, *among_weights(training.engine.weights, grads)])
 
 
 def come_apart(model: str, layout: tuple[str, ...]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.train import verify
 from megahp.train.loop import validate
-from megahp.train.verify import Trial, made_up, of_all_ranks
+from megahp.train.verify import Trial, made_up, of_all_ranks, of_all_stages
 
 BASE: dict[str, Any] = {
     "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 128},
@@ -92,9 +92,11 @@ class MadeUpData:
 
 
 def train(settings: Config, steps: int) -> dict[str, Any]:
-    """What the trial's `train` tells, and the validation loss after it."""
+    """What the trial's `train` tells, and the validation loss after it; where not all weights are trained, those that
+    it began with too."""
     training = Training(settings)
-    found = verify.train(training, steps)
+    drawn = of_all_stages(training.weights(), training.mesh) if settings.train.weights != "all" else None
+    found = verify.train(training, steps) | {"drawn": drawn}
     return found | {"validation": validate(training, MadeUpData(settings))}
 
 

@@ -23,6 +23,7 @@ import torch
 from checkpoint.test_huggingface import GPT2, GQA, MOE, MPT, NEOX
 from distributed import world
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megahp import checkpoint, resolve
 from megahp.checkpoint import huggingface
@@ -219,8 +220,8 @@ def gone_on(folder: Path) -> dict[str, Any]:
     words += " train.steps=1 train.validation_samples=0 batch.global_batch=4 batch.micro_batch=4 schedule.warmup=0"
     imported = folder / "sparse" / "back"
     settings = resolve.load(imported / "config.toml", [*words.split(), "optimizer.lr=1e-15"]).config
-    directory = train(prepare(settings, Layout(), 1, False), World(), Layout(), False)
-    before, after = Tensors(checkpoint.find(imported)), Tensors(checkpoint.find(directory))
+    train(prepare(settings, Layout(), 1, False), World(), _get_default_store(), Layout(), False)
+    before, after = Tensors(checkpoint.find(imported)), Tensors(checkpoint.find(settings.directory))
     weights = [name.removeprefix("model.") for name in before if name.startswith("model.")]
     first, second = ([after[f"{moment}.{name}"] for name in weights] for moment in ("exp_avg", "exp_avg_sq"))
     return {

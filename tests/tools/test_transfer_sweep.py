@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from corpus import write_corpus
 from distributed import world
 
@@ -115,7 +116,7 @@ def train_three(folder: Path) -> list[tuple[int, int]]:
     left = []
     for cell in tool.read_cells(tool.parser().parse_args(words))[:3]:
         with tool.claimed(cell):
-            tool.train_cell(cell, 1)
+            tool.train_cell(cell, 1, dist.HashStore())
         left.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
     return left
 
