@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,10 @@ from megahp.checkpoint.shards import Damaged, Reader, Writer, digest, sync, writ
 from megahp.config import Checkpoint
 from megahp.errors import UserError
 
-VERSION = 3
+OLDEST = 3  # before it the index was a pickle, which is not read
+# what makes the state of the oldest version one of the next, then that one, ...; files stay as they are
+MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = ()
+VERSION = OLDEST + len(MIGRATIONS)
 MANIFEST = "manifest.json"
 STATE = {"progress", "skipped", "updates", "noise_scale", "batch_plan", "wandb_id", "loss_scale"}
 STATE |= {"data", "data_order", "table", "layout", "config"}
@@ -193,13 +196,16 @@ def find(place: P) -> P:
 
 
 def read_state(checkpoint: Place) -> dict[str, Any]:
-    """The JSON part. Raises DamagedError if it is not what was written, or of another version."""
+    """The JSON part, as this version has it. Raises DamagedError if it is not what was written, UserError for a version
+    that is not read."""
     if wrong := problems(checkpoint, shards=False):
         raise DamagedError(f"checkpoint {checkpoint} is damaged ({wrong[0]}); {_remedy(checkpoint)}")
     try:
         state = json.loads((checkpoint / "state.json").read_bytes())
+        for migrate in MIGRATIONS[state["version"] - OLDEST :]:
+            state = migrate(state)
         missing = STATE - state.keys()
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise DamagedError(f"checkpoint {checkpoint} cannot be read ({error!r}); {_remedy(checkpoint)}") from None
     if missing:
         raise DamagedError(f"checkpoint {checkpoint} lacks {', '.join(sorted(missing))}; {_remedy(checkpoint)}")
@@ -253,22 +259,26 @@ def write_manifest(checkpoint: Path) -> None:
     entries = {
         file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(checkpoint.iterdir())
     }
-    write_synced(checkpoint / MANIFEST, _sealed(entries))
+    write_synced(checkpoint / MANIFEST, _sealed(entries, VERSION))
     sync(checkpoint)
 
 
 def read_manifest(checkpoint: Place) -> dict[str, dict[str, Any]]:
-    """Name -> bytes and sha256. Raises Damaged unless every byte of it is as written, and of our version."""
+    """Name -> bytes and sha256. Raises Damaged unless every byte of it is as written, UserError for a version that is
+    not read."""
     try:
         text = (checkpoint / MANIFEST).read_bytes().decode()
         manifest = json.loads(text)
         version, files = manifest["version"], manifest["files"]
-        if version != VERSION:
-            raise Damaged(f"{MANIFEST} has version {version} and this megahp reads {VERSION}")
-        if text != _sealed(files):
+        if text != _sealed(files, version):
             raise Damaged(f"{MANIFEST} is not what was written")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise Damaged(f"{MANIFEST} cannot be read ({error!r})") from None
+    if not OLDEST <= version <= VERSION:
+        raise UserError(
+            f"checkpoint {checkpoint} is of version {version} and this megahp reads {OLDEST} to {VERSION}; "
+            "read it with the one that wrote it, or a newer one"
+        )
     return files
 
 
@@ -307,10 +317,10 @@ def _validation_loss(checkpoint: Place) -> float | None:
         return None
 
 
-def _sealed(files: Mapping[str, Any]) -> str:
-    body = json.dumps({"version": VERSION, "files": files}, indent=1)
+def _sealed(files: Mapping[str, Any], version: int) -> str:
+    body = json.dumps({"version": version, "files": files}, indent=1)
     return json.dumps(
-        {"version": VERSION, "files": files, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1
+        {"version": version, "files": files, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1
     )
 
 

@@ -59,7 +59,7 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
         raise UserError(f"{settings.directory} is a file; choose another log.name")
     if not resume and (saved or (settings.directory / "metrics.jsonl").exists()):
         raise UserError(
-            f"{saved or settings.directory} already is of a run; go on with --resume auto, or choose another log.name"
+            f"{saved or settings.directory} is there already; go on with --resume auto, or choose another log.name"
         )
     if resume and saved:
         state = checkpoint.read_state(saved)

@@ -191,7 +191,7 @@ def test_commands_take_urls(
 
     monkeypatch.chdir(tmp_path)
     assert main(["train", "run.toml", "log.name=another", f"checkpoint.remote={there}"]) == 2
-    assert f"{there}/checkpoints/step-00000040 already is of a run" in capsys.readouterr().err
+    assert f"{there}/checkpoints/step-00000040 is there already" in capsys.readouterr().err
     found = list(differences(*(checkpoint.find(each) for each in (tmp_path / "runs/undisturbed", Remote(there)))))
     assert [line for line in found if not line.startswith(("log.name", "checkpoint.remote"))] == []
     assert main(["checkpoint", "ls", there]) == 0
