@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from megahp.checkpoint.remote import Place, Remote, place
 from megahp.checkpoint.shards import Damaged, Reader, Writer, digest, sync, write_synced, write_tensors
 from megahp.config import Checkpoint
 from megahp.errors import UserError
+from megahp.parallel.parameters import like, storage
 
 OLDEST = 3  # before it the index was a pickle, which is not read
 # what makes the state of the oldest version one of the next, then that one, ...; files stay as they are
@@ -49,7 +50,8 @@ class Store:
         # the background's own, so that its messages never meet the training's; and copying takes its time
         patience = timedelta(days=1)
         self.group = dist.new_group(backend="gloo", timeout=patience) if dist.get_world_size() > 1 else None
-        self.writing: Future[Any] | None = None
+        self.background = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
         self.target = folder
 
     def begin(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -75,8 +77,13 @@ class Store:
             if self.keep.remote:
                 copy_all(self.folder, self.target, self.keep)
 
-        writer = Writer(partial, prepare, finish)
-        self.writing = dcp.async_save(dict(tensors), storage_writer=writer, process_group=self.group)  # type: ignore[assignment]
+        def save() -> None:
+            copied = {name: like(value, copies[name]) for name, value in tensors.items()}
+            dcp.save(copied, storage_writer=Writer(partial, prepare, finish), process_group=self.group)
+
+        # by hand, since DCP's staging of some hundred DTensors takes ten times the copies' own time
+        copies = {name: storage(value).to("cpu", copy=True) for name, value in tensors.items()}
+        self.writing = self.background.submit(save)
 
     def wait(self) -> None:
         """Until what was begun is on the disk, and copied. Raises UserError, on every rank, when that failed; the
