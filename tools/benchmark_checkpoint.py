@@ -52,8 +52,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """The command; returns its exit code, 2 for a mistake of the user's."""
     words = sys.argv[1:] if words is None else list(words)
     arguments = parser().parse_args(words)
-    if arguments.ranks < 1 or arguments.saves < 2:
-        raise UserError(f"--ranks {arguments.ranks} must be at least 1, and --saves {arguments.saves} at least 2")
+    for name, least in (("ranks", 1), ("saves", 2)):
+        if (value := getattr(arguments, name)) < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
     settings = resolve.load(arguments.run, arguments.settings).config
     if not settings.model.vocab_size:
         settings = config.with_values(settings, {"model.vocab_size": VOCABULARY})
