@@ -74,7 +74,7 @@ def rewind(run: Run, reporter: Reporter, plan: Plan, why: str) -> None:
     run.engine.zero()
     run.rewinds += 1
     run.store.wait()
-    paths = as_the_first_sees(lambda: checkpoint.complete(run.folder)[::-1])
+    paths = as_the_first_sees(lambda: checkpoint.candidates(run.folder, run.settings.checkpoint.remote))
     if not paths or run.rewinds > MOST_REWINDS:
         what = f"and {MOST_REWINDS} rewinds did not help" if paths else "and there is no checkpoint to rewind to"
         raise UserError(

@@ -53,19 +53,21 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
     tokenizer = load_tokenizer(settings.data.tokenizer)
     check_tokenizer(settings, tokenizer)
     settings = with_vocabulary(settings, tokenizer)
-    saved = checkpoint.latest(settings.directory / "checkpoints")
+    saved = checkpoint.first_whole(
+        checkpoint.candidates(settings.directory / "checkpoints", settings.checkpoint.remote)
+    )
     if settings.directory.exists() and not settings.directory.is_dir():
         raise UserError(f"{settings.directory} is a file; choose another log.name")
     if not resume and (saved or (settings.directory / "metrics.jsonl").exists()):
         raise UserError(
-            f"{settings.directory} already holds a run; go on with --resume auto, or choose another log.name"
+            f"{saved or settings.directory} is there already; go on with --resume auto, or choose another log.name"
         )
     if resume and saved:
         state = checkpoint.read_state(saved)
         refuse_changes(settings, state["config"], saved, FIXED_ON_RESUME)
         check_schedule(settings, state["progress"]["tokens"], saved)
     elif settings.train.start_from:
-        check_start(settings, layout, checkpoint.find(Path(settings.train.start_from)))
+        check_start(settings, layout, checkpoint.find(checkpoint.place(settings.train.start_from)))
     open_data(settings)
     return settings
 
@@ -100,7 +102,7 @@ def check_engines(settings: Config) -> None:
             raise UserError(f"{key} = {engine!r} computes on CUDA devices alone; train on one, or leave it out")
 
 
-def check_start(settings: Config, layout: Layout, path: Path) -> None:
+def check_start(settings: Config, layout: Layout, path: checkpoint.Place) -> None:
     """Raise UserError when a new run cannot go on from this checkpoint."""
     state = checkpoint.read_state(path)
     # a sparse run may become dense, what was masked then trained from 0 on (MediSwift, arXiv 2403.00952)
@@ -123,7 +125,7 @@ def check_start(settings: Config, layout: Layout, path: Path) -> None:
         )
 
 
-def check_schedule(settings: Config, tokens: int, path: Path) -> None:
+def check_schedule(settings: Config, tokens: int, path: checkpoint.Place) -> None:
     """Raise UserError when the schedule would begin only after this checkpoint."""
     if settings.schedule.start > tokens:
         raise UserError(
@@ -201,7 +203,7 @@ def changes(settings: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 
 def refuse_changes(
-    settings: Config, saved: Mapping[str, Mapping[str, Any]], path: Path, fixed: tuple[str, ...]
+    settings: Config, saved: Mapping[str, Mapping[str, Any]], path: checkpoint.Place, fixed: tuple[str, ...]
 ) -> None:
     """Raise UserError when a setting differs that may not."""
     for key, (before, now) in changes(settings, saved).items():
@@ -280,7 +282,7 @@ class Run:
         check_copies(self.engine.weights, self.engine.rows, self.mesh)
         self.store.begin(self.progress.step, self._tensors(), state)
 
-    def restore(self, path: Path) -> Taken:
+    def restore(self, path: checkpoint.Place) -> Taken:
         """Become what was saved, on this layout. Raises UserError."""
         state = self._load(path)
         if state["data"] != self.data.fingerprint:
@@ -292,7 +294,7 @@ class Run:
         self.skipped, self.wandb_id = state["skipped"], state["wandb_id"]
         return Taken(state["config"], state["batch_plan"], self.batch_plan.go_on(state["batch_plan"], self.progress))
 
-    def branch(self, path: Path) -> Taken:
+    def branch(self, path: checkpoint.Place) -> Taken:
         """Take over weights, moments, averages and progress, and go on under this run's own settings: with its data,
         each source from where it stands, and its batch plan. What is set as before goes on as before; moments begin
         anew where other weights are trained than before. Raises UserError."""
@@ -321,7 +323,7 @@ class Run:
         """Begin the averages again: an example has become another thing."""
         self.noise = NoiseScale(self.settings.train.noise_half_life * self.settings.train.tokens)
 
-    def _load(self, path: Path) -> dict[str, Any]:
+    def _load(self, path: checkpoint.Place) -> dict[str, Any]:
         """Weights, moments, progress and averages of a checkpoint. Returns its JSON state."""
         state = checkpoint.read_state(path)
         if state["table"] != self.table.to_dict():

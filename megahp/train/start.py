@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -35,7 +34,7 @@ def start(run: Run, reporter: Reporter, resume: bool) -> None:
         reporter.event("batch", change.reason, run.progress, **change.to_dict())
 
 
-def go_back(run: Run, newest_first: list[Path]) -> tuple[Path, Taken, list[str]]:
+def go_back(run: Run, newest_first: list[checkpoint.Place]) -> tuple[checkpoint.Place, Taken, list[str]]:
     """Restore the newest checkpoint that is as it was written. Returns it, what was taken over, and why newer ones were
     refused. Raises UserError when there is none."""
     refused: list[str] = []
@@ -47,13 +46,13 @@ def go_back(run: Run, newest_first: list[Path]) -> tuple[Path, Taken, list[str]]
     raise UserError("; ".join(refused))
 
 
-def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[Path]] | UserError | None:
+def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[checkpoint.Place]] | UserError | None:
     """The event a start is, and the checkpoints that serve, the best first; or why there is none."""
-    if resume and (own := checkpoint.complete(run.folder)):
-        return "resumed", own[::-1]
     try:
+        if resume and (own := checkpoint.candidates(run.folder, run.settings.checkpoint.remote)):
+            return "resumed", own
         origin = run.settings.train.start_from
-        return ("branched", [checkpoint.find(Path(origin))]) if origin else None
+        return ("branched", [checkpoint.find(checkpoint.place(origin))]) if origin else None
     except UserError as error:
         return error
 
