@@ -234,6 +234,20 @@ def gone_on(folder: Path) -> dict[str, Any]:
     }
 
 
+def losses(folder: Path) -> tuple[float, float]:
+    """Of a text, in nats per token: ours, and transformers' own of the model it was sent as."""
+    from transformers import AutoModelForCausalLM
+
+    from megahp.train.evaluate import evaluate
+    from megahp.train.sample import trained
+
+    text, origin = "What both make of it", trained(folder / "ours")
+    (score,) = evaluate(origin, [[text]], 48, 24)
+    ids = torch.tensor([[origin.tokenizer.eod, *origin.tokenizer.encode(text)]])
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "theirs")(input_ids=ids, labels=ids).loss
+    return score.nats / score.tokens, theirs.item()
+
+
 def both_ways(form: str, table: str, model: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A model of ours as Megatron's, and ours again."""
     before = written(settings_of(table, model), folder / "ours")
@@ -374,6 +388,7 @@ def everything(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {case: there_and_back(*CASES[case], folder / case) for case in CASES}
     found["sparse"] = there_and_back("smupar", GQA, folder / "sparse", **SPARSE)
     found["gone on"] = gone_on(folder)
+    found["losses"] = losses(folder / "llama")
     found["of transformers"] = of_transformers(folder)
     found["sharded"] = sharded(folder / "sharded")
     found["forgotten"] = forgotten(folder / "forgotten")
@@ -412,6 +427,12 @@ def test_a_run_goes_on_from_an_import(found: Any) -> None:
     result = found["gone on"]
     assert result["weights"] < 1e-9 and result["gradients"] > 0 and result["moments"]
     assert result["sample"].startswith("import os")
+
+
+@needs_transformers
+def test_the_loss_is_transformers_own(found: Any) -> None:
+    ours, theirs = found["losses"]
+    assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 @needs_transformers
