@@ -108,6 +108,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("train run.toml data.tokenizer=nowhere.model", ["nowhere.model"]),
         ("train run.toml model.vocab_size=100", ["model.vocab_size = 100", "257"]),
         ("train run.toml log.name=done", ["runs/done", "--resume auto"]),
+        ("train run.toml log.name=done --ranks 2", ["runs/done", "--resume auto"]),
         ("train run.toml log.name=done --resume auto model.width=64", ["model.width = 64", "32"]),
         ("train run.toml log.name=done --resume auto train.seed=9", ["train.seed = 9", "1"]),
         ('train run.toml data.lengths=["5000"]', ["'5000'", "tokens:length"]),
