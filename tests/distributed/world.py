@@ -1,5 +1,5 @@
-"""Real ranks for tests. Starting one costs three seconds of CPU, so that worlds of gloo live on: one of each size
-serves all files of tests, and what it learnt, such as the process groups of a layout, the next one finds there."""
+"""Real ranks for tests. Starting one costs three seconds of CPU, so worlds of gloo live on: one of each size serves all
+files of tests."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import device_mesh
 
 
 def run(ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
@@ -90,16 +92,31 @@ def _rank(folder: str, rank: int, ranks: int, connection: Connection) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    for job in _jobs(connection):
-        error, value = None, None
-        try:
-            function, arguments = pickle.loads(job)
-            value = function(*arguments)
-            dist.barrier()
-        except Exception:
-            error = traceback.format_exc()
-        connection.send_bytes(pickle.dumps((error, value)))
+    with mock.patch.object(device_mesh, "new_group", _shared(device_mesh.new_group)):
+        for job in _jobs(connection):
+            error, value = None, None
+            try:
+                function, arguments = pickle.loads(job)
+                value = function(*arguments)
+                dist.barrier()
+            except Exception:
+                error = traceback.format_exc()
+            connection.send_bytes(pickle.dumps((error, value)))
     os._exit(0)  # gloo's threads race with an orderly teardown
+
+
+def _shared(new_group: Callable[..., Any]) -> Callable[..., Any]:
+    """One group of the same ranks for all meshes, as PyTorch has it for all ranks: each of gloo's has three threads
+    that wake a hundred times a second, so that those of forty layouts, idle, take a core."""
+    groups: dict[Any, Any] = {}
+
+    def group_of(ranks: list[int], backend: Any = None, **options: Any) -> Any:
+        key = tuple(ranks), backend
+        if key not in groups:
+            groups[key] = new_group(ranks=ranks, backend=backend, **options)
+        return groups[key]
+
+    return group_of
 
 
 def _jobs(connection: Connection) -> Iterator[bytes]:
