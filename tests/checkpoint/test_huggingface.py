@@ -319,7 +319,7 @@ def everything(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return world.run(1, everything, tmp_path_factory.mktemp("huggingface"))[0]
+    return world.run_afresh(1, everything, tmp_path_factory.mktemp("huggingface"))[0]
 
 
 @needs_transformers

@@ -21,9 +21,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoint.test_huggingface import GPT2, GQA, MOE, MPT, NEOX
-from distributed import world
+from distributed import runs, world
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store
 
 from megahp import checkpoint, resolve
 from megahp.checkpoint import huggingface
@@ -207,10 +206,6 @@ def touched(folder: Path) -> dict[str, str]:
 
 def gone_on(folder: Path) -> dict[str, Any]:
     """One step of a run, and a sample, from an imported model."""
-    from megahp.launch import World
-    from megahp.parallel.layout import Layout
-    from megahp.train.loop import train
-    from megahp.train.run import prepare
     from megahp.train.sample import generate
 
     with IndexedWriter(str(folder / "corpus"), 257) as writer:
@@ -220,8 +215,8 @@ def gone_on(folder: Path) -> dict[str, Any]:
     words += " train.steps=1 train.validation_samples=0 batch.global_batch=4 batch.micro_batch=4 schedule.warmup=0"
     imported = folder / "sparse" / "back"
     settings = resolve.load(imported / "config.toml", [*words.split(), "optimizer.lr=1e-15"]).config
-    train(prepare(settings, Layout(), 1, False), World(), _get_default_store(), Layout(), False)
-    before, after = Tensors(checkpoint.find(imported)), Tensors(checkpoint.find(settings.directory))
+    directory = runs.go(settings).directory
+    before, after = Tensors(checkpoint.find(imported)), Tensors(checkpoint.find(directory))
     weights = [name.removeprefix("model.") for name in before if name.startswith("model.")]
     first, second = ([after[f"{moment}.{name}"] for name in weights] for moment in ("exp_avg", "exp_avg_sq"))
     return {
@@ -232,6 +227,20 @@ def gone_on(folder: Path) -> dict[str, Any]:
         "gradients": min(a.abs().max().item() for a in first),
         "sample": generate(imported, "import os", 3, 0, 0, 1),
     }
+
+
+def losses(folder: Path) -> tuple[float, float]:
+    """Of a text, in nats per token: ours, and transformers' own of the model it was sent as."""
+    from transformers import AutoModelForCausalLM
+
+    from megahp.train.evaluate import evaluate
+    from megahp.train.sample import trained
+
+    text, origin = "What both make of it", trained(folder / "ours")
+    (score,) = evaluate(origin, [[text]], 48, 24)
+    ids = torch.tensor([[origin.tokenizer.eod, *origin.tokenizer.encode(text)]])
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "theirs")(input_ids=ids, labels=ids).loss
+    return score.nats / score.tokens, theirs.item()
 
 
 def both_ways(form: str, table: str, model: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -374,6 +383,7 @@ def everything(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {case: there_and_back(*CASES[case], folder / case) for case in CASES}
     found["sparse"] = there_and_back("smupar", GQA, folder / "sparse", **SPARSE)
     found["gone on"] = gone_on(folder)
+    found["losses"] = losses(folder / "llama")
     found["of transformers"] = of_transformers(folder)
     found["sharded"] = sharded(folder / "sharded")
     found["forgotten"] = forgotten(folder / "forgotten")
@@ -390,7 +400,7 @@ def everything(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return world.run(1, everything, tmp_path_factory.mktemp("convert"))[0]
+    return world.run_afresh(1, everything, tmp_path_factory.mktemp("convert"))[0]
 
 
 @needs_transformers
@@ -412,6 +422,12 @@ def test_a_run_goes_on_from_an_import(found: Any) -> None:
     result = found["gone on"]
     assert result["weights"] < 1e-9 and result["gradients"] > 0 and result["moments"]
     assert result["sample"].startswith("import os")
+
+
+@needs_transformers
+def test_the_loss_is_transformers_own(found: Any) -> None:
+    ours, theirs = found["losses"]
+    assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 @needs_transformers

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 from corpus import write_corpus
-from distributed import world
+from distributed import runs, world
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store
 
 from megahp import checkpoint, resolve
 from megahp.checkpoint.shards import Tensors
@@ -160,17 +159,12 @@ def everything(folder: Path) -> dict[str, Any]:
 
 def trained(folder: Path, begun: Path) -> dict[str, Tensor]:
     """After a step of the embeddings alone, from the run file that was written."""
-    from megahp.launch import World
-    from megahp.parallel.layout import Layout
-    from megahp.train.loop import train
-    from megahp.train.run import prepare
-
     write_corpus(folder / "corpus", 0.02)
     (folder / "corpus.json").unlink(missing_ok=True)
     words = f"data.train=['{folder}/corpus'] log.root={folder} log.name=stage log.tensorboard=false train.steps=1"
     words += " train.weights=embeddings train.noise_scale=false train.validation_samples=0 batch.micro_batch=4"
     settings = resolve.load(begun / "config.toml", [*words.split(), "batch.global_batch=4"]).config
-    train(prepare(settings, Layout(), 1, False), World(), _get_default_store(), Layout(), False)
+    runs.go(settings)
     return dict(Tensors(checkpoint.find(settings.directory)).items())
 
 
