@@ -372,6 +372,11 @@ def _run(config: Config) -> list[str]:
             f"train.validation_samples = {train.validation_samples} needs documents held out, and "
             "data.validation_fraction is 0; raise it, or set train.validation_samples=0"
         )
+    if config.resilience.spikes == "rewind" and not config.checkpoint.every:
+        problems.append(
+            "resilience.spikes = 'rewind' goes back to checkpoints, and with checkpoint.every = 0 there are none before "
+            "the end; set checkpoint.every"
+        )
     if train.tokens < config.data.sequence_length * config.batch.global_batch:
         problems.append(
             f"train.tokens = {train.tokens} is less than one batch of "

@@ -83,17 +83,25 @@ class Watchdog:
     def _end(self, place: Mapping[str, str]) -> None:
         """Say where all ranks are, as far as they can, and leave."""
         report_crash(self.directory, self.rank, f"no step for {self.hang_after:g} s; step {self.step}\n{_stacks()}")
+        own = {"step": self.step, **place}
+        unanswered = threading.Timer(2 * ANSWER, self._end_alone, [own])  # the store's rank may be the one that hangs
+        unanswered.start()
         try:
-            said = self._exchange({"step": self.step, **place})
+            said = self._exchange(own)
             if self.store.add("hang told", 1) == 1:
                 print(f"megahp: {verdict(said, self.ranks, self.hang_after)}", file=sys.stderr, flush=True)
-        except RuntimeError:  # the rank that holds the store does not answer either
-            print(
-                f"megahp: no step for {self.hang_after:g} s and no answer from the ranks' store; rank {self.rank} was "
-                f"{_where({'step': self.step, **place})}",
-                file=sys.stderr,
-                flush=True,
-            )
+        except RuntimeError:
+            self._end_alone(own)
+        os._exit(HANG)
+
+    def _end_alone(self, own: Mapping[str, Any]) -> None:
+        """Say where this rank is, and leave."""
+        print(
+            f"megahp: no step for {self.hang_after:g} s, and no answer from the rank that holds the ranks' store; "
+            f"rank {self.rank} {_where(own)}",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(HANG)
 
     def _exchange(self, own: Mapping[str, Any]) -> dict[int, Any]:

@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, name: str, *words: str, faults: tuple[dict[str, Any], ...] = ()) -> subprocess.Popen[str]:
+def start(
+    folder: Path,
+    name: str,
+    *words: str,
+    faults: tuple[dict[str, Any], ...] = (),
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen[str]:
     """The command, on ranks for which there may be faults."""
     planned = folder / f"{name}.json"
     planned.write_text(json.dumps(faults))
     return subprocess.Popen(
         [sys.executable, "-m", "megahp", "train", "run.toml", f"log.name={name}", *words],
         cwd=folder,
-        env={**os.environ, "FAULTS": str(planned), "PYTHONPATH": f"{INJECT}:{os.getcwd()}"},
+        env={**os.environ, "FAULTS": str(planned), "PYTHONPATH": f"{INJECT}:{os.getcwd()}", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -119,6 +126,27 @@ def test_a_slow_rank_is_named(folder: Path) -> None:
     assert code == 0, said
     (told,) = events(folder, "slow", "straggler")
     assert told["ranks"] == [1] and told["reason"].startswith("rank 1 works for")
+
+
+def test_a_rank_that_hangs_with_the_store_is_left(folder: Path) -> None:
+    """Under srun the first rank holds the store the others would ask."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    stop = ({"kind": "stop", "rank": 0, "step": 3},)
+    words = ("resilience.hang_after=3.0", "checkpoint.every=0")
+    first, second = (
+        start(folder, "store", *words, faults=stop, environment={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    )
+    said, _ = second.communicate(timeout=60)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 76 and "no answer from the rank that holds the ranks' store; rank 1 in all_" in said
+    marked = (folder / "store.json.0").stat().st_mtime
+    crash = (folder / "runs/store/crashes/rank-00001.txt").stat().st_mtime
+    assert crash - marked < 3 + 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
