@@ -374,7 +374,7 @@ def _run(config: Config) -> list[str]:
         )
     if config.resilience.spikes == "rewind" and not config.checkpoint.every:
         problems.append(
-            "resilience.spikes = 'rewind' goes back to checkpoints, and with checkpoint.every = 0 there are none before "
+            "resilience.spikes = 'rewind' goes back to checkpoints, and with checkpoint.every = 0 there is none before "
             "the end; set checkpoint.every"
         )
     if train.tokens < config.data.sequence_length * config.batch.global_batch:
