@@ -18,17 +18,18 @@ def until_done(start: Callable[[bool], int], run: Path, restarts: int) -> int:
 
     start(resume) returns an exit code. Returns the last one's, or NO_PROGRESS.
     """
-    code, futile, before = start(False), 0, None
+    futile, before = 0, complete(run / "checkpoints")
+    code = start(False)
     for number in range(1, restarts + 1):
         if code in FINAL:
             return code
-        newest = max(complete(run / "checkpoints"), default=None)
-        futile = futile + 1 if newest == before else 0
-        if futile == FUTILE:
+        there = complete(run / "checkpoints")
+        futile = futile + 1 if there == before else 0
+        if futile > FUTILE:
             _tell(f"exit code {code} again, with no new checkpoint after {FUTILE} restarts; see {run}/crashes")
             return NO_PROGRESS
-        before = newest
-        _tell(f"exit code {code}; restart {number} of {restarts}, from {newest.name if newest else 'the beginning'}")
+        before = there
+        _tell(f"exit code {code}; restart {number} of {restarts}{'' if there else ', from the beginning'}")
         code = start(True)
     return code
 

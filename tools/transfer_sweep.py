@@ -51,7 +51,7 @@ from transfer_curves import plot, show, write_json
 
 from megahp import config, launch, resolve
 from megahp.config import Config
-from megahp.errors import UserError
+from megahp.errors import Fault, UserError
 from megahp.parallel.layout import fit
 from megahp.scaling.flops import training_flops
 from megahp.scaling.transfer import Curve, drift
@@ -338,7 +338,7 @@ def train_here(cell: Cell, store: dist.Store) -> None:
         try:
             settings = prepare(cell.settings, layout, 1, resume=True)
             finished = train(settings, launch.World(), store, layout, resume=True)
-        except UserError:
+        except (UserError, Fault):
             if not diverged(cell.directory):
                 raise
             finished = True

@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megahp.checkpoint.remote import Place, Remote, place
 from megahp.checkpoint.shards import Damaged, Reader, Writer, digest, sync, write_synced, write_tensors
 from megahp.config import Checkpoint
 from megahp.errors import UserError
-from megahp.parallel.parameters import like, storage
+from megahp.parallel.parameters import storage
 
 
 def _with_spikes(state: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +87,7 @@ class Store:
                 copy_all(self.folder, self.target, self.keep)
 
         def save() -> None:
-            copied = {name: like(value, self.copies[name]) for name, value in tensors.items()}
+            copied = {name: _on_host(value, self.copies[name]) for name, value in tensors.items()}
             dcp.save(copied, storage_writer=Writer(partial, prepare, finish), process_group=self.group)
 
         # by hand, since DCP's staging of a hundred DTensors takes ten times as long as the copies; so does fresh memory
@@ -174,7 +175,7 @@ def path(folder: Path, step: int) -> Path:
 
 def complete(folder: P) -> list[P]:
     """A run's complete checkpoints, damaged or not, oldest first."""
-    found: list[P] = sorted(folder.glob("step-*"), key=lambda each: each.name)
+    found: list[P] = sorted(folder.glob(f"step-{8 * '[0-9]'}"), key=lambda each: each.name)
     # elsewhere folders are not renamed, the manifest comes last
     return [each for each in found if isinstance(each, Path) or (each / MANIFEST).exists()]
 
@@ -270,8 +271,8 @@ def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = Tr
                 found.append(f"{name} has {file.stat().st_size:,} bytes and was written with {entry['bytes']:,}")
             elif is_read and digest(file) != entry["sha256"]:
                 found.append(f"{name} is not what was written")
-        except OSError as error:
-            found.append(f"{name}: {error.strerror}")
+        except (OSError, Damaged) as error:
+            found.append(f"{name}: {getattr(error, 'strerror', None) or error}")
     return found
 
 
@@ -325,6 +326,12 @@ def remove(checkpoint: Place) -> None:
     going = checkpoint.with_name(f".partial-{checkpoint.name}")
     checkpoint.rename(going)
     shutil.rmtree(going)
+
+
+def _on_host(value: Tensor, copy: Tensor) -> Tensor:
+    """A tensor laid out as the value is, whose part is this copy, where it is: DTensor.from_local would move it to the
+    mesh's devices."""
+    return DTensor(copy, value._spec, requires_grad=False) if isinstance(value, DTensor) else copy
 
 
 def _in_words(state: Mapping[str, Any]) -> str:

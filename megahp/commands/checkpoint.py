@@ -73,13 +73,15 @@ def _compare_checkpoints(options: Namespace, words: Sequence[str]) -> int:
 
 
 def _prune_checkpoints(options: Namespace, words: Sequence[str]) -> int:
-    from megahp.checkpoint import latest, remove, superseded
+    from megahp.checkpoint import latest, problems, remove, superseded
 
     if options.keep < 1 or options.keep_every < 0:
         raise UserError(f"--keep {options.keep} must be at least 1, and --keep-every {options.keep_every} at least 0")
     folder = _checkpoints_of(options.run)
     keep = config.Checkpoint(keep=options.keep, keep_every=options.keep_every, keep_best=options.keep_best)
     newest = latest(folder)
+    if newest and (wrong := problems(newest)):
+        raise UserError(f"{newest} is damaged ({wrong[0]}), and older ones may have to serve; nothing is dropped")
     for checkpoint in superseded(folder, newest, keep) if newest else []:
         remove(checkpoint)
         print(f"{checkpoint} dropped")

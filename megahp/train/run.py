@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from megahp.train.optimizer import make_optimizer
 from megahp.train.spikes import Spikes
 from megahp.train.step import FIRST_SCALE, Engine, LossScale
 from megahp.train.wandb_log import check_wandb, new_id
+
+T = TypeVar("T")
 
 # What a run that starts from another's checkpoint may not change, by section or key, and what one that is resumed may
 # not either. All else may, and the change is an event. Files may move: the data is known by its fingerprint.
@@ -325,7 +327,7 @@ class Run:
 
     def _load(self, path: checkpoint.Place) -> dict[str, Any]:
         """Weights, moments, progress and averages of a checkpoint. Returns its JSON state."""
-        state = checkpoint.read_state(path)
+        state = as_the_first_sees(lambda: checkpoint.read_state(path))
         if state["table"] != self.table.to_dict():
             raise UserError(
                 f"the parameterization table of this megahp differs from the one in {path}; "
@@ -370,6 +372,21 @@ def state_of_weights(settings: Config) -> dict[str, Any]:
         "versions": {"torch": torch.__version__},
         "validation_loss": None,
     }
+
+
+def as_the_first_sees(look: Callable[[], T]) -> T:
+    """What the first rank finds, or its UserError, on every rank: a shared file system may show them different
+    things."""
+    found: list[Any] = [None]
+    if is_first():
+        try:
+            found = [look()]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
 
 
 def is_first() -> bool:

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from statistics import median_low
 from types import FrameType
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 import megahp
+from megahp import launch
 from megahp.exit_codes import HANG
 from megahp.train.crash import report_crash
 
@@ -33,6 +35,11 @@ NOISE = 0.15  # of two shares of so many looks
 ANSWER = 2.0  # seconds in which ranks that still can have said where they are
 OURS, THEIRS = f"{Path(megahp.__file__).parent}{os.sep}", f"{Path(dist.__file__).parent}{os.sep}"
 OPERATORS = torch._ops.__file__  # through which functional collectives are called
+
+
+def patience(hang_after: float) -> timedelta:
+    """How long collectives wait before they fail: longer than the watchdog, which says why."""
+    return timedelta(seconds=hang_after) + launch.PATIENCE if hang_after else timedelta(days=1)
 
 
 class Watchdog:
