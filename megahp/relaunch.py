@@ -18,14 +18,13 @@ def until_done(start: Callable[[bool], int], run: Path, restarts: int) -> int:
 
     start(resume) returns an exit code. Returns the last one's, or NO_PROGRESS.
     """
-    futile, before = 0, complete(run / "checkpoints")
-    code = start(False)
+    code, futile, before = start(False), 0, None
     for number in range(1, restarts + 1):
         if code in FINAL:
             return code
         there = complete(run / "checkpoints")
         futile = futile + 1 if there == before else 0
-        if futile > FUTILE:
+        if futile == FUTILE:
             _tell(f"exit code {code} again, with no new checkpoint after {FUTILE} restarts; see {run}/crashes")
             return NO_PROGRESS
         before = there

@@ -97,10 +97,11 @@ def test_a_spike_is_told_or_left_out(folder: Path) -> None:
 def test_a_rewind_goes_back_and_past_the_samples(folder: Path) -> None:
     """And is itself gone on with exactly, after a kill."""
     spike = {"kind": "lasting", "rank": 0, "sample": 81, "times": 9.0}
-    kill = {"kind": "kill", "rank": 0, "step": 25}
+    kill = {"kind": "kill", "rank": 0, "step": 29}
     words = (*ALONE, "--ranks", "1", "--restarts", "3", "resilience.spikes=rewind", "checkpoint.every=6")
-    pause = {"kind": "pause", "rank": 0, "step": 20}  # so that the newest checkpoint is written when the spike comes
-    for name, faults in (("rewound", (spike, pause)), ("rewound and killed", (spike, pause, kill))):
+    # so that the newest checkpoint is written when the spike, and the kill, come
+    pauses = tuple({"kind": "pause", "rank": 0, "step": step} for step in (20, 28))
+    for name, faults in (("rewound", (spike, *pauses)), ("rewound and killed", (spike, *pauses, kill))):
         code, said = train(folder, name, *words, faults=faults)
         assert code == 0, said
         (rewound,) = events(folder, name, "rewound")
