@@ -34,20 +34,20 @@ def run(ranks: int, function: Callable[..., Any], *arguments: Any, timeout: floa
 
 def run_afresh(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """The same on ranks that nobody has used, or will, for what leaves traces in a process: compilers, environment."""
-    with contextlib.closing(World(ranks)) as world:
+    with contextlib.closing(World(ranks, daemon=False)) as world:  # daemons may have no children
         return world.run(function, *arguments)
 
 
 class World:
     """So many ranks, each a process that waits for its next function."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, daemon: bool = True) -> None:
         context, self.broken = mp.get_context("spawn"), False
         self.folder = tempfile.TemporaryDirectory()
         pipes = [context.Pipe() for _ in range(ranks)]
         self.connections = [own for own, _ in pipes]
         self.processes = [
-            context.Process(target=_rank, args=(self.folder.name, rank, ranks, theirs), daemon=True)
+            context.Process(target=_rank, args=(self.folder.name, rank, ranks, theirs), daemon=daemon)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process, (_, theirs) in zip(self.processes, pipes, strict=True):
