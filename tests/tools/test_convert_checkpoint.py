@@ -12,6 +12,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from checkpoint.test_huggingface import GPT2, GQA, MOE, MPT, NEOX
 from distributed import runs, world
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megahp import checkpoint, resolve
 from megahp.checkpoint import huggingface
@@ -260,8 +262,6 @@ class Stranger:
 
 def parallel(folder: Path) -> dict[str, Any]:
     """Megatron's files by hand from our weights: of 2 x 2 ranks, in Transformer Engine's names, and stacked by DCP."""
-    from argparse import Namespace
-
     from torch.distributed import checkpoint as dcp
 
     settings = settings_of("sp", {**GQA, "bias": True, "rope_theta": 10000.0})
@@ -555,3 +555,27 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, w
     source, target, *more = words.replace("--from ", "").replace("--to ", "").split()
     code, said = convert(source, target, *more)
     assert code == 2 and why in said and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"use_rope_scaling": True},
+        {"rotary_seq_len_interpolation_factor": 4},
+        {"no_rope_freq": [0, 1]},
+        {"window_size": (128, 0)},
+        {"qk_l2_norm": True},
+        {"softmax_type": "off-by-one"},
+        {"use_mup": True},
+        {"activation_func_clamp_value": 7.0},
+        {"glu_linear_offset": 1.0},
+    ],
+)
+def test_what_megatron_computes_and_we_do_not(tmp_path: Path, changed: dict[str, Any]) -> None:
+    args = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48, "norm_epsilon": 1e-5}
+    args |= {"vocab_size": 300, "max_position_embeddings": 48, "kv_channels": 8, "add_bias_linear": False}
+    torch.save({"args": Namespace(**args, **changed)}, tmp_path / "common.pt")
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
+    code, said = convert("megatron", "megahp", tmp_path, tmp_path / "never", "--tokenizer", "bytes")
+    ((key, value),) = changed.items()
+    assert code == 2 and f"{key} = {value!r} makes another model" in said, said
