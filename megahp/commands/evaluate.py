@@ -44,6 +44,8 @@ def _evaluate(options: Namespace, words: Sequence[str]) -> int:
     if not 1 <= stride <= context:
         raise UserError(f"--stride {stride} must be 1 to {context}, the tokens of a window; beyond, some have none")
     scores = evaluate(origin, texts, context, stride)
+    if empty := [file for file, score in zip(options.files, scores, strict=True) if not score.tokens]:
+        raise UserError(f"{empty[0]} holds no text that makes tokens; name another file")
     whole = Score(*map(sum, zip(*map(astuple, scores), strict=True)))
     rows = [(str(file), score) for file, score in zip(options.files, scores, strict=True)]
     rows += [("all", whole)] if len(rows) > 1 else []

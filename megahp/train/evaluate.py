@@ -18,6 +18,7 @@ from megahp.train.progress import Progress
 from megahp.train.sample import Trained
 
 LOGITS_AT_ONCE = 2**27  # 512 MiB of fp32
+TOKENS_AT_ONCE = 2**14  # where the vocabulary is small, the blocks' activations are what is large
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def scores(origin: Trained, pieces: Sequence[Window]) -> Iterator[tuple[int, flo
     done, nats, start = 0, 0.0, 0
     with Progress(sum(piece.scored for piece in pieces), stream=sys.stderr) as progress:
         while start < len(order):
-            size = max(1, LOGITS_AT_ONCE // (len(pieces[order[start]].tokens) * vocabulary))
+            tokens = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
+            size = max(1, tokens // len(pieces[order[start]].tokens))
             batch = order[start : start + size]
             start += size
             losses, likeliest = predict(origin, [pieces[number].tokens for number in batch])

@@ -149,6 +149,11 @@ def everything(folder: Path) -> dict[str, Any]:
     written(folder / "fat", wide, 269, width=256)
     written(folder / "dumb", sentencepiece(folder / "dumb.model", (), False, byte_fallback=False), 420)
     sentencepiece(folder / "dumb_wide.model", ("ключ",), False, byte_fallback=False)
+    tree = json.loads(Path(small).read_text())
+    tree["model"]["vocab"]["a b"] = len(tree["model"]["vocab"])
+    (folder / "strange.json").write_text(json.dumps(tree))
+    written(folder / "hurt", "bytes", 257)
+    next(checkpoint.find(folder / "hurt").glob("index*")).write_text("{")
     ids = list(b"the thing is in there")
     found["logits"] = [logits(folder / place, ids) for place in ("small", "b", "c", "e")]
     found["trained"] = trained(folder, folder / "b")
@@ -189,6 +194,11 @@ MISTAKES = [
     ),
     ("{folder}/ended {folder}/never --tokenizer {folder}/ended_twice.json --rule mean", "257 ends a document, and 256"),
     ("{folder}/dumb {folder}/never --tokenizer {folder}/dumb_wide.model --rule mean", "cannot spell the new token"),
+    ("{folder}/small {folder}/never --tokenizer {folder}/strange.json --rule mean", "token 'a b' has ' '"),
+    (
+        "{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule projection --donor {folder}/hurt",
+        "a checkpoint is damaged",
+    ),
     ("{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule zeros --text {folder}", "no file that holds"),
     ("{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule zeros --file-size 0", "--file-size 0"),
 ]

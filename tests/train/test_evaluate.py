@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import world
+from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
 from megahp import checkpoint, cli, resolve
@@ -34,11 +35,11 @@ TEXTS = ["x", "a" * 3 + "b" * 21, "0123456789" * 2 + "gzuäö", "what is scored 
 
 
 @torch.no_grad()
-def write_run(folder: Path, model: dict[str, Any]) -> None:
+def write_run(folder: Path, model: dict[str, Any], tokenizer: str = "bytes") -> None:
     """A run directory whose newest checkpoint holds random weights, of more ids than the tokenizer has."""
     tree = {
         "model": {"layers": 2, "width": 32, "heads": 4, "mlp_width": 48, "vocab_size": 300, **model},
-        "data": {"sequence_length": CONTEXT, "tokenizer": "bytes"},
+        "data": {"sequence_length": CONTEXT, "tokenizer": tokenizer},
         "parameterization": {"name": "sp"},
         "train": {"dtype": "float64"},
     }
@@ -113,16 +114,33 @@ def scored(folder: Path) -> dict[str, Any]:
         files = [folder / "some.jsonl.zst", folder / "long.txt", "--json-key", "body"]
         found[name, "json"] = said("evaluate", folder / name, *files, "--json")
         found[name, "table"] = said("evaluate", folder / name / "checkpoints" / "step-00000002", *files)
+    lines = iter(
+        Path(contextlib.__file__).read_text().split("\n")
+    )  # it drops spaces before and after, as it does unasked
+    trainer = {"vocab_size": 290, "model_type": "bpe", "minloglevel": 3, "model_prefix": str(folder / "stripping")}
+    SentencePieceTrainer.train(sentence_iterator=lines, **trainer)
+    write_run(folder / "stripping", {}, str(folder / "stripping.model"))
+    (folder / "spaces.txt").write_text("   \n \n")
     run = folder / "rope"
+    found["widest batch"] = widest_batch(trained(run))
     found["mistakes"] = {
         "stride": said("evaluate", run, folder / "long.txt", "--stride", "25"),
         "context": said("evaluate", run, folder / "long.txt", "--context", "25"),
         "empty": said("evaluate", run, folder / "empty.txt"),
+        "spaces": said("evaluate", folder / "stripping", folder / "spaces.txt"),
         "missing": said("evaluate", run, folder / "none.txt"),
         "key": said("evaluate", run, folder / "long.txt", "--json-key", "body"),
         "run": said("evaluate", folder, folder / "long.txt"),
     }
     return found
+
+
+def widest_batch(origin: Trained) -> int:
+    """Tokens the model is given at once, of a text of more than are good for its memory."""
+    seen: list[int] = []
+    with origin.model.register_forward_pre_hook(lambda _, tokens: seen.append(tokens[0].numel())):
+        evaluate.evaluate(origin, [["a" * 20_000]], CONTEXT, CONTEXT)
+    return max(seen)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +160,10 @@ def test_every_token_is_scored_once(found: Any, name: str, context: int, stride:
     assert [score.tokens for score in scores] == [score.bytes for score in scores] == [25, 27 + 111]
     assert [score.documents for score in scores] == [2, 2]
     assert [score.nats for score in scores] == pytest.approx(nats, rel=1e-12)
+
+
+def test_a_small_vocabulary_does_not_make_a_large_batch(found: Any) -> None:
+    assert 2**13 < found["widest batch"] <= 2**14
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -175,6 +197,7 @@ def test_the_command_tells_loss_bits_and_perplexity(found: Any, name: str) -> No
         ("stride", "--stride 25 must be 1 to 24"),
         ("context", "--context 25 must be 1 to 24"),
         ("empty", "empty.txt holds no text; name another"),
+        ("spaces", "spaces.txt holds no text that makes tokens; name another"),
         ("missing", "none.txt' cannot be read"),
         ("key", "--json-key 'body' is for .jsonl"),
         ("run", "is neither a checkpoint nor a run directory that has one; name one"),
