@@ -33,9 +33,10 @@ class Files(Mapping[str, Tensor]):
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, listing = folder, folder / f"{name}.safetensors.index.json"
         if listing.exists():
-            self.file_of: dict[str, str] = read_json(listing).get("weight_map")
-            if not isinstance(self.file_of, dict) or not all(isinstance(file, str) for file in self.file_of.values()):
+            found = read_json(listing).get("weight_map")
+            if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
                 raise UserError(f"{listing} has no weight_map of tensors' names to files' names; get it again")
+            self.file_of: dict[str, str] = found
         else:
             file = f"{name}.safetensors"
             self.file_of = dict.fromkeys(_opened(folder / file).keys(), file)

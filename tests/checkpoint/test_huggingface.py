@@ -69,6 +69,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "sp": {"name": "sp"},
     "mup": {"name": "mup", **MULTIPLIERS},
     "completep": {"name": "completep", "base_layers": 1, "depth_alpha": 0.7, **MULTIPLIERS},
+    "smupar": {"name": "smupar", **MULTIPLIERS},
 }
 RTOL = 1e-5
 
@@ -186,6 +187,7 @@ def some_biases(folder: Path) -> dict[str, float]:
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"intermediate_size": 48, "vocab_size": 120, "max_position_embeddings": 16, "rms_norm_eps": 1e-4}
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
     configs = {
         "qwen2": transformers.Qwen2Config(**sizes),
         "qwen3": transformers.Qwen3Config(**sizes, head_dim=12, attention_bias=True),
@@ -194,6 +196,14 @@ def some_biases(folder: Path) -> dict[str, float]:
         "gpt_neox": transformers.GPTNeoXConfig(
             **{key: sizes[key] for key in list(sizes)[:3]},
             **{"intermediate_size": 96, "vocab_size": 120, "attention_bias": False, "use_parallel_residual": False},
+            rope_parameters={"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 1.0},
+        ),
+        "mistral": transformers.MistralConfig(**sizes, sliding_window=None),
+        "mixtral": transformers.MixtralConfig(**sizes, num_local_experts=3),
+        "mpt": transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=16, vocab_size=120),
+        "qwen3_moe": transformers.Qwen3MoeConfig(**sizes, **experts, num_experts=3),
+        "glm4_moe": transformers.Glm4MoeConfig(
+            **(sizes | experts | {"n_routed_experts": 3}),
             rope_parameters={"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 1.0},
         ),
     }
@@ -299,7 +309,7 @@ def everything(folder: Path) -> dict[str, Any]:
     one_way = {
         (case, table): exported(settings_of(case, table), folder / f"{case} {table}")
         for case in CASES
-        for table in ("mup", "completep")
+        for table in ("mup", "completep", "smupar")
     }
     planted = {}
     for number, (name, case, patch) in enumerate(mistakes()):

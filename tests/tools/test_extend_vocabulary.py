@@ -153,7 +153,7 @@ def everything(folder: Path) -> dict[str, Any]:
     tree["model"]["vocab"]["a b"] = len(tree["model"]["vocab"])
     (folder / "strange.json").write_text(json.dumps(tree))
     written(folder / "hurt", "bytes", 257)
-    next(checkpoint.find(folder / "hurt").glob("index*")).write_text("{")
+    (checkpoint.find(folder / "hurt") / "index.json").write_text("{")
     ids = list(b"the thing is in there")
     found["logits"] = [logits(folder / place, ids) for place in ("small", "b", "c", "e")]
     found["trained"] = trained(folder, folder / "b")
@@ -196,8 +196,9 @@ MISTAKES = [
     ("{folder}/dumb {folder}/never --tokenizer {folder}/dumb_wide.model --rule mean", "cannot spell the new token"),
     ("{folder}/small {folder}/never --tokenizer {folder}/strange.json --rule mean", "token 'a b' has ' '"),
     (
-        "{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule projection --donor {folder}/hurt",
-        "a checkpoint is damaged",
+        "{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule projection "
+        "--donor {folder}/hurt/checkpoints/step-00000007",
+        "damaged",
     ),
     ("{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule zeros --text {folder}", "no file that holds"),
     ("{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule zeros --file-size 0", "--file-size 0"),
