@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megahp.errors import UserError
+from megahp.exit_codes import FINISHED, STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -156,8 +157,8 @@ def leave(code: int) -> None:
     """End this process. destroy_process_group() races with gloo's threads and now and then aborts, so it is skipped."""
     import torch.distributed as dist
 
-    if code == 0 and dist.is_initialized():
-        dist.barrier()
+    if code in (FINISHED, STOPPED) and dist.is_initialized():
+        dist.barrier()  # or a launcher might end the ranks that are still leaving
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -4,7 +4,8 @@ ranks in place is not dependable: gloo's and NCCL's connections rarely recover.)
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from megahp.checkpoint import complete
@@ -18,19 +19,32 @@ def until_done(start: Callable[[bool], int], run: Path, restarts: int) -> int:
 
     start(resume) returns an exit code. Returns the last one's, or NO_PROGRESS.
     """
-    code, futile, before = start(False), 0, None
-    for number in range(1, restarts + 1):
+    found = list[str]()
+    while True:
+        code = start(bool(found))
         if code in FINAL:
             return code
-        newest = max(complete(run / "checkpoints"), default=None)
-        futile = futile + 1 if newest == before else 0
-        if futile == FUTILE:
-            _tell(f"exit code {code} again, with no new checkpoint after {FUTILE} restarts; see {run}/crashes")
-            return NO_PROGRESS
-        before = newest
-        _tell(f"exit code {code}; restart {number} of {restarts}, from {newest.name if newest else 'the beginning'}")
-        code = start(True)
-    return code
+        found.append(newest(run))
+        if (end := verdict(code, found, restarts, run)) is not None:
+            return end
+
+
+def newest(run: Path) -> str:
+    """The name of a run's newest checkpoint; empty where there is none."""
+    return max((path.name for path in complete(run / "checkpoints")), default="")
+
+
+def verdict(code: int, found: Sequence[str], restarts: int, run: Path) -> int | None:
+    """After a fault: the exit code to end with, or None to start again. found: the newest checkpoint's name after each
+    fault so far, this one the last."""
+    same = len(list(takewhile(lambda name: name == found[-1], ["", *found][::-1])))
+    if same > FUTILE:
+        _tell(f"exit code {code} again, with no new checkpoint after {FUTILE} restarts; see {run}/crashes")
+        return NO_PROGRESS
+    if len(found) > restarts:
+        return code
+    _tell(f"exit code {code}; restart {len(found)} of {restarts}, from {found[-1] or 'the beginning'}")
+    return None
 
 
 def _tell(text: str) -> None:
