@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from megahp.commands import checkpoint, fit, recipe
+from megahp.commands import checkpoint, fit, launch, recipe, status
 
 
 def add_to(parsers: Any) -> None:
     """Their parsers."""
-    for command in (recipe, fit, checkpoint):
+    for command in (recipe, fit, checkpoint, launch, status):
         command.add_to(parsers)
