@@ -17,14 +17,14 @@ train: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/quickstart/train.sh $(RUN)
 
 test: lint
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
 
 lint: $(READY)
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
 
 test-slow: $(READY)
-	@$(BIN)/python -m pytest -m "slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
 
 # These two run under the system's own python and torch, without network: its CUDA build is the one to test.
 test-gpu:

@@ -372,6 +372,19 @@ def _run(config: Config) -> list[str]:
             f"train.validation_samples = {train.validation_samples} needs documents held out, and "
             "data.validation_fraction is 0; raise it, or set train.validation_samples=0"
         )
+    if config.resilience.spikes == "rewind" and not config.checkpoint.every:
+        problems.append(
+            "resilience.spikes = 'rewind' goes back to checkpoints, and with checkpoint.every = 0 there is none before "
+            "the end; set checkpoint.every"
+        )
+    if config.checkpoint.keep_best and not train.validation_samples:
+        problems.append("checkpoint.keep_best needs a validation loss, and train.validation_samples = 0; raise it")
+    if config.checkpoint.every and config.checkpoint.keep_every % config.checkpoint.every:
+        problems.append(
+            f"checkpoint.keep_every = {config.checkpoint.keep_every} is no multiple of checkpoint.every = "
+            f"{config.checkpoint.every}, so few would be kept; nearest: "
+            f"{nearest_multiples(config.checkpoint.every, config.checkpoint.keep_every)}"
+        )
     if train.tokens < config.data.sequence_length * config.batch.global_batch:
         problems.append(
             f"train.tokens = {train.tokens} is less than one batch of "

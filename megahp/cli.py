@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,27 +109,33 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError(f"--ranks {options.ranks}, but the launcher started {place.size}; leave --ranks out")
     settings = prepare(settings, layout, options.ranks or place.local_size, options.resume == "auto")
     if options.restarts is not None:
-        return _train_again_and_again(options, words, settings.directory, place)
+        return _train_again_and_again(options, settings, place)
     if ranks > place.size:
         return launch.spawn(words, ranks)
     return _train_rank(settings, place, layout, options.resume == "auto")
 
 
-def _train_again_and_again(options: argparse.Namespace, words: Sequence[str], run: Path, place: launch.World) -> int:
+def _train_again_and_again(options: argparse.Namespace, settings: Config, place: launch.World) -> int:
     """Start ranks, and after a fault again."""
     from megahp.relaunch import until_done
 
     if not options.ranks or place.size > 1 or options.restarts < 0:
         raise UserError(
             f"--restarts {options.restarts} goes with --ranks N, and is at least 0; under srun and torchrun the job "
-            "is started again by Slurm's requeue (slurm/)"
+            "is started again by whatever started it"
         )
     arguments = ["train", str(options.run_file), *options.overrides]
+    minutes = settings.resilience.stop_after
+
+    began = time.monotonic()
 
     def start(resume: bool) -> int:
-        return launch.spawn([*arguments, *(["--resume", "auto"] if resume or options.resume else [])], options.ranks)
+        words = ["--resume", "auto"] if resume or options.resume else []
+        if minutes:  # what is left of them
+            words.append(f"resilience.stop_after={max(minutes - (time.monotonic() - began) / 60, 0.001)!r}")
+        return launch.spawn([*arguments, *words], options.ranks)
 
-    return until_done(start, run, options.restarts)
+    return until_done(start, settings.directory, options.restarts)
 
 
 def _train_rank(settings: Config, place: launch.World, layout: Layout, resume: bool) -> int:
@@ -136,9 +143,10 @@ def _train_rank(settings: Config, place: launch.World, layout: Layout, resume: b
     from megahp.train.crash import report_crash
     from megahp.train.loop import train
     from megahp.train.run import cuda_wanted
+    from megahp.train.watchdog import patience
 
     code = FINISHED
-    store = launch.join(place, cuda_wanted(settings))
+    store = launch.join(place, cuda_wanted(settings), patience(settings.resilience.hang_after))
     try:
         code = FINISHED if train(settings, place, store, layout, resume) else STOPPED
         if place.rank == 0 and code == FINISHED:
@@ -149,6 +157,7 @@ def _train_rank(settings: Config, place: launch.World, layout: Layout, resume: b
         code = USER_ERROR
         if launch.is_first_to_tell(store, "user error"):
             _complain(error)
+        launch.outlast_questions(place)
     except Exception as error:
         code = USER_ERROR if launch.is_told(store, "user error") else FAULT
         if code == FAULT:

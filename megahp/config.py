@@ -300,6 +300,9 @@ class Checkpoint:
     keep: int = setting(2, "how many of the latest checkpoints stay", at_least=1)
     keep_every: int = setting(0, "those at every so many steps stay too; 0 = none", at_least=0)
     keep_best: bool = setting(False, "that of least validation loss stays too")
+    remote: str = setting(
+        "", "URL of a folder, such as s3://bucket/runs/x, that gets a copy of what stays; empty = none"
+    )
 
 
 @dataclass(frozen=True)

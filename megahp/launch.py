@@ -15,12 +15,18 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megahp.errors import UserError
-from megahp.exit_codes import FINISHED, STOPPED
+from megahp.exit_codes import FINAL, FINISHED, STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 SECONDS_TO_EXPLAIN = 2.0  # how long the ranks are left alone once one has failed, to say why
+NOTICES = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+)  # signals that announce an end: scancel and `kill`; Slurm's --signal=USR1@120
+SAME = 5.0  # seconds within which a second signal is the first one's echo, from a launcher or a process group
+PATIENCE = timedelta(minutes=10)  # of ranks that wait for others to start
 PR_SET_PDEATHSIG = 1
 
 
@@ -79,13 +85,18 @@ def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", 
     command = [sys.executable, *program, *arguments]
     processes: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, _: object) -> None:
-        for process in processes:
-            process.send_signal(number)
+    notices: list[tuple[float, int]] = []  # when, which signal
 
-    signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGUSR1, pass_on)
-    signal.signal(signal.SIGHUP, lambda number, _: sys.exit(128 + number))
+    def pass_on(number: int, _: object) -> None:
+        notices.append((time.monotonic(), number))
+        again = notices[-1][0] - notices[0][0] > SAME  # a rank that hangs would not take it
+        for process in processes:
+            process.send_signal(signal.SIGKILL if again else number)
+
+    for number in NOTICES:
+        signal.signal(number, pass_on)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, lambda number, _: sys.exit(128 + number))
     try:
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -94,10 +105,13 @@ def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", 
         while None in codes and not any(codes):
             time.sleep(0.05)
             codes = [process.poll() for process in processes]
-        return _first_failure(codes)
+        code = _first_failure(codes)
+        return 128 + notices[0][1] if notices and code not in FINAL else code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
+        for number in NOTICES:
+            signal.signal(number, signal.SIG_DFL)
         _end(processes)
 
 
@@ -107,8 +121,9 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def join(place: World, cuda: bool) -> Store:
-    """Initialise the default process group: gloo for CPU tensors, NCCL for CUDA's. Returns the store the ranks share.
+def join(place: World, cuda: bool, patience: timedelta = PATIENCE) -> Store:
+    """Initialise the default process group: gloo for CPU tensors, NCCL for CUDA's, whose collectives fail after waiting
+    for so long. Returns the store the ranks share.
 
     Raises UserError when torchrun's or srun's variables do not lead to the first rank.
     """
@@ -123,9 +138,8 @@ def join(place: World, cuda: bool) -> Store:
         os.environ["MASTER_ADDR"] = _first_host(os.environ.get("SLURM_STEP_NODELIST", ""))
     if "MASTER_PORT" not in os.environ:  # the same on all ranks of a job, different between jobs of one user
         os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
-    timeout = timedelta(minutes=10)
-    store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=timeout))
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+    store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=PATIENCE))
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=patience)
     return store
 
 
@@ -144,6 +158,12 @@ def is_told(store: Store, what: str) -> bool:
         return store.check([f"told {what}"])
     except RuntimeError:
         return False
+
+
+def outlast_questions(place: World) -> None:
+    """Let the first rank, which may hold the store, stay until the others have asked it what was told."""
+    if place.rank == 0 and place.size > 1:
+        time.sleep(SECONDS_TO_EXPLAIN / 2)
 
 
 def is_lost_connection(error: Exception) -> bool:

@@ -19,31 +19,31 @@ def until_done(start: Callable[[bool], int], run: Path, restarts: int) -> int:
 
     start(resume) returns an exit code. Returns the last one's, or NO_PROGRESS.
     """
-    found = list[str]()
+    found = list[list[str]]()
     while True:
         code = start(bool(found))
         if code in FINAL:
             return code
-        found.append(newest(run))
+        found.append(checkpoints(run))
         if (end := verdict(code, found, restarts, run)) is not None:
             return end
 
 
-def newest(run: Path) -> str:
-    """The name of a run's newest checkpoint; empty where there is none."""
-    return max((path.name for path in complete(run / "checkpoints")), default="")
+def checkpoints(run: Path) -> list[str]:
+    """The names of a run's checkpoints, oldest first."""
+    return [path.name for path in complete(run / "checkpoints")]
 
 
-def verdict(code: int, found: Sequence[str], restarts: int, run: Path) -> int | None:
-    """After a fault: the exit code to end with, or None to start again. found: the newest checkpoint's name after each
-    fault so far, this one the last."""
-    same = len(list(takewhile(lambda name: name == found[-1], ["", *found][::-1])))
+def verdict(code: int, found: Sequence[list[str]], restarts: int, run: Path) -> int | None:
+    """After a fault: the exit code to end with, or None to start again. found: the run's checkpoints after each fault
+    so far, this one the last."""
+    same = len(list(takewhile(lambda names: names == found[-1], reversed(found))))
     if same > FUTILE:
         _tell(f"exit code {code} again, with no new checkpoint after {FUTILE} restarts; see {run}/crashes")
         return NO_PROGRESS
     if len(found) > restarts:
         return code
-    _tell(f"exit code {code}; restart {len(found)} of {restarts}, from {found[-1] or 'the beginning'}")
+    _tell(f"exit code {code}; restart {len(found)} of {restarts}{'' if found[-1] else ', from the beginning'}")
     return None
 
 

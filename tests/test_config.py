@@ -34,7 +34,7 @@ parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel parallel.zero
 train.start_from train.weights train.tokens train.steps train.dtype train.device train.seed train.noise_scale
 train.noise_half_life train.validate_every train.validation_samples
 compute.compile compute.recompute compute.recompute_every compute.norms compute.fp8
-checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best
+checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best checkpoint.remote
 resilience.stop_after resilience.hang_after resilience.check_every
 resilience.spikes resilience.spike_sigmas resilience.spike_window
 log.name log.root log.every log.tensorboard log.baselines log.wandb log.wandb_project
@@ -151,6 +151,7 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
         (["parameterization.name=sp", "parameterization.base_width=64"], ["parameterization.base_width", "no effect"]),
         (["model.preset=lama-3-8b"], ["lama-3-8b", "llama-3-8b"]),
         (["data.validation_fraction=0"], ["validation_samples", "validation_fraction"]),
+        (["resilience.spikes=rewind"], ["resilience.spikes = 'rewind'", "checkpoint.every"]),
         (["parallel.ep=2"], ["parallel.ep = 2", "model.experts = 0", "needs at least 1"]),
         (["model.balance_rate=0.1"], ["model.balance_rate = 0.1", "model.experts = 0"]),
         (["model.experts=8", "parallel.ep=3"], ["parallel.ep = 3", "model.experts = 8", "2, 4"]),

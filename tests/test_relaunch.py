@@ -43,4 +43,9 @@ def test_it_stops_where_nothing_is_gained(tmp_path: Path) -> None:
     lives = [(0, 1), (0, 1), (3, 1), (3, 1), (3, 1), (3, 1), (3, 1), (3, 1)]
     code, starts = outcome(tmp_path, iter(lives), 99)
     assert code == exit_codes.NO_PROGRESS == 93
-    assert len(starts) == 6
+    assert len(starts) == 2 + 1 + 3
+
+
+def test_a_run_that_never_saves_is_started_three_times_more(tmp_path: Path) -> None:
+    code, starts = outcome(tmp_path, iter([(0, 1)] * 9), 99)
+    assert code == 93 and len(starts) == 1 + 3

@@ -23,20 +23,24 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from command import appearing
+import torch.distributed as dist
+from command import appearing, exit_code
 from torch import Tensor
 
-from megahp import checkpoint, config, resolve
+from megahp import checkpoint, config, launch, resolve
 from megahp.checkpoint import huggingface_folder, megatron
 from megahp.checkpoint.shards import Damaged, Tensors
 from megahp.config import Config
 from megahp.data.tokenizer import END_OF_DOCUMENT, META_SPACE, Tokenizer, load_tokenizer
 from megahp.errors import UserError
-from megahp.model.build import longest
+from megahp.model.build import longest, skeleton
+from megahp.parallel.layout import Layout
+from megahp.parallel.mesh import make_mesh
 from megahp.parallel.parameters import saved, storage
 from megahp.train.run import FIXED, state_of_weights, with_vocabulary
 from megahp.train.sample import alone
@@ -50,19 +54,16 @@ KEPT = (*FIXED, "sparsity", "data.sequence_length", "data.lengths")
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 1 for a model that came out another one, 2 for a mistake of the user's."""
-    try:
-        return convert(parser().parse_args(words))
-    except Damaged as error:
-        print(f"error: the checkpoint is damaged ({error}); convert another one", file=sys.stderr)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    return 2
+    return exit_code(lambda: convert(parser().parse_args(words)))
 
 
 def convert(arguments: argparse.Namespace) -> int:
     refuse_mistakes(arguments)
-    with appearing(arguments.target) as partial:
-        tokenizer = (send if arguments.source_format == "megahp" else take)(arguments, partial)
+    try:
+        with appearing(arguments.target) as partial:
+            tokenizer = (send if arguments.source_format == "megahp" else take)(arguments, partial)
+    except Damaged as error:
+        raise UserError(f"the checkpoint is damaged ({error}); convert another one") from None
     print(f"{arguments.target}: written, in files of up to {arguments.file_size:g} GB")
     return 0 if arguments.no_check else compare(arguments, tokenizer)
 
@@ -84,6 +85,8 @@ def refuse_mistakes(arguments: argparse.Namespace) -> None:
         raise UserError("--allow-pickle is for --from megatron-legacy; leave it out")
     if arguments.text and arguments.no_check:
         raise UserError(f"--text {arguments.text} is for the check; leave it or --no-check out")
+    if arguments.text and not (arguments.text.is_file() and arguments.text.stat().st_size):
+        raise UserError(f"--text {arguments.text} is no file that holds text; name another")
 
 
 def send(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
@@ -135,10 +138,32 @@ def write_run(
     resolved = resolve.resolve([(origin, layer), (origin, {"data": {"tokenizer": named}}), ("command line", said)])
     settings = with_vocabulary(resolved.config, tokenizer)
     place = checkpoint.path(partial / "checkpoints", 0)
-    checkpoint.write(place, tensors, state_of_weights(settings), limit(arguments))
+    fitted = fitting(tensors, shapes_of(settings))
+    checkpoint.write(place, fitted, state_of_weights(settings), limit(arguments))
     settings = config.with_values(settings, {"train.start_from": str(arguments.target)})
     (partial / "config.toml").write_text(config.to_toml(settings, resolved.origins), encoding="utf-8")
     return tokenizer
+
+
+def shapes_of(settings: Config) -> dict[str, torch.Size]:
+    """Of the weights by name, of a model that is not made."""
+    if not dist.is_initialized():
+        launch.join(launch.World(), cuda=False)
+    mesh = make_mesh(Layout(), torch.device("cpu"))
+    model = skeleton(replace(settings, parallel=config.Parallel()), mesh)
+    return {name: weight.shape for name, weight in saved(model).items()}
+
+
+def fitting(tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, masks among them. Raises UserError unless the weights are those of a model of these shapes."""
+    lacking = dict(shapes)
+    for name, tensor in tensors:
+        if name.startswith("model.") and lacking.pop(name, None) != tensor.shape:
+            wanted = f"its {list(shapes[name])}" if name in shapes else "the model's"
+            raise UserError(f"{name} of shape {list(tensor.shape)} is not {wanted}; give the sizes the weights have")
+        yield name, tensor
+    if lacking:
+        raise UserError(f"{len(lacking)} tensors are missing, such as {min(lacking)}; give the sizes the weights have")
 
 
 def read(form: str, folder: Path, given: Mapping[str, Any]) -> tuple[Any, Iterator[tuple[str, Tensor]]]:
@@ -193,13 +218,9 @@ def our_logits(settings: Config, weights: Iterable[tuple[str, Tensor]], tokens: 
     that are not the model's."""
     dtype = "float64" if settings.train.dtype == "float64" else "float32"
     model = alone(config.with_values(settings, {"train.dtype": dtype, "train.device": "cpu"}))
-    lacking = saved(model)
-    for name, weight in weights:
-        if name not in lacking or lacking[name].shape != weight.shape:
-            raise UserError(f"{name} of shape {list(weight.shape)} is not the model's; convert from the original")
-        storage(lacking.pop(name)).copy_(weight)
-    if lacking:
-        raise UserError(f"{len(lacking)} tensors are missing, such as {min(lacking)}; convert from the original")
+    places = saved(model)
+    for name, weight in fitting(weights, {name: place.shape for name, place in places.items()}):
+        storage(places[name]).copy_(weight)
     return model(tokens)[..., : settings.model.vocab_size]
 
 
@@ -260,10 +281,9 @@ def write_tokenizer(folder: Path, named: str, tokenizer: Tokenizer) -> None:
         told |= {"add_prefix_space": pieces.encode("a", out_type=str)[0].startswith(META_SPACE), "bos_token": None}
         told |= {"unk_token": pieces.id_to_piece(pieces.unk_id()), "eos_token": pieces.id_to_piece(tokenizer.eod)}
     else:
-        tokens = json.loads(file.read_text(encoding="utf-8"))
-        ends = {token["id"]: token["content"] for token in tokens.get("added_tokens", [])}
-        ends |= {number: token for token, number in tokens["model"].get("vocab", {}).items()}
-        told["eos_token"] = ends[tokenizer.eod]
+        from tokenizers import Tokenizer as Fast
+
+        told["eos_token"] = Fast.from_file(str(file)).id_to_token(tokenizer.eod)
     (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 

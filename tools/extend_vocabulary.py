@@ -84,8 +84,8 @@ def extend(arguments: argparse.Namespace) -> int:
     size = max(settings.model.vocab_size, len(new.tokens))
     wider = config.with_values(settings, {"model.vocab_size": size, "data.sequence_length": longest(settings)})
     tree = config.to_dict(config.with_values(wider, {"data.lengths": ()}))
-    beginnings = begin(arguments, old, new)
     try:
+        beginnings = begin(arguments, old, new)
         with appearing(arguments.target) as partial:
             tensors = extended(Tensors(path), wider, len(old.tokens), len(new.tokens), beginnings)
             write_run(arguments, partial, tree, {}, new.named, tensors)
@@ -266,7 +266,9 @@ def _of_json(named: str) -> list[bytes]:
 
 
 def _of_letters(piece: str) -> bytes:
-    """The bytes of a byte-level tokenizer's name of a token."""
+    """The bytes of a byte-level tokenizer's name of a token. Raises UserError."""
+    if strange := set(piece) - set(BYTES):
+        raise UserError(f"the byte-level token {piece!r} has {min(strange)!r}, which stands for no byte; name it anew")
     return bytes(BYTES[letter] for letter in piece)
 
 

@@ -220,10 +220,12 @@ def is_over(directory: Path) -> bool:
 
 
 def diverged(directory: Path) -> bool:
-    """Whether the run gave up, after so many steps in a row were skipped."""
+    """Whether the run gave up: after so many steps in a row were skipped, or with a weight that is not finite."""
     if not (directory / "events.jsonl").exists():
         return False
     last = read_events(directory)[-MOST_SKIPPED:]
+    if last and last[-1]["event"] == "broken":
+        return True
     if len(last) < MOST_SKIPPED or any(event["event"] != "skipped" for event in last):
         return False
     return last[-1]["step"] - last[0]["step"] == MOST_SKIPPED - 1

@@ -52,7 +52,7 @@ from transfer_curves import plot, show, write_json
 from megahp import config, launch, resolve
 from megahp.commands.launch import folder
 from megahp.config import Config
-from megahp.errors import UserError
+from megahp.errors import Fault, UserError
 from megahp.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from megahp.parallel.layout import fit
 from megahp.scaling.flops import training_flops
@@ -345,7 +345,7 @@ def train_here(cell: Cell, store: dist.Store) -> None:
         try:
             settings = prepare(cell.settings, layout, 1, resume=True)
             finished = train(settings, launch.World(), store, layout, resume=True)
-        except UserError:
+        except (UserError, Fault):
             if not diverged(cell.directory):
                 raise
             finished = True

@@ -1,10 +1,13 @@
 """Checkpoints of whole runs, on any layout."""
 
+from megahp.checkpoint.remote import Place, place
 from megahp.checkpoint.store import (
     DamagedError,
     Store,
+    candidates,
     complete,
     find,
+    first_whole,
     latest,
     load,
     path,
@@ -17,12 +20,16 @@ from megahp.checkpoint.store import (
 
 __all__ = [
     "DamagedError",
+    "Place",
     "Store",
+    "candidates",
     "complete",
     "find",
+    "first_whole",
     "latest",
     "load",
     "path",
+    "place",
     "problems",
     "read_state",
     "remove",

@@ -334,7 +334,7 @@ def family_of(model: config.Model, only: Family | None = None) -> Family:
 def family_named(model_type: object) -> Family:
     """The family that a config.json names. Raises UserError."""
     known = {family.model_type: family for family in FAMILIES}
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise UserError(f"config.json: model_type = {model_type!r} is not known; there are: {', '.join(known)}")
     return known[model_type]
 

@@ -105,8 +105,11 @@ def _imported(
     tensor = torch.empty(0)
     for name, module, theirs in names:
         parts = [weights[each] for each in theirs]
-        # without any, a bias of zeros: as many as its weight, which came just before, has rows
-        tensor = _together(family, model, module, parts) if parts else tensor.new_zeros(len(tensor))
+        try:  # without any, a bias of zeros: as many as its weight, which came just before, has rows
+            tensor = _together(family, model, module, parts) if parts else tensor.new_zeros(len(tensor))
+        except RuntimeError:
+            shapes = ", ".join(f"{each} {list(part.shape)}" for each, part in zip(theirs, parts, strict=True))
+            raise UserError(f"{shapes}: not the shapes of the {family.model_type} model that is described") from None
         if tensor.numel():  # not so are shared experts where there are none
             yield name, tensor.contiguous()
 
@@ -239,7 +242,11 @@ def _together(family: Family, model: config.Model, module: str, theirs: Sequence
 
 
 def _flat(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without a table of its own for rotary embeddings, newer keys also by their older names."""
+    """The configuration without a table of its own for rotary embeddings, newer keys also by their older names. Raises
+    UserError."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(hf_config.get(key) or {}, Mapping):
+            raise UserError(f"config.json: {key} = {hf_config[key]!r} is no table; get the file again")
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
     flat = {**hf_config, **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
     return flat | {older: flat[newer] for older, newer in OLDER.items() if newer in flat}
@@ -254,7 +261,7 @@ def _settings(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"config.json: {key} = {hf[key]!r} makes another model than ours; we have {needed!r}")
     values: dict[str, Any] = {setting: 0 if hf[key] is None else hf[key] for setting, key in family.keys.items()}
     if "activation" in values:
-        values["activation"] = ACTIVATIONS.get(values["activation"], values["activation"])
+        values["activation"] = ACTIVATIONS.get(str(values["activation"]), values["activation"])
     for setting, allowed in family.values.items():
         if values.setdefault(setting, allowed[0]) not in allowed:
             key = family.keys[setting]
@@ -265,7 +272,10 @@ def _settings(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
 def _agrees(found: Any, needed: Any) -> bool:
     """Whether a value is the needed one; of a table, in what it says of the needed keys."""
     if isinstance(needed, dict):
-        return all(_agrees((found or {}).get(key, value), value) for key, value in needed.items())
+        table = found or {}
+        return isinstance(table, Mapping) and all(
+            _agrees(table.get(key, value), value) for key, value in needed.items()
+        )
     return bool(found == needed)
 
 

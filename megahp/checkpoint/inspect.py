@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from megahp import resolve
+from megahp.checkpoint.remote import Place
 from megahp.checkpoint.shards import Tensors
-from megahp.checkpoint.store import complete, problems, read_state
+from megahp.checkpoint.store import complete, problems, read_manifest, read_state
 from megahp.config import get, names
 
 LINE = "{name:<15}{step:>10,}{tokens:>16,}{loss:>12}{size:>12}  {layout}"
 HEADER = f"{'checkpoint':<15}{'step':>10}{'tokens':>16}{'validation':>12}{'MB':>12}  layout"
 
 
-def listing(folder: Path) -> Iterator[str]:
+def listing(folder: Place) -> Iterator[str]:
     """A table of a run's checkpoints, oldest first."""
     yield HEADER
     for checkpoint in complete(folder):
@@ -23,13 +23,13 @@ def listing(folder: Path) -> Iterator[str]:
             continue
         state = read_state(checkpoint)
         layout = ", ".join(f"{axis} {size}" for axis, size in state["layout"].items() if size > 1) or "one rank"
-        size = sum(file.stat().st_size for file in checkpoint.iterdir()) / 1e6
+        size = sum(entry["bytes"] for entry in read_manifest(checkpoint).values()) / 1e6
         loss = state.get("validation_loss")
         shown = {"loss": "-" if loss is None else f"{loss:.4f}", "size": f"{size:,.1f}", "layout": layout}
         yield LINE.format(name=checkpoint.name, **state["progress"], **shown)
 
 
-def differences(one: Path, other: Path) -> Iterator[str]:
+def differences(one: Place, other: Place) -> Iterator[str]:
     """How two checkpoints differ: settings, progress, and every tensor's largest difference."""
     states = read_state(one), read_state(other)
     configs = [resolve.from_dict(state["config"], "checkpoint") for state in states]

@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from enum import EnumMeta
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -84,6 +86,15 @@ MEGATRON = Family(
         "apply_layernorm_1p": False,
         "multi_latent_attention": False,
         "num_experts": None,
+        "use_rope_scaling": False,
+        "rotary_seq_len_interpolation_factor": None,
+        "no_rope_freq": None,
+        "window_size": None,
+        "qk_l2_norm": False,
+        "softmax_type": "vanilla",
+        "use_mup": False,
+        "activation_func_clamp_value": None,
+        "glu_linear_offset": 0.0,
     },
     absent={"normalization": "layernorm", "qk_layernorm": False, "rotary_base": 10000.0},
     qkv="grouped",
@@ -93,6 +104,7 @@ OF_ENGINE = {  # Transformer Engine fuses norms into the products after them
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+PRODUCTS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 POSITIONS = {"rope": "rope", "learned": "learned_absolute", "none": "none"}
 SPLIT = (  # over tp, along which dimension
     (re.compile(r"(linear_proj|linear_fc2)\.weight$"), 1),
@@ -192,7 +204,8 @@ class Distributed(Files):
     def _list(self) -> None:
         """Where every part of every tensor lies, and which layers there are."""
         metadata = Unpickler(io.BytesIO((self.folder / ".metadata").read_bytes())).load()
-        self.places = {(place.fqn, tuple(place.offset)): info for place, info in metadata.storage_data.items()}
+        parts = {place: info for place, info in metadata.storage_data.items() if place.offset is not None}  # of tensors
+        self.places = {(place.fqn, tuple(place.offset)): info for place, info in parts.items()}
         for key, tensor in metadata.state_dict_metadata.items():
             stem, stacked = re.subn(r"^decoder\.layers\.(?!\d)", "", key)
             if key.startswith(("optimizer.", "rng_state", "rerun_state")) or "_extra_state" in key:
@@ -310,6 +323,12 @@ def _write_distributed(folder: Path, tensors: Tensors, layers: int, limit: int) 
                 new = TensorStorageMetadata(TensorProperties(dtype=part.dtype), size, [])
                 described.setdefault(key, new).chunks.append(ChunkStorageMetadata(at, part.shape))
                 places[MetadataIndex(key, at)] = _StorageInfo(file, begin, out.tell() - begin)
+    blank = folder / "__1_0.distcp"  # each product asks for its engine's state, and for one without any finds this
+    torch.save([None], blank)
+    for name, shard in product(PRODUCTS, range(layers)):
+        key = f"decoder.layers.{name}._extra_state/shard_{shard}_{layers}"
+        described[key] = BytesStorageMetadata()
+        places[MetadataIndex(key)] = _StorageInfo(blank.name, 0, blank.stat().st_size)
     with (folder / ".metadata").open("wb") as out:
         pickle.dump(Metadata(described, storage_data=places), out)
     backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

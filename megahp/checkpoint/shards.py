@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from megahp.checkpoint.remote import Place
+
 INDEX = "index.json"
 DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)}
@@ -114,7 +116,7 @@ class Writer(StorageWriter):
 class Reader(StorageReader):
     """What DCP reads a checkpoint through. Raises Damaged for a chunk that is not what was written."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
         self.tensors: dict[str, dict[str, Any]] = {}
         self.chunks: dict[MetadataIndex, Chunk] = {}
@@ -171,7 +173,7 @@ class Reader(StorageReader):
 class Tensors(Mapping[str, Tensor]):
     """The whole tensors of a checkpoint by name, each read when it is asked for, on the CPU."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder, self.index = folder, read_index(folder)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -214,7 +216,7 @@ def in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict
     yield together
 
 
-def read_index(folder: Path) -> dict[str, dict[str, Any]]:
+def read_index(folder: Place) -> dict[str, dict[str, Any]]:
     """Every tensor's dtype, shape and chunks (as Chunk). Raises Damaged unless it makes sense: chunks that fill their
     tensor, in files of this folder."""
     try:
@@ -230,7 +232,7 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def read_chunk(path: Path, chunk: Chunk, dtype: torch.dtype, name: str) -> Tensor:
+def read_chunk(path: Place, chunk: Chunk, dtype: torch.dtype, name: str) -> Tensor:
     """One chunk's values. Raises Damaged."""
     try:
         with path.open("rb") as file:
@@ -244,7 +246,7 @@ def read_chunk(path: Path, chunk: Chunk, dtype: torch.dtype, name: str) -> Tenso
     return values.view(torch.Size(chunk.shape))
 
 
-def digest(path: Path) -> str:
+def digest(path: Place) -> str:
     """SHA-256 of a file. Raises Damaged."""
     try:
         with path.open("rb") as file:

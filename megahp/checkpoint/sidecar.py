@@ -33,7 +33,9 @@ class Files(Mapping[str, Tensor]):
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, listing = folder, folder / f"{name}.safetensors.index.json"
         if listing.exists():
-            self.file_of: dict[str, str] = read_json(listing)["weight_map"]
+            self.file_of: dict[str, str] = read_json(listing).get("weight_map")
+            if not isinstance(self.file_of, dict) or not all(isinstance(file, str) for file in self.file_of.values()):
+                raise UserError(f"{listing} has no weight_map of tensors' names to files' names; get it again")
         else:
             file = f"{name}.safetensors"
             self.file_of = dict.fromkeys(_opened(folder / file).keys(), file)
@@ -132,7 +134,7 @@ def _restored(settings: config.Config, weights: Tensors, more: Files, folder: Pa
                     raise UserError(f"{name} is not 0 where it is masked")
                 yield mask, more[mask]
             yield name, weight
-    except UserError as error:
+    except (UserError, RuntimeError, IndexError) as error:  # the latter two of shapes that do not fit
         raise UserError(f"{folder}: {error}; {_remedy(folder)}") from None
 
 
@@ -158,10 +160,14 @@ def _opened(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The table in a file. Raises UserError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); a model's folder has it") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no table of settings, but {type(found).__name__}; get it again")
+    return found
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ accounted for, refused by file when a byte has changed, dropped when newer ones 
 checkpoints/step-00000100/{shard-00000.safetensors, ..., index.json, state.json, manifest.json}
 
 The manifest holds the size and the SHA-256 of every file, and its own; nothing is loaded from a folder that does not
-agree with its manifest.
+agree with its manifest. A run's checkpoint.remote gets copies, the manifest last.
 """
 
 from __future__ import annotations
@@ -12,23 +12,38 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from megahp.checkpoint.remote import Place, Remote, place
 from megahp.checkpoint.shards import Damaged, Reader, Writer, digest, sync, write_synced, write_tensors
 from megahp.config import Checkpoint
 from megahp.errors import UserError
+from megahp.parallel.parameters import storage
 
-VERSION = 3
+
+def _with_spikes(state: dict[str, Any]) -> dict[str, Any]:
+    """Version 4 holds the window that spikes stand out of."""
+    return state | {"spikes": {"loss": [], "gradient norm": []}}
+
+
+OLDEST = 3  # before it the index was a pickle, which is not read
+# what makes the state of the oldest version one of the next, then that one, ...; files stay as they are
+MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_with_spikes,)
+VERSION = OLDEST + len(MIGRATIONS)
 MANIFEST = "manifest.json"
 STATE = {"progress", "skipped", "updates", "noise_scale", "batch_plan", "wandb_id", "loss_scale", "spikes"}
 STATE |= {"data", "data_order", "table", "layout", "config"}
+P = TypeVar("P", Path, Remote, Place)
 
 
 class DamagedError(UserError):
@@ -40,9 +55,12 @@ class Store:
 
     def __init__(self, folder: Path, keep: Checkpoint) -> None:
         self.folder, self.keep = folder, keep
-        # the background's own, so that its messages never meet the training's
-        self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-        self.writing: Future[Any] | None = None
+        # the background's own, so that its messages never meet the training's; and copying takes its time
+        patience = timedelta(days=1)
+        self.group = dist.new_group(backend="gloo", timeout=patience) if dist.get_world_size() > 1 else None
+        self.background = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
+        self.copies: dict[str, Tensor] = {}
         self.target = folder
 
     def begin(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -65,20 +83,33 @@ class Store:
             publish(partial, self.target, said)
             for dropped in superseded(self.folder, self.target, self.keep):
                 remove(dropped)
+            if self.keep.remote:
+                copy_all(self.folder, self.target, self.keep)
 
-        writer = Writer(partial, prepare, finish)
-        self.writing = dcp.async_save(dict(tensors), storage_writer=writer, process_group=self.group)  # type: ignore[assignment]
+        def save() -> None:
+            copied = {name: _on_host(value, self.copies[name]) for name, value in tensors.items()}
+            dcp.save(copied, storage_writer=Writer(partial, prepare, finish), process_group=self.group)
+
+        # by hand, since DCP's staging of a hundred DTensors takes ten times as long as the copies; so does fresh memory
+        for name, value in tensors.items():
+            part = storage(value)
+            if name not in self.copies:
+                self.copies[name] = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+            self.copies[name].copy_(part, non_blocking=True)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.writing = self.background.submit(save)
 
     def wait(self) -> None:
-        """Until what was begun is on the disk. Raises UserError, on every rank, when that failed; the checkpoints
-        before it are untouched."""
+        """Until what was begun is on the disk, and copied. Raises UserError, on every rank, when that failed; the
+        checkpoints before it are untouched."""
         if self.writing is None:
             return
         try:
             self.writing.result()
-        except (OSError, dcp.CheckpointException) as error:
-            if isinstance(_first_failure(error), KeyboardInterrupt):
-                raise KeyboardInterrupt from None
+        except (OSError, UserError, dcp.CheckpointException) as error:
+            if isinstance(failure := _first_failure(error), KeyboardInterrupt | UserError):
+                raise failure from None
             why = f"checkpoint {self.target} cannot be written ({_cause(error)}); make room in {self.folder}"
             raise UserError(why) from None
         finally:
@@ -105,20 +136,70 @@ def publish(partial: Path, target: Path, state: str) -> None:
     sync(target.parent)
 
 
+def copy_all(folder: Path, newest: Path, keep: Checkpoint) -> None:
+    """Copy the checkpoints that keep.remote has not, or has otherwise, and drop there what need not be kept beside the
+    newest. Raises UserError."""
+    there = copies_at(keep.remote)
+    try:
+        for checkpoint in complete(folder):
+            if not problems(checkpoint, shards=False):
+                copy(checkpoint, there / checkpoint.name)
+        for dropped in superseded(there, there / newest.name, keep):
+            remove(dropped)
+    except OSError as error:
+        why = f"{newest} is whole, but not copied to checkpoint.remote = {keep.remote!r} ({error.strerror})"
+        raise UserError(f"{why}; that is tried again after the next one") from None
+
+
+def copy(checkpoint: Path, target: Remote) -> None:
+    """Make the target this checkpoint; it is one when its manifest comes, last. Raises OSError."""
+    manifest = checkpoint / MANIFEST
+    if (target / MANIFEST).exists() and (target / MANIFEST).read_bytes() == manifest.read_bytes():
+        return
+    remove(target)
+    target.put([checkpoint / name for name in read_manifest(checkpoint)])
+    target.put([manifest])
+
+
+def copies_at(remote: str) -> Remote:
+    """The folder of the copies. Raises UserError."""
+    if isinstance(run := place(remote), Path):
+        raise UserError(f"checkpoint.remote = {remote!r} is no URL; for a folder of this machine write file:///...")
+    return run / "checkpoints"
+
+
 def path(folder: Path, step: int) -> Path:
     """Where the checkpoint after this step lies, once complete."""
     return folder / f"step-{step:08d}"
 
 
-def complete(folder: Path) -> list[Path]:
+def complete(folder: P) -> list[P]:
     """A run's complete checkpoints, damaged or not, oldest first."""
-    return sorted(folder.glob("step-*"))
+    found: list[P] = sorted(folder.glob(f"step-{8 * '[0-9]'}"), key=lambda each: each.name)
+    # elsewhere folders are not renamed, the manifest comes last
+    return [each for each in found if isinstance(each, Path) or (each / MANIFEST).exists()]
 
 
-def latest(folder: Path) -> Path | None:
+def candidates(folder: Path, remote: str) -> list[Place]:
+    """What a run may go on from, newest first, copies at its checkpoint.remote (empty = none) among them. Raises
+    UserError."""
+    try:
+        copies = complete(copies_at(remote)) if remote else []
+    except OSError as error:
+        why = f"checkpoint.remote = {remote!r} cannot be read ({error.strerror})"
+        raise UserError(f"{why}; mend that, or leave it empty to go on from {folder} alone") from None
+    found: list[Place] = [*copies, *complete(folder)]
+    return sorted(found, key=lambda each: each.name)[::-1]  # a copy after its original
+
+
+def latest(folder: P) -> P | None:
     """The newest checkpoint whose files are all there and whose JSON is whole; None where there is no checkpoint. Its
     tensors are for `load` to check. Raises UserError when none is whole."""
-    newest_first = complete(folder)[::-1]
+    return first_whole(complete(folder)[::-1])
+
+
+def first_whole(newest_first: Sequence[P]) -> P | None:
+    """As `latest`, of these."""
     whole = next((each for each in newest_first if not problems(each, shards=False)), None)
     if newest_first and not whole:
         why = problems(newest_first[0], shards=False)[0]
@@ -128,7 +209,7 @@ def latest(folder: Path) -> Path | None:
     return whole
 
 
-def find(place: Path) -> Path:
+def find(place: P) -> P:
     """A checkpoint that was named itself, or by its run directory: then the newest. Raises UserError."""
     found = place if (place / MANIFEST).exists() else latest(place / "checkpoints")
     if found is None:
@@ -136,21 +217,24 @@ def find(place: Path) -> Path:
     return found
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON part. Raises DamagedError if it is not what was written, or of another version."""
+def read_state(checkpoint: Place) -> dict[str, Any]:
+    """The JSON part, as this version has it. Raises DamagedError if it is not what was written, UserError for a version
+    that is not read."""
     if wrong := problems(checkpoint, shards=False):
         raise DamagedError(f"checkpoint {checkpoint} is damaged ({wrong[0]}); {_remedy(checkpoint)}")
     try:
         state = json.loads((checkpoint / "state.json").read_bytes())
+        for migrate in MIGRATIONS[state["version"] - OLDEST :]:
+            state = migrate(state)
         missing = STATE - state.keys()
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise DamagedError(f"checkpoint {checkpoint} cannot be read ({error!r}); {_remedy(checkpoint)}") from None
     if missing:
         raise DamagedError(f"checkpoint {checkpoint} lacks {', '.join(sorted(missing))}; {_remedy(checkpoint)}")
     return state
 
 
-def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
+def load(checkpoint: Place, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors, in place and on whatever layout they have. All ranks read, and check every file between them,
     before a tensor is touched. Raises DamagedError naming what is wrong, or UserError."""
     if wrong := check(checkpoint):
@@ -162,14 +246,14 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
         raise UserError(f"checkpoint {checkpoint} cannot be loaded ({_cause(error)}); {_remedy(checkpoint)}") from None
 
 
-def check(checkpoint: Path) -> list[str]:
+def check(checkpoint: Place) -> list[str]:
     """What is wrong with a checkpoint's files, found by all ranks together: each reads its share of them."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, problems(checkpoint, dist.get_rank(), dist.get_world_size()))
     return list(dict.fromkeys(problem for one in found for problem in one))
 
 
-def problems(checkpoint: Path, rank: int = 0, ranks: int = 1, shards: bool = True) -> list[str]:
+def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = True) -> list[str]:
     """What is wrong with the files of a checkpoint, one line each: nothing may be missing, longer, shorter or changed.
 
     Every rank-th of `ranks` files is read; without `shards` the tensors' files are only measured.
@@ -187,8 +271,8 @@ def problems(checkpoint: Path, rank: int = 0, ranks: int = 1, shards: bool = Tru
                 found.append(f"{name} has {file.stat().st_size:,} bytes and was written with {entry['bytes']:,}")
             elif is_read and digest(file) != entry["sha256"]:
                 found.append(f"{name} is not what was written")
-        except OSError as error:
-            found.append(f"{name}: {error.strerror}")
+        except (OSError, Damaged) as error:
+            found.append(f"{name}: {getattr(error, 'strerror', None) or error}")
     return found
 
 
@@ -197,29 +281,33 @@ def write_manifest(checkpoint: Path) -> None:
     entries = {
         file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(checkpoint.iterdir())
     }
-    write_synced(checkpoint / MANIFEST, _sealed(entries))
+    write_synced(checkpoint / MANIFEST, _sealed(entries, VERSION))
     sync(checkpoint)
 
 
-def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Name -> bytes and sha256. Raises Damaged unless every byte of it is as written, and of our version."""
+def read_manifest(checkpoint: Place) -> dict[str, dict[str, Any]]:
+    """Name -> bytes and sha256. Raises Damaged unless every byte of it is as written, UserError for a version that is
+    not read."""
     try:
-        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+        text = (checkpoint / MANIFEST).read_bytes().decode()
         manifest = json.loads(text)
         version, files = manifest["version"], manifest["files"]
-        if version != VERSION:
-            raise Damaged(f"{MANIFEST} has version {version} and this megahp reads {VERSION}")
-        if text != _sealed(files):
+        if text != _sealed(files, version):
             raise Damaged(f"{MANIFEST} is not what was written")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise Damaged(f"{MANIFEST} cannot be read ({error!r})") from None
+    if not OLDEST <= version <= VERSION:
+        raise UserError(
+            f"checkpoint {checkpoint} is of version {version} and this megahp reads {OLDEST} to {VERSION}; "
+            "read it with the one that wrote it, or a newer one"
+        )
     return files
 
 
-def superseded(folder: Path, newest: Path, keep: Checkpoint) -> list[Path]:
+def superseded(folder: P, newest: P, keep: Checkpoint) -> list[P]:
     """What need not be kept beside a checkpoint that was just published: all older ones but the newest few, those at
     every so many steps, and the one of least validation loss."""
-    older = [each for each in complete(folder) if each <= newest]
+    older = [each for each in complete(folder) if each.name <= newest.name]
     kept = set(older[-keep.keep :])
     if keep.keep_every:
         kept |= {each for each in older if int(each.name.removeprefix("step-")) % keep.keep_every == 0}
@@ -229,28 +317,38 @@ def superseded(folder: Path, newest: Path, keep: Checkpoint) -> list[Path]:
     return [each for each in older if each not in kept]
 
 
-def remove(checkpoint: Path) -> None:
+def remove(checkpoint: Place) -> None:
     """Drop a checkpoint; one that is half gone is none."""
+    if isinstance(checkpoint, Remote):
+        for place in (checkpoint / MANIFEST, checkpoint):
+            place.remove()
+        return
     going = checkpoint.with_name(f".partial-{checkpoint.name}")
     checkpoint.rename(going)
     shutil.rmtree(going)
+
+
+def _on_host(value: Tensor, copy: Tensor) -> Tensor:
+    """A tensor laid out as the value is, whose part is this copy, where it is: DTensor.from_local would move it to the
+    mesh's devices."""
+    return DTensor(copy, value._spec, requires_grad=False) if isinstance(value, DTensor) else copy
 
 
 def _in_words(state: Mapping[str, Any]) -> str:
     return json.dumps({"version": VERSION, **state}, indent=1)
 
 
-def _validation_loss(checkpoint: Path) -> float | None:
+def _validation_loss(checkpoint: Place) -> float | None:
     try:
         return json.loads((checkpoint / "state.json").read_bytes()).get("validation_loss")
     except (OSError, ValueError):
         return None
 
 
-def _sealed(files: Mapping[str, Any]) -> str:
-    body = json.dumps({"version": VERSION, "files": files}, indent=1)
+def _sealed(files: Mapping[str, Any], version: int) -> str:
+    body = json.dumps({"version": version, "files": files}, indent=1)
     return json.dumps(
-        {"version": VERSION, "files": files, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1
+        {"version": version, "files": files, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1
     )
 
 
@@ -267,5 +365,5 @@ def _cause(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _remedy(checkpoint: Path) -> str:
+def _remedy(checkpoint: Place) -> str:
     return f"remove {checkpoint}: the one before it then serves"

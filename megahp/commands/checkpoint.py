@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megahp import config
 from megahp.errors import UserError
+
+if TYPE_CHECKING:
+    from megahp.checkpoint import Place
 
 
 def add_to(parsers: Any) -> None:
@@ -17,19 +19,23 @@ def add_to(parsers: Any) -> None:
         required=True, metavar="ACTION"
     )
     listing = actions.add_parser("ls", help="what a run has")
-    listing.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    listing.add_argument("run", type=_place, metavar="RUN", help="run directory, or its URL")
     listing.set_defaults(command=_list_checkpoints)
 
     verify = actions.add_parser("verify", help="read every byte, and compare it with what was written")
-    verify.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="or a run: then all of its")
+    verify.add_argument(
+        "checkpoints", type=_place, nargs="+", metavar="CHECKPOINT", help="or a run: then all of its; or a URL"
+    )
     verify.set_defaults(command=_verify_checkpoints)
 
     diff = actions.add_parser("diff", help="how two differ: settings, progress, tensors")
-    diff.add_argument("checkpoints", type=Path, nargs=2, metavar="CHECKPOINT", help="or a run: then its newest")
+    diff.add_argument(
+        "checkpoints", type=_place, nargs=2, metavar="CHECKPOINT", help="or a run: then its newest; or a URL"
+    )
     diff.set_defaults(command=_compare_checkpoints)
 
     prune = actions.add_parser("prune", help="drop what need not be kept")
-    prune.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    prune.add_argument("run", type=_place, metavar="RUN", help="run directory, or its URL")
     prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many of the newest stay")
     prune.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="those at every so many steps too")
     prune.add_argument("--keep-best", action="store_true", help="that of least validation loss too")
@@ -67,20 +73,33 @@ def _compare_checkpoints(options: Namespace, words: Sequence[str]) -> int:
 
 
 def _prune_checkpoints(options: Namespace, words: Sequence[str]) -> int:
-    from megahp.checkpoint import latest, remove, superseded
+    from megahp.checkpoint import latest, problems, remove, superseded
 
     if options.keep < 1 or options.keep_every < 0:
         raise UserError(f"--keep {options.keep} must be at least 1, and --keep-every {options.keep_every} at least 0")
     folder = _checkpoints_of(options.run)
     keep = config.Checkpoint(keep=options.keep, keep_every=options.keep_every, keep_best=options.keep_best)
     newest = latest(folder)
+    if newest and (wrong := problems(newest)):
+        raise UserError(f"{newest} is damaged ({wrong[0]}), and older ones may have to serve; nothing is dropped")
     for checkpoint in superseded(folder, newest, keep) if newest else []:
         remove(checkpoint)
         print(f"{checkpoint} dropped")
     return 0
 
 
-def _checkpoints_of(run: Path) -> Path:
-    if not (run / "checkpoints").is_dir():
+def _checkpoints_of(run: Place) -> Place:
+    from megahp.checkpoint import complete
+
+    if not complete(run / "checkpoints"):
         raise UserError(f"{run} is no run directory with checkpoints; name one, such as runs/quickstart")
     return run / "checkpoints"
+
+
+def _place(name: str) -> Place:
+    from megahp.checkpoint import place
+
+    try:
+        return place(name)
+    except UserError as error:
+        raise ArgumentTypeError(str(error)) from None

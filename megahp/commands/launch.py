@@ -148,18 +148,18 @@ def _slurm(command: Sequence[str], text: str = "") -> str:
 
 def _requeue(options: Namespace, words: Sequence[str]) -> int:
     """Decide, and log it in the run's events."""
-    from megahp.relaunch import newest, verdict
+    from megahp.relaunch import checkpoints, verdict
     from megahp.train.metrics import RunLog, read_events, read_metrics
 
     if options.code in (FINISHED, USER_ERROR, NO_PROGRESS):
         return options.code
     run = resolve.load(options.run_file, options.overrides).config.directory
     job, log = os.environ.get("SLURM_JOB_ID", ""), RunLog(run)
-    told = {"code": options.code, "job": job, "newest": newest(run)}
+    told = {"code": options.code, "job": job, "checkpoints": checkpoints(run)}
     last = {key: step[key] for step in read_metrics(run)[-1:] for key in ("step", "tokens")}
     before = [event for event in read_events(run) if event["event"] == "requeued" and event["job"] == job]
-    found = [event["newest"] for event in before if event["code"] != STOPPED]
-    end = None if options.code == STOPPED else verdict(options.code, [*found, told["newest"]], options.restarts, run)
+    found = [event["checkpoints"] for event in before if event["code"] != STOPPED]
+    end = None if options.code == STOPPED else verdict(options.code, [*found, checkpoints(run)], options.restarts, run)
     if end is None:
         log.event("requeued", f"exit code {options.code}", **told, **last)
     log.close()

@@ -202,6 +202,12 @@ class Loader:
         self._ahead = None if then is None else (then, self._thread.submit(self._gather, then))
         return self._to_device(batch)
 
+    def forget(self) -> None:
+        """Drop what was gathered ahead, once it is: the data is about to become another."""
+        if self._ahead is not None:
+            self._ahead[1].exception()
+        self._ahead = None
+
     def close(self) -> None:
         """Stop the background thread, dropping what it prepared."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -53,9 +53,7 @@ def read_documents(files: Iterable[Path], json_key: str) -> Iterator[Document]:
             else:
                 yield _read_text(file)
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(
-                f"--input {str(file)!r} cannot be read ({error}): fetch it again or leave it out"
-            ) from error
+            raise UserError(f"{str(file)!r} cannot be read ({error}): fetch it again or leave it out") from error
 
 
 def _read_text(file: Path) -> Document:

@@ -39,7 +39,7 @@ class Model:
 
 def build_model(config: Config, mesh: Mesh) -> Model:
     """The model with its initial weights, which are the same on every layout. model.vocab_size must be set."""
-    whole = _skeleton(config, mesh)
+    whole = skeleton(config, mesh)
     cuts = cut(config)
     stages = {number: _stage(config, mesh, cuts[number]) for number in stages_of(mesh.rank("pp"), config.parallel)}
     return Model(
@@ -60,7 +60,7 @@ def cut(config: Config) -> list[range]:
     return [range(start, end) for start, end in pairwise(ends)]
 
 
-def _skeleton(config: Config, mesh: Mesh) -> Transformer:
+def skeleton(config: Config, mesh: Mesh) -> Transformer:
     """The whole model on `meta`."""
     axis = mesh.tensor_axis(config.parallel.sequence_parallel)
     with torch.device("meta"):
@@ -96,7 +96,7 @@ def _freeze_but(model: nn.Module, trained: Collection[nn.Module | None]) -> None
 
 def _stage(config: Config, mesh: Mesh, blocks: range) -> Transformer:
     """The pipeline stage of these blocks, with its initial weights."""
-    model = _skeleton(config, mesh)
+    model = skeleton(config, mesh)
     model.keep(blocks)
     master = torch.promote_types(model.dtype, torch.float32)
     arrange(model.blocks, config.compute)

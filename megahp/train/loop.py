@@ -14,14 +14,13 @@ from torch import Tensor
 from megahp import config
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.data.ngrams import unigram_and_bigram
-from megahp.errors import UserError
 from megahp.launch import World
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch_size import Plan
 from megahp.train.notice import Notice
 from megahp.train.reporter import Reporter
-from megahp.train.resilience import check, rewind, skip, soundly, stands_out
+from megahp.train.resilience import check, rewind, settle, skip, soundly, stands_out
 from megahp.train.run import Run, cuda_wanted, is_first, open_data
 from megahp.train.start import start
 from megahp.train.step import Measurement, clip
@@ -50,8 +49,9 @@ def train(settings: config.Config, place: World, store: dist.Store, layout: Layo
             grads, measured, why = soundly(partial(compute, run, loader, plan, notice.given), run, plan, reporter)
             if measured.finite:
                 why = stands_out(run, measured, reporter)
-            if why and measured.finite and settings.resilience.spikes == "rewind":
-                rewind(run, reporter, plan, why)
+            if why and measured.finite and settings.resilience.spikes == "rewind" and run.saved_at >= 0:
+                rewind(run, loader, reporter, plan, why)
+                watchdog.alive(run.progress.step)
                 continue
             if why:
                 skip(run, reporter, plan, measured, why)
@@ -70,18 +70,21 @@ def train(settings: config.Config, place: World, store: dist.Store, layout: Layo
             masked = run.masks.look(plan, run.progress) if not why else None
             seconds = time.monotonic() - began
             validation = validate(run, data) if is_due(settings.train.validate_every, run) else None
-            reporter.step(run, plan, measured, change, masked, seconds, validation)
+            watchdog.alive(run.progress.step)
+            reporter.step(run, plan, measured, change, masked, seconds, validation, skipped=bool(why))
             if is_due(settings.resilience.check_every, run):
                 check(run, watchdog, reporter)
-            if is_due(settings.checkpoint.every, run) and not run.skipped_in_a_row:
-                save(run, reporter, validation)
+            if is_due(settings.checkpoint.every, run):
+                settle(run, reporter)
+                run.save(validation)
             watchdog.alive(run.progress.step)
             if measured.told:
                 break
 
     loader.close()
-    if run.progress.step != run.saved_at and not run.skipped_in_a_row:
-        save(run, reporter)
+    if run.progress.step != run.saved_at:
+        settle(run, reporter)
+        run.save(None)
     run.store.wait()
     if run.batch_plan.step(run.progress):
         reporter.event("stopped", notice.why or "another rank was told to leave", run.progress)
@@ -101,15 +104,6 @@ def device_of(settings: config.Config, place: World) -> torch.device:
         return torch.device("cuda", place.local_rank)
     torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
     return torch.device("cpu")
-
-
-def save(run: Run, reporter: Reporter, validation: float | None = None) -> None:
-    """Begin a checkpoint. That the one before it could not be written is told, and ends nothing but the run's end."""
-    try:
-        run.store.wait()
-    except UserError as error:
-        reporter.event("unsaved", str(error), run.progress)
-    run.save(validation)
 
 
 def compute(run: Run, loader: Loader, plan: Plan, told: bool) -> tuple[list[Tensor], Measurement]:

@@ -25,9 +25,11 @@ of sparse weights
 and where it is known `validation_loss`.
 """
 
+import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,6 +53,7 @@ class RunLog:
         except OSError as error:
             raise UserError(f"{directory} cannot be made ({error.strerror}); name another one") from None
         self.directory = directory
+        self.lost = False  # whether something could not be written
         self.tensorboard = tensorboard
         self.step = 0
         self.tokens = 0
@@ -60,10 +63,11 @@ class RunLog:
         """Write one step; numbers must be Python's own, which are written so that they read back exactly."""
         record = without_nan(record)
         self.step, self.tokens = record["step"], record["tokens"]
-        _append(self._metrics, record)
-        if self._board:
-            for name, value in _scalars(record):
-                self._board.add_scalar(name, value, self.step)
+        with self._sparing():
+            _append(self._metrics, record)
+            if self._board:
+                for name, value in _scalars(record):
+                    self._board.add_scalar(name, value, self.step)
 
     def event(self, event: str, reason: str, **inputs: Any) -> None:
         """Write one event, what led to it in `inputs`.
@@ -73,9 +77,10 @@ class RunLog:
         """
         when = {"step": self.step, "tokens": self.tokens, "time": time.time()}
         record = without_nan({**when, "event": event, "reason": reason, **inputs})
-        _append(self._events, record)
-        if self._board:
-            self._board.add_text(event, reason, record["step"])
+        with self._sparing():
+            _append(self._events, record)
+            if self._board:
+                self._board.add_text(event, reason, record["step"])
 
     def resume(self, step: int) -> None:
         """Forget the metrics after `step`, the step the run goes on from (0: from the beginning).
@@ -91,10 +96,19 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files; TensorBoard's last scalars are on disk only after this."""
-        self._metrics.close()
-        self._events.close()
-        if self._board:
-            self._board.close()
+        for file in filter(None, (self._metrics, self._events, self._board)):
+            with self._sparing():
+                file.close()
+
+    @contextlib.contextmanager
+    def _sparing(self) -> Iterator[None]:
+        """Go on without what cannot be written, having said so once: a full disk is no reason to stop training."""
+        try:
+            yield
+        except OSError as error:
+            if not self.lost:
+                print(f"megahp: {self.directory} cannot be written ({error.strerror}); lines are lost", file=sys.stderr)
+            self.lost = True
 
     def _open(self, purge_step: int | None = None) -> None:
         self._metrics = _appending(self.directory / "metrics.jsonl")

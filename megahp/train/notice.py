@@ -7,8 +7,7 @@ import signal
 import time
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # scancel and `kill`; Slurm's --signal=USR1@120
-SAME = 5.0  # seconds within which a second signal is the first one's echo, from a launcher or a process group
+from megahp.launch import NOTICES, SAME
 
 
 class Notice:
@@ -20,7 +19,7 @@ class Notice:
         self.why = ""
         self.first = math.inf  # when a signal came
         self.end = time.monotonic() + 60 * minutes if minutes else math.inf
-        for number in SIGNALS:
+        for number in NOTICES:
             signal.signal(number, self._note)
 
     @property

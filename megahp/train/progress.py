@@ -45,11 +45,14 @@ class Progress:
 
     def update(self, record: Record) -> None:
         """Show one metrics object (see `megahp.train.metrics`)."""
-        tokens = record["tokens"]
+        self.show(record["tokens"], _fields(record))
+
+    def show(self, tokens: int, fields: list[tuple[str, str]]) -> None:
+        """Show that so many tokens are done, and whatever else is known, as names and values."""
         self._past.append((time.monotonic(), tokens))
         share = 100 * tokens / self.total_tokens if self.total_tokens else 100.0
         done = f"{human_count(tokens)}/{human_count(self.total_tokens)} tokens {share:3.0f}%"
-        self._display.show(tokens, done, self._eta(), _fields(record))
+        self._display.show(tokens, done, self._eta(), fields)
 
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar."""

@@ -91,6 +91,7 @@ class Reporter:
         masked: MaskChange | None,
         seconds: float,
         validation: float | None,
+        skipped: bool,
     ) -> None:
         """Log and show one step, if it is one of those logged, and what it changed."""
         step = run.progress.step
@@ -102,7 +103,7 @@ class Reporter:
             or validation is not None
         )
         if self.log and due:
-            record = _record(run, plan, measured, seconds, validation)
+            record = _record(run, plan, measured, seconds, validation, skipped)
             self.log.metrics(record)
             if self.wandb:
                 self.wandb.metrics(record)
@@ -150,7 +151,9 @@ class Reporter:
                 )
 
 
-def _record(run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None) -> Record:
+def _record(
+    run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None, skipped: bool
+) -> Record:
     noise = run.noise.pooled.ratio
     record: Record = {
         "step": run.progress.step,
@@ -178,7 +181,7 @@ def _record(run: Run, plan: Plan, measured: Measurement, seconds: float, validat
         record["balance_loss"] = measured.balance_loss
     if run.settings.sparsity.method != "none":
         record["density"] = run.masks.density
-    if not measured.finite:
+    if skipped:
         record["skipped"] = True
     if validation is not None:
         record["validation_loss"] = validation
@@ -194,10 +197,12 @@ def _lock(directory: Path) -> TextIO:
         raise UserError(f"{directory} cannot be written ({error.strerror}); choose another log.root") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         owner = file.read() or "another run"
         raise UserError(f"{directory} is in use by {owner}; wait for its end, or choose another log.name") from None
+    except OSError:  # a file system without locks
+        pass
     file.truncate(0)
     job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
     file.write(f"process {os.getpid()} on {socket.gethostname()}{job}")

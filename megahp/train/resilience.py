@@ -9,12 +9,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from megahp import checkpoint
-from megahp.errors import UserError
+from megahp.data.loader import Loader
+from megahp.errors import Fault, UserError
 from megahp.parallel.copies import check_copies
 from megahp.scaling.batch_size import Plan
 from megahp.train.reporter import Reporter
-from megahp.train.run import Run
-from megahp.train.start import as_the_first_sees, go_back
+from megahp.train.run import Run, as_the_first_sees
+from megahp.train.start import go_back
 from megahp.train.step import Measurement
 from megahp.train.suspects import WEIGHT, among_weights, first_of, watching
 from megahp.train.watchdog import Watchdog
@@ -28,7 +29,7 @@ def soundly(
 ) -> tuple[list[Tensor], Measurement, str]:
     """Compute a step's gradients, and once more under observation where they are not finite: a passing fault leaves no
     trace then, another is named. Also returns what is wrong with the result, in words, empty where nothing is. Raises
-    Fault when it is a weight that other ranks hold as it should be."""
+    Fault when it is a weight."""
     grads, measured = compute()
     overflown = run.settings.train.dtype == "float16" and math.isfinite(measured.loss)  # the loss scale's daily work
     if measured.finite or overflown or run.skipped_in_a_row:
@@ -41,8 +42,10 @@ def soundly(
         return grads, measured, ""
     suspects = first_of([*found, *among_weights(run.engine.weights, dict(zip(run.engine.trained, grads, strict=True)))])
     why = "; ".join(map(str, suspects)) or "the loss is not finite"
-    if suspects and suspects[0].kind == WEIGHT:
+    if suspects and suspects[0].kind == WEIGHT:  # skipping will not help
         check_copies(run.engine.weights, run.engine.rows, run.mesh)
+        reporter.event("broken", why, run.progress)
+        raise Fault(f"{why}; a checkpoint has it as it was, unless optimizer.lr is so large that it comes again")
     return grads, measured, why
 
 
@@ -68,24 +71,36 @@ def skip(run: Run, reporter: Reporter, plan: Plan, measured: Measurement, why: s
         )
 
 
-def rewind(run: Run, reporter: Reporter, plan: Plan, why: str) -> None:
+def settle(run: Run, reporter: Reporter) -> None:
+    """Wait for the checkpoint that is under way. That it could not be written is told, and ends nothing but the run's
+    end."""
+    try:
+        run.store.wait()
+    except UserError as error:
+        reporter.event("unsaved", str(error), run.progress)
+
+
+def rewind(run: Run, loader: Loader, reporter: Reporter, plan: Plan, why: str) -> None:
     """Go back to the newest checkpoint, and on from there with the samples after this step's. Raises UserError when
     that does not help. (PaLM, arXiv 2204.02311, from a secondary source: 100 steps back, past 200 to 500 batches.)"""
     run.engine.zero()
     run.rewinds += 1
-    run.store.wait()
+    loader.forget()
+    settle(run, reporter)
     paths = as_the_first_sees(lambda: checkpoint.complete(run.folder)[::-1])
     if not paths or run.rewinds > MOST_REWINDS:
-        what = f"and {MOST_REWINDS} rewinds did not help" if paths else "and there is no checkpoint to rewind to"
+        what = f"and {MOST_REWINDS} rewinds did not help" if paths else "and no checkpoint could be written"
         raise UserError(
             f"{why} at step {plan.step}, {what}; lower optimizer.lr = {run.settings.optimizer.lr:g}, or set "
             "resilience.spikes=skip"
         )
-    path, taken, _ = go_back(run, paths)
+    path, taken, refused = go_back(run, paths)
     passed_over = [run.progress.samples, plan.first_sample + plan.global_batch - 1]
     run.progress = replace(run.progress, samples=passed_over[1] + 1)
     told = f"to {path}, and past samples {passed_over[0]} to {passed_over[1]}, because {why}"
     reporter.began("rewound", told, run, taken)
+    for each in refused:
+        reporter.event("refused", each, run.progress)
 
 
 def check(run: Run, watchdog: Watchdog, reporter: Reporter) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from megahp.train.spikes import Spikes
 from megahp.train.step import FIRST_SCALE, Engine, LossScale
 from megahp.train.wandb_log import check_wandb, new_id
 
+T = TypeVar("T")
+
 # What a run that starts from another's checkpoint may not change, by section or key, and what one that is resumed may
 # not either. All else may, and the change is an event. Files may move: the data is known by its fingerprint.
 FIXED = ("model", "parameterization", "train.dtype", "optimizer.name", "data.validation_fraction")
@@ -53,19 +55,21 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
     tokenizer = load_tokenizer(settings.data.tokenizer)
     check_tokenizer(settings, tokenizer)
     settings = with_vocabulary(settings, tokenizer)
-    saved = checkpoint.latest(settings.directory / "checkpoints")
+    saved = checkpoint.first_whole(
+        checkpoint.candidates(settings.directory / "checkpoints", settings.checkpoint.remote)
+    )
     if settings.directory.exists() and not settings.directory.is_dir():
         raise UserError(f"{settings.directory} is a file; choose another log.name")
     if not resume and (saved or (settings.directory / "metrics.jsonl").exists()):
         raise UserError(
-            f"{settings.directory} already holds a run; go on with --resume auto, or choose another log.name"
+            f"{saved or settings.directory} is there already; go on with --resume auto, or choose another log.name"
         )
     if resume and saved:
         state = checkpoint.read_state(saved)
         refuse_changes(settings, state["config"], saved, FIXED_ON_RESUME)
         check_schedule(settings, state["progress"]["tokens"], saved)
     elif settings.train.start_from:
-        check_start(settings, layout, checkpoint.find(Path(settings.train.start_from)))
+        check_start(settings, layout, checkpoint.find(checkpoint.place(settings.train.start_from)))
     open_data(settings)
     return settings
 
@@ -100,7 +104,7 @@ def check_engines(settings: Config) -> None:
             raise UserError(f"{key} = {engine!r} computes on CUDA devices alone; train on one, or leave it out")
 
 
-def check_start(settings: Config, layout: Layout, path: Path) -> None:
+def check_start(settings: Config, layout: Layout, path: checkpoint.Place) -> None:
     """Raise UserError when a new run cannot go on from this checkpoint."""
     state = checkpoint.read_state(path)
     # a sparse run may become dense, what was masked then trained from 0 on (MediSwift, arXiv 2403.00952)
@@ -123,7 +127,7 @@ def check_start(settings: Config, layout: Layout, path: Path) -> None:
         )
 
 
-def check_schedule(settings: Config, tokens: int, path: Path) -> None:
+def check_schedule(settings: Config, tokens: int, path: checkpoint.Place) -> None:
     """Raise UserError when the schedule would begin only after this checkpoint."""
     if settings.schedule.start > tokens:
         raise UserError(
@@ -201,7 +205,7 @@ def changes(settings: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 
 def refuse_changes(
-    settings: Config, saved: Mapping[str, Mapping[str, Any]], path: Path, fixed: tuple[str, ...]
+    settings: Config, saved: Mapping[str, Mapping[str, Any]], path: checkpoint.Place, fixed: tuple[str, ...]
 ) -> None:
     """Raise UserError when a setting differs that may not."""
     for key, (before, now) in changes(settings, saved).items():
@@ -280,7 +284,7 @@ class Run:
         check_copies(self.engine.weights, self.engine.rows, self.mesh)
         self.store.begin(self.progress.step, self._tensors(), state)
 
-    def restore(self, path: Path) -> Taken:
+    def restore(self, path: checkpoint.Place) -> Taken:
         """Become what was saved, on this layout. Raises UserError."""
         state = self._load(path)
         if state["data"] != self.data.fingerprint:
@@ -292,7 +296,7 @@ class Run:
         self.skipped, self.wandb_id = state["skipped"], state["wandb_id"]
         return Taken(state["config"], state["batch_plan"], self.batch_plan.go_on(state["batch_plan"], self.progress))
 
-    def branch(self, path: Path) -> Taken:
+    def branch(self, path: checkpoint.Place) -> Taken:
         """Take over weights, moments, averages and progress, and go on under this run's own settings: with its data,
         each source from where it stands, and its batch plan. What is set as before goes on as before; moments begin
         anew where other weights are trained than before. Raises UserError."""
@@ -321,9 +325,9 @@ class Run:
         """Begin the averages again: an example has become another thing."""
         self.noise = NoiseScale(self.settings.train.noise_half_life * self.settings.train.tokens)
 
-    def _load(self, path: Path) -> dict[str, Any]:
+    def _load(self, path: checkpoint.Place) -> dict[str, Any]:
         """Weights, moments, progress and averages of a checkpoint. Returns its JSON state."""
-        state = checkpoint.read_state(path)
+        state = as_the_first_sees(lambda: checkpoint.read_state(path))
         if state["table"] != self.table.to_dict():
             raise UserError(
                 f"the parameterization table of this megahp differs from the one in {path}; "
@@ -368,6 +372,21 @@ def state_of_weights(settings: Config) -> dict[str, Any]:
         "versions": {"torch": torch.__version__},
         "validation_loss": None,
     }
+
+
+def as_the_first_sees(look: Callable[[], T]) -> T:
+    """What the first rank finds, or its UserError, on every rank: a shared file system may show them different
+    things."""
+    found: list[Any] = [None]
+    if is_first():
+        try:
+            found = [look()]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
 
 
 def is_first() -> bool:

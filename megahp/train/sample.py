@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megahp import checkpoint, config, launch
-from megahp.data.tokenizer import load_tokenizer
+from megahp import checkpoint, config, launch, resolve
+from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.model.build import build_model, longest
 from megahp.model.transformer import Transformer
@@ -19,7 +21,29 @@ from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.parameters import saved
 from megahp.train.loop import device_of
-from megahp.train.run import cuda_wanted, read_config
+from megahp.train.run import cuda_wanted
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint's model, on this process alone."""
+
+    path: Path
+    settings: config.Config
+    model: Transformer
+    tokenizer: Tokenizer
+    device: torch.device
+
+
+def trained(place: Path) -> Trained:
+    """The model of a checkpoint, or of a run directory's newest. Raises UserError."""
+    path = checkpoint.find(place)
+    settings = resolve.from_dict(checkpoint.read_state(path)["config"], str(path))
+    settings = config.with_values(settings, {"train.device": "auto"})
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    model = alone(settings)
+    checkpoint.load(path, saved(model))
+    return Trained(path, settings, model, tokenizer, device_of(settings, launch.World()))
 
 
 def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
@@ -31,16 +55,14 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
         )
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt is not valid UTF-8; give it as text")
-    settings = config.with_values(read_config(run), {"train.device": "auto"})
     path = checkpoint.latest(run / "checkpoints")
     if path is None:
-        raise UserError(f"{run} has no checkpoint yet; train it first")
-    tokenizer = load_tokenizer(settings.data.tokenizer)
-    model = alone(settings)
-    checkpoint.load(path, saved(model))
-    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eod]], device=device_of(settings, launch.World()))
-    ids = continued(model, ids, tokens, window_of(settings), temperature, top_k, tokenizer.vocab_size, seed)
-    return tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.eod])
+        raise UserError(f"{run} has no checkpoint; name a run directory that has one, such as runs/quickstart")
+    origin = trained(path)
+    eod = origin.tokenizer.eod
+    ids = origin.tokenizer.encode(prompt) or [eod]
+    ids += islice(continuation(origin, ids, temperature, top_k, seed), tokens)
+    return origin.tokenizer.decode([i for i in ids if i != eod])
 
 
 def alone(settings: config.Config) -> Transformer:
@@ -60,22 +82,16 @@ def window_of(settings: config.Config) -> int:
 
 
 @torch.no_grad()
-def continued(
-    model: Transformer,
-    ids: Tensor,
-    tokens: int,
-    window: int,
-    temperature: float,
-    top_k: int,
-    vocab_size: int,
-    seed: int,
-) -> Tensor:
-    """ids [b, n] with `tokens` more, each drawn from the model's view of the last `window` before it."""
-    generator = torch.Generator(ids.device).manual_seed(seed)
-    for _ in range(tokens):
-        logits = model(ids[:, -window:])[:, -1, :vocab_size].float()
-        ids = torch.cat((ids, _choose(logits, temperature, top_k, generator)), 1)
-    return ids
+def continuation(origin: Trained, ids: Sequence[int], temperature: float, top_k: int, seed: int) -> Iterator[int]:
+    """Tokens that follow these, without end, each drawn from the model's view of the last ones before it."""
+    window, vocab_size = window_of(origin.settings), origin.tokenizer.vocab_size
+    seen = torch.tensor([ids[-window:]], device=origin.device)
+    generator = torch.Generator(origin.device).manual_seed(seed)
+    while True:
+        logits = origin.model(seen)[:, -1, :vocab_size].float()
+        chosen = _choose(logits, temperature, top_k, generator)
+        seen = torch.cat((seen, chosen), 1)[:, -window:]
+        yield int(chosen)
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:

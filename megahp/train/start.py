@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
-
-import torch.distributed as dist
+from collections.abc import Sequence
 
 from megahp import checkpoint
 from megahp.errors import UserError
 from megahp.train.reporter import Reporter
-from megahp.train.run import Run, Taken, is_first
-
-T = TypeVar("T")
+from megahp.train.run import Run, Taken, as_the_first_sees
 
 
 def start(run: Run, reporter: Reporter, resume: bool) -> None:
     """Begin at the newest checkpoint if resuming and there is one, else where train.start_from says, else at the
     beginning."""
     found = as_the_first_sees(lambda: checkpoints_to_start_from(run, resume))
-    if isinstance(found, UserError):
-        raise found
     if found is None:
         reporter.began("started", f"a new run of {count(run)} parameters", run, Taken(None, run.batch_plan.state()))
         return
@@ -35,7 +27,7 @@ def start(run: Run, reporter: Reporter, resume: bool) -> None:
         reporter.event("batch", change.reason, run.progress, **change.to_dict())
 
 
-def go_back(run: Run, newest_first: list[Path]) -> tuple[Path, Taken, list[str]]:
+def go_back(run: Run, newest_first: Sequence[checkpoint.Place]) -> tuple[checkpoint.Place, Taken, list[str]]:
     """Restore the newest checkpoint that is as it was written. Returns it, what was taken over, and why newer ones were
     refused. Raises UserError when there is none."""
     refused: list[str] = []
@@ -47,22 +39,12 @@ def go_back(run: Run, newest_first: list[Path]) -> tuple[Path, Taken, list[str]]
     raise UserError("; ".join(refused))
 
 
-def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[Path]] | UserError | None:
-    """The event a start is, and the checkpoints that serve, the best first; or why there is none."""
-    if resume and (own := checkpoint.complete(run.folder)):
-        return "resumed", own[::-1]
-    try:
-        origin = run.settings.train.start_from
-        return ("branched", [checkpoint.find(Path(origin))]) if origin else None
-    except UserError as error:
-        return error
-
-
-def as_the_first_sees(look: Callable[[], T]) -> T:
-    """What the first rank finds: a shared file system may show the ranks different things."""
-    found = [look() if is_first() else None]
-    dist.broadcast_object_list(found)
-    return found[0]  # type: ignore[return-value]
+def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[checkpoint.Place]] | None:
+    """The event a start is, and the checkpoints that serve, the best first. Raises UserError."""
+    if resume and (own := checkpoint.candidates(run.folder, run.settings.checkpoint.remote)):
+        return "resumed", own
+    origin = run.settings.train.start_from
+    return ("branched", [checkpoint.find(checkpoint.place(origin))]) if origin else None
 
 
 def count(run: Run) -> str:

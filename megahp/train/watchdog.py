@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from statistics import median_low
 from types import FrameType
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 import megahp
+from megahp import launch
 from megahp.exit_codes import HANG
 from megahp.train.crash import report_crash
 
@@ -33,6 +35,11 @@ NOISE = 0.15  # of two shares of so many looks
 ANSWER = 2.0  # seconds in which ranks that still can have said where they are
 OURS, THEIRS = f"{Path(megahp.__file__).parent}{os.sep}", f"{Path(dist.__file__).parent}{os.sep}"
 OPERATORS = torch._ops.__file__  # through which functional collectives are called
+
+
+def patience(hang_after: float) -> timedelta:
+    """How long collectives wait before they fail: longer than the watchdog, which says why."""
+    return timedelta(seconds=hang_after) + launch.PATIENCE if hang_after else timedelta(days=1)
 
 
 class Watchdog:
@@ -83,17 +90,25 @@ class Watchdog:
     def _end(self, place: Mapping[str, str]) -> None:
         """Say where all ranks are, as far as they can, and leave."""
         report_crash(self.directory, self.rank, f"no step for {self.hang_after:g} s; step {self.step}\n{_stacks()}")
+        own = {"step": self.step, **place}
+        unanswered = threading.Timer(2 * ANSWER, self._end_alone, [own])  # the store's rank may be the one that hangs
+        unanswered.start()
         try:
-            said = self._exchange({"step": self.step, **place})
+            said = self._exchange(own)
             if self.store.add("hang told", 1) == 1:
                 print(f"megahp: {verdict(said, self.ranks, self.hang_after)}", file=sys.stderr, flush=True)
-        except RuntimeError:  # the rank that holds the store does not answer either
-            print(
-                f"megahp: no step for {self.hang_after:g} s and no answer from the ranks' store; rank {self.rank} was "
-                f"{_where({'step': self.step, **place})}",
-                file=sys.stderr,
-                flush=True,
-            )
+        except RuntimeError:
+            self._end_alone(own)
+        os._exit(HANG)
+
+    def _end_alone(self, own: Mapping[str, Any]) -> None:
+        """Say where this rank is, and leave."""
+        print(
+            f"megahp: no step for {self.hang_after:g} s, and no answer from the rank that holds the ranks' store; "
+            f"rank {self.rank} {_where(own)}",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(HANG)
 
     def _exchange(self, own: Mapping[str, Any]) -> dict[int, Any]:

@@ -18,7 +18,7 @@ from distributed.training import mesh_of, whole
 from torch import Tensor
 
 from megahp import resolve
-from megahp.checkpoint import families, huggingface
+from megahp.checkpoint import families, huggingface, huggingface_folder
 from megahp.config import Config
 from megahp.errors import UserError
 from megahp.model.build import build_model
@@ -319,7 +319,7 @@ def everything(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return world.run(1, everything, tmp_path_factory.mktemp("huggingface"))[0]
+    return world.run_afresh(1, everything, tmp_path_factory.mktemp("huggingface"))[0]
 
 
 @needs_transformers
@@ -444,6 +444,10 @@ def test_a_model_that_they_do_not_have(model: dict[str, Any], nearest: str, need
     ("changed", "word"),
     [
         ({"model_type": "bert"}, "model_type = 'bert'"),
+        ({"model_type": ["gpt2"]}, r"model_type = \['gpt2'\]"),
+        ({"activation_function": ["gelu"]}, r"activation_function = \['gelu'\]"),
+        ({"rope_scaling": "x"}, "rope_scaling = 'x' is no table"),
+        ({"n_head": "four"}, "model.heads"),
         ({"activation_function": "relu"}, "activation_function = 'relu'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
@@ -457,6 +461,21 @@ def test_a_model_that_we_do_not_have(changed: dict[str, Any], word: str) -> None
     hf_config, tensors = plain_gpt2()
     with pytest.raises(UserError, match=word):
         huggingface.import_(hf_config | changed, tensors)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "word"),
+    [
+        ("config.json", "[1]", "config.json holds no table of settings, but list"),
+        ("model.safetensors.index.json", '{"metadata": {}}', "index.json has no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"wte.weight": 1}}', "index.json has no weight_map"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path: Path, file: str, text: str, word: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(plain_gpt2()[0]))
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=word):
+        huggingface_folder.read(tmp_path)
 
 
 def test_a_configuration_that_is_not_whole() -> None:

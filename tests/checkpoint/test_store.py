@@ -8,17 +8,16 @@ import os
 import pickle
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint import writer
 from distributed import world
 from safetensors.torch import load_file
 
@@ -230,41 +229,67 @@ def test_two_ranks_write_each_value_once(tmp_path: Path) -> None:
         assert same and size < 2 * 4000 + 1000
 
 
-WRITER = """
-import sys, torch, torch.distributed as dist
-sys.path[:0] = ["tests", "."]
-from checkpoint.test_store import save, Path
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-step = int(sys.argv[2])
-print("ready", flush=True)
-while True:
-    save(Path(sys.argv[1]), step)
-    step += 1
-"""
+def assert_undisturbed(path: Path, history: list[dict[str, torch.Tensor]]) -> None:
+    """The checkpoint is whole, and bit for bit what a training that nothing interrupts has there; `history` remembers
+    that one's steps."""
+    for step in range(len(history), int(path.name.removeprefix("step-")) + 1):
+        history.append(writer.advance(history[-1], step))
+    expected = history[int(path.name.removeprefix("step-"))]
+    found = {name: torch.full_like(value, -1) for name, value in expected.items()}
+    assert checkpoint.problems(path) == []
+    checkpoint.load(path, found)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def kill_while_saving(folder: Path, times: int) -> None:
-    draw, root = random.Random(2), Path(__file__).parents[2]
+    """At a random moment of one of the first saves. The next process goes on from what is there."""
+    draw, history, cut_short = random.Random(2), [writer.untrained()], 0
     for _ in range(times):
-        done = checkpoint.complete(folder)
-        first = int(done[-1].name[5:]) + 1 if done else 1
-        command = [sys.executable, "-c", WRITER, str(folder), str(first)]
-        writer = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE)
-        assert writer.stdout and writer.stdout.readline() == b"ready\n"
-        time.sleep(0.05 + draw.random() / 4)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        for path in checkpoint.complete(folder)[-3:]:
-            assert checkpoint.problems(path) == []
-            step = int(path.name[5:])
-            assert all(torch.equal(value, tensors(step)[name]) for name, value in loaded(path).items())
-    assert len(checkpoint.complete(folder)) > times
+        told, tell = Pipe(duplex=False)
+        with writer.started(str(folder), 10**9, tell) as process:
+            tell.close()
+            moments = {told.recv(): time.monotonic() for _ in range(draw.randint(2, 4))}
+            begun, (*_, before, last) = max(moments), moments.values()
+            time.sleep(draw.random() * (last - before))
+            process.kill()
+        saved = checkpoint.complete(folder)
+        assert int(saved[-1].name.removeprefix("step-")) >= begun - 1  # one interval lost at most
+        assert len(saved) <= writer.KEEP + 1
+        for path in saved:
+            assert_undisturbed(path, history)
+        cut_short += any(folder.glob(".partial-*"))
+    assert cut_short >= times / 4, "or this would try too little"
+    last = len(history) + 1
+    with writer.started(str(folder), last) as process:
+        process.join()
+    assert_undisturbed(checkpoint.path(folder, last), history)
 
 
-def test_a_writer_killed_at_any_moment_leaves_no_wrong_checkpoint(tmp_path: Path) -> None:
-    kill_while_saving(tmp_path, 4)
+def test_a_writer_killed_at_any_moment_loses_and_spoils_nothing(tmp_path: Path) -> None:
+    kill_while_saving(tmp_path, 10)
 
 
 @pytest.mark.slow
 def test_a_writer_killed_two_hundred_times(tmp_path: Path) -> None:
     kill_while_saving(tmp_path, 200)
+
+
+def test_a_writer_killed_before_each_operation_on_a_file(tmp_path: Path) -> None:
+    """Of a save that drops an old checkpoint, too, one operation after another."""
+    history, kills, killed, begin = [writer.untrained()], 0, True, tmp_path / "begin"
+    with writer.started(str(begin), 2) as process:
+        process.join()
+    while killed:
+        shutil.copytree(begin, folder := tmp_path / str(kills))
+        with writer.started(str(folder), 3, None, kills) as process:
+            process.join()
+        killed = process.exitcode != 0
+        kills += killed
+        for path in checkpoint.complete(folder):
+            assert_undisturbed(path, history)
+        assert checkpoint.latest(folder) in (checkpoint.path(folder, 2), checkpoint.path(folder, 3))
+        with writer.started(str(folder), 4) as process:
+            process.join()
+        assert sorted(folder.iterdir()) == [checkpoint.path(folder, 3), checkpoint.path(folder, 4)]  # nothing else
+        assert_undisturbed(checkpoint.path(folder, 4), history)
+    assert kills > 15

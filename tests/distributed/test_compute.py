@@ -52,7 +52,7 @@ def outcomes() -> dict[str, Any]:
     for ranks, ways in WAYS.items():
         cases = {name: (settings_of(model_of(name), F64, *words), 2) for name, words in ways.items()}
         plain = {model: (settings_of(model, F64), 2) for model in ("llama", "moe")} if ranks == 1 else {}
-        found |= world.run(ranks, train_cases, cases | plain)[-1]
+        found |= world.run_afresh(ranks, train_cases, cases | plain)[-1]
     return found
 
 
@@ -73,7 +73,7 @@ def flops_of_a_step() -> dict[str, int]:
 
 def test_what_is_computed_again() -> None:
     """Full: all of the forward's matrix products in the blocks, half of it in every second of two; selective: none."""
-    flops = world.run(1, flops_of_a_step)[0]
+    flops = world.run_afresh(1, flops_of_a_step)[0]
     plain, full, second, selective = flops.values()
     assert selective == plain
     assert 1.15 * plain < full < 4 / 3 * plain  # the unembedding is no block's, and is computed again anyway
@@ -101,7 +101,7 @@ def half_precision() -> dict[str, Any]:
 
 
 def test_the_loss_scale_leaves_no_trace_but_precision() -> None:
-    found = world.run(1, half_precision)[0]
+    found = world.run_afresh(1, half_precision)[0]
     plain, plain_grads = found["float32", 1.0]
     for (dtype, scale), (measured, grads) in ((key, value) for key, value in found.items() if key != "overflow"):
         rtol = {"float32": 1e-6, "bfloat16": 0.05, "float16": 0.01}[dtype]

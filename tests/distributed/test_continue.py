@@ -1,4 +1,4 @@
-"""Runs that go on from another's checkpoint, and runs whose data changes on the way, through the real command."""
+"""Runs that go on from another's checkpoint, and runs whose data changes on the way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distributed.test_resume import copy_of, losses, metrics, numbers, train
+from distributed.runs import train
+from distributed.test_resume import copy_of, losses, metrics, numbers
 from megahp.data.indexed import IndexedWriter
 from megahp.train.metrics import read_events
 from megahp.train.replay import replay

@@ -6,25 +6,19 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from corpus import write_corpus
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.func import functional_call
 
-from distributed import world
+from distributed import runs, world
 from distributed.training import Training, settings_of
 from megahp import checkpoint
 from megahp.checkpoint.shards import Tensors
 from megahp.errors import UserError
-from megahp.launch import World
-from megahp.parallel.layout import Layout
 from megahp.parallel.parameters import storage
-from megahp.train import loop
-from megahp.train.run import prepare
 
 ALONE = ("train.weights=embeddings", "train.noise_scale=false")
 MODELS = {"gpt2": ["embedding.weight"], "llama": ["embedding.weight", "unembedding.weight"]}
@@ -74,9 +68,8 @@ def both_ways(model: str) -> dict[str, Any]:
 
 def run(folder: Path, name: str, steps: int, *words: str, resume: bool = False) -> dict[str, Any]:
     """The state and the tensors after so many steps of `megahp train`, on one rank."""
-    with contextlib.chdir(folder), mock.patch("builtins.print"):
-        settings = settings_of("llama", *RUN, f"log.name={name}", f"train.steps={steps}", *words)
-        loop.train(prepare(settings, Layout(), 1, resume), World(), _get_default_store(), Layout(), resume)
+    with contextlib.chdir(folder):
+        settings = runs.go(settings_of("llama", *RUN, f"log.name={name}", f"train.steps={steps}", *words), resume)
         path = checkpoint.find(settings.directory)
         return {"state": checkpoint.read_state(path), "tensors": dict(Tensors(path).items())}
 

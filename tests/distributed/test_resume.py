@@ -1,7 +1,9 @@
-"""Runs through the real command: killed and gone on with, moved to another layout, with another batch."""
+"""Runs that are killed and gone on with, moved to another layout, with another batch: what concerns processes through
+the real command, the rest on ranks that live on."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,15 +11,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
+import torch.distributed as dist
 from corpus import write_corpus
 
+from distributed import runs, world
+from distributed.runs import train
+from megahp.data.loader import Loader
 from megahp.train.metrics import read_events
 from megahp.train.replay import replay
+from megahp.train.sample import generate
 
+ROOT = Path(__file__).parents[2]
 RUN = """
 [model]
 layers = 2
@@ -62,12 +73,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(name: str, *words: str) -> list[str]:
     return [sys.executable, "-m", "megahp", "train", "run.toml", f"log.name={name}", *words]
-
-
-def train(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(name, *words), cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 def metrics(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -122,7 +127,9 @@ def copy_of(folder: Path, name: str, copy: str) -> str:
 
 def test_a_killed_run_goes_on_bit_for_bit(folder: Path, whole: list[dict[str, Any]], killed: str) -> None:
     again = copy_of(folder, killed, "again")
-    train(folder, again, "--ranks", "2", "--resume", "auto", *GROWING)
+    words = command(again, "--ranks", "2", "--resume", "auto", *GROWING)
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert numbers(folder, again) == whole  # losses, norms, noise scale, validation: every digit
     told = [event["event"] for event in read_events(folder / "runs" / again) if event["event"] != "batch"]
     assert told == ["started", "resumed", "finished"]
@@ -186,11 +193,7 @@ def test_experts_and_their_biases_go_on(folder: Path) -> None:
         )
         assert moved["balance_loss"] == pytest.approx(record["balance_loss"], rel=1e-5)
         assert all(1 <= value <= 2 for value in record["expert_load_max"].values())
-    sample = ["sample", "runs/experts", "--tokens", "3"]
-    done = subprocess.run(
-        [sys.executable, "-m", "megahp", *sample], cwd=folder, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+    assert world.run(1, generate, folder / "runs/experts", "It", 3, 0.8, 50, 1)[0].startswith("It")
 
 
 def test_a_replay_notices_a_changed_log(folder: Path, whole: list[dict[str, Any]]) -> None:
@@ -236,53 +239,61 @@ def test_two_runs_do_not_share_a_directory_and_no_rank_outlives_its_launcher(fol
         time.sleep(0.05)
 
 
-def test_an_existing_run_is_not_overwritten(folder: Path, whole: list[dict[str, Any]]) -> None:
-    before = (folder / "runs/whole/metrics.jsonl").read_bytes()
-    done = subprocess.run(command("whole", "--ranks", "2"), cwd=folder, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "--resume auto" in done.stderr
-    assert (folder / "runs/whole/metrics.jsonl").read_bytes() == before
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """Every rank writes down the sample ids that it takes."""
+    take = Loader.take
+
+    def tracing(self: Loader, ids: np.ndarray, then: np.ndarray | None = None) -> Any:
+        with open(f"ids-{dist.get_rank()}.jsonl", "a") as file:
+            file.write(json.dumps(ids.tolist()) + "\n")
+        return take(self, ids, then)
+
+    with mock.patch.object(Loader, "take", tracing):
+        yield
 
 
-TRACE = """
-import json, os, sys
-from megahp.data import loader
-take = loader.Loader.take
-def traced(self, ids, then=None):
-    with open(f"ids-{os.environ.get('RANK', 0)}.jsonl", "a") as file:
-        file.write(json.dumps(ids.tolist()) + "\\n")
-    return take(self, ids, then)
-loader.Loader.take = traced
+def train_traced(folder: Path, *words: str) -> None:
+    with traced():
+        runs.as_rank(folder, ["log.name=traced", *words], resume=True)
+
+
+def under_torchrun(folder: Path, *words: str) -> None:
+    """`megahp train`, traced, on two ranks that torchrun starts."""
+    script = f"""
+import sys
+sys.path[:0] = {[str(ROOT / "tests"), str(ROOT)]}
+from distributed.test_resume import traced
 from megahp.cli import main
-sys.exit(main())
+with traced():
+    sys.exit(main())
 """
+    (folder / "traced.py").write_text(script)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "traced.py"]
+    words = ("train", "run.toml", "log.name=traced", "--resume", "auto", *words)
+    done = subprocess.run([*launcher, *words], cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_no_sample_is_repeated_or_skipped_across_batches_and_layouts(folder: Path) -> None:
     """Steps 1-5 of 8 samples on 1 x 2 ranks, then 5 of 16 on one rank, then 8 on 2 x 1: every sample id once."""
-    (folder / "traced.py").write_text(TRACE)
-    legs = [
-        ((), 2, 5, 8),
-        (("batch.global_batch=16", "batch.micro_batch=4"), 1, 10, 16),
-        (("parallel.tp=2",), 2, 15, 8),
-    ]
-    seen: list[int] = []
-    for words, ranks, until, _ in legs:
-        run_traced(folder, ranks, f"train.steps={until}", *words)
-        traces = sorted(folder.glob("ids-*.jsonl"))
-        reading = traces[:1] if "parallel.tp=2" in words else traces  # tp ranks read the same samples
-        assert len(traces) == ranks
-        if "parallel.tp=2" in words:
-            assert traces[0].read_text() == traces[1].read_text()
-        seen += [i for trace in reading for line in trace.read_text().splitlines() for i in json.loads(line)]
-        for trace in traces:
-            trace.unlink()
+    under_torchrun(folder, "train.steps=5")
+    seen = taken(folder, 2)
+    world.run(1, train_traced, folder, "train.steps=10", "batch.global_batch=16", "batch.micro_batch=4")
+    seen += taken(folder, 1)
+    world.run(2, train_traced, folder, "train.steps=15", "parallel.tp=2")
+    one, other = (folder / f"ids-{rank}.jsonl" for rank in range(2))
+    assert one.read_text() == other.read_text()  # tp ranks read the same samples
+    other.unlink()
+    seen += taken(folder, 1)
     assert sorted(seen) == list(range(5 * 8 + 5 * 16 + 5 * 8))
 
 
-def run_traced(folder: Path, ranks: int, *words: str) -> None:
-    """One leg of a run, under torchrun, every rank writing down the sample ids it takes."""
-    arguments = ["train", "run.toml", "log.name=traced", "--resume", "auto", *words]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run([*launcher, "traced.py", *arguments], cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+def taken(folder: Path, ranks: int) -> list[int]:
+    """The ids that so many ranks have written down since this was asked last."""
+    traces = sorted(folder.glob("ids-*.jsonl"))
+    assert len(traces) == ranks
+    ids = [i for trace in traces for line in trace.read_text().splitlines() for i in json.loads(line)]
+    for trace in traces:
+        trace.unlink()
+    return ids

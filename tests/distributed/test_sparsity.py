@@ -17,22 +17,18 @@ import pytest
 import torch
 from corpus import write_corpus
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.func import functional_call
 
-from distributed import world
+from distributed import runs, world
 from distributed.training import Training, differences, settings_of, train, whole
 from megahp import checkpoint
 from megahp.checkpoint.shards import Tensors
 from megahp.config import Config
-from megahp.launch import World
 from megahp.parallel import selection
-from megahp.parallel.layout import fit
 from megahp.parallel.parameters import like, storage
 from megahp.scaling.parameterization import Role, table_of
-from megahp.train import loop, masks
+from megahp.train import masks
 from megahp.train.metrics import read_events, read_metrics
-from megahp.train.run import prepare
 
 STEPS = 5
 FOUR, EIGHT = "batch.micro_batch=4", "batch.micro_batch=8"
@@ -245,11 +241,8 @@ DENSE = ("sparsity.method=none", "sparsity.density=1.0", "sparsity.every=100")
 
 def run(folder: Path, name: str, *words: str, resume: bool = False) -> None:
     """`megahp train` on the ranks there are."""
-    place = World(torch.distributed.get_rank(), torch.distributed.get_world_size(), 0, 2)
-    with contextlib.chdir(folder), mock.patch("builtins.print"):
-        chosen = settings_of("llama", *RUN, f"log.name={name}", *words)
-        layout = fit(chosen.parallel, place.size)
-        loop.train(prepare(chosen, layout, 1, resume), place, _get_default_store(), layout, resume)
+    with contextlib.chdir(folder):
+        runs.go(settings_of("llama", *RUN, f"log.name={name}", *words), resume)
 
 
 def in_one_world(

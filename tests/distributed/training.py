@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {
     "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 128},
     "parameterization": {"base_width": 16, "base_layers": 1, "init_std": 0.1},
     "data": {"train": ["none"], "sequence_length": 16},
-    "batch": {"global_batch": 8, "micro_batch": 2, "policy": "table", "table": ["128:16", "640:24", "1792:32"]},
+    "batch": {"global_batch": 8, "micro_batch": 2, "policy": "table", "table": ["128:16", "384:24", "768:32"]},
     "optimizer": {"lr": 0.01, "clip": 0.5},
     "train": {"tokens": 16 * 8 * 40},
 }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, name: str, *words: str, faults: tuple[dict[str, Any], ...] = ()) -> subprocess.Popen[str]:
+def start(
+    folder: Path,
+    name: str,
+    *words: str,
+    faults: tuple[dict[str, Any], ...] = (),
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen[str]:
     """The command, on ranks for which there may be faults."""
     planned = folder / f"{name}.json"
     planned.write_text(json.dumps(faults))
     return subprocess.Popen(
         [sys.executable, "-m", "megahp", "train", "run.toml", f"log.name={name}", *words],
         cwd=folder,
-        env={**os.environ, "FAULTS": str(planned), "PYTHONPATH": f"{INJECT}:{os.getcwd()}"},
+        env={**os.environ, "FAULTS": str(planned), "PYTHONPATH": f"{INJECT}:{os.getcwd()}", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -82,6 +88,8 @@ def test_a_spike_is_told_or_left_out(folder: Path) -> None:
         assert told["step"] == 20 and told["reason"].startswith("loss ")
         skipped = events(folder, policy, "skipped")
         assert [event["samples"] for event in skipped] == ([[80, 83]] if policy == "skip" else [])
+        told = [record["step"] for record in numbers(folder / "runs" / policy) if record.get("skipped")]
+        assert told == ([21] if policy == "skip" else [])
         state = checkpoint.read_state(checkpoint.complete(folder / "runs" / policy / "checkpoints")[-1])
         assert state["updates"] == updates
 
@@ -89,20 +97,20 @@ def test_a_spike_is_told_or_left_out(folder: Path) -> None:
 def test_a_rewind_goes_back_and_past_the_samples(folder: Path) -> None:
     """And is itself gone on with exactly, after a kill."""
     spike = {"kind": "lasting", "rank": 0, "sample": 81, "times": 9.0}
-    kill = {"kind": "kill", "rank": 0, "step": 25}
-    words = (*ALONE, "--ranks", "1", "--restarts", "3", "resilience.spikes=rewind")
-    for name, faults in (("rewound", (spike,)), ("rewound and killed", (spike, kill))):
+    kill = {"kind": "kill", "rank": 0, "step": 29}
+    words = (*ALONE, "--ranks", "1", "--restarts", "3", "resilience.spikes=rewind", "checkpoint.every=6")
+    # so that the newest checkpoint is written when the spike, and the kill, come
+    pauses = tuple({"kind": "pause", "rank": 0, "step": step} for step in (20, 28))
+    for name, faults in (("rewound", (spike, *pauses)), ("rewound and killed", (spike, *pauses, kill))):
         code, said = train(folder, name, *words, faults=faults)
         assert code == 0, said
         (rewound,) = events(folder, name, "rewound")
-        assert rewound["step"] in (18, 20) and rewound["samples"] == 84
+        assert rewound["step"] == 18 and rewound["samples"] == 84
         assert replay(folder / "runs" / name).differences == []
         records = numbers(folder / "runs" / name)
         assert [record["step"] for record in records] == list(range(1, 41))
         assert records[-1]["samples"] == 160 + (84 - 4 * rewound["step"])
-    restored = [events(folder, name, "rewound")[0]["step"] for name in ("rewound", "rewound and killed")]
-    if restored[0] == restored[1]:  # the newest checkpoint may have been under way
-        assert numbers(folder / "runs/rewound") == numbers(folder / "runs/rewound and killed")
+    assert numbers(folder / "runs/rewound") == numbers(folder / "runs/rewound and killed")
     assert len(events(folder, "rewound and killed", "resumed")) == 1
 
 
@@ -113,12 +121,79 @@ def test_rewinds_that_do_not_help_end_the_run(folder: Path) -> None:
     assert code == 2 and "3 rewinds did not help; lower optimizer.lr" in said.splitlines()[-1]
 
 
+def test_a_weight_that_nobody_else_holds_is_restored(folder: Path) -> None:
+    weight = ({"kind": "weight", "rank": 0, "step": 9},)
+    code, said = train(folder, "weight", *ALONE, "--ranks", "1", "--restarts", "2", faults=weight)
+    assert code == 0, said
+    (broken,) = events(folder, "weight", "broken")
+    assert broken["reason"].startswith("weight unembedding.weight is not finite on rank 0")
+    assert len(events(folder, "weight", "resumed")) == 1 and not events(folder, "weight", "skipped")
+    assert len(numbers(folder / "runs/weight")) == 40
+
+
+def test_a_last_step_that_is_left_out_is_saved_all_the_same(folder: Path) -> None:
+    last = ({"kind": "lasting", "rank": 0, "sample": 159, "times": float("nan")},)
+    words = (*ALONE, "--ranks", "1", "--restarts", "0", "checkpoint.every=0")
+    code, said = train(folder, "last", *words, faults=last)
+    assert code == 0, said
+    (saved,) = checkpoint.complete(folder / "runs/last/checkpoints")
+    assert saved.name == "step-00000040"
+
+
+def test_a_signal_between_two_starts_ends_it(folder: Path) -> None:
+    kill = ({"kind": "kill", "rank": 0, "step": 3},)
+    started = start(folder, "between", *ALONE, "--ranks", "1", "--restarts", "2", faults=kill)
+    while not (folder / "between.json.0").exists():
+        assert started.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)  # the next start is importing
+    started.send_signal(signal.SIGTERM)
+    said, _ = started.communicate(timeout=60)
+    assert started.returncode in (143, -signal.SIGTERM), said
+    assert not events(folder, "between", "resumed", "finished")
+
+
+def test_a_second_signal_ends_ranks_that_hang(folder: Path) -> None:
+    stop = ({"kind": "stop", "rank": 1, "step": 3},)
+    started = start(folder, "twice", "--ranks", "2", "resilience.hang_after=60.0", faults=stop)
+    while not (folder / "twice.json.0").exists():
+        assert started.poll() is None
+        time.sleep(0.01)
+    started.send_signal(signal.SIGTERM)
+    time.sleep(5.5)
+    assert started.poll() is None
+    started.send_signal(signal.SIGTERM)
+    said, _ = started.communicate(timeout=10)
+    assert started.returncode == 143, said
+
+
 def test_a_slow_rank_is_named(folder: Path) -> None:
     slow = ({"kind": "slow", "rank": 1, "step": 1},)
     code, said = train(folder, "slow", "--ranks", "2", "resilience.check_every=10", faults=slow)
     assert code == 0, said
     (told,) = events(folder, "slow", "straggler")
     assert told["ranks"] == [1] and told["reason"].startswith("rank 1 works for")
+
+
+def test_a_rank_that_hangs_with_the_store_is_left(folder: Path) -> None:
+    """Under srun the first rank holds the store the others would ask."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    stop = ({"kind": "stop", "rank": 0, "step": 3},)
+    words = ("resilience.hang_after=3.0", "checkpoint.every=0")
+    first, second = (
+        start(folder, "store", *words, faults=stop, environment={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    )
+    said, _ = second.communicate(timeout=60)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 76 and "no answer from the rank that holds the ranks' store; rank 1 in all_" in said
+    marked = (folder / "store.json.0").stat().st_mtime
+    crash = (folder / "runs/store/crashes/rank-00001.txt").stat().st_mtime
+    assert crash - marked < 3 + 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -174,13 +249,11 @@ def test_a_full_disk_ends_nothing_but_the_end(folder: Path, small_disk: Path) ->
     code, said = train(folder, "small", *words, "train.steps=4")
     assert code == 0, said
     (good,) = checkpoint.complete(small_disk / "small/checkpoints")
-    room = shutil.disk_usage(small_disk).free
-    (small_disk / "filler").write_bytes(bytes(room - 100_000))
-    code, said = train(folder, "small", *words, "--resume", "auto")
-    assert code == 2 and "free" in said.splitlines()[-1] and "make room" in said.splitlines()[-1]
-    assert len(numbers(small_disk / "small")) == 12
-    unsaved = [event["step"] for event in read_events(small_disk / "small") if event["event"] == "unsaved"]
-    assert unsaved == [12] or unsaved == [8, 12] or unsaved == [8]
+    fill = ({"kind": "fill", "rank": 0, "step": 6, "folder": str(small_disk)},)
+    code, said = train(folder, "small", *words, "--ranks", "1", "--restarts", "0", "--resume", "auto", faults=fill)
+    assert code == 2 and "make room" in said.splitlines()[-1], said
+    assert "cannot be written (No space left on device); lines are lost" in said and "Traceback" not in said
+    assert "unsaved: checkpoint" in said
     assert checkpoint.complete(small_disk / "small/checkpoints") == [good] and not checkpoint.problems(good)
     (small_disk / "filler").unlink()
     code, said = train(folder, "small", *words, "--resume", "auto")

@@ -154,7 +154,7 @@ def losses_of_every_way() -> dict[str, list[float]]:
 
 
 def test_a_model_trains_the_same_with_another_engine() -> None:
-    found = world.run(1, losses_of_every_way)[0]
+    found = world.run_afresh(1, losses_of_every_way)[0]
     for name, words in WAYS.items():
         rtol = 1e-6 if "train.dtype=float32" in words else 1e-12
         assert found[name] == pytest.approx(found["plain"], rel=rtol), name

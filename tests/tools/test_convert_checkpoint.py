@@ -12,6 +12,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,18 @@ import numpy as np
 import pytest
 import torch
 from checkpoint.test_huggingface import GPT2, GQA, MOE, MPT, NEOX
-from distributed import world
+from distributed import runs, world
+from tokenizers import Tokenizer as Fast
+from tokenizers import models
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megahp import checkpoint, resolve
 from megahp.checkpoint import huggingface
 from megahp.checkpoint.shards import Tensors
 from megahp.config import Config
 from megahp.data.indexed import IndexedWriter
-from megahp.data.tokenizer import train_sentencepiece
+from megahp.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahp.parallel.parameters import saved, storage
 from megahp.scaling.parameterization import table_of
 from megahp.train.run import state_of_weights
@@ -193,6 +196,13 @@ def touched(folder: Path) -> dict[str, str]:
     hf_config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**hf_config, "rope_theta": 77.0}))
     said["theta"] = convert("huggingface", "megahp", copy, folder / "never")[1]
+    words = "huggingface", "megahp", folder / "sparse" / "theirs", folder / "never", "model.layers=3", "--no-check"
+    said["layers"] = convert(*words)[1]
+    copy = shutil.copytree(folder / "llama" / "theirs", folder / "heads")
+    hf_config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**hf_config, "num_key_value_heads": 4}))
+    (copy / "megahp.json").unlink()
+    said["heads"] = convert("huggingface", "megahp", copy, folder / "never", "--no-check")[1]
     with (folder / "llama" / "theirs" / "model.safetensors").open("r+b") as whole:
         whole.truncate(5000)
     said["cut"] = convert("huggingface", "megahp", folder / "llama" / "theirs", folder / "never")[1]
@@ -207,10 +217,6 @@ def touched(folder: Path) -> dict[str, str]:
 
 def gone_on(folder: Path) -> dict[str, Any]:
     """One step of a run, and a sample, from an imported model."""
-    from megahp.launch import World
-    from megahp.parallel.layout import Layout
-    from megahp.train.loop import train
-    from megahp.train.run import prepare
     from megahp.train.sample import generate
 
     with IndexedWriter(str(folder / "corpus"), 257) as writer:
@@ -220,8 +226,8 @@ def gone_on(folder: Path) -> dict[str, Any]:
     words += " train.steps=1 train.validation_samples=0 batch.global_batch=4 batch.micro_batch=4 schedule.warmup=0"
     imported = folder / "sparse" / "back"
     settings = resolve.load(imported / "config.toml", [*words.split(), "optimizer.lr=1e-15"]).config
-    train(prepare(settings, Layout(), 1, False), World(), _get_default_store(), Layout(), False)
-    before, after = Tensors(checkpoint.find(imported)), Tensors(checkpoint.find(settings.directory))
+    directory = runs.go(settings).directory
+    before, after = Tensors(checkpoint.find(imported)), Tensors(checkpoint.find(directory))
     weights = [name.removeprefix("model.") for name in before if name.startswith("model.")]
     first, second = ([after[f"{moment}.{name}"] for name in weights] for moment in ("exp_avg", "exp_avg_sq"))
     return {
@@ -232,6 +238,20 @@ def gone_on(folder: Path) -> dict[str, Any]:
         "gradients": min(a.abs().max().item() for a in first),
         "sample": generate(imported, "import os", 3, 0, 0, 1),
     }
+
+
+def losses(folder: Path) -> tuple[float, float]:
+    """Of a text, in nats per token: ours, and transformers' own of the model it was sent as."""
+    from transformers import AutoModelForCausalLM
+
+    from megahp.train.evaluate import evaluate
+    from megahp.train.sample import trained
+
+    text, origin = "What both make of it", trained(folder / "ours")
+    (score,) = evaluate(origin, [[text]], 48, 24)
+    ids = torch.tensor([[origin.tokenizer.eod, *origin.tokenizer.encode(text)]])
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "theirs")(input_ids=ids, labels=ids).loss
+    return score.nats / score.tokens, theirs.item()
 
 
 def both_ways(form: str, table: str, model: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -251,8 +271,6 @@ class Stranger:
 
 def parallel(folder: Path) -> dict[str, Any]:
     """Megatron's files by hand from our weights: of 2 x 2 ranks, in Transformer Engine's names, and stacked by DCP."""
-    from argparse import Namespace
-
     from torch.distributed import checkpoint as dcp
 
     settings = settings_of("sp", {**GQA, "bias": True, "rope_theta": 10000.0})
@@ -313,6 +331,10 @@ def parallel(folder: Path) -> dict[str, Any]:
         found[place] = set(after) == {f"model.{name}" for name in ours} and all(
             after[f"model.{name}"].equal(value) for name, value in ours.items()
         )
+    for rank in (folder / "legacy").glob("iter_*/mp_rank_01_*"):
+        shutil.rmtree(rank)
+    words = [folder / "legacy", folder / "never", "model.vocab_size=384", "--tokenizer", "bytes", "--allow-pickle"]
+    found["a rank alone"] = convert("megatron-legacy", "megahp", *words, "--no-check")
     convert("megahp", "megatron", folder / "ours", folder / "sent", "--file-size", 3e-5)
     empty = {name: torch.zeros_like(value) for name, value in stacked.items() if "optimizer" not in name}
     dcp.load(empty, storage_reader=dcp.FileSystemReader(folder / "sent" / "release"))
@@ -374,6 +396,7 @@ def everything(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {case: there_and_back(*CASES[case], folder / case) for case in CASES}
     found["sparse"] = there_and_back("smupar", GQA, folder / "sparse", **SPARSE)
     found["gone on"] = gone_on(folder)
+    found["losses"] = losses(folder / "llama")
     found["of transformers"] = of_transformers(folder)
     found["sharded"] = sharded(folder / "sharded")
     found["forgotten"] = forgotten(folder / "forgotten")
@@ -390,7 +413,7 @@ def everything(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return world.run(1, everything, tmp_path_factory.mktemp("convert"))[0]
+    return world.run_afresh(1, everything, tmp_path_factory.mktemp("convert"))[0]
 
 
 @needs_transformers
@@ -412,6 +435,12 @@ def test_a_run_goes_on_from_an_import(found: Any) -> None:
     result = found["gone on"]
     assert result["weights"] < 1e-9 and result["gradients"] > 0 and result["moments"]
     assert result["sample"].startswith("import os")
+
+
+@needs_transformers
+def test_the_loss_is_transformers_own(found: Any) -> None:
+    ours, theirs = found["losses"]
+    assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 @needs_transformers
@@ -442,6 +471,8 @@ def test_another_model_is_an_error(found: Any) -> None:
         ("missing", "1 tensors of the llama model are missing, such as model.layers.1.mlp.up_proj.weight"),
         ("without", "lacks mask."),
         ("theta", "rope_theta is 77.0 and was 500.0; remove"),
+        ("layers", "tensors are missing, such as model.blocks.2.attention"),
+        ("heads", "self_attn.k_proj.weight [16, 32], "),
         ("cut", "model.safetensors cannot be read"),
         ("flipped", "is damaged"),
     ],
@@ -463,6 +494,8 @@ def test_megatron_and_back(found: Any, case: str, form: str) -> None:
 @needs_transformers
 def test_megatrons_layout(found: Any) -> None:
     """Parts of two tensor-parallel ranks and two stages, and DCP's own files, are our weights; ours are DCP's."""
+    code, said = found["parallel"].pop("a rank alone")
+    assert code == 2 and "model.embedding.weight of shape [192, 32] is not its [384, 32]" in said, said
     assert found["parallel"] == {"legacy": True, "dist": True, "read by DCP": True}
 
 
@@ -526,6 +559,7 @@ def test_memory_holds_one_file(tmp_path: Path) -> None:
         ("--from megahp --to huggingface a b train.dtype=float32", "settings are for --to megahp"),
         ("--from megahp --to huggingface a b --file-size 0", "--file-size 0 must be above 0"),
         ("--from megahp --to huggingface a b --text t --no-check", "--text t is for the check"),
+        ("--from megahp --to huggingface a b --text none", "--text none is no file that holds text"),
         ("--from megahp --to huggingface a b", "a is neither a checkpoint nor a run directory"),
         ("--from huggingface --to megahp a b", "a/config.json cannot be read"),
         ("--from megatron --to megahp a b --tokenizer bytes", "a/common.pt cannot be read"),
@@ -539,3 +573,36 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, w
     source, target, *more = words.replace("--from ", "").replace("--to ", "").split()
     code, said = convert(source, target, *more)
     assert code == 2 and why in said and said.count("\n") == 1, said
+
+
+def test_the_end_of_document_of_any_tokenizer(tmp_path: Path) -> None:
+    """A Unigram's vocabulary is a list."""
+    file = tmp_path / "unigram.json"
+    Fast(models.Unigram([("<unk>", 0.0), ("<|endoftext|>", 0.0), ("a", -1.0)], unk_id=0)).save(str(file))
+    (tmp_path / "theirs").mkdir()
+    tool().write_tokenizer(tmp_path / "theirs", str(file), load_tokenizer(str(file)))
+    assert json.loads((tmp_path / "theirs/tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"use_rope_scaling": True},
+        {"rotary_seq_len_interpolation_factor": 4},
+        {"no_rope_freq": [0, 1]},
+        {"window_size": (128, 0)},
+        {"qk_l2_norm": True},
+        {"softmax_type": "off-by-one"},
+        {"use_mup": True},
+        {"activation_func_clamp_value": 7.0},
+        {"glu_linear_offset": 1.0},
+    ],
+)
+def test_what_megatron_computes_and_we_do_not(tmp_path: Path, changed: dict[str, Any]) -> None:
+    args = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48, "norm_epsilon": 1e-5}
+    args |= {"vocab_size": 300, "max_position_embeddings": 48, "kv_channels": 8, "add_bias_linear": False}
+    torch.save({"args": Namespace(**args, **changed)}, tmp_path / "common.pt")
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
+    code, said = convert("megatron", "megahp", tmp_path, tmp_path / "never", "--tokenizer", "bytes")
+    ((key, value),) = changed.items()
+    assert code == 2 and f"{key} = {value!r} makes another model" in said, said

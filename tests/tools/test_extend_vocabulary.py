@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 from corpus import write_corpus
-from distributed import world
+from distributed import runs, world
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store
 
 from megahp import checkpoint, resolve
 from megahp.checkpoint.shards import Tensors
@@ -150,6 +149,11 @@ def everything(folder: Path) -> dict[str, Any]:
     written(folder / "fat", wide, 269, width=256)
     written(folder / "dumb", sentencepiece(folder / "dumb.model", (), False, byte_fallback=False), 420)
     sentencepiece(folder / "dumb_wide.model", ("ключ",), False, byte_fallback=False)
+    tree = json.loads(Path(small).read_text())
+    tree["model"]["vocab"]["a b"] = len(tree["model"]["vocab"])
+    (folder / "strange.json").write_text(json.dumps(tree))
+    written(folder / "hurt", "bytes", 257)
+    next(checkpoint.find(folder / "hurt").glob("index*")).write_text("{")
     ids = list(b"the thing is in there")
     found["logits"] = [logits(folder / place, ids) for place in ("small", "b", "c", "e")]
     found["trained"] = trained(folder, folder / "b")
@@ -160,17 +164,12 @@ def everything(folder: Path) -> dict[str, Any]:
 
 def trained(folder: Path, begun: Path) -> dict[str, Tensor]:
     """After a step of the embeddings alone, from the run file that was written."""
-    from megahp.launch import World
-    from megahp.parallel.layout import Layout
-    from megahp.train.loop import train
-    from megahp.train.run import prepare
-
     write_corpus(folder / "corpus", 0.02)
     (folder / "corpus.json").unlink(missing_ok=True)
     words = f"data.train=['{folder}/corpus'] log.root={folder} log.name=stage log.tensorboard=false train.steps=1"
     words += " train.weights=embeddings train.noise_scale=false train.validation_samples=0 batch.micro_batch=4"
     settings = resolve.load(begun / "config.toml", [*words.split(), "batch.global_batch=4"]).config
-    train(prepare(settings, Layout(), 1, False), World(), _get_default_store(), Layout(), False)
+    runs.go(settings)
     return dict(Tensors(checkpoint.find(settings.directory)).items())
 
 
@@ -195,6 +194,11 @@ MISTAKES = [
     ),
     ("{folder}/ended {folder}/never --tokenizer {folder}/ended_twice.json --rule mean", "257 ends a document, and 256"),
     ("{folder}/dumb {folder}/never --tokenizer {folder}/dumb_wide.model --rule mean", "cannot spell the new token"),
+    ("{folder}/small {folder}/never --tokenizer {folder}/strange.json --rule mean", "token 'a b' has ' '"),
+    (
+        "{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule projection --donor {folder}/hurt",
+        "a checkpoint is damaged",
+    ),
     ("{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule zeros --text {folder}", "no file that holds"),
     ("{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule zeros --file-size 0", "--file-size 0"),
 ]

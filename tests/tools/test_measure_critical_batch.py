@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 from corpus import write_corpus
+from distributed import runs
 
 from megahp import config, resolve
 from megahp.checkpoint.store import write_manifest
@@ -56,9 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("critical")
     write_corpus(folder / "corpus")
     (folder / "run.toml").write_text(RUN)
-    command = [sys.executable, "-m", "megahp", "train", "run.toml"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    runs.train(folder, "run")
     return folder
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from corpus import write_corpus
+from distributed import runs
 
 from megahp.checkpoint.store import write_manifest
 from megahp.scaling.noise_scale import estimate
@@ -51,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("noise")
     write_corpus(folder / "corpus")
     (folder / "run.toml").write_text(RUN)
-    command([sys.executable, "-m", "megahp", "train", "run.toml"], folder)
+    runs.train(folder, "run")
     words = ["runs/run", "--batches", "3", "--json", "found.json", "--plot", "found.svg"]
     (folder / "out").write_text(command([sys.executable, str(SCRIPT), *words], folder))
     return folder

@@ -75,6 +75,13 @@ AT_A_STEP: dict[str, Callable[[], None]] = {
 }
 
 
+def fill(folder: Path) -> None:
+    """Leave no room on a file system."""
+    with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+
+
 def flip_a_bit(checkpoint: Path) -> None:
     """Change one bit in the middle of the largest file."""
     file = max(checkpoint.iterdir(), key=lambda each: each.stat().st_size)
@@ -97,6 +104,8 @@ def strike_steps() -> None:
     def struck(run: Any, loader: Any, plan: Any, told: bool) -> Any:
         if fault := due(plan.step, *AT_A_STEP):
             AT_A_STEP[fault["kind"]]()
+        if fault := due(plan.step, "fill"):
+            fill(Path(fault["folder"]))
         if due(plan.step, "flip"):
             flip_a_bit(max(run.folder.glob("step-*")))
             AT_A_STEP["kill"]()

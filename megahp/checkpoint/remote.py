@@ -1,0 +1,106 @@
+"""Folders that are not on this machine's file system, through fsspec: as much of pathlib as reading, listing and
+dropping checkpoints takes, so that what is written for a Path serves for an s3://bucket/runs/x too."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fsspec import AbstractFileSystem, url_to_fs
+
+from megahp.errors import UserError
+
+
+class Size(NamedTuple):
+    st_size: int  # bytes
+
+
+@dataclass(frozen=True, order=True)
+class Remote:
+    """A file or folder by its URL. What goes wrong there is an OSError, whatever that file system raises."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> Remote:
+        return Remote(f"{self.url.rstrip('/')}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @contextmanager
+    def open(self, mode: str) -> Iterator[Any]:
+        with self._reached() as (system, path), system.open(path, mode) as file:
+            yield file
+
+    def read_bytes(self) -> bytes:
+        with self.open("rb") as file:
+            return file.read()
+
+    def stat(self) -> Size:
+        with self._reached() as (system, path):
+            return Size(system.info(path)["size"])
+
+    def exists(self) -> bool:
+        """Whether there is such a file or folder. Raises OSError where nobody can tell."""
+        try:
+            self.stat()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def glob(self, pattern: str) -> list[Remote]:
+        """The folder's entries whose names match; none where there is no such folder."""
+        try:
+            with self._reached() as (system, path):
+                system.invalidate_cache()
+                names = [Remote(each).name for each in system.ls(path, detail=False)]
+        except FileNotFoundError:
+            return []
+        return [self / name for name in names if fnmatch(name, pattern)]
+
+    def put(self, files: Sequence[Path]) -> None:
+        """Copy files into this folder."""
+        with self._reached() as (system, path):
+            system.makedirs(path, exist_ok=True)
+            system.put([str(file) for file in files], [f"{path}/{file.name}" for file in files])
+
+    def remove(self) -> None:
+        """Drop a file, or a folder with all that is in it, if there is one."""
+        with suppress(FileNotFoundError), self._reached() as (system, path):
+            system.rm(path, recursive=True)
+
+    @contextmanager
+    def _reached(self) -> Iterator[tuple[AbstractFileSystem, str]]:
+        try:
+            yield url_to_fs(self.url)
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.url) from None
+        except Exception as error:  # each file system raises its own kinds
+            why = str(error).strip().split("\n")[0] or type(error).__name__
+            raise OSError(errno.EIO, why, self.url) from error
+
+
+Place = Path | Remote
+
+
+def place(name: str) -> Place:
+    """A path, or a URL of a file system that is installed. Raises UserError for one that is not."""
+    if "://" not in name:
+        return Path(name)
+    try:
+        url_to_fs(name)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{name} cannot be opened by fsspec ({error}); install what it needs, or name another"
+        ) from None
+    return Remote(name)

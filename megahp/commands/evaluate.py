@@ -1,0 +1,75 @@
+"""megahp evaluate: how well a checkpoint predicts text files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, astuple
+from pathlib import Path
+from typing import Any
+
+from megahp.data.texts import JSON_LINES, read_documents
+from megahp.errors import UserError
+
+LINE = "{:<{width}}{:>14}{:>14}{:>12}{:>12}{:>14}"
+HEADER = ("tokens", "bytes", "nats/token", "bits/byte", "perplexity")
+
+
+def add_to(parsers: Any) -> None:
+    """Its options."""
+    evaluate = parsers.add_parser("evaluate", help="loss, bits per byte and perplexity of text files")
+    evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: then its newest")
+    evaluate.add_argument("files", type=Path, nargs="+", metavar="FILE", help="text, or .jsonl(.gz|.zst)")
+    evaluate.add_argument("--json-key", metavar="KEY", help="field of the text in JSON lines (default text)")
+    evaluate.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: a training sample's)")
+    evaluate.add_argument(
+        "--stride", type=int, metavar="N", help="tokens from a window to the next (default: half of --context)"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.set_defaults(command=_evaluate)
+
+
+def _evaluate(options: Namespace, words: Sequence[str]) -> int:
+    from megahp.train.evaluate import Score, context_of, evaluate
+    from megahp.train.sample import trained
+
+    if options.json_key and not any(file.name.endswith(JSON_LINES) for file in options.files):
+        raise UserError(f"--json-key {options.json_key!r} is for {' '.join(JSON_LINES)} files; leave it out")
+    texts = [_texts(file, options.json_key or "text") for file in options.files]
+    origin = trained(options.checkpoint)
+    context = context_of(origin, options.context)
+    stride = max(1, context // 2) if options.stride is None else options.stride
+    if not 1 <= stride <= context:
+        raise UserError(f"--stride {stride} must be 1 to {context}, the tokens of a window; beyond, some have none")
+    scores = evaluate(origin, texts, context, stride)
+    if empty := [file for file, score in zip(options.files, scores, strict=True) if not score.tokens]:
+        raise UserError(f"{empty[0]} holds no text that makes tokens; name another file")
+    whole = Score(*map(sum, zip(*map(astuple, scores), strict=True)))
+    rows = [(str(file), score) for file, score in zip(options.files, scores, strict=True)]
+    rows += [("all", whole)] if len(rows) > 1 else []
+    if options.json:
+        told = [{"file": name} | asdict(score) | score.numbers() for name, score in rows]
+        print(
+            json.dumps({"checkpoint": str(origin.path), "context": context, "stride": stride, "files": told}, indent=2)
+        )
+        return 0
+    print(f"{origin.path}, windows of {context} tokens, {stride} apart")
+    width = max(len(name) for name, _ in rows) + 1
+    print(LINE.format("", *HEADER, width=width))
+    for name, score in rows:
+        loss, bits, perplexity = score.numbers().values()
+        numbers = (f"{score.tokens:,}", f"{score.bytes:,}", f"{loss:.4f}", f"{bits:.4f}", f"{perplexity:.6g}")
+        print(LINE.format(name, *numbers, width=width))
+    return 0
+
+
+def _texts(file: Path, key: str) -> list[str]:
+    """The texts of a file. Raises UserError where there are none."""
+    found = [document.text for document in read_documents([file], key)]
+    if unreadable := found.count(None):
+        print(f"{file}: skipped {unreadable} documents that are no valid text", file=sys.stderr)
+    if not any(found):
+        raise UserError(f"{file} holds no text; name another file")
+    return [text for text in found if text]

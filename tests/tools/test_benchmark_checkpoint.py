@@ -1,0 +1,42 @@
+"""The checkpoint benchmark: what its figures are of, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megahp.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tools" / "benchmark_checkpoint.py"
+
+
+def test_two_ranks_on_a_small_model(tmp_path: Path) -> None:
+    settings = ["model.layers=1", "model.width=32", "model.heads=1", "model.vocab_size=256", "train.device=cpu"]
+    words = ["--ranks", "2", "--saves", "2", "--folder", str(tmp_path), "--json", str(tmp_path / "found.json")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *words, "--settings", *settings]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    weights = 2 * 256 * 32 + 4 * 32 * 32 + 3 * 32 * 128 + 3 * 32
+    assert found["bytes"] == 3 * 4 * weights and found["machine"]["ranks"] == 2
+    assert all(0 < stall < save for stall, save in zip(found["turns"]["stall"], found["turns"]["save"], strict=True))
+    assert all(len(turns) == 3 for turns in found["turns"].values())
+    assert "stall / synchronous save" in done.stdout
+    assert [each.name for each in tmp_path.iterdir()] == ["found.json"]  # it clears away what it wrote
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["--saves", "1"], "--saves 1 must be at least 2"), (["nowhere.toml"], "nowhere.toml does not exist")],
+)
+def test_a_mistake_is_told(tool: ModuleType, words: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        tool.main(words)
