@@ -178,7 +178,7 @@ def leave(code: int) -> None:
     import torch.distributed as dist
 
     if code in (FINISHED, STOPPED) and dist.is_initialized():
-        dist.barrier()
+        dist.barrier()  # or a launcher might end the ranks that are still leaving
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -4,7 +4,8 @@ ranks in place is not dependable: gloo's and NCCL's connections rarely recover.)
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from megahp.checkpoint import complete
@@ -18,19 +19,32 @@ def until_done(start: Callable[[bool], int], run: Path, restarts: int) -> int:
 
     start(resume) returns an exit code. Returns the last one's, or NO_PROGRESS.
     """
-    code, futile, before = start(False), 0, None
-    for number in range(1, restarts + 1):
+    found = list[list[str]]()
+    while True:
+        code = start(bool(found))
         if code in FINAL:
             return code
-        there = complete(run / "checkpoints")
-        futile = futile + 1 if there == before else 0
-        if futile == FUTILE:
-            _tell(f"exit code {code} again, with no new checkpoint after {FUTILE} restarts; see {run}/crashes")
-            return NO_PROGRESS
-        before = there
-        _tell(f"exit code {code}; restart {number} of {restarts}{'' if there else ', from the beginning'}")
-        code = start(True)
-    return code
+        found.append(checkpoints(run))
+        if (end := verdict(code, found, restarts, run)) is not None:
+            return end
+
+
+def checkpoints(run: Path) -> list[str]:
+    """The names of a run's checkpoints, oldest first."""
+    return [path.name for path in complete(run / "checkpoints")]
+
+
+def verdict(code: int, found: Sequence[list[str]], restarts: int, run: Path) -> int | None:
+    """After a fault: the exit code to end with, or None to start again. found: the run's checkpoints after each fault
+    so far, this one the last."""
+    same = len(list(takewhile(lambda names: names == found[-1], reversed(found))))
+    if same > FUTILE:
+        _tell(f"exit code {code} again, with no new checkpoint after {FUTILE} restarts; see {run}/crashes")
+        return NO_PROGRESS
+    if len(found) > restarts:
+        return code
+    _tell(f"exit code {code}; restart {len(found)} of {restarts}{'' if found[-1] else ', from the beginning'}")
+    return None
 
 
 def _tell(text: str) -> None:

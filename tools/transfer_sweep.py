@@ -50,8 +50,10 @@ from measure_critical_batch import train as train_on_ranks
 from transfer_curves import plot, show, write_json
 
 from megahp import config, launch, resolve
+from megahp.commands.launch import folder
 from megahp.config import Config
 from megahp.errors import Fault, UserError
+from megahp.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from megahp.parallel.layout import fit
 from megahp.scaling.flops import training_flops
 from megahp.scaling.transfer import Curve, drift
@@ -61,6 +63,10 @@ from megahp.train.progress import human_duration
 from megahp.train.run import cuda_wanted, prepare
 
 OWN = ("train.seed", "log.root", "log.name", "log.every", "log.tensorboard", "log.baselines", "log.wandb")
+
+
+class Told(UserError):
+    """A worker was told to leave before its cell had ended."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +107,13 @@ def sweep(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     cells = checked(cells, arguments)
     ahead = [cell for cell in cells if not is_over(cell.directory)]
     print(f"{len(cells)} cells, {len(cells) - len(ahead)} of them there already", flush=True)
-    command = [sys.executable, __file__, *(word for word in words if word != "--dry-run"), "--worker"]
+    own = [word for word in words if word != "--dry-run"]
     if arguments.slurm:
-        return submit(command, arguments)
+        return submit(own, arguments)
     if arguments.dry_run:
         print("\n".join(map(str, ahead)))
         return 0
+    command = [sys.executable, __file__, *own, "--worker"]
     if ahead and (code := start_workers(command, min(arguments.jobs, len(ahead)))):
         return code
     if others := [cell for cell in ahead if not is_over(cell.directory)]:
@@ -262,16 +269,16 @@ def start_workers(command: Sequence[str], jobs: int) -> int:
     return 128 - failed if failed < 0 else failed
 
 
-def submit(command: Sequence[str], arguments: argparse.Namespace) -> int:
-    """A job array of as many workers. Returns sbatch's exit code."""
-    log = arguments.out / "worker-%a.log"
+def submit(words: Sequence[str], arguments: argparse.Namespace) -> int:
+    """A job array of as many workers, by slurm/sweep.sbatch. Returns sbatch's exit code."""
+    log, script = arguments.out / "worker-%a.log", folder() / "sweep.sbatch"
     options = [f"--array=1-{arguments.slurm}", f"--output={log}", *shlex.split(arguments.sbatch)]
-    words = ["sbatch", *options, f"--wrap={shlex.join(command)}"]
+    command = ["sbatch", *options, str(script), *words]
     if arguments.dry_run:
-        print(shlex.join(words))
+        print(shlex.join(command))
         return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
-    code = subprocess.call(words)
+    code = subprocess.call(command, env=os.environ | {"MEGAHP_SLURM": str(script.parent)})
     print("when the array has ended, the same command without --slurm shows what was found")
     return code
 
@@ -293,9 +300,9 @@ def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
             print(f"[{len(over)}/{len(cells)}] {cell}: loss {loss:.4f}, {seconds:.1f} s; ETA {eta}", flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = STOPPED if isinstance(error, Told) else USER_ERROR
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
     launch.leave(code)
     return code
 
@@ -343,7 +350,7 @@ def train_here(cell: Cell, store: dist.Store) -> None:
                 raise
             finished = True
     if not finished:
-        raise UserError(f"{cell} was told to leave; the same command goes on")
+        raise Told(f"{cell} was told to leave; the same command goes on")
 
 
 def families_of(cells: Sequence[Cell], last: float | None) -> dict[str, dict[float, Curve]]:

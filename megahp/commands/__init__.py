@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from megahp.commands import checkpoint, evaluate, fit, recipe
+from megahp.commands import checkpoint, evaluate, fit, launch, recipe, status
 
 
 def add_to(parsers: Any) -> None:
     """Their parsers."""
-    for command in (recipe, fit, evaluate, checkpoint):
+    for command in (recipe, fit, evaluate, checkpoint, launch, status):
         command.add_to(parsers)

@@ -167,7 +167,7 @@ def test_a_job_array_runs_the_same_workers(sweep: Callable[..., int], capsys: py
     assert sweep(*SWEEP, "--out", "array", "--slurm", 4, "--sbatch", "--time=1:00:00 -p gpu", "--dry-run") == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("sbatch --array=1-4 --output=array/worker-%a.log --time=1:00:00 -p gpu")
-    assert "--worker" in line and "--dry-run" not in line
+    assert "slurm/sweep.sbatch " in line and "--dry-run" not in line
     assert not Path("array").exists()
 
 

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 NAN = float("nan")
+RANK = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", -1)))
 
 
 def due(step: int, *kinds: str) -> dict[str, Any] | None:
     """The fault of one of these kinds that strikes this rank now; it is marked as struck."""
     for number, fault in enumerate(json.loads(Path(os.environ["FAULTS"]).read_text())):
         mark = Path(f"{os.environ['FAULTS']}.{number}")
-        mine = fault["rank"] in (int(os.environ["RANK"]), None)
+        mine = fault["rank"] in (RANK, None)
         if mine and fault["kind"] in kinds and step >= fault["step"] and not mark.exists():
             mark.write_text(str(step))
             return fault
@@ -48,6 +49,16 @@ def jump() -> None:
     time.time = lambda: now() - 3600
 
 
+def lose_node() -> None:
+    """Kill all that runs on this emulated node of Slurm's (tests/slurm), this process last."""
+    marks = {f"{name}={os.environ[name]}".encode() for name in ("SLURMD_NODENAME", "SLURM_CONF")}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # others' processes, and some that have just ended
+            if marks <= set((process / "environ").read_bytes().split(b"\0")) and int(process.name) != os.getpid():
+                os.kill(int(process.name), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 AT_A_STEP: dict[str, Callable[[], None]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -57,8 +68,10 @@ AT_A_STEP: dict[str, Callable[[], None]] = {
     "freeze": freeze,
     "exception": fail,
     "exit": lambda: os._exit(7),
+    "node": lose_node,
     "clock": jump,
     "pause": lambda: time.sleep(0.5),
+    "wait": signal.pause,  # for a signal
 }
 
 
@@ -106,10 +119,10 @@ def strike_steps() -> None:
         block = next(iter(stage.blocks.values()))
         hooks = []
         for fault in json.loads(Path(os.environ["FAULTS"]).read_text()):
-            if fault["rank"] == int(os.environ["RANK"]) and holds(plan, fault.get("sample")):
+            if fault["rank"] == RANK and holds(plan, fault.get("sample")):
                 times = fault["times"]
                 hooks.append(stage.register_forward_hook(lambda module, inputs, output, times=times: output * times))
-            if fault["rank"] == int(os.environ["RANK"]) and fault["kind"] == "slow" and plan.step >= fault["step"]:
+            if fault["rank"] == RANK and fault["kind"] == "slow" and plan.step >= fault["step"]:
                 time.sleep(0.2)
         if due(plan.step, "activation"):
             hooks.append(block.register_forward_hook(lambda module, inputs, output: output * NAN))
@@ -163,6 +176,6 @@ def strike_saving() -> None:
     killing(store, "superseded", "dropping")
 
 
-if "FAULTS" in os.environ and "RANK" in os.environ and "megahp" in sys.orig_argv:
+if "FAULTS" in os.environ and RANK >= 0 and "megahp" in sys.orig_argv:
     strike_steps()
     strike_saving()

@@ -1,0 +1,74 @@
+"""megahp status: jobs, progress and ETA of runs."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megahp.commands.launch import OWNER
+from megahp.errors import UserError
+
+SHOWN = 3  # events
+COLUMNS = "%i|%T|%M|%l|%D|%R|%k"
+
+
+def add_to(parsers: Any) -> None:
+    """Its options."""
+    status = parsers.add_parser("status", help="a run's jobs, progress, ETA and last events")
+    status.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run directory (default: those of your jobs)")
+    status.set_defaults(command=_status)
+
+
+def _status(options: Namespace, words: Sequence[str]) -> int:
+    found = jobs()
+    runs = options.runs or [Path(run) for run in found]
+    if not runs:
+        raise UserError("no job of yours was submitted by megahp launch; name a run directory, such as runs/mine")
+    for run in runs:
+        if not run.is_dir():
+            raise UserError(f"{run} is no run directory; name one, such as runs/mine")
+        print(f"{run}\n" + "\n".join(f"  {line}" for line in (*found.get(str(run.resolve()), []), *progress(run))))
+    return 0
+
+
+def jobs() -> dict[str, list[str]]:
+    """Your jobs, in words, by the run directory they were launched for; empty where there is no Slurm."""
+    found: dict[str, list[str]] = {}
+    try:
+        done = subprocess.run(["squeue", "--me", "-h", "-o", COLUMNS], capture_output=True, text=True)
+    except FileNotFoundError:
+        return found
+    if done.returncode:
+        raise UserError(f"squeue: {' '.join(done.stderr.split())}; try again when Slurm answers")
+    for line in done.stdout.splitlines():
+        job, state, used, limit, nodes, where, comment = line.split("|", 6)
+        if comment.startswith(OWNER):
+            told = f"job {job}: {state.lower()}, {used} of {limit}, {nodes} nodes {where}"
+            found.setdefault(comment.removeprefix(OWNER), []).append(told)
+    return found
+
+
+def progress(run: Path) -> list[str]:
+    """How far a run is, and its last events, in words. Raises UserError where its files are damaged."""
+    from megahp import resolve
+    from megahp.train.metrics import read_events, read_metrics
+    from megahp.train.progress import human_count, human_duration
+
+    if not (run / "config.toml").exists():
+        return ["not begun"]
+    total, steps, told = resolve.load(run / "config.toml").config.train.tokens, read_metrics(run), []
+    if steps:
+        last = steps[-1]
+        tokens, speed = last["tokens"], last["tokens_per_second"]
+        done = f"{human_count(tokens)}/{human_count(total)} tokens {tokens / total:.0%}"
+        eta = human_duration((total - tokens) / speed) if speed else "-"
+        loss = "-" if last["loss"] is None else f"{last['loss']:.4f}"
+        told.append(f"step {last['step']:,}, loss {loss}, {done}, {human_count(speed)} tok/s, ETA {eta}")
+    for event in read_events(run)[-SHOWN:]:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
+        told.append(f"{when}  step {event['step']:,} {event['event']}: {event['reason']}")
+    return told

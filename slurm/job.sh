@@ -1,0 +1,31 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# What the scripts of this folder share.
+
+logs=${logs:-.}
+tools=$(realpath "$MEGAHP_SLURM")/../tools # of a checkout
+cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))}
+# srun takes none of these from sbatch. A log a node. A rank that fails leaves the others time to say why, and no more.
+step=(--cpus-per-task="$cpus" --cpu-bind=cores --kill-on-bad-exit=0 --wait=30)
+step+=(--output="$logs/%x-%j-%n.out" --open-mode=append "${srun_options[@]}")
+
+# Where the ranks meet: the first node, which runs this script too, and a port that is free there.
+rendezvous() {
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+    while taken localhost || taken "$MASTER_ADDR"; do MASTER_PORT=$((MASTER_PORT + 1)); done
+    export MASTER_ADDR MASTER_PORT
+}
+
+taken() {
+    (: <"/dev/tcp/$1/$MASTER_PORT") 2>/dev/null
+}
+
+# End this job, or queue it again, as training's exit code says (docs/faults.md).
+end() { # CODE RUN.toml [section.key=value ...]
+    [ "$1" != 0 ] || exit 0
+    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" \
+        python -m megahp requeue "$@" --restarts "$restarts" || exit
+    trap '' TERM # which Slurm now sends, and there is one thing to do yet
+    scontrol requeue "$SLURM_JOB_ID"
+    [ ! -s "$exclude" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(paste -sd, "$exclude")"
+}

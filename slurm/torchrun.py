@@ -1,0 +1,15 @@
+"""torchrun as a task of Slurm's: not ended by the signal that gives its ranks notice, and with the exit code of the
+rank that failed first in place of 1."""
+
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to all processes; a rank listens once it trains
+try:
+    main()
+except ChildFailedError as error:
+    code = error.get_first_failure()[1].exitcode
+    sys.exit(128 - code if code < 0 else code)

@@ -1,0 +1,297 @@
+"""The scripts of slurm/ and `megahp launch` on a real Slurm of four emulated nodes, started once."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpus import write_corpus
+from faults.test_soak import numbers
+from slurm.cluster import MISSING, ROOT, Cluster, running
+
+from megahp.cli import main
+from megahp.train.metrics import read_events
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (apt-get install, see .ci/run)"),
+]
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+OURS = ("SLURM_CONF", "PATH", "PYTHONPATH", "OMP_NUM_THREADS")
+ARRAY = ("--array=0-1",)
+STEPS = 60
+RUN = f"""
+[model]
+layers = 2
+width = 16
+heads = 2
+[data]
+train = ["corpus"]
+sequence_length = 16
+validation_fraction = 0.1
+[batch]
+global_batch = 4
+micro_batch = 1
+[train]
+tokens = {64 * STEPS}
+device = "cpu"
+validation_samples = 4
+[checkpoint]
+every = 10
+[log]
+tensorboard = false
+baselines = false
+"""
+
+
+class Site:
+    """A cluster, the folder this process is in and submits from, and jobs submitted at first, which run, or wait, while
+    what takes no node is tested."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        write_corpus(folder / "corpus", 0.02)
+        (folder / "run.toml").write_text(RUN)
+        (folder / "bad.txt").write_text("127.0.0.1\n")
+        killed = self.fault("torchrun", kind="kill", rank=1, step=12) | {"exclude": "bad.txt"}
+        two = ("--nodes=2",)
+        self.jobs = {
+            "limited": self.launch(
+                "limited",
+                "--time=1",
+                "--sbatch=--signal=USR1@55",
+                **self.fault("limited", kind="wait", rank=0, step=12),
+            ),
+            "undisturbed": self.launch("undisturbed"),
+            "torchrun": self.sbatch(
+                "pretrain_torchrun", "run.toml", "log.name=torchrun", options=two, RANKS_PER_NODE="1", **killed
+            ),
+            "lost": self.launch("lost", **self.fault("lost", kind="node", rank=1, step=16)),
+            "mistake": self.sbatch("pretrain", "run.toml", "log.name=mistake", "model.width=15"),
+        }
+
+    def fault(self, name: str, **fault: Any) -> dict[str, str]:
+        """The environment in which a run meets a fault (tests/faults/inject)."""
+        (self.folder / f"{name}.json").write_text(json.dumps([fault]))
+        return {"FAULTS": f"{self.folder}/{name}.json", "PYTHONPATH": f"{ROOT}/tests/faults/inject:{ROOT}"}
+
+    def launch(self, name: str, *options: str, **more: str) -> str:
+        """The number of the job."""
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in more.items():
+                patch.setenv(key, value)
+            code, said = megahp("launch", "run.toml", f"log.name={name}", "--nodes", "2", *options)
+        assert code == 0, said
+        return said.split()[1].rstrip(";")
+
+    def sbatch(self, script: str, *words: str, options: tuple[str, ...] = (), **more: str) -> str:
+        """The number of the job."""
+        more |= {"MEGAHP_SLURM": f"{ROOT}/slurm"}
+        return self.cluster("sbatch", "--parsable", *options, f"{ROOT}/slurm/{script}.sbatch", *words, **more).strip()
+
+    def finished(self, name: str) -> str:
+        """The number of the first jobs' one, which has ended well."""
+        assert self.cluster.finished(self.jobs[name]) == "COMPLETED", self.said()
+        return self.jobs[name]
+
+    def said(self) -> str:
+        """All logs, for a failure's sake."""
+        logs = [*self.folder.glob("*.out"), *self.folder.glob("runs/*/slurm/*.out")]
+        return "\n".join(f"== {log.name}\n{log.read_text()}" for log in logs)
+
+    def numbers(self, name: str) -> list[dict[str, Any]]:
+        return numbers(self.folder / "runs" / name)
+
+    def events(self, name: str, *kinds: str) -> list[dict[str, Any]]:
+        return [event for event in read_events(self.folder / "runs" / name) if event["event"] in kinds]
+
+
+def megahp(*words: str) -> tuple[int, str]:
+    """Exit code of a command, and what it says."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        return main(words), said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    with running(tmp_path_factory.mktemp("slurm"), 4) as cluster, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for key in OURS:
+            patch.setenv(key, cluster.environment[key])
+        yield Site(cluster, folder)
+
+
+def test_scripts_are_sound_bash() -> None:
+    files = [str(path) for path in (*SCRIPTS, *(ROOT / "slurm").glob("*.sh"))]
+    assert [subprocess.call(["bash", "-n", file]) for file in files] == [0] * len(files)
+    done = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
+def test_slurm_would_run_the_script(site: Site, script: str) -> None:
+    """As it is, and with options a user adds."""
+    for options in ((), ("--nodes=2", "--ntasks-per-node=1", "--time=10"), ("--array=0-3",)):
+        site.cluster("sbatch", "--test-only", *options, f"{ROOT}/slurm/{script}")
+
+
+def test_launch_prints_what_it_would_submit(site: Site) -> None:
+    (site.folder / "worse.txt").write_text("127.0.0.3\n127.0.0.4\n")
+    words = ["launch", "run.toml", "train.steps=3", "--nodes", "2", "--ranks-per-node", "2", "--time", "1:00:00"]
+    words += ["--exclude", "worse.txt", "--sbatch", "--signal=USR1@90 --hold", "--dry-run"]
+    code, script = megahp(*words)
+    assert code == 0 and "\nset -- run.toml train.steps=3\n" in script and script.count("#SBATCH --signal") == 1
+    (site.folder / "job.sh").write_text(script)
+    job = site.cluster("sbatch", "--parsable", "job.sh").strip()
+    told = site.cluster("scontrol", "show", "job", job)
+    site.cluster("scancel", job)
+    for wanted in ("NumNodes=2", "NumTasks=4", "TimeLimit=01:00:00", "ExcNodeList=127.0.0.[3-4]", "Requeue=1"):
+        assert wanted in told
+    assert f"Comment=megahp {site.folder}/runs/run" in told and "JobHeldUser" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--nodes", "3", "parallel.tp=2"), "needs a multiple of 2 ranks and there are 3"),
+        (("--nodes", "0"), "--nodes 0 must be at least 1"),
+        (("--nodes", "9", "batch.global_batch=9"), "sbatch --test-only"),
+        (("--nodes", "2", "--partition", "none"), "invalid partition"),
+        (("--nodes", "2", "--sbatch", "-p none"), "write --name=value"),
+        (("--nodes", "2", "data.train=['nothing']"), "nothing"),
+    ],
+)
+def test_what_cannot_run_is_not_submitted(site: Site, words: tuple[str, ...], told: str) -> None:
+    code, said = megahp("launch", "run.toml", "log.name=none", *words)
+    assert code == 2 and told in said and said.count("\n") == 1
+    assert not site.cluster("squeue", "-h", "-t", "all", "-n", "none")
+
+
+def test_a_port_that_is_taken_is_passed_over(site: Site) -> None:
+    words = (
+        "source $MEGAHP_SLURM/environment.sh; source $MEGAHP_SLURM/job.sh; rendezvous; echo $MASTER_ADDR $MASTER_PORT"
+    )
+    job = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "127.0.0.[2-4]", "SLURM_CPUS_ON_NODE": "4"}
+    with socket.socket() as other:
+        other.bind(("", 22345))
+        other.listen()
+        said = site.cluster("bash", "-c", words, MEGAHP_SLURM=f"{ROOT}/slurm", **job)
+    assert said == "127.0.0.2 22346\n"
+
+
+def test_a_job_is_queued_again_as_long_as_that_leads_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """75 always; after a fault while there are new checkpoints, and restarts; a mistake and the end never."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+
+    def after(code: int, checkpoint: int = 0) -> int:
+        if checkpoint:
+            (site.folder / f"runs/futile/checkpoints/step-{checkpoint:08d}").mkdir(parents=True)
+        return megahp("requeue", str(code), "run.toml", "log.name=futile", "--restarts", "6")[0]
+
+    assert [after(code) for code in (137, 1, 75, 76, 1, 2, 0, 93)] == [0, 0, 0, 0, 93, 2, 0, 93]
+    assert [after(1, checkpoint) for checkpoint in (10, 20, 30, 40)] == [0, 0, 0, 1]
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert after(1) == 0
+
+
+def test_told_at_the_time_limit_and_queued_again(site: Site) -> None:
+    """Slurm gives notice ahead of the time limit, the ranks save and leave, and the job goes on from there."""
+    job, events = site.jobs["limited"], site.folder / "runs/limited/events.jsonl"
+    site.cluster.wait(lambda: events.exists() and "requeued" in events.read_text(), 120)
+    site.cluster("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # or the next life is told as soon
+    site.finished("limited")
+    site.finished("undisturbed")
+    told = ("started", "stopped", "requeued", "resumed", "finished")
+    _, stopped, requeued, resumed, _ = along = site.events("limited", *told)
+    assert [event["event"] for event in along] == list(told)
+    assert "SIGUSR1" in stopped["reason"] and requeued["code"] == 75
+    assert resumed["step"] == stopped["step"] >= 12
+    assert site.numbers("limited") == site.numbers("undisturbed")
+    assert "Restarts=1" in site.cluster("scontrol", "show", "job", job)
+    code, said = megahp("status", "runs/limited")
+    assert code == 0 and f"step {STEPS}, loss" in said and "3.84k/3.84k tokens 100%" in said and "finished" in said
+
+
+def test_one_task_a_rank(site: Site) -> None:
+    job = site.finished("undisturbed")
+    assert len(site.numbers("undisturbed")) == STEPS
+    (started,) = site.events("undisturbed", "started")
+    assert started["layout"]["dp_shard"] == 2
+    logs = {path.name for path in (site.folder / "runs/undisturbed/slurm").iterdir()}
+    assert logs == {f"{job}.out", f"undisturbed-{job}-0.out", f"undisturbed-{job}-1.out"}
+
+
+def test_status_of_jobs(site: Site) -> None:
+    assert megahp("status", "runs/nothing") == (
+        2,
+        "megahp: runs/nothing is no run directory; name one, such as runs/mine\n",
+    )
+    code, said = megahp("status")
+    assert code == 0 and f"{site.folder}/runs/lost\n  job {site.jobs['lost']}: " in said
+
+
+def test_a_mistake_is_not_repeated(site: Site) -> None:
+    job = site.jobs["mistake"]
+    assert site.cluster.finished(job) == "FAILED"
+    told = site.cluster("scontrol", "show", "job", job)
+    assert "Restarts=0" in told and "ExitCode=2:0" in told
+
+
+def test_a_preprocessing_array(site: Site) -> None:
+    """Three files by an array of two; what is there is not made again."""
+    for number in range(3):
+        (site.folder / f"{number}.txt").write_text(f"text {number} " * 20)
+    words = ("--tokenizer", "bytes", "--input", "0.txt", "1.txt", "2.txt")
+    for _ in range(2):
+        job = site.sbatch("preprocess", "part", *words, options=ARRAY)
+        assert site.cluster.finished(job) == "COMPLETED", site.said()
+    told = [json.loads((site.folder / f"part-0000{part}.json").read_text()) for part in range(2)]
+    assert [each["documents"] for each in told] == [2, 1]
+    assert (site.folder / f"preprocess-{job}-1.out").read_text() == "nothing to do for part-00001\n"
+
+
+def test_a_sweep_array(site: Site) -> None:
+    words = ["run.toml", "train.steps=3", "--grid", "optimizer.lr=0.001,0.01", "--family", "model.layers=1,2"]
+    sweep = ["python", f"{ROOT}/tools/transfer_sweep.py", *words, "--seeds", "1", "--out", "sweep"]
+    job = re.search(r"job (\d+)", site.cluster(*sweep, "--slurm", "2"))[1]  # type: ignore[index]
+    assert site.cluster.finished(job) == "COMPLETED", site.said()
+    assert "4 cells, 4 of them there already" in site.cluster(*sweep)
+
+
+def test_conversion_and_benchmark(site: Site) -> None:
+    site.finished("undisturbed")
+    words = ("--from", "megahp", "--to", "huggingface", "runs/undisturbed", "exported", "--no-check")
+    jobs = [site.sbatch("convert", *words)]
+    words = ("benchmark_training.py", "--shape", "1x16", "--sequence", "16", "--turns", "1", "--vocabulary", "64")
+    jobs.append(site.sbatch("benchmark", *words, "--contestants", "megahp", "--dtype", "float32"))
+    assert [site.cluster.finished(job) for job in jobs] == ["COMPLETED"] * 2, site.said()
+    assert (site.folder / "exported/config.json").exists()
+
+
+def test_one_torchrun_a_node(site: Site) -> None:
+    """A rank is killed: its exit code is the job's, which is queued again, without the nodes that are named as bad."""
+    job = site.finished("torchrun")
+    assert "ExcNodeList=127.0.0.1 " in site.cluster("scontrol", "show", "job", job).replace("\n", " ")
+    (requeued,) = site.events("torchrun", "requeued")
+    assert requeued["code"] == 137 and requeued["checkpoints"] == ["step-00000010"]
+    assert site.numbers("torchrun") == site.numbers("undisturbed")
+
+
+def test_a_lost_node(site: Site) -> None:
+    """A node dies with all that runs on it; the job begins again on others, from its last checkpoint."""
+    job = site.finished("lost")
+    (node,) = (name for name, slurmd in site.cluster.nodes.items() if slurmd.poll() is not None)
+    told = site.cluster("scontrol", "show", "job", job)
+    assert "Restarts=1" in told and node not in told
+    (resumed,) = site.events("lost", "resumed")
+    assert resumed["step"] == 10 and site.numbers("lost") == site.numbers("undisturbed")
