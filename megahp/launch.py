@@ -233,7 +233,7 @@ def _first_host(place: World, environment: Mapping[str, str]) -> str:
     if _mpirun(environment) or not match:
         raise UserError(
             "MASTER_ADDR is not set and nothing else names the first rank's host; start with --ranks, torchrun or "
-            "srun; under mpirun install mpi4py, or set MASTER_ADDR and MASTER_PORT for all ranks"
+            "srun; under mpirun install mpi4py for its MPI, or set MASTER_ADDR and MASTER_PORT for all ranks"
         )
     return match[1] + (match[2] or "")
 
