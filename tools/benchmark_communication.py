@@ -80,6 +80,11 @@ def benchmark(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     sizes = [bytes_of(size) for size in arguments.sizes]
     if arguments.repeats < 1:
         raise UserError(f"--repeats {arguments.repeats} must be at least 1")
+    for file in filter(None, (arguments.json, arguments.plot)):
+        if not file.parent.is_dir():
+            raise UserError(f"{file} cannot be written, {file.parent} is no folder; make it, or name another file")
+    if arguments.plot and arguments.plot.suffix not in (".svg", ".png", ".pdf"):
+        raise UserError(f"--plot {arguments.plot} cannot be drawn; name a .svg, .png or .pdf file")
     if arguments.settings and not arguments.run:
         raise UserError(f"{' '.join(arguments.settings)}: --settings go with --run RUN.toml")
     place = launch.world()
