@@ -55,7 +55,7 @@ from megahp.parallel.layout import fit
 SIZES = ["1K", "8K", "64K", "512K", "4M", "32M"]
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 COLUMNS = ("size", "us", "quartiles", "algbw", "busbw", "wrong")
-LINE = "{0:>8}{1:>12}{2:>22}{3:>9}{4:>9}{5:>7}"
+LINE = "{0:>8}{1:>12}{2:>27}{3:>9}{4:>9}{5:>7}"
 
 
 @dataclass(frozen=True)

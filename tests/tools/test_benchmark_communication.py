@@ -1,4 +1,4 @@
-"""The benchmark of communication: right figures by the definition, wrong results noticed, groups as the mesh has them."""
+"""The benchmark of communication: figures by the definition, wrong results noticed, groups as the mesh has them."""
 
 from __future__ import annotations
 
