@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch.is_first_here():  # what is found before the ranks meet, all of them find
             _complain(error)
         return USER_ERROR
+    except Fault as error:
+        _complain(error)
+        return FAULT
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -1,4 +1,4 @@
-"""Ranks: starting them on this machine, knowing which one this is under torchrun or Slurm, and leaving cleanly."""
+"""Ranks: starting them here, knowing which one this is under torchrun, mpirun or Slurm, and leaving cleanly."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from megahp.errors import UserError
+from megahp.errors import Fault, UserError
 from megahp.exit_codes import FINAL, FINISHED, STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 SECONDS_TO_EXPLAIN = 2.0  # how long the ranks are left alone once one has failed, to say why
-NOTICES = (
-    signal.SIGTERM,
-    signal.SIGUSR1,
-)  # signals that announce an end: scancel and `kill`; Slurm's --signal=USR1@120
+# signals that announce an end: scancel's, `kill`'s, Slurm's --signal=USR1@120
+NOTICES = (signal.SIGTERM, signal.SIGUSR1)
 SAME = 5.0  # seconds within which a second signal is the first one's echo, from a launcher or a process group
-PATIENCE = timedelta(minutes=10)  # of ranks that wait for others to start
+PATIENCE = timedelta(minutes=10)  # of ranks that wait for each other
+PORTS = (20000, 12768)  # the first, and how many: below those that Linux gives to outgoing connections
 PR_SET_PDEATHSIG = 1
+
+# What mpirun tells a rank: its number, how many there are, and the same on its host. It goes before what srun tells,
+# since in a Slurm job mpirun starts its daemons, and so the ranks, by srun.
+OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # MPICH's and Intel's
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,12 @@ class World:
 
 
 def world(environment: Mapping[str, str] = os.environ) -> World:
-    """This process's place, from torchrun's variables, else srun's, else alone."""
+    """This process's place, from torchrun's variables, else mpirun's, else srun's, else alone."""
     if "WORLD_SIZE" in environment:
         if "RANK" not in environment:
-            raise UserError("WORLD_SIZE is set and RANK is not; start with --ranks, torchrun or srun, or unset it")
+            raise UserError(
+                "WORLD_SIZE is set and RANK is not; start with --ranks, torchrun, mpirun or srun, or unset it"
+            )
         size = int(environment["WORLD_SIZE"])
         return World(
             int(environment["RANK"]),
@@ -52,6 +60,8 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
             int(environment.get("LOCAL_RANK", 0)),
             int(environment.get("LOCAL_WORLD_SIZE", size)),
         )
+    if names := _mpirun(environment):
+        return World(*(int(environment[name]) for name in names))
     if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
         local = int(environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
         return World(
@@ -60,12 +70,17 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
             int(environment["SLURM_LOCALID"]),
             local,
         )
+    if "PMI_RANK" in environment:
+        raise UserError(
+            "PMI_RANK is set and MPI_LOCALRANKID is not; set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE"
+        )
     return World()
 
 
 def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the first of its machine's ranks, or alone."""
-    return environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0")) == "0"
+    names = ("LOCAL_RANK", OPEN_MPI[2], HYDRA[2], "SLURM_LOCALID")
+    return next((environment[name] for name in names if name in environment), "0") == "0"
 
 
 def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", "megahp")) -> int:
@@ -125,21 +140,60 @@ def join(place: World, cuda: bool, patience: timedelta = PATIENCE) -> Store:
     """Initialise the default process group: gloo for CPU tensors, NCCL for CUDA's, whose collectives fail after waiting
     for so long. Returns the store the ranks share.
 
-    Raises UserError when torchrun's or srun's variables do not lead to the first rank.
+    Raises UserError when what the launcher tells does not lead to the first rank, Fault when nobody answers there.
     """
     import torch.distributed as dist
 
+    store = meet(place)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if place.size == 1:
-        alone = dist.HashStore()
-        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
-        return alone
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = _first_host(os.environ.get("SLURM_STEP_NODELIST", ""))
-    if "MASTER_PORT" not in os.environ:  # the same on all ranks of a job, different between jobs of one user
-        os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
-    store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=PATIENCE))
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=patience)
+    return store
+
+
+def meet(place: World, patience: timedelta = PATIENCE) -> Store:
+    """The store the ranks share, which the first one holds, or the torchrun or --ranks that started them.
+
+    MASTER_ADDR and MASTER_PORT name its place; else MPI tells it; else it follows from Slurm's or Open MPI's variables.
+    Raises UserError or Fault, as join() does.
+    """
+    import torch.distributed as dist
+
+    if place.size == 1:
+        return dist.HashStore()
+    if "MASTER_ADDR" not in os.environ and (store := _meet_by_mpi(place, patience)):
+        return store
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _first_host(place, os.environ)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_port(os.environ))
+    try:
+        return next(dist.rendezvous("env://", place.rank, place.size, timeout=patience))[0]
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR:MASTER_PORT)"
+        why = str(error).splitlines()[0]
+        raise Fault(f"rank {place.rank} does not meet the others at {where}: {why}") from None
+
+
+def _meet_by_mpi(place: World, patience: timedelta) -> Store | None:
+    """The first rank's store, its address and a free port told by MPI; None where mpi4py is not there, or is of
+    another MPI than mpirun and sees one rank. MPI is finalized at once, so that a rank may end in any way later."""
+    import torch.distributed as dist
+
+    if not _mpirun(os.environ):
+        return None
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):  # not installed; no MPI library found
+        return None
+    host = "127.0.0.1" if place.local_size == place.size else socket.gethostname()
+    port, store = 0, None
+    if MPI.COMM_WORLD.size == place.size:
+        if place.rank == 0:
+            store = dist.TCPStore(host, 0, is_master=True, timeout=patience, wait_for_workers=False)
+            port = store.port
+        host, port = MPI.COMM_WORLD.bcast((host, port))
+        store = store or dist.TCPStore(host, port, timeout=patience)
+    MPI.Finalize()
     return store
 
 
@@ -177,19 +231,36 @@ def leave(code: int) -> None:
     """End this process. destroy_process_group() races with gloo's threads and now and then aborts, so it is skipped."""
     import torch.distributed as dist
 
-    if code in (FINISHED, STOPPED) and dist.is_initialized():
-        dist.barrier()  # or a launcher might end the ranks that are still leaving
+    if code in (FINISHED, STOPPED) and dist.is_initialized():  # a launcher ends all when one is gone with another code
+        dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _first_host(nodes: str) -> str:
-    """First name of a Slurm node list: n[3-5,9],m1 -> n3."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
-    if not match:
-        raise UserError("MASTER_ADDR is not set and there is no Slurm node list; start with --ranks, torchrun or srun")
+def _mpirun(environment: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The names of the variables of the mpirun that started this process."""
+    return next((names for names in (OPEN_MPI, HYDRA) if all(name in environment for name in names)), None)
+
+
+def _first_host(place: World, environment: Mapping[str, str]) -> str:
+    """Where rank 0 is: on this machine if all are, else on the first of Slurm's node list: n[3-5,9],m1 -> n3."""
+    if "PMIX_NAMESPACE" in environment and _mpirun(environment) and place.local_size == place.size:
+        return "127.0.0.1"
+    match = re.match(r"([^\[,]+)(?:\[(\d+))?", environment.get("SLURM_STEP_NODELIST", ""))
+    if _mpirun(environment) or not match:
+        raise UserError(
+            "MASTER_ADDR is not set and nothing else names the first rank's host; start with --ranks, torchrun or "
+            "srun; under mpirun install mpi4py for its MPI, or set MASTER_ADDR and MASTER_PORT for all ranks"
+        )
     return match[1] + (match[2] or "")
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """The same on all ranks of an mpirun or a job step, very likely another for any other."""
+    names = ("PMIX_NAMESPACE",) if _mpirun(environment) else ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    step = " ".join(environment.get(name, "") for name in names)
+    return PORTS[0] + zlib.crc32(step.encode()) % PORTS[1]
 
 
 def _first_failure(returncodes: Sequence[int | None]) -> int:

@@ -9,18 +9,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megahp.errors import UserError
+from megahp.errors import Fault, UserError
+from megahp.exit_codes import FAULT, INTERRUPTED, USER_ERROR
+from megahp.launch import is_first_here
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """A command's own; 2, after one line, for a mistake of the user's, and 130 when it is interrupted."""
+    """A command's own; after one line 2 for a mistake of the user's, 1 for a fault; 130 when it is interrupted."""
     try:
         return command()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError, Fault) as error:
+        if is_first_here():  # all ranks of a machine find the same
+            print(f"error: {error}", file=sys.stderr)
+        return FAULT if isinstance(error, Fault) else USER_ERROR
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 @contextmanager

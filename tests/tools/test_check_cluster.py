@@ -1,0 +1,207 @@
+"""The check of a cluster: each kind of fault is named, and nothing else; a rank that really is slow is found."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "check_cluster.py"
+NODES = ["n1", "n1", "n2", "n2", "n3", "n3", "n4", "n4"]
+SLOW = 1  # rank
+
+
+def healthy() -> dict[str, list[Any]]:
+    """Findings of four nodes of two ranks, all much alike."""
+    size = len(NODES)
+    pairs = [
+        [
+            {"kind": "node", "with": rank ^ 1, "bytes_per_second": 9e9, "seconds": 1e-6, "wrong": 0},
+            *(
+                {
+                    "kind": "between nodes",
+                    "with": (rank + by) % size,
+                    "bytes_per_second": 1e9,
+                    "seconds": 5e-6,
+                    "wrong": 0,
+                }
+                for by in (2, -2)
+            ),
+        ]
+        for rank in range(size)
+    ]
+    return {
+        "ranks": [{"node": node, "free_bytes": 8e10, "versions": {"torch": "2.13", "NCCL": None}} for node in NODES],
+        "links": [
+            [
+                {"rank": other, "seconds": 1e-4, "offset": 1e-3 * rank}
+                for other in sorted({0, *((rank + 2**k) % size for k in range(4))} - {rank})
+            ]
+            for rank in range(size)
+        ],
+        "disk": [
+            {"/tmp": {"free_bytes": 1e11, "bytes_per_second": 1e9}} if rank % 2 == 0 else {} for rank in range(size)
+        ],
+        "gemm": [{"flops": 9e14 + rank, "wrong": 0, "checksum": 7} for rank in range(size)],
+        "join": ["joined"] * size,
+        "pairs": pairs,
+        "all-reduce": [{"world": {"bytes_per_second": 1e9, "wrong": 0}} for _ in range(size)],
+    }
+
+
+def slow_pairs(found: dict[str, list[Any]], rank: int, kind: str, key: str, factor: float) -> None:
+    """All pairs of a rank, seen from both ends."""
+    for one, each in enumerate(found["pairs"]):
+        for pair in each:
+            if pair["kind"] == kind and rank in (one, pair["with"]):
+                pair[key] *= factor
+
+
+def cut(found: dict[str, list[Any]], nodes: set[str]) -> None:
+    """All connections with these nodes."""
+    for rank, partners in enumerate(found["links"]):
+        for number, partner in enumerate(partners):
+            ends = {NODES[rank], NODES[partner["rank"]]}
+            if len(ends) == 2 and ends & nodes:
+                partners[number] = {"rank": partner["rank"], "error": "timed out"}
+
+
+Fault = Callable[[dict[str, list[Any]]], object]
+FAULTS: dict[str, tuple[Fault, set[str | None], str]] = {
+    "version": (lambda f: f["ranks"][3]["versions"].update(torch="2.11"), {"n2"}, "torch 2.11, most have 2.13"),
+    "memory": (lambda f: f["ranks"][5].update(free_bytes=5e10), {"n3"}, "50 GB of memory free"),
+    "port": (lambda f: f["links"][6][0].update(error="refused"), {None}, "rank 6 does not reach rank 0: refused"),
+    "port within": (lambda f: f["links"][0][0].update(error="refused"), {"n1"}, "rank 0 does not reach rank 1"),
+    "network": (lambda f: cut(f, {"n3"}), {"n3"}, "connections with other nodes fail"),
+    "network of rank 0": (lambda f: cut(f, {"n1"}), {"n1"}, "connections with other nodes fail"),
+    "clock": (lambda f: [each.update(offset=-61.0) for each in f["links"][4]], {"n3"}, "-61.0 s from the median"),
+    "clock of rank 0": (
+        lambda f: [each.update(offset=-61.0) for partners in f["links"] for each in partners],
+        {"n1"},
+        "rank 0: its clock is +61.0 s",
+    ),
+    "room": (lambda f: f["disk"][2]["/tmp"].update(free_bytes=5e8), {"n2"}, "0.5 GB free, of 1 wanted"),
+    "disk": (lambda f: f["disk"][6]["/tmp"].update(bytes_per_second=1e8), {"n4"}, "0.1 GB/s written to /tmp"),
+    "broken disk": (lambda f: f["disk"].__setitem__(2, {"error": "Read-only"}), {"n2"}, "rank 2, disk: Read-only"),
+    "slow device": (lambda f: f["gemm"][7].update(flops=5e14), {"n4"}, "rank 7: 500 TFLOP/s, the median is 900"),
+    "wrong product": (lambda f: f["gemm"][1].update(wrong=1, checksum=8), {"n1"}, "1 rows of a matrix product are wr"),
+    "other bits": (lambda f: f["gemm"][1].update(checksum=8), {"n1"}, "not, bit for bit, that of most"),
+    "slow link": (lambda f: slow_pairs(f, 4, "between nodes", "bytes_per_second", 0.5), {"n3"}, "rank 4: 0.5 GB/s"),
+    "slow link within": (lambda f: slow_pairs(f, 4, "node", "bytes_per_second", 0.5), {"n3"}, "(node)"),
+    "late link": (lambda f: slow_pairs(f, 4, "between nodes", "seconds", 9), {"n3"}, "45 us for 8 bytes"),
+    "changed message": (lambda f: f["pairs"][2][0].update(wrong=3), {"n2"}, "sent rank 2 arrived changed, in 3"),
+    "wrong sum": (lambda f: f["all-reduce"][0]["world"].update(wrong=3), {None}, "all-reduce (world): 3 elements"),
+    "silent": (lambda f: f["gemm"].__setitem__(5, None), {"n3"}, "rank 5 does not answer (gemm)"),
+    "absent": (lambda f: f["ranks"].__setitem__(5, None), {None}, "rank 5 does not answer (ranks)"),
+    "no group": (lambda f: f["join"].__setitem__(5, {"error": "timeout"}), {None}, "rank 5, join: timeout"),
+}
+
+
+def test_nothing_stands_out_on_healthy_nodes(tool: ModuleType) -> None:
+    assert tool.verdict(healthy(), 0.25, 1.0) == []
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_with_its_node_and_no_other(name: str, tool: ModuleType) -> None:
+    plant, nodes, words = FAULTS[name]
+    found = copy.deepcopy(healthy())
+    plant(found)
+    problems = tool.verdict(found, 0.25, 1.0)
+    assert {problem.node for problem in problems} == nodes
+    assert any(words in problem.what for problem in problems), problems
+
+
+def test_the_list_of_bad_nodes_is_kept(tool: ModuleType) -> None:
+    """A node that is fit again leaves it; one that was not looked at stays."""
+    problems = [tool.Problem("n3", ""), tool.Problem(None, "")]
+    assert tool.excluded(["n2", "n9"], healthy()["ranks"], problems) == ["n3", "n9"]
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+def test_in_every_round_a_rank_has_one_partner(size: int, tool: ModuleType) -> None:
+    rounds = tool.rounds(size)
+    assert all(match[match[one]] == one != match[one] for match in rounds for one in match)
+    edges = sorted(tuple(sorted((one, match[one]))) for match in rounds for one in match)
+    ring = {tuple(sorted((one, (one + 1) % size))) for one in range(size)}
+    assert edges == sorted([*ring, *ring])  # from both ends
+
+
+def test_a_wrong_product_is_seen(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "SIDE", {"cpu": 128})
+    assert tool.gemm(torch.device("cpu"))["wrong"] == 0
+    right = torch.Tensor.__matmul__
+
+    def broken(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        c = right(a, b)
+        if c.dtype == torch.float32:
+            c[5, 7] += 1
+        return c
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", broken)
+    assert tool.gemm(torch.device("cpu"))["wrong"] == 1
+
+
+def test_a_slow_rank_is_named(tmp_path: Path) -> None:
+    """Three real ranks, one of them stopped for 19 twentieths of the time while all multiply matrices."""
+    words = ["--ranks", "3", "--slack", "0.6", "--json", "found.json", "--exclude-file", "bad.txt"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SLURMD_NODENAME": "n1"}
+    command = [sys.executable, str(SCRIPT), *words]
+    check = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    assert check.stdout
+    out, over = "", threading.Event()
+    for line in check.stdout:
+        out += line
+        if line.startswith("gemm"):
+            threading.Thread(target=throttle, args=(pid_of_rank(check.pid, SLOW), over)).start()
+        elif line.startswith("join"):
+            over.set()
+    over.set()
+    assert check.wait(60) == 1, out
+    assert f"BAD  n1: rank {SLOW}: " in out and "TFLOP/s, the median is" in out
+    assert (tmp_path / "bad.txt").read_text() == "n1\n"
+    found = json.loads((tmp_path / "found.json").read_text())
+    products = found["found"]["gemm"]
+    assert min(products, key=lambda each: each["flops"]) == products[SLOW]
+    assert len({each["checksum"] for each in products}) == 1
+    assert all(pair["wrong"] == 0 for pairs in found["found"]["pairs"] for pair in pairs)
+    assert [[pair["with"] for pair in pairs] for pairs in found["found"]["pairs"]] == [[1, 2], [0, 2], [1, 0]]
+
+
+def pid_of_rank(launcher: int, rank: int) -> int:
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return next(int(pid) for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
+
+
+def throttle(pid: int, over: threading.Event) -> None:
+    with suppress(ProcessLookupError):
+        while not over.wait(0.005):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.095)
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("words", "mistake"),
+    [
+        (["--slack", "1.5"], "--slack 1.5 must be below 1"),
+        (["--patience", "soon"], "'soon' is no number above 0 for --patience"),
+        (["--folder", "nowhere"], "--folder nowhere is no folder"),
+        (["--exclude-file", "nowhere/bad.txt"], "nowhere is no folder"),
+    ],
+)
+def test_mistakes(words: list[str], mistake: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(words) == 2
+    assert mistake in capsys.readouterr().err
