@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megahp.errors import UserError
+from megahp.exit_codes import INTERRUPTED, USER_ERROR
 
 
 def exit_code(command: Callable[[], int]) -> int:
@@ -18,9 +19,9 @@ def exit_code(command: Callable[[], int]) -> int:
         return command()
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 @contextmanager
