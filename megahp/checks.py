@@ -361,6 +361,25 @@ def _schedule(config: Config) -> list[str]:
     return problems
 
 
+def _checkpoints(config: Config) -> list[str]:
+    """What asks for checkpoints that there would not be."""
+    kept, problems = config.checkpoint, []
+    if config.resilience.spikes == "rewind" and not kept.every:
+        problems.append(
+            "resilience.spikes = 'rewind' goes back to checkpoints, and with checkpoint.every = 0 there is none before "
+            "the end; set checkpoint.every"
+        )
+    if kept.keep_best and not config.train.validation_samples:
+        problems.append("checkpoint.keep_best needs a validation loss, and train.validation_samples = 0; raise it")
+    if kept.every and kept.keep_every % kept.every:
+        problems.append(
+            f"checkpoint.keep_every = {kept.keep_every} is no multiple of checkpoint.every = "
+            f"{kept.every}, so few would be kept; nearest: "
+            f"{nearest_multiples(kept.every, kept.keep_every)}"
+        )
+    return problems
+
+
 def _run(config: Config) -> list[str]:
     """What is wrong with a run's name, length and validation."""
     train, problems = config.train, []
@@ -371,19 +390,6 @@ def _run(config: Config) -> list[str]:
         problems.append(
             f"train.validation_samples = {train.validation_samples} needs documents held out, and "
             "data.validation_fraction is 0; raise it, or set train.validation_samples=0"
-        )
-    if config.resilience.spikes == "rewind" and not config.checkpoint.every:
-        problems.append(
-            "resilience.spikes = 'rewind' goes back to checkpoints, and with checkpoint.every = 0 there is none before "
-            "the end; set checkpoint.every"
-        )
-    if config.checkpoint.keep_best and not train.validation_samples:
-        problems.append("checkpoint.keep_best needs a validation loss, and train.validation_samples = 0; raise it")
-    if config.checkpoint.every and config.checkpoint.keep_every % config.checkpoint.every:
-        problems.append(
-            f"checkpoint.keep_every = {config.checkpoint.keep_every} is no multiple of checkpoint.every = "
-            f"{config.checkpoint.every}, so few would be kept; nearest: "
-            f"{nearest_multiples(config.checkpoint.every, config.checkpoint.keep_every)}"
         )
     if train.tokens < config.data.sequence_length * config.batch.global_batch:
         problems.append(
@@ -406,5 +412,6 @@ CHECKS = (
     _engines,
     _weights,
     _schedule,
+    _checkpoints,
     _run,
 )

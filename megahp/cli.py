@@ -128,9 +128,7 @@ def _train_again_and_again(options: argparse.Namespace, settings: Config, place:
             "is started again by whatever started it"
         )
     arguments = ["train", str(options.run_file), *options.overrides]
-    minutes = settings.resilience.stop_after
-
-    began = time.monotonic()
+    minutes, began = settings.resilience.stop_after, time.monotonic()
 
     def start(resume: bool) -> int:
         words = ["--resume", "auto"] if resume or options.resume else []

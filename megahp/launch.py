@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 SECONDS_TO_EXPLAIN = 2.0  # how long the ranks are left alone once one has failed, to say why
-# signals that announce an end: scancel's, `kill`'s, Slurm's --signal=USR1@120
-NOTICES = (signal.SIGTERM, signal.SIGUSR1)
+NOTICES = (signal.SIGTERM, signal.SIGUSR1)  # of an end: scancel's and `kill`'s; Slurm's --signal=USR1@120
 SAME = 5.0  # seconds within which a second signal is the first one's echo, from a launcher or a process group
 PATIENCE = timedelta(minutes=10)  # of ranks that wait for each other
 PORTS = (20000, 12768)  # the first, and how many: below those that Linux gives to outgoing connections
@@ -99,7 +98,6 @@ def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", 
     }
     command = [sys.executable, *program, *arguments]
     processes: list[subprocess.Popen[bytes]] = []
-
     notices: list[tuple[float, int]] = []  # when, which signal
 
     def pass_on(number: int, _: object) -> None:

@@ -49,7 +49,7 @@ TARGET = 0.1  # of the time of a synchronous save
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, 2 for a mistake of the user's."""
+    """The command; returns its exit code. Raises UserError."""
     words = sys.argv[1:] if words is None else list(words)
     arguments = parser().parse_args(words)
     for name, least in (("ranks", 1), ("saves", 2)):

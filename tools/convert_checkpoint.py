@@ -75,16 +75,21 @@ def refuse_mistakes(arguments: argparse.Namespace) -> None:
         raise UserError(f"--from {formats[0]} --to {formats[1]}: one of the two must be megahp; convert twice")
     if arguments.overrides and formats[0] == "megahp":
         raise UserError(f"{arguments.overrides[0]}: settings are for --to megahp; leave it out")
-    if arguments.target.exists():
-        raise UserError(f"{arguments.target} exists; name a new folder, or remove it")
-    if not 0 < arguments.file_size < float("inf"):
-        raise UserError(f"--file-size {arguments.file_size:g} must be above 0; 1 is usual")
     if formats[0] == "megatron-legacy" and not arguments.allow_pickle:
         raise UserError(f"{arguments.source} is a pickle; --allow-pickle reads it, without executing what it names")
     if arguments.allow_pickle and formats[0] != "megatron-legacy":
         raise UserError("--allow-pickle is for --from megatron-legacy; leave it out")
     if arguments.text and arguments.no_check:
         raise UserError(f"--text {arguments.text} is for the check; leave it or --no-check out")
+    refuse_files(arguments)
+
+
+def refuse_files(arguments: argparse.Namespace) -> None:
+    """Raise UserError for files and folders that cannot be meant, of any tool that writes a run directory."""
+    if arguments.target.exists():
+        raise UserError(f"{arguments.target} exists; name a new folder, or remove it")
+    if not 0 < arguments.file_size < float("inf"):
+        raise UserError(f"--file-size {arguments.file_size:g} must be above 0; 1 is usual")
     if arguments.text and not (arguments.text.is_file() and arguments.text.stat().st_size):
         raise UserError(f"--text {arguments.text} is no file that holds text; name another")
 

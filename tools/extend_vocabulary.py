@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from command import appearing, exit_code
-from convert_checkpoint import byte_letters, of_checkpoint, write_run
+from convert_checkpoint import byte_letters, of_checkpoint, refuse_files, write_run
 from torch import Tensor
 
 from megahp import config
@@ -97,15 +97,10 @@ def extend(arguments: argparse.Namespace) -> int:
 
 def refuse_mistakes(arguments: argparse.Namespace) -> None:
     """Raise UserError for options that cannot be meant."""
-    if arguments.target.exists():
-        raise UserError(f"{arguments.target} exists; name a new folder, or remove it")
+    refuse_files(arguments)
     if (arguments.rule == "projection") != bool(arguments.donor):
         given = f"--donor {arguments.donor}" if arguments.donor else "no --donor"
         raise UserError(f"--rule {arguments.rule} with {given}: a donor is what --rule projection needs, and no other")
-    if not 0 < arguments.file_size < float("inf"):
-        raise UserError(f"--file-size {arguments.file_size:g} must be above 0; 1 is usual")
-    if arguments.text and not (arguments.text.is_file() and arguments.text.stat().st_size):
-        raise UserError(f"--text {arguments.text} is no file that holds text; name another")
 
 
 def check_extension(old: Vocabulary, new: Vocabulary) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import logged
 import numpy as np
 import pytest
 import torch.distributed as dist
@@ -80,9 +81,7 @@ def metrics(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def numbers(folder: Path, name: str) -> list[dict[str, Any]]:
-    """All that is logged of each step but the clock's readings."""
-    clock = ("tokens_per_second", "step_seconds")
-    return [{key: value for key, value in record.items() if key not in clock} for record in metrics(folder, name)]
+    return logged.numbers(folder / "runs" / name)
 
 
 def losses(folder: Path, name: str) -> list[float]:

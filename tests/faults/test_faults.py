@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from corpus import write_corpus
-from faults.test_soak import RUN, numbers
+from faults.test_soak import RUN
+from logged import numbers
 
 from megahp import checkpoint
 from megahp.train.metrics import read_events

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from corpus import write_corpus
-from faults.test_soak import RUN, numbers
+from faults.test_soak import RUN
+from logged import numbers
 
 from megahp import checkpoint
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from corpus import write_corpus
+from logged import numbers
 
 from megahp import checkpoint
 from megahp.exit_codes import FINISHED, STOPPED
@@ -64,7 +65,7 @@ DAMAGE = ("flip",)  # of the newest checkpoint, and the run is killed
 def faults(seed: int) -> list[dict[str, Any]]:
     """Two dozen, of every kind at least one, at steps apart so that none hides another."""
     draw = random.Random(seed)
-    kinds = [*PASSING, *LEAVING, *ENDING, *SAVING, "flip"]
+    kinds = [*PASSING, *LEAVING, *ENDING, *SAVING, *DAMAGE]
     draw.shuffle(kinds)
     apart = STEPS // (len(kinds) + 1)
     return [
@@ -121,13 +122,6 @@ def soak(folder: Path, seed: int) -> Soak:
     return Soak(folder, planned, codes, said, time.monotonic() - began)
 
 
-def numbers(run: Path) -> list[dict[str, Any]]:
-    """All that is logged of each step but the clock's readings."""
-    clock = ("tokens_per_second", "step_seconds")
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
-
-
 def prepared(folder: Path) -> Path:
     """The folder, with data, run file and the undisturbed run."""
     write_corpus(folder / "corpus", 0.02)
@@ -158,7 +152,7 @@ def test_no_more_than_an_interval_is_lost(soaked: Soak) -> None:
     struck = sorted(soaked.struck(number) for number in range(24))
     for start in soaked.events("resumed"):
         when, step = max(each for each in struck if each[0] <= start["time"])
-        damaged = any(fault["kind"] == "flip" for fault in soaked.faults if fault["step"] == step)
+        damaged = any(fault["kind"] in DAMAGE for fault in soaked.faults if fault["step"] == step)
         assert step - 1 - start["step"] <= 2 * INTERVAL + damaged * INTERVAL, (when, step, start)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from corpus import write_corpus
-from faults.test_soak import numbers
+from logged import numbers
 from slurm.cluster import MISSING, ROOT, Cluster, running
 
 from megahp.cli import main

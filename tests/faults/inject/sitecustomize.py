@@ -23,12 +23,17 @@ NAN = float("nan")
 RANK = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", -1)))
 
 
+def planned() -> list[dict[str, Any]]:
+    """This rank's faults, with their numbers."""
+    faults = json.loads(Path(os.environ["FAULTS"]).read_text())
+    return [{**fault, "number": number} for number, fault in enumerate(faults) if fault["rank"] == RANK]
+
+
 def due(step: int, *kinds: str) -> dict[str, Any] | None:
     """The fault of one of these kinds that strikes this rank now; it is marked as struck."""
-    for number, fault in enumerate(json.loads(Path(os.environ["FAULTS"]).read_text())):
-        mark = Path(f"{os.environ['FAULTS']}.{number}")
-        mine = fault["rank"] in (RANK, None)
-        if mine and fault["kind"] in kinds and step >= fault["step"] and not mark.exists():
+    for fault in planned():
+        mark = Path(f"{os.environ['FAULTS']}.{fault['number']}")
+        if fault["kind"] in kinds and step >= fault["step"] and not mark.exists():
             mark.write_text(str(step))
             return fault
     return None
@@ -90,8 +95,8 @@ def flip_a_bit(checkpoint: Path) -> None:
     file.write_bytes(content)
 
 
-def holds(plan: Any, sample: int | None) -> bool:
-    return sample is not None and plan.first_sample <= sample < plan.first_sample + plan.global_batch
+def holds(plan: Any, sample: int) -> bool:
+    return plan.first_sample <= sample < plan.first_sample + plan.global_batch
 
 
 def strike_steps() -> None:
@@ -118,11 +123,11 @@ def strike_steps() -> None:
         (stage,) = run.engine.stages
         block = next(iter(stage.blocks.values()))
         hooks = []
-        for fault in json.loads(Path(os.environ["FAULTS"]).read_text()):
-            if fault["rank"] == RANK and holds(plan, fault.get("sample")):
+        for fault in planned():
+            if fault["kind"] == "lasting" and holds(plan, fault["sample"]):
                 times = fault["times"]
                 hooks.append(stage.register_forward_hook(lambda module, inputs, output, times=times: output * times))
-            if fault["rank"] == RANK and fault["kind"] == "slow" and plan.step >= fault["step"]:
+            if fault["kind"] == "slow" and plan.step >= fault["step"]:
                 time.sleep(0.2)
         if due(plan.step, "activation"):
             hooks.append(block.register_forward_hook(lambda module, inputs, output: output * NAN))
