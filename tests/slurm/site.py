@@ -1,0 +1,114 @@
+"""A site: the emulated cluster, and jobs of megahp's on it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpus import write_corpus
+from logged import numbers
+from slurm.cluster import MISSING, ROOT, Cluster
+
+from megahp.cli import main
+from megahp.train.metrics import read_events
+
+ON_SLURM = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (apt-get install, see .ci/run)"),
+]
+STEPS = 60
+RUN = f"""
+[model]
+layers = 2
+width = 16
+heads = 2
+[data]
+train = ["corpus"]
+sequence_length = 16
+validation_fraction = 0.1
+[batch]
+global_batch = 4
+micro_batch = 1
+[train]
+tokens = {64 * STEPS}
+device = "cpu"
+validation_samples = 4
+[checkpoint]
+every = 10
+[log]
+tensorboard = false
+baselines = false
+"""
+
+
+class Site:
+    """A cluster, the folder this process is in and submits from, and jobs submitted at first, which run, or wait, while
+    what takes no node is tested."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        write_corpus(folder / "corpus", 0.02)
+        (folder / "run.toml").write_text(RUN)
+        (folder / "bad.txt").write_text("127.0.0.1\n")
+        killed = self.fault("torchrun", kind="kill", rank=1, step=12) | {"exclude": "bad.txt"}
+        two = ("--nodes=2",)
+        self.jobs = {
+            "limited": self.launch(
+                "limited",
+                "--time=1",
+                "--sbatch=--signal=USR1@55",
+                **self.fault("limited", kind="wait", rank=0, step=12),
+            ),
+            "undisturbed": self.launch("undisturbed"),
+            "torchrun": self.sbatch(
+                "pretrain_torchrun", "run.toml", "log.name=torchrun", options=two, RANKS_PER_NODE="1", **killed
+            ),
+            "lost": self.launch("lost", **self.fault("lost", kind="node", rank=1, step=16)),
+            "mistake": self.sbatch("pretrain", "run.toml", "log.name=mistake", "model.width=15"),
+        }
+
+    def fault(self, name: str, **fault: Any) -> dict[str, str]:
+        """The environment in which a run meets a fault (tests/faults/inject)."""
+        (self.folder / f"{name}.json").write_text(json.dumps([fault]))
+        return {"FAULTS": f"{self.folder}/{name}.json", "PYTHONPATH": f"{ROOT}/tests/faults/inject:{ROOT}"}
+
+    def launch(self, name: str, *options: str, **more: str) -> str:
+        """The number of the job."""
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in more.items():
+                patch.setenv(key, value)
+            code, said = megahp("launch", "run.toml", f"log.name={name}", "--nodes", "2", *options)
+        assert code == 0, said
+        return said.split()[1].rstrip(";")
+
+    def sbatch(self, script: str, *words: str, options: tuple[str, ...] = (), **more: str) -> str:
+        """The number of the job."""
+        more |= {"MEGAHP_SLURM": f"{ROOT}/slurm"}
+        return self.cluster("sbatch", "--parsable", *options, f"{ROOT}/slurm/{script}.sbatch", *words, **more).strip()
+
+    def finished(self, name: str) -> str:
+        """The number of the first jobs' one, which has ended well."""
+        assert self.cluster.finished(self.jobs[name]) == "COMPLETED", self.said()
+        return self.jobs[name]
+
+    def said(self) -> str:
+        """All logs, for a failure's sake."""
+        logs = [*self.folder.glob("*.out"), *self.folder.glob("runs/*/slurm/*.out")]
+        return "\n".join(f"== {log.name}\n{log.read_text()}" for log in logs)
+
+    def numbers(self, name: str) -> list[dict[str, Any]]:
+        return numbers(self.folder / "runs" / name)
+
+    def events(self, name: str, *kinds: str) -> list[dict[str, Any]]:
+        return [event for event in read_events(self.folder / "runs" / name) if event["event"] in kinds]
+
+
+def megahp(*words: str) -> tuple[int, str]:
+    """Exit code of a command, and what it says."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        return main(words), said.getvalue()
