@@ -239,6 +239,12 @@ def _batch(config: Config) -> list[str]:
     batch = config.batch
     if batch.largest and batch.largest < batch.global_batch:
         return [f"batch.largest = {batch.largest} is below batch.global_batch = {batch.global_batch}; raise it"]
+    stop_at = config.resilience.stop_at_batch
+    if stop_at and (batch.policy == "constant" or stop_at <= batch.global_batch):
+        return [
+            f"resilience.stop_at_batch = {stop_at} is no batch that batch.policy = {batch.policy!r} grows to from "
+            f"batch.global_batch = {batch.global_batch}; raise it, or leave it out"
+        ]
     if batch.policy == "noise-scale" and not config.train.noise_scale:
         return ["batch.policy = 'noise-scale' needs train.noise_scale = true"]
     if len(batch.critical_batch) != 2 or not all(0 < value < math.inf for value in batch.critical_batch):

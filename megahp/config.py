@@ -312,6 +312,12 @@ class Resilience:
     stop_after: float = setting(
         0.0, "minutes of training after which the run is saved and stops, to be gone on with; 0 = none", at_least=0
     )
+    stop_at_batch: int = setting(
+        0,
+        "once the global batch has grown to so many sequences the run is saved and stops, to be gone on with on more "
+        "ranks; 0 = never",
+        at_least=0,
+    )
     hang_after: float = setting(
         600.0, "seconds without a step after which ranks hang, and the job is ended; 0 = never", at_least=0
     )

@@ -23,9 +23,24 @@ taken() {
 # End this job, or queue it again, as training's exit code says (docs/faults.md).
 end() { # CODE RUN.toml [section.key=value ...]
     [ "$1" != 0 ] || exit 0
-    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" \
-        python -m megahp requeue "$@" --restarts "$restarts" || exit
+    alone requeue "$@" --restarts "$restarts" || exit
     trap '' TERM # which Slurm now sends, and there is one thing to do yet
     scontrol requeue "$SLURM_JOB_ID"
-    [ ! -s "$exclude" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(paste -sd, "$exclude")"
+    leave_out "$SLURM_JOB_ID"
+}
+
+# A command of megahp's as one process.
+alone() {
+    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" python -m megahp "$@"
+}
+
+# Let a pending job begin without the nodes named as bad.
+leave_out() { # JOB
+    [ ! -s "$exclude" ] || scontrol update JobId="$1" ExcNodeList="$(paste -sd, "$exclude")"
+}
+
+# Another number of nodes for a pending job that has one task a rank.
+resize() { # JOB NODES [more]
+    local ranks=$(($2 * RANKS_PER_NODE)) # Slurm leaves these as they were, and makes CPUs enough for the tasks
+    scontrol update JobId="$1" NumNodes="$2-$2" NumTasks="$ranks" NumCPUs="$ranks" "${@:3}"
 }

@@ -59,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if not settings.model.vocab_size:
         settings = config.with_values(settings, {"model.vocab_size": VOCABULARY})
     layout, place = fit(settings.parallel, arguments.ranks), launch.world()
-    check_batch(settings, layout)
+    check_batch(settings, layout, settings.batch.global_batch)
     if place.size not in (1, arguments.ranks):
         raise UserError(f"--ranks {arguments.ranks}, but the launcher started {place.size}")
     if arguments.ranks > place.size:

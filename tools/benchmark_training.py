@@ -266,7 +266,7 @@ def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> C
         resolve.resolve([("options", tree), ("command line", further), ("tool", {"train": {"noise_scale": on}})]).config
         for on in (True, False)
     )
-    check_batch(noise, layout)
+    check_batch(noise, layout, noise.batch.global_batch)
     check_devices(noise, arguments.ranks)
     if set(arguments.contestants) & set(BASELINES):
         check_baseline(noise)

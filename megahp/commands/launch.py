@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from megahp.exit_codes import FINISHED, NO_PROGRESS, STOPPED, USER_ERROR
 from megahp.parallel.layout import fit
 
 SCRIPTS = {"srun": "pretrain.sbatch", "torchrun": "pretrain_torchrun.sbatch"}
+GROWING = "pretrain_growing.sbatch"
+PATIENCE = 30  # minutes
 OWNER = "megahp "  # begins the comment of a job of ours; the run directory follows
 
 
@@ -34,6 +37,21 @@ def add_to(parsers: Any) -> None:
     launch.add_argument("--exclude", type=Path, default="bad-nodes.txt", metavar="FILE", help="(default bad-nodes.txt)")
     launch.add_argument("--sbatch", default="", metavar="OPTIONS", help="more, such as '--qos=high --signal=USR1@600'")
     launch.add_argument("--launcher", choices=SCRIPTS, default="srun", help="one task a rank, or one torchrun a node")
+    launch.add_argument(
+        "--grow", type=int, metavar="N", help="as the batch grows, twice the nodes, up to N: docs/slurm.md"
+    )
+    launch.add_argument(
+        "--patience",
+        type=float,
+        metavar="MINUTES",
+        help=f"with --grow: how long more nodes are waited for before the run goes on on as many (default {PATIENCE})",
+    )
+    launch.add_argument(
+        "--speed",
+        type=float,
+        metavar="X",
+        help="with --grow: tokens a second of one node, for the plan (default: as logged)",
+    )
     launch.add_argument("--dry-run", action="store_true", help="print the script, and submit nothing")
     launch.set_defaults(command=_launch)
 
@@ -41,6 +59,7 @@ def add_to(parsers: Any) -> None:
     requeue.add_argument("code", type=int, metavar="CODE", help="exit code of its training")
     _add_run_file(requeue)
     requeue.add_argument("--restarts", type=int, default=20, metavar="N", help="after faults (default 20)")
+    requeue.add_argument("--job", default=os.environ.get("SLURM_JOB_ID", ""), metavar="ID", help="the first of a chain")
     requeue.set_defaults(command=_requeue)
 
 
@@ -53,13 +72,17 @@ def _launch(options: Namespace, words: Sequence[str]) -> int:
     for name in ("nodes", "ranks_per_node"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    for name in ("patience", "speed"):
+        if (value := getattr(options, name)) is not None and (options.grow is None or value <= 0):
+            raise UserError(f"--{name} {value:g} goes with --grow N, and is above 0")
     settings = resolve.load(options.run_file, options.overrides).config
-    layout = fit(settings.parallel, options.nodes * options.ranks_per_node)
+    nodes = first_nodes(options, settings) if options.grow is not None else options.nodes
 
     from megahp.train.run import prepare
 
-    prepare(settings, layout, ranks_here=0, resume=True)
-    script = render(SCRIPTS[options.launcher], sbatch_options(options, settings), lines(options, settings))
+    prepare(settings, fit(settings.parallel, nodes * options.ranks_per_node), ranks_here=0, resume=True)
+    name = SCRIPTS[options.launcher] if options.grow is None else GROWING
+    script = render(name, sbatch_options(options, settings, nodes), lines(options, settings))
     if options.dry_run:
         print(script, end="")
         return FINISHED
@@ -68,14 +91,27 @@ def _launch(options: Namespace, words: Sequence[str]) -> int:
     return FINISHED
 
 
-def sbatch_options(options: Namespace, settings: Config) -> dict[str, str]:
+def first_nodes(options: Namespace, settings: Config) -> int:
+    """Of the first job of a chain that grows, whose plan is printed. Raises UserError."""
+    from megahp.commands.grow import growth_of, outlook, present
+
+    if options.launcher != "srun":
+        raise UserError(
+            f"--launcher {options.launcher} with --grow: its jobs start one task a rank; leave one of them out"
+        )
+    growth, now = growth_of(options, settings), present(settings)
+    print(outlook(growth, options.ranks_per_node, now, options.speed), file=sys.stderr)
+    return growth.wanted(now.batch)
+
+
+def sbatch_options(options: Namespace, settings: Config, nodes: int) -> dict[str, str]:
     """Of the job: name without dashes -> value, empty for one that takes none. Raises UserError."""
     ranks, directory = str(options.ranks_per_node), settings.directory
     given = {
         "job-name": re.sub(r"[^\w.+-]", "-", settings.log.name),
         "comment": f'"{OWNER}{directory.resolve()}"',
         "output": f"{directory}/slurm/%j.out",
-        "nodes": str(options.nodes),
+        "nodes": str(nodes),
         "ntasks-per-node": ranks if options.launcher == "srun" else "1",
         "gpus-per-node": ranks if settings.train.device != "cpu" else None,
         "time": options.time,
@@ -98,10 +134,12 @@ def _names(file: Path) -> bool:
 
 def lines(options: Namespace, settings: Config) -> list[str]:
     """What a script is told beside sbatch's options: variables, and its arguments."""
-    words = [str(options.run_file), *options.overrides]
+    words, patience = [str(options.run_file), *options.overrides], round(60 * (options.patience or PATIENCE))
+    growth = [f"nodes={options.nodes} grow={options.grow} patience={patience}"] if options.grow else []
     return [
         f"export MEGAHP_SLURM={shlex.quote(str(folder()))} RANKS_PER_NODE={options.ranks_per_node}",
         f"logs={shlex.quote(f'{settings.directory}/slurm')} exclude={shlex.quote(str(options.exclude))}",
+        *growth,
         f"set -- {shlex.join(words)}",
     ]
 
@@ -154,10 +192,10 @@ def _requeue(options: Namespace, words: Sequence[str]) -> int:
     if options.code in (FINISHED, USER_ERROR, NO_PROGRESS):
         return options.code
     run = resolve.load(options.run_file, options.overrides).config.directory
-    job, log = os.environ.get("SLURM_JOB_ID", ""), RunLog(run)
-    told = {"code": options.code, "job": job, "checkpoints": checkpoints(run)}
+    log = RunLog(run)
+    told = {"code": options.code, "job": options.job, "checkpoints": checkpoints(run)}
     last = {key: step[key] for step in read_metrics(run)[-1:] for key in ("step", "tokens")}
-    before = [event for event in read_events(run) if event["event"] == "requeued" and event["job"] == job]
+    before = [event for event in read_events(run) if event["event"] == "requeued" and event["job"] == options.job]
     found = [event["checkpoints"] for event in before if event["code"] != STOPPED]
     end = None if options.code == STOPPED else verdict(options.code, [*found, checkpoints(run)], options.restarts, run)
     if end is None:

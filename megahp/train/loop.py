@@ -78,7 +78,7 @@ def train(settings: config.Config, place: World, store: dist.Store, layout: Layo
                 settle(run, reporter)
                 run.save(validation)
             watchdog.alive(run.progress.step)
-            if measured.told:
+            if measured.told or run.is_outgrown:
                 break
 
     loader.close()
@@ -87,7 +87,7 @@ def train(settings: config.Config, place: World, store: dist.Store, layout: Layo
         run.save(None)
     run.store.wait()
     if run.batch_plan.step(run.progress):
-        reporter.event("stopped", notice.why or "another rank was told to leave", run.progress)
+        reporter.event("stopped", why_stopped(run, notice), run.progress)
         reporter.close()
         return False
     if is_first() and settings.log.baselines and settings.train.validation_samples:
@@ -95,6 +95,12 @@ def train(settings: config.Config, place: World, store: dist.Store, layout: Layo
     reporter.event("finished", "the token budget or train.steps is reached", run.progress, skipped=run.skipped)
     reporter.close()
     return True
+
+
+def why_stopped(run: Run, notice: Notice) -> str:
+    if run.is_outgrown:
+        return f"the global batch has grown to resilience.stop_at_batch = {run.settings.resilience.stop_at_batch}"
+    return notice.why or "another rank was told to leave"
 
 
 def device_of(settings: config.Config, place: World) -> torch.device:

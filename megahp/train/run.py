@@ -45,7 +45,6 @@ MOVABLE = ("data.train", "data.tokenizer", "data.cache", "model.balance_rate", "
 def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> Config:
     """Check, before anything is built or written, all that can be checked: batch and layout, tokenizer, run directory,
     and on resume that the run is the same one. Returns the settings with the vocabulary filled in. Raises UserError."""
-    check_batch(settings, layout)
     check_devices(settings, ranks_here)
     check_engines(settings)
     if settings.log.wandb != "off":
@@ -68,26 +67,45 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
         state = checkpoint.read_state(saved)
         refuse_changes(settings, state["config"], saved, FIXED_ON_RESUME)
         check_schedule(settings, state["progress"]["tokens"], saved)
-    elif settings.train.start_from:
-        check_start(settings, layout, checkpoint.find(checkpoint.place(settings.train.start_from)))
+        check_batch_to_go_on(settings, layout, state, saved)
+    else:
+        check_batch(settings, layout, settings.batch.global_batch)
+        if settings.train.start_from:
+            check_start(settings, layout, checkpoint.find(checkpoint.place(settings.train.start_from)))
     open_data(settings)
     return settings
 
 
-def check_batch(settings: Config, layout: Layout) -> None:
-    """Raise UserError when the layout cannot run the global batch in every stage of the data."""
+def check_batch(settings: Config, layout: Layout, global_batch: int) -> None:
+    """Raise UserError when the layout cannot run a global batch, of the run's beginning or of where it goes on, in
+    every stage of the data."""
     batch, multiple, least = settings.batch, unit(settings, layout.dp), least_batch(settings, layout.dp)
-    nearest = runnable(batch.global_batch, multiple, least)
-    if nearest != (batch.global_batch,):
+    nearest = runnable(global_batch, multiple, least)
+    if nearest != (global_batch,):
         of = f"data parallel {layout.dp} x batch.micro_batch {batch.micro_batch}"
         if layout.pp > 1:
             of += f", {layout.pp} pipeline stages kept busy by the {settings.parallel.schedule} schedule"
         if stages(settings.data)[1:]:
             of += ", in sequences of every length in data.lengths"
-        wanted = f"below {least}" if batch.global_batch < least else f"not a multiple of {multiple}"
+        wanted = f"below {least}" if global_batch < least else f"not a multiple of {multiple}"
+        which = "batch.global_batch" if global_batch == batch.global_batch else "the global batch to go on with"
         raise UserError(
-            f"batch.global_batch = {batch.global_batch} is {wanted} ({of}); "
-            f"nearest that can be: {', '.join(map(str, nearest))}"
+            f"{which} = {global_batch} is {wanted} ({of}); nearest that can be: {', '.join(map(str, nearest))}"
+        )
+
+
+def check_batch_to_go_on(settings: Config, layout: Layout, state: Mapping[str, Any], path: checkpoint.Place) -> None:
+    """Raise UserError when the layout cannot run what becomes of a checkpoint's batch, or would soon be left again."""
+    plan, stop_at, batch = (
+        BatchPlan(settings, layout.dp),
+        settings.resilience.stop_at_batch,
+        state["batch_plan"]["batch"],
+    )
+    plan.go_on(state["batch_plan"], Progress(**state["progress"]))
+    check_batch(settings, layout, plan.batch)
+    if 0 < stop_at <= batch:
+        raise UserError(
+            f"resilience.stop_at_batch = {stop_at} is not above the batch of {path}, {batch}; raise it, or leave it out"
         )
 
 
@@ -259,6 +277,11 @@ class Run:
     @property
     def folder(self) -> Path:
         return self.settings.directory / "checkpoints"
+
+    @property
+    def is_outgrown(self) -> bool:
+        """Whether the batch has grown to where the run goes on on more ranks."""
+        return 0 < self.settings.resilience.stop_at_batch <= self.batch_plan.batch
 
     def save(self, validation_loss: float | None) -> None:
         """Begin to write a checkpoint of this moment, from all ranks. Raises UserError when that before it could not be

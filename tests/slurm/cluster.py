@@ -71,8 +71,14 @@ class Cluster:
         ours = {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.environment = {**os.environ, **ours}
         self.controller = self._start("slurmctld", "-D", "-c")
-        self.nodes = {name: self._start("slurmd", "-D", "-N", name, SLURMD_NODENAME=name) for name in self.names}
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        for name in self.names:
+            self.start(name)
         self.wait(lambda: self("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(nodes), 30)
+
+    def start(self, name: str) -> None:
+        """A node's daemon, at first or after it was killed."""
+        self.nodes[name] = self._start("slurmd", "-D", "-N", name, SLURMD_NODENAME=name)
 
     def __call__(self, *command: str, **more: str) -> str:
         """What a command prints; its environment is the cluster's, and more."""

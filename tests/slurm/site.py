@@ -44,6 +44,8 @@ tensorboard = false
 baselines = false
 """
 
+GROWING = ("batch.policy=table", "batch.table=['640:8','1664:16']")  # after 10 and 8 steps
+
 
 class Site:
     """A cluster, the folder this process is in and submits from, and jobs submitted at first, which run, or wait, while
@@ -69,6 +71,7 @@ class Site:
             ),
             "lost": self.launch("lost", **self.fault("lost", kind="node", rank=1, step=16)),
             "mistake": self.sbatch("pretrain", "run.toml", "log.name=mistake", "model.width=15"),
+            "grown": self.launch("grown", "--grow", "4", *GROWING, nodes=1),
         }
 
     def fault(self, name: str, **fault: Any) -> dict[str, str]:
@@ -76,14 +79,14 @@ class Site:
         (self.folder / f"{name}.json").write_text(json.dumps([fault]))
         return {"FAULTS": f"{self.folder}/{name}.json", "PYTHONPATH": f"{ROOT}/tests/faults/inject:{ROOT}"}
 
-    def launch(self, name: str, *options: str, **more: str) -> str:
+    def launch(self, name: str, *options: str, nodes: int = 2, **more: str) -> str:
         """The number of the job."""
         with pytest.MonkeyPatch.context() as patch:
             for key, value in more.items():
                 patch.setenv(key, value)
-            code, said = megahp("launch", "run.toml", f"log.name={name}", "--nodes", "2", *options)
+            code, said = megahp("launch", "run.toml", f"log.name={name}", "--nodes", str(nodes), *options)
         assert code == 0, said
-        return said.split()[1].rstrip(";")
+        return said.split("job ")[1].split(";")[0]
 
     def sbatch(self, script: str, *words: str, options: tuple[str, ...] = (), **more: str) -> str:
         """The number of the job."""
@@ -94,6 +97,23 @@ class Site:
         """The number of the first jobs' one, which has ended well."""
         assert self.cluster.finished(self.jobs[name]) == "COMPLETED", self.said()
         return self.jobs[name]
+
+    def over(self, name: str) -> None:
+        """Wait for the end of a chain of jobs."""
+        self.cluster.wait(lambda: bool(self.begun(name) and self.events(name, "finished")), 120)
+
+    def begun(self, name: str) -> bool:
+        return (self.folder / "runs" / name / "events.jsonl").exists()
+
+    def same(self, one: str, other: str) -> None:
+        """Assert that two runs, on whatever layouts, had the same samples, and losses equal but for rounding."""
+        steps = [self.numbers(one), self.numbers(other)]
+        exact, rounded = ("step", "tokens", "samples", "lr", "global_batch"), ("loss", "grad_norm", "noise_scale")
+        assert [[step[key] for key in exact] for step in steps[0]] == [
+            [step[key] for key in exact] for step in steps[1]
+        ]
+        for key in rounded:
+            assert [step[key] for step in steps[0]] == pytest.approx([step[key] for step in steps[1]], rel=1e-5), key
 
     def said(self) -> str:
         """All logs, for a failure's sake."""

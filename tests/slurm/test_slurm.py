@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 from slurm.cluster import ROOT
-from slurm.site import ON_SLURM, STEPS, Site, megahp
+from slurm.site import GROWING, ON_SLURM, STEPS, Site, megahp
 
 pytestmark = ON_SLURM
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -180,3 +180,33 @@ def test_a_lost_node(site: Site) -> None:
     assert "Restarts=1" in told and node not in told
     (resumed,) = site.events("lost", "resumed")
     assert resumed["step"] == 10 and site.numbers("lost") == site.numbers("undisturbed")
+    site.cluster.start(node)
+
+
+def test_a_run_takes_more_nodes_as_its_batch_grows(site: Site) -> None:
+    """A chain of jobs on 1, 2 and 4 nodes trains what one rank does whose batch grows alike."""
+    site.cluster("megahp", "train", "run.toml", "log.name=stayed", *GROWING)
+    site.over("grown")
+    assert starts(site, "grown") == [(0, 1), (10, 2), (18, 4)]
+    site.same("grown", "stayed")
+    assert megahp("replay", "runs/grown") == megahp("replay", "runs/stayed")
+    plan = (site.folder / f"runs/grown/slurm/{site.jobs['grown']}.out").read_text()
+    rows = ("0 to 640 4 to 4 10 1 ", "640 to 1.66k 8 to 8 8 2 ", "1.66k to 3.71k 16 to 16 8 4 ")
+    assert all(row in " ".join(plan.split()) for row in rows)
+
+
+def test_a_growing_run_goes_on_without_a_lost_node_and_without_those_it_cannot_get(site: Site) -> None:
+    """On two of the three nodes that are left when one of its two is lost, and when it wants four."""
+    fault = site.fault("shrunk", kind="node", rank=1, step=6)
+    site.launch("shrunk", "--grow", "4", "--patience", "0.02", *GROWING, "checkpoint.every=4", **fault)
+    site.cluster.wait((site.folder / "shrunk.json.0").exists, 60)
+    (node,) = (name for name, slurmd in site.cluster.nodes.items() if slurmd.poll() is not None)
+    site.cluster("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+    site.over("shrunk")
+    assert starts(site, "shrunk") == [(0, 2), (4, 2), (10, 2)]
+    site.same("shrunk", "stayed")
+
+
+def starts(site: Site, name: str) -> list[tuple[int, int]]:
+    """(step, ranks) of a run's every start."""
+    return [(event["step"], event["layout"]["dp_shard"]) for event in site.events(name, "started", "resumed")]

@@ -1,0 +1,150 @@
+"""A run that takes more nodes as its batch grows: the plan of `megahp launch --grow`, and what its jobs ask."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megahp import resolve
+from megahp.config import Config
+from megahp.errors import UserError
+from megahp.parallel.layout import Layout, fit
+from megahp.scaling.batch_size import BatchPlan, Progress
+from megahp.scaling.growth import Growth, segments
+from megahp.scaling.noise_scale import ratio
+
+SPEED_STEPS = 20  # of which the median is a run's speed
+
+
+def add_to(parsers: Any) -> None:
+    """The command's options."""
+    segment = parsers.add_parser("segment", help="for slurm/: nodes of the next job of a chain, and where it ends")
+    segment.add_argument("run_file", type=Path, metavar="RUN.toml")
+    segment.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    whole = {
+        "nodes": "at the first batch",
+        "grow": "at the largest",
+        "ranks-per-node": "GPUs of a node",
+        "at-most": "that there are",
+    }
+    for name, meaning in whole.items():
+        segment.add_argument(f"--{name}", type=int, required=True, metavar="N", help=meaning)
+    segment.add_argument("--plan", action="store_true", help="also print, for the log, what remains")
+    segment.set_defaults(command=_segment)
+
+
+def _segment(options: Namespace, words: Sequence[str]) -> int:
+    """Print the nodes to train on now, and the batch to stop at."""
+    growth = growth_of(options, resolve.load(options.run_file, options.overrides).config)
+    now = present(growth.settings)
+    print(growth.wanted(now.batch, options.at_most), growth.stop_at(now.batch))
+    if options.plan:
+        print(outlook(growth, options.ranks_per_node, now, None), file=sys.stderr)
+    return 0
+
+
+def growth_of(options: Namespace, settings: Config) -> Growth:
+    """From --nodes, --grow and --ranks-per-node. Raises UserError when a run cannot grow so."""
+    if settings.batch.policy == "constant":
+        raise UserError("--grow: batch.policy = 'constant' never grows; set another policy, or leave --grow out")
+    if settings.resilience.stop_at_batch:
+        raise UserError(
+            f"--grow sets resilience.stop_at_batch, and it is {settings.resilience.stop_at_batch}; leave it out"
+        )
+    if options.grow < 2 * options.nodes:
+        raise UserError(
+            f"--grow {options.grow} is less than twice --nodes {options.nodes}, and nodes double; raise it, or leave "
+            "it out"
+        )
+
+    def dp(nodes: int) -> int:
+        return fit(settings.parallel, nodes * options.ranks_per_node).dp
+
+    growth = Growth(settings, options.nodes, options.grow, dp)
+    for size in growth.sizes:
+        dp(size)
+    return growth
+
+
+@dataclass(frozen=True)
+class Present:
+    """How far a run is."""
+
+    progress: Progress
+    plan: Mapping[str, Any]  # state of its batch plan
+    noise: float | None  # noise scale, smoothed, examples
+
+    @property
+    def batch(self) -> int:
+        return self.plan["batch"]
+
+
+def present(settings: Config) -> Present:
+    """From the checkpoint that a run would go on from, or begin at. Raises UserError."""
+    from megahp import checkpoint
+    from megahp.train.run import plan_to_go_on
+
+    plan = BatchPlan(settings, 1)
+    saved = checkpoint.first_whole(
+        checkpoint.candidates(settings.directory / "checkpoints", settings.checkpoint.remote)
+    )
+    origin = settings.train.start_from
+    if not saved and not origin:
+        return Present(Progress(), plan.state(), None)
+    state = checkpoint.read_state(saved or checkpoint.find(checkpoint.place(origin)))
+    before = resolve.from_dict(state["config"], "checkpoint")
+    goes_on = state["batch_plan"] if saved else plan_to_go_on(settings, before, state, plan)
+    pooled = state["noise_scale"]["pooled"]
+    return Present(Progress(**state["progress"]), goes_on, ratio(pooled["true_sq"], pooled["noise"]))
+
+
+def outlook(growth: Growth, ranks_per_node: int, now: Present, speed: float | None) -> str:
+    """What remains of a run, a line a segment, beside fixed numbers of nodes. speed: tokens a second of one node, by
+    default as logged; where that is unknown, times are shares of the time on the first number of nodes."""
+    from megahp.train.progress import human_count, human_duration
+
+    speed = speed or logged_speed(growth.settings.directory, ranks_per_node)
+    parts, length = segments(growth, now.progress, now.plan, now.noise), growth.settings.data.sequence_length
+    seconds = [growth.seconds([part], part.nodes, speed or 1.0) for part in parts]
+    whole = growth.seconds(parts, growth.nodes, 1.0)
+
+    def told(seconds: float, nodes: float) -> str:
+        if speed:
+            return f"{human_duration(seconds):>12}{seconds * nodes / 3600:>12,.1f}"
+        return f"{seconds / whole:>12.0%}{seconds * nodes / whole / growth.nodes:>12.0%}"
+
+    lines = [f"{'tokens':<18}{'batch':<16}{'steps':>9}{'nodes':>7}{'time':>12}{'node-hours':>12}"]
+    for part, taken in zip(parts, seconds, strict=True):
+        tokens = f"{human_count(part.begin)} to {human_count(part.end)}"
+        batch = f"{part.strides[0][1] // length} to {part.strides[-1][1] // length}"
+        lines.append(f"{tokens:<18}{batch:<16}{part.steps:>9,}{part.nodes:>7}{told(taken, part.nodes)}")
+    total, hours = sum(seconds), sum(taken * part.nodes for part, taken in zip(parts, seconds, strict=True))
+    lines.append(f"{'growing':<43}{f'to {parts[-1].nodes}':>7}{told(total, hours / total)}")
+    for nodes in (growth.sizes[0], growth.sizes[-1]):
+        lines.append(f"{'throughout':<43}{nodes:>7}{told(growth.seconds(parts, nodes, speed or 1.0), nodes)}")
+    rate = (
+        f"{human_count(speed)} tokens a second and node"
+        if speed
+        else f"% of {growth.nodes} throughout; unknown speed (--speed)"
+    )
+    return "\n".join([*lines, f"{rate}, as if nodes were as fast together as alone, and were never waited for"])
+
+
+def logged_speed(run: Path, ranks_per_node: int) -> float | None:
+    """Tokens a second of one node, the median of a run's last steps; None where nothing is logged."""
+    from megahp.train.metrics import read_events, read_metrics
+    from megahp.train.replay import STARTS
+
+    if not (run / "metrics.jsonl").exists():
+        return None
+    layouts = [event["layout"] for event in read_events(run) if event["event"] in STARTS]
+    speeds = [step["tokens_per_second"] for step in read_metrics(run)[-SPEED_STEPS:] if step["tokens_per_second"]]
+    if not layouts or not speeds:
+        return None
+    return statistics.median(speeds) * ranks_per_node / math.prod(Layout(**layouts[-1]).shape)

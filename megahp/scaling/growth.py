@@ -1,0 +1,108 @@
+"""Growth: the batch plan turned into segments of a run on more and more nodes, so that each node's load stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megahp.config import Config, with_values
+from megahp.scaling.batch_size import BatchPlan, Progress, least_batch
+
+STRIDES = 2000  # the steps left are foretold in so many strides at least
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The nodes of a run: so many at batch.global_batch, twice as many whenever the batch has doubled."""
+
+    settings: Config
+    nodes: int
+    largest: int  # number of nodes
+    dp: Callable[[int], int]  # number of nodes -> data-parallel ranks
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of nodes, ascending."""
+        sizes = [self.nodes]
+        while 2 * sizes[-1] <= self.largest:
+            sizes.append(2 * sizes[-1])
+        return sizes
+
+    def wanted(self, batch: int, at_most: int | None = None) -> int:
+        """The most nodes, not above at_most, that a batch keeps as busy as batch.global_batch the first ones. Batches
+        are in sequences of the run's first length."""
+        busy = self.nodes * batch / self.settings.batch.global_batch
+        limit = busy if at_most is None else min(busy, at_most)
+        return max((size for size in self.sizes if size <= limit), default=self.nodes)
+
+    def stop_at(self, batch: int) -> int:
+        """The next batch to want more nodes than this one does; 0 = none will."""
+        more = 2 * self.wanted(batch)
+        return self.settings.batch.global_batch * more // self.nodes if more <= self.largest else 0
+
+    def seconds(self, parts: Sequence[Segment], nodes: int, speed: float) -> float:
+        """Of these segments, all on one number of nodes, each of which takes speed tokens a second however many there
+        are. A step takes no less than that of the smallest batch that the nodes can share."""
+        least = least_batch(self.settings, self.dp(nodes)) * self.settings.data.sequence_length
+        return sum(steps * max(tokens, least) for part in parts for steps, tokens in part.strides) / (speed * nodes)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a run on one number of nodes."""
+
+    nodes: int
+    begin: int  # tokens
+    strides: Sequence[tuple[int, int]]  # (steps, tokens of each), in order
+
+    @property
+    def steps(self) -> int:
+        return sum(steps for steps, _ in self.strides)
+
+    @property
+    def end(self) -> int:
+        """Tokens."""
+        return self.begin + sum(steps * tokens for steps, tokens in self.strides)
+
+
+def segments(growth: Growth, progress: Progress, state: Mapping[str, Any], noise: float | None) -> list[Segment]:
+    """What remains of a run. state: of its batch plan; noise: the smoothed noise scale, examples, None where it is not
+    known."""
+    settings, found = foretold(growth.settings, progress, noise), list[Segment]()
+    while True:
+        nodes, begin = growth.wanted(state["batch"]), progress.tokens
+        plan = BatchPlan(settings, growth.dp(nodes))
+        plan.go_on(state, progress)
+        if plan.step(progress) is None:
+            return found
+        progress, strides = _until(plan, progress, growth.stop_at(state["batch"]))
+        found.append(Segment(nodes, begin, strides))
+        state = plan.state()
+
+
+def foretold(settings: Config, progress: Progress, noise: float | None) -> Config:
+    """Settings whose batch depends on tokens alone: for the noise-scale policy the law's, as high as the noise scale is
+    now."""
+    if settings.batch.policy != "noise-scale":
+        return settings
+    law = with_values(settings, {"batch.policy": "law"})
+    measured, expected = BatchPlan(settings, 1).aim(progress, noise), BatchPlan(law, 1).aim(progress, None)
+    if not (measured and expected):
+        return law
+    scale, exponent = settings.batch.critical_batch
+    return with_values(law, {"batch.critical_batch": (scale * measured / expected, exponent)})
+
+
+def _until(plan: BatchPlan, progress: Progress, stop_at: int) -> tuple[Progress, list[tuple[int, int]]]:
+    """The strides until the batch is stop_at (0 = never) or the run is over, and where that is."""
+    train, strides = plan.settings.train, list[tuple[int, int]]()
+    while (step := plan.step(progress)) and not (strides and 0 < stop_at <= plan.batch):
+        left = (train.tokens - progress.tokens) // step.tokens
+        steps = max(1, min(left, train.steps - progress.step if train.steps else left) // STRIDES)
+        strides.append((steps, step.tokens))
+        progress = Progress(
+            progress.step + steps, 0, progress.tokens + steps * step.tokens
+        )  # no policy looks at samples
+        plan.look(progress, None)
+    return progress, strides
