@@ -45,6 +45,8 @@ from megahp.parallel.layout import fit
 from megahp.train.metrics import read_metrics
 from megahp.train.run import prepare
 
+# As `megahp launch` has them by default; --sbatch sets all others.
+LAUNCH = {"launcher": "srun", "time": None, "partition": None, "account": None, "exclude": Path("bad-nodes.txt")}
 MODES = ("weak", "strong")
 GROWN = ("batch.global_batch", "train.tokens")  # may be given, and is what a point begins with
 COLUMNS = ("mode", "layout", "nodes", "ranks", "batch", "ms a step", "quartiles", "tokens/s", "speed-up", "efficiency")
@@ -88,7 +90,7 @@ def benchmark(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         submit_all(ahead, arguments)
     elif code := train_all(ahead, arguments.dry_run):
         return code
-    rows = [row for (mode, _), points in curves.items() for row in rows_of(mode, points, arguments.warm_up)]
+    rows = [each for (mode, _), curve in curves.items() for each in rows_of(mode, curve, arguments.warm_up)]
     if rows and not arguments.dry_run:
         show(rows, emulated=not arguments.slurm)
         if arguments.json:
@@ -134,15 +136,11 @@ def point_of(arguments: argparse.Namespace, mode: str, label: str, words: Sequen
     ranks, least = nodes * arguments.ranks_per_node, min(arguments.nodes)
     resolved = resolve.load(arguments.run, [*arguments.overrides, *words])
     asked, batch = resolved.config, resolved.config.batch.global_batch
-    if mode == "weak":
-        if batch * nodes % least:
-            raise UserError(
-                f"batch.global_batch = {batch}, which is that of {least} nodes, cannot be {nodes}/{least} times as "
-                f"large; make it a multiple of {least}"
-            )
+    if mode == "weak":  # whole where the first point's batch is, a multiple of ranks that grow with the nodes
         batch = batch * nodes // least
     name = f"{'' if arguments.slurm else 'emulated-'}{nodes}x{arguments.ranks_per_node}-batch-{batch}"
-    settings = of_a_point(asked, batch, arguments.steps, Log(root=str(arguments.out), name=f"{plain(label)}/{name}"))
+    log = Log(root=str(arguments.out), name=f"{plain(label)}/{name}", tensorboard=False)
+    settings = of_a_point(asked, batch, arguments.steps, log)
     for key in [key for key, origin in resolved.origins.items() if origin == "command line" and key not in GROWN]:
         if config.get(settings, key) != config.get(asked, key):
             raise UserError(f"{key} = {config.get(asked, key)!r} is the benchmark's own to set; leave it out")
@@ -155,23 +153,17 @@ def point_of(arguments: argparse.Namespace, mode: str, label: str, words: Sequen
 
 def of_a_point(settings: Config, batch: int, steps: int, log: Log) -> Config:
     """The settings of one point, unchecked: so many steps and no more, from the beginning."""
-    train, length = settings.train, settings.data.sequence_length
-    return replace(
-        settings,
-        schedule=replace(settings.schedule, start=0),
-        batch=Batch(global_batch=batch, micro_batch=settings.batch.micro_batch),
-        train=replace(
-            train,
-            start_from="",
-            steps=steps,
-            tokens=max(train.tokens, steps * batch * length),
-            validate_every=0,
-            validation_samples=0,
-        ),
-        checkpoint=Checkpoint(every=0, keep=1),
-        resilience=replace(settings.resilience, stop_after=0.0),
-        log=replace(log, tensorboard=False),
-    )
+    own = {
+        "schedule.start": 0,
+        "train.start_from": "",
+        "train.steps": steps,
+        "train.tokens": max(settings.train.tokens, steps * batch * settings.data.sequence_length),
+        "train.validate_every": 0,
+        "train.validation_samples": 0,
+        "resilience.stop_after": 0.0,
+    }
+    constant = Batch(global_batch=batch, micro_batch=settings.batch.micro_batch)
+    return config.with_values(replace(settings, batch=constant, checkpoint=Checkpoint(every=0, keep=1), log=log), own)
 
 
 def train_all(points: Sequence[Point], dry_run: bool) -> int:
@@ -201,18 +193,9 @@ def submit_all(points: Sequence[Point], arguments: argparse.Namespace) -> None:
         return
     for nodes in sorted({point.nodes for point in points}, reverse=True):
         array = [point for point in points if point.nodes == nodes]
-        job = argparse.Namespace(
-            nodes=nodes,
-            ranks_per_node=arguments.ranks_per_node,
-            launcher="srun",
-            time=None,
-            partition=None,
-            account=None,
-            exclude=Path("bad-nodes.txt"),
-            sbatch=arguments.sbatch,
-            run_file=array[0].directory,
-            overrides=[str(point.directory) for point in array[1:]],
-        )
+        runs = [str(point.directory) for point in array]
+        own = {"nodes": nodes, "run_file": runs[0], "overrides": runs[1:]}
+        job = argparse.Namespace(**vars(arguments) | LAUNCH | own)
         settings = replace(array[0].settings, log=out)
         options = {"array": f"1-{len(array)}", **sbatch_options(job, settings)}
         script = render("scaling.sbatch", options, lines(job, settings))
@@ -282,7 +265,7 @@ def plot(file: Path, rows: Sequence[dict[str, Any]], emulated: bool) -> None:
     """Draw tokens a second and parallel efficiency over nodes, a colour a layout, a dash a mode. Raises UserError."""
     from matplotlib.ticker import NullLocator
 
-    from megahp.train.report_figures import PALETTE, colour, plot_in
+    from megahp.train.report_figures import PALETTE, colour, logarithmic, plot_in
 
     layouts, nodes = list(dict.fromkeys(row["layout"] for row in rows)), sorted({row["nodes"] for row in rows})
     ideal = {"color": PALETTE["muted"], "lw": 0.8, "ls": (0, (1, 2))}
@@ -304,7 +287,8 @@ def plot(file: Path, rows: Sequence[dict[str, Any]], emulated: bool) -> None:
                 efficiencies.plot(at, [100 * row["efficiency"] for row in curve], **style)
         efficiencies.axhline(100, **ideal)
         efficiencies.set_ylim(bottom=0)
-        speeds.set(yscale="log", ylabel="tokens per second")
+        logarithmic(speeds, 10)
+        speeds.set_ylabel("tokens per second")
         efficiencies.set_ylabel("parallel efficiency, %")
         for axes in (speeds, efficiencies):
             axes.set(xscale="log", xlabel="emulated nodes" if emulated else "nodes")
