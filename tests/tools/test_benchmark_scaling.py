@@ -175,6 +175,11 @@ def test_job_arrays(scaling: Callable[..., int], folder: Path, capsys: pytest.Ca
             assert script.count(f"#SBATCH --{option}\n") == 1
         assert f"#SBATCH --exclude={folder}/bad-nodes.txt\n" in script and "gpus" not in script
     assert not (folder / "array").exists()
+    for run in ("2x2-batch-16", "1x2-batch-8"):
+        log(folder / "array/as-given" / run, 1.0)
+    assert scaling(*WORDS, *words) == 0
+    (rest,) = capsys.readouterr().out.split("#!/bin/bash")[1:]
+    assert "\nset -- array/as-given/2x2-batch-8\n" in rest and "#SBATCH --array=1-1\n" in rest
 
 
 MISTAKES: dict[str, tuple[list[Any], str]] = {
