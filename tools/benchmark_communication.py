@@ -21,10 +21,7 @@ the MPI plug-in. Exit code 1 means wrong results, 2 a mistake in what was given.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from command import exit_code
+from command import about, exit_code, refuse_unwritable
 from communication import (
     OPERATIONS,
     Group,
@@ -80,11 +77,7 @@ def benchmark(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     sizes = [bytes_of(size) for size in arguments.sizes]
     if arguments.repeats < 1:
         raise UserError(f"--repeats {arguments.repeats} must be at least 1")
-    for file in filter(None, (arguments.json, arguments.plot)):
-        if not file.parent.is_dir():
-            raise UserError(f"{file} cannot be written, {file.parent} is no folder; make it, or name another file")
-    if arguments.plot and arguments.plot.suffix not in (".svg", ".png", ".pdf"):
-        raise UserError(f"--plot {arguments.plot} cannot be drawn; name a .svg, .png or .pdf file")
+    refuse_unwritable(arguments.json, plot=arguments.plot)
     if arguments.settings and not arguments.run:
         raise UserError(f"{' '.join(arguments.settings)}: --settings go with --run RUN.toml")
     place = launch.world()
@@ -220,15 +213,10 @@ def write_json(
     arguments: argparse.Namespace, words: Sequence[str], ranks: Ranks, rows: Sequence[Mapping[str, Any]]
 ) -> None:
     """All rows, with the command, and what they were measured on."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
-    if ranks.backend == "mpi":
-        versions["mpi4py"] = importlib.metadata.version("mpi4py")
     found = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": ["benchmark_communication.py", *words],
+        **about(__file__, words, *["mpi4py"] * (ranks.backend == "mpi")),
         "backend": ranks.backend,
         "library": ranks.version,
-        "versions": {"python": platform.python_version(), **versions},
         "nodes": ranks.nodes,
         "rows": list(rows),
     }

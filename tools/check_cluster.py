@@ -57,7 +57,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from command import exit_code, positive
+from command import exit_code, positive, refuse_unwritable
 from communication import Groups, TorchGroup, device_of_rank, groups_of_nodes, node_name, pattern, timed
 
 import megahp
@@ -149,9 +149,7 @@ def check(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     slack = positive(arguments.slack, "no share above 0 and below 1 for --slack")
     if slack >= 1:
         raise UserError(f"--slack {arguments.slack} must be below 1, the share of the median that a rank may lack")
-    for file in filter(None, (arguments.json, arguments.exclude_file)):
-        if not file.parent.is_dir():
-            raise UserError(f"{file} cannot be written, {file.parent} is no folder; make it, or name another file")
+    refuse_unwritable(arguments.json, arguments.exclude_file)
     if not arguments.folder.is_dir():
         raise UserError(f"--folder {arguments.folder} is no folder; make it, or name another")
     place = launch.world()

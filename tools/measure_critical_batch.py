@@ -21,13 +21,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from command import exit_code
@@ -202,21 +203,33 @@ def train_all(branches: Mapping[float, Config], ranks: int) -> int:
     return 0
 
 
-def train(settings: Config, ranks: int) -> int:
-    """Begin, or go on with, one branch through the real command. Returns its exit code."""
+def train(settings: Config, ranks: int, said: IO[str] | None = None, **environment: str) -> int:
+    """Begin, or go on with, one branch through the real command, in an environment that has this too; what it says goes
+    into a file, if there is one. Returns its exit code."""
+    file = write_run_file(settings)
+    command = [sys.executable, "-m", "megahp", "train", str(file), "--ranks", str(ranks), "--resume", "auto"]
+    code = subprocess.call(command, stdout=said, env=os.environ | environment)
+    return 128 - code if code < 0 else code
+
+
+def write_run_file(settings: Config) -> Path:
+    """These settings as a run file, beside their run directory."""
     file = Path(f"{settings.directory}.toml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(config.to_toml(settings), encoding="utf-8")
-    command = [sys.executable, "-m", "megahp", "train", str(file), "--ranks", str(ranks), "--resume", "auto"]
-    code = subprocess.call(command)
-    return 128 - code if code < 0 else code
+    return file
 
 
 def is_over(directory: Path) -> bool:
     """Whether nothing is left to train."""
+    return is_finished(directory) or diverged(directory)
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether the run took all of its steps."""
     if not (directory / "events.jsonl").exists():
         return False
-    return any(event["event"] == "finished" for event in read_events(directory)) or diverged(directory)
+    return any(event["event"] == "finished" for event in read_events(directory))
 
 
 def diverged(directory: Path) -> bool:

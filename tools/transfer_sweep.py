@@ -29,7 +29,6 @@ import gc
 import itertools
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -44,7 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from command import exit_code, positive, whole_numbers
+from command import exit_code, labelled, name_of, plain, positive, whole_numbers
 from measure_critical_batch import diverged, is_over, refuse_another
 from measure_critical_batch import train as train_on_ranks
 from transfer_curves import plot, show, write_json
@@ -161,10 +160,6 @@ def of_a_cell(settings: Config, out: Path, name: str) -> Config:
     return replace(settings, checkpoint=replace(settings.checkpoint, keep=1), log=log)
 
 
-def name_of(word: str) -> str:
-    return word.partition("=")[0]
-
-
 def listed(word: str) -> tuple[str, list[str]]:
     """A setting and the values it is to take, as written: section.key=1,2,3. Raises UserError."""
     key, _, text = word.partition("=")
@@ -176,13 +171,6 @@ def listed(word: str) -> tuple[str, list[str]]:
     return key, values
 
 
-def labelled(text: str) -> tuple[str, list[str]]:
-    """A variant's label and settings."""
-    label, colon, settings = text.partition(": ")
-    words = shlex.split(settings if colon else text)
-    return label if colon else " ".join(word.partition(".")[2] for word in words) or "all", words
-
-
 def members(columns: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     """The settings of each member of the family."""
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -191,11 +179,6 @@ def members(columns: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
 def number(text: str) -> float:
     """A value as a positive number, which alone has a logarithm. Raises UserError."""
     return positive(text, "no positive number, as each value of --grid and each size of --family must be")
-
-
-def plain(text: str) -> str:
-    """A name for a folder."""
-    return re.sub(r"[^\w.+=-]+", "-", text).strip("-.") or "-"
 
 
 def refuse_mistakes(

@@ -117,7 +117,7 @@ class Site:
 
     def said(self) -> str:
         """All logs, for a failure's sake."""
-        logs = [*self.folder.glob("*.out"), *self.folder.glob("runs/*/slurm/*.out")]
+        logs = [*self.folder.glob("*.out"), *self.folder.rglob("slurm/*.out")]
         return "\n".join(f"== {log.name}\n{log.read_text()}" for log in logs)
 
     def numbers(self, name: str) -> list[dict[str, Any]]:
