@@ -37,16 +37,14 @@ from command import about, exit_code, labelled, plain, refuse_unwritable
 from measure_critical_batch import is_finished, refuse_another, train, write_run_file
 
 from megahp import config, resolve
-from megahp.commands.launch import lines, render, sbatch_options, submit
 from megahp.commands.status import jobs
 from megahp.config import Batch, Checkpoint, Config, Log
 from megahp.errors import UserError
+from megahp.job import Job, submit
 from megahp.parallel.layout import fit
 from megahp.train.metrics import read_metrics
 from megahp.train.run import prepare
 
-# As `megahp launch` has them by default; --sbatch sets all others.
-LAUNCH = {"launcher": "srun", "time": None, "partition": None, "account": None, "exclude": Path("bad-nodes.txt")}
 MODES = ("weak", "strong")
 GROWN = ("batch.global_batch", "train.tokens")  # may be given, and is what a point begins with
 COLUMNS = ("mode", "layout", "nodes", "ranks", "batch", "ms a step", "quartiles", "tokens/s", "speed-up", "efficiency")
@@ -194,11 +192,9 @@ def submit_all(points: Sequence[Point], arguments: argparse.Namespace) -> None:
     for nodes in sorted({point.nodes for point in points}, reverse=True):
         array = [point for point in points if point.nodes == nodes]
         runs = [str(point.directory) for point in array]
-        own = {"nodes": nodes, "run_file": runs[0], "overrides": runs[1:]}
-        job = argparse.Namespace(**vars(arguments) | LAUNCH | own)
-        settings = replace(array[0].settings, log=out)
-        options = {"array": f"1-{len(array)}", **sbatch_options(job, settings)}
-        script = render("scaling.sbatch", options, lines(job, settings))
+        ranks = arguments.ranks_per_node
+        job = Job("scaling.sbatch", nodes, ranks, ranks, sbatch=arguments.sbatch)
+        script = job.render(replace(array[0].settings, log=out), runs, array=f"1-{len(array)}")
         if arguments.dry_run:
             print(script)
             continue

@@ -49,10 +49,10 @@ from measure_critical_batch import train as train_on_ranks
 from transfer_curves import plot, show, write_json
 
 from megahp import config, launch, resolve
-from megahp.commands.launch import folder
 from megahp.config import Config
 from megahp.errors import Fault, UserError
 from megahp.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
+from megahp.job import folder
 from megahp.parallel.layout import fit
 from megahp.scaling.flops import training_flops
 from megahp.scaling.transfer import Curve, drift

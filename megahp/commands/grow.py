@@ -41,11 +41,11 @@ def add_to(parsers: Any) -> None:
 
 def _segment(options: Namespace, words: Sequence[str]) -> int:
     """Print the nodes to train on now, and the batch to stop at."""
-    growth = growth_of(options, resolve.load(options.run_file, options.overrides).config)
-    now = present(growth.settings)
-    print(growth.wanted(now.batch, options.at_most), growth.stop_at(now.batch))
+    settings = resolve.load(options.run_file, options.overrides).config
+    growth, batch = growth_of(options, settings), present(settings).batch
+    print(growth.wanted(batch, options.at_most), growth.stop_at(batch))
     if options.plan:
-        print(outlook(growth, options.ranks_per_node, now, None), file=sys.stderr)
+        print(outlook(options, settings, None), file=sys.stderr)
     return 0
 
 
@@ -104,36 +104,38 @@ def present(settings: Config) -> Present:
     return Present(Progress(**state["progress"]), goes_on, ratio(pooled["true_sq"], pooled["noise"]))
 
 
-def outlook(growth: Growth, ranks_per_node: int, now: Present, speed: float | None) -> str:
-    """What remains of a run, a line a segment, beside fixed numbers of nodes. speed: tokens a second of one node, by
-    default as logged; where that is unknown, times are shares of the time on the first number of nodes."""
+def outlook(options: Namespace, settings: Config, speed: float | None) -> str:
+    """What remains of a run that grows, a line a segment, beside fixed numbers of nodes. speed: tokens a second of one
+    node, by default as logged; where that is unknown, times are shares of the time on the first number of nodes."""
     from megahp.train.progress import human_count, human_duration
 
-    speed = speed or logged_speed(growth.settings.directory, ranks_per_node)
-    parts, length = segments(growth, now.progress, now.plan, now.noise), growth.settings.data.sequence_length
-    seconds = [growth.seconds([part], part.nodes, speed or 1.0) for part in parts]
-    whole = growth.seconds(parts, growth.nodes, 1.0)
+    growth, now = growth_of(options, settings), present(settings)
+    parts, length = segments(growth, now.progress, now.plan, now.noise), settings.data.sequence_length
+    if not parts:
+        return "nothing remains to be trained"
+    speed = speed or logged_speed(settings.directory, options.ranks_per_node)
+    alone = growth.seconds(parts, growth.nodes, speed or 1.0)
 
-    def told(seconds: float, nodes: float) -> str:
+    def row(what: str, nodes: str, times: Sequence[tuple[float, int]]) -> str:
+        """times: (seconds, nodes)."""
+        seconds, hours = (sum(column) for column in zip(*((each, each * n) for each, n in times), strict=True))
         if speed:
-            return f"{human_duration(seconds):>12}{seconds * nodes / 3600:>12,.1f}"
-        return f"{seconds / whole:>12.0%}{seconds * nodes / whole / growth.nodes:>12.0%}"
+            return f"{what:<43}{nodes:>7}{human_duration(seconds):>12}{hours / 3600:>12,.1f}"
+        return f"{what:<43}{nodes:>7}{seconds / alone:>12.0%}{hours / alone / growth.nodes:>12.0%}"
 
+    times = [(growth.seconds([part], part.nodes, speed or 1.0), part.nodes) for part in parts]
     lines = [f"{'tokens':<18}{'batch':<16}{'steps':>9}{'nodes':>7}{'time':>12}{'node-hours':>12}"]
-    for part, taken in zip(parts, seconds, strict=True):
+    for part, each in zip(parts, times, strict=True):
         tokens = f"{human_count(part.begin)} to {human_count(part.end)}"
         batch = f"{part.strides[0][1] // length} to {part.strides[-1][1] // length}"
-        lines.append(f"{tokens:<18}{batch:<16}{part.steps:>9,}{part.nodes:>7}{told(taken, part.nodes)}")
-    total, hours = sum(seconds), sum(taken * part.nodes for part, taken in zip(parts, seconds, strict=True))
-    lines.append(f"{'growing':<43}{f'to {parts[-1].nodes}':>7}{told(total, hours / total)}")
-    for nodes in (growth.sizes[0], growth.sizes[-1]):
-        lines.append(f"{'throughout':<43}{nodes:>7}{told(growth.seconds(parts, nodes, speed or 1.0), nodes)}")
-    rate = (
-        f"{human_count(speed)} tokens a second and node"
-        if speed
-        else f"% of {growth.nodes} throughout; unknown speed (--speed)"
+        lines.append(row(f"{tokens:<18}{batch:<16}{part.steps:>9,}", str(part.nodes), [each]))
+    lines.append(row("growing", f"to {parts[-1].nodes}", times))
+    for nodes in dict.fromkeys((growth.nodes, parts[-1].nodes)):
+        lines.append(row("throughout", str(nodes), [(growth.seconds(parts, nodes, speed or 1.0), nodes)]))
+    unit = (
+        f"{human_count(speed)} tokens a second and node" if speed else f"100%: on {growth.nodes} throughout (--speed)"
     )
-    return "\n".join([*lines, f"{rate}, as if nodes were as fast together as alone, and were never waited for"])
+    return "\n".join([*lines, f"{unit}; as if nodes were as fast together as alone, and were never waited for"])
 
 
 def logged_speed(run: Path, ranks_per_node: int) -> float | None:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
-import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import megahp
 from megahp import resolve
+from megahp.commands.grow import growth_of, outlook, present
 from megahp.config import Config
 from megahp.errors import UserError
 from megahp.exit_codes import FINISHED, NO_PROGRESS, STOPPED, USER_ERROR
+from megahp.job import BAD_NODES, Job, submit
 from megahp.parallel.layout import fit
 
 SCRIPTS = {"srun": "pretrain.sbatch", "torchrun": "pretrain_torchrun.sbatch"}
 GROWING = "pretrain_growing.sbatch"
 PATIENCE = 30  # minutes
-OWNER = "megahp "  # begins the comment of a job of ours; the run directory follows
 
 
 def add_to(parsers: Any) -> None:
@@ -34,7 +32,7 @@ def add_to(parsers: Any) -> None:
     launch.add_argument("--time", metavar="TIME", help="limit of one job, D-HH:MM:SS; it is queued again there")
     launch.add_argument("--partition", metavar="NAME", help="to submit to")
     launch.add_argument("--account", metavar="NAME", help="to charge")
-    launch.add_argument("--exclude", type=Path, default="bad-nodes.txt", metavar="FILE", help="(default bad-nodes.txt)")
+    launch.add_argument("--exclude", type=Path, default=BAD_NODES, metavar="FILE", help=f"(default {BAD_NODES})")
     launch.add_argument("--sbatch", default="", metavar="OPTIONS", help="more, such as '--qos=high --signal=USR1@600'")
     launch.add_argument("--launcher", choices=SCRIPTS, default="srun", help="one task a rank, or one torchrun a node")
     launch.add_argument(
@@ -76,13 +74,14 @@ def _launch(options: Namespace, words: Sequence[str]) -> int:
         if (value := getattr(options, name)) is not None and (options.grow is None or value <= 0):
             raise UserError(f"--{name} {value:g} goes with --grow N, and is above 0")
     settings = resolve.load(options.run_file, options.overrides).config
-    nodes = first_nodes(options, settings) if options.grow is not None else options.nodes
+    job = job_of(options) if options.grow is None else first_of_chain(options, settings)
 
     from megahp.train.run import prepare
 
-    prepare(settings, fit(settings.parallel, nodes * options.ranks_per_node), ranks_here=0, resume=True)
-    name = SCRIPTS[options.launcher] if options.grow is None else GROWING
-    script = render(name, sbatch_options(options, settings, nodes), lines(options, settings))
+    prepare(settings, fit(settings.parallel, job.nodes * job.ranks_per_node), ranks_here=0, resume=True)
+    script = job.render(settings, [str(options.run_file), *options.overrides])
+    if options.grow is not None:
+        print(outlook(options, settings, options.speed), file=sys.stderr)
     if options.dry_run:
         print(script, end="")
         return FINISHED
@@ -91,97 +90,23 @@ def _launch(options: Namespace, words: Sequence[str]) -> int:
     return FINISHED
 
 
-def first_nodes(options: Namespace, settings: Config) -> int:
-    """Of the first job of a chain that grows, whose plan is printed. Raises UserError."""
-    from megahp.commands.grow import growth_of, outlook, present
+def job_of(options: Namespace) -> Job:
+    """What the options ask for."""
+    asked = {name: getattr(options, name) for name in ("time", "partition", "account", "exclude", "sbatch")}
+    tasks = options.ranks_per_node if options.launcher == "srun" else 1
+    return Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **asked)
 
+
+def first_of_chain(options: Namespace, settings: Config) -> Job:
+    """The job with which a run that grows begins, or goes on. Raises UserError."""
     if options.launcher != "srun":
         raise UserError(
             f"--launcher {options.launcher} with --grow: its jobs start one task a rank; leave one of them out"
         )
-    growth, now = growth_of(options, settings), present(settings)
-    print(outlook(growth, options.ranks_per_node, now, options.speed), file=sys.stderr)
-    return growth.wanted(now.batch)
-
-
-def sbatch_options(options: Namespace, settings: Config, nodes: int) -> dict[str, str]:
-    """Of the job: name without dashes -> value, empty for one that takes none. Raises UserError."""
-    ranks, directory = str(options.ranks_per_node), settings.directory
-    given = {
-        "job-name": re.sub(r"[^\w.+-]", "-", settings.log.name),
-        "comment": f'"{OWNER}{directory.resolve()}"',
-        "output": f"{directory}/slurm/%j.out",
-        "nodes": str(nodes),
-        "ntasks-per-node": ranks if options.launcher == "srun" else "1",
-        "gpus-per-node": ranks if settings.train.device != "cpu" else None,
-        "time": options.time,
-        "partition": options.partition,
-        "account": options.account,
-        "exclude": str(options.exclude.absolute()) if _names(options.exclude) else None,
-    }
-    more = {}
-    for word in shlex.split(options.sbatch):
-        if not word.startswith("--"):
-            raise UserError(f"--sbatch {options.sbatch!r}: {word!r} is no long option; write --name=value")
-        name, _, more[name.removeprefix("--")] = word.partition("=")
-    return {name: value for name, value in given.items() if value is not None} | more
-
-
-def _names(file: Path) -> bool:
-    """Whether any node is excluded; sbatch takes an empty file for a mistake."""
-    return file.exists() and bool(file.read_text().strip())
-
-
-def lines(options: Namespace, settings: Config) -> list[str]:
-    """What a script is told beside sbatch's options: variables, and its arguments."""
-    words, patience = [str(options.run_file), *options.overrides], round(60 * (options.patience or PATIENCE))
-    growth = [f"nodes={options.nodes} grow={options.grow} patience={patience}"] if options.grow else []
-    return [
-        f"export MEGAHP_SLURM={shlex.quote(str(folder()))} RANKS_PER_NODE={options.ranks_per_node}",
-        f"logs={shlex.quote(f'{settings.directory}/slurm')} exclude={shlex.quote(str(options.exclude))}",
-        *growth,
-        f"set -- {shlex.join(words)}",
-    ]
-
-
-def folder() -> Path:
-    """Where the scripts are: MEGAHP_SLURM, else those that came with megahp. Raises UserError."""
-    found = Path(os.environ.get("MEGAHP_SLURM", Path(megahp.__file__).parent / "slurm")).resolve()
-    if not (found / "environment.sh").exists():
-        raise UserError(f"MEGAHP_SLURM = {found} has no environment.sh; name a copy of megahp's slurm/, or unset it")
-    return found
-
-
-def render(name: str, options: Mapping[str, str], lines: Sequence[str]) -> str:
-    """A script of slurm/ with these sbatch options in the place of, and after, its own, and these lines below them."""
-    text = (folder() / name).read_text().splitlines()
-    own = {line.split()[1].removeprefix("--").partition("=")[0]: n for n, line in enumerate(text) if "#SBATCH" in line}
-    for option, value in options.items():
-        line = f"#SBATCH --{option}={value}" if value else f"#SBATCH --{option}"
-        if option in own:
-            text[own[option]] = line
-        else:
-            text.insert(max(own.values()) + 1, line)
-            own[option] = max(own.values()) + 1
-    end = max(own.values()) + 1
-    return "\n".join([*text[:end], "", *lines, *text[end:], ""])
-
-
-def submit(script: str) -> str:
-    """Submit a script that Slurm has said it could run. Returns the job's number. Raises UserError."""
-    _slurm(["sbatch", "--test-only"], script)
-    return _slurm(["sbatch", "--parsable"], script).split(";")[0]
-
-
-def _slurm(command: Sequence[str], text: str = "") -> str:
-    """What a command of Slurm's prints. Raises UserError with what it complains of."""
-    try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise UserError(f"{command[0]} is not on this machine; go to one of Slurm's, or look at --dry-run") from None
-    if done.returncode:
-        raise UserError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}; change the options it names")
-    return done.stdout.strip()
+    nodes = growth_of(options, settings).wanted(present(settings).batch)
+    patience = round(60 * (PATIENCE if options.patience is None else options.patience))
+    variables = f"nodes={options.nodes} grow={options.grow} patience={patience}"
+    return replace(job_of(options), script=GROWING, nodes=nodes, variables=variables)
 
 
 def _requeue(options: Namespace, words: Sequence[str]) -> int:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megahp.commands.launch import OWNER
 from megahp.errors import UserError
+from megahp.job import OWNER
 
 SHOWN = 3  # events
 COLUMNS = "%i|%T|%M|%l|%D|%R|%k"

@@ -25,6 +25,7 @@ from corpus import write_corpus
 from distributed import runs, world
 from distributed.runs import train
 from megahp.data.loader import Loader
+from megahp.exit_codes import STOPPED, USER_ERROR
 from megahp.train.metrics import read_events
 from megahp.train.replay import replay
 from megahp.train.sample import generate
@@ -170,6 +171,23 @@ def test_resumed_before_at_and_after_a_change(folder: Path, whole: list[dict[str
     assert numbers(folder, name) == whole
     assert replay(folder / "runs" / name).differences == []
     assert changes(folder, name) == changes(folder, "whole")
+
+
+def test_a_run_is_handed_over_when_its_batch_has_grown(folder: Path, whole: list[dict[str, Any]]) -> None:
+    """To ranks, and in microbatches, that the batch it began with would not be enough for."""
+    words = ("--resume", "auto", *GROWING)
+    handing = command("outgrown", "--ranks", "2", *words, "resilience.stop_at_batch=32")
+    done = subprocess.run(handing, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == STOPPED, done.stderr
+    step = changes(folder, "whole")[-1][0]
+    assert numbers(folder, "outgrown") == whole[:step]
+    (stopped,) = [event for event in read_events(folder / "runs/outgrown") if event["event"] == "stopped"]
+    assert stopped["step"] == step and "resilience.stop_at_batch = 32" in stopped["reason"]
+    done = subprocess.run(handing, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == USER_ERROR and "resilience.stop_at_batch = 32 is not above the batch of" in done.stderr
+    train(folder, "outgrown", "--ranks", "4", *words, "batch.micro_batch=4")
+    assert losses(folder, "outgrown") == pytest.approx([record["loss"] for record in whole], rel=1e-5)
+    assert replay(folder / "runs/outgrown").differences == []
 
 
 def test_experts_and_their_biases_go_on(folder: Path) -> None:

@@ -1,0 +1,107 @@
+"""Jobs of Slurm's: a script of slurm/ made one run's, and submitted."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import megahp
+from megahp.config import Config
+from megahp.errors import UserError
+
+BAD_NODES = Path("bad-nodes.txt")
+OWNER = "megahp "  # begins the comment of a job of ours; the run directory follows
+
+
+@dataclass(frozen=True)
+class Job:
+    """A script of slurm/, and what is asked of Slurm for it."""
+
+    script: str
+    nodes: int
+    ranks_per_node: int = 1
+    tasks_per_node: int = 1
+    time: str | None = None  # D-HH:MM:SS
+    partition: str | None = None
+    account: str | None = None
+    exclude: Path = BAD_NODES
+    sbatch: str = ""  # more options
+    variables: str = ""  # that the script goes by
+
+    def render(self, settings: Config, words: Sequence[str], **more: str) -> str:
+        """The script with these sbatch options, and more, in the place of, and after, its own; below them variables,
+        and the words that are its arguments. Raises UserError."""
+        text = (folder() / self.script).read_text().splitlines()
+        own = {option_of(line): number for number, line in enumerate(text) if line.startswith("#SBATCH")}
+        for option, value in {**self._options(settings), **more}.items():
+            line = f"#SBATCH --{option}={value}" if value else f"#SBATCH --{option}"
+            if option in own:
+                text[own[option]] = line
+            else:
+                text.insert(max(own.values()) + 1, line)
+                own[option] = max(own.values()) + 1
+        end = max(own.values()) + 1
+        lines = [
+            f"export MEGAHP_SLURM={shlex.quote(str(folder()))} RANKS_PER_NODE={self.ranks_per_node}",
+            f"logs={shlex.quote(f'{settings.directory}/slurm')} exclude={shlex.quote(str(self.exclude))}",
+            *([self.variables] if self.variables else []),
+            f"set -- {shlex.join(words)}",
+        ]
+        return "\n".join([*text[:end], "", *lines, *text[end:], ""])
+
+    def _options(self, settings: Config) -> dict[str, str]:
+        """Name without dashes -> value, empty for an option that takes none. Raises UserError."""
+        bad = self.exclude.exists() and self.exclude.read_text().split()
+        given = {
+            "job-name": re.sub(r"[^\w.+-]", "-", settings.log.name),
+            "comment": f'"{OWNER}{settings.directory.resolve()}"',
+            "output": f"{settings.directory}/slurm/%j.out",
+            "nodes": str(self.nodes),
+            "ntasks-per-node": str(self.tasks_per_node),
+            "gpus-per-node": str(self.ranks_per_node) if settings.train.device != "cpu" else None,
+            "time": self.time,
+            "partition": self.partition,
+            "account": self.account,
+            "exclude": str(self.exclude.absolute()) if bad else None,  # an empty file would be a mistake to sbatch
+        }
+        more = {}
+        for word in shlex.split(self.sbatch):
+            if not word.startswith("--"):
+                raise UserError(f"--sbatch {self.sbatch!r}: {word!r} is no long option; write --name=value")
+            name, _, more[name.removeprefix("--")] = word.partition("=")
+        return {name: value for name, value in given.items() if value is not None} | more
+
+
+def option_of(line: str) -> str:
+    """The name of the option a line of #SBATCH sets."""
+    return line.split()[1].removeprefix("--").partition("=")[0]
+
+
+def folder() -> Path:
+    """Where the scripts are: MEGAHP_SLURM, else those that came with megahp. Raises UserError."""
+    found = Path(os.environ.get("MEGAHP_SLURM", Path(megahp.__file__).parent / "slurm")).resolve()
+    if not (found / "environment.sh").exists():
+        raise UserError(f"MEGAHP_SLURM = {found} has no environment.sh; name a copy of megahp's slurm/, or unset it")
+    return found
+
+
+def submit(script: str) -> str:
+    """Submit a script that Slurm has said it could run. Returns the job's number. Raises UserError."""
+    _slurm(["sbatch", "--test-only"], script)
+    return _slurm(["sbatch", "--parsable"], script).split(";")[0]
+
+
+def _slurm(command: Sequence[str], text: str = "") -> str:
+    """What a command of Slurm's prints. Raises UserError with what it complains of."""
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]} is not on this machine; go to one of Slurm's, or look at --dry-run") from None
+    if done.returncode:
+        raise UserError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}; change the options it names")
+    return done.stdout.strip()

@@ -1,0 +1,83 @@
+"""`megahp launch --grow`: the plan it prints, the script it would submit, and what it refuses. No Slurm is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from corpus import write_corpus
+
+from megahp.cli import main
+
+RUN = """
+[model]
+layers = 1
+width = 16
+heads = 2
+[data]
+train = ["corpus"]
+sequence_length = 16
+[batch]
+policy = "table"
+table = ["640:8", "1664:16"]
+global_batch = 4
+micro_batch = 1
+[train]
+tokens = 3840
+device = "cpu"
+"""
+GROW = ("launch", "run.toml", "--dry-run", "--nodes", "1", "--grow", "4")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "corpus", 0.02)
+    (tmp_path / "run.toml").write_text(RUN)
+
+
+def test_the_plan_beside_fixed_numbers_of_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    """10 steps of 4 sequences of 16 tokens, 8 of 8, 8 of 16, at 0.01 tokens a second: 64,000 s for the first, ..."""
+    assert main([*GROW, "--speed", "0.01"]) == 0
+    script, plan = capsys.readouterr()
+    rows = [" ".join(line.split()) for line in plan.splitlines()]
+    assert rows[1:-1] == [
+        "0 to 640 4 to 4 10 1 17 h 46 min 17.8",
+        "640 to 1.66k 8 to 8 8 2 14 h 13 min 28.4",
+        "1.66k to 3.71k 16 to 16 8 4 14 h 13 min 56.9",
+        "growing to 4 1 d 22 h 103.1",
+        "throughout 1 4 d 7 h 103.1",
+        "throughout 4 1 d 1 h 103.1",
+    ]
+    assert "\nnodes=1 grow=4 patience=1800\nset -- run.toml\n" in script and "#SBATCH --nodes=1\n" in script
+
+
+def test_without_a_speed_it_is_shares(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*GROW, "--patience", "0.5"]) == 0
+    script, plan = capsys.readouterr()
+    assert "growing to 4 45% 100%" in " ".join(plan.split()) and "patience=30\n" in script
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((*GROW[:5], "--speed", "3"), "--speed 3 goes with --grow"),
+        ((*GROW[:5], "--patience", "3"), "--patience 3 goes with --grow"),
+        ((*GROW, "--patience", "0"), "--patience 0 goes with --grow N, and is above 0"),
+        ((*GROW[:-1], "1"), "--grow 1 is less than twice --nodes 1"),
+        ((*GROW, "--launcher", "torchrun"), "--launcher torchrun with --grow"),
+        ((*GROW, "batch.policy=constant", "batch.table=[]"), "batch.policy = 'constant' never grows"),
+        ((*GROW, "resilience.stop_at_batch=8"), "--grow sets resilience.stop_at_batch, and it is 8"),
+        ((*GROW, "parallel.dp_shard=1"), "needs 1 ranks and there are 2"),
+        ((*GROW, "--ranks-per-node", "3"), "batch.global_batch = 4"),
+    ],
+)
+def test_what_cannot_grow(words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(list(words)) == 2
+    said = capsys.readouterr()
+    assert told in said.err and said.err.splitlines()[-1].startswith("megahp: ") and not said.out
+
+
+def test_a_batch_to_stop_at_that_is_never_reached(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "run.toml", "resilience.stop_at_batch=4"]) == 2
+    assert "resilience.stop_at_batch = 4 is no batch that batch.policy = 'table' grows to" in capsys.readouterr().err
