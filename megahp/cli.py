@@ -106,7 +106,7 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
     ranks = place.size if options.ranks is None else options.ranks
     layout = fit(settings.parallel, ranks)
 
-    from megahp.train.run import prepare
+    from megahp.train.prepare import prepare
 
     if options.ranks and place.size not in (1, options.ranks):
         raise UserError(f"--ranks {options.ranks}, but the launcher started {place.size}; leave --ranks out")
@@ -143,7 +143,7 @@ def _train_rank(settings: Config, place: launch.World, layout: Layout, resume: b
     """Train as one rank, and leave without tearing the process group down (launch.leave)."""
     from megahp.train.crash import report_crash
     from megahp.train.loop import train
-    from megahp.train.run import cuda_wanted
+    from megahp.train.prepare import cuda_wanted
     from megahp.train.watchdog import patience
 
     code = FINISHED

@@ -41,7 +41,8 @@ from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import make_mesh
 from megahp.train.loop import device_of
-from megahp.train.run import Run, check_batch, cuda_wanted, state_of_weights
+from megahp.train.prepare import check_batch, cuda_wanted
+from megahp.train.run import Run, state_of_weights
 
 QUICKSTART = Path(__file__).parents[1] / "examples/quickstart/run.toml"
 VOCABULARY = 4096  # that of the quick start's tokenizer

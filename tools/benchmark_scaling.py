@@ -43,7 +43,7 @@ from megahp.errors import UserError
 from megahp.job import Job, submit
 from megahp.parallel.layout import fit
 from megahp.train.metrics import read_metrics
-from megahp.train.run import prepare
+from megahp.train.prepare import prepare
 
 MODES = ("weak", "strong")
 GROWN = ("batch.global_batch", "train.tokens")  # may be given, and is what a point begins with

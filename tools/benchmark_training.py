@@ -65,7 +65,8 @@ from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.presets import PRESETS
 from megahp.scaling.flops import parameters, training_flops
 from megahp.train.loop import device_of, microbatches
-from megahp.train.run import Run, check_batch, check_devices, cuda_wanted
+from megahp.train.prepare import check_batch, check_devices, cuda_wanted
+from megahp.train.run import Run
 from megahp.train.step import clip
 
 MEGAHP = ("megahp", "megahp-without-noise")

@@ -42,7 +42,8 @@ from megahp.model.build import longest, skeleton
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.parameters import saved, storage
-from megahp.train.run import FIXED, state_of_weights, with_vocabulary
+from megahp.train.prepare import FIXED, with_vocabulary
+from megahp.train.run import state_of_weights
 from megahp.train.sample import alone
 
 FORMATS = ("megahp", "huggingface", "megatron", "megatron-legacy")

@@ -39,7 +39,7 @@ from megahp.scaling.transfer import Estimate, slope
 from megahp.train.coordinates import MadeUp, activations, nonlinearity
 from megahp.train.loop import device_of
 from megahp.train.metrics import without_nan
-from megahp.train.run import cuda_wanted, open_data, with_vocabulary
+from megahp.train.prepare import cuda_wanted, open_data, with_vocabulary
 
 FAMILIES = {"widths": "model.width", "depths": "model.layers", "densities": "sparsity.density"}
 LINE = "{quantity:<13}{when:<7}{slope:>+7.2f}  [{low:+.2f}, {high:+.2f}]  {needed:>14}{predicted:>9}  {verdict}"

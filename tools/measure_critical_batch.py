@@ -41,9 +41,10 @@ from megahp.scaling import critical_batch
 from megahp.scaling.batch_size import Hyperparameters, follow
 from megahp.scaling.schedules import fraction
 from megahp.train.metrics import read_events, read_run
+from megahp.train.prepare import changes, prepare
 from megahp.train.progress import human_count, human_duration
 from megahp.train.resilience import MOST_SKIPPED
-from megahp.train.run import changes, prepare, read_config
+from megahp.train.run import read_config
 
 LEAST_STEPS = 5  # of the largest batch: the first step's loss then is a sixteenth of the smoothed one
 HEADER = f"factor {'batch':>9}{'tokens':>9}{'lr':>11}{'steps':>9}{'loss':>9}{'+-':>8}{'limit':>9}  harmless"

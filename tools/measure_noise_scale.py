@@ -45,8 +45,8 @@ from megahp.train.example_norms import Squares
 from megahp.train.example_norms import measure as measure_batch
 from megahp.train.loop import device_of
 from megahp.train.metrics import without_nan
+from megahp.train.prepare import cuda_wanted, open_data
 from megahp.train.progress import human_count, human_duration
-from megahp.train.run import cuda_wanted, open_data
 
 HEADER = f"{'layers':<13}{'mean |g_b|^2':>13}{'|G_B|^2':>11}{'|G|^2':>11}{'S':>11}{'noise scale':>13}  95 %"
 SMOOTHED = "norms, in training"

@@ -58,8 +58,8 @@ from megahp.scaling.flops import training_flops
 from megahp.scaling.transfer import Curve, drift
 from megahp.train.loop import train
 from megahp.train.metrics import read_metrics
+from megahp.train.prepare import cuda_wanted, prepare
 from megahp.train.progress import human_duration
-from megahp.train.run import cuda_wanted, prepare
 
 OWN = ("train.seed", "log.root", "log.name", "log.every", "log.tensorboard", "log.baselines", "log.wandb")
 

@@ -88,7 +88,7 @@ class Present:
 def present(settings: Config) -> Present:
     """From the checkpoint that a run would go on from, or begin at. Raises UserError."""
     from megahp import checkpoint
-    from megahp.train.run import plan_to_go_on
+    from megahp.train.prepare import plan_to_go_on
 
     plan = BatchPlan(settings, 1)
     saved = checkpoint.first_whole(

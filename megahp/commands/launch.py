@@ -76,7 +76,7 @@ def _launch(options: Namespace, words: Sequence[str]) -> int:
     settings = resolve.load(options.run_file, options.overrides).config
     job = job_of(options) if options.grow is None else first_of_chain(options, settings)
 
-    from megahp.train.run import prepare
+    from megahp.train.prepare import prepare
 
     prepare(settings, fit(settings.parallel, job.nodes * job.ranks_per_node), ranks_here=0, resume=True)
     script = job.render(settings, [str(options.run_file), *options.overrides])

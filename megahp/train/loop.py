@@ -19,9 +19,10 @@ from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch_size import Plan
 from megahp.train.notice import Notice
+from megahp.train.prepare import cuda_wanted, open_data
 from megahp.train.reporter import Reporter
 from megahp.train.resilience import check, rewind, settle, skip, soundly, stands_out
-from megahp.train.run import Run, cuda_wanted, is_first, open_data
+from megahp.train.run import Run, is_first
 from megahp.train.start import start
 from megahp.train.step import Measurement, clip
 from megahp.train.watchdog import Watchdog

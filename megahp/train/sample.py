@@ -21,7 +21,7 @@ from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.parameters import saved
 from megahp.train.loop import device_of
-from megahp.train.run import cuda_wanted
+from megahp.train.prepare import cuda_wanted
 
 
 @dataclass(frozen=True)

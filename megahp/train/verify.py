@@ -32,7 +32,7 @@ from megahp.scaling.parameterization import table_of
 from megahp.train.loop import device_of
 from megahp.train.masks import Masks
 from megahp.train.optimizer import make_optimizer
-from megahp.train.run import check_devices, cuda_wanted
+from megahp.train.prepare import check_devices, cuda_wanted
 from megahp.train.step import Engine, clip
 
 STEPS = 5  # the global batch doubles after the first

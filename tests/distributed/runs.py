@@ -15,7 +15,7 @@ from megahp.config import Config
 from megahp.launch import World
 from megahp.parallel.layout import fit
 from megahp.train import loop
-from megahp.train.run import prepare
+from megahp.train.prepare import prepare
 
 
 def train(folder: Path, name: str, *words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,7 @@ class Site:
         self.cluster, self.folder = cluster, folder
         write_corpus(folder / "corpus", 0.02)
         (folder / "run.toml").write_text(RUN)
-        (folder / "bad.txt").write_text("127.0.0.1\n")
-        killed = self.fault("torchrun", kind="kill", rank=1, step=12) | {"exclude": "bad.txt"}
+        killed = self.fault("torchrun", kind="kill", rank=1, step=12) | self.checked()
         two = ("--nodes=2",)
         self.jobs = {
             "limited": self.launch(
@@ -79,6 +79,17 @@ class Site:
         (self.folder / f"{name}.json").write_text(json.dumps([fault]))
         return {"FAULTS": f"{self.folder}/{name}.json", "PYTHONPATH": f"{ROOT}/tests/faults/inject:{ROOT}"}
 
+    def checked(self) -> dict[str, str]:
+        """The environment of a job whose slurm/ was fitted to the site: nodes are checked first, and the first node of
+        its first life is found unfit."""
+        ours = shutil.copytree(ROOT / "slurm", self.folder / "our-slurm")
+        words = (ours / "environment.sh").read_text()
+        assert words.count("\npreflight=()\n") == 1
+        (ours / "environment.sh").write_text(words.replace("\npreflight=()\n", "\npreflight=(bash check.sh)\n"))
+        unfit = '[ "$SLURM_PROCID" != 0 ] || [ -e bad.txt ] || { echo "$SLURMD_NODENAME" >bad.txt; exit 1; }\n'
+        (self.folder / "check.sh").write_text(unfit)
+        return {"MEGAHP_SLURM": str(ours), "exclude": "bad.txt"}
+
     def launch(self, name: str, *options: str, nodes: int = 2, **more: str) -> str:
         """The number of the job."""
         with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +101,7 @@ class Site:
 
     def sbatch(self, script: str, *words: str, options: tuple[str, ...] = (), **more: str) -> str:
         """The number of the job."""
-        more |= {"MEGAHP_SLURM": f"{ROOT}/slurm"}
+        more = {"MEGAHP_SLURM": f"{ROOT}/slurm", **more}
         return self.cluster("sbatch", "--parsable", *options, f"{ROOT}/slurm/{script}.sbatch", *words, **more).strip()
 
     def finished(self, name: str) -> str:

@@ -164,11 +164,13 @@ def test_conversion_and_benchmark(site: Site) -> None:
 
 
 def test_one_torchrun_a_node(site: Site) -> None:
-    """A rank is killed: its exit code is the job's, which is queued again, without the nodes that are named as bad."""
+    """The check finds a node unfit, which is left out from then on; later a rank is killed, whose exit code is the
+    job's. Both times it is queued again."""
     job = site.finished("torchrun")
-    assert "ExcNodeList=127.0.0.1 " in site.cluster("scontrol", "show", "job", job).replace("\n", " ")
-    (requeued,) = site.events("torchrun", "requeued")
-    assert requeued["code"] == 137 and requeued["checkpoints"] == ["step-00000010"]
+    unfit = (site.folder / "bad.txt").read_text().strip()
+    assert f"ExcNodeList={unfit} " in site.cluster("scontrol", "show", "job", job).replace("\n", " ")
+    requeued = [(event["code"], event["checkpoints"]) for event in site.events("torchrun", "requeued")]
+    assert requeued == [(1, []), (137, ["step-00000010"])]
     assert site.numbers("torchrun") == site.numbers("undisturbed")
 
 
