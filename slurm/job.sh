@@ -2,7 +2,6 @@
 # What the scripts of this folder share.
 
 logs=${logs:-.}
-tools=$(realpath "$MEGAHP_SLURM")/../tools # of a checkout
 cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))}
 # srun takes none of these from sbatch. A log a node. A rank that fails leaves the others time to say why, and no more.
 step=(--cpus-per-task="$cpus" --cpu-bind=cores --kill-on-bad-exit=0 --wait=30)

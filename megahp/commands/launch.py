@@ -105,7 +105,7 @@ def first_of_chain(options: Namespace, settings: Config) -> Job:
         )
     nodes = growth_of(options, settings).wanted(present(settings).batch)
     patience = round(60 * (PATIENCE if options.patience is None else options.patience))
-    variables = f"nodes={options.nodes} grow={options.grow} patience={patience}"
+    variables = f"nodes={options.nodes} grow={options.grow} patience={patience} chain=${{1:-$SLURM_JOB_ID}} before=$2"
     return replace(job_of(options), script=GROWING, nodes=nodes, variables=variables)
 
 

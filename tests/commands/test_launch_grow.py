@@ -49,13 +49,16 @@ def test_the_plan_beside_fixed_numbers_of_nodes(capsys: pytest.CaptureFixture[st
         "throughout 1 4 d 7 h 103.1",
         "throughout 4 1 d 1 h 103.1",
     ]
-    assert "\nnodes=1 grow=4 patience=1800\nset -- run.toml\n" in script and "#SBATCH --nodes=1\n" in script
+    assert (
+        "\nnodes=1 grow=4 patience=1800 chain=${1:-$SLURM_JOB_ID} before=$2\nset -- run.toml\n" in script
+        and "#SBATCH --nodes=1\n" in script
+    )
 
 
 def test_without_a_speed_it_is_shares(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*GROW, "--patience", "0.5"]) == 0
     script, plan = capsys.readouterr()
-    assert "growing to 4 45% 100%" in " ".join(plan.split()) and "patience=30\n" in script
+    assert "growing to 4 45% 100%" in " ".join(plan.split()) and "patience=30 chain" in script
 
 
 @pytest.mark.parametrize(
