@@ -16,6 +16,7 @@ from megahp.errors import UserError
 
 BAD_NODES = Path("bad-nodes.txt")
 OWNER = "megahp "  # begins the comment of a job of ours; the run directory follows
+OWN = ("nodes", "ntasks", "ntasks-per-node", "array", "comment", "output")  # options that are ours to set
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Job:
     account: str | None = None
     exclude: Path = BAD_NODES
     sbatch: str = ""  # more options
+    own: tuple[str, ...] = OWN  # those that may not be among them
     variables: str = ""  # that the script goes by
 
     def render(self, settings: Config, words: Sequence[str], **more: str) -> str:
@@ -39,7 +41,7 @@ class Job:
         text = (folder() / self.script).read_text().splitlines()
         own = {option_of(line): number for number, line in enumerate(text) if line.startswith("#SBATCH")}
         for option, value in {**self._options(settings), **more}.items():
-            line = f"#SBATCH --{option}={value}" if value else f"#SBATCH --{option}"
+            line = f"#SBATCH --{option}={_quoted(value)}" if value else f"#SBATCH --{option}"
             if option in own:
                 text[own[option]] = line
             else:
@@ -56,10 +58,9 @@ class Job:
 
     def _options(self, settings: Config) -> dict[str, str]:
         """Name without dashes -> value, empty for an option that takes none. Raises UserError."""
-        bad = self.exclude.exists() and self.exclude.read_text().split()
         given = {
             "job-name": re.sub(r"[^\w.+-]", "-", settings.log.name),
-            "comment": f'"{OWNER}{settings.directory.resolve()}"',
+            "comment": f"{OWNER}{settings.directory.resolve()}",
             "output": f"{settings.directory}/slurm/%j.out",
             "nodes": str(self.nodes),
             "ntasks-per-node": str(self.tasks_per_node),
@@ -67,14 +68,38 @@ class Job:
             "time": self.time,
             "partition": self.partition,
             "account": self.account,
-            "exclude": str(self.exclude.absolute()) if bad else None,  # an empty file would be a mistake to sbatch
+            "exclude": str(self.exclude.absolute()) if self._bad_nodes() else None,  # an empty file would be a mistake
         }
+        more = self._more()
+        if any(name.startswith(("gpus", "gres")) for name in more):
+            del given["gpus-per-node"]
+        return {name: value for name, value in given.items() if value is not None} | more
+
+    def _more(self) -> dict[str, str]:
+        """The options in self.sbatch. Raises UserError."""
+        try:
+            words = shlex.split(self.sbatch)
+        except ValueError as error:
+            raise UserError(f"--sbatch {self.sbatch!r} cannot be read ({error}); quote it as in a shell") from None
         more = {}
-        for word in shlex.split(self.sbatch):
+        for word in words:
             if not word.startswith("--"):
                 raise UserError(f"--sbatch {self.sbatch!r}: {word!r} is no long option; write --name=value")
-            name, _, more[name.removeprefix("--")] = word.partition("=")
-        return {name: value for name, value in given.items() if value is not None} | more
+            name, _, value = word.removeprefix("--").partition("=")
+            if name in self.own:
+                raise UserError(f"--sbatch {word}: --{name} is set already, by other options or for them; leave it out")
+            more[name] = value
+        return more
+
+    def _bad_nodes(self) -> list[str]:
+        try:
+            return self.exclude.read_text().split() if self.exclude.exists() else []
+        except OSError as error:
+            raise UserError(f"--exclude {self.exclude} cannot be read ({error.strerror}); name a file") from None
+
+
+def _quoted(value: str) -> str:
+    return f'"{value}"' if re.search(r"\s", value) else value
 
 
 def option_of(line: str) -> str:

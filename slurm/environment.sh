@@ -7,6 +7,8 @@
 # module load cuda/12.8
 # source .venv/bin/activate
 
+export SLURM_EXPORT_ENV=ALL # to the ranks, also where jobs start without their submitter's environment (--export=NONE)
+
 # Container: pyxis (enroot) adds options to srun, apptainer stands before the command.
 srun_options=()
 # srun_options=(--container-image=/images/megahp.sqsh --container-mounts="$PWD" --container-workdir="$PWD")

@@ -28,9 +28,15 @@ end() { # CODE RUN.toml [section.key=value ...]
     leave_out "$SLURM_JOB_ID"
 }
 
-# A command of megahp's as one process.
+# A command of megahp's as one process, which the notice that Slurm gives to all steps does not end.
 alone() {
-    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" python -m megahp "$@"
+    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" \
+        bash -c 'trap "" USR1; exec "$@"' - "${container[@]}" python -m megahp "$@"
+}
+
+# Whether a job was cancelled. Slurm forgets it after MinJobAge (300 s, as a rule), accounting does not.
+cancelled() { # JOB
+    [[ $(squeue -h -t all -j "$1" -o %T 2>/dev/null || sacct -n -X -j "$1" -o State 2>/dev/null) == *CANCELLED* ]]
 }
 
 # Let a pending job begin without the nodes named as bad.

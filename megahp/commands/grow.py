@@ -53,10 +53,6 @@ def growth_of(options: Namespace, settings: Config) -> Growth:
     """From --nodes, --grow and --ranks-per-node. Raises UserError when a run cannot grow so."""
     if settings.batch.policy == "constant":
         raise UserError("--grow: batch.policy = 'constant' never grows; set another policy, or leave --grow out")
-    if settings.resilience.stop_at_batch:
-        raise UserError(
-            f"--grow sets resilience.stop_at_batch, and it is {settings.resilience.stop_at_batch}; leave it out"
-        )
     if options.grow < 2 * options.nodes:
         raise UserError(
             f"--grow {options.grow} is less than twice --nodes {options.nodes}, and nodes double; raise it, or leave "

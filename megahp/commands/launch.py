@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from argparse import Namespace
@@ -15,12 +16,13 @@ from megahp.commands.grow import growth_of, outlook, present
 from megahp.config import Config
 from megahp.errors import UserError
 from megahp.exit_codes import FINISHED, NO_PROGRESS, STOPPED, USER_ERROR
-from megahp.job import BAD_NODES, Job, submit
+from megahp.job import BAD_NODES, OWN, Job, submit
 from megahp.parallel.layout import fit
 
 SCRIPTS = {"srun": "pretrain.sbatch", "torchrun": "pretrain_torchrun.sbatch"}
 GROWING = "pretrain_growing.sbatch"
 PATIENCE = 30  # minutes
+OWN_IN_CHAINS = (*OWN, "dependency", "begin", "hold", "requeue", "no-requeue")
 
 
 def add_to(parsers: Any) -> None:
@@ -71,9 +73,14 @@ def _launch(options: Namespace, words: Sequence[str]) -> int:
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     for name in ("patience", "speed"):
-        if (value := getattr(options, name)) is not None and (options.grow is None or value <= 0):
+        if (value := getattr(options, name)) is not None and (options.grow is None or not value > 0):
             raise UserError(f"--{name} {value:g} goes with --grow N, and is above 0")
     settings = resolve.load(options.run_file, options.overrides).config
+    if settings.resilience.stop_at_batch:
+        raise UserError(
+            f"resilience.stop_at_batch = {settings.resilience.stop_at_batch} would end the job before the run; leave "
+            "it out, and give --grow N for more nodes as the batch grows"
+        )
     job = job_of(options) if options.grow is None else first_of_chain(options, settings)
 
     from megahp.train.prepare import prepare
@@ -104,9 +111,9 @@ def first_of_chain(options: Namespace, settings: Config) -> Job:
             f"--launcher {options.launcher} with --grow: its jobs start one task a rank; leave one of them out"
         )
     nodes = growth_of(options, settings).wanted(present(settings).batch)
-    patience = round(60 * (PATIENCE if options.patience is None else options.patience))
+    patience = math.ceil(60 * (PATIENCE if options.patience is None else options.patience))
     variables = f"nodes={options.nodes} grow={options.grow} patience={patience} chain=${{1:-$SLURM_JOB_ID}} before=$2"
-    return replace(job_of(options), script=GROWING, nodes=nodes, variables=variables)
+    return replace(job_of(options), script=GROWING, nodes=nodes, own=OWN_IN_CHAINS, variables=variables)
 
 
 def _requeue(options: Namespace, words: Sequence[str]) -> int:

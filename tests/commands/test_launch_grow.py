@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from corpus import write_corpus
 
 from megahp.cli import main
+from megahp.exit_codes import STOPPED
+from megahp.train.metrics import read_metrics
+from megahp.train.progress import human_count
 
 RUN = """
 [model]
@@ -61,6 +67,19 @@ def test_without_a_speed_it_is_shares(capsys: pytest.CaptureFixture[str]) -> Non
     assert "growing to 4 45% 100%" in " ".join(plan.split()) and "patience=30 chain" in script
 
 
+def test_a_run_that_has_begun_goes_on_with_what_it_has_grown_to(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its batch of 8 keeps two nodes busy; its speed is the logged one."""
+    words = ("train", "run.toml", "resilience.stop_at_batch=8", "log.tensorboard=false")
+    assert subprocess.run([sys.executable, "-m", "megahp", *words], capture_output=True).returncode == STOPPED
+    assert main([*GROW]) == 0
+    script, plan = capsys.readouterr()
+    rows = [" ".join(line.split()) for line in plan.splitlines()]
+    assert rows[1].startswith("640 to 1.66k 8 to 8 8 2 ") and rows[2].startswith("1.66k to 3.71k 16 to 16 8 4 ")
+    speeds = [step["tokens_per_second"] for step in read_metrics(Path("runs/run"))]
+    assert rows[-1].startswith(f"{human_count(statistics.median(speeds))} tokens a second and node")
+    assert "#SBATCH --nodes=2\n" in script and "\nnodes=1 grow=4 " in script
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -70,7 +89,12 @@ def test_without_a_speed_it_is_shares(capsys: pytest.CaptureFixture[str]) -> Non
         ((*GROW[:-1], "1"), "--grow 1 is less than twice --nodes 1"),
         ((*GROW, "--launcher", "torchrun"), "--launcher torchrun with --grow"),
         ((*GROW, "batch.policy=constant", "batch.table=[]"), "batch.policy = 'constant' never grows"),
-        ((*GROW, "resilience.stop_at_batch=8"), "--grow sets resilience.stop_at_batch, and it is 8"),
+        ((*GROW, "resilience.stop_at_batch=8"), "resilience.stop_at_batch = 8 would end the job before the run"),
+        ((*GROW, "--speed", "nan"), "--speed nan goes with"),
+        ((*GROW, "--sbatch=--requeue"), "--sbatch --requeue: --requeue is set already"),
+        ((*GROW[:5], "--sbatch=--nodes=3"), "--sbatch --nodes=3: --nodes is set already"),
+        ((*GROW[:5], "--sbatch=--comment='a"), "cannot be read (No closing quotation)"),
+        ((*GROW[:5], "--exclude", "."), "--exclude . cannot be read (Is a directory)"),
         ((*GROW, "parallel.dp_shard=1"), "needs 1 ranks and there are 2"),
         ((*GROW, "--ranks-per-node", "3"), "batch.global_batch = 4"),
     ],

@@ -71,6 +71,9 @@ class Site:
             ),
             "lost": self.launch("lost", **self.fault("lost", kind="node", rank=1, step=16)),
             "mistake": self.sbatch("pretrain", "run.toml", "log.name=mistake", "model.width=15"),
+            "cancelled": self.launch(
+                "cancelled", "--grow", "4", *GROWING, nodes=1, **self.fault("cancelled", kind="wait", rank=0, step=3)
+            ),
             "grown": self.launch("grown", "--grow", "4", *GROWING, nodes=1),
         }
 
@@ -82,13 +85,17 @@ class Site:
     def checked(self) -> dict[str, str]:
         """The environment of a job whose slurm/ was fitted to the site: nodes are checked first, and the first node of
         its first life is found unfit."""
-        ours = shutil.copytree(ROOT / "slurm", self.folder / "our-slurm")
-        words = (ours / "environment.sh").read_text()
-        assert words.count("\npreflight=()\n") == 1
-        (ours / "environment.sh").write_text(words.replace("\npreflight=()\n", "\npreflight=(bash check.sh)\n"))
         unfit = '[ "$SLURM_PROCID" != 0 ] || [ -e bad.txt ] || { echo "$SLURMD_NODENAME" >bad.txt; exit 1; }\n'
         (self.folder / "check.sh").write_text(unfit)
-        return {"MEGAHP_SLURM": str(ours), "exclude": "bad.txt"}
+        return {"MEGAHP_SLURM": str(self.fitted("our-slurm", "bash check.sh")), "exclude": "bad.txt"}
+
+    def fitted(self, name: str, preflight: str) -> Path:
+        """A copy of slurm/ with this check before training."""
+        ours = Path(shutil.copytree(ROOT / "slurm", self.folder / name))
+        words = (ours / "environment.sh").read_text()
+        assert words.count("\npreflight=()\n") == 1
+        (ours / "environment.sh").write_text(words.replace("\npreflight=()\n", f"\npreflight=({preflight})\n"))
+        return ours
 
     def launch(self, name: str, *options: str, nodes: int = 2, **more: str) -> str:
         """The number of the job."""
@@ -110,11 +117,8 @@ class Site:
         return self.jobs[name]
 
     def over(self, name: str) -> None:
-        """Wait for the end of a chain of jobs."""
-        self.cluster.wait(lambda: bool(self.begun(name) and self.events(name, "finished")), 120)
-
-    def begun(self, name: str) -> bool:
-        return (self.folder / "runs" / name / "events.jsonl").exists()
+        """Wait until nothing is left of a chain of jobs."""
+        self.cluster.wait(lambda: not self.cluster("squeue", "-h", "-n", name), 120)
 
     def same(self, one: str, other: str) -> None:
         """Assert that two runs, on whatever layouts, had the same samples, and losses equal but for rounding."""

@@ -145,6 +145,14 @@ def test_a_preprocessing_array(site: Site) -> None:
     assert (site.folder / f"preprocess-{job}-1.out").read_text() == "nothing to do for part-00001\n"
 
 
+def test_a_cancelled_job_is_the_end_of_its_chain(site: Site) -> None:
+    site.cluster.wait((site.folder / "cancelled.json.0").exists, 120)
+    site.cluster("scancel", site.jobs["cancelled"])
+    site.over("cancelled")
+    assert [event["event"] for event in site.events("cancelled", "started", "resumed")] == ["started"]
+    assert len(site.cluster("squeue", "-h", "-t", "all", "-n", "cancelled").splitlines()) == 2
+
+
 def test_a_sweep_array(site: Site) -> None:
     words = ["run.toml", "train.steps=3", "--grid", "optimizer.lr=0.001,0.01", "--family", "model.layers=1,2"]
     sweep = ["python", f"{ROOT}/tools/transfer_sweep.py", *words, "--seeds", "1", "--out", "sweep"]
@@ -189,7 +197,7 @@ def test_a_run_takes_more_nodes_as_its_batch_grows(site: Site) -> None:
     """A chain of jobs on 1, 2 and 4 nodes trains what one rank does whose batch grows alike."""
     site.cluster("megahp", "train", "run.toml", "log.name=stayed", *GROWING)
     site.over("grown")
-    assert starts(site, "grown") == [(0, 1), (10, 2), (18, 4)]
+    assert starts(site, "grown") == [(0, 1), (10, 2), (18, 4)] and site.events("grown", "finished")
     site.same("grown", "stayed")
     assert megahp("replay", "runs/grown") == megahp("replay", "runs/stayed")
     plan = (site.folder / f"runs/grown/slurm/{site.jobs['grown']}.out").read_text()
@@ -205,8 +213,19 @@ def test_a_growing_run_goes_on_without_a_lost_node_and_without_those_it_cannot_g
     (node,) = (name for name, slurmd in site.cluster.nodes.items() if slurmd.poll() is not None)
     site.cluster("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
     site.over("shrunk")
-    assert starts(site, "shrunk") == [(0, 2), (4, 2), (10, 2)]
+    assert starts(site, "shrunk") == [(0, 2), (4, 2), (10, 2)] and site.events("shrunk", "finished")
     site.same("shrunk", "stayed")
+
+
+@pytest.mark.slow
+def test_a_chain_that_leads_nowhere_ends(site: Site) -> None:
+    """Four jobs whose check fails, and no more."""
+    ours = {"MEGAHP_SLURM": str(site.fitted("futile", "false"))}
+    site.launch("unfit", "--grow", "4", *GROWING, nodes=1, **ours)
+    site.over("unfit")
+    assert [event["code"] for event in site.events("unfit", "requeued")] == [1, 1, 1]
+    jobs = site.cluster("squeue", "-h", "-t", "all", "-n", "unfit", "-o", "%i %T").split()
+    assert len(jobs[::2]) == 5 and jobs[1::2].count("FAILED") == 1 and "CANCELLED" in jobs
 
 
 def starts(site: Site, name: str) -> list[tuple[int, int]]:
