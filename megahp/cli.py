@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megahp import commands, config, launch, resolve
+from megahp.commands.arguments import add_run_file
 from megahp.config import Config
 from megahp.errors import Fault, UserError
 from megahp.exit_codes import FAULT, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = parsers.add_parser("train", help="train the run of a TOML file")
-    _add_run_file(train)
+    add_run_file(train)
     train.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
     train.add_argument("--resume", choices=("auto",), help="go on from the newest checkpoint, if there is one")
     train.add_argument(
@@ -62,11 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     show = parsers.add_parser("config", help="print every setting and where its value comes from")
-    _add_run_file(show)
+    add_run_file(show)
     show.set_defaults(command=_config)
 
     verify = parsers.add_parser("verify-layout", help="check that a run's layout trains the same model as one rank")
-    _add_run_file(verify)
+    add_run_file(verify)
     verify.add_argument("--ranks", type=int, required=True, metavar="N", help="start N ranks on this machine")
     verify.set_defaults(command=_verify_layout)
 
@@ -93,11 +94,6 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_to(parsers)
     return parser
-
-
-def _add_run_file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", type=Path, metavar="RUN.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
 
 
 def _train(options: argparse.Namespace, words: Sequence[str]) -> int:

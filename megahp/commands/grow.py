@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megahp import resolve
+from megahp.commands.arguments import add_run_file
 from megahp.config import Config
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
@@ -25,8 +26,7 @@ SPEED_STEPS = 20  # of which the median is a run's speed
 def add_to(parsers: Any) -> None:
     """The command's options."""
     segment = parsers.add_parser("segment", help="for slurm/: nodes of the next job of a chain, and where it ends")
-    segment.add_argument("run_file", type=Path, metavar="RUN.toml")
-    segment.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add_run_file(segment)
     whole = {
         "nodes": "at the first batch",
         "grow": "at the largest",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megahp import resolve
+from megahp.commands.arguments import add_run_file
 from megahp.commands.grow import growth_of, outlook, present
 from megahp.config import Config
 from megahp.errors import UserError
@@ -28,7 +29,7 @@ OWN_IN_CHAINS = (*OWN, "dependency", "begin", "hold", "requeue", "no-requeue")
 def add_to(parsers: Any) -> None:
     """Their options."""
     launch = parsers.add_parser("launch", help="check a run, and submit it to Slurm with a script of slurm/")
-    _add_run_file(launch)
+    add_run_file(launch)
     launch.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the job")
     launch.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="GPUs of a node (default 1)")
     launch.add_argument("--time", metavar="TIME", help="limit of one job, D-HH:MM:SS; it is queued again there")
@@ -57,15 +58,10 @@ def add_to(parsers: Any) -> None:
 
     requeue = parsers.add_parser("requeue", help="for slurm/: exit 0 where a job is to be queued again after CODE")
     requeue.add_argument("code", type=int, metavar="CODE", help="exit code of its training")
-    _add_run_file(requeue)
+    add_run_file(requeue)
     requeue.add_argument("--restarts", type=int, default=20, metavar="N", help="after faults (default 20)")
     requeue.add_argument("--job", default=os.environ.get("SLURM_JOB_ID", ""), metavar="ID", help="the first of a chain")
     requeue.set_defaults(command=_requeue)
-
-
-def _add_run_file(parser: Any) -> None:
-    parser.add_argument("run_file", type=Path, metavar="RUN.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
 
 
 def _launch(options: Namespace, words: Sequence[str]) -> int:
