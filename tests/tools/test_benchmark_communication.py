@@ -102,7 +102,8 @@ def test_groups_of_nodes(tool: ModuleType) -> None:
     ("words", "mistake"),
     [
         ([], "there is one rank"),
-        (["--ranks", "1"], "--ranks 1 must be at least 2"),
+        (["--ranks", "1"], "there is one rank"),
+        (["--ranks", "0"], "--ranks 0 must be at least 1"),
         (["--ranks", "2", "--sizes", "3X"], "--sizes 3X is no size in bytes"),
         (["--ranks", "2", "--repeats", "0"], "--repeats 0 must be at least 1"),
         (["--ranks", "2", "--settings", "parallel.tp=2"], "go with --run"),
