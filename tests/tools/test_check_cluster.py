@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 import torch
 
+from megahp.errors import UserError
+
 SCRIPT = Path(__file__).parents[2] / "tools" / "check_cluster.py"
 NODES = ["n1", "n1", "n2", "n2", "n3", "n3", "n4", "n4"]
 EXPECTED = dict.fromkeys(NODES, 2)
@@ -182,6 +184,29 @@ def test_two_nodes_are_not_each_others_judges(tool: ModuleType) -> None:
         for each in slow["gemm"][:2]:
             each["flops"] *= share
         assert {problem.node for problem in verdict(tool, slow)} == named
+
+
+def test_ranks_on_unlike_devices_do_nothing_together(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what both lack is a mistake."""
+
+    def facts(place: Any, *_: Any) -> dict[str, Any]:
+        kind = ("cuda", "cpu")[place.rank]
+        return {"node": f"n{place.rank}", "device": kind, "versions": {"device": kind}, "mistakes": mistakes}
+
+    def look() -> list[dict[str, list[Any]]]:
+        store = torch.distributed.HashStore()
+        boards = [tool.Board(store, tool.launch.World(rank, 2, rank, 2), 9.0) for rank in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda board: tool.look(board, Path(), "auto"), boards))
+
+    monkeypatch.setattr(tool, "facts", facts)
+    mistakes: list[str] = []
+    first, second = look()
+    assert list(first) == list(second) == ["ranks"]
+    assert "device cpu, others have cuda" in verdict(tool, first, {})[0].what
+    mistakes.append("--folder runs is no folder")
+    with pytest.raises(UserError, match="runs is no folder"):
+        look()
 
 
 def test_the_list_of_bad_nodes_is_kept(tool: ModuleType) -> None:
