@@ -132,7 +132,7 @@ def test_no_training_outlives_the_measurement(folder: Path) -> None:
     begin = (
         "import sys; sys.executable = sys.argv.pop(1); import benchmark_scaling as b; sys.exit(b.main(sys.argv[1:]))"
     )
-    sleeper = trainer(folder / "sleeper", "echo $$ >pid; exec sleep 60")
+    sleeper = trainer(folder / "sleeper", "echo $$ >pid; exec sleep 99")
     command = [sys.executable, "-c", begin, str(sleeper), *WORDS, "1", "--modes", "strong", "--out", "ended"]
     environment = os.environ | {"PYTHONPATH": f"{SCRIPT.parents[1]}:{SCRIPT.parent}"}
     measurement = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE)
@@ -142,7 +142,7 @@ def test_no_training_outlives_the_measurement(folder: Path) -> None:
     assert eventually(lambda: b"sleep" in training.read_bytes())
     measurement.terminate()
     assert measurement.wait(20) == -signal.SIGTERM
-    assert eventually(lambda: not training.exists() or not training.read_bytes())
+    assert eventually(lambda: not training.exists() or not training.read_bytes(), 9)
 
 
 def eventually(what: Callable[[], Any], seconds: float = 60) -> bool:
