@@ -33,7 +33,7 @@ def verdict(
         *absent(nodes, expected),
         *silent(nodes, found),
         *dict.fromkeys(Problem(nodes[rank], what) for rank, each in ranks.items() for what in each["mistakes"]),
-        *odd_versions(nodes, ranks),
+        *(list(on_the_cpu(nodes, ranks)) or odd_versions(nodes, ranks)),
         *bad_links(nodes, links),
         *bad_clocks(nodes, links),
         *bad_disks(nodes, heard(found, "disk"), free_gb),
@@ -64,6 +64,14 @@ def silent(nodes: Sequence[str | None], found: Mapping[str, Sequence[Any]]) -> I
                 yield Problem(nodes[rank], f"rank {rank} does not answer ({stage})")
             elif value and "error" in value:
                 yield Problem(None if stage in TOGETHER else nodes[rank], f"rank {rank}, {stage}: {value['error']}")
+
+
+def on_the_cpu(nodes: Sequence[str | None], ranks: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
+    """Ranks that have no CUDA device where others have."""
+    if "cuda" in {each["device"] for each in ranks.values()}:
+        for rank, each in ranks.items():
+            if each["device"] == "cpu":
+                yield Problem(nodes[rank], f"rank {rank} is on the CPU, others on CUDA")
 
 
 def heard(found: Mapping[str, Sequence[Any]], stage: str) -> dict[int, Any]:

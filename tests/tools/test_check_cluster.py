@@ -51,7 +51,10 @@ def healthy() -> dict[str, list[Any]]:
         for rank in range(size)
     ]
     return {
-        "ranks": [{"node": node, "versions": {"torch": "2.13", "NCCL": None}, "mistakes": []} for node in NODES],
+        "ranks": [
+            {"node": node, "device": "cuda", "versions": {"torch": "2.13", "NCCL": "2.29"}, "mistakes": []}
+            for node in NODES
+        ],
         "links": [
             [
                 {"rank": other, "seconds": 1e-4, "offset": 1e-3 * rank}
@@ -122,8 +125,13 @@ FAULTS: dict[str, tuple[Fault, set[str | None], str]] = {
         {None},
         "rank 4 on n3: its clock is +1.5 s from the median; which node is at fault cannot be told",
     ),
+    "on the CPU": (
+        lambda f: [each.update(device="cpu", versions={"torch": "2.13", "NCCL": None}) for each in f["ranks"][2:6]],
+        {"n2", "n3"},
+        "rank 2 is on the CPU, others on CUDA",
+    ),
     "no device": (
-        lambda f: f["ranks"][2].update(versions={}, mistakes=["n2 has 0 CUDA devices for 2 ranks"]),
+        lambda f: f["ranks"][2].update(device="", versions={}, mistakes=["n2 has 0 CUDA devices for 2 ranks"]),
         {"n2"},
         "n2 has 0 CUDA devices for 2 ranks",
     ),
@@ -203,7 +211,7 @@ def test_ranks_on_unlike_devices_do_nothing_together(tool: ModuleType, monkeypat
     mistakes: list[str] = []
     first, second = look()
     assert list(first) == list(second) == ["ranks"]
-    assert "device cpu, others have cuda" in verdict(tool, first, {})[0].what
+    assert verdict(tool, first, {}) == [tool.Problem("n1", "rank 1 is on the CPU, others on CUDA")]
     mistakes.append("--folder runs is no folder")
     with pytest.raises(UserError, match="runs is no folder"):
         look()
