@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+from datetime import timedelta
+from types import SimpleNamespace
+
 import pytest
 
-from megahp.errors import UserError
-from megahp.launch import PORTS, World, _first_host, _port, is_first_here, world
+from megahp.errors import Fault, UserError
+from megahp.launch import PORTS, World, _first_host, _port, is_first_here, meet, node_name, ranks_of_nodes, world
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {
@@ -14,7 +19,12 @@ SRUN = {
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_LOCALID": "1",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NODEID": "1",
+    "SLURMD_NODENAME": "n2",
 }
+# what enroot's hook 50-slurm-pytorch adds to it in a container
+ENROOT = SRUN | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 
 # recorded: rank 1 of 2 under Open MPI 4.1.4, the same under MPICH 4.0.2
 OPEN_MPI = {
@@ -38,7 +48,8 @@ def test_torchrun_mpirun_srun_and_alone() -> None:
     assert world(OPEN_MPI) == world(MPICH) == World(1, 2, 1, 2)
     assert world(DAEMON | OPEN_MPI) == world(DAEMON | MPICH) == World(1, 2, 1, 2)
     assert world(OPEN_MPI | TORCHRUN) == world(TORCHRUN)  # one torchrun a node, started by mpirun
-    assert world(SRUN) == world(PMI2) == World(3, 4, 1, 2)
+    assert world(SRUN) == world(PMI2) == world(ENROOT) == World(3, 4, 1, 2)
+    assert world({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}) == World(3, 4, 3, 4)
     assert world({}) == World(0, 1, 0, 1)
     assert world({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}) == World()  # a batch script, not a step
     seconds = (TORCHRUN, SRUN, OPEN_MPI, MPICH, DAEMON | OPEN_MPI)
@@ -47,8 +58,25 @@ def test_torchrun_mpirun_srun_and_alone() -> None:
     assert all(is_first_here(place) for place in firsts)
 
 
+@pytest.mark.parametrize(("tasks", "here"), [("2,1", 1), ("2(x3),1", 2), ("3", 3), ("1(x2),4(x2)", 1)])
+def test_a_nodes_ranks_are_its_own(tasks: str, here: int) -> None:
+    """By the node's place in the step; enroot's variables lead to the same."""
+    step = {"SLURM_NODEID": "0" if tasks == "3" else "1", "SLURM_STEP_TASKS_PER_NODE": tasks}
+    size = {"2,1": "3", "2(x3),1": "7", "3": "3"}.get(tasks, "10")
+    assert world(SRUN | step | {"SLURM_STEP_NUM_TASKS": size}).local_size == here
+    assert world(ENROOT | step | {"WORLD_SIZE": size}).local_size == here
+    assert world(TORCHRUN | SRUN | step | {"WORLD_SIZE": size}).local_size == 4
+
+
 @pytest.mark.parametrize(
-    ("environment", "words"), [({"WORLD_SIZE": "2"}, "RANK is not"), ({"PMI_RANK": "0"}, "MPI_LOCALRANKID is not")]
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not"),
+        ({"PMI_RANK": "0"}, "MPI_LOCALRANKID is not"),
+        (TORCHRUN | {"RANK": ""}, "RANK = '' is no whole number"),
+        (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' is no whole number"),
+        (SRUN | {"SLURM_LOCALID": "x"}, "SLURM_LOCALID = 'x' is no whole number"),
+    ],
 )
 def test_half_an_environment_is_a_mistake(environment: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -56,10 +84,28 @@ def test_half_an_environment_is_a_mistake(environment: dict[str, str], words: st
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("n[3-5,9],m1", "n3"), ("gpu-07-[012-020]", "gpu-07-012")]
+    ("nodes", "names"),
+    [
+        ("n1", ["n1"]),
+        ("n1,n2", ["n1", "n2"]),
+        ("n[3-5,9],m1", ["n3", "n4", "n5", "n9", "m1"]),
+        ("gpu-07-[009-011]", ["gpu-07-009", "gpu-07-010", "gpu-07-011"]),
+        ("r[1-2]n[08-09]-ib,x", ["r1n08-ib", "r1n09-ib", "r2n08-ib", "r2n09-ib", "x"]),
+    ],
 )
-def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
-    assert _first_host(World(0, 4, 0, 2), {"SLURM_STEP_NODELIST": nodes}) == first
+def test_a_node_list_is_spelled_out(nodes: str, names: list[str]) -> None:
+    assert _first_host(World(0, 4, 0, 2), {"SLURM_STEP_NODELIST": nodes}) == names[0]
+    count = len(names)
+    step = {"SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": f"2(x{count})"}
+    assert ranks_of_nodes(2 * count, step) == dict.fromkeys(names, 2)
+    assert ranks_of_nodes(3 * count, step) == ranks_of_nodes(2 * count, step | OPEN_MPI) == {}
+
+
+def test_a_node_is_called_what_slurm_calls_it() -> None:
+    """But for mpirun's ranks, which may have the variables of the machine where it was called."""
+    here = socket.gethostname().split(".")[0]
+    assert node_name(SRUN) == node_name(PMI2) == node_name(TORCHRUN | SRUN) == "n2"
+    assert node_name({}) == node_name(MPICH | {"SLURMD_NODENAME": "n2"}) == node_name(SRUN | OPEN_MPI) == here
 
 
 def test_ranks_on_one_host_need_no_node_list() -> None:
@@ -86,3 +132,56 @@ def test_a_port_is_a_job_steps_own() -> None:
     assert len({_port(each) for each in steps}) == len(steps)
     assert all(PORTS[0] <= _port(each) < 32768 for each in steps)
     assert _port(OPEN_MPI) == _port(step | OPEN_MPI)  # of whose ranks only some see a step
+    assert len({_port(SRUN | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "0123"}) == 1
+    assert _port(step | {"MASTER_PORT": "29500"}) == 29500
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (MPICH, "MASTER_PORT is not; set both"),  # and another run on these machines would take the same one
+        ({"MASTER_PORT": "x"}, "MASTER_PORT = 'x' is no whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000 is no port"),
+    ],
+)
+def test_a_port_that_cannot_be(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _port(environment)
+
+
+class Mpi:
+    """mpi4py.MPI as one of two ranks sees it that follow each other in one process."""
+
+    def __init__(self) -> None:
+        self.COMM_WORLD, self.size, self.told, self.finalized = self, 2, None, 0
+
+    def bcast(self, told: object) -> object:
+        self.told = told or self.told
+        return self.told
+
+    def Finalize(self) -> None:
+        self.finalized += 1
+
+
+@pytest.fixture
+def mpi(monkeypatch: pytest.MonkeyPatch) -> Mpi:
+    stand_in = Mpi()
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=stand_in))
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in OPEN_MPI.items():
+        monkeypatch.setenv(name, value)
+    return stand_in
+
+
+def test_mpi_tells_where_the_first_rank_is(mpi: Mpi) -> None:
+    first, second = (meet(World(rank, 2, rank, 2), timedelta(seconds=9)) for rank in range(2))
+    first.set("said", "yes")
+    assert second.get("said") == b"yes" and mpi.finalized == 2
+
+
+def test_all_ranks_hear_that_the_first_has_no_store(mpi: Mpi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "nowhere.invalid")
+    for rank in range(2):
+        with pytest.raises(Fault, match="rank 0 does not meet the others at nowhere.invalid"):
+            meet(World(rank, 2, 0, 1), timedelta(seconds=0.2))
+    assert mpi.finalized == 2

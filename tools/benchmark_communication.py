@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from command import about, exit_code, refuse_unwritable
+from command import about, exit_code, refuse_unwritable, starts_ranks
 from communication import (
     OPERATIONS,
     Group,
@@ -39,9 +39,9 @@ from communication import (
     MpiGroup,
     TorchGroup,
     device_of_rank,
+    greet,
     groups_of_layout,
     groups_of_nodes,
-    node_name,
     timed,
 )
 
@@ -81,14 +81,10 @@ def benchmark(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.settings and not arguments.run:
         raise UserError(f"{' '.join(arguments.settings)}: --settings go with --run RUN.toml")
     place = launch.world()
-    if arguments.ranks is not None and place.size == 1:
+    if starts_ranks(arguments.ranks, place.size):
         if arguments.backend == "mpi":
             raise UserError("--ranks starts ranks without MPI; for --backend mpi start them by mpirun")
-        if arguments.ranks < 2:
-            raise UserError(f"--ranks {arguments.ranks} must be at least 2, for there to be somebody to talk to")
         return launch.spawn(words, arguments.ranks, (__file__,))
-    if arguments.ranks not in (None, place.size):
-        raise UserError(f"--ranks {arguments.ranks}, but the launcher started {place.size}; leave --ranks out")
     if place.size == 1:
         raise UserError("there is one rank; start several by --ranks N, srun, torchrun or mpirun")
     ranks = by_mpi(place) if arguments.backend == "mpi" else by_torch(place, arguments.backend)
@@ -121,11 +117,12 @@ def by_torch(place: launch.World, backend: str) -> Ranks:
     choice = {"auto": "auto", "gloo": "cpu", "nccl": "cuda"}[backend]
     device = device_of_rank(choice, place)
     launch.join(place, device.type == "cuda")
+    greet(device)
     nodes: list[Any] = [None] * place.size
-    dist.all_gather_object(nodes, node_name())
+    dist.all_gather_object(nodes, launch.node_name())
     name = "nccl" if device.type == "cuda" else "gloo"
     version = ".".join(map(str, torch.cuda.nccl.version())) if name == "nccl" else ""
-    return Ranks(place.rank, nodes, name, version, lambda groups: TorchGroup(groups, device))
+    return Ranks(place.rank, nodes, name, version, lambda groups: TorchGroup(groups, device, launch.PATIENCE))
 
 
 def by_mpi(place: launch.World) -> Ranks:
@@ -139,7 +136,7 @@ def by_mpi(place: launch.World) -> Ranks:
             f"mpi4py sees {MPI.COMM_WORLD.size} ranks of {place.size}: it is built for another MPI than the launcher's"
         )
     version = MPI.Get_library_version().split(",")[0].strip("\0\n ")
-    nodes = MPI.COMM_WORLD.allgather(node_name())
+    nodes = MPI.COMM_WORLD.allgather(launch.node_name())
     return Ranks(MPI.COMM_WORLD.rank, nodes, "mpi", version, lambda groups: MpiGroup(groups, MPI))
 
 

@@ -88,14 +88,19 @@ def benchmark(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         submit_all(ahead, arguments)
     elif code := train_all(ahead, arguments.dry_run):
         return code
+    if arguments.dry_run:
+        return 0
     rows = [each for (mode, _), curve in curves.items() for each in rows_of(mode, curve, arguments.warm_up)]
-    if rows and not arguments.dry_run:
-        show(rows, emulated=not arguments.slurm)
-        if arguments.json:
-            found = {**about(__file__, words), "emulated": not arguments.slurm, "rows": rows}
-            arguments.json.write_text(json.dumps(found, indent=2) + "\n")
-        if arguments.plot:
-            plot(arguments.plot, rows, emulated=not arguments.slurm)
+    if not rows:
+        unwritten = [str(file) for file in (arguments.json, arguments.plot) if file]
+        print("; ".join(["nothing is finished yet", *(f"{file} is not written" for file in unwritten)]))
+        return 0
+    show(rows, emulated=not arguments.slurm)
+    if arguments.json:
+        found = {**about(__file__, words), "emulated": not arguments.slurm, "rows": rows}
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    if arguments.plot:
+        plot(arguments.plot, rows, emulated=not arguments.slurm)
     return 0
 
 
@@ -185,8 +190,9 @@ def train_all(points: Sequence[Point], dry_run: bool) -> int:
 def submit_all(points: Sequence[Point], arguments: argparse.Namespace) -> None:
     """Submit a job array for every number of nodes, the largest first: what Slurm could not run it refuses there. No
     point is submitted while any is queued. Raises UserError."""
-    out = Log(root=str(arguments.out.parent), name=arguments.out.name)
-    if not arguments.dry_run and (queued := jobs().get(str(arguments.out.resolve()))):
+    folder = arguments.out.resolve()  # of which `.` has a name
+    out = Log(root=str(folder.parent), name=folder.name)
+    if not arguments.dry_run and (queued := jobs().get(str(folder))):
         print("\n".join(queued))
         return
     for nodes in sorted({point.nodes for point in points}, reverse=True):

@@ -1,12 +1,14 @@
 """Are these nodes fit to train on? Measures every rank, compares it with the others, names what stands out.
 
     srun --ntasks-per-node=8 python tools/check_cluster.py --exclude-file bad-nodes.txt      # or torchrun, mpirun,
-        [--ranks N] [--folder .] [--free-gb 1] [--slack 0.25] [--patience 60] [--device auto|cpu|cuda]    # or alone
+        [--ranks N] [--folder .] [--free-gb 1] [--slack 0.25] [--patience 20] [--device auto|cpu|cuda]    # or alone
         [--json FILE]
 
 What is looked at, and what makes a node bad:
 
-    versions   python, torch, numpy, megahp, CUDA, cuDNN, NCCL, driver: not those of most ranks
+    who comes  ranks that do not answer (under srun their nodes are named); no --folder on a node, or fewer devices than
+               ranks. Nothing more is looked at then, nor where some ranks are on CUDA and some on the CPU
+    versions   device, python, torch, numpy, megahp, CUDA, cuDNN, NCCL, driver: not those of most ranks
     names      the host names of rank 0 and of the ranks 1, 2, 4, 8, ... further on, resolved and connected to at a free
     and ports  port: more than half of a node's connections with other nodes fail, or one within it
     clocks     the offset from rank 0, by the quickest of ten exchanges: more than 1 s from the median
@@ -19,10 +21,12 @@ What is looked at, and what makes a node bad:
                whose best pair is slower than (1 - slack) of the median's best, or takes 5 times as long for 8 bytes;
                or a message that arrives changed
     all-reduce of all ranks, within nodes and between them: a wrong sum (whose fault it is is not seen)
-    silence    a rank that does not answer within --patience seconds
+    silence    a rank that does not answer within --patience seconds, at any of these
 
-Times are the best of several, so that a moment's other work does not count. Two nodes that do not reach each other are
-both named: which one is at fault cannot be told from there. One rank alone looks at itself.
+Times are the best of several, so that a moment's other work does not count. What cannot be told names nobody: unless
+more than half of the nodes agree on a version, a product or the time, whose is wrong. Two nodes that do not reach each
+other are both named. With two nodes the median lies between them, so that --slack 0.25 means 40 % less than the other.
+One rank alone looks at itself. What all ranks lack is a mistake in what was given, and no node's fault.
 
 Exit code 0: all are fit; 1: some are not, or the ranks did not meet; 2: a mistake in what was given. --exclude-file
 holds one node a line: bad ones are added, those that were looked at and are fit are taken out, others stay.
@@ -33,32 +37,32 @@ holds one node a line: bad ones are added, those that were looked at and are fit
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
 import platform
 import shutil
 import socket
-import statistics
 import struct
 import sys
 import tempfile
 import threading
 import time
 import zlib
-from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from command import exit_code, positive, refuse_unwritable
-from communication import Groups, TorchGroup, device_of_rank, groups_of_nodes, node_name, pattern, timed
+from command import about, exit_code, positive, refuse_unwritable, starts_ranks
+from communication import Groups, TorchGroup, device_of_rank, greet, groups_of_nodes, pattern, timed
+from outliers import TOGETHER, Problem, best_pairs, excluded, heard, offsets_of, verdict
 
 import megahp
 from megahp import launch
@@ -67,22 +71,11 @@ from megahp.errors import Fault, UserError
 CLOCK = struct.Struct("d")
 EXCHANGES = 10  # of clocks, on one connection
 CONNECT_SECONDS = 5.0
-MOST_APART = 1.0  # seconds, of clocks
-DISK_BYTES, DISK_SHARE = 2**26, 0.25  # written; of the median rate, at least
-LATENCY = 5.0  # times the median's
+DISK_BYTES = 2**26  # written
 MESSAGE = {"cpu": 2**22, "cuda": 2**28}  # bytes, of a pair and of an all-reduce
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
-TURNS = 7  # of which the best counts
-TOGETHER = ("join", "pairs", "all-reduce")  # stages that go on for all ranks or for none
+TURNS, FILES = 7, 3  # of which the best counts
 SHOWN = 64  # ranks in the table; of more, those that stand out
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that is not as it should be; the node it is the fault of, unless that cannot be told."""
-
-    node: str | None
-    what: str
 
 
 class Board:
@@ -104,16 +97,17 @@ class Board:
         return json.loads(self.store.get(name))
 
     def _of(self, key: str, deadline: float) -> Any:
-        try:
-            self.store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.1)))
-        except RuntimeError:
-            return None
-        return json.loads(self.store.get(key))
+        if (left := deadline - time.monotonic()) > 0:
+            with suppress(RuntimeError):
+                self.store.wait([key], timedelta(seconds=left))
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def close(self) -> None:
-        """The others stay until rank 0 is through: launchers end all ranks when one has left with an exit code."""
-        self.store.set(f"through {self.place.rank}", "")
-        with suppress(RuntimeError):  # the store goes with rank 0
+        """The others stay until rank 0 is through, which leaves them time to hear what it told last: launchers end all
+        ranks when one has left with an exit code, and the store goes with rank 0."""
+        launch.outlast_questions(self.place)
+        with suppress(RuntimeError):
+            self.store.set(f"through {self.place.rank}", "")
             self.store.wait(["through 0"], self.patience)
 
 
@@ -121,7 +115,9 @@ class Clock:
     """Tells this rank's time to whoever connects to its port."""
 
     def __init__(self) -> None:
-        self.listener = socket.create_server(("", 0), backlog=1024)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        self.listener = socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=both)
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -149,44 +145,44 @@ def check(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     slack = positive(arguments.slack, "no share above 0 and below 1 for --slack")
     if slack >= 1:
         raise UserError(f"--slack {arguments.slack} must be below 1, the share of the median that a rank may lack")
-    refuse_unwritable(arguments.json, arguments.exclude_file)
-    if not arguments.folder.is_dir():
-        raise UserError(f"--folder {arguments.folder} is no folder; make it, or name another")
-    place = launch.world()
-    if arguments.ranks not in (None, place.size):
-        if place.size > 1 or arguments.ranks < 1:
-            raise UserError(f"--ranks {arguments.ranks}, and there are {place.size}; leave --ranks out")
+    place, patience = launch.world(), float(arguments.patience)
+    if place.rank == 0:  # which writes; of other nodes something else may be wrong
+        refuse_unwritable(arguments.json, arguments.exclude_file)
+    if starts_ranks(arguments.ranks, place.size):
         return launch.spawn(words, arguments.ranks, (__file__,))
-    device, patience = device_of_rank(arguments.device, place), float(arguments.patience)
-    board = Board(launch.meet(place, timedelta(seconds=patience)), place, patience)
-    found = look(board, arguments.folder, device)
-    problems = verdict(found, slack, float(arguments.free_gb))
-    if place.rank == 0:
-        show(found, problems)
-        write(arguments, words, found, problems)
-    board.close()
+    board = Board(launch.meet(place, timedelta(seconds=patience), all_of_them=False), place, patience)
+    try:
+        found = look(board, arguments.folder, arguments.device)
+        problems = verdict(found, slack, float(arguments.free_gb), launch.ranks_of_nodes(place.size))
+        if place.rank == 0:
+            write(arguments, words, found, problems)
+            show(found, problems)
+    finally:
+        board.close()
     return 1 if problems else 0
 
 
-def look(board: Board, folder: Path, device: torch.device) -> dict[str, list[Any]]:
-    """All stages' findings, by stage and rank. Ends with the stage in which a rank is silent, or is not heard."""
+def look(board: Board, folder: Path, choice: str) -> dict[str, list[Any]]:
+    """All stages' findings, by stage and rank. Ends with the stage in which a rank is silent, or is not heard. Raises
+    UserError for a mistake that all ranks find."""
     place, clock = board.place, Clock()
-    found = {"ranks": board.share("ranks", facts(place, clock.port, device))}
-    if None in found["ranks"]:
+    ranks = board.share("ranks", facts(place, clock.port, folder, choice))
+    found = {"ranks": ranks}
+    if all(rank and rank["mistakes"] for rank in ranks):
+        raise UserError(ranks[0]["mistakes"][0])
+    if None in ranks or any(rank["mistakes"] for rank in ranks) or len({rank["device"] for rank in ranks}) > 1:
         return found
-    ranks = found["ranks"]
-    nodes = [rank["node"] for rank in ranks]
-    world = {"world": [list(range(place.size))]}
+    device, nodes = device_of_rank(choice, place), [rank["node"] for rank in ranks]
 
     def join() -> str:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=board.store, rank=place.rank, world_size=place.size, timeout=board.patience
-        )
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # NCCL's calls that wait too long raise then, and do not abort
+        launch.join(place, device.type == "cuda", board.patience, board.store)
+        greet(device)
         return "joined"
 
     stages: dict[str, Callable[[], Any]] = {
         "links": lambda: links(place, ranks),
+        "memory": lambda: memory(device),
         "disk": lambda: disk(folder) if place.rank == nodes.index(ranks[place.rank]["node"]) else {},
         "gemm": lambda: gemm(device),
     }
@@ -194,7 +190,9 @@ def look(board: Board, folder: Path, device: torch.device) -> dict[str, list[Any
         stages |= {
             "join": join,
             "pairs": lambda: [pair for kind in kinds(nodes).items() for pair in pairs(*kind, place.rank, device)],
-            "all-reduce": lambda: {kind: all_reduce(each, device) for kind, each in (world | kinds(nodes)).items()},
+            "all-reduce": lambda: {
+                kind: all_reduce(TorchGroup(groups, device, board.patience)) for kind, groups in several(nodes).items()
+            },
         }
     for name, stage in stages.items():
         if place.rank == 0:
@@ -219,11 +217,35 @@ def kinds(nodes: Sequence[str]) -> dict[str, Groups]:
     return {name: groups for name, groups in there.items() if name != "world" or len(there) == 1}
 
 
-def facts(place: launch.World, port: int, device: torch.device) -> dict[str, Any]:
-    """Who this is, with which versions, and how much memory is free on its device."""
-    cuda = device.type == "cuda"
-    free, total = torch.cuda.mem_get_info() if cuda else cpu_memory()
-    versions = {
+def several(nodes: Sequence[str]) -> dict[str, Groups]:
+    """The kinds of groups that sum: world, and others where they are not the same."""
+    there = groups_of_nodes(nodes)
+    return {name: groups for name, groups in there.items() if name == "world" or groups != there["world"]}
+
+
+def facts(place: launch.World, port: int, folder: Path, choice: str) -> dict[str, Any]:
+    """Who this is, on which kind of device, with which versions; and what keeps it from going on."""
+    node, device, versions = launch.node_name(), "", {}
+    mistakes = [] if folder.is_dir() else [f"--folder {folder} is no folder; make it, or name another"]
+    try:
+        device = device_of_rank(choice, place).type
+        versions = versions_with(device == "cuda")
+    except (UserError, RuntimeError) as error:
+        mistakes.append(str(error).splitlines()[0])
+    return {
+        "node": node,
+        "host": socket.gethostname(),
+        "port": port,
+        "local_rank": place.local_rank,
+        "device": device,
+        "versions": versions,
+        "mistakes": mistakes,
+    }
+
+
+def versions_with(cuda: bool) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -233,16 +255,12 @@ def facts(place: launch.World, port: int, device: torch.device) -> dict[str, Any
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
         "CUDA of the driver": torch._C._cuda_getDriverVersion() if cuda else None,  # type: ignore[attr-defined]
     }
-    return {
-        "node": node_name(),
-        "host": socket.gethostname(),
-        "port": port,
-        "local_rank": place.local_rank,
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "free_bytes": free,
-        "total_bytes": total,
-        "versions": versions,
-    }
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes that are free on a device, and all."""
+    free, total = torch.cuda.mem_get_info() if device.type == "cuda" else cpu_memory()
+    return {"free_bytes": free, "total_bytes": total}
 
 
 def cpu_memory() -> tuple[int, int]:
@@ -287,15 +305,19 @@ def disk(folder: Path) -> dict[str, Any]:
 
 
 def writing(folder: Path) -> dict[str, float]:
-    free, block = shutil.disk_usage(folder).free, os.urandom(2**22)
-    if free < 2 * DISK_BYTES:
-        return {"free_bytes": free, "bytes_per_second": 0.0}
+    free = shutil.disk_usage(folder).free
+    rate = DISK_BYTES / min(seconds_to_write(folder) for _ in range(FILES)) if free > 2 * DISK_BYTES else 0.0
+    return {"free_bytes": free, "bytes_per_second": rate}
+
+
+def seconds_to_write(folder: Path) -> float:
+    block = os.urandom(2**22)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         began = time.perf_counter()
         for _ in range(DISK_BYTES // len(block)):
             file.write(block)
         os.fsync(file.fileno())
-        return {"free_bytes": free, "bytes_per_second": DISK_BYTES / (time.perf_counter() - began)}
+        return time.perf_counter() - began
 
 
 def gemm(device: torch.device) -> dict[str, Any]:
@@ -347,11 +369,11 @@ def rounds(size: int) -> list[dict[int, int]]:
 def pair(other: int, rank: int, device: torch.device) -> dict[str, Any]:
     """Bytes a second each way, both ways at once; seconds there and back for 8 bytes, halved; elements changed."""
     sizes = (MESSAGE[device.type] // 4, 2)
-    times = {}
+    times, wrong = {}, 0
     for size in sizes:
         given, taken = pattern(rank, 0, size).to(device), torch.empty(size, device=device)
         times[size] = min(swap(given, taken, other) for _ in range(TURNS if size == sizes[0] else 10 * TURNS))
-        wrong = int((taken != pattern(other, 0, size).to(device)).sum())
+        wrong += int((taken != pattern(other, 0, size).to(device)).sum())
     return {"bytes_per_second": 4 * sizes[0] / times[sizes[0]], "seconds": times[2], "wrong": wrong}
 
 
@@ -364,166 +386,18 @@ def swap(given: torch.Tensor, taken: torch.Tensor, other: int) -> float:
     return time.perf_counter() - began
 
 
-def all_reduce(groups: Groups, device: torch.device) -> dict[str, Any]:
+def all_reduce(group: TorchGroup) -> dict[str, Any]:
     """Bus bandwidth, by the definition of tools/benchmark_communication.py, and wrong elements."""
-    group = TorchGroup(groups, device)
-    timing = timed(group, "all-reduce", MESSAGE[device.type], TURNS)
+    timing = timed(group, "all-reduce", MESSAGE[group.device.type], TURNS)
     return {
         "bytes_per_second": timing.bus_bandwidth("all-reduce", group.size, min(timing.seconds)),
         "wrong": timing.wrong,
     }
 
 
-def verdict(found: Mapping[str, Sequence[Any]], slack: float, free_gb: float) -> list[Problem]:
-    """What stands out. The findings are those of `look`."""
-    ranks, problems = found["ranks"], []
-    nodes = [rank and rank["node"] for rank in ranks]
-    for stage, values in found.items():
-        for rank, value in enumerate(values):
-            if value is None:
-                problems.append(Problem(nodes[rank], f"rank {rank} does not answer ({stage})"))
-            elif "error" in value:
-                problems.append(
-                    Problem(None if stage in TOGETHER else nodes[rank], f"rank {rank}, {stage}: {value['error']}")
-                )
-    if None in ranks:
-        return problems
-    return [
-        *problems,
-        *odd_versions(ranks),
-        *bad_links(nodes, heard(found, "links")),
-        *bad_clocks(nodes, heard(found, "links")),
-        *bad_disks(nodes, heard(found, "disk"), free_gb),
-        *low(nodes, {rank: each["free_bytes"] for rank, each in enumerate(ranks)}, 1 - slack, 1e9, "GB of memory free"),
-        *low(nodes, {r: each["flops"] for r, each in heard(found, "gemm").items()}, 1 - slack, 1e12, "TFLOP/s"),
-        *wrong_products(nodes, heard(found, "gemm")),
-        *bad_pairs(nodes, heard(found, "pairs"), slack),
-        *wrong_sums(heard(found, "all-reduce")),
-    ]
-
-
-def heard(found: Mapping[str, Sequence[Any]], stage: str) -> dict[int, Any]:
-    """What the ranks found that did."""
-    return {rank: each for rank, each in enumerate(found.get(stage, ())) if each and "error" not in each}
-
-
-def low(nodes: Sequence[str], values: Mapping[int, float], share: float, unit: float, of: str) -> Iterator[Problem]:
-    """Ranks whose value is less than this share of the median."""
-    median = statistics.median(values.values()) if values else 0.0
-    for rank, value in values.items():
-        if value < share * median:
-            yield Problem(nodes[rank], f"rank {rank}: {value / unit:.3g} {of}, the median is {median / unit:.3g}")
-
-
-def odd_versions(ranks: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
-    for name in ranks[0]["versions"]:
-        usual, _ = Counter(rank["versions"][name] for rank in ranks).most_common(1)[0]
-        for rank, each in enumerate(ranks):
-            if (version := each["versions"][name]) != usual:
-                yield Problem(each["node"], f"rank {rank}: {name} {version}, most have {usual}")
-
-
-def bad_links(nodes: Sequence[str], links: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Problem]:
-    """A node most of whose connections with others fail, whoever began them, or one within it."""
-    total, failed, errors = Counter[str](), Counter[str](), defaultdict(list)
-    for rank, partners in links.items():
-        for partner in partners:
-            ends = {nodes[rank], nodes[partner["rank"]]}
-            if "error" in partner:
-                text = f"rank {rank} does not reach rank {partner['rank']}: {partner['error']}"
-                if len(ends) == 1:
-                    yield Problem(nodes[rank], text)
-                for node in ends:
-                    errors[node].append(text)
-            if len(ends) == 2:
-                total.update(ends)
-                failed.update(ends if "error" in partner else ())
-    for node, count in failed.items():
-        if count > total[node] / 2:
-            yield Problem(
-                node, f"{count} of {total[node]} connections with other nodes fail, such as: {errors[node][0]}"
-            )
-    if failed and not any(count > total[node] / 2 for node, count in failed.items()):
-        yield Problem(None, next(iter(errors.values()))[0])
-
-
-def bad_clocks(nodes: Sequence[str], links: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Problem]:
-    offsets = offsets_of(links)
-    median = statistics.median(offsets.values())
-    for rank, offset in offsets.items():
-        if abs(offset - median) > MOST_APART:
-            yield Problem(nodes[rank], f"rank {rank}: its clock is {offset - median:+.1f} s from the median")
-
-
-def offsets_of(links: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[int, float]:
-    """Of the clocks of ranks that reach rank 0, from rank 0's."""
-    to_first = {rank: each for rank, partners in links.items() for each in partners if each["rank"] == 0}
-    return {0: 0.0} | {rank: each["offset"] for rank, each in to_first.items() if "offset" in each}
-
-
-def bad_disks(nodes: Sequence[str], disks: Mapping[int, Mapping[str, Any]], free_gb: float) -> Iterator[Problem]:
-    for place in dict.fromkeys(place for each in disks.values() for place in each):
-        there = {rank: each[place] for rank, each in disks.items() if place in each}
-        for rank, each in there.items():
-            if each["free_bytes"] < free_gb * 1e9:
-                yield Problem(nodes[rank], f"{place}: {each['free_bytes'] / 1e9:.1f} GB free, of {free_gb:g} wanted")
-        rates = {rank: each["bytes_per_second"] for rank, each in there.items()}
-        yield from low(nodes, rates, DISK_SHARE, 1e9, f"GB/s written to {place}")
-
-
-def wrong_products(nodes: Sequence[str], products: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
-    usual = Counter(each["checksum"] for each in products.values()).most_common(1)
-    for rank, each in products.items():
-        if each["wrong"]:
-            yield Problem(nodes[rank], f"rank {rank}: {each['wrong']} rows of a matrix product are wrong")
-        elif each["checksum"] != usual[0][0]:
-            yield Problem(nodes[rank], f"rank {rank}: a matrix product is not, bit for bit, that of most ranks")
-
-
-def bad_pairs(
-    nodes: Sequence[str], found: Mapping[int, Sequence[Mapping[str, Any]]], slack: float
-) -> Iterator[Problem]:
-    for kind, best in best_pairs(found).items():
-        rates = {rank: rate for rank, (rate, _) in best.items()}
-        yield from low(nodes, rates, 1 - slack, 1e9, f"GB/s at best with a neighbour ({kind})")
-        median = statistics.median(seconds for _, seconds in best.values())
-        for rank, (_, seconds) in best.items():
-            if seconds > LATENCY * median:
-                what = f"{1e6 * seconds:.0f} us for 8 bytes ({kind}), the median is {1e6 * median:.0f}"
-                yield Problem(nodes[rank], f"rank {rank}: {what}")
-    for rank, each in found.items():
-        for pair in each:
-            if pair["wrong"]:
-                for end in (rank, pair["with"]):
-                    what = f"what rank {pair['with']} sent rank {rank} arrived changed"
-                    yield Problem(nodes[end], f"{what}, in {pair['wrong']} elements")
-
-
-def best_pairs(found: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, dict[int, tuple[float, float]]]:
-    """By kind and rank: bytes a second of its fastest pair, and seconds of its quickest."""
-    by_kind: dict[str, dict[int, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for rank, each in found.items():
-        for pair in each:
-            by_kind[pair["kind"]][rank].append(pair)
-    return {
-        kind: {
-            rank: (max(pair["bytes_per_second"] for pair in mine), min(pair["seconds"] for pair in mine))
-            for rank, mine in ranks.items()
-        }
-        for kind, ranks in by_kind.items()
-    }
-
-
-def wrong_sums(found: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
-    for kind, each in found.get(0, {}).items():
-        if each["wrong"]:
-            yield Problem(None, f"all-reduce ({kind}): {each['wrong']} elements are wrong")
-
-
 def show(found: Mapping[str, Sequence[Any]], problems: Sequence[Problem]) -> None:
     """Print a line a rank, those of a large job that stand out, then what is wrong."""
-    if None not in found["ranks"]:
-        table(found, {problem.node for problem in problems})
+    table(found, {problem.node for problem in problems})
     for kind, each in heard(found, "all-reduce").get(0, {}).items():
         print(f"all-reduce ({kind}): bus bandwidth {each['bytes_per_second'] / 1e9:.3g} GB/s")
     for problem in problems:
@@ -535,19 +409,22 @@ def show(found: Mapping[str, Sequence[Any]], problems: Sequence[Problem]) -> Non
 
 
 def table(found: Mapping[str, Sequence[Any]], bad: Collection[str | None]) -> None:
-    ranks, gemms, disks = found["ranks"], heard(found, "gemm"), heard(found, "disk")
+    """One line a rank: what of it was found, ? for what was not."""
+    memories, disks, gemms = (heard(found, stage) for stage in ("memory", "disk", "gemm"))
     offsets, best = offsets_of(heard(found, "links")), best_pairs(heard(found, "pairs"))
-    layout = "{:<6}{:<14}{:>9}{:>10}{:>12}{:>10}  {}"
-    print(layout.format("rank", "node", "free GB", "clock ms", "disks GB/s", "TFLOP/s", "pairs GB/s, us"))
-    for rank, each in enumerate(ranks):
-        if len(ranks) > SHOWN and each["node"] not in bad:
+    layout = "{:<6}{:<14}{:<24}{:>9}{:>10}{:>12}{:>10}  {}"
+    print(layout.format("rank", "node", "device", "free GB", "clock ms", "disks GB/s", "TFLOP/s", "pairs GB/s, us"))
+    for rank, each in heard(found, "ranks").items():
+        if len(found["ranks"]) > SHOWN and each["node"] not in bad:
             continue
-        rates = "/".join(f"{place['bytes_per_second'] / 1e9:.2f}" for place in disks.get(rank, {}).values())
+        device = each["versions"].get("device", "?")
+        free = f"{memories[rank]['free_bytes'] / 1e9:.1f}" if rank in memories else "?"
         clock = f"{1e3 * offsets[rank]:+.2f}" if rank in offsets else "?"
+        rates = "/".join(f"{place['bytes_per_second'] / 1e9:.2f}" for place in disks.get(rank, {}).values())
         speed = f"{gemms[rank]['flops'] / 1e12:.3g}" if rank in gemms else "?"
-        near = [f"{kind} {rate / 1e9:.3g}, {1e6 * s:.0f}" for kind, of in best.items() for rate, s in [of[rank]]]
-        free = f"{each['free_bytes'] / 1e9:.1f}"
-        print(layout.format(rank, each["node"], free, clock, rates, speed, "; ".join(near)))
+        mine = {kind: of[rank] for kind, of in best.items() if rank in of}
+        near = "; ".join(f"{kind} {rate / 1e9:.3g}, {1e6 * seconds:.0f}" for kind, (rate, seconds) in mine.items())
+        print(layout.format(rank, each["node"], device, free, clock, rates, speed, near))
 
 
 def write(
@@ -555,24 +432,16 @@ def write(
 ) -> None:
     """The JSON, and the list of nodes to be left out."""
     if arguments.json:
-        everything = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": ["check_cluster.py", *words],
-            "found": found,
-            "problems": [asdict(problem) for problem in problems],
-        }
+        everything = {**about(__file__, words), "found": found, "problems": [asdict(problem) for problem in problems]}
         arguments.json.write_text(json.dumps(everything, indent=2) + "\n")
     if file := arguments.exclude_file:
-        before = file.read_text().split() if file.exists() else []
-        fresh = file.with_name(f".{file.name}.{os.getpid()}")
-        fresh.write_text("".join(f"{node}\n" for node in excluded(before, found["ranks"], problems)))
-        fresh.replace(file)
-
-
-def excluded(before: Sequence[str], ranks: Sequence[Any], problems: Sequence[Problem]) -> list[str]:
-    """The nodes to be left out: the bad ones, and those of before that were not looked at."""
-    fit = {rank["node"] for rank in ranks if rank}
-    return sorted({*before} - fit | {problem.node for problem in problems if problem.node})
+        with file.with_name(f".{file.name}.lock").open("w") as lock:
+            with suppress(OSError):  # file systems without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            before = file.read_text().split() if file.exists() else []
+            fresh = file.with_name(f".{file.name}.{os.getpid()}")
+            fresh.write_text("".join(f"{node}\n" for node in excluded(before, found, problems)))
+            fresh.replace(file)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -582,7 +451,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--folder", type=Path, default=Path(), help="where the run will write (default: here)")
     options.add_argument("--free-gb", default="1", metavar="GB", help="of room wanted on disks (default 1)")
     options.add_argument("--slack", default="0.25", help="share of the median that a rank may lack (default 0.25)")
-    options.add_argument("--patience", default="60", metavar="S", help="seconds to wait for a rank (default 60)")
+    options.add_argument("--patience", default="20", metavar="S", help="seconds to wait for a rank (default 20)")
     options.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     options.add_argument("--json", type=Path, metavar="FILE", help="write everything found here too")
     options.add_argument("--exclude-file", type=Path, metavar="FILE", help="keep the list of bad nodes here")

@@ -55,6 +55,17 @@ def positive(text: str, remedy: str) -> float:
     return value
 
 
+def starts_ranks(ranks: int | None, size: int) -> bool:
+    """Whether --ranks asks for ranks where a launcher has started none. Raises UserError."""
+    if ranks in (None, size):
+        return False
+    if size > 1:
+        raise UserError(f"--ranks {ranks}, but the launcher started {size}; leave --ranks out")
+    if ranks is not None and ranks < 1:
+        raise UserError(f"--ranks {ranks} must be at least 1")
+    return True
+
+
 def whole_numbers(text: str) -> list[int]:
     """1,2,3 as an option's value. Raises ValueError."""
     return [int(word) for word in text.split(",")]

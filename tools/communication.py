@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megahp.errors import UserError
-from megahp.launch import World
+from megahp.launch import World, node_name
 from megahp.parallel.collectives import gather_into, reduce_scatter_into
 from megahp.parallel.layout import AXES, Layout
 
@@ -102,8 +101,8 @@ class Group(Protocol):
 class TorchGroup:
     """Over torch.distributed: gloo or NCCL, by the device."""
 
-    def __init__(self, groups: Groups, device: torch.device) -> None:
-        self.group, _ = dist.new_subgroups_by_enumeration(groups)
+    def __init__(self, groups: Groups, device: torch.device, patience: timedelta) -> None:
+        self.group, _ = dist.new_subgroups_by_enumeration(groups, timeout=patience)
         self.rank, self.size, self.device = dist.get_rank(self.group), dist.get_world_size(self.group), device
 
     def run(self, operation: str, source: Tensor, target: Tensor) -> None:
@@ -200,11 +199,6 @@ def timed(group: Group, operation: str, size: int, repeats: int) -> Timing:
     return Timing(elements * BYTES, times, int(group.over_all(mistakes, largest=False)))
 
 
-def node_name() -> str:
-    """What Slurm calls this machine, which is what --exclude wants, else its host name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def groups_of_nodes(nodes: Sequence[str]) -> dict[str, Groups]:
     """Groups of the ranks that run on these nodes: world; within a node; between nodes, of the ranks that are alike
     there. Groups of one rank, and of nodes that hold different numbers of ranks, are left out."""
@@ -220,6 +214,11 @@ def groups_of_layout(layout: Layout) -> dict[str, Groups]:
     ranks = np.arange(math.prod(layout.shape)).reshape(layout.shape)
     along = {axis: np.moveaxis(ranks, place, -1) for place, axis in enumerate(AXES)}
     return {axis: each.reshape(-1, each.shape[-1]).tolist() for axis, each in along.items() if each.shape[-1] > 1}
+
+
+def greet(device: torch.device) -> None:
+    """The first call on the device: NCCL wants all ranks in it, and a pair's messages are of two."""
+    dist.all_reduce(torch.zeros(1, device=device))
 
 
 def device_of_rank(choice: str, place: World) -> torch.device:

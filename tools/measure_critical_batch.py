@@ -36,6 +36,7 @@ from command import exit_code
 from megahp import checkpoint, config, resolve
 from megahp.config import Batch, Checkpoint, Config, Log, Schedule
 from megahp.errors import UserError
+from megahp.launch import die_with_parent
 from megahp.parallel.layout import Layout, fit
 from megahp.scaling import critical_batch
 from megahp.scaling.batch_size import Hyperparameters, follow
@@ -206,10 +207,10 @@ def train_all(branches: Mapping[float, Config], ranks: int) -> int:
 
 def train(settings: Config, ranks: int, said: IO[str] | None = None, **environment: str) -> int:
     """Begin, or go on with, one branch through the real command, in an environment that has this too; what it says goes
-    into a file, if there is one. Returns its exit code."""
+    into a file, if there is one. Returns its exit code. It does not outlive this process."""
     file = write_run_file(settings)
     command = [sys.executable, "-m", "megahp", "train", str(file), "--ranks", str(ranks), "--resume", "auto"]
-    code = subprocess.call(command, stdout=said, env=os.environ | environment)
+    code = subprocess.call(command, stdout=said, env=os.environ | environment, preexec_fn=die_with_parent)
     return 128 - code if code < 0 else code
 
 

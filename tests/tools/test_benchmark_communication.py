@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
+from distributed import world
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megahp.parallel.layout import AXES, Layout
@@ -71,8 +74,32 @@ class Alone:
         return max(value, 1e-3)
 
 
+class Slow(Alone):
+    """The same, right, and with a call that lasts."""
+
+    def run(self, operation: str, source: torch.Tensor, target: torch.Tensor) -> None:
+        time.sleep(0.01)
+        target.copy_(source + 2)
+
+
 def test_a_changed_element_is_counted_before_and_after(tool: ModuleType) -> None:
     assert tool.timed(Alone(), "send-receive", 1200, 1).wrong == 2
+
+
+def test_seconds_are_those_of_one_call(tool: ModuleType) -> None:
+    seconds = tool.timed(Slow(), "send-receive", 1200, 3).seconds
+    assert len(seconds) == 3 and all(0.01 <= each < 0.03 for each in seconds)
+
+
+def slowest_and_sum() -> tuple[float, float]:
+    from communication import TorchGroup
+
+    group, rank = TorchGroup([[0], [1]], torch.device("cpu"), timedelta(seconds=9)), dist.get_rank()
+    return group.over_all(rank, largest=True), group.over_all(rank + 1, largest=False)
+
+
+def test_the_slowest_rank_counts(tool: ModuleType) -> None:
+    assert world.run(2, slowest_and_sum) == [(1, 3)] * 2
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2, dp_shard=2), Layout(dp_replicate=2, dp_shard=4, ep=2)])
@@ -102,7 +129,8 @@ def test_groups_of_nodes(tool: ModuleType) -> None:
     ("words", "mistake"),
     [
         ([], "there is one rank"),
-        (["--ranks", "1"], "--ranks 1 must be at least 2"),
+        (["--ranks", "1"], "there is one rank"),
+        (["--ranks", "0"], "--ranks 0 must be at least 1"),
         (["--ranks", "2", "--sizes", "3X"], "--sizes 3X is no size in bytes"),
         (["--ranks", "2", "--repeats", "0"], "--repeats 0 must be at least 1"),
         (["--ranks", "2", "--settings", "parallel.tp=2"], "go with --run"),

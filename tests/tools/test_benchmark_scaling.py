@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -97,6 +102,56 @@ def test_a_point_cut_short_begins_anew_and_a_finished_one_does_not(
     assert Path("found.svg").stat().st_size > 1000
 
 
+def test_a_point_that_fails_ends_the_measurement(
+    scaling: Callable[..., int], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its exit code, the first time; trainings get one thread a rank. What has not finished is not written."""
+    monkeypatch.setattr(sys, "executable", str(trainer(folder / "failing", "echo $OMP_NUM_THREADS threads; exit 76")))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert scaling(*WORDS, "1", "2", "--modes", "strong", "--out", "failed") == 76
+    out, err = capsys.readouterr()
+    assert err == "error: as given, 1 nodes, 1 ranks, batch 8 ended with exit code 76; the same command goes on\n"
+    assert "[1/2]" in out and "[2/2]" not in out
+    assert (folder / "failed/as-given/emulated-1x1-batch-8/train.log").read_text() == "1 threads\n"
+    monkeypatch.setattr(sys, "executable", str(trainer(folder / "idle", "exit 0")))
+    assert scaling(*WORDS, "1", "--modes", "strong", "--out", "failed", "--json", "no.json") == 0
+    assert (
+        "nothing is finished yet; no.json is not written\n" in capsys.readouterr().out and not Path("no.json").exists()
+    )
+
+
+def trainer(file: Path, command: str) -> Path:
+    """In the place of Python, for trainings."""
+    file.write_text(f"#!/bin/sh\n{command}\n")
+    file.chmod(0o755)
+    return file
+
+
+def test_no_training_outlives_the_measurement(folder: Path) -> None:
+    """Which is told to end in the midst of one."""
+    begin = (
+        "import sys; sys.executable = sys.argv.pop(1); import benchmark_scaling as b; sys.exit(b.main(sys.argv[1:]))"
+    )
+    sleeper = trainer(folder / "sleeper", "echo $$ >pid; exec sleep 99")
+    command = [sys.executable, "-c", begin, str(sleeper), *WORDS, "1", "--modes", "strong", "--out", "ended"]
+    environment = os.environ | {"PYTHONPATH": f"{SCRIPT.parents[1]}:{SCRIPT.parent}"}
+    measurement = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE)
+    pid = folder / "pid"
+    assert eventually(lambda: pid.exists() and pid.read_text())
+    training = Path("/proc", pid.read_text().strip(), "cmdline")
+    assert eventually(lambda: b"sleep" in training.read_bytes())
+    measurement.terminate()
+    assert measurement.wait(20) == -signal.SIGTERM
+    assert eventually(lambda: not training.exists() or not training.read_bytes(), 9)
+
+
+def eventually(what: Callable[[], Any], seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (done := what()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(done)
+
+
 def test_a_point_of_another_measurement_is_refused(
     scaling: Callable[..., int], tool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,12 +229,15 @@ def test_job_arrays(scaling: Callable[..., int], folder: Path, capsys: pytest.Ca
         for option in (f"array=1-{elements}", f"nodes={nodes}", "ntasks-per-node=2", "time=9", "qos=high"):
             assert script.count(f"#SBATCH --{option}\n") == 1
         assert f"#SBATCH --exclude={folder}/bad-nodes.txt\n" in script and "gpus" not in script
+        assert f"#SBATCH --output={folder}/array/slurm/" in script
     assert not (folder / "array").exists()
     for run in ("2x2-batch-16", "1x2-batch-8"):
         log(folder / "array/as-given" / run, 1.0)
     assert scaling(*WORDS, *words) == 0
     (rest,) = capsys.readouterr().out.split("#!/bin/bash")[1:]
     assert "\nset -- array/as-given/2x2-batch-8\n" in rest and "#SBATCH --array=1-1\n" in rest
+    assert scaling(*WORDS, "1", "--out", ".", "--slurm", "--dry-run") == 0
+    assert f"#SBATCH --job-name={folder.name}\n" in capsys.readouterr().out
 
 
 MISTAKES: dict[str, tuple[list[Any], str]] = {
