@@ -22,7 +22,7 @@ tools=$(realpath "$MEGAHP_SLURM")/../tools
 # left out from then on; `megahp launch` leaves them out from the start.
 exclude=${exclude:-bad-nodes.txt}
 preflight=()
-# preflight=(python "$tools/check_cluster.py" --exclude-file "$exclude")
+# preflight=(python "$tools/check_cluster.py" --device cuda --exclude-file "$exclude")
 
 restarts=20 # after faults; being told to leave, as at the time limit, does not count
 
