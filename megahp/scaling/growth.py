@@ -101,8 +101,7 @@ def _until(plan: BatchPlan, progress: Progress, stop_at: int) -> tuple[Progress,
         left = (train.tokens - progress.tokens) // step.tokens
         steps = max(1, min(left, train.steps - progress.step if train.steps else left) // STRIDES)
         strides.append((steps, step.tokens))
-        progress = Progress(
-            progress.step + steps, 0, progress.tokens + steps * step.tokens
-        )  # no policy looks at samples
+        # samples are nothing that a policy looks at
+        progress = Progress(progress.step + steps, 0, progress.tokens + steps * step.tokens)
         plan.look(progress, None)
     return progress, strides

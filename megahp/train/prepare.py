@@ -84,16 +84,14 @@ def check_batch(settings: Config, layout: Layout, global_batch: int) -> None:
 
 def check_batch_to_go_on(settings: Config, layout: Layout, state: Mapping[str, Any], path: checkpoint.Place) -> None:
     """Raise UserError when the layout cannot run what becomes of a checkpoint's batch, or would soon be left again."""
-    plan, stop_at, batch = (
-        BatchPlan(settings, layout.dp),
-        settings.resilience.stop_at_batch,
-        state["batch_plan"]["batch"],
-    )
-    plan.go_on(state["batch_plan"], Progress(**state["progress"]))
+    plan, saved = BatchPlan(settings, layout.dp), state["batch_plan"]
+    plan.go_on(saved, Progress(**state["progress"]))
     check_batch(settings, layout, plan.batch)
-    if 0 < stop_at <= batch:
+    stop_at = settings.resilience.stop_at_batch
+    if 0 < stop_at <= saved["batch"]:
         raise UserError(
-            f"resilience.stop_at_batch = {stop_at} is not above the batch of {path}, {batch}; raise it, or leave it out"
+            f"resilience.stop_at_batch = {stop_at} is not above the batch of {path}, {saved['batch']}; raise it, or "
+            "leave it out"
         )
 
 
