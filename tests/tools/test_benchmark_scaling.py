@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpus import write_corpus
 
 from megahp import config
 from megahp.train.metrics import read_events, read_metrics
@@ -50,14 +49,6 @@ stop_after = 1e-9
 """
 WORDS = ["run.toml", "--steps", "5", "--warm-up", "1", "--nodes"]
 TRAINED = ["--modes", "strong", "--out", "trained"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scaling")
-    write_corpus(folder / "corpus")
-    (folder / "run.toml").write_text(RUN)
-    return folder
 
 
 @pytest.fixture

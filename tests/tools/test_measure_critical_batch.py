@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from corpus import write_corpus
 from distributed import runs
 
 from megahp import config, resolve
@@ -50,11 +49,8 @@ FRACTION = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 128 / 4608))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(folder: Path) -> Path:
     """Holds a run of six steps."""
-    folder = tmp_path_factory.mktemp("critical")
-    write_corpus(folder / "corpus")
-    (folder / "run.toml").write_text(RUN)
     runs.train(folder, "run")
     return folder
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpus import write_corpus
 from distributed import runs
 
 from megahp.checkpoint.store import write_manifest
@@ -47,11 +46,8 @@ KINDS = ["embedding", "norms", "attention", "mlp", "unembedding", "total"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(folder: Path) -> Path:
     """Holds a run of six steps, its checkpoints after every second, and what the command found at them."""
-    folder = tmp_path_factory.mktemp("noise")
-    write_corpus(folder / "corpus")
-    (folder / "run.toml").write_text(RUN)
     runs.train(folder, "run")
     words = ["runs/run", "--batches", "3", "--json", "found.json", "--plot", "found.svg"]
     (folder / "out").write_text(command([sys.executable, str(SCRIPT), *words], folder))

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
-from corpus import write_corpus
 from distributed import world
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "transfer_sweep.py"
@@ -46,14 +45,6 @@ SWEEP = ["run.toml", "--grid", "optimizer.lr=0.003,0.03,1e38", "--family", "mode
 def load() -> ModuleType:
     sys.path.insert(0, str(SCRIPT.parent))
     return importlib.import_module("transfer_sweep")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sweep")
-    write_corpus(folder / "corpus")
-    (folder / "run.toml").write_text(RUN)
-    return folder
 
 
 @pytest.fixture
