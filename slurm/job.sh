@@ -19,6 +19,11 @@ taken() {
     (: <"/dev/tcp/$1/$MASTER_PORT") 2>/dev/null
 }
 
+# The site's check of all nodes, where there is one.
+check() {
+    [ ${#preflight[@]} = 0 ] || srun "${step[@]}" "${container[@]}" "${preflight[@]}"
+}
+
 # End this job, or queue it again, as training's exit code says (docs/faults.md).
 end() { # CODE RUN.toml [section.key=value ...]
     [ "$1" != 0 ] || exit 0

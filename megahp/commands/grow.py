@@ -41,12 +41,44 @@ def add_to(parsers: Any) -> None:
 
 def _segment(options: Namespace, words: Sequence[str]) -> int:
     """Print the nodes to train on now, and the batch to stop at."""
-    settings = resolve.load(options.run_file, options.overrides).config
-    growth, batch = growth_of(options, settings), present(settings).batch
-    print(growth.wanted(batch, options.at_most), growth.stop_at(batch))
+    chain = chain_of(options, resolve.load(options.run_file, options.overrides).config)
+    print(chain.growth.wanted(chain.batch, options.at_most), chain.growth.stop_at(chain.batch))
     if options.plan:
-        print(outlook(options, settings, None), file=sys.stderr)
+        print(outlook(chain, None), file=sys.stderr)
     return 0
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A run that grows, and how far it is."""
+
+    growth: Growth
+    ranks_per_node: int
+    progress: Progress
+    plan: Mapping[str, Any]  # state of its batch plan
+    noise: float | None  # noise scale, smoothed, examples
+
+    @property
+    def batch(self) -> int:
+        return self.plan["batch"]
+
+
+def chain_of(options: Namespace, settings: Config) -> Chain:
+    """From --nodes, --grow and --ranks-per-node, and the checkpoint that the run would go on from, or begin at. Raises
+    UserError when it cannot grow so."""
+    from megahp import checkpoint
+    from megahp.train.prepare import newest, plan_to_go_on
+
+    growth, plan = growth_of(options, settings), BatchPlan(settings, 1)
+    saved, origin = newest(settings), settings.train.start_from
+    if not saved and not origin:
+        return Chain(growth, options.ranks_per_node, Progress(), plan.state(), None)
+    state = checkpoint.read_state(saved or checkpoint.find(checkpoint.place(origin)))
+    before = resolve.from_dict(state["config"], "checkpoint")
+    goes_on = state["batch_plan"] if saved else plan_to_go_on(settings, before, state, plan)
+    pooled = state["noise_scale"]["pooled"]
+    noise = ratio(pooled["true_sq"], pooled["noise"])
+    return Chain(growth, options.ranks_per_node, Progress(**state["progress"]), goes_on, noise)
 
 
 def growth_of(options: Namespace, settings: Config) -> Growth:
@@ -68,48 +100,16 @@ def growth_of(options: Namespace, settings: Config) -> Growth:
     return growth
 
 
-@dataclass(frozen=True)
-class Present:
-    """How far a run is."""
-
-    progress: Progress
-    plan: Mapping[str, Any]  # state of its batch plan
-    noise: float | None  # noise scale, smoothed, examples
-
-    @property
-    def batch(self) -> int:
-        return self.plan["batch"]
-
-
-def present(settings: Config) -> Present:
-    """From the checkpoint that a run would go on from, or begin at. Raises UserError."""
-    from megahp import checkpoint
-    from megahp.train.prepare import plan_to_go_on
-
-    plan = BatchPlan(settings, 1)
-    saved = checkpoint.first_whole(
-        checkpoint.candidates(settings.directory / "checkpoints", settings.checkpoint.remote)
-    )
-    origin = settings.train.start_from
-    if not saved and not origin:
-        return Present(Progress(), plan.state(), None)
-    state = checkpoint.read_state(saved or checkpoint.find(checkpoint.place(origin)))
-    before = resolve.from_dict(state["config"], "checkpoint")
-    goes_on = state["batch_plan"] if saved else plan_to_go_on(settings, before, state, plan)
-    pooled = state["noise_scale"]["pooled"]
-    return Present(Progress(**state["progress"]), goes_on, ratio(pooled["true_sq"], pooled["noise"]))
-
-
-def outlook(options: Namespace, settings: Config, speed: float | None) -> str:
+def outlook(chain: Chain, speed: float | None) -> str:
     """What remains of a run that grows, a line a segment, beside fixed numbers of nodes. speed: tokens a second of one
     node, by default as logged; where that is unknown, times are shares of the time on the first number of nodes."""
     from megahp.train.progress import human_count, human_duration
 
-    growth, now = growth_of(options, settings), present(settings)
-    parts, length = segments(growth, now.progress, now.plan, now.noise), settings.data.sequence_length
+    growth, settings = chain.growth, chain.growth.settings
+    parts, length = segments(growth, chain.progress, chain.plan, chain.noise), settings.data.sequence_length
     if not parts:
         return "nothing remains to be trained"
-    speed = speed or logged_speed(settings.directory, options.ranks_per_node)
+    speed = speed or logged_speed(settings.directory, chain.ranks_per_node)
     alone = growth.seconds(parts, growth.nodes, speed or 1.0)
 
     def row(what: str, nodes: str, times: Sequence[tuple[float, int]]) -> str:

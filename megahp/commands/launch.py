@@ -13,8 +13,7 @@ from typing import Any
 
 from megahp import resolve
 from megahp.commands.arguments import add_run_file
-from megahp.commands.grow import growth_of, outlook, present
-from megahp.config import Config
+from megahp.commands.grow import Chain, chain_of, outlook
 from megahp.errors import UserError
 from megahp.exit_codes import FINISHED, NO_PROGRESS, STOPPED, USER_ERROR
 from megahp.job import BAD_NODES, OWN, Job, submit
@@ -77,14 +76,15 @@ def _launch(options: Namespace, words: Sequence[str]) -> int:
             f"resilience.stop_at_batch = {settings.resilience.stop_at_batch} would end the job before the run; leave "
             "it out, and give --grow N for more nodes as the batch grows"
         )
-    job = job_of(options) if options.grow is None else first_of_chain(options, settings)
+    chain = None if options.grow is None else chain_of(options, settings)
+    job = first_of_chain(options, chain) if chain else job_of(options)
 
     from megahp.train.prepare import prepare
 
     prepare(settings, fit(settings.parallel, job.nodes * job.ranks_per_node), ranks_here=0, resume=True)
     script = job.render(settings, [str(options.run_file), *options.overrides])
-    if options.grow is not None:
-        print(outlook(options, settings, options.speed), file=sys.stderr)
+    if chain:
+        print(outlook(chain, options.speed), file=sys.stderr)
     if options.dry_run:
         print(script, end="")
         return FINISHED
@@ -100,13 +100,13 @@ def job_of(options: Namespace) -> Job:
     return Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **asked)
 
 
-def first_of_chain(options: Namespace, settings: Config) -> Job:
+def first_of_chain(options: Namespace, chain: Chain) -> Job:
     """The job with which a run that grows begins, or goes on. Raises UserError."""
     if options.launcher != "srun":
         raise UserError(
             f"--launcher {options.launcher} with --grow: its jobs start one task a rank; leave one of them out"
         )
-    nodes = growth_of(options, settings).wanted(present(settings).batch)
+    nodes = chain.growth.wanted(chain.batch)
     patience = math.ceil(60 * (PATIENCE if options.patience is None else options.patience))
     variables = f"nodes={options.nodes} grow={options.grow} patience={patience} chain=${{1:-$SLURM_JOB_ID}} before=$2"
     return replace(job_of(options), script=GROWING, nodes=nodes, own=OWN_IN_CHAINS, variables=variables)

@@ -42,9 +42,7 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
     tokenizer = load_tokenizer(settings.data.tokenizer)
     check_tokenizer(settings, tokenizer)
     settings = with_vocabulary(settings, tokenizer)
-    saved = checkpoint.first_whole(
-        checkpoint.candidates(settings.directory / "checkpoints", settings.checkpoint.remote)
-    )
+    saved = newest(settings)
     if settings.directory.exists() and not settings.directory.is_dir():
         raise UserError(f"{settings.directory} is a file; choose another log.name")
     if not resume and (saved or (settings.directory / "metrics.jsonl").exists()):
@@ -62,6 +60,11 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
             check_start(settings, layout, checkpoint.find(checkpoint.place(settings.train.start_from)))
     open_data(settings)
     return settings
+
+
+def newest(settings: Config) -> checkpoint.Place | None:
+    """The checkpoint that a resumed run would go on from. Raises UserError."""
+    return checkpoint.first_whole(checkpoint.candidates(settings.directory / "checkpoints", settings.checkpoint.remote))
 
 
 def check_batch(settings: Config, layout: Layout, global_batch: int) -> None:

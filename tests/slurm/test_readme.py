@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from corpus import write_corpus
+from distributed.test_mpi import ALLOWED
 from slurm.cluster import ROOT, running
 from slurm.site import ON_SLURM
 
@@ -37,8 +38,7 @@ def test_every_command_of_the_section(tmp_path: Path) -> None:
             assert done.returncode == 0, (command, done.stdout, done.stderr)
             return done.stdout + done.stderr
 
-        as_root = {f"OMPI_ALLOW_RUN_AS_ROOT{also}": "1" for also in ("", "_CONFIRM")}
-        environment = {**cluster.environment, **as_root, "OMPI_MCA_rmaps_base_oversubscribe": "1"}
+        environment = {**cluster.environment, **ALLOWED}
         run(*RECIPE.split(), "--out", "run.toml")
         text = (site / "run.toml").read_text()
         for key, value in HERE.items():
