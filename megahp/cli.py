@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megahp import commands, config, launch, resolve
+from megahp import commands, config, launch
 from megahp.commands.arguments import add_run_file
-from megahp.config import Config
+from megahp.config import Config, resolve
 from megahp.errors import Fault, UserError
 from megahp.exit_codes import FAULT, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
 from megahp.parallel.layout import Layout, fit
@@ -116,7 +116,7 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 def _train_again_and_again(options: argparse.Namespace, settings: Config, place: launch.World) -> int:
     """Start ranks, and after a fault again."""
-    from megahp.relaunch import until_done
+    from megahp.faults.relaunch import until_done
 
     if not options.ranks or place.size > 1 or options.restarts < 0:
         raise UserError(
@@ -137,10 +137,10 @@ def _train_again_and_again(options: argparse.Namespace, settings: Config, place:
 
 def _train_rank(settings: Config, place: launch.World, layout: Layout, resume: bool) -> int:
     """Train as one rank, and leave without tearing the process group down (launch.leave)."""
-    from megahp.train.crash import report_crash
+    from megahp.faults.crash import report_crash
+    from megahp.faults.watchdog import patience
+    from megahp.parallel.device import cuda_wanted
     from megahp.train.loop import train
-    from megahp.train.prepare import cuda_wanted
-    from megahp.train.watchdog import patience
 
     code = FINISHED
     store = launch.join(place, cuda_wanted(settings), patience(settings.resilience.hang_after))
@@ -169,7 +169,7 @@ def _train_rank(settings: Config, place: launch.World, layout: Layout, resume: b
 
 def _finish(directory: Path) -> None:
     """The report, and where it is. Where it cannot be drawn the run is still a finished one."""
-    from megahp.train.report import text_summary, write_report
+    from megahp.report.page import text_summary, write_report
 
     print(text_summary(directory))
     try:
@@ -185,7 +185,7 @@ def _config(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _verify_layout(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from megahp.train.verify import verify
+    from megahp.diagnose.verify import verify
 
     settings = resolve.load(options.run_file, options.overrides).config
     found = verify(settings, options.ranks)
@@ -197,7 +197,7 @@ def _verify_layout(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _sample(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from megahp.train.sample import generate
+    from megahp.evaluate.sample import generate
 
     text = generate(options.run, options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
     print(text)
@@ -207,7 +207,7 @@ def _sample(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _replay(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from megahp.train.replay import replay
+    from megahp.log.replay import replay
 
     replayed = replay(options.run)
     for step, change in replayed.changes:
@@ -220,7 +220,7 @@ def _replay(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _report(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from megahp.train.report import write_report
+    from megahp.report.page import write_report
 
     print(f"report: {write_report(options.runs, options.out or options.runs[0] / 'report.html')}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megahp.train.metrics import read_metrics
+from megahp.log.metrics import read_metrics
 
 CLOCK = ("tokens_per_second", "step_seconds")
 

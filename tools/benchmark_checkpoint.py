@@ -35,13 +35,14 @@ import torch.distributed as dist
 from benchmark_training import machine_of
 from command import exit_code
 
-from megahp import checkpoint, config, launch, resolve
+from megahp import checkpoint, config, launch
+from megahp.config import resolve
 from megahp.data.loader import TrainingData
 from megahp.errors import UserError
+from megahp.parallel.device import cuda_wanted, device_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import make_mesh
-from megahp.train.loop import device_of
-from megahp.train.prepare import check_batch, cuda_wanted
+from megahp.train.prepare import check_batch
 from megahp.train.run import Run, state_of_weights
 
 QUICKSTART = Path(__file__).parents[1] / "examples/quickstart/run.toml"

@@ -45,7 +45,8 @@ from communication import (
     timed,
 )
 
-from megahp import launch, resolve
+from megahp import launch
+from megahp.config import resolve
 from megahp.errors import UserError
 from megahp.parallel.layout import fit
 
@@ -224,7 +225,7 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw bus bandwidth over size, one panel a kind of groups, a curve an operation. Raises UserError."""
     from matplotlib.ticker import NullLocator
 
-    from megahp.train.report_figures import PALETTE, colour, plot_in
+    from megahp.report.figures import PALETTE, colour, plot_in
 
     kinds = list(dict.fromkeys(row["group"] for row in rows))
     operations = list(dict.fromkeys(row["operation"] for row in rows))

@@ -36,13 +36,13 @@ import numpy as np
 from command import about, exit_code, labelled, plain, refuse_unwritable
 from measure_critical_batch import is_finished, refuse_another, train, write_run_file
 
-from megahp import config, resolve
+from megahp import config
+from megahp.cluster.job import Job, submit
 from megahp.commands.status import jobs
-from megahp.config import Batch, Checkpoint, Config, Log
+from megahp.config import Batch, Checkpoint, Config, Log, resolve
 from megahp.errors import UserError
-from megahp.job import Job, submit
+from megahp.log.metrics import read_metrics
 from megahp.parallel.layout import fit
-from megahp.train.metrics import read_metrics
 from megahp.train.prepare import prepare
 
 MODES = ("weak", "strong")
@@ -267,7 +267,7 @@ def plot(file: Path, rows: Sequence[dict[str, Any]], emulated: bool) -> None:
     """Draw tokens a second and parallel efficiency over nodes, a colour a layout, a dash a mode. Raises UserError."""
     from matplotlib.ticker import NullLocator
 
-    from megahp.train.report_figures import PALETTE, colour, logarithmic, plot_in
+    from megahp.report.figures import PALETTE, colour, logarithmic, plot_in
 
     layouts, nodes = list(dict.fromkeys(row["layout"] for row in rows)), sorted({row["nodes"] for row in rows})
     ideal = {"color": PALETTE["muted"], "lw": 0.8, "ls": (0, (1, 2))}

@@ -56,16 +56,17 @@ import torch.distributed as dist
 from time_split import DATA, profiled
 from torch.profiler import record_function
 
-from megahp import launch, resolve
-from megahp.config import Config, Sparsity, get, to_dict
+from megahp import launch
+from megahp.config import Config, Sparsity, get, resolve, to_dict
+from megahp.config.presets import PRESETS
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.errors import UserError
+from megahp.parallel.device import check_devices, cuda_wanted, device_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
-from megahp.presets import PRESETS
 from megahp.scaling.flops import parameters, training_flops
-from megahp.train.loop import device_of, microbatches
-from megahp.train.prepare import check_batch, check_devices, cuda_wanted
+from megahp.train.loop import microbatches
+from megahp.train.prepare import check_batch
 from megahp.train.run import Run
 from megahp.train.step import clip
 
@@ -545,7 +546,7 @@ def write_json(
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw tokens per second, one group of bars a case. Raises UserError."""
-    from megahp.train.report_figures import PALETTE, colour, plot_in
+    from megahp.report.figures import PALETTE, colour, plot_in
 
     cases = list(dict.fromkeys(LABELS.format(**row) for row in rows))
     names = list(dict.fromkeys(row["contestant"] for row in rows))

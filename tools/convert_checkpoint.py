@@ -32,19 +32,19 @@ import torch.distributed as dist
 from command import appearing, exit_code
 from torch import Tensor
 
-from megahp import checkpoint, config, launch, resolve
-from megahp.checkpoint import huggingface_folder, megatron
+from megahp import checkpoint, config, launch
 from megahp.checkpoint.shards import Damaged, Tensors
-from megahp.config import Config
+from megahp.config import Config, resolve
+from megahp.convert import huggingface_folder, megatron
 from megahp.data.tokenizer import END_OF_DOCUMENT, META_SPACE, Tokenizer, load_tokenizer
 from megahp.errors import UserError
+from megahp.evaluate.sample import alone
 from megahp.model.build import longest, skeleton
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.parameters import saved, storage
 from megahp.train.prepare import FIXED, with_vocabulary
 from megahp.train.run import state_of_weights
-from megahp.train.sample import alone
 
 FORMATS = ("megahp", "huggingface", "megatron", "megatron-legacy")
 RTOL = 1e-5  # of the largest logit, in float32

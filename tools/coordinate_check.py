@@ -29,17 +29,17 @@ import numpy as np
 import torch
 from command import exit_code, positive, whole_numbers
 
-from megahp import config, launch, resolve
-from megahp.config import Config
+from megahp import config, launch
+from megahp.config import Config, resolve
 from megahp.data.tokenizer import load_tokenizer
+from megahp.diagnose.coordinates import MadeUp, activations, nonlinearity
+from megahp.diagnose.transfer import Estimate, slope
 from megahp.errors import UserError
+from megahp.log.metrics import without_nan
+from megahp.parallel.device import cuda_wanted, device_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh, make_mesh
-from megahp.scaling.transfer import Estimate, slope
-from megahp.train.coordinates import MadeUp, activations, nonlinearity
-from megahp.train.loop import device_of
-from megahp.train.metrics import without_nan
-from megahp.train.prepare import cuda_wanted, open_data, with_vocabulary
+from megahp.train.prepare import open_data, with_vocabulary
 
 FAMILIES = {"widths": "model.width", "depths": "model.layers", "densities": "sparsity.density"}
 LINE = "{quantity:<13}{when:<7}{slope:>+7.2f}  [{low:+.2f}, {high:+.2f}]  {needed:>14}{predicted:>9}  {verdict}"
@@ -269,7 +269,7 @@ def write_json(
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]], sizes: Sequence[float], found: Measured, size_key: str) -> None:
     """Mean and range of each quantity over the sizes, a panel each, init and after. Raises UserError."""
-    from megahp.train.report_figures import PALETTE, logarithmic, plot_in
+    from megahp.report.figures import PALETTE, logarithmic, plot_in
 
     names = list(dict.fromkeys(quantity for quantity, _ in found))
     with plot_in(file, 2.6 * len(names), 2.6) as figure:

@@ -20,7 +20,7 @@ from pathlib import Path
 from command import exit_code
 
 from megahp.errors import UserError
-from megahp.train.sample import trained
+from megahp.evaluate.sample import trained
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
 
-        from megahp.train.harness import Harness
+        from megahp.evaluate.harness import Harness
     except ImportError as error:
         raise UserError(f"tasks need the package lm-eval ({error}): pip install lm-eval") from None
     for name, least in (("limit", 1), ("fewshot", 0)):

@@ -42,8 +42,8 @@ from torch import Tensor
 
 from megahp import config
 from megahp.checkpoint.shards import Damaged, Tensors
-from megahp.checkpoint.sidecar import VOCABULARY
 from megahp.config import Config
+from megahp.convert.sidecar import VOCABULARY
 from megahp.data.tokenizer import END_OF_DOCUMENT, META_SPACE, Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.model.build import longest

@@ -33,18 +33,18 @@ from typing import IO, Any
 import torch
 from command import exit_code
 
-from megahp import checkpoint, config, resolve
-from megahp.config import Batch, Checkpoint, Config, Log, Schedule
+from megahp import checkpoint, config
+from megahp.config import Batch, Checkpoint, Config, Log, Schedule, resolve
+from megahp.diagnose import critical_batch
 from megahp.errors import UserError
 from megahp.launch import die_with_parent
+from megahp.log.metrics import read_events, read_run
+from megahp.log.progress import human_count, human_duration
 from megahp.parallel.layout import Layout, fit
-from megahp.scaling import critical_batch
 from megahp.scaling.batch_size import Hyperparameters, follow
 from megahp.scaling.schedules import fraction
-from megahp.train.metrics import read_events, read_run
 from megahp.train.prepare import changes, prepare
-from megahp.train.progress import human_count, human_duration
-from megahp.train.resilience import MOST_SKIPPED
+from megahp.train.recovery import MOST_SKIPPED
 from megahp.train.run import read_config
 
 LEAST_STEPS = 5  # of the largest batch: the first step's loss then is a sixteenth of the smoothed one
@@ -319,7 +319,7 @@ def write_json(
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]], star: float, tolerance: float) -> None:
     """Draw the loss of each branch against its batch, and the most it may lose. Raises UserError."""
-    from megahp.train.report_figures import PALETTE, plot_in
+    from megahp.report.figures import PALETTE, plot_in
 
     batches, losses, limits = ([each[key] for each in rows] for key in ("batch", "loss", "limit"))
     with plot_in(file, 5, 3) as figure:

@@ -31,22 +31,23 @@ import numpy as np
 import torch
 from command import exit_code
 
-from megahp import checkpoint, config, launch, resolve
-from megahp.config import Config
+from megahp import checkpoint, config, launch
+from megahp.config import Config, resolve
 from megahp.data.loader import Batch, Loader, TrainingData
+from megahp.diagnose.example_norms import Squares
+from megahp.diagnose.example_norms import measure as measure_batch
+from megahp.diagnose.statistics import correlation, interval, resampled, slope
 from megahp.errors import UserError
+from megahp.log.metrics import without_nan
+from megahp.log.progress import human_count, human_duration
 from megahp.model.build import build_model
+from megahp.parallel.device import cuda_wanted, device_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.parameters import saved
 from megahp.scaling.batch_size import micro_batch
-from megahp.scaling.noise_scale import correlation, estimate, interval, resampled, slope
-from megahp.train.example_norms import Squares
-from megahp.train.example_norms import measure as measure_batch
-from megahp.train.loop import device_of
-from megahp.train.metrics import without_nan
-from megahp.train.prepare import cuda_wanted, open_data
-from megahp.train.progress import human_count, human_duration
+from megahp.scaling.noise_scale import estimate
+from megahp.train.prepare import open_data
 
 HEADER = f"{'layers':<13}{'mean |g_b|^2':>13}{'|G_B|^2':>11}{'|G|^2':>11}{'S':>11}{'noise scale':>13}  95 %"
 SMOOTHED = "norms, in training"
@@ -310,7 +311,7 @@ def write_json(
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw the noise scales along the run, and the total's against the norm layers'. Raises UserError."""
-    from megahp.train.report_figures import PALETTE, plot_in
+    from megahp.report.figures import PALETTE, plot_in
 
     kinds = list(rows[0]["kinds"])
     colours = [*(PALETTE[f"run{n}"] for n in range(len(kinds) - 1)), PALETTE["ink"]]

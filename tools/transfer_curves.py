@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from megahp.scaling.transfer import Curve, Drift, Estimate
-from megahp.train.metrics import without_nan
+from megahp.diagnose.transfer import Curve, Drift, Estimate
+from megahp.log.metrics import without_nan
 
 HEADER = f"{'variant':<20}{'size':>8}{'optimum':>12}{'octaves':>9}{'loss':>9}{'+-':>8}"
 LINE = "{variant:<20}{size:>8g}{optimum:>12.4g}{octaves:>+9.2f}{loss:>9.4f}{scatter:>8.4f}{edge}"
@@ -75,7 +75,7 @@ def write_json(
 
 def plot(file: Path, families: Mapping[str, Family], key: str, size_key: str) -> None:
     """Loss against the grid: a panel a variant, a colour a size, a ring at each seed's optimum. Raises UserError."""
-    from megahp.train.report_figures import plot_in
+    from megahp.report.figures import plot_in
 
     sizes = sorted({size for family in families.values() for size in family})
     with plot_in(file, 2.3 * len(families) + 1.2, 2.9) as figure:

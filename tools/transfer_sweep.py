@@ -48,18 +48,19 @@ from measure_critical_batch import diverged, is_over, refuse_another
 from measure_critical_batch import train as train_on_ranks
 from transfer_curves import plot, show, write_json
 
-from megahp import config, launch, resolve
-from megahp.config import Config
+from megahp import config, launch
+from megahp.cluster.job import folder
+from megahp.config import Config, resolve
+from megahp.diagnose.transfer import Curve, drift
 from megahp.errors import Fault, UserError
 from megahp.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
-from megahp.job import folder
+from megahp.log.metrics import read_metrics
+from megahp.log.progress import human_duration
+from megahp.parallel.device import cuda_wanted
 from megahp.parallel.layout import fit
 from megahp.scaling.flops import training_flops
-from megahp.scaling.transfer import Curve, drift
 from megahp.train.loop import train
-from megahp.train.metrics import read_metrics
-from megahp.train.prepare import cuda_wanted, prepare
-from megahp.train.progress import human_duration
+from megahp.train.prepare import prepare
 
 OWN = ("train.seed", "log.root", "log.name", "log.every", "log.tensorboard", "log.baselines", "log.wandb")
 

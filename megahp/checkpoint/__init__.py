@@ -17,22 +17,3 @@ from megahp.checkpoint.store import (
     superseded,
     write,
 )
-
-__all__ = [
-    "DamagedError",
-    "Place",
-    "Store",
-    "candidates",
-    "complete",
-    "find",
-    "first_whole",
-    "latest",
-    "load",
-    "path",
-    "place",
-    "problems",
-    "read_state",
-    "remove",
-    "superseded",
-    "write",
-]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megahp import resolve
 from megahp.checkpoint.remote import Place
 from megahp.checkpoint.shards import Tensors
 from megahp.checkpoint.store import complete, problems, read_manifest, read_state
-from megahp.config import get, names
+from megahp.config import get, names, resolve
 
 LINE = "{name:<15}{step:>10,}{tokens:>16,}{loss:>12}{size:>12}  {layout}"
 HEADER = f"{'checkpoint':<15}{'step':>10}{'tokens':>16}{'validation':>12}{'MB':>12}  layout"

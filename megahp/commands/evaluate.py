@@ -32,8 +32,8 @@ def add_to(parsers: Any) -> None:
 
 
 def _evaluate(options: Namespace, words: Sequence[str]) -> int:
-    from megahp.train.evaluate import Score, context_of, evaluate
-    from megahp.train.sample import trained
+    from megahp.evaluate.perplexity import Score, context_of, evaluate
+    from megahp.evaluate.sample import trained
 
     if options.json_key and not any(file.name.endswith(JSON_LINES) for file in options.files):
         raise UserError(f"--json-key {options.json_key!r} is for {' '.join(JSON_LINES)} files; leave it out")

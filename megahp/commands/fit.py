@@ -36,8 +36,8 @@ def add_to(parsers: Any) -> None:
 
 
 def _fit(options: Namespace, words: Sequence[str]) -> int:
-    from megahp.scaling.law_file import Laws, write
-    from megahp.train import fit_runs
+    from megahp.recipe import fit_runs
+    from megahp.recipe.law_file import Laws, write
 
     runs, notes = fit_runs.read_runs(options.runs)
     fits, refused = fit_runs.fit_laws(runs, options.laws, options.tied_exponents, options.draws, options.seed)

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megahp import resolve
+from megahp.cluster.growth import Growth, segments
 from megahp.commands.arguments import add_run_file
-from megahp.config import Config
+from megahp.config import Config, resolve
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
 from megahp.scaling.batch_size import BatchPlan, Progress
-from megahp.scaling.growth import Growth, segments
 from megahp.scaling.noise_scale import ratio
 
 SPEED_STEPS = 20  # of which the median is a run's speed
@@ -103,7 +102,7 @@ def growth_of(options: Namespace, settings: Config) -> Growth:
 def outlook(chain: Chain, speed: float | None) -> str:
     """What remains of a run that grows, a line a segment, beside fixed numbers of nodes. speed: tokens a second of one
     node, by default as logged; where that is unknown, times are shares of the time on the first number of nodes."""
-    from megahp.train.progress import human_count, human_duration
+    from megahp.log.progress import human_count, human_duration
 
     growth, settings = chain.growth, chain.growth.settings
     parts, length = segments(growth, chain.progress, chain.plan, chain.noise), settings.data.sequence_length
@@ -136,8 +135,8 @@ def outlook(chain: Chain, speed: float | None) -> str:
 
 def logged_speed(run: Path, ranks_per_node: int) -> float | None:
     """Tokens a second of one node, the median of a run's last steps; None where nothing is logged."""
-    from megahp.train.metrics import read_events, read_metrics
-    from megahp.train.replay import STARTS
+    from megahp.log.events import STARTS
+    from megahp.log.metrics import read_events, read_metrics
 
     if not (run / "metrics.jsonl").exists():
         return None

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megahp import resolve
+from megahp.cluster.job import BAD_NODES, OWN, Job, submit
 from megahp.commands.arguments import add_run_file
 from megahp.commands.grow import Chain, chain_of, outlook
+from megahp.config import resolve
 from megahp.errors import UserError
 from megahp.exit_codes import FINISHED, NO_PROGRESS, STOPPED, USER_ERROR
-from megahp.job import BAD_NODES, OWN, Job, submit
 from megahp.parallel.layout import fit
 
 SCRIPTS = {"srun": "pretrain.sbatch", "torchrun": "pretrain_torchrun.sbatch"}
@@ -114,8 +114,8 @@ def first_of_chain(options: Namespace, chain: Chain) -> Job:
 
 def _requeue(options: Namespace, words: Sequence[str]) -> int:
     """Decide, and log it in the run's events."""
-    from megahp.relaunch import checkpoints, verdict
-    from megahp.train.metrics import RunLog, read_events, read_metrics
+    from megahp.faults.relaunch import checkpoints, verdict
+    from megahp.log.metrics import RunLog, read_events, read_metrics
 
     if options.code in (FINISHED, USER_ERROR, NO_PROGRESS):
         return options.code

@@ -11,13 +11,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from megahp import config, resolve
+from megahp import config
+from megahp.config import resolve
+from megahp.config.presets import PRESETS
 from megahp.data.tokenizer import load_tokenizer
 from megahp.errors import UserError
-from megahp.presets import PRESETS
-from megahp.scaling import law_file, loss_laws, pareto, recipe_rows, recipe_text
-from megahp.scaling.recipe import PROXY, RULES, Base, Laws, plan
-from megahp.scaling.sizing import Given
+from megahp.recipe import law_file, loss_laws, pareto
+from megahp.recipe import rows as recipe_rows
+from megahp.recipe import text as recipe_text
+from megahp.recipe.recipe import PROXY, RULES, Base, Laws, plan
+from megahp.recipe.sizing import Given
 
 MARKED = (10, 20, 30, 50, 80, 130, 200, 320, 500, 1000)  # tokens per parameter in the Pareto plot
 # Dense bfloat16 peaks, FLOP/s.
@@ -98,7 +101,7 @@ def _write(path: Path, text: str) -> None:
 
 def draw_pareto(file: Path, target: float, laws: Laws) -> None:
     """One curve of time against compute, marked with tokens per parameter. Raises UserError."""
-    from megahp.train.report_figures import PALETTE, plot_in
+    from megahp.report.figures import PALETTE, plot_in
 
     found, hue = pareto.frontier(target, laws.loss, laws.critical_batch), PALETTE["run0"]
     ratio = found.tokens / found.parameters

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megahp.cluster.job import OWNER
 from megahp.errors import UserError
-from megahp.job import OWNER
 
 SHOWN = 3  # events
 COLUMNS = "%i|%T|%M|%l|%D|%R|%k"
@@ -54,9 +54,9 @@ def jobs() -> dict[str, list[str]]:
 
 def progress(run: Path) -> list[str]:
     """How far a run is, and its last events, in words. Raises UserError where its files are damaged."""
-    from megahp import resolve
-    from megahp.train.metrics import read_events, read_metrics
-    from megahp.train.progress import human_count, human_duration
+    from megahp.config import resolve
+    from megahp.log.metrics import read_events, read_metrics
+    from megahp.log.progress import human_count, human_duration
 
     if not (run / "config.toml").exists():
         return ["not begun"]

@@ -14,8 +14,9 @@ from megahp.model.compute import arrange, replace_norms, replace_products
 from megahp.model.moe import routers
 from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
+from megahp.parallel.draw import initialise
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import Module, Row, distribute, initialise, parameters, probes, rows
+from megahp.parallel.parameters import Module, Row, distribute, parameters, probes, rows
 from megahp.parallel.pipeline import split, stages_of
 from megahp.scaling.flops import layer_costs
 from megahp.scaling.parameterization import Role, table_of

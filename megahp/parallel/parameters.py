@@ -1,16 +1,14 @@
 """What a parameter *is*, in one declarative row, and everything that only needs the row: where it lies on the mesh,
-how it is drawn, over which axes its gradient is summed, who counts it in a norm.
+over which axes its gradient is summed, who counts it in a norm.
 
 Weights are DTensors on the `tp` mesh (FSDP2 adds the data-parallel axes); the forward pass computes on `local(weight)`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,10 +16,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megahp.parallel.layout import AXES
 from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, Mesh
-from megahp.scaling.parameterization import Role, Table
+from megahp.scaling.parameterization import Role
 
 FLATTENED = {"_".join(axes): axes for axes in (SHARDS, EXPERT_SHARDS)}  # the name DeviceMesh gives them as one
-ROWS_PER_DRAW = 256  # a rank draws whole blocks of so many rows, and only those it holds a part of
 
 
 @dataclass(frozen=True)
@@ -142,55 +139,7 @@ def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
         probe.data = probe.data.to(dtype)
 
 
-@torch.no_grad()
-def initialise(model: nn.Module, table: Table, init_std: float, seed: int) -> None:
-    """Draw every parameter in place: the same bits on every layout and device, from (seed, name, block of rows).
-    Buffers start at 0."""
-    by_name = rows(model)
-    for name, weight in parameters(model):
-        row, part = by_name[name], storage(weight)
-        if row.start is not None:
-            part.fill_(row.start)
-        else:
-            drawn = _draw(name, weight.shape, *_extent(weight), seed, "standard_normal")
-            part.copy_(drawn * (init_std * table.rule(row.role, row.density).init_std))
-    for zero in (*probes(model).values(), *model.buffers()):
-        zero.zero_()
-
-
-def draw_mask(name: str, weight: Tensor, density: float, seed: int) -> Tensor:
-    """This rank's part of a bool mask laid out as the weight is, each entry true with probability `density`."""
-    if density == 1:
-        return torch.ones_like(storage(weight), dtype=torch.bool)
-    uniform = _draw(f"{name}.mask", weight.shape, *_extent(weight), seed, "random")
-    return (uniform < density).to(weight.device)
-
-
-def _draw(
-    name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], seed: int, distribution: str
-) -> Tensor:
-    """This window of the matrix of this name, whose other rows are not drawn. Of several matrices each has a name of
-    its own. distribution: as numpy's generators call it, standard_normal or random (uniform in [0, 1))."""
-    if 0 in sizes:
-        return torch.empty(*sizes)
-    if len(shape) > 2:
-        numbers = range(offsets[0], offsets[0] + sizes[0])
-        windows = [_draw(f"{name}.{n}", shape[1:], offsets[1:], sizes[1:], seed, distribution) for n in numbers]
-        return torch.stack(windows)
-    start, stop = offsets[0], offsets[0] + sizes[0]
-    first, last = start // ROWS_PER_DRAW, -(-stop // ROWS_PER_DRAW)
-    blocks = []
-    for block in range(first, last):
-        key = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=16).digest()
-        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-        count = min(ROWS_PER_DRAW, shape[0] - block * ROWS_PER_DRAW)
-        blocks.append(getattr(generator, distribution)((count, *shape[1:]), dtype=np.float32))
-    begins = (start - first * ROWS_PER_DRAW, *offsets[1:])
-    window = tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
-    return torch.from_numpy(np.ascontiguousarray(np.concatenate(blocks)[window]))
-
-
-def _extent(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def extent(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Offsets and sizes, in the global weight, of the part this rank stores."""
     if not isinstance(weight, DTensor):
         return (0,) * weight.dim(), tuple(weight.shape)
@@ -201,7 +150,7 @@ def _extent(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def indices(weight: Tensor) -> Tensor:
     """Where in the global weight, row by row, the entries of this rank's part stand: int64, as the part is laid out."""
     index = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for start, size, whole in zip(*_extent(weight), weight.shape, strict=True):
+    for start, size, whole in zip(*extent(weight), weight.shape, strict=True):
         index = index[..., None] * whole + torch.arange(start, start + size, device=weight.device)
     return index
 
@@ -236,7 +185,7 @@ def whole(weight: Tensor, part: Tensor) -> Tensor:
 
 def part_of(weight: Tensor, whole: Tensor) -> Tensor:
     """This rank's part of a global tensor that is to lie as the weight does."""
-    return whole[tuple(slice(start, start + size) for start, size in zip(*_extent(weight), strict=True))]
+    return whole[tuple(slice(start, start + size) for start, size in zip(*extent(weight), strict=True))]
 
 
 def copied_over(weight: Tensor, row: Row) -> set[str]:

@@ -14,18 +14,19 @@ from torch import Tensor
 from megahp import config
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.data.ngrams import unigram_and_bigram
+from megahp.faults.notice import Notice
+from megahp.faults.watchdog import Watchdog
 from megahp.launch import World
+from megahp.parallel.device import device_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch_size import Plan
-from megahp.train.notice import Notice
-from megahp.train.prepare import cuda_wanted, open_data
+from megahp.train.prepare import open_data
+from megahp.train.recovery import check, rewind, settle, skip, soundly, stands_out
 from megahp.train.reporter import Reporter
-from megahp.train.resilience import check, rewind, settle, skip, soundly, stands_out
 from megahp.train.run import Run, is_first
 from megahp.train.start import start
 from megahp.train.step import Measurement, clip
-from megahp.train.watchdog import Watchdog
 
 BASELINE_TOKENS = 50_000_000  # the n-gram models of the report are fitted on at most so many training tokens
 
@@ -102,15 +103,6 @@ def why_stopped(run: Run, notice: Notice) -> str:
     if run.is_outgrown:
         return f"the global batch has grown to resilience.stop_at_batch = {run.settings.resilience.stop_at_batch}"
     return notice.why or "another rank was told to leave"
-
-
-def device_of(settings: config.Config, place: World) -> torch.device:
-    """This rank's device. Ranks on CPUs share the machine's cores between them."""
-    if cuda_wanted(settings):
-        torch.cuda.set_device(place.local_rank)
-        return torch.device("cuda", place.local_rank)
-    torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
-    return torch.device("cpu")
 
 
 def compute(run: Run, loader: Loader, plan: Plan, told: bool) -> tuple[list[Tensor], Measurement]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megahp.config import Config
-from megahp.parallel.parameters import draw_mask, like, storage
+from megahp.parallel.draw import draw_mask
+from megahp.parallel.parameters import like, storage
 from megahp.parallel.selection import Entries, Parts
 from megahp.scaling.batch_size import Plan, Progress
 from megahp.scaling.parameterization import Role

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from megahp import checkpoint, config, resolve
-from megahp.config import Config, stages
+from megahp import checkpoint, config
+from megahp.config import Config, resolve, stages
 from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import TrainingData
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
+from megahp.log.wandb_log import check_wandb
 from megahp.model.build import longest
 from megahp.ops.engines import fused_adam, linear_of, norm_of
+from megahp.parallel.device import check_devices, cuda_wanted
 from megahp.parallel.layout import Layout
 from megahp.scaling.batch_size import BatchPlan, Progress, least_batch, runnable, unit
-from megahp.train.wandb_log import check_wandb
 
 # What a run that starts from another's checkpoint may not change, by section or key, and what one that is resumed may
 # not either. All else may, and the change is an event. Files may move: the data is known by its fingerprint.
@@ -147,21 +148,6 @@ def plan_to_go_on(settings: Config, saved: Config, state: Mapping[str, Any], pla
     """The state a branch's batch plan begins in: the checkpoint's, where nothing of [batch] has changed, or its own."""
     same = (saved.batch, saved.data.sequence_length) == (settings.batch, settings.data.sequence_length)
     return state["batch_plan"] if same else {**plan.state(), "began": state["progress"]["tokens"]}
-
-
-def cuda_wanted(settings: Config) -> bool:
-    """Whether this run computes on CUDA devices."""
-    return settings.train.device == "cuda" or (settings.train.device == "auto" and torch.cuda.is_available())
-
-
-def check_devices(settings: Config, ranks_here: int) -> None:
-    """Raise UserError when this machine has fewer CUDA devices than the run would use on it."""
-    devices = torch.cuda.device_count()
-    if cuda_wanted(settings) and devices < ranks_here:
-        raise UserError(
-            f"train.device = {settings.train.device!r} needs a CUDA device for each of {ranks_here} ranks and this "
-            f"machine has {devices}; start fewer ranks, or set train.device=cpu"
-        )
 
 
 def check_tokenizer(settings: Config, tokenizer: Tokenizer) -> None:

@@ -12,15 +12,15 @@ from typing import Any, TextIO
 
 from megahp import config
 from megahp.errors import UserError
+from megahp.log.events import GONE_BACK
+from megahp.log.metrics import Record, RunLog
+from megahp.log.progress import Progress as Display
+from megahp.log.wandb_log import WandbLog
 from megahp.scaling.batch_size import Change, Plan, Progress
 from megahp.train.masks import MaskChange
-from megahp.train.metrics import Record, RunLog
 from megahp.train.prepare import changes
-from megahp.train.progress import Progress as Display
-from megahp.train.replay import GONE_BACK
 from megahp.train.run import Run, Taken, is_first
 from megahp.train.step import Measurement
-from megahp.train.wandb_log import WandbLog
 
 
 class Reporter:

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megahp import checkpoint, config, resolve
-from megahp.config import Config
+from megahp import checkpoint, config
+from megahp.config import Config, resolve
 from megahp.data.loader import TrainingData
 from megahp.errors import UserError
+from megahp.faults.copies import check_copies
+from megahp.faults.spikes import Spikes
+from megahp.log.wandb_log import new_id
 from megahp.model.build import build_model
-from megahp.parallel.copies import check_copies
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh
 from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress
@@ -25,9 +27,7 @@ from megahp.scaling.parameterization import table_of
 from megahp.train.masks import Masks
 from megahp.train.optimizer import make_optimizer
 from megahp.train.prepare import plan_to_go_on
-from megahp.train.spikes import Spikes
 from megahp.train.step import FIRST_SCALE, Engine, LossScale
-from megahp.train.wandb_log import new_id
 
 T = TypeVar("T")
 

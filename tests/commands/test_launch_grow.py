@@ -12,8 +12,8 @@ from corpus import write_corpus
 
 from megahp.cli import main
 from megahp.exit_codes import STOPPED
-from megahp.train.metrics import read_metrics
-from megahp.train.progress import human_count
+from megahp.log.metrics import read_metrics
+from megahp.log.progress import human_count
 
 RUN = """
 [model]

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from distributed import world
-from megahp import cli, resolve
-from megahp.config import Config
+from megahp import cli
+from megahp.config import Config, resolve
 from megahp.launch import World
 from megahp.parallel.layout import fit
 from megahp.train import loop

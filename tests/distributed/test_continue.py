@@ -12,8 +12,8 @@ import pytest
 from distributed.runs import train
 from distributed.test_resume import copy_of, losses, metrics, numbers
 from megahp.data.indexed import IndexedWriter
-from megahp.train.metrics import read_events
-from megahp.train.replay import replay
+from megahp.log.metrics import read_events
+from megahp.log.replay import replay
 
 RUN = """
 [model]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from corpus import write_corpus
 
-from megahp.train.metrics import read_events, read_metrics
+from megahp.log.metrics import read_events, read_metrics
 
 RUN = """
 [model]

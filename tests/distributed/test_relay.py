@@ -14,8 +14,8 @@ from distributed.test_layouts import EIGHT, FULL, LAYOUTS
 from distributed.training import Training, settings_of
 from megahp import checkpoint
 from megahp.config import Checkpoint
+from megahp.diagnose.verify import made_up, of_all_stages
 from megahp.parallel.parameters import storage
-from megahp.train.verify import made_up, of_all_stages
 
 BLOCKS = "model.layers=4"
 LEGS = {

@@ -25,10 +25,10 @@ from corpus import write_corpus
 from distributed import runs, world
 from distributed.runs import train
 from megahp.data.loader import Loader
+from megahp.evaluate.sample import generate
 from megahp.exit_codes import STOPPED, USER_ERROR
-from megahp.train.metrics import read_events
-from megahp.train.replay import replay
-from megahp.train.sample import generate
+from megahp.log.metrics import read_events
+from megahp.log.replay import replay
 
 ROOT = Path(__file__).parents[2]
 RUN = """

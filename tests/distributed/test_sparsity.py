@@ -24,11 +24,11 @@ from distributed.training import Training, differences, settings_of, train, whol
 from megahp import checkpoint
 from megahp.checkpoint.shards import Tensors
 from megahp.config import Config
+from megahp.log.metrics import read_events, read_metrics
 from megahp.parallel import selection
 from megahp.parallel.parameters import like, storage
 from megahp.scaling.parameterization import Role, table_of
 from megahp.train import masks
-from megahp.train.metrics import read_events, read_metrics
 
 STEPS = 5
 FOUR, EIGHT = "batch.micro_batch=4", "batch.micro_batch=8"

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megahp import resolve
-from megahp.config import Config
+from megahp.config import Config, resolve
 from megahp.data.loader import Batch
+from megahp.diagnose import verify
+from megahp.diagnose.verify import Trial, made_up, of_all_ranks, of_all_stages
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
-from megahp.train import verify
 from megahp.train.loop import validate
-from megahp.train.verify import Trial, made_up, of_all_ranks, of_all_stages
 
 BASE: dict[str, Any] = {
     "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 128},

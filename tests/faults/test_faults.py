@@ -19,8 +19,8 @@ from faults.test_soak import RUN
 from logged import numbers
 
 from megahp import checkpoint
-from megahp.train.metrics import read_events
-from megahp.train.replay import replay
+from megahp.log.metrics import read_events
+from megahp.log.replay import replay
 
 INJECT = Path(__file__).parent / "inject"
 ALONE = ("parallel.dp_replicate=1", "resilience.spike_window=12")

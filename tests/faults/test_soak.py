@@ -24,7 +24,7 @@ from logged import numbers
 
 from megahp import checkpoint
 from megahp.exit_codes import FINISHED, STOPPED
-from megahp.train.metrics import read_events
+from megahp.log.metrics import read_events
 
 RUN = """
 [model]

@@ -7,8 +7,7 @@ import random
 
 import pytest
 
-from megahp import resolve
-from megahp.config import Config, Parallel
+from megahp.config import Config, Parallel, resolve
 from megahp.parallel.pipeline import owner, split, stages_of
 from megahp.scaling.batch_size import least_batch, runnable, unit
 

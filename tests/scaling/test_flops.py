@@ -10,8 +10,7 @@ from distributed import world
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megahp import resolve
-from megahp.config import Config, Model
+from megahp.config import Config, Model, resolve
 from megahp.model.build import build_model
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh

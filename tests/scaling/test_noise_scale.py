@@ -5,17 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megahp.scaling.noise_scale import (
-    Average,
-    NoiseScale,
-    correlation,
-    estimate,
-    interval,
-    ratio,
-    resampled,
-    slope,
-    step_efficiency,
-)
+from megahp.diagnose.statistics import correlation, interval, resampled, slope
+from megahp.scaling.noise_scale import Average, NoiseScale, estimate, ratio, step_efficiency
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from logged import numbers
 from slurm.cluster import MISSING, ROOT, Cluster
 
 from megahp.cli import main
-from megahp.train.metrics import read_events
+from megahp.log.metrics import read_events
 
 ON_SLURM = [
     pytest.mark.slurm,

@@ -10,7 +10,7 @@ import pytest
 from slurm.cluster import ROOT
 from slurm.site import ON_SLURM, Site
 
-from megahp.train.metrics import read_events
+from megahp.log.metrics import read_events
 
 pytestmark = ON_SLURM
 WORDS = "run.toml --out scaling --nodes 1 2 --steps 4 --warm-up 1 --slurm --sbatch=--time=5 --json found.json"

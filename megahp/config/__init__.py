@@ -1,0 +1,33 @@
+"""The settings of a run: what there is (schema), from files and words to a checked tree (resolve), what cannot run
+together (checks), known shapes (presets)."""
+
+from megahp.config.schema import (
+    SECTIONS,
+    TYPES,
+    VOCAB_MULTIPLE,
+    Batch,
+    Checkpoint,
+    Compute,
+    Config,
+    Data,
+    Log,
+    Model,
+    Optimizer,
+    Parallel,
+    Parameterization,
+    Resilience,
+    Schedule,
+    Sparsity,
+    Stage,
+    Train,
+    describe,
+    get,
+    names,
+    parse_table,
+    stage_at,
+    stages,
+    to_dict,
+    to_toml,
+    toml_value,
+    with_values,
+)

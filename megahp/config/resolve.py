@@ -1,0 +1,269 @@
+"""From a run file and command-line words to a checked tree of settings.
+
+A value comes from the first of: command line, run file, preset, default. Anything unknown, of the wrong type or
+impossible is refused here, before torch is imported or a process started; all problems are told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from megahp.config.checks import impossible
+from megahp.config.presets import PRESETS
+from megahp.config.schema import SECTIONS, TYPES, Config, get, names, with_values
+from megahp.errors import UserError
+
+SOME, SEVERAL = range(1, sys.maxsize), range(2, sys.maxsize)
+OF_EXPERTS = (
+    "experts_per_token expert_width shared_experts dense_layers router_score router_normalize router_scale "
+    "balance_rate balance_loss"
+)
+# A setting that only means something beside another one: giving it elsewhere is an error, not silence.
+USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
+    "model.rope_theta": ("model.positions", ("rope",)),
+    **{f"model.{key}": ("model.experts", SOME) for key in OF_EXPERTS.split()},
+    "parallel.ep": ("model.experts", SOME),
+    "parallel.schedule": ("parallel.pp", SEVERAL),
+    "parallel.stages_per_rank": ("parallel.pp", SEVERAL),
+    "parallel.split": ("parallel.pp", SEVERAL),
+    "parameterization.base_width": ("parameterization.name", ("mup", "completep", "smupar")),
+    "parameterization.base_layers": ("parameterization.name", ("completep",)),
+    "parameterization.depth_alpha": ("parameterization.name", ("completep",)),
+    "schedule.floor": ("schedule.name", ("linear", "cosine", "wsd")),
+    "schedule.decay": ("schedule.name", ("wsd",)),
+    "schedule.shape": ("schedule.name", ("wsd",)),
+    "batch.largest": ("batch.policy", ("ramp", "table", "law", "noise-scale")),
+    "batch.rule": ("batch.policy", ("ramp", "table", "law", "noise-scale")),
+    "batch.increment": ("batch.policy", ("ramp",)),
+    "batch.ramp_samples": ("batch.policy", ("ramp",)),
+    "batch.table": ("batch.policy", ("table",)),
+    "batch.target": ("batch.policy", ("law", "noise-scale")),
+    "batch.critical_batch": ("batch.policy", ("law",)),
+    "batch.noise_to_total": ("batch.policy", ("noise-scale",)),
+    "batch.look_every": ("batch.policy", ("noise-scale",)),
+    "batch.delay": ("batch.policy", ("noise-scale",)),
+    "batch.hysteresis": ("batch.policy", ("noise-scale",)),
+    "batch.growth": ("batch.policy", ("noise-scale",)),
+    "optimizer.muon_lr": ("optimizer.name", ("muon",)),
+    "optimizer.momentum": ("optimizer.name", ("muon",)),
+    "sparsity.density": ("sparsity.method", ("static", "gradual", "rigl")),
+    "sparsity.layers": ("sparsity.method", ("static", "rigl")),
+    "sparsity.begin": ("sparsity.method", ("gradual",)),
+    "sparsity.end": ("sparsity.method", ("gradual", "rigl")),
+    "sparsity.drop": ("sparsity.method", ("rigl",)),
+    "sparsity.every": ("sparsity.method", ("gradual", "rigl")),
+    "compute.recompute_every": ("compute.recompute", ("selective", "full")),
+    "log.baselines": ("train.validation_samples", SOME),
+    "log.wandb_project": ("log.wandb", ("offline", "online")),
+    "train.noise_half_life": ("train.noise_scale", (True,)),
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked tree, and where each of its values came from (`section.key` -> origin)."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
+    """The run described by a TOML file and by `section.key=value` words. Raises UserError naming every problem."""
+    layers = [(Path(path).name, _read(Path(path))), ("command line", parse_overrides(overrides))]
+    return resolve(layers)
+
+
+def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Resolved:
+    """The tree from (origin, {section: {key: value}}) layers, later ones winning. Raises UserError."""
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, tree in _with_preset(layers, problems):
+        for key, value in _flatten(tree, origin, problems):
+            checked = _check(key, value, origin, problems)
+            values[key], origins[key] = checked, origin
+    _refuse(problems)
+    config = Config(
+        **{
+            name: section(
+                **{f.name: values[f"{name}.{f.name}"] for f in fields(section) if f"{name}.{f.name}" in values}
+            )
+            for name, section in SECTIONS.items()
+        }
+    )
+    config = _without_idle_presets(config, origins)
+    problems += _unused(config, origins)
+    config = _derive(config, origins)
+    problems += impossible(config)
+    _refuse(problems)
+    return Resolved(config, {key: origins.get(key, "default") for key in names()})
+
+
+def from_dict(tree: Mapping[str, Mapping[str, Any]], origin: str) -> Config:
+    """The tree written by `to_dict`, checked again."""
+    return resolve([(origin, tree)]).config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"run file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"run file {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"run file {path} is not valid TOML: {error}") from None
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """section.key=value words as {section: {key: value}}, unchecked. Raises UserError for what is no such word."""
+    tree: dict[str, dict[str, Any]] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        section, dot, name = key.removeprefix("--").partition(".")
+        if not (equals and dot):
+            raise UserError(
+                f"{word!r} is neither an option nor a setting; write section.key=value, such as train.steps=10"
+            )
+        tree.setdefault(section, {})[name] = _parse_value(text)
+    return tree
+
+
+def _parse_value(text: str) -> Any:
+    """As in TOML where it parses, else a plain string, so that log.name=first needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _with_preset(layers: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]) -> list[tuple[str, Any]]:
+    name = ""
+    for _, tree in layers:
+        section = tree.get("model", {})
+        name = section.get("preset", name) if isinstance(section, Mapping) else name
+    if not isinstance(name, str):
+        return list(layers)  # refused, like any value of the wrong type
+    if name and name not in PRESETS:
+        problems.append(f"model.preset = {name!r} is unknown; {_suggest(name, PRESETS)}")
+        name = ""
+    return [(f"preset {name}", {"model": PRESETS[name]}), *layers] if name else list(layers)
+
+
+def _flatten(tree: Mapping[str, Any], origin: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    for name, section in tree.items():
+        if name not in SECTIONS:
+            problems.append(f"[{name}] ({origin}) is no section; {_suggest(name, SECTIONS)}")
+        elif not isinstance(section, Mapping):
+            problems.append(f"{name} = {section!r} ({origin}) is a section; write [{name}] and its keys below")
+        else:
+            for key, value in section.items():
+                if key in TYPES[name]:
+                    yield f"{name}.{key}", value
+                else:
+                    problems.append(f"{name}.{key} = {value!r} ({origin}) is no setting; {_suggest(key, TYPES[name])}")
+
+
+def _suggest(word: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(close)}?" if close else f"there are: {', '.join(known)}"
+
+
+def _check(key: str, value: Any, origin: str, problems: list[str]) -> Any:
+    """The value in its declared type and inside its bounds, or a problem."""
+    section, name = key.split(".")
+    try:
+        value = _convert(value, TYPES[section][name])
+    except TypeError as error:
+        problems.append(f"{key} = {value!r} ({origin}) {error}")
+        return value
+    bounds = next(f.metadata for f in fields(SECTIONS[section]) if f.name == name)
+    words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
+    broken = {
+        "at_least": lambda limit: not value >= limit,
+        "above": lambda limit: not value > limit,
+        "at_most": lambda limit: not value <= limit,
+        "below": lambda limit: not value < limit,
+    }
+    for kind, breaks in broken.items():
+        if bounds[kind] is not None and breaks(bounds[kind]):
+            problems.append(f"{key} = {value!r} ({origin}) must be {words[kind]} {bounds[kind]:g}")
+    return value
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """Exact types, but an integer serves as a float and a whole float (1e9) as an integer. Raises TypeError."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise TypeError(f"must be one of: {', '.join(map(str, get_args(kind)))}")
+        return value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError("must be a list")
+        return tuple(_convert(item, get_args(kind)[0]) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise TypeError("must be finite")
+    if type(value) is not kind:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise TypeError(f"must be {names[kind]}")
+    return value
+
+
+def _unused(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
+    """Settings that are given and mean nothing beside the others."""
+    for key, (other, values) in USED_ONLY_WITH.items():
+        if get(config, other) not in values and get(config, key) != get(Config(), key):
+            needed = f"at least {values.start}" if isinstance(values, range) else " or ".join(map(str, values))
+            yield (
+                f"{key} = {get(config, key)!r} ({origins[key]}) has no effect with "
+                f"{other} = {get(config, other)!r}; it needs {needed}"
+            )
+
+
+def _without_idle_presets(config: Config, origins: dict[str, str]) -> Config:
+    """A preset's value goes back to the default where another choice left it without meaning."""
+    for key, (other, values) in USED_ONLY_WITH.items():
+        if origins.get(key, "").startswith("preset") and get(config, other) not in values:
+            config = with_values(config, {key: get(Config(), key)})
+            del origins[key]
+    return config
+
+
+def _derive(config: Config, origins: dict[str, str]) -> Config:
+    """Zeros that stand for a derived value, replaced by it."""
+    model, wide = config.model, mlp_width(config.model.activation, config.model.width)
+    derived = {
+        "model.kv_heads": (model.heads, "derived from model.heads"),
+        "model.head_size": (model.width // model.heads, "derived from model.width and model.heads"),
+        "model.mlp_width": (wide, "derived from model.width and model.activation"),
+    }
+    if model.experts:
+        derived["model.expert_width"] = (model.mlp_width or wide, "derived from model.mlp_width")
+    if model.expert_width and not model.dense_layers:
+        derived["model.mlp_width"] = (model.expert_width, "derived from model.expert_width")
+    for key, (value, why) in derived.items():
+        if get(config, key) == 0 and (key != "model.head_size" or model.width % model.heads == 0):
+            config = with_values(config, {key: value})
+            origins[key] = why
+    return config
+
+
+def mlp_width(activation: str, width: int) -> int:
+    """Hidden size of an MLP that is not given one."""
+    return -(-8 * width // (3 * 64)) * 64 if activation == "swiglu" else 4 * width
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise UserError("\n".join(problems))

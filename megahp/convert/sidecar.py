@@ -1,0 +1,176 @@
+"""What a model loses in formats that have no place for it, beside them: settings and parameterization table in
+megahp.json; masks, and the rows that pad the vocabulary, in megahp.safetensors. And safetensors files as Hugging Face
+lays them out, read and written a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megahp import config
+from megahp.checkpoint.shards import in_files
+from megahp.config import resolve
+from megahp.convert.huggingface import Tensors, with_multipliers, without_multipliers
+from megahp.errors import UserError
+from megahp.model.build import longest
+from megahp.scaling.parameterization import table_of
+
+OURS = "megahp.json"
+VOCABULARY = ("embedding.weight", "unembedding.weight")
+
+
+class Files(Mapping[str, Tensor]):
+    """The tensors in a folder's NAME.safetensors, or in the several that an index lists, by name, each read when it is
+    asked for. Raises UserError for files that are missing or damaged."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, listing = folder, folder / f"{name}.safetensors.index.json"
+        if listing.exists():
+            found = read_json(listing).get("weight_map")
+            if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+                raise UserError(f"{listing} has no weight_map of tensors' names to files' names; get it again")
+            self.file_of: dict[str, str] = found
+        else:
+            file = f"{name}.safetensors"
+            self.file_of = dict.fromkeys(_opened(folder / file).keys(), file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self.folder / self.file_of[name]
+        try:
+            return _opened(path).get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error}); get it again") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def __len__(self) -> int:
+        return len(self.file_of)
+
+
+class Weights(Mapping[str, Tensor]):
+    """The weights among a checkpoint's tensors, by their names in the model."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[f"model.{name}"]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix("model.") for name in self.tensors if name.startswith("model."))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def write(folder: Path, settings: config.Config, tensors: Mapping[str, Tensor], limit: int) -> None:
+    """Write what other formats lack of a checkpoint whose tensors have these names, in files of `limit` bytes."""
+    write_files(folder, "megahp", _without_place(settings, tensors), limit)
+    more = {"table": table_of(settings).to_dict(), "tensors": sorted(Files(folder, "megahp"))}
+    write_json(folder / OURS, {"config": config.to_dict(settings), **more})
+
+
+def restored(
+    folder: Path, layer: Mapping[str, Mapping[str, Any]], weights: Tensors
+) -> tuple[Mapping[str, Mapping[str, Any]], Tensors]:
+    """Settings, as a layer for `resolve`, and the tensors of a checkpoint by name: those that were written, where there
+    is a megahp.json; else what another format says, in SP. Raises UserError where the two disagree."""
+    if not (folder / OURS).exists():
+        return layer, ((f"model.{name}", weight) for name, weight in weights)
+    ours, more = read_json(folder / OURS), Files(folder, "megahp")
+    settings = resolve.from_dict(ours["config"], str(folder / OURS))
+    if table_of(settings).to_dict() != ours["table"]:
+        raise UserError(f"{folder / OURS} has another parameterization table than this megahp; {_remedy(folder)}")
+    if lacking := set(ours["tensors"]) - set(more):
+        raise UserError(f"{folder}/megahp.safetensors lacks {min(lacking)}; restore it, or {_remedy(folder)}")
+    _same_model(settings, layer, folder)
+    return ours["config"], _restored(settings, weights, more, folder)
+
+
+def write_files(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
+    """Write NAME.safetensors, or several of `limit` bytes and their index."""
+    files: list[Path] = []
+    weight_map: dict[str, int] = {}
+    size = 0
+    for number, together in enumerate(in_files(tensors, limit), 1):
+        files.append(folder / f"{name}-{number:05d}.safetensors")
+        save_file(together, files[-1], metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(together, number)
+        size += sum(tensor.nbytes for tensor in together.values())
+    if len(files) == 1:
+        files[0].rename(folder / f"{name}.safetensors")
+        return
+    names = [f"{name}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    for file, final in zip(files, names, strict=True):
+        file.rename(folder / final)
+    listing = {key: names[number - 1] for key, number in weight_map.items()}
+    write_json(folder / f"{name}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": listing})
+
+
+def _without_place(settings: config.Config, tensors: Mapping[str, Tensor]) -> Tensors:
+    """What an architecture of theirs does not have: masks, and the rows that pad the vocabulary."""
+    for name in (f"model.{each}" for each in VOCABULARY):
+        if name in tensors:
+            yield f"padding.{name}", tensors[name][settings.model.vocab_size :].clone()
+    yield from ((name, tensors[name]) for name in tensors if name.startswith("mask."))
+
+
+def _restored(settings: config.Config, weights: Tensors, more: Files, folder: Path) -> Tensors:
+    """The tensors of a checkpoint, from weights without multipliers and from what had no place beside them."""
+    try:
+        for short, weight in with_multipliers(settings, weights):
+            name, mask = f"model.{short}", f"mask.{short}"
+            if f"padding.{name}" in more:
+                weight = torch.cat((weight[: settings.model.vocab_size], more[f"padding.{name}"]))
+            if mask in more:
+                if weight[~more[mask]].any():
+                    raise UserError(f"{name} is not 0 where it is masked")
+                yield mask, more[mask]
+            yield name, weight
+    except (UserError, RuntimeError, IndexError) as error:  # the latter two of shapes that do not fit
+        raise UserError(f"{folder}: {error}; {_remedy(folder)}") from None
+
+
+def _same_model(settings: config.Config, layer: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Raise UserError where the other format describes another model than was written. It may have more biases."""
+    theirs, (ours, _) = resolve.resolve([(str(folder), layer)]).config, without_multipliers(settings, {})
+    pairs = {key: (getattr(theirs.model, key), getattr(ours, key)) for key in layer["model"] if key != "bias"}
+    pairs["sequence_length"] = theirs.data.sequence_length, longest(settings)
+    for key, (here, before) in pairs.items():
+        if here != before:
+            raise UserError(f"{folder}: {key} is {here!r} and was {before!r}; {_remedy(folder)}")
+
+
+def _remedy(folder: Path) -> str:
+    return f"remove {folder / OURS} to import the model as it is"
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); a model's folder has it, or an index of several") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in a file. Raises UserError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); a model's folder has it") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no table of settings, but {type(found).__name__}; get it again")
+    return found
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

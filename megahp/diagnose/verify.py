@@ -1,0 +1,239 @@
+"""Whether a layout trains the same model as one rank: a small model of a run's kind takes a few steps on both, from
+made-up samples, in float64, and whatever the layout must not change is compared.
+
+`python -m megahp.diagnose.verify SETTINGS OUTCOME` is one rank of it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megahp import config, launch
+from megahp.config import Config, resolve
+from megahp.data.loader import Batch
+from megahp.errors import UserError
+from megahp.model.build import build_model
+from megahp.parallel.device import check_devices, cuda_wanted, device_of
+from megahp.parallel.layout import Layout, fit
+from megahp.parallel.mesh import WITHIN_STAGE, Mesh, make_mesh
+from megahp.parallel.parameters import storage, whole
+from megahp.scaling.batch_size import BatchPlan, Plan, Progress, least_batch
+from megahp.scaling.parameterization import table_of
+from megahp.train.masks import Masks
+from megahp.train.optimizer import make_optimizer
+from megahp.train.step import Engine, clip
+
+STEPS = 5  # the global batch doubles after the first
+RTOL = 1e-9  # of the largest magnitude; float64 rounds to 1e-16, and a wrong sum is off by far more
+
+
+def verify(settings: Config, ranks: int) -> list[str]:
+    """What differs between a small run of this kind on so many ranks, laid out as it says, and on one: empty if nothing
+    does. Each difference is one line, parameters in the model's order. Raises UserError when ranks do not fit."""
+    small = shrunk(settings, fit(settings.parallel, ranks))
+    check_devices(small, ranks)
+    alone = replace(small, parallel=config.Parallel(), compute=config.Compute())
+    laid_out, plain = _outcome(small, ranks), _outcome(alone, 1)
+    return differences(laid_out, plain, RTOL, RTOL)
+
+
+def shrunk(settings: Config, layout: Layout) -> Config:
+    """A run of this kind, as small as its layout allows, in float64, from made-up data; without float8 and other
+    engines, which know no float64."""
+    model, parallel, tp = settings.model, settings.parallel, layout.tp
+    stages = layout.pp * parallel.local_stages
+    heads = tp * min(2, model.kv_heads // tp)
+    width, layers = 8 * heads * min(2, model.heads // model.kv_heads), min(model.layers, stages + 1)
+    length = 4 * 2 * layout.cp * tp
+    of_width = ("base_width",)
+    scaled = {"sp": (), "mup": of_width, "smupar": of_width, "completep": (*of_width, "base_layers")}[
+        settings.parameterization.name
+    ]
+    bases = {"base_width": width // 2, "base_layers": max(1, layers // 2)}
+    changing = {"gradual": ("every", "begin"), "rigl": ("every",)}.get(settings.sparsity.method, ())
+    soon = {"every": 1, "begin": 0.0}
+    small = config.with_values(
+        replace(settings, batch=config.Batch(micro_batch=1, policy="table")),
+        {
+            "model.layers": stages if parallel.split else layers,
+            "model.width": width,
+            "model.head_size": 8,
+            "model.heads": width // 8,
+            "model.kv_heads": heads,
+            "model.mlp_width": 2 * width,
+            "model.experts": layout.ep * -(-4 // layout.ep) if model.experts else 0,
+            "model.experts_per_token": min(2, model.experts_per_token),
+            "model.expert_width": 2 * width if model.experts else 0,
+            "model.shared_experts": min(1, model.shared_experts),
+            "model.dense_layers": min(1, model.dense_layers),
+            "model.vocab_size": 100,
+            "parallel.split": (1,) * stages if parallel.split else (),
+            **{f"parameterization.{key}": bases[key] for key in scaled},
+            "data.train": ("made-up",),
+            "data.sequence_length": length,
+            "data.lengths": (),
+            "data.mixtures": (),
+            "data.weights": (),
+            "optimizer.eps": 1e-7,  # less, and it would amplify gradients that are rounding alone
+            "optimizer.engine": "torch",
+            **{f"sparsity.{key}": soon[key] for key in changing},
+            "sparsity.layers": settings.sparsity.layers[: stages if parallel.split else layers],
+            "train.dtype": "float64",
+            "schedule.start": 0,
+            "compute.norms": "megahp",
+            "compute.fp8": "none",
+        },
+    )
+    batch = least_batch(small, layout.dp)
+    sized = config.with_values(
+        small,
+        {
+            "batch.global_batch": batch,
+            "batch.table": (f"{batch * length}:{2 * batch}",),
+            "train.tokens": 4 * STEPS * batch * length,
+            "train.steps": STEPS,
+        },
+    )
+    return resolve.from_dict(config.to_dict(sized), "the small run")
+
+
+class Trial:
+    """A model, its optimizer and its progress on a mesh, trained from made-up samples."""
+
+    def __init__(self, settings: Config, mesh: Mesh) -> None:
+        self.settings, self.mesh = settings, mesh
+        self.engine = Engine(build_model(settings, mesh), mesh, settings.parallel)
+        self.optimizer = make_optimizer(
+            settings.optimizer,
+            self.engine.trained,
+            self.engine.rows,
+            table_of(settings),
+            mesh.group(*WITHIN_STAGE),
+        )
+        self.masks = Masks(settings, self.engine, self.optimizer)
+        self.progress = Progress()
+        self.batch_plan = BatchPlan(settings, mesh.layout.dp)
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step; its loss, norms and (before clipping) whole gradients of this rank's pipeline stages."""
+        plan = self.batch_plan.step(self.progress)
+        assert plan is not None
+        loss = self.engine.forward_backward(self.batches(plan), plan.microbatches(self.mesh.layout.dp), plan.tokens)
+        grads = self.engine.gradients()
+        self.masks.apply(grads, plan)
+        measured = self.engine.measure(loss, grads, plan.global_batch)
+        gathered = {name: of_all_ranks(weight, weight.grad) for name, weight in self.engine.trained.items()}
+        clip(grads, measured.grad_norm, self.settings.optimizer.clip)
+        self.optimizer.step(grads, plan)
+        self.engine.rebalance(measured.load)
+        self.engine.zero()
+        self.progress = self.progress.after(plan)
+        self.batch_plan.look(self.progress, None)
+        self.masks.look(plan, self.progress)
+        return {"measured": vars(measured), "grads": gathered}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole weights, the routers' biases and the masks, of this rank's pipeline stages."""
+        saved = self.engine.saved | self.masks.state()
+        return {name.removeprefix("model."): of_all_ranks(tensor, tensor) for name, tensor in saved.items()}
+
+    def batches(self, plan: Plan) -> Iterator[Batch]:
+        for ids in plan.samples(self.mesh.data_rank, self.mesh.layout.dp):
+            yield made_up(ids, self.settings, self.mesh.device)
+
+
+def train(trial: Trial, steps: int) -> dict[str, Any]:
+    """So many steps: what each measured, the first step's gradients, the weights at the end, of the whole model."""
+    outcomes = [trial.step() for _ in range(steps)]
+    return {
+        "measured": [outcome["measured"] for outcome in outcomes],
+        "grads": of_all_stages(outcomes[0]["grads"], trial.mesh),
+        "weights": of_all_stages(trial.weights(), trial.mesh),
+    }
+
+
+def made_up(ids: np.ndarray, settings: Config, device: torch.device | str = "cpu") -> Batch:
+    """Samples that are a function of their ids, in two documents each."""
+    length = settings.data.sequence_length
+    tokens = np.stack([np.random.RandomState(i).randint(0, settings.model.vocab_size, length + 1) for i in ids])
+    documents = (np.arange(length) >= (ids[:, None] * 7 % length)).astype(np.int32)
+    masked = torch.from_numpy(documents).to(device) if settings.data.mask_documents else None
+    return Batch(torch.from_numpy(tokens).to(device), masked, ids)
+
+
+def of_all_ranks(weight: Tensor, value: Tensor | None) -> Tensor:
+    """The global tensor of a value that lies on the ranks of one pipeline stage as the weight does."""
+    assert value is not None
+    return whole(weight, storage(value)).cpu().clone()
+
+
+def of_all_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """The tensors of all pipeline stages, on every rank."""
+    parts: list[Any] = [None] * mesh.layout.pp
+    dist.all_gather_object(parts, tensors, mesh.group("pp"))
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def differences(
+    got: Mapping[str, Any], wanted: Mapping[str, Any], rtol: float, weights_rtol: float | None
+) -> list[str]:
+    """What of two outcomes of `train` differs by more than rtol, by name, the first step's gradients first, in the
+    model's order; weights only if a tolerance is given."""
+    found = []
+    for name in wanted["grads"]:
+        found += _difference(f"gradient {name}", got["grads"][name], wanted["grads"][name], rtol)
+    for number, (a, b) in enumerate(zip(got["measured"], wanted["measured"], strict=True), 1):
+        for key in ("loss", "grad_norm"):
+            found += _difference(f"step {number} {key}", a[key], b[key], rtol)
+        for key in ("grad_sq_example", "grad_sq_batch", "balance_loss", "load"):
+            for name in b[key]:
+                found += _difference(f"step {number} {key} {name}", a[key][name], b[key][name], rtol)
+    for name in wanted["weights"] if weights_rtol else ():
+        found += _difference(f"weight {name}", got["weights"][name], wanted["weights"][name], weights_rtol or 0)
+    return found
+
+
+def _difference(what: str, a: Any, b: Any, rtol: float) -> list[str]:
+    """A line when the two are not equal to rtol of the largest magnitude."""
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    if a.shape != b.shape:
+        return [f"{what}: shape {tuple(a.shape)} for {tuple(b.shape)}"]
+    error, size = (a - b).abs().max().item(), b.abs().max().item()
+    return [] if error <= rtol * size else [f"{what}: off by {error:.3g}, where the largest is {size:.3g}"]
+
+
+def _outcome(settings: Config, ranks: int) -> dict[str, Any]:
+    """What `train` makes of these settings on so many fresh ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_file, outcome = Path(folder) / "run.toml", Path(folder) / "outcome"
+        run_file.write_text(config.to_toml(settings), encoding="utf-8")
+        code = launch.spawn([str(run_file), str(outcome)], ranks, ("-m", "megahp.diagnose.verify"))
+        if code:
+            raise UserError(f"a rank of {ranks} ended with exit code {code}; what it said stands above")
+        return torch.load(outcome, weights_only=True)
+
+
+def _main(run_file: str, outcome: str) -> None:
+    settings = resolve.from_dict(tomllib.loads(Path(run_file).read_text(encoding="utf-8")), run_file)
+    place = launch.world()
+    launch.join(place, cuda_wanted(settings))
+    mesh = make_mesh(fit(settings.parallel, place.size), device_of(settings, place))
+    found = train(Trial(settings, mesh), STEPS)
+    if place.rank == 0:
+        torch.save(found, outcome)
+    launch.leave(0)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,105 @@
+"""Text from a trained run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megahp import checkpoint, config, launch
+from megahp.config import resolve
+from megahp.data.tokenizer import Tokenizer, load_tokenizer
+from megahp.errors import UserError
+from megahp.model.build import build_model, longest
+from megahp.model.transformer import Transformer
+from megahp.parallel.device import cuda_wanted, device_of
+from megahp.parallel.layout import Layout
+from megahp.parallel.mesh import make_mesh
+from megahp.parallel.parameters import saved
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint's model, on this process alone."""
+
+    path: Path
+    settings: config.Config
+    model: Transformer
+    tokenizer: Tokenizer
+    device: torch.device
+
+
+def trained(place: Path) -> Trained:
+    """The model of a checkpoint, or of a run directory's newest. Raises UserError."""
+    path = checkpoint.find(place)
+    settings = resolve.from_dict(checkpoint.read_state(path)["config"], str(path))
+    settings = config.with_values(settings, {"train.device": "auto"})
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    model = alone(settings)
+    checkpoint.load(path, saved(model))
+    return Trained(path, settings, model, tokenizer, device_of(settings, launch.World()))
+
+
+def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
+    """The prompt and what the run's newest checkpoint makes of it, on this process alone. Raises UserError."""
+    if not (0 <= temperature < math.inf and tokens >= 0 and top_k >= 0 and 0 <= seed < 2**63):
+        raise UserError(
+            f"--temperature {temperature}, --tokens {tokens}, --top-k {top_k} and --seed {seed} must all be finite and "
+            "not negative"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError("--prompt is not valid UTF-8; give it as text")
+    path = checkpoint.latest(run / "checkpoints")
+    if path is None:
+        raise UserError(f"{run} has no checkpoint; name a run directory that has one, such as runs/quickstart")
+    origin = trained(path)
+    eod = origin.tokenizer.eod
+    ids = origin.tokenizer.encode(prompt) or [eod]
+    ids += islice(continuation(origin, ids, temperature, top_k, seed), tokens)
+    return origin.tokenizer.decode([i for i in ids if i != eod])
+
+
+def alone(settings: config.Config) -> Transformer:
+    """The model of these settings, with its initial weights, on this process alone."""
+    if not dist.is_initialized():
+        launch.join(launch.World(), cuda_wanted(settings))
+    settings = replace(settings, parallel=config.Parallel(), compute=config.Compute())
+    settings = config.with_values(settings, {"train.noise_scale": False})
+    (model,) = build_model(settings, make_mesh(Layout(), device_of(settings, launch.World()))).stages.values()
+    return model
+
+
+def window_of(settings: config.Config) -> int:
+    """How many tokens the model looks back on: as many as it was trained on; with ALiBi, which interpolates, twice
+    that (what arXiv 2310.13017 found to work)."""
+    return longest(settings) * (2 if settings.model.positions == "alibi" else 1)
+
+
+@torch.no_grad()
+def continuation(origin: Trained, ids: Sequence[int], temperature: float, top_k: int, seed: int) -> Iterator[int]:
+    """Tokens that follow these, without end, each drawn from the model's view of the last ones before it."""
+    window, vocab_size = window_of(origin.settings), origin.tokenizer.vocab_size
+    seen = torch.tensor([ids[-window:]], device=origin.device)
+    generator = torch.Generator(origin.device).manual_seed(seed)
+    while True:
+        logits = origin.model(seen)[:, -1, :vocab_size].float()
+        chosen = _choose(logits, temperature, top_k, generator)
+        seen = torch.cat((seen, chosen), 1)[:, -window:]
+        yield int(chosen)
+
+
+def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """One token id a row, [b, 1], from logits [b, v]."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature, however low, overflows
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

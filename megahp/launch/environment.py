@@ -1,0 +1,110 @@
+"""Who a process is: its rank among how many, as torchrun, mpirun or Slurm tell it, and the nodes of its job."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megahp.errors import UserError
+
+# What mpirun tells a rank: its number, how many there are, and the same on its host. It goes before what srun tells,
+# since in a Slurm job mpirun starts its daemons, and so the ranks, by srun.
+OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # MPICH's and Intel's
+
+
+@dataclass(frozen=True)
+class World:
+    """Which rank this is, of how many, and which on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def world(environment: Mapping[str, str] = os.environ) -> World:
+    """This process's place, from torchrun's variables, else mpirun's, else srun's, else alone."""
+    if "WORLD_SIZE" in environment:
+        if "RANK" not in environment:
+            raise UserError(
+                "WORLD_SIZE is set and RANK is not; start with --ranks, torchrun, mpirun or srun, or unset it"
+            )
+        rank, size, local_rank = (whole_number(environment, name, 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        tasks = _tasks_of_nodes(environment)  # enroot's hook leaves out LOCAL_WORLD_SIZE
+        here = tasks[whole_number(environment, "SLURM_NODEID")] if sum(tasks) == size else size
+        return World(rank, size, local_rank, whole_number(environment, "LOCAL_WORLD_SIZE", here))
+    if names := mpirun_names(environment):
+        return World(*(whole_number(environment, name) for name in names))
+    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
+        rank, size, local_rank, node = (whole_number(environment, name) for name in names)
+        return World(rank, size, local_rank, _tasks_of_nodes(environment)[node])
+    if "PMI_RANK" in environment:
+        raise UserError(
+            "PMI_RANK is set and MPI_LOCALRANKID is not; set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE"
+        )
+    return World()
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """What Slurm calls this machine, which is what --exclude wants, else its short host name. Under mpirun it is the
+    latter, for Hydra hands its own machine's variables to all."""
+    told = "" if mpirun_names(environment) else environment.get("SLURMD_NODENAME", "")
+    return told or socket.gethostname().split(".")[0]
+
+
+def ranks_of_nodes(size: int, environment: Mapping[str, str] = os.environ) -> dict[str, int]:
+    """How many of so many ranks each node of this job step has, in Slurm's order; nothing where srun started others."""
+    tasks = _tasks_of_nodes(environment)
+    hosts = hosts_of(environment.get("SLURM_STEP_NODELIST", ""))
+    return dict(zip(hosts, tasks, strict=True)) if sum(tasks) == size and len(tasks) == len(hosts) else {}
+
+
+def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first of its machine's ranks, or alone."""
+    names = ("LOCAL_RANK", OPEN_MPI[2], HYDRA[2], "SLURM_LOCALID")
+    return next((environment[name] for name in names if name in environment), "0") == "0"
+
+
+def whole_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A variable that is a number. Raises UserError."""
+    if name not in environment and default is not None:
+        return default
+    try:
+        return int(environment[name])
+    except (KeyError, ValueError):
+        raise UserError(
+            f"{name} = {environment.get(name, '')!r} is no whole number; it is the launcher's to set"
+        ) from None
+
+
+def mpirun_names(environment: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The names of the variables of the mpirun that started this process."""
+    return next((names for names in (OPEN_MPI, HYDRA) if all(name in environment for name in names)), None)
+
+
+def hosts_of(nodes: str) -> list[str]:
+    """The names in a node list of Slurm's: n[08-10,12],m1 -> n08 n09 n10 n12 m1."""
+    found = []
+    for name in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
+        parts = re.split(r"\[(.*?)\]", name)  # every second is ranges
+        choices = [_numbers(part) if place % 2 else [part] for place, part in enumerate(parts)]
+        found += ["".join(each) for each in itertools.product(*choices)]
+    return found
+
+
+def _numbers(ranges: str) -> list[str]:
+    """08-10,12 -> 08 09 10 12."""
+    ends = [(first, last or first) for first, _, last in (each.partition("-") for each in ranges.split(","))]
+    return [str(n).zfill(len(first)) for first, last in ends for n in range(int(first), int(last) + 1)]
+
+
+def _tasks_of_nodes(environment: Mapping[str, str]) -> list[int]:
+    """How many ranks srun has started on each node of its step, 2(x3),1 -> 2 2 2 1; nothing where it was mpirun."""
+    text = "" if mpirun_names(environment) else environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]

@@ -1,0 +1,94 @@
+"""Ranks as processes of this machine: started, told of an end that is near, ended."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from megahp.exit_codes import FINAL
+from megahp.launch.rendezvous import SECONDS_TO_EXPLAIN
+
+NOTICES = (signal.SIGTERM, signal.SIGUSR1)  # of an end: scancel's and `kill`'s; Slurm's --signal=USR1@120
+SAME = 5.0  # seconds within which a second signal is the first one's echo, from a launcher or a process group
+PR_SET_PDEATHSIG = 1
+
+
+def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", "megahp")) -> int:
+    """Run `python PROGRAM ARGUMENTS` as so many local ranks. Returns 0, or the first failing rank's exit code;
+    the others are ended then, since a rank without its peers can only hang. Signals that give notice are passed on."""
+    from torch.distributed import TCPStore
+
+    # this process holds the store, on a port the system picks, so that two runs never want the same one
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
+    command = [sys.executable, *program, *arguments]
+    processes: list[subprocess.Popen[bytes]] = []
+    notices: list[tuple[float, int]] = []  # when, which signal
+
+    def pass_on(number: int, _: object) -> None:
+        notices.append((time.monotonic(), number))
+        again = notices[-1][0] - notices[0][0] > SAME  # a rank that hangs would not take it
+        for process in processes:
+            process.send_signal(signal.SIGKILL if again else number)
+
+    for number in NOTICES:
+        signal.signal(number, pass_on)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, lambda number, _: sys.exit(128 + number))
+    try:
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=common | place, preexec_fn=die_with_parent))
+        codes: list[int | None] = [None]
+        while None in codes and not any(codes):
+            time.sleep(0.05)
+            codes = [process.poll() for process in processes]
+        code = _first_failure(codes)
+        return 128 + notices[0][1] if notices and code not in FINAL else code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        for number in NOTICES:
+            signal.signal(number, signal.SIG_DFL)
+        _end(processes)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process when the one that started it is killed, which could not end it itself."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _first_failure(returncodes: Sequence[int | None]) -> int:
+    """The exit code of these ranks together: that of one that was ended by a signal, which is told, before others'."""
+    for rank, code in enumerate(returncodes):
+        if code and code < 0:
+            print(f"megahp: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+            return 128 - code
+    return next((code for code in returncodes if code), 0)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End the ranks that do not end by themselves. What they write is whole or is not there."""
+    _wait(processes, SECONDS_TO_EXPLAIN)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)

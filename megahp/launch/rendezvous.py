@@ -1,0 +1,164 @@
+"""Ranks meet, tell each other what went wrong, and leave cleanly."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import zlib
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from megahp.errors import Fault, UserError
+from megahp.exit_codes import FINISHED, STOPPED
+from megahp.launch.environment import World, hosts_of, mpirun_names, whole_number
+
+if TYPE_CHECKING:
+    from torch.distributed import Store, TCPStore
+
+SECONDS_TO_EXPLAIN = 2.0  # how long the ranks are left alone once one has failed, to say why
+PATIENCE = timedelta(minutes=10)  # of ranks that wait for each other
+PORTS = (20000, 12768)  # the first, and how many: below those that Linux gives to outgoing connections
+
+
+def join(place: World, cuda: bool, patience: timedelta = PATIENCE, store: Store | None = None) -> Store:
+    """Initialise the default process group: gloo for CPU tensors, NCCL for CUDA's, whose collectives fail after waiting
+    for so long. Returns the store the ranks share, the given one if they have met.
+
+    Raises UserError when what the launcher tells does not lead to the first rank, Fault when nobody answers there.
+    """
+    import torch.distributed as dist
+
+    store = store or meet(place)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=patience)
+    return store
+
+
+def meet(place: World, patience: timedelta = PATIENCE, all_of_them: bool = True) -> Store:
+    """The store the ranks share, which the first one holds, or the torchrun or --ranks that started them. The first one
+    waits there for all of them, unless it is to find out who does not come.
+
+    MASTER_ADDR and MASTER_PORT name its place; else MPI tells it; else it follows from Slurm's or Open MPI's variables.
+    Raises UserError or Fault, as join() does.
+    """
+    import torch.distributed as dist
+
+    if place.size == 1:
+        return dist.HashStore()
+    if "MASTER_ADDR" not in os.environ and (store := _meet_by_mpi(place, patience)):
+        return store
+    host = os.environ.get("MASTER_ADDR") or _first_host(place, os.environ)
+    holds = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return _store(place, host, _port(os.environ), patience, holds, all_of_them)
+
+
+def _store(place: World, host: str, port: int, patience: timedelta, holds: bool, all_of_them: bool = False) -> TCPStore:
+    """One end of the store at this address. Raises Fault where nobody answers there."""
+    import torch.distributed as dist
+
+    try:
+        return dist.TCPStore(host, port, place.size, holds, patience, all_of_them)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where, why = f"{host}:{port} (MASTER_ADDR:MASTER_PORT)", str(error).splitlines()[0]
+        raise Fault(f"rank {place.rank} does not meet the others at {where}: {why}") from None
+
+
+def _meet_by_mpi(place: World, patience: timedelta) -> Store | None:
+    """The first rank's store, its address and a free port told by MPI; None where mpi4py is not there, or is of
+    another MPI than mpirun and sees one rank. MPI is finalized at once, so that a rank may end in any way later.
+    Raises Fault on all ranks where the first has no store."""
+    if not mpirun_names(os.environ):
+        return None
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):  # not installed; no MPI library found
+        return None
+    store: TCPStore | None = None
+    told: tuple[str, int] | Fault | None = None
+    try:
+        if MPI.COMM_WORLD.size != place.size:
+            return None
+        if place.rank == 0:
+            host = "127.0.0.1" if place.local_size == place.size else socket.gethostname()
+            try:
+                store = _store(place, host, 0, patience, True)
+                told = host, store.port
+            except Fault as fault:
+                told = fault
+        heard = MPI.COMM_WORLD.bcast(told)
+        if isinstance(heard, Fault):
+            raise heard
+        return store or _store(place, heard[0], heard[1], patience, False)
+    finally:
+        MPI.Finalize()
+
+
+def is_first_to_tell(store: Store, what: str) -> bool:
+    """Whether no other rank has told this before: one line is enough for what all ranks meet."""
+    try:
+        return store.add(f"told {what}", 1) == 1
+    except RuntimeError:  # the store has gone with the rank that held it
+        return True
+
+
+def is_told(store: Store, what: str) -> bool:
+    """Whether some rank has told this, or is about to: then this rank's failure is its echo."""
+    time.sleep(SECONDS_TO_EXPLAIN / 4)
+    try:
+        return store.check([f"told {what}"])
+    except RuntimeError:
+        return False
+
+
+def outlast_questions(place: World) -> None:
+    """Let the first rank, which may hold the store, stay until the others have asked it what was told."""
+    if place.rank == 0 and place.size > 1:
+        time.sleep(SECONDS_TO_EXPLAIN / 2)
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed since another rank has gone, in gloo's or NCCL's words."""
+    from torch.distributed import DistBackendError
+
+    return isinstance(error, DistBackendError) or "gloo/transport" in str(error)
+
+
+def leave(code: int) -> None:
+    """End this process. destroy_process_group() races with gloo's threads and now and then aborts, so it is skipped."""
+    import torch.distributed as dist
+
+    if code in (FINISHED, STOPPED) and dist.is_initialized():  # a launcher ends all when one is gone with another code
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _first_host(place: World, environment: Mapping[str, str]) -> str:
+    """Where rank 0 is: on this machine if all are, else on the first of Slurm's node list: n[3-5,9],m1 -> n3."""
+    if "PMIX_NAMESPACE" in environment and mpirun_names(environment) and place.local_size == place.size:
+        return "127.0.0.1"
+    nodes = hosts_of(environment.get("SLURM_STEP_NODELIST", ""))
+    if mpirun_names(environment) or not nodes:
+        raise UserError(
+            "MASTER_ADDR is not set and nothing else names the first rank's host; start with --ranks, torchrun or "
+            "srun; under mpirun install mpi4py for its MPI, or set MASTER_ADDR and MASTER_PORT for all ranks"
+        )
+    return nodes[0]
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """MASTER_PORT; else the same on all ranks of an mpirun or a job step, very likely another for any other."""
+    if "MASTER_PORT" in environment:
+        port = whole_number(environment, "MASTER_PORT")
+        if not 0 < port < 2**16:
+            raise UserError(f"MASTER_PORT = {port} is no port; take one of 1 to {2**16 - 1}")
+        return port
+    names = ("PMIX_NAMESPACE",) if mpirun_names(environment) else ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    step = " ".join(environment.get(name, "") for name in names)
+    if not step.strip():
+        raise UserError("MASTER_ADDR is set and MASTER_PORT is not; set both for all ranks")
+    return PORTS[0] + zlib.crc32(step.encode()) % PORTS[1]

@@ -1,0 +1,33 @@
+"""The device that a rank computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from megahp.config import Config
+from megahp.errors import UserError
+from megahp.launch import World
+
+
+def cuda_wanted(settings: Config) -> bool:
+    """Whether this run computes on CUDA devices."""
+    return settings.train.device == "cuda" or (settings.train.device == "auto" and torch.cuda.is_available())
+
+
+def check_devices(settings: Config, ranks_here: int) -> None:
+    """Raise UserError when this machine has fewer CUDA devices than the run would use on it."""
+    devices = torch.cuda.device_count()
+    if cuda_wanted(settings) and devices < ranks_here:
+        raise UserError(
+            f"train.device = {settings.train.device!r} needs a CUDA device for each of {ranks_here} ranks and this "
+            f"machine has {devices}; start fewer ranks, or set train.device=cpu"
+        )
+
+
+def device_of(settings: Config, place: World) -> torch.device:
+    """This rank's device. Ranks on CPUs share the machine's cores between them."""
+    if cuda_wanted(settings):
+        torch.cuda.set_device(place.local_rank)
+        return torch.device("cuda", place.local_rank)
+    torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
+    return torch.device("cpu")

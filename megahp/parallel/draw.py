@@ -1,0 +1,63 @@
+"""Drawing weights and masks: the same bits on every layout and device, from (seed, name, block of rows)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megahp.parallel.parameters import extent, parameters, probes, rows, storage
+from megahp.scaling.parameterization import Table
+
+ROWS_PER_DRAW = 256  # a rank draws whole blocks of so many rows, and only those it holds a part of
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, table: Table, init_std: float, seed: int) -> None:
+    """Draw every parameter in place: the same bits on every layout and device, from (seed, name, block of rows).
+    Buffers start at 0."""
+    by_name = rows(model)
+    for name, weight in parameters(model):
+        row, part = by_name[name], storage(weight)
+        if row.start is not None:
+            part.fill_(row.start)
+        else:
+            drawn = _draw(name, weight.shape, *extent(weight), seed, "standard_normal")
+            part.copy_(drawn * (init_std * table.rule(row.role, row.density).init_std))
+    for zero in (*probes(model).values(), *model.buffers()):
+        zero.zero_()
+
+
+def draw_mask(name: str, weight: Tensor, density: float, seed: int) -> Tensor:
+    """This rank's part of a bool mask laid out as the weight is, each entry true with probability `density`."""
+    if density == 1:
+        return torch.ones_like(storage(weight), dtype=torch.bool)
+    uniform = _draw(f"{name}.mask", weight.shape, *extent(weight), seed, "random")
+    return (uniform < density).to(weight.device)
+
+
+def _draw(
+    name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], seed: int, distribution: str
+) -> Tensor:
+    """This window of the matrix of this name, whose other rows are not drawn. Of several matrices each has a name of
+    its own. distribution: as numpy's generators call it, standard_normal or random (uniform in [0, 1))."""
+    if 0 in sizes:
+        return torch.empty(*sizes)
+    if len(shape) > 2:
+        numbers = range(offsets[0], offsets[0] + sizes[0])
+        windows = [_draw(f"{name}.{n}", shape[1:], offsets[1:], sizes[1:], seed, distribution) for n in numbers]
+        return torch.stack(windows)
+    start, stop = offsets[0], offsets[0] + sizes[0]
+    first, last = start // ROWS_PER_DRAW, -(-stop // ROWS_PER_DRAW)
+    blocks = []
+    for block in range(first, last):
+        key = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=16).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+        count = min(ROWS_PER_DRAW, shape[0] - block * ROWS_PER_DRAW)
+        blocks.append(getattr(generator, distribution)((count, *shape[1:]), dtype=np.float32))
+    begins = (start - first * ROWS_PER_DRAW, *offsets[1:])
+    window = tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
+    return torch.from_numpy(np.ascontiguousarray(np.concatenate(blocks)[window]))

@@ -1,0 +1,249 @@
+"""`megahp fit`: from run directories and tables of runs to laws, and what is printed and drawn of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megahp.config import Config, get
+from megahp.errors import UserError
+from megahp.log.events import STARTS
+from megahp.log.metrics import Record, read_run
+from megahp.log.progress import human_count
+from megahp.model.build import longest
+from megahp.recipe import fit
+from megahp.recipe.fit import Fit, Trained
+from megahp.scaling import flops
+from megahp.scaling.laws import INTERVAL, LossLaw
+from megahp.scaling.parameterization import Role, table_of
+from megahp.train.run import read_config
+
+
+class Kind(NamedTuple):
+    """One kind of law: how it is fitted, and how it and its axes are written."""
+
+    fit: Callable[..., Fit]
+    formula: str
+    x: str
+    y: str
+
+
+KINDS = {
+    "loss": Kind(fit.fit_loss, "L(N, D) = E + A / N^alpha + B / D^beta", "tokens D", "nats per token"),
+    "timescale": Kind(fit.fit_timescale, "tau_opt = scale (D / N)^exponent", "tokens per parameter", "optimal tau"),
+    "optimal_batch": Kind(fit.fit_optimal_batch, "B_opt = scale D^exponent", "tokens D", "optimal batch, tokens"),
+    "critical_batch": Kind(
+        fit.fit_critical_batch, "B_crit = scale D_min^exponent", "tokens D_min", "critical batch, tokens"
+    ),
+}
+COMPUTE = (*(10.0**power for power in range(18, 24)), 5.76e23, 1e24)  # FLOPs; 5.76e23 is Chinchilla's
+OF_THE_TEXT = ("data.train", "data.tokenizer", "data.sequence_length", "data.validation_fraction")
+LEAST_DRAWS = 20
+NEEDED, OPTIONAL = ("parameters", "tokens", "loss"), ("batch", "lr", "weight_decay")  # of a table's objects
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[Trained], list[str]]:
+    """The runs of run directories and .jsonl tables, and notes about them. Raises UserError for one not ended."""
+    runs: list[Trained] = []
+    notes: list[str] = []
+    trees: list[Config] = []
+    for path in paths:
+        if path.suffix == ".jsonl":
+            runs += _read_table(path)
+        else:
+            trees.append(read_config(path))
+            runs.append(_read_run(path, trees[-1], notes))
+    for key in OF_THE_TEXT:
+        if len({get(settings, key) for settings in trees}) > 1:
+            notes.append(f"the runs differ in {key}, so their losses may not compare")
+    return runs, notes
+
+
+def _read_run(path: Path, settings: Config, notes: list[str]) -> Trained:
+    """A run directory's run, of as many tokens as it was planned for, which it keeps to within a batch."""
+    run = read_run(path)
+    last, events = run.steps[-1], [event["event"] for event in run.events]
+    batch, planned = settings.batch.global_batch * settings.data.sequence_length, settings.train.tokens
+    ended = next((event for event in reversed(events) if event in ("finished", *STARTS)), None)
+    if ended != "finished" or last["tokens"] + last["global_batch"] * longest(settings) <= planned:
+        done = f"{last['tokens']} of train.tokens = {planned} are done"
+        raise UserError(f"{path} has not ended: {done}; finish it, or leave it out")
+    if (loss := last.get("validation_loss")) is None:
+        raise UserError(f"{path} has no validation loss at its end; set train.validation_samples, or leave it out")
+    if settings.sparsity.method != "none":
+        raise UserError(f"{path} is sparse, and the laws are of dense models; leave it out")
+    rule = table_of(settings).rules[Role.HIDDEN]
+    values = {
+        "batch": batch,
+        "lr": settings.optimizer.lr * rule.lr,
+        "weight_decay": settings.optimizer.weight_decay * rule.weight_decay,
+    }
+    if not {"batch", "branched"}.isdisjoint(events):
+        notes.append(f"{path}: its batch changes, or it starts from another run; it serves the loss law alone")
+        values = {}
+    elif settings.optimizer.name != "adamw":
+        notes.append(f"{path}: tau is AdamW's, not {settings.optimizer.name}'s; it does not serve the timescale's law")
+        values = {"batch": batch}
+    return Trained(str(path), flops.parameters(settings.model, longest(settings)), planned, loss, **values)
+
+
+def _read_table(path: Path) -> list[Trained]:
+    """One run for each line's object. Raises UserError naming file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); name a run directory or a .jsonl table") from None
+    runs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            runs.append(_parse(line, f"{path} line {number}"))
+        except ValueError as error:
+            raise UserError(f"{path} line {number}: {error}; each has {', '.join(NEEDED + OPTIONAL)}") from None
+    return runs
+
+
+def _parse(line: str, name: str) -> Trained:
+    """Raises ValueError."""
+    run = json.loads(line)
+    if not isinstance(run, dict):
+        raise ValueError("not a JSON object")
+    if unknown := run.keys() - {*NEEDED, *OPTIONAL, "name"}:
+        raise ValueError(f"{', '.join(sorted(unknown))} is unknown")
+    for key in (*NEEDED, *(key for key in OPTIONAL if run.get(key) is not None)):
+        value = run.get(key)
+        zero = key == "weight_decay" and value == 0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf or zero):
+            raise ValueError(f"{key} = {json.dumps(value)} is no number above 0")
+    return Trained(**{"name": name, **run})
+
+
+def fit_laws(
+    runs: Sequence[Trained], asked: Sequence[str] | None, tied: bool, draws: int, seed: int
+) -> tuple[dict[str, Fit], list[str]]:
+    """The laws asked for, or, where none is, all the runs suffice for; and why others were not fitted. Raises UserError
+    for a law asked for that cannot be fitted, or where none can."""
+    if draws < LEAST_DRAWS:
+        raise UserError(f"--draws {draws} give no interval; make them at least {LEAST_DRAWS}")
+    if seed < 0:
+        raise UserError(f"--seed {seed} must be at least 0")
+    if tied and asked and "loss" not in asked:
+        raise UserError("--tied-exponents is for the loss law; ask for --loss too, or leave it out")
+    fits, refused = {}, []
+    for name in asked or KINDS:
+        options = {"tied": tied} if name == "loss" else {}
+        try:
+            fits[name] = KINDS[name].fit(runs, draws=draws, seed=seed, **options)
+        except UserError as error:
+            if asked:
+                raise
+            refused.append(f"not fitted: {error}")
+    if not fits:
+        raise UserError("\n".join(["the runs suffice for no law", *refused]))
+    return fits, refused
+
+
+def summary(name: str, fitted: Fit) -> Record:
+    """What there is to say of one law."""
+    law, kind, more = fitted.law, KINDS[name], {}
+    if isinstance(law, LossLaw):
+        constants = dict(zip(("E", "A", "B", "alpha", "beta"), law.constants, strict=True))
+        ranges = {"N": law.parameters, "D": law.tokens}
+        more = {"compute_optimal": [optimal(law, compute) for compute in COMPUTE]}
+    else:
+        constants, ranges = {"scale": law.scale, "exponent": law.exponent}, {kind.x: law.fitted}
+    return {
+        "formula": kind.formula,
+        "source": law.source,
+        "confidence": law.confidence,
+        "constants": constants,
+        "intervals": dict(zip(constants, np.quantile(law.draws, INTERVAL, axis=0).T.tolist(), strict=True)),
+        "fitted": ranges,
+        "notes": fitted.notes,
+        **more,
+    }
+
+
+def optimal(law: LossLaw, compute: float) -> Record:
+    """The run of least loss at 6 N D FLOPs, and whether it lies within what the law was fitted on."""
+    parameters, tokens = law.optimum(compute)
+    floor, a, b, alpha, beta = np.array(law.draws).T  # all at once
+    drawn = LossLaw(floor, a, b, alpha, beta, "", "").optimum(compute)
+    inside = law.parameters[0] <= parameters <= law.parameters[1] and law.tokens[0] <= tokens <= law.tokens[1]
+    return {
+        "compute": compute,
+        "parameters": parameters,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / parameters,
+        "tokens_per_parameter_interval": np.quantile(drawn[1] / drawn[0], INTERVAL).tolist(),
+        "loss": law(parameters, tokens),
+        "loss_interval": law.interval(parameters, tokens),
+        "inside": inside,
+    }
+
+
+def text(found: Mapping[str, Record], notes: Sequence[str]) -> str:
+    """The laws as a person reads them."""
+    lines = []
+    for name, law in found.items():
+        lines += [f"{name}: {law['formula']}", f"  {law['source']}; {law['confidence']}"]
+        for constant, value in law["constants"].items():
+            low, high = law["intervals"][constant]
+            lines.append(f"  {constant:<9}{value:<10.4g} {low:.4g} to {high:.4g}")
+        ranges = (f"{x} {human_count(low)} to {human_count(high)}" for x, (low, high) in law["fitted"].items())
+        lines += [f"  fitted on {', '.join(ranges)}", *(f"  {note}" for note in law["notes"])]
+        if rows := law.get("compute_optimal"):
+            lines += ["  compute-optimal:", "    FLOPs      N      D      D / N                  loss"]
+            lines += map(_row, rows)
+        lines.append("")
+    low, high = (round(100 * share) for share in INTERVAL)
+    return "\n".join([*lines, f"intervals: the {low} to {high} % quantiles of the bootstrap draws", *notes])
+
+
+def _row(row: Record) -> str:
+    ratios, losses = row["tokens_per_parameter_interval"], row["loss_interval"]
+    ratio = f"{row['tokens_per_parameter']:.1f} ({ratios[0]:.1f} to {ratios[1]:.1f})"
+    loss = f"{row['loss']:.4f} ({losses[0]:.4f} to {losses[1]:.4f})"
+    sizes = f"{human_count(row['parameters']):<6} {human_count(row['tokens']):<6}"
+    beyond = "" if row["inside"] else "  beyond the runs"
+    return f"    {row['compute']:<10.3g} {sizes} {ratio:<22} {loss}{beyond}"
+
+
+def plot(file: Path, fits: Mapping[str, Fit]) -> None:
+    """Draw each law with its points, and its residuals beside it. Raises UserError."""
+    from megahp.report.figures import plot_in
+
+    with plot_in(file, 8, 2.9 * len(fits)) as figure:
+        for (name, fitted), axes in zip(fits.items(), figure.subplots(len(fits), 2, squeeze=False), strict=True):
+            _draw(name, fitted, *axes)
+
+
+def _draw(name: str, fitted: Fit, *panels: Any) -> None:
+    """Points and law, of a loss law a line for each N, and beside them the residuals."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    from megahp.report.figures import PALETTE, colour
+
+    (left, right), points, residuals = panels, fitted.points, 100 * fitted.residuals
+    sizes = points[:, 0] if name == "loss" else np.zeros(len(points))
+    for index, size in enumerate(np.unique(sizes)):
+        of_size, hue = sizes == size, PALETTE[colour(index)]
+        x, y = points[of_size, -2:].T
+        along = np.geomspace(x.min(), x.max())
+        law = fitted.law(size, along) if name == "loss" else fitted.law(along)
+        left.plot(x, y, "o", color=hue, ms=4)
+        left.plot(along, law, color=hue, lw=1, label=f"N = {human_count(size)}")
+        right.plot(x, residuals[of_size], "o", color=hue, ms=4)
+    left.set(xscale="log", yscale="linear" if name == "loss" else "log", xlabel=KINDS[name].x, ylabel=KINDS[name].y)
+    left.set_title(f"{name}, {fitted.law.source}")
+    right.set(xscale="log", xlabel=KINDS[name].x, ylabel="found over law, %", title=f"R^2 {fitted.r_squared:.4f}")
+    right.axhline(0, color=PALETTE["muted"], lw=1)
+    for axis in [left.xaxis, right.xaxis] + [left.yaxis] * (name != "loss"):
+        axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter())
+        axis.set_major_formatter(lambda value, _: human_count(value))
+    if 1 < len(np.unique(sizes)) <= 8:
+        left.legend(frameon=False)

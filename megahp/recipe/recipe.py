@@ -1,0 +1,239 @@
+"""The plan of a run: from what is known of it to its run file. What its numbers come from is in recipe_rows.py.
+
+Learning rate and init come from a tuned base by the parameterization, weight decay and batch from Power Lines; or
+learning rate and batch from another rule, which then leaves open what it says nothing about. Laws are named, and none
+stands in for another unsaid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megahp.config import Config, Model, get, resolve, with_values
+from megahp.config.resolve import Resolved
+from megahp.errors import UserError, nearest_multiples
+from megahp.recipe import hyperparameter_laws
+from megahp.recipe.hyperparameter_laws import Choice
+from megahp.recipe.sizing import Given, outside_embeddings, refuse_mistakes, shaped, tokens_for
+from megahp.scaling import batch_size, flops, power_laws
+from megahp.scaling.batch_size import BatchPlan, Progress
+from megahp.scaling.laws import LossLaw, PowerLaw
+from megahp.scaling.parameterization import Role, Table, table_of
+
+RULES = ("power-lines", "step-law", "deepseek")
+START = 0.01  # the growing batch begins where its law is after this share of the tokens
+
+
+@dataclass(frozen=True)
+class Base:
+    """The tuned run that hyperparameters are taken from: its settings as given, {section: {key: value}}."""
+
+    name: str
+    tree: Mapping[str, Mapping[str, Any]]
+    source: str
+    confidence: str
+    preset: str = ""  # whose model takes the place of its own
+    told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings given beside it
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        return {**({"preset": self.preset} if self.preset else self.tree["model"]), **self.told.get("model", {})}
+
+    def get(self, section: str, key: str) -> Any:
+        """The value it gives or leaves to the default."""
+        given = {**self.tree.get(section, {}), **self.told.get(section, {})}
+        return given.get(key, get(Config(), f"{section}.{key}"))
+
+
+PROXY = Base(
+    "Power Lines' proxy",
+    {
+        "model": {
+            **{"width": 256, "layers": 24, "heads": 4, "activation": "swiglu", "norm": "layernorm"},
+            **{"positions": "alibi", "bias": True, "tied_embeddings": True, "vocab_size": 50257},
+        },
+        "parameterization": {
+            **{"name": "completep", "base_width": 256, "base_layers": 24},
+            **{"init_std": 0.0867, "embedding_multiplier": 9.17, "output_multiplier": 1.095},
+        },
+        "optimizer": {"lr": 1.62e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip": 1.0},
+        "data": {"sequence_length": 2048},
+        "train": {"dtype": "bfloat16"},
+    },
+    "Power Lines' muP proxy, width 256, 24 layers (Scaling with Collapse, Table 5)",
+    "verified in source text; that it is CompleteP's base, as at that shape the two are one: derived",
+)
+
+
+@dataclass(frozen=True)
+class Laws:
+    """The laws of one plan. rule: whose learning rate and batch."""
+
+    loss: LossLaw
+    timescale: PowerLaw = power_laws.TAU
+    optimal_batch: PowerLaw = power_laws.OPTIMAL_BATCH
+    critical_batch: PowerLaw = power_laws.CRITICAL_BATCH
+    rule: str = "power-lines"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan, and what it was made from."""
+
+    resolved: Resolved
+    given: Given
+    base: Base
+    laws: Laws
+    choice: Choice | None  # of the rule, where that is not Power Lines
+    parameters: int
+    outside_embeddings: int
+    sized: tuple[str, str]  # formulas of parameters and tokens
+    ranks: int  # data-parallel ones
+    steps: int
+
+    @property
+    def run(self) -> Config:
+        return self.resolved.config
+
+    @property
+    def tokens(self) -> int:
+        return self.run.train.tokens
+
+    @property
+    def table(self) -> Table:
+        return table_of(self.run)
+
+    @property
+    def lr(self) -> float:
+        """The peak, as applied to hidden matrices."""
+        return self.run.optimizer.lr * self.table.rules[Role.HIDDEN].lr
+
+    @property
+    def weight_decay(self) -> float:
+        """At the first batch, as applied to hidden matrices."""
+        return self.run.optimizer.weight_decay * self.table.rules[Role.HIDDEN].weight_decay
+
+    @property
+    def least_tokens(self) -> float:
+        """D_min, of a run with one batch and as many steps."""
+        return power_laws.least_tokens(self.tokens, self.tokens / self.steps, self.laws.critical_batch)
+
+
+def plan(given: Given, base: Base, laws: Laws) -> Plan:
+    """Raises UserError for what is no plan, or one that no run file can hold."""
+    refuse_mistakes(given, laws.loss)
+    template = resolve.resolve([(base.name, {"model": base.model})]).config.model
+    if laws.rule == "power-lines" and base.get("parameterization", "name") == "sp":
+        raise UserError(f"parameterization.name = 'sp' ({base.name}) transfers nothing; tune a base under completep")
+    if template.experts:
+        raise UserError(f"model.experts = {template.experts} ({base.name}): the laws here are of dense models")
+    if (method := base.get("sparsity", "method")) != "none":
+        raise UserError(
+            f"sparsity.method = {method!r} ({base.name}): the laws here are of dense models; leave it out of the base, "
+            "and put it into the run file, or plan pruning with --density"
+        )
+    length = base.get("data", "sequence_length")
+    model, of_size = shaped(template, given, laws.loss, length)
+    n = flops.parameters(model, length)
+    tokens, of_tokens = tokens_for(n, flops.training_flops(model, length), given, laws.loss)
+    choice = next((each for each in rules(model, length, tokens) if each.rule == laws.rule), None)
+    tree = _tree(base, model, round(tokens), n, choice)
+    if given.density and given.density < 1:
+        tree[-1][1]["sparsity"] = {"method": "gradual", "density": given.density}
+    draft = resolve.resolve(tree).config
+    copy = draft.parallel.tp * draft.parallel.pp * draft.parallel.cp
+    if given.gpus and given.gpus % copy:
+        raise UserError(
+            f"--gpus {given.gpus} is no multiple of the {copy} that tp x pp x cp of {base.name} need; "
+            f"nearest that are: {nearest_multiples(copy, given.gpus)}"
+        )
+    ranks = (given.gpus or copy) // copy
+    tree[-1][1].update(_batch_settings(draft, given, laws, choice, n, ranks, base.get("batch", "micro_batch")))
+    resolved = resolve.resolve(tree)
+    steps = steps_of(resolved.config, ranks)
+    hidden = outside_embeddings(model, length)
+    return Plan(resolved, given, base, laws, choice, n, hidden, (of_size, of_tokens), ranks, steps)
+
+
+def rules(model: Model, length: int, tokens: float) -> list[Choice]:
+    """What other people's rules would choose."""
+    hidden = outside_embeddings(model, length)
+    per_token = flops.training_flops(model, length, causal=False) - 6 * model.width * model.padded_vocab
+    others = hyperparameter_laws
+    return [
+        others.step_law(hidden, tokens),
+        others.deepseek(per_token * tokens),
+        others.nanochat(tokens),
+        others.olmo_ladder(hidden),
+    ]
+
+
+def _tree(base: Base, model: Model, tokens: int, n: int, choice: Choice | None) -> list[tuple[str, dict[str, Any]]]:
+    """The layers of the run file but for the batch: the base without what belonged to its own run, and the plan."""
+    shape = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width")
+    old = {"model": shape, "train": ("tokens", "steps", "start_from", "weights"), "log": ("name",)}
+    kept: dict[str, Any] = {
+        name: {key: value for key, value in section.items() if key not in old.get(name, ())}
+        for name, section in {**base.tree, "model": base.model}.items()
+        if name not in ("schedule", "batch")
+    }
+    plan: dict[str, Any] = {
+        "model": {key: getattr(model, key) for key in shape},
+        "schedule": {"name": "decay-to-zero", "warmup": 0.1},
+        "batch": {"global_batch": 1, "micro_batch": 1},
+        "train": {"tokens": tokens},
+        "log": {"name": f"{n:.3g}-{tokens:.3g}".replace("+", "")},
+    }
+    if choice:
+        kept["parameterization"], plan["parameterization"] = {}, {"name": "sp"}
+        kept["optimizer"], plan["optimizer"] = {}, {"lr": choice.lr}
+    return [(base.name, kept), ("command line", dict(base.told)), ("megahp recipe", plan)]
+
+
+def _batch_settings(
+    run: Config, given: Given, laws: Laws, choice: Choice | None, n: int, ranks: int, micro: int
+) -> dict[str, dict[str, Any]]:
+    """The batch, which is one the ranks can run, and the weight decay that goes with it."""
+    length, tokens = run.data.sequence_length, run.train.tokens
+    grows = not (given.batch or choice)
+    along = run.batch.target * power_laws.critical_batch_along(START * tokens, laws.critical_batch)
+    wanted = given.batch or (choice.batch if choice else along) / length
+    laid = with_values(run, {"batch.micro_batch": micro})
+    unit, least = batch_size.unit(laid, ranks), batch_size.least_batch(laid, ranks)
+    if micro > 1 and (wanted % unit if given.batch else wanted < 4 * unit):
+        return _batch_settings(run, given, laws, choice, n, ranks, micro // 2)
+    if given.batch and (given.batch % unit or given.batch < least):
+        raise UserError(
+            f"--batch {given.batch} cannot be shared out over {ranks} data-parallel ranks; "
+            f"nearest that can be: {nearest_multiples(unit, max(given.batch, least))}"
+        )
+    batch = max(least, round(wanted / unit) * unit)
+    settings: dict[str, Any] = {"policy": "law" if grows else "constant", "global_batch": batch, "micro_batch": micro}
+    if grows and laws.critical_batch is not power_laws.CRITICAL_BATCH:
+        settings["critical_batch"] = [laws.critical_batch.scale, laws.critical_batch.exponent]
+    if choice:
+        return {"batch": settings}
+    rule = table_of(run).rules[Role.HIDDEN]
+    lr, law = run.optimizer.lr * rule.lr, laws.timescale
+    decay = power_laws.optimal_weight_decay(lr, batch * length, tokens, n, law)  # of hidden matrices
+    return {"batch": settings, "optimizer": {"weight_decay": decay / rule.weight_decay}}
+
+
+def steps_of(run: Config, ranks: int) -> int:
+    """Steps of a run whose batch is constant or follows its law: as BatchPlan takes them, but a stretch of one batch at
+    a time."""
+    plan, progress = BatchPlan(run, ranks), Progress()
+    scale, exponent = run.batch.critical_batch
+    while step := plan.step(progress):
+        stretch = math.inf
+        if run.batch.policy == "law":
+            larger = (plan.batch + plan.unit) * run.data.sequence_length
+            reached = (larger / (run.batch.target * (1 + exponent) * scale)) ** (1 / exponent)
+            stretch = (reached - progress.tokens) // step.tokens
+        many = int(max(1, min(stretch, (run.train.tokens - progress.tokens) // step.tokens)))
+        progress = Progress(progress.step + many, progress.samples, progress.tokens + many * step.tokens)
+        plan.look(progress, None)
+    return progress.step

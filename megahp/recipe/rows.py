@@ -1,0 +1,197 @@
+"""What each number of a plan comes from: rows with formula, source and confidence; what to beware of; other rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megahp.config import resolve
+from megahp.recipe import loss_laws
+from megahp.recipe.hyperparameter_laws import Choice
+from megahp.recipe.recipe import START, Plan, rules
+from megahp.recipe.sizing import MFU, RATIO
+from megahp.scaling import flops, power_laws, sparsity
+from megahp.scaling.laws import PowerLaw
+from megahp.scaling.parameterization import Role
+
+GIVEN = ("the command line", "given")
+TABLE = ("CompleteP, arXiv 2505.01618, Table 1", "verified in source text")
+COUNTED = ("megahp: counted, megahp/scaling/flops.py and batch_size.py", "exact")
+HYPERBOLA = ("McCandlish et al., arXiv 1812.06162; Power Lines, eq. 6", "secondary source; identity derived")
+COLLAPSE = ("Scaling with Collapse (Power Lines' sibling)", "verified in source text")
+JOURNEY = ("The Journey Matters, arXiv 2501.12486", "schedule verified in code; closed form derived")
+BUBBLE = ("Narayanan et al., arXiv 2104.04473: idle over busy time of (interleaved) 1F1B", "secondary source: many")
+OURS = ("megahp", "judgement")
+LEFT_OPEN = ("megahp/config/schema.py: the rule leaves it open", "default")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of the plan."""
+
+    name: str
+    value: float | str
+    formula: str
+    source: str
+    confidence: str
+
+
+def rows(plan: Plan) -> list[Row]:
+    return [*_size(plan), *_rates(plan), *_batches(plan), *_outcome(plan)]
+
+
+def _size(plan: Plan) -> Iterator[Row]:
+    model, given, loss = plan.run.model, plan.given, _by(plan.laws.loss)
+    size, tokens = plan.sized
+    own = bool(given.width and given.layers)
+    size = "nearest shape to those given" if size == "given" else size
+    by_loss = "L(" in size
+    yield Row("parameters", plan.parameters, f"{size}; exact, with embeddings", *(loss if by_loss else GIVEN))
+    yield Row("tokens", plan.tokens, tokens, *(OURS if "nothing else" in tokens else loss if "L(" in tokens else GIVEN))
+    yield Row("tokens per parameter", plan.tokens / plan.parameters, "D / N", *COUNTED)
+    ratio = f"width / layers near {RATIO(plan.outside_embeddings):.3g}; size near the wanted one"
+    yield Row(
+        "width x layers", f"{model.width} x {model.layers}", *(("given", *GIVEN) if own else (ratio, *_by(RATIO)))
+    )
+    yield Row("heads x head size", f"{model.heads} x {model.head_size}", "the head size of base or preset", *OURS)
+    yield Row("MLP width", model.mlp_width, f"{model.mlp_width / model.width:.3g} widths, of base or preset", *OURS)
+
+
+def _rates(plan: Plan) -> Iterator[Row]:
+    optimizer, base, table, choice = plan.run.optimizer, plan.run.parameterization, plan.table, plan.choice
+    rule, model = table.rules[Role.HIDDEN], plan.run.model
+    m_n = 1.0 if choice else model.width / base.base_width
+    m_l = model.layers / base.base_layers if base.name == "completep" else 1.0
+    rate, left = _by(choice or plan.base), LEFT_OPEN if choice else _by(plan.base)
+    tuned = "left open" if choice else "tuned on the base"
+    yield Row("width, depth multiplier", f"{m_n:.4g}, {m_l:.4g}", "m_N, m_L: over the base's", *TABLE)
+    yield Row("peak LR, base", optimizer.lr, "the rule's" if choice else tuned, *rate)
+    yield Row("peak LR, hidden matrices", plan.lr, "eta m_N^-1 m_L^(alpha - 1)", *TABLE)
+    yield Row("init std, base", base.init_std, tuned, *left)
+    yield Row("init std, hidden matrices", base.init_std * rule.init_std, "sigma m_N^-1/2", *TABLE)
+    yield Row("embedding multiplier", table.embedding, tuned, *left)
+    yield Row("logits multiplier", table.logits, f"{base.output_multiplier:g} m_N^-1", *TABLE)
+    yield Row("residual multiplier", table.residual, "m_L^-alpha", *TABLE)
+    yield Row("softmax scale", table.attention, "head size^-1 (sp: ^-1/2)", *TABLE)
+    yield Row("beta1, beta2", f"{optimizer.beta1:g}, {optimizer.beta2:g}", tuned, *left)
+    yield Row("eps, base", optimizer.eps, tuned, *left)
+    yield Row("eps, hidden matrices", optimizer.eps * rule.eps, "eps m_N^-1 m_L^-alpha", *TABLE)
+    law, batch = plan.laws.timescale, plan.run.batch.global_batch * plan.run.data.sequence_length
+    if choice:
+        tau = power_laws.timescale(plan.lr, plan.weight_decay, batch, plan.tokens)
+        yield Row("tau", tau, "B / (eta lambda D), eta and lambda of hidden matrices", "Power Lines, eq. 2", "derived")
+        yield Row("weight decay", optimizer.weight_decay, "left open", *LEFT_OPEN)
+    else:
+        yield Row("tau_opt", law(plan.tokens / plan.parameters), _formula(law, "TPP"), *_by(law))
+        yield Row("weight decay, hidden", plan.weight_decay, "B / (eta D tau_opt), B the first batch", *_by(law))
+        yield Row("weight decay, base", optimizer.weight_decay, "as set: hidden / m_N", *TABLE)
+
+
+def _batches(plan: Plan) -> Iterator[Row]:
+    run, tokens, length = plan.run, plan.tokens, plan.run.data.sequence_length
+    optimal, critical, first = plan.laws.optimal_batch, plan.laws.critical_batch, run.batch.global_batch
+    yield Row("B_opt, sequences", optimal(tokens) / length, f"{_formula(optimal, 'D')} tokens", *_by(optimal))
+    least = plan.least_tokens
+    yield Row("D_min, tokens", least, "D = D_min (1 + B / B_crit(D_min)), B = D / steps", *HYPERBOLA)
+    yield Row("B_crit, sequences", critical(least) / length, f"{_formula(critical, 'D_min')} tokens", *_by(critical))
+    if run.batch.policy == "law":
+        last = run.batch.target * power_laws.critical_batch_along(tokens, critical) / length
+        along = f"{run.batch.target:g} (1 + p) a t^p, as B_crit = a D^p; from {START:.0%} of D on"
+        yield Row("batch, sequences", f"{first:,} to {max(first, last):,.0f}", along, *_by(critical))
+    elif plan.choice:
+        yield Row("batch, sequences", first, "the rule's, to what the ranks can run", *_by(plan.choice))
+    else:
+        yield Row("batch, sequences", first, "given", *GIVEN)
+    fixed = max(1, tokens // (max(1, round(optimal(tokens) / length)) * length))
+    yield Row("steps", plan.steps, "of this batch plan", *COUNTED)
+    least_there = power_laws.least_tokens(tokens, tokens / fixed, critical)
+    there = f"of the {fixed:,} at B_opt throughout, with {tokens / least_there - 1:.1%} data overhead"
+    yield Row("steps saved", f"{1 - plan.steps / fixed:.1%}", there, *COUNTED)
+    yield Row("data overhead", f"{tokens / least - 1:.1%}", "D / D_min - 1", *HYPERBOLA)
+    yield Row("warm-up, tokens", round(run.schedule.warmup * tokens), "10 % of D, then linearly to 0", *COLLAPSE)
+
+
+def _outcome(plan: Plan) -> Iterator[Row]:
+    law, tokens, given = plan.laws.loss, plan.tokens, plan.given
+    weights: float = plan.parameters
+    if given.density and given.density < 1:
+        average, (begin, end) = sparsity.average_density(given.density), sparsity.pruning_span(given.density)
+        weights -= plan.outside_embeddings * (1 - average)
+        yield Row("pruning", f"{begin:.1%} to {end:.1%} of D", "25 % to 75 % of compute, geometric", *JOURNEY)
+        yield Row("N_avg", weights, f"embeddings, and {average:.4f} of the rest", *JOURNEY)
+    spread, what = loss_laws.interval(law, weights, tokens)
+    around = f" ({spread[0]:.4f} to {spread[1]:.4f})" if spread else ""
+    terms = f"{law.floor:.4g} + {law.a:.4g} N^-{law.alpha:.4g} + {law.b:.4g} D^-{law.beta:.4g}"
+    about = f"{terms} at a batch near B_opt; {what}"
+    yield Row("loss, nats per token", f"{law(weights, tokens):.4f}{around}", about, *_by(law))
+    exact = flops.training_flops(plan.run.model, plan.run.data.sequence_length) * tokens
+    yield Row("FLOPs, 6 N D", 6 * weights * tokens, "6 N D", "Hoffmann et al., arXiv 2203.15556", "convention")
+    yield Row("FLOPs, exact", exact, "all matrix products, half of attention; dense", *COUNTED)
+    if given.gpus:
+        told = GIVEN if given.mfu else (f"MFU of {MFU:g} assumed; measure it, or give --mfu", "assumption")
+        formula = f"exact FLOPs / ({given.gpus} GPUs x {given.peak_flops:.3g} x {given.mfu or MFU:g} MFU)"
+        yield Row("days", exact / given.speed / 86400, formula, *told)
+    parallel, batch = plan.run.parallel, plan.run.batch
+    if parallel.pp > 1 and parallel.schedule in ("1f1b", "interleaved"):
+        microbatches = batch.global_batch // (plan.ranks * batch.micro_batch)
+        idle = flops.pipeline_bubble(parallel.pp, microbatches, parallel.local_stages)
+        yield Row("pipeline bubble", f"{idle:.1%}", f"(p - 1) / (v m), m = {microbatches} at the first batch", *BUBBLE)
+
+
+def notes(plan: Plan) -> list[str]:
+    """What is outside the range of a law, and what was not tuned for."""
+    laws, tokens, choice = plan.laws, plan.tokens, plan.choice
+    optimal, critical, own = laws.optimal_batch, laws.critical_batch, plan.given.width and plan.given.layers
+    used = [
+        ("loss", "N", plan.parameters, laws.loss.parameters, laws.loss.source),
+        ("loss", "D", tokens, laws.loss.tokens, laws.loss.source),
+        *([] if own else [("shape", "N without embeddings", plan.outside_embeddings, RATIO.fitted, RATIO.source)]),
+        *(
+            []
+            if choice
+            else [("tau_opt", "TPP", tokens / plan.parameters, laws.timescale.fitted, laws.timescale.source)]
+        ),
+        ("B_opt", "D", tokens, optimal.fitted, optimal.source),
+        ("B_crit", "D_min", plan.least_tokens, critical.fitted, critical.source),
+    ]
+    found = [
+        f"{name}: {symbol} = {value:.3g} is outside {low:.3g} to {high:.3g}, where the law was fitted ({source})"
+        for name, symbol, value, (low, high), source in used
+        if not 0.99 * low <= value <= 1.01 * high  # 20 TPP are 19.9 of the exact parameters
+    ]
+    if (batch := tokens / plan.steps) > (limit := critical(plan.least_tokens)):
+        found.append(f"batch: {batch:.3g} tokens, in the mean, are above B_crit, {limit:.3g}, to which the laws hold")
+    if choice:
+        found.append(f"{choice.rule} is for {choice.rate}; schedule, init and weight decay here are not its own")
+        found += [f"{choice.rule}: {choice.outside}"] if choice.outside else []
+    elif plan.base.preset:
+        kinds = (plan.run.model, resolve.resolve([(plan.base.name, {"model": plan.base.tree["model"]})]).config.model)
+        of, on = ([kind.activation, kind.norm, kind.positions, f"bias={kind.bias}"] for kind in kinds)
+        if of != on:
+            found.append(f"the base was tuned on {' '.join(on)}, and {plan.base.preset} is {' '.join(of)}")
+    return found
+
+
+def choices(plan: Plan) -> list[Choice]:
+    """This plan, at the batch of a run with one batch and as many steps; then what other rules would have chosen."""
+    run, batch = plan.run, plan.tokens / plan.steps
+    decay = (
+        plan.weight_decay
+        if plan.choice
+        else plan.weight_decay * batch / (run.batch.global_batch * run.data.sequence_length)
+    )
+    by, kind = plan.choice or plan.base, f"AdamW, {run.parameterization.name}"
+    own = Choice(
+        f"megahp, {plan.laws.rule}", plan.lr, kind, batch, decay, run.optimizer.beta2, by.source, by.confidence
+    )
+    others = rules(run.model, run.data.sequence_length, plan.tokens)
+    return [own, *(other for other in others if other.rule != plan.laws.rule)]
+
+
+def _formula(law: PowerLaw, symbol: str) -> str:
+    return f"{law.scale:.4g} {symbol}^{law.exponent:.4g}"
+
+
+def _by(law: Any) -> tuple[str, str]:
+    return law.source, law.confidence

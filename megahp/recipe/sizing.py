@@ -1,0 +1,184 @@
+"""From what a user knows of a run to its parameters, tokens and shape: by the loss law, compute as 6 N D, and
+CompleteP's best ratio of width to depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from megahp.config import Model, resolve
+from megahp.errors import UserError, nearest_multiples
+from megahp.scaling import flops
+from megahp.scaling.laws import LossLaw, PowerLaw, increasing_root
+
+TPP = 20.0  # where a size alone is given
+MFU = 0.4  # where none is given
+# Width over layers, by the weights outside the embeddings.
+RATIO = PowerLaw(
+    4.07,
+    0.129,
+    "CompleteP, arXiv 2505.01618: 40, 50, 62 are best at 50M, 300M, 1.5B; the power law through them is ours",
+    "secondary source",
+    fitted=(5e7, 1.5e9),
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user says, by the names of the command's options; None where nothing."""
+
+    params: float | None = None
+    tokens: float | None = None
+    tpp: float | None = None
+    flops: float | None = None
+    days: float | None = None
+    target_loss: float | None = None
+    width: int | None = None
+    layers: int | None = None
+    batch: int | None = None
+    density: float | None = None
+    gpus: int | None = None
+    peak_flops: float | None = None  # FLOP/s of one GPU
+    mfu: float | None = None
+
+    @property
+    def speed(self) -> float:
+        """FLOP/s of the cluster in use."""
+        return (self.gpus or 0) * (self.peak_flops or 0) * (self.mfu or MFU)
+
+    @property
+    def compute(self) -> float:
+        """FLOPs of the run; 0 where they are not given."""
+        return 86400 * self.days * self.speed if self.days else self.flops or 0.0
+
+
+def refuse_mistakes(given: Given, law: LossLaw) -> None:
+    """Raise UserError for values that cannot be meant, and for more or less than determines a run."""
+    for f in fields(given):
+        value, share = getattr(given, f.name), f.name in ("mfu", "density")
+        if value is not None and not (0 < value < math.inf and (value <= 1 or not share)):
+            raise UserError(f"{_option(f.name)} {value:g} must be above 0{' and at most 1' if share else ''}")
+    if given.gpus and not given.peak_flops or given.days and not given.gpus:
+        raise UserError(
+            "--days needs --gpus, and --gpus needs --gpu or --peak-flops; leave them out, or add what lacks"
+        )
+    if (given.peak_flops or given.mfu) and not given.gpus:
+        raise UserError("--gpu, --peak-flops and --mfu have no effect without --gpus; add it, or leave them out")
+    if given.target_loss and given.target_loss <= law.floor:
+        raise UserError(
+            f"--target-loss {given.target_loss:g} is not above {law.floor:.4g}, the floor of the loss law "
+            f"({law.source}); aim higher, or name another --loss-law"
+        )
+    shape = {"params": bool(given.width and given.layers), "flops": bool(given.days)}
+    names = ("params", "tokens", "tpp", "flops", "target_loss")
+    told = [name for name in names for said in (getattr(given, name), shape.get(name)) if said]
+    alone = len(told) == 1 and told[0] in ("params", "flops", "target_loss")
+    if not alone and (len(set(told)) != 2 or len(told) != 2 or set(told) == {"flops", "target_loss"}):
+        raise UserError(
+            f"{' '.join(map(_option, told)) or 'nothing'} {'is too much' if len(told) > 1 else 'is too little'} to "
+            "determine a run; give two of --params (or --width and --layers, or --preset), --tokens, --tpp, --flops "
+            "(or --days); or --params or --flops alone; or --target-loss alone or with --params, --tokens or --tpp"
+        )
+    if given.density and {"flops", "target_loss"} & set(told):
+        raise UserError("--density needs a given size and data; give --params with --tokens or --tpp beside it")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parameters_for(given: Given, law: LossLaw) -> tuple[float, str]:
+    """N, and its formula."""
+    compute, tokens, tpp, target = given.compute, given.tokens, given.tpp, given.target_loss
+    if given.params:
+        return given.params, "given"
+    if tokens and target:
+        left = target - law.floor - law.b / tokens**law.beta
+        return _inverse(left, law.a, law.alpha, given, "these tokens"), "N of L(N, D) = target"
+    if tokens:
+        return (tokens / tpp, "D / TPP") if tpp else (compute / (6 * tokens), "C / 6 D")
+    if tpp and target:
+        return increasing_root(lambda n: -law(n, tpp * n), -target, 1e3, 1e16), "N of L(N, TPP N) = target"
+    if tpp:
+        return math.sqrt(compute / (6 * tpp)), "sqrt(C / 6 TPP)"
+    if target:
+        compute = increasing_root(lambda c: -law(*law.optimum(c)), -target, 1e9, 1e32)
+    return law.optimum(compute)[0], "of least L(N, D) at 6 N D = C"
+
+
+def tokens_for(parameters: float, per_token: float, given: Given, law: LossLaw) -> tuple[float, str]:
+    """D of this many parameters, and its formula. per_token: the exact FLOPs, which a cluster's days are days of."""
+    if given.tokens:
+        return given.tokens, "given"
+    if given.compute:
+        return (
+            (given.compute / per_token, "C / exact FLOPs")
+            if given.days
+            else (given.compute / 6 / parameters, "C / 6 N")
+        )
+    if given.target_loss:
+        left = given.target_loss - law.floor - law.a / parameters**law.alpha
+        return _inverse(left, law.b, law.beta, given, f"{parameters:.3g} parameters"), "D of L(N, D) = target"
+    return (given.tpp or TPP) * parameters, "TPP N" if given.tpp else f"{TPP:g} N, since nothing else is given"
+
+
+def _inverse(left: float, scale: float, exponent: float, given: Given, other: str) -> float:
+    """x where scale / x^exponent is what is left of the loss. Raises UserError where nothing is."""
+    if left <= 0:
+        raise UserError(f"--target-loss {given.target_loss:g} is not reached with {other} by the loss law; aim higher")
+    return (scale / left) ** (1 / exponent)
+
+
+def shaped(template: Model, given: Given, law: LossLaw, length: int) -> tuple[Model, str]:
+    """The model, and the formula of its size: the best ratio of width to depth within 3 % of the size, or near that.
+    Raises UserError where no shape comes near it."""
+    if given.width and given.layers:
+        return scaled(template, given.width, given.layers), "of the given shape"
+    wanted, how = parameters_for(given, law)
+
+    def distance(model: Model) -> float:
+        off = abs(math.log(flops.parameters(model, length) / wanted))
+        ratio = abs(math.log(model.width / model.layers / RATIO(outside_embeddings(model, length))))
+        return 30 * max(0.0, off - 0.03) + ratio
+
+    model = min(_shapes(template, wanted, given, length), key=distance, default=None)
+    if model is None or abs(math.log(flops.parameters(model, length) / wanted)) > 0.25:
+        raise UserError(
+            f"no shape has about {wanted:.3g} parameters with heads of {template.head_size} and a vocabulary of "
+            f"{template.vocab_size}; give --width and --layers, a --preset or another vocabulary"
+        )
+    return model, how
+
+
+def _shapes(template: Model, wanted: float, given: Given, length: int) -> Iterator[Model]:
+    """At each width, a multiple of the head size (of twice that, from eight heads on), the depth nearest in size."""
+    head = template.head_size
+    for width in [given.width] if given.width else [k * head for k in range(1, 1024) if k <= 8 or k % 2 == 0]:
+        one, two = (scaled(template, width, layers) for layers in (1, 2))
+        first, second = (flops.parameters(model, length) for model in (one, two))
+        layers = given.layers or max(1, 1 + round((wanted - first) / (second - first)))
+        if layers <= width and one.heads % one.kv_heads == 0:
+            yield replace(one, layers=layers)
+
+
+def scaled(template: Model, width: int, layers: int) -> Model:
+    """The template at another width and depth: heads of the same size, query heads to a key head, MLP in proportion."""
+    if width == template.width:
+        return replace(template, layers=layers)
+    if width % template.head_size:
+        raise UserError(
+            f"--width {width} is not a multiple of the head size {template.head_size}; "
+            f"nearest that are: {nearest_multiples(template.head_size, width)}"
+        )
+    heads, mlp = width // template.head_size, resolve.mlp_width(template.activation, width)
+    if template.mlp_width != resolve.mlp_width(template.activation, template.width):
+        mlp = max(1, round(template.mlp_width * width / template.width / 64)) * 64
+    kv_heads = max(1, heads * template.kv_heads // template.heads)
+    return replace(template, width=width, layers=layers, heads=heads, kv_heads=kv_heads, mlp_width=mlp)
+
+
+def outside_embeddings(model: Model, length: int) -> int:
+    """Weights that are neither token nor position embeddings."""
+    tables = (1 if model.tied_embeddings else 2) * model.padded_vocab
+    return flops.parameters(model, length) - (tables + (length if model.positions == "learned" else 0)) * model.width

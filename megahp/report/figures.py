@@ -1,0 +1,346 @@
+"""The figures of a report, as inline SVG.
+
+Everything is drawn in the colours of `PALETTE`, which become the CSS variables of the page, so that one
+drawing is right in light and in dark. A run keeps its colour in every figure; a second quantity in the same
+figure is dashed. Text stays text: it can be searched, copied and read aloud.
+"""
+
+import html
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megahp.errors import UserError
+from megahp.log.metrics import LoggedRun, Record
+from megahp.log.progress import human_count
+from megahp.report.numbers import (
+    decayed,
+    known,
+    layer_kinds,
+    layer_points,
+    smooth,
+    thin,
+    token_bounds,
+    update_density,
+    window_of,
+)
+
+PALETTE = {
+    "paper": "#fbfbfa",
+    "ink": "#1c2128",
+    "muted": "#69707d",
+    "rule": "#e3e5e9",
+    "accent": "#c8641e",
+    "warn": "#b3261e",
+    "run0": "#2b5fa8",
+    "run1": "#b5539c",
+    "run2": "#2d8a57",
+    "run3": "#8a6d1a",
+    "run4": "#6a55c2",
+    "run5": "#1d8a99",
+}
+STYLE: dict[Any, Any] = {
+    "font.size": 8.5,
+    "text.color": PALETTE["ink"],
+    "text.parse_math": False,  # a $ in a name or a reason is a $
+    "axes.edgecolor": PALETTE["rule"],
+    "axes.labelcolor": PALETTE["muted"],
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "grid.color": PALETTE["rule"],
+    "grid.linewidth": 0.7,
+    "xtick.color": PALETTE["muted"],
+    "ytick.color": PALETTE["muted"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.5,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "svg.fonttype": "none",
+}
+MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # drawn, and written in a caption
+Mark = tuple[int, int, Record]  # number in the table of events, run, event
+
+
+def colour(run: int) -> str:
+    """The name in `PALETTE` of a run's colour; they repeat after six."""
+    return f"run{run % 6}"
+
+
+def loss_figure(runs: Sequence[LoggedRun]) -> str:
+    """Loss against tokens: every step faint, their smoothed course, validation points, baselines."""
+
+    def draw(axes: Any) -> None:
+        for index, run in enumerate(runs):
+            trend(axes, run, "loss", PALETTE[colour(index)])
+            validation_points(axes, run, PALETTE[colour(index)])
+            skipped_ticks(axes, run)
+        baselines(axes, runs)
+        axes.set_ylabel("nats per token")
+
+    return plot(draw, runs, "Loss against tokens", 10, 4.2)
+
+
+def validation_points(axes: Any, run: LoggedRun, hue: str) -> None:
+    """An open circle for every validation."""
+    loss = run.column("validation_loss")
+    known = np.isfinite(loss)
+    points = thin(run.column("tokens")[known], loss[known])
+    axes.plot(*points, "o", color=hue, ms=5, mew=1.4, mfc=PALETTE["paper"], zorder=4)
+
+
+def skipped_ticks(axes: Any, run: LoggedRun) -> None:
+    """A tick on the x axis for every step that was not taken."""
+    tokens = [record["tokens"] for record in run.steps if record.get("skipped")]
+    style = {"color": PALETTE["warn"], "ms": 9, "mew": 1.5, "clip_on": False}
+    if tokens:  # an empty line that is not clipped would still be given room
+        axes.plot(tokens, [0] * len(tokens), "|", transform=axes.get_xaxis_transform(), **style)
+
+
+def baselines(axes: Any, runs: Sequence[LoggedRun]) -> None:
+    """A dotted line for every unigram and bigram baseline; one above the axis is only named."""
+    found = {(kind, run.baselines.get(kind)) for run in runs for kind in ("unigram", "bigram")}
+    levels = sorted((level, kind) for kind, level in found if level is not None)
+    bigrams = [level for level, kind in levels if kind == "bigram"]
+    top = focus(axes, [run.column("loss") for run in runs], bigrams)
+    above = ", ".join(f"{kind} {level:.2f}" for level, kind in levels if level > top)
+    note(axes, f"{above} ↑" if above else "", (1, 1), ("axes fraction", "axes fraction"), "right")
+    for level, kind in levels:
+        if level <= top:
+            axes.axhline(level, color=PALETTE["muted"], lw=1, ls=(0, (1, 2)))
+            note(axes, f"{kind} {level:.2f}", (1, level), ("axes fraction", "data"), "right")
+
+
+def learning_rate_figure(runs: Sequence[LoggedRun]) -> str:
+    """Learning rate against tokens."""
+
+    def draw(axes: Any) -> None:
+        for index, run in enumerate(runs):
+            axes.plot(*thin(run.column("tokens"), run.column("lr")), color=PALETTE[colour(index)])
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+
+    return plot(draw, runs, "Learning rate against tokens", 5, 2.7)
+
+
+def throughput_figure(runs: Sequence[LoggedRun]) -> str:
+    """Tokens per second against tokens."""
+
+    def draw(axes: Any) -> None:
+        for index, run in enumerate(runs):
+            trend(axes, run, "tokens_per_second", PALETTE[colour(index)])
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda value, _: human_count(value))
+
+    return plot(draw, runs, "Tokens per second against tokens", 5, 2.7)
+
+
+def batch_figure(runs: Sequence[LoggedRun], marks: Sequence[Mark]) -> str:
+    """Global batch, its target and the noise scale; the events as upright lines, numbered as in their table."""
+
+    def draw(axes: Any) -> None:
+        for index, run in enumerate(runs):
+            tokens, hue = run.column("tokens"), PALETTE[colour(index)]
+            axes.plot(*stairs(run, run.column("global_batch")), color=hue, ds="steps-pre")
+            axes.plot(*thin(tokens, run.column("noise_scale")), **second(index, runs))
+            if known([run], "batch_target"):
+                axes.plot(*thin(tokens, run.column("batch_target")), color=hue, ls=(0, (1, 1.2)), lw=1.6)
+        logarithmic(axes, 2)
+        fit(axes, columns(runs, "global_batch"), columns(runs, "noise_scale", "batch_target"))
+        span = max(run.steps[-1]["tokens"] for run in runs) or 1
+        labelled = -1.0
+        for number, index, event in marks:
+            if event["tokens"] > span:
+                continue  # the run went back to before it
+            at = event["tokens"]
+            axes.axvline(at, color=PALETTE[colour(index)], lw=0.9, alpha=0.45, gid=f"event {number}")
+            if at / span - labelled > 0.018:  # nearer than this, two numbers would touch
+                note(axes, str(number), (at, 1), ("data", "axes fraction"), "center")
+                labelled = at / span
+        axes.set_ylabel("examples")
+
+    reasons = {f"event {number}": f"{event['event']}: {event['reason']}" for number, _, event in marks}
+    return plot(draw, runs, "Global batch and noise scale against tokens", 10, 3.4, reasons)
+
+
+def weights_figure(runs: Sequence[LoggedRun]) -> str:
+    """How much of the weights each update makes up, per token, over that in an even average of them all."""
+
+    def draw(axes: Any) -> None:
+        for index, run in enumerate(runs):
+            if decayed(run):
+                axes.plot(*stairs(run, update_density(run)), color=PALETTE[colour(index)], ds="steps-pre")
+        axes.axhline(1, color=PALETTE["muted"], lw=1, ls=(0, (1, 2)))
+        note(axes, "even average", (1, 1), ("axes fraction", "data"), "right")
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("times an even average")
+
+    return plot(draw, runs, "Share of each update in the weights against tokens", 10, 2.7)
+
+
+def gradient_figure(runs: Sequence[LoggedRun]) -> str:
+    """The mean squared gradient norm of one example, and the squared norm of the batch's mean gradient."""
+
+    def draw(axes: Any) -> None:
+        for index, run in enumerate(runs):
+            tokens, window = run.column("tokens"), window_of(run)
+            example, batch = run.column("grad_sq_example"), run.column("grad_sq_batch")
+            axes.plot(*thin(tokens, smooth(example, window)), color=PALETTE[colour(index)])
+            axes.plot(*thin(tokens, smooth(batch, window)), **second(index, runs))
+        logarithmic(axes, 10)
+
+    return plot(draw, runs, "Squared gradient norms against tokens", 5, 2.7)
+
+
+def layer_figure(runs: Sequence[LoggedRun]) -> str:
+    """The last noise scale of every norm layer over depth, a marker for each kind of norm."""
+
+    def draw(axes: Any) -> None:
+        for number, kind in enumerate(layer_kinds(runs)):
+            for index, run in enumerate(runs):
+                at = [(depth, value) for name, depth, value in layer_points(run) if name == kind]
+                depths, values = zip(*at, strict=True) if at else ((), ())
+                marker, _ = MARKERS[number % len(MARKERS)]
+                axes.plot(depths, values, color=PALETTE[colour(index)], lw=0.5, ms=4.5, marker=marker)
+        logarithmic(axes, 2)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("examples")
+
+    return plot(draw, [], "Noise scale of each norm layer over depth", 5, 2.7)
+
+
+def trend(axes: Any, run: LoggedRun, key: str, hue: str) -> None:
+    """Every point as a faint line, and their course over 2 % of the run as a clear one."""
+    x, y, window = run.column("tokens"), run.column(key), window_of(run)
+    if window > 1:
+        axes.plot(*thin(x, y), color=hue, lw=0.7, alpha=0.28)
+    axes.plot(*thin(x, smooth(y, window)), color=hue, marker="." if len(x) < 30 else None, zorder=3)
+
+
+def stairs(run: LoggedRun, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points of a "steps-pre" line: a record's value is that of all its tokens since the record before it."""
+    return thin(token_bounds(run), np.append(values[0], values))
+
+
+def second(index: int, runs: Sequence[LoggedRun]) -> dict[str, Any]:
+    """The line style of a figure's second quantity."""
+    name = "accent" if len(runs) == 1 else colour(index)
+    return {"color": PALETTE[name], "ls": (0, (3, 1.3)), "lw": 1.3}
+
+
+def focus(axes: Any, losses: Sequence[np.ndarray], levels: Sequence[float]) -> float:
+    """Fit the y axis to the levels and to 97 % of the steps, or the first fall would flatten all the rest.
+
+    Returns its upper end.
+    """
+    low, high = axes.get_ylim()
+    tops = [np.nanpercentile(loss, 97) for loss in losses if np.isfinite(loss).any()]
+    high = max([min(high, 1.05 * max(tops, default=high)), *(1.03 * level for level in levels)])
+    low = min([low, *levels])
+    axes.set_ylim(low - 0.04 * (high - low), high)
+    return high
+
+
+def columns(runs: Sequence[LoggedRun], *keys: str) -> list[np.ndarray]:
+    """The positive numbers of every run under every key, where there are any."""
+    found = (run.column(key) for run in runs for key in keys)
+    return [values[values > 0] for values in found if (values > 0).any()]
+
+
+def fit(axes: Any, exact: Sequence[np.ndarray], rough: Sequence[np.ndarray]) -> None:
+    """Fit a logarithmic y axis to all of `exact` and an octave around the middle 90 % of `rough`.
+
+    Estimates from a run's first steps may be wrong by orders of magnitude, and would flatten all the rest.
+    """
+    bounds = [bound for values in exact for bound in (values.min() / 1.2, values.max() * 1.2)]
+    bounds += [bound for values in rough for bound in np.percentile(values, [5, 95]) * (0.5, 2)]
+    if bounds:
+        axes.set_ylim(min(bounds), max(bounds))
+
+
+def note(axes: Any, text: str, at: tuple[float, float], coordinates: tuple[str, str], align: str) -> None:
+    """A quiet word just above a point."""
+    style = {"ha": align, "color": PALETTE["muted"]}
+    axes.annotate(text, at, xycoords=coordinates, xytext=(0, 3), textcoords="offset points", **style)
+
+
+def logarithmic(axes: Any, base: int) -> None:
+    """A logarithmic y axis with a handful of plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log", base=base, nonpositive="mask")
+    low, high = axes.get_ylim()
+    narrow = base == 10 and high < 30 * low
+    axes.yaxis.set_major_locator(LogLocator(base, subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=8))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1000 else human_count(value))
+
+
+def plot(
+    draw: Callable[[Any], None],
+    runs: Sequence[LoggedRun],
+    title: str,
+    width: float,
+    height: float,
+    tooltips: dict[str, str] | None = None,
+) -> str:
+    """One figure of width x height inches as SVG; its x axis is the tokens of `runs`, if there are any."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("a report needs matplotlib, which is missing; pip install matplotlib") from None
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis="x", visible=False)
+        if runs:
+            axes.set_xlim(0, 1.01 * max(run.steps[-1]["tokens"] for run in runs) or 1)
+            axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
+            axes.set_xlabel("tokens")
+        draw(axes)
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg")
+    return for_page(drawing.getvalue(), title, tooltips or {})
+
+
+@contextmanager
+def plot_in(file: Path, width: float, height: float) -> Iterator[Any]:
+    """A figure of so many inches in the report's style, to be drawn on, and then written to a tool's or a command's
+    file. Raises UserError."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(f"{file} needs matplotlib, which is missing; pip install matplotlib") from None
+    with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        try:
+            figure.savefig(file)
+        except ValueError as error:
+            raise UserError(f"{file} cannot be drawn ({error}); name a .svg, .png or .pdf file") from None
+        except OSError as error:
+            raise UserError(f"{file} cannot be written ({error.strerror}); name another file") from None
+
+
+def for_page(svg: str, title: str, tooltips: dict[str, str]) -> str:
+    """The drawing without its own header, named for a screen reader, in the page's colours, with tooltips."""
+    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for gid, text in tooltips.items():
+        svg = svg.replace(f'<g id="{gid}">', f"<g><title>{html.escape(text)}</title>")
+    svg = re.sub(r'(<\w+) id="[\w.]+_\d+"', r"\1", svg)  # each figure has an axes_1, and a page may have one
+    for name, value in PALETTE.items():
+        svg = svg.replace(value, f"var(--{name})")
+    return svg

@@ -1,0 +1,115 @@
+"""What a step does that did not go as steps go: done again, skipped, rewound; and what is looked at now and then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from megahp import checkpoint
+from megahp.data.loader import Loader
+from megahp.errors import Fault, UserError
+from megahp.faults.copies import check_copies
+from megahp.faults.suspects import WEIGHT, among_weights, first_of, watching
+from megahp.faults.watchdog import Watchdog
+from megahp.scaling.batch_size import Plan
+from megahp.train.reporter import Reporter
+from megahp.train.run import Run, as_the_first_sees
+from megahp.train.start import go_back
+from megahp.train.step import Measurement
+
+MOST_SKIPPED = 20  # skipped steps in a row end a run
+MOST_REWINDS = 3  # and so do rewinds without a checkpoint since
+
+
+def soundly(
+    compute: Callable[[], tuple[list[Tensor], Measurement]], run: Run, plan: Plan, reporter: Reporter
+) -> tuple[list[Tensor], Measurement, str]:
+    """Compute a step's gradients, and once more under observation where they are not finite: a passing fault leaves no
+    trace then, another is named. Also returns what is wrong with the result, in words, empty where nothing is. Raises
+    Fault when it is a weight."""
+    grads, measured = compute()
+    overflown = run.settings.train.dtype == "float16" and math.isfinite(measured.loss)  # the loss scale's daily work
+    if measured.finite or overflown or run.skipped_in_a_row:
+        return grads, measured, "" if measured.finite else "the gradient is not finite"
+    run.engine.zero()
+    with watching(run.engine.model.stages, plan.samples(run.mesh.data_rank, run.mesh.layout.dp)) as found:
+        grads, measured = compute()
+    if measured.finite:
+        reporter.event("repeated", "the gradient was not finite, and is, computed again: a passing fault", run.progress)
+        return grads, measured, ""
+    suspects = first_of([*found, *among_weights(run.engine.weights, dict(zip(run.engine.trained, grads, strict=True)))])
+    why = "; ".join(map(str, suspects)) or "the loss is not finite"
+    if suspects and suspects[0].kind == WEIGHT:  # skipping will not help
+        check_copies(run.engine.weights, run.engine.rows, run.mesh)
+        reporter.event("broken", why, run.progress)
+        raise Fault(f"{why}; a checkpoint has it as it was, unless optimizer.lr is so large that it comes again")
+    return grads, measured, why
+
+
+def stands_out(run: Run, measured: Measurement, reporter: Reporter) -> str:
+    """What is a reason to leave this step out, where that is wanted: its loss or its gradient norm is a spike."""
+    spike = run.spikes.look(measured.loss, measured.grad_norm)
+    if spike:
+        reporter.event("spike", spike, run.progress, loss=measured.loss, grad_norm=measured.grad_norm)
+    return "" if run.settings.resilience.spikes == "tell" else spike
+
+
+def skip(run: Run, reporter: Reporter, plan: Plan, measured: Measurement, why: str) -> None:
+    """Leave the weights alone this once. Raises UserError when that has become the rule."""
+    run.skipped += 1
+    run.skipped_in_a_row += 1
+    samples = [plan.first_sample, plan.first_sample + plan.global_batch - 1]
+    scale = run.loss_scale.value
+    reporter.event("skipped", why, run.progress, loss=measured.loss, loss_scale=scale, samples=samples)
+    if run.skipped_in_a_row == MOST_SKIPPED:
+        raise UserError(
+            f"{MOST_SKIPPED} steps in a row were skipped, the last one, {plan.step}, because {why}, with "
+            f"optimizer.lr = {run.settings.optimizer.lr:g}; lower it and go on from the last checkpoint"
+        )
+
+
+def settle(run: Run, reporter: Reporter) -> None:
+    """Wait for the checkpoint that is under way. That it could not be written is told, and ends nothing but the run's
+    end."""
+    try:
+        run.store.wait()
+    except UserError as error:
+        reporter.event("unsaved", str(error), run.progress)
+
+
+def rewind(run: Run, loader: Loader, reporter: Reporter, plan: Plan, why: str) -> None:
+    """Go back to the newest checkpoint, and on from there with the samples after this step's. Raises UserError when
+    that does not help. (PaLM, arXiv 2204.02311, from a secondary source: 100 steps back, past 200 to 500 batches.)"""
+    run.engine.zero()
+    run.rewinds += 1
+    loader.forget()
+    settle(run, reporter)
+    paths = as_the_first_sees(lambda: checkpoint.complete(run.folder)[::-1])
+    if not paths or run.rewinds > MOST_REWINDS:
+        what = f"and {MOST_REWINDS} rewinds did not help" if paths else "and no checkpoint could be written"
+        raise UserError(
+            f"{why} at step {plan.step}, {what}; lower optimizer.lr = {run.settings.optimizer.lr:g}, or set "
+            "resilience.spikes=skip"
+        )
+    path, taken, refused = go_back(run, paths)
+    passed_over = [run.progress.samples, plan.first_sample + plan.global_batch - 1]
+    run.progress = replace(run.progress, samples=passed_over[1] + 1)
+    told = f"to {path}, and past samples {passed_over[0]} to {passed_over[1]}, because {why}"
+    reporter.began("rewound", told, run, taken)
+    for each in refused:
+        reporter.event("refused", each, run.progress)
+
+
+def check(run: Run, watchdog: Watchdog, reporter: Reporter) -> None:
+    """Compare the ranks: copied weights, which must be equal, and how much of their time they wait for one another.
+    Raises Fault."""
+    check_copies(run.engine.weights, run.engine.rows, run.mesh)
+    slow = watchdog.slow_ranks(run.mesh.rank("pp"))
+    if slow is None:
+        return
+    if slow.keys() - run.slow:
+        reporter.event("straggler", "; ".join(slow.values()), run.progress, ranks=list(slow))
+    run.slow = set(slow)

@@ -1,0 +1,134 @@
+"""Megatron-Core itself, from pip, reads what we write, and we read what it writes, to the same logits."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from commands import test_convert_checkpoint as convert_test
+from convert.test_huggingface import GPT2, GQA
+from distributed import world
+from torch.nn import functional
+
+from megahp import checkpoint
+from megahp.checkpoint.shards import Tensors
+from megahp.config import resolve
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("megatron", "psutil")),
+    reason="megatron-core and psutil, which it imports, are not installed",
+)
+CASES = {"llama": ("any", GQA), "gpt": ("sp", {**GPT2, "tied_embeddings": True})}
+TOKENS = 3 * torch.arange(40)[None]
+
+
+def without_gpu() -> None:
+    """Let Megatron run where there is no GPU: it asks for the current one, waits for it and keeps its random state."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    tensor_parallel.get_cuda_rng_tracker = lambda *_, **__: SimpleNamespace(fork=lambda *_: nullcontext())
+    parallel_state.initialize_model_parallel(1, 1)
+
+
+def of_args(args: Namespace) -> Any:
+    """Its model of a checkpoint's arguments, as its own training script would make it, with random weights."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    settings = TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups,
+        kv_channels=args.kv_channels,
+        ffn_hidden_size=args.ffn_hidden_size,
+        add_bias_linear=args.add_bias_linear,
+        gated_linear_unit=args.swiglu,
+        activation_func=functional.silu if args.swiglu else lambda x: functional.gelu(x, approximate="tanh"),
+        normalization=args.normalization,
+        layernorm_epsilon=args.norm_epsilon,
+        hidden_dropout=0,
+        attention_dropout=0,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        use_cpu_initialization=True,
+    )
+    return GPTModel(
+        config=settings,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization=args.normalization),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        position_embedding_type=args.position_embedding_type,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        rotary_base=args.rotary_base,
+    ).eval()
+
+
+@torch.no_grad()
+def difference(theirs: Any, ours: Path) -> float:
+    """Of the logits, over our largest."""
+    settings = resolve.from_dict(checkpoint.read_state(ours)["config"], str(ours))
+    tool = convert_test.tool()
+    mine = tool.our_logits(settings, tool.weights_of(Tensors(ours).items()), TOKENS)
+    later = torch.ones(1, 1, 40, 40).triu(1) > 0
+    logits = theirs(TOKENS, torch.arange(40)[None], later)[..., : settings.model.vocab_size]
+    return ((mine - logits).abs().max() / mine.abs().max()).item()
+
+
+def both_ways(folder: Path) -> dict[str, float]:
+    from megatron.core import dist_checkpointing
+
+    without_gpu()
+    found = {}
+    for name, (table, model) in CASES.items():
+        place = folder / name
+        convert_test.written(convert_test.settings_of(table, model), place / "ours")
+        for form in ("megatron", "megatron-legacy"):
+            said = convert_test.convert("megahp", form, place / "ours", place / form, "--no-check")
+            assert said[0] == 0, said[1]
+        legacy = torch.load(place / "megatron-legacy/release/mp_rank_00/model_optim_rng.pt", weights_only=False)
+        theirs = of_args(legacy["args"])
+        theirs.load_state_dict(legacy["model"])
+        found[f"{name}: reads our legacy file"] = difference(theirs, checkpoint.find(place / "ours"))
+        theirs = of_args(legacy["args"])
+        wanted = {"model": theirs.sharded_state_dict()}
+        theirs.load_state_dict(dist_checkpointing.load(wanted, str(place / "megatron/release"))["model"])
+        found[f"{name}: reads our torch_dist"] = difference(theirs, checkpoint.find(place / "ours"))
+
+        theirs = of_args(legacy["args"])  # its own random weights
+        shaken(theirs.parameters())
+        (place / "saved/iter_0000007").mkdir(parents=True)
+        state = {"args": legacy["args"], "iteration": 7, "model": theirs.sharded_state_dict()}
+        dist_checkpointing.save(state, str(place / "saved/iter_0000007"))
+        (place / "saved/latest_checkpointed_iteration.txt").write_text("7")
+        words = [place / "saved", place / "back", "--tokenizer", "bytes"]
+        said = convert_test.convert("megatron", "megahp", *words)
+        assert said[0] == 0, said[1]
+        found[f"{name}: its torch_dist is read"] = difference(theirs, checkpoint.find(place / "back"))
+    for process in multiprocessing.active_children():  # its writers' queue, which nobody else would end
+        process.terminate()
+    return found
+
+
+@torch.no_grad()
+def shaken(parameters: Any) -> None:
+    """So that norms and biases are not ones and zeros."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in parameters:
+        parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_megatron_core_and_we_read_each_other(tmp_path: Path) -> None:
+    (found,) = world.run_afresh(1, both_ways, tmp_path)
+    assert len(found) == 3 * len(CASES)
+    assert all(0 < off < 1e-5 for off in found.values()), found

@@ -1,0 +1,158 @@
+"""Per-example gradient norms of every weight against one backward pass an example, through the loss of training."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from distributed import world
+from distributed.training import mesh_of, settings_of
+from torch import Tensor
+
+from megahp.config import Config
+from megahp.data.loader import Batch
+from megahp.diagnose import example_norms
+from megahp.diagnose.example_norms import contracted, crossed, measure, scattered
+from megahp.diagnose.verify import made_up
+from megahp.model.build import build_model
+from megahp.model.transformer import Transformer
+from megahp.parallel.layout import Layout
+from megahp.parallel.parameters import local, parameters, storage
+from megahp.train.step import Engine
+
+EXAMPLES = 8
+SPLITS = (1, 2, 4, 8)  # examples of a microbatch
+DENSE = ("llama", "gpt2", "alibi")
+DTYPES = {"float32": 1e-5, "float64": 1e-10}
+CASES = {f"{model} {dtype}": (model, dtype, rtol) for model in DENSE for dtype, rtol in DTYPES.items()}
+
+
+def mean_over_the_microbatch(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction=reduction) * 16 / len(targets)
+
+
+# a mistake, and a model that shows it
+BUGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "the uses of a tied matrix squared apart": ("gpt2", {"crossed": lambda *_: 0.0}),
+    "the uses of a token squared apart": ("llama", {"scattered": lambda ids, grad: grad.double().square().sum()}),
+    "tokens squared apart": ("llama", {"contracted": lambda x, g: (x.square().sum(2) * g.square().sum(2)).sum()}),
+    "biases forgotten": ("gpt2", {"linear": lambda x, grad, bias: contracted(x, grad)}),
+    "the loss a mean over examples": ("llama", {"F": SimpleNamespace(cross_entropy=mean_over_the_microbatch)}),
+}
+
+
+def model_of(settings: Config) -> Transformer:
+    (model,) = build_model(settings, mesh_of(Layout())).stages.values()
+    for weight in model.parameters():
+        if weight.dim() == 1:  # no norm at 1, no bias at 0
+            storage(weight).add_(torch.linspace(-0.2, 0.3, len(weight)))
+    return model
+
+
+def microbatches(settings: Config, size: int) -> list[Batch]:
+    return [made_up(np.arange(start, start + size), settings) for start in range(0, EXAMPLES, size)]
+
+
+def reference(model: Transformer, settings: Config, size: int) -> dict[str, float]:
+    """The mean squared norm, by layer, of the mean gradients of groups of so many examples."""
+    squares: dict[str, float] = {}
+    for batch in microbatches(settings, size):
+        model.zero_grad()
+        model(batch.tokens[:, :-1], batch.tokens[:, 1:], batch.documents).mean().backward()
+        for name, weight in parameters(model):
+            layer, square = name.rpartition(".")[0], local(weight.grad).double().square().sum().item()  # type: ignore[arg-type]
+            squares[layer] = squares.get(layer, 0.0) + square * size / EXAMPLES
+    model.zero_grad()
+    return squares
+
+
+def trained(model_name: str, dtype: str) -> tuple[dict[str, float], dict[str, float]]:
+    """What a step of training measures of its norms."""
+    settings = settings_of(model_name, f"train.dtype={dtype}")
+    engine = Engine(build_model(settings, mesh_of(Layout())), mesh_of(Layout()), settings.parallel)
+    batches = microbatches(settings, 2)
+    loss = engine.forward_backward(batches, len(batches), EXAMPLES * settings.data.sequence_length)
+    measured = engine.measure(loss, engine.gradients(), EXAMPLES)
+    return measured.grad_sq_example, measured.grad_sq_batch
+
+
+def outcomes() -> dict[str, Any]:
+    """Everything measured here, on one rank."""
+    found: dict[str, Any] = {}
+    for case, (name, dtype, _) in CASES.items():
+        settings = settings_of(name, f"train.dtype={dtype}")
+        model = model_of(settings)
+        before = [storage(weight).clone() for _, weight in parameters(model)]
+        squares = {size: measure(model, microbatches(settings, size)) for size in SPLITS}
+        assert all(torch.equal(old, storage(w)) for old, (_, w) in zip(before, parameters(model), strict=True))
+        assert all(weight.grad is None for weight in model.parameters())
+        found[case] = squares, {size: reference(model, settings, size) for size in SPLITS}
+    for bug, (name, broken) in BUGS.items():
+        settings = settings_of(name, "train.dtype=float64")
+        with mock.patch.multiple(example_norms, **broken):
+            found[bug] = measure(model_of(settings), microbatches(settings, 4))
+    settings = settings_of("llama", "train.dtype=float64")
+    (model,) = build_model(settings, mesh_of(Layout())).stages.values()
+    found["trained"] = trained("llama", "float64"), measure(model, microbatches(settings, 4))
+    experts = settings_of("moe")
+    (model,) = build_model(experts, mesh_of(Layout())).stages.values()
+    with pytest.raises(ValueError, match="experts"):
+        measure(model, microbatches(experts, 4))
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return world.run(1, outcomes)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", SPLITS)
+def test_as_one_backward_pass_an_example(found: dict[str, Any], case: str, size: int) -> None:
+    """checks 20 and 21: whichever way the batch is split, layer by layer, none left out."""
+    squares, expected = found[case]
+    rtol = CASES[case][2]
+    assert squares[size].example == pytest.approx(expected[1], rel=rtol)
+    assert squares[size].micro == pytest.approx(expected[size], rel=rtol)
+    assert squares[size].batch == pytest.approx(expected[EXAMPLES], rel=rtol)
+
+
+def test_norms_are_as_a_step_of_training_measures_them(found: dict[str, Any]) -> None:
+    """Whose loss is a mean over the batch, so that its probes hold sum_b ||g_b / B||^2."""
+    (example, batch), squares = found["trained"]
+    assert example == pytest.approx({norm: squares.example[norm] for norm in example}, rel=1e-10)
+    assert batch == pytest.approx({norm: squares.batch[norm] for norm in batch}, rel=1e-10)
+    assert len(example) == 9  # two blocks' two norms and norms of queries and keys, the final one
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_mistake_shows(found: dict[str, Any], bug: str) -> None:
+    expected = found[f"{BUGS[bug][0]} float64"][1][1]
+    assert found[bug].example != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("length", "inputs", "outputs"), [(3, 16, 20), (12, 16, 20), (1, 5, 7)])
+def test_both_forms_of_the_contraction(length: int, inputs: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(4, length, inputs).double(), torch.randn(4, length, outputs).double()
+    expected = torch.einsum("bti,bto->boi", x, grad).square().sum()
+    torch.testing.assert_close(contracted(x, grad), expected, rtol=1e-12, atol=0)
+
+
+def test_a_tied_matrix_by_its_parts() -> None:
+    """Ids that repeat within an example and between examples; the same of the whole [vocabulary, width] gradients."""
+    torch.manual_seed(0)
+    ids = torch.tensor([[1, 4, 1, 0, 1], [4, 4, 2, 0, 3]])
+    grad, x, logits_grad = (torch.randn(2, 5, size).double() for size in (3, 3, 6))
+    looked_up = torch.zeros(2, 6, 3).double()
+    for b in range(2):
+        for t in range(5):
+            looked_up[b, ids[b, t]] += grad[b, t]
+    unembedded = logits_grad.mT @ x
+    torch.testing.assert_close(scattered(ids, grad), looked_up.square().sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(crossed(ids, grad, x, logits_grad), (looked_up * unembedded).sum(), rtol=1e-12, atol=0)

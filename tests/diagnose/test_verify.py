@@ -1,0 +1,76 @@
+"""verify-layout: whatever a run is, its small one is a valid run, and what a layout does wrong is named."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megahp.config import resolve
+from megahp.config.presets import PRESETS
+from megahp.diagnose.verify import shrunk
+from megahp.parallel.layout import Layout, fit
+
+POLICIES = {
+    "constant": (),
+    "ramp": ("batch.largest=64", "batch.increment=32", "batch.ramp_samples=1000"),
+    "table": ('batch.table=["1e5:64"]', "batch.rule=sqrt"),
+    "law": ("batch.target=0.3",),
+    "noise-scale": ("batch.delay=0.2", "batch.growth=1.5"),
+}
+LAYOUTS = {1: (), 8: ("parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "parallel.sequence_parallel=true")}
+MODELS = [name for name, model in PRESETS.items() if model.get("kv_heads", model["heads"]) % 2 == 0]
+KINDS = {
+    "plain": (),
+    "experts": ("model.bias=false", "model.experts=8", "model.dense_layers=1", "model.experts_per_token=3"),
+    "float8": ("compute.fp8=torchao", "train.dtype=bfloat16"),
+    "sparse": ("sparsity.method=static", "sparsity.density=0.25"),
+    "lengths": ('data.lengths=["1e5:1024"]', "train.dtype=float16"),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rules", ["sp", "mup", "completep", "smupar"])
+@pytest.mark.parametrize("preset", MODELS)
+def test_the_small_run_is_valid(preset: str, rules: str, policy: str) -> None:
+    for (ranks, layout), kind in itertools.product(LAYOUTS.items(), KINDS.values()):
+        words = (f"model.preset={preset}", f"parameterization.name={rules}", f"batch.policy={policy}")
+        words += (*POLICIES[policy], *layout, *kind, 'data.train=["a"]', "model.mlp_width=256")
+        settings = resolve.resolve([("test", resolve.parse_overrides(words))]).config
+        small = shrunk(settings, fit(settings.parallel, ranks))
+        assert small.model.layers <= 3 and small.model.width <= 64 and small.train.dtype == "float64"
+        assert small.parallel == settings.parallel
+
+
+def test_the_layout_is_the_runs() -> None:
+    settings = resolve.resolve([("test", {"data": {"train": ["a"]}, "parallel": {"tp": 2}})]).config
+    assert fit(settings.parallel, 4) == Layout(tp=2, dp_shard=2)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "code", "told"),
+    [
+        ("", 0, "the same model"),
+        ("tensor.leave = lambda x, axis: x", 1, "gradient embedding.weight"),
+    ],
+)
+def test_the_command_names_what_differs(tmp_path: Path, break_it: str, code: int, told: str) -> None:
+    """The command, its ranks started with a module that breaks megahp, or does not."""
+    (tmp_path / "run.toml").write_text('[model]\nlayers = 2\nwidth = 32\nheads = 4\n[data]\ntrain = ["a"]\n')
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif 'megahp.diagnose.verify' in sys.orig_argv:\n"
+        f"    from megahp.parallel import tensor\n    {break_it or 'pass'}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "megahp", "verify-layout", "run.toml", "parallel.tp=2", "--ranks", "2"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path}:{':'.join(sys.path)}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert told in done.stdout

@@ -1,0 +1,312 @@
+"""The score of text files, and of lm-evaluation-harness's tasks, against one forward pass a token, in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import world
+from sentencepiece import SentencePieceTrainer
+from torch import Tensor
+
+from megahp import checkpoint, cli
+from megahp.config import resolve
+from megahp.evaluate import perplexity
+from megahp.evaluate.sample import Trained, alone, trained
+from megahp.parallel.parameters import saved, storage
+from megahp.train.run import state_of_weights
+
+CONTEXT, EOD = 24, 256
+MODELS: dict[str, dict[str, Any]] = {
+    "rope": {"kv_heads": 2},
+    "experts": {"positions": "alibi", "tied_embeddings": True, "experts": 4, "expert_width": 16, "mlp_width": 0},
+}
+# shorter than the context, as long, one longer, and longer by no multiple of the stride; more than one byte a letter
+TEXTS = ["x", "a" * 3 + "b" * 21, "0123456789" * 2 + "gzuäö", "what is scored once is scored once; " * 3 + "end"]
+
+
+@torch.no_grad()
+def write_run(folder: Path, model: dict[str, Any], tokenizer: str = "bytes") -> None:
+    """A run directory whose newest checkpoint holds random weights, of more ids than the tokenizer has."""
+    tree = {
+        "model": {"layers": 2, "width": 32, "heads": 4, "mlp_width": 48, "vocab_size": 300, **model},
+        "data": {"sequence_length": CONTEXT, "tokenizer": tokenizer},
+        "parameterization": {"name": "sp"},
+        "train": {"dtype": "float64"},
+    }
+    settings = resolve.resolve([("test", tree)]).config
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: storage(weight) + 0.2 * torch.randn(storage(weight).shape, generator=generator)
+        for name, weight in saved(alone(settings)).items()
+    }
+    for step in (1, 2):  # the newest counts
+        scaled = ((name, value * step) for name, value in weights.items())
+        checkpoint.write(checkpoint.path(folder / "checkpoints", step), scaled, state_of_weights(settings), 10**9)
+
+
+@torch.no_grad()
+def after(origin: Trained, ids: Sequence[int]) -> Tensor:
+    """Log-probabilities of the token that follows these, [vocabulary]."""
+    return origin.model(torch.tensor([ids]))[0, -1, :300].log_softmax(0)
+
+
+def one_by_one(origin: Trained, ids: Sequence[int], first: int, context: int, stride: int) -> tuple[float, bool]:
+    """Sum of -log p of ids[first:], a forward pass each, and whether each is the likeliest. From token `context` on, a
+    window begins every `stride` tokens, and the last where it is full."""
+    total, likeliest, ends = 0.0, True, max(context + 1, first + stride)
+    for number in range(first, len(ids)):
+        while number >= ends:
+            ends += stride
+        begin = max(0, min(ends, len(ids)) - context - 1)
+        found = after(origin, ids[begin:number])
+        total -= found[ids[number]].item()
+        likeliest &= found.argmax().item() == ids[number]
+    return total, likeliest
+
+
+def said(*words: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main([str(word) for word in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+def scored(folder: Path) -> dict[str, Any]:
+    """What one process finds for all tests."""
+    import zstandard
+
+    lines = [json.dumps({"body": text}) for text in TEXTS[:3]] + ['{"body": 3}', "", "no JSON"]
+    (folder / "some.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress("\n".join(lines).encode()))
+    (folder / "long.txt").write_text(TEXTS[3])
+    (folder / "empty.txt").write_text("")
+    found: dict[str, Any] = {}
+    for name, model in MODELS.items():
+        write_run(folder / name, model)
+        origin = trained(folder / name)
+        reference = {
+            (context, stride): [one_by_one(origin, [EOD, *text.encode()], 1, context, stride)[0] for text in TEXTS]
+            for context, stride in ((CONTEXT, CONTEXT), (CONTEXT, 12), (CONTEXT, 1), (10, 7))
+        }
+        for (context, stride), nats in reference.items():
+            scores = perplexity.evaluate(origin, [TEXTS[:2], TEXTS[2:]], context, stride)
+            found[name, context, stride] = scores, [sum(nats[:2]), sum(nats[2:])]
+        own = [*b"Go on"]
+        for _ in range(30):
+            own.append(int(after(origin, own[-CONTEXT:]).argmax()))
+        pairs = [(own[:25], 5), ([*b"Go on and on"], 5), (own, 34), ([*own[:9], *b"now", *own[9:20]], 15)]
+        pieces = [next(perplexity.windows(torch.tensor(ids), first, CONTEXT, CONTEXT)) for ids, first in pairs]
+        likelihoods = {number: found for number, *found in perplexity.scores(origin, pieces)}
+        found[name, "continuations"] = [
+            (*likelihoods[n], *one_by_one(origin, *pair, CONTEXT, CONTEXT)) for n, pair in enumerate(pairs)
+        ]
+        found[name, "command"] = sum(reference[CONTEXT, 12][:3]), reference[CONTEXT, 12][3]
+        files = [folder / "some.jsonl.zst", folder / "long.txt", "--json-key", "body"]
+        found[name, "json"] = said("evaluate", folder / name, *files, "--json")
+        found[name, "table"] = said("evaluate", folder / name / "checkpoints" / "step-00000002", *files)
+    lines = iter(
+        Path(contextlib.__file__).read_text().split("\n")
+    )  # it drops spaces before and after, as it does unasked
+    trainer = {"vocab_size": 290, "model_type": "bpe", "minloglevel": 3, "model_prefix": str(folder / "stripping")}
+    SentencePieceTrainer.train(sentence_iterator=lines, **trainer)
+    write_run(folder / "stripping", {}, str(folder / "stripping.model"))
+    (folder / "spaces.txt").write_text("   \n \n")
+    run = folder / "rope"
+    found["widest batch"] = widest_batch(trained(run))
+    found["mistakes"] = {
+        "stride": said("evaluate", run, folder / "long.txt", "--stride", "25"),
+        "context": said("evaluate", run, folder / "long.txt", "--context", "25"),
+        "empty": said("evaluate", run, folder / "empty.txt"),
+        "spaces": said("evaluate", folder / "stripping", folder / "spaces.txt"),
+        "missing": said("evaluate", run, folder / "none.txt"),
+        "key": said("evaluate", run, folder / "long.txt", "--json-key", "body"),
+        "run": said("evaluate", folder, folder / "long.txt"),
+    }
+    return found
+
+
+def widest_batch(origin: Trained) -> int:
+    """Tokens the model is given at once, of a text of more than are good for its memory."""
+    seen: list[int] = []
+    with origin.model.register_forward_pre_hook(lambda _, tokens: seen.append(tokens[0].numel())):
+        perplexity.evaluate(origin, [["a" * 20_000]], CONTEXT, CONTEXT)
+    return max(seen)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluate")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[Any, Any]:
+    return world.run(1, scored, folder)[0]
+
+
+@pytest.mark.parametrize(("context", "stride"), [(CONTEXT, CONTEXT), (CONTEXT, 12), (CONTEXT, 1), (10, 7)])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_token_is_scored_once(found: Any, name: str, context: int, stride: int) -> None:
+    scores, nats = found[name, context, stride]
+    assert [score.tokens for score in scores] == [score.bytes for score in scores] == [25, 27 + 111]
+    assert [score.documents for score in scores] == [2, 2]
+    assert [score.nats for score in scores] == pytest.approx(nats, rel=1e-12)
+
+
+def test_a_small_vocabulary_does_not_make_a_large_batch(found: Any) -> None:
+    assert 2**13 < found["widest batch"] <= 2**14
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_continuation_is_scored_after_its_context(found: Any, name: str) -> None:
+    """Its likelihood, and whether a model that takes the likeliest token would have written it."""
+    for nats, likeliest, wanted, is_likeliest in found[name, "continuations"]:
+        assert nats == pytest.approx(wanted, rel=1e-12) and likeliest == is_likeliest
+    assert [row[3] for row in found[name, "continuations"]] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_command_tells_loss_bits_and_perplexity(found: Any, name: str) -> None:
+    code, out, err = found[name, "json"]
+    assert code == 0 and "2 documents that are no valid text" in err and "163/163 tokens 100%  ETA 0 s" in err
+    told = json.loads(out)
+    assert told["checkpoint"].endswith("step-00000002") and (told["context"], told["stride"]) == (CONTEXT, 12)
+    first, second = found[name, "command"]
+    for row, nats, size in zip(told["files"], (first, second, first + second), (52, 111, 163), strict=True):
+        assert row["tokens"] == row["bytes"] == size and row["loss"] == pytest.approx(nats / size, rel=1e-12)
+        assert row["perplexity"] == pytest.approx(math.exp(nats / size))
+        assert row["bits_per_byte"] == pytest.approx(nats / size / math.log(2))  # a token is a byte here
+    code, out, _ = found[name, "table"]
+    assert code == 0 and out.splitlines()[-1].split() == [
+        "all", "163", "163", f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}", f"{row['perplexity']:.6g}"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("stride", "--stride 25 must be 1 to 24"),
+        ("context", "--context 25 must be 1 to 24"),
+        ("empty", "empty.txt holds no text; name another"),
+        ("spaces", "spaces.txt holds no text that makes tokens; name another"),
+        ("missing", "none.txt' cannot be read"),
+        ("key", "--json-key 'body' is for .jsonl"),
+        ("run", "is neither a checkpoint nor a run directory that has one; name one"),
+    ],
+)
+def test_mistakes_are_one_line(found: Any, what: str, words: str) -> None:
+    code, out, err = found["mistakes"][what]
+    assert code == 2 and out == "" and words in err and err.count("\n") == 1 and err.startswith("megahp: ")
+
+
+QUESTIONS = [
+    ("Two and two is", [" four", " five and more", " one two three four five six seven eight"], 0),
+    ("", ["nothing", "something"], 1),
+    ("The prompt alone is longer than the model looks back: ", ["yes", "no"], 0),
+]
+PROMPTS = ["Go on", "with a prompt that is not short", "and on"]
+TASKS = {
+    "choice": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{metric: acc}]
+""",
+    "likelihood": """
+output_type: loglikelihood
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{answer}}"
+target_delimiter: ""
+metric_list: [{metric: perplexity}, {metric: acc}]
+""",
+    "rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+""",
+    "generation": """
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: [STOP], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+}
+
+
+def write_tasks(folder: Path, run: Path) -> dict[str, float]:
+    """The tasks, and what they must measure, by a forward pass a token."""
+    origin = trained(run)
+
+    def likelihood(before: str, text: str) -> tuple[float, bool]:
+        head, tail = list(before.encode()) or [EOD], list(text.encode())
+        if before.endswith(" "):  # the harness counts it to the continuation
+            head, tail = head[:-1], head[-1:] + tail
+        nats, likeliest = one_by_one(origin, head + tail, len(head), CONTEXT, CONTEXT)
+        return -nats, likeliest
+
+    def greedy(prompt: str) -> str:
+        ids = list(prompt.encode())
+        for _ in range(6):
+            ids.append(int(after(origin, ids[-CONTEXT:])[:257].argmax()))
+        return bytes(ids[len(prompt) :]).decode(errors="replace")
+
+    choices = [[likelihood(question, choice)[0] for choice in few] for question, few, _ in QUESTIONS]
+    own = [greedy(prompt) for prompt in PROMPTS]
+    stop = own[0][3]
+    cut = [text.split(stop)[0] for text in own]
+    answers = [*own[:2], "unlike it"]
+    continuations = [likelihood(prompt, answer) for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "choice": [{"question": q, "choices": few, "answer": n} for q, few, n in QUESTIONS],
+        "likelihood": [{"prompt": q, "answer": a} for q, a in zip(PROMPTS, answers, strict=True)],
+        "rolling": [{"text": text} for text in TEXTS],
+        "generation": [{"prompt": q, "answer": a} for q, a in zip(PROMPTS, [*cut[:2], "unlike it"], strict=True)],
+    }
+    for name, text in TASKS.items():
+        data = folder / f"{name}.jsonl"
+        data.write_text("\n".join(map(json.dumps, rows[name])))
+        where = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test"
+        (folder / f"{name}.yaml").write_text(where + text.replace("STOP", json.dumps(stop)))
+    nats = -sum(likelihood("", text)[0] for text in TEXTS)
+    return {
+        "choice acc": sum(max(few) == few[n] for few, (_, _, n) in zip(choices, QUESTIONS, strict=True)) / 3,
+        "likelihood perplexity": math.exp(-sum(nats for nats, _ in continuations) / 3),
+        "likelihood acc": sum(hit for _, hit in continuations) / 3,
+        "rolling bits_per_byte": nats / math.log(2) / sum(len(text.encode()) for text in TEXTS),
+        "generation exact_match": 2 / 3,
+    }
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: docs/evaluation.md")
+def test_tasks_of_the_harness(found: Any, folder: Path) -> None:
+    """As a user runs them, in the real harness."""
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    (wanted,) = world.run(1, write_tasks, tasks, folder / "rope")
+    tool = [sys.executable, str(Path(__file__).parents[2] / "tools" / "evaluate_tasks.py"), str(folder / "rope")]
+    done = subprocess.run([*tool, tasks, "--json", folder / "out.json"], capture_output=True, text=True)
+    assert done.returncode == 0 and "bits_per_byte" in done.stdout, done.stdout + done.stderr
+    results = json.loads((folder / "out.json").read_text())["results"]
+    measured = {key: results[key.split()[0]][f"{key.split()[1]},none"] for key in wanted}
+    assert measured == pytest.approx(wanted, rel=1e-9)
+    for words, message in (
+        ([tasks, "--tasks", "nothing"], "--tasks nothing is not in"),
+        ([folder / "rope"], "holds no tasks; name a folder"),
+        ([tasks, "--limit", "0"], "--limit 0 must be at least 1"),
+    ):
+        done = subprocess.run([*tool, *words], capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

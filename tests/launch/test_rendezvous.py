@@ -1,0 +1,188 @@
+"""Which rank a process is and where the first one is, from what its launcher says."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+
+from megahp.errors import Fault, UserError
+from megahp.launch import World, is_first_here, meet, node_name, ranks_of_nodes, world
+from megahp.launch.rendezvous import PORTS, _first_host, _port
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NODEID": "1",
+    "SLURMD_NODENAME": "n2",
+}
+# what enroot's hook 50-slurm-pytorch adds to it in a container
+ENROOT = SRUN | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+
+# recorded: rank 1 of 2 under Open MPI 4.1.4, the same under MPICH 4.0.2
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_NODE_RANK": "1",
+    "OMPI_UNIVERSE_SIZE": "2",
+    "PMIX_RANK": "1",
+    "PMIX_NAMESPACE": "360579073",
+}
+MPICH = {"PMI_FD": "8", "PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+PMI2 = {**SRUN, "PMI_RANK": "3", "PMI_SIZE": "4", "PMI_FD": "20"}  # srun --mpi=pmi2
+# a rank on another node than mpirun's: Slurm's variables are those of the daemon that started it
+DAEMON = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}
+
+
+def test_torchrun_mpirun_srun_and_alone() -> None:
+    assert world(TORCHRUN) == World(5, 8, 1, 4)
+    assert world(OPEN_MPI) == world(MPICH) == World(1, 2, 1, 2)
+    assert world(DAEMON | OPEN_MPI) == world(DAEMON | MPICH) == World(1, 2, 1, 2)
+    assert world(OPEN_MPI | TORCHRUN) == world(TORCHRUN)  # one torchrun a node, started by mpirun
+    assert world(SRUN) == world(PMI2) == world(ENROOT) == World(3, 4, 1, 2)
+    assert world({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}) == World(3, 4, 3, 4)
+    assert world({}) == World(0, 1, 0, 1)
+    assert world({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}) == World()  # a batch script, not a step
+    seconds = (TORCHRUN, SRUN, OPEN_MPI, MPICH, DAEMON | OPEN_MPI)
+    assert not any(is_first_here(place) for place in seconds)
+    firsts = ({}, {"SLURM_LOCALID": "0"}, OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "0"})
+    assert all(is_first_here(place) for place in firsts)
+
+
+@pytest.mark.parametrize(("tasks", "here"), [("2,1", 1), ("2(x3),1", 2), ("3", 3), ("1(x2),4(x2)", 1)])
+def test_a_nodes_ranks_are_its_own(tasks: str, here: int) -> None:
+    """By the node's place in the step; enroot's variables lead to the same."""
+    step = {"SLURM_NODEID": "0" if tasks == "3" else "1", "SLURM_STEP_TASKS_PER_NODE": tasks}
+    size = {"2,1": "3", "2(x3),1": "7", "3": "3"}.get(tasks, "10")
+    assert world(SRUN | step | {"SLURM_STEP_NUM_TASKS": size}).local_size == here
+    assert world(ENROOT | step | {"WORLD_SIZE": size}).local_size == here
+    assert world(TORCHRUN | SRUN | step | {"WORLD_SIZE": size}).local_size == 4
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not"),
+        ({"PMI_RANK": "0"}, "MPI_LOCALRANKID is not"),
+        (TORCHRUN | {"RANK": ""}, "RANK = '' is no whole number"),
+        (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' is no whole number"),
+        (SRUN | {"SLURM_LOCALID": "x"}, "SLURM_LOCALID = 'x' is no whole number"),
+    ],
+)
+def test_half_an_environment_is_a_mistake(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        world(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "names"),
+    [
+        ("n1", ["n1"]),
+        ("n1,n2", ["n1", "n2"]),
+        ("n[3-5,9],m1", ["n3", "n4", "n5", "n9", "m1"]),
+        ("gpu-07-[009-011]", ["gpu-07-009", "gpu-07-010", "gpu-07-011"]),
+        ("r[1-2]n[08-09]-ib,x", ["r1n08-ib", "r1n09-ib", "r2n08-ib", "r2n09-ib", "x"]),
+    ],
+)
+def test_a_node_list_is_spelled_out(nodes: str, names: list[str]) -> None:
+    assert _first_host(World(0, 4, 0, 2), {"SLURM_STEP_NODELIST": nodes}) == names[0]
+    count = len(names)
+    step = {"SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": f"2(x{count})"}
+    assert ranks_of_nodes(2 * count, step) == dict.fromkeys(names, 2)
+    assert ranks_of_nodes(3 * count, step) == ranks_of_nodes(2 * count, step | OPEN_MPI) == {}
+
+
+def test_a_node_is_called_what_slurm_calls_it() -> None:
+    """But for mpirun's ranks, which may have the variables of the machine where it was called."""
+    here = socket.gethostname().split(".")[0]
+    assert node_name(SRUN) == node_name(PMI2) == node_name(TORCHRUN | SRUN) == "n2"
+    assert node_name({}) == node_name(MPICH | {"SLURMD_NODENAME": "n2"}) == node_name(SRUN | OPEN_MPI) == here
+
+
+def test_ranks_on_one_host_need_no_node_list() -> None:
+    assert _first_host(World(1, 2, 1, 2), OPEN_MPI) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("place", "environment"),
+    [
+        (World(0, 4, 0, 2), {}),
+        (World(0, 4, 0, 2), OPEN_MPI),  # on two hosts, of which nothing is told
+        (World(0, 4, 0, 2), OPEN_MPI | {"SLURM_STEP_NODELIST": "n2"}),  # where its daemon runs
+        (World(0, 2, 0, 2), MPICH),  # nothing tells this job's port from another's
+    ],
+)
+def test_no_way_to_the_first_host_is_a_mistake(place: World, environment: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        _first_host(place, environment)
+
+
+def test_a_port_is_a_job_steps_own() -> None:
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    steps = (step, step | {"SLURM_STEP_ID": "1"}, step | {"SLURM_JOB_ID": "8"}, OPEN_MPI)
+    assert len({_port(each) for each in steps}) == len(steps)
+    assert all(PORTS[0] <= _port(each) < 32768 for each in steps)
+    assert _port(OPEN_MPI) == _port(step | OPEN_MPI)  # of whose ranks only some see a step
+    assert len({_port(SRUN | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "0123"}) == 1
+    assert _port(step | {"MASTER_PORT": "29500"}) == 29500
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (MPICH, "MASTER_PORT is not; set both"),  # and another run on these machines would take the same one
+        ({"MASTER_PORT": "x"}, "MASTER_PORT = 'x' is no whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000 is no port"),
+    ],
+)
+def test_a_port_that_cannot_be(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _port(environment)
+
+
+class Mpi:
+    """mpi4py.MPI as one of two ranks sees it that follow each other in one process."""
+
+    def __init__(self) -> None:
+        self.COMM_WORLD, self.size, self.told, self.finalized = self, 2, None, 0
+
+    def bcast(self, told: object) -> object:
+        self.told = told or self.told
+        return self.told
+
+    def Finalize(self) -> None:
+        self.finalized += 1
+
+
+@pytest.fixture
+def mpi(monkeypatch: pytest.MonkeyPatch) -> Mpi:
+    stand_in = Mpi()
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=stand_in))
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in OPEN_MPI.items():
+        monkeypatch.setenv(name, value)
+    return stand_in
+
+
+def test_mpi_tells_where_the_first_rank_is(mpi: Mpi) -> None:
+    first, second = (meet(World(rank, 2, rank, 2), timedelta(seconds=9)) for rank in range(2))
+    first.set("said", "yes")
+    assert second.get("said") == b"yes" and mpi.finalized == 2
+
+
+def test_all_ranks_hear_that_the_first_has_no_store(mpi: Mpi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "nowhere.invalid")
+    for rank in range(2):
+        with pytest.raises(Fault, match="rank 0 does not meet the others at nowhere.invalid"):
+            meet(World(rank, 2, 0, 1), timedelta(seconds=0.2))
+    assert mpi.finalized == 2

@@ -1,0 +1,156 @@
+"""The run's log: what is written comes back, exactly, through crashes and resumes."""
+
+import json
+import math
+import random
+import sys
+
+import pytest
+
+from megahp.errors import UserError
+from megahp.log.metrics import RunLog, read_events, read_metrics, read_run
+
+
+def record(step, **values):
+    return {"step": step, "tokens": step * 512, "loss": 4.0 - step / 100, **values}
+
+
+def logged(directory, steps):
+    log = RunLog(directory)
+    for step in range(1, steps + 1):
+        log.metrics(record(step))
+    return log
+
+
+def test_round_trip_keeps_values_and_order(tmp_path):
+    log = RunLog(tmp_path)
+    first = record(1, skipped=True, grad_norm=None, noise_scale_layers={"layers.0.norm": 3.5, "norm": None})
+    log.metrics(first)
+    log.event("batch", "noise scale reached 128", kappa=2, batch=[64, 128])
+    assert read_metrics(tmp_path) == [first]  # already there, with the log still open
+    assert list(read_metrics(tmp_path)[0]) == list(first)
+    (event,) = read_events(tmp_path)
+    assert list(event) == ["step", "tokens", "time", "event", "reason", "kappa", "batch"]
+    assert (event["step"], event["tokens"], event["kappa"], event["batch"]) == (1, 512, 2, [64, 128])
+
+
+def test_an_event_may_say_when_it_was(tmp_path):
+    log = RunLog(tmp_path)
+    log.event("resume", "checkpoint 7", step=7, tokens=3584)
+    (event,) = read_events(tmp_path)
+    assert (event["step"], event["tokens"]) == (7, 3584)
+
+
+def test_floats_come_back_bit_for_bit(tmp_path):
+    draw = random.Random(0)
+    floats = [draw.random() * 10 ** draw.randint(-300, 300) for _ in range(1000)]
+    floats += [0.1, 1 / 3, 5e-324, sys.float_info.max, -0.0]
+    RunLog(tmp_path).metrics(record(1, values=floats))
+    back = read_metrics(tmp_path)[0]["values"]
+    assert [number.hex() for number in back] == [number.hex() for number in floats]
+
+
+def test_nan_and_infinity_are_null(tmp_path):
+    RunLog(tmp_path).metrics(record(1, grad_norm=math.nan, deep={"a": [math.inf, -math.inf, 1.0]}))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert read_metrics(tmp_path)[0]["grad_norm"] is None
+    assert read_metrics(tmp_path)[0]["deep"] == {"a": [None, None, 1.0]}
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_a_torn_last_line_costs_only_itself(tmp_path, cut):
+    logged(tmp_path, 3).close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[: -min(cut, len(json.dumps(record(3))))])
+    steps = [found["step"] for found in read_metrics(tmp_path)]
+    assert steps == ([1, 2, 3] if cut == 1 else [1, 2])  # without the newline alone the object is whole
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    logged(tmp_path, 3).close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:9], lines[2]]) + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2"):
+        read_metrics(tmp_path)
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    log = logged(tmp_path, 10)
+    log.event("batch", "at step 10")
+    log.close()
+    before = (tmp_path / "metrics.jsonl").read_bytes().splitlines()[:6]
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with open(tmp_path / name, "ab") as file:
+            file.write(b'{"step": 11, "tok\x00\xff')  # kill -9 in the middle of a line
+
+    log = RunLog(tmp_path)
+    log.resume(6)
+    assert log.step == 6 and log.tokens == 6 * 512
+    log.event("resume", "after kill -9")
+    for step in range(7, 13):
+        log.metrics(record(step))
+    log.close()
+
+    assert [found["step"] for found in read_metrics(tmp_path)] == list(range(1, 13))
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines()[:6] == before
+    assert [found["event"] for found in read_events(tmp_path)] == ["batch", "resume"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_resume_from_the_beginning_forgets_all_steps(tmp_path):
+    log = logged(tmp_path, 3)
+    log.resume(0)
+    log.metrics(record(1))
+    assert [found["step"] for found in read_metrics(tmp_path)] == [1]
+
+
+def test_tensorboard_gets_every_step_once_through_a_resume(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = RunLog(tmp_path, tensorboard=True)
+    for step in range(1, 6):
+        log.metrics(record(step, noise_scale=None, noise_scale_layers={"norm": 2.0 * step}))
+    log.resume(3)
+    log.metrics(record(4, noise_scale_layers={"norm": 80.0}))
+    log.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [scalar.step for scalar in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [scalar.value for scalar in events.Scalars("noise_scale_layers/norm")] == [2.0, 4.0, 6.0, 80.0]
+    assert "noise_scale" not in events.Tags()["scalars"]
+
+
+def test_missing_tensorboard_is_told_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    RunLog(tmp_path)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        RunLog(tmp_path, tensorboard=True)
+
+
+def test_what_is_no_run_directory_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"absent/metrics\.jsonl does not exist"):
+        read_metrics(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"events\.jsonl does not exist"):
+        read_events(tmp_path)
+    RunLog(tmp_path).close()
+    with pytest.raises(UserError, match="holds no step yet"):
+        read_run(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be read"):
+        read_metrics(tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be made"):
+        RunLog(tmp_path / "file")
+
+
+def test_a_run_is_read_whole(tmp_path):
+    logged(tmp_path, 2).close()
+    assert read_run(tmp_path).baselines == {} and read_run(tmp_path).config == ""
+    (tmp_path / "config.toml").write_text("[model]\n")
+    (tmp_path / "baselines.json").write_text('{"unigram": 7.5}')
+    run = read_run(tmp_path)
+    assert (run.name, run.config, run.baselines) == (tmp_path.name, "[model]\n", {"unigram": 7.5})
+    assert run.column("tokens").tolist() == [512.0, 1024.0]
+    assert all(map(math.isnan, run.column("mfu")))
+    (tmp_path / "baselines.json").write_text('{"unigram": ')
+    with pytest.raises(UserError, match=r"baselines\.json is not a JSON object"):
+        read_run(tmp_path)

@@ -1,0 +1,361 @@
+"""Laws fitted to synthetic runs of known laws, and `megahp fit` on tables and run directories (check 31)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megahp import config
+from megahp.cli import main
+from megahp.config import resolve
+from megahp.errors import UserError
+from megahp.log.metrics import RunLog
+from megahp.recipe import fit, law_file
+from megahp.recipe.fit import Trained, fit_critical_batch, fit_loss, fit_optimal_batch, fit_timescale
+from megahp.recipe.fit_runs import read_runs
+from megahp.scaling.laws import LossLaw, PowerLaw
+from megahp.scaling.power_laws import CRITICAL_BATCH, OPTIMAL_BATCH, TAU, least_tokens
+
+HOFFMANN = LossLaw(1.69, 406.4, 410.7, 0.34, 0.28, "", "")  # rounded, as published
+BESIROGLU = LossLaw(1.8169, 482.01, 2085.43, 0.3478, 0.3658, "", "")
+TIED = LossLaw(1.7, 500.0, 900.0, 0.35, 0.35, "", "")
+SIZES, RATIOS = np.geomspace(5e7, 1.6e10, 8).tolist(), (2, 5, 10, 20, 40, 80, 160)
+CHINCHILLA = 5.76e23
+
+
+def noisy(runs: Sequence[Trained], noise: float, seed: int = 0) -> list[Trained]:
+    """The runs with so much noise in ln loss."""
+    factors = np.exp(noise * np.random.default_rng(seed).standard_normal(len(runs)))
+    return [replace(run, loss=run.loss * factor) for run, factor in zip(runs, factors.tolist(), strict=True)]
+
+
+def grid(law: LossLaw, sizes: Sequence[float] = SIZES, ratios: Sequence[float] = RATIOS) -> list[Trained]:
+    return [Trained("", n, n * ratio, law(n, n * ratio)) for n in sizes for ratio in ratios]
+
+
+def sweeps(vary: str, sizes: Sequence[float] = (1e8, 3e8, 1e9), ratios: Sequence[float] = RATIOS) -> list[Trained]:
+    """Five runs an octave apart, not centred, in weight decay or batch around the optimum at each (N, D)."""
+    runs = []
+    for n, ratio, octaves in [(n, ratio, octaves) for n in sizes for ratio in ratios for octaves in range(-2, 3)]:
+        tokens, off = n * ratio, 1.3 * 2.0**octaves
+        batch = OPTIMAL_BATCH(tokens) * (off if vary == "batch" else 1)
+        decay = batch / (1e-3 * tokens * TAU(ratio) * (off if vary == "timescale" else 1))
+        runs.append(Trained("", n, tokens, BESIROGLU(n, tokens) + 0.02 * math.log(off) ** 2, batch, 1e-3, decay))
+    return runs
+
+
+def batches(sizes: Sequence[float] = (1e8, 3e8, 1e9)) -> list[Trained]:
+    """Runs whose loss is that of D_min tokens, at eight batches and six token counts."""
+    plans = [
+        (n, n * ratio, 2.0**power) for n in sizes for ratio in (10, 20, 40, 80, 160, 320) for power in range(16, 24)
+    ]
+    return [Trained("", n, d, BESIROGLU(n, least_tokens(d, batch)), batch) for n, d, batch in plans]
+
+
+def write_table(path: Path, runs: Sequence[Trained]) -> Path:
+    rows = [{key: value for key, value in asdict(run).items() if key != "name"} for run in runs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(("law", "ratio"), [(HOFFMANN, 92.6), (BESIROGLU, 18.4)])
+@pytest.mark.parametrize("noise", [0, 1e-4])
+def test_published_constants_come_back(law: LossLaw, ratio: float, noise: float) -> None:
+    """Check 31: the constants within 2 %, and what is read from them, hundreds of times beyond the runs too."""
+    found = fit_loss(noisy(grid(law), noise)).law
+    assert found.constants == pytest.approx(law.constants, rel=0.02 if noise else 1e-6)
+    for run in ((70e9, 1.4e12), (1e9, 20e9), (610e6, 12.1e9)):
+        assert found(*run) == pytest.approx(law(*run), rel=1e-3)
+    parameters, tokens = found.optimum(CHINCHILLA)
+    assert tokens / parameters == pytest.approx(ratio, rel=0.02)
+    assert (found.parameters, found.tokens) == ((5e7, pytest.approx(1.6e10)), (1e8, pytest.approx(2.56e12)))
+
+
+def test_published_losses() -> None:
+    """Check 31, the vectors themselves, so that the test above stands on the published law."""
+    assert [HOFFMANN(70e9, 1.4e12), HOFFMANN(1e9, 20e9)] == pytest.approx([1.93665, 2.58005], rel=1e-5)
+    assert [BESIROGLU(70e9, 1.4e12), BESIROGLU(1e9, 20e9)] == pytest.approx([1.97358, 2.52975], rel=1e-5)
+
+
+def test_more_noise() -> None:
+    """0.2 % of the loss, as seeds scatter: A and B, which go with their exponents, move; exponents, predictions and the
+    optimum inside the runs' range hardly do."""
+    found = fit_loss(noisy(grid(BESIROGLU), 2e-3)).law
+    assert (found.alpha, found.beta) == pytest.approx((BESIROGLU.alpha, BESIROGLU.beta), rel=0.02)
+    assert found(7e9, 1.4e11) == pytest.approx(BESIROGLU(7e9, 1.4e11), rel=1e-3)
+    assert found.optimum(1e21) == pytest.approx(BESIROGLU.optimum(1e21), rel=0.05)
+
+
+def test_no_lower_cost_is_known() -> None:
+    """Beside torch's L-BFGS on the same objective from the constants that made the runs."""
+    runs = noisy(grid(BESIROGLU), 3e-3)
+    n, d, target = (
+        torch.tensor(np.log([getattr(run, key) for run in runs])) for key in ("parameters", "tokens", "loss")
+    )
+
+    def cost(x: torch.Tensor) -> torch.Tensor:
+        floor, a, b, alpha, beta = x
+        parts = torch.stack([floor + 0 * n, a - alpha * n, b - beta * d])
+        return torch.nn.functional.huber_loss(parts.logsumexp(0), target, reduction="sum", delta=fit.HUBER)
+
+    def unknowns(law: LossLaw) -> torch.Tensor:
+        return torch.tensor([*np.log(law.constants[:3]), law.alpha, law.beta], dtype=torch.float64)
+
+    theirs = unknowns(BESIROGLU).requires_grad_()
+    optimizer = torch.optim.LBFGS([theirs], max_iter=2000, tolerance_change=0, line_search_fn="strong_wolfe")
+    start = cost(theirs).item()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        cost(theirs).backward()
+        return cost(theirs)
+
+    optimizer.step(closure)
+    ours = cost(unknowns(fit_loss(runs, draws=20).law)).item()
+    assert ours <= cost(theirs).item() * (1 + 1e-6) < start
+
+
+def test_outliers_hardly_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three diverged runs of 56; least squares, which is Huber's loss with a wide middle, follows them."""
+    runs = [
+        replace(run, loss=run.loss * 1.3) if place in (3, 20, 41) else run for place, run in enumerate(grid(HOFFMANN))
+    ]
+
+    def error() -> float:
+        found = fit_loss(runs, draws=20).law
+        return max(abs(found(run.parameters, run.tokens) / run.loss - 1) for run in grid(HOFFMANN))
+
+    assert error() < 1e-3
+    monkeypatch.setattr(fit, "HUBER", 1.0)
+    assert error() > 1e-2
+
+
+def test_tied_exponents() -> None:
+    """The over-training law (papers.md 8e): one exponent, in the draws too; another law's runs do not fit it."""
+    found = fit_loss(noisy(grid(TIED), 1e-4), tied=True)
+    assert found.law.constants == pytest.approx(TIED.constants, rel=0.02)
+    assert all(law[3] == law[4] for law in (found.law.constants, *found.law.draws))
+    assert fit_loss(grid(HOFFMANN), tied=True).residuals.std() > 10 * found.residuals.std()
+
+
+@pytest.mark.parametrize("noise", [0, 1e-4])
+@pytest.mark.parametrize(
+    ("fitted", "law", "runs"),
+    [
+        (fit_timescale, TAU, sweeps("timescale")),
+        (fit_optimal_batch, OPTIMAL_BATCH, sweeps("batch")),
+        (fit_critical_batch, CRITICAL_BATCH, batches()),
+    ],
+    ids=["timescale", "optimal batch", "critical batch"],
+)
+def test_power_laws_come_back(fitted: Callable[..., fit.Fit], law: PowerLaw, runs: list[Trained], noise: float) -> None:
+    """Exponent and predictions within 2 % over the fitted range; scale, which is at x = 1, hangs on the exponent."""
+    found = fitted(noisy(runs, noise)).law
+    assert found.exponent == pytest.approx(law.exponent, rel=0.02)
+    for x in (*found.fitted, math.sqrt(math.prod(found.fitted))):
+        assert found(x) == pytest.approx(law(x), rel=0.02)
+    assert found.source.startswith("fitted to ") and len(found.draws) > 150
+
+
+def test_the_best_run_counts() -> None:
+    """A badly tuned run beside a good one changes nothing; a batch sweep takes each batch's best weight decay."""
+    for fitted, runs in (
+        (fit_loss, grid(HOFFMANN)),
+        (fit_timescale, sweeps("timescale")),
+        (fit_optimal_batch, sweeps("batch")),
+        (fit_critical_batch, batches()),
+    ):
+        worse = [replace(run, loss=run.loss + 0.3) for run in runs]
+        law, alone = fitted(worse + runs, draws=20).law, fitted(runs, draws=20).law
+        assert replace(law, source="") == replace(alone, source="")
+
+
+def test_runs_of_unknown_or_mixed_batch_are_left_out() -> None:
+    """Sweeps at two batches are two sweeps; without a batch a run serves the loss law alone."""
+    runs = sweeps("timescale")
+    larger = [
+        Trained("", run.parameters, run.tokens, 3 + math.log(1.7 * run.timescale / TAU(run.tokens_per_parameter)) ** 2,
+                4 * run.batch, 1e-3, 4 / 1.7 * run.weight_decay)
+        for run in runs if run.timescale
+    ]  # fmt: skip
+    both = fit_timescale(runs + larger).law
+    assert both.exponent == pytest.approx(TAU.exponent, rel=1e-6) and both.source == f"fitted to {2 * len(runs)} runs"
+    unknown = [replace(run, batch=None, loss=9.0) for run in runs]
+    found = fit_timescale(runs + unknown)
+    assert found.law(40) == pytest.approx(TAU(40), rel=1e-6)
+    assert found.notes == [f"{len(runs)} runs are left out: they have no one timescale"]
+
+
+def test_an_optimum_outside_the_range_tried_is_no_optimum() -> None:
+    runs = sweeps("timescale")
+    cut = [run for run in runs if run.parameters > 1e8 or run.timescale > TAU(run.tokens_per_parameter)]
+    found = fit_timescale(cut)
+    assert len(found.points) == 14 and found.law(40) == pytest.approx(TAU(40), rel=1e-6)
+    assert len(found.notes) == 7 and all("N = 1e+08" in note and "not inside the range" in note for note in found.notes)
+
+
+def test_a_loss_that_only_falls_has_no_optimum() -> None:
+    """Its parabola's least point may lie inside the range tried, but the least loss lies at its end."""
+    runs = [replace(run, loss=2 + 0.01 / run.timescale) for run in sweeps("timescale") if run.timescale]
+    with pytest.raises(UserError, match="there are 0 among 105 runs; .* not inside the range tried"):
+        fit_timescale(runs)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    """80 % of the time; of 40 seeds that is 32, give or take 2.5. Resampling a few dozen runs is a little too sure: 63
+    to 72 % of 60 seeds were found."""
+    held = np.zeros(3)
+    for seed in range(40):
+        loss = fit_loss(noisy(grid(BESIROGLU, SIZES[::2], RATIOS[::2]), 1e-3, seed), draws=40, seed=seed).law
+        tau = fit_timescale(noisy(sweeps("timescale"), 2e-4, seed), draws=40, seed=seed).law
+        critical = fit_critical_batch(noisy(batches((1e9,))[::2], 2e-4, seed), draws=40, seed=seed).law
+        for place, (interval, truth) in enumerate(
+            [
+                (loss.interval(1e10, 2e11), BESIROGLU(1e10, 2e11)),
+                (tau.interval(160), TAU(160)),
+                (critical.interval(6e10), CRITICAL_BATCH(6e10)),
+            ]
+        ):
+            held[place] += interval[0] <= truth <= interval[1]
+    assert (held >= 20).all() and (held <= 38).all(), held
+
+
+@pytest.mark.parametrize(
+    ("fitted", "runs", "told"),
+    [
+        (fit_loss, [], "6 different (N, D) or more, of 3 sizes, 3 token counts and 2 D / N or more; there are 0"),
+        (fit_loss, grid(HOFFMANN, [1e9]), "there are 7, of 1, 7 and 7"),
+        (fit_loss, grid(HOFFMANN, ratios=[20]), "there are 8, of 8, 8 and 1"),
+        (fit_loss, [replace(run, loss=3 + 1e-12 * run.tokens) for run in grid(HOFFMANN)], "exponents"),
+        (fit_timescale, sweeps("timescale")[::3], "3 sweeps of it or more, at different tokens per parameter"),
+        (fit_timescale, grid(HOFFMANN), "there are 0 among 0 runs; 56 runs are left out"),
+        (fit_optimal_batch, sweeps("batch", ratios=[20], sizes=[1e8, 1e9]), "there are 2 among 10 runs"),
+        (fit_critical_batch, batches((1e9,))[:16], "batches with 3 token counts or more: 0"),
+        (fit_critical_batch, [run for run in batches() if run.batch < 2**18], "batches with 3 token counts or more: 2"),
+    ],
+)
+def test_too_few_runs(fitted: Callable[..., fit.Fit], runs: list[Trained], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        fitted(runs, draws=20)
+    assert told in str(error.value)
+
+
+def test_the_command_on_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every law that can be fitted is, and is written so that recipe reads it; what could not be is said."""
+    table = write_table(tmp_path / "runs.jsonl", [*grid(BESIROGLU), *sweeps("timescale", SIZES[:3])])
+    law, plot = tmp_path / "law.toml", tmp_path / "law.png"
+    assert main(["fit", str(table), "--out", str(law), "--plot", str(plot), "--draws", "20"]) == 0
+    out = capsys.readouterr().out
+    assert "not fitted: an optimal batch needs" in out and "not fitted: a critical batch needs" in out
+    row = next(line for line in out.splitlines() if line.lstrip().startswith("5.76e+23"))
+    assert row.split()[1:4] == ["72.2B", "1.33T", "18.4"] and row.endswith("beyond the runs")
+    written = law_file.read(law)
+    assert written.loss and written.timescale and written.optimal_batch is written.critical_batch is None
+    assert written.loss(7e9, 1.4e11) == pytest.approx(BESIROGLU(7e9, 1.4e11), rel=1e-6)
+    assert len(written.loss.draws) == 20 and written.timescale.fitted == (2, 160)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    assert main(["fit", str(table), "--out", str(law), "--timescale", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["laws"]
+    assert found.keys() == {"timescale"} and law_file.read(law).loss is None
+    assert found["timescale"]["constants"]["exponent"] == pytest.approx(TAU.exponent)
+
+
+LINE = '{"parameters": 1e8, "tokens": 2e9, "loss": 3.1}'
+
+
+@pytest.mark.parametrize(
+    ("lines", "words", "told"),
+    [
+        ([LINE], "", ["the runs suffice for no law", "there are 1"]),
+        ([LINE], "--loss", ["a loss law needs 6 different (N, D)"]),
+        ([LINE], "--timescale --tied-exponents", ["--tied-exponents", "--loss"]),
+        ([LINE], "--draws 5", ["--draws 5", "20"]),
+        ([LINE], "--seed -1", ["--seed -1"]),
+        ([LINE, LINE[:-1]], "", ["runs.jsonl line 2"]),
+        ([LINE, "[]"], "", ["runs.jsonl line 2", "not a JSON object"]),
+        ([LINE.replace("loss", "los")], "", ["runs.jsonl line 1", "los is unknown"]),
+        ([LINE.replace(', "loss": 3.1', "")], "", ["runs.jsonl line 1", "loss = null"]),
+        ([LINE.replace("3.1", "-1")], "", ["runs.jsonl line 1", "loss = -1 is no number above 0"]),
+        ([LINE.replace("3.1", '"low"')], "", ['loss = "low"']),
+    ],
+)
+def test_a_mistake_in_a_table_or_an_option(
+    lines: list[str], words: str, told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, law = tmp_path / "runs.jsonl", tmp_path / "law.toml"
+    table.write_text("\n".join(lines))
+    assert main(["fit", str(table), "--out", str(law), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert all(text in error for text in told) and "Traceback" not in error
+    assert not law.exists()
+
+
+def write_run(folder: Path, tree: dict, events: Sequence[str] = ("started", "finished"), **last: float | None) -> Path:
+    """A run directory as `megahp train` leaves it."""
+    settings = resolve.from_dict({"model": {"vocab_size": 257}, "data": {"train": ["corpus"]}, **tree}, "test")
+    log = RunLog(folder)
+    for event in events:
+        log.event(event, "because")
+    batch = settings.batch.global_batch
+    log.metrics({"step": 9, "tokens": settings.train.tokens, "global_batch": batch, "validation_loss": 3.0, **last})
+    log.close()
+    (folder / "config.toml").write_text(config.to_toml(settings))
+    return folder
+
+
+def test_run_directories(tmp_path: Path) -> None:
+    """Sizes, batch and what is applied to hidden matrices; a growing batch, or another optimizer, serves fewer laws."""
+    tree = {
+        "model": {"width": 512, "heads": 8, "vocab_size": 257},
+        "parameterization": {"name": "completep", "base_width": 256},
+        "optimizer": {"lr": 8e-3, "weight_decay": 0.05},
+        "train": {"tokens": 10_000_000},
+        "batch": {"global_batch": 24},
+    }
+    plain = write_run(tmp_path / "plain", tree, tokens=9_999_000)  # no room for another batch
+    grown = write_run(tmp_path / "grown", tree, ("started", "batch", "resumed", "finished"), global_batch=48)
+    muon = write_run(tmp_path / "muon", tree | {"optimizer": {"name": "muon"}})
+    (one, two, three), notes = read_runs([plain, grown, muon])
+    width, mlp, block = 512, 1408, 4 * 512**2 + 3 * 512 * 1408 + 2 * 512
+    assert mlp == 64 * math.ceil(8 * width / 3 / 64)
+    assert one.parameters == 4 * block + 512 + 2 * 384 * 512
+    assert (one.tokens, one.loss, one.batch) == (10_000_000, 3.0, 24 * 256)
+    assert (one.lr, one.weight_decay) == (4e-3, 0.1)
+    assert one.timescale == pytest.approx(24 * 256 / (8e-3 * 0.05 * 1e7))
+    assert (two.batch, two.lr) == (None, None) and (three.batch, three.lr) == (24 * 256, None)
+    assert len(notes) == 2 and "grown: its batch changes" in notes[0] and "muon: tau is AdamW's" in notes[1]
+
+    other = write_run(tmp_path / "other", tree | {"data": {"train": ["corpus"], "tokenizer": "x.model"}})
+    assert "data.tokenizer" in read_runs([plain, other])[1][0]
+
+
+@pytest.mark.parametrize(
+    ("events", "last", "told"),
+    [
+        (("started",), {}, "has not ended"),
+        (("started", "finished", "resumed"), {}, "has not ended"),
+        (("started", "finished"), {"tokens": 5000}, "has not ended: 5000 of train.tokens = 10000000"),
+        (("started", "finished"), {"validation_loss": None}, "no validation loss"),
+    ],
+)
+def test_a_run_that_cannot_be_used_is_named(
+    events: Sequence[str], last: dict, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "mine", {}, events, **last)
+    assert main(["fit", str(run), "--out", str(tmp_path / "law.toml")]) == 2
+    error = capsys.readouterr().err
+    assert str(run) in error and told in error
+
+
+def test_a_sparse_run_is_no_run_of_these_laws(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "sparse", {"sparsity": {"method": "static", "density": 0.5}})
+    with pytest.raises(UserError, match="sparse is sparse, and the laws are of dense models"):
+        read_runs([run])
