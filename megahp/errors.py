@@ -1,6 +1,7 @@
 """Exceptions that are told in one line: what the user gave cannot be used, or a machine failed."""
 
 import itertools
+import sys
 
 
 class UserError(Exception):
@@ -13,6 +14,11 @@ class UserError(Exception):
 
 class Fault(Exception):
     """Something broke that nobody here did wrong, told in one line; the run may go on from its last checkpoint."""
+
+
+def complain(error: Exception) -> None:
+    """One line on stderr."""
+    print(f"megahp: {error}", file=sys.stderr)
 
 
 def nearest_divisors(number: int, to: int) -> str:

@@ -15,14 +15,11 @@ srun_options=()
 container=()
 # container=(apptainer exec --nv --bind "$PWD" --pwd "$PWD" /images/megahp.sif)
 
-# Of a checkout; name it where this folder is a copy.
-tools=$(realpath "$MEGAHP_SLURM")/../tools
-
 # A check of all nodes before training: where it fails the job is queued again. Nodes named in the file, one a line, are
 # left out from then on; `megahp launch` leaves them out from the start.
 exclude=${exclude:-bad-nodes.txt}
 preflight=()
-# preflight=(python "$tools/check_cluster.py" --device cuda --exclude-file "$exclude")
+# preflight=(python -m megahp check-cluster --device cuda --exclude-file "$exclude")
 
 restarts=20 # after faults; being told to leave, as at the time limit, does not count
 

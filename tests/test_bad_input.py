@@ -99,7 +99,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("train run.toml batch.global_batch=5", ["batch.global_batch = 5", "nearest", "4, 6"]),
         ("train run.toml batch.global_batch=2 --ranks 4", ["batch.global_batch = 2", "nearest that can be: 8"]),
         ("train run.toml train.device=cuda", ["train.device", "CUDA", "cpu"]),
-        ("train run.toml data.train=[]", ["data.train", "preprocess_data.py"]),
+        ("train run.toml data.train=[]", ["data.train", "megahp preprocess"]),
         ('train run.toml data.train=["nowhere"]', ["nowhere"]),
         ('train run.toml data.train=["truncated"]', ["truncated.idx"]),
         ('train run.toml data.train=["magic"]', ["magic.idx"]),

@@ -1,12 +1,61 @@
-"""Arguments that several commands take."""
+"""Arguments that several commands take, and how their values are read."""
 
 from __future__ import annotations
 
+import argparse
+import math
+import re
+import shlex
 from pathlib import Path
-from typing import Any
+
+from megahp.errors import UserError
 
 
-def add_run_file(parser: Any) -> None:
+def add_run_file(parser: argparse.ArgumentParser) -> None:
     """RUN.toml, and settings that replace its own."""
     parser.add_argument("run_file", type=Path, metavar="RUN.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+
+
+def positive(text: str, remedy: str) -> float:
+    """A finite number above 0. Raises UserError, which ends with the remedy."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UserError(f"{text!r} is {remedy}")
+    return value
+
+
+def starts_ranks(ranks: int | None, size: int) -> bool:
+    """Whether --ranks asks for ranks where a launcher has started none. Raises UserError."""
+    if ranks in (None, size):
+        return False
+    if size > 1:
+        raise UserError(f"--ranks {ranks}, but the launcher started {size}; leave --ranks out")
+    if ranks is not None and ranks < 1:
+        raise UserError(f"--ranks {ranks} must be at least 1")
+    return True
+
+
+def whole_numbers(text: str) -> list[int]:
+    """1,2,3 as an option's value. Raises ValueError."""
+    return [int(word) for word in text.split(",")]
+
+
+def name_of(word: str) -> str:
+    """The key of section.key=value."""
+    return word.partition("=")[0]
+
+
+def labelled(text: str) -> tuple[str, list[str]]:
+    """LABEL: section.key=value ... as label and settings; without a label the settings are it."""
+    label, colon, settings = f"{text} ".partition(": ")
+    words = shlex.split(settings if colon else text)
+    return label if colon else " ".join(word.partition(".")[2] for word in words) or "all", words
+
+
+def plain(text: str) -> str:
+    """A name for a folder."""
+    return re.sub(r"[^\w.+=-]+", "-", text).strip("-.") or "-"

@@ -1,70 +1,62 @@
-"""megahp checkpoint: what there is, whether it is whole, how two differ, and dropping some."""
+"""Checkpoints: what there is, whether it is whole, how two differ, and dropping some."""
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from megahp import config
+from megahp.checkpoint import Place, complete, find, latest, place, problems, remove, superseded
+from megahp.checkpoint.inspect import differences, listing
 from megahp.errors import UserError
 
-if TYPE_CHECKING:
-    from megahp.checkpoint import Place
 
-
-def add_to(parsers: Any) -> None:
-    """ls, verify, diff, prune."""
-    actions = parsers.add_parser("checkpoint", help="list, verify, compare or drop checkpoints").add_subparsers(
-        required=True, metavar="ACTION"
-    )
+def add_arguments(parser: ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("ls", help="what a run has")
     listing.add_argument("run", type=_place, metavar="RUN", help="run directory, or its URL")
-    listing.set_defaults(command=_list_checkpoints)
+    listing.set_defaults(action=_list_checkpoints)
 
     verify = actions.add_parser("verify", help="read every byte, and compare it with what was written")
     verify.add_argument(
         "checkpoints", type=_place, nargs="+", metavar="CHECKPOINT", help="or a run: then all of its; or a URL"
     )
-    verify.set_defaults(command=_verify_checkpoints)
+    verify.set_defaults(action=_verify_checkpoints)
 
     diff = actions.add_parser("diff", help="how two differ: settings, progress, tensors")
     diff.add_argument(
         "checkpoints", type=_place, nargs=2, metavar="CHECKPOINT", help="or a run: then its newest; or a URL"
     )
-    diff.set_defaults(command=_compare_checkpoints)
+    diff.set_defaults(action=_compare_checkpoints)
 
     prune = actions.add_parser("prune", help="drop what need not be kept")
     prune.add_argument("run", type=_place, metavar="RUN", help="run directory, or its URL")
     prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many of the newest stay")
     prune.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="those at every so many steps too")
     prune.add_argument("--keep-best", action="store_true", help="that of least validation loss too")
-    prune.set_defaults(command=_prune_checkpoints)
+    prune.set_defaults(action=_prune_checkpoints)
 
 
-def _list_checkpoints(options: Namespace, words: Sequence[str]) -> int:
-    from megahp.checkpoint.inspect import listing
+def run(options: Namespace, words: Sequence[str]) -> int:
+    return options.action(options)
 
+
+def _list_checkpoints(options: Namespace) -> int:
     print("\n".join(listing(_checkpoints_of(options.run))))
     return 0
 
 
-def _verify_checkpoints(options: Namespace, words: Sequence[str]) -> int:
-    from megahp.checkpoint import complete, problems
-
+def _verify_checkpoints(options: Namespace) -> int:
     found = 0
-    for place in options.checkpoints:
-        for checkpoint in complete(place / "checkpoints") or [place]:
+    for named in options.checkpoints:
+        for checkpoint in complete(named / "checkpoints") or [named]:
             wrong = problems(checkpoint)
             found += len(wrong)
             print("\n".join(f"{checkpoint}: {problem}" for problem in wrong) or f"{checkpoint}: as it was written")
     return 1 if found else 0
 
 
-def _compare_checkpoints(options: Namespace, words: Sequence[str]) -> int:
-    from megahp.checkpoint import find
-    from megahp.checkpoint.inspect import differences
-
+def _compare_checkpoints(options: Namespace) -> int:
     found = 0
     for line in differences(*map(find, options.checkpoints)):
         print(line)
@@ -72,9 +64,7 @@ def _compare_checkpoints(options: Namespace, words: Sequence[str]) -> int:
     return found
 
 
-def _prune_checkpoints(options: Namespace, words: Sequence[str]) -> int:
-    from megahp.checkpoint import latest, problems, remove, superseded
-
+def _prune_checkpoints(options: Namespace) -> int:
     if options.keep < 1 or options.keep_every < 0:
         raise UserError(f"--keep {options.keep} must be at least 1, and --keep-every {options.keep_every} at least 0")
     folder = _checkpoints_of(options.run)
@@ -89,16 +79,12 @@ def _prune_checkpoints(options: Namespace, words: Sequence[str]) -> int:
 
 
 def _checkpoints_of(run: Place) -> Place:
-    from megahp.checkpoint import complete
-
     if not complete(run / "checkpoints"):
         raise UserError(f"{run} is no run directory with checkpoints; name one, such as runs/quickstart")
     return run / "checkpoints"
 
 
 def _place(name: str) -> Place:
-    from megahp.checkpoint import place
-
     try:
         return place(name)
     except UserError as error:

@@ -1,14 +1,13 @@
-"""megahp evaluate: how well a checkpoint predicts text files."""
+"""Loss, bits per byte and perplexity of text files under a checkpoint."""
 
 from __future__ import annotations
 
 import json
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any
 
 from megahp.data.texts import JSON_LINES, read_documents
 from megahp.errors import UserError
@@ -17,21 +16,18 @@ LINE = "{:<{width}}{:>14}{:>14}{:>12}{:>12}{:>14}"
 HEADER = ("tokens", "bytes", "nats/token", "bits/byte", "perplexity")
 
 
-def add_to(parsers: Any) -> None:
-    """Its options."""
-    evaluate = parsers.add_parser("evaluate", help="loss, bits per byte and perplexity of text files")
-    evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: then its newest")
-    evaluate.add_argument("files", type=Path, nargs="+", metavar="FILE", help="text, or .jsonl(.gz|.zst)")
-    evaluate.add_argument("--json-key", metavar="KEY", help="field of the text in JSON lines (default text)")
-    evaluate.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: a training sample's)")
-    evaluate.add_argument(
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: then its newest")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="text, or .jsonl(.gz|.zst)")
+    parser.add_argument("--json-key", metavar="KEY", help="field of the text in JSON lines (default text)")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: a training sample's)")
+    parser.add_argument(
         "--stride", type=int, metavar="N", help="tokens from a window to the next (default: half of --context)"
     )
-    evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.set_defaults(command=_evaluate)
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _evaluate(options: Namespace, words: Sequence[str]) -> int:
+def run(options: Namespace, words: Sequence[str]) -> int:
     from megahp.evaluate.perplexity import Score, context_of, evaluate
     from megahp.evaluate.sample import trained
 

@@ -1,14 +1,15 @@
-"""megahp fit: scaling laws from finished runs."""
+"""Fit scaling laws to finished runs."""
 
 from __future__ import annotations
 
 import json
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megahp.errors import UserError
+from megahp.recipe import fit_runs
+from megahp.recipe.law_file import Laws, write
 
 LAWS = {
     "loss": "L(N, D)",
@@ -18,27 +19,21 @@ LAWS = {
 }
 
 
-def add_to(parsers: Any) -> None:
-    """Its options."""
-    laws = parsers.add_parser("fit", help="fit scaling laws to finished runs")
-    laws.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, or .jsonl table of runs")
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, or .jsonl table of runs")
     for name, law in LAWS.items():
-        laws.add_argument(
+        parser.add_argument(
             f"--{name}", action="append_const", dest="laws", const=name.replace("-", "_"), help=f"fit {law}"
         )
-    laws.add_argument("--tied-exponents", action="store_true", help="alpha = beta in L(N, D)")
-    laws.add_argument("--draws", type=int, default=200, metavar="K", help="bootstrap draws (default 200)")
-    laws.add_argument("--seed", type=int, default=1, help="of the draws (default 1)")
-    laws.add_argument("--out", type=Path, required=True, metavar="LAW.toml", help="law file to write")
-    laws.add_argument("--plot", type=Path, metavar="FILE", help="draw fits and residuals: .svg, .png or .pdf")
-    laws.add_argument("--json", action="store_true", help="print JSON")
-    laws.set_defaults(command=_fit)
+    parser.add_argument("--tied-exponents", action="store_true", help="alpha = beta in L(N, D)")
+    parser.add_argument("--draws", type=int, default=200, metavar="K", help="bootstrap draws (default 200)")
+    parser.add_argument("--seed", type=int, default=1, help="of the draws (default 1)")
+    parser.add_argument("--out", type=Path, required=True, metavar="LAW.toml", help="law file to write")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw fits and residuals: .svg, .png or .pdf")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _fit(options: Namespace, words: Sequence[str]) -> int:
-    from megahp.recipe import fit_runs
-    from megahp.recipe.law_file import Laws, write
-
+def run(options: Namespace, words: Sequence[str]) -> int:
     runs, notes = fit_runs.read_runs(options.runs)
     fits, refused = fit_runs.fit_laws(runs, options.laws, options.tied_exponents, options.draws, options.seed)
     try:

@@ -1,22 +1,20 @@
-"""megahp launch, requeue: a run as a job of Slurm's."""
+"""Check a run, and submit it to Slurm with a script of slurm/."""
 
 from __future__ import annotations
 
 import math
-import os
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megahp.cluster.job import BAD_NODES, OWN, Job, submit
 from megahp.commands.arguments import add_run_file
-from megahp.commands.grow import Chain, chain_of, outlook
+from megahp.commands.chain import Chain, chain_of, outlook
 from megahp.config import resolve
 from megahp.errors import UserError
-from megahp.exit_codes import FINISHED, NO_PROGRESS, STOPPED, USER_ERROR
+from megahp.exit_codes import FINISHED
 from megahp.parallel.layout import fit
 
 SCRIPTS = {"srun": "pretrain.sbatch", "torchrun": "pretrain_torchrun.sbatch"}
@@ -25,45 +23,34 @@ PATIENCE = 30  # minutes
 OWN_IN_CHAINS = (*OWN, "dependency", "begin", "hold", "requeue", "no-requeue")
 
 
-def add_to(parsers: Any) -> None:
-    """Their options."""
-    launch = parsers.add_parser("launch", help="check a run, and submit it to Slurm with a script of slurm/")
-    add_run_file(launch)
-    launch.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the job")
-    launch.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="GPUs of a node (default 1)")
-    launch.add_argument("--time", metavar="TIME", help="limit of one job, D-HH:MM:SS; it is queued again there")
-    launch.add_argument("--partition", metavar="NAME", help="to submit to")
-    launch.add_argument("--account", metavar="NAME", help="to charge")
-    launch.add_argument("--exclude", type=Path, default=BAD_NODES, metavar="FILE", help=f"(default {BAD_NODES})")
-    launch.add_argument("--sbatch", default="", metavar="OPTIONS", help="more, such as '--qos=high --signal=USR1@600'")
-    launch.add_argument("--launcher", choices=SCRIPTS, default="srun", help="one task a rank, or one torchrun a node")
-    launch.add_argument(
-        "--grow", type=int, metavar="N", help="as the batch grows, twice the nodes, up to N: docs/slurm.md"
-    )
-    launch.add_argument(
+def add_arguments(parser: ArgumentParser) -> None:
+    add_run_file(parser)
+    add = parser.add_argument
+    add("--nodes", type=int, required=True, metavar="N", help="nodes of the job")
+    add("--ranks-per-node", type=int, default=1, metavar="N", help="GPUs of a node (default 1)")
+    add("--time", metavar="TIME", help="limit of one job, D-HH:MM:SS; it is queued again there")
+    add("--partition", metavar="NAME", help="to submit to")
+    add("--account", metavar="NAME", help="to charge")
+    add("--exclude", type=Path, default=BAD_NODES, metavar="FILE", help=f"(default {BAD_NODES})")
+    add("--sbatch", default="", metavar="OPTIONS", help="more, such as '--qos=high --signal=USR1@600'")
+    add("--launcher", choices=SCRIPTS, default="srun", help="one task a rank, or one torchrun a node")
+    add("--grow", type=int, metavar="N", help="as the batch grows, twice the nodes, up to N: docs/slurm.md")
+    add(
         "--patience",
         type=float,
         metavar="MINUTES",
         help=f"with --grow: how long more nodes are waited for before the run goes on on as many (default {PATIENCE})",
     )
-    launch.add_argument(
+    add(
         "--speed",
         type=float,
         metavar="X",
         help="with --grow: tokens a second of one node, for the plan (default: as logged)",
     )
-    launch.add_argument("--dry-run", action="store_true", help="print the script, and submit nothing")
-    launch.set_defaults(command=_launch)
-
-    requeue = parsers.add_parser("requeue", help="for slurm/: exit 0 where a job is to be queued again after CODE")
-    requeue.add_argument("code", type=int, metavar="CODE", help="exit code of its training")
-    add_run_file(requeue)
-    requeue.add_argument("--restarts", type=int, default=20, metavar="N", help="after faults (default 20)")
-    requeue.add_argument("--job", default=os.environ.get("SLURM_JOB_ID", ""), metavar="ID", help="the first of a chain")
-    requeue.set_defaults(command=_requeue)
+    add("--dry-run", action="store_true", help="print the script, and submit nothing")
 
 
-def _launch(options: Namespace, words: Sequence[str]) -> int:
+def run(options: Namespace, words: Sequence[str]) -> int:
     for name in ("nodes", "ranks_per_node"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
@@ -110,23 +97,3 @@ def first_of_chain(options: Namespace, chain: Chain) -> Job:
     patience = math.ceil(60 * (PATIENCE if options.patience is None else options.patience))
     variables = f"nodes={options.nodes} grow={options.grow} patience={patience} chain=${{1:-$SLURM_JOB_ID}} before=$2"
     return replace(job_of(options), script=GROWING, nodes=nodes, own=OWN_IN_CHAINS, variables=variables)
-
-
-def _requeue(options: Namespace, words: Sequence[str]) -> int:
-    """Decide, and log it in the run's events."""
-    from megahp.faults.relaunch import checkpoints, verdict
-    from megahp.log.metrics import RunLog, read_events, read_metrics
-
-    if options.code in (FINISHED, USER_ERROR, NO_PROGRESS):
-        return options.code
-    run = resolve.load(options.run_file, options.overrides).config.directory
-    log = RunLog(run)
-    told = {"code": options.code, "job": options.job, "checkpoints": checkpoints(run)}
-    last = {key: step[key] for step in read_metrics(run)[-1:] for key in ("step", "tokens")}
-    before = [event for event in read_events(run) if event["event"] == "requeued" and event["job"] == options.job]
-    found = [event["checkpoints"] for event in before if event["code"] != STOPPED]
-    end = None if options.code == STOPPED else verdict(options.code, [*found, checkpoints(run)], options.restarts, run)
-    if end is None:
-        log.event("requeued", f"exit code {options.code}", **told, **last)
-    log.close()
-    return FINISHED if end is None else end

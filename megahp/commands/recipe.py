@@ -1,11 +1,11 @@
-"""megahp recipe: from a size, a budget or a loss to a run file."""
+"""From a size, a budget or a loss to a run file, with every source."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,9 +27,7 @@ MARKED = (10, 20, 30, 50, 80, 130, 200, 320, 500, 1000)  # tokens per parameter 
 GPUS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
-def add_to(parsers: Any) -> None:
-    """Its options."""
-    recipe = parsers.add_parser("recipe", help="from a size, a budget or a loss to a run file, with every source")
+def add_arguments(parser: ArgumentParser) -> None:
     numbers = {
         "params": "parameters, embeddings included",
         "tokens": "tokens to train on",
@@ -42,7 +40,7 @@ def add_to(parsers: Any) -> None:
         "density": "share of the weights left after pruning between 25 and 75 %% of compute: N_avg and its loss",
     }
     for name, meaning in numbers.items():
-        recipe.add_argument(f"--{name}", type=float, metavar="X", help=meaning)
+        parser.add_argument(f"--{name}", type=float, metavar="X", help=meaning)
     whole = {
         "batch": "sequences of every batch",
         "width": "of the model",
@@ -50,25 +48,24 @@ def add_to(parsers: Any) -> None:
         "gpus": "of the cluster",
     }
     for name, meaning in whole.items():
-        recipe.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
-    recipe.add_argument("--gpu", metavar="NAME", help="kind of GPU, for its peak")
-    recipe.add_argument("--preset", metavar="NAME", help="a known model")
-    recipe.add_argument("--base", type=Path, metavar="RUN.toml", help="your tuned run, to transfer from")
-    recipe.add_argument("--data", nargs="+", metavar="PREFIX", help="prefixes of .bin/.idx pairs")
-    recipe.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a sample")
-    words = recipe.add_mutually_exclusive_group()
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
+    parser.add_argument("--gpu", metavar="NAME", help="kind of GPU, for its peak")
+    parser.add_argument("--preset", metavar="NAME", help="a known model")
+    parser.add_argument("--base", type=Path, metavar="RUN.toml", help="your tuned run, to transfer from")
+    parser.add_argument("--data", nargs="+", metavar="PREFIX", help="prefixes of .bin/.idx pairs")
+    parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a sample")
+    words = parser.add_mutually_exclusive_group()
     words.add_argument("--tokenizer", metavar="FILE", help="of the data; its vocabulary is the model's")
     words.add_argument("--vocab-size", type=int, metavar="N", help="number of token ids")
-    recipe.add_argument("--law", default="power-lines", help="whose rate and batch: a name, or a law file")
-    recipe.add_argument("--loss-law", metavar="LAW", help="a name, or a law file (default besiroglu)")
-    recipe.add_argument("--compare", action="store_true", help="what other rules would have chosen")
-    recipe.add_argument("--pareto", type=Path, metavar="FILE.png", help="plot time against compute at --target-loss")
-    recipe.add_argument("--json", action="store_true", help="print everything as JSON")
-    recipe.add_argument("--out", type=Path, metavar="RUN.toml", help="write the run file")
-    recipe.set_defaults(command=_recipe)
+    parser.add_argument("--law", default="power-lines", help="whose rate and batch: a name, or a law file")
+    parser.add_argument("--loss-law", metavar="LAW", help="a name, or a law file (default besiroglu)")
+    parser.add_argument("--compare", action="store_true", help="what other rules would have chosen")
+    parser.add_argument("--pareto", type=Path, metavar="FILE.png", help="plot time against compute at --target-loss")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--out", type=Path, metavar="RUN.toml", help="write the run file")
 
 
-def _recipe(options: Namespace, words: Sequence[str]) -> int:
+def run(options: Namespace, words: Sequence[str]) -> int:
     laws = laws_of(options.law, options.loss_law)
     if options.pareto and not options.target_loss:
         raise UserError(f"--pareto {options.pareto} is drawn at one loss; give --target-loss")

@@ -1,13 +1,12 @@
-"""megahp status: jobs, progress and ETA of runs."""
+"""Jobs, progress, ETA and last events of runs."""
 
 from __future__ import annotations
 
 import subprocess
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megahp.cluster.job import OWNER
 from megahp.errors import UserError
@@ -16,14 +15,11 @@ SHOWN = 3  # events
 COLUMNS = "%i|%T|%M|%l|%D|%R|%k"
 
 
-def add_to(parsers: Any) -> None:
-    """Its options."""
-    status = parsers.add_parser("status", help="a run's jobs, progress, ETA and last events")
-    status.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run directory (default: those of your jobs)")
-    status.set_defaults(command=_status)
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run directory (default: those of your jobs)")
 
 
-def _status(options: Namespace, words: Sequence[str]) -> int:
+def run(options: Namespace, words: Sequence[str]) -> int:
     found = jobs()
     runs = options.runs or [Path(run) for run in found]
     if not runs:

@@ -55,9 +55,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     if kind is None:
         raise UserError(f"tokenizer {path!r} is none of the known kinds: use 'bytes', a *.model or a *.json file")
     if not Path(path).is_file():
-        raise UserError(
-            f"tokenizer {path!r} does not exist: check the path, or train one with tools/preprocess_data.py"
-        )
+        raise UserError(f"tokenizer {path!r} does not exist: check the path, or train one with `megahp preprocess`")
     return kind(path)
 
 

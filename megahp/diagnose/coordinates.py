@@ -1,5 +1,5 @@
 """How large a model's activations are, and how much of a layer's change is only linear: what must not depend on the
-model's size where learning is to transfer. tools/coordinate_check.py fits and judges them over a family of sizes.
+model's size where learning is to transfer. `megahp coordinate-check` fits and judges them over a family of sizes.
 """
 
 from __future__ import annotations

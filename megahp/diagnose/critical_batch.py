@@ -1,6 +1,6 @@
 """The critical batch from branched training: the largest batch at which a run still loses nothing.
 
-Merrill et al., arXiv 2505.23971; tools/measure_critical_batch.py trains the branches.
+Merrill et al., arXiv 2505.23971; `megahp measure critical-batch` trains the branches.
 """
 
 from __future__ import annotations

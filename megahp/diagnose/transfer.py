@@ -1,6 +1,6 @@
 """Whether things stay where they are while a model grows: the optimum of a hyperparameter, the size of activations.
 
-tools/transfer_sweep.py and tools/coordinate_check.py measure them.
+`megahp transfer-sweep` and `megahp coordinate-check` measure them.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megahp.errors import Fault, UserError
 from megahp.exit_codes import FINISHED, STOPPED
@@ -126,11 +126,12 @@ def is_lost_connection(error: Exception) -> bool:
     return isinstance(error, DistBackendError) or "gloo/transport" in str(error)
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End this process. destroy_process_group() races with gloo's threads and now and then aborts, so it is skipped."""
-    import torch.distributed as dist
-
-    if code in (FINISHED, STOPPED) and dist.is_initialized():  # a launcher ends all when one is gone with another code
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized():
+        sys.exit(code)
+    if code in (FINISHED, STOPPED):  # a launcher ends all when one is gone with another code
         dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()

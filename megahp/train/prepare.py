@@ -39,7 +39,7 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
     if settings.log.wandb != "off":
         check_wandb()
     if not settings.data.train:
-        raise UserError("data.train is empty; name at least one prefix written by tools/preprocess_data.py")
+        raise UserError("data.train is empty; name at least one prefix written by `megahp preprocess`")
     tokenizer = load_tokenizer(settings.data.tokenizer)
     check_tokenizer(settings, tokenizer)
     settings = with_vocabulary(settings, tokenizer)

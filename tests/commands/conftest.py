@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,12 +11,9 @@ from corpus import write_corpus
 
 
 @pytest.fixture(scope="module")
-def tool(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The SCRIPT that a file of tests is about, as a module, importable in spawned workers too."""
-    script = request.module.SCRIPT
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(script.parent))
-        yield importlib.import_module(script.stem)
+def tool(request: pytest.FixtureRequest) -> ModuleType:
+    """The file of the COMMAND that a file of tests is about."""
+    return importlib.import_module(f"megahp.commands.{'_'.join(request.module.COMMAND).replace('-', '_')}")
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,12 @@ from types import ModuleType
 
 import pytest
 
+from megahp import cli
 from megahp.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "benchmark_checkpoint.py"
+COMMAND = ["benchmark", "checkpoint"]
 
 
 def test_two_ranks_on_a_small_model(tmp_path: Path) -> None:
@@ -39,4 +41,4 @@ def test_two_ranks_on_a_small_model(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_told(tool: ModuleType, words: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        tool.main(words)
+        cli.main([*COMMAND, *words])

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from distributed import world
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megahp import cli
 from megahp.parallel.layout import AXES, Layout
 from megahp.parallel.mesh import make_mesh
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark_communication.py"
+COMMAND = ["benchmark", "communication"]
 RUN = "[parallel]\ntp = 2\n"
 # doc/PERFORMANCE.md of NVIDIA/nccl-tests: bus over algorithm bandwidth of n ranks
 FACTORS = {
@@ -140,5 +142,5 @@ def test_groups_of_nodes(tool: ModuleType) -> None:
     ],
 )
 def test_mistakes(words: list[str], mistake: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool.main(words) == 2
+    assert cli.main([*COMMAND, *words]) == 2
     assert mistake in capsys.readouterr().err

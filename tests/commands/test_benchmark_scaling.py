@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megahp import config
+from megahp import cli, config
+from megahp.diagnose import child_runs
 from megahp.log.metrics import read_events, read_metrics
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark_scaling.py"
+COMMAND = ["benchmark", "scaling"]
 RUN = """
 [model]
 layers = 1
@@ -54,11 +56,11 @@ TRAINED = ["--modes", "strong", "--out", "trained"]
 @pytest.fixture
 def scaling(tool: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.chdir(folder)
-    return lambda *words: tool.main([str(word) for word in words])
+    return lambda *words: cli.main([*COMMAND, *map(str, words)])
 
 
 def curves_of(tool: ModuleType, *words: str) -> Mapping[tuple[str, str], Sequence[Any]]:
-    return tool.read_curves(tool.parser().parse_args([*WORDS, *words]))
+    return tool.read_curves(cli.parse([*COMMAND, *WORDS, *words])[1])
 
 
 def test_a_point_cut_short_begins_anew_and_a_finished_one_does_not(
@@ -66,7 +68,7 @@ def test_a_point_cut_short_begins_anew_and_a_finished_one_does_not(
 ) -> None:
     point, second = curves_of(tool, "1", "2", *TRAINED)["strong", "as given"]
     cut, other = point.directory, second.directory
-    assert tool.train(config.with_values(point.settings, {"train.steps": 2}), 1) == 0
+    assert child_runs.train(config.with_values(point.settings, {"train.steps": 2}), 1) == 0
     assert [path.name for path in (cut / "checkpoints").glob("step-*")] == ["step-00000002"]
     (cut / "events.jsonl").write_text("")
     (cut / "config.toml").unlink()
@@ -79,7 +81,7 @@ def test_a_point_cut_short_begins_anew_and_a_finished_one_does_not(
     said = capsys.readouterr().out
     assert "2 points, 1 of them there already" in said and "all ranks share this machine" in said
     found = json.loads(Path("found.json").read_text())
-    assert found["emulated"] and found["versions"]["torch"] and found["command"][0] == "benchmark_scaling.py"
+    assert found["emulated"] and found["versions"]["torch"] and found["command"][:3] == ["megahp", *COMMAND]
     for run, row in zip((cut, other), found["rows"], strict=True):
         steps = read_metrics(run)
         assert [step["step"] for step in steps] == [1, 2, 3, 4, 5] and not (run / "checkpoints").exists()
@@ -101,7 +103,7 @@ def test_a_point_that_fails_ends_the_measurement(
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert scaling(*WORDS, "1", "2", "--modes", "strong", "--out", "failed") == 76
     out, err = capsys.readouterr()
-    assert err == "error: as given, 1 nodes, 1 ranks, batch 8 ended with exit code 76; the same command goes on\n"
+    assert err == "megahp: as given, 1 nodes, 1 ranks, batch 8 ended with exit code 76; the same command goes on\n"
     assert "[1/2]" in out and "[2/2]" not in out
     assert (folder / "failed/as-given/emulated-1x1-batch-8/train.log").read_text() == "1 threads\n"
     monkeypatch.setattr(sys, "executable", str(trainer(folder / "idle", "exit 0")))
@@ -120,12 +122,10 @@ def trainer(file: Path, command: str) -> Path:
 
 def test_no_training_outlives_the_measurement(folder: Path) -> None:
     """Which is told to end in the midst of one."""
-    begin = (
-        "import sys; sys.executable = sys.argv.pop(1); import benchmark_scaling as b; sys.exit(b.main(sys.argv[1:]))"
-    )
+    begin = "import sys; sys.executable = sys.argv.pop(1); from megahp.cli import main; sys.exit(main(sys.argv[1:]))"
     sleeper = trainer(folder / "sleeper", "echo $$ >pid; exec sleep 99")
-    command = [sys.executable, "-c", begin, str(sleeper), *WORDS, "1", "--modes", "strong", "--out", "ended"]
-    environment = os.environ | {"PYTHONPATH": f"{SCRIPT.parents[1]}:{SCRIPT.parent}"}
+    command = [sys.executable, "-c", begin, str(sleeper), *COMMAND, *WORDS, "1", "--modes", "strong", "--out", "ended"]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     measurement = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE)
     pid = folder / "pid"
     assert eventually(lambda: pid.exists() and pid.read_text())
@@ -148,7 +148,7 @@ def test_a_point_of_another_measurement_is_refused(
 ) -> None:
     point = curves_of(tool, "1", "--out", "other")["weak", "as given"][0]
     point.directory.mkdir(parents=True)
-    tool.write_run_file(point.settings).rename(point.directory / "config.toml")
+    child_runs.write_run_file(point.settings).rename(point.directory / "config.toml")
     assert scaling(*WORDS, "1", "--out", "other", "--steps", "6", "--dry-run") == 2
     said = capsys.readouterr().err
     assert "was trained with train.steps = 5, not 6; name another --out" in said and said.count("\n") == 1
@@ -259,4 +259,4 @@ def test_a_mistake_is_told_before_anything_is_trained(
 ) -> None:
     assert scaling(*WORDS, *words, "--out", "mistaken") == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and told in said and said.count("\n") == 1 and not Path("mistaken").exists()
+    assert said.startswith("megahp: ") and told in said and said.count("\n") == 1 and not Path("mistaken").exists()

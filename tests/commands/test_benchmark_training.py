@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -14,10 +13,13 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType
 
+from megahp import cli
+from megahp.benchmark import time_split
 from megahp.scaling.flops import parameters, training_flops
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "benchmark_training.py"
+COMMAND = ["benchmark", "training"]
 TINY = ["--shape", "1x64", "--sequence", "16", "--micro-batch", "2", "--vocabulary", "128", "--dtype", "float32"]
 SHORT = ["--turns", "2", "--steps", "1", "--warm-up", "1"]
 
@@ -38,7 +40,7 @@ def test_one_rank_beside_the_baseline(tool: ModuleType, tmp_path: Path) -> None:
     found = json.loads(json_file.read_text())
     assert [row["contestant"] for row in found["rows"]] == contestants
     model = tool.case_of(
-        tool.parser().parse_args([*TINY, "--contestants", "megahp"]), "1x64", 1, "float32"
+        cli.parse([*COMMAND, *TINY, "--contestants", "megahp"])[1], "1x64", 1, "float32"
     ).settings.model
     for row in found["rows"]:
         assert row["tokens_per_step"] == 4 * 16 and row["parameters"] == parameters(model, 16)
@@ -74,7 +76,7 @@ def test_every_layout_of_several_ranks(tmp_path: Path) -> None:
 
 
 def test_the_baseline_has_as_many_weights(tool: ModuleType) -> None:
-    options = tool.parser().parse_args([*TINY, "--contestants", "nanogpt"])
+    options = cli.parse([*COMMAND, *TINY, "--contestants", "nanogpt"])[1]
     settings = tool.case_of(options, "2x128", 1, "float32").settings
     model = tool.nanogpt.GPT(settings.model, 16)
     assert sum(weight.numel() for weight in model.parameters()) == parameters(settings.model, 16)
@@ -83,7 +85,7 @@ def test_the_baseline_has_as_many_weights(tool: ModuleType) -> None:
 def test_layers_computed_again(tool: ModuleType) -> None:
     full, second = "compute.recompute=full", "compute.recompute_every=2"
     for words, layers in (((full,), 5), ((full, second), 3), (("compute.recompute=selective",), 0)):
-        options = tool.parser().parse_args([*TINY, "--contestants", "megahp", "--settings", *words])
+        options = cli.parse([*COMMAND, *TINY, "--contestants", "megahp", "--settings", *words])[1]
         assert tool.recomputed_layers(tool.case_of(options, "5x64", 1, "float32").settings) == layers
 
 
@@ -95,7 +97,7 @@ def event(name: str, start: float, end: float, device: DeviceType = DeviceType.C
 
 
 def test_time_is_split_without_overlap(tool: ModuleType) -> None:
-    split = importlib.import_module("time_split")
+    split = time_split
     host = [event("waiting for data", 0, 10), event("aten::copy_", 5, 8), event("aten::mm", 20, 50)]
     host += [event("aten::mul", 30, 40), event("gloo:all_reduce", 45, 60), event("MmBackward0", 50, 70)]
     found = split.split_of(split.cpu_spans(host), 100)
@@ -138,7 +140,7 @@ MISTAKES = {
 def test_mistakes_are_one_line(
     tool: ModuleType, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
 ) -> None:
-    assert tool.main([*TINY, *words]) == 2
+    assert cli.main([*COMMAND, *TINY, *words]) == 2
     out, error = capsys.readouterr()
-    assert out == "" and error.startswith("error: ") and error.count("\n") == 1
+    assert out == "" and error.startswith("megahp: ") and error.count("\n") == 1
     assert expected in error

@@ -23,9 +23,11 @@ from typing import Any
 import pytest
 import torch
 
+from megahp import cli
 from megahp.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "check_cluster.py"
+COMMAND = ["check-cluster"]
 NODES = ["n1", "n1", "n2", "n2", "n3", "n3", "n4", "n4"]
 EXPECTED = dict.fromkeys(NODES, 2)
 SLOW = 1  # rank
@@ -228,7 +230,7 @@ def test_the_list_of_bad_nodes_is_kept(tool: ModuleType) -> None:
 def test_lists_of_several_checks_are_one(tool: ModuleType, tmp_path: Path) -> None:
     """Of eight checks at the same time, on nodes of their own."""
     file, pool = tmp_path / "bad.txt", ThreadPoolExecutor(8)
-    arguments = tool.parser().parse_args(["--exclude-file", str(file)])
+    arguments = cli.parse([*COMMAND, "--exclude-file", str(file)])[1]
     bad = [[tool.Problem(f"n{number}", "")] for number in range(8)]
     list(pool.map(lambda problems: tool.write(arguments, [], {"ranks": []}, problems), bad))
     assert file.read_text().split() == [f"n{number}" for number in range(8)]
@@ -279,7 +281,7 @@ def test_a_slow_rank_is_named(tmp_path: Path, tool: ModuleType) -> None:
     assert (tmp_path / "bad.txt").read_text() == "n1\nn9\n"
     assert out.count("\nrank  node") == 1 and f"\n{SLOW}     n1            {platform.machine()} " in out
     everything = json.loads((tmp_path / "found.json").read_text())
-    assert everything["command"][0] == "check_cluster.py" and everything["versions"]["torch"]
+    assert everything["command"][:2] == ["megahp", *COMMAND] and everything["versions"]["torch"]
     found = everything["found"]
     assert [[link["rank"] for link in links] for links in found["links"]] == [[1, 2], [0, 2], [0, 1]]
     assert all(abs(link["offset"]) < 0.1 for links in found["links"] for link in links)
@@ -357,5 +359,5 @@ def throttle(pid: int, over: threading.Event) -> None:
     ],
 )
 def test_mistakes(words: list[str], mistake: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool.main(words) == 2
+    assert cli.main([*COMMAND, *words]) == 2
     assert mistake in capsys.readouterr().err

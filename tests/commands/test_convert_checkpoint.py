@@ -28,10 +28,11 @@ from tokenizers import models
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megahp import checkpoint
+from megahp import checkpoint, cli
 from megahp.checkpoint.shards import Tensors
 from megahp.config import Config, resolve
 from megahp.convert import huggingface
+from megahp.convert.tokenizers import write_tokenizer
 from megahp.data.indexed import IndexedWriter
 from megahp.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahp.evaluate.sample import alone
@@ -69,16 +70,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tool() -> Any:
-    sys.path.insert(0, str(ROOT / "tools"))
-    return importlib.import_module("convert_checkpoint")
-
-
 def convert(source: str, target: str, *words: object) -> tuple[int, str]:
     """The command's exit code, and what it says."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = tool().main(["--from", source, "--to", target, *map(str, words)])
+        code = cli.main(["convert", "--from", source, "--to", target, *map(str, words)])
     return code, said.getvalue()
 
 
@@ -479,7 +475,7 @@ def test_another_model_is_an_error(found: Any) -> None:
 )
 def test_a_changed_folder_is_refused(found: Any, what: str, words: str) -> None:
     said = found["touched"][what]
-    assert words in said and said.startswith("error: ") and said.count("\n") == 1, said
+    assert words in said and said.startswith("megahp: ") and said.count("\n") == 1, said
 
 
 @needs_transformers
@@ -513,12 +509,10 @@ def test_no_pickle_is_executed(found: Any) -> None:
 
 LARGE = """
 import resource, sys, torch
-sys.path[:0] = ["tools"]
 from pathlib import Path
-import convert_checkpoint
-from megahp import checkpoint
+from megahp import checkpoint, cli
+from megahp.commands import convert
 from megahp.config import resolve
-from megahp.checkpoint.families import has
 from megahp.train.run import state_of_weights
 
 def peak():
@@ -538,7 +532,7 @@ before = peak()
 options = ["--file-size", "0.01", "--no-check"]
 for source, target, *words in (("megahp", "huggingface", "", "hf"), ("huggingface", "megahp", "hf", "back")):
     places = [str(folder / word) for word in words]
-    assert convert_checkpoint.main(["--from", source, "--to", target, *places, *options]) == 0
+    assert cli.main(["convert", "--from", source, "--to", target, *places, *options]) == 0
 size = sum(file.stat().st_size for file in (folder / "hf").glob("model-*")) / 2**20
 print(size, peak() - before, peak())
 """
@@ -581,7 +575,7 @@ def test_the_end_of_document_of_any_tokenizer(tmp_path: Path) -> None:
     file = tmp_path / "unigram.json"
     Fast(models.Unigram([("<unk>", 0.0), ("<|endoftext|>", 0.0), ("a", -1.0)], unk_id=0)).save(str(file))
     (tmp_path / "theirs").mkdir()
-    tool().write_tokenizer(tmp_path / "theirs", str(file), load_tokenizer(str(file)))
+    write_tokenizer(tmp_path / "theirs", str(file), load_tokenizer(str(file)))
     assert json.loads((tmp_path / "theirs/tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
 
 

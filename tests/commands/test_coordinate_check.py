@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from corpus import write_corpus
 
+from megahp import cli
 from megahp.diagnose import coordinates
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "coordinate_check.py"
+COMMAND = ["coordinate-check"]
 RUN = """
 [model]
 width = 64
@@ -35,7 +37,7 @@ validation_fraction = 0.1
 def check(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     (tmp_path / "run.toml").write_text(RUN)
     monkeypatch.chdir(tmp_path)
-    return lambda *words: tool.main(["run.toml", *map(str, words)])
+    return lambda *words: cli.main([*COMMAND, "run.toml", *map(str, words)])
 
 
 def test_a_check_on_the_runs_own_data(tmp_path: Path) -> None:
@@ -63,7 +65,7 @@ def test_a_check_on_the_runs_own_data(tmp_path: Path) -> None:
 def test_a_width_scales_all_that_belongs_to_it(tool: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(RUN)
     words = [str(tmp_path / "run.toml"), "--widths", "128,32", "train.steps=7", "--batch", "2", "parallel.tp=2"]
-    _, family = tool.read_family(tool.parser().parse_intermixed_args(words))
+    _, family = tool.read_family(cli.parse([*COMMAND, *words])[1])
     shapes = [(s.model.width, s.model.heads, s.model.kv_heads, s.model.mlp_width) for s in family.values()]
     assert list(family) == [32, 128] and shapes == [(32, 2, 1, 48), (128, 8, 4, 192)]
     for settings in family.values():
@@ -124,4 +126,4 @@ def test_a_mistake_is_told_before_anything_is_trained(
 ) -> None:
     assert check(*words) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and told in said
+    assert said.startswith("megahp: ") and told in said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +19,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from megahp import checkpoint
+from megahp import checkpoint, cli
 from megahp.checkpoint.shards import Tensors
 from megahp.config import Config, resolve
 from megahp.evaluate.sample import alone
@@ -28,6 +27,7 @@ from megahp.parallel.parameters import saved, storage
 from megahp.train.run import state_of_weights
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "extend_vocabulary.py"
+COMMAND = ["extend-vocabulary"]
 LETTERS = {chr(byte): byte for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}  # as GPT-2 shows bytes
 LETTERS |= {chr(256 + n): byte for n, byte in enumerate(b for b in range(256) if b not in LETTERS.values())}
 LETTER_OF = {byte: letter for letter, byte in LETTERS.items()}
@@ -95,28 +95,25 @@ def settings_in(folder: Path) -> Config:
 
 
 def logits(folder: Path, ids: list[int]) -> Tensor:
-    from convert_checkpoint import our_logits
+    from megahp.commands.convert import our_logits
 
     settings, tensors = settings_in(folder), Tensors(checkpoint.find(folder))
     weights = [(name, tensors[name]) for name in tensors if name.startswith("model.")]
     return our_logits(settings, weights, torch.tensor([ids]))
 
 
-def extend(tool: Any, *words: object) -> tuple[int, str]:
+def extend(*words: object) -> tuple[int, str]:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = tool.main([*map(str, words)])
+        code = cli.main([*COMMAND, *map(str, words)])
     return code, said.getvalue()
 
 
 def everything(folder: Path) -> dict[str, Any]:
-    sys.path.insert(0, str(SCRIPT.parent))
-    import extend_vocabulary as tool
-
     found: dict[str, Any] = {}
 
     def case(name: str, before: Mapping[str, Tensor], *words: object) -> None:
-        code, said = extend(tool, *words)
+        code, said = extend(*words)
         assert code == 0, said
         path = checkpoint.find(words[1])
         assert not checkpoint.problems(path)
@@ -157,7 +154,7 @@ def everything(folder: Path) -> dict[str, Any]:
     ids = list(b"the thing is in there")
     found["logits"] = [logits(folder / place, ids) for place in ("small", "b", "c", "e")]
     found["trained"] = trained(folder, folder / "b")
-    found["mistakes"] = {words: extend(tool, *words.format(folder=folder).split()) for words, _ in MISTAKES}
+    found["mistakes"] = {words: extend(*words.format(folder=folder).split()) for words, _ in MISTAKES}
     found["left over"] = [path.name for path in folder.glob("*never*")]
     return found
 
@@ -304,5 +301,5 @@ def test_its_run_file_trains_embeddings_alone(found: Any) -> None:
 @pytest.mark.parametrize(("words", "why"), MISTAKES)
 def test_mistakes(found: Any, words: str, why: str) -> None:
     code, said = found["mistakes"][words]
-    assert code == 2 and said.startswith("error: ") and len(said.splitlines()) == 1 and why in said, said
+    assert code == 2 and said.startswith("megahp: ") and len(said.splitlines()) == 1 and why in said, said
     assert found["left over"] == []

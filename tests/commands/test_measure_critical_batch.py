@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from distributed import runs
 
-from megahp import config
+from megahp import cli, config
 from megahp.checkpoint.store import write_manifest
 from megahp.config import resolve
 from megahp.diagnose.critical_batch import scatter
@@ -20,6 +20,7 @@ from megahp.log.metrics import read_events, read_metrics
 from megahp.scaling.batch_size import Hyperparameters
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "measure_critical_batch.py"
+COMMAND = ["measure", "critical-batch"]
 RUN = """
 [model]
 layers = 1
@@ -59,7 +60,7 @@ def folder(folder: Path) -> Path:
 @pytest.fixture
 def run(tool: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.chdir(folder)
-    return lambda *words: tool.main([str(word) for word in words])
+    return lambda *words: cli.main([*COMMAND, *map(str, words)])
 
 
 def origin_of(tool: ModuleType, tree: dict[str, Any]) -> Any:
@@ -247,7 +248,7 @@ def test_mistakes_are_one_line_and_train_nothing(
 ) -> None:
     assert run(*words, "--out", tmp_path / "out") == 2
     out, error = capfd.readouterr()
-    assert out == "" and error.startswith("error: ") and error.count("\n") == 1
+    assert out == "" and error.startswith("megahp: ") and error.count("\n") == 1
     assert expected in error and not (tmp_path / "out").exists()
 
 

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from distributed import runs
 
+from megahp import cli
 from megahp.checkpoint.store import write_manifest
 from megahp.log.metrics import read_metrics
 from megahp.scaling.noise_scale import estimate
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "measure_noise_scale.py"
+COMMAND = ["measure", "noise-scale"]
 RUN = """
 [model]
 layers = 1
@@ -151,9 +153,9 @@ def run(tool: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
     monkeypatch.chdir(folder)
 
     def told(*words: Any) -> str:
-        assert tool.main([str(word) for word in words]) == 2
+        assert cli.main([*COMMAND, *map(str, words)]) == 2
         out, error = capfd.readouterr()
-        assert out == "" and error.startswith("error: ") and error.count("\n") == 1
+        assert out == "" and error.startswith("megahp: ") and error.count("\n") == 1
         return error
 
     return told

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from megahp import checkpoint
 from megahp.checkpoint.shards import Tensors
+from megahp.commands.convert import our_logits, weights_of
 from megahp.config import resolve
 
 pytestmark = pytest.mark.skipif(
@@ -78,8 +79,7 @@ def of_args(args: Namespace) -> Any:
 def difference(theirs: Any, ours: Path) -> float:
     """Of the logits, over our largest."""
     settings = resolve.from_dict(checkpoint.read_state(ours)["config"], str(ours))
-    tool = convert_test.tool()
-    mine = tool.our_logits(settings, tool.weights_of(Tensors(ours).items()), TOKENS)
+    mine = our_logits(settings, weights_of(Tensors(ours).items()), TOKENS)
     later = torch.ones(1, 1, 40, 40).triu(1) > 0
     logits = theirs(TOKENS, torch.arange(40)[None], later)[..., : settings.model.vocab_size]
     return ((mine - logits).abs().max() / mine.abs().max()).item()

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from megahp import cli
 from megahp.data.indexed import IndexedDataset
 from megahp.data.tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+COMMAND = ["preprocess"]
 zstandard = pytest.importorskip("zstandard")
 
 TEXTS = ["def f():\n\treturn 1\n", "été\n\n", "", "  x = 2", "数据 \u2581 0123\r\n"]
@@ -22,7 +24,7 @@ TEXTS = ["def f():\n\treturn 1\n", "été\n\n", "", "  x = 2", "数据 \u2581 01
 def run(tool, tmp_path):
     def run(*arguments, tokenizer="bytes", output="out", workers=1):
         fixed = ["--output", tmp_path / output, "--tokenizer", tokenizer, "--workers", workers]
-        return tool.main([str(argument) for argument in ("--input", *arguments, *fixed)])
+        return cli.main([*COMMAND, "--input", *map(str, (*arguments, *fixed))])
 
     return run
 
@@ -183,7 +185,7 @@ def test_as_a_command_without_torch(tmp_path):
 def refused(run, capsys, *arguments, **options):
     assert run(*arguments, **options) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("megahp: ") and error.count("\n") == 1
     return error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -21,7 +20,12 @@ import pytest
 import torch.distributed as dist
 from distributed import world
 
+from megahp import cli
+from megahp.commands import transfer_sweep
+from megahp.diagnose import child_runs
+
 SCRIPT = Path(__file__).parents[2] / "tools" / "transfer_sweep.py"
+COMMAND = ["transfer-sweep"]
 RUN = """
 [model]
 layers = 1
@@ -42,15 +46,10 @@ validation_samples = 8
 SWEEP = ["run.toml", "--grid", "optimizer.lr=0.003,0.03,1e38", "--family", "model.layers=1,2", "--seeds", "1"]
 
 
-def load() -> ModuleType:
-    sys.path.insert(0, str(SCRIPT.parent))
-    return importlib.import_module("transfer_sweep")
-
-
 @pytest.fixture
 def sweep(tool: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.chdir(folder)
-    return lambda *words: tool.main([str(word) for word in words])
+    return lambda *words: cli.main([*COMMAND, *map(str, words)])
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def interrupted(folder: Path) -> Path:
 def test_a_sweep_goes_on_where_it_was_interrupted(
     sweep: Callable[..., int], interrupted: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ended = [path for path in interrupted.rglob("events.jsonl") if load().is_over(path.parent)]
+    ended = [path for path in interrupted.rglob("events.jsonl") if child_runs.is_over(path.parent)]
     written = {path: path.stat().st_mtime_ns for path in ended}
     assert 1 <= len(ended) < 6
     assert sweep(*SWEEP, "--out", "swept", "--jobs", 1, "--json", "found.json", "--plot", "found.svg") == 0
@@ -102,10 +101,10 @@ def test_the_losses_of_training_serve_too(
 def train_three(folder: Path) -> list[tuple[int, int]]:
     """Threads and open files after each of three cells trained in this process."""
     os.chdir(folder)
-    tool = load()
+    tool = transfer_sweep
     words = [*SWEEP[:2], "optimizer.lr=0.001,0.002,1e38", *SWEEP[3:], "--out", "thrice"]
     left = []
-    for cell in tool.read_cells(tool.parser().parse_args(words))[:3]:
+    for cell in tool.read_cells(cli.parse([*COMMAND, *words])[1])[:3]:
         with tool.claimed(cell):
             tool.train_cell(cell, 1, dist.HashStore())
         left.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
@@ -118,7 +117,7 @@ def test_a_run_leaves_nothing_behind_in_its_process(folder: Path) -> None:
 
 
 def test_a_cell_has_one_worker(tool: ModuleType, sweep: Callable[..., int]) -> None:
-    cell, other = tool.read_cells(tool.parser().parse_args([*SWEEP, "--out", "claims"]))[:2]
+    cell, other = tool.read_cells(cli.parse([*COMMAND, *SWEEP, "--out", "claims"])[1])[:2]
     with tool.claimed(cell) as mine, tool.claimed(cell) as again, tool.claimed(other) as another:
         assert (mine, again, another) == (True, False, True)
     with tool.claimed(cell) as mine:
@@ -129,18 +128,18 @@ def test_what_another_worker_still_trains_is_not_taken_for_missing(
     tool: ModuleType, sweep: Callable[..., int], interrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*SWEEP, "--out", "swept"]
-    last = tool.read_cells(tool.parser().parse_args(words))[-1]
+    last = tool.read_cells(cli.parse([*COMMAND, *words])[1])[-1]
     shutil.rmtree(last.directory)
     with tool.claimed(last):
         assert sweep(*words, "--jobs", 1) == 2
-    assert f"error: {last} and 0 more are with other workers" in capsys.readouterr().err
+    assert f"megahp: {last} and 0 more are with other workers" in capsys.readouterr().err
 
 
 def test_cells_are_the_run_files_own_but_for_what_is_swept(tool: ModuleType, sweep: Callable[..., int]) -> None:
     words = ["run.toml", "optimizer.clip=0", "--grid", "optimizer.lr=1e-3,2e-3", "--out", "out", "--seeds", "3,4"]
     words += ["--family", "model.width=64,32", "model.heads=2,1"]
     words += ["--variants", "SP: parameterization.name=sp optimizer.lr=5e-4", "parameterization.depth_alpha=0.5"]
-    cells = tool.read_cells(tool.parser().parse_args(words))
+    cells = tool.read_cells(cli.parse([*COMMAND, *words])[1])
     assert len(cells) == 2 * 2 + 2 * 2 * 2
     assert {(cell.variant, cell.value) for cell in cells} == {
         ("SP", 5e-4), ("depth_alpha=0.5", 1e-3), ("depth_alpha=0.5", 2e-3)
@@ -190,7 +189,7 @@ def test_a_mistake_is_told_before_anything_is_trained(
 ) -> None:
     assert sweep(*SWEEP, "--out", "mistaken", *words) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and told in said and not Path("mistaken").exists()
+    assert said.startswith("megahp: ") and told in said and not Path("mistaken").exists()
 
 
 def test_another_sweep_in_the_same_folder_is_refused(

@@ -1,15 +1,12 @@
 """Activations neither grow nor vanish with width, depth or density where the parameterization says so, and do where it
-does not; and layers learn features at any depth where it is CompleteP. Checks 9 to 14, by tools/coordinate_check.py.
+does not; and layers learn features at any depth where it is CompleteP. Checks 9 to 14, by `megahp coordinate-check`.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -18,11 +15,12 @@ import torch
 from distributed import world
 from distributed.training import Training, mesh_of
 
+from megahp import cli
+from megahp.commands import coordinate_check
 from megahp.config import Config, resolve
 from megahp.parallel.layout import Layout
 from megahp.scaling import parameterization
 
-TOOLS = Path(__file__).parents[2] / "tools"
 RUN = """
 [model]
 layers = 2
@@ -75,21 +73,15 @@ FAILING = {
 }
 
 
-def tool() -> ModuleType:
-    if str(TOOLS) not in sys.path:
-        sys.path.append(str(TOOLS))
-    return importlib.import_module("coordinate_check")
-
-
 def all_rows(folder: Path) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
     """What the tool says of every case: quantity and when -> slope, prediction, verdict."""
-    check, mesh, file, found = tool(), mesh_of(Layout()), folder / "run.toml", {}
+    mesh, file, found = mesh_of(Layout()), folder / "run.toml", {}
     file.write_text(RUN)
     for name, words in CASES.items():
-        arguments = check.parser().parse_intermixed_args([str(file), *words.split()])
-        base, family = check.read_family(arguments)
-        measured = check.measure(family, arguments, mesh)
-        rows = check.judged(arguments, base.parameterization, list(family), measured)
+        arguments = cli.parse(["coordinate-check", str(file), *words.split()])[1]
+        base, family = coordinate_check.read_family(arguments)
+        measured = coordinate_check.measure(family, arguments, mesh)
+        rows = coordinate_check.judged(arguments, base.parameterization, list(family), measured)
         found[name] = {(row["quantity"], row["when"]): row for row in rows}
     return found
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megahp import cli
+from megahp import cli, config
 from megahp.config import resolve
 from megahp.data.indexed import IndexedWriter
 from megahp.errors import UserError
+from megahp.exit_codes import USER_ERROR
 from megahp.recipe import law_file, pareto
 from megahp.recipe import rows as recipe_rows
 from megahp.recipe import text as recipe_text
@@ -177,7 +178,7 @@ def test_every_row_has_source_and_confidence_and_fits() -> None:
             text = recipe_text.table(rows, recipe_rows.notes(found))
             text += "\n" + recipe_text.comparison(recipe_rows.choices(found))
             assert max(map(len, text.splitlines())) <= 120
-            assert found.run == resolve.from_dict(json.loads(json.dumps(cli.config.to_dict(found.run))), "again")
+            assert found.run == resolve.from_dict(json.loads(json.dumps(config.to_dict(found.run))), "again")
 
 
 def test_outside_a_law_s_range_is_said() -> None:
@@ -308,7 +309,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text("")
-    assert run(words) == cli.USER_ERROR
+    assert run(words) == USER_ERROR
     output = capsys.readouterr()
     assert told in output.err and len(output.err.splitlines()) == 1 and not output.out
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
@@ -324,7 +325,7 @@ def test_a_mistake_is_one_line(
 )
 def test_a_base_must_transfer(section: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "base.toml").write_text(section)
-    assert run(f"--params 1e8 --base {tmp_path / 'base.toml'}") == cli.USER_ERROR
+    assert run(f"--params 1e8 --base {tmp_path / 'base.toml'}") == USER_ERROR
     assert told in capsys.readouterr().err
 
 
@@ -347,9 +348,9 @@ def test_a_law_file_takes_the_place_of_power_lines(tmp_path: Path, capsys: pytes
     batch, decay = written.batch.global_batch * 2048, rows["weight decay, hidden"]["value"]
     timescale = batch / (rows["peak LR, hidden matrices"]["value"] * decay * written.train.tokens)
     assert timescale == pytest.approx(0.5 * rows["tokens per parameter"]["value"] ** -0.3)
-    assert json.loads(json.dumps(cli.config.to_dict(written))) == printed["run"]
+    assert json.loads(json.dumps(config.to_dict(written))) == printed["run"]
     law_file.write(tmp_path / "loss.toml", law_file.Laws(loss=loss))
-    assert run(f"--params 1e9 --law {tmp_path / 'loss.toml'}") == cli.USER_ERROR
+    assert run(f"--params 1e9 --law {tmp_path / 'loss.toml'}") == USER_ERROR
     assert "--loss-law" in capsys.readouterr().err
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 
 import pytest
-from slurm.cluster import ROOT
 from slurm.site import ON_SLURM, Site
 
+from megahp import cli
 from megahp.log.metrics import read_events
 
 pytestmark = ON_SLURM
@@ -18,11 +17,9 @@ WORDS = "run.toml --out scaling --nodes 1 2 --steps 4 --warm-up 1 --slurm --sbat
 
 def test_arrays_of_points(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One array a number of nodes; the same command waits for them, and shows what they found."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    tool = importlib.import_module("benchmark_scaling")
 
     def said() -> str:
-        assert tool.main(WORDS.split()) == 0, capsys.readouterr().err
+        assert cli.main(["benchmark", "scaling", *WORDS.split()]) == 0, capsys.readouterr().err
         return capsys.readouterr().out
 
     two, one = re.findall(r"job (\d+): (\d) points on (\d) nodes", said())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megahp.cluster.growth import Growth, segments
-from megahp.commands.arguments import add_run_file
 from megahp.config import Config, resolve
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
@@ -20,31 +18,6 @@ from megahp.scaling.batch_size import BatchPlan, Progress
 from megahp.scaling.noise_scale import ratio
 
 SPEED_STEPS = 20  # of which the median is a run's speed
-
-
-def add_to(parsers: Any) -> None:
-    """The command's options."""
-    segment = parsers.add_parser("segment", help="for slurm/: nodes of the next job of a chain, and where it ends")
-    add_run_file(segment)
-    whole = {
-        "nodes": "at the first batch",
-        "grow": "at the largest",
-        "ranks-per-node": "GPUs of a node",
-        "at-most": "that there are",
-    }
-    for name, meaning in whole.items():
-        segment.add_argument(f"--{name}", type=int, required=True, metavar="N", help=meaning)
-    segment.add_argument("--plan", action="store_true", help="also print, for the log, what remains")
-    segment.set_defaults(command=_segment)
-
-
-def _segment(options: Namespace, words: Sequence[str]) -> int:
-    """Print the nodes to train on now, and the batch to stop at."""
-    chain = chain_of(options, resolve.load(options.run_file, options.overrides).config)
-    print(chain.growth.wanted(chain.batch, options.at_most), chain.growth.stop_at(chain.batch))
-    if options.plan:
-        print(outlook(chain, None), file=sys.stderr)
-    return 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The plain PyTorch baseline of benchmark_training.py: a Llama-like model and its steps, written as nanoGPT is.
+"""The plain PyTorch baseline of `megahp benchmark training`: a Llama-like model and its steps, written as nanoGPT is.
 
 Of megahp's default shape (RMSNorm, rotary positions, SwiGLU, untied embeddings, no biases), trained as nanoGPT trains:
 float32 weights, the forward pass under autocast, F.scaled_dot_product_attention, F.cross_entropy over whole logits,

@@ -1,4 +1,4 @@
-"""What stands out among the findings of tools/check_cluster.py, and which node's fault it is."""
+"""What stands out among the findings of `megahp check-cluster`, and which node's fault it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep found, shown: tables, JSON, a plot. tools/transfer_sweep.py is the command."""
+"""What a sweep found, shown: tables, JSON, a plot. `megahp transfer-sweep` is the command."""
 
 from __future__ import annotations
 

@@ -1,0 +1,25 @@
+"""Where something is measured, and waiting for what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine_of(device: torch.device) -> dict[str, Any]:
+    """Where this was measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def cpu_name() -> str:
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{models[0].partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the kernels that were started on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,150 @@
+"""What a checkpoint costs: how long training stands still for it, and how much of the disk's speed it uses.
+
+    megahp benchmark checkpoint [RUN.toml] [--ranks N] [--saves 15] [--folder DIR] [--json FILE]
+        [--settings section.key=value ...]
+
+The model is the run file's (default: the quick start's, with 4,096 tokens in its vocabulary), with random weights, the
+optimizer's moments and no data. Medians over the saves, the first, a warm-up, not counted:
+
+    stall   what training waits for: copies of all tensors, and the hand-over to the background
+    save    the same until every byte is on the disk, listed and published: what a synchronous save would take
+    load    of all files checked and all tensors filled, from the page cache and with the cache dropped first
+    verify  of `megahp checkpoint verify`, in processor time of one core
+    disk    the same bytes written plainly, one file a rank, and synced; and read back, from the cache and without it
+
+Speeds are in MB/s of the tensors' bytes, all ranks' together; a share is of the disk's own. Save, load and disk take
+turns, so that a busy machine slows them alike. The cache is dropped by posix_fadvise, as far as the system heeds it.
+Exit code 2 means a mistake in what was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+
+from megahp import checkpoint, config, launch
+from megahp.benchmark.machine import machine_of
+from megahp.commands.arguments import starts_ranks
+from megahp.commands.output import write_json
+from megahp.config import resolve
+from megahp.data.loader import TrainingData
+from megahp.errors import UserError
+from megahp.parallel.device import cuda_wanted, device_of
+from megahp.parallel.layout import Layout, fit
+from megahp.parallel.mesh import make_mesh
+from megahp.train.prepare import check_batch
+from megahp.train.run import Run, state_of_weights
+
+QUICKSTART = Path("examples/quickstart/run.toml")
+VOCABULARY = 4096  # that of the quick start's tokenizer
+TARGET = 0.1  # of the time of a synchronous save
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, nargs="?", default=QUICKSTART, metavar="RUN.toml")
+    add("--ranks", type=int, default=1, help="on this machine")
+    add("--saves", type=int, default=15, help="turns")
+    add("--folder", type=Path, help="on the disk to be measured (default: that of temporary files)")
+    add("--json", type=Path, metavar="FILE", help="write everything measured here too")
+    add("--settings", nargs="+", default=[], metavar="section.key=value", help="of the model")
+
+
+def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    for name, least in (("ranks", 1), ("saves", 2)):
+        if (value := getattr(arguments, name)) < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+    settings = resolve.load(arguments.run, arguments.settings).config
+    if not settings.model.vocab_size:
+        settings = config.with_values(settings, {"model.vocab_size": VOCABULARY})
+    layout, place = fit(settings.parallel, arguments.ranks), launch.world()
+    check_batch(settings, layout, settings.batch.global_batch)
+    if starts_ranks(arguments.ranks, place.size):
+        return launch.spawn(words, arguments.ranks)
+    launch.join(place, cuda_wanted(settings))
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as own:
+        shared = [own]
+        dist.broadcast_object_list(shared)
+        found = benchmark(settings, layout, place, Path(shared[0]), arguments.saves)
+        dist.barrier()
+    if place.rank == 0:
+        print(table(found))
+        write_json(arguments.json, {**found, "command": ["megahp", *words]})
+    return 0
+
+
+def benchmark(settings: config.Config, layout: Layout, place: launch.World, folder: Path, saves: int) -> dict[str, Any]:
+    """Everything measured, as one of the ranks."""
+    device = device_of(settings, place)
+    run = Run(settings, make_mesh(layout, device), cast(TrainingData, None))
+    tensors = run.engine.saved | run.optimizer.state()
+    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    store = checkpoint.Store(folder / "checkpoints", config.Checkpoint(keep=1))
+    state = state_of_weights(settings)
+    plain, part = folder / "plain" / str(place.rank), os.urandom(size // place.size)
+    plain.parent.mkdir(exist_ok=True)
+    turns: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> None:
+        dist.barrier()
+        began = clock()
+        work()
+        turns.setdefault(name, []).append(clock() - began)
+
+    for step in range(saves + 1):
+        saved = checkpoint.path(folder / "checkpoints", step)
+        timed("stall", partial(store.begin, step, tensors, state))
+        timed("rest of save", store.wait)
+        timed("disk write", partial(write, plain, part))
+        timed("load", partial(checkpoint.load, saved, tensors))
+        timed("disk read", plain.read_bytes)
+        drop_cache(saved)
+        timed("load, cache dropped", partial(checkpoint.load, saved, tensors))
+        drop_cache(plain.parent)
+        timed("disk read, cache dropped", plain.read_bytes)
+        timed("verify", partial(checkpoint.problems, saved), time.process_time)
+    turns["save"] = [sum(parts) for parts in zip(turns["stall"], turns.pop("rest of save"), strict=True)]
+    medians = {name: statistics.median(several[1:]) for name, several in turns.items()}
+    machine = {**machine_of(device), "ranks": place.size, "load": round(os.getloadavg()[0], 1)}
+    return {"machine": machine, "bytes": size, "tensors": len(tensors), "seconds": medians, "turns": turns}
+
+
+def write(target: Path, data: bytes) -> None:
+    with target.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def drop_cache(folder: Path) -> None:
+    """Ask the system to forget what it holds in memory of a folder's files, which are on the disk."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Medians, speeds, shares and the verdict."""
+    seconds, megabytes = found["seconds"], found["bytes"] / 1e6
+    disk = {"save": "disk write", "load": "disk read", "load, cache dropped": "disk read, cache dropped"}
+    lines = [", ".join(f"{key} {value}" for key, value in found["machine"].items())]
+    lines.append(f"{megabytes:,.1f} MB in {found['tensors']} tensors")
+    lines.append(f"{'':<26}{'ms':>9}{'MB/s':>9}{'of the disk':>13}")
+    for name, median in seconds.items():
+        share = f"{seconds[disk[name]] / median:.0%}" if name in disk else ""
+        lines.append(f"{name:<26}{1e3 * median:>9.1f}{megabytes / median:>9,.0f}{share:>13}")
+    pairs = zip(found["turns"]["stall"][1:], found["turns"]["save"][1:], strict=True)
+    ratio = statistics.median(stall / save for stall, save in pairs)
+    met = "met" if ratio <= TARGET else "not met"
+    lines.append(f"stall / synchronous save, median of the turns: {ratio:.3f}; target {TARGET}, {met}")
+    return "\n".join(lines)

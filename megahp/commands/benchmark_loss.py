@@ -1,0 +1,125 @@
+"""Time and peak memory of the loss in slices of the vocabulary against the loss from whole logits.
+
+    megahp benchmark loss [--device cuda] [--shape 8x512x256x50304 ...] [--dtype bfloat16 ...] [--json F]
+
+A shape is batch x length x width x vocabulary; weights are fp32. `plain` is F.cross_entropy of F.linear. The two take
+turns, so that a busy machine slows them alike; medians of the turns are printed, and the median of ours over plain's
+in each turn. With one thread on the CPU (OMP_NUM_THREADS=1) it is CPU time, which other work lengthens little. `peak`
+is what forward and backward hold at most beyond their inputs, gradients included, as torch's allocators count it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from megahp.benchmark.machine import machine_of
+from megahp.commands.output import write_json
+from megahp.parallel.cross_entropy import linear_cross_entropy
+from megahp.parallel.mesh import Place
+
+ALONE = Place(1, 0, None)  # type: ignore[arg-type]
+LINE = "{loss:<6} {shape:<17} {dtype:<9}{forward ms:>11.0f}{backward ms:>12.0f}{both, of plain:>15.2f}{peak MiB:>10.0f}"
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--shape", nargs="+", default=["8x512x256x50304"])
+    add("--dtype", nargs="+", default=["float32", "bfloat16"])
+    add("--turns", type=int, default=7)
+    add("--json", type=Path, help="write the rows and the machine here too")
+
+
+def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(x, weight.to(x.dtype)).float()
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+
+
+def ours(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return linear_cross_entropy(x, weight, targets, ALONE)
+
+
+LOSSES: dict[str, Loss] = {"ours": ours, "plain": plain}
+
+
+def timed(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Seconds of one forward and one backward."""
+    synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
+    clock = time.perf_counter if x.is_cuda or torch.get_num_threads() > 1 else time.process_time
+    x.grad = weight.grad = None
+    synchronize()
+    start = clock()
+    mean = loss(x, weight, targets).mean()
+    synchronize()
+    middle = clock()
+    mean.backward()
+    synchronize()
+    return middle - start, clock() - middle
+
+
+def peak(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> int:
+    """Bytes that one forward and backward hold at most beyond what was held before."""
+    x.grad = weight.grad = None
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        timed(loss, x, weight, targets)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        timed(loss, x, weight, targets)
+    events = sorted(
+        (event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    )
+    return max(accumulate(event.nbytes() for event in events))
+
+
+def measure(shape: str, dtype: str, device: str, turns: int) -> list[dict]:
+    """One row of results for each loss."""
+    batch, length, width, vocabulary = map(int, shape.split("x"))
+    x = torch.randn(batch, length, width, device=device).to(getattr(torch, dtype)).requires_grad_()
+    weight = (torch.randn(vocabulary, width, device=device) / width**0.5).requires_grad_()
+    targets = torch.randint(vocabulary, (batch, length), device=device)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in LOSSES}
+    for _ in range(turns + 1):
+        for name, loss in LOSSES.items():
+            times[name].append(timed(loss, x, weight, targets))
+    ratios = {
+        name: [sum(own) / sum(other) for own, other in zip(several, times["plain"], strict=True)]
+        for name, several in times.items()
+    }
+    return [  # the first turn, a warm-up, is not counted
+        {
+            "loss": name,
+            "shape": shape,
+            "dtype": dtype,
+            "forward ms": 1e3 * statistics.median(forward for forward, _ in times[name][1:]),
+            "backward ms": 1e3 * statistics.median(backward for _, backward in times[name][1:]),
+            "both, of plain": statistics.median(ratios[name][1:]),
+            "peak MiB": peak(loss, x, weight, targets) / 2**20,
+        }
+        for name, loss in LOSSES.items()
+    ]
+
+
+def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    rows = []
+    print("loss   shape            dtype     forward ms backward ms both, of plain  peak MiB")
+    for shape in arguments.shape:
+        for dtype in arguments.dtype:
+            for row in measure(shape, dtype, arguments.device, arguments.turns):
+                rows.append(row)
+                print(LINE.format(**row), flush=True)
+    write_json(arguments.json, {"machine": machine_of(torch.device(arguments.device)), "rows": rows})
+    return 0

@@ -1,0 +1,312 @@
+"""Weak and strong scaling of real training over numbers of nodes and layouts.
+
+    megahp benchmark scaling RUN.toml [section.key=value ...] --out FOLDER --nodes 1 2 4 8 --ranks-per-node 8
+        [--layouts "FSDP:" "tensor: parallel.tp=8" ...] [--modes weak strong] [--steps 20] [--warm-up 5]
+        [--slurm [--sbatch OPTIONS]] [--dry-run] [--json FILE] [--plot FILE]
+
+The run file's batch.global_batch is that of the least number of nodes. In weak scaling it grows with the nodes, in
+strong scaling it stays. A point is one layout on so many nodes at one batch, where both begin the same one: an ordinary
+`megahp train` of --steps steps in FOLDER/LAYOUT, on the run file's data, with its settings but for what ends, logs,
+saves and validates it, and a batch that is constant whatever its policy. The checkpoint every training ends with goes
+at once, but there must be room for it.
+
+With --slurm the points of each number of nodes are a job array (slurm/scaling.sbatch; nodes in bad-nodes.txt are left
+out). Without it they run here, one after another, with one thread a rank; the nodes then are emulated, by processes
+that share this machine. Either way the same command goes on: it shows what there is, and trains, or submits, the points
+that are neither done nor queued. One that was cut short begins anew. All points are checked before the first begins.
+
+Seconds are those of a step, from its batch to its update: the median of the steps after the warm-up [quartiles].
+Speed-up is tokens a second over those at the least number of nodes, parallel efficiency the same by node; 100 % is
+ideal, in weak and in strong scaling. Exit code 2 means a mistake in what was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megahp import config
+from megahp.cluster.job import Job, submit
+from megahp.commands.arguments import labelled, plain
+from megahp.commands.output import about, refuse_unwritable
+from megahp.commands.status import jobs
+from megahp.config import Batch, Checkpoint, Config, Log, resolve
+from megahp.diagnose.child_runs import is_finished, refuse_another, train, write_run_file
+from megahp.errors import UserError
+from megahp.log.metrics import read_metrics
+from megahp.parallel.layout import fit
+from megahp.train.prepare import prepare
+
+MODES = ("weak", "strong")
+GROWN = ("batch.global_batch", "train.tokens")  # may be given, and is what a point begins with
+COLUMNS = ("mode", "layout", "nodes", "ranks", "batch", "ms a step", "quartiles", "tokens/s", "speed-up", "efficiency")
+LINE = "{:<8}{:<16}{:>6}{:>7}{:>8}{:>12}{:>22}{:>14}{:>10}{:>12}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN.toml")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings of every point, before the file's")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="holds the points' runs")
+    add("--nodes", type=int, nargs="+", required=True, metavar="N", help="numbers of nodes")
+    add("--ranks-per-node", type=int, default=1, metavar="N", help="GPUs of a node (default 1)")
+    add("--layouts", nargs="+", default=["as given:"], metavar="SETTINGS", help="'LABEL: section.key=value ...' each")
+    add("--modes", nargs="+", choices=MODES, default=list(MODES))
+    add("--steps", type=int, default=20, metavar="N", help="of a point, warm-up included (default 20)")
+    add("--warm-up", type=int, default=5, metavar="N", help="steps that are not timed (default 5)")
+    add("--slurm", action="store_true", help="submit job arrays; given again, show what they have found")
+    add("--sbatch", default="", metavar="OPTIONS", help="for the arrays, such as '--time=30 --partition=gpu'")
+    add("--dry-run", action="store_true", help="only check, and say what would be trained or submitted")
+    add("--json", type=Path, metavar="FILE", help="write what was found here too")
+    add("--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training."""
+
+    layout: str
+    nodes: int
+    ranks: int
+    settings: Config
+
+    @property
+    def directory(self) -> Path:
+        return self.settings.directory
+
+    def __str__(self) -> str:
+        return f"{self.layout}, {self.nodes} nodes, {self.ranks} ranks, batch {self.settings.batch.global_batch:,}"
+
+
+Curves = dict[tuple[str, str], list[Point]]  # mode and layout -> its points, the least number of nodes first
+
+
+def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Check, train or submit what is missing, show what is there. Returns the exit code of a training that failed."""
+    refuse_mistakes(arguments)
+    curves = read_curves(arguments)
+    points = list(dict.fromkeys(itertools.chain(*curves.values())))
+    ahead = [point for point in points if not is_finished(point.directory)]
+    print(f"{len(points)} points, {len(points) - len(ahead)} of them there already", flush=True)
+    if arguments.slurm:
+        submit_all(ahead, arguments)
+    elif code := train_all(ahead, arguments.dry_run):
+        return code
+    if arguments.dry_run:
+        return 0
+    rows = [each for (mode, _), curve in curves.items() for each in rows_of(mode, curve, arguments.warm_up)]
+    if not rows:
+        unwritten = [str(file) for file in (arguments.json, arguments.plot) if file]
+        print("; ".join(["nothing is finished yet", *(f"{file} is not written" for file in unwritten)]))
+        return 0
+    show(rows, emulated=not arguments.slurm)
+    if arguments.json:
+        found = {**about(words), "emulated": not arguments.slurm, "rows": rows}
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    if arguments.plot:
+        plot(arguments.plot, rows, emulated=not arguments.slurm)
+    return 0
+
+
+def refuse_mistakes(arguments: argparse.Namespace) -> None:
+    """Raise UserError for options that cannot be meant."""
+    nodes, labels = arguments.nodes, [label for label, _ in map(labelled, arguments.layouts)]
+    if min(*nodes, arguments.ranks_per_node) < 1:
+        raise UserError(f"--nodes {nodes} and --ranks-per-node {arguments.ranks_per_node} must be at least 1")
+    if len(set(nodes)) < len(nodes):
+        raise UserError(f"--nodes {nodes}: each is measured once; name it once")
+    if len(set(map(plain, labels))) < len(labels):
+        raise UserError(f"--layouts: two of {', '.join(labels)} are the same; give each a label of its own")
+    if not 0 <= arguments.warm_up < arguments.steps:
+        raise UserError(f"--warm-up {arguments.warm_up} must be at least 0, and less than --steps {arguments.steps}")
+    if arguments.sbatch and not arguments.slurm:
+        raise UserError(f"--sbatch {arguments.sbatch!r} is for a job array; add --slurm")
+    refuse_unwritable(arguments.json, plot=arguments.plot)
+
+
+def read_curves(arguments: argparse.Namespace) -> Curves:
+    """All points, as `megahp train` would resolve them, after all it checks before it trains. Raises UserError."""
+    curves: Curves = {}
+    for mode, text in itertools.product(arguments.modes, arguments.layouts):
+        label, words = labelled(text)
+        curves[mode, label] = []
+        for nodes in sorted(arguments.nodes):
+            try:
+                curves[mode, label].append(point_of(arguments, mode, label, words, nodes))
+            except UserError as error:
+                raise UserError(f"{mode} scaling, layout {label}, {nodes} nodes: {error}") from None
+    return curves
+
+
+def point_of(arguments: argparse.Namespace, mode: str, label: str, words: Sequence[str], nodes: int) -> Point:
+    """One point, checked. Raises UserError."""
+    ranks, least = nodes * arguments.ranks_per_node, min(arguments.nodes)
+    resolved = resolve.load(arguments.run, [*arguments.overrides, *words])
+    asked, batch = resolved.config, resolved.config.batch.global_batch
+    if mode == "weak":  # whole where the first point's batch is, a multiple of ranks that grow with the nodes
+        batch = batch * nodes // least
+    name = f"{'' if arguments.slurm else 'emulated-'}{nodes}x{arguments.ranks_per_node}-batch-{batch}"
+    log = Log(root=str(arguments.out), name=f"{plain(label)}/{name}", tensorboard=False)
+    settings = of_a_point(asked, batch, arguments.steps, log)
+    for key in [key for key, origin in resolved.origins.items() if origin == "command line" and key not in GROWN]:
+        if config.get(settings, key) != config.get(asked, key):
+            raise UserError(f"{key} = {config.get(asked, key)!r} is the benchmark's own to set; leave it out")
+    settings = resolve.from_dict(config.to_dict(settings), "point")
+    here = 0 if arguments.slurm else ranks
+    settings = prepare(settings, fit(settings.parallel, ranks), here, resume=True)
+    refuse_another(settings)
+    return Point(label, nodes, ranks, settings)
+
+
+def of_a_point(settings: Config, batch: int, steps: int, log: Log) -> Config:
+    """The settings of one point, unchecked: so many steps and no more, from the beginning."""
+    own = {
+        "schedule.start": 0,
+        "train.start_from": "",
+        "train.steps": steps,
+        "train.tokens": max(settings.train.tokens, steps * batch * settings.data.sequence_length),
+        "train.validate_every": 0,
+        "train.validation_samples": 0,
+        "resilience.stop_after": 0.0,
+    }
+    constant = Batch(global_batch=batch, micro_batch=settings.batch.micro_batch)
+    return config.with_values(replace(settings, batch=constant, checkpoint=Checkpoint(every=0, keep=1), log=log), own)
+
+
+def train_all(points: Sequence[Point], dry_run: bool) -> int:
+    """Train the points here, one after another. Returns the exit code of one that failed, else 0."""
+    for number, point in enumerate(points, start=1):
+        print(f"[{number}/{len(points)}] {point}", flush=True)
+        if dry_run:
+            continue
+        point.directory.mkdir(parents=True, exist_ok=True)
+        checkpoints = point.directory / "checkpoints"
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        with (point.directory / "train.log").open("w") as said:
+            code = train(point.settings, point.ranks, said, OMP_NUM_THREADS="1")
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        if code:
+            print(f"error: {point} ended with exit code {code}; the same command goes on", file=sys.stderr)
+            return code
+    return 0
+
+
+def submit_all(points: Sequence[Point], arguments: argparse.Namespace) -> None:
+    """Submit a job array for every number of nodes, the largest first: what Slurm could not run it refuses there. No
+    point is submitted while any is queued. Raises UserError."""
+    folder = arguments.out.resolve()  # of which `.` has a name
+    out = Log(root=str(folder.parent), name=folder.name)
+    if not arguments.dry_run and (queued := jobs().get(str(folder))):
+        print("\n".join(queued))
+        return
+    for nodes in sorted({point.nodes for point in points}, reverse=True):
+        array = [point for point in points if point.nodes == nodes]
+        runs = [str(point.directory) for point in array]
+        ranks = arguments.ranks_per_node
+        job = Job("scaling.sbatch", nodes, ranks, ranks, sbatch=arguments.sbatch)
+        script = job.render(replace(array[0].settings, log=out), runs, array=f"1-{len(array)}")
+        if arguments.dry_run:
+            print(script)
+            continue
+        (arguments.out / "slurm").mkdir(parents=True, exist_ok=True)
+        for point in array:
+            write_run_file(point.settings)
+        print(f"job {submit(script)}: {len(array)} points on {nodes} nodes; logs in {arguments.out}/slurm", flush=True)
+
+
+def rows_of(mode: str, points: Sequence[Point], warm_up: int) -> list[dict[str, Any]]:
+    """A row for every finished point of a curve. Speed-up and efficiency are null while the first one is missing."""
+    rows = [row(mode, point, warm_up) for point in points if is_finished(point.directory)]
+    base = rows[0] if rows and rows[0]["nodes"] == points[0].nodes else None
+    for each in rows:
+        speed_up = each["tokens_per_second"] / base["tokens_per_second"] if base else None
+        each["speed_up"] = speed_up
+        each["efficiency"] = speed_up / (each["nodes"] / base["nodes"]) if base and speed_up else None
+    return rows
+
+
+def row(mode: str, point: Point, warm_up: int) -> dict[str, Any]:
+    """What was measured at one point. Raises UserError where nothing was."""
+    steps = read_metrics(point.directory)[warm_up:]
+    seconds = [step["step_seconds"] for step in steps if not step.get("skipped")]
+    if not seconds:
+        raise UserError(f"{point.directory}: all steps after the warm-up were skipped; lower optimizer.lr")
+    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
+    tokens = point.settings.batch.global_batch * point.settings.data.sequence_length
+    return {
+        "mode": mode,
+        "layout": point.layout,
+        "nodes": point.nodes,
+        "ranks": point.ranks,
+        "global_batch": point.settings.batch.global_batch,
+        "tokens_per_step": tokens,
+        "steps": len(seconds),
+        "seconds": median,
+        "quartiles": [low, high],
+        "tokens_per_second": tokens / median,
+        "run": str(point.directory),
+    }
+
+
+def show(rows: Sequence[dict[str, Any]], emulated: bool) -> None:
+    """Print the table."""
+    if emulated:
+        print("the nodes are emulated: all ranks share this machine")
+    print(LINE.format(*COLUMNS))
+    for each in rows:
+        low, high = (f"{1e3 * value:,.1f}" for value in each["quartiles"])
+        print(
+            LINE.format(
+                *(each[key] for key in ("mode", "layout", "nodes", "ranks", "global_batch")),
+                f"{1e3 * each['seconds']:,.1f}",
+                f"[{low}, {high}]",
+                f"{each['tokens_per_second']:,.0f}",
+                "-" if each["speed_up"] is None else f"{each['speed_up']:.2f}",
+                "-" if each["efficiency"] is None else f"{each['efficiency']:.1%}",
+            )
+        )
+
+
+def plot(file: Path, rows: Sequence[dict[str, Any]], emulated: bool) -> None:
+    """Draw tokens a second and parallel efficiency over nodes, a colour a layout, a dash a mode. Raises UserError."""
+    from matplotlib.ticker import NullLocator
+
+    from megahp.report.figures import PALETTE, colour, logarithmic, plot_in
+
+    layouts, nodes = list(dict.fromkeys(row["layout"] for row in rows)), sorted({row["nodes"] for row in rows})
+    ideal = {"color": PALETTE["muted"], "lw": 0.8, "ls": (0, (1, 2))}
+    with plot_in(file, 8.5, 3.2) as figure:
+        speeds, efficiencies = figure.subplots(1, 2)
+        for (mode, layout), points in itertools.groupby(rows, lambda row: (row["mode"], row["layout"])):
+            curve = list(points)
+            style = {
+                "color": PALETTE[colour(layouts.index(layout))],
+                "ls": "-" if mode == "weak" else (0, (3, 1.3)),
+                "marker": "o" if mode == "weak" else "s",
+                "ms": 4,
+                "label": f"{layout}, {mode}",
+            }
+            at, base = [row["nodes"] for row in curve], curve[0]
+            speeds.plot(at, [row["tokens_per_second"] for row in curve], **style)
+            speeds.plot(nodes, [base["tokens_per_second"] * each / base["nodes"] for each in nodes], **ideal)
+            if base["efficiency"]:
+                efficiencies.plot(at, [100 * row["efficiency"] for row in curve], **style)
+        efficiencies.axhline(100, **ideal)
+        efficiencies.set_ylim(bottom=0)
+        logarithmic(speeds, 10)
+        speeds.set_ylabel("tokens per second")
+        efficiencies.set_ylabel("parallel efficiency, %")
+        for axes in (speeds, efficiencies):
+            axes.set(xscale="log", xlabel="emulated nodes" if emulated else "nodes")
+            axes.set_xticks(nodes, [str(each) for each in nodes])
+            axes.xaxis.set_minor_locator(NullLocator())
+        efficiencies.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -1,0 +1,547 @@
+"""Tokens per second of megahp's training step, beside a plain PyTorch baseline on the same tokens.
+
+    megahp benchmark training [--shape 4x256 llama-2-7b ...] [--sequence 256] [--micro-batch 8]
+        [--global-batch N] [--vocabulary N] [--dtype float32 bfloat16] [--ranks N] [--tp 1 2 ...] [--device cuda]
+        [--contestants megahp nanogpt ...] [--turns 7] [--steps 3] [--warm-up 2] [--peak-tflops T] [--profile]
+        [--json FILE] [--plot FILE] [--settings section.key=value ...]
+
+A shape is LAYERSxWIDTH or a preset; data parallelism takes the ranks that tp leaves; further settings, of megahp alone,
+are given as to `megahp train`. Contestants: megahp, which measures the noise scale as it goes;
+megahp-without-noise; megahp-dense, beside settings that make weights sparse; nanogpt, eager; nanogpt-compiled, by
+torch.compile. The baseline, megahp/benchmark/nanogpt.py, is one rank's.
+
+A step is all that training does between two lines of its log: a batch through the loader, forward and backward,
+reductions, clipping, the update, the noise scale; not the log itself, checkpoints or validation. After a warm-up the
+contestants take turns of some steps each, so that a busy machine slows them alike. Seconds are the median of the
+turns; a ratio is the median of the turns' ratios, [between their quartiles], and is to the faster baseline. Processor
+time is that of rank 0's process, all threads: with OMP_NUM_THREADS=1 it is what a step takes even on a machine that
+others use too; with several threads it also counts their waiting for each other.
+
+MFU: model FLOPs (megahp/scaling/flops.py, attention counted causally, by half) over the peak of all ranks' devices.
+The JSON holds mfu_full_attention, with all of attention as nanoGPT, PaLM and torchtitan count it, and hfu, with the
+layers that megahp computes again (compute.recompute=full). The peak is NVIDIA's for dense bf16, where known, or
+--peak-tflops; without one there is no MFU.
+
+Peak memory: on CUDA this contestant's own, of rank 0's device; on a CPU that of rank 0's process, with every
+contestant in it, so that it tells of one only if that ran alone.
+
+The split of a step's time (time_split.py) is of steps under the profiler, which slows them. What cannot be told
+apart: an operator's dispatch and allocations from its work on a CPU; waiting for other ranks from communication; and
+data that is prepared, or communication that goes on, behind compute is counted as compute.
+
+Exit code 2 means a mistake in what was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import math
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.profiler import record_function
+
+from megahp import launch
+from megahp.benchmark import nanogpt
+from megahp.benchmark.machine import machine_of, synchronize
+from megahp.benchmark.time_split import DATA, profiled
+from megahp.commands.arguments import starts_ranks
+from megahp.commands.output import write_json
+from megahp.config import Config, Sparsity, get, resolve, to_dict
+from megahp.config.presets import PRESETS
+from megahp.data.loader import Batch, Loader, TrainingData
+from megahp.errors import UserError
+from megahp.parallel.device import check_devices, cuda_wanted, device_of
+from megahp.parallel.layout import Layout, fit
+from megahp.parallel.mesh import Mesh, make_mesh
+from megahp.scaling.flops import parameters, training_flops
+from megahp.train.loop import microbatches
+from megahp.train.prepare import check_batch
+from megahp.train.run import Run
+from megahp.train.step import clip
+
+MEGAHP = ("megahp", "megahp-without-noise")
+COSTS = {"noise_scale": "megahp-without-noise", "masks": "megahp-dense"}  # what costs time: who goes without it
+BASELINES = ("nanogpt", "nanogpt-compiled")
+PEAKS = {"H200": 989.0}  # TFLOP/s in bf16, dense, by a part of the device's name (NVIDIA's data sheet)
+# What the baseline is. Other models, and Muon, have none.
+BASELINE = {
+    "model.activation": "swiglu",
+    "model.norm": "rmsnorm",
+    "model.positions": "rope",
+    "model.bias": False,
+    "model.qk_norm": False,
+    "model.tied_embeddings": False,
+    "optimizer.name": "adamw",
+    "sparsity.method": "none",
+}
+VOCABULARY = 4096
+POOL = 256  # made-up samples, dealt again and again
+PROFILED_STEPS = 2
+LABELS = "{shape:<12}{dtype:<9} {layout:<8}"
+COLUMNS = ("tokens/s", "ms", "cpu ms", "MFU", "GiB", "compute", "communication", "data", "host")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--shape", nargs="+", default=["4x256"], help="LAYERSxWIDTH or preset")
+    add("--sequence", type=int, default=256, help="tokens")
+    add("--micro-batch", type=int, default=8, help="sequences of one rank's forward pass")
+    add("--global-batch", type=int, help="sequences a step (default: one microbatch a rank)")
+    add("--vocabulary", type=int, help=f"token ids (default: the preset's, or {VOCABULARY})")
+    add("--dtype", nargs="+", default=["float32", "bfloat16"])
+    add("--ranks", type=int, default=1, help="on this machine")
+    add("--tp", type=int, nargs="+", default=[1], help="tensor-parallel ranks, one layout each")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--contestants", nargs="+", choices=[*MEGAHP, "megahp-dense", *BASELINES])
+    add("--turns", type=int, default=7)
+    add("--steps", type=int, default=3, help="of one turn")
+    add("--warm-up", type=int, default=2, help="steps before the first turn")
+    add("--peak-tflops", type=float, help="of one device, in the dtype")
+    add("--profile", action="store_true", help="name the ten costliest operators, or kernels")
+    add("--json", type=Path, metavar="FILE", help="write everything measured here too")
+    add("--plot", type=Path, metavar="FILE", help="draw tokens per second: .svg, .png or .pdf")
+    add("--settings", nargs="+", default=[], metavar="section.key=value", help="of megahp")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured in one go: a shape in a dtype on a layout."""
+
+    shape: str
+    dtype: str
+    layout: Layout
+    settings: Config  # with the noise scale measured
+    quiet: Config  # without
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {"shape": self.shape, "dtype": self.dtype, "layout": f"tp{self.layout.tp}dp{self.layout.dp}"}
+
+
+class Contestant(Protocol):
+    def step(self) -> None:
+        """One optimizer step."""
+
+
+class MadeUp:
+    """Uniformly random tokens, where megahp's loader expects a run's data."""
+
+    stage = 0
+
+    def __init__(self, settings: Config) -> None:
+        self.length = settings.data.sequence_length
+        shape = (POOL, self.length + 1)
+        self.tokens = np.random.default_rng(0).integers(0, settings.model.vocab_size, shape)
+
+    def batch(self, ids: np.ndarray, documents: bool) -> Batch:
+        places = torch.zeros(len(ids), self.length, dtype=torch.int32) if documents else None
+        return Batch(torch.from_numpy(self.tokens[ids % POOL]), places, ids)
+
+
+class Megahp:
+    """megahp's own step, as in megahp/train/loop.py."""
+
+    def __init__(self, settings: Config, mesh: Mesh) -> None:
+        data = cast(TrainingData, MadeUp(settings))
+        self.run = Run(settings, mesh, data)
+        self.loader = Loader(data, mesh.device, settings.data.mask_documents)
+
+    def step(self) -> None:
+        run = self.run
+        plan = run.batch_plan.step(run.progress)
+        assert plan is not None
+        batches = recorded(microbatches(self.loader, plan, run))
+        loss = run.engine.forward_backward(batches, plan.microbatches(run.mesh.layout.dp), plan.tokens)
+        grads = run.engine.gradients()
+        run.masks.apply(grads, plan)
+        measured = run.engine.measure(loss, grads, plan.global_batch)
+        if not measured.finite:
+            raise UserError(f"the gradient is not finite at step {plan.step}; lower optimizer.lr")
+        run.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)
+        clip(grads, measured.grad_norm, run.settings.optimizer.clip)
+        run.optimizer.step(grads, plan)
+        run.engine.rebalance(measured.load)
+        run.engine.zero()
+        run.progress = run.progress.after(plan)
+        run.batch_plan.look(run.progress, run.noise.pooled.ratio)
+        run.masks.look(plan, run.progress)
+
+
+def recorded(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, with the time it takes to get each marked in the profile."""
+    while True:
+        with record_function(DATA):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+class NanoGPT:
+    """The baseline's step."""
+
+    def __init__(self, settings: Config, device: torch.device, compiled: bool) -> None:
+        with device:
+            self.model = nanogpt.GPT(settings.model, settings.data.sequence_length)
+        self.forward: Callable[..., torch.Tensor] = torch.compile(self.model) if compiled else self.model
+        self.optimizer = nanogpt.make_optimizer(self.model, settings.optimizer)
+        self.device, self.clip, self.size = device, settings.optimizer.clip, settings.batch.micro_batch
+        self.microbatches = settings.batch.global_batch // self.size
+        self.dtype = getattr(torch, settings.train.dtype)
+        self.data, self.sample = MadeUp(settings), 0
+
+    def step(self) -> None:
+        for _ in range(self.microbatches):
+            with record_function(DATA):
+                tokens = self.next_tokens()
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                loss = self.forward(tokens[:, :-1], tokens[:, 1:]) / self.microbatches
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def next_tokens(self) -> torch.Tensor:
+        tokens = self.data.batch(np.arange(self.sample, self.sample + self.size), documents=False).tokens
+        self.sample += self.size
+        return tokens.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tokens
+
+
+@dataclass
+class Lane:
+    """One contestant and what was measured of it."""
+
+    contestant: Contestant
+    held: int  # bytes that were allocated on the device to build it
+    seconds: list[float] = field(default_factory=list)  # a step, one value a turn
+    processor_seconds: list[float] = field(default_factory=list)
+    peak: int = 0  # bytes of its own at most
+
+
+def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    cases = cases_of(arguments)
+    place = launch.world()
+    if starts_ranks(arguments.ranks, place.size):
+        return launch.spawn(words, arguments.ranks)
+    launch.join(place, cuda_wanted(cases[0].settings))
+    benchmark(arguments, cases, place, words)
+    return 0
+
+
+def cases_of(arguments: argparse.Namespace) -> list[Case]:
+    """Every shape on every layout in every dtype, checked. Raises UserError."""
+    for name in ("ranks", "turns", "steps", "warm_up", "micro_batch", "sequence", "global_batch", "vocabulary"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if arguments.peak_tflops is not None and not 0 < arguments.peak_tflops < math.inf:
+        raise UserError(f"--peak-tflops {arguments.peak_tflops:g} must be above 0")
+    if arguments.peak_tflops and len(arguments.dtype) > 1:
+        raise UserError("--peak-tflops is the peak in one dtype; give one --dtype with it")
+    if arguments.contestants is None:
+        arguments.contestants = MEGAHP if arguments.ranks > 1 else (*MEGAHP, *BASELINES)
+    if arguments.ranks > 1 and set(arguments.contestants) & set(BASELINES):
+        raise UserError(f"--ranks {arguments.ranks}: the baseline is one rank's; leave it out of --contestants")
+    each = itertools.product(arguments.shape, arguments.tp, arguments.dtype)
+    return [case_of(arguments, *names) for names in each]
+
+
+def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> Case:
+    """One of them. Raises UserError."""
+    layout = fit(resolve.from_dict({"parallel": {"tp": tp}}, "--tp").parallel, arguments.ranks)
+    length, micro_batch = arguments.sequence, arguments.micro_batch
+    global_batch = arguments.global_batch or micro_batch * layout.dp
+    tree: dict[str, dict[str, Any]] = {
+        "model": model_of(shape, arguments.vocabulary),
+        "parallel": {"tp": tp},
+        "data": {"sequence_length": length},
+        "batch": {"micro_batch": micro_batch, "global_batch": global_batch},
+        "train": {"dtype": dtype, "device": arguments.device, "tokens": 10**15},
+    }
+    further = resolve.parse_overrides(arguments.settings)
+    decided = {f"{section}.{key}" for section, keys in tree.items() for key in keys} | {"train.noise_scale"}
+    asked = {f"{section}.{key}" for section, keys in further.items() for key in keys}
+    if double := decided & asked - {"model.heads"}:
+        raise UserError(f"--settings: {min(double)} is what another option decides; leave it out")
+    noise, quiet = (
+        resolve.resolve([("options", tree), ("command line", further), ("tool", {"train": {"noise_scale": on}})]).config
+        for on in (True, False)
+    )
+    check_batch(noise, layout, noise.batch.global_batch)
+    check_devices(noise, arguments.ranks)
+    if set(arguments.contestants) & set(BASELINES):
+        check_baseline(noise)
+    if "megahp-dense" in arguments.contestants and noise.sparsity.method == "none":
+        raise UserError(
+            "--contestants megahp-dense is megahp itself; make that sparse: --settings sparsity.method=static"
+        )
+    return Case(shape, dtype, layout, noise, quiet)
+
+
+def model_of(shape: str, vocabulary: int | None) -> dict[str, Any]:
+    """Settings of LAYERSxWIDTH, with heads of 64 or 128, or of a preset. Raises UserError."""
+    vocab_size = {"vocab_size": vocabulary or VOCABULARY}
+    if shape in PRESETS:
+        return {"preset": shape} | ({} if "vocab_size" in PRESETS[shape] and not vocabulary else vocab_size)
+    layers, _, width = shape.partition("x")
+    if not (layers.isdecimal() and width.isdecimal()):
+        raise UserError(f"--shape {shape} is neither LAYERSxWIDTH, such as 4x256, nor one of: {', '.join(PRESETS)}")
+    heads = max(1, int(width) // (64 if int(width) <= 1024 else 128))
+    return {"layers": int(layers), "width": int(width), "heads": heads} | vocab_size
+
+
+def check_baseline(settings: Config) -> None:
+    """Raise UserError when the baseline is another model than the run's."""
+    for key, value in {**BASELINE, "model.kv_heads": settings.model.heads}.items():
+        if get(settings, key) != value:
+            raise UserError(
+                f"{key} = {get(settings, key)!r} and the baseline has {value!r}; compare others with --contestants "
+                f"{' '.join(MEGAHP)}"
+            )
+
+
+def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], place: launch.World, words: Sequence[str]) -> None:
+    """Measure every case as one of the ranks; the first one prints and writes."""
+    first, rows, verdicts = place.rank == 0, [], []
+    device = device_of(cases[0].settings, place)
+    machine = {**machine_of(device), "ranks": place.size, "load": round(os.getloadavg()[0], 1)}
+    tell = print if first else lambda *_, **__: None
+    tell(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    tell(f"{'':<30}{'a step takes':<21}" + line(COLUMNS), flush=True)
+    for case in cases:
+        found = measure_if_it_fits(case, arguments, device)
+        if not found:
+            tell(LABELS.format(**case.labels) + "out of memory", flush=True)
+            continue
+        for row in found:
+            tell(LABELS.format(**row) + f"{row['contestant']:<21}" + line(numbers(row)), flush=True)
+            for event in row["costliest"]:
+                tell("    {share:>6.1%} {ms:>9.2f} ms {calls:>6.0f} x  {name}".format(**event), flush=True)
+        verdicts.append(compare(case, found))
+        tell(sentence(verdicts[-1]), flush=True)
+        rows += found
+    if compared := [verdict for verdict in verdicts if "speedup" in verdict]:
+        tell(f"geometric mean of {len(compared)}: {mean(compared, ''):.3f} times the faster baseline; ", end="")
+        tell(f"processor time: {mean(compared, 'processor_'):.3f}", flush=True)
+    if first:
+        everything = {
+            "machine": machine,
+            "command": ["megahp", *words],
+            "flops": "matrix products, attention causal (half)",
+            "rows": rows,
+            "comparisons": verdicts,
+            "settings": [{**case.labels, **to_dict(case.settings)} for case in cases],
+        }
+        write_json(arguments.json, everything)
+    if first and arguments.plot:
+        plot(arguments.plot, rows)
+
+
+def measure_if_it_fits(case: Case, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """The case's rows; none if it is too large for the device. With several ranks that ends them all instead, since
+    the others would wait for this one."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        return measure(case, arguments, device)
+    except torch.OutOfMemoryError:
+        if arguments.ranks > 1:
+            raise
+        return []
+
+
+def mean(verdicts: Sequence[Mapping[str, Any]], clock: str) -> float:
+    """Geometric mean of the speed-ups by this clock."""
+    return statistics.geometric_mean(verdict[f"{clock}speedup"]["median"] for verdict in verdicts)
+
+
+def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """One row of results for each contestant."""
+    lanes = enter_lanes(case, arguments, device)
+    for _ in range(arguments.turns):
+        for lane in lanes.values():
+            take_turn(lane, arguments.steps, device)
+    return [row_of(case, arguments, name, lane, device) for name, lane in lanes.items()]
+
+
+def enter_lanes(case: Case, arguments: argparse.Namespace, device: torch.device) -> dict[str, Lane]:
+    """The contestants, built and warm."""
+    mesh = make_mesh(case.layout, device)
+    make: dict[str, Callable[[], Contestant]] = {
+        "megahp": lambda: Megahp(case.settings, mesh),
+        "megahp-without-noise": lambda: Megahp(case.quiet, mesh),
+        "megahp-dense": lambda: Megahp(replace(case.settings, sparsity=Sparsity()), mesh),
+        "nanogpt": lambda: NanoGPT(case.settings, device, compiled=False),
+        "nanogpt-compiled": lambda: NanoGPT(case.settings, device, compiled=True),
+    }
+    lanes = {}
+    for name in arguments.contestants:
+        before = allocated(device)
+        contestant = make[name]()
+        for _ in range(arguments.warm_up):
+            contestant.step()
+        lanes[name] = Lane(contestant, allocated(device) - before)
+    return lanes
+
+
+def take_turn(lane: Lane, steps: int, device: torch.device) -> None:
+    """Time some steps. Others' memory is not counted."""
+    others = allocated(device) - lane.held
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds, processor_seconds = time_of(lane.contestant, steps, device)
+    lane.seconds.append(seconds)
+    lane.processor_seconds.append(processor_seconds)
+    lane.peak = max(lane.peak, peak_memory(device) - others)
+
+
+def time_of(contestant: Contestant, steps: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of one step, averaged over some, and those its process ran."""
+    dist.barrier()
+    synchronize(device)
+    began, processor_began = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        contestant.step()
+    synchronize(device)
+    return (time.perf_counter() - began) / steps, (time.process_time() - processor_began) / steps
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes of tensors on the device; 0 on a CPU, where nobody counts."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes of tensors on the device since it was last asked; on a CPU the most this process ever had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def row_of(case: Case, arguments: argparse.Namespace, name: str, lane: Lane, device: torch.device) -> dict[str, Any]:
+    """Everything known of one contestant."""
+    settings, seconds = case.settings, statistics.median(lane.seconds)
+    tokens = settings.batch.global_batch * settings.data.sequence_length
+    flops, full, hardware = (
+        training_flops(settings.model, settings.data.sequence_length, causal, again)
+        for causal, again in ((True, 0), (False, 0), (True, 0 if name in BASELINES else recomputed_layers(settings)))
+    )
+    peak = peak_of(device, case.dtype, arguments.peak_tflops) * arguments.ranks
+    split, costliest = profiled(lambda: time_of(lane.contestant, PROFILED_STEPS, device)[0], PROFILED_STEPS, device)
+    return {
+        **case.labels,
+        "contestant": name,
+        "parameters": parameters(settings.model, settings.data.sequence_length),
+        "ranks": arguments.ranks,
+        "tokens_per_step": tokens,
+        "seconds": seconds,
+        "processor_seconds": statistics.median(lane.processor_seconds),
+        "turns": lane.seconds,
+        "processor_turns": lane.processor_seconds,
+        "tokens_per_second": tokens / seconds,
+        "model_flops_per_token": flops,
+        "mfu": tokens * flops / seconds / peak if peak else None,
+        "mfu_full_attention": tokens * full / seconds / peak if peak else None,
+        "hfu": tokens * hardware / seconds / peak if peak else None,
+        "peak_memory": lane.peak,
+        "split": split,
+        "costliest": costliest if arguments.profile else [],
+    }
+
+
+def recomputed_layers(settings: Config) -> int:
+    """Layers whose matrix products are made again in the backward pass; selective recomputation keeps them."""
+    compute = settings.compute
+    return -(-settings.model.layers // compute.recompute_every) if compute.recompute == "full" else 0
+
+
+def peak_of(device: torch.device, dtype: str, given: float | None) -> float:
+    """FLOP/s of one device; 0 where it is not known."""
+    if given:
+        return given * 1e12
+    if device.type != "cuda" or dtype != "bfloat16":
+        return 0.0
+    return next((peak * 1e12 for name, peak in PEAKS.items() if name in torch.cuda.get_device_name(device)), 0.0)
+
+
+def compare(case: Case, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """megahp's speed over the faster baseline's, and what the noise scale and masks cost of its time."""
+    verdict: dict[str, Any] = {**case.labels}
+    for clock, prefix in (("turns", ""), ("processor_turns", "processor_")):
+        turns = {row["contestant"]: row[clock] for row in rows}
+        baselines = [name for name in BASELINES if name in turns]
+        if "megahp" in turns and baselines:
+            fastest = min(baselines, key=lambda name: statistics.median(turns[name]))
+            verdict |= {f"{prefix}baseline": fastest, f"{prefix}speedup": ratio(turns[fastest], turns["megahp"])}
+        for what, without in COSTS.items():
+            if {"megahp", without} <= set(turns):
+                verdict[f"{prefix}{what}"] = ratio(turns["megahp"], turns[without])
+    return verdict
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the turns' ratios."""
+    ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+    return {"low": low, "median": median, "high": high}
+
+
+def sentence(verdict: Mapping[str, Any]) -> str:
+    """The comparison, in a line."""
+    parts = []
+    for clock, prefix in (("", ""), ("processor time: ", "processor_")):
+        if speed := verdict.get(f"{prefix}speedup"):
+            found = "{median:.3f} [{low:.3f}, {high:.3f}] times ".format(**speed) + verdict[f"{prefix}baseline"]
+            parts.append(clock + found)
+        for what in [what for what in COSTS if f"{prefix}{what}" in verdict]:
+            cost, low, high = (100 * (verdict[f"{prefix}{what}"][key] - 1) for key in ("median", "low", "high"))
+            parts.append(f"{clock}{what.replace('_', ' ')} {cost:+.1f} % [{low:+.1f}, {high:+.1f}]")
+    return LABELS.format(**verdict) + "; ".join(parts)
+
+
+def numbers(row: Mapping[str, Any]) -> list[str]:
+    """A row's values under COLUMNS."""
+    return [
+        f"{row['tokens_per_second']:,.0f}",
+        f"{1e3 * row['seconds']:,.1f}",
+        f"{1e3 * row['processor_seconds']:,.1f}",
+        "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
+        f"{row['peak_memory'] / 2**30:.1f}",
+        *(f"{row['split'][name]:.1%}" for name in ("compute", "communication", "data", "host")),
+    ]
+
+
+def line(values: Sequence[str]) -> str:
+    return "".join(f"{value:>{max(8, len(name)) + 1}}" for name, value in zip(COLUMNS, values, strict=True))
+
+
+def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw tokens per second, one group of bars a case. Raises UserError."""
+    from megahp.report.figures import PALETTE, colour, plot_in
+
+    cases = list(dict.fromkeys(LABELS.format(**row) for row in rows))
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    with plot_in(file, 6, 1 + 0.25 * len(rows)) as figure:
+        axes = figure.add_subplot()
+        for number, name in enumerate(names):
+            mine = [row for row in rows if row["contestant"] == name]
+            places = [cases.index(LABELS.format(**row)) + 0.8 * number / len(names) for row in mine]
+            speeds = [row["tokens_per_second"] for row in mine]
+            axes.barh(places, speeds, 0.7 / len(names), align="edge", color=PALETTE[colour(number)], label=name)
+        axes.set_yticks([place + 0.4 for place in range(len(cases))], cases)
+        axes.invert_yaxis()
+        axes.set_xlabel("tokens per second")
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

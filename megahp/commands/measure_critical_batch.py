@@ -1,0 +1,281 @@
+"""The critical batch at a checkpoint, measured by branched training (Merrill et al., arXiv 2505.23971).
+
+    megahp measure critical-batch runs/first --factors 1 2 4 8 --tokens 2e9 [--tolerance 0.01] [--ranks N]
+        [--out FOLDER] [--json FILE] [--plot FILE]
+
+For every factor k a run goes on from the checkpoint (or a run directory's newest), on the same data, at k times the
+batch and sqrt(k) times the learning rate it has there, which both stay; weight decay, betas and eps are as they are
+there. All train the same tokens, rounded down to steps of the largest batch. The critical batch is k* times the batch:
+k* is the largest factor whose loss, smoothed over its last few steps, is at most the tolerance (nats per token) above
+that of every smaller one.
+
+The branches are runs of `megahp train`, one after another on this machine; start it where the run was started, since
+its data may be named from there. After an interruption the same command goes on: a branch that has ended is not trained
+again. One that diverges is harmful. +- in the table is what the noise of single steps leaves in a smoothed loss (one
+standard deviation). Exit code 2 means a mistake in what was given; what can be checked is checked before anything is
+trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megahp import checkpoint, config
+from megahp.commands.output import write_json
+from megahp.config import Batch, Checkpoint, Config, Log, Schedule, resolve
+from megahp.diagnose import critical_batch
+from megahp.diagnose.child_runs import diverged, is_over, refuse_another, train
+from megahp.errors import UserError
+from megahp.log.metrics import read_run
+from megahp.log.progress import human_count, human_duration
+from megahp.parallel.layout import Layout, fit
+from megahp.scaling.batch_size import Hyperparameters, follow
+from megahp.scaling.schedules import fraction
+from megahp.train.prepare import prepare
+
+LEAST_STEPS = 5  # of the largest batch: the first step's loss then is a sixteenth of the smoothed one
+HEADER = f"factor {'batch':>9}{'tokens':>9}{'lr':>11}{'steps':>9}{'loss':>9}{'+-':>8}{'limit':>9}  harmless"
+LINE = "{factor:<7g}{batch:>9,}{tokens:>9}{lr:>11.2e}{steps:>9,}{loss:>9.4f}{scatter:>8.4f}{limit:>9.4f}  {found}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: its newest one")
+    add("--factors", type=float, nargs="+", default=[1, 2, 4, 8], metavar="K", help="of the batch")
+    add("--tokens", type=float, required=True, metavar="T", help="each branch trains (the paper: 2e9)")
+    add("--tolerance", type=float, default=critical_batch.TOLERANCE, metavar="NATS", help="per token")
+    add("--ranks", type=int, metavar="N", help="of each branch (default: as many as at the checkpoint)")
+    add("--out", type=Path, metavar="FOLDER", help="holds the branches (default: beside the run)")
+    add("--json", type=Path, metavar="FILE", help="write what was found here too")
+    add("--plot", type=Path, metavar="FILE", help="draw the losses: .svg, .png or .pdf")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the branches begin."""
+
+    path: Path  # the checkpoint
+    settings: Config  # of the run that wrote it
+    ranks: int  # it was written by
+    tokens: int  # done
+    batch: int  # sequences of data.sequence_length
+    values: Hyperparameters  # as they are there: with the batch rule, and lr with the schedule
+
+
+def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Check, train the branches, compare. Returns the exit code of a branch that failed, else 0."""
+    origin = read_origin(arguments.checkpoint)
+    ranks = origin.ranks if arguments.ranks is None else arguments.ranks
+    refuse_mistakes(arguments, origin, ranks)
+    run = origin.settings.log
+    out = arguments.out or Path(run.root) / f"{run.name}-critical-batch" / origin.path.name
+    end = origin.tokens + whole_steps(arguments.tokens, max(arguments.factors), origin)
+    branches = {k: checked(branch(origin, k, end, out.resolve()), ranks) for k in sorted(arguments.factors)}
+    if code := train_all(branches, ranks):
+        return code
+    steps = {k: losses_of(settings.directory) for k, settings in branches.items()}
+    losses = {k: critical_batch.smoothed(each) for k, each in steps.items()}
+    if not math.isfinite(losses[1]):
+        raise UserError(f"{branches[1].directory}, at the batch of {origin.path}, diverged; measure at another one")
+    rows = [row(k, settings, steps[k], losses, arguments.tolerance) for k, settings in branches.items()]
+    star = critical_batch.largest_harmless(losses, arguments.tolerance)
+    show(rows, arguments.tolerance)
+    print(verdict(origin, star, max(branches)))
+    length, critical = origin.settings.data.sequence_length, round(star * origin.batch)
+    found = {
+        "checkpoint": str(origin.path),
+        "tokens": origin.tokens,
+        "branch_tokens": end - origin.tokens,
+        "tolerance": arguments.tolerance,
+        "batch": origin.batch,
+        "sequence_length": length,
+        "factor": star,
+        "critical_batch": critical,
+        "critical_batch_tokens": critical * length,
+        "lower_bound": star == max(branches),
+        "rows": rows,
+        "machine": {"ranks": ranks, "torch": torch.__version__},
+    }
+    write_json(arguments.json, found)
+    if arguments.plot:
+        plot(arguments.plot, rows, star, arguments.tolerance)
+    return 0
+
+
+def read_origin(place: Path) -> Origin:
+    """The batch and the hyperparameters at a checkpoint. Raises UserError."""
+    path = checkpoint.find(place).resolve()
+    state = checkpoint.read_state(path)
+    settings = resolve.from_dict(state["config"], str(path))
+    tokens, batch = state["progress"]["tokens"], state["batch_plan"]["batch"]
+    values = follow(settings.batch.rule, settings.optimizer, batch / settings.batch.global_batch)
+    rate = fraction(settings.schedule, tokens, settings.train.tokens)
+    if rate == 0:
+        raise UserError(
+            f"at {path} the learning rate is 0, after {tokens} of train.tokens = {settings.train.tokens} under "
+            f"schedule.name = {settings.schedule.name!r}; name an earlier checkpoint"
+        )
+    ranks = math.prod(Layout(**state["layout"]).shape)
+    return Origin(path, settings, ranks, tokens, batch, replace(values, lr=values.lr * rate))
+
+
+def refuse_mistakes(arguments: argparse.Namespace, origin: Origin, ranks: int) -> None:
+    """Raise UserError for options that cannot be meant."""
+    factors, given = arguments.factors, " ".join(f"{factor:g}" for factor in arguments.factors)
+    if not all(1 <= factor < math.inf for factor in factors):
+        raise UserError(f"--factors {given}: each must be at least 1, and finite")
+    if len(set(factors)) < len(factors):
+        raise UserError(f"--factors {given}: each is trained once; name it once")
+    if 1 not in factors:
+        raise UserError(f"--factors {given}: 1 is missing, against which the others are measured; add it")
+    for factor in factors:
+        if not math.isclose(factor * origin.batch, round(factor * origin.batch)):
+            raise UserError(
+                f"--factors {given}: {factor:g} x {origin.batch} sequences, the batch at {origin.path}, is not whole; "
+                "change the factor"
+            )
+    least = LEAST_STEPS * round(max(factors) * origin.batch) * origin.settings.data.sequence_length
+    if not least <= arguments.tokens < math.inf:
+        raise UserError(
+            f"--tokens {arguments.tokens:g} must be at least {least}, {LEAST_STEPS} steps of {max(factors):g} x "
+            f"{origin.batch} sequences; raise it, or leave out the largest factor"
+        )
+    if not 0 <= arguments.tolerance < math.inf:
+        raise UserError(f"--tolerance {arguments.tolerance:g} must be at least 0 nats per token, such as 0.01")
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks} must be at least 1")
+
+
+def whole_steps(tokens: float, largest: float, origin: Origin) -> int:
+    """The tokens of all whole steps of the largest batch, so that branches whose batches divide it end at one point."""
+    step = round(largest * origin.batch) * origin.settings.data.sequence_length
+    return int(tokens) // step * step
+
+
+def branch(origin: Origin, factor: float, end: int, out: Path) -> Config:
+    """The settings of one branch, unchecked. Schedule, batch, checkpoints and log begin at their defaults, since what
+    belongs to another schedule or policy is refused beside these."""
+    before = origin.settings
+    lr = origin.values.lr * math.sqrt(factor)
+    optimizer = replace(before.optimizer, **asdict(replace(origin.values, lr=lr)))
+    if optimizer.name == "muon":  # whose rate is a multiple of the plan's
+        optimizer = replace(optimizer, muon_lr=before.optimizer.muon_lr * lr / before.optimizer.lr)
+    return replace(
+        before,
+        schedule=Schedule(name="constant", start=origin.tokens, warmup=0.0),
+        batch=Batch(policy="constant", global_batch=round(factor * origin.batch), micro_batch=before.batch.micro_batch),
+        optimizer=optimizer,
+        train=replace(
+            before.train, start_from=str(origin.path), tokens=end, steps=0, validate_every=0, validation_samples=0
+        ),
+        checkpoint=Checkpoint(every=0, keep=1),
+        log=Log(root=str(out), name=f"k-{factor:g}", every=1, tensorboard=False),
+    )
+
+
+def checked(settings: Config, ranks: int) -> Config:
+    """The settings as `megahp train` will resolve them, after all it checks before it trains. Raises UserError."""
+    try:
+        settings = resolve.from_dict(config.to_dict(settings), "branch")
+        refuse_another(settings)
+        return prepare(settings, fit(settings.parallel, ranks), ranks, resume=True)
+    except UserError as error:
+        raise UserError(f"branch {settings.log.name}: {error}") from None
+
+
+def train_all(branches: Mapping[float, Config], ranks: int) -> int:
+    """Train the branches that have not ended. Returns the exit code of one that failed, else 0."""
+    ahead = [settings for settings in branches.values() if not is_over(settings.directory)]
+    if already := len(branches) - len(ahead):
+        print(f"{already} of {len(branches)} branches are there already", flush=True)
+    began = time.monotonic()
+    for number, settings in enumerate(ahead, start=1):
+        name, batch, lr = settings.log.name, settings.batch.global_batch, settings.optimizer.lr
+        print(f"branch {name}: {batch:,} sequences a step, learning rate {lr:.3g}", flush=True)
+        code = train(settings, ranks)
+        if code and not diverged(settings.directory):
+            if code != 2:  # which has told why
+                print(f"error: branch {name} ended with exit code {code}; the same command goes on", file=sys.stderr)
+            return code
+        rest = human_duration((time.monotonic() - began) / number * (len(ahead) - number))
+        how = "diverged, which is harmful" if code else "done"
+        print(f"branch {name} {how}; {number} of {len(ahead)}, ETA {rest}", flush=True)
+    return 0
+
+
+def losses_of(directory: Path) -> list[float]:
+    """The losses of a branch that is over, one a step; all NaN if it diverged, which its gradients may do alone."""
+    losses = read_run(directory).column("loss").tolist()
+    return [math.nan] * len(losses) if diverged(directory) else losses
+
+
+def row(
+    factor: float, settings: Config, steps: Sequence[float], losses: Mapping[float, float], tolerance: float
+) -> dict[str, Any]:
+    """One line of the table. loss: smoothed, nats per token; limit: the most it may be; scatter: its noise."""
+    return {
+        "factor": factor,
+        "batch": settings.batch.global_batch,
+        "batch_tokens": settings.batch.global_batch * settings.data.sequence_length,
+        "lr": settings.optimizer.lr,
+        "steps": len(steps),
+        "loss": losses[factor],
+        "scatter": critical_batch.scatter(steps),
+        "limit": critical_batch.limit(losses, factor, tolerance),
+        "harmless": critical_batch.harmless(losses, factor, tolerance),
+    }
+
+
+def verdict(origin: Origin, star: float, largest: float) -> str:
+    """What was found, in a sentence."""
+    batch, length = round(star * origin.batch), origin.settings.data.sequence_length
+    size = f"{star:g} x {origin.batch:,} = {batch:,} sequences ({human_count(batch * length)} tokens)"
+    if star == largest:
+        return (
+            f"critical batch at {human_count(origin.tokens)} tokens: at least {size}; the largest factor tested was "
+            "still harmless, so this is a lower bound"
+        )
+    lower = "; no factor above 1 was harmless, so it may be less" if star == 1 else ""
+    return f"critical batch at {human_count(origin.tokens)} tokens: {size}{lower}"
+
+
+def show(rows: Sequence[Mapping[str, Any]], tolerance: float) -> None:
+    """Print the table, and whether it can be told from noise."""
+    print(HEADER)
+    for each in rows:
+        found = "yes" if each["harmless"] else "no"
+        print(LINE.format(**each, tokens=human_count(each["batch_tokens"]), found=found))
+    noisiest = max(each["scatter"] for each in rows if math.isfinite(each["scatter"]))
+    if noisiest > tolerance:
+        print(
+            f"the smoothed losses scatter by up to {noisiest:.2g}, more than --tolerance {tolerance:g}: "
+            "what follows may be chance; raise it"
+        )
+
+
+def plot(file: Path, rows: Sequence[Mapping[str, Any]], star: float, tolerance: float) -> None:
+    """Draw the loss of each branch against its batch, and the most it may lose. Raises UserError."""
+    from megahp.report.figures import PALETTE, plot_in
+
+    batches, losses, limits = ([each[key] for each in rows] for key in ("batch", "loss", "limit"))
+    with plot_in(file, 5, 3) as figure:
+        axes = figure.add_subplot()
+        axes.plot(batches, losses, "o-", color=PALETTE["run0"], label="smoothed loss")
+        highest = f"least of the smaller + {tolerance:g}"
+        axes.plot(batches[1:], limits[1:], color=PALETTE["accent"], ls=(0, (3, 1.3)), label=highest)
+        critical = next(each["batch"] for each in rows if each["factor"] == star)
+        axes.axvline(critical, color=PALETTE["muted"], lw=1, label=f"largest harmless batch, {critical:,}")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
+        axes.set_xlabel("sequences a step")
+        axes.set_ylabel("nats per token")
+        axes.legend(frameon=False)

@@ -1,0 +1,261 @@
+"""Turn text into tokenized documents: PREFIX.bin, PREFIX.idx (Megatron-LM's format) and PREFIX.json.
+
+    megahp preprocess --input corpus/ --output data/code --tokenizer data/code.model \\
+        --train-sentencepiece 4096
+
+Input is any mix of text files (one document each), JSON lines (one document a line; .jsonl, .jsonl.gz,
+.jsonl.zst) and folders of such files. The output depends on the input and the tokenizer only, not on
+--workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from megahp.data.indexed import IndexedWriter
+from megahp.data.texts import Document, find_files, read_documents
+from megahp.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megahp.errors import UserError
+
+CHUNK_CHARACTERS = 1 << 20
+PIECE_CHARACTERS = 1 << 18
+SECONDS_BETWEEN_LINES = 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="files and folders")
+    add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
+    add("--tokenizer", required=True, metavar="TOK", help="'bytes', a *.model or a *.json file")
+    add(
+        "--train-sentencepiece",
+        type=int,
+        metavar="VOCAB",
+        help="train --tokenizer on the input if it does not exist",
+    )
+    add("--json-key", default="text", metavar="KEY", help="field of the text in JSON lines")
+    add("--extensions", nargs="+", default=[".py", ".rst", ".txt"], help="files taken from folders")
+    add("--exclude", nargs="+", default=[], metavar="NAME", help="folders passed over inside folders")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", type=int, default=cores, metavar="N", help="processes (default: cores, %(default)s)")
+    add("--no-eod", action="store_true", help="do not end documents with the end-of-document token")
+    add("--overwrite", action="store_true", help="replace existing output")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of a chunk of documents.
+
+    ids: int32, all documents back to back. lengths: tokens of each document. size: UTF-8 bytes of their text.
+    skipped: documents that are no valid text. consumed: input bytes the chunk stands for.
+    """
+
+    ids: np.ndarray
+    lengths: list[int]
+    size: int
+    skipped: int
+    consumed: int
+
+
+@dataclass
+class Tally:
+    """What was written so far."""
+
+    documents: int = 0
+    tokens: int = 0
+    size: int = 0
+    skipped: int = 0
+
+
+def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Check, train the tokenizer if asked to, tokenize, report."""
+    _refuse_existing(arguments.output, arguments.overwrite)
+    if arguments.workers < 1:
+        raise UserError(f"--workers is {arguments.workers}: give at least 1")
+    files = find_files(arguments.input, arguments.extensions, arguments.exclude)
+    if arguments.train_sentencepiece and not Path(arguments.tokenizer).exists():
+        _train(files, arguments)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    started = time.monotonic()
+    tally = _tokenize(files, tokenizer, arguments)
+    _write_description(arguments, tokenizer, tally)
+    _report(tally, time.monotonic() - started, arguments.output)
+    return 0
+
+
+def encode_chunk(tokenizer_path: str, append_eod: bool, chunk: list[Document]) -> Encoded:
+    """Tokenize a chunk; this is what a worker process runs. Empty documents vanish."""
+    tokenizer = _tokenizer(tokenizer_path)
+    ending = [tokenizer.eod] if append_eod else []
+    ids: list[np.ndarray] = []
+    size = skipped = 0
+    for document in chunk:
+        skipped += document.text is None
+        if document.text:
+            pieces = [np.array(tokenizer.encode(piece), np.int32) for piece in _pieces(document.text)]
+            ids.append(np.concatenate([*pieces, np.array(ending, np.int32)]))
+            size += len(document.text.encode())
+    consumed = sum(document.consumed for document in chunk)
+    joined = np.concatenate([np.empty(0, np.int32), *ids])
+    return Encoded(joined, [len(i) for i in ids], size, skipped, consumed)
+
+
+_tokenizer = lru_cache(maxsize=1)(load_tokenizer)
+
+
+def _train(files: list[Path], arguments: argparse.Namespace) -> None:
+    started = time.monotonic()
+    documents = read_documents(files, arguments.json_key)
+    texts = (document.text for document in documents if document.text)
+    train_sentencepiece(texts, Path(arguments.tokenizer), arguments.train_sentencepiece)
+    print(f"trained {arguments.tokenizer} in {time.monotonic() - started:.1f} s")
+
+
+def _tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Namespace) -> Tally:
+    """Read, encode and write, all at once and in order; memory holds a few chunks for each worker."""
+    tally = Tally()
+    chunks = _chunks(read_documents(files, arguments.json_key))
+    encode = partial(encode_chunk, arguments.tokenizer, not arguments.no_eod)
+    with (
+        IndexedWriter(arguments.output, tokenizer.vocab_size, arguments.overwrite) as writer,
+        _progress(sum(file.stat().st_size for file in files)) as advance,
+    ):
+        for encoded in _in_order(encode, chunks, arguments.workers):
+            for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]) if encoded.lengths else []:
+                writer.add_document(ids)
+            tally.documents += len(encoded.lengths)
+            tally.tokens += len(encoded.ids)
+            tally.size += encoded.size
+            tally.skipped += encoded.skipped
+            advance(encoded.consumed)
+        if tally.documents == 0:
+            raise UserError(f"--input {' '.join(arguments.input)} holds no text ({tally.skipped} unreadable): check it")
+    return tally
+
+
+def _in_order(
+    encode: Callable[[list[Document]], Encoded], chunks: Iterable[list[Document]], workers: int
+) -> Iterator[Encoded]:
+    """`encode` of each chunk, in order, by that many processes, with a few chunks in flight."""
+    if workers == 1:
+        yield from map(encode, chunks)
+        return
+    pending: deque[Future[Encoded]] = deque()
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for chunk in chunks:
+                pending.append(pool.submit(encode, chunk))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(f"a worker of --workers {workers} died, probably out of memory: use fewer") from error
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in groups of about CHUNK_CHARACTERS."""
+    chunk: list[Document] = []
+    characters = 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text or "") + 64
+        if characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """`text`, cut after a newline every PIECE_CHARACTERS or so: tokenizers need many times a text's memory.
+
+    The tokens are those of the whole text where no token spans a newline, as in a tokenizer trained here.
+    """
+    start = 0
+    while start < len(text):
+        newline = text.find("\n", start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
+        stop = newline + 1 if newline >= 0 else start + 2 * PIECE_CHARACTERS
+        yield text[start:stop]
+        start = stop
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Yields what to call with the bytes done: a bar on a terminal, else a line now and then."""
+    if not (sys.stderr.isatty() and importlib.util.find_spec("rich")):
+        yield _lines(total)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = ("tokenizing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("tokenizing", total=total)
+        yield lambda consumed: bar.advance(task, consumed)
+
+
+def _lines(total: int) -> Callable[[int], None]:
+    started = told = time.monotonic()
+    done = 0
+
+    def advance(consumed: int) -> None:
+        nonlocal told, done
+        done += consumed
+        now = time.monotonic()
+        if now - told < SECONDS_BETWEEN_LINES:
+            return
+        told = now
+        speed = done / (now - started)
+        left = (total - done) / speed if speed else float("inf")
+        amount = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"
+        print(f"tokenizing: {amount}, {speed / 1e6:.1f} MB/s, {left:.0f} s left", file=sys.stderr)
+
+    return advance
+
+
+def _refuse_existing(output: str, overwrite: bool) -> None:
+    for name in (f"{output}.bin", f"{output}.idx", f"{output}.json"):
+        if Path(name).exists() and not overwrite:
+            raise UserError(f"--output {name!r} exists: choose another or add --overwrite")
+
+
+def _write_description(arguments: argparse.Namespace, tokenizer: Tokenizer, tally: Tally) -> None:
+    description = {
+        "tokenizer": arguments.tokenizer,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+        "documents": tally.documents,
+        "tokens": tally.tokens,
+    }
+    unfinished = Path(f"{arguments.output}.json.{uuid.uuid4().hex}.tmp")
+    unfinished.write_text(json.dumps(description, indent=2) + "\n")
+    unfinished.replace(f"{arguments.output}.json")
+
+
+def _report(tally: Tally, seconds: float, output: str) -> None:
+    megabytes = tally.size / 1e6
+    print(
+        f"{output}: {tally.documents} documents, {tally.tokens} tokens, {megabytes:.1f} MB of text, "
+        f"{seconds:.1f} s ({megabytes / seconds:.1f} MB/s), {tally.tokens / tally.size:.3f} tokens/byte"
+    )
+    if tally.skipped:
+        print(f"{output}: skipped {tally.skipped} documents that are no valid text")

@@ -1,0 +1,19 @@
+"""Write report.html of one run, or of several overlaid."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from megahp.report.page import write_report
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first RUN)")
+
+
+def run(options: Namespace, words: Sequence[str]) -> int:
+    print(f"report: {write_report(options.runs, options.out or options.runs[0] / 'report.html')}")
+    return 0

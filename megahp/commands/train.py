@@ -1,0 +1,108 @@
+"""Train the run of a TOML file, on the ranks a launcher has started or on ranks of its own."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from megahp import launch
+from megahp.commands.arguments import add_run_file
+from megahp.config import Config, resolve
+from megahp.errors import Fault, UserError, complain
+from megahp.exit_codes import FAULT, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
+from megahp.parallel.layout import Layout, fit
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_run_file(parser)
+    parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
+    parser.add_argument("--resume", choices=("auto",), help="go on from the newest checkpoint, if there is one")
+    parser.add_argument(
+        "--restarts", type=int, metavar="N", help="after a fault start the ranks again, up to so many times"
+    )
+
+
+def run(options: Namespace, words: Sequence[str]) -> int:
+    """Check, then start ranks or be one. What needs torch is imported once the settings are known to be right."""
+    settings = resolve.load(options.run_file, options.overrides).config
+    place = launch.world()
+    ranks = place.size if options.ranks is None else options.ranks
+    layout = fit(settings.parallel, ranks)
+
+    from megahp.train.prepare import prepare
+
+    if options.ranks and place.size not in (1, options.ranks):
+        raise UserError(f"--ranks {options.ranks}, but the launcher started {place.size}; leave --ranks out")
+    settings = prepare(settings, layout, options.ranks or place.local_size, options.resume == "auto")
+    if options.restarts is not None:
+        return train_again_and_again(options, settings, place)
+    if ranks > place.size:
+        return launch.spawn(words, ranks)
+    return train_rank(settings, place, layout, options.resume == "auto")
+
+
+def train_again_and_again(options: Namespace, settings: Config, place: launch.World) -> int:
+    """Start ranks, and after a fault again."""
+    from megahp.faults.relaunch import until_done
+
+    if not options.ranks or place.size > 1 or options.restarts < 0:
+        raise UserError(
+            f"--restarts {options.restarts} goes with --ranks N, and is at least 0; under srun and torchrun the job "
+            "is started again by whatever started it"
+        )
+    arguments = ["train", str(options.run_file), *options.overrides]
+    minutes, began = settings.resilience.stop_after, time.monotonic()
+
+    def start(resume: bool) -> int:
+        words = ["--resume", "auto"] if resume or options.resume else []
+        if minutes:  # what is left of them
+            words.append(f"resilience.stop_after={max(minutes - (time.monotonic() - began) / 60, 0.001)!r}")
+        return launch.spawn([*arguments, *words], options.ranks)
+
+    return until_done(start, settings.directory, options.restarts)
+
+
+def train_rank(settings: Config, place: launch.World, layout: Layout, resume: bool) -> int:
+    """Train as one rank, and leave without tearing the process group down (launch.leave)."""
+    from megahp.faults.crash import report_crash
+    from megahp.faults.watchdog import patience
+    from megahp.parallel.device import cuda_wanted
+    from megahp.train.loop import train
+
+    code = FINISHED
+    store = launch.join(place, cuda_wanted(settings), patience(settings.resilience.hang_after))
+    try:
+        code = FINISHED if train(settings, place, store, layout, resume) else STOPPED
+        if place.rank == 0 and code == FINISHED:
+            finish(settings.directory)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except UserError as error:
+        code = USER_ERROR
+        if launch.is_first_to_tell(store, "user error"):
+            complain(error)
+        launch.outlast_questions(place)
+    except Exception as error:
+        code = USER_ERROR if launch.is_told(store, "user error") else FAULT
+        if code == FAULT:
+            report_crash(settings.directory, place.rank, traceback.format_exc())
+            if launch.is_lost_connection(error):
+                complain(Fault(f"rank {place.rank} has lost its connection to another, and ends too"))
+            elif launch.is_first_to_tell(store, "fault"):
+                complain(error) if isinstance(error, Fault) else traceback.print_exc()
+    launch.leave(code)
+    return code
+
+
+def finish(directory: Path) -> None:
+    """The report, and where it is. Where it cannot be drawn the run is still a finished one."""
+    from megahp.report.page import text_summary, write_report
+
+    print(text_summary(directory))
+    try:
+        print(f"report: {write_report([directory], directory / 'report.html')}")
+    except UserError as error:
+        print(f"no report: {error}")

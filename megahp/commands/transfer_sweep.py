@@ -1,0 +1,394 @@
+"""Does the best learning rate stay where it is while the model grows? A grid of rates over sizes and parameterizations.
+
+    megahp transfer-sweep run.toml train.tokens=2e5 --grid optimizer.lr=0.001,0.002,0.004,0.008 \\
+        --family model.layers=2,4,8,16 --seeds 1,2,3 --out runs/depth \\
+        --variants "SP: parameterization.name=sp" "CompleteP: parameterization.name=completep" --plot depth.svg
+
+--grid is any one setting of the run file, --family what makes a model of each size: the first setting is the size, and
+more may go with it, as in `--family model.width=64,128,256 model.heads=1,2,4`. A variant is `LABEL: settings`; one that
+gives the grid's setting has values of its own. Every combination is a cell: an ordinary run, with the run file's
+settings but for train.seed, [log] and the number of kept checkpoints, in FOLDER/variant/size/value/seed.
+
+Workers (--jobs here, or --slurm in a job array, one thread each here) train cell after cell in one process, the
+costliest first; each takes the next that no other has claimed. A claim ends with its worker. After an interruption the
+same command goes on: a cell that has ended is not trained again. One that diverges is a result: an infinite loss. A
+cell's checkpoints go when it has ended. All cells are checked before the first is trained.
+
+Losses are those of the last validation, or with --last SHARE the mean training loss of the last share of the steps. The
+optimum, a seed at a time, is the least point of the parabola in log2 value through the best point and its neighbours.
+Its drift over the family is given as slope (of log2 optimum in log2 size) times span, and as largest less smallest, in
+octaves, with 95 % bootstrap intervals over seeds. Exit code 2 means a mistake in what was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import gc
+import itertools
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megahp import config, launch
+from megahp.cluster.job import folder
+from megahp.commands.arguments import labelled, name_of, plain, positive, whole_numbers
+from megahp.config import Config, resolve
+from megahp.diagnose.child_runs import diverged, is_over, refuse_another
+from megahp.diagnose.child_runs import train as train_on_ranks
+from megahp.diagnose.curves import plot, show, write_json
+from megahp.diagnose.transfer import Curve, drift
+from megahp.errors import Fault, UserError
+from megahp.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
+from megahp.log.metrics import read_metrics
+from megahp.log.progress import human_duration
+from megahp.parallel.device import cuda_wanted
+from megahp.parallel.layout import fit
+from megahp.scaling.flops import training_flops
+from megahp.train.loop import train
+from megahp.train.prepare import prepare
+
+OWN = ("train.seed", "log.root", "log.name", "log.every", "log.tensorboard", "log.baselines", "log.wandb")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN.toml")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings of every cell, before the file's")
+    add("--grid", required=True, metavar="KEY=V,V,...", help="the setting whose optimum is sought")
+    add("--family", required=True, nargs="+", metavar="KEY=V,V,...", help="the sizes, and what goes with each")
+    add("--variants", nargs="+", default=[""], metavar="SETTINGS", help="'LABEL: section.key=value ...' each")
+    add("--seeds", type=whole_numbers, default=[1, 2, 3], metavar="N,N,...", help="(default 1,2,3)")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="holds the runs")
+    add("--last", type=float, metavar="SHARE", help="compare training losses, of the last share of the steps")
+    add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="workers here (default: one a core)")
+    add("--ranks", type=int, default=1, metavar="N", help="of each run, by `megahp train --ranks` (default 1)")
+    add("--slurm", type=int, metavar="N", help="submit a job array of N workers instead")
+    add("--sbatch", default="", metavar="OPTIONS", help="for the job array, such as '--time=2:00:00 --gpus=1'")
+    add("--dry-run", action="store_true", help="only check, and say what would be trained or submitted")
+    add("--json", type=Path, metavar="FILE", help="write what was found here too")
+    add("--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+
+
+class Told(UserError):
+    """A worker was told to leave before its cell had ended."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    variant: str
+    size: float
+    value: float
+    seed: int
+    settings: Config
+
+    @property
+    def directory(self) -> Path:
+        return self.settings.directory
+
+    @property
+    def operations(self) -> float:
+        """It takes about so many: by them the work that is done, and left, is known."""
+        settings = self.settings
+        return settings.train.tokens * training_flops(settings.model, settings.data.sequence_length)
+
+    def __str__(self) -> str:
+        return f"{self.variant}, size {self.size:g}, {self.value:g}, seed {self.seed}"
+
+
+def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Check, train what is not there yet, analyse. Returns the exit code of a worker that failed, else 0."""
+    cells = sorted(read_cells(arguments), key=lambda cell: -cell.operations)
+    if arguments.worker:
+        return work(cells, arguments.ranks, arguments.last)
+    cells = checked(cells, arguments)
+    ahead = [cell for cell in cells if not is_over(cell.directory)]
+    print(f"{len(cells)} cells, {len(cells) - len(ahead)} of them there already", flush=True)
+    own = [word for word in words if word != "--dry-run"]
+    if arguments.slurm:
+        return submit(own[1:], arguments)
+    if arguments.dry_run:
+        print("\n".join(map(str, ahead)))
+        return 0
+    command = [sys.executable, "-m", "megahp", *own, "--worker"]
+    if ahead and (code := start_workers(command, min(arguments.jobs, len(ahead)))):
+        return code
+    if others := [cell for cell in ahead if not is_over(cell.directory)]:
+        raise UserError(
+            f"{others[0]} and {len(others) - 1} more are with other workers; come back when these have ended"
+        )
+    families = families_of(cells, arguments.last)
+    drifts = {variant: drift(family) for variant, family in families.items()}
+    show(families, drifts)
+    if arguments.json:
+        write_json(arguments.json, about(arguments), families, drifts)
+    if arguments.plot:
+        plot(arguments.plot, families, name_of(arguments.grid), name_of(arguments.family[0]))
+    return 0
+
+
+def read_cells(arguments: argparse.Namespace) -> list[Cell]:
+    """Every combination, resolved. Raises UserError, telling all that is wrong with any of them."""
+    key, values = listed(arguments.grid)
+    columns = dict(map(listed, arguments.family))
+    variants = dict(map(labelled, arguments.variants))
+    refuse_mistakes(arguments, key, columns, variants)
+    cells, problems = [], dict[str, str]()
+    for label, words in variants.items():
+        own = [listed(word)[1] for word in words if name_of(word) == key]
+        others = [word for word in words if name_of(word) != key]
+        for member, value, seed in itertools.product(members(columns), *own or [values], arguments.seeds):
+            size = next(iter(member.values()))
+            row = [f"{name}={text}" for name, text in member.items()]
+            name = "/".join(map(plain, (label, size, value, str(seed))))
+            try:
+                words = [*arguments.overrides, *others, *row, f"{key}={value}", f"train.seed={seed}"]
+                settings = of_a_cell(resolve.load(arguments.run, words).config, arguments.out, name)
+                cells.append(Cell(label, number(size), number(value), seed, settings))
+            except UserError as error:
+                problems.setdefault(str(error), f"{label}, size {size}, {value}, seed {seed}")
+    refuse(problems)
+    return cells
+
+
+def of_a_cell(settings: Config, out: Path, name: str) -> Config:
+    """The settings of one cell, which leaves its losses and little else."""
+    baselines = not settings.train.validation_samples  # the setting means nothing without any
+    log = config.Log(name=name, root=str(out), tensorboard=False, baselines=baselines)
+    return replace(settings, checkpoint=replace(settings.checkpoint, keep=1), log=log)
+
+
+def listed(word: str) -> tuple[str, list[str]]:
+    """A setting and the values it is to take, as written: section.key=1,2,3. Raises UserError."""
+    key, _, text = word.partition("=")
+    values = text.split(",")
+    if key not in config.names() or "" in values:
+        raise UserError(f"{word!r} is no setting with values; write section.key=1,2,3, such as model.layers=2,4,8")
+    if len(set(values)) < len(values):
+        raise UserError(f"{word}: each value is trained once; name it once")
+    return key, values
+
+
+def members(columns: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    """The settings of each member of the family."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def number(text: str) -> float:
+    """A value as a positive number, which alone has a logarithm. Raises UserError."""
+    return positive(text, "no positive number, as each value of --grid and each size of --family must be")
+
+
+def refuse_mistakes(
+    arguments: argparse.Namespace, key: str, columns: Mapping[str, Sequence[str]], variants: Mapping[str, list[str]]
+) -> None:
+    """Raise UserError for options that cannot be meant."""
+    problems = []
+    counts = {name: len(values) for name, values in columns.items()}
+    if len(set(counts.values())) > 1 or min(counts.values()) < 2:
+        given = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        problems.append(f"--family gives {given}; give one value for each size, and two sizes or more")
+    if len(set(map(plain, variants))) < len(arguments.variants):
+        problems.append("--variants: two have the same label; give each its own")
+    words = [*arguments.overrides, *itertools.chain(*variants.values())]
+    for name in {key, *columns, *map(name_of, words)} & set(OWN):
+        problems.append(f"{name} is the sweep's own to set; leave it out (--seeds and --out set seeds and folder)")
+    for name in {*columns} & {key, *map(name_of, words)} | {key} & set(map(name_of, arguments.overrides)):
+        problems.append(f"{name} is given twice, once by --family or --grid; leave one out")
+    for option in ("jobs", "ranks", "slurm"):
+        if getattr(arguments, option) is not None and getattr(arguments, option) < 1:
+            problems.append(f"--{option} {getattr(arguments, option)} must be at least 1")
+    if arguments.last is not None and not 0 < arguments.last <= 1:
+        problems.append(f"--last {arguments.last:g} must be a share of the steps, above 0 and at most 1")
+    if arguments.sbatch and not arguments.slurm:
+        problems.append(f"--sbatch {arguments.sbatch!r} is for a job array; add --slurm N")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        problems.append(f"--seeds {arguments.seeds}: each is trained once; name it once")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def refuse(problems: Mapping[str, str]) -> None:
+    """Raise UserError for problems and the first cell that has each."""
+    if problems:
+        raise UserError("\n".join(f"{problem} ({cell})" for problem, cell in problems.items()))
+
+
+def checked(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[Cell]:
+    """The cells as `megahp train` would resolve them, after all it checks before it trains. Raises UserError."""
+    ready, problems = [], dict[str, str]()
+    for cell in cells:
+        try:
+            if arguments.last is None and not cell.settings.train.validation_samples:
+                raise UserError("train.validation_samples = 0 leaves no loss to compare; raise it, or give --last 0.1")
+            layout = fit(cell.settings.parallel, arguments.ranks)
+            settings = prepare(cell.settings, layout, arguments.ranks, resume=True)
+            refuse_another(settings)
+            ready.append(replace(cell, settings=settings))
+        except UserError as error:
+            problems.setdefault(str(error), str(cell))
+    refuse(problems)
+    return ready
+
+
+def start_workers(command: Sequence[str], jobs: int) -> int:
+    """So many workers on this machine, one thread and, where there are several, one GPU each. Returns the exit code of
+    one that failed, else 0."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the workers are ended too
+    workers = []
+    try:
+        for job in range(jobs):
+            own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": visible[job % len(visible)]}
+            workers.append(subprocess.Popen(command, env=os.environ | own))
+        codes = [worker.wait() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.wait()
+    failed = next((code for code in codes if code), 0)
+    return 128 - failed if failed < 0 else failed
+
+
+def submit(words: Sequence[str], arguments: argparse.Namespace) -> int:
+    """A job array of as many workers, by slurm/sweep.sbatch. Returns sbatch's exit code."""
+    log, script = arguments.out / "worker-%a.log", folder() / "sweep.sbatch"
+    options = [f"--array=1-{arguments.slurm}", f"--output={log}", *shlex.split(arguments.sbatch)]
+    command = ["sbatch", *options, str(script), *words]
+    if arguments.dry_run:
+        print(shlex.join(command))
+        return 0
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    code = subprocess.call(command, env=os.environ | {"MEGAHP_SLURM": str(script.parent)})
+    print("when the array has ended, the same command without --slurm shows what was found")
+    return code
+
+
+def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
+    """Train whatever nobody else does until nothing is left, and end this process."""
+    began, before, code = time.monotonic(), [cell for cell in cells if is_over(cell.directory)], 0
+    store = launch.join(launch.World(), cuda_wanted(cells[0].settings)) if ranks == 1 else None
+    try:
+        for cell in cells:
+            with claimed(cell) as mine:
+                if not mine or is_over(cell.directory):
+                    continue
+                seconds = train_cell(cell, ranks, store)
+            over = [cell for cell in cells if is_over(cell.directory)]
+            share = (work_of(over) - work_of(before)) / (work_of(cells) - work_of(before))
+            eta = human_duration((time.monotonic() - began) * (1 / share - 1))
+            loss = loss_of(cell.directory, last)
+            print(f"[{len(over)}/{len(cells)}] {cell}: loss {loss:.4f}, {seconds:.1f} s; ETA {eta}", flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = STOPPED if isinstance(error, Told) else USER_ERROR
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    launch.leave(code)
+    return code
+
+
+def work_of(cells: Sequence[Cell]) -> float:
+    return sum(cell.operations for cell in cells)
+
+
+@contextlib.contextmanager
+def claimed(cell: Cell) -> Iterator[bool]:
+    """Whether this worker alone has the cell, for as long as it lives."""
+    cell.directory.mkdir(parents=True, exist_ok=True)
+    with (cell.directory / ".claim").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def train_cell(cell: Cell, ranks: int, store: dist.Store | None) -> float:
+    """Begin one run, or go on with it: in this process if it has a store, else on ranks of its own. Returns the seconds
+    it took. Raises UserError where it did not end."""
+    began = time.monotonic()
+    if store is None:
+        if (code := train_on_ranks(cell.settings, ranks)) and not diverged(cell.directory):
+            raise UserError(f"{cell} ended with exit code {code}; the same command goes on")
+    else:
+        train_here(cell, store)
+    shutil.rmtree(cell.directory / "checkpoints", ignore_errors=True)
+    gc.collect()  # a model is a circle of references, and the next one needs the room
+    return time.monotonic() - began
+
+
+def train_here(cell: Cell, store: dist.Store) -> None:
+    """Train one run in this process, what it says going into a file."""
+    layout = fit(cell.settings.parallel, 1)
+    with (cell.directory / "train.log").open("w") as said, contextlib.redirect_stdout(said):
+        try:
+            settings = prepare(cell.settings, layout, 1, resume=True)
+            finished = train(settings, launch.World(), store, layout, resume=True)
+        except (UserError, Fault):
+            if not diverged(cell.directory):
+                raise
+            finished = True
+    if not finished:
+        raise Told(f"{cell} was told to leave; the same command goes on")
+
+
+def families_of(cells: Sequence[Cell], last: float | None) -> dict[str, dict[float, Curve]]:
+    """What is read from the runs: variant -> size, small ones first -> curve. Raises UserError where all of a seed's
+    runs diverged."""
+    groups: dict[str, dict[float, list[Cell]]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.size):
+        groups.setdefault(cell.variant, {}).setdefault(cell.size, []).append(cell)
+    return {
+        variant: {size: curve_of(group, last) for size, group in sizes.items()} for variant, sizes in groups.items()
+    }
+
+
+def curve_of(cells: Sequence[Cell], last: float | None) -> Curve:
+    values, seeds = sorted({cell.value for cell in cells}), sorted({cell.seed for cell in cells})
+    losses = np.empty((len(values), len(seeds)))
+    for cell in cells:
+        losses[values.index(cell.value), seeds.index(cell.seed)] = loss_of(cell.directory, last)
+    if np.isinf(losses).all(0).any():
+        raise UserError(f"{cells[0].variant}, size {cells[0].size:g}: every run of a seed diverged; lower --grid")
+    return Curve(values, losses)
+
+
+def loss_of(directory: Path, last: float | None) -> float:
+    """The loss of a run that has ended, in nats per token; infinite where it diverged."""
+    steps = read_metrics(directory)
+    losses = [step["loss"] for step in steps[-math.ceil((last or 0) * len(steps)) :]]
+    if last is None:
+        losses = [steps[-1].get("validation_loss")]
+    return math.inf if diverged(directory) or None in losses else float(np.mean(losses))
+
+
+def about(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was compared, for the JSON file."""
+    last = arguments.last
+    return {
+        "run": str(arguments.run),
+        "grid": name_of(arguments.grid),
+        "family": name_of(arguments.family[0]),
+        "seeds": arguments.seeds,
+        "loss": "of the last validation" if last is None else f"mean of training over the last {last:g} of the steps",
+        "torch": torch.__version__,
+    }

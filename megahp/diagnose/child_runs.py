@@ -1,0 +1,68 @@
+"""Runs that a measurement trains by the real command, as processes of its own, and how they ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+from megahp import config
+from megahp.config import Config
+from megahp.errors import UserError
+from megahp.launch import die_with_parent
+from megahp.log.metrics import read_events
+from megahp.train.prepare import changes
+from megahp.train.recovery import MOST_SKIPPED
+from megahp.train.run import read_config
+
+
+def refuse_another(settings: Config) -> None:
+    """Raise UserError when the directory holds a branch of another measurement, not to be taken for this one."""
+    if (settings.directory / "config.toml").exists():
+        for key, (before, now) in changes(settings, config.to_dict(read_config(settings.directory))).items():
+            raise UserError(
+                f"{settings.directory} was trained with {key} = {before!r}, not {now!r}; name another --out"
+            )
+
+
+def train(settings: Config, ranks: int, said: IO[str] | None = None, **environment: str) -> int:
+    """Begin, or go on with, one branch through the real command, in an environment that has this too; what it says goes
+    into a file, if there is one. Returns its exit code. It does not outlive this process."""
+    file = write_run_file(settings)
+    command = [sys.executable, "-m", "megahp", "train", str(file), "--ranks", str(ranks), "--resume", "auto"]
+    code = subprocess.call(command, stdout=said, env=os.environ | environment, preexec_fn=die_with_parent)
+    return 128 - code if code < 0 else code
+
+
+def write_run_file(settings: Config) -> Path:
+    """These settings as a run file, beside their run directory."""
+    file = Path(f"{settings.directory}.toml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(config.to_toml(settings), encoding="utf-8")
+    return file
+
+
+def is_over(directory: Path) -> bool:
+    """Whether nothing is left to train."""
+    return is_finished(directory) or diverged(directory)
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether the run took all of its steps."""
+    if not (directory / "events.jsonl").exists():
+        return False
+    return any(event["event"] == "finished" for event in read_events(directory))
+
+
+def diverged(directory: Path) -> bool:
+    """Whether the run gave up: after so many steps in a row were skipped, or with a weight that is not finite."""
+    if not (directory / "events.jsonl").exists():
+        return False
+    last = read_events(directory)[-MOST_SKIPPED:]
+    if last and last[-1]["event"] == "broken":
+        return True
+    if len(last) < MOST_SKIPPED or any(event["event"] != "skipped" for event in last):
+        return False
+    return last[-1]["step"] - last[0]["step"] == MOST_SKIPPED - 1
