@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 
@@ -36,13 +36,13 @@ from megahp.benchmark.machine import machine_of
 from megahp.commands.arguments import starts_ranks
 from megahp.commands.output import write_json
 from megahp.config import resolve
-from megahp.data.loader import TrainingData
 from megahp.errors import UserError
 from megahp.parallel.device import cuda_wanted, device_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import make_mesh
 from megahp.train.prepare import check_batch
-from megahp.train.run import Run, state_of_weights
+from megahp.train.run import state_of_weights
+from megahp.train.trainer import Trainer
 
 QUICKSTART = Path("examples/quickstart/run.toml")
 VOCABULARY = 4096  # that of the quick start's tokenizer
@@ -85,8 +85,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 def benchmark(settings: config.Config, layout: Layout, place: launch.World, folder: Path, saves: int) -> dict[str, Any]:
     """Everything measured, as one of the ranks."""
     device = device_of(settings, place)
-    run = Run(settings, make_mesh(layout, device), cast(TrainingData, None))
-    tensors = run.engine.saved | run.optimizer.state()
+    trainer = Trainer(settings, make_mesh(layout, device))
+    tensors = trainer.engine.saved | trainer.optimizer.state()
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     store = checkpoint.Store(folder / "checkpoints", config.Checkpoint(keep=1))
     state = state_of_weights(settings)

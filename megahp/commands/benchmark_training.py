@@ -66,10 +66,8 @@ from megahp.parallel.device import check_devices, cuda_wanted, device_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.scaling.flops import parameters, training_flops
-from megahp.train.loop import microbatches
 from megahp.train.prepare import check_batch
-from megahp.train.run import Run
-from megahp.train.step import clip
+from megahp.train.trainer import Trainer
 
 MEGAHP = ("megahp", "megahp-without-noise")
 COSTS = {"noise_scale": "megahp-without-noise", "masks": "megahp-dense"}  # what costs time: who goes without it
@@ -151,32 +149,21 @@ class MadeUp:
 
 
 class Megahp:
-    """megahp's own step, as in megahp/train/loop.py."""
+    """megahp's own step."""
 
     def __init__(self, settings: Config, mesh: Mesh) -> None:
-        data = cast(TrainingData, MadeUp(settings))
-        self.run = Run(settings, mesh, data)
-        self.loader = Loader(data, mesh.device, settings.data.mask_documents)
+        self.trainer = Trainer(settings, mesh)
+        self.loader = Loader(cast(TrainingData, MadeUp(settings)), mesh.device, settings.data.mask_documents)
 
     def step(self) -> None:
-        run = self.run
-        plan = run.batch_plan.step(run.progress)
+        trainer = self.trainer
+        plan = trainer.next_step()
         assert plan is not None
-        batches = recorded(microbatches(self.loader, plan, run))
-        loss = run.engine.forward_backward(batches, plan.microbatches(run.mesh.layout.dp), plan.tokens)
-        grads = run.engine.gradients()
-        run.masks.apply(grads, plan)
-        measured = run.engine.measure(loss, grads, plan.global_batch)
-        if not measured.finite:
+        step = trainer.compute(recorded(trainer.microbatches(self.loader, plan)), plan)
+        if not step.measured.finite:
             raise UserError(f"the gradient is not finite at step {plan.step}; lower optimizer.lr")
-        run.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)
-        clip(grads, measured.grad_norm, run.settings.optimizer.clip)
-        run.optimizer.step(grads, plan)
-        run.engine.rebalance(measured.load)
-        run.engine.zero()
-        run.progress = run.progress.after(plan)
-        run.batch_plan.look(run.progress, run.noise.pooled.ratio)
-        run.masks.look(plan, run.progress)
+        trainer.update(step, plan)
+        trainer.advance(plan, step.measured)
 
 
 def recorded(batches: Iterator[Batch]) -> Iterator[Batch]:

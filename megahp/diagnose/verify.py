@@ -23,16 +23,12 @@ from megahp import config, launch
 from megahp.config import Config, resolve
 from megahp.data.loader import Batch
 from megahp.errors import UserError
-from megahp.model.build import build_model
 from megahp.parallel.device import check_devices, cuda_wanted, device_of
 from megahp.parallel.layout import Layout, fit
-from megahp.parallel.mesh import WITHIN_STAGE, Mesh, make_mesh
+from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.parallel.parameters import storage, whole
-from megahp.scaling.batch_size import BatchPlan, Plan, Progress, least_batch
-from megahp.scaling.parameterization import table_of
-from megahp.train.masks import Masks
-from megahp.train.optimizer import make_optimizer
-from megahp.train.step import Engine, clip
+from megahp.scaling.batch_size import Plan, least_batch
+from megahp.train.trainer import Trainer
 
 STEPS = 5  # the global batch doubles after the first
 RTOL = 1e-9  # of the largest magnitude; float64 rounds to 1e-16, and a wrong sum is off by far more
@@ -108,40 +104,18 @@ def shrunk(settings: Config, layout: Layout) -> Config:
     return resolve.from_dict(config.to_dict(sized), "the small run")
 
 
-class Trial:
-    """A model, its optimizer and its progress on a mesh, trained from made-up samples."""
-
-    def __init__(self, settings: Config, mesh: Mesh) -> None:
-        self.settings, self.mesh = settings, mesh
-        self.engine = Engine(build_model(settings, mesh), mesh, settings.parallel)
-        self.optimizer = make_optimizer(
-            settings.optimizer,
-            self.engine.trained,
-            self.engine.rows,
-            table_of(settings),
-            mesh.group(*WITHIN_STAGE),
-        )
-        self.masks = Masks(settings, self.engine, self.optimizer)
-        self.progress = Progress()
-        self.batch_plan = BatchPlan(settings, mesh.layout.dp)
+class Trial(Trainer):
+    """A trainer on made-up samples."""
 
     def step(self) -> dict[str, Any]:
         """One optimizer step; its loss, norms and (before clipping) whole gradients of this rank's pipeline stages."""
-        plan = self.batch_plan.step(self.progress)
+        plan = self.next_step()
         assert plan is not None
-        loss = self.engine.forward_backward(self.batches(plan), plan.microbatches(self.mesh.layout.dp), plan.tokens)
-        grads = self.engine.gradients()
-        self.masks.apply(grads, plan)
-        measured = self.engine.measure(loss, grads, plan.global_batch)
+        step = self.compute(self.batches(plan), plan)
         gathered = {name: of_all_ranks(weight, weight.grad) for name, weight in self.engine.trained.items()}
-        clip(grads, measured.grad_norm, self.settings.optimizer.clip)
-        self.optimizer.step(grads, plan)
-        self.engine.rebalance(measured.load)
-        self.engine.zero()
-        self.progress = self.progress.after(plan)
-        self.batch_plan.look(self.progress, None)
-        self.masks.look(plan, self.progress)
-        return {"measured": vars(measured), "grads": gathered}
+        self.update(step, plan)
+        self.advance(plan, step.measured)
+        return {"measured": vars(step.measured), "grads": gathered}
 
     def weights(self) -> dict[str, Tensor]:
         """The whole weights, the routers' biases and the masks, of this rank's pipeline stages."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-
-from torch import Tensor
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from megahp import checkpoint
 from megahp.data.loader import Loader
@@ -19,42 +18,58 @@ from megahp.train.reporter import Reporter
 from megahp.train.run import Run, as_the_first_sees
 from megahp.train.start import go_back
 from megahp.train.step import Measurement
+from megahp.train.trainer import Step
 
 MOST_SKIPPED = 20  # skipped steps in a row end a run
 MOST_REWINDS = 3  # and so do rewinds without a checkpoint since
 
 
-def soundly(
-    compute: Callable[[], tuple[list[Tensor], Measurement]], run: Run, plan: Plan, reporter: Reporter
-) -> tuple[list[Tensor], Measurement, str]:
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a step once its gradients are known, and why."""
+
+    action: Literal["update", "skip", "rewind"]
+    reason: str = ""
+
+
+def compute_soundly(compute: Callable[[], Step], run: Run, plan: Plan, reporter: Reporter) -> tuple[Step, Verdict]:
     """Compute a step's gradients, and once more under observation where they are not finite: a passing fault leaves no
-    trace then, another is named. Also returns what is wrong with the result, in words, empty where nothing is. Raises
-    Fault when it is a weight."""
-    grads, measured = compute()
-    overflown = run.settings.train.dtype == "float16" and math.isfinite(measured.loss)  # the loss scale's daily work
-    if measured.finite or overflown or run.skipped_in_a_row:
-        return grads, measured, "" if measured.finite else "the gradient is not finite"
+    trace then, another is named. Also returns what is to become of the step. Raises Fault when a weight is the
+    cause."""
+    step = compute()
+    if step.measured.finite:
+        return step, judge_spike(run, step.measured, reporter)
+    # in float16 a gradient that overflows is the loss scale's daily work
+    overflown = run.settings.train.dtype == "float16" and math.isfinite(step.measured.loss)
+    if overflown or run.skipped_in_a_row:
+        return step, Verdict("skip", "the gradient is not finite")
     run.engine.zero()
     with watching(run.engine.model.stages, plan.samples(run.mesh.data_rank, run.mesh.layout.dp)) as found:
-        grads, measured = compute()
-    if measured.finite:
+        step = compute()
+    if step.measured.finite:
         reporter.event("repeated", "the gradient was not finite, and is, computed again: a passing fault", run.progress)
-        return grads, measured, ""
-    suspects = first_of([*found, *among_weights(run.engine.weights, dict(zip(run.engine.trained, grads, strict=True)))])
+        return step, judge_spike(run, step.measured, reporter)
+    grads = dict(zip(run.engine.trained, step.grads, strict=True))
+    suspects = first_of([*found, *among_weights(run.engine.weights, grads)])
     why = "; ".join(map(str, suspects)) or "the loss is not finite"
     if suspects and suspects[0].kind == WEIGHT:  # skipping will not help
         check_copies(run.engine.weights, run.engine.rows, run.mesh)
         reporter.event("broken", why, run.progress)
         raise Fault(f"{why}; a checkpoint has it as it was, unless optimizer.lr is so large that it comes again")
-    return grads, measured, why
+    return step, Verdict("skip", why)
 
 
-def stands_out(run: Run, measured: Measurement, reporter: Reporter) -> str:
-    """What is a reason to leave this step out, where that is wanted: its loss or its gradient norm is a spike."""
+def judge_spike(run: Run, measured: Measurement, reporter: Reporter) -> Verdict:
+    """What becomes of a step whose gradients are finite: where its loss or its gradient norm is a spike, what
+    resilience.spikes says."""
     spike = run.spikes.look(measured.loss, measured.grad_norm)
-    if spike:
-        reporter.event("spike", spike, run.progress, loss=measured.loss, grad_norm=measured.grad_norm)
-    return "" if run.settings.resilience.spikes == "tell" else spike
+    if not spike:
+        return Verdict("update")
+    reporter.event("spike", spike, run.progress, loss=measured.loss, grad_norm=measured.grad_norm)
+    wanted = run.settings.resilience.spikes
+    if wanted == "rewind" and run.saved_at >= 0:
+        return Verdict("rewind", spike)
+    return Verdict("update" if wanted == "tell" else "skip", spike)
 
 
 def skip(run: Run, reporter: Reporter, plan: Plan, measured: Measurement, why: str) -> None:

@@ -18,16 +18,14 @@ from megahp.errors import UserError
 from megahp.faults.copies import check_copies
 from megahp.faults.spikes import Spikes
 from megahp.log.wandb_log import new_id
-from megahp.model.build import build_model
 from megahp.parallel.layout import Layout
-from megahp.parallel.mesh import WITHIN_STAGE, Mesh
+from megahp.parallel.mesh import Mesh
 from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
-from megahp.train.masks import Masks
-from megahp.train.optimizer import make_optimizer
 from megahp.train.prepare import plan_to_go_on
-from megahp.train.step import FIRST_SCALE, Engine, LossScale
+from megahp.train.step import FIRST_SCALE, LossScale
+from megahp.train.trainer import Trainer
 
 T = TypeVar("T")
 
@@ -42,27 +40,18 @@ class Taken:
     anew: Sequence[str] = ()  # sources whose samples begin at the beginning
 
 
-class Run:
-    """Model, optimizer, data, progress and averages of one run: what a checkpoint holds."""
+class Run(Trainer):
+    """A trainer with its data, a directory and what outlives a start: what a checkpoint holds."""
 
     def __init__(self, settings: Config, mesh: Mesh, data: TrainingData) -> None:
-        self.settings, self.mesh, self.data = settings, mesh, data
-        self.table = table_of(settings)
-        self.engine = Engine(build_model(settings, mesh), mesh, settings.parallel)
-        self.optimizer = make_optimizer(
-            settings.optimizer, self.engine.trained, self.engine.rows, self.table, mesh.group(*WITHIN_STAGE)
-        )
-        self.masks = Masks(settings, self.engine, self.optimizer)
-        self.progress = Progress()
-        self.batch_plan = BatchPlan(settings, mesh.layout.dp)
+        super().__init__(settings, mesh)
+        self.data = data
         self.skipped = self.skipped_in_a_row = self.rewinds = 0
         self.spikes = Spikes(settings.resilience)
         self.slow: set[int] = set()  # ranks that hold up others, as told
         self.saved_at = -1  # step
-        self.loss_scale = LossScale(FIRST_SCALE if settings.train.dtype == "float16" else 1.0)
         self.wandb_id = new_id()
         self.store = checkpoint.Store(self.folder, settings.checkpoint)
-        self.forget_noise()
 
     @property
     def folder(self) -> Path:
@@ -72,6 +61,11 @@ class Run:
     def is_outgrown(self) -> bool:
         """Whether the batch has grown to where the run goes on on more ranks."""
         return 0 < self.settings.resilience.stop_at_batch <= self.batch_plan.batch
+
+    def is_due(self, every: int, over: bool) -> bool:
+        """Whether something done every so many steps (0 = at the end only) is due after this one. over: it is the
+        last."""
+        return over or (every > 0 and self.progress.step % every == 0)
 
     def save(self, validation_loss: float | None) -> None:
         """Begin to write a checkpoint of this moment, from all ranks. Raises UserError when that before it could not be
@@ -133,10 +127,6 @@ class Run:
             self.forget_noise()
         self.data.enter(plan.stage, plan.first_sample)
         return True
-
-    def forget_noise(self) -> None:
-        """Begin the averages again: an example has become another thing."""
-        self.noise = NoiseScale(self.settings.train.noise_half_life * self.settings.train.tokens)
 
     def _load(self, path: checkpoint.Place) -> dict[str, Any]:
         """Weights, moments, progress and averages of a checkpoint. Returns its JSON state."""

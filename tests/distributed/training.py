@@ -15,7 +15,7 @@ from megahp.diagnose import verify
 from megahp.diagnose.verify import Trial, made_up, of_all_ranks, of_all_stages
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
-from megahp.train.loop import validate
+from megahp.train.validation import validate
 
 BASE: dict[str, Any] = {
     "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 128},

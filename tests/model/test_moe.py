@@ -15,7 +15,7 @@ from torch import Tensor
 from megahp.model.moe import Router
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
-from megahp.train.loop import validate
+from megahp.train.validation import validate
 
 F64 = "train.dtype=float64"
 # family -> settings; its routing stands in `routed` once more, as its paper or its authors' code has it

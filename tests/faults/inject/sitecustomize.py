@@ -135,13 +135,13 @@ def strike_steps() -> None:
             spoil = lambda module, inputs, output: output.register_hook(lambda gradient: gradient * NAN) and None  # noqa: E731
             hooks.append(block.register_forward_hook(spoil))
         try:
-            grads, measured = compute(run, loader, plan, told)
+            step = compute(run, loader, plan, told)
             if due(plan.step, "sum"):
-                local(grads[0]).view(-1)[0] = NAN
+                local(step.grads[0]).view(-1)[0] = NAN
         finally:
             for hook in hooks:
                 hook.remove()
-        return grads, measured
+        return step
 
     loop.compute = struck
 

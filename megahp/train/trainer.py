@@ -1,0 +1,100 @@
+"""The optimizer step, as training, verification and benchmarks take it: compute, and update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from megahp.config import Config
+from megahp.data.loader import Batch, Loader
+from megahp.model.build import build_model
+from megahp.parallel.mesh import WITHIN_STAGE, Mesh
+from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress
+from megahp.scaling.noise_scale import NoiseScale
+from megahp.scaling.parameterization import table_of
+from megahp.train.masks import MaskChange, Masks
+from megahp.train.optimizer import make_optimizer
+from megahp.train.step import FIRST_SCALE, Engine, LossScale, Measurement, clip
+
+
+@dataclass(frozen=True)
+class Step:
+    """This rank's parts of one step's gradients, in the order of the trained weights, and what they say."""
+
+    grads: list[Tensor]
+    measured: Measurement
+
+
+class Trainer:
+    """A model and everything that decides its next step: optimizer, masks, batch plan, averages, progress.
+
+    while plan := trainer.next_step():
+        step = trainer.compute(batches, plan)
+        trainer.update(step, plan)
+        trainer.advance(plan, step.measured)
+    """
+
+    def __init__(self, settings: Config, mesh: Mesh) -> None:
+        self.settings, self.mesh = settings, mesh
+        self.table = table_of(settings)
+        self.engine = Engine(build_model(settings, mesh), mesh, settings.parallel)
+        self.optimizer = make_optimizer(
+            settings.optimizer, self.engine.trained, self.engine.rows, self.table, mesh.group(*WITHIN_STAGE)
+        )
+        self.masks = Masks(settings, self.engine, self.optimizer)
+        self.progress = Progress()
+        self.batch_plan = BatchPlan(settings, mesh.layout.dp)
+        self.loss_scale = LossScale(FIRST_SCALE if settings.train.dtype == "float16" else 1.0)
+        self.forget_noise()
+
+    def forget_noise(self) -> None:
+        """Begin the averages again: an example has become another thing."""
+        self.noise = NoiseScale(self.settings.train.noise_half_life * self.settings.train.tokens)
+
+    def next_step(self) -> Plan | None:
+        """The plan of the next step; None when the run is over."""
+        return self.batch_plan.step(self.progress)
+
+    def compute(self, batches: Iterable[Batch], plan: Plan, told: bool = False) -> Step:
+        """One step's gradients, from this rank's microbatches, and what they say on all ranks. told: whether this rank
+        has been told to leave."""
+        scale = self.loss_scale.value
+        loss = self.engine.forward_backward(batches, plan.microbatches(self.mesh.layout.dp), plan.tokens, scale)
+        grads = self.engine.gradients()
+        self.masks.apply(grads, plan)
+        return Step(grads, self.engine.measure(loss, grads, plan.global_batch, scale, told))
+
+    def update(self, step: Step, plan: Plan) -> None:
+        """Clip the gradients, in place, and make one update of the weights."""
+        measured = step.measured
+        self.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)
+        clip(step.grads, measured.grad_norm, self.settings.optimizer.clip, self.loss_scale.value)
+        self.optimizer.step(step.grads, plan)
+        self.engine.rebalance(measured.load)
+
+    def advance(
+        self, plan: Plan, measured: Measurement, updated: bool = True
+    ) -> tuple[Change | None, MaskChange | None]:
+        """Count the step, and decide what the next one's batch and masks are. Returns what has changed."""
+        if self.settings.train.dtype == "float16":
+            self.loss_scale.update(measured.finite)
+        self.engine.zero()
+        self.progress = self.progress.after(plan)
+        change = self.batch_plan.look(self.progress, self.noise.pooled.ratio)
+        return change, self.masks.look(plan, self.progress) if updated else None
+
+    def microbatches(self, loader: Loader, plan: Plan) -> Iterator[Batch]:
+        """This rank's microbatches of one step; while each computes, the one after it is read."""
+        ids = self._samples(plan)
+        following = self.batch_plan.step(self.progress.after(plan))  # unless the batch grows: then it is read in vain
+        if following and following.stage != plan.stage:
+            following = None  # its data is not yet entered
+        ahead = [*ids[1:], self._samples(following)[0] if following else None]
+        for now, then in zip(ids, ahead, strict=True):
+            yield loader.take(now, then)
+
+    def _samples(self, plan: Plan) -> list[np.ndarray]:
+        return plan.samples(self.mesh.data_rank, self.mesh.layout.dp)
