@@ -16,8 +16,8 @@ class Fault(Exception):
     """Something broke that nobody here did wrong, told in one line; the run may go on from its last checkpoint."""
 
 
-def complain(error: Exception) -> None:
-    """One line on stderr."""
+def complain(error: Exception | str) -> None:
+    """Say on stderr what is wrong."""
     print(f"megahp: {error}", file=sys.stderr)
 
 

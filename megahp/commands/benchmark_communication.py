@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ from megahp.benchmark.communication import (
 from megahp.commands.arguments import starts_ranks
 from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.config import resolve
-from megahp.errors import UserError
+from megahp.errors import UserError, complain
 from megahp.parallel.layout import fit
 
 SIZES = ["1K", "8K", "64K", "512K", "4M", "32M"]
@@ -115,7 +114,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         MPI.Finalize()
     wrong = sorted({f"{row['operation']} in {row['group']}" for row in rows if row["wrong"]})
     if wrong and ranks.rank == 0:
-        print(f"error: wrong results: {', '.join(wrong)}", file=sys.stderr)
+        complain(f"wrong results: {', '.join(wrong)}")
     return 1 if wrong else 0
 
 

@@ -26,7 +26,6 @@ import argparse
 import itertools
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +40,7 @@ from megahp.commands.output import about, refuse_unwritable
 from megahp.commands.status import jobs
 from megahp.config import Batch, Checkpoint, Config, Log, resolve
 from megahp.diagnose.child_runs import is_finished, refuse_another, train, write_run_file
-from megahp.errors import UserError
+from megahp.errors import UserError, complain
 from megahp.log.metrics import read_metrics
 from megahp.parallel.layout import fit
 from megahp.train.prepare import prepare
@@ -195,7 +194,7 @@ def train_all(points: Sequence[Point], dry_run: bool) -> int:
             code = train(point.settings, point.ranks, said, OMP_NUM_THREADS="1")
         shutil.rmtree(checkpoints, ignore_errors=True)
         if code:
-            print(f"error: {point} ended with exit code {code}; the same command goes on", file=sys.stderr)
+            complain(f"{point} ended with exit code {code}; the same command goes on")
             return code
     return 0
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from megahp.convert import huggingface_folder, megatron
 from megahp.convert.run_directory import fitting, limit, of_checkpoint, refuse_files, write_run
 from megahp.convert.tokenizers import tokenizer_in, write_tokenizer
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
-from megahp.errors import UserError
+from megahp.errors import UserError, complain
 from megahp.evaluate.sample import alone
 from megahp.model.build import longest
 from megahp.parallel.parameters import saved, storage
@@ -141,10 +140,10 @@ def compare(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int:
         f"tokens of {file}, through megahp and {through}"
     )
     if not difference <= RTOL * largest:
-        print(f"error: more than {RTOL:g}: {arguments.target} is another model", file=sys.stderr)
+        complain(f"more than {RTOL:g}: {arguments.target} is another model")
         return 1
     if sending and through == "transformers" and their_ids(theirs, text) != ids:
-        print(f"error: transformers makes other tokens of {file}: convert with another --tokenizer", file=sys.stderr)
+        complain(f"transformers makes other tokens of {file}: convert with another --tokenizer")
         return 1
     return 0
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +33,7 @@ from megahp.commands.output import write_json
 from megahp.config import Batch, Checkpoint, Config, Log, Schedule, resolve
 from megahp.diagnose import critical_batch
 from megahp.diagnose.child_runs import diverged, is_over, refuse_another, train
-from megahp.errors import UserError
+from megahp.errors import UserError, complain
 from megahp.log.metrics import read_run
 from megahp.log.progress import human_count, human_duration
 from megahp.parallel.layout import Layout, fit
@@ -204,7 +203,7 @@ def train_all(branches: Mapping[float, Config], ranks: int) -> int:
         code = train(settings, ranks)
         if code and not diverged(settings.directory):
             if code != 2:  # which has told why
-                print(f"error: branch {name} ended with exit code {code}; the same command goes on", file=sys.stderr)
+                complain(f"branch {name} ended with exit code {code}; the same command goes on")
             return code
         rest = human_duration((time.monotonic() - began) / number * (len(ahead) - number))
         how = "diverged, which is harmful" if code else "done"

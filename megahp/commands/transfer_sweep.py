@@ -52,7 +52,7 @@ from megahp.diagnose.child_runs import diverged, is_over, refuse_another
 from megahp.diagnose.child_runs import train as train_on_ranks
 from megahp.diagnose.curves import plot, show, write_json
 from megahp.diagnose.transfer import Curve, drift
-from megahp.errors import Fault, UserError
+from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from megahp.log.metrics import read_metrics
 from megahp.log.progress import human_duration
@@ -297,7 +297,7 @@ def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
             loss = loss_of(cell.directory, last)
             print(f"[{len(over)}/{len(cells)}] {cell}: loss {loss:.4f}, {seconds:.1f} s; ETA {eta}", flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"{error}")
         code = STOPPED if isinstance(error, Told) else USER_ERROR
     except KeyboardInterrupt:
         code = INTERRUPTED

@@ -94,7 +94,7 @@ def test_seconds_are_those_of_one_call(tool: ModuleType) -> None:
 
 
 def slowest_and_sum() -> tuple[float, float]:
-    from communication import TorchGroup
+    from megahp.benchmark.communication import TorchGroup
 
     group, rank = TorchGroup([[0], [1]], torch.device("cpu"), timedelta(seconds=9)), dist.get_rank()
     return group.over_all(rank, largest=True), group.over_all(rank + 1, largest=False)
