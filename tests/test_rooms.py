@@ -1,0 +1,94 @@
+"""The order of the rooms: a room imports from rooms on lower floors alone, so that no change reaches upward."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import megahp
+
+PACKAGE = Path(megahp.__file__).parent
+FLOORS = [  # the lowest first; docs/design.md says what each room holds
+    "errors exit_codes",
+    "config",
+    "launch ops",
+    "scaling data",
+    "parallel cluster",
+    "model log checkpoint",
+    "faults report",
+    "train",
+    "recipe convert evaluate diagnose benchmark",
+    "commands",
+    "cli",
+    "__main__",
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+
+
+def room_of(module: str) -> str:
+    """megahp.train.loop -> train; megahp itself, which holds a version alone, has none."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(source: str) -> Iterator[str]:
+    """The modules of ours, or names in them, that a file imports, inside functions too, and those it starts."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("megahp."))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megahp":
+            assert node.level == 0 and node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+
+
+def upward(room: str, source: str) -> list[str]:
+    """What a file of this room imports from rooms that are not below it."""
+    others = {module for module in imports(source) if room_of(module) != room and room_of(module) in FLOOR}
+    return sorted(module for module in others if FLOOR[room_of(module)] >= FLOOR[room])
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in FLOOR)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(file: Path) -> None:
+    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert room in FLOOR, f"megahp/{room} is on no floor; give it one in FLOORS"
+    assert upward(room, file.read_text(encoding="utf-8")) == []
+
+
+def test_a_turned_arrow_is_seen() -> None:
+    """For every two rooms the upper one may import the lower one, and the other way round is refused; rooms side by
+    side do not know each other."""
+    for one in FLOOR:
+        for other in FLOOR:
+            source = f"def late() -> None:\n    from megahp.{other} import something\n"
+            assert (upward(one, source) == []) == (one == other or FLOOR[other] < FLOOR[one]), (one, other)
+    assert upward("config", "from megahp import train") == ["megahp.train"]
+    assert upward("scaling", "import megahp.data.samples as samples") == ["megahp.data.samples"]
+
+
+def test_modules_form_no_circle() -> None:
+    """Inside a room too: there is an order in which each module imports only those before it."""
+    modules = {".".join(("megahp", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    names = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    left = {
+        name: {found for each in imports(path.read_text(encoding="utf-8")) if (found := longest(each, names)) != name}
+        for name, path in names.items()
+        if path.name != "__init__.py"  # which only gathers names
+    }
+    while ready := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in ready:
+            del left[name]
+    assert not left, f"a circle among {sorted(left)}"
+
+
+def longest(name: str, modules: dict[str, Path]) -> str:
+    """The module of a dotted name: megahp.train.loop.train -> megahp.train.loop."""
+    while name not in modules and "." in name:
+        name = name.rpartition(".")[0]
+    return name
