@@ -23,15 +23,7 @@ from setuptools.modified import newer_group
 
 TORCH = "torch==2.13.0"
 LANGUAGE = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch 2.11
-FLAGS = [
-    *LANGUAGE,
-    "-g0",
-    "-fopenmp-simd",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fvisibility=hidden",
-    "-Wall",
-]
+FLAGS = [*LANGUAGE, "-g0", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
 
 
 def torch_folder() -> Path | None:

@@ -74,10 +74,7 @@ OPERATIONS = {
         lambda rank, n, size: torch.cat([pattern(other, 0, size // n) for other in range(n)]),
     ),
     "reduce-scatter": Operation(
-        lambda n: (n - 1) / n,
-        whole,
-        part,
-        lambda rank, n, size: total(n, rank * (size // n), (rank + 1) * (size // n)),
+        lambda n: (n - 1) / n, whole, part, lambda rank, n, size: total(n, rank * (size // n), (rank + 1) * (size // n))
     ),
     "all-to-all": Operation(lambda n: (n - 1) / n, whole, whole, exchanged),
     "send-receive": Operation(lambda n: 1.0, whole, whole, lambda rank, n, size: pattern((rank - 1) % n, 0, size)),

@@ -62,15 +62,7 @@ import torch.distributed as dist
 
 import megahp
 from megahp import launch
-from megahp.benchmark.communication import (
-    Groups,
-    TorchGroup,
-    device_of_rank,
-    greet,
-    groups_of_nodes,
-    pattern,
-    timed,
-)
+from megahp.benchmark.communication import Groups, TorchGroup, device_of_rank, greet, groups_of_nodes, pattern, timed
 from megahp.benchmark.machine import synchronize
 from megahp.cluster.outliers import TOGETHER, Problem, best_pairs, excluded, heard, offsets_of, verdict
 from megahp.commands.arguments import positive, starts_ranks

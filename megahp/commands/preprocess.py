@@ -44,12 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", nargs="+", required=True, metavar="PATH", help="files and folders")
     add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
     add("--tokenizer", required=True, metavar="TOK", help="'bytes', a *.model or a *.json file")
-    add(
-        "--train-sentencepiece",
-        type=int,
-        metavar="VOCAB",
-        help="train --tokenizer on the input if it does not exist",
-    )
+    add("--train-sentencepiece", type=int, metavar="VOCAB", help="train --tokenizer on the input if it does not exist")
     add("--json-key", default="text", metavar="KEY", help="field of the text in JSON lines")
     add("--extensions", nargs="+", default=[".py", ".rst", ".txt"], help="files taken from folders")
     add("--exclude", nargs="+", default=[], metavar="NAME", help="folders passed over inside folders")

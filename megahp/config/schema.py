@@ -262,8 +262,7 @@ class Train:
     tokens: int = setting(10_000_000, "horizon of the schedules and end of the run", at_least=1, at_most=1e18)
     steps: int = setting(0, "stop after so many optimizer steps, if sooner; 0 = no such stop", at_least=0)
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(
-        "float32",
-        "compute type, float16 with loss scaling; weights and moments stay in float32 (float64 for float64)",
+        "float32", "compute type, float16 with loss scaling; weights and moments stay in float32 (float64 for float64)"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto = cuda where there is one")
     seed: int = setting(1, "of the weights and of the data order", at_least=0)

@@ -136,10 +136,7 @@ QWEN3 = replace(
     whole_heads=False,
 )
 ARCEE = replace(
-    LLAMA,
-    model_type="arcee",
-    architecture="ArceeForCausalLM",
-    values={**LLAMA.values, "activation": UNGATED},
+    LLAMA, model_type="arcee", architecture="ArceeForCausalLM", values={**LLAMA.values, "activation": UNGATED}
 )
 STARCODER2 = replace(
     ARCEE,

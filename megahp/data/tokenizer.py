@@ -47,10 +47,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     """
     if path == "bytes":
         return ByteTokenizer()
-    kinds: dict[str, Callable[[str], Tokenizer]] = {
-        ".model": SentencePieceTokenizer,
-        ".json": HuggingFaceTokenizer,
-    }
+    kinds: dict[str, Callable[[str], Tokenizer]] = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
     kind = kinds.get(Path(path).suffix)
     if kind is None:
         raise UserError(f"tokenizer {path!r} is none of the known kinds: use 'bytes', a *.model or a *.json file")

@@ -79,11 +79,5 @@ def attend_by_span(
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Attention of [b, heads, queries, size] over [b, kv heads, keys, size], causal where there is no bias."""
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=bias,
-        is_causal=bias is None,
-        scale=scale,
-        enable_gqa=query.shape[1] > key.shape[1],
+        query, key, value, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
     )

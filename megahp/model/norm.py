@@ -20,14 +20,7 @@ class _Norm(Module):
     """
 
     def __init__(
-        self,
-        size: int,
-        eps: float,
-        role: Role,
-        sum_over: tuple[str, ...],
-        group: Group | None,
-        bias: bool,
-        probe: bool,
+        self, size: int, eps: float, role: Role, sum_over: tuple[str, ...], group: Group | None, bias: bool, probe: bool
     ) -> None:
         super().__init__()
         self.eps = eps

@@ -27,13 +27,7 @@ from torch import Tensor
 from megahp.ops import _extension
 
 
-def rms_norm(
-    x: Tensor,
-    weight: Tensor,
-    probe: Tensor | None = None,
-    eps: float = 1e-6,
-    group: str = "",
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, probe: Tensor | None = None, eps: float = 1e-6, group: str = "") -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
 
     Args:

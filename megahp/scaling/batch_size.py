@@ -228,13 +228,7 @@ class BatchPlan:
 
     def state(self) -> dict[str, Any]:
         least = None if math.isinf(self.least) else self.least
-        return {
-            "batch": self.batch,
-            "length": self.length,
-            "since": self.since,
-            "least": least,
-            "began": self.began,
-        }
+        return {"batch": self.batch, "length": self.length, "since": self.since, "least": least, "began": self.began}
 
     def go_on(self, state: Mapping[str, Any], progress: Progress) -> list[Change]:
         """Become what a state says, as far as settings and layout allow: a batch that this layout cannot run becomes

@@ -208,10 +208,5 @@ def open_data(settings: Config) -> TrainingData:
     along = [replace(stage, weights=stage.weights or by_tokens) for stage in config.stages(data)]
     cache = Path(data.cache) if data.cache else Path(data.train[0]).parent / "cache"
     return TrainingData(
-        data.train,
-        along,
-        settings.train.seed,
-        data.validation_fraction,
-        cache,
-        settings.model.vocab_size,
+        data.train, along, settings.train.seed, data.validation_fraction, cache, settings.model.vocab_size
     )

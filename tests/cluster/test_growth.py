@@ -17,12 +17,7 @@ LAW = {"batch.policy": "law", "batch.critical_batch": (30.0, 0.5)}
 
 
 def settings(tokens: int = 240 * LENGTH, **more: Any) -> Config:
-    values = {
-        "data.sequence_length": LENGTH,
-        "batch.global_batch": 4,
-        "batch.micro_batch": 1,
-        "train.tokens": tokens,
-    }
+    values = {"data.sequence_length": LENGTH, "batch.global_batch": 4, "batch.micro_batch": 1, "train.tokens": tokens}
     return with_values(Config(), values | {key.replace("__", "."): value for key, value in more.items()})
 
 

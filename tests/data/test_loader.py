@@ -102,11 +102,7 @@ def test_fingerprint_names_everything_but_the_path(sources, tmp_path):
 
 
 def test_bad_sources_are_refused(sources, tmp_path):
-    for bad, reason in (
-        ({}, "no source"),
-        ({"/none": 1.0}, "/none.idx"),
-        ({"x": -1.0}, "weight -1.0"),
-    ):
+    for bad, reason in (({}, "no source"), ({"/none": 1.0}, "/none.idx"), ({"x": -1.0}, "weight -1.0")):
         with pytest.raises(UserError, match=reason):
             training_data(bad, tmp_path)
 

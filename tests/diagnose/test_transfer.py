@@ -50,8 +50,7 @@ def family(rate: float, noise: float = 0.0, seeds: int = 3) -> dict[float, Curve
     random = np.random.RandomState(1)
     return {
         size: Curve(
-            GRID,
-            np.array([parabola(-7 + rate * math.log2(size / 8) + noise * random.randn()) for _ in range(seeds)]).T,
+            GRID, np.array([parabola(-7 + rate * math.log2(size / 8) + noise * random.randn()) for _ in range(seeds)]).T
         )
         for size in (2.0, 4.0, 8.0, 16.0, 32.0)
     }

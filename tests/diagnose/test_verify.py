@@ -52,10 +52,7 @@ def test_the_layout_is_the_runs() -> None:
 
 @pytest.mark.parametrize(
     ("break_it", "code", "told"),
-    [
-        ("", 0, "the same model"),
-        ("tensor.leave = lambda x, axis: x", 1, "gradient embedding.weight"),
-    ],
+    [("", 0, "the same model"), ("tensor.leave = lambda x, axis: x", 1, "gradient embedding.weight")],
 )
 def test_the_command_names_what_differs(tmp_path: Path, break_it: str, code: int, told: str) -> None:
     """The command, its ranks started with a module that breaks megahp, or does not."""

@@ -59,13 +59,13 @@ MISTAKES: dict[int, dict[str, tuple[tuple[str, ...], Callable[[], Any]]]] = {
         "scales forgotten": (
             (*FP8, *SMALL),
             lambda: mock.patch("torchao.float8.float8_scaling_utils.tensor_to_scale", unscaled),
-        ),
+        )
     },
     2: {
         "scales with digits of their own": (
             (*FP8, *TP),
             lambda: mock.patch("torchao.float8.Float8LinearConfig", any_scale),
-        ),
+        )
     },
 }
 

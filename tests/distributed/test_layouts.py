@@ -88,7 +88,7 @@ EIGHT_RANKS: dict[int, dict[str, tuple[str, ...]]] = {
         "pp2 ep2 cp2, interleaved": (*INTERLEAVED, *EP, *CP),
         "cp2 ep2 tp2 sp": (*CP, *EP, *SP, FOUR),
         "pp2 replicate2 shard2": (*PP, *REPLICATE, "batch.micro_batch=1"),
-    },
+    }
 }
 # tolerance of measures, of weights
 DTYPES = {"float32": (1e-5, None), "float64": (1e-10, 1e-10), "embeddings": (1e-10, 1e-10)}

@@ -7,10 +7,7 @@ import torch
 from distributed.test_context import HEADS, LENGTH, attended, biases_of, places, plain_attention, together
 from torch.profiler import ProfilerActivity, profile
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])

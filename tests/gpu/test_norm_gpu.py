@@ -12,10 +12,7 @@ from torch import Tensor
 
 from megahp.ops import layer_norm, norm, rms_norm
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 OPS = torch.ops.megahp
 KINDS = ["rms", "layer", "layer without bias"]

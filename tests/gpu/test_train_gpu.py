@@ -14,10 +14,7 @@ import torch
 
 from megahp.data.indexed import IndexedWriter
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 ROOT = Path(__file__).parents[2]
 RUN = """
 [model]

@@ -41,10 +41,7 @@ MISTAKES = {
         "p.rstd[row] = rstd;",
         "p.rstd[row] = MISTAKE ? A(torch::headeronly::BFloat16(float(rstd))) : rstd;",
     ),
-    "a warp's sum is left out of its row's": (
-        "lane < warps ?",
-        "lane < warps - MISTAKE ?",
-    ),
+    "a warp's sum is left out of its row's": ("lane < warps ?", "lane < warps - MISTAKE ?"),
     "a row is read before it has arrived": (
         "__pipeline_wait_prior(kStages - 1)",
         "__pipeline_wait_prior(kStages - 1 + MISTAKE)",

@@ -26,8 +26,7 @@ def test_step_law(size: tuple[float, float], lr: float, batch: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flops", "lr", "batch"),
-    [(1e19, 1.3148e-3, 478_942), (1e20, 9.8600e-4, 1_017_145), (1e21, 7.3939e-4, 2_160_145)],
+    ("flops", "lr", "batch"), [(1e19, 1.3148e-3, 478_942), (1e20, 9.8600e-4, 1_017_145), (1e21, 7.3939e-4, 2_160_145)]
 )
 def test_deepseek(flops: float, lr: float, batch: float) -> None:
     found = deepseek(flops)

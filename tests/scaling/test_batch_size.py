@@ -39,8 +39,7 @@ def at(noise: Sequence[float | None], progress: Progress, plan: BatchPlan) -> fl
 
 
 @pytest.mark.parametrize(
-    ("batch", "dp", "micro", "expected"),
-    [(32, 2, 4, (32,)), (30, 2, 4, (24, 32)), (3, 2, 4, (8,)), (8, 1, 8, (8,))],
+    ("batch", "dp", "micro", "expected"), [(32, 2, 4, (32,)), (30, 2, 4, (24, 32)), (3, 2, 4, (8,)), (8, 1, 8, (8,))]
 )
 def test_runnable_names_the_nearest_batches(batch: int, dp: int, micro: int, expected: tuple[int, ...]) -> None:
     assert runnable(batch, dp * micro) == expected
