@@ -43,14 +43,15 @@ from megahp.model.build import longest, skeleton
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.parameters import saved, storage
-from megahp.train.prepare import FIXED, with_vocabulary
+from megahp.train.prepare import with_vocabulary
 from megahp.train.run import state_of_weights
 
 FORMATS = ("megahp", "huggingface", "megatron", "megatron-legacy")
 RTOL = 1e-5  # of the largest logit, in float32
 MOST_TOKENS = 512  # of the text
 # what of a converted model's settings its next run cannot choose
-KEPT = (*FIXED, "sparsity", "data.sequence_length", "data.lengths")
+FIXED = [key for key in config.names() if config.fixed(key) in ("always", "unless dense")]
+KEPT = (*FIXED, "model", "data.sequence_length", "data.lengths")
 
 
 def main(words: Sequence[str] | None = None) -> int:

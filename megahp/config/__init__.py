@@ -19,7 +19,7 @@ from megahp.config.schema import (
     Schedule,
     Sparsity,
     Train,
-    describe,
+    fixed,
     get,
     names,
     to_dict,
