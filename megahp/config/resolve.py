@@ -10,7 +10,7 @@ import difflib
 import math
 import operator
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -119,7 +119,7 @@ def _flatten(tree: Mapping[str, Any], origin: str, problems: list[str]) -> Itera
                     problems.append(f"{name}.{key} = {value!r} ({origin}) is no setting; {suggest(key, TYPES[name])}")
 
 
-def suggest(word: str, known: Mapping[str, Any]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     return f"did you mean {', '.join(close)}?" if close else f"there are: {', '.join(known)}"
 
