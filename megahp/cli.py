@@ -11,6 +11,7 @@ from typing import Any
 
 from megahp import launch
 from megahp.commands import COMMANDS, HIDDEN
+from megahp.config.resolve import suggest
 from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import FAULT, INTERRUPTED, USER_ERROR
 
@@ -46,8 +47,8 @@ def parse(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in (*COMMANDS, *HIDDEN)), "")
     if not name:
         parser = Parser(prog="megahp", usage="megahp COMMAND ...", epilog=f"commands:\n{LISTING}")
-        parser.parse_known_args(words)  # --help
-        parser.error(f"{' '.join(words[:2])!r} is no command; there are {', '.join(COMMANDS)}")
+        parser.parse_known_args(words or ["--help"])
+        parser.error(f"{words[0]} is no command; {suggest(words[0], COMMANDS)}")
     command = import_module(f"megahp.commands.{name.replace(' ', '_').replace('-', '_')}")
     parser = Parser(prog=f"megahp {name}", description=command.__doc__)
     command.add_arguments(parser)

@@ -1,20 +1,31 @@
-"""Print every setting and where its value comes from."""
+"""Print every setting of a run and where its value comes from; or, of every setting there is, what is known of it."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from megahp import config
-from megahp.commands.arguments import add_run_file
 from megahp.config import resolve
+from megahp.config.describe import describe
+from megahp.errors import UserError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_run_file(parser)
+    parser.add_argument("run_file", type=Path, nargs="?", metavar="RUN.toml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument(
+        "--describe", nargs="?", const="", metavar="SECTION|KEY", help="tell type, bounds, default and meaning"
+    )
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
+    if (options.run_file is None) == (options.describe is None):
+        raise UserError("name RUN.toml, or --describe [SECTION|KEY], one of the two")
+    if options.describe is not None:
+        print(describe(options.describe))
+        return 0
     resolved = resolve.load(options.run_file, options.overrides)
     print(config.to_toml(resolved.config, resolved.origins), end="")
     return 0

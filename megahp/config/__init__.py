@@ -1,5 +1,5 @@
 """The settings of a run: what there is (schema), from files and words to a checked tree (resolve), what cannot run
-together (checks), known shapes (presets)."""
+together (checks), known shapes (presets), "tokens:value" words (words)."""
 
 from megahp.config.schema import (
     SECTIONS,
@@ -18,16 +18,13 @@ from megahp.config.schema import (
     Resilience,
     Schedule,
     Sparsity,
-    Stage,
     Train,
-    describe,
+    fixed,
     get,
     names,
-    parse_table,
-    stage_at,
-    stages,
     to_dict,
     to_toml,
     toml_value,
     with_values,
 )
+from megahp.config.words import Stage, parse_table, stage_at, stages

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from megahp.config.schema import VOCAB_MULTIPLE, Config, parse_table, stages
+from megahp.config.schema import VOCAB_MULTIPLE, Config
+from megahp.config.words import parse_table, stages
 from megahp.errors import nearest_divisors, nearest_multiples
 
 STAGES_PER_RANK = {

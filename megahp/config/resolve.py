@@ -8,62 +8,20 @@ from __future__ import annotations
 
 import difflib
 import math
-import sys
+import operator
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from megahp.config.checks import impossible
 from megahp.config.presets import PRESETS
-from megahp.config.schema import SECTIONS, TYPES, Config, get, names, with_values
+from megahp.config.schema import FIELDS, SECTIONS, TYPES, Config, get, names, with_values
 from megahp.errors import UserError
 
-SOME, SEVERAL = range(1, sys.maxsize), range(2, sys.maxsize)
-OF_EXPERTS = (
-    "experts_per_token expert_width shared_experts dense_layers router_score router_normalize router_scale "
-    "balance_rate balance_loss"
-)
-# A setting that only means something beside another one: giving it elsewhere is an error, not silence.
-USED_ONLY_WITH: dict[str, tuple[str, Sequence[Any]]] = {
-    "model.rope_theta": ("model.positions", ("rope",)),
-    **{f"model.{key}": ("model.experts", SOME) for key in OF_EXPERTS.split()},
-    "parallel.ep": ("model.experts", SOME),
-    "parallel.schedule": ("parallel.pp", SEVERAL),
-    "parallel.stages_per_rank": ("parallel.pp", SEVERAL),
-    "parallel.split": ("parallel.pp", SEVERAL),
-    "parameterization.base_width": ("parameterization.name", ("mup", "completep", "smupar")),
-    "parameterization.base_layers": ("parameterization.name", ("completep",)),
-    "parameterization.depth_alpha": ("parameterization.name", ("completep",)),
-    "schedule.floor": ("schedule.name", ("linear", "cosine", "wsd")),
-    "schedule.decay": ("schedule.name", ("wsd",)),
-    "schedule.shape": ("schedule.name", ("wsd",)),
-    "batch.largest": ("batch.policy", ("ramp", "table", "law", "noise-scale")),
-    "batch.rule": ("batch.policy", ("ramp", "table", "law", "noise-scale")),
-    "batch.increment": ("batch.policy", ("ramp",)),
-    "batch.ramp_samples": ("batch.policy", ("ramp",)),
-    "batch.table": ("batch.policy", ("table",)),
-    "batch.target": ("batch.policy", ("law", "noise-scale")),
-    "batch.critical_batch": ("batch.policy", ("law",)),
-    "batch.noise_to_total": ("batch.policy", ("noise-scale",)),
-    "batch.look_every": ("batch.policy", ("noise-scale",)),
-    "batch.delay": ("batch.policy", ("noise-scale",)),
-    "batch.hysteresis": ("batch.policy", ("noise-scale",)),
-    "batch.growth": ("batch.policy", ("noise-scale",)),
-    "optimizer.muon_lr": ("optimizer.name", ("muon",)),
-    "optimizer.momentum": ("optimizer.name", ("muon",)),
-    "sparsity.density": ("sparsity.method", ("static", "gradual", "rigl")),
-    "sparsity.layers": ("sparsity.method", ("static", "rigl")),
-    "sparsity.begin": ("sparsity.method", ("gradual",)),
-    "sparsity.end": ("sparsity.method", ("gradual", "rigl")),
-    "sparsity.drop": ("sparsity.method", ("rigl",)),
-    "sparsity.every": ("sparsity.method", ("gradual", "rigl")),
-    "compute.recompute_every": ("compute.recompute", ("selective", "full")),
-    "log.baselines": ("train.validation_samples", SOME),
-    "log.wandb_project": ("log.wandb", ("offline", "online")),
-    "train.noise_half_life": ("train.noise_scale", (True,)),
-}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
 @dataclass(frozen=True)
@@ -76,8 +34,7 @@ class Resolved:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
     """The run described by a TOML file and by `section.key=value` words. Raises UserError naming every problem."""
-    layers = [(Path(path).name, _read(Path(path))), ("command line", parse_overrides(overrides))]
-    return resolve(layers)
+    return resolve([(Path(path).name, _read(Path(path))), ("command line", parse_overrides(overrides))])
 
 
 def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Resolved:
@@ -87,18 +44,9 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Re
     origins: dict[str, str] = {}
     for origin, tree in _with_preset(layers, problems):
         for key, value in _flatten(tree, origin, problems):
-            checked = _check(key, value, origin, problems)
-            values[key], origins[key] = checked, origin
+            values[key], origins[key] = _check(key, value, origin, problems), origin
     _refuse(problems)
-    config = Config(
-        **{
-            name: section(
-                **{f.name: values[f"{name}.{f.name}"] for f in fields(section) if f"{name}.{f.name}" in values}
-            )
-            for name, section in SECTIONS.items()
-        }
-    )
-    config = _without_idle_presets(config, origins)
+    config = _without_idle_presets(with_values(Config(), values), origins)
     problems += _unused(config, origins)
     config = _derive(config, origins)
     problems += impossible(config)
@@ -152,7 +100,7 @@ def _with_preset(layers: Sequence[tuple[str, Mapping[str, Any]]], problems: list
     if not isinstance(name, str):
         return list(layers)  # refused, like any value of the wrong type
     if name and name not in PRESETS:
-        problems.append(f"model.preset = {name!r} is unknown; {_suggest(name, PRESETS)}")
+        problems.append(f"model.preset = {name!r} is unknown; {suggest(name, PRESETS)}")
         name = ""
     return [(f"preset {name}", {"model": PRESETS[name]}), *layers] if name else list(layers)
 
@@ -160,7 +108,7 @@ def _with_preset(layers: Sequence[tuple[str, Mapping[str, Any]]], problems: list
 def _flatten(tree: Mapping[str, Any], origin: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
     for name, section in tree.items():
         if name not in SECTIONS:
-            problems.append(f"[{name}] ({origin}) is no section; {_suggest(name, SECTIONS)}")
+            problems.append(f"[{name}] ({origin}) is no section; {suggest(name, SECTIONS)}")
         elif not isinstance(section, Mapping):
             problems.append(f"{name} = {section!r} ({origin}) is a section; write [{name}] and its keys below")
         else:
@@ -168,10 +116,10 @@ def _flatten(tree: Mapping[str, Any], origin: str, problems: list[str]) -> Itera
                 if key in TYPES[name]:
                     yield f"{name}.{key}", value
                 else:
-                    problems.append(f"{name}.{key} = {value!r} ({origin}) is no setting; {_suggest(key, TYPES[name])}")
+                    problems.append(f"{name}.{key} = {value!r} ({origin}) is no setting; {suggest(key, TYPES[name])}")
 
 
-def _suggest(word: str, known: Mapping[str, Any]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     return f"did you mean {', '.join(close)}?" if close else f"there are: {', '.join(known)}"
 
@@ -184,17 +132,10 @@ def _check(key: str, value: Any, origin: str, problems: list[str]) -> Any:
     except TypeError as error:
         problems.append(f"{key} = {value!r} ({origin}) {error}")
         return value
-    bounds = next(f.metadata for f in fields(SECTIONS[section]) if f.name == name)
-    words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
-    broken = {
-        "at_least": lambda limit: not value >= limit,
-        "above": lambda limit: not value > limit,
-        "at_most": lambda limit: not value <= limit,
-        "below": lambda limit: not value < limit,
-    }
-    for kind, breaks in broken.items():
-        if bounds[kind] is not None and breaks(bounds[kind]):
-            problems.append(f"{key} = {value!r} ({origin}) must be {words[kind]} {bounds[kind]:g}")
+    law = FIELDS[key].metadata
+    for bound, holds in BOUNDS.items():
+        if bound in law and not holds(value, law[bound]):
+            problems.append(f"{key} = {value!r} ({origin}) must be {bound.replace('_', ' ')} {law[bound]:g}")
     return value
 
 
@@ -215,27 +156,36 @@ def _convert(value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         raise TypeError("must be finite")
     if type(value) is not kind:
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise TypeError(f"must be {names[kind]}")
+        raise TypeError(f"must be {KINDS[kind]}")
     return value
+
+
+def _idle(config: Config) -> Iterator[tuple[str, str]]:
+    """Find the settings that mean nothing beside the others, each with the cause and what it needs."""
+    laws = {key: field.metadata["only_with"] for key, field in FIELDS.items() if "only_with" in field.metadata}
+    for key, (other, *values) in laws.items():
+        now = get(config, other)
+        if not any(now in value if isinstance(value, range) else now == value for value in values):
+            yield key, f"{other} = {now!r}; it needs {in_words(values)}"
+
+
+def in_words(values: Sequence[Any], show: Callable[[Any], str] = str) -> str:
+    """Write what another setting must be, as only_with has it."""
+    return " or ".join(f"at least {value.start}" if isinstance(value, range) else show(value) for value in values)
 
 
 def _unused(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     """Settings that are given and mean nothing beside the others."""
-    for key, (other, values) in USED_ONLY_WITH.items():
-        if get(config, other) not in values and get(config, key) != get(Config(), key):
-            needed = f"at least {values.start}" if isinstance(values, range) else " or ".join(map(str, values))
-            yield (
-                f"{key} = {get(config, key)!r} ({origins[key]}) has no effect with "
-                f"{other} = {get(config, other)!r}; it needs {needed}"
-            )
+    for key, why in _idle(config):
+        if get(config, key) != FIELDS[key].default:
+            yield f"{key} = {get(config, key)!r} ({origins[key]}) has no effect with {why}"
 
 
 def _without_idle_presets(config: Config, origins: dict[str, str]) -> Config:
     """A preset's value goes back to the default where another choice left it without meaning."""
-    for key, (other, values) in USED_ONLY_WITH.items():
-        if origins.get(key, "").startswith("preset") and get(config, other) not in values:
-            config = with_values(config, {key: get(Config(), key)})
+    for key, _ in _idle(config):
+        if origins.get(key, "").startswith("preset"):
+            config = with_values(config, {key: FIELDS[key].default})
             del origins[key]
     return config
 

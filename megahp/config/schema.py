@@ -1,38 +1,56 @@
-"""The one typed tree a run is described by: every setting with its default, its meaning and its bounds.
+"""The one typed tree a run is described by: every setting with its default, its meaning and its law.
 
-Trees are made, and checked, by megahp/config/resolve.py.
+Trees are made, and checked, by megahp/config/resolve.py; docs/settings.md is written from here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypedDict, Unpack, get_type_hints
 
 VOCAB_MULTIPLE = 128  # the vocabulary is padded to this, on every layout alike, so that any usual tp divides it
 
+SOME, SEVERAL = range(1, sys.maxsize), range(2, sys.maxsize)  # of something that is counted
 
-def setting(
-    default: Any,
-    doc: str,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A dataclass field with its meaning and its bounds (the same unit as the value)."""
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    return field(default=default, metadata={"doc": doc, **bounds})
+
+class Law(TypedDict, total=False):
+    """What a field says of a setting beside its default and its meaning; bounds are in the unit of the value.
+
+    only_with: another setting, and the values, or the range of values, that it must have for this one to mean anything.
+    Giving it beside others is an error, not silence.
+
+    fixed: when it may not change once there is a checkpoint. "on resume": a run that is resumed keeps it, a new run
+    that starts from the checkpoint may change it. "always": both keep it. "unless dense": both keep it, but the new run
+    may be dense. "never": both may change it, and the change is an event. A field that does not say is as its class's
+    own `fixed` says, or else "never".
+    """
+
+    at_least: float
+    above: float
+    at_most: float
+    below: float
+    only_with: tuple[str, *tuple[Any, ...]]
+    fixed: Literal["never", "on resume", "unless dense", "always"]
+
+
+def setting(default: Any, meaning: str, **law: Unpack[Law]) -> Any:
+    """Make a dataclass field that carries its meaning and its law."""
+    return field(default=default, metadata={"meaning": meaning, **law})
+
+
+of_experts = partial(setting, only_with=("model.experts", SOME))
 
 
 @dataclass(frozen=True)
 class Model:
     """The decoder transformer."""
+
+    fixed = "always"
 
     preset: str = setting("", "a known shape that fills in the settings below; empty = none")
     layers: int = setting(4, "transformer blocks", at_least=1)
@@ -49,22 +67,29 @@ class Model:
     norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "normalisation before each branch and at the end")
     norm_eps: float = setting(1e-5, "added to the variance", above=0)
     positions: Literal["rope", "alibi", "learned", "none"] = setting("rope", "how a position is known")
-    rope_theta: float = setting(10000.0, "base of the rotary wavelengths", above=0)
+    rope_theta: float = setting(
+        10000.0, "base of the rotary wavelengths", above=0, only_with=("model.positions", "rope")
+    )
     bias: bool = setting(False, "biases on linear layers and on LayerNorm")
     qk_norm: bool = setting(False, "normalise queries and keys, per head")
     tied_embeddings: bool = setting(False, "one matrix for embedding and unembedding")
     experts: int = setting(0, "experts in place of a block's MLP (mixture of experts); 0 = dense", at_least=0)
-    experts_per_token: int = setting(2, "experts that each token is routed to", at_least=1)
-    expert_width: int = setting(0, "hidden size of an expert; 0 = mlp_width", at_least=0)
-    shared_experts: int = setting(0, "further experts, that every token passes, as one MLP", at_least=0)
-    dense_layers: int = setting(0, "the first so many blocks have an MLP all the same", at_least=0)
-    router_score: Literal["sigmoid", "softmax"] = setting("sigmoid", "from a token's router logits to experts' scores")
-    router_normalize: bool = setting(True, "divide the scores of a token's experts by their sum")
-    router_scale: float = setting(1.0, "multiplies what the chosen experts add up to", above=0)
-    balance_rate: float = setting(
-        1e-3, "step of the bias with which experts below the mean load are chosen sooner, others later", at_least=0
+    experts_per_token: int = of_experts(2, "experts that each token is routed to", at_least=1)
+    expert_width: int = of_experts(0, "hidden size of an expert; 0 = mlp_width", at_least=0)
+    shared_experts: int = of_experts(0, "further experts, that every token passes, as one MLP", at_least=0)
+    dense_layers: int = of_experts(0, "the first so many blocks have an MLP all the same", at_least=0)
+    router_score: Literal["sigmoid", "softmax"] = of_experts(
+        "sigmoid", "from a token's router logits to experts' scores"
     )
-    balance_loss: float = setting(0.0, "weight of each sequence's load-balancing loss", at_least=0)
+    router_normalize: bool = of_experts(True, "divide the scores of a token's experts by their sum")
+    router_scale: float = of_experts(1.0, "multiplies what the chosen experts add up to", above=0)
+    balance_rate: float = of_experts(
+        1e-3,
+        "step of the bias with which experts below the mean load are chosen sooner, others later",
+        at_least=0,
+        fixed="never",
+    )
+    balance_loss: float = of_experts(0.0, "weight of each sequence's load-balancing loss", at_least=0, fixed="never")
     vocab_size: int = setting(
         0, "number of token ids; 0 = the tokenizer's. The matrices are padded to 128s", at_least=0
     )
@@ -79,16 +104,26 @@ class Model:
         return self.layers - self.dense_layers if self.experts else 0
 
 
+of_completep = partial(setting, only_with=("parameterization.name", "completep"))
+
+
 @dataclass(frozen=True)
 class Parameterization:
     """How init, learning rates and multipliers follow from the model's size (megahp/scaling/parameterization.py)."""
 
+    fixed = "always"
+
     name: Literal["sp", "mup", "completep", "smupar"] = setting(
         "completep", "the rule table: standard, muP, CompleteP, SmuPar (muP for sparse weights)"
     )
-    base_width: int = setting(256, "width at which the base hyperparameters were tuned", at_least=1)
-    base_layers: int = setting(2, "depth at which the base hyperparameters were tuned", at_least=1)
-    depth_alpha: float = setting(
+    base_width: int = setting(
+        256,
+        "width at which the base hyperparameters were tuned",
+        at_least=1,
+        only_with=("parameterization.name", "mup", "completep", "smupar"),
+    )
+    base_layers: int = of_completep(2, "depth at which the base hyperparameters were tuned", at_least=1)
+    depth_alpha: float = of_completep(
         1.0, "CompleteP's alpha: residual branches are scaled by m_L^-alpha", at_least=0.5, at_most=1
     )
     init_std: float = setting(0.02, "base standard deviation of every matrix", above=0)
@@ -100,18 +135,25 @@ class Parameterization:
 class Data:
     """Where tokens come from and in which order."""
 
-    train: tuple[str, ...] = setting((), "prefixes of .bin/.idx pairs, relative to the working directory")
+    fixed = "on resume"  # but files may move: the data is known by its fingerprint
+
+    train: tuple[str, ...] = setting((), "prefixes of .bin/.idx pairs, relative to the working folder", fixed="never")
     weights: tuple[float, ...] = setting((), "share of samples from each prefix; empty = in proportion to its tokens")
     mixtures: tuple[str, ...] = setting((), 'weights from some tokens on: "tokens:weight,weight..." words')
-    tokenizer: str = setting("bytes", "sentencepiece .model, Hugging Face tokenizer .json, or bytes")
+    tokenizer: str = setting("bytes", "sentencepiece .model, Hugging Face tokenizer .json, or bytes", fixed="never")
     sequence_length: int = setting(256, "tokens of one sample", at_least=1)
     lengths: tuple[str, ...] = setting(
         (),
         'sequence lengths from some tokens on, at equal tokens per step: "tokens:length" words, such as "4.7e11:8192"',
     )
-    validation_fraction: float = setting(0.01, "share of the documents held out", at_least=0, at_most=0.5)
+    validation_fraction: float = setting(0.01, "share of documents held out", at_least=0, at_most=0.5, fixed="always")
     mask_documents: bool = setting(False, "attention stays inside a document")
-    cache: str = setting("", "folder of the sample order's index; empty = cache/ beside the first prefix")
+    cache: str = setting(
+        "", "folder of the sample order's index; empty = cache/ beside the first prefix", fixed="never"
+    )
+
+
+of_wsd = partial(setting, only_with=("schedule.name", "wsd"))
 
 
 @dataclass(frozen=True)
@@ -125,9 +167,19 @@ class Schedule:
         0, "tokens at which it begins, in a run that starts from a checkpoint", at_least=0, at_most=1e18
     )
     warmup: float = setting(0.1, "share of its tokens spent rising linearly from 0 to the peak", at_least=0, at_most=1)
-    floor: float = setting(0.0, "where linear, cosine and wsd end, as a share of the peak", at_least=0, at_most=1)
-    decay: float = setting(0.1, "share of its tokens that wsd's decay takes", at_least=0, at_most=1)
-    shape: Literal["linear", "cosine", "exponential", "minus-sqrt"] = setting("minus-sqrt", "of wsd's decay")
+    floor: float = setting(
+        0.0,
+        "where it ends, as a share of the peak",
+        at_least=0,
+        at_most=1,
+        only_with=("schedule.name", "linear", "cosine", "wsd"),
+    )
+    decay: float = of_wsd(0.1, "share of its tokens that wsd's decay takes", at_least=0, at_most=1)
+    shape: Literal["linear", "cosine", "exponential", "minus-sqrt"] = of_wsd("minus-sqrt", "of wsd's decay")
+
+
+of_growth = partial(setting, only_with=("batch.policy", "ramp", "table", "law", "noise-scale"))
+of_noise_scale = partial(setting, only_with=("batch.policy", "noise-scale"))
 
 
 @dataclass(frozen=True)
@@ -139,22 +191,29 @@ class Batch:
     )
     global_batch: int = setting(32, "sequences per optimizer step; where it grows, at the start", at_least=1)
     micro_batch: int = setting(8, "sequences per forward pass of one data-parallel rank", at_least=1)
-    largest: int = setting(0, "the global batch grows no further, where a ramp ends; 0 = no limit", at_least=0)
-    rule: Literal["power-lines", "sqrt", "none"] = setting(
+    largest: int = of_growth(0, "the global batch grows no further, where a ramp ends; 0 = no limit", at_least=0)
+    rule: Literal["power-lines", "sqrt", "none"] = of_growth(
         "power-lines", "how learning rate, weight decay, beta2 and eps follow a larger batch"
     )
-    increment: int = setting(0, "ramp: sequences added at a time", at_least=0)
-    ramp_samples: int = setting(0, "ramp: samples it takes from start to end", at_least=0)
-    table: tuple[str, ...] = setting((), 'table: "tokens:batch" words, such as "1e9:512"')
-    target: float = setting(0.2, "law, noise-scale: share of the critical batch that is aimed at", above=0)
-    critical_batch: tuple[float, ...] = setting(
-        (96.4608, 0.462), "law: the critical batch in tokens, of tokens: scale, exponent (megahp/scaling/power_laws.py)"
+    increment: int = setting(0, "sequences added at a time", at_least=0, only_with=("batch.policy", "ramp"))
+    ramp_samples: int = setting(0, "samples from start to end", at_least=0, only_with=("batch.policy", "ramp"))
+    table: tuple[str, ...] = setting((), '"tokens:batch" words, such as "1e9:512"', only_with=("batch.policy", "table"))
+    target: float = setting(
+        0.2, "share of the critical batch that is aimed at", above=0, only_with=("batch.policy", "law", "noise-scale")
     )
-    noise_to_total: float = setting(1.4, "noise-scale: the whole model's noise scale over the norm layers'", above=0)
-    look_every: int = setting(10, "noise-scale: steps between looks at it, which are always logged", at_least=1)
-    delay: float = setting(0.1, "noise-scale: share of train.tokens before the first change", at_least=0, at_most=1)
-    hysteresis: float = setting(1.25, "noise-scale: it must ask for at least this factor", at_least=1)
-    growth: float = setting(2.0, "noise-scale: largest factor of one change", above=1)
+    critical_batch: tuple[float, ...] = setting(
+        (96.4608, 0.462),
+        "the critical batch in tokens, of tokens: scale, exponent (megahp/scaling/power_laws.py)",
+        only_with=("batch.policy", "law"),
+    )
+    noise_to_total: float = of_noise_scale(1.4, "the whole model's noise scale over the norm layers'", above=0)
+    look_every: int = of_noise_scale(10, "steps between looks at the noise scale, which are always logged", at_least=1)
+    delay: float = of_noise_scale(0.1, "share of train.tokens before the first change", at_least=0, at_most=1)
+    hysteresis: float = of_noise_scale(1.25, "the noise scale must ask for at least this factor", at_least=1)
+    growth: float = of_noise_scale(2.0, "largest factor of one change", above=1)
+
+
+of_muon = partial(setting, only_with=("optimizer.name", "muon"))
 
 
 @dataclass(frozen=True)
@@ -162,22 +221,29 @@ class Optimizer:
     """The update rule and clipping. Values are the base ones; the parameterization makes each weight's own of them."""
 
     name: Literal["adamw", "muon"] = setting(
-        "adamw", "update rule; muon = Muon for hidden matrices, AdamW for the rest"
+        "adamw", "update rule; muon = Muon for hidden matrices, AdamW for the rest", fixed="always"
     )
     lr: float = setting(4e-3, "peak learning rate", above=0)
     weight_decay: float = setting(0.1, "decoupled weight decay (multiplied by the learning rate)", at_least=0)
     beta1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
     beta2: float = setting(0.95, "decay of the second moment", at_least=0, below=1)
     eps: float = setting(1e-8, "added to the root of the second moment", above=0)
-    muon_lr: float = setting(0.02, "muon: peak learning rate of hidden matrices, in units of spectral norm", above=0)
-    momentum: float = setting(0.95, "muon: decay of the momentum", at_least=0, below=1)
+    muon_lr: float = of_muon(0.02, "peak learning rate of hidden matrices, in units of spectral norm", above=0)
+    momentum: float = of_muon(0.95, "decay of the momentum", at_least=0, below=1)
     clip: float = setting(1.0, "largest global gradient norm; 0 = no clipping", at_least=0)
     engine: Literal["torch", "apex"] = setting("torch", "whose fused AdamW")
+
+
+of_rigl = partial(setting, only_with=("sparsity.method", "rigl"))
+of_gradual = partial(setting, only_with=("sparsity.method", "gradual"))
+of_moving = partial(setting, only_with=("sparsity.method", "gradual", "rigl"))
 
 
 @dataclass(frozen=True)
 class Sparsity:
     """Which weights of the blocks' matrices are zero, and stay so (megahp/train/masks.py)."""
+
+    fixed = "unless dense"
 
     method: Literal["none", "static", "gradual", "rigl"] = setting(
         "none",
@@ -189,16 +255,19 @@ class Sparsity:
         "share of each matrix's weights that are not zero; gradual: of all matrices', at the end",
         above=0,
         at_most=1,
+        only_with=("sparsity.method", "static", "gradual", "rigl"),
     )
-    layers: tuple[float, ...] = setting((), "static, rigl: densities, one a block, in place of density")
-    begin: float = setting(0.25, "gradual: first change, as a share of the run's compute", at_least=0, below=1)
-    end: float = setting(
+    layers: tuple[float, ...] = setting(
+        (), "densities, one a block, in place of density", only_with=("sparsity.method", "static", "rigl")
+    )
+    begin: float = of_gradual(0.25, "first change, as a share of the run's compute", at_least=0, below=1)
+    end: float = of_moving(
         0.75, "last change, as a share: gradual: of the run's compute; rigl: of train.tokens", above=0, at_most=1
     )
-    drop: float = setting(
-        0.3, "rigl: share of a matrix's weights that is replaced; it falls to 0 as a cosine", above=0, at_most=1
+    drop: float = of_rigl(
+        0.3, "share of a matrix's weights that is replaced; it falls to 0 as a cosine", above=0, at_most=1
     )
-    every: int = setting(100, "gradual, rigl: steps between changes", at_least=1)
+    every: int = of_moving(100, "steps between changes", at_least=1)
 
     def drawn(self, layers: int) -> tuple[float, ...]:
         """Density of each block's matrices at the start."""
@@ -207,21 +276,24 @@ class Sparsity:
         return self.layers or (self.density,) * layers
 
 
+of_pipelines = partial(setting, only_with=("parallel.pp", SEVERAL))
+
+
 @dataclass(frozen=True)
 class Parallel:
     """The layout. Data parallelism fills what the other axes leave."""
 
     tp: int = setting(1, "tensor parallel: each weight matrix split over so many ranks", at_least=1)
     pp: int = setting(1, "pipeline parallel: the blocks dealt to so many ranks", at_least=1)
-    schedule: Literal["1f1b", "interleaved", "zero-bubble", "zbv"] = setting(
+    schedule: Literal["1f1b", "interleaved", "zero-bubble", "zbv"] = of_pipelines(
         "1f1b", "order of a pipeline's forward and backward passes"
     )
-    stages_per_rank: int = setting(
+    stages_per_rank: int = of_pipelines(
         0, "stages of one pipeline rank; 0 = the schedule's least: 2 for interleaved and zbv, else 1", at_least=0
     )
-    split: tuple[int, ...] = setting((), "blocks of each stage, first to last; empty = balanced by cost")
+    split: tuple[int, ...] = of_pipelines((), "blocks of each stage, first to last; empty = balanced by cost")
     cp: int = setting(1, "context parallel: the tokens of each sequence shared out over so many ranks", at_least=1)
-    ep: int = setting(1, "expert parallel: the experts dealt to so many of the dp_shard ranks", at_least=1)
+    ep: int = of_experts(1, "expert parallel: the experts dealt to so many of the dp_shard ranks", at_least=1)
     dp_replicate: int = setting(1, "data parallel replicas; 0 = what is left", at_least=0)
     dp_shard: int = setting(0, "ranks that share one sharded replica (FSDP2); 0 = what is left", at_least=0)
     sequence_parallel: bool = setting(False, "split norms and residual stream along the sequence over tp")
@@ -258,17 +330,24 @@ class Train:
         "all",
         "which weights are trained; embeddings = embedding and unembedding alone, as after the vocabulary has grown; "
         "the gradient's norm, clipping and moments are then theirs",
+        fixed="on resume",
     )
     tokens: int = setting(10_000_000, "horizon of the schedules and end of the run", at_least=1, at_most=1e18)
     steps: int = setting(0, "stop after so many optimizer steps, if sooner; 0 = no such stop", at_least=0)
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(
-        "float32", "compute type, float16 with loss scaling; weights and moments stay in float32 (float64 for float64)"
+        "float32",
+        "compute type, float16 with loss scaling; weights and moments stay in float32 (float64 for float64)",
+        fixed="always",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto = cuda where there is one")
-    seed: int = setting(1, "of the weights and of the data order", at_least=0)
+    seed: int = setting(1, "of the weights and of the data order", at_least=0, fixed="on resume")
     noise_scale: bool = setting(True, "measure the gradient noise scale in the norm layers")
     noise_half_life: float = setting(
-        0.02, "half-life of the noise scale's averages, as a share of train.tokens", above=0, at_most=1
+        0.02,
+        "half-life of the noise scale's averages, as a share of train.tokens",
+        above=0,
+        at_most=1,
+        only_with=("train.noise_scale", True),
     )
     validate_every: int = setting(0, "steps between validations; 0 = only at the end", at_least=0)
     validation_samples: int = setting(64, "samples of one validation; 0 = none", at_least=0)
@@ -282,7 +361,9 @@ class Compute:
     recompute: Literal["none", "selective", "full"] = setting(
         "none", "what backward computes again rather than keeps: all of a block, or all but its matrix products"
     )
-    recompute_every: int = setting(1, "only in every so manyth block", at_least=1)
+    recompute_every: int = setting(
+        1, "only in every so manyth block", at_least=1, only_with=("compute.recompute", "selective", "full")
+    )
     norms: Literal["megahp", "apex", "transformer-engine"] = setting(
         "megahp", "whose norm kernels; only megahp's measure the noise scale"
     )
@@ -340,9 +421,13 @@ class Log:
     root: str = setting("runs", "folder that holds the runs")
     every: int = setting(1, "steps between lines of metrics.jsonl", at_least=1)
     tensorboard: bool = setting(True, "also write TensorBoard files")
-    baselines: bool = setting(True, "at the end, also what a unigram and a bigram model lose in validation")
+    baselines: bool = setting(
+        True,
+        "at the end, also what a unigram and a bigram model lose in validation",
+        only_with=("train.validation_samples", SOME),
+    )
     wandb: Literal["off", "offline", "online"] = setting("off", "also send to Weights & Biases; offline = sync later")
-    wandb_project: str = setting("megahp", "Weights & Biases project")
+    wandb_project: str = setting("megahp", "Weights & Biases project", only_with=("log.wandb", "offline", "online"))
 
 
 @dataclass(frozen=True)
@@ -370,77 +455,17 @@ class Config:
 
 SECTIONS: dict[str, Any] = get_type_hints(Config)
 TYPES = {name: get_type_hints(section) for name, section in SECTIONS.items()}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What the data is from some tokens of the run on."""
-
-    tokens: float
-    length: int  # tokens of one sample
-    weights: tuple[float, ...]  # one a source, 0 = not now; empty = in proportion to their tokens
-
-
-def stages(data: Data) -> list[Stage]:
-    """The stages of the data, the first from 0 tokens on. Raises ValueError naming the word that is wrong."""
-    lengths = [
-        (0.0, data.sequence_length),
-        *_parse_words(data.lengths, _parse_whole, "tokens:length, such as 4.7e11:8192"),
-    ]
-    mixtures = [
-        (0.0, data.weights),
-        *_parse_words(data.mixtures, _parse_weights, "tokens:weights, such as 1e9:0.7,0.3"),
-    ]
-    begins = sorted({tokens for tokens, _ in (*lengths, *mixtures)})
-    return [Stage(tokens, _reached(lengths, tokens), _reached(mixtures, tokens)) for tokens in begins]
-
-
-def stage_at(stages: Sequence[Stage], tokens: int) -> int:
-    """The number of the stage that a step beginning after so many tokens belongs to."""
-    return [stage.tokens <= tokens for stage in stages].count(True) - 1
-
-
-def parse_table(words: tuple[str, ...]) -> list[tuple[float, int]]:
-    """(tokens, batch) pairs, ascending in both. Raises ValueError naming the word that is wrong."""
-    pairs = _parse_words(words, _parse_whole, "tokens:batch, such as 1e9:512")
-    for word, (_, before), (_, batch) in zip(words[1:], pairs, pairs[1:], strict=False):
-        if batch <= before:
-            raise ValueError(f"{word!r} must have a larger batch than {before}")
-    return pairs
-
-
-def _parse_words(words: tuple[str, ...], parse: Callable[[str], Any], form: str) -> list[tuple[float, Any]]:
-    pairs: list[tuple[float, Any]] = []
-    for word in words:
-        tokens, _, value = word.partition(":")
-        try:
-            pair = float(tokens), parse(value)
-        except (ValueError, OverflowError):
-            raise ValueError(f"{word!r} is not {form}") from None
-        if not (pairs[-1][0] if pairs else 0) < pair[0] < math.inf:
-            raise ValueError(f"{word!r} must come after {pairs[-1][0] if pairs else 0:g} tokens")
-        pairs.append(pair)
-    return pairs
-
-
-def _parse_whole(text: str) -> int:
-    if not (value := float(text)).is_integer():
-        raise ValueError
-    return int(value)
-
-
-def _parse_weights(text: str) -> tuple[float, ...]:
-    return tuple(float(weight) for weight in text.split(","))
-
-
-def _reached(pairs: list[tuple[float, Any]], tokens: float) -> Any:
-    """The last value whose tokens are reached."""
-    return [value for at, value in pairs if tokens >= at][-1]
+FIELDS = {f"{name}.{f.name}": f for name, section in SECTIONS.items() for f in fields(section)}
 
 
 def names() -> list[str]:
     """Every setting there is, as section.key, in order."""
-    return [f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section)]
+    return list(FIELDS)
+
+
+def fixed(key: str) -> str:
+    """Tell what may not change section.key once there is a checkpoint: see `Law`."""
+    return FIELDS[key].metadata.get("fixed", getattr(SECTIONS[key.partition(".")[0]], "fixed", "never"))
 
 
 def get(config: Config, key: str) -> Any:
@@ -458,7 +483,7 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    return dataclasses.asdict(config)
+    return asdict(config)
 
 
 def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
@@ -471,12 +496,6 @@ def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
             lines.append(f"{line:<44}# {origins[f'{name}.{f.name}']}" if origins else line)
         lines.append("")
     return "\n".join(lines)
-
-
-def describe(key: str) -> str:
-    """The meaning of one setting, as written where it is defined."""
-    section, name = key.split(".")
-    return next(f.metadata["doc"] for f in fields(SECTIONS[section]) if f.name == name)
 
 
 def toml_value(value: Any) -> str:

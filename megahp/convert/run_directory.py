@@ -21,11 +21,12 @@ from megahp.model.build import skeleton
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.parameters import saved
-from megahp.train.prepare import FIXED, with_vocabulary
+from megahp.train.prepare import with_vocabulary
 from megahp.train.run import state_of_weights
 
 # what of a converted model's settings its next run cannot choose
-KEPT = (*FIXED, "sparsity", "data.sequence_length", "data.lengths")
+FIXED = [key for key in config.names() if config.fixed(key) in ("always", "unless dense")]
+KEPT = (*FIXED, "model", "data.sequence_length", "data.lengths")
 
 
 def of_checkpoint(place: Path) -> tuple[Path, Config]:

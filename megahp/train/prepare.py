@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,6 @@ from megahp.ops.engines import fused_adam, linear_of, norm_of
 from megahp.parallel.device import check_devices, cuda_wanted
 from megahp.parallel.layout import Layout
 from megahp.scaling.batch_size import BatchPlan, Progress, least_batch, runnable, unit
-
-# What a run that starts from another's checkpoint may not change, by section or key, and what one that is resumed may
-# not either. All else may, and the change is an event. Files may move: the data is known by its fingerprint.
-FIXED = ("model", "parameterization", "train.dtype", "optimizer.name", "data.validation_fraction")
-FIXED_ON_RESUME = (*FIXED, "sparsity", "data", "train.seed", "train.weights")
-MOVABLE = ("data.train", "data.tokenizer", "data.cache", "model.balance_rate", "model.balance_loss")
 
 
 def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> Config:
@@ -52,7 +46,7 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
         )
     if resume and saved:
         state = checkpoint.read_state(saved)
-        refuse_changes(settings, state["config"], saved, FIXED_ON_RESUME)
+        refuse_changes(settings, state["config"], saved, {"always", "unless dense", "on resume"})
         check_schedule(settings, state["progress"]["tokens"], saved)
         check_batch_to_go_on(settings, layout, state, saved)
     else:
@@ -116,8 +110,8 @@ def check_start(settings: Config, layout: Layout, path: checkpoint.Place) -> Non
     """Raise UserError when a new run cannot go on from this checkpoint."""
     state = checkpoint.read_state(path)
     # a sparse run may become dense, what was masked then trained from 0 on (MediSwift, arXiv 2403.00952)
-    fixed = FIXED if settings.sparsity.method == "none" else (*FIXED, "sparsity")
-    refuse_changes(settings, state["config"], path, fixed)
+    sparse = settings.sparsity.method != "none"
+    refuse_changes(settings, state["config"], path, {"always", "unless dense"} if sparse else {"always"})
     saved, progress = resolve.from_dict(state["config"], str(path)), Progress(**state["progress"])
     if settings.model.positions == "learned" and longest(settings) != longest(saved):
         raise UserError(
@@ -188,12 +182,12 @@ def changes(settings: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 
 def refuse_changes(
-    settings: Config, saved: Mapping[str, Mapping[str, Any]], path: checkpoint.Place, fixed: tuple[str, ...]
+    settings: Config, saved: Mapping[str, Mapping[str, Any]], path: checkpoint.Place, fixed: Collection[str]
 ) -> None:
-    """Raise UserError when a setting differs that may not."""
+    """Raise UserError when a setting differs that is fixed in one of these ways: see megahp/config/schema.py."""
     for key, (before, now) in changes(settings, saved).items():
-        if key.startswith(fixed) and key not in MOVABLE:
-            elsewhere = ", or start a new run under another log.name" if fixed == FIXED_ON_RESUME else ""
+        if config.fixed(key) in fixed:
+            elsewhere = ", or start a new run under another log.name" if "on resume" in fixed else ""
             raise UserError(f"{key} = {now!r} but {path} was trained with {before!r}; set it back{elsewhere}")
 
 

@@ -1,0 +1,73 @@
+"""Which settings are refused beside one another, though each is right."""
+
+from __future__ import annotations
+
+import pytest
+
+from megahp.config import resolve
+from megahp.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.heads=5"], ["model.heads = 5", "model.width = 256", "4"]),
+        (["model.kv_heads=3"], ["model.kv_heads = 3", "2, 4"]),
+        (["parallel.tp=3"], ["parallel.tp = 3", "model.kv_heads = 4", "2, 4"]),
+        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tp"]),
+        (["parallel.tp=4", "parallel.sequence_parallel=true", "data.sequence_length=62"], ["62", "60, 64"]),
+        (["parallel.cp=2", "data.sequence_length=62"], ["62", "multiple of 4", "parallel.cp = 2 needs", "60, 64"]),
+        (
+            ["parallel.cp=2", "parallel.tp=4", "parallel.sequence_parallel=true", "data.sequence_length=60"],
+            ["60", "multiple of 8", "parallel.cp = 2 and parallel.sequence_parallel", "56, 64"],
+        ),
+        (["parallel.cp=2", 'data.lengths=["1e6:514"]', "data.sequence_length=514"], ["data.lengths", "512, 516"]),
+        (['data.train=["a"]', "data.weights=[1, 2]"], ["data.weights", "data.train"]),
+        (["parallel.dp_replicate=0"], ["dp_replicate", "dp_shard"]),
+        (["train.tokens=100"], ["train.tokens = 100", "batch"]),
+        (["data.validation_fraction=0"], ["validation_samples", "validation_fraction"]),
+        (["resilience.spikes=rewind"], ["resilience.spikes = 'rewind'", "checkpoint.every"]),
+        (["model.experts=8", "parallel.ep=3"], ["parallel.ep = 3", "model.experts = 8", "2, 4"]),
+        (["model.experts=8", "model.experts_per_token=9"], ["model.experts_per_token = 9", "at most 8"]),
+        (["model.experts=8", "model.dense_layers=4"], ["model.dense_layers = 4", "at most 3"]),
+        (["model.experts=8", "model.expert_width=90", "parallel.tp=4"], ["model.expert_width = 90", "1, 2"]),
+        (
+            ["model.experts=8", "model.expert_width=64", "model.mlp_width=128"],
+            ["model.mlp_width = 128", "dense_layers"],
+        ),
+        (["model.experts=8", "model.bias=true"], ["model.bias = true", "model.bias=false"]),
+        (
+            ["compute.fp8=torchao", "model.mlp_width=48", "parallel.tp=2"],
+            ["model.mlp_width / parallel.tp = 24", "compute.fp8 = 'torchao'", "16, 32"],
+        ),
+        (["compute.fp8=torchao", "model.heads=5", "model.head_size=8"], ["model.heads x model.head_size", "32, 48"]),
+        (["compute.fp8=torchao", "model.kv_heads=1", "model.head_size=4"], ["2 x model.kv_heads", "= 8", "16"]),
+        (["compute.fp8=torchao", "model.width=264"], ["model.width = 264", "256, 272"]),
+        (["compute.fp8=torchao", 'data.lengths=["1e6:8"]'], ["sequence length 8", "16"]),
+        (["batch.policy=law", "batch.critical_batch=[90]"], ["batch.critical_batch = [90.0]", "scale, exponent"]),
+        (["batch.policy=law", "batch.critical_batch=[90, -1]"], ["batch.critical_batch", "above 0"]),
+        (["train.weights=embeddings", "train.noise_scale=false"], ["train.weights = 'embeddings'", "train.start_from"]),
+        (["train.weights=embeddings", "train.start_from=x"], ["no norm layers", "train.noise_scale=false"]),
+        (
+            [
+                *("train.weights=embeddings", "train.start_from=x", "train.noise_scale=false"),
+                *("sparsity.method=rigl", "sparsity.density=0.5"),
+            ],
+            ["sparsity.method = 'rigl'", "train.weights = 'embeddings'", "sparsity.method=none"],
+        ),
+        (
+            [
+                *("train.weights=embeddings", "train.start_from=x", "train.noise_scale=false"),
+                *("optimizer.engine=apex", "parallel.pp=2"),
+            ],
+            ["optimizer.engine = 'apex'", "parallel.pp = 2"],
+        ),
+        (["optimizer.engine=apex", "train.dtype=float64"], ["optimizer.engine = 'apex'", "float64"]),
+        (["compute.fp8=torchao", "train.dtype=float16"], ["compute.fp8", "train.dtype = 'float16'", "bfloat16"]),
+    ],
+)
+def test_impossible_settings_are_refused(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve.resolve([("command line", resolve.parse_overrides(overrides))])
+    told = str(caught.value)
+    assert all(word in told for word in words), told
