@@ -5,6 +5,6 @@ data=data/stdlib/bytes
 if [ ! -e "$data.idx" ]; then
     stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
     mkdir -p data/stdlib
-    python tools/preprocess_data.py --input "$stdlib" --extensions .py --exclude site-packages dist-packages test idlelib \
+    megahp preprocess --input "$stdlib" --extensions .py --exclude site-packages dist-packages test idlelib \
         lib2to3 --tokenizer bytes --output "$data" --workers 2
 fi

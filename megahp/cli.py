@@ -55,6 +55,5 @@ def parse(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     options, more = parser.parse_known_args(words[len(name.split()) :])
     if more and not hasattr(options, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
-    if more:  # settings may stand anywhere, between options too
-        options.overrides += more
+    vars(options).setdefault("overrides", []).extend(more)  # settings may stand anywhere, between options too
     return command, options

@@ -1,4 +1,4 @@
-"""The core trains with torch and numpy alone: nothing else needs to be installed beside a CUDA build of torch."""
+"""What training and the kernels' benchmark need beside a CUDA build of torch, and nothing else: README says it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,51 @@ from distributed.test_resume import RUN
 
 from megahp.data.indexed import IndexedWriter
 
+OPTIONAL = ["sentencepiece", "tokenizers", "zstandard", "rich", "matplotlib", "tensorboard", "wandb", "torchao"]
+# Runs a command without the packages that are named. At its end, says what our modules that were imported import.
 ALONE = """
-import sys
-for name in ("sentencepiece", "tokenizers", "zstandard", "rich", "matplotlib", "tensorboard", "wandb", "torchao"):
+import ast, sys
+absent, words = sys.argv[1].split(","), sys.argv[2:]
+for name in absent:
     sys.modules[name] = None  # importing it now raises ImportError
-from megahp.cli import main
-sys.exit(main(["train", "run.toml", "train.steps=2", "log.tensorboard=false"]))
+from megahp import cli, launch
+
+def leave(code):
+    found = set()
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "megahp" and getattr(module, "__file__", None):
+            for node in ast.parse(open(module.__file__).read()).body:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) else []
+                found |= {each.split(".")[0] for each in names} - sys.stdlib_module_names
+    print("imported:", *sorted(found - {"megahp"}), flush=True)
+    old(code)
+
+old, launch.leave = launch.leave, leave
+launch.leave(cli.main(words))
 """
 
 
+def run(folder: Path, absent: list[str], *words: str) -> str:
+    command = [sys.executable, "-c", ALONE, ",".join(absent), *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_training_needs_only_torch_and_numpy(tmp_path: Path) -> None:
+    """And safetensors and fsspec, for its checkpoints."""
     with IndexedWriter(str(tmp_path / "corpus"), 257) as writer:
         for _ in range(40):
             writer.add_document(list(b"some text, again and again " * 8))
     (tmp_path / "run.toml").write_text(RUN)
-    command = [sys.executable, "-c", ALONE]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "no report: " in done.stdout and "matplotlib" in done.stdout
+    said = run(tmp_path, OPTIONAL, "train", "run.toml", "train.steps=2", "log.tensorboard=false")
+    assert "no report: " in said and "matplotlib" in said
     assert len((tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()) == 2
+    assert said.splitlines()[-1] == "imported: fsspec numpy safetensors torch"
+
+
+def test_the_benchmark_of_kernels_needs_only_torch_and_numpy(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--shape", "2x4x16", "--dtype", "float32", "--turns", "1", "--peer", "torch"]
+    said = run(tmp_path, [*OPTIONAL, "safetensors", "fsspec"], "benchmark", "norm", *words)
+    assert said.splitlines()[-1] in ("imported: torch", "imported: numpy torch") and "rms_norm" in said

@@ -4,7 +4,7 @@
 # command goes on.   sh examples/density-transfer/study.sh   (results: docs/transfer.md)
 set -eu
 sh examples/stdlib-bytes.sh
-python tools/transfer_sweep.py examples/density-transfer/run.toml \
+megahp transfer-sweep examples/density-transfer/run.toml \
     --grid optimizer.lr=0.002,0.004,0.008,0.016,0.032 --family sparsity.density=1,0.25,0.0625 --seeds 1,2,3 \
     --variants "SP: optimizer.lr=0.0005,0.001,0.002,0.004,0.008,0.016,0.032" \
     "muP: parameterization.name=mup parameterization.base_width=64 parameterization.init_std=0.08 optimizer.lr=0.004,0.008,0.016,0.032,0.064,0.128" \

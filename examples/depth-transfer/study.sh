@@ -6,7 +6,7 @@ set -eu
 sh examples/stdlib-bytes.sh
 base="parameterization.base_width=64"
 completep="parameterization.name=completep $base parameterization.base_layers=2"
-python tools/transfer_sweep.py examples/depth-transfer/run.toml --family model.layers=2,4,8,16 --seeds 1,2,3 \
+megahp transfer-sweep examples/depth-transfer/run.toml --family model.layers=2,4,8,16 --seeds 1,2,3 \
     --grid optimizer.lr=0.008,0.016,0.032,0.064,0.128 --variants \
     "SP: parameterization.name=sp optimizer.lr=0.002,0.004,0.008,0.016,0.032" \
     "muP: parameterization.name=mup $base optimizer.lr=0.004,0.008,0.016,0.032,0.064" \

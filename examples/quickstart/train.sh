@@ -6,7 +6,7 @@ data=data/quickstart
 if [ ! -e "$data/corpus.idx" ]; then
     stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
     echo "preparing a corpus from Python's own standard library, $stdlib"
-    python tools/preprocess_data.py --input "$stdlib" --extensions .py .rst .txt \
+    megahp preprocess --input "$stdlib" --extensions .py .rst .txt \
         --exclude site-packages dist-packages \
         --tokenizer "$data/tokenizer.model" --train-sentencepiece 4096 --output "$data/corpus" --workers 2
 fi
