@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from distributed import runs
-from distributed.test_resume import RUN
+from train.test_run import RUN
 
 from megahp import launch
 from megahp.cli import main

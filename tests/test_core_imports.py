@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from distributed.test_resume import RUN
+from train.test_run import RUN
 
 from megahp.data.indexed import IndexedWriter
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
 from megahp.config.schema import VOCAB_MULTIPLE, Config
@@ -24,27 +24,26 @@ def impossible(config: Config) -> list[str]:
     return [problem for check in CHECKS for problem in check(config)]
 
 
-def _model(config: Config) -> list[str]:
+def _model(config: Config) -> Iterator[str]:
     """What is wrong with the model's shape."""
-    model, problems = config.model, []
+    model = config.model
     if model.width % model.heads and not model.head_size:
-        problems.append(
+        yield (
             f"model.heads = {model.heads} does not divide model.width = {model.width}; "
             f"nearest that do: {nearest_divisors(model.width, model.heads)}"
         )
     if model.head_size % 2 and model.positions == "rope":
-        problems.append(f"model.head_size = {model.head_size} is odd, and rope turns pairs; make it even")
+        yield f"model.head_size = {model.head_size} is odd, and rope turns pairs; make it even"
     if model.kv_heads and model.heads % model.kv_heads:
-        problems.append(
+        yield (
             f"model.kv_heads = {model.kv_heads} does not divide model.heads = {model.heads}; "
             f"nearest that do: {nearest_divisors(model.heads, model.kv_heads)}"
         )
-    return problems
 
 
-def _tensor_parallel(config: Config) -> list[str]:
+def _tensor_parallel(config: Config) -> Iterator[str]:
     """What tensor parallelism cannot split."""
-    model, parallel, problems = config.model, config.parallel, []
+    model, parallel = config.model, config.parallel
     split = {
         "model.kv_heads": model.kv_heads,
         "model.mlp_width": model.mlp_width,
@@ -53,109 +52,101 @@ def _tensor_parallel(config: Config) -> list[str]:
     if model.experts:
         split["model.expert_width"] = model.expert_width
     if undivided := [f"{key} = {size}" for key, size in split.items() if size % parallel.tp]:
-        problems.append(
+        yield (
             f"parallel.tp = {parallel.tp} does not divide {' nor '.join(undivided)}; "
             f"nearest that do: {nearest_divisors(math.gcd(*split.values()), parallel.tp)}"
         )
     if parallel.sequence_parallel and parallel.tp == 1:
-        problems.append("parallel.sequence_parallel = true needs parallel.tp of at least 2, which is 1")
-    return problems
+        yield "parallel.sequence_parallel = true needs parallel.tp of at least 2, which is 1"
 
 
-def _data_parallel(config: Config) -> list[str]:
+def _data_parallel(config: Config) -> Iterator[str]:
     """What is wrong with data parallelism."""
-    parallel, problems = config.parallel, []
+    parallel = config.parallel
     if not parallel.dp_replicate and not parallel.dp_shard:
-        problems.append(
-            "parallel.dp_replicate and parallel.dp_shard are both 0; only one of them can fill what is left"
-        )
+        yield "parallel.dp_replicate and parallel.dp_shard are both 0; only one of them can fill what is left"
     if parallel.zero_level == 1 and parallel.reduce == "every":
-        problems.append(
+        yield (
             "parallel.reduce = 'every' goes with parallel.zero = 2 or 3 alone, and without pipelines; set "
             "parallel.reduce=once"
         )
     if parallel.pp > 1 and parallel.zero > 1:
-        problems.append(
+        yield (
             f"parallel.zero = {parallel.zero} would gather weights for each microbatch anew, which pipelines do not; "
             "leave it out with parallel.pp above 1"
         )
-    return problems
 
 
-def _pipeline(config: Config) -> list[str]:
+def _pipeline(config: Config) -> Iterator[str]:
     """What is wrong with a pipeline."""
     model, parallel = config.model, config.parallel
     if parallel.pp == 1:
-        return []
-    problems = []
+        return
     stages = parallel.pp * parallel.local_stages
     if parallel.local_stages not in STAGES_PER_RANK[parallel.schedule]:
         allowed = STAGES_PER_RANK[parallel.schedule]
-        problems.append(
+        yield (
             f"parallel.stages_per_rank = {parallel.stages_per_rank} does not go with parallel.schedule = "
             f"{parallel.schedule!r}, which has {allowed.start}{' or more' * (len(allowed) > 1)}; leave it out, or "
             "choose another schedule"
         )
     if stages > model.layers:
-        problems.append(
+        yield (
             f"parallel.pp = {parallel.pp} with {parallel.local_stages} stages a rank needs {stages} blocks and "
             f"model.layers = {model.layers}; at most parallel.pp={max(1, model.layers // parallel.local_stages)}"
         )
     if parallel.split and (len(parallel.split), sum(parallel.split)) != (stages, model.layers):
-        problems.append(
+        yield (
             f"parallel.split = {list(parallel.split)} must give the blocks of {stages} stages, {model.layers} in all; "
             "leave it out to balance them"
         )
     if min(parallel.split, default=1) < 1:
-        problems.append(f"parallel.split = {list(parallel.split)} leaves a stage without blocks; give each at least 1")
+        yield f"parallel.split = {list(parallel.split)} leaves a stage without blocks; give each at least 1"
     in_two_parts = parallel.schedule in ("zero-bubble", "zbv")
     if in_two_parts and config.compute.recompute == "selective":
-        problems.append(
+        yield (
             f"compute.recompute = 'selective' cannot go through a backward pass in two parts, as parallel.schedule = "
             f"{parallel.schedule!r} has; set compute.recompute=full"
         )
     if in_two_parts and config.compute.compile:
-        problems.append(
+        yield (
             f"compute.compile = true has not been shown to be right with a backward pass in two parts, as "
             f"parallel.schedule = {parallel.schedule!r} has; leave it out, or choose another schedule"
         )
     if parallel.schedule == "zbv" and model.tied_embeddings:
-        problems.append(
+        yield (
             "parallel.schedule = 'zbv' puts both ends of the model on one rank, where model.tied_embeddings = true "
             "would need two copies; choose another schedule"
         )
-    return problems
 
 
-def _experts(config: Config) -> list[str]:
+def _experts(config: Config) -> Iterator[str]:
     """What is wrong with a mixture of experts."""
     model, ep = config.model, config.parallel.ep
     if not model.experts:
-        return []
-    problems = []
+        return
     if model.experts_per_token > model.experts:
-        problems.append(
+        yield (
             f"model.experts_per_token = {model.experts_per_token} is more than model.experts = {model.experts}; "
             f"make it at most {model.experts}"
         )
     if model.experts % ep:
-        problems.append(
+        yield (
             f"parallel.ep = {ep} does not divide model.experts = {model.experts}; "
             f"nearest that do: {nearest_divisors(model.experts, ep)}"
         )
     if model.dense_layers >= model.layers:
-        problems.append(
+        yield (
             f"model.dense_layers = {model.dense_layers} leaves none of model.layers = {model.layers} to experts; "
             f"make it at most {model.layers - 1}, or leave out model.experts"
         )
     if not model.dense_layers and model.mlp_width != model.expert_width:
-        problems.append(
+        yield (
             f"model.mlp_width = {model.mlp_width} has no effect beside model.expert_width = {model.expert_width} where "
             "no block is dense; leave one of them out, or set model.dense_layers"
         )
     if model.bias:
-        problems.append("model.bias = true is not for experts, which have none; set model.bias=false")
-    return problems
+        yield "model.bias = true is not for experts, which have none; set model.bias=false"
 
 
 def _data(config: Config) -> list[str]:
@@ -270,140 +261,125 @@ def _batch(config: Config) -> list[str]:
     return []
 
 
-def _sparsity(config: Config) -> list[str]:
+def _sparsity(config: Config) -> Iterator[str]:
     """What is wrong with sparse weights."""
-    sparsity, layers, problems = config.sparsity, config.model.layers, []
+    sparsity, layers = config.sparsity, config.model.layers
     if sparsity.layers and sparsity.density != 1:
-        problems.append(
-            f"sparsity.density = {sparsity.density:g} has no effect beside sparsity.layers; leave one of them out"
-        )
+        yield f"sparsity.density = {sparsity.density:g} has no effect beside sparsity.layers; leave one of them out"
     if sparsity.layers and len(sparsity.layers) != layers:
-        problems.append(
+        yield (
             f"sparsity.layers has {len(sparsity.layers)} densities and model.layers = {layers}; give one for each block"
         )
     if not all(0 < density <= 1 for density in sparsity.layers):
-        problems.append(f"sparsity.layers = {list(sparsity.layers)} must all be above 0 and at most 1")
+        yield f"sparsity.layers = {list(sparsity.layers)} must all be above 0 and at most 1"
     if sparsity.method in ("gradual", "rigl") and sparsity.density == 1 and not sparsity.layers:
-        problems.append(
+        yield (
             f"sparsity.density = 1 leaves nothing to sparsity.method = {sparsity.method!r}; make it less, such as 0.5"
         )
     if sparsity.method == "gradual" and sparsity.begin >= sparsity.end:
-        problems.append(f"sparsity.begin = {sparsity.begin:g} is not before sparsity.end = {sparsity.end:g}")
+        yield f"sparsity.begin = {sparsity.begin:g} is not before sparsity.end = {sparsity.end:g}"
     if sparsity.method == "gradual" and config.parameterization.name == "smupar":
-        problems.append(
+        yield (
             "parameterization.name = 'smupar' is for one density, which sparsity.method = 'gradual' has not; "
             "set parameterization.name=mup"
         )
     if sparsity.method == "gradual" and sparsity.end == 1:
-        problems.append("sparsity.end = 1 leaves no steps at the final density; lower it, such as 0.75")
+        yield "sparsity.end = 1 leaves no steps at the final density; lower it, such as 0.75"
     if sparsity.method != "none" and config.optimizer.name == "muon":
-        problems.append(
+        yield (
             f"sparsity.method = {sparsity.method!r} with optimizer.name = 'muon' would make whole matrices orthogonal, "
             "of which a mask leaves something else; set optimizer.name=adamw"
         )
-    return problems
 
 
-def _engines(config: Config) -> list[str]:
+def _engines(config: Config) -> Iterator[str]:
     """What other engines cannot do."""
-    problems = []
     if config.compute.norms != "megahp" and config.train.noise_scale:
-        problems.append(
+        yield (
             f"compute.norms = {config.compute.norms!r} cannot measure the noise scale; set train.noise_scale=false, or "
             "leave it out"
         )
     if config.optimizer.engine == "apex" and config.train.dtype == "float64":
-        problems.append(
+        yield (
             "optimizer.engine = 'apex' has no float64, the weights' type where train.dtype = 'float64'; choose another"
         )
-    return problems
 
 
-def _weights(config: Config) -> list[str]:
+def _weights(config: Config) -> Iterator[str]:
     """What cannot be where only some weights are trained."""
-    train, problems = config.train, []
+    train = config.train
     if train.weights == "all":
-        return []
+        return
     chosen = f"train.weights = {train.weights!r}"
     if not train.start_from:
-        problems.append(
-            f"{chosen} would leave all else as it was drawn; name a checkpoint in train.start_from, or leave it out"
-        )
+        yield f"{chosen} would leave all else as it was drawn; name a checkpoint in train.start_from, or leave it out"
     if train.noise_scale:
-        problems.append(
-            f"{chosen} trains no norm layers, in which the noise scale is measured; set train.noise_scale=false"
-        )
+        yield f"{chosen} trains no norm layers, in which the noise scale is measured; set train.noise_scale=false"
     if config.sparsity.method in ("gradual", "rigl"):
-        problems.append(
+        yield (
             f"sparsity.method = {config.sparsity.method!r} changes weights that {chosen} leaves as they are; set "
             "sparsity.method=none"
         )
     if config.optimizer.engine == "apex" and config.parallel.pp > 1:
-        problems.append(
+        yield (
             f"optimizer.engine = 'apex' wants weights on every rank, and with {chosen} and parallel.pp = "
             f"{config.parallel.pp} some may train none; leave it out"
         )
-    return problems
 
 
-def _schedule(config: Config) -> list[str]:
+def _schedule(config: Config) -> Iterator[str]:
     """What is wrong with the learning rate's schedule."""
-    schedule, problems = config.schedule, []
+    schedule = config.schedule
     if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
-        problems.append(
+        yield (
             f"schedule.warmup = {schedule.warmup:g} and schedule.decay = {schedule.decay:g} overlap; "
             f"let them add up to at most 1"
         )
     if schedule.name == "inverse-sqrt" and not schedule.warmup:
-        problems.append("schedule.warmup = 0 leaves inverse-sqrt without a start; make it above 0, such as 0.01")
+        yield "schedule.warmup = 0 leaves inverse-sqrt without a start; make it above 0, such as 0.01"
     if schedule.start and not config.train.start_from:
-        problems.append(
+        yield (
             f"schedule.start = {schedule.start} needs a run that begins there; name its checkpoint in "
             "train.start_from, or leave it out"
         )
     if schedule.start >= config.train.tokens:
-        problems.append(
-            f"schedule.start = {schedule.start} is not before its end, train.tokens = {config.train.tokens}"
-        )
-    return problems
+        yield f"schedule.start = {schedule.start} is not before its end, train.tokens = {config.train.tokens}"
 
 
-def _checkpoints(config: Config) -> list[str]:
+def _checkpoints(config: Config) -> Iterator[str]:
     """What asks for checkpoints that there would not be."""
-    kept, problems = config.checkpoint, []
+    kept = config.checkpoint
     if config.resilience.spikes == "rewind" and not kept.every:
-        problems.append(
+        yield (
             "resilience.spikes = 'rewind' goes back to checkpoints, and with checkpoint.every = 0 there is none before "
             "the end; set checkpoint.every"
         )
     if kept.keep_best and not config.train.validation_samples:
-        problems.append("checkpoint.keep_best needs a validation loss, and train.validation_samples = 0; raise it")
+        yield "checkpoint.keep_best needs a validation loss, and train.validation_samples = 0; raise it"
     if kept.every and kept.keep_every % kept.every:
-        problems.append(
+        yield (
             f"checkpoint.keep_every = {kept.keep_every} is no multiple of checkpoint.every = "
             f"{kept.every}, so few would be kept; nearest: "
             f"{nearest_multiples(kept.every, kept.keep_every)}"
         )
-    return problems
 
 
-def _run(config: Config) -> list[str]:
+def _run(config: Config) -> Iterator[str]:
     """What is wrong with a run's name, length and validation."""
-    train, problems = config.train, []
+    train = config.train
     name = PurePath(config.log.name)
     if not name.parts or name.is_absolute() or ".." in name.parts:
-        problems.append(f"log.name = {config.log.name!r} names no folder inside log.root; choose one such as first")
+        yield f"log.name = {config.log.name!r} names no folder inside log.root; choose one such as first"
     if train.validation_samples and not config.data.validation_fraction:
-        problems.append(
+        yield (
             f"train.validation_samples = {train.validation_samples} needs documents held out, and "
             "data.validation_fraction is 0; raise it, or set train.validation_samples=0"
         )
     if train.tokens < config.data.sequence_length * config.batch.global_batch:
-        problems.append(
+        yield (
             f"train.tokens = {train.tokens} is less than one batch of "
             f"{config.batch.global_batch} x {config.data.sequence_length} tokens"
         )
-    return problems
 
 
 CHECKS = (

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from checkpoint import writer
 from corpus import write_corpus
-from distributed.test_resume import RUN, numbers
 from fsspec.implementations.local import LocalFileSystem
+from train.test_run import RUN, numbers
 
 from megahp import checkpoint
 from megahp.checkpoint.inspect import differences

@@ -11,9 +11,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from parallel.test_cross_entropy import plain_losses
 
 from distributed import world
-from distributed.test_cross_entropy import plain_losses
 from distributed.training import MODELS, differences, settings_of, train_cases
 from megahp.config import Config
 from megahp.model import transformer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed.test_context import HEADS, LENGTH, attended, biases_of, places, plain_attention, together
+from parallel.test_context import HEADS, LENGTH, attended, biases_of, places, plain_attention, together
 from torch.profiler import ProfilerActivity, profile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]

@@ -13,7 +13,7 @@ import time
 import zlib
 
 import pytest
-from distributed.test_resume import RUN
+from train.test_run import RUN
 
 from megahp import checkpoint
 from megahp.data.indexed import IndexedWriter

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from corpus import write_corpus
-from distributed.test_mpi import ALLOWED
+from launch.test_mpi import ALLOWED
 from slurm.cluster import ROOT, running
 from slurm.site import ON_SLURM
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import test_convert_checkpoint as convert_test
+from commands import test_convert as convert_test
 from convert.test_huggingface import GPT2, GQA
 from distributed import world
 from torch.nn import functional

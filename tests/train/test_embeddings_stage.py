@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from corpus import write_corpus
+from distributed import runs, world
+from distributed.training import Training, settings_of
 from torch import Tensor
 from torch.func import functional_call
 
-from distributed import runs, world
-from distributed.training import Training, settings_of
 from megahp import checkpoint
 from megahp.checkpoint.shards import Tensors
 from megahp.errors import UserError

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchao.float8
-
 from distributed import world
 from distributed.training import Training, differences, settings_of, train
+
 from megahp.config import Config
 
 ROUNDING = 0.2

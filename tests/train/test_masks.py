@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from corpus import write_corpus
+from distributed import runs, world
+from distributed.training import Training, differences, settings_of, train, whole
 from torch import Tensor
 from torch.func import functional_call
 
-from distributed import runs, world
-from distributed.training import Training, differences, settings_of, train, whole
 from megahp import checkpoint
 from megahp.checkpoint.shards import Tensors
 from megahp.config import Config

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from corpus import write_corpus
-
 from distributed import runs, world
 from distributed.runs import train
+
 from megahp.data.loader import Loader
 from megahp.evaluate.sample import generate
 from megahp.exit_codes import STOPPED, USER_ERROR
@@ -280,7 +280,7 @@ def under_torchrun(folder: Path, *words: str) -> None:
     script = f"""
 import sys
 sys.path[:0] = {[str(ROOT / "tests"), str(ROOT)]}
-from distributed.test_resume import traced
+from train.test_run import traced
 from megahp.cli import main
 with traced():
     sys.exit(main())

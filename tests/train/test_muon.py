@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from distributed import world
 from distributed.training import Training, settings_of
+
 from megahp.train.optimizer import orthogonal
 
 SETTINGS = ("train.dtype=float64", "optimizer.clip=0", "optimizer.momentum=0.9", "optimizer.muon_lr=0.03")

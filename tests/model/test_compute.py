@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from distributed import world
 from distributed.training import Training, differences, settings_of, train_cases
+from torch.utils.flop_counter import FlopCounterMode
+
 from megahp.train.step import LossScale, clip
 
 F64 = "train.dtype=float64"

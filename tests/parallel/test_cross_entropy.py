@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from distributed import world
+from distributed.training import Training, made_up, mesh_of, settings_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distributed import world
-from distributed.training import Training, made_up, mesh_of, settings_of
 from megahp.parallel import cross_entropy
 from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.layout import Layout

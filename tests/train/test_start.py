@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from distributed.runs import train
-from distributed.test_resume import copy_of, losses, metrics, numbers
+from train.test_run import copy_of, losses, metrics, numbers
+
 from megahp.data.indexed import IndexedWriter
 from megahp.log.metrics import read_events
 from megahp.log.replay import replay

@@ -1,0 +1,100 @@
+"""The command: what it lists, finds and refuses, and that what it lists is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import megahp
+from megahp import cli
+from megahp.commands import COMMANDS, HIDDEN
+
+ROOT = Path(__file__).parents[1]
+FILES = {path.stem for path in (Path(megahp.__file__).parent / "commands").glob("*.py")}
+HELPERS = {"__init__", "arguments", "chain", "output"}
+
+
+def file_of(command: str) -> str:
+    return command.replace(" ", "_").replace("-", "_")
+
+
+def ended(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    return end.value.code, *capsys.readouterr()
+
+
+def test_each_command_is_a_file_and_each_file_a_command() -> None:
+    assert {file_of(command) for command in (*COMMANDS, *HIDDEN)} == FILES - HELPERS
+    for command in (*COMMANDS, *HIDDEN):
+        module = import_module(f"megahp.commands.{file_of(command)}")
+        assert module.__doc__ and callable(module.add_arguments) and callable(module.run)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_commands_are_listed_but_those_for_scripts(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, said, _ = ended(words, capsys)
+    assert code == 0
+    assert all(re.search(rf"^  {command} +\S", said, re.MULTILINE) for command in COMMANDS)
+    assert not any(hidden in said for hidden in HIDDEN)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *HIDDEN])
+def test_a_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said, _ = ended([*command.split(), "--help"], capsys)
+    assert code == 0 and said.startswith(f"usage: megahp {command} ")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["trian", "run.toml"], "trian is no command; did you mean train"),
+        (["benchmark"], "did you mean benchmark norm"),
+        (["benchmark", "norn"], "did you mean benchmark norm"),
+        (["report", "runs/x", "--colour"], "unrecognized arguments: --colour"),
+        (["train", "run.toml", "--rank", "2"], ""),  # an abbreviation is no setting either
+    ],
+)
+def test_what_is_no_command_or_option_is_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text("")
+    if told:
+        code, _, error = ended(words, capsys)
+    else:
+        code, error, told = cli.main(words), capsys.readouterr().err, "'--rank' is neither an option nor a setting"
+    assert code == 2 and told in error
+
+
+def test_tools_are_the_same_commands_by_path(tmp_path: Path) -> None:
+    """One that imports little, from another folder."""
+    tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
+    called = {re.search(r"`megahp (.*?)`", (ROOT / f"tools/{tool}.py").read_text()).group(1) for tool in tools}  # type: ignore[union-attr]
+    assert called <= set(COMMANDS) and len(called) == len(tools) == 15
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for tool, command in (("preprocess_data", "preprocess"), ("benchmark_norm", "benchmark norm")):
+        words = [sys.executable, ROOT / f"tools/{tool}.py", "--help"]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith(f"usage: megahp {command} "), done.stderr
+
+
+def test_what_readme_names_is_there() -> None:
+    """Every `megahp COMMAND` of README, docs and the examples."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.sh")]
+    named = {
+        words
+        for page in pages
+        if page.name != "log.md"
+        for words in re.findall(r"(?:^|[`\n ])megahp ([a-z][a-z-]+(?: [a-z][a-z-]+)?)", page.read_text())
+    }
+    commands = {words for words in named if words.split()[0] in {name.split()[0] for name in COMMANDS}}
+    for words in commands:
+        assert words in COMMANDS or words.split()[0] in COMMANDS or words.split()[0] in ("benchmark", "measure"), words
+    assert len(commands) > 15

@@ -1,0 +1,58 @@
+"""Tests mirror the rooms: megahp/a/b.py is tested in tests/a/test_b.py, or, where a test spans several, as here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import megahp
+
+PACKAGE, TESTS = Path(megahp.__file__).parent, Path(__file__).parent
+# Test -> the modules that it covers, beside that of its own place.
+SPANNED = {
+    "benchmark/test_time_split.py": "",
+    "checkpoint/test_store.py": "checkpoint/shards checkpoint/inspect",
+    "commands/test_benchmark_communication.py": "benchmark/communication",
+    "commands/test_benchmark_scaling.py": "diagnose/child_runs",
+    "commands/test_benchmark_training.py": "benchmark/machine benchmark/nanogpt benchmark/time_split",
+    "commands/test_chain.py": "commands/launch commands/segment",
+    "commands/test_check_cluster.py": "cluster/outliers",
+    "commands/test_convert.py": "convert/huggingface_folder convert/run_directory convert/tokenizers convert/sidecar",
+    "commands/test_measure_noise_scale.py": "diagnose/statistics",
+    "commands/test_transfer_sweep.py": "diagnose/curves",
+    "convert/test_huggingface.py": "convert/families",
+    "data/test_loader.py": "data/texts",
+    "distributed/test_layouts.py": "model/attention model/build model/mlp parallel/data parallel/mesh parallel/tensor train/step "
+    "train/trainer train/validation",
+    "distributed/test_sabotage.py": "parallel/collectives parallel/expert parallel/parameters",
+    "evaluate/test_perplexity.py": "commands/evaluate commands/evaluate_tasks evaluate/harness evaluate/sample",
+    "faults/test_faults.py": "faults/copies faults/crash faults/notice launch/processes train/recovery",
+    "launch/test_environment.py": "launch/rendezvous",
+    "model/test_compute.py": "parallel/device",
+    "model/test_transformer.py": "model/positions parallel/draw",
+    "ops/test_norm.py": "model/norm ops/_extension",
+    "recipe/test_fit.py": "commands/fit recipe/fit_runs",
+    "recipe/test_recipe.py": "commands/recipe recipe/pareto recipe/rows recipe/sizing recipe/text scaling/laws",
+    "report/test_page.py": "commands/report report/figures report/numbers",
+    "slurm/test_jobs.py": "cluster/job commands/requeue commands/status",
+    "test_bad_input.py": "__main__ commands/config commands/sample errors exit_codes train/prepare",
+    "test_cli.py": "",
+    "train/test_masks.py": "parallel/selection",
+    "train/test_run.py": "commands/replay commands/train log/events log/replay train/loop train/reporter",
+}
+
+
+def test_every_module_has_its_tests() -> None:
+    covered = {f"{module}.py" for modules in SPANNED.values() for module in modules.split()}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = path.relative_to(PACKAGE)
+        mirrored = (TESTS / module.parent / f"test_{module.name}").exists()
+        if module.name != "__init__.py":
+            assert mirrored != (str(module) in covered), (
+                f"{module}: tests/{module.parent}/test_{module.name}, or SPANNED"
+            )
+
+
+def test_every_place_that_is_named_is_there() -> None:
+    assert [test for test in SPANNED if not (TESTS / test).exists()] == []
+    modules = {module for modules in SPANNED.values() for module in modules.split()}
+    assert [module for module in modules if not (PACKAGE / f"{module}.py").exists()] == []
