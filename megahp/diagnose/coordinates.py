@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megahp.config import Config
-from megahp.data.loader import Batch
+from megahp.data.loader import Batch, rank_samples
 from megahp.diagnose.verify import Trial, made_up
 from megahp.model.attention import Attention
 from megahp.model.mlp import MLP, activate
@@ -52,7 +52,8 @@ class Watched(Trial):
         self.tokens = samples.batch(np.arange(settings.batch.global_batch), False).tokens[:, :-1].to(mesh.device)
 
     def batches(self, plan: Plan) -> Iterator[Batch]:
-        for ids in plan.samples(self.mesh.data_rank, self.mesh.layout.dp):
+        rank, ranks = self.mesh.data_rank, self.mesh.layout.dp
+        for ids in rank_samples(plan.first_sample, plan.global_batch, plan.micro_batch, rank, ranks):
             batch = self.samples.batch(ids, False)
             yield Batch(batch.tokens.to(self.mesh.device), None, ids)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megahp import config, launch
 from megahp.config import Config, resolve
-from megahp.data.loader import Batch
+from megahp.data.loader import Batch, rank_samples
 from megahp.errors import UserError
 from megahp.model.build import build_model
 from megahp.parallel.device import check_devices, cuda_wanted, device_of
@@ -149,7 +149,8 @@ class Trial:
         return {name.removeprefix("model."): of_all_ranks(tensor, tensor) for name, tensor in saved.items()}
 
     def batches(self, plan: Plan) -> Iterator[Batch]:
-        for ids in plan.samples(self.mesh.data_rank, self.mesh.layout.dp):
+        rank, ranks = self.mesh.data_rank, self.mesh.layout.dp
+        for ids in rank_samples(plan.first_sample, plan.global_batch, plan.micro_batch, rank, ranks):
             yield made_up(ids, self.settings, self.mesh.device)
 
 

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from megahp import config
 from megahp.config import Config, parse_table, stage_at, stages
 from megahp.scaling import power_laws, schedules
@@ -49,12 +47,6 @@ class Plan:
 
     def microbatches(self, dp: int) -> int:
         return self.global_batch // (dp * self.micro_batch)
-
-    def samples(self, dp_rank: int, dp: int) -> list[np.ndarray]:
-        """Global sample ids of one data-parallel rank, int64, one array a microbatch."""
-        size = self.micro_batch
-        first = self.first_sample + dp_rank * size
-        return [np.arange(first + m * dp * size, first + m * dp * size + size) for m in range(self.microbatches(dp))]
 
 
 @dataclass(frozen=True)

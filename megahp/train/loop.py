@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megahp import config
-from megahp.data.loader import Batch, Loader, TrainingData
+from megahp.data.loader import Batch, Loader, TrainingData, rank_samples
 from megahp.data.ngrams import unigram_and_bigram
 from megahp.faults.notice import Notice
 from megahp.faults.watchdog import Watchdog
@@ -127,7 +127,7 @@ def microbatches(loader: Loader, plan: Plan, run: Run) -> Iterator[Batch]:
 
 
 def samples_of(plan: Plan, run: Run) -> list[np.ndarray]:
-    return plan.samples(run.mesh.data_rank, run.mesh.layout.dp)
+    return rank_samples(plan.first_sample, plan.global_batch, plan.micro_batch, run.mesh.data_rank, run.mesh.layout.dp)
 
 
 def is_due(every: int, run: Run) -> bool:

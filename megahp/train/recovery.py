@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from megahp import checkpoint
-from megahp.data.loader import Loader
+from megahp.data.loader import Loader, rank_samples
 from megahp.errors import Fault, UserError
 from megahp.faults.copies import check_copies
 from megahp.faults.suspects import WEIGHT, among_weights, first_of, watching
@@ -35,7 +35,8 @@ def soundly(
     if measured.finite or overflown or run.skipped_in_a_row:
         return grads, measured, "" if measured.finite else "the gradient is not finite"
     run.engine.zero()
-    with watching(run.engine.model.stages, plan.samples(run.mesh.data_rank, run.mesh.layout.dp)) as found:
+    ids = rank_samples(plan.first_sample, plan.global_batch, plan.micro_batch, run.mesh.data_rank, run.mesh.layout.dp)
+    with watching(run.engine.model.stages, ids) as found:
         grads, measured = compute()
     if measured.finite:
         reporter.event("repeated", "the gradient was not finite, and is, computed again: a passing fault", run.progress)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from distributed import world
 from distributed.training import Training, made_up, mesh_of, settings_of
+from megahp.data.loader import rank_samples
 from megahp.parallel import cross_entropy
 from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.layout import Layout
@@ -167,7 +168,8 @@ def largest_of_a_step(model: str) -> int:
     """Elements of the largest tensor in forward and backward of 128 tokens at a vocabulary of 4096 and width 32."""
     settings = settings_of(model, "model.vocab_size=4096", "batch.micro_batch=8")
     training = Training(settings)
-    batch = made_up(training.batch_plan.step(training.progress).samples(0, 1)[0], settings)
+    plan = training.batch_plan.step(training.progress)
+    batch = made_up(rank_samples(plan.first_sample, plan.global_batch, plan.micro_batch, 0, 1)[0], settings)
     with in_slices_of(512), Largest() as largest:
         training.engine.forward_backward([batch], 1, 128)
     return largest.numel

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megahp.config import Config, with_values
+from megahp.data.loader import rank_samples
 from megahp.scaling import power_laws
 from megahp.scaling.batch_size import BatchPlan, Change, Progress, follow, runnable, unit
 
@@ -52,7 +53,8 @@ def test_no_sample_is_repeated_or_skipped_when_batch_and_layout_change() -> None
         for _ in range(steps):
             plan = BatchPlan(settings(batch, micro), dp).step(progress)
             assert plan is not None
-            ids = [plan.samples(rank, dp) for rank in range(dp)]
+            numbers = plan.first_sample, plan.global_batch, plan.micro_batch
+            ids = [rank_samples(*numbers, rank, dp) for rank in range(dp)]
             assert {len(part) for parts in ids for part in parts} == {micro}
             assert {len(parts) for parts in ids} == {plan.microbatches(dp)}
             seen.append(np.sort(np.concatenate([part for parts in ids for part in parts])))
