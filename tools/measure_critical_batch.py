@@ -41,7 +41,7 @@ from megahp.launch import die_with_parent
 from megahp.log.metrics import read_events, read_run
 from megahp.log.progress import human_count, human_duration
 from megahp.parallel.layout import Layout, fit
-from megahp.scaling.batch_size import Hyperparameters, follow
+from megahp.scaling.batch import Hyperparameters, follow
 from megahp.scaling.schedules import fraction
 from megahp.train.prepare import changes, prepare
 from megahp.train.recovery import MOST_SKIPPED

@@ -132,7 +132,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Batch:
-    """How many sequences one optimizer step sees, and what follows from that (megahp/scaling/batch_size.py)."""
+    """How many sequences one optimizer step sees, and what follows from that (megahp/scaling/batch/)."""
 
     policy: Literal["constant", "ramp", "table", "law", "noise-scale"] = setting(
         "constant", "how the global batch grows; it never shrinks"

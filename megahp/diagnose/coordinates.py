@@ -20,7 +20,7 @@ from megahp.diagnose.verify import Trial, made_up
 from megahp.model.attention import Attention
 from megahp.model.mlp import MLP, activate
 from megahp.parallel.mesh import Mesh
-from megahp.scaling.batch_size import Plan
+from megahp.scaling.batch import Plan
 
 Weights = dict[str, Tensor]
 QUANTITIES = ("stream", "attention", "mlp", "logits")

@@ -28,7 +28,7 @@ from megahp.parallel.device import check_devices, cuda_wanted, device_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh, make_mesh
 from megahp.parallel.parameters import storage, whole
-from megahp.scaling.batch_size import BatchPlan, Plan, Progress, least_batch
+from megahp.scaling.batch import BatchPlan, Plan, Progress, least_batch
 from megahp.scaling.parameterization import table_of
 from megahp.train.masks import Masks
 from megahp.train.optimizer import make_optimizer

@@ -14,7 +14,7 @@ from megahp.errors import Fault, UserError
 from megahp.faults.copies import check_copies
 from megahp.faults.suspects import WEIGHT, among_weights, first_of, watching
 from megahp.faults.watchdog import Watchdog
-from megahp.scaling.batch_size import Plan
+from megahp.scaling.batch import Plan
 from megahp.train.reporter import Reporter
 from megahp.train.run import Run, as_the_first_sees
 from megahp.train.start import go_back

@@ -21,7 +21,7 @@ from megahp.log.wandb_log import new_id
 from megahp.model.build import build_model
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh
-from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress
+from megahp.scaling.batch import BatchPlan, Change, Plan, Progress
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
 from megahp.train.masks import Masks

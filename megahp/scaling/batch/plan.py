@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megahp import config
 from megahp.config import Config, parse_table, stage_at, stages
 from megahp.scaling import power_laws, schedules
+from megahp.scaling.batch.rule import Hyperparameters, follow
+from megahp.scaling.batch.sizes import micro_batch, unit
 from megahp.scaling.laws import PowerLaw
 
 
@@ -50,23 +51,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Hyperparameters:
-    """The optimizer's base values at one batch."""
-
-    lr: float  # at the schedule's peak
-    weight_decay: float
-    beta1: float
-    beta2: float
-    eps: float
-
-    def timescale(self, batch_tokens: float, horizon: float) -> float:
-        """tau, the share of the run AdamW averages over; infinite without weight decay."""
-        if self.weight_decay == 0:
-            return math.inf
-        return power_laws.timescale(self.lr, self.weight_decay, batch_tokens, horizon)
-
-
-@dataclass(frozen=True)
 class Change:
     """A change of the global batch: the decision, and everything it was made from."""
 
@@ -82,56 +66,6 @@ class Change:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def micro_batch(settings: Config, length: int) -> int:
-    """Sequences of this length in one forward pass of one rank: as many tokens as at the run's first length."""
-    return max(1, settings.batch.micro_batch * settings.data.sequence_length // length)
-
-
-def unit(settings: Config, dp: int) -> int:
-    """What a global batch is a multiple of, in sequences of the run's first length: so many tokens are a whole number
-    of microbatches on every data-parallel rank in every stage of the data, and of rounds of one for each pipeline rank
-    where the schedule goes in rounds."""
-    rounds = 1 if settings.parallel.schedule == "1f1b" else settings.parallel.pp
-    return math.lcm(*(rounds * tokens for tokens in _microbatches(settings, dp))) // settings.data.sequence_length
-
-
-def least_batch(settings: Config, dp: int) -> int:
-    """The smallest global batch, in sequences of the run's first length: a microbatch for every pipeline rank."""
-    tokens, multiple = settings.parallel.pp * max(_microbatches(settings, dp)), unit(settings, dp)
-    return -(-tokens // (multiple * settings.data.sequence_length)) * multiple
-
-
-def _microbatches(settings: Config, dp: int) -> list[int]:
-    """Tokens of one microbatch of all data-parallel ranks, in each stage of the data."""
-    return [dp * micro_batch(settings, stage.length) * stage.length for stage in stages(settings.data)]
-
-
-def runnable(global_batch: int, unit: int, least: int = 0) -> tuple[int, ...]:
-    """The multiples of the unit, not below the least, nearest to the wanted batch, ascending: one, if it is itself one,
-    or two."""
-    below = global_batch // unit * unit
-    if below < least or not below:
-        return (least or unit,)
-    return (below,) if below == global_batch else (below, below + unit)
-
-
-def follow(rule: str, optimizer: config.Optimizer, kappa: float) -> Hyperparameters:
-    """Base hyperparameters at kappa times the batch they were set for.
-
-    power-lines: weight decay times kappa, so that tau stays (arXiv 2505.13738). sqrt: learning rate and weight decay
-    times sqrt(kappa), beta2 to max(beta2^kappa, 0.9), eps over sqrt(kappa). none: nothing.
-    """
-    lr, decay, beta1, beta2, eps = (
-        getattr(optimizer, name) for name in ("lr", "weight_decay", "beta1", "beta2", "eps")
-    )
-    if rule == "power-lines":
-        return Hyperparameters(lr, decay * kappa, beta1, beta2, eps)
-    if rule == "sqrt":
-        root = math.sqrt(kappa)
-        return Hyperparameters(lr * root, decay * root, beta1, max(beta2**kappa, min(beta2, 0.9)), eps / root)
-    return Hyperparameters(lr, decay, beta1, beta2, eps)
 
 
 class BatchPlan:
