@@ -230,7 +230,7 @@ def steps_of(run: Config, ranks: int) -> int:
     while step := plan.step(progress):
         stretch = math.inf
         if run.batch.policy == "law":
-            larger = (plan.batch + plan.unit) * run.data.sequence_length
+            larger = plan.tokens + plan.unit
             reached = (larger / (run.batch.target * (1 + exponent) * scale)) ** (1 / exponent)
             stretch = (reached - progress.tokens) // step.tokens
         many = int(max(1, min(stretch, (run.train.tokens - progress.tokens) // step.tokens)))

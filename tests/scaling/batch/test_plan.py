@@ -62,7 +62,7 @@ def test_a_state_moves_to_a_layout_that_cannot_run_its_batch(largest: int, expec
     plan = BatchPlan(settings(8, 4, tokens=TOKENS, **{**NOISE, "batch__largest": largest}), 2)
     (change,) = plan.go_on(SAVED, Progress(50, 400, 6400))
     assert (change.before, change.now, plan.batch) == (12, expected, expected)
-    assert "layout" in change.reason and change.hyperparameters_now == plan.hyperparameters(expected)
+    assert "layout" in change.reason and change.hyperparameters_now == plan.hyperparameters(expected * 16)
     assert BatchPlan(settings(8, 4, tokens=TOKENS), 2).go_on({**SAVED, "batch": 8}, Progress()) == []
 
 
