@@ -21,8 +21,8 @@ SPANNED = {
     "commands/test_transfer_sweep.py": "diagnose/curves",
     "convert/test_huggingface.py": "convert/families",
     "data/test_loader.py": "data/texts",
-    "distributed/test_layouts.py": "model/attention model/build model/mlp parallel/data parallel/mesh parallel/tensor train/step "
-    "train/trainer train/validation",
+    "distributed/test_layouts.py": "model/attention model/build model/mlp parallel/data parallel/mesh parallel/tensor "
+    "train/step train/trainer train/validation",
     "distributed/test_sabotage.py": "parallel/collectives parallel/expert parallel/parameters",
     "evaluate/test_perplexity.py": "commands/evaluate commands/evaluate_tasks evaluate/harness evaluate/sample",
     "faults/test_faults.py": "faults/copies faults/crash faults/notice launch/processes train/recovery",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megahp.config import Config, with_values
-from megahp.scaling.batch_size import BatchPlan, Progress, least_batch
+from megahp.scaling.batch import BatchPlan, Progress, least_batch
 
 STRIDES = 2000  # the steps left are foretold in so many strides at least
 

@@ -14,7 +14,7 @@ from megahp.cluster.growth import Growth, segments
 from megahp.config import Config, resolve
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
-from megahp.scaling.batch_size import BatchPlan, Progress
+from megahp.scaling.batch import BatchPlan, Progress
 from megahp.scaling.noise_scale import ratio
 
 SPEED_STEPS = 20  # of which the median is a run's speed

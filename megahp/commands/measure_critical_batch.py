@@ -37,7 +37,7 @@ from megahp.errors import UserError, complain
 from megahp.log.metrics import read_run
 from megahp.log.progress import human_count, human_duration
 from megahp.parallel.layout import Layout, fit
-from megahp.scaling.batch_size import Hyperparameters, follow
+from megahp.scaling.batch import Hyperparameters, follow
 from megahp.scaling.schedules import fraction
 from megahp.train.prepare import prepare
 

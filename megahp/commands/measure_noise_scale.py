@@ -43,7 +43,7 @@ from megahp.parallel.device import cuda_wanted, device_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.parameters import saved
-from megahp.scaling.batch_size import micro_batch
+from megahp.scaling.batch import micro_batch
 from megahp.scaling.noise_scale import estimate
 from megahp.train.prepare import open_data
 

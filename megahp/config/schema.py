@@ -184,7 +184,7 @@ of_noise_scale = partial(setting, only_with=("batch.policy", "noise-scale"))
 
 @dataclass(frozen=True)
 class Batch:
-    """How many sequences one optimizer step sees, and what follows from that (megahp/scaling/batch_size.py)."""
+    """How many sequences one optimizer step sees, and what follows from that (megahp/scaling/batch/)."""
 
     policy: Literal["constant", "ramp", "table", "law", "noise-scale"] = setting(
         "constant", "how the global batch grows; it never shrinks"

@@ -36,6 +36,14 @@ class Batch:
     ids: np.ndarray
 
 
+def rank_samples(first: int, global_batch: int, micro_batch: int, rank: int, ranks: int) -> list[np.ndarray]:
+    """Return the global sample ids of one of the data-parallel ranks, int64, one array a microbatch.
+
+    The ranks take microbatches in turn, so that a global batch has the same samples on every layout.
+    """
+    return list(np.arange(first, first + global_batch).reshape(-1, ranks, micro_batch)[:, rank])
+
+
 class TrainingData:
     """All sources of a run, split into training and validation documents, and dealt stage by stage.
 

@@ -20,7 +20,7 @@ from megahp.diagnose.verify import Trial, made_up
 from megahp.model.attention import Attention
 from megahp.model.mlp import MLP, activate
 from megahp.parallel.mesh import Mesh
-from megahp.scaling.batch_size import Plan
+from megahp.scaling.batch import Plan
 
 Weights = dict[str, Tensor]
 QUANTITIES = ("stream", "attention", "mlp", "logits")
@@ -47,13 +47,13 @@ class Watched(Trial):
 
     def __init__(self, settings: Config, mesh: Mesh, samples: Samples) -> None:
         super().__init__(settings, mesh)
-        self.samples = samples
+        self.source = samples
         (self.model,) = self.engine.stages
         self.tokens = samples.batch(np.arange(settings.batch.global_batch), False).tokens[:, :-1].to(mesh.device)
 
     def batches(self, plan: Plan) -> Iterator[Batch]:
-        for ids in plan.samples(self.mesh.data_rank, self.mesh.layout.dp):
-            batch = self.samples.batch(ids, False)
+        for ids in self.samples(plan):
+            batch = self.source.batch(ids, False)
             yield Batch(batch.tokens.to(self.mesh.device), None, ids)
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ from megahp.parallel.device import check_devices, cuda_wanted, device_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.parallel.parameters import storage, whole
-from megahp.scaling.batch_size import Plan, least_batch
+from megahp.scaling.batch import Plan, least_batch
 from megahp.train.trainer import Trainer
 
 STEPS = 5  # the global batch doubles after the first
@@ -123,7 +123,7 @@ class Trial(Trainer):
         return {name.removeprefix("model."): of_all_ranks(tensor, tensor) for name, tensor in saved.items()}
 
     def batches(self, plan: Plan) -> Iterator[Batch]:
-        for ids in plan.samples(self.mesh.data_rank, self.mesh.layout.dp):
+        for ids in self.samples(plan):
             yield made_up(ids, self.settings, self.mesh.device)
 
 

@@ -12,7 +12,7 @@ from megahp.errors import UserError
 from megahp.log.events import GONE_BACK, STARTS
 from megahp.log.metrics import Record, read_events, read_metrics
 from megahp.parallel.layout import Layout
-from megahp.scaling.batch_size import BatchPlan, Change, Progress
+from megahp.scaling.batch import BatchPlan, Change, Progress
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from megahp.errors import UserError, nearest_multiples
 from megahp.recipe import hyperparameter_laws
 from megahp.recipe.hyperparameter_laws import Choice
 from megahp.recipe.sizing import Given, outside_embeddings, refuse_mistakes, shaped, tokens_for
-from megahp.scaling import batch_size, flops, power_laws
-from megahp.scaling.batch_size import BatchPlan, Progress
+from megahp.scaling import flops, power_laws
+from megahp.scaling.batch import BatchPlan, Progress, sizes
 from megahp.scaling.laws import LossLaw, PowerLaw
 from megahp.scaling.parameterization import Role, Table, table_of
 
@@ -202,7 +202,7 @@ def _batch_settings(
     along = run.batch.target * power_laws.critical_batch_along(START * tokens, laws.critical_batch)
     wanted = given.batch or (choice.batch if choice else along) / length
     laid = with_values(run, {"batch.micro_batch": micro})
-    unit, least = batch_size.unit(laid, ranks), batch_size.least_batch(laid, ranks)
+    unit, least = sizes.unit(laid, ranks), sizes.least_batch(laid, ranks)
     if micro > 1 and (wanted % unit if given.batch else wanted < 4 * unit):
         return _batch_settings(run, given, laws, choice, n, ranks, micro // 2)
     if given.batch and (given.batch % unit or given.batch < least):
@@ -230,7 +230,7 @@ def steps_of(run: Config, ranks: int) -> int:
     while step := plan.step(progress):
         stretch = math.inf
         if run.batch.policy == "law":
-            larger = (plan.batch + plan.unit) * run.data.sequence_length
+            larger = plan.tokens + plan.unit
             reached = (larger / (run.batch.target * (1 + exponent) * scale)) ** (1 / exponent)
             stretch = (reached - progress.tokens) // step.tokens
         many = int(max(1, min(stretch, (run.train.tokens - progress.tokens) // step.tokens)))

@@ -17,7 +17,7 @@ from megahp.scaling.parameterization import Role
 
 GIVEN = ("the command line", "given")
 TABLE = ("CompleteP, arXiv 2505.01618, Table 1", "verified in source text")
-COUNTED = ("megahp: counted, megahp/scaling/flops.py and batch_size.py", "exact")
+COUNTED = ("megahp: counted, megahp/scaling/flops.py and batch/plan.py", "exact")
 HYPERBOLA = ("McCandlish et al., arXiv 1812.06162; Power Lines, eq. 6", "secondary source; identity derived")
 COLLAPSE = ("Scaling with Collapse (Power Lines' sibling)", "verified in source text")
 JOURNEY = ("The Journey Matters, arXiv 2501.12486", "schedule verified in code; closed form derived")

@@ -15,7 +15,7 @@ from megahp.launch import World
 from megahp.parallel.device import device_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
-from megahp.scaling.batch_size import Plan
+from megahp.scaling.batch import Plan
 from megahp.train.prepare import open_data
 from megahp.train.recovery import check, compute_soundly, rewind, settle, skip
 from megahp.train.reporter import Reporter

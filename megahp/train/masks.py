@@ -17,7 +17,7 @@ from megahp.config import Config
 from megahp.parallel.draw import draw_mask
 from megahp.parallel.parameters import like, storage
 from megahp.parallel.selection import Entries, Parts
-from megahp.scaling.batch_size import Plan, Progress
+from megahp.scaling.batch import Plan, Progress
 from megahp.scaling.parameterization import Role
 from megahp.scaling.sparsity import density_at, pruning_span, replaced_at
 from megahp.train.optimizer import MOMENTS, Optimizer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megahp import config
 from megahp.ops.engines import fused_adam
 from megahp.parallel.parameters import Row, like, part_of, storage, whole
-from megahp.scaling.batch_size import Plan
+from megahp.scaling.batch import Plan
 from megahp.scaling.parameterization import Role, Rule, Table, spectral_scale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

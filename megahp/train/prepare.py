@@ -22,7 +22,7 @@ from megahp.model.build import longest
 from megahp.ops.engines import fused_adam, linear_of, norm_of
 from megahp.parallel.device import check_devices, cuda_wanted
 from megahp.parallel.layout import Layout
-from megahp.scaling.batch_size import BatchPlan, Progress, least_batch, runnable, unit
+from megahp.scaling.batch import BatchPlan, Progress, least_batch, runnable, unit
 
 
 def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> Config:

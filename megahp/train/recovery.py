@@ -13,7 +13,7 @@ from megahp.errors import Fault, UserError
 from megahp.faults.copies import check_copies
 from megahp.faults.suspects import WEIGHT, among_weights, first_of, watching
 from megahp.faults.watchdog import Watchdog
-from megahp.scaling.batch_size import Plan
+from megahp.scaling.batch import Plan
 from megahp.train.reporter import Reporter
 from megahp.train.run import Run, as_the_first_sees
 from megahp.train.start import go_back
@@ -44,7 +44,7 @@ def compute_soundly(compute: Callable[[], Step], run: Run, plan: Plan, reporter:
     if overflown or run.skipped_in_a_row:
         return step, Verdict("skip", "the gradient is not finite")
     run.engine.zero()
-    with watching(run.engine.model.stages, plan.samples(run.mesh.data_rank, run.mesh.layout.dp)) as found:
+    with watching(run.engine.model.stages, run.samples(plan)) as found:
         step = compute()
     if step.measured.finite:
         reporter.event("repeated", "the gradient was not finite, and is, computed again: a passing fault", run.progress)

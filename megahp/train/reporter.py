@@ -16,7 +16,7 @@ from megahp.log.events import GONE_BACK
 from megahp.log.metrics import Record, RunLog
 from megahp.log.progress import Progress as Display
 from megahp.log.wandb_log import WandbLog
-from megahp.scaling.batch_size import Change, Plan, Progress
+from megahp.scaling.batch import Change, Plan, Progress
 from megahp.train.masks import MaskChange
 from megahp.train.prepare import changes
 from megahp.train.run import Run, Taken, is_first

@@ -20,7 +20,7 @@ from megahp.faults.spikes import Spikes
 from megahp.log.wandb_log import new_id
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh
-from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress
+from megahp.scaling.batch import BatchPlan, Change, Plan, Progress
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
 from megahp.train.prepare import plan_to_go_on

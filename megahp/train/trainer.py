@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from megahp.config import Config
-from megahp.data.loader import Batch, Loader
+from megahp.data.loader import Batch, Loader, rank_samples
 from megahp.model.build import build_model
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh
-from megahp.scaling.batch_size import BatchPlan, Change, Plan, Progress
+from megahp.scaling.batch import BatchPlan, Change, Plan, Progress
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
 from megahp.train.masks import MaskChange, Masks
@@ -88,13 +88,15 @@ class Trainer:
 
     def microbatches(self, loader: Loader, plan: Plan) -> Iterator[Batch]:
         """This rank's microbatches of one step; while each computes, the one after it is read."""
-        ids = self._samples(plan)
+        ids = self.samples(plan)
         following = self.batch_plan.step(self.progress.after(plan))  # unless the batch grows: then it is read in vain
         if following and following.stage != plan.stage:
             following = None  # its data is not yet entered
-        ahead = [*ids[1:], self._samples(following)[0] if following else None]
+        ahead = [*ids[1:], self.samples(following)[0] if following else None]
         for now, then in zip(ids, ahead, strict=True):
             yield loader.take(now, then)
 
-    def _samples(self, plan: Plan) -> list[np.ndarray]:
-        return plan.samples(self.mesh.data_rank, self.mesh.layout.dp)
+    def samples(self, plan: Plan) -> list[np.ndarray]:
+        """The ids of this rank's samples, an array a microbatch."""
+        ranks = self.mesh.data_rank, self.mesh.layout.dp
+        return rank_samples(plan.first_sample, plan.global_batch, plan.micro_batch, *ranks)

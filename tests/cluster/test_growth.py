@@ -8,7 +8,7 @@ import pytest
 
 from megahp.cluster.growth import Growth, foretold, segments
 from megahp.config import Config, with_values
-from megahp.scaling.batch_size import BatchPlan, Progress
+from megahp.scaling.batch import BatchPlan, Progress
 
 LENGTH = 16
 TABLE = {"batch.policy": "table", "batch.table": ("640:8", "1664:16")}

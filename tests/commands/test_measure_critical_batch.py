@@ -17,7 +17,7 @@ from megahp.checkpoint.store import write_manifest
 from megahp.config import resolve
 from megahp.diagnose.critical_batch import scatter
 from megahp.log.metrics import read_events, read_metrics
-from megahp.scaling.batch_size import Hyperparameters
+from megahp.scaling.batch import Hyperparameters
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "measure_critical_batch.py"
 COMMAND = ["measure", "critical-batch"]

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scaling.batch.plans import settings
 
 from megahp.config import Stage
 from megahp.data.indexed import IndexedWriter
-from megahp.data.loader import Loader, TrainingData
+from megahp.data.loader import Loader, TrainingData, rank_samples
 from megahp.errors import UserError
+from megahp.scaling.batch import BatchPlan, Progress
 
 LENGTH = 8
 CPU = torch.device("cpu")
@@ -29,6 +31,22 @@ def sources(tmp_path):
 def training_data(sources, tmp_path, seed=1, fraction=0.1, length=LENGTH, more=()):
     stages = [Stage(0.0, length, tuple(sources.values())), *more]
     return TrainingData(tuple(sources), stages, seed, fraction, tmp_path / "cache")
+
+
+def test_no_sample_is_repeated_or_skipped_when_batch_and_layout_change() -> None:
+    progress, seen = Progress(), []
+    for batch, micro, dp, steps in [(8, 2, 1, 3), (16, 4, 2, 2), (24, 1, 4, 2), (12, 3, 2, 3)]:
+        for _ in range(steps):
+            plan = BatchPlan(settings(batch, micro), dp).step(progress)
+            assert plan is not None
+            numbers = plan.first_sample, plan.global_batch, plan.micro_batch
+            ids = [rank_samples(*numbers, rank, dp) for rank in range(dp)]
+            assert {len(part) for parts in ids for part in parts} == {micro}
+            assert {len(parts) for parts in ids} == {plan.microbatches(dp)}
+            seen.append(np.sort(np.concatenate([part for parts in ids for part in parts])))
+            progress = progress.after(plan)
+    assert np.array_equal(np.concatenate(seen), np.arange(progress.samples))
+    assert progress.tokens == progress.samples * 16
 
 
 def test_batches_do_not_depend_on_how_they_are_cut(sources, tmp_path):

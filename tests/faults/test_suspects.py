@@ -9,6 +9,7 @@ import torch
 from distributed import world
 from distributed.training import Training, settings_of
 
+from megahp.data.loader import rank_samples
 from megahp.errors import Fault
 from megahp.faults.copies import check_copies
 from megahp.faults.suspects import Suspect, among_weights, first_of, watching
@@ -60,7 +61,8 @@ def found_on(layout: tuple[str, ...], where: str) -> list[Suspect]:
     plan = training.batch_plan.step(training.progress)
     assert plan is not None
     hooks = spoil(training, where)
-    samples = plan.samples(training.mesh.data_rank, training.mesh.layout.dp)
+    rank, ranks = training.mesh.data_rank, training.mesh.layout.dp
+    samples = rank_samples(plan.first_sample, plan.global_batch, plan.micro_batch, rank, ranks)
     with watching(training.engine.model.stages, samples) as found:
         training.engine.forward_backward(
             training.batches(plan), plan.microbatches(training.mesh.layout.dp), plan.tokens

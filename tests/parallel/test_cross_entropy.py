@@ -167,7 +167,7 @@ def largest_of_a_step(model: str) -> int:
     """Elements of the largest tensor in forward and backward of 128 tokens at a vocabulary of 4096 and width 32."""
     settings = settings_of(model, "model.vocab_size=4096", "batch.micro_batch=8")
     training = Training(settings)
-    batch = made_up(training.batch_plan.step(training.progress).samples(0, 1)[0], settings)
+    batch = made_up(training.samples(training.next_step())[0], settings)
     with in_slices_of(512), Largest() as largest:
         training.engine.forward_backward([batch], 1, 128)
     return largest.numel

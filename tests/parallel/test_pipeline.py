@@ -9,7 +9,7 @@ import pytest
 
 from megahp.config import Config, Parallel, resolve
 from megahp.parallel.pipeline import owner, split, stages_of
-from megahp.scaling.batch_size import least_batch, runnable, unit
+from megahp.scaling.batch import least_batch, runnable, unit
 
 
 def test_the_split_is_the_best_there_is() -> None:

@@ -25,7 +25,7 @@ from megahp.recipe.loss_laws import LOSS_LAWS
 from megahp.recipe.recipe import PROXY, Laws, Plan, plan, steps_of
 from megahp.recipe.sizing import Given
 from megahp.scaling import power_laws
-from megahp.scaling.batch_size import BatchPlan, Progress
+from megahp.scaling.batch import BatchPlan, Progress
 from megahp.scaling.parameterization import Role
 
 LAWS = Laws(LOSS_LAWS["besiroglu"])

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from megahp.errors import UserError
 from megahp.parallel.parameters import Row
-from megahp.scaling.batch_size import BatchPlan, Plan, Progress
+from megahp.scaling.batch import BatchPlan, Plan, Progress
 from megahp.scaling.parameterization import Role, table_of
 from megahp.train.optimizer import ADAMW, ApexAdamW, Muon, make_optimizer
 

@@ -1,0 +1,183 @@
+"""The batch plan: what one optimizer step does, as a function of the run's progress and of the measured noise scale.
+
+A change of the global batch is one event at a step boundary. It never shrinks, and is always one the layout runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megahp.config import Config, stage_at, stages
+from megahp.scaling import schedules
+from megahp.scaling.batch.policies import POLICIES
+from megahp.scaling.batch.policies.policy import Memory, Moment, Policy
+from megahp.scaling.batch.rule import Hyperparameters, follow
+from megahp.scaling.batch.sizes import micro_batch, unit
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Hold how far a run is. Only samples and tokens decide what comes next."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+    def after(self, plan: Plan) -> Progress:
+        return Progress(self.step + 1, self.samples + plan.global_batch, self.tokens + plan.tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold one optimizer step: its samples, how they are divided, and the base hyperparameters it uses."""
+
+    step: int  # 1 for the first
+    stage: int  # of the data
+    first_sample: int
+    length: int  # tokens of a sequence
+    global_batch: int  # sequences
+    micro_batch: int  # sequences of one rank's forward pass
+    tokens: int  # of the whole global batch
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+
+    def microbatches(self, dp: int) -> int:
+        return self.global_batch // (dp * self.micro_batch)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Hold a change of the global batch: the decision, and everything it was made from. Batches are in sequences of the
+    length at the time."""
+
+    before: int
+    now: int
+    wanted: float
+    noise_scale: float | None  # smoothed, examples, the least over the time it was confirmed; None for other policies
+    reason: str
+    hyperparameters_before: Hyperparameters
+    hyperparameters_now: Hyperparameters
+    tau_before: float
+    tau_now: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class BatchPlan:
+    """Decide the batch of the next step. Everything it remembers is in `state`.
+
+    Inside, batches are in tokens, so that a step keeps its tokens when the length changes. Settings and `state` have
+    them in sequences of the run's first length; plans, changes and noise scales in sequences of the present one.
+    """
+
+    def __init__(self, settings: Config, dp: int) -> None:
+        self.settings = settings
+        self.first_length = self.length = settings.data.sequence_length  # length: of the noise scales seen
+        self.unit = unit(settings, dp) * self.first_length
+        self.limit = settings.batch.largest * self.first_length or math.inf
+        self.stages = stages(settings.data)
+        self.policy: Policy = POLICIES[settings.batch.policy](settings)
+        self.tokens = settings.batch.global_batch * self.first_length
+
+    @property
+    def batch(self) -> int:
+        """Return the batch in sequences of the run's first length."""
+        return self.tokens // self.first_length
+
+    def step(self, progress: Progress) -> Plan | None:
+        """Return the next optimizer step, or None when the run is over: the horizon has no room for another batch, or
+        train.steps are done. The learning rate is the schedule's at the middle of the step's tokens, so that its mean
+        over a linear schedule does not depend on the batch."""
+        train, tokens = self.settings.train, self.tokens
+        if (train.steps and progress.step >= train.steps) or progress.tokens + tokens > train.tokens:
+            return None
+        rate = schedules.fraction(self.settings.schedule, progress.tokens + tokens / 2, train.tokens)
+        peak = self.hyperparameters(tokens)
+        stage = stage_at(self.stages, progress.tokens)
+        length = self.stages[stage].length
+        return Plan(
+            step=progress.step + 1,
+            stage=stage,
+            first_sample=progress.samples,
+            length=length,
+            global_batch=tokens // length,
+            micro_batch=micro_batch(self.settings, length),
+            tokens=tokens,
+            **asdict(replace(peak, lr=peak.lr * rate)),
+        )
+
+    def look(self, progress: Progress, noise_scale: float | None) -> Change | None:
+        """Decide, after a step, whether the next ones have a larger batch. noise_scale: smoothed, in examples.
+
+        Under `sqrt` beta2 may change only once 10 / (1 - beta2) steps are done: AdamW corrects its bias with the
+        present beta2.
+        """
+        length = self.stages[stage_at(self.stages, progress.tokens)].length
+        if length != self.length:  # an example is another thing from here on
+            self.length, noise_scale = length, None
+            self.policy.memory.since = self.policy.memory.least = None
+        if self.settings.batch.rule == "sqrt" and progress.step < 10 / (1 - self.settings.optimizer.beta2):
+            return None
+        wanted = self.policy.wanted(self._moment(progress, noise_scale))
+        if wanted is None or (now := self._runnable_below(wanted)) <= self.tokens:
+            return None
+        before, self.tokens, self.policy.memory.since = self.tokens, now, None
+        return self._change(before, wanted, self.policy.memory.least if self.policy.measures else None)
+
+    def is_look(self, step: int) -> bool:
+        """Return whether the noise scale after this step can decide something, and so must be in the log."""
+        return self.policy.is_look(step)
+
+    def aim(self, progress: Progress, noise_scale: float | None) -> float | None:
+        """Return the batch, in sequences, that a policy following the critical batch would have if nothing held it
+        back."""
+        return self.policy.aim(self._moment(progress, noise_scale))
+
+    def hyperparameters(self, tokens: int) -> Hyperparameters:
+        """Return the optimizer's base values at a global batch of so many tokens."""
+        chosen = self.settings.batch
+        return follow(chosen.rule, self.settings.optimizer, tokens / (chosen.global_batch * self.first_length))
+
+    def state(self) -> dict[str, Any]:
+        return {"batch": self.batch, "length": self.length, **asdict(self.policy.memory)}
+
+    def go_on(self, state: Mapping[str, Any], progress: Progress) -> list[Change]:
+        """Become what a state says, as far as settings and layout allow: a batch that this layout cannot run becomes
+        the next one that it can. Return what that changed, and what the policy changes at once."""
+        self.length = state["length"]
+        self.policy.memory = Memory(state["since"], state["least"], state["began"])
+        before = state["batch"] * self.first_length
+        if self.policy.grows:
+            above = -(-before // self.unit) * self.unit
+            self.tokens = max(self.tokens, above if above <= self.limit else self._runnable_below(above))
+        why = "settings or layout have changed"
+        moved = [self._change(before, self.tokens, None, why)] if self.tokens != before else []
+        # what was measured decides at the looks alone, or a resume would not be exact
+        looked = None if self.policy.measures else self.look(progress, None)
+        return [*moved, looked] if looked else moved
+
+    def _moment(self, progress: Progress, noise_scale: float | None) -> Moment:
+        larger = self._runnable_below(self.tokens + self.unit)
+        return Moment(progress.step, progress.tokens, self.tokens, larger, self.length, noise_scale)
+
+    def _runnable_below(self, wanted: float) -> int:
+        """Return the largest batch the layout runs that is neither above what is wanted nor above the limit."""
+        return int(min(wanted, self.limit) // self.unit) * self.unit
+
+    def _change(self, before: int, wanted: float, noise: float | None, why: str = "") -> Change:
+        """Return the change from a batch to the present one."""
+        old, new = self.hyperparameters(before), self.hyperparameters(self.tokens)
+        horizon = self.settings.train.tokens
+        taus = old.timescale(before, horizon), new.timescale(self.tokens, horizon)
+        sequences, asked = (before // self.length, self.tokens // self.length), wanted / self.length
+        because = f"; the smoothed noise scale stayed at {noise:.4g} examples or more" if noise else ""
+        why = why or f"{self.settings.batch.policy} asks for {asked:.4g}{because}"
+        reason = f"global batch {sequences[0]} -> {sequences[1]}: {why}"
+        return Change(*sequences, asked, noise, reason, old, new, *taus)

@@ -1,0 +1,9 @@
+"""The policies, by their names in the settings: each says which batch it wants, BatchPlan what of that can be run."""
+
+from megahp.scaling.batch.policies.constant import Constant
+from megahp.scaling.batch.policies.law import Law
+from megahp.scaling.batch.policies.noise_scale import NoiseScale
+from megahp.scaling.batch.policies.ramp import Ramp
+from megahp.scaling.batch.policies.table import Table
+
+POLICIES = {"constant": Constant, "ramp": Ramp, "table": Table, "law": Law, "noise-scale": NoiseScale}

@@ -1,0 +1,15 @@
+"""The policy of a batch that follows a law of the critical batch."""
+
+from megahp.scaling import power_laws
+from megahp.scaling.batch.policies.policy import Moment, Policy
+from megahp.scaling.laws import PowerLaw
+
+
+class Law(Policy):
+    """Want a share of the critical batch, spread along the run (Power Lines, arXiv 2505.13738)."""
+
+    def aim(self, now: Moment) -> float:
+        batch = self.settings.batch
+        scale, exponent = batch.critical_batch
+        law = PowerLaw(scale, exponent, "batch.critical_batch", "given")
+        return batch.target * power_laws.critical_batch_along(now.tokens, law) / now.length

@@ -1,0 +1,57 @@
+"""What every policy of the batch is, what it remembers, and what it decides from."""
+
+from dataclasses import dataclass
+
+from megahp.config import Config
+
+
+@dataclass
+class Memory:
+    """Hold what a policy remembers. Only NoiseScale sets `since` and `least`; the others hand them on, as they stand in
+    a checkpoint."""
+
+    since: int | None = None  # tokens since which the noise scale has asked for more, without a break
+    least: float | None = None  # the least noise scale since then
+    began: int = 0  # tokens of the run at which the plan began
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Hold what a policy may look at after a step."""
+
+    step: int
+    tokens: int  # of the run
+    batch: int  # tokens
+    larger: int  # tokens of the next larger batch that can be run; not above `batch` where the limit allows none
+    length: int  # tokens of a sequence
+    noise_scale: float | None  # smoothed, in sequences of this length
+
+
+class Policy:
+    """Answer what BatchPlan asks. As it stands here, it asks for nothing."""
+
+    grows = True  # False: a resumed run begins again with batch.global_batch
+    measures = False  # True: it decides from the noise scale, and so at looks alone
+
+    def __init__(self, settings: Config) -> None:
+        self.settings = settings
+        self.first_length = settings.data.sequence_length
+        self.memory = Memory()
+
+    def is_look(self, step: int) -> bool:
+        """Return whether the noise scale after this step can decide something."""
+        return self.measures and step % self.settings.batch.look_every == 0
+
+    def aim(self, now: Moment) -> float | None:
+        """Return the batch wanted if nothing held it back, in sequences of the present length; None where the policy
+        follows no critical batch."""
+        return None
+
+    def wanted(self, now: Moment) -> float | None:
+        """Return the batch wanted from here on, in tokens; None for that which there is.
+
+        What is aimed at is rounded in sequences of the run's first length, as `batch.global_batch` is counted: a replay
+        compares with the logs of older runs to the last bit.
+        """
+        aim = self.aim(now)
+        return None if aim is None else aim * now.length / self.first_length * self.first_length

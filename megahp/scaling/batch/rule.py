@@ -1,0 +1,41 @@
+"""What the optimizer's hyperparameters become when the batch changes."""
+
+import math
+from dataclasses import dataclass
+
+from megahp import config
+from megahp.scaling import power_laws
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Hold the optimizer's base values at one batch."""
+
+    lr: float  # at the schedule's peak
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+
+    def timescale(self, batch_tokens: float, horizon: float) -> float:
+        """Return tau, the share of the run AdamW averages over; infinite without weight decay."""
+        if self.weight_decay == 0:
+            return math.inf
+        return power_laws.timescale(self.lr, self.weight_decay, batch_tokens, horizon)
+
+
+def follow(rule: str, optimizer: config.Optimizer, kappa: float) -> Hyperparameters:
+    """Return the base hyperparameters at kappa times the batch they were set for.
+
+    power-lines: weight decay times kappa, so that tau stays (arXiv 2505.13738). sqrt: learning rate and weight decay
+    times sqrt(kappa), beta2 to max(beta2^kappa, 0.9), eps over sqrt(kappa). none: nothing.
+    """
+    lr, decay, beta1, beta2, eps = (
+        getattr(optimizer, name) for name in ("lr", "weight_decay", "beta1", "beta2", "eps")
+    )
+    if rule == "power-lines":
+        return Hyperparameters(lr, decay * kappa, beta1, beta2, eps)
+    if rule == "sqrt":
+        root = math.sqrt(kappa)
+        return Hyperparameters(lr * root, decay * root, beta1, max(beta2**kappa, min(beta2, 0.9)), eps / root)
+    return Hyperparameters(lr, decay, beta1, beta2, eps)

@@ -1,0 +1,37 @@
+"""What follows a larger batch."""
+
+from __future__ import annotations
+
+import pytest
+from scaling.batch.plans import run, settings
+
+from megahp.config import Config, with_values
+from megahp.scaling.batch import BatchPlan, follow
+
+
+@pytest.mark.parametrize(
+    ("rule", "kappa", "expected"),
+    [  # lr, weight decay, beta2, eps over the base values 0.01, 0.1, 0.95, 1e-8
+        ("power-lines", 4, (1, 4, 0.95, 1)),
+        ("sqrt", 2, (2**0.5, 2**0.5, 0.9025, 0.5**0.5)),
+        ("sqrt", 4, (2, 2, 0.9, 0.5)),
+        ("none", 4, (1, 1, 0.95, 1)),
+    ],
+)
+def test_rules(rule: str, kappa: float, expected: tuple[float, ...]) -> None:
+    """The table of docs/batch.md; check 35: a doubled batch multiplies the rate by sqrt 2 under sqrt."""
+    base = with_values(Config(), {"optimizer.lr": 0.01}).optimizer
+    values = follow(rule, base, kappa)
+    found = (values.lr / 0.01, values.weight_decay / 0.1, values.beta2, values.eps / 1e-8)
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert values.beta1 == base.beta1
+
+
+def test_tau_stays_under_power_lines_and_is_told() -> None:
+    changes = [
+        change for _, _, change in run(BatchPlan(settings(4, batch__policy="table", batch__table=("640:8",)), 1))
+    ]
+    (change,) = [change for change in changes if change]
+    assert change.tau_before == pytest.approx(change.tau_now) == pytest.approx(4 * 16 / (4e-3 * 0.1 * 3840))
+    plain = follow("none", Config().optimizer, 2)
+    assert plain.timescale(8 * 16, 3840) == pytest.approx(2 * change.tau_before)
