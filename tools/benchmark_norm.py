@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megahp.errors import UserError
-from megahp.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from megahp.ops import add_and_normalize, normalize
 from megahp.ops.engines import norm_of
 
 Norm = Callable[..., Tensor | tuple[Tensor, Tensor]]  # of x, and of the branch where one is added
@@ -41,13 +41,11 @@ EPS = 1e-5
 
 
 def ours(op: str, weight: Tensor, bias: Tensor, probe: Tensor | None) -> Norm:
-    norms: dict[str, Norm] = {
-        "rms_norm": lambda x: rms_norm(x, weight, probe, EPS),
-        "layer_norm": lambda x: layer_norm(x, weight, bias, probe, EPS),
-        "add_rms_norm": lambda x, branch: add_rms_norm(x, branch, 1.0, weight, probe, EPS),
-        "add_layer_norm": lambda x, branch: add_layer_norm(x, branch, 1.0, weight, bias, probe, EPS),
-    }
-    return norms[op]
+    centered = op.endswith("layer_norm")
+    shift = bias if centered else None
+    if op.startswith("add"):
+        return lambda x, branch: add_and_normalize(x, branch, 1.0, weight, shift, probe, centered=centered, eps=EPS)
+    return lambda x: normalize(x, weight, shift, probe, centered=centered, eps=EPS)
 
 
 def adding(norm: Callable[[Tensor], Tensor]) -> Norm:
