@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -38,8 +39,11 @@ inline NormShape norm_shape(const Tensor& x) {
   return shape;
 }
 
-inline std::vector<int64_t> leading_sizes(const Tensor& x) {
-  return std::vector<int64_t>(x.sizes().begin(), x.sizes().end() - 1);
+// Of mean and rstd, or rstd alone: one for each row.
+inline std::vector<int64_t> statistics_sizes(const Tensor& x, bool centered) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end() - 1);
+  sizes.insert(sizes.begin(), centered ? 2 : 1);
+  return sizes;
 }
 
 inline void check_input(const Tensor& x, const Tensor& weight) {
@@ -48,15 +52,32 @@ inline void check_input(const Tensor& x, const Tensor& weight) {
                   "norm: weight and bias must be [D] with D = ", x.size(-1), ", the last dimension of x");
 }
 
+inline void check_center(bool centered, bool bias) {
+  STD_TORCH_CHECK(centered || !bias, "norm: a norm that is not centered has no bias");
+}
+
 inline void check_like(const Tensor& other, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(other.sizes().equals(x.sizes()), "norm: ", name, " and x must have the same shape");
   STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), "norm: ", name, " and x must have the same dtype");
 }
 
-inline void check_statistic(const Tensor& statistic, const Tensor& x) {
-  STD_TORCH_CHECK(statistic.sizes().equals(x.sizes().slice(0, x.dim() - 1)) &&
-                      statistic.scalar_type() == accumulate_type(x),
-                  "norm backward: mean and rstd must be those the forward returned for x");
+inline void check_forward(const Tensor& x, const std::optional<Tensor>& branch, const Tensor& weight,
+                          const std::optional<Tensor>& bias, bool centered) {
+  check_input(x, weight);
+  check_center(centered, bias.has_value());
+  if (bias) check_input(x, *bias);
+  if (branch) check_like(*branch, x, "branch");
+}
+
+inline void check_backward(const Tensor& dy, const std::optional<Tensor>& dstream, const Tensor& x,
+                           const Tensor& weight, const Tensor& statistics, bool centered, bool bias) {
+  check_input(x, weight);
+  check_center(centered, bias);
+  check_like(dy, x, "dy");
+  if (dstream) check_like(*dstream, x, "dstream");
+  STD_TORCH_CHECK(statistics.sizes().equals(statistics_sizes(x, centered)) &&
+                      statistics.scalar_type() == accumulate_type(x),
+                  "norm backward: the statistics must be those the forward returned for x");
 }
 
 // Calls f with a value of the C++ type of x.

@@ -106,43 +106,47 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+using Optional = std::optional<Tensor>;
+
 // RMSNorm (not centered) has neither mean nor bias, and the stream is only there where a branch is added to x. Other
 // tensors stand in the place of those that are missing; the row functions do not touch them.
 
-struct Normalized {
-  Tensor stream, y, mean, rstd;
-};
-
-template <bool centered>
-Normalized normalize(const Tensor& input, const std::optional<Tensor>& added, double alpha, const Tensor& weight,
-                     const std::optional<Tensor>& bias, double eps) {
-  check_input(input, weight);
-  if (added) check_like(*added, input, "branch");
-  if (bias) check_input(input, *bias);
+// `probe` and `group` are the backward's. A string is taken as the handle it comes as: its conversion to std::string
+// leaks one string a call (torch 2.13, ToImpl<std::string>).
+std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& input, const Optional& added, double alpha, const Tensor& weight,
+                                        const Optional& bias, const Optional&, bool centered, double eps,
+                                        StringHandle group) {
+  torch_delete_string(group);
+  check_forward(input, added, weight, bias, centered);
   const auto dtype = accumulate_type(input);
   const NormShape shape = norm_shape(input);
+  const int64_t rows = shape.examples * shape.rows;
   const Tensor x = contiguous(input);
   const Tensor branch = added ? contiguous(*added) : x;
   const Tensor w = prepared(weight, dtype);
   const Tensor b = !centered ? w : bias ? prepared(*bias, dtype) : torch::stable::new_zeros(w, w.sizes());
   const Tensor y = new_empty(x, x.sizes());
-  const Tensor stream = added ? new_empty(x, x.sizes()) : y;
-  const Tensor rstd = new_empty(x, leading_sizes(x), dtype);
-  const Tensor mean = centered ? new_empty(rstd, rstd.sizes()) : rstd;
+  const Tensor stream = added ? new_empty(x, x.sizes()) : new_empty(x, {0});
+  const Tensor statistics = new_empty(x, statistics_sizes(x, centered), dtype);
 
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
-    const auto normalize_rows = added ? MEGAHP_BEST(normalize_rows<centered, true, T, A>)
-                                      : MEGAHP_BEST(normalize_rows<centered, false, T, A>);
-    parallel_for(0, shape.examples * shape.rows, grain(shape.width), [&](int64_t begin, int64_t end) {
+    const auto normalize = centered ? added ? MEGAHP_BEST(normalize_rows<true, true, T, A>)
+                                            : MEGAHP_BEST(normalize_rows<true, false, T, A>)
+                           : added  ? MEGAHP_BEST(normalize_rows<false, true, T, A>)
+                                    : MEGAHP_BEST(normalize_rows<false, false, T, A>);
+    T* const s = mutable_data<T>(added ? stream : y);
+    A* const mean = mutable_data<A>(statistics);
+    A* const rstd = centered ? mean + rows : mean;
+    parallel_for(0, rows, grain(shape.width), [&](int64_t begin, int64_t end) {
       const int64_t at = begin * shape.width;
-      normalize_rows(end - begin, shape.width, static_cast<A>(alpha), static_cast<A>(eps), data<T>(x) + at,
-                     data<T>(branch) + at, data<A>(w), data<A>(b), mutable_data<T>(stream) + at,
-                     mutable_data<T>(y) + at, mutable_data<A>(mean) + begin, mutable_data<A>(rstd) + begin);
+      normalize(end - begin, shape.width, static_cast<A>(alpha), static_cast<A>(eps), data<T>(x) + at,
+                data<T>(branch) + at, data<A>(w), data<A>(b), s + at, mutable_data<T>(y) + at, mean + begin,
+                rstd + begin);
     });
   });
-  return {stream, y, mean, rstd};
+  return {stream, y, statistics};
 }
 
 // partial [examples, parts, width] -> the gradient, [width] or by example, and the sum of squares, which `squares`
@@ -165,26 +169,18 @@ Tensor sum_examples(const Tensor& partial, bool by_example, A& squares) {
   return gradient;
 }
 
-struct Gradients {
-  Tensor dx, dweight, dbias, squares;
-};
-
-template <bool centered>
-Gradients differentiate(const Tensor& gradient, const std::optional<Tensor>& stream_gradient, const Tensor& input,
-                        const Tensor& weight, const Tensor& mean, const Tensor& rstd, bool by_example, bool bias) {
-  check_input(input, weight);
-  check_like(gradient, input, "dy");
-  if (stream_gradient) check_like(*stream_gradient, input, "dstream");
-  check_statistic(mean, input);
-  check_statistic(rstd, input);
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& gradient, const Optional& stream_gradient,
+                                                         const Tensor& input, const Tensor& weight,
+                                                         const Tensor& statistics, bool centered, bool by_example,
+                                                         bool bias) {
+  check_backward(gradient, stream_gradient, input, weight, statistics, centered, bias);
   const NormShape shape = norm_shape(input);
   const int64_t chunks = divided_up(shape.rows, kChunk);
   const Tensor dy = contiguous(gradient);
   const Tensor dstream = stream_gradient ? contiguous(*stream_gradient) : dy;
   const Tensor x = contiguous(input);
   const Tensor w = prepared(weight, accumulate_type(input));
-  const Tensor m = contiguous(mean);
-  const Tensor r = contiguous(rstd);
+  const Tensor s = contiguous(statistics);
   const Tensor dx = new_empty(x, x.sizes());
   const Tensor dweights = new_empty(w, {shape.examples, chunks, shape.width});
   const Tensor dbiases = centered ? new_empty(w, dweights.sizes()) : dweights;
@@ -194,18 +190,21 @@ Gradients differentiate(const Tensor& gradient, const std::optional<Tensor>& str
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
-    const auto differentiate_rows = stream_gradient ? MEGAHP_BEST(differentiate_rows<centered, true, T, A>)
-                                                    : MEGAHP_BEST(differentiate_rows<centered, false, T, A>);
+    const auto differentiate = centered ? stream_gradient ? MEGAHP_BEST(differentiate_rows<true, true, T, A>)
+                                                          : MEGAHP_BEST(differentiate_rows<true, false, T, A>)
+                               : stream_gradient ? MEGAHP_BEST(differentiate_rows<false, true, T, A>)
+                                                 : MEGAHP_BEST(differentiate_rows<false, false, T, A>);
+    const A* const mean = data<A>(s);
+    const A* const rstd = centered ? mean + shape.examples * shape.rows : mean;
     parallel_for(0, shape.examples * chunks, grain(kChunk * shape.width), [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t skipped = chunk % chunks * kChunk;
         const int64_t row = chunk / chunks * shape.rows + skipped;
         const int64_t at = row * shape.width;
         const int64_t sums = chunk * shape.width;
-        differentiate_rows(std::min(kChunk, shape.rows - skipped), shape.width, data<T>(dy) + at,
-                           data<T>(dstream) + at, data<T>(x) + at, data<A>(w),
-                           data<A>(m) + row, data<A>(r) + row, mutable_data<T>(dx) + at,
-                           mutable_data<A>(dweights) + sums, mutable_data<A>(dbiases) + sums);
+        differentiate(std::min(kChunk, shape.rows - skipped), shape.width, data<T>(dy) + at, data<T>(dstream) + at,
+                      data<T>(x) + at, data<A>(w), mean + row, rstd + row, mutable_data<T>(dx) + at,
+                      mutable_data<A>(dweights) + sums, mutable_data<A>(dbiases) + sums);
       }
     });
     A sum = 0;
@@ -216,66 +215,10 @@ Gradients differentiate(const Tensor& gradient, const std::optional<Tensor>& str
   return {dx, dweight, dbias, squares};
 }
 
-// The forward ops ignore `probe` and `group`, which are the backward's. A string is taken as the handle it
-// comes as: its conversion to std::string leaks one string a call (torch 2.13, ToImpl<std::string>).
-void ignore(StringHandle group) { torch_delete_string(group); }
-
-using Optional = std::optional<Tensor>;
-
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, const Optional&, double eps,
-                                    StringHandle group) {
-  ignore(group);
-  const auto [stream, y, mean, rstd] = normalize<false>(x, std::nullopt, 1, weight, std::nullopt, eps);
-  return {y, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Optional& bias,
-                                              const Optional&, double eps, StringHandle group) {
-  ignore(group);
-  const auto [stream, y, mean, rstd] = normalize<true>(x, std::nullopt, 1, weight, bias, eps);
-  return {y, mean, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& branch, double alpha,
-                                                const Tensor& weight, const Optional&, double eps,
-                                                StringHandle group) {
-  ignore(group);
-  const auto [stream, y, mean, rstd] = normalize<false>(x, branch, alpha, weight, std::nullopt, eps);
-  return {stream, y, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& branch, double alpha,
-                                                          const Tensor& weight, const Optional& bias,
-                                                          const Optional&, double eps, StringHandle group) {
-  ignore(group);
-  const auto [stream, y, mean, rstd] = normalize<true>(x, branch, alpha, weight, bias, eps);
-  return {stream, y, mean, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Optional& dstream, const Tensor& x,
-                                                     const Tensor& weight, const Tensor& rstd, bool by_example) {
-  const auto [dx, dweight, dbias, squares] =
-      differentiate<false>(dy, dstream, x, weight, rstd, rstd, by_example, false);
-  return {dx, dweight, squares};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const Optional& dstream,
-                                                               const Tensor& x, const Tensor& weight,
-                                                               const Tensor& mean, const Tensor& rstd,
-                                                               bool by_example, bool bias) {
-  const auto [dx, dweight, dbias, squares] =
-      differentiate<true>(dy, dstream, x, weight, mean, rstd, by_example, bias);
-  return {dx, dweight, dbias, squares};
-}
-
 }  // namespace
 }  // namespace megahp
 
 STABLE_TORCH_LIBRARY_IMPL(megahp, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&megahp::rms_norm));
-  m.impl("rms_norm_backward", TORCH_BOX(&megahp::rms_norm_backward));
-  m.impl("layer_norm", TORCH_BOX(&megahp::layer_norm));
-  m.impl("layer_norm_backward", TORCH_BOX(&megahp::layer_norm_backward));
-  m.impl("add_rms_norm", TORCH_BOX(&megahp::add_rms_norm));
-  m.impl("add_layer_norm", TORCH_BOX(&megahp::add_layer_norm));
+  m.impl("norm", TORCH_BOX(&megahp::norm));
+  m.impl("norm_backward", TORCH_BOX(&megahp::norm_backward));
 }

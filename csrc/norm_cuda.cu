@@ -160,90 +160,81 @@ Tensor readable(const Tensor& parameter, const Tensor& x) {
 }
 
 template <class T, class A>
-Parameter<T, A> parameter_of(const std::optional<Tensor>& tensor) {
-  if (!tensor) return {nullptr, false};
-  return {tensor->const_data_ptr(), tensor->element_size() == sizeof(T)};
+Parameter<T, A> parameter_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.element_size() == sizeof(T)};
 }
 
 void check_device(const Tensor& tensor, const Tensor& x) {
   STD_TORCH_CHECK(tensor.device() == x.device(), "norm: all tensors must be on the device of x");
 }
 
-struct Normalized {
-  Tensor stream, y, mean, rstd;
-};
+using Optional = std::optional<Tensor>;
 
-template <bool centered>
-Normalized normalize(const Tensor& input, const std::optional<Tensor>& added, double alpha, const Tensor& weight,
-                     const std::optional<Tensor>& bias, double eps) {
-  check_input(input, weight);
+// Other tensors stand in the place of an input that is missing; what the kernels are given for it is null.
+
+// `probe` and `group` are the backward's. A string is taken as the handle it comes as: its conversion to std::string
+// leaks one string a call (torch 2.13, ToImpl<std::string>).
+std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& input, const Optional& added, double alpha, const Tensor& weight,
+                                        const Optional& bias, const Optional&, bool centered, double eps,
+                                        StringHandle group) {
+  torch_delete_string(group);
+  check_forward(input, added, weight, bias, centered);
   check_device(weight, input);
-  if (bias) check_input(input, *bias), check_device(*bias, input);
-  if (added) check_like(*added, input, "branch"), check_device(*added, input);
+  if (bias) check_device(*bias, input);
+  if (added) check_device(*added, input);
   const NormShape shape = norm_shape(input);
   const Device device(input);
   const Tensor x = contiguous(input), w = readable(weight, input);
-  const std::optional<Tensor> b = bias ? std::optional(readable(*bias, input)) : std::nullopt;
-  const std::optional<Tensor> branch = added ? std::optional(contiguous(*added)) : std::nullopt;
+  const Tensor b = bias ? readable(*bias, input) : w, branch = added ? contiguous(*added) : x;
   const Tensor y = new_empty(x, x.sizes());
-  const Tensor stream = branch ? new_empty(x, x.sizes()) : x;
-  const Tensor rstd = new_empty(x, leading_sizes(x), accumulate_type(x));
-  const Tensor mean = centered ? new_empty(rstd, rstd.sizes()) : rstd;
+  const Tensor stream = added ? new_empty(x, x.sizes()) : new_empty(x, {0});
+  const Tensor statistics = new_empty(x, statistics_sizes(x, centered), accumulate_type(x));
 
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     Forward<T, A> p{};
     p.x = data<T>(x);
-    if (branch) p.branch = data<T>(*branch), p.stream = mutable_data<T>(stream);
+    if (added) p.branch = data<T>(branch), p.stream = mutable_data<T>(stream);
     p.alpha = static_cast<A>(alpha);
     p.weight = parameter_of<T, A>(w);
-    p.bias = parameter_of<T, A>(b);
+    if (bias) p.bias = parameter_of<T, A>(b);
     p.y = mutable_data<T>(y);
-    p.mean = mutable_data<A>(mean);
-    p.rstd = mutable_data<A>(rstd);
     p.eps = static_cast<A>(eps);
     p.rows = shape.examples * shape.rows;
+    p.mean = mutable_data<A>(statistics);
+    p.rstd = centered ? p.mean + p.rows : p.mean;
     p.width = static_cast<int>(shape.width);
     p.whole = is_whole<T>(p.width, p.x, p.branch, p.stream, p.y, static_cast<const char*>(p.weight.data),
                           static_cast<const char*>(p.bias.data));
     if (p.rows == 0) return;
-    const auto launch = forward_launch<centered>(p);
+    const auto launch = centered ? forward_launch<true>(p) : forward_launch<false>(p);
     launch(device, dim3(static_cast<unsigned>(divided_up(p.rows, launch.block.y))), p);
   });
-  return {stream, y, mean, rstd};
+  return {stream, y, statistics};
 }
 
-struct Differentiated {
-  Tensor dx, dweight, dbias, squares;
-};
-
-template <bool centered>
-Differentiated differentiate(const Tensor& gradient, const std::optional<Tensor>& gradient_of_stream,
-                             const Tensor& input, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
-                             bool by_example, bool bias) {
-  check_input(input, weight);
-  check_like(gradient, input, "dy");
-  check_statistic(mean, input);
-  check_statistic(rstd, input);
-  for (const Tensor& tensor : {gradient, weight, mean, rstd}) check_device(tensor, input);
-  if (gradient_of_stream) check_like(*gradient_of_stream, input, "dstream"), check_device(*gradient_of_stream, input);
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& gradient, const Optional& gradient_of_stream,
+                                                         const Tensor& input, const Tensor& weight,
+                                                         const Tensor& statistics, bool centered, bool by_example,
+                                                         bool bias) {
+  check_backward(gradient, gradient_of_stream, input, weight, statistics, centered, bias);
+  for (const Tensor& tensor : {gradient, weight, statistics}) check_device(tensor, input);
+  if (gradient_of_stream) check_device(*gradient_of_stream, input);
   const NormShape shape = norm_shape(input);
   const Device device(input);
   const Tensor dy = contiguous(gradient), x = contiguous(input), w = readable(weight, input);
-  const Tensor m = contiguous(mean), r = contiguous(rstd);
-  const std::optional<Tensor> dstream =
-      gradient_of_stream ? std::optional(contiguous(*gradient_of_stream)) : std::nullopt;
+  const Tensor s = contiguous(statistics), dstream = gradient_of_stream ? contiguous(*gradient_of_stream) : dy;
 
   std::vector<int64_t> sizes{shape.width}, no_sizes{};
   if (by_example) sizes.insert(sizes.begin(), shape.examples);
   const Tensor dx = new_empty(x, x.sizes());
   if (shape.examples * shape.rows == 0) {
-    const Tensor dweight = new_zeros(r, sizes);
-    return {dx, dweight, bias ? new_zeros(r, sizes) : new_empty(r, {0}), new_zeros(r, no_sizes)};
+    const Tensor dweight = new_zeros(s, sizes);
+    return {dx, dweight, bias ? new_zeros(s, sizes) : new_empty(s, {0}), new_zeros(s, no_sizes)};
   }
-  const Tensor dweight = new_empty(r, sizes), dbias = bias ? new_empty(r, sizes) : new_empty(r, {0});
-  const Tensor squares = new_empty(r, no_sizes);
+  const Tensor dweight = new_empty(s, sizes), dbias = bias ? new_empty(s, sizes) : new_empty(s, {0});
+  const Tensor squares = new_empty(s, no_sizes);
 
   dispatch(x, [&](auto type) {
     using T = decltype(type);
@@ -251,24 +242,24 @@ Differentiated differentiate(const Tensor& gradient, const std::optional<Tensor>
     Backward<T, A> p{};
     p.dbias = bias ? mutable_data<A>(dbias) : nullptr;  // the launch depends on whether there is one
     p.dy = data<T>(dy);
-    if (dstream) p.dstream = data<T>(*dstream);
+    if (gradient_of_stream) p.dstream = data<T>(dstream);
     p.x = data<T>(x);
     p.weight = parameter_of<T, A>(w);
-    p.mean = data<A>(m);
-    p.rstd = data<A>(r);
+    p.mean = data<A>(s);
+    p.rstd = centered ? p.mean + shape.examples * shape.rows : p.mean;
     p.dx = mutable_data<T>(dx);
     p.rows = shape.rows;
     p.width = static_cast<int>(shape.width);
     p.whole = is_whole<T>(p.width, p.dy, p.dstream, p.x, p.dx, static_cast<const char*>(p.weight.data));
-    const auto launch = backward_launch<centered>(
-        p, static_cast<size_t>(device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) - kStaticShared);
+    const auto shared = static_cast<size_t>(device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) - kStaticShared;
+    const auto launch = centered ? backward_launch<true>(p, shared) : backward_launch<false>(p, shared);
     launch.allow_shared();
     p.blocks = static_cast<int>(blocks_of_example(shape.examples, places_of(launch, device),
                                                   divided_up(shape.rows, launch.block.y)));
 
     const int64_t part = shape.examples * p.blocks * shape.width;
     const dim3 tiles(static_cast<unsigned>(divided_up(shape.width, 32)), bias ? 2 : 1);
-    const Tensor workspace = new_empty(r, {part * tiles.y + tiles.x * tiles.y + 1});
+    const Tensor workspace = new_empty(s, {part * tiles.y + tiles.x * tiles.y + 1});
     Reduction<A> q{};
     q.parts = p.dweight = mutable_data<A>(workspace);
     if (bias) p.dbias = p.dweight + part;
@@ -287,61 +278,10 @@ Differentiated differentiate(const Tensor& gradient, const std::optional<Tensor>
   return {dx, dweight, dbias, squares};
 }
 
-// The forward ops ignore `probe` and `group`, which are the backward's. A string is taken as the handle it comes as:
-// its conversion to std::string leaks one string a call (torch 2.13, ToImpl<std::string>).
-void ignore(StringHandle group) { torch_delete_string(group); }
-
-using Two = std::tuple<Tensor, Tensor>;
-using Three = std::tuple<Tensor, Tensor, Tensor>;
-using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-Two rms_norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&, double eps, StringHandle group) {
-  ignore(group);
-  const auto out = normalize<false>(x, std::nullopt, 0, weight, std::nullopt, eps);
-  return {out.y, out.rstd};
-}
-
-Three layer_norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                 const std::optional<Tensor>&, double eps, StringHandle group) {
-  ignore(group);
-  const auto out = normalize<true>(x, std::nullopt, 0, weight, bias, eps);
-  return {out.y, out.mean, out.rstd};
-}
-
-Three add_rms_norm(const Tensor& x, const Tensor& branch, double alpha, const Tensor& weight,
-                   const std::optional<Tensor>&, double eps, StringHandle group) {
-  ignore(group);
-  const auto out = normalize<false>(x, branch, alpha, weight, std::nullopt, eps);
-  return {out.stream, out.y, out.rstd};
-}
-
-Four add_layer_norm(const Tensor& x, const Tensor& branch, double alpha, const Tensor& weight,
-                    const std::optional<Tensor>& bias, const std::optional<Tensor>&, double eps, StringHandle group) {
-  ignore(group);
-  const auto out = normalize<true>(x, branch, alpha, weight, bias, eps);
-  return {out.stream, out.y, out.mean, out.rstd};
-}
-
-Three rms_norm_backward(const Tensor& dy, const std::optional<Tensor>& dstream, const Tensor& x, const Tensor& weight,
-                        const Tensor& rstd, bool by_example) {
-  const auto out = differentiate<false>(dy, dstream, x, weight, rstd, rstd, by_example, false);
-  return {out.dx, out.dweight, out.squares};
-}
-
-Four layer_norm_backward(const Tensor& dy, const std::optional<Tensor>& dstream, const Tensor& x, const Tensor& weight,
-                         const Tensor& mean, const Tensor& rstd, bool by_example, bool bias) {
-  const auto out = differentiate<true>(dy, dstream, x, weight, mean, rstd, by_example, bias);
-  return {out.dx, out.dweight, out.dbias, out.squares};
-}
-
 }  // namespace
 }  // namespace megahp
 
 STABLE_TORCH_LIBRARY_IMPL(megahp, CUDA, m) {
-  m.impl("rms_norm", TORCH_BOX(&megahp::rms_norm));
-  m.impl("layer_norm", TORCH_BOX(&megahp::layer_norm));
-  m.impl("add_rms_norm", TORCH_BOX(&megahp::add_rms_norm));
-  m.impl("add_layer_norm", TORCH_BOX(&megahp::add_layer_norm));
-  m.impl("rms_norm_backward", TORCH_BOX(&megahp::rms_norm_backward));
-  m.impl("layer_norm_backward", TORCH_BOX(&megahp::layer_norm_backward));
+  m.impl("norm", TORCH_BOX(&megahp::norm));
+  m.impl("norm_backward", TORCH_BOX(&megahp::norm_backward));
 }

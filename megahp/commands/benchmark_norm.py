@@ -15,96 +15,87 @@ the median of the turns counts. On the CPU freed memory is kept in the process: 
 hide the kernels. Liger, quack, apex and Transformer Engine run on CUDA alone and are left out where not importable.
 """
 
+from __future__ import annotations
+
 import argparse
 import ctypes
 import importlib.metadata
-import json
-import platform
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megahp.benchmark.machine import machine_of
+from megahp.commands.output import refuse_unwritable, write_json
 from megahp.errors import UserError
-from megahp.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from megahp.ops import add_and_normalize, normalize
 from megahp.ops.engines import norm_of
 
-Norm = Callable[..., Tensor | tuple[Tensor, Tensor]]  # of x, and of the branch where one is added
+Norm = Callable[..., Any]  # x -> y; where a branch is added, x, branch -> stream, y
+Work = Callable[[], object]
 OPS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
-TENSORS = {"rms_norm": (2, 3), "layer_norm": (2, 3), "add_rms_norm": (4, 4), "add_layer_norm": (4, 4)}
 EPS = 1e-5
+PACKAGES = ("liger-kernel", "quack-kernels", "apex", "transformer-engine", "triton")
 
 
-def ours(op: str, weight: Tensor, bias: Tensor, probe: Tensor | None) -> Norm:
-    norms: dict[str, Norm] = {
-        "rms_norm": lambda x: rms_norm(x, weight, probe, EPS),
-        "layer_norm": lambda x: layer_norm(x, weight, bias, probe, EPS),
-        "add_rms_norm": lambda x, branch: add_rms_norm(x, branch, 1.0, weight, probe, EPS),
-        "add_layer_norm": lambda x, branch: add_layer_norm(x, branch, 1.0, weight, bias, probe, EPS),
-    }
-    return norms[op]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--op", nargs="+", default=OPS, choices=OPS)
+    add("--shape", nargs="+", default=["1x33x7", "8x512x256", "8x1024x1024", "4x2048x4096"])
+    add("--dtype", nargs="+", default=["float32", "bfloat16"])
+    add("--peer", nargs="*", default=list(PEERS), choices=list(PEERS))
+    add("--threads", type=int, help="of the CPU; torch's own choice by default")
+    add("--turns", type=int, default=11)
+    add("--json", type=Path, help="write the rows and the machine here too")
+    add("--plot", type=Path, help="draw the shares of the copy's bandwidth here: .svg, .png or .pdf")
 
 
-def adding(norm: Callable[[Tensor], Tensor]) -> Norm:
-    """The addition, then the norm: what there is without a fused op."""
-
-    def both(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        stream = x + branch
-        return stream, norm(stream)
-
-    return both
+def ours(added: bool, weight: Tensor, bias: Tensor | None, probe: Tensor | None) -> Norm:
+    how: dict[str, Any] = {"bias": bias, "probe": probe, "centered": bias is not None, "eps": EPS}
+    if added:
+        return lambda x, branch: add_and_normalize(x, branch, 1.0, weight, **how)
+    return lambda x: normalize(x, weight, **how)
 
 
-def of_torch(op: str, weight: Tensor, bias: Tensor) -> Norm:
-    shape = weight.shape
-    if op.endswith("rms_norm"):
-        norm = lambda x: F.rms_norm(x, shape, weight, EPS)  # noqa: E731
-    else:
-        norm = lambda x: F.layer_norm(x, shape, weight, bias, EPS)  # noqa: E731
-    return adding(norm) if op.startswith("add") else norm
+def of_torch(weight: Tensor, bias: Tensor | None) -> Norm:
+    if bias is None:
+        return lambda x: F.rms_norm(x, weight.shape, weight, EPS)
+    return lambda x: F.layer_norm(x, weight.shape, weight, bias, EPS)
 
 
-def compiled(op: str, weight: Tensor, bias: Tensor) -> Norm:
-    torch._dynamo.reset()
-    return torch.compile(of_torch(op, weight, bias), fullgraph=True, dynamic=False)
-
-
-def of_liger(op: str, weight: Tensor, bias: Tensor) -> Norm:
+def of_liger(weight: Tensor, bias: Tensor | None) -> Norm:
     from liger_kernel.transformers import functional
 
-    norms: dict[str, Norm] = {
-        "rms_norm": lambda x: functional.liger_rms_norm(x, weight, EPS),
-        "layer_norm": lambda x: functional.liger_layer_norm(x, weight, bias, EPS),
-        "add_rms_norm": lambda x, branch: functional.liger_fused_add_rms_norm(x, branch, weight, EPS)[::-1],
-        "add_layer_norm": adding(lambda x: functional.liger_layer_norm(x, weight, bias, EPS)),
-    }
-    return norms[op]
+    if bias is None:
+        return lambda x: functional.liger_rms_norm(x, weight, EPS)
+    return lambda x: functional.liger_layer_norm(x, weight, bias, EPS)
 
 
-def of_quack(op: str, weight: Tensor, bias: Tensor) -> Norm:
+def of_quack(weight: Tensor, bias: Tensor | None) -> Norm:
     from quack.rmsnorm import rmsnorm
 
-    if not op.endswith("rms_norm"):
+    if bias is not None:
         raise ImportError("quack's layer_norm has no backward")
-    norm = lambda x: rmsnorm(x, weight, eps=EPS)  # noqa: E731
-    return adding(norm) if op.startswith("add") else norm
+    return lambda x: rmsnorm(x, weight, eps=EPS)
 
 
-def of_engine(engine: str, op: str, weight: Tensor, bias: Tensor) -> Norm:
+def of_engine(engine: str, weight: Tensor, bias: Tensor | None) -> Norm:
     """As megahp's `compute.norms` calls it."""
-    theirs = norm_of(engine, "rmsnorm" if op.endswith("rms_norm") else "layernorm")
-    norm = lambda x: theirs(x, weight, bias, EPS)  # noqa: E731
-    return adding(norm) if op.startswith("add") else norm
+    norm = norm_of(engine, "rmsnorm" if bias is None else "layernorm")
+    return lambda x: norm(x, weight, bias, EPS)
 
 
-PEERS: dict[str, Callable[[str, Tensor, Tensor], Norm]] = {
+PEERS: dict[str, Callable[[Tensor, Tensor | None], Norm]] = {
     "torch": of_torch,
-    "compiled": compiled,
+    "compiled": of_torch,
     "liger": of_liger,
     "quack": of_quack,
     "apex": partial(of_engine, "apex"),
@@ -112,7 +103,40 @@ PEERS: dict[str, Callable[[str, Tensor, Tensor], Norm]] = {
 }
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
+def theirs(peer: str, added: bool, weight: Tensor, bias: Tensor | None) -> Norm:
+    """A peer's op. Raises ImportError or UserError where it is not installed."""
+    norm = PEERS[peer](weight, bias)
+    if peer == "liger" and added and bias is None:
+        from liger_kernel.transformers import functional
+
+        return lambda x, branch: functional.liger_fused_add_rms_norm(x, branch, weight, EPS)[::-1]
+
+    def both(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        stream = x + branch
+        return stream, norm(stream)
+
+    op = both if added else norm
+    return torch.compile(op, fullgraph=True, dynamic=False) if peer == "compiled" else op
+
+
+def candidates(added: bool, weight: Tensor, bias: Tensor | None, probe: Tensor, peers: list[str]) -> dict[str, Norm]:
+    torch._dynamo.reset()
+    norms = {"ours": ours(added, weight, bias, None), "measured": ours(added, weight, bias, probe)}
+    for peer in peers:
+        try:
+            norms[peer] = theirs(peer, added, weight, bias)
+        except (ImportError, UserError):
+            continue
+    return norms
+
+
+def backward(norm: Norm, inputs: list[Tensor], wanted: list[Tensor], dys: list[Tensor]) -> Work:
+    y = norm(*inputs)
+    outputs = [y] if isinstance(y, Tensor) else list(y)
+    return lambda: torch.autograd.grad(outputs, wanted, dys, retain_graph=True, allow_unused=True)
+
+
+def seconds(work: Work, device: str) -> float:
     """Time of one call; of several on a GPU, whose launches are not to be seen, and of a tiny op."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     work()
@@ -124,7 +148,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return (time.perf_counter() - start) / 5
 
 
-def in_turns(works: dict[str, Callable[[], object]], device: str, turns: int) -> dict[str, float]:
+def in_turns(works: dict[str, Work], device: str, turns: int) -> dict[str, float]:
     """The median time of each work in milliseconds; the first turn, a warm-up, is not counted."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(turns + 1):
@@ -133,58 +157,35 @@ def in_turns(works: dict[str, Callable[[], object]], device: str, turns: int) ->
     return {name: 1e3 * statistics.median(several[1:]) for name, several in times.items()}
 
 
-def candidates(op: str, weight: Tensor, bias: Tensor, probe: Tensor, peers: list[str]) -> dict[str, Norm]:
-    norms = {"ours": ours(op, weight, bias, None), "measured": ours(op, weight, bias, probe)}
-    for name in peers:
-        try:
-            norms[name] = PEERS[name](op, weight, bias)
-        except (ImportError, UserError):
-            continue
-    return norms
-
-
-def forward(norm: Norm, inputs: list[Tensor]) -> Callable[[], object]:
-    return lambda: norm(*inputs)
-
-
-def backward(norm: Norm, inputs: list[Tensor], parameters: list[Tensor], dys: list[Tensor]) -> Callable[[], object]:
-    y = norm(*inputs)
-    outputs = [y] if isinstance(y, Tensor) else list(y)
-    wanted = [*inputs, *parameters]
-    return lambda: torch.autograd.grad(outputs, wanted, dys, retain_graph=True, allow_unused=True)
-
-
-def measure(
-    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, turns: int, peers: list[str]
-) -> Iterator[dict]:
+def measure(op: str, size: str, dtype: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row of results for the forward and one for the backward."""
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, dtype=dtype, device=device)
-
-    count = 2 if op.startswith("add") else 1
-    inputs, dys = [draw(*shape).requires_grad_() for _ in range(count)], [draw(*shape) for _ in range(count)]
-    weight, bias = (draw(shape[-1]).requires_grad_() for _ in range(2))
-    probe = torch.zeros((), device=device, requires_grad=True)
-    parameters = [weight] if op.endswith("rms_norm") else [weight, bias]
-    norms = candidates(op, weight, bias, probe, peers)
-    backwards = {
-        name: backward(norm, inputs, parameters + [probe] * (name == "measured"), dys) for name, norm in norms.items()
-    }
-    forwards = {name: forward(norm, inputs) for name, norm in norms.items() if name != "measured"}
-    source = torch.randn(max(inputs[0].numel(), 2**28 // dtype.itemsize), device=device).to(dtype)
+    added, shape = op.startswith("add"), tuple(map(int, size.split("x")))
+    draw = partial(torch.randn, dtype=getattr(torch, dtype), device=arguments.device)
+    inputs, dys = ([draw(shape, requires_grad=needed) for _ in range(1 + added)] for needed in (True, False))
+    weight = draw(shape[-1], requires_grad=True)
+    bias = None if op.endswith("rms_norm") else draw(shape[-1], requires_grad=True)
+    probe = torch.zeros((), device=arguments.device, requires_grad=True)
+    wanted = [*inputs, weight] + ([] if bias is None else [bias])
+    norms = candidates(added, weight, bias, probe, arguments.peer)
+    size_of_x = inputs[0].nbytes
+    source = draw(max(size_of_x, 2**28) // inputs[0].itemsize)
     target = torch.empty_like(source)
-    copied = 2 * source.numel() * dtype.itemsize
-    for direction, works, tensors in zip(("forward", "backward"), (forwards, backwards), TENSORS[op], strict=True):
-        milliseconds = in_turns({**works, "copy": lambda: target.copy_(source)}, device, turns)
-        copy = copied / milliseconds.pop("copy") / 1e6
-        moved = tensors * inputs[0].numel() * dtype.itemsize
+    works: dict[str, dict[str, Work]] = {
+        "forward": {name: partial(norm, *inputs) for name, norm in norms.items() if name != "measured"},
+        "backward": {
+            name: backward(norm, inputs, wanted + [probe] * (name == "measured"), dys) for name, norm in norms.items()
+        },
+    }
+    for direction, several in works.items():
+        milliseconds = in_turns({**several, "copy": lambda: target.copy_(source)}, arguments.device, arguments.turns)
+        copy = 2 * source.nbytes / milliseconds.pop("copy") / 1e6
+        moved = size_of_x * (4 if added else 2 if direction == "forward" else 3)
         speeds = {name: moved / time / 1e6 for name, time in milliseconds.items()}
         yield {
             "op": op,
             "pass": direction,
-            "shape": "x".join(map(str, shape)),
-            "dtype": str(dtype).removeprefix("torch."),
+            "shape": size,
+            "dtype": dtype,
             "bytes": moved,
             "ms": milliseconds,
             "GB/s": speeds,
@@ -193,31 +194,20 @@ def measure(
         }
 
 
-def table_row(row: dict) -> str:
+def table_row(row: dict[str, Any]) -> str:
     best = "measured" if row["pass"] == "backward" else "ours"
-    times = "  ".join(f"{name} {time:.3f}" for name, time in row["ms"].items())
-    ratios = ", ".join(
-        f"{row['ms'][best] / time:.2f} of {name}"
-        for name, time in row["ms"].items()
-        if name not in ("ours", "measured")
-    )
-    speed, share = row["GB/s"][best], row["share of copy"][best]
-    what = f"{row['op']:<14} {row['pass']:<8} {row['shape']:<12} {row['dtype']:<8}"
+    milliseconds, speed, share = row["ms"], row["GB/s"][best], row["share of copy"][best]
+    times = "  ".join(f"{name} {time:.3f}" for name, time in milliseconds.items())
+    peers = {name: time for name, time in milliseconds.items() if name in PEERS}
+    ratios = ", ".join(f"{milliseconds[best] / time:.2f} of {name}" for name, time in peers.items())
+    what = "{op:<14} {pass:<8} {shape:<12} {dtype:<8}".format(**row)
     return f"{what} {times} ms | {speed:.1f} GB/s, copy {share:.0%} | {ratios}"
 
 
-def machine(device: str) -> dict[str, object]:
-    packages = ("liger-kernel", "quack-kernels", "apex", "transformer-engine", "triton")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    capability = torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
-    return {"device": name, "cpu": capability, "threads": threads, "torch": torch.__version__} | versions
+def machine(device: str) -> dict[str, Any]:
+    installed = {found.name.lower().replace("_", "-"): found.version for found in importlib.metadata.distributions()}
+    versions = {name: installed[name] for name in PACKAGES if name in installed}
+    return {**machine_of(torch.device(device)), **versions}
 
 
 def keep_freed_memory() -> None:
@@ -228,42 +218,29 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Share of the copy's bandwidth, a group of bars for each row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def plot(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Draw the share of the copy's bandwidth, a group of bars for each row. Raises UserError."""
+    from megahp.report.figures import PALETTE, colour, plot_in
 
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.14 * len(rows) * len(names)))
-    for k, name in enumerate(names):
-        there = [i for i, row in enumerate(rows) if name in row["ms"]]
-        shares = [rows[i]["share of copy"][name] for i in there]
-        axes.barh([i + (k + 0.5) / len(names) * 0.8 for i in there], shares, 0.8 / len(names), label=name)
-    labels = [f"{row['op']} {row['pass']} {row['shape']} {row['dtype']}" for row in rows]
-    axes.set_yticks([i + 0.4 for i in range(len(rows))], labels, fontsize=6)
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.5)
-    axes.set_xlabel("share of a large copy's bandwidth")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--op", nargs="+", default=OPS, choices=OPS)
-    parser.add_argument("--shape", nargs="+", default=["1x33x7", "8x512x256", "8x1024x1024", "4x2048x4096"])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--peer", nargs="*", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--threads", type=int, help="of the CPU; torch's own choice by default")
-    parser.add_argument("--turns", type=int, default=11)
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here too")
-    parser.add_argument("--plot", type=Path, help="draw the shares of the copy's bandwidth here")
+    with plot_in(file, 9, 1 + 0.14 * len(rows) * len(names)) as figure:
+        axes = figure.add_subplot()
+        for number, name in enumerate(names):
+            there = [place for place, row in enumerate(rows) if name in row["ms"]]
+            places = [place + 0.8 * number / len(names) for place in there]
+            shares = [rows[place]["share of copy"][name] for place in there]
+            bars: dict[str, Any] = {"color": PALETTE[colour(number)], "hatch": "//" if number > 5 else None}
+            axes.barh(places, shares, 0.8 / len(names), align="edge", label=name, **bars)
+        labels = ["{op} {pass} {shape} {dtype}".format(**row) for row in rows]
+        axes.set_yticks([place + 0.4 for place in range(len(rows))], labels)
+        axes.invert_yaxis()
+        axes.axvline(1, color=PALETTE["ink"], linewidth=0.5)
+        axes.set_xlabel("share of a large copy's bandwidth")
+        axes.legend(frameon=False)
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    refuse_unwritable(arguments.json, plot=arguments.plot)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.device == "cpu":
@@ -271,16 +248,11 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
     about, rows = machine(arguments.device), []
     print(about)
-    for shape in arguments.shape:
-        size = tuple(map(int, shape.split("x")))
-        for dtype in arguments.dtype:
-            for op in arguments.op:
-                kind = getattr(torch, dtype)
-                for row in measure(op, size, kind, arguments.device, arguments.turns, arguments.peer):
-                    rows.append(row)
-                    print(table_row(row), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+    for size, dtype, op in itertools.product(arguments.shape, arguments.dtype, arguments.op):
+        for row in measure(op, size, dtype, arguments):
+            rows.append(row)
+            print(table_row(row), flush=True)
+    write_json(arguments.json, {"machine": about, "rows": rows})
     if arguments.plot:
-        plot(rows, arguments.plot)
+        plot(arguments.plot, rows)
     return 0

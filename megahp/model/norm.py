@@ -19,6 +19,8 @@ class _Norm(Module):
     gradients are summed before they are squared. Without one the norm is a plain module for one process.
     """
 
+    centered: bool
+
     def __init__(
         self, size: int, eps: float, role: Role, sum_over: tuple[str, ...], group: Group | None, bias: bool, probe: bool
     ) -> None:
@@ -32,27 +34,29 @@ class _Norm(Module):
         self.engine: Norm | None = None  # in place of ours; it measures nothing
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.engine(x, local(self.weight), self._bias(), self.eps) if self.engine else self._norm(x)
+        weight, bias = local(self.weight), self._bias()
+        if self.engine:
+            return self.engine(x, weight, bias, self.eps)
+        return ops.normalize(x, weight, bias, self.probe, centered=self.centered, eps=self.eps, group=self.group)
 
     def add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         """x + alpha branch, and its norm."""
         if self.engine:
             stream = torch.add(x, branch, alpha=alpha)
             return stream, self(stream)
-        return self._add(x, branch, alpha)
+        weight, bias, probe = local(self.weight), self._bias(), self.probe
+        return ops.add_and_normalize(
+            x, branch, alpha, weight, bias, probe, centered=self.centered, eps=self.eps, group=self.group
+        )
 
     def _bias(self) -> Tensor | None:
         return local(self.bias) if "bias" in self.rows else None
 
-    def _norm(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
 
 class RMSNorm(_Norm):
     """x / rms(x) * weight over the last dimension of x [batch, ..., size]."""
+
+    centered = False
 
     def __init__(
         self,
@@ -65,15 +69,11 @@ class RMSNorm(_Norm):
     ) -> None:
         super().__init__(size, eps, role, sum_over, group, bias=False, probe=probe)
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, local(self.weight), self.probe, self.eps, self.group)
-
-    def _add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        return ops.add_rms_norm(x, branch, alpha, local(self.weight), self.probe, self.eps, self.group)
-
 
 class LayerNorm(_Norm):
     """(x - mean) / std * weight + bias over the last dimension of x [batch, ..., size]."""
+
+    centered = True
 
     def __init__(
         self,
@@ -86,10 +86,3 @@ class LayerNorm(_Norm):
         probe: bool = True,
     ) -> None:
         super().__init__(size, eps, role, sum_over, group, bias, probe)
-
-    def _norm(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, local(self.weight), self._bias(), self.probe, self.eps, self.group)
-
-    def _add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        weight, bias = local(self.weight), self._bias()
-        return ops.add_layer_norm(x, branch, alpha, weight, bias, self.probe, self.eps, self.group)

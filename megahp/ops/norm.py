@@ -27,184 +27,142 @@ from torch import Tensor
 from megahp.ops import _extension
 
 
-def rms_norm(x: Tensor, weight: Tensor, probe: Tensor | None = None, eps: float = 1e-6, group: str = "") -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
+def normalize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    probe: Tensor | None = None,
+    *,
+    centered: bool,
+    eps: float,
+    group: str = "",
+) -> Tensor:
+    """LayerNorm, or RMSNorm if not centered, over the last dimension.
+
+        centered: y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias     (Ba et al., arXiv 1607.06450)
+        else:     y = x / sqrt(mean(x^2) + eps) * weight     (Zhang and Sennrich, arXiv 1910.07467)
 
     Args:
         x: [B, ..., D], of B examples; float32, float64, bfloat16 or float16.
         weight: [D], of any floating dtype.
-        probe: a zero scalar whose gradient becomes sum_b ||dL/dweight_b||^2; None to measure nothing.
+        bias: as the weight, and None for none; an RMSNorm has none.
+        probe: a zero scalar whose gradient becomes sum_b ||dL/dweight_b||^2 + sum_b ||dL/dbias_b||^2; None to measure
+            nothing.
+        centered: whether the mean is subtracted.
         eps: added to the mean square.
         group: name of the process group over which the rows of each example are split, as under sequence
             parallelism; "" for none. For the probe, the per-example gradients are summed over it before they
-            are squared; the weight's own gradient remains the sum over this rank's rows.
+            are squared; the gradients of weight and bias remain the sums over this rank's rows.
 
     Returns:
         y, of the shape and dtype of x. Statistics and sums are float32, float64 for float64 x.
 
     Raises:
-        RuntimeError: x is not of a floating dtype or has an empty last dimension, or the weight is not [D];
-            and on a second differentiation, which there is not.
+        RuntimeError: x is not of a floating dtype or has an empty last dimension, the weight or bias is not [D], or
+            there is a bias but not a center; and on a second differentiation, which there is not.
     """
-    return torch.ops.megahp.rms_norm(x, weight, probe, eps, group)[0]
+    return torch.ops.megahp.norm(x, None, 1.0, weight, bias, probe, centered, eps, group)[1]
 
 
-def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    probe: Tensor | None = None,
-    eps: float = 1e-5,
-    group: str = "",
-) -> Tensor:
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over the last dimension.
-
-    (Ba et al., arXiv 1607.06450.) As :func:`rms_norm`, with the bias, [D] or None, counted by the probe too.
-    """
-    return torch.ops.megahp.layer_norm(x, weight, bias, probe, eps, group)[0]
-
-
-def add_rms_norm(
+def add_and_normalize(
     x: Tensor,
     branch: Tensor,
     alpha: float,
     weight: Tensor,
+    bias: Tensor | None = None,
     probe: Tensor | None = None,
-    eps: float = 1e-6,
+    *,
+    centered: bool,
+    eps: float,
     group: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """The residual stream x + alpha branch and its :func:`rms_norm`, in one pass over memory.
+    """The residual stream x + alpha branch and what :func:`normalize` makes of it, in one pass over memory.
 
     Args:
         x: [B, ..., D], the residual stream so far.
         branch: what is added to it, of the shape and dtype of x.
         alpha: the branch's multiplier.
-        weight, probe, eps, group: those of the norm.
+        weight, bias, probe, centered, eps, group: those of :func:`normalize`.
 
     Returns:
         The new stream, rounded to the dtype of x, and the norm of what was rounded; both like x.
 
     Raises:
-        RuntimeError: as :func:`rms_norm`, and where the branch is not like x.
+        RuntimeError: as :func:`normalize`, and where the branch is not like x.
     """
-    return torch.ops.megahp.add_rms_norm(x, branch, alpha, weight, probe, eps, group)[:2]
-
-
-def add_layer_norm(
-    x: Tensor,
-    branch: Tensor,
-    alpha: float,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    probe: Tensor | None = None,
-    eps: float = 1e-5,
-    group: str = "",
-) -> tuple[Tensor, Tensor]:
-    """The residual stream x + alpha branch and its :func:`layer_norm`; otherwise as :func:`add_rms_norm`."""
-    return torch.ops.megahp.add_layer_norm(x, branch, alpha, weight, bias, probe, eps, group)[:2]
+    return torch.ops.megahp.norm(x, branch, alpha, weight, bias, probe, centered, eps, group)[:2]
 
 
 # The ops in plain PyTorch. `probe` and `group` are the backward's business.
 
 
-def rms_norm_reference(
-    x: Tensor, weight: Tensor, probe: Tensor | None, eps: float, group: str
-) -> tuple[Tensor, Tensor]:
-    """y like x, and rstd [B, ...] in the accumulation dtype."""
-    _check_input(x, weight)
-    rows = _widened(x)
-    rstd = _inverse_root(rows.square().mean(-1) + eps)
-    return (rows * rstd.unsqueeze(-1) * _widened(weight)).to(x.dtype), rstd
-
-
-def layer_norm_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, eps: float, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y like x, mean and rstd [B, ...] in the accumulation dtype."""
-    _check_input(x, weight)
-    rows = _widened(x)
-    mean = rows.mean(-1)
-    centered = rows - mean.unsqueeze(-1)
-    rstd = _inverse_root(centered.square().mean(-1) + eps)
-    y = centered * rstd.unsqueeze(-1) * _widened(weight)
-    if bias is not None:
-        _check_input(x, bias)
-        y = y + _widened(bias)
-    return y.to(x.dtype), mean, rstd
-
-
-def add_rms_norm_reference(
-    x: Tensor, branch: Tensor, alpha: float, weight: Tensor, probe: Tensor | None, eps: float, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x + alpha branch, like x; and what rms_norm makes of it."""
-    _check_like(branch, x, "branch")
-    stream = torch.add(x.contiguous(), branch.contiguous(), alpha=alpha)
-    return stream, *rms_norm_reference(stream, weight, probe, eps, group)
-
-
-def add_layer_norm_reference(
+def norm_reference(
     x: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     alpha: float,
     weight: Tensor,
     bias: Tensor | None,
     probe: Tensor | None,
+    centered: bool,
     eps: float,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x + alpha branch, like x; and what layer_norm makes of it."""
-    _check_like(branch, x, "branch")
-    stream = torch.add(x.contiguous(), branch.contiguous(), alpha=alpha)
-    return stream, *layer_norm_reference(stream, weight, bias, probe, eps, group)
-
-
-def rms_norm_backward_reference(
-    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, by_example: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx like x, the weight's gradient, and the sum over examples of its squared norm, a scalar.
-
-    With n = x rstd and g = dy weight: dx = (g - n mean(g n)) rstd + dstream, dweight_b = sum over b's rows of dy n.
-    `by_example` leaves the sum over examples to the caller, who must sum over other ranks before squaring: dweight is
-    then [B, D], not [D], and the scalar 0. Both are of the accumulation dtype.
+    """The stream x + alpha branch, like x; y, like x; and the statistics in the accumulation dtype: mean and rstd
+    [2, B, ...] if centered, else rstd [1, B, ...]. Without a branch the stream, which would be x, is empty, [0]: an op
+    may not return its input.
     """
-    _check_backward(dy, dstream, x, weight, rstd)
-    scale = rstd.unsqueeze(-1)
-    normal = _widened(x) * scale
-    gradient = _widened(dy)
-    g = gradient * _widened(weight)
-    dx = (g - normal * (g * normal).mean(-1, keepdim=True)) * scale
-    dweight, squares = _sum_examples(_sum_by_example(gradient * normal), by_example)
-    return _plus(dx, dstream).to(x.dtype), dweight, squares
+    _check_forward(x, branch, weight, bias, centered)
+    stream = x.new_empty(0) if branch is None else torch.add(x.contiguous(), branch.contiguous(), alpha=alpha)
+    rows = _widened(x if branch is None else stream)
+    statistics = []
+    if centered:
+        mean = rows.mean(-1)
+        rows = rows - mean.unsqueeze(-1)
+        statistics.append(mean)
+    rstd = _inverse_root(rows.square().mean(-1) + eps)
+    y = rows * rstd.unsqueeze(-1) * _widened(weight)
+    if bias is not None:
+        y = y + _widened(bias)
+    return stream, y.to(x.dtype), torch.stack([*statistics, rstd])
 
 
-def layer_norm_backward_reference(
+def norm_backward_reference(
     dy: Tensor,
     dstream: Tensor | None,
     x: Tensor,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
+    centered: bool,
     by_example: bool,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As rms_norm_backward, with the bias's gradient after the weight's; without a bias it is empty, [0].
+    """dx like x, the gradients of weight and bias (without one empty, [0]), and the sum over examples of their squared
+    norms, a scalar.
 
-    With n = (x - mean) rstd and g = dy weight: dx = (g - mean(g) - n mean(g n)) rstd + dstream; over b's rows,
-    dweight_b = sum of dy n and dbias_b = sum of dy. The scalar counts both.
+    x is what was normalized: the stream, where a branch was added. With n = (x - mean) rstd and g = dy weight:
+    dx = (g - mean(g) - n mean(g n)) rstd + dstream, where an RMSNorm has neither of the first two means; over b's rows,
+    dweight_b = sum of dy n and dbias_b = sum of dy. `by_example` leaves the sum over examples to the caller, who must
+    sum over other ranks before squaring: dweight and dbias are then [B, D], not [D], and the scalar 0. All three are of
+    the accumulation dtype.
     """
-    _check_backward(dy, dstream, x, weight, rstd)
-    _check_statistic(mean, x)
-    scale = rstd.unsqueeze(-1)
-    normal = (_widened(x) - mean.unsqueeze(-1)) * scale
+    _check_backward(dy, dstream, x, weight, statistics, centered, bias)
+    rows = _widened(x)
+    if centered:
+        rows = rows - statistics[0].unsqueeze(-1)
+    scale = statistics[-1].unsqueeze(-1)
+    normal = rows * scale
     gradient = _widened(dy)
     g = gradient * _widened(weight)
-    dx = (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True)) * scale
-    dx = _plus(dx, dstream).to(x.dtype)
+    deviation = g - g.mean(-1, keepdim=True) if centered else g
+    dx = (deviation - normal * (g * normal).mean(-1, keepdim=True)) * scale
+    if dstream is not None:
+        dx = dx + dstream
     dweight, squares = _sum_examples(_sum_by_example(gradient * normal), by_example)
-    if not bias:
-        return dx, dweight, dweight.new_empty(0), squares
-    dbias, bias_squares = _sum_examples(_sum_by_example(gradient), by_example)
-    return dx, dweight, dbias, squares + bias_squares
+    dbias = dweight.new_empty(0)
+    if bias:
+        dbias, bias_squares = _sum_examples(_sum_by_example(gradient), by_example)
+        squares = squares + bias_squares
+    return dx.to(x.dtype), dweight, dbias, squares
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -217,10 +175,6 @@ def _widened(x: Tensor) -> Tensor:
 
 def _inverse_root(mean_square: Tensor) -> Tensor:
     return mean_square.rsqrt()
-
-
-def _plus(dx: Tensor, dstream: Tensor | None) -> Tensor:
-    return dx if dstream is None else dx + dstream
 
 
 def _examples(x: Tensor) -> int:
@@ -239,6 +193,29 @@ def _sum_examples(gradients: Tensor, by_example: bool) -> tuple[Tensor, Tensor]:
     return gradients.sum(0), gradients.square().sum()
 
 
+def _check_forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, centered: bool) -> None:
+    _check_input(x, weight)
+    _check_center(centered, bias is not None)
+    if bias is not None:
+        _check_input(x, bias)
+    if branch is not None:
+        _check_like(branch, x, "branch")
+
+
+def _check_backward(
+    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, statistics: Tensor, centered: bool, bias: bool
+) -> None:
+    _check_input(x, weight)
+    _check_center(centered, bias)
+    _check_like(dy, x, "dy")
+    if dstream is not None:
+        _check_like(dstream, x, "dstream")
+    torch._check(
+        statistics.shape == (1 + centered, *x.shape[:-1]) and statistics.dtype == _accumulation_dtype(x),
+        lambda: "norm backward: the statistics must be those the forward returned for x",
+    )
+
+
 def _check_input(x: Tensor, weight: Tensor) -> None:
     torch._check(x.is_floating_point(), lambda: f"norm: x must be floating point, not {x.dtype}")
     torch._check(x.dim() >= 1 and x.shape[-1] >= 1, lambda: "norm: x must be [..., D] with D >= 1")
@@ -248,177 +225,88 @@ def _check_input(x: Tensor, weight: Tensor) -> None:
     )
 
 
+def _check_center(centered: bool, bias: bool) -> None:
+    torch._check(centered or not bias, lambda: "norm: a norm that is not centered has no bias")
+
+
 def _check_like(other: Tensor, x: Tensor, name: str) -> None:
     torch._check(other.shape == x.shape, lambda: f"norm: {name} and x must have the same shape")
     torch._check(other.dtype == x.dtype, lambda: f"norm: {name} and x must have the same dtype")
 
 
-def _check_statistic(statistic: Tensor, x: Tensor) -> None:
-    torch._check(
-        statistic.shape == x.shape[:-1] and statistic.dtype == _accumulation_dtype(x),
-        lambda: "norm backward: mean and rstd must be those the forward returned for x",
-    )
-
-
-def _check_backward(dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> None:
-    _check_input(x, weight)
-    _check_like(dy, x, "dy")
-    if dstream is not None:
-        _check_like(dstream, x, "dstream")
-    _check_statistic(rstd, x)
-
-
 # What the compiler needs to know: shapes and dtypes.
 
 
-def _rms_norm_fake(x: Tensor, weight: Tensor, probe: Tensor | None, eps: float, group: str) -> tuple[Tensor, Tensor]:
-    _check_input(x, weight)
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=_accumulation_dtype(x))
+def _norm_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, branch, _, weight, bias, _, centered, _, _ = inputs
+    _check_forward(x, branch, weight, bias, centered)
+    stream = x.new_empty(0 if branch is None else x.shape)
+    return stream, x.new_empty(x.shape), x.new_empty((1 + centered, *x.shape[:-1]), dtype=_accumulation_dtype(x))
 
 
-def _layer_norm_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor | None, eps: float, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, rstd = _rms_norm_fake(x, weight, probe, eps, group)
-    return y, torch.empty_like(rstd), rstd
-
-
-def _add_rms_norm_fake(x: Tensor, branch: Tensor, alpha: float, *norm: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check_like(branch, x, "branch")
-    return x.new_empty(x.shape), *_rms_norm_fake(x, *norm)
-
-
-def _add_layer_norm_fake(x: Tensor, branch: Tensor, alpha: float, *norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_like(branch, x, "branch")
-    return x.new_empty(x.shape), *_layer_norm_fake(x, *norm)
-
-
-def _rms_norm_backward_fake(
-    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, by_example: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(dy, dstream, x, weight, rstd)
+def _norm_backward_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy, dstream, x, weight, statistics, centered, by_example, bias = inputs
+    _check_backward(dy, dstream, x, weight, statistics, centered, bias)
     shape = (_examples(x), x.shape[-1]) if by_example else (x.shape[-1],)
-    return x.new_empty(x.shape), rstd.new_empty(shape), rstd.new_empty(())
-
-
-def _layer_norm_backward_fake(
-    dy: Tensor,
-    dstream: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    by_example: bool,
-    bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweight, squares = _rms_norm_backward_fake(dy, dstream, x, weight, rstd, by_example)
-    return dx, dweight, dweight.new_empty(dweight.shape if bias else 0), squares
+    dweight, dbias = statistics.new_empty(shape), statistics.new_empty(shape if bias else 0)
+    return x.new_empty(x.shape), dweight, dbias, statistics.new_empty(())
 
 
 # Autograd.
 
 
-def _rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, probe, _, ctx.group = inputs
-    _, rstd = output
-    _keep(ctx, probe, x, weight, rstd)
+class _Differentiable(torch.autograd.Function):
+    """The forward op with gradients. What torch.library.register_autograd makes of the same two functions asks the
+    schema for all arguments once for each (torch 2.13, fill_defaults), which takes longer than a small norm itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        x, branch, ctx.alpha, weight, bias, probe, ctx.centered, _, ctx.group = inputs
+        stream, y, statistics = _below_autograd(*inputs)
+        ctx.mark_non_differentiable(statistics, *([stream] if branch is None else []))
+        # Outputs nobody differentiates come to the backward as None, not as zeros to be made and read.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if branch is None else stream, weight, statistics)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.probe_dtype = None if probe is None else probe.dtype
+        return stream, y, statistics
+
+    @staticmethod
+    def backward(ctx: Any, dstream: Tensor | None, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        _, needs_branch, *_ = ctx.needs_input_grad
+        dx, dweight, dbias, squares = _differentiated(ctx, dstream, dy)
+        dbranch = dx if needs_branch else None
+        if dbranch is not None and ctx.alpha != 1:
+            dbranch = ctx.alpha * dbranch
+        return dx, dbranch, None, dweight, dbias, squares, None, None, None
 
 
-def _rms_norm_gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    needs_probe = ctx.needs_input_grad[2]
-    dx, dweight, squares = _rms_norm_backward(ctx, dy, None, needs_probe)
-    return dx, dweight, squares, None, None
+def _norm_autograd(*inputs: Any) -> tuple[Tensor, ...]:
+    return _Differentiable.apply(*inputs) if torch.is_grad_enabled() else _below_autograd(*inputs)
 
 
-def _add_rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, ctx.alpha, weight, probe, _, ctx.group = inputs
-    stream, _, rstd = output
-    _keep(ctx, probe, stream, weight, rstd)
+def _below_autograd(*inputs: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.megahp.norm(*inputs)
 
 
-def _add_rms_norm_gradients(ctx: Any, dstream: Tensor | None, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    needs_probe = ctx.needs_input_grad[4]
-    dx, dweight, squares = _rms_norm_backward(ctx, dy, dstream, needs_probe)
-    return dx, _scaled(dx, ctx.alpha), None, dweight, squares, None, None
-
-
-def _rms_norm_backward(
-    ctx: Any, dy: Tensor | None, dstream: Tensor | None, needs_probe: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight and probe."""
-    if dy is None:
-        return dstream, None, None
-    x, weight, rstd = ctx.saved_tensors
-    by_example = bool(needs_probe and ctx.group)
-    dx, dweight, squares = torch.ops.megahp.rms_norm_backward(dy, dstream, x, weight, rstd, by_example)
-    if by_example:
-        squares = _squared_over_group([dweight], ctx.group)
-        dweight = dweight.sum(0)
-    return dx, dweight.to(weight.dtype), squares.to(ctx.probe_dtype) if needs_probe else None
-
-
-def _layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, probe, _, ctx.group = inputs
-    _, mean, rstd = output
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    _keep(ctx, probe, x, weight, mean, rstd)
-
-
-def _layer_norm_gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    needs_probe = ctx.needs_input_grad[3]
-    dx, dweight, dbias, squares = _layer_norm_backward(ctx, dy, None, needs_probe)
-    return dx, dweight, dbias, squares, None, None
-
-
-def _add_layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, ctx.alpha, weight, bias, probe, _, ctx.group = inputs
-    stream, _, mean, rstd = output
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    _keep(ctx, probe, stream, weight, mean, rstd)
-
-
-def _add_layer_norm_gradients(
-    ctx: Any, dstream: Tensor | None, dy: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
-    needs_probe = ctx.needs_input_grad[5]
-    dx, dweight, dbias, squares = _layer_norm_backward(ctx, dy, dstream, needs_probe)
-    return dx, _scaled(dx, ctx.alpha), None, dweight, dbias, squares, None, None
-
-
-def _layer_norm_backward(
-    ctx: Any, dy: Tensor | None, dstream: Tensor | None, needs_probe: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight, bias and probe."""
+def _differentiated(ctx: Any, dstream: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of what was normalized, of weight, bias and probe."""
     if dy is None:
         return dstream, None, None, None
-    x, weight, mean, rstd = ctx.saved_tensors
+    x, weight, statistics = ctx.saved_tensors
+    *_, needs_probe, _, _, _ = ctx.needs_input_grad
     by_example, biased = bool(needs_probe and ctx.group), ctx.bias_dtype is not None
-    dx, dweight, dbias, squares = torch.ops.megahp.layer_norm_backward(
-        dy, dstream, x, weight, mean, rstd, by_example, biased
+    dx, dweight, dbias, squares = torch.ops.megahp.norm_backward(
+        dy, dstream, x, weight, statistics, ctx.centered, by_example, biased
     )
-    if by_example:
-        squares = _squared_over_group([dweight, dbias] if biased else [dweight], ctx.group)
-        dweight, dbias = dweight.sum(0), dbias.sum(0)
+    if by_example:  # of examples that lie in parts on the ranks of the group
+        parts = torch.stack([dweight, dbias] if biased else [dweight])
+        squares = collectives.all_reduce(parts, "sum", ctx.group).square().sum()
+        dweight, dbias = dweight.sum(0), dbias.sum(0) if biased else None
     dbias = dbias.to(ctx.bias_dtype) if biased else None
     return dx, dweight.to(weight.dtype), dbias, squares.to(ctx.probe_dtype) if needs_probe else None
-
-
-def _keep(ctx: Any, probe: Tensor | None, *saved: Tensor) -> None:
-    """What every backward needs. Outputs nobody differentiates come to it as None, not as zeros to be made and read."""
-    *_, rstd = saved
-    ctx.mark_non_differentiable(rstd, *saved[2:-1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*saved)
-    ctx.probe_dtype = None if probe is None else probe.dtype
-
-
-def _scaled(gradient: Tensor | None, alpha: float) -> Tensor | None:
-    return gradient if gradient is None or alpha == 1 else alpha * gradient
-
-
-def _squared_over_group(gradients: list[Tensor], group: str) -> Tensor:
-    """The sum of squares of per-example gradients, which lie in parts on the ranks of `group`."""
-    return collectives.all_reduce(torch.stack(gradients), "sum", group).square().sum()  # type: ignore[arg-type]
 
 
 def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
@@ -442,58 +330,26 @@ def references_only() -> Iterator[None]:
         yield
 
 
-def _register(schema: str, reference: Any, fake: Any, gradients: Any, context: Any = None) -> None:
+def _register(schema: str, reference: Any, fake: Any) -> None:
     name, brace, rest = schema.partition("(")
     _REFERENCES[name] = reference
     torch.library.define(f"megahp::{name}", brace + rest, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"megahp::{name}", "default", reference)
     torch.library.register_fake(f"megahp::{name}", fake)
-    torch.library.register_autograd(f"megahp::{name}", gradients, setup_context=context)
 
 
 _register(
-    "rms_norm(Tensor x, Tensor weight, Tensor? probe, float eps, str group) -> (Tensor y, Tensor rstd)",
-    rms_norm_reference,
-    _rms_norm_fake,
-    _rms_norm_gradients,
-    _rms_norm_context,
+    "norm(Tensor x, Tensor? branch, float alpha, Tensor weight, Tensor? bias, Tensor? probe, bool centered, float eps,"
+    " str group) -> (Tensor stream, Tensor y, Tensor statistics)",
+    norm_reference,
+    _norm_fake,
 )
 _register(
-    "layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? probe, float eps, str group)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",
-    layer_norm_reference,
-    _layer_norm_fake,
-    _layer_norm_gradients,
-    _layer_norm_context,
-)
-_register(
-    "add_rms_norm(Tensor x, Tensor branch, float alpha, Tensor weight, Tensor? probe, float eps, str group)"
-    " -> (Tensor stream, Tensor y, Tensor rstd)",
-    add_rms_norm_reference,
-    _add_rms_norm_fake,
-    _add_rms_norm_gradients,
-    _add_rms_norm_context,
-)
-_register(
-    "add_layer_norm(Tensor x, Tensor branch, float alpha, Tensor weight, Tensor? bias, Tensor? probe, float eps,"
-    " str group) -> (Tensor stream, Tensor y, Tensor mean, Tensor rstd)",
-    add_layer_norm_reference,
-    _add_layer_norm_fake,
-    _add_layer_norm_gradients,
-    _add_layer_norm_context,
-)
-_register(
-    "rms_norm_backward(Tensor dy, Tensor? dstream, Tensor x, Tensor weight, Tensor rstd, bool by_example)"
-    " -> (Tensor dx, Tensor dweight, Tensor squares)",
-    rms_norm_backward_reference,
-    _rms_norm_backward_fake,
-    _no_second_derivative,
-)
-_register(
-    "layer_norm_backward(Tensor dy, Tensor? dstream, Tensor x, Tensor weight, Tensor mean, Tensor rstd,"
+    "norm_backward(Tensor dy, Tensor? dstream, Tensor x, Tensor weight, Tensor statistics, bool centered,"
     " bool by_example, bool bias) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor squares)",
-    layer_norm_backward_reference,
-    _layer_norm_backward_fake,
-    _no_second_derivative,
+    norm_backward_reference,
+    _norm_backward_fake,
 )
+torch.library.impl("megahp::norm", "Autograd", _norm_autograd)
+torch.library.register_autograd("megahp::norm_backward", _no_second_derivative)
 _extension.load_all()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahp.ops import layer_norm, norm, rms_norm
+from megahp.ops import norm, normalize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -43,7 +43,8 @@ SHAPES = [
 
 def test_the_kernels_serve():
     """Else all below would test the PyTorch references."""
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("megahp::rms_norm", "CUDA"), "`make install` builds them"
+    for op in ("norm", "norm_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"megahp::{op}", "CUDA"), "`make install` builds them"
 
 
 class Case:
@@ -53,52 +54,59 @@ class Case:
         self.x, self.branch, self.dy, self.dstream = (draw(shape).to(dtype) for _ in range(4))
         self.weight, self.bias = (draw(shape[-1]).to(dtype) for _ in range(2))
 
-    def outcome(self, op) -> dict[str, Tensor]:
-        """Every op in every form; `op` gives it by name."""
+    def outcome(self, ops) -> dict[str, Tensor]:
+        """Every op in every form; `ops` are the kernels or Exact."""
         x, weight, bias, out = self.x, self.weight, self.bias, {}
 
-        def run(form: str, name: str, *arguments) -> tuple[Tensor, ...]:
-            results = op(name)(*arguments)
+        def record(form: str, *results: Tensor) -> None:
             out.update({f"{form}: {i}": result for i, result in enumerate(results)})
-            return results
 
-        run("add_rms", "add_rms_norm", x, self.branch, 0.5, weight, None, EPS, "")
-        run("add_layer", "add_layer_norm", x, self.branch, -2.0, weight, bias, None, EPS, "")
-        _, rstd = run("rms", "rms_norm", x, weight, None, EPS, "")
-        run("rms backward", "rms_norm_backward", self.dy, self.dstream, x, weight, rstd, False)
-        run("rms backward by example", "rms_norm_backward", self.dy, None, x, weight, rstd, True)
-        _, *statistics = run("layer", "layer_norm", x, weight, bias, None, EPS, "")
-        backward = functools.partial(run, "layer backward", "layer_norm_backward")
-        backward(self.dy, self.dstream, x, weight, *statistics, False, True)
-        backward = functools.partial(run, "layer backward by example", "layer_norm_backward")
-        backward(self.dy, None, x, weight, *statistics, True, False)
+        def forward(form: str, branch: Tensor | None, alpha: float, bias: Tensor | None, centered: bool) -> Tensor:
+            stream, y, statistics = ops.norm(x, branch, alpha, weight, bias, None, centered, EPS, "")
+            record(form, stream, y, *statistics)
+            return statistics
+
+        def backward(form: str, dstream: Tensor | None, *arguments) -> None:
+            record(form, *ops.norm_backward(self.dy, dstream, x, weight, *arguments))
+
+        forward("add_rms", self.branch, 0.5, None, False)
+        forward("add_layer", self.branch, -2.0, bias, True)
+        rms, layer = forward("rms", None, 1.0, None, False), forward("layer", None, 1.0, bias, True)
+        backward("rms backward", self.dstream, rms, False, False, False)
+        backward("rms backward by example", None, rms, False, True, False)
+        backward("layer backward", self.dstream, layer, True, False, True)
+        backward("layer backward by example", None, layer, True, True, False)
         return out
 
 
-def kernel(name: str):
-    return getattr(OPS, name)
+class Exact:
+    """The PyTorch references in float64."""
+
+    @staticmethod
+    def norm(x: Tensor, branch: Tensor | None, alpha: float, *arguments) -> tuple[Tensor, ...]:
+        """What is normalized after an addition is the stream as rounded."""
+        if branch is None:
+            return norm.norm_reference(x.double(), None, alpha, *in_float64(arguments))
+        dtype = norm._accumulation_dtype(x)
+        stream = (x.to(dtype) + alpha * branch.to(dtype)).to(x.dtype).double()
+        return stream, *norm.norm_reference(stream, None, 1.0, *in_float64(arguments))[1:]
+
+    @staticmethod
+    def norm_backward(*arguments) -> tuple[Tensor, ...]:
+        return norm.norm_backward_reference(*in_float64(arguments))
 
 
-def exact(name: str):
-    """The PyTorch reference in float64; what is normalized after an addition is the stream as rounded."""
-    if name.startswith("add_"):
-        return functools.partial(exact_after_addition, exact(name.removeprefix("add_")))
-    reference = getattr(norm, f"{name}_reference")
-    return lambda *arguments: reference(*(a.double() if isinstance(a, Tensor) else a for a in arguments))
-
-
-def exact_after_addition(then, x: Tensor, branch: Tensor, alpha: float, *arguments) -> tuple[Tensor, ...]:
-    dtype = norm._accumulation_dtype(x)
-    stream = (x.to(dtype) + alpha * branch.to(dtype)).to(x.dtype)
-    return (stream.double(), *then(stream, *arguments))
+def in_float64(arguments: tuple) -> list:
+    return [a.double() if isinstance(a, Tensor) else a for a in arguments]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 def test_equals_float64(dtype, shape):
     case = Case(shape, dtype)
-    wanted = case.outcome(exact)
-    for name, got in case.outcome(kernel).items():
+    wanted, outcome = case.outcome(Exact), case.outcome(OPS)
+    assert outcome.keys() == wanted.keys()
+    for name, got in outcome.items():
         want = wanted[name]
         assert got.shape == want.shape and got.is_contiguous() and got.is_cuda, name
         if got.numel():
@@ -110,9 +118,9 @@ def test_equals_float64(dtype, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bitwise_the_same_from_run_to_run(dtype, shape):
     case = Case(shape, dtype)
-    first = case.outcome(kernel)
+    first = case.outcome(OPS)
     for _ in range(3):
-        again = case.outcome(kernel)
+        again = case.outcome(OPS)
         assert [name for name in first if not torch.equal(first[name], again[name])] == []
 
 
@@ -123,9 +131,7 @@ def functional(kind: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def ours(kind: str, x: Tensor, weight: Tensor, bias: Tensor, probe: Tensor | None = None) -> Tensor:
-    if kind == "rms":
-        return rms_norm(x, weight, probe, EPS)
-    return layer_norm(x, weight, bias if kind == "layer" else None, probe, EPS)
+    return normalize(x, weight, bias if kind == "layer" else None, probe, centered=kind != "rms", eps=EPS)
 
 
 @pytest.mark.parametrize("shape", [(3, 130, 257), (4, 200, 1024), (2, 64, 4096)], ids=str)
@@ -167,7 +173,7 @@ def test_probe_is_the_loop_over_examples(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layout_does_not_matter(dtype):
     case = Case((3, 6, 64), dtype)
-    wanted = case.outcome(kernel)
+    wanted = case.outcome(OPS)
     for name in vars(case):
         strided, shifted = Case((3, 6, 64), dtype), Case((3, 6, 64), dtype)
         tensor = getattr(case, name)
@@ -175,14 +181,14 @@ def test_layout_does_not_matter(dtype):
         moved = torch.empty(tensor.numel() + 1, dtype=dtype, device="cuda")[1:].view(tensor.shape).copy_(tensor)
         setattr(shifted, name, moved)
         for other in (strided, shifted):
-            for form, value in other.outcome(kernel).items():
+            for form, value in other.outcome(OPS).items():
                 torch.testing.assert_close(value, wanted[form], rtol=2**-7, atol=2**-7)
 
 
 def test_runs_on_the_current_stream():
     """Inputs that another stream is still writing, after a long wait, are waited for, and by that stream alone."""
     case = Case((4, 500, 4096), torch.bfloat16)
-    wanted = case.outcome(kernel)
+    wanted = case.outcome(OPS)
     late = Case((4, 500, 4096), torch.bfloat16)
     for tensor in vars(late).values():
         tensor.zero_()
@@ -192,7 +198,7 @@ def test_runs_on_the_current_stream():
         torch.cuda._sleep(200_000_000)
         for name, tensor in vars(case).items():
             getattr(late, name).copy_(tensor)
-        got = late.outcome(kernel)
+        got = late.outcome(OPS)
         assert not stream.query(), "an op waited for the device"
     torch.cuda.synchronize()
     assert [name for name in wanted if not torch.equal(wanted[name], got[name])] == []
@@ -200,15 +206,15 @@ def test_runs_on_the_current_stream():
 
 def test_captured_in_a_graph():
     case = Case((4, 500, 4096), torch.bfloat16)
-    case.outcome(kernel)
+    case.outcome(OPS)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = case.outcome(kernel)
+        captured = case.outcome(OPS)
     for seed in range(3):
         case.x.normal_(generator=torch.Generator("cuda").manual_seed(seed))
         graph.replay()
-        wanted = case.outcome(kernel)
+        wanted = case.outcome(OPS)
         assert [name for name in wanted if not torch.equal(wanted[name], captured[name])] == []
 
 
@@ -216,25 +222,25 @@ def test_without_synchronisation():
     case = Case((2, 30, 1000), torch.bfloat16)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        case.outcome(kernel)
+        case.outcome(OPS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
 def test_on_a_device_that_is_not_current():
-    wanted = Case((3, 130, 1024), torch.bfloat16, "cuda:0").outcome(kernel)
+    wanted = Case((3, 130, 1024), torch.bfloat16, "cuda:0").outcome(OPS)
     case = Case((3, 130, 1024), torch.bfloat16, "cuda:0")
     for name, tensor in vars(case).items():
         setattr(case, name, tensor.to("cuda:1"))
     assert torch.cuda.current_device() == 0
-    for name, value in case.outcome(kernel).items():
+    for name, value in case.outcome(OPS).items():
         assert value.device == torch.device("cuda:1") and torch.equal(value.to("cuda:0"), wanted[name]), name
 
 
 def test_tensors_of_two_devices_are_refused():
     with pytest.raises(RuntimeError, match="on the device of x"):
-        OPS.rms_norm(torch.ones(2, 3, device="cuda"), torch.ones(3), None, EPS, "")
+        normalize(torch.ones(2, 3, device="cuda"), torch.ones(3), centered=False, eps=EPS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,10 +248,10 @@ def test_opcheck_and_gradcheck(kind):
     case = Case((2, 3, 5), torch.float64)
     probe = torch.zeros((), device="cuda", dtype=torch.float64)
     bias = case.bias.requires_grad_() if kind == "layer" else None
-    inputs = [case.x.requires_grad_(), case.weight.requires_grad_(), *([] if kind == "rms" else [bias])]
-    assert torch.autograd.gradcheck(rms_norm if kind == "rms" else layer_norm, (*inputs, probe))
-    op = OPS.rms_norm if kind == "rms" else OPS.layer_norm
-    torch.library.opcheck(op.default, (*inputs, probe.requires_grad_(), EPS, ""))
+    x, weight, centered = case.x.requires_grad_(), case.weight.requires_grad_(), kind != "rms"
+    run = functools.partial(normalize, centered=centered, eps=EPS)
+    assert torch.autograd.gradcheck(run, (x, weight, bias, probe))
+    torch.library.opcheck(OPS.norm.default, (x, None, 1.0, weight, bias, probe.requires_grad_(), centered, EPS, ""))
 
 
 def test_compiles_as_one_graph():
@@ -271,9 +277,10 @@ def test_offsets_beyond_32_bits():
     x = torch.ones(1, rows, width, device="cuda", dtype=torch.bfloat16)
     x[0, -1] = torch.arange(width, device="cuda").remainder(7) - 3
     weight = torch.ones(width, device="cuda")
-    y, rstd = OPS.rms_norm(x, weight, None, EPS, "")
-    dx, _, _ = OPS.rms_norm_backward(x, None, x, weight, rstd, False)
-    wanted_y, wanted_rstd = exact("rms_norm")(x[:, -1:], weight, None, EPS, "")
-    wanted_dx, _, _ = exact("rms_norm_backward")(x[:, -1:], None, x[:, -1:], weight, wanted_rstd, False)
+    last, how = x[:, -1:], (weight, None, None, False, EPS, "")
+    _, y, rstd = OPS.norm(x, None, 1.0, *how)
+    dx, *_ = OPS.norm_backward(x, None, x, weight, rstd, False, False, False)
+    _, wanted_y, wanted_rstd = Exact.norm(last, None, 1.0, *how)
+    wanted_dx, *_ = Exact.norm_backward(last, None, last, weight, wanted_rstd, False, False, False)
     assert (y[:, -1:] - wanted_y).abs().max() <= 2**-8 * wanted_y.abs().max()
     assert (dx[:, -1:] - wanted_dx).abs().max() <= 2**-6

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import megahp.ops
-from megahp.ops import _extension, add_layer_norm, add_rms_norm, layer_norm, norm, rms_norm
+from megahp.ops import _extension, add_and_normalize, norm, normalize
 
 KINDS = ["rms", "layer", "layer without bias"]
 ALPHA = 0.5  # of the fused residual addition; a product with it is exact
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 OPS = torch.ops.megahp
+NAMES = ["norm", "norm_backward"]
 
 
 def kernel_loaded() -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("megahp::rms_norm", "CPU")
+    return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"megahp::{op}", "CPU") for op in NAMES)
 
 
 @pytest.fixture(params=["reference", "kernel"])
@@ -53,9 +56,11 @@ class Case:
     dy: Tensor
 
     def __call__(self, x: Tensor, probe: Tensor | None = None, group: str = "") -> Tensor:
-        if self.kind == "rms":
-            return rms_norm(x, self.weight, probe, EPS, group)
-        return layer_norm(x, self.weight, self.bias, probe, EPS, group)
+        return normalize(x, self.weight, self.bias, probe, centered=self.centered, eps=EPS, group=group)
+
+    @property
+    def centered(self) -> bool:
+        return self.kind != "rms"
 
     def parameters(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
@@ -161,7 +166,7 @@ def largest_term(case: Case) -> float:
     if not case.x.numel():
         return 0.0
     x = case.x.detach().double()
-    center = x.mean(-1, keepdim=True) if case.kind != "rms" else 0.0
+    center = x.mean(-1, keepdim=True) if case.centered else 0.0
     rstd = ((x - center).square().mean(-1, keepdim=True) + EPS).rsqrt()
     return (case.dy.double() * case.weight.detach().double() * rstd).abs().max().item()
 
@@ -202,9 +207,7 @@ def test_equals_float64_on_lesser_processors(asked):
 
 
 def fused(case: Case, x: Tensor, branch: Tensor, alpha: float, probe: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    if case.kind == "rms":
-        return add_rms_norm(x, branch, alpha, case.weight, probe, EPS)
-    return add_layer_norm(x, branch, alpha, case.weight, case.bias, probe, EPS)
+    return add_and_normalize(x, branch, alpha, case.weight, case.bias, probe, centered=case.centered, eps=EPS)
 
 
 @pytest.mark.parametrize("shape", [(3, 70, 64), (2, 5, 257), (2, 3, 4, 7), (1, 0, 3), (0, 2, 3), (5,), (2, 3, 4097)])
@@ -346,10 +349,8 @@ def test_gradients_nobody_asks_for_are_none(served_by):
 def test_gradcheck(served_by, kind):
     case = make(kind, (2, 3, 5), torch.float64)
     probe = torch.zeros((), dtype=torch.float64)
-    if kind == "rms":
-        assert torch.autograd.gradcheck(rms_norm, (case.x, case.weight, probe))
-    else:
-        assert torch.autograd.gradcheck(layer_norm, (case.x, case.weight, case.bias, probe))
+    run = partial(normalize, centered=case.centered, eps=EPS)
+    assert torch.autograd.gradcheck(run, (case.x, case.weight, case.bias, probe))
 
 
 def test_a_second_derivative_is_refused(served_by):
@@ -364,32 +365,32 @@ def test_a_second_derivative_is_refused(served_by):
 def test_opcheck(served_by, dtype, shape):
     case, probe = make("layer", shape, dtype), torch.zeros((), requires_grad=True)
     x, weight, bias, dy = case.x, case.weight, case.bias, case.dy
-    _, mean, rstd = OPS.layer_norm(x.detach(), weight.detach(), None, None, EPS, "")
-    torch.library.opcheck(OPS.rms_norm.default, (x, weight, probe, EPS, ""))
-    torch.library.opcheck(OPS.layer_norm.default, (x, weight, bias, probe, EPS, ""))
-    torch.library.opcheck(OPS.layer_norm.default, (x, weight, None, None, EPS, ""))
-    torch.library.opcheck(OPS.add_rms_norm.default, (x, dy, 0.3, weight, probe, EPS, ""))
-    torch.library.opcheck(OPS.add_layer_norm.default, (x, dy, 0.3, weight, bias, probe, EPS, ""))
+    for branch in (None, dy):
+        for arguments in ((weight, None, probe, False), (weight, bias, probe, True), (weight, None, None, True)):
+            torch.library.opcheck(OPS.norm.default, (x, branch, 0.3, *arguments, EPS, ""))
     x, weight = x.detach(), weight.detach()
+    statistics = OPS.norm(x, None, 1.0, weight, None, None, True, EPS, "")[2]
     for dstream in (None, dy):
         for by_example in (False, True):
-            torch.library.opcheck(OPS.rms_norm_backward.default, (dy, dstream, x, weight, rstd, by_example))
+            arguments = (dy, dstream, x, weight, statistics[1:], False, by_example, False)
+            torch.library.opcheck(OPS.norm_backward.default, arguments)
             for biased in (False, True):
-                arguments = (dy, dstream, x, weight, mean, rstd, by_example, biased)
-                torch.library.opcheck(OPS.layer_norm_backward.default, arguments)
+                arguments = (dy, dstream, x, weight, statistics, True, by_example, biased)
+                torch.library.opcheck(OPS.norm_backward.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_by_example_leaves_the_sum_to_the_caller(served_by, dtype):
     case = make("layer", (3, 70, 65), dtype)
     x, weight = case.x.detach(), case.weight.detach()
-    _, mean, rstd = OPS.layer_norm(x, weight, None, None, EPS, "")
-    dx, dweight, dbias, squares = OPS.layer_norm_backward(case.dy, None, x, weight, mean, rstd, True, True)
-    dx_too, *summed, squared = OPS.layer_norm_backward(case.dy, None, x, weight, mean, rstd, False, True)
+    statistics = OPS.norm(x, None, 1.0, weight, None, None, True, EPS, "")[2]
+    backward = partial(OPS.norm_backward, case.dy, None, x, weight, statistics, True)
+    dx, dweight, dbias, squares = backward(True, True)
+    dx_too, *summed, squared = backward(False, True)
     assert dweight.shape == dbias.shape == (3, 65) and squares == 0 and torch.equal(dx, dx_too)
     torch.testing.assert_close([dweight.sum(0), dbias.sum(0)], summed)
     torch.testing.assert_close(dweight.square().sum() + dbias.square().sum(), squared)
-    _, dweight_too, empty, squares = OPS.layer_norm_backward(case.dy, None, x, weight, mean, rstd, False, False)
+    _, dweight_too, empty, squares = backward(False, False)
     assert torch.equal(dweight_too, summed[0]) and empty.shape == (0,)
     torch.testing.assert_close(squares, dweight.square().sum())
 
@@ -455,26 +456,38 @@ def test_bitwise_the_same_from_run_to_run_and_thread_to_thread(served_by, kind, 
     ],
 )
 def test_misuse_is_told(served_by, x, weight, message):
-    with pytest.raises(RuntimeError, match=message):
-        rms_norm(x, weight)
-    with pytest.raises(RuntimeError, match=message):
-        layer_norm(x, weight)
+    for centered in (False, True):
+        with pytest.raises(RuntimeError, match=message):
+            normalize(x, weight, centered=centered, eps=EPS)
 
 
 def test_misuse_of_the_backward_and_the_bias_is_told(served_by):
-    x, weight, rstd = torch.ones(2, 3), torch.ones(3), torch.ones(2)
+    x, weight = torch.ones(2, 3), torch.ones(3)
+    rms, layer = torch.ones(1, 2), torch.ones(2, 2)  # statistics
     with pytest.raises(RuntimeError, match="same shape"):
-        OPS.rms_norm_backward(torch.ones(2, 4), None, x, weight, rstd, False)
+        OPS.norm_backward(torch.ones(2, 4), None, x, weight, rms, False, False, False)
     with pytest.raises(RuntimeError, match="dstream and x must have the same shape"):
-        OPS.rms_norm_backward(x, torch.ones(2, 4), x, weight, rstd, False)
+        OPS.norm_backward(x, torch.ones(2, 4), x, weight, rms, False, False, False)
     with pytest.raises(RuntimeError, match="same dtype"):
-        OPS.layer_norm_backward(x.double(), None, x, weight, rstd, rstd, False, True)
-    with pytest.raises(RuntimeError, match="those the forward returned"):
-        OPS.rms_norm_backward(x, None, x, weight, torch.ones(3), False)
+        OPS.norm_backward(x.double(), None, x, weight, layer, True, False, True)
+    for statistics, centered in ((torch.ones(1, 3), False), (layer, False), (rms, True), (layer.double(), True)):
+        with pytest.raises(RuntimeError, match="those the forward returned"):
+            OPS.norm_backward(x, None, x, weight, statistics, centered, False, False)
+    with pytest.raises(RuntimeError, match="not centered has no bias"):
+        OPS.norm_backward(x, None, x, weight, rms, False, False, True)
+    with pytest.raises(RuntimeError, match="not centered has no bias"):
+        normalize(x, weight, weight, centered=False, eps=EPS)
     with pytest.raises(RuntimeError, match="branch and x must have the same dtype"):
-        add_rms_norm(x, x.double(), 1.0, weight)
+        add_and_normalize(x, x.double(), 1.0, weight, centered=False, eps=EPS)
     with pytest.raises(RuntimeError, match="weight and bias must be"):
-        layer_norm(x, weight, torch.ones(4))
+        normalize(x, weight, torch.ones(4), centered=True, eps=EPS)
+
+
+def test_there_is_one_forward_and_one_backward():
+    """One schema each, which the kernels' objects serve and do not repeat."""
+    registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("megahp::")]
+    assert sorted(name for name in registered if "norm" in name) == [f"megahp::{op}" for op in NAMES]
+    assert not any(".def(" in path.read_text() for path in CSRC.iterdir())
 
 
 # The tests tested: each of these mistakes must be caught by the comparison above.
@@ -526,7 +539,7 @@ def assert_caught(monkeypatch, name: str, mistake, case: Case) -> None:
 def test_another_eps_is_caught():
     case = make("layer", (3, 5, 3), torch.float32)
     outcome = measured(case)
-    outcome.y = layer_norm(case.x, case.weight, case.bias, None, 1e-3).detach()
+    outcome.y = normalize(case.x, case.weight, case.bias, centered=True, eps=1e-3).detach()
     with pytest.raises(AssertionError):
         assert_same(case, outcome, expected(case))
 
@@ -540,11 +553,11 @@ def test_a_missing_extension_is_told_once_and_the_reference_serves(tmp_path):
     (package / "__init__.py").touch()
     script = """if True:
         import torch
-        from megahp.ops import rms_norm
-        assert not torch._C._dispatch_has_kernel_for_dispatch_key("megahp::rms_norm", "CPU")
+        from megahp.ops import normalize
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key("megahp::norm", "CPU")
         x, weight = torch.randn(2, 3, 5), torch.randn(5)
         for _ in range(3):
-            y = rms_norm(x, weight)
+            y = normalize(x, weight, centered=False, eps=1e-6)
         torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (5,), weight, 1e-6))
     """
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -22,7 +22,7 @@ from megahp.ops import norm
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 TORCH = Path(torch.__file__).parent
 FLAGS = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(TORCH / "include")]
-OPS = ["rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rms_norm_backward", "layer_norm_backward"]
+OPS = ["norm", "norm_backward"]
 # Half a unit in the last place of the greatest value, and room for sums.
 PRECISION = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 EPS = 1e-5
@@ -82,17 +82,20 @@ def kernels(tmp_path_factory):
 class Reference:
     """The PyTorch references, whose own tests are in test_norm.py, in float64."""
 
-    def __getattr__(self, op: str):
-        if op.startswith("add_"):
-            return functools.partial(self.add, getattr(self, op.removeprefix("add_")))
-        reference = getattr(norm, f"{op}_reference")
-        return lambda *arguments: reference(*(a.double() if isinstance(a, Tensor) else a for a in arguments))
-
-    def add(self, then, x: Tensor, branch: Tensor, alpha: float, *arguments) -> tuple[Tensor, ...]:
+    def norm(self, x: Tensor, branch: Tensor | None, alpha: float, *arguments) -> tuple[Tensor, ...]:
         """What is normalized is the stream as rounded."""
+        if branch is None:
+            return norm.norm_reference(x.double(), None, alpha, *in_float64(arguments))
         dtype = norm._accumulation_dtype(x)
-        stream = (x.to(dtype) + alpha * branch.to(dtype)).to(x.dtype)
-        return (stream.double(), *then(stream, *arguments))
+        stream = (x.to(dtype) + alpha * branch.to(dtype)).to(x.dtype).double()
+        return stream, *norm.norm_reference(stream, None, 1.0, *in_float64(arguments))[1:]
+
+    def norm_backward(self, *arguments) -> tuple[Tensor, ...]:
+        return norm.norm_backward_reference(*in_float64(arguments))
+
+
+def in_float64(arguments: tuple) -> list:
+    return [a.double() if isinstance(a, Tensor) else a for a in arguments]
 
 
 class Case:
@@ -106,28 +109,32 @@ class Case:
         """Every op in every form, the backward with the statistics that the forward returned."""
         x, weight, bias, out = self.x, self.weight, self.bias, {}
 
-        def run(form: str, op: str, *arguments) -> tuple[Tensor, ...]:
-            results = getattr(ops, op)(*arguments)
+        def record(form: str, *results: Tensor) -> None:
             out.update({f"{form}: {i}": result for i, result in enumerate(results)})
-            return results
 
-        run("add_rms", "add_rms_norm", x, self.branch, 0.5, weight, None, EPS, "")
-        run("add_layer", "add_layer_norm", x, self.branch, -2.0, weight, bias, None, EPS, "")
-        run("layer without bias", "layer_norm", x, weight, None, None, EPS, "")
-        _, rstd = run("rms", "rms_norm", x, weight, None, EPS, "")
-        run("rms backward", "rms_norm_backward", self.dy, None, x, weight, rstd, False)
-        run("rms backward by example", "rms_norm_backward", self.dy, self.dstream, x, weight, rstd, True)
-        _, *statistics = run("layer", "layer_norm", x, weight, bias, None, EPS, "")
-        backward = functools.partial(run, "layer backward", "layer_norm_backward")
-        backward(self.dy, self.dstream, x, weight, *statistics, False, True)
-        backward = functools.partial(run, "layer backward by example", "layer_norm_backward")
-        backward(self.dy, None, x, weight, *statistics, True, False)
+        def forward(form: str, branch: Tensor | None, alpha: float, bias: Tensor | None, centered: bool) -> Tensor:
+            stream, y, statistics = ops.norm(x, branch, alpha, weight, bias, None, centered, EPS, "")
+            record(form, stream, y, *statistics)
+            return statistics
+
+        def backward(form: str, dstream: Tensor | None, *arguments) -> None:
+            record(form, *ops.norm_backward(self.dy, dstream, x, weight, *arguments))
+
+        forward("add_rms", self.branch, 0.5, None, False)
+        forward("add_layer", self.branch, -2.0, bias, True)
+        forward("layer without bias", None, 1.0, None, True)
+        rms, layer = forward("rms", None, 1.0, None, False), forward("layer", None, 1.0, bias, True)
+        backward("rms backward", None, rms, False, False, False)
+        backward("rms backward by example", self.dstream, rms, False, True, False)
+        backward("layer backward", self.dstream, layer, True, False, True)
+        backward("layer backward by example", None, layer, True, True, False)
         return out
 
 
 def assert_equals_float64(case: Case, ops) -> None:
-    wanted = case.outcome(Reference())
-    for name, got in case.outcome(ops).items():
+    wanted, outcome = case.outcome(Reference()), case.outcome(ops)
+    assert outcome.keys() == wanted.keys()
+    for name, got in outcome.items():
         want = wanted[name]
         assert got.shape == want.shape and got.is_contiguous(), name
         if got.numel():
@@ -216,7 +223,7 @@ def test_bitwise_the_same_in_whatever_order_blocks_and_threads_run(kernels, dtyp
 def test_variance_is_that_of_the_deviations(kernels):
     """The difference of mean square and squared mean would lose it all."""
     x, weight = Case((2, 3, 1032), torch.float32).x + 1000, torch.ones(1032)
-    y, *_ = kernels.ops.layer_norm(x, weight, None, None, EPS, "")
+    _, y, _ = kernels.ops.norm(x, None, 1.0, weight, None, None, True, EPS, "")
     wanted = torch.nn.functional.layer_norm(x.double(), (1032,), eps=EPS)
     assert (y - wanted).abs().max() < 1e-3
 
