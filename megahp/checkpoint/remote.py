@@ -100,7 +100,6 @@ def place(name: str) -> Place:
     try:
         url_to_fs(name)
     except (ImportError, ValueError) as error:
-        raise UserError(
-            f"{name} cannot be opened by fsspec ({error}); install what it needs, or name another"
-        ) from None
+        why = f"{name} cannot be opened by fsspec ({error})"
+        raise UserError(f"{why}; install what it needs, or name another") from None
     return Remote(name)

@@ -55,7 +55,24 @@ class Chunk:
     crc32: int
 
 
-class Writer(StorageWriter):
+class _Plain:
+    """What DCP asks of either and needs no thought."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan
+
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+class Writer(_Plain, StorageWriter):
     """What DCP writes a checkpoint through. One rank calls begin(bytes) before anything is written, and publish() when
     all is."""
 
@@ -63,14 +80,8 @@ class Writer(StorageWriter):
         self.folder, self.begin, self.publish = folder, begin, publish
         self.file = ""
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass
-
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self.file = f"shard-{kwargs['rank']:05d}.safetensors"
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self.begin(sum(item.tensor_storage_size() or 0 for plan in plans for item in plan.items))
@@ -88,10 +99,7 @@ class Writer(StorageWriter):
             assert isinstance(value, Tensor)
             parts[key], items[key] = (chunk.offsets, value.cpu().contiguous()), item
         places = _write(parts, self.folder / self.file) if parts else {}
-        results = [
-            WriteResult(index=items[key].index, size_in_bytes=place.bytes, storage_data=place)
-            for key, place in places.items()
-        ]
+        results = [WriteResult(items[key].index, place.bytes, place) for key, place in places.items()]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -108,21 +116,14 @@ class Writer(StorageWriter):
         _write_index(self.folder, tensors)
         self.publish()
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
 
-
-class Reader(StorageReader):
+class Reader(_Plain, StorageReader):
     """What DCP reads a checkpoint through. Raises Damaged for a chunk that is not what was written."""
 
     def __init__(self, folder: Place) -> None:
         self.folder = folder
         self.tensors: dict[str, dict[str, Any]] = {}
         self.chunks: dict[MetadataIndex, Chunk] = {}
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         self.tensors = read_index(self.folder)
@@ -144,12 +145,6 @@ class Reader(StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self.chunks = metadata.storage_data
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         def place(item: Any) -> tuple[str, int]:
             chunk = self.chunks[item.storage_index]
@@ -165,12 +160,20 @@ class Reader(StorageReader):
         done.set_result(None)
         return done
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
+
+class ByName(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for. index: what there is to know of each."""
+
+    index: Mapping[str, Any]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
-class Tensors(Mapping[str, Tensor]):
+class Tensors(ByName):
     """The whole tensors of a checkpoint by name, each read when it is asked for, on the CPU."""
 
     def __init__(self, folder: Place) -> None:
@@ -183,12 +186,6 @@ class Tensors(Mapping[str, Tensor]):
             part = read_chunk(self.folder / chunk.file, chunk, whole.dtype, name)
             whole[_window(chunk.offsets, chunk.shape)] = part
         return whole
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.index)
-
-    def __len__(self) -> int:
-        return len(self.index)
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:

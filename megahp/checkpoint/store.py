@@ -202,10 +202,8 @@ def first_whole(newest_first: Sequence[P]) -> P | None:
     """As `latest`, of these."""
     whole = next((each for each in newest_first if not problems(each, shards=False)), None)
     if newest_first and not whole:
-        why = problems(newest_first[0], shards=False)[0]
-        raise UserError(
-            f"checkpoint {newest_first[0]} is damaged ({why}), and so are all before it; restore one from a copy"
-        )
+        newest, why = newest_first[0], problems(newest_first[0], shards=False)[0]
+        raise UserError(f"checkpoint {newest} is damaged ({why}), and so are all before it; restore one from a copy")
     return whole
 
 
@@ -278,9 +276,8 @@ def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = Tr
 
 def write_manifest(checkpoint: Path) -> None:
     """List every file of a folder; the list ends with its own digest."""
-    entries = {
-        file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(checkpoint.iterdir())
-    }
+    files = sorted(checkpoint.iterdir())
+    entries = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in files}
     write_synced(checkpoint / MANIFEST, _sealed(entries, VERSION))
     sync(checkpoint)
 
@@ -297,10 +294,8 @@ def read_manifest(checkpoint: Place) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise Damaged(f"{MANIFEST} cannot be read ({error!r})") from None
     if not OLDEST <= version <= VERSION:
-        raise UserError(
-            f"checkpoint {checkpoint} is of version {version} and this megahp reads {OLDEST} to {VERSION}; "
-            "read it with the one that wrote it, or a newer one"
-        )
+        why = f"checkpoint {checkpoint} is of version {version} and this megahp reads {OLDEST} to {VERSION}"
+        raise UserError(f"{why}; read it with the one that wrote it, or a newer one")
     return files
 
 
@@ -320,8 +315,8 @@ def superseded(folder: P, newest: P, keep: Checkpoint) -> list[P]:
 def remove(checkpoint: Place) -> None:
     """Drop a checkpoint; one that is half gone is none."""
     if isinstance(checkpoint, Remote):
-        for place in (checkpoint / MANIFEST, checkpoint):
-            place.remove()
+        (checkpoint / MANIFEST).remove()
+        checkpoint.remove()
         return
     going = checkpoint.with_name(f".partial-{checkpoint.name}")
     checkpoint.rename(going)
@@ -346,10 +341,9 @@ def _validation_loss(checkpoint: Place) -> float | None:
 
 
 def _sealed(files: Mapping[str, Any], version: int) -> str:
-    body = json.dumps({"version": version, "files": files}, indent=1)
-    return json.dumps(
-        {"version": version, "files": files, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1
-    )
+    body = {"version": version, "files": files}
+    sha256 = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
+    return json.dumps({**body, "sha256": sha256}, indent=1)
 
 
 def _first_failure(error: BaseException) -> BaseException:

@@ -26,15 +26,10 @@ ACTIVATIONS = {  # theirs -> ours; of two for the same the last is written
     "relu2": "relu2",
 }
 ABSENT: dict[str, Any] = {  # what keys mean that configurations leave out; None: what follows from the others
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "n_inner": None,
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "n_inner"), None),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), False),
+    **dict.fromkeys(("rope_theta", "rotary_emb_base"), 10000.0),
     "layer_norm_epsilon": 1e-5,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_theta": 10000.0,
-    "rotary_emb_base": 10000.0,
-    "tie_word_embeddings": False,
 }
 IDLE = ("preset", "balance_rate", "balance_loss")  # settings of no consequence for logits
 
@@ -316,15 +311,11 @@ FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, NEOX, STARCODER2, GPT2, MPT, MI
 def family_of(model: config.Model, only: Family | None = None) -> Family:
     """The first family that has the model; only: the one that must. Raises UserError with what the nearest would need:
     one of its positions, if there is any."""
-    lacking, family = min(
-        ((_misfits(family, model), family) for family in ((only,) if only else FAMILIES)),
-        key=lambda pair: (model.positions not in pair[1].values["positions"], len(pair[0])),
-    )
+    found = [(_misfits(family, model), family) for family in ((only,) if only else FAMILIES)]
+    lacking, family = min(found, key=lambda pair: (model.positions not in pair[1].values["positions"], len(pair[0])))
     if lacking:
-        nearest = (
-            "" if only else f"Hugging Face has no architecture of this model; {family.architecture}, the nearest, "
-        )
-        raise UserError(f"{nearest or family.architecture + ' '}needs " + " and ".join(lacking))
+        nearest = f"Hugging Face has no architecture of this model; {family.architecture}, the nearest,"
+        raise UserError(f"{family.architecture if only else nearest} needs {' and '.join(lacking)}")
     return family
 
 

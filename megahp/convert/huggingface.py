@@ -79,14 +79,19 @@ def import_(
     family = family or family_named(hf_config.get("model_type"))
     hf = {**ABSENT, **family.absent, **_flat(hf_config)}
     values = _settings(family, hf)
-    layer = {
-        "data": {"sequence_length": values.pop("sequence_length")},
-        "model": values,
-        "parameterization": {"name": "sp"},
-    }
+    data = {"sequence_length": values.pop("sequence_length")}
+    layer = {"data": data, "model": values, "parameterization": {"name": "sp"}}
     model = resolve.resolve([("config.json", {"model": values})]).config.model
-    names = list(_names(family, model, family.biased(hf), _stem(family, weights)))
-    _complete(family, {name for *_, theirs in names for name in theirs}, set(weights))
+    # what names lack in files of a model without its head, such as the first GPT-2's
+    stem = family.blocks.partition(".")[0] + "."
+    stem = "" if any(name.startswith(stem) for name in weights) else stem
+    names = list(_names(family, model, family.biased(hf), stem))
+    needed, found = {name for *_, theirs in names for name in theirs}, set(weights)
+    left = {name for name in found - needed if not OLD_BUFFERS.search(name)}
+    left -= {f"{family.outside['unembedding']}.weight"}  # a tied one, which some write all the same
+    for wrong, words in ((needed - found, "are missing"), (left, "are not of its architecture")):
+        if wrong:
+            raise UserError(f"{len(wrong)} tensors of the {family.model_type} model {words}, such as {min(wrong)}")
     return layer, _imported(family, model, weights, names)
 
 
@@ -151,13 +156,9 @@ def _scaled(settings: config.Config, name: str, weight: Tensor, by: Callable[[Te
     table, qkv = table_of(settings), _qkv(settings.model)
     attention = table.attention / settings.model.head_size**-0.5
     factors = {
-        "embedding": table.embedding,
-        "positions": table.embedding,
+        **dict.fromkeys(("embedding", "positions"), table.embedding),
+        **dict.fromkeys(("attention.out", "mlp.down", "mlp.experts.down", "mlp.shared.down"), table.residual),
         "attention.query_norm": attention,
-        "attention.out": table.residual,
-        "mlp.down": table.residual,
-        "mlp.experts.down": table.residual,
-        "mlp.shared.down": table.residual,
         "final_norm": table.logits,
     }
     if _module(name) == "attention.qkv" and not settings.model.qk_norm:
@@ -264,22 +265,5 @@ def _agrees(found: Any, needed: Any) -> bool:
     """Whether a value is the needed one; of a table, in what it says of the needed keys."""
     if isinstance(needed, dict):
         table = found or {}
-        return isinstance(table, Mapping) and all(
-            _agrees(table.get(key, value), value) for key, value in needed.items()
-        )
+        return isinstance(table, Mapping) and all(_agrees(table.get(key, want), want) for key, want in needed.items())
     return bool(found == needed)
-
-
-def _stem(family: Family, weights: Weights) -> str:
-    """What names lack in files of a model without its head, such as the first GPT-2's."""
-    stem = family.blocks.partition(".")[0] + "."
-    return "" if any(name.startswith(stem) for name in weights) else stem
-
-
-def _complete(family: Family, needed: set[str], found: set[str]) -> None:
-    """Raise UserError unless the tensors found are those that are needed."""
-    left = {name for name in found - needed if not OLD_BUFFERS.search(name)}
-    left -= {f"{family.outside['unembedding']}.weight"}  # a tied one, which some write all the same
-    for names, words in ((needed - found, "are missing"), (left, "are not of its architecture")):
-        if names:
-            raise UserError(f"{len(names)} tensors of the {family.model_type} model {words}, such as {min(names)}")

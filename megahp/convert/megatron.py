@@ -11,7 +11,8 @@ import pickle
 import re
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import EnumMeta
 from itertools import product
@@ -199,20 +200,18 @@ class Distributed(Files):
         self.folder, self.args = folder, _told(_load(folder / "common.pt"), given, folder)
         self.names = {}
         self.places: dict[tuple[str, tuple[int, ...]], Any] = {}
-        _guarded(folder / ".metadata", self._list)
-
-    def _list(self) -> None:
-        """Where every part of every tensor lies, and which layers there are."""
-        metadata = Unpickler(io.BytesIO((self.folder / ".metadata").read_bytes())).load()
-        parts = {place: info for place, info in metadata.storage_data.items() if place.offset is not None}  # of tensors
-        self.places = {(place.fqn, tuple(place.offset)): info for place, info in parts.items()}
-        for key, tensor in metadata.state_dict_metadata.items():
-            stem, stacked = re.subn(r"^decoder\.layers\.(?!\d)", "", key)
-            if key.startswith(("optimizer.", "rng_state", "rerun_state")) or "_extra_state" in key:
-                continue
-            for layer in range(tensor.size[0]) if stacked else [None]:
-                name = key if layer is None else f"decoder.layers.{layer}.{stem}"
-                self.names[_apart_from_engine(name)] = (key, layer, tensor)
+        with _guarded(folder / ".metadata"):
+            metadata = Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
+            for place, info in metadata.storage_data.items():
+                if place.offset is not None:  # a tensor's
+                    self.places[place.fqn, tuple(place.offset)] = info
+            for key, tensor in metadata.state_dict_metadata.items():
+                stem, stacked = re.subn(r"^decoder\.layers\.(?!\d)", "", key)
+                if key.startswith(("optimizer.", "rng_state", "rerun_state")) or "_extra_state" in key:
+                    continue
+                for layer in range(tensor.size[0]) if stacked else [None]:
+                    name = key if layer is None else f"decoder.layers.{layer}.{stem}"
+                    self.names[_apart_from_engine(name)] = (key, layer, tensor)
 
     def whole(self, name: str) -> list[Tensor]:
         key, layer, tensor = self.names[name]
@@ -255,16 +254,12 @@ class Legacy(Files):
             raise UserError(f"{folder} has no mp_rank_TP or mp_rank_TP_PP of a model without experts; name another")
         states = [_load(path) for path in ranks]
         if not all(isinstance(state, dict) and "model" in state for state in states):
-            raise UserError(
-                f"{folder}: a rank has no 'model', or several (interleaved stages); convert it to torch_dist"
-            )
+            why = "a rank has no 'model', or several (interleaved stages)"
+            raise UserError(f"{folder}: {why}; convert it to torch_dist")
         self.args, self.names, first = _told(states[0], given, folder), {}, 0
-        for stage in sorted({place[-1] if len(place) > 1 else 0 for place in places}):
-            models = [
-                state["model"]
-                for state, place in zip(states, places, strict=True)
-                if (place[1] if len(place) > 1 else 0) == stage
-            ]
+        stages = [place[1] if len(place) > 1 else 0 for place in places]
+        for stage in sorted(set(stages)):
+            models = [state["model"] for state, its in zip(states, stages, strict=True) if its == stage]
             layers = 0
             for name in (name for name, value in models[0].items() if isinstance(value, Tensor)):
                 number = re.match(r"decoder\.layers\.(\d+)\.", name)
@@ -357,22 +352,19 @@ def _family(norm: str) -> Family:
 def _told(state: Any, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The model's settings under our family's keys, from the arguments of a training script."""
     args = dict(vars(state["args"])) if isinstance(state, dict) and isinstance(state.get("args"), Namespace) else {}
-    plain = not args.get("group_query_attention", False)
+    position = args.get("position_embedding_type", "learned_absolute")
     gelu = "gelu_new" if args.get("openai_gelu") or args.get("bias_gelu_fusion") else "gelu"
     args |= {
         "activation": "silu" if args.get("swiglu") else "relu2" if args.get("squared_relu") else gelu,
         "normalization": str(args.get("normalization", "LayerNorm")).lower(),
-        "position_embedding_type": {theirs: ours for ours, theirs in POSITIONS.items()}.get(
-            args.get("position_embedding_type", "learned_absolute"), args.get("position_embedding_type")
-        ),
+        "position_embedding_type": {theirs: ours for ours, theirs in POSITIONS.items()}.get(position, position),
         "tied": not args.get("untie_embeddings_and_output_weights", False),
     }
-    args |= {"num_query_groups": None} if plain else {}
+    args |= {} if args.get("group_query_attention", False) else {"num_query_groups": None}
     args |= {MEGATRON.keys[key]: value for key, value in given.items() if key in MEGATRON.keys}
     args["vocab_size"] = args.get("vocab_size") or args.get("padded_vocab_size")
-    if missing := [
-        key for key in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size") if not args.get(key)
-    ]:
+    needed = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    if missing := [key for key in needed if not args.get(key)]:
         settings = [f"model.{ours}=" for ours, theirs in MEGATRON.keys.items() if theirs in missing]
         raise UserError(f"{folder} does not say its {', '.join(missing)}; add {' '.join(settings)}")
     return args
@@ -380,14 +372,12 @@ def _told(state: Any, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _args(told: Mapping[str, Any], settings: config.Config) -> dict[str, Any]:
     """The inverse of `_told`."""
-    activation = told["activation"]
     return {
-        **{key: value for key, value in told.items() if key in MEGATRON.keys.values() or key in MEGATRON.needs},
-        "add_bias_linear": told["add_bias_linear"],
+        **{key: told[key] for key in told if key in (*MEGATRON.keys.values(), *MEGATRON.needs, "add_bias_linear")},
         "group_query_attention": settings.model.kv_heads != settings.model.heads,
-        "swiglu": activation == "silu",
-        "squared_relu": activation == "relu2",
-        "openai_gelu": activation == "gelu_pytorch_tanh",
+        "swiglu": told["activation"] == "silu",
+        "squared_relu": told["activation"] == "relu2",
+        "openai_gelu": told["activation"] == "gelu_pytorch_tanh",
         "bias_gelu_fusion": False,
         "normalization": {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[settings.model.norm],
         "position_embedding_type": POSITIONS[settings.model.positions],
@@ -415,19 +405,18 @@ def _as_engine(name: str) -> str:
 
 def _load(path: Path) -> Any:
     """A file of torch.save, without executing any of it; tensors stay on the disk until they are used."""
-
-    def load() -> Any:
+    with _guarded(path):
         if any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
             raise ValueError("a TorchScript program")  # which torch.load would hand to its interpreter
-        return torch.load(path, "cpu", SAFE, weights_only=False, mmap=True)
+        state = torch.load(path, "cpu", SAFE, weights_only=False, mmap=True)
+    return state
 
-    return _guarded(path, load)
 
-
-def _guarded(path: Path, load: Callable[[], Any]) -> Any:
-    """What this makes of a file. Raises UserError."""
+@contextmanager
+def _guarded(path: Path) -> Iterator[None]:
+    """Raises UserError for whatever goes wrong while a file is read."""
     try:
-        return load()
+        yield
     except Exception as error:  # what a damaged pickle raises is anything
         raise UserError(f"{path} cannot be read ({_line(error)}); name a folder of Megatron's that has it") from None
 

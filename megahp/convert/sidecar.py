@@ -6,7 +6,7 @@ lays them out, read and written a tensor at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megahp import config
-from megahp.checkpoint.shards import in_files
+from megahp.checkpoint.shards import ByName, in_files
 from megahp.config import resolve
 from megahp.convert.huggingface import Tensors, with_multipliers, without_multipliers
 from megahp.errors import UserError
@@ -27,7 +27,7 @@ OURS = "megahp.json"
 VOCABULARY = ("embedding.weight", "unembedding.weight")
 
 
-class Files(Mapping[str, Tensor]):
+class Files(ByName):
     """The tensors in a folder's NAME.safetensors, or in the several that an index lists, by name, each read when it is
     asked for. Raises UserError for files that are missing or damaged."""
 
@@ -37,39 +37,28 @@ class Files(Mapping[str, Tensor]):
             found = read_json(listing).get("weight_map")
             if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
                 raise UserError(f"{listing} has no weight_map of tensors' names to files' names; get it again")
-            self.file_of: dict[str, str] = found
+            self.index = found
         else:
             file = f"{name}.safetensors"
-            self.file_of = dict.fromkeys(_opened(folder / file).keys(), file)
+            self.index = dict.fromkeys(_opened(folder / file).keys(), file)
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self.folder / self.file_of[name]
+        path = self.folder / self.index[name]
         try:
             return _opened(path).get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}); get it again") from None
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.file_of)
 
-    def __len__(self) -> int:
-        return len(self.file_of)
-
-
-class Weights(Mapping[str, Tensor]):
+class Weights(ByName):
     """The weights among a checkpoint's tensors, by their names in the model."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
+        self.index = {name.removeprefix("model."): name for name in tensors if name.startswith("model.")}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[f"model.{name}"]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix("model.") for name in self.tensors if name.startswith("model."))
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
+        return self.tensors[self.index[name]]
 
 
 def write(folder: Path, settings: config.Config, tensors: Mapping[str, Tensor], limit: int) -> None:
@@ -92,7 +81,12 @@ def restored(
         raise UserError(f"{folder / OURS} has another parameterization table than this megahp; {_remedy(folder)}")
     if lacking := set(ours["tensors"]) - set(more):
         raise UserError(f"{folder}/megahp.safetensors lacks {min(lacking)}; restore it, or {_remedy(folder)}")
-    _same_model(settings, layer, folder)
+    theirs, (written, _) = resolve.resolve([(str(folder), layer)]).config, without_multipliers(settings, {})
+    pairs = {key: (getattr(theirs.model, key), getattr(written, key)) for key in layer["model"] if key != "bias"}
+    pairs["sequence_length"] = theirs.data.sequence_length, longest(settings)
+    for key, (here, before) in pairs.items():
+        if here != before:  # it may have more biases
+            raise UserError(f"{folder}: {key} is {here!r} and was {before!r}; {_remedy(folder)}")
     return ours["config"], _restored(settings, weights, more, folder)
 
 
@@ -138,16 +132,6 @@ def _restored(settings: config.Config, weights: Tensors, more: Files, folder: Pa
             yield name, weight
     except (UserError, RuntimeError, IndexError) as error:  # the latter two of shapes that do not fit
         raise UserError(f"{folder}: {error}; {_remedy(folder)}") from None
-
-
-def _same_model(settings: config.Config, layer: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Raise UserError where the other format describes another model than was written. It may have more biases."""
-    theirs, (ours, _) = resolve.resolve([(str(folder), layer)]).config, without_multipliers(settings, {})
-    pairs = {key: (getattr(theirs.model, key), getattr(ours, key)) for key in layer["model"] if key != "bias"}
-    pairs["sequence_length"] = theirs.data.sequence_length, longest(settings)
-    for key, (here, before) in pairs.items():
-        if here != before:
-            raise UserError(f"{folder}: {key} is {here!r} and was {before!r}; {_remedy(folder)}")
 
 
 def _remedy(folder: Path) -> str:

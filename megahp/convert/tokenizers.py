@@ -49,7 +49,6 @@ def write_tokenizer(folder: Path, named: str, tokenizer: Tokenizer) -> None:
 
 def bytes_tokenizer(eod: int) -> dict[str, Any]:
     """tokenizer.json of our bytes: a byte-level BPE without merges."""
-    letters = byte_letters()
     plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
@@ -57,7 +56,7 @@ def bytes_tokenizer(eod: int) -> dict[str, Any]:
         "added_tokens": [{"id": eod, "content": END_OF_DOCUMENT[0], "special": True, **flags}],
         "pre_tokenizer": plain,
         "decoder": plain,
-        "model": {"type": "BPE", "vocab": {letter: byte for byte, letter in letters.items()}, "merges": []},
+        "model": {"type": "BPE", "vocab": BYTES, "merges": []},
     }
 
 
@@ -86,14 +85,12 @@ def vocabulary(named: str) -> Vocabulary:
     tokenizer = load_tokenizer(named)
     if named == "bytes":
         return Vocabulary(named, tokenizer, [*(bytes([byte]) for byte in range(256)), END_OF_DOCUMENT[0].encode()])
-    return Vocabulary(named, tokenizer, (_of_sentencepiece if named.endswith(".model") else _of_json)(named))
-
-
-def _of_sentencepiece(named: str) -> list[bytes]:
+    if not named.endswith(".model"):
+        return Vocabulary(named, tokenizer, _of_json(named))
     from sentencepiece import SentencePieceProcessor
 
     pieces = SentencePieceProcessor(model_file=named)
-    return [_spelled(pieces.id_to_piece(number)) for number in range(pieces.vocab_size())]
+    return Vocabulary(named, tokenizer, [_spelled(pieces.id_to_piece(each)) for each in range(pieces.vocab_size())])
 
 
 def _of_json(named: str) -> list[bytes]:

@@ -54,8 +54,7 @@ class Blend:
                 continue
             before = _share(node.fraction, n)
             first = _share(node.fraction, n + 1) > before
-            reached.append((node.first, rows[first], before[first]))
-            reached.append((node.second, rows[~first], (n - before)[~first]))
+            reached += [(node.first, rows[first], before[first]), (node.second, rows[~first], (n - before)[~first])]
         return source, j
 
     def counts(self, n: int) -> list[int]:

@@ -55,12 +55,9 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str, vocab_size: int, overwrite: bool = False) -> None:
-        self._prefix = prefix
-        self._vocab_size = vocab_size
-        self._dtype = token_dtype(vocab_size)
+        self._prefix, self._vocab_size, self._dtype = prefix, vocab_size, token_dtype(vocab_size)
         self._lengths = array("i")
-        self._output = _output(prefix, overwrite)
-        self._finishing = ExitStack()
+        self._output, self._finishing = _output(prefix, overwrite), ExitStack()
 
     def add_document(self, ids: Ids) -> None:
         """Append one document of `ids` (integers in [0, vocab_size), else UserError)."""
@@ -101,18 +98,19 @@ class IndexedDataset:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
-        idx = _existing(prefix, "idx")
-        bin_ = _existing(prefix, "bin")
+        idx, bin_ = _existing(prefix, "idx"), _existing(prefix, "bin")
         self.dtype, sequences, entries = _read_header(idx)
         self.lengths = _map(idx, np.int32, HEADER.size, sequences)
         pointers = _map(idx, np.int64, HEADER.size + 4 * sequences, sequences)
         self.document_index = _map(idx, np.int64, HEADER.size + 12 * sequences, entries)
         _check_layout(idx, self.lengths, pointers, self.document_index, self.dtype.itemsize)
-        _check_bin(bin_, self.lengths, self.dtype.itemsize)
+        size, expected = bin_.stat().st_size, int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
+        if size != expected:
+            raise _corrupt(bin_, f"it has {size} bytes where the index describes {expected}")
 
         self.documents = entries - 1
-        self._ids = _map(bin_, self.dtype, 0, bin_.stat().st_size // self.dtype.itemsize)
-        ends = np.append(pointers, bin_.stat().st_size)
+        self._ids = _map(bin_, self.dtype, 0, size // self.dtype.itemsize)
+        ends = np.append(pointers, size)
         self._document_starts = ends[self.document_index] // self.dtype.itemsize
         self.document_tokens = np.diff(self._document_starts)
 
@@ -135,10 +133,8 @@ def merge(prefixes: Sequence[str], out: str, overwrite: bool = False) -> None:
         raise UserError(f"nothing to merge into {out!r}: name at least one prefix")
     for dataset in datasets:
         if dataset.dtype != datasets[0].dtype:
-            raise UserError(
-                f"{dataset.prefix!r} holds {dataset.dtype} and {prefixes[0]!r} {datasets[0].dtype}: "
-                "merge only files of one tokenizer"
-            )
+            differ = f"{dataset.prefix!r} holds {dataset.dtype} and {prefixes[0]!r} {datasets[0].dtype}"
+            raise UserError(f"{differ}: merge only files of one tokenizer")
     shifts = np.cumsum([0] + [len(dataset.lengths) for dataset in datasets])
     index = [dataset.document_index[:-1] + shift for dataset, shift in zip(datasets, shifts, strict=False)]
     lengths = np.concatenate([dataset.lengths for dataset in datasets])
@@ -238,12 +234,6 @@ def _check_layout(
         offset = int(ends[-1])
 
 
-def _check_bin(bin_: Path, lengths: np.ndarray, itemsize: int) -> None:
-    size, expected = bin_.stat().st_size, int(lengths.sum(dtype=np.int64)) * itemsize
-    if size != expected:
-        raise _corrupt(bin_, f"it has {size} bytes where the index describes {expected}")
-
-
 def _blocks(length: int) -> Iterator[slice]:
     return (slice(start, start + BLOCK) for start in range(0, length, BLOCK))
 
@@ -258,9 +248,8 @@ def _map(path: Path, dtype: npt.DTypeLike, offset: int, length: int) -> np.ndarr
 def _existing(prefix: str, suffix: str) -> Path:
     path = Path(f"{prefix}.{suffix}")
     if not path.is_file():
-        raise UserError(
-            f"data file {str(path)!r} does not exist: check the prefix, or write it with preprocess_data.py"
-        )
+        remedy = "check the prefix, or write it with preprocess_data.py"
+        raise UserError(f"data file {str(path)!r} does not exist: {remedy}")
     return path
 
 

@@ -79,9 +79,8 @@ class TrainingData:
         ]
         by_key = dict(zip((order.key for order in self._training), prefixes, strict=True))
         if doubles := set(prefixes) - set(by_key.values()):
-            raise UserError(
-                f"data {min(doubles)!r} holds the same as another prefix; name one of them, with their weight"
-            )
+            double = min(doubles)
+            raise UserError(f"data {double!r} holds the same as another prefix; name one of them, with their weight")
         # A source whose validation documents cannot fill one window has no part in validation.
         held_out = {
             k: SampleOrder(dataset, validation, validation_length, VALIDATION_SEED, cache)
@@ -96,7 +95,7 @@ class TrainingData:
         self._validation = list(held_out.values())
         self._validation_blend = Blend([stages[-1].weights[k] for k in held_out]) if held_out else None
         self.tokens = sum(order.tokens for order in self._training)
-        shares = [(stage.tokens, stage.length, _shares(stage.weights)) for stage in stages]
+        shares = [(each.tokens, each.length, [one / sum(each.weights) for one in each.weights]) for each in stages]
         contents = [dataset.fingerprint for dataset in datasets]
         self.fingerprint = hashlib.sha256(f"{contents} {shares} {seed} {validation_fraction}".encode()).hexdigest()
         self.stage = self._first_sample = 0
@@ -142,12 +141,10 @@ class TrainingData:
         """
         if self._validation_blend is None:
             raise UserError("validation_fraction is 0, so there is nothing to validate on: set it above 0")
-        wanted = np.arange(count)
-        source, j = self._validation_blend.locate(wanted)
-        available = np.array([order.windows for order in self._validation])
-        there = j < available[source]
-        length = self.stages[0].length
-        return self._checked(_gather(self._validation, source[there], j[there], length, wanted[there], documents=True))
+        source, j = self._validation_blend.locate(np.arange(count))
+        there = j < np.array([order.windows for order in self._validation])[source]
+        places = source[there], j[there], self.stages[0].length, np.arange(count)[there]
+        return self._checked(_gather(self._validation, *places, documents=True))
 
     @property
     def length(self) -> int:
@@ -174,10 +171,8 @@ class TrainingData:
         """The batch, if its tokens are in the vocabulary: split over ranks, no rank would miss one that is not."""
         wrong = batch.tokens[(batch.tokens < 0) | (batch.tokens >= self._vocab_size)]
         if len(wrong):
-            raise UserError(
-                f"the data holds token {wrong[0].item()} and the vocabulary ends at {self._vocab_size}: name the "
-                "tokenizer it was written with, or set model.vocab_size"
-            )
+            why = f"the data holds token {wrong[0].item()} and the vocabulary ends at {self._vocab_size}"
+            raise UserError(f"{why}: name the tokenizer it was written with, or set model.vocab_size")
         return batch
 
     def training_chunks(self, limit: int) -> Iterator[np.ndarray]:
@@ -193,10 +188,9 @@ class Loader:
     """Hands out batches on `device` while one background thread gathers the next."""
 
     def __init__(self, data: TrainingData, device: torch.device, documents: bool) -> None:
-        self._data = data
+        self._data, self._documents = data, documents
         # With its index: in the background thread a bare "cuda" is the first GPU, whichever the rank has.
         self._device = torch.empty(0, device=device).device
-        self._documents = documents
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megahp-loader")
         self._ahead: tuple[np.ndarray, Future[Batch]] | None = None
 
@@ -206,9 +200,10 @@ class Loader:
         `then` is a hint: when the next call asks for other ids, what was gathered is dropped. An error of the
         background thread is raised by the call that would have used its result.
         """
-        batch = self._gathered(ids)
+        batch = self._ahead[1].result() if self._ahead and np.array_equal(self._ahead[0], ids) else self._gather(ids)
         self._ahead = None if then is None else (then, self._thread.submit(self._gather, then))
-        return self._to_device(batch)
+        documents = None if batch.documents is None else batch.documents.to(self._device, non_blocking=True)
+        return replace(batch, tokens=batch.tokens.to(self._device, non_blocking=True), documents=documents)
 
     def forget(self) -> None:
         """Drop what was gathered ahead, once it is: the data is about to become another."""
@@ -220,11 +215,6 @@ class Loader:
         """Stop the background thread, dropping what it prepared."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _gathered(self, ids: np.ndarray) -> Batch:
-        if self._ahead is not None and np.array_equal(self._ahead[0], ids):
-            return self._ahead[1].result()
-        return self._gather(ids)
-
     def _gather(self, ids: np.ndarray) -> Batch:
         batch = self._data.batch(ids, self._documents)
         if self._device.type != "cuda":
@@ -232,10 +222,6 @@ class Loader:
         with torch.cuda.device(self._device):
             documents = None if batch.documents is None else batch.documents.pin_memory()
             return replace(batch, tokens=batch.tokens.pin_memory(), documents=documents)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        documents = None if batch.documents is None else batch.documents.to(self._device, non_blocking=True)
-        return replace(batch, tokens=batch.tokens.to(self._device, non_blocking=True), documents=documents)
 
 
 def _gather(
@@ -246,7 +232,3 @@ def _gather(
     for row, (order, number) in enumerate(zip(source, j, strict=True)):
         tokens[row], places[row] = orders[order].sample(number, length)
     return Batch(torch.from_numpy(tokens), torch.from_numpy(places) if documents else None, ids)
-
-
-def _shares(weights: Sequence[float]) -> list[float]:
-    return [weight / sum(weights) for weight in weights]

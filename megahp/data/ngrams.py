@@ -27,7 +27,8 @@ def unigram_and_bigram(
     pairs, counts = count_bigrams(train_chunks, vocab_size)
     rows = np.asarray(validation, dtype=np.int64)
     contexts, targets = rows[:, :-1].ravel(), rows[:, 1:].ravel()
-    unigram = add_one(pairs, counts, vocab_size)
+    unigrams = np.bincount(pairs % vocab_size, weights=counts, minlength=vocab_size)
+    unigram = (unigrams + 1) / (counts.sum() + vocab_size)
     bigram = kneser_ney(pairs, counts, vocab_size, contexts, targets)
     return float(-np.log(unigram[targets]).mean()), float(-np.log(bigram).mean())
 
@@ -44,12 +45,6 @@ def count_bigrams(chunks: Iterable[np.ndarray], vocab_size: int) -> tuple[np.nda
             pairs, counts = _merged([(pairs, counts), *waiting])
             waiting = []
     return _merged([(pairs, counts), *waiting])
-
-
-def add_one(pairs: np.ndarray, counts: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Probability of every token, float64 [vocab_size], from the targets of the counted bigrams."""
-    unigrams = np.bincount(pairs % vocab_size, weights=counts, minlength=vocab_size)
-    return (unigrams + 1) / (counts.sum() + vocab_size)
 
 
 def kneser_ney(

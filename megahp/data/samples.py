@@ -74,14 +74,9 @@ class SampleOrder:
         self.windows = (self.tokens - 1) // window
         self.group = max(1, min(GROUP, self.windows // 16))
         if self.windows < 1:
-            raise UserError(
-                f"data {dataset.prefix!r}: {len(documents)} documents hold {self.tokens} tokens, fewer than "
-                f"the {window + 1} of one sample: add data or lower sequence_length"
-            )
-        self._dataset = dataset
-        self._documents = documents
-        self._seed = seed
-        self._cache = cache
+            few = f"{len(documents)} documents hold {self.tokens} tokens, fewer than the {window + 1} of one sample"
+            raise UserError(f"data {dataset.prefix!r}: {few}: add data or lower sequence_length")
+        self._dataset, self._documents, self._seed, self._cache = dataset, documents, seed, cache
         split = hashlib.sha256(np.ascontiguousarray(documents, np.int64).data).hexdigest()
         self._identity = f"{dataset.fingerprint} {split} {seed} {window}"
         self.key = hashlib.sha256(self._identity.encode()).hexdigest()[:32]
@@ -100,23 +95,8 @@ class SampleOrder:
         part, place = divmod(within, min(self.group, self.windows - group * self.group))
         epoch = self._epoch(number)
         start = int(epoch.windows[group * self.group + place]) * self.window + part * length
-        return self._read(epoch, start, length)
-
-    def go_on(self, taken: int, before: int, now: int) -> int:
-        """The sample of `now` tokens to go on with after `taken` samples of `before` tokens.
-
-        No token comes twice in an epoch: with another length, what is left of a group of windows is passed over.
-        """
-        if before == now:
-            return taken
-        number, within = divmod(taken, self.windows * (self.window // before))
-        groups = -(-within // (self.group * (self.window // before)))
-        return (number * self.windows + min(groups * self.group, self.windows)) * (self.window // now)
-
-    def _read(self, epoch: _Epoch, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of the stream from `start` on, gathered document by document."""
-        tokens = np.empty(length + 1, np.int64)
-        documents = np.empty(length + 1, np.int32)
+        # the tokens of the stream from `start` on, gathered document by document
+        tokens, documents = np.empty(length + 1, np.int64), np.empty(length + 1, np.int32)
         place = int(np.searchsorted(epoch.ends, start, side="right"))
         filled = pieces = 0
         while filled < len(tokens):
@@ -130,27 +110,30 @@ class SampleOrder:
             place += 1
         return tokens, documents[:-1]
 
+    def go_on(self, taken: int, before: int, now: int) -> int:
+        """The sample of `now` tokens to go on with after `taken` samples of `before` tokens.
+
+        No token comes twice in an epoch: with another length, what is left of a group of windows is passed over.
+        """
+        if before == now:
+            return taken
+        number, within = divmod(taken, self.windows * (self.window // before))
+        groups = -(-within // (self.group * (self.window // before)))
+        return (number * self.windows + min(groups * self.group, self.windows)) * (self.window // now)
+
     def _load_epoch(self, number: int) -> _Epoch:
         name = hashlib.sha256(f"{self._identity} {number}".encode()).hexdigest()[:32]
         path = self._cache / f"order-{name}.npy"
-        size = 2 * len(self._documents) + self.windows
-        numbers = _read_order(path, size)
+        numbers = _read_order(path, 2 * len(self._documents) + self.windows)
         if numbers is None:
-            numbers = np.concatenate(self._build_epoch(number))
+            # A 256-bit seed; hashed, so that (seed, epoch + 1) and (seed + 1, epoch) have nothing in common.
+            words = np.frombuffer(hashlib.sha256(f"{self._seed} {number}".encode()).digest(), dtype="<u4")
+            random = np.random.RandomState(words)
+            documents = random.permutation(self._documents)
+            ends = np.cumsum(self._dataset.document_tokens[documents])
+            numbers = np.concatenate((documents, ends, random.permutation(self.windows)))
             _write_order(path, numbers)
-        cuts = [len(self._documents), 2 * len(self._documents)]
-        return _Epoch(*np.split(numbers, cuts))
-
-    def _build_epoch(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        random = np.random.RandomState(_seed_words(self._seed, number))
-        documents = random.permutation(self._documents)
-        ends = np.cumsum(self._dataset.document_tokens[documents])
-        return documents, ends, random.permutation(self.windows)
-
-
-def _seed_words(seed: int, epoch: int) -> np.ndarray:
-    """A 256-bit seed; hashed, so that (seed, epoch + 1) and (seed + 1, epoch) have nothing in common."""
-    return np.frombuffer(hashlib.sha256(f"{seed} {epoch}".encode()).digest(), dtype="<u4")
+        return _Epoch(*np.split(numbers, [len(self._documents), 2 * len(self._documents)]))
 
 
 def _read_order(path: Path, size: int) -> np.ndarray | None:

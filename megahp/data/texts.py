@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from megahp.errors import UserError
 
@@ -66,20 +66,23 @@ def _read_text(file: Path) -> Document:
 
 def _read_json_lines(file: Path, key: str) -> Iterator[Document]:
     with open(file, "rb") as raw:
-        before = 0
-        for number, line in enumerate(_decompressed(raw, file.name)):
-            if number == 0:
-                _check_key(file, line, key)
-            yield Document(_json_text(line, key), raw.tell() - before)
+        before, lines = 0, iter(raw)
+        if file.name.endswith(".gz"):
+            lines = iter(gzip.GzipFile(fileobj=raw))
+        elif file.name.endswith(".zst"):
+            lines = _zstandard_lines(raw)
+        for number, line in enumerate(lines):
+            try:
+                record = json.loads(line) if line.strip() else {key: ""}
+            except ValueError:
+                record = None
+            # A wrong --json-key shows in the first line, not after hours.
+            if number == 0 and isinstance(record, dict) and key not in record:
+                has = ", ".join(record)
+                raise UserError(f"--json-key {key!r} is not in {str(file)!r}, which has {has}: choose one")
+            text = record.get(key) if isinstance(record, dict) else None
+            yield Document(text if isinstance(text, str) and _is_unicode(text) else None, raw.tell() - before)
             before = raw.tell()
-
-
-def _decompressed(raw: IO[bytes], name: str) -> Iterable[bytes]:
-    if name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    if name.endswith(".zst"):
-        return _zstandard_lines(raw)
-    return raw
 
 
 def _zstandard_lines(raw: IO[bytes]) -> Iterator[bytes]:
@@ -109,28 +112,6 @@ def _zstandard_blocks(raw: IO[bytes]) -> Iterator[bytes]:
         raise EOFError(str(error)) from error
     if frame is not None:
         raise EOFError("it ends in the middle")
-
-
-def _check_key(file: Path, line: bytes, key: str) -> None:
-    """A wrong --json-key shows in the first line, not after hours."""
-    record = _json(line)
-    if isinstance(record, dict) and key not in record:
-        raise UserError(f"--json-key {key!r} is not in {str(file)!r}, which has {', '.join(record)}: choose one")
-
-
-def _json_text(line: bytes, key: str) -> str | None:
-    if not line.strip():
-        return ""
-    record = _json(line)
-    text = record.get(key) if isinstance(record, dict) else None
-    return text if isinstance(text, str) and _is_unicode(text) else None
-
-
-def _json(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def _is_unicode(text: str) -> bool:

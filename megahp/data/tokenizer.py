@@ -74,11 +74,21 @@ class SentencePieceTokenizer:
     """A SentencePiece model; `eod` is its end-of-sentence piece."""
 
     def __init__(self, path: str) -> None:
-        self._processor = _sentencepiece_processor(path)
+        sentencepiece = _import("sentencepiece")
+        try:
+            self._processor: SentencePieceProcessor = sentencepiece.SentencePieceProcessor(model_file=path)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"tokenizer {path!r} is not a SentencePiece model: train or download it again") from error
         self.vocab_size: int = self._processor.vocab_size()
-        self.eod = self._end_of_document(path)
-        self.fingerprint = _file_fingerprint(path)
-        self._meta_space = self._meta_space_bytes()
+        self.eod: int = self._processor.eos_id()
+        unknown, to_id = self._processor.unk_id(), self._processor.piece_to_id
+        if self.eod < 0:
+            self.eod = _first_known((i for i in map(to_id, END_OF_DOCUMENT) if i != unknown), path)
+        self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        # The byte pieces of META_SPACE; empty where the model lacks them or puts a space before a text.
+        ids = [to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
+        prepends = self._processor.encode("a", out_type=str)[0].startswith(META_SPACE)
+        self._meta_space = [] if prepends or unknown in ids else ids
 
     def encode(self, text: str) -> list[int]:
         if not self._meta_space or META_SPACE not in text:
@@ -89,30 +99,22 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
 
-    def _end_of_document(self, path: str) -> int:
-        if self._processor.eos_id() >= 0:
-            return self._processor.eos_id()
-        ids = (self._processor.piece_to_id(piece) for piece in END_OF_DOCUMENT)
-        return _first_known((i for i in ids if i != self._processor.unk_id()), path)
-
-    def _meta_space_bytes(self) -> list[int]:
-        """The byte pieces of META_SPACE; empty where the model lacks them or puts a space before a text."""
-        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
-        prepends = self._processor.encode("a", out_type=str)[0].startswith(META_SPACE)
-        return [] if prepends or self._processor.unk_id() in ids else ids
-
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json`; `eod` is the first of END_OF_DOCUMENT in its vocabulary."""
 
     def __init__(self, path: str) -> None:
-        self._tokenizer = _huggingface_tokenizer(path)
+        tokenizers = _import("tokenizers")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"tokenizer {path!r} is not a Hugging Face tokenizer.json: download it again") from error
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         # An end-of-document string inside a text is text: only the preprocessor may end a document.
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod = _first_known((vocabulary[token] for token in END_OF_DOCUMENT if token in vocabulary), path)
-        self.fingerprint = _file_fingerprint(path)
+        self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -196,25 +198,6 @@ def _first_known(ids: Iterable[int], path: str) -> int:
     for i in ids:
         return i
     raise UserError(f"tokenizer {path!r} has no end-of-document token: add one of {', '.join(END_OF_DOCUMENT)}")
-
-
-def _file_fingerprint(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _sentencepiece_processor(path: str) -> SentencePieceProcessor:
-    try:
-        return _import("sentencepiece").SentencePieceProcessor(model_file=path)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"tokenizer {path!r} is not a SentencePiece model: train or download it again") from error
-
-
-def _huggingface_tokenizer(path: str) -> Any:
-    tokenizers = _import("tokenizers")
-    try:
-        return tokenizers.Tokenizer.from_file(path)
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"tokenizer {path!r} is not a Hugging Face tokenizer.json: download it again") from error
 
 
 def _import(package: str) -> Any:

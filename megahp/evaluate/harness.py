@@ -11,7 +11,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from megahp.errors import UserError
-from megahp.evaluate.perplexity import Window, scores, windows
+from megahp.evaluate.perplexity import scores, windows
 from megahp.evaluate.sample import Trained, continuation
 from megahp.model.build import longest
 
@@ -47,25 +47,23 @@ class Harness(TemplateLM):
     def _likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Of each pair: the log-likelihood of its second part after its first, and whether each token of it is the
         likeliest one."""
-        pieces: list[Window] = []
-        owners: list[int] = []
-        for number, (before, after) in enumerate(pairs):
-            found = list(windows(torch.tensor(before + after), len(before), self.context, self.context))
-            pieces += found
-            owners += [number] * len(found)
+        found = [
+            (number, window)
+            for number, (before, after) in enumerate(pairs)
+            for window in windows(torch.tensor(before + after), len(before), self.context, self.context)
+        ]
         sums, likeliest = [0.0] * len(pairs), [True] * len(pairs)
-        for piece, loss, hit in scores(self.origin, pieces):
-            sums[owners[piece]] -= loss
-            likeliest[owners[piece]] &= hit
+        for piece, loss, hit in scores(self.origin, [window for _, window in found]):
+            sums[found[piece][0]] -= loss
+            likeliest[found[piece][0]] &= hit
         return list(zip(sums, likeliest, strict=True))
 
     def _generate(self, prompt: str, options: dict[str, Any], seed: int) -> str:
         """What follows the prompt, up to a stop word, the end of a document or max_gen_toks tokens (default 256)."""
         wanted = dict(normalize_gen_kwargs(options))
         if unknown := sorted(wanted.keys() - GENERATION):
-            raise UserError(
-                f"generation_kwargs {', '.join(unknown)} mean nothing here; there are {', '.join(GENERATION)}"
-            )
+            known = ", ".join(GENERATION)
+            raise UserError(f"generation_kwargs {', '.join(unknown)} mean nothing here; there are {known}")
         tokenizer, stops = self.origin.tokenizer, [word for word in wanted["until"] if word]
         ids = tokenizer.encode(prompt) or [tokenizer.eod]
         begin, new, text = len(tokenizer.decode(ids)), list[int](), ""

@@ -54,18 +54,14 @@ def evaluate(origin: Trained, files: Sequence[Sequence[str]], context: int, stri
     Each text stands alone, after an end-of-document token, from which its first token is predicted; its end is not
     scored. Raises UserError for losses that are not finite.
     """
-    texts = [(number, text) for number, file in enumerate(files) for text in file]
-    pieces: list[Window] = []
-    owners: list[int] = []
+    pieces: list[tuple[int, Window]] = []  # with the number of its file
     tokens, nats = [0] * len(files), [0.0] * len(files)
-    for number, text in texts:
+    for number, text in ((number, text) for number, file in enumerate(files) for text in file):
         ids = torch.tensor([origin.tokenizer.eod, *origin.tokenizer.encode(text)])
-        found = list(windows(ids, 1, context, stride))
-        pieces += found
-        owners += [number] * len(found)
+        pieces += [(number, window) for window in windows(ids, 1, context, stride)]
         tokens[number] += len(ids) - 1
-    for piece, loss, _ in scores(origin, pieces):
-        nats[owners[piece]] += loss
+    for piece, loss, _ in scores(origin, [window for _, window in pieces]):
+        nats[pieces[piece][0]] += loss
     if not math.isfinite(sum(nats)):
         raise UserError(f"{origin.path} gives losses that are not finite; evaluate an earlier checkpoint")
     return [

@@ -49,10 +49,8 @@ def trained(place: Path) -> Trained:
 def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
     """The prompt and what the run's newest checkpoint makes of it, on this process alone. Raises UserError."""
     if not (0 <= temperature < math.inf and tokens >= 0 and top_k >= 0 and 0 <= seed < 2**63):
-        raise UserError(
-            f"--temperature {temperature}, --tokens {tokens}, --top-k {top_k} and --seed {seed} must all be finite and "
-            "not negative"
-        )
+        given = f"--temperature {temperature}, --tokens {tokens}, --top-k {top_k} and --seed {seed}"
+        raise UserError(f"{given} must all be finite and not negative")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt is not valid UTF-8; give it as text")
     path = checkpoint.latest(run / "checkpoints")
@@ -75,16 +73,13 @@ def alone(settings: config.Config) -> Transformer:
     return model
 
 
-def window_of(settings: config.Config) -> int:
-    """How many tokens the model looks back on: as many as it was trained on; with ALiBi, which interpolates, twice
-    that (what arXiv 2310.13017 found to work)."""
-    return longest(settings) * (2 if settings.model.positions == "alibi" else 1)
-
-
 @torch.no_grad()
 def continuation(origin: Trained, ids: Sequence[int], temperature: float, top_k: int, seed: int) -> Iterator[int]:
     """Tokens that follow these, without end, each drawn from the model's view of the last ones before it."""
-    window, vocab_size = window_of(origin.settings), origin.tokenizer.vocab_size
+    # The model looks back on as many as it was trained on; with ALiBi, which interpolates, on twice as many (what arXiv
+    # 2310.13017 found to work).
+    window = longest(origin.settings) * (2 if origin.settings.model.positions == "alibi" else 1)
+    vocab_size = origin.tokenizer.vocab_size
     seen = torch.tensor([ids[-window:]], device=origin.device)
     generator = torch.Generator(origin.device).manual_seed(seed)
     while True:

@@ -45,13 +45,8 @@ def _apart(names: list[str], own: Tensor, group: dist.ProcessGroup) -> Iterator[
     usual = sums.mode(0).values
     for column in (sums != usual).any(0).nonzero().flatten().tolist():
         other = [rank for rank, value in zip(ranks, sums[:, column], strict=True) if value != usual[column]]
-        yield (
-            f"{names[column]} on ranks {ranks[0]} and {ranks[1]}"
-            if len(ranks) == 2
-            else (
-                f"{names[column]} on rank {', '.join(map(str, other))} is not what {len(ranks) - len(other)} ranks hold"
-            )
-        )
+        alone = f"rank {', '.join(map(str, other))} is not what {len(ranks) - len(other)} ranks hold"
+        yield f"{names[column]} on {f'ranks {ranks[0]} and {ranks[1]}' if len(ranks) == 2 else alone}"
 
 
 def _sum_of_bits(weight: Tensor) -> Tensor:

@@ -20,13 +20,11 @@ def until_done(start: Callable[[bool], int], run: Path, restarts: int) -> int:
     start(resume) returns an exit code. Returns the last one's, or NO_PROGRESS.
     """
     found = list[list[str]]()
-    while True:
-        code = start(bool(found))
-        if code in FINAL:
-            return code
+    while (code := start(bool(found))) not in FINAL:
         found.append(checkpoints(run))
         if (end := verdict(code, found, restarts, run)) is not None:
             return end
+    return code
 
 
 def checkpoints(run: Path) -> list[str]:

@@ -23,8 +23,7 @@ class Spikes:
 
     def look(self, loss: float, grad_norm: float) -> str:
         """Take in one step's. Returns what stands out, in words; empty where nothing does, or too little is known."""
-        values = {"loss": loss, "gradient norm": grad_norm}
-        return ", ".join(filter(None, (self._take(name, value) for name, value in values.items())))
+        return ", ".join(filter(None, (self._take("loss", loss), self._take("gradient norm", grad_norm))))
 
     def state(self) -> dict[str, list[float]]:
         return {name: list(window) for name, window in self.windows.items()}

@@ -103,12 +103,8 @@ class Watchdog:
 
     def _end_alone(self, own: Mapping[str, Any]) -> None:
         """Say where this rank is, and leave."""
-        print(
-            f"megahp: no step for {self.hang_after:g} s, and no answer from the rank that holds the ranks' store; "
-            f"rank {self.rank} {_where(own)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        why = f"no step for {self.hang_after:g} s, and no answer from the rank that holds the ranks' store"
+        print(f"megahp: {why}; rank {self.rank} {_where(own)}", file=sys.stderr, flush=True)
         os._exit(HANG)
 
     def _exchange(self, own: Mapping[str, Any]) -> dict[int, Any]:
@@ -152,18 +148,15 @@ def verdict(said: Mapping[int, Mapping[str, Any]], ranks: int, seconds: float) -
     in another than most."""
     silent = [rank for rank in range(ranks) if rank not in said]
     elsewhere = [rank for rank, own in said.items() if not own["collective"]]
-    usual = Counter(_call(own) for own in said.values()).most_common(1)[0][0]
-    odd = [rank for rank, own in said.items() if _call(own) != usual]
+    calls = {rank: (own["step"], own["collective"], own["line"]) for rank, own in said.items()}
+    usual = Counter(calls.values()).most_common(1)[0][0]
+    odd = [rank for rank, call in calls.items() if call != usual]
     blamed = silent or elsewhere or odd
     told = [f"rank {rank} {'does not answer' if rank in silent else f'was {_where(said[rank])}'}" for rank in blamed]
     waiting = [rank for rank in said if rank not in blamed]
     if waiting:
         told.append(f"rank {', '.join(map(str, waiting))} {_where(said[waiting[0]])}")
     return f"no step for {seconds:g} s: {'; '.join(told)}; stacks are in crashes/"
-
-
-def _call(own: Mapping[str, Any]) -> tuple[Any, ...]:
-    return own["step"], own["collective"], own["line"]
 
 
 def _where(own: Mapping[str, Any]) -> str:
@@ -173,8 +166,6 @@ def _where(own: Mapping[str, Any]) -> str:
 
 def _stacks() -> str:
     """The stacks of all threads of this process, that of training last."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    stacks = {
-        names.get(ident, str(ident)): traceback.format_stack(frame) for ident, frame in sys._current_frames().items()
-    }
+    names, frames = {thread.ident: thread.name for thread in threading.enumerate()}, sys._current_frames()
+    stacks = {names.get(ident, str(ident)): traceback.format_stack(frame) for ident, frame in frames.items()}
     return "\n".join(f"thread {name}\n{''.join(stacks[name])}" for name in sorted(stacks, key="MainThread".__eq__))

@@ -64,7 +64,7 @@ class RunLog:
         record = without_nan(record)
         self.step, self.tokens = record["step"], record["tokens"]
         with self._sparing():
-            _append(self._metrics, record)
+            self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
             if self._board:
                 for name, value in _scalars(record):
                     self._board.add_scalar(name, value, self.step)
@@ -78,7 +78,7 @@ class RunLog:
         when = {"step": self.step, "tokens": self.tokens, "time": time.time()}
         record = without_nan({**when, "event": event, "reason": reason, **inputs})
         with self._sparing():
-            _append(self._events, record)
+            self._events.write(json.dumps(record, allow_nan=False) + "\n")
             if self._board:
                 self._board.add_text(event, reason, record["step"])
 
@@ -113,7 +113,13 @@ class RunLog:
     def _open(self, purge_step: int | None = None) -> None:
         self._metrics = _appending(self.directory / "metrics.jsonl")
         self._events = _appending(self.directory / "events.jsonl")
-        self._board = _board(self.directory / "tensorboard", purge_step) if self.tensorboard else None
+        self._board: Any = None
+        if self.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("TensorBoard was asked for and is missing; pip install tensorboard") from None
+            self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=purge_step)
 
 
 @dataclass(frozen=True)
@@ -141,15 +147,13 @@ def read_run(directory: Path) -> LoggedRun:
     steps = read_metrics(directory)
     if not steps:
         raise UserError(f"{directory}/metrics.jsonl holds no step yet; wait for the first one to be logged")
-    baselines = directory / "baselines.json"
-    return LoggedRun(
-        name=directory.resolve().name,
-        steps=steps,
-        events=read_events(directory),
-        baselines=_read_object(baselines) if baselines.exists() else {},
-        config=_read_text(directory / "config.toml"),
-        sample=_read_text(directory / "sample.txt"),
-    )
+    events, baselines = read_events(directory), directory / "baselines.json"
+    counted = _parse(baselines.read_bytes()) if baselines.exists() else {}
+    if counted is None:
+        raise UserError(f"{baselines} is not a JSON object; write it again or remove it")
+    places = (directory / "config.toml", directory / "sample.txt")
+    texts = (place.read_text(encoding="utf-8", errors="replace") if place.exists() else "" for place in places)
+    return LoggedRun(directory.resolve().name, steps, events, counted, *texts)
 
 
 def read_metrics(directory: Path) -> list[Record]:
@@ -177,17 +181,6 @@ def _read(path: Path) -> list[Record]:
     return [record for record in records if record is not None]
 
 
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
-def _read_object(path: Path) -> Record:
-    record = _parse(path.read_bytes())
-    if record is None:
-        raise UserError(f"{path} is not a JSON object; write it again or remove it")
-    return record
-
-
 def _parse(line: bytes) -> Record | None:
     """The object on a line, or None; a torn line never parses, for an object ends with its own brace."""
     try:
@@ -200,10 +193,6 @@ def _parse(line: bytes) -> Record | None:
 def _appending(path: Path) -> TextIO:
     # Line buffered: a line is with the operating system as soon as it is complete.
     return open(path, "a", buffering=1, encoding="utf-8")
-
-
-def _append(file: TextIO, record: Record) -> None:
-    file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def _rewrite(path: Path, keep: Callable[[Record], bool]) -> Record | None:
@@ -236,11 +225,3 @@ def _scalars(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield from _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
             yield prefix + key, value
-
-
-def _board(directory: Path, purge_step: int | None) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("TensorBoard was asked for and is missing; pip install tensorboard") from None
-    return SummaryWriter(str(directory), purge_step=purge_step)

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections import deque
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from megahp.log.metrics import Record
 
@@ -25,17 +25,15 @@ class Progress:
     """
 
     def __init__(self, total_tokens: int, done_tokens: int = 0, stream: TextIO | None = None, every: float = 10.0):
-        self.total_tokens = total_tokens
-        self.done_tokens = done_tokens
+        self.total_tokens, self.done_tokens, self.every = total_tokens, done_tokens, every
         self.stream = sys.stdout if stream is None else stream
-        self.every = every
 
     def __enter__(self) -> "Progress":
         # The rate behind the ETA is taken from the clock, over the last hundred updates, so that pauses for
         # evaluation and checkpoints count and a change of the global batch is soon followed.
         self._past = deque([(time.monotonic(), self.done_tokens)], maxlen=100)
         console = _terminal(self.stream)
-        self._display: _Display = (
+        self._display: _Bar | _Lines = (
             _Bar(console, self.total_tokens, self.done_tokens) if console else _Lines(self.stream, self.every)
         )
         return self
@@ -50,19 +48,16 @@ class Progress:
     def show(self, tokens: int, fields: list[tuple[str, str]]) -> None:
         """Show that so many tokens are done, and whatever else is known, as names and values."""
         self._past.append((time.monotonic(), tokens))
+        (before, first), (now, last) = self._past[0], self._past[-1]
+        left = (self.total_tokens - last) * (now - before)
+        eta = human_duration(left / (last - first)) if last > first and now > before else "-"
         share = 100 * tokens / self.total_tokens if self.total_tokens else 100.0
         done = f"{human_count(tokens)}/{human_count(self.total_tokens)} tokens {share:3.0f}%"
-        self._display.show(tokens, done, self._eta(), fields)
+        self._display.show(tokens, done, eta, fields)
 
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar."""
         self._display.message(text)
-
-    def _eta(self) -> str:
-        (before, first), (now, last) = self._past[0], self._past[-1]
-        if last <= first or now <= before:
-            return "-"
-        return human_duration((self.total_tokens - last) * (now - before) / (last - first))
 
 
 def human_count(number: float | None) -> str:
@@ -115,17 +110,9 @@ def _terminal(stream: TextIO) -> Any:
     return None if console.is_dumb_terminal else console
 
 
-class _Display(Protocol):
-    def show(self, tokens: int, done: str, eta: str, fields: list[tuple[str, str]]) -> None: ...
-    def message(self, text: str) -> None: ...
-    def close(self) -> None: ...
-
-
 class _Lines:
     def __init__(self, stream: TextIO, every: float):
-        self.stream = stream
-        self.every = every
-        self.next_time = 0.0
+        self.stream, self.every, self.next_time = stream, every, 0.0
         self.waiting: str | None = None  # the newest line, while it has not been printed
 
     def show(self, tokens: int, done: str, eta: str, fields: list[tuple[str, str]]) -> None:

@@ -25,23 +25,20 @@ class Replayed:
 
 def replay(run: Path) -> Replayed:
     """Decide again, from the start and every resume, each change of the batch. Raises UserError for a damaged log."""
-    try:
-        return _replay(read_events(run), {record["step"]: record for record in read_metrics(run)})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the log of {run} lacks what a replay needs ({error!r}); it cannot be replayed") from None
-
-
-def _replay(events: Sequence[Record], records: Mapping[int, Record]) -> Replayed:
-    starts = [event for event in events if event["event"] in STARTS]
-    if not starts:
-        raise KeyError("started")
     changes: list[tuple[int, Change]] = []
     after: dict[int, tuple[Progress, dict[str, Any]]] = {}
-    ends = [start["step"] for start in starts[1:]] + [max(records, default=0)]
-    for start, until in zip(starts, ends, strict=True):
-        changes = [change for change in changes if _stands(change[0], start)]
-        changes += _decide(start, until, records, after)
-    return Replayed(changes, list(_differences(changes, after, events, records)))
+    try:
+        events, records = read_events(run), {record["step"]: record for record in read_metrics(run)}
+        starts = [event for event in events if event["event"] in STARTS]
+        if not starts:
+            raise KeyError("started")
+        ends = [start["step"] for start in starts[1:]] + [max(records, default=0)]
+        for start, until in zip(starts, ends, strict=True):
+            changes = [change for change in changes if _stands(change[0], start)]
+            changes += _decide(start, until, records, after)
+        return Replayed(changes, list(_differences(changes, after, events, records)))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the log of {run} lacks what a replay needs ({error!r}); it cannot be replayed") from None
 
 
 def _decide(
@@ -57,8 +54,7 @@ def _decide(
         yield from ((progress.step, change) for change in moved)
     while progress.step < until and (step := plan.step(progress)):
         progress = progress.after(step)
-        noise = records.get(progress.step, {}).get("noise_scale")
-        change = plan.look(progress, noise)
+        change = plan.look(progress, records.get(progress.step, {}).get("noise_scale"))
         after[progress.step] = progress, plan.state()
         if change:
             yield progress.step, change
@@ -69,24 +65,18 @@ def _stands(step: int, start: Record) -> bool:
     return start["event"] in GONE_BACK and step <= start["step"]
 
 
-def _standing(events: Sequence[Record]) -> dict[tuple[int, int], Record]:
-    """The logged changes by step and batch before, without those that a later start undid."""
-    standing: dict[tuple[int, int], Record] = {}
-    for event in events:
-        if event["event"] in STARTS:
-            standing = {key: change for key, change in standing.items() if _stands(key[0], event)}
-        elif event["event"] == "batch":
-            standing[event["step"], event["before"]] = event
-    return standing
-
-
 def _differences(
     changes: Sequence[tuple[int, Change]],
     after: Mapping[int, tuple[Progress, dict[str, Any]]],
     events: Sequence[Record],
     records: Mapping[int, Record],
 ) -> Iterator[str]:
-    logged = _standing(events)
+    logged: dict[tuple[int, int], Record] = {}  # by step and batch before, without those that a later start undid
+    for event in events:
+        if event["event"] in STARTS:
+            logged = {key: change for key, change in logged.items() if _stands(key[0], event)}
+        elif event["event"] == "batch":
+            logged[event["step"], event["before"]] = event
     decided = {(step, change.before): change for step, change in changes}
     for key in sorted(logged.keys() | decided.keys()):
         step, told, made = key[0], logged.get(key), decided.get(key)

@@ -42,9 +42,7 @@ class WandbLog:
         `mode` is "online", or "offline": files only, for `wandb sync`. Raises UserError when wandb is missing.
         """
         check_wandb()
-        self.say = say
-        self.failure = ""
-        self.stopped = False
+        self.say, self.failure, self.stopped = say, "", False
         self.rows: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(MOST_WAITING)
         start = dict(mode=mode, project=project, name=name, dir=str(directory), id=run_id, config=config)
         self.thread = threading.Thread(target=self._send, args=(start,), name="wandb", daemon=True)
@@ -88,15 +86,9 @@ class WandbLog:
             import wandb
 
             # Before init, which would ask for a missing API key on a terminal that it is not yet silent on.
-            wandb.setup(
-                wandb.Settings(
-                    silent=True,
-                    console="off",
-                    x_disable_machine_info=True,  # code and git state among it
-                    x_save_requirements=False,
-                    init_timeout=START_SECONDS,
-                )
-            )
+            quiet: dict[str, Any] = {"silent": True, "console": "off", "init_timeout": START_SECONDS}
+            # machine info: code and git state among it
+            wandb.setup(wandb.Settings(**quiet, x_disable_machine_info=True, x_save_requirements=False))
             run = wandb.init(**start, resume="allow")
             run.define_metric("tokens")
             run.define_metric("*", step_metric="tokens")

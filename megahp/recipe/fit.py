@@ -74,9 +74,16 @@ def fit_loss(runs: Sequence[Trained], tied: bool = False, draws: int = DRAWS, se
     Minimises sum Huber(ln L(N, D) - ln loss) from many starts (Hoffmann et al., eq. 3; tied: Gadre et al., arXiv
     2403.08540); the bootstrap draws runs. Raises UserError for too few runs, or where the loss does not fall with both.
     """
-    points = np.array([[run.parameters, run.tokens, run.loss] for run in _best(runs, "parameters", "tokens")])
-    _refuse_few_for_loss(points.reshape(-1, 3), tied)
+    best = _best(runs, "parameters", "tokens")
+    points = np.array([[run.parameters, run.tokens, run.loss] for run in best]).reshape(-1, 3)
+    sizes, counts = (len(np.unique(points[:, axis])) for axis in (0, 1))
+    ratios = len(np.unique(np.log(points[:, 1] / points[:, 0]).round(2)))
     least = 5 - tied  # as many constants: fewer different runs fit no resample
+    if len(points) <= least or sizes < 3 or counts < 3 or ratios < 2:
+        raise UserError(
+            f"a loss law needs {least + 1} different (N, D) or more, of 3 sizes, 3 token counts and 2 D / N or more; "
+            f"there are {len(points)}, of {sizes}, {counts} and {ratios}: add runs"
+        )
 
     def suffices(drawn: np.ndarray) -> bool:
         return sum(drawn) >= least and all(len(np.unique(points[drawn, axis])) >= 3 for axis in (0, 1))
@@ -93,7 +100,8 @@ def fit_loss(runs: Sequence[Trained], tied: bool = False, draws: int = DRAWS, se
         )
     others = tuple(map(tuple, laws[1:][good[1:]].tolist()))
     ranges = _range(points[:, 0]), _range(points[:, 1])
-    return _sure(LossLaw(floor, a, b, alpha, beta, _source(len(points)), "", *ranges, others), points)
+    source = f"fitted to {len(points)} runs"
+    return _sure(LossLaw(floor, a, b, alpha, beta, source, "", *ranges, others), points)
 
 
 def fit_timescale(runs: Sequence[Trained], draws: int = DRAWS, seed: int = SEED) -> Fit:
@@ -139,27 +147,14 @@ def fit_critical_batch(runs: Sequence[Trained], draws: int = DRAWS, seed: int = 
     if missed := np.sum(~found[0]):
         notes.append(f"{missed} targets are left out: more batch does not ask for more tokens there")
     if np.sum(found[0]) < 3:
-        needs = (
-            "a critical batch needs, of one size or more, runs that reach the same losses at 3 batches or more, each "
-        )
-        there = f"at 3 token counts or more; there are {len(known)} runs of one batch"
-        raise UserError("; ".join([needs + there, *notes[:3]]))
+        needs = "a critical batch needs, of one size or more, runs that reach the same losses at 3 batches or more"
+        there = f"each at 3 token counts or more; there are {len(known)} runs of one batch"
+        raise UserError("; ".join([f"{needs}, {there}", *notes[:3]]))
     lines = _lines(np.nan_to_num(x), np.nan_to_num(y), found)
     fit = _power_law(np.exp(np.stack([x[0], y[0]], -1)[found[0]]), lines, used, notes)
     if not 0 < fit.law.exponent < 1:
         raise UserError(f"the critical batch goes as D_min^{fit.law.exponent:.3g}, which is not plausible; add runs")
     return fit
-
-
-def _refuse_few_for_loss(points: np.ndarray, tied: bool) -> None:
-    sizes, counts = (len(np.unique(points[:, axis])) for axis in (0, 1))
-    ratios = len(np.unique(np.log(points[:, 1] / points[:, 0]).round(2)))
-    needed = 6 - tied
-    if len(points) < needed or sizes < 3 or counts < 3 or ratios < 2:
-        raise UserError(
-            f"a loss law needs {needed} different (N, D) or more, of 3 sizes, 3 token counts and 2 D / N or more; "
-            f"there are {len(points)}, of {sizes}, {counts} and {ratios}: add runs"
-        )
 
 
 def _fit_sums(x: np.ndarray, y: np.ndarray, weights: np.ndarray, tied: bool = False) -> np.ndarray:
@@ -204,8 +199,7 @@ def _descend(
     basis: the directions it may take, [directions, 1 + 2 terms].
     """
     damping = np.full(len(fits), 1e-2)
-    residuals, slopes = _residuals(fits, logs, target)
-    costs = _cost(residuals, weights)
+    residuals, slopes, costs = _residuals(fits, logs, target, weights)
     for _ in range(STEPS):
         near = weights * HUBER / np.maximum(np.abs(residuals), HUBER)
         along = slopes @ basis.T
@@ -215,8 +209,7 @@ def _descend(
         diagonal += damping[:, None] * diagonal + 1e-12 * diagonal.max(1, keepdims=True) + 1e-300
         trial = fits - np.linalg.solve(curvature, gradient)[..., 0] @ basis
         with np.errstate(all="ignore"):  # a wild step costs infinity or NaN, and is not taken
-            trial_residuals, trial_slopes = _residuals(trial, logs, target)
-            trial_costs = _cost(trial_residuals, weights)
+            trial_residuals, trial_slopes, trial_costs = _residuals(trial, logs, target, weights)
         better = trial_costs < costs
         moving = np.where(better, costs - trial_costs > 1e-10 * costs, damping < 1e6)
         fits, costs = np.where(better[:, None], trial, fits), np.where(better, trial_costs, costs)
@@ -228,19 +221,17 @@ def _descend(
     return fits, costs
 
 
-def _residuals(fits: np.ndarray, logs: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """ln of the sums less the target, [rows, runs], and its derivatives by the fits, [rows, runs, 1 + 2 terms]."""
+def _residuals(fits: np.ndarray, logs: np.ndarray, target: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
+    """ln of the sums less the target, [rows, runs], its derivatives by the fits, [rows, runs, 1 + 2 terms], and the
+    costs, [rows]."""
     terms = logs.shape[1]
     parts = np.repeat(fits[:, None, : 1 + terms], len(logs), axis=1)
     parts[..., 1:] -= fits[:, None, 1 + terms :] * logs
     total = np.logaddexp.reduce(parts, axis=-1)
     shares = np.exp(parts - total[..., None])
-    return total - target, np.concatenate([shares, -logs * shares[..., 1:]], -1)
-
-
-def _cost(residuals: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    size = np.abs(residuals)
-    return np.sum(weights * np.where(size < HUBER, size**2 / 2, HUBER * (size - HUBER / 2)), -1)
+    size = np.abs(total - target)
+    costs = np.sum(weights * np.where(size < HUBER, size**2 / 2, HUBER * (size - HUBER / 2)), -1)
+    return total - target, np.concatenate([shares, -logs * shares[..., 1:]], -1), costs
 
 
 def _fit_optima(runs: Sequence[Trained], alike: Sequence[str], swept: str, over: str, draws: int, seed: int) -> Fit:
@@ -259,15 +250,12 @@ def _fit_optima(runs: Sequence[Trained], alike: Sequence[str], swept: str, over:
         points.append((getattr(group[0], over), least))
         used += len(group)
     if len({point[0] for point in points}) < 3:
-        needs = (
-            f"an optimal {swept} needs 3 sweeps of it or more, at different {over.replace('_', ' ')}, each of 3 values "
-        )
-        there = f"or more around the least loss; there are {len(points)} among {len(known)} runs"
-        raise UserError("; ".join([needs + there, *notes[:3]]))
+        needs = f"an optimal {swept} needs 3 sweeps of it or more, at different {over.replace('_', ' ')}"
+        there = f"each of 3 values or more around the least loss; there are {len(points)} among {len(known)} runs"
+        raise UserError("; ".join([f"{needs}, {there}", *notes[:3]]))
     found = np.array(points)
-    weights = _resamples(
-        len(found), lambda drawn: len(np.unique(found[drawn, 0])) >= 2, draws, np.random.default_rng(seed)
-    )
+    random = np.random.default_rng(seed)
+    weights = _resamples(len(found), lambda drawn: len(np.unique(found[drawn, 0])) >= 2, draws, random)
     x, y = np.log(found.T)
     lines = _lines(x, y, np.vstack([np.ones(len(found)), weights]))
     return _power_law(found, lines, used, notes)
@@ -331,7 +319,7 @@ def _power_law(points: np.ndarray, lines: np.ndarray, runs: int, notes: list[str
     if not good[0] or good.mean() < 0.5:
         raise UserError("no power law can be fitted: less than half of the bootstrap draws have one; add runs")
     (scale, exponent), *draws = lines[good].tolist()
-    law = PowerLaw(scale, exponent, _source(runs), "", _range(points[:, 0]), tuple(map(tuple, draws)))
+    law = PowerLaw(scale, exponent, f"fitted to {runs} runs", "", _range(points[:, 0]), tuple(map(tuple, draws)))
     return _sure(law, points, notes)
 
 
@@ -370,10 +358,6 @@ def _best(runs: Sequence[Trained], *attributes: str) -> list[Trained]:
 
 def _range(values: np.ndarray) -> tuple[float, float]:
     return float(values.min()), float(values.max())
-
-
-def _source(runs: int) -> str:
-    return f"fitted to {runs} runs"
 
 
 def _known(runs: Sequence[Trained], attribute: str) -> tuple[list[Trained], list[str]]:

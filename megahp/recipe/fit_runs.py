@@ -77,17 +77,14 @@ def _read_run(path: Path, settings: Config, notes: list[str]) -> Trained:
         raise UserError(f"{path} has no validation loss at its end; set train.validation_samples, or leave it out")
     if settings.sparsity.method != "none":
         raise UserError(f"{path} is sparse, and the laws are of dense models; leave it out")
-    rule = table_of(settings).rules[Role.HIDDEN]
-    values = {
-        "batch": batch,
-        "lr": settings.optimizer.lr * rule.lr,
-        "weight_decay": settings.optimizer.weight_decay * rule.weight_decay,
-    }
+    rule, optimizer = table_of(settings).rules[Role.HIDDEN], settings.optimizer
+    hidden = {"lr": optimizer.lr * rule.lr, "weight_decay": optimizer.weight_decay * rule.weight_decay}
+    values = {"batch": batch, **hidden}
     if not {"batch", "branched"}.isdisjoint(events):
         notes.append(f"{path}: its batch changes, or it starts from another run; it serves the loss law alone")
         values = {}
-    elif settings.optimizer.name != "adamw":
-        notes.append(f"{path}: tau is AdamW's, not {settings.optimizer.name}'s; it does not serve the timescale's law")
+    elif optimizer.name != "adamw":
+        notes.append(f"{path}: tau is AdamW's, not {optimizer.name}'s; it does not serve the timescale's law")
         values = {"batch": batch}
     return Trained(str(path), flops.parameters(settings.model, longest(settings)), planned, loss, **values)
 
@@ -101,25 +98,20 @@ def _read_table(path: Path) -> list[Trained]:
     runs = []
     for number, line in enumerate(lines, start=1):
         try:
-            runs.append(_parse(line, f"{path} line {number}"))
+            run = json.loads(line)
+            if not isinstance(run, dict):
+                raise ValueError("not a JSON object")
+            if unknown := run.keys() - {*NEEDED, *OPTIONAL, "name"}:
+                raise ValueError(f"{', '.join(sorted(unknown))} is unknown")
+            for key in (*NEEDED, *(key for key in OPTIONAL if run.get(key) is not None)):
+                value = run.get(key)
+                zero = key == "weight_decay" and value == 0
+                if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf or zero):
+                    raise ValueError(f"{key} = {json.dumps(value)} is no number above 0")
         except ValueError as error:
             raise UserError(f"{path} line {number}: {error}; each has {', '.join(NEEDED + OPTIONAL)}") from None
+        runs.append(Trained(**{"name": f"{path} line {number}", **run}))
     return runs
-
-
-def _parse(line: str, name: str) -> Trained:
-    """Raises ValueError."""
-    run = json.loads(line)
-    if not isinstance(run, dict):
-        raise ValueError("not a JSON object")
-    if unknown := run.keys() - {*NEEDED, *OPTIONAL, "name"}:
-        raise ValueError(f"{', '.join(sorted(unknown))} is unknown")
-    for key in (*NEEDED, *(key for key in OPTIONAL if run.get(key) is not None)):
-        value = run.get(key)
-        zero = key == "weight_decay" and value == 0
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf or zero):
-            raise ValueError(f"{key} = {json.dumps(value)} is no number above 0")
-    return Trained(**{"name": name, **run})
 
 
 def fit_laws(
@@ -198,19 +190,16 @@ def text(found: Mapping[str, Record], notes: Sequence[str]) -> str:
         lines += [f"  fitted on {', '.join(ranges)}", *(f"  {note}" for note in law["notes"])]
         if rows := law.get("compute_optimal"):
             lines += ["  compute-optimal:", "    FLOPs      N      D      D / N                  loss"]
-            lines += map(_row, rows)
+            for row in rows:
+                ratios, losses = row["tokens_per_parameter_interval"], row["loss_interval"]
+                ratio = f"{row['tokens_per_parameter']:.1f} ({ratios[0]:.1f} to {ratios[1]:.1f})"
+                loss = f"{row['loss']:.4f} ({losses[0]:.4f} to {losses[1]:.4f})"
+                sizes = f"{human_count(row['parameters']):<6} {human_count(row['tokens']):<6}"
+                beyond = "" if row["inside"] else "  beyond the runs"
+                lines.append(f"    {row['compute']:<10.3g} {sizes} {ratio:<22} {loss}{beyond}")
         lines.append("")
     low, high = (round(100 * share) for share in INTERVAL)
     return "\n".join([*lines, f"intervals: the {low} to {high} % quantiles of the bootstrap draws", *notes])
-
-
-def _row(row: Record) -> str:
-    ratios, losses = row["tokens_per_parameter_interval"], row["loss_interval"]
-    ratio = f"{row['tokens_per_parameter']:.1f} ({ratios[0]:.1f} to {ratios[1]:.1f})"
-    loss = f"{row['loss']:.4f} ({losses[0]:.4f} to {losses[1]:.4f})"
-    sizes = f"{human_count(row['parameters']):<6} {human_count(row['tokens']):<6}"
-    beyond = "" if row["inside"] else "  beyond the runs"
-    return f"    {row['compute']:<10.3g} {sizes} {ratio:<22} {loss}{beyond}"
 
 
 def plot(file: Path, fits: Mapping[str, Fit]) -> None:
@@ -222,13 +211,13 @@ def plot(file: Path, fits: Mapping[str, Fit]) -> None:
             _draw(name, fitted, *axes)
 
 
-def _draw(name: str, fitted: Fit, *panels: Any) -> None:
+def _draw(name: str, fitted: Fit, left: Any, right: Any) -> None:
     """Points and law, of a loss law a line for each N, and beside them the residuals."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     from megahp.report.figures import PALETTE, colour
 
-    (left, right), points, residuals = panels, fitted.points, 100 * fitted.residuals
+    points, residuals = fitted.points, 100 * fitted.residuals
     sizes = points[:, 0] if name == "loss" else np.zeros(len(points))
     for index, size in enumerate(np.unique(sizes)):
         of_size, hue = sizes == size, PALETTE[colour(index)]

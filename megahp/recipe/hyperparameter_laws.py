@@ -28,18 +28,11 @@ class Choice:
 
 def step_law(hidden: float, tokens: float) -> Choice:
     """eta = 1.79 N^-0.713 D^0.307 and B = 0.58 D^0.571, N without embeddings. (arXiv 2503.04715)"""
-    beyond = hidden > 1e9 or tokens > 1e11
-    return Choice(
-        "step-law",
-        1.79 * hidden**-0.713 * tokens**0.307,
-        SP,
-        0.58 * tokens**0.571,
-        None,
-        None,
-        "Step Law, arXiv 2503.04715; N without embeddings from memory, unverified",
-        "secondary source: several; verified in data: step-law/steplaw",
-        "its largest runs had 1e9 parameters and 1e11 tokens" if beyond else "",
-    )
+    lr, batch = 1.79 * hidden**-0.713 * tokens**0.307, 0.58 * tokens**0.571
+    source = "Step Law, arXiv 2503.04715; N without embeddings from memory, unverified"
+    confidence = "secondary source: several; verified in data: step-law/steplaw"
+    beyond = "its largest runs had 1e9 parameters and 1e11 tokens" if hidden > 1e9 or tokens > 1e11 else ""
+    return Choice("step-law", lr, SP, batch, None, None, source, confidence, beyond)
 
 
 DEEPSEEK_LR = PowerLaw(0.3118, -0.1250, "DeepSeek LLM, arXiv 2401.02954", "secondary source")
@@ -49,17 +42,9 @@ DEEPSEEK_BATCH = PowerLaw(0.2920, 0.3271, "DeepSeek LLM, arXiv 2401.02954", "sec
 def deepseek(flops: float) -> Choice:
     """eta = 0.3118 C^-0.125 and B = 0.292 C^0.3271, C the training operations of all but the embeddings, all of
     attention counted. (arXiv 2401.02954)"""
-    return Choice(
-        "deepseek",
-        DEEPSEEK_LR(flops),
-        SP,
-        DEEPSEEK_BATCH(flops),
-        None,
-        None,
-        DEEPSEEK_LR.source,
-        DEEPSEEK_LR.confidence,
-        "" if 1e17 <= flops <= 2e19 else "fitted on 1e17 to 2e19 FLOPs (from memory, unverified)",
-    )
+    lr, batch = DEEPSEEK_LR(flops), DEEPSEEK_BATCH(flops)
+    beyond = "" if 1e17 <= flops <= 2e19 else "fitted on 1e17 to 2e19 FLOPs (from memory, unverified)"
+    return Choice("deepseek", lr, SP, batch, None, None, DEEPSEEK_LR.source, DEEPSEEK_LR.confidence, beyond)
 
 
 def nanochat(tokens: float) -> Choice:
@@ -68,29 +53,16 @@ def nanochat(tokens: float) -> Choice:
     at_depth_12, reference = 12 * 110.1e6, 2**19
     batch = 2 ** round(math.log2(reference * (tokens / at_depth_12) ** 0.383))
     root = math.sqrt(batch / reference)
-    return Choice(
-        "nanochat-like",
-        0.02 * root,
-        "Muon's, in spectral norm: not comparable",
-        batch,
-        0.28 * root * at_depth_12 / tokens,
-        None,
-        "karpathy/nanochat, scripts/base_train.py at 00255c1; D_12 for a vocabulary of 32,768",
-        "verified in code; its size at depth 12: secondary source",
-    )
+    rate, decay = "Muon's, in spectral norm: not comparable", 0.28 * root * at_depth_12 / tokens
+    source = "karpathy/nanochat, scripts/base_train.py at 00255c1; D_12 for a vocabulary of 32,768"
+    confidence = "verified in code; its size at depth 12: secondary source"
+    return Choice("nanochat-like", 0.02 * root, rate, batch, decay, None, source, confidence)
 
 
 def olmo_ladder(hidden: float) -> Choice:
     """eta = 0.0047 (N / 108e6)^(-1/3) / 2 and B = 2048 x 160 (N / 108e6)^(2/3), whatever the tokens."""
     ratio = hidden / 108e6
-    batch = 2048 * 160 * ratio ** (2 / 3)
-    return Choice(
-        "olmo-ladder",
-        0.0047 * ratio ** (-1 / 3) / 2,
-        SP,
-        batch,
-        0.1,
-        0.95 if batch >= 524_288 else 0.99,
-        "allenai/OLMo-core, model_ladder/wsds_chinchilla_run_configurator.py; N without embeddings, unverified",
-        "verified in code",
-    )
+    lr, batch = 0.0047 * ratio ** (-1 / 3) / 2, 2048 * 160 * ratio ** (2 / 3)
+    beta2 = 0.95 if batch >= 524_288 else 0.99
+    source = "allenai/OLMo-core, model_ladder/wsds_chinchilla_run_configurator.py; N without embeddings, unverified"
+    return Choice("olmo-ladder", lr, SP, batch, 0.1, beta2, source, "verified in code")

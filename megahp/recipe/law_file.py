@@ -16,12 +16,7 @@ from megahp.config import toml_value
 from megahp.errors import UserError
 from megahp.scaling.laws import LossLaw, PowerLaw
 
-KINDS: dict[str, type[LossLaw] | type[PowerLaw]] = {
-    "loss": LossLaw,
-    "timescale": PowerLaw,
-    "optimal_batch": PowerLaw,
-    "critical_batch": PowerLaw,
-}
+KINDS: dict[str, Any] = {"loss": LossLaw, **dict.fromkeys(("timescale", "optimal_batch", "critical_batch"), PowerLaw)}
 _ABOVE_0 = ("scale", "a", "b", "alpha", "beta")
 
 
@@ -85,7 +80,7 @@ def _convert(value: Any, kind: Any) -> Any:
         if not isinstance(value, list):
             raise TypeError("a list")
         if items[-1] is ...:
-            return tuple(_convert(item, items[0]) for item in value)
+            items = (items[0],) * len(value)
         if len(value) != len(items):
             raise TypeError(f"{len(items)} numbers")
         return tuple(_convert(item, part) for item, part in zip(value, items, strict=True))

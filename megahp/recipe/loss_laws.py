@@ -13,51 +13,25 @@ from megahp.recipe import law_file
 from megahp.scaling.laws import LossLaw
 
 _HOFFMANN = "Hoffmann et al., arXiv 2203.15556"
-_CHECKED = "verified in code: epoch-research/analyzing-chinchilla"
-# Of the models Hoffmann et al. trained, as their abstract has it.
-_PARAMETERS, _TOKENS = (7e7, 1.6e10), (5e9, 5e11)
+# The two ranges: of the models Hoffmann et al. trained, as their abstract has it.
+_CHECKED = "verified in code: epoch-research/analyzing-chinchilla", (7e7, 1.6e10), (5e9, 5e11)
+_UNROUNDED = math.exp(0.5267228), math.exp(6.0073404), math.exp(6.0179186), 0.33917084, 0.2849083
+_BESIROGLU = (
+    "Besiroglu et al., arXiv 2404.10102, a second fit of Hoffmann's runs; standard errors 0.03, 125, 1293, 0.015, 0.021"
+)
+_GADRE = (
+    "Gadre et al., arXiv 2403.08540: RedPajama runs, loss on C4",
+    "computed from the authors' released runs; gives the two errors their notebook prints, 0.71 % and 0.73 %",
+)
 
 LOSS_LAWS = {
     # The rounded constants give 93 tokens per parameter at 5.76e23 FLOPs, where the paper trained with 20.
-    "hoffmann-rounded": LossLaw(
-        1.69, 406.4, 410.7, 0.34, 0.28, f"{_HOFFMANN}, as printed", _CHECKED, parameters=_PARAMETERS, tokens=_TOKENS
-    ),
-    "hoffmann": LossLaw(
-        math.exp(0.5267228),
-        math.exp(6.0073404),
-        math.exp(6.0179186),
-        0.33917084,
-        0.2849083,
-        f"{_HOFFMANN}, unrounded, from its TeX source",
-        _CHECKED,
-        parameters=_PARAMETERS,
-        tokens=_TOKENS,
-    ),
-    "besiroglu": LossLaw(
-        1.8169,
-        482.01,
-        2085.43,
-        0.3478,
-        0.3658,
-        "Besiroglu et al., arXiv 2404.10102, a second fit of Hoffmann's runs; standard errors 0.03, 125, 1293, 0.015, "
-        "0.021",
-        _CHECKED,
-        parameters=_PARAMETERS,
-        tokens=_TOKENS,
-    ),
+    "hoffmann-rounded": LossLaw(1.69, 406.4, 410.7, 0.34, 0.28, f"{_HOFFMANN}, as printed", *_CHECKED),
+    "hoffmann": LossLaw(*_UNROUNDED, f"{_HOFFMANN}, unrounded, from its TeX source", *_CHECKED),
+    "besiroglu": LossLaw(1.8169, 482.01, 2085.43, 0.3478, 0.3658, _BESIROGLU, *_CHECKED),
     # mlfoundations/scaling prints no constants: these are the least-squares solution of its five RedPajama runs and
     # their losses on C4, and miss its two held-out runs by the 0.7103 % and 0.7320 % that its notebook prints.
-    "gadre": LossLaw(
-        1.836648,
-        166.2110,
-        287.1681,
-        0.2728507,
-        0.2728507,
-        "Gadre et al., arXiv 2403.08540: RedPajama runs, loss on C4",
-        "computed from the authors' released runs; gives the two errors their notebook prints, 0.71 % and 0.73 %",
-        parameters=(1.06e7, 4.12e8),
-        tokens=(2.1e8, 8.3e9),
-    ),
+    "gadre": LossLaw(1.836648, 166.2110, 287.1681, 0.2728507, 0.2728507, *_GADRE, (1.06e7, 4.12e8), (2.1e8, 8.3e9)),
 }
 DEFAULT = "besiroglu"
 # Relative, of the larger of two held-out runs, 6.9B parameters. (verified in code: the authors' notebook)

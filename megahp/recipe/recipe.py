@@ -15,8 +15,7 @@ from typing import Any
 from megahp.config import Config, Model, get, resolve, with_values
 from megahp.config.resolve import Resolved
 from megahp.errors import UserError, nearest_multiples
-from megahp.recipe import hyperparameter_laws
-from megahp.recipe.hyperparameter_laws import Choice
+from megahp.recipe.hyperparameter_laws import Choice, deepseek, nanochat, olmo_ladder, step_law
 from megahp.recipe.sizing import Given, outside_embeddings, refuse_mistakes, shaped, tokens_for
 from megahp.scaling import flops, power_laws
 from megahp.scaling.batch import BatchPlan, Progress, sizes
@@ -162,13 +161,7 @@ def rules(model: Model, length: int, tokens: float) -> list[Choice]:
     """What other people's rules would choose."""
     hidden = outside_embeddings(model, length)
     per_token = flops.training_flops(model, length, causal=False) - 6 * model.width * model.padded_vocab
-    others = hyperparameter_laws
-    return [
-        others.step_law(hidden, tokens),
-        others.deepseek(per_token * tokens),
-        others.nanochat(tokens),
-        others.olmo_ladder(hidden),
-    ]
+    return [step_law(hidden, tokens), deepseek(per_token * tokens), nanochat(tokens), olmo_ladder(hidden)]
 
 
 def _tree(base: Base, model: Model, tokens: int, n: int, choice: Choice | None) -> list[tuple[str, dict[str, Any]]]:
@@ -206,10 +199,9 @@ def _batch_settings(
     if micro > 1 and (wanted % unit if given.batch else wanted < 4 * unit):
         return _batch_settings(run, given, laws, choice, n, ranks, micro // 2)
     if given.batch and (given.batch % unit or given.batch < least):
-        raise UserError(
-            f"--batch {given.batch} cannot be shared out over {ranks} data-parallel ranks; "
-            f"nearest that can be: {nearest_multiples(unit, max(given.batch, least))}"
-        )
+        near = nearest_multiples(unit, max(given.batch, least))
+        why = f"--batch {given.batch} cannot be shared out over {ranks} data-parallel ranks"
+        raise UserError(f"{why}; nearest that can be: {near}")
     batch = max(least, round(wanted / unit) * unit)
     settings: dict[str, Any] = {"policy": "law" if grows else "constant", "global_batch": batch, "micro_batch": micro}
     if grows and laws.critical_batch is not power_laws.CRITICAL_BATCH:

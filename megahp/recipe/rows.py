@@ -51,9 +51,8 @@ def _size(plan: Plan) -> Iterator[Row]:
     yield Row("tokens", plan.tokens, tokens, *(OURS if "nothing else" in tokens else loss if "L(" in tokens else GIVEN))
     yield Row("tokens per parameter", plan.tokens / plan.parameters, "D / N", *COUNTED)
     ratio = f"width / layers near {RATIO(plan.outside_embeddings):.3g}; size near the wanted one"
-    yield Row(
-        "width x layers", f"{model.width} x {model.layers}", *(("given", *GIVEN) if own else (ratio, *_by(RATIO)))
-    )
+    how = ("given", *GIVEN) if own else (ratio, *_by(RATIO))
+    yield Row("width x layers", f"{model.width} x {model.layers}", *how)
     yield Row("heads x head size", f"{model.heads} x {model.head_size}", "the head size of base or preset", *OURS)
     yield Row("MLP width", model.mlp_width, f"{model.mlp_width / model.width:.3g} widths, of base or preset", *OURS)
 
@@ -142,22 +141,18 @@ def _outcome(plan: Plan) -> Iterator[Row]:
 def notes(plan: Plan) -> list[str]:
     """What is outside the range of a law, and what was not tuned for."""
     laws, tokens, choice = plan.laws, plan.tokens, plan.choice
-    optimal, critical, own = laws.optimal_batch, laws.critical_batch, plan.given.width and plan.given.layers
-    used = [
-        ("loss", "N", plan.parameters, laws.loss.parameters, laws.loss.source),
-        ("loss", "D", tokens, laws.loss.tokens, laws.loss.source),
-        *([] if own else [("shape", "N without embeddings", plan.outside_embeddings, RATIO.fitted, RATIO.source)]),
-        *(
-            []
-            if choice
-            else [("tau_opt", "TPP", tokens / plan.parameters, laws.timescale.fitted, laws.timescale.source)]
-        ),
-        ("B_opt", "D", tokens, optimal.fitted, optimal.source),
-        ("B_crit", "D_min", plan.least_tokens, critical.fitted, critical.source),
+    loss, critical, own = laws.loss, laws.critical_batch, plan.given.width and plan.given.layers
+    used: list[tuple[str, str, float, tuple[float, float], Any]] = [
+        ("loss", "N", plan.parameters, loss.parameters, loss),
+        ("loss", "D", tokens, loss.tokens, loss),
+        *([] if own else [("shape", "N without embeddings", plan.outside_embeddings, RATIO.fitted, RATIO)]),
+        *([] if choice else [("tau_opt", "TPP", tokens / plan.parameters, laws.timescale.fitted, laws.timescale)]),
+        ("B_opt", "D", tokens, laws.optimal_batch.fitted, laws.optimal_batch),
+        ("B_crit", "D_min", plan.least_tokens, critical.fitted, critical),
     ]
     found = [
-        f"{name}: {symbol} = {value:.3g} is outside {low:.3g} to {high:.3g}, where the law was fitted ({source})"
-        for name, symbol, value, (low, high), source in used
+        f"{name}: {symbol} = {value:.3g} is outside {low:.3g} to {high:.3g}, where the law was fitted ({law.source})"
+        for name, symbol, value, (low, high), law in used
         if not 0.99 * low <= value <= 1.01 * high  # 20 TPP are 19.9 of the exact parameters
     ]
     if (batch := tokens / plan.steps) > (limit := critical(plan.least_tokens)):
@@ -175,16 +170,12 @@ def notes(plan: Plan) -> list[str]:
 
 def choices(plan: Plan) -> list[Choice]:
     """This plan, at the batch of a run with one batch and as many steps; then what other rules would have chosen."""
-    run, batch = plan.run, plan.tokens / plan.steps
-    decay = (
-        plan.weight_decay
-        if plan.choice
-        else plan.weight_decay * batch / (run.batch.global_batch * run.data.sequence_length)
-    )
-    by, kind = plan.choice or plan.base, f"AdamW, {run.parameterization.name}"
-    own = Choice(
-        f"megahp, {plan.laws.rule}", plan.lr, kind, batch, decay, run.optimizer.beta2, by.source, by.confidence
-    )
+    run, batch, decay = plan.run, plan.tokens / plan.steps, plan.weight_decay
+    if not plan.choice:
+        decay = decay * batch / (run.batch.global_batch * run.data.sequence_length)
+    by, beta2 = _by(plan.choice or plan.base), run.optimizer.beta2
+    rule, kind = f"megahp, {plan.laws.rule}", f"AdamW, {run.parameterization.name}"
+    own = Choice(rule, plan.lr, kind, batch, decay, beta2, *by)
     others = rules(run.model, run.data.sequence_length, plan.tokens)
     return [own, *(other for other in others if other.rule != plan.laws.rule)]
 

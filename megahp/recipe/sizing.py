@@ -60,9 +60,8 @@ def refuse_mistakes(given: Given, law: LossLaw) -> None:
         if value is not None and not (0 < value < math.inf and (value <= 1 or not share)):
             raise UserError(f"{_option(f.name)} {value:g} must be above 0{' and at most 1' if share else ''}")
     if given.gpus and not given.peak_flops or given.days and not given.gpus:
-        raise UserError(
-            "--days needs --gpus, and --gpus needs --gpu or --peak-flops; leave them out, or add what lacks"
-        )
+        needs = "--days needs --gpus, and --gpus needs --gpu or --peak-flops"
+        raise UserError(f"{needs}; leave them out, or add what lacks")
     if (given.peak_flops or given.mfu) and not given.gpus:
         raise UserError("--gpu, --peak-flops and --mfu have no effect without --gpus; add it, or leave them out")
     if given.target_loss and given.target_loss <= law.floor:
@@ -111,12 +110,10 @@ def tokens_for(parameters: float, per_token: float, given: Given, law: LossLaw) 
     """D of this many parameters, and its formula. per_token: the exact FLOPs, which a cluster's days are days of."""
     if given.tokens:
         return given.tokens, "given"
+    if given.days:
+        return given.compute / per_token, "C / exact FLOPs"
     if given.compute:
-        return (
-            (given.compute / per_token, "C / exact FLOPs")
-            if given.days
-            else (given.compute / 6 / parameters, "C / 6 N")
-        )
+        return given.compute / 6 / parameters, "C / 6 N"
     if given.target_loss:
         left = given.target_loss - law.floor - law.a / parameters**law.alpha
         return _inverse(left, law.b, law.beta, given, f"{parameters:.3g} parameters"), "D of L(N, D) = target"
@@ -167,9 +164,9 @@ def scaled(template: Model, width: int, layers: int) -> Model:
     if width == template.width:
         return replace(template, layers=layers)
     if width % template.head_size:
+        near = nearest_multiples(template.head_size, width)
         raise UserError(
-            f"--width {width} is not a multiple of the head size {template.head_size}; "
-            f"nearest that are: {nearest_multiples(template.head_size, width)}"
+            f"--width {width} is not a multiple of the head size {template.head_size}; nearest that are: {near}"
         )
     heads, mlp = width // template.head_size, resolve.mlp_width(template.activation, width)
     if template.mlp_width != resolve.mlp_width(template.activation, template.width):

@@ -13,18 +13,16 @@ COLUMNS = 120
 
 def table(rows: Sequence[Row], notes: Sequence[str]) -> str:
     sources = list(dict.fromkeys((row.source, row.confidence) for row in rows))
-    lines = [
-        f"{row.name:<27}{shown(row.value):<26} {row.formula}  [{1 + sources.index((row.source, row.confidence))}]"
-        for row in rows
-    ]
-    return "\n".join(
-        [
-            *(part for line in lines for part in _wrapped(line, 54)),
-            "",
-            *(part for i, (by, sure) in enumerate(sources, 1) for part in _wrapped(f"[{i}] {by} ({sure})", 4)),
-            *(part for note in notes for part in _wrapped(f"Note: {note}", 6)),
-        ]
-    )
+    lines = []
+    for row in rows:
+        number = 1 + sources.index((row.source, row.confidence))
+        lines += _wrapped(f"{row.name:<27}{shown(row.value):<26} {row.formula}  [{number}]", 54)
+    lines.append("")
+    for number, (source, confidence) in enumerate(sources, 1):
+        lines += _wrapped(f"[{number}] {source} ({confidence})", 4)
+    for note in notes:
+        lines += _wrapped(f"Note: {note}", 6)
+    return "\n".join(lines)
 
 
 def comparison(choices: Sequence[Choice]) -> str:
@@ -34,10 +32,8 @@ def comparison(choices: Sequence[Choice]) -> str:
     for each in choices:
         decay, beta2 = ("open" if value is None else f"{value:.4g}" for value in (each.weight_decay, each.beta2))
         lines.append(form.format(each.rule, f"{each.lr:.4g}", f"{each.batch:,.0f}", decay, beta2, each.rate))
-    lines += [
-        "",
-        "Learning rates of different parameterizations are rates of different things; open = the rule does not say.",
-    ]
+    about = "Learning rates of different parameterizations are rates of different things; open = the rule does not say."
+    lines += ["", about]
     for each in choices:
         outside = f"; {each.outside}" if each.outside else ""
         lines += _wrapped(f"{each.rule}: {each.source} ({each.confidence}){outside}", 2)

@@ -30,6 +30,7 @@ from megahp.report.numbers import (
     window_of,
 )
 
+RUNS = ("#2b5fa8", "#b5539c", "#2d8a57", "#8a6d1a", "#6a55c2", "#1d8a99")
 PALETTE = {
     "paper": "#fbfbfa",
     "ink": "#1c2128",
@@ -37,35 +38,21 @@ PALETTE = {
     "rule": "#e3e5e9",
     "accent": "#c8641e",
     "warn": "#b3261e",
-    "run0": "#2b5fa8",
-    "run1": "#b5539c",
-    "run2": "#2d8a57",
-    "run3": "#8a6d1a",
-    "run4": "#6a55c2",
-    "run5": "#1d8a99",
+    **{f"run{run}": hue for run, hue in enumerate(RUNS)},
 }
 STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "text.color": PALETTE["ink"],
     "text.parse_math": False,  # a $ in a name or a reason is a $
-    "axes.edgecolor": PALETTE["rule"],
-    "axes.labelcolor": PALETTE["muted"],
-    "axes.grid": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.axisbelow": True,
-    "grid.color": PALETTE["rule"],
+    **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), PALETTE["muted"]),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), PALETTE["rule"]),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "svg.fonttype"), "none"),
     "grid.linewidth": 0.7,
-    "xtick.color": PALETTE["muted"],
-    "ytick.color": PALETTE["muted"],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
     "lines.linewidth": 1.5,
     "lines.solid_capstyle": "round",
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "svg.fonttype": "none",
 }
 MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # drawn, and written in a caption
 Mark = tuple[int, int, Record]  # number in the table of events, run, event
@@ -73,37 +60,27 @@ Mark = tuple[int, int, Record]  # number in the table of events, run, event
 
 def colour(run: int) -> str:
     """The name in `PALETTE` of a run's colour; they repeat after six."""
-    return f"run{run % 6}"
+    return f"run{run % len(RUNS)}"
 
 
 def loss_figure(runs: Sequence[LoggedRun]) -> str:
     """Loss against tokens: every step faint, their smoothed course, validation points, baselines."""
 
     def draw(axes: Any) -> None:
+        ticks = {"color": PALETTE["warn"], "ms": 9, "mew": 1.5, "clip_on": False}
         for index, run in enumerate(runs):
-            trend(axes, run, "loss", PALETTE[colour(index)])
-            validation_points(axes, run, PALETTE[colour(index)])
-            skipped_ticks(axes, run)
+            hue, tokens, validation = PALETTE[colour(index)], run.column("tokens"), run.column("validation_loss")
+            trend(axes, run, "loss", hue)
+            # An open circle for every validation, and a tick on the x axis for every step that was not taken.
+            points = thin(tokens[np.isfinite(validation)], validation[np.isfinite(validation)])
+            axes.plot(*points, "o", color=hue, ms=5, mew=1.4, mfc=PALETTE["paper"], zorder=4)
+            missed = [record["tokens"] for record in run.steps if record.get("skipped")]
+            if missed:  # an empty line that is not clipped would still be given room
+                axes.plot(missed, [0] * len(missed), "|", transform=axes.get_xaxis_transform(), **ticks)
         baselines(axes, runs)
         axes.set_ylabel("nats per token")
 
     return plot(draw, runs, "Loss against tokens", 10, 4.2)
-
-
-def validation_points(axes: Any, run: LoggedRun, hue: str) -> None:
-    """An open circle for every validation."""
-    loss = run.column("validation_loss")
-    known = np.isfinite(loss)
-    points = thin(run.column("tokens")[known], loss[known])
-    axes.plot(*points, "o", color=hue, ms=5, mew=1.4, mfc=PALETTE["paper"], zorder=4)
-
-
-def skipped_ticks(axes: Any, run: LoggedRun) -> None:
-    """A tick on the x axis for every step that was not taken."""
-    tokens = [record["tokens"] for record in run.steps if record.get("skipped")]
-    style = {"color": PALETTE["warn"], "ms": 9, "mew": 1.5, "clip_on": False}
-    if tokens:  # an empty line that is not clipped would still be given room
-        axes.plot(tokens, [0] * len(tokens), "|", transform=axes.get_xaxis_transform(), **style)
 
 
 def baselines(axes: Any, runs: Sequence[LoggedRun]) -> None:
@@ -159,9 +136,8 @@ def batch_figure(runs: Sequence[LoggedRun], marks: Sequence[Mark]) -> str:
         span = max(run.steps[-1]["tokens"] for run in runs) or 1
         labelled = -1.0
         for number, index, event in marks:
-            if event["tokens"] > span:
+            if (at := event["tokens"]) > span:
                 continue  # the run went back to before it
-            at = event["tokens"]
             axes.axvline(at, color=PALETTE[colour(index)], lw=0.9, alpha=0.45, gid=f"event {number}")
             if at / span - labelled > 0.018:  # nearer than this, two numbers would touch
                 note(axes, str(number), (at, 1), ("data", "axes fraction"), "center")
@@ -234,8 +210,7 @@ def stairs(run: LoggedRun, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def second(index: int, runs: Sequence[LoggedRun]) -> dict[str, Any]:
     """The line style of a figure's second quantity."""
-    name = "accent" if len(runs) == 1 else colour(index)
-    return {"color": PALETTE[name], "ls": (0, (3, 1.3)), "lw": 1.3}
+    return {"color": PALETTE["accent" if len(runs) == 1 else colour(index)], "ls": (0, (3, 1.3)), "lw": 1.3}
 
 
 def focus(axes: Any, losses: Sequence[np.ndarray], levels: Sequence[float]) -> float:
@@ -295,13 +270,7 @@ def plot(
     tooltips: dict[str, str] | None = None,
 ) -> str:
     """One figure of width x height inches as SVG; its x axis is the tokens of `runs`, if there are any."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("a report needs matplotlib, which is missing; pip install matplotlib") from None
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
-        figure = Figure(figsize=(width, height), layout="constrained")
+    with _styled("a report", width, height, {"svg.hashsalt": title}) as figure:
         axes = figure.add_subplot()
         axes.grid(axis="x", visible=False)
         if runs:
@@ -315,16 +284,22 @@ def plot(
 
 
 @contextmanager
-def plot_in(file: Path, width: float, height: float) -> Iterator[Any]:
-    """A figure of so many inches in the report's style, to be drawn on, and then written to a tool's or a command's
-    file. Raises UserError."""
+def _styled(what: str, width: float, height: float, style: dict[Any, Any]) -> Iterator[Any]:
+    """A figure of so many inches in the report's style, with what `style` changes. what: for whom. Raises UserError."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError(f"{file} needs matplotlib, which is missing; pip install matplotlib") from None
-    with matplotlib.rc_context({**STYLE, "figure.facecolor": PALETTE["paper"]}):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        raise UserError(f"{what} needs matplotlib, which is missing; pip install matplotlib") from None
+    with matplotlib.rc_context({**STYLE, **style}):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+@contextmanager
+def plot_in(file: Path, width: float, height: float) -> Iterator[Any]:
+    """A figure of so many inches in the report's style, to be drawn on, and then written to a tool's or a command's
+    file. Raises UserError."""
+    with _styled(str(file), width, height, {"figure.facecolor": PALETTE["paper"]}) as figure:
         yield figure
         try:
             figure.savefig(file)

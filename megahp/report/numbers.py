@@ -1,7 +1,7 @@
 """What a report says about a run: its numbers, and whether they look healthy."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,21 +13,20 @@ from megahp.scaling.schedules import dual_coefficients
 
 def summary(run: LoggedRun) -> dict[str, str]:
     """What the table on top says of a run: label to value, "" where it is not known."""
-    loss, tokens = final(run, "loss"), run.steps[-1]["tokens"]
-    validation = last(run, "validation_loss")
+    loss, validation = final(run, "loss"), last(run, "validation_loss")
     best = loss if validation is None else validation
     seconds = training_seconds(run)
     return {
-        "Final loss": nats(loss),
-        "Validation loss": nats(validation),
+        "Final loss": shown(loss),
+        "Validation loss": shown(validation),
         "Unigram baseline": against(best, run.baselines.get("unigram")),
         "Bigram baseline": against(best, run.baselines.get("bigram")),
-        "Tokens": f"{tokens:,}",
+        "Tokens": f"{run.steps[-1]['tokens']:,}",
         "Steps": f"{run.steps[-1]['step']:,}",
         "Steps skipped": f"{skipped(run):,}",
         "Training time": human_duration(seconds) if seconds else "",
-        "Tokens per second": count(median(run, "tokens_per_second")),
-        "Peak learning rate": "" if (peak := highest(run, "lr")) is None else f"{peak:.3g}",
+        "Tokens per second": shown(over(run, "tokens_per_second", np.nanmedian), human_count),
+        "Peak learning rate": shown(over(run, "lr", np.nanmax), "{:.3g}".format),
         "Global batch": change(run, "global_batch"),
         "Noise scale": change(run, "noise_scale"),
     }
@@ -60,8 +59,7 @@ def loss_check(run: LoggedRun) -> tuple[bool, str] | None:
 
 def stability_check(run: LoggedRun) -> tuple[bool, str] | None:
     """Has the loss come back from every spike?"""
-    losses = run.column("loss")
-    losses = losses[np.isfinite(losses)]
+    losses = finite(run, "loss")
     if len(losses) < 2:
         return None
     course = [part.mean() for part in np.array_split(losses, min(20, len(losses)))]  # single steps are noise
@@ -113,19 +111,19 @@ def last(run: LoggedRun, key: str) -> float | None:
 
 def final(run: LoggedRun, key: str) -> float | None:
     """Mean of the last 5 % of the steps that have a number: one step alone is noise."""
-    values = run.column(key)
-    values = values[np.isfinite(values)]
+    values = finite(run, key)
     return float(values[-max(1, len(run.steps) // 20) :].mean()) if len(values) else None
 
 
-def median(run: LoggedRun, key: str) -> float | None:
-    """The middle of all numbers under a key, or None."""
-    return float(np.nanmedian(run.column(key))) if known([run], key) else None
+def over(run: LoggedRun, key: str, statistic: Callable[[np.ndarray], float]) -> float | None:
+    """A statistic of all numbers under a key, or None."""
+    return float(statistic(run.column(key))) if known([run], key) else None
 
 
-def highest(run: LoggedRun, key: str) -> float | None:
-    """The largest number under a key, or None."""
-    return float(np.nanmax(run.column(key))) if known([run], key) else None
+def finite(run: LoggedRun, key: str) -> np.ndarray:
+    """All finite numbers under a key."""
+    values = run.column(key)
+    return values[np.isfinite(values)]
 
 
 def skipped(run: LoggedRun) -> int:
@@ -184,18 +182,15 @@ def decayed(run: LoggedRun) -> bool:
     return any((record.get("lr") or 0) * (record.get("weight_decay") or 0) > 0 for record in run.steps)
 
 
-def nats(loss: float | None) -> str:
-    return "" if loss is None else f"{loss:.4f}"
-
-
-def count(number: float | None) -> str:
-    return "" if number is None else human_count(number)
+def shown(number: float | None, form: Callable[[float], str] = "{:.4f}".format) -> str:
+    """A number as text, as it stands a loss in nats; "" where it is not known."""
+    return "" if number is None else form(number)
 
 
 def against(loss: float | None, baseline: float | None) -> str:
     """A baseline, and where the loss stands to it."""
     if loss is None or baseline is None:
-        return nats(baseline)
+        return shown(baseline)
     side = "below" if loss <= baseline else "above"
     return f"{baseline:.4f} ({abs(loss - baseline):.4f} {side})"
 
@@ -203,7 +198,7 @@ def against(loss: float | None, baseline: float | None) -> str:
 def change(run: LoggedRun, key: str) -> str:
     """First and last number under a key."""
     first = next((value for record in run.steps if (value := record.get(key)) is not None), None)
-    start, end = count(first), count(last(run, key))
+    start, end = shown(first, human_count), shown(last(run, key), human_count)
     return start if start == end else f"{start} to {end}"
 
 

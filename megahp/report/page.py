@@ -28,8 +28,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     for index, run in enumerate(read):
         if names[run.name] > 1:  # two directories of the same name are told apart by their paths
             read[index] = replace(run, name=str(runs[index]))
-    text = page(read)
-    part = out.with_suffix(".part")
+    text, part = page(read), out.with_suffix(".part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
@@ -58,10 +57,9 @@ def page(runs: Sequence[LoggedRun]) -> str:
     batch = strokes(runs, "global batch", "noise scale", target) + "In examples. Numbered lines are the events below."
     norms = strokes(runs, "one example, on average", "the whole batch")
     squares = "grad_sq_example grad_sq_batch"
-    top = "top" if len(runs) == 1 else "top many"
     parts = [
         f'<header><p class="kicker">megahp run report</p><h1>{heading}</h1></header>',
-        f'<section class="{top}">{table_of(runs)}{health_of(runs)}</section>',
+        f'<section class="top{" many" if len(runs) > 1 else ""}">{table_of(runs)}{health_of(runs)}</section>',
         section(runs, "Loss", loss_caption(runs), "loss validation_loss", figures.loss_figure),
         section(runs, "Batch size and noise scale", batch, "global_batch noise_scale",
                 lambda runs: figures.batch_figure(runs, marks)),
@@ -101,12 +99,8 @@ def strokes(runs: Sequence[LoggedRun], solid: str, dashed: str, dotted: str = ""
     """Which quantity is the solid line, which the dashed and, if there is one, which the dotted."""
     first, second = ("run0", "accent") if len(runs) == 1 else ("muted", "muted")
     lines = [("solid", first, solid), ("dashed", second, dashed), ("dotted", first, dotted)]
-    spans = (
-        f'<span class="stroke" style="border-top:2px {line} var(--{hue})"></span>{name}'
-        for line, hue, name in lines
-        if name
-    )
-    return "".join(spans) + ". "
+    form = '<span class="stroke" style="border-top:2px {} var(--{})"></span>{}'
+    return "".join(form.format(*line) for line in lines if line[-1]) + ". "
 
 
 def kinds_of(runs: Sequence[LoggedRun]) -> str:
@@ -220,10 +214,8 @@ def events_of(runs: Sequence[LoggedRun], marks: Sequence[figures.Mark]) -> str:
 
 def sample_of(run: LoggedRun) -> str:
     """What the model wrote, if it was asked."""
-    text = run.sample
-    if not text:
-        return ""
-    return f"<section><h2>Sample of {escape(run.name)}</h2><blockquote>{escape(text)}</blockquote></section>"
+    text = f"<section><h2>Sample of {escape(run.name)}</h2><blockquote>{escape(run.sample)}</blockquote></section>"
+    return text if run.sample else ""
 
 
 def config_of(run: LoggedRun) -> str:
