@@ -47,9 +47,8 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     rows += [("all", whole)] if len(rows) > 1 else []
     if options.json:
         told = [{"file": name} | asdict(score) | score.numbers() for name, score in rows]
-        print(
-            json.dumps({"checkpoint": str(origin.path), "context": context, "stride": stride, "files": told}, indent=2)
-        )
+        found = {"checkpoint": str(origin.path), "context": context, "stride": stride, "files": told}
+        print(json.dumps(found, indent=2))
         return 0
     print(f"{origin.path}, windows of {context} tokens, {stride} apart")
     width = max(len(name) for name, _ in rows) + 1

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megahp.cluster.job import BAD_NODES, OWN, Job, submit
-from megahp.commands.arguments import add_run_file
+from megahp.commands.arguments import add_run_file, at_least
 from megahp.commands.chain import Chain, chain_of, outlook
 from megahp.config import resolve
 from megahp.errors import UserError
@@ -51,9 +51,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    for name in ("nodes", "ranks_per_node"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    at_least(options, nodes=1, ranks_per_node=1)
     for name in ("patience", "speed"):
         if (value := getattr(options, name)) is not None and (options.grow is None or not value > 0):
             raise UserError(f"--{name} {value:g} goes with --grow N, and is above 0")
@@ -64,7 +62,11 @@ def run(options: Namespace, words: Sequence[str]) -> int:
             "it out, and give --grow N for more nodes as the batch grows"
         )
     chain = None if options.grow is None else chain_of(options, settings)
-    job = first_of_chain(options, chain) if chain else job_of(options)
+    asked = {name: getattr(options, name) for name in ("time", "partition", "account", "exclude", "sbatch")}
+    tasks = options.ranks_per_node if options.launcher == "srun" else 1
+    job = Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **asked)
+    if chain:
+        job = first_of_chain(options, chain, job)
 
     from megahp.train.prepare import prepare
 
@@ -80,15 +82,8 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     return FINISHED
 
 
-def job_of(options: Namespace) -> Job:
-    """What the options ask for."""
-    asked = {name: getattr(options, name) for name in ("time", "partition", "account", "exclude", "sbatch")}
-    tasks = options.ranks_per_node if options.launcher == "srun" else 1
-    return Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **asked)
-
-
-def first_of_chain(options: Namespace, chain: Chain) -> Job:
-    """The job with which a run that grows begins, or goes on. Raises UserError."""
+def first_of_chain(options: Namespace, chain: Chain, job: Job) -> Job:
+    """What is asked for as the job with which a run that grows begins, or goes on. Raises UserError."""
     if options.launcher != "srun":
         raise UserError(
             f"--launcher {options.launcher} with --grow: its jobs start one task a rank; leave one of them out"
@@ -96,4 +91,4 @@ def first_of_chain(options: Namespace, chain: Chain) -> Job:
     nodes = chain.growth.wanted(chain.batch)
     patience = math.ceil(60 * (PATIENCE if options.patience is None else options.patience))
     variables = f"nodes={options.nodes} grow={options.grow} patience={patience} chain=${{1:-$SLURM_JOB_ID}} before=$2"
-    return replace(job_of(options), script=GROWING, nodes=nodes, own=OWN_IN_CHAINS, variables=variables)
+    return replace(job, script=GROWING, nodes=nodes, own=OWN_IN_CHAINS, variables=variables)
