@@ -10,12 +10,13 @@ import torch
 
 def machine_of(device: torch.device) -> dict[str, Any]:
     """Where this was measured."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = f"{models[0].partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def cpu_name() -> str:
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{models[0].partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def synchronize(device: torch.device) -> None:

@@ -41,7 +41,8 @@ class Job:
         text = (folder() / self.script).read_text().splitlines()
         own = {option_of(line): number for number, line in enumerate(text) if line.startswith("#SBATCH")}
         for option, value in {**self._options(settings), **more}.items():
-            line = f"#SBATCH --{option}={_quoted(value)}" if value else f"#SBATCH --{option}"
+            quoted = f'"{value}"' if re.search(r"\s", value) else value
+            line = f"#SBATCH --{option}={quoted}" if value else f"#SBATCH --{option}"
             if option in own:
                 text[own[option]] = line
             else:
@@ -96,10 +97,6 @@ class Job:
             return self.exclude.read_text().split() if self.exclude.exists() else []
         except OSError as error:
             raise UserError(f"--exclude {self.exclude} cannot be read ({error.strerror}); name a file") from None
-
-
-def _quoted(value: str) -> str:
-    return f'"{value}"' if re.search(r"\s", value) else value
 
 
 def option_of(line: str) -> str:

@@ -97,8 +97,7 @@ def send(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
         huggingface_folder.write(partial, settings, Tensors(path), tokenizer.eod, limit(arguments))
         write_tokenizer(partial, named, tokenizer)
         return tokenizer
-    legacy = arguments.target_format == "megatron-legacy"
-    megatron.write(partial, settings, Tensors(path), legacy, limit(arguments))
+    megatron.write(partial, settings, Tensors(path), arguments.target_format == "megatron-legacy", limit(arguments))
     if named != "bytes":
         shutil.copyfile(named, partial / f"tokenizer{Path(named).suffix}")
     return tokenizer
@@ -130,10 +129,8 @@ def compare(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int:
     tokens = torch.tensor([ids[: min(MOST_TOKENS, longest(settings))]])
     if not ids:
         raise UserError(f"--text {file} holds no text; name another file")
-    logits, (through, others) = (
-        our_logits(settings, weights_of(Tensors(path).items()), tokens),
-        their_logits(arguments, tokens),
-    )
+    logits = our_logits(settings, weights_of(Tensors(path).items()), tokens)
+    through, others = their_logits(arguments, theirs, tokens)
     difference, largest = (logits - others).abs().max().item(), logits.abs().max().item()
     print(
         f"logits: at most {difference:.3g} apart, {difference / largest:.2g} of the largest, on {tokens.numel()} "
@@ -142,9 +139,13 @@ def compare(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int:
     if not difference <= RTOL * largest:
         complain(f"more than {RTOL:g}: {arguments.target} is another model")
         return 1
-    if sending and through == "transformers" and their_ids(theirs, text) != ids:
-        complain(f"transformers makes other tokens of {file}: convert with another --tokenizer")
-        return 1
+    if sending and through == "transformers":
+        from transformers import AutoTokenizer
+
+        theirs_of = AutoTokenizer.from_pretrained(theirs, local_files_only=True)
+        if theirs_of(text, add_special_tokens=False)["input_ids"] != ids:
+            complain(f"transformers makes other tokens of {file}: convert with another --tokenizer")
+            return 1
     return 0
 
 
@@ -161,11 +162,9 @@ def our_logits(settings: Config, weights: Iterable[tuple[str, Tensor]], tokens: 
 
 
 @torch.no_grad()
-def their_logits(arguments: argparse.Namespace, tokens: Tensor) -> tuple[str, Tensor]:
+def their_logits(arguments: argparse.Namespace, folder: Path, tokens: Tensor) -> tuple[str, Tensor]:
     """Through what, and the logits of a folder of theirs."""
-    sending = arguments.source_format == "megahp"
-    form = arguments.target_format if sending else arguments.source_format
-    folder = arguments.target if sending else arguments.source
+    form = next(each for each in (arguments.source_format, arguments.target_format) if each != "megahp")
     if form != "huggingface" or importlib.util.find_spec("transformers") is None:
         layer, tensors = read(form, folder, resolve.parse_overrides(arguments.overrides).get("model", {}))
         settings = resolve.resolve([(str(folder), layer)]).config
@@ -181,10 +180,3 @@ def their_logits(arguments: argparse.Namespace, tokens: Tensor) -> tuple[str, Te
 
 def weights_of(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     return ((name, tensor) for name, tensor in tensors if name.startswith("model."))
-
-
-def their_ids(folder: Path, text: str) -> list[int]:
-    """What transformers makes of a text."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)(text, add_special_tokens=False)["input_ids"]

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from megahp import config, launch
-from megahp.commands.arguments import positive, whole_numbers
+from megahp.commands.arguments import at_least, positive, whole_numbers
 from megahp.commands.output import write_json
 from megahp.config import Config, resolve
 from megahp.data.tokenizer import load_tokenizer
@@ -139,11 +139,10 @@ def kind_of(arguments: argparse.Namespace) -> str:
 def read_family(arguments: argparse.Namespace) -> tuple[Config, dict[float, Config]]:
     """The run as it is looked at, and the same at each size, small ones first. Raises UserError."""
     kind = kind_of(arguments)
-    sizes = [
-        positive(text, "no size; give positive numbers, such as 2,4,8") for text in getattr(arguments, kind).split(",")
-    ]
+    given = getattr(arguments, kind)
+    sizes = [positive(text, "no size; give positive numbers, such as 2,4,8") for text in given.split(",")]
     if len(set(sizes)) < max(2, len(sizes)):
-        raise UserError(f"--{kind} {getattr(arguments, kind)}: give two or more sizes, each once, to see a slope")
+        raise UserError(f"--{kind} {given}: give two or more sizes, each once, to see a slope")
     refuse_mistakes(arguments)
     base = of_a_check(resolve.load(arguments.run, arguments.overrides).config, arguments)
     return base, {size: of_size(base, kind, size) for size in sorted(sizes)}
@@ -155,8 +154,7 @@ def refuse_mistakes(arguments: argparse.Namespace) -> None:
         raise UserError(f"--lazy is about depth, not --{kind_of(arguments)}; give --depths")
     if arguments.lazy and arguments.steps is not None:
         raise UserError(f"--steps {arguments.steps} has no effect with --lazy, which looks at the first; leave it out")
-    if arguments.steps is not None and arguments.steps < 1:
-        raise UserError(f"--steps {arguments.steps} must be at least 1")
+    at_least(arguments, steps=1)
     if arguments.batch < 1:
         raise UserError(f"--batch {arguments.batch} must be at least 1 sequence")
     if len(set(arguments.seeds)) < len(arguments.seeds):
@@ -211,10 +209,10 @@ Measured = dict[tuple[str, str], np.ndarray]  # quantity and when -> [sizes, see
 
 def measure(family: Mapping[float, Config], arguments: argparse.Namespace, mesh: Mesh) -> Measured:
     """What is seen of every size and seed."""
-    found = []
-    for settings in family.values():
-        own = [replace(settings, train=replace(settings.train, seed=seed)) for seed in arguments.seeds]
-        found.append([look(each, arguments, mesh) for each in own])
+    found = [
+        [look(replace(each, train=replace(each.train, seed=seed)), arguments, mesh) for seed in arguments.seeds]
+        for each in family.values()
+    ]
     return {key: np.array([[each[key] for each in row] for row in found]) for key in found[0][0]}
 
 
@@ -256,11 +254,12 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a line a slope, and the verdict."""
     print(HEADER)
     for row in rows:
-        low, high = row["interval"]
-        needed = "{:.1f} .. {:.1f}".format(*row["needed"]) if row["needed"] else "-"
-        predicted = "-" if row["predicted"] is None else f"{row['predicted']:+.2f}"
-        verdict = ("" if row["passed"] else "FAILS") if row["needed"] is None or not row["passed"] else "passes"
-        own = {"needed": needed, "predicted": predicted, "verdict": verdict, "low": low, "high": high}
+        own = {
+            **dict(zip(("low", "high"), row["interval"], strict=True)),
+            "needed": "{:.1f} .. {:.1f}".format(*row["needed"]) if row["needed"] else "-",
+            "predicted": "-" if row["predicted"] is None else f"{row['predicted']:+.2f}",
+            "verdict": "FAILS" if not row["passed"] else "passes" if row["needed"] else "",
+        }
         print(LINE.format(**{**row, **own}))
     failed = [f"{row['quantity']} ({row['when']})" for row in rows if not row["passed"]]
     print(f"fails: {', '.join(failed)}" if failed else "passes: all that must be flat is")

@@ -70,7 +70,10 @@ class Beginnings:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    refuse_mistakes(arguments)
+    refuse_files(arguments)
+    if (arguments.rule == "projection") != bool(arguments.donor):
+        given = f"--donor {arguments.donor}" if arguments.donor else "no --donor"
+        raise UserError(f"--rule {arguments.rule} with {given}: a donor is what --rule projection needs, and no other")
     path, settings = of_checkpoint(arguments.source)
     old, new = vocabulary(settings.data.tokenizer), vocabulary(arguments.tokenizer)
     check_extension(old, new)
@@ -84,16 +87,25 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
             write_run(arguments, partial, tree, {}, new.named, tensors)
     except Damaged as error:
         raise UserError(f"a checkpoint is damaged ({error}); name another one") from None
-    tell(arguments, settings, wider, old, new, beginnings)
+    before, now = settings.model.padded_vocab, wider.model.padded_vocab
+    counts = {"mean": len(beginnings.parts), "projection": len(beginnings.known)}
+    counts["zeros"] = len(new.tokens) - len(old.tokens) - sum(counts.values())
+    rules = ", ".join(f"{count:,} by {rule}" for rule, count in counts.items() if count)
+    print(
+        f"{arguments.target}: {len(new.tokens):,} tokens, {len(old.tokens):,} before, in matrices of {now:,} rows, "
+        f"{before:,} before; new tokens: {rules}"
+    )
+    if beginnings.shared:
+        print(f"the map from {arguments.donor} is fitted on {len(beginnings.shared):,} tokens")
+    if arguments.text:
+        text = arguments.text.read_text(encoding="utf-8", errors="replace")
+        was, is_ = (len(each.tokenizer.encode(text)) / len(text.encode()) for each in (old, new))
+        print(f"{arguments.text}: {is_:.4g} tokens per byte, {was:.4g} before")
+    print(
+        f"next: megahp train {arguments.target}/config.toml 'data.train=[...]' train.weights=embeddings "
+        "train.noise_scale=false log.name=..."
+    )
     return 0
-
-
-def refuse_mistakes(arguments: argparse.Namespace) -> None:
-    """Raise UserError for options that cannot be meant."""
-    refuse_files(arguments)
-    if (arguments.rule == "projection") != bool(arguments.donor):
-        given = f"--donor {arguments.donor}" if arguments.donor else "no --donor"
-        raise UserError(f"--rule {arguments.rule} with {given}: a donor is what --rule projection needs, and no other")
 
 
 def check_extension(old: Vocabulary, new: Vocabulary) -> None:
@@ -115,8 +127,7 @@ def begin(arguments: argparse.Namespace, old: Vocabulary, new: Vocabulary) -> Be
     added = range(len(old.tokens), len(new.tokens))
     if arguments.rule == "zeros":
         return Beginnings({}, {}, {}, {})
-    known: dict[int, int] = {}
-    shared: dict[int, int] = {}
+    known, shared = dict[int, int](), dict[int, int]()
     donor: Mapping[str, Tensor] = {}
     if arguments.rule == "projection":
         path, settings = of_checkpoint(arguments.donor)
@@ -176,42 +187,9 @@ def new_rows(name: str, matrix: Tensor, first: int, end: int, beginnings: Beginn
         rows[torch.tensor(list(beginnings.parts)) - first] = F.embedding_bag(*bags, mode="mean")
     if beginnings.known:
         donor = beginnings.donor[name if name in beginnings.donor else "model.embedding.weight"]  # where it is tied
-        pairs = (torch.tensor(list(each)) for each in (beginnings.shared, beginnings.shared.values()))
-        known = donor[torch.tensor(list(beginnings.known.values()))]
-        rows[torch.tensor(list(beginnings.known)) - first] = projected(known, matrix, donor, *pairs)
+        here, there = (torch.tensor(list(each)) for each in (beginnings.shared, beginnings.shared.values()))
+        # the map that takes the donor's rows to ours, in least squares; fitted in float64: [its width, ours]
+        fitted = torch.linalg.lstsq(donor[there].double(), matrix[here].double(), driver="gelsd").solution
+        known = donor[torch.tensor(list(beginnings.known.values()))].double() @ fitted
+        rows[torch.tensor(list(beginnings.known)) - first] = known.to(matrix.dtype)
     return rows
-
-
-def projected(known: Tensor, ours: Tensor, theirs: Tensor, here: Tensor, there: Tensor) -> Tensor:
-    """`known` [n, donor's width] times the map that takes the rows `there` of theirs to the rows `here` of ours, in
-    least squares; fitted in float64. [n, our width]."""
-    fitted = torch.linalg.lstsq(theirs[there].double(), ours[here].double(), driver="gelsd").solution
-    return (known.double() @ fitted).to(ours.dtype)
-
-
-def tell(
-    arguments: argparse.Namespace,
-    settings: Config,
-    wider: Config,
-    old: Vocabulary,
-    new: Vocabulary,
-    beginnings: Beginnings,
-) -> None:
-    """Print what was done, and what comes next."""
-    counts = {"mean": len(beginnings.parts), "projection": len(beginnings.known)}
-    counts["zeros"] = len(new.tokens) - len(old.tokens) - sum(counts.values())
-    rules = ", ".join(f"{count:,} by {rule}" for rule, count in counts.items() if count)
-    print(
-        f"{arguments.target}: {len(new.tokens):,} tokens, {len(old.tokens):,} before, in matrices of "
-        f"{wider.model.padded_vocab:,} rows, {settings.model.padded_vocab:,} before; new tokens: {rules}"
-    )
-    if beginnings.shared:
-        print(f"the map from {arguments.donor} is fitted on {len(beginnings.shared):,} tokens")
-    if arguments.text:
-        text = arguments.text.read_text(encoding="utf-8", errors="replace")
-        before, now = (len(each.tokenizer.encode(text)) / len(text.encode()) for each in (old, new))
-        print(f"{arguments.text}: {now:.4g} tokens per byte, {before:.4g} before")
-    print(
-        f"next: megahp train {arguments.target}/config.toml 'data.train=[...]' train.weights=embeddings "
-        "train.noise_scale=false log.name=..."
-    )

@@ -89,14 +89,16 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     places = [place(path, settings, data, arguments) for path in paths]
     squares = measure_all(places, settings, data, arguments.batches)
     kinds = kinds_of(squares[0][0].example, arguments.without_embeddings)
-    exact = np.stack([by_kind(*each, kinds) for each in zip(places, squares, strict=True)])
-    rows = [checkpoint_row(*each, kinds) for each in zip(places, squares, exact, strict=True)]
+    totals = [sums(each, kinds) for each in squares]
+    pairs = zip(places, totals, strict=True)
+    estimates = [np.stack(estimate(each["example"], each["batch"], at.batch), -1) for at, each in pairs]
+    exact = np.stack(estimates)  # of every batch, |G|^2 and S: [checkpoints, batches, kinds, 2]
+    rows = [checkpoint_row(*each, list(kinds)) for each in zip(places, totals, exact, strict=True)]
     summary = compare(np.array([each.smoothed for each in places]), exact, list(kinds))
     show(rows, summary, settings.batch.noise_to_total)
+    batches = [[vars(batch) for batch in each] for each in squares]
     found = {
-        "checkpoints": [
-            {**row, "batches": [vars(batch) for batch in each]} for row, each in zip(rows, squares, strict=True)
-        ],
+        "checkpoints": [{**row, "batches": each} for row, each in zip(rows, batches, strict=True)],
         "comparison": summary,
         "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()},
     }
@@ -120,10 +122,8 @@ def settings_to_measure(path: Path) -> Config:
             "name a dense run"
         )
     dtype = "float64" if settings.train.dtype == "float64" else "float32"
-    return config.with_values(
-        replace(settings, parallel=config.Parallel(), compute=config.Compute()),
-        {"train.weights": "all", "train.noise_scale": True, "train.device": "auto", "train.dtype": dtype},
-    )
+    own = {"train.weights": "all", "train.noise_scale": True, "train.device": "auto", "train.dtype": dtype}
+    return config.with_values(replace(settings, parallel=config.Parallel(), compute=config.Compute()), own)
 
 
 def place(path: Path, settings: Config, data: TrainingData, arguments: argparse.Namespace) -> Place:
@@ -181,15 +181,13 @@ def kinds_of(layers: Iterable[str], without_embeddings: bool) -> dict[str, list[
     return {**kinds, "total": layers}
 
 
-def by_kind(place: Place, squares: Sequence[Squares], kinds: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """The estimates of every batch, |G|^2 and S: [batches, kinds, 2]."""
-    example, batch = (sums([getattr(each, key) for each in squares], kinds) for key in ("example", "batch"))
-    return np.stack(estimate(example, batch, place.batch), -1)
-
-
-def sums(squares: Sequence[Mapping[str, float]], kinds: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """[batches, kinds]"""
-    return np.array([[sum(each[layer] for layer in layers) for layers in kinds.values()] for each in squares])
+def sums(squares: Sequence[Squares], kinds: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+    """Those of each kind's layers together: example, micro and batch -> [batches, kinds]"""
+    every = {key: [getattr(each, key) for each in squares] for key in ("example", "micro", "batch")}
+    return {
+        key: np.array([[sum(each[layer] for layer in layers) for layers in kinds.values()] for each in those])
+        for key, those in every.items()
+    }
 
 
 def noise_scales(estimates: np.ndarray) -> np.ndarray:
@@ -199,15 +197,14 @@ def noise_scales(estimates: np.ndarray) -> np.ndarray:
 
 
 def checkpoint_row(
-    place: Place, squares: Sequence[Squares], exact: np.ndarray, kinds: Mapping[str, Sequence[str]]
+    place: Place, totals: Mapping[str, np.ndarray], exact: np.ndarray, kinds: Sequence[str]
 ) -> dict[str, Any]:
-    """What was found at one checkpoint; exact: its estimates [batches, kinds, 2]."""
-    example, batch = (sums([getattr(each, key) for each in squares], kinds).mean(0) for key in ("example", "batch"))
+    """What was found at one checkpoint; totals: its `sums`; exact: its estimates [batches, kinds, 2]."""
     drawn = noise_scales(resampled(exact[None])[:, 0])
     rows = {
         name: {
-            "sq_example": example[k],
-            "sq_batch": batch[k],
+            "sq_example": totals["example"][:, k].mean(),
+            "sq_batch": totals["batch"][:, k].mean(),
             "true_sq": exact[:, k, 0].mean(),
             "noise": exact[:, k, 1].mean(),
             "noise_scale": float(noise_scales(exact[:, k].mean(0))),
@@ -223,19 +220,17 @@ def checkpoint_row(
         "micro_batch": place.micro_batch,
         "smoothed": float(noise_scales(np.array(place.smoothed))),
         "kinds": rows,
-        "data_parallel": data_parallel(place, squares, exact, kinds),
+        "data_parallel": data_parallel(place, totals, exact),
     }
 
 
-def data_parallel(
-    place: Place, squares: Sequence[Squares], exact: np.ndarray, kinds: Mapping[str, Sequence[str]]
-) -> dict[str, float] | None:
+def data_parallel(place: Place, totals: Mapping[str, np.ndarray], exact: np.ndarray) -> dict[str, float] | None:
     """The total as microbatches, or ranks of one each, estimate it; None where there is but one. apart: from the exact
     S, in standard errors of the mean difference over batches (that of |G|^2 is -1/B times it)."""
     if place.batch == place.micro_batch:
         return None
-    micro, batch = (sums([getattr(each, key) for each in squares], kinds)[:, -1] for key in ("micro", "batch"))
-    estimates = np.stack(estimate(micro, batch, place.batch, place.micro_batch), -1)
+    of_total = totals["micro"][:, -1], totals["batch"][:, -1]
+    estimates = np.stack(estimate(*of_total, place.batch, place.micro_batch), -1)
     differences = estimates[:, 1] - exact[:, -1, 1]
     error = differences.std(ddof=1) / math.sqrt(len(differences))
     return {
@@ -267,9 +262,8 @@ def compare(smoothed: np.ndarray, exact: np.ndarray, kinds: Sequence[str]) -> di
 def show(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Mapping[str, Any]], noise_to_total: float) -> None:
     """Print a table for every checkpoint, the comparison, and what it says of the setting."""
     for row in rows:
-        print(
-            f"\nafter {human_count(row['tokens'])} tokens: batches of {row['batch']} x {row['sequence_length']} tokens"
-        )
+        batches = f"batches of {row['batch']} x {row['sequence_length']} tokens"
+        print(f"\nafter {human_count(row['tokens'])} tokens: {batches}")
         print(HEADER)
         for name, each in row["kinds"].items():
             print(LINE.format(name=name, **each | written(each, "noise_scale", "interval")))
@@ -292,10 +286,8 @@ def show(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Mapping[str, A
 
 def written(found: Mapping[str, Any], *keys: str) -> dict[str, str]:
     """These numbers and intervals as the tables have them."""
-    return {
-        key: number(value) if isinstance(value := found[key], float) else " .. ".join(map(number, value))
-        for key in keys
-    }
+    values = {key: found[key] for key in keys}
+    return {key: " .. ".join(map(number, np.atleast_1d(value))) for key, value in values.items()}
 
 
 def number(value: float) -> str:
