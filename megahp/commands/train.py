@@ -20,9 +20,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_run_file(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
     parser.add_argument("--resume", choices=("auto",), help="go on from the newest checkpoint, if there is one")
-    parser.add_argument(
-        "--restarts", type=int, metavar="N", help="after a fault start the ranks again, up to so many times"
-    )
+    again = "after a fault start the ranks again, up to so many times"
+    parser.add_argument("--restarts", type=int, metavar="N", help=again)
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
@@ -72,7 +71,6 @@ def train_rank(settings: Config, place: launch.World, layout: Layout, resume: bo
     from megahp.parallel.device import cuda_wanted
     from megahp.train.loop import train
 
-    code = FINISHED
     store = launch.join(place, cuda_wanted(settings), patience(settings.resilience.hang_after))
     try:
         code = FINISHED if train(settings, place, store, layout, resume) else STOPPED
