@@ -59,6 +59,10 @@ class Job:
 
     def _options(self, settings: Config) -> dict[str, str]:
         """Name without dashes -> value, empty for an option that takes none. Raises UserError."""
+        try:
+            bad_nodes = self.exclude.read_text().split() if self.exclude.exists() else []
+        except OSError as error:
+            raise UserError(f"--exclude {self.exclude} cannot be read ({error.strerror}); name a file") from None
         given = {
             "job-name": re.sub(r"[^\w.+-]", "-", settings.log.name),
             "comment": f"{OWNER}{settings.directory.resolve()}",
@@ -69,7 +73,7 @@ class Job:
             "time": self.time,
             "partition": self.partition,
             "account": self.account,
-            "exclude": str(self.exclude.absolute()) if self._bad_nodes() else None,  # an empty file would be a mistake
+            "exclude": str(self.exclude.absolute()) if bad_nodes else None,  # an empty file would be a mistake
         }
         more = self._more()
         if any(name.startswith(("gpus", "gres")) for name in more):
@@ -91,12 +95,6 @@ class Job:
                 raise UserError(f"--sbatch {word}: --{name} is set already, by other options or for them; leave it out")
             more[name] = value
         return more
-
-    def _bad_nodes(self) -> list[str]:
-        try:
-            return self.exclude.read_text().split() if self.exclude.exists() else []
-        except OSError as error:
-            raise UserError(f"--exclude {self.exclude} cannot be read ({error.strerror}); name a file") from None
 
 
 def option_of(line: str) -> str:

@@ -15,6 +15,7 @@ LATENCY = 5.0  # times the median's
 TOGETHER = ("join", "pairs", "all-reduce")  # stages that go on for all ranks or for none
 
 
+Found = Mapping[str, Sequence[Any]]  # stage -> what every rank found
 Nodes = Sequence[str | None]  # of every rank; None of one that has not come
 
 
@@ -26,9 +27,7 @@ class Problem:
     what: str
 
 
-def verdict(
-    found: Mapping[str, Sequence[Any]], slack: float, free_gb: float, expected: Mapping[str, int]
-) -> list[Problem]:
+def verdict(found: Found, slack: float, free_gb: float, expected: Mapping[str, int]) -> list[Problem]:
     """What stands out. The findings are those of `look`; expected are Slurm's nodes and how many ranks each has."""
     nodes = [rank and rank["node"] for rank in found["ranks"]]
     ranks, links, products = (heard(found, stage) for stage in ("ranks", "links", "gemm"))
@@ -60,7 +59,7 @@ def absent(nodes: Nodes, expected: Mapping[str, int]) -> Iterator[Problem]:
         yield Problem(None, f"rank {', '.join(missing)} does not answer")
 
 
-def silent(nodes: Nodes, found: Mapping[str, Sequence[Any]]) -> Iterator[Problem]:
+def silent(nodes: Nodes, found: Found) -> Iterator[Problem]:
     """Ranks that came, and then fell silent or failed."""
     for stage, values in found.items():
         for rank, value in enumerate(values):
@@ -82,7 +81,7 @@ def odd_devices(nodes: Nodes, ranks: Mapping[int, Mapping[str, Any]]) -> Iterato
         yield from odd(nodes, there, f"{name} {{}}, others have {{}}")
 
 
-def heard(found: Mapping[str, Sequence[Any]], stage: str) -> dict[int, Any]:
+def heard(found: Found, stage: str) -> dict[int, Any]:
     """What the ranks found that did."""
     return {rank: each for rank, each in enumerate(found.get(stage, ())) if each and "error" not in each}
 
@@ -201,7 +200,7 @@ def wrong_sums(found: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
             yield Problem(None, f"all-reduce ({kind}): {each['wrong']} elements are wrong")
 
 
-def excluded(before: Collection[str], found: Mapping[str, Sequence[Any]], problems: Sequence[Problem]) -> list[str]:
+def excluded(before: Collection[str], found: Found, problems: Sequence[Problem]) -> list[str]:
     """The nodes to be left out: the bad ones, and those of before that have not proved fit since, as they do where all
     was measured and what is wrong is known."""
     proved = "gemm" in found and all(problem.node for problem in problems)

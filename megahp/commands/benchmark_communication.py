@@ -211,9 +211,8 @@ def human_bytes(count: int) -> str:
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw bus bandwidth over size, one panel a kind of groups, a curve an operation. Raises UserError."""
-    from matplotlib.ticker import NullLocator
 
-    from megahp.report.figures import PALETTE, colour, plot_in
+    from megahp.report.figures import PALETTE, colour, logarithmic_x, plot_in
 
     kinds = list(dict.fromkeys(row["group"] for row in rows))
     operations = list(dict.fromkeys(row["operation"] for row in rows))
@@ -224,9 +223,8 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 mine = [row for row in rows if (row["group"], row["operation"]) == (kind, operation)]
                 bytes_, speeds = [row["bytes"] for row in mine], [row["bus_bandwidth"] / 1e9 for row in mine]
                 axes.plot(bytes_, speeds, marker=".", color=PALETTE[colour(number)], label=operation)
-            axes.set(title=f"{kind}: {mine[0]['ranks']} ranks", xlabel="size", xscale="log", yscale="log")
-            axes.set_xticks(bytes_, [human_bytes(count) for count in bytes_])
-            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set(title=f"{kind}: {mine[0]['ranks']} ranks", xlabel="size", yscale="log")
+            logarithmic_x(axes, bytes_, [human_bytes(count) for count in bytes_])
             axes.yaxis.set_major_formatter("{x:g}")
         panels[0].set_ylabel("bus bandwidth, GB/s")
         panels[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -89,22 +89,20 @@ def measure(shape: str, dtype: str, device: str, turns: int) -> list[dict]:
     for _ in range(turns + 1):
         for name, loss in LOSSES.items():
             times[name].append(timed(loss, x, weight, targets))
-    ratios = {
-        name: [sum(own) / sum(other) for own, other in zip(several, times["plain"], strict=True)]
-        for name, several in times.items()
-    }
-    return [  # the first turn, a warm-up, is not counted
-        {
+    rows = []
+    for name, loss in LOSSES.items():
+        counted = list(zip(times[name], times["plain"], strict=True))[1:]  # without the first turn, a warm-up
+        row = {
             "loss": name,
             "shape": shape,
             "dtype": dtype,
-            "forward ms": 1e3 * statistics.median(forward for forward, _ in times[name][1:]),
-            "backward ms": 1e3 * statistics.median(backward for _, backward in times[name][1:]),
-            "both, of plain": statistics.median(ratios[name][1:]),
+            "forward ms": 1e3 * statistics.median(forward for (forward, _), _ in counted),
+            "backward ms": 1e3 * statistics.median(backward for (_, backward), _ in counted),
+            "both, of plain": statistics.median(sum(own) / sum(other) for own, other in counted),
             "peak MiB": peak(loss, x, weight, targets) / 2**20,
         }
-        for name, loss in LOSSES.items()
-    ]
+        rows.append(row)
+    return rows
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:

@@ -264,9 +264,8 @@ def show(rows: Sequence[dict[str, Any]], emulated: bool) -> None:
 
 def plot(file: Path, rows: Sequence[dict[str, Any]], emulated: bool) -> None:
     """Draw tokens a second and parallel efficiency over nodes, a colour a layout, a dash a mode. Raises UserError."""
-    from matplotlib.ticker import NullLocator
 
-    from megahp.report.figures import PALETTE, colour, logarithmic, plot_in
+    from megahp.report.figures import PALETTE, colour, logarithmic, logarithmic_x, plot_in
 
     layouts, nodes = list(dict.fromkeys(row["layout"] for row in rows)), sorted({row["nodes"] for row in rows})
     ideal = {"color": PALETTE["muted"], "lw": 0.8, "ls": (0, (1, 2))}
@@ -292,7 +291,6 @@ def plot(file: Path, rows: Sequence[dict[str, Any]], emulated: bool) -> None:
         speeds.set_ylabel("tokens per second")
         efficiencies.set_ylabel("parallel efficiency, %")
         for axes in (speeds, efficiencies):
-            axes.set(xscale="log", xlabel="emulated nodes" if emulated else "nodes")
-            axes.set_xticks(nodes, [str(each) for each in nodes])
-            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xlabel("emulated nodes" if emulated else "nodes")
+            logarithmic_x(axes, nodes, [str(each) for each in nodes])
         efficiencies.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -292,8 +292,14 @@ def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], place: launc
     tell(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     tell(f"{'':<30}{'a step takes':<21}" + line(COLUMNS), flush=True)
     for case in cases:
-        found = measure_if_it_fits(case, arguments, device)
-        if not found:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            found = measure(case, arguments, device)
+        except torch.OutOfMemoryError:
+            if arguments.ranks > 1:  # all end, since the others would wait for this one
+                raise
             tell(LABELS.format(**case.labels) + "out of memory", flush=True)
             continue
         for row in found:
@@ -304,12 +310,12 @@ def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], place: launc
         tell(sentence(verdicts[-1]), flush=True)
         rows += found
     if compared := [verdict for verdict in verdicts if "speedup" in verdict]:
-        wall, processor = (
-            statistics.geometric_mean(verdict[f"{clock}speedup"]["median"] for verdict in compared)
-            for clock in ("", "processor_")
+        mean, of_processor = (
+            statistics.geometric_mean(verdict[key]["median"] for verdict in compared)
+            for key in ("speedup", "processor_speedup")
         )
-        tell(f"geometric mean of {len(compared)}: {wall:.3f} times the faster baseline; ", end="")
-        tell(f"processor time: {processor:.3f}", flush=True)
+        said = f"{mean:.3f} times the faster baseline; processor time: {of_processor:.3f}"
+        tell(f"geometric mean of {len(compared)}: {said}", flush=True)
     if first:
         everything = {
             "machine": machine,
@@ -322,20 +328,6 @@ def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], place: launc
         write_json(arguments.json, everything)
     if first and arguments.plot:
         plot(arguments.plot, rows)
-
-
-def measure_if_it_fits(case: Case, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """The case's rows; none if it is too large for the device. With several ranks that ends them all instead, since
-    the others would wait for this one."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    try:
-        return measure(case, arguments, device)
-    except torch.OutOfMemoryError:
-        if arguments.ranks > 1:
-            raise
-        return []
 
 
 def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:

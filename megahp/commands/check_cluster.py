@@ -51,7 +51,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,9 @@ import megahp
 from megahp import launch
 from megahp.benchmark.communication import Groups, TorchGroup, device_of_rank, greet, groups_of_nodes, pattern, timed
 from megahp.benchmark.machine import synchronize
-from megahp.cluster.outliers import TOGETHER, Problem, best_pairs, excluded, heard, offsets_of, verdict
+from megahp.cluster.outliers import TOGETHER, Found, Problem, best_pairs, excluded, heard, offsets_of, verdict
 from megahp.commands.arguments import positive, starts_ranks
-from megahp.commands.output import about, refuse_unwritable
+from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.errors import Fault, UserError
 
 CLOCK = struct.Struct("d")
@@ -374,7 +373,7 @@ def all_reduce(group: TorchGroup) -> dict[str, Any]:
     return {"bytes_per_second": rate, "wrong": timing.wrong}
 
 
-def show(found: Mapping[str, Sequence[Any]], problems: Sequence[Problem]) -> None:
+def show(found: Found, problems: Sequence[Problem]) -> None:
     """Print a line a rank, those of a large job that stand out: what of it was found, ? for what was not. Then what is
     wrong."""
     memories, disks, gemms = (heard(found, stage) for stage in ("memory", "disk", "gemm"))
@@ -403,13 +402,9 @@ def show(found: Mapping[str, Sequence[Any]], problems: Sequence[Problem]) -> Non
     print(f"{len(nodes)} nodes, {len(found['ranks'])} ranks: {said}")
 
 
-def write(
-    arguments: argparse.Namespace, words: Sequence[str], found: Mapping[str, Any], problems: Sequence[Problem]
-) -> None:
+def write(arguments: argparse.Namespace, words: Sequence[str], found: Found, problems: Sequence[Problem]) -> None:
     """The JSON, and the list of nodes to be left out."""
-    if arguments.json:
-        everything = {**about(words), "found": found, "problems": [asdict(problem) for problem in problems]}
-        arguments.json.write_text(json.dumps(everything, indent=2) + "\n")
+    write_json(arguments.json, {**about(words), "found": found, "problems": [vars(problem) for problem in problems]})
     if file := arguments.exclude_file:
         with file.with_name(f".{file.name}.lock").open("w") as lock:
             with suppress(OSError):  # file systems without locks

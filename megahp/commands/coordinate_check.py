@@ -235,18 +235,17 @@ def judged(
     for (quantity, when), values in found.items():
         required = REQUIRED["lazy" if arguments.lazy else kind_of(arguments)].get((quantity, when))
         each = slope(sizes, values) if np.isfinite(values).all() else Estimate(*[math.nan] * 3)
-        rows.append(
-            {
-                "quantity": quantity,
-                "when": when,
-                "slope": each.value,
-                "interval": (each.low, each.high),
-                "needed": (required.least, required.most) if required else None,
-                "predicted": required.predicted.get(name) if required else None,
-                "passed": required is None or required.least <= each.value <= required.most,
-                "source": required.source if required else None,
-            }
-        )
+        row = {
+            "quantity": quantity,
+            "when": when,
+            "slope": each.value,
+            "interval": (each.low, each.high),
+            "needed": (required.least, required.most) if required else None,
+            "predicted": required.predicted.get(name) if required else None,
+            "passed": required is None or required.least <= each.value <= required.most,
+            "source": required.source if required else None,
+        }
+        rows.append(row)
     return rows
 
 
@@ -267,7 +266,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]], sizes: Sequence[float], found: Measured, size_key: str) -> None:
     """Mean and range of each quantity over the sizes, a panel each, init and after. Raises UserError."""
-    from megahp.report.figures import PALETTE, logarithmic, plot_in
+    from megahp.report.figures import PALETTE, logarithmic, logarithmic_x, plot_in
 
     names = list(dict.fromkeys(quantity for quantity, _ in found))
     with plot_in(file, 2.6 * len(names), 2.6) as figure:
@@ -278,12 +277,10 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], sizes: Sequence[float], 
             axes.plot(sizes, values.mean(1), ".-", color=hue, label=f"{row['when']}: {row['slope']:+.2f}")
             axes.fill_between(sizes, values.min(1), values.max(1), color=hue, alpha=0.2, lw=0)
         for name, axes in panels.items():
-            axes.set_xscale("log")
             every = np.concatenate([values.ravel() for (quantity, _), values in found.items() if quantity == name])
             axes.set_ylim(every.min() / 2, every.max() * 2)  # or what is flat would look steep
             logarithmic(axes, 10)
-            axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
-            axes.minorticks_off()
+            logarithmic_x(axes, sizes, [f"{size:g}" for size in sizes])
             axes.set_title(name, fontsize=8.5)
             axes.set_xlabel(size_key)
             axes.legend(frameon=False, title="slope")

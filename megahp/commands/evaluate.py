@@ -17,14 +17,13 @@ HEADER = ("tokens", "bytes", "nats/token", "bits/byte", "perplexity")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: then its newest")
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="text, or .jsonl(.gz|.zst)")
-    parser.add_argument("--json-key", metavar="KEY", help="field of the text in JSON lines (default text)")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: a training sample's)")
-    parser.add_argument(
-        "--stride", type=int, metavar="N", help="tokens from a window to the next (default: half of --context)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: then its newest")
+    add("files", type=Path, nargs="+", metavar="FILE", help="text, or .jsonl(.gz|.zst)")
+    add("--json-key", metavar="KEY", help="field of the text in JSON lines (default text)")
+    add("--context", type=int, metavar="N", help="tokens of a window (default: a training sample's)")
+    add("--stride", type=int, metavar="N", help="tokens from a window to the next (default: half of --context)")
+    add("--json", action="store_true", help="print JSON")
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:

@@ -261,6 +261,5 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], star: float, tolerance: 
         axes.axvline(critical, color=PALETTE["muted"], lw=1, label=f"largest harmless batch, {critical:,}")
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
-        axes.set_xlabel("sequences a step")
-        axes.set_ylabel("nats per token")
+        axes.set(xlabel="sequences a step", ylabel="nats per token")
         axes.legend(frameon=False)

@@ -181,13 +181,16 @@ def kinds_of(layers: Iterable[str], without_embeddings: bool) -> dict[str, list[
     return {**kinds, "total": layers}
 
 
-def sums(squares: Sequence[Squares], kinds: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
-    """Those of each kind's layers together: example, micro and batch -> [batches, kinds]"""
-    every = {key: [getattr(each, key) for each in squares] for key in ("example", "micro", "batch")}
-    return {
-        key: np.array([[sum(each[layer] for layer in layers) for layers in kinds.values()] for each in those])
-        for key, those in every.items()
-    }
+Sums = Mapping[str, np.ndarray]  # example, micro and batch -> [batches, kinds]
+
+
+def sums(squares: Sequence[Squares], kinds: Mapping[str, Sequence[str]]) -> Sums:
+    """The squares of each kind's layers together."""
+    found = {}
+    for key in ("example", "micro", "batch"):
+        every = [getattr(each, key) for each in squares]
+        found[key] = np.array([[sum(each[layer] for layer in layers) for layers in kinds.values()] for each in every])
+    return found
 
 
 def noise_scales(estimates: np.ndarray) -> np.ndarray:
@@ -196,10 +199,12 @@ def noise_scales(estimates: np.ndarray) -> np.ndarray:
     return np.divide(noise, true_sq, out=np.full(true_sq.shape, np.nan), where=(true_sq > 0) & (noise > 0))
 
 
-def checkpoint_row(
-    place: Place, totals: Mapping[str, np.ndarray], exact: np.ndarray, kinds: Sequence[str]
-) -> dict[str, Any]:
-    """What was found at one checkpoint; totals: its `sums`; exact: its estimates [batches, kinds, 2]."""
+def checkpoint_row(place: Place, totals: Sums, exact: np.ndarray, kinds: Sequence[str]) -> dict[str, Any]:
+    """What was found at one checkpoint; exact: its estimates [batches, kinds, 2].
+
+    data_parallel: the total as microbatches, or ranks of one each, estimate it; None where there is but one. apart:
+    from the exact S, in standard errors of the mean difference over batches (that of |G|^2 is -1/B times it).
+    """
     drawn = noise_scales(resampled(exact[None])[:, 0])
     rows = {
         name: {
@@ -212,6 +217,17 @@ def checkpoint_row(
         }
         for k, name in enumerate(kinds)
     }
+    by_ranks = None
+    if place.batch != place.micro_batch:
+        of_total = totals["micro"][:, -1], totals["batch"][:, -1]
+        estimates = np.stack(estimate(*of_total, place.batch, place.micro_batch), -1)
+        differences = estimates[:, 1] - exact[:, -1, 1]
+        error = differences.std(ddof=1) / math.sqrt(len(differences))
+        by_ranks = {
+            "noise": estimates[:, 1].mean(),
+            "noise_scale": float(noise_scales(estimates.mean(0))),
+            "apart": differences.mean() / error if error > 0 else 0.0,
+        }
     return {
         "checkpoint": str(place.path),
         "tokens": place.tokens,
@@ -220,23 +236,7 @@ def checkpoint_row(
         "micro_batch": place.micro_batch,
         "smoothed": float(noise_scales(np.array(place.smoothed))),
         "kinds": rows,
-        "data_parallel": data_parallel(place, totals, exact),
-    }
-
-
-def data_parallel(place: Place, totals: Mapping[str, np.ndarray], exact: np.ndarray) -> dict[str, float] | None:
-    """The total as microbatches, or ranks of one each, estimate it; None where there is but one. apart: from the exact
-    S, in standard errors of the mean difference over batches (that of |G|^2 is -1/B times it)."""
-    if place.batch == place.micro_batch:
-        return None
-    of_total = totals["micro"][:, -1], totals["batch"][:, -1]
-    estimates = np.stack(estimate(*of_total, place.batch, place.micro_batch), -1)
-    differences = estimates[:, 1] - exact[:, -1, 1]
-    error = differences.std(ddof=1) / math.sqrt(len(differences))
-    return {
-        "noise": estimates[:, 1].mean(),
-        "noise_scale": float(noise_scales(estimates.mean(0))),
-        "apart": differences.mean() / error if error > 0 else 0.0,
+        "data_parallel": by_ranks,
     }
 
 
@@ -269,10 +269,9 @@ def show(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Mapping[str, A
             print(LINE.format(name=name, **each | written(each, "noise_scale", "interval")))
         print(f"norms as training smoothed them: noise scale {number(row['smoothed'])}")
         if by_ranks := row["data_parallel"]:
-            print(
-                f"total from microbatches of {row['micro_batch']}: S {by_ranks['noise']:.4g}, noise scale "
-                f"{number(by_ranks['noise_scale'])}; {by_ranks['apart']:+.1f} standard errors from the exact S"
-            )
+            found = f"S {by_ranks['noise']:.4g}, noise scale {number(by_ranks['noise_scale'])}"
+            apart = f"{by_ranks['apart']:+.1f} standard errors from the exact S"
+            print(f"total from microbatches of {row['micro_batch']}: {found}; {apart}")
     print(f"\nthe total's noise scale over {len(rows)} checkpoint{'s' * (len(rows) > 1)}, by that of the layers alone")
     print(SUMMARY_HEADER)
     for name, each in summary.items():

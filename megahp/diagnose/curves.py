@@ -65,7 +65,7 @@ def tables(families: Mapping[str, Family]) -> list[dict[str, Any]]:
 
 def plot(file: Path, families: Mapping[str, Family], key: str, size_key: str) -> None:
     """Loss against the grid: a panel a variant, a colour a size, a ring at each seed's optimum. Raises UserError."""
-    from megahp.report.figures import plot_in
+    from megahp.report.figures import logarithmic_x, plot_in
 
     sizes = sorted({size for family in families.values() for size in family})
     curves = [curve for family in families.values() for curve in family.values()]
@@ -83,9 +83,7 @@ def plot(file: Path, families: Mapping[str, Family], key: str, size_key: str) ->
             axes.set_title(variant, fontsize=8.5)
             axes.set_xlabel(key)
         values = sorted({value for curve in curves for value in curve.values})
-        panels[0].set_xscale("log")
-        panels[0].minorticks_off()
-        panels[0].set_xticks(values[::-2], [f"{value:g}" for value in values[::-2]])
+        logarithmic_x(panels[0], values[::-2], [f"{value:g}" for value in values[::-2]])
         panels[0].set_ylabel("nats per token")
         panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         handles, labels = panels[0].get_legend_handles_labels()
