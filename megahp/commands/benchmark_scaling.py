@@ -90,7 +90,6 @@ Curves = dict[tuple[str, str], list[Point]]  # mode and layout -> its points, th
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Check, train or submit what is missing, show what is there. Returns the exit code of a training that failed."""
-    refuse_mistakes(arguments)
     curves = read_curves(arguments)
     points = list(dict.fromkeys(itertools.chain(*curves.values())))
     ahead = [point for point in points if not is_finished(point.directory)]
@@ -113,8 +112,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
-def refuse_mistakes(arguments: argparse.Namespace) -> None:
-    """Raise UserError for options that cannot be meant."""
+def read_curves(arguments: argparse.Namespace) -> Curves:
+    """All points, as `megahp train` would resolve them, after all it checks before it trains. Raises UserError."""
     nodes, labels = arguments.nodes, [label for label, _ in map(labelled, arguments.layouts)]
     if min(*nodes, arguments.ranks_per_node) < 1:
         raise UserError(f"--nodes {nodes} and --ranks-per-node {arguments.ranks_per_node} must be at least 1")
@@ -128,18 +127,15 @@ def refuse_mistakes(arguments: argparse.Namespace) -> None:
         raise UserError(f"--sbatch {arguments.sbatch!r} is for a job array; add --slurm")
     refuse_unwritable(arguments.json, plot=arguments.plot)
 
-
-def read_curves(arguments: argparse.Namespace) -> Curves:
-    """All points, as `megahp train` would resolve them, after all it checks before it trains. Raises UserError."""
     curves: Curves = {}
     for mode, text in itertools.product(arguments.modes, arguments.layouts):
         label, words = labelled(text)
         curves[mode, label] = []
-        for nodes in sorted(arguments.nodes):
+        for number in sorted(nodes):
             try:
-                curves[mode, label].append(point_of(arguments, mode, label, words, nodes))
+                curves[mode, label].append(point_of(arguments, mode, label, words, number))
             except UserError as error:
-                raise UserError(f"{mode} scaling, layout {label}, {nodes} nodes: {error}") from None
+                raise UserError(f"{mode} scaling, layout {label}, {number} nodes: {error}") from None
     return curves
 
 

@@ -30,10 +30,6 @@ class Chain:
     plan: Mapping[str, Any]  # state of its batch plan
     noise: float | None  # noise scale, smoothed, examples
 
-    @property
-    def batch(self) -> int:
-        return self.plan["batch"]
-
 
 def chain_of(options: Namespace, settings: Config) -> Chain:
     """From --nodes, --grow and --ranks-per-node, and the checkpoint that the run would go on from, or begin at. Raises

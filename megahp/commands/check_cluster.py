@@ -220,8 +220,7 @@ def look(board: Board, folder: Path, choice: str) -> dict[str, list[Any]]:
 
 def facts(place: launch.World, port: int, folder: Path, choice: str) -> dict[str, Any]:
     """Who this is, on which kind of device, with which versions; and what keeps it from going on."""
-    device: str = ""
-    versions: dict[str, Any] = {}
+    device, versions = "", dict[str, Any]()
     mistakes = [] if folder.is_dir() else [f"--folder {folder} is no folder; make it, or name another"]
     try:
         device = device_of_rank(choice, place).type

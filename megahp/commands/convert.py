@@ -61,18 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    refuse_mistakes(arguments)
-    try:
-        with appearing(arguments.target) as partial:
-            tokenizer = (send if arguments.source_format == "megahp" else take)(arguments, partial)
-    except Damaged as error:
-        raise UserError(f"the checkpoint is damaged ({error}); convert another one") from None
-    print(f"{arguments.target}: written, in files of up to {arguments.file_size:g} GB")
-    return 0 if arguments.no_check else compare(arguments, tokenizer)
-
-
-def refuse_mistakes(arguments: argparse.Namespace) -> None:
-    """Raise UserError for options that cannot be meant."""
     formats = arguments.source_format, arguments.target_format
     if formats.count("megahp") != 1:
         raise UserError(f"--from {formats[0]} --to {formats[1]}: one of the two must be megahp; convert twice")
@@ -85,6 +73,13 @@ def refuse_mistakes(arguments: argparse.Namespace) -> None:
     if arguments.text and arguments.no_check:
         raise UserError(f"--text {arguments.text} is for the check; leave it or --no-check out")
     refuse_files(arguments)
+    try:
+        with appearing(arguments.target) as partial:
+            tokenizer = (send if arguments.source_format == "megahp" else take)(arguments, partial)
+    except Damaged as error:
+        raise UserError(f"the checkpoint is damaged ({error}); convert another one") from None
+    print(f"{arguments.target}: written, in files of up to {arguments.file_size:g} GB")
+    return 0 if arguments.no_check else compare(arguments, tokenizer)
 
 
 def send(arguments: argparse.Namespace, partial: Path) -> Tokenizer:

@@ -143,15 +143,8 @@ def read_family(arguments: argparse.Namespace) -> tuple[Config, dict[float, Conf
     sizes = [positive(text, "no size; give positive numbers, such as 2,4,8") for text in given.split(",")]
     if len(set(sizes)) < max(2, len(sizes)):
         raise UserError(f"--{kind} {given}: give two or more sizes, each once, to see a slope")
-    refuse_mistakes(arguments)
-    base = of_a_check(resolve.load(arguments.run, arguments.overrides).config, arguments)
-    return base, {size: of_size(base, kind, size) for size in sorted(sizes)}
-
-
-def refuse_mistakes(arguments: argparse.Namespace) -> None:
-    """Raise UserError for options that cannot be meant."""
     if arguments.lazy and not arguments.depths:
-        raise UserError(f"--lazy is about depth, not --{kind_of(arguments)}; give --depths")
+        raise UserError(f"--lazy is about depth, not --{kind}; give --depths")
     if arguments.lazy and arguments.steps is not None:
         raise UserError(f"--steps {arguments.steps} has no effect with --lazy, which looks at the first; leave it out")
     at_least(arguments, steps=1)
@@ -159,6 +152,8 @@ def refuse_mistakes(arguments: argparse.Namespace) -> None:
         raise UserError(f"--batch {arguments.batch} must be at least 1 sequence")
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise UserError(f"--seeds {arguments.seeds}: each is measured once; name it once")
+    base = of_a_check(resolve.load(arguments.run, arguments.overrides).config, arguments)
+    return base, {size: of_size(base, kind, size) for size in sorted(sizes)}
 
 
 def of_a_check(settings: Config, arguments: argparse.Namespace) -> Config:

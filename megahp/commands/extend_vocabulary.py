@@ -171,25 +171,20 @@ def extended(
             matrix = tensors[name]
             rows = matrix[:first].mean(0).repeat(wider.model.padded_vocab, 1)
             rows[: len(matrix)] = matrix
-            rows[first:end] = new_rows(name, matrix, first, end, beginnings)
+            rows[first:end] = 0
+            if beginnings.parts:
+                parts = list(beginnings.parts.values())
+                starts = [0, *accumulate(map(len, parts[:-1]))]
+                bags = torch.tensor([number for part in parts for number in part]), matrix, torch.tensor(starts)
+                rows[torch.tensor(list(beginnings.parts))] = F.embedding_bag(*bags, mode="mean")
+            if beginnings.known:
+                tied = name not in beginnings.donor
+                donor = beginnings.donor["model.embedding.weight" if tied else name]
+                here, there = (torch.tensor(list(each)) for each in (beginnings.shared, beginnings.shared.values()))
+                # the map that takes the donor's rows to ours, in least squares; fitted in float64: [its width, ours]
+                fitted = torch.linalg.lstsq(donor[there].double(), matrix[here].double(), driver="gelsd").solution
+                known = donor[torch.tensor(list(beginnings.known.values()))].double() @ fitted
+                rows[torch.tensor(list(beginnings.known))] = known.to(matrix.dtype)
             yield name, rows
         elif name.startswith(("model.", "mask.")):
             yield name, tensors[name]
-
-
-def new_rows(name: str, matrix: Tensor, first: int, end: int, beginnings: Beginnings) -> Tensor:
-    """The rows of the tokens from `first` to `end`, [tokens, width], out of the old matrix."""
-    rows = matrix.new_zeros(end - first, matrix.shape[1])
-    if beginnings.parts:
-        parts = list(beginnings.parts.values())
-        starts = [0, *accumulate(map(len, parts[:-1]))]
-        bags = torch.tensor([number for part in parts for number in part]), matrix, torch.tensor(starts)
-        rows[torch.tensor(list(beginnings.parts)) - first] = F.embedding_bag(*bags, mode="mean")
-    if beginnings.known:
-        donor = beginnings.donor[name if name in beginnings.donor else "model.embedding.weight"]  # where it is tied
-        here, there = (torch.tensor(list(each)) for each in (beginnings.shared, beginnings.shared.values()))
-        # the map that takes the donor's rows to ours, in least squares; fitted in float64: [its width, ours]
-        fitted = torch.linalg.lstsq(donor[there].double(), matrix[here].double(), driver="gelsd").solution
-        known = donor[torch.tensor(list(beginnings.known.values()))].double() @ fitted
-        rows[torch.tensor(list(beginnings.known)) - first] = known.to(matrix.dtype)
-    return rows

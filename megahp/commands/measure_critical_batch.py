@@ -106,8 +106,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         for k, settings in branches.items()
     ]
     star = critical_batch.largest_harmless(losses, arguments.tolerance)
-    show(rows, arguments.tolerance)
-    print(verdict(origin, star, max(branches)))
+    show(rows, origin, star, arguments.tolerance)
     critical = round(star * origin.batch)
     found = {
         "checkpoint": str(origin.path),
@@ -222,19 +221,8 @@ def train_all(branches: Mapping[float, Config], ranks: int) -> int:
     return 0
 
 
-def verdict(origin: Origin, star: float, largest: float) -> str:
-    """What was found, in a sentence."""
-    batch, length = round(star * origin.batch), origin.settings.data.sequence_length
-    size = f"{star:g} x {origin.batch:,} = {batch:,} sequences ({human_count(batch * length)} tokens)"
-    if star == largest:
-        size = f"at least {size}; the largest factor tested was still harmless, so this is a lower bound"
-    elif star == 1:
-        size += "; no factor above 1 was harmless, so it may be less"
-    return f"critical batch at {human_count(origin.tokens)} tokens: {size}"
-
-
-def show(rows: Sequence[Mapping[str, Any]], tolerance: float) -> None:
-    """Print the table, and whether it can be told from noise."""
+def show(rows: Sequence[Mapping[str, Any]], origin: Origin, star: float, tolerance: float) -> None:
+    """Print the table, whether it can be told from noise, and what was found, in a sentence."""
     print(HEADER)
     for each in rows:
         found = "yes" if each["harmless"] else "no"
@@ -245,6 +233,13 @@ def show(rows: Sequence[Mapping[str, Any]], tolerance: float) -> None:
             f"the smoothed losses scatter by up to {noisiest:.2g}, more than --tolerance {tolerance:g}: "
             "what follows may be chance; raise it"
         )
+    batch, length = round(star * origin.batch), origin.settings.data.sequence_length
+    size = f"{star:g} x {origin.batch:,} = {batch:,} sequences ({human_count(batch * length)} tokens)"
+    if star == rows[-1]["factor"]:
+        size = f"at least {size}; the largest factor tested was still harmless, so this is a lower bound"
+    elif star == 1:
+        size += "; no factor above 1 was harmless, so it may be less"
+    print(f"critical batch at {human_count(origin.tokens)} tokens: {size}")
 
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]], star: float, tolerance: float) -> None:

@@ -6,7 +6,6 @@ import time
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 from megahp import launch
 from megahp.commands.arguments import add_run_file
@@ -75,7 +74,13 @@ def train_rank(settings: Config, place: launch.World, layout: Layout, resume: bo
     try:
         code = FINISHED if train(settings, place, store, layout, resume) else STOPPED
         if place.rank == 0 and code == FINISHED:
-            finish(settings.directory)
+            from megahp.report.page import text_summary, write_report
+
+            print(text_summary(settings.directory))
+            try:
+                print(f"report: {write_report([settings.directory], settings.directory / 'report.html')}")
+            except UserError as error:  # where it cannot be drawn the run is still a finished one
+                print(f"no report: {error}")
     except KeyboardInterrupt:
         code = INTERRUPTED
     except UserError as error:
@@ -93,14 +98,3 @@ def train_rank(settings: Config, place: launch.World, layout: Layout, resume: bo
                 complain(error) if isinstance(error, Fault) else traceback.print_exc()
     launch.leave(code)
     return code
-
-
-def finish(directory: Path) -> None:
-    """The report, and where it is. Where it cannot be drawn the run is still a finished one."""
-    from megahp.report.page import text_summary, write_report
-
-    print(text_summary(directory))
-    try:
-        print(f"report: {write_report([directory], directory / 'report.html')}")
-    except UserError as error:
-        print(f"no report: {error}")
