@@ -88,7 +88,8 @@ VOCABULARY = 4096
 POOL = 256  # made-up samples, dealt again and again
 PROFILED_STEPS = 2
 LABELS = "{shape:<12}{dtype:<9} {layout:<8}"
-COLUMNS = ("tokens/s", "ms", "cpu ms", "MFU", "GiB", "compute", "communication", "data", "host")
+NAMES = ("tokens/s", "ms", "cpu ms", "MFU", "GiB", "compute", "communication", "data", "host")
+COLUMNS = [f"{name:>{max(8, len(name)) + 1}}" for name in NAMES]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -290,7 +291,7 @@ def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], place: launc
     machine = {**machine_of(device), "ranks": place.size, "load": round(os.getloadavg()[0], 1)}
     tell = print if first else lambda *_, **__: None
     tell(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
-    tell(f"{'':<30}{'a step takes':<21}" + line(COLUMNS), flush=True)
+    tell(f"{'':<30}{'a step takes':<21}" + "".join(COLUMNS), flush=True)
     for case in cases:
         gc.collect()
         if device.type == "cuda":
@@ -458,19 +459,15 @@ def sentence(verdict: Mapping[str, Any]) -> str:
 
 def numbers(row: Mapping[str, Any]) -> str:
     """A row's values under COLUMNS."""
-    values = [
+    values = (
         f"{row['tokens_per_second']:,.0f}",
         f"{1e3 * row['seconds']:,.1f}",
         f"{1e3 * row['processor_seconds']:,.1f}",
         "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
         f"{row['peak_memory'] / 2**30:.1f}",
         *(f"{row['split'][name]:.1%}" for name in ("compute", "communication", "data", "host")),
-    ]
-    return line(values)
-
-
-def line(values: Sequence[str]) -> str:
-    return "".join(f"{value:>{max(8, len(name)) + 1}}" for name, value in zip(COLUMNS, values, strict=True))
+    )
+    return "".join(f"{value:>{len(name)}}" for name, value in zip(COLUMNS, values, strict=True))
 
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -32,8 +32,9 @@ from megahp.commands.arguments import at_least, positive, whole_numbers
 from megahp.commands.output import write_json
 from megahp.config import Config, resolve
 from megahp.data.tokenizer import load_tokenizer
-from megahp.diagnose.coordinates import MadeUp, activations, nonlinearity
+from megahp.diagnose.coordinates import activations, nonlinearity
 from megahp.diagnose.transfer import Estimate, slope
+from megahp.diagnose.verify import made_up
 from megahp.errors import UserError
 from megahp.parallel.device import cuda_wanted, device_of
 from megahp.parallel.layout import Layout
@@ -213,7 +214,11 @@ def measure(family: Mapping[float, Config], arguments: argparse.Namespace, mesh:
 
 def look(settings: Config, arguments: argparse.Namespace, mesh: Mesh) -> dict[tuple[str, str], float]:
     """What is measured of one run: quantity and when -> value."""
-    samples = open_data(settings) if arguments.data else MadeUp(settings)
+    data = open_data(settings) if arguments.data else None
+
+    def samples(ids: np.ndarray) -> torch.Tensor:
+        return (data.batch(ids, False) if data else made_up(ids, settings)).tokens
+
     if arguments.lazy:
         return {("nonlinearity", "step 1"): nonlinearity(settings, mesh, samples)}
     steps = 10 if arguments.steps is None else arguments.steps

@@ -33,8 +33,7 @@ from megahp import checkpoint, config, launch
 from megahp.commands.output import write_json
 from megahp.config import Config, resolve
 from megahp.data.loader import Batch, Loader, TrainingData
-from megahp.diagnose.example_norms import Squares
-from megahp.diagnose.example_norms import measure as measure_batch
+from megahp.diagnose.example_norms import Squares, measure
 from megahp.diagnose.statistics import correlation, interval, resampled, slope
 from megahp.errors import UserError
 from megahp.log.progress import human_count, human_duration
@@ -157,7 +156,7 @@ def measure_all(places: Sequence[Place], settings: Config, data: TrainingData, b
     for number, each in enumerate(places, start=1):
         checkpoint.load(each.path, saved(model))
         data.restore(each.data_order)
-        squares.append([measure_batch(model, microbatches(loader, each, batch)) for batch in range(batches)])
+        squares.append([measure(model, microbatches(loader, each, batch)) for batch in range(batches)])
         rest = human_duration((time.monotonic() - began) / number * (len(places) - number))
         print(f"{each.path.name} measured; {number} of {len(places)}, ETA {rest}", flush=True)
     loader.close()

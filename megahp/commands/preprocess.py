@@ -36,6 +36,7 @@ from megahp.errors import UserError
 
 CHUNK_CHARACTERS = 1 << 20
 PIECE_CHARACTERS = 1 << 18
+Chunk = list[Document]
 SECONDS_BETWEEN_LINES = 30
 
 
@@ -158,9 +159,7 @@ def _tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Names
     return tally
 
 
-def _in_order(
-    encode: Callable[[list[Document]], Encoded], chunks: Iterable[list[Document]], workers: int
-) -> Iterator[Encoded]:
+def _in_order(encode: Callable[[Chunk], Encoded], chunks: Iterable[Chunk], workers: int) -> Iterator[Encoded]:
     """`encode` of each chunk, in order, by that many processes, with a few chunks in flight."""
     if workers == 1:
         yield from map(encode, chunks)

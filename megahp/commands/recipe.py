@@ -131,7 +131,17 @@ def base_of(options: Namespace) -> Base:
     for name in ("vocab_size", "sequence_length"):
         if (number := getattr(options, name)) is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} {number} must be above 0")
-    base = _tuned(options.base) if options.base else PROXY
+    base = PROXY
+    if options.base:  # what it gives, a preset's values included, and of the defaults what is tuned or scaled
+        found = resolve.load(options.base)
+        tree: dict[str, dict[str, Any]] = {"model": {}}
+        for key, origin in found.origins.items():
+            if key != "model.preset" and (origin == options.base.name or origin.startswith("preset")):
+                section, name = key.split(".")
+                tree.setdefault(section, {})[name] = config.get(found.config, key)
+        tree["model"] |= {"width": found.config.model.width, "heads": found.config.model.heads}
+        tree["optimizer"] = {"lr": found.config.optimizer.lr} | tree.get("optimizer", {})
+        base = Base(options.base.name, tree, f"your run {options.base}", "yours")
     known = PRESETS[options.preset] if options.preset else base.tree["model"]
     words = options.vocab_size
     if options.tokenizer or not (words or known.get("vocab_size")):
@@ -142,19 +152,6 @@ def base_of(options: Namespace) -> Base:
         "data": {key: value for key, value in data.items() if value is not None},
     }
     return replace(base, told=told, preset=options.preset or "")
-
-
-def _tuned(path: Path) -> Base:
-    """A user's run file: what it gives, a preset's values included, and of the defaults what is tuned or scaled."""
-    found = resolve.load(path)
-    tree: dict[str, dict[str, Any]] = {"model": {}}
-    for key, origin in found.origins.items():
-        section, name = key.split(".")
-        if key != "model.preset" and (origin == path.name or origin.startswith("preset")):
-            tree.setdefault(section, {})[name] = getattr(getattr(found.config, section), name)
-    tree["model"] |= {"width": found.config.model.width, "heads": found.config.model.heads}
-    tree["optimizer"] = {"lr": found.config.optimizer.lr} | tree.get("optimizer", {})
-    return Base(path.name, tree, f"your run {path}", "yours")
 
 
 def laws_of(law: str, loss_law: str | None) -> Laws:

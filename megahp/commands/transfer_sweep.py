@@ -48,8 +48,8 @@ from megahp.cluster.job import folder
 from megahp.commands.arguments import labelled, name_of, plain, positive, whole_numbers
 from megahp.commands.output import write_json
 from megahp.config import Config, resolve
+from megahp.diagnose import child_runs
 from megahp.diagnose.child_runs import diverged, is_over, refuse_another
-from megahp.diagnose.child_runs import train as train_on_ranks
 from megahp.diagnose.curves import plot, show, tables
 from megahp.diagnose.transfer import Curve, drift
 from megahp.errors import Fault, UserError, complain
@@ -160,7 +160,29 @@ def read_cells(arguments: argparse.Namespace) -> list[Cell]:
     key, values = listed(arguments.grid)
     columns = dict(map(listed, arguments.family))
     variants = dict(map(labelled, arguments.variants))
-    refuse_mistakes(arguments, key, columns, variants)
+    mistakes = []
+    counts = {name: len(values) for name, values in columns.items()}
+    if len(set(counts.values())) > 1 or min(counts.values()) < 2:
+        given = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        mistakes.append(f"--family gives {given}; give one value for each size, and two sizes or more")
+    if len(set(map(plain, variants))) < len(arguments.variants):
+        mistakes.append("--variants: two have the same label; give each its own")
+    words = [*arguments.overrides, *itertools.chain(*variants.values())]
+    for name in {key, *columns, *map(name_of, words)} & set(OWN):
+        mistakes.append(f"{name} is the sweep's own to set; leave it out (--seeds and --out set seeds and folder)")
+    for name in {*columns} & {key, *map(name_of, words)} | {key} & set(map(name_of, arguments.overrides)):
+        mistakes.append(f"{name} is given twice, once by --family or --grid; leave one out")
+    for option in ("jobs", "ranks", "slurm"):
+        if getattr(arguments, option) is not None and getattr(arguments, option) < 1:
+            mistakes.append(f"--{option} {getattr(arguments, option)} must be at least 1")
+    if arguments.last is not None and not 0 < arguments.last <= 1:
+        mistakes.append(f"--last {arguments.last:g} must be a share of the steps, above 0 and at most 1")
+    if arguments.sbatch and not arguments.slurm:
+        mistakes.append(f"--sbatch {arguments.sbatch!r} is for a job array; add --slurm N")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        mistakes.append(f"--seeds {arguments.seeds}: each is trained once; name it once")
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     cells, problems = [], dict[str, str]()
     for label, words in variants.items():
         own = [listed(word)[1] for word in words if name_of(word) == key]
@@ -192,35 +214,6 @@ def listed(word: str) -> tuple[str, list[str]]:
     if len(set(values)) < len(values):
         raise UserError(f"{word}: each value is trained once; name it once")
     return key, values
-
-
-def refuse_mistakes(
-    arguments: argparse.Namespace, key: str, columns: Mapping[str, Sequence[str]], variants: Mapping[str, list[str]]
-) -> None:
-    """Raise UserError for options that cannot be meant."""
-    problems = []
-    counts = {name: len(values) for name, values in columns.items()}
-    if len(set(counts.values())) > 1 or min(counts.values()) < 2:
-        given = ", ".join(f"{count} of {name}" for name, count in counts.items())
-        problems.append(f"--family gives {given}; give one value for each size, and two sizes or more")
-    if len(set(map(plain, variants))) < len(arguments.variants):
-        problems.append("--variants: two have the same label; give each its own")
-    words = [*arguments.overrides, *itertools.chain(*variants.values())]
-    for name in {key, *columns, *map(name_of, words)} & set(OWN):
-        problems.append(f"{name} is the sweep's own to set; leave it out (--seeds and --out set seeds and folder)")
-    for name in {*columns} & {key, *map(name_of, words)} | {key} & set(map(name_of, arguments.overrides)):
-        problems.append(f"{name} is given twice, once by --family or --grid; leave one out")
-    for option in ("jobs", "ranks", "slurm"):
-        if getattr(arguments, option) is not None and getattr(arguments, option) < 1:
-            problems.append(f"--{option} {getattr(arguments, option)} must be at least 1")
-    if arguments.last is not None and not 0 < arguments.last <= 1:
-        problems.append(f"--last {arguments.last:g} must be a share of the steps, above 0 and at most 1")
-    if arguments.sbatch and not arguments.slurm:
-        problems.append(f"--sbatch {arguments.sbatch!r} is for a job array; add --slurm N")
-    if len(set(arguments.seeds)) < len(arguments.seeds):
-        problems.append(f"--seeds {arguments.seeds}: each is trained once; name it once")
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 def refuse(problems: Mapping[str, str]) -> None:
@@ -321,31 +314,26 @@ def claimed(cell: Cell) -> Iterator[bool]:
 
 
 def train_cell(cell: Cell, ranks: int, store: dist.Store | None) -> float:
-    """Begin one run, or go on with it: in this process if it has a store, else on ranks of its own. Returns the seconds
-    it took. Raises UserError where it did not end."""
+    """Begin one run, or go on with it: in this process if it has a store, what it says going into a file, else on ranks
+    of its own. Returns the seconds it took. Raises UserError where it did not end."""
     began = time.monotonic()
     if store is not None:
-        train_here(cell, store)
-    elif (code := train_on_ranks(cell.settings, ranks)) and not diverged(cell.directory):
+        layout = fit(cell.settings.parallel, 1)
+        with (cell.directory / "train.log").open("w") as said, contextlib.redirect_stdout(said):
+            try:
+                settings = prepare(cell.settings, layout, 1, resume=True)
+                finished = train(settings, launch.World(), store, layout, resume=True)
+            except (UserError, Fault):
+                if not diverged(cell.directory):
+                    raise
+                finished = True
+        if not finished:
+            raise Told(f"{cell} was told to leave; the same command goes on")
+    elif (code := child_runs.train(cell.settings, ranks)) and not diverged(cell.directory):
         raise UserError(f"{cell} ended with exit code {code}; the same command goes on")
     shutil.rmtree(cell.directory / "checkpoints", ignore_errors=True)
     gc.collect()  # a model is a circle of references, and the next one needs the room
     return time.monotonic() - began
-
-
-def train_here(cell: Cell, store: dist.Store) -> None:
-    """Train one run in this process, what it says going into a file."""
-    layout = fit(cell.settings.parallel, 1)
-    with (cell.directory / "train.log").open("w") as said, contextlib.redirect_stdout(said):
-        try:
-            settings = prepare(cell.settings, layout, 1, resume=True)
-            finished = train(settings, launch.World(), store, layout, resume=True)
-        except (UserError, Fault):
-            if not diverged(cell.directory):
-                raise
-            finished = True
-    if not finished:
-        raise Told(f"{cell} was told to leave; the same command goes on")
 
 
 def families_of(cells: Sequence[Cell], last: float | None) -> dict[str, dict[float, Curve]]:

@@ -79,7 +79,12 @@ def plot(file: Path, families: Mapping[str, Family], key: str, size_key: str) ->
         panels = figure.subplots(1, len(families), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (variant, family) in zip(panels, families.items(), strict=True):
             for size, curve in family.items():
-                draw(axes, curve, hues[size], f"{size:g}")
+                ends = np.isfinite(curve.losses).all(1)  # as far as all seeds do: their mean, and their range as a band
+                at, losses, hue = np.array(curve.values)[ends], curve.losses[ends], hues[size]
+                axes.plot(at, losses.mean(1), ".-", color=hue, label=f"{size:g}")
+                axes.fill_between(at, losses.min(1), losses.max(1), color=hue, alpha=0.2, lw=0)
+                for each in curve.optima:
+                    axes.plot(each.value, each.loss, "o", color=hue, ms=5, mfc="none", zorder=4)
             axes.set_title(variant, fontsize=8.5)
             axes.set_xlabel(key)
         values = sorted({value for curve in curves for value in curve.values})
@@ -88,13 +93,3 @@ def plot(file: Path, families: Mapping[str, Family], key: str, size_key: str) ->
         panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles=handles, labels=labels, loc="outside right upper", frameon=False, title=size_key)
-
-
-def draw(axes: Any, curve: Curve, hue: Any, label: str) -> None:
-    """Mean over the seeds, as far as all of them end, and their range as a band."""
-    known = np.isfinite(curve.losses).all(1)
-    values, losses = np.array(curve.values)[known], curve.losses[known]
-    axes.plot(values, losses.mean(1), ".-", color=hue, label=label)
-    axes.fill_between(values, losses.min(1), losses.max(1), color=hue, alpha=0.2, lw=0)
-    for each in curve.optima:
-        axes.plot(each.value, each.loss, "o", color=hue, ms=5, mfc="none", zorder=4)
