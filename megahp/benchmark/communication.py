@@ -214,9 +214,7 @@ def device_of_rank(choice: str, place: World) -> torch.device:
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if place.local_size > torch.cuda.device_count():
-        raise UserError(
-            f"{node_name()} has {torch.cuda.device_count()} CUDA devices for {place.local_size} ranks; "
-            "start a rank a device, or stay on the CPU"
-        )
+        few = f"{node_name()} has {torch.cuda.device_count()} CUDA devices for {place.local_size} ranks"
+        raise UserError(f"{few}; start a rank a device, or stay on the CPU")
     torch.cuda.set_device(place.local_rank)
     return torch.device("cuda", place.local_rank)

@@ -262,10 +262,8 @@ def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> C
     if set(arguments.contestants) & set(BASELINES):
         for key, value in {**BASELINE, "model.kv_heads": noise.model.heads}.items():
             if get(noise, key) != value:
-                raise UserError(
-                    f"{key} = {get(noise, key)!r} and the baseline has {value!r}; compare others with --contestants "
-                    f"{' '.join(MEGAHP)}"
-                )
+                unlike = f"{key} = {get(noise, key)!r} and the baseline has {value!r}"
+                raise UserError(f"{unlike}; compare others with --contestants {' '.join(MEGAHP)}")
     if "megahp-dense" in arguments.contestants and noise.sparsity.method == "none":
         raise UserError(
             "--contestants megahp-dense is megahp itself; make that sparse: --settings sparsity.method=static"

@@ -40,10 +40,8 @@ def chain_of(options: Namespace, settings: Config) -> Chain:
     if settings.batch.policy == "constant":
         raise UserError("--grow: batch.policy = 'constant' never grows; set another policy, or leave --grow out")
     if options.grow < 2 * options.nodes:
-        raise UserError(
-            f"--grow {options.grow} is less than twice --nodes {options.nodes}, and nodes double; raise it, or leave "
-            "it out"
-        )
+        less = f"--grow {options.grow} is less than twice --nodes {options.nodes}"
+        raise UserError(f"{less}, and nodes double; raise it, or leave it out")
 
     def dp(nodes: int) -> int:
         return fit(settings.parallel, nodes * options.ranks_per_node).dp

@@ -127,10 +127,8 @@ def compare(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int:
     logits = our_logits(settings, weights_of(Tensors(path).items()), tokens)
     through, others = their_logits(arguments, theirs, tokens)
     difference, largest = (logits - others).abs().max().item(), logits.abs().max().item()
-    print(
-        f"logits: at most {difference:.3g} apart, {difference / largest:.2g} of the largest, on {tokens.numel()} "
-        f"tokens of {file}, through megahp and {through}"
-    )
+    apart = f"at most {difference:.3g} apart, {difference / largest:.2g} of the largest"
+    print(f"logits: {apart}, on {tokens.numel()} tokens of {file}, through megahp and {through}")
     if not difference <= RTOL * largest:
         complain(f"more than {RTOL:g}: {arguments.target} is another model")
         return 1

@@ -166,9 +166,8 @@ def of_a_check(settings: Config, arguments: argparse.Namespace) -> Config:
     if arguments.lazy and settings.model.experts:
         raise UserError(f"--lazy looks at dense MLPs, not at model.experts = {settings.model.experts}; leave those out")
     if arguments.densities and settings.sparsity.method not in ("static", "rigl"):
-        raise UserError(
-            f"--densities with sparsity.method = {settings.sparsity.method!r} would check dense models; set static"
-        )
+        method = f"sparsity.method = {settings.sparsity.method!r}"
+        raise UserError(f"--densities with {method} would check dense models; set static")
     tokens = 1_000_000 * arguments.batch * settings.data.sequence_length  # more than are taken
     return replace(
         settings,
@@ -187,12 +186,12 @@ def of_size(base: Config, kind: str, size: float) -> Config:
     if kind == "widths":
         model, share = base.model, size / base.model.width
         for key in ("heads", "kv_heads", "mlp_width", "expert_width"):
-            values[f"model.{key}"] = scaled = getattr(model, key) * share
+            own = getattr(model, key)
+            values[f"model.{key}"] = scaled = own * share
             if not scaled.is_integer():
-                raise UserError(
-                    f"--widths {size:g}: model.{key} = {getattr(model, key)} at model.width = {model.width} would not "
-                    f"be whole; choose a multiple of {model.width // math.gcd(model.width, getattr(model, key))}"
-                )
+                broken = f"model.{key} = {own} at model.width = {model.width} would not be whole"
+                whole = model.width // math.gcd(model.width, own)
+                raise UserError(f"--widths {size:g}: {broken}; choose a multiple of {whole}")
     tree = config.to_dict(base)
     for key, value in values.items():
         section, name = key.split(".")

@@ -91,20 +91,16 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     counts = {"mean": len(beginnings.parts), "projection": len(beginnings.known)}
     counts["zeros"] = len(new.tokens) - len(old.tokens) - sum(counts.values())
     rules = ", ".join(f"{count:,} by {rule}" for rule, count in counts.items() if count)
-    print(
-        f"{arguments.target}: {len(new.tokens):,} tokens, {len(old.tokens):,} before, in matrices of {now:,} rows, "
-        f"{before:,} before; new tokens: {rules}"
-    )
+    rows = f"in matrices of {now:,} rows, {before:,} before"
+    print(f"{arguments.target}: {len(new.tokens):,} tokens, {len(old.tokens):,} before, {rows}; new tokens: {rules}")
     if beginnings.shared:
         print(f"the map from {arguments.donor} is fitted on {len(beginnings.shared):,} tokens")
     if arguments.text:
         text = arguments.text.read_text(encoding="utf-8", errors="replace")
         was, is_ = (len(each.tokenizer.encode(text)) / len(text.encode()) for each in (old, new))
         print(f"{arguments.text}: {is_:.4g} tokens per byte, {was:.4g} before")
-    print(
-        f"next: megahp train {arguments.target}/config.toml 'data.train=[...]' train.weights=embeddings "
-        "train.noise_scale=false log.name=..."
-    )
+    then = "'data.train=[...]' train.weights=embeddings train.noise_scale=false log.name=..."
+    print(f"next: megahp train {arguments.target}/config.toml {then}")
     return 0
 
 
@@ -138,10 +134,8 @@ def begin(arguments: argparse.Namespace, old: Vocabulary, new: Vocabulary) -> Be
         if not known:
             raise UserError(f"--donor {arguments.donor} has none of the {len(added)} new tokens; choose --rule mean")
         if len(shared) < (least := LEAST_SHARED * settings.model.width):
-            raise UserError(
-                f"--donor {arguments.donor} shares {len(shared)} tokens with SRC, and a map from its width needs "
-                f"{least}; choose --rule mean"
-            )
+            few = f"--donor {arguments.donor} shares {len(shared)} tokens with SRC"
+            raise UserError(f"{few}, and a map from its width needs {least}; choose --rule mean")
     single = {token: number for number, token in enumerate(old.tokens) if len(token) == 1}
     parts = {number: cut(old, single, new.tokens[number]) for number in added if number not in known}
     return Beginnings(parts, known, shared, donor)

@@ -49,10 +49,8 @@ def run(options: Namespace, words: Sequence[str]) -> int:
             raise UserError(f"--{name} {value:g} goes with --grow N, and is above 0")
     settings = resolve.load(options.run_file, options.overrides).config
     if settings.resilience.stop_at_batch:
-        raise UserError(
-            f"resilience.stop_at_batch = {settings.resilience.stop_at_batch} would end the job before the run; leave "
-            "it out, and give --grow N for more nodes as the batch grows"
-        )
+        early = f"resilience.stop_at_batch = {settings.resilience.stop_at_batch} would end the job before the run"
+        raise UserError(f"{early}; leave it out, and give --grow N for more nodes as the batch grows")
     asked = {name: getattr(options, name) for name in ("time", "partition", "account", "exclude", "sbatch")}
     tasks = options.ranks_per_node if options.launcher == "srun" else 1
     job = Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **asked)

@@ -156,16 +156,13 @@ def refuse_mistakes(arguments: argparse.Namespace, origin: Origin) -> None:
         raise UserError(f"--factors {given}: 1 is missing, against which the others are measured; add it")
     for factor in factors:
         if not math.isclose(factor * origin.batch, round(factor * origin.batch)):
-            raise UserError(
-                f"--factors {given}: {factor:g} x {origin.batch} sequences, the batch at {origin.path}, is not whole; "
-                "change the factor"
-            )
+            batch = f"{factor:g} x {origin.batch} sequences, the batch at {origin.path}"
+            raise UserError(f"--factors {given}: {batch}, is not whole; change the factor")
     least = LEAST_STEPS * round(max(factors) * origin.batch) * origin.settings.data.sequence_length
     if not least <= arguments.tokens < math.inf:
-        raise UserError(
-            f"--tokens {arguments.tokens:g} must be at least {least}, {LEAST_STEPS} steps of {max(factors):g} x "
-            f"{origin.batch} sequences; raise it, or leave out the largest factor"
-        )
+        steps = f"{LEAST_STEPS} steps of {max(factors):g} x {origin.batch} sequences"
+        wrong = f"--tokens {arguments.tokens:g} must be at least {least}, {steps}"
+        raise UserError(f"{wrong}; raise it, or leave out the largest factor")
     if not 0 <= arguments.tolerance < math.inf:
         raise UserError(f"--tolerance {arguments.tolerance:g} must be at least 0 nats per token, such as 0.01")
     at_least(arguments, ranks=1)
@@ -229,10 +226,8 @@ def show(rows: Sequence[Mapping[str, Any]], origin: Origin, star: float, toleran
         print(LINE.format(**each, tokens=human_count(each["batch_tokens"]), found=found))
     noisiest = max(each["scatter"] for each in rows if math.isfinite(each["scatter"]))
     if noisiest > tolerance:
-        print(
-            f"the smoothed losses scatter by up to {noisiest:.2g}, more than --tolerance {tolerance:g}: "
-            "what follows may be chance; raise it"
-        )
+        more = f"scatter by up to {noisiest:.2g}, more than --tolerance {tolerance:g}"
+        print(f"the smoothed losses {more}: what follows may be chance; raise it")
     batch, length = round(star * origin.batch), origin.settings.data.sequence_length
     size = f"{star:g} x {origin.batch:,} = {batch:,} sequences ({human_count(batch * length)} tokens)"
     if star == rows[-1]["factor"]:

@@ -111,15 +111,11 @@ def settings_to_measure(path: Path) -> Config:
     """Those of the run, for one process that measures. Raises UserError."""
     settings = resolve.from_dict(checkpoint.read_state(path)["config"], str(path))
     if settings.model.experts:
-        raise UserError(
-            f"model.experts = {settings.model.experts} at {path}: an example's gradients of experts cannot be "
-            "measured; name a run without experts"
-        )
+        there = f"model.experts = {settings.model.experts} at {path}"
+        raise UserError(f"{there}: an example's gradients of experts cannot be measured; name a run without experts")
     if settings.sparsity.method != "none":
-        raise UserError(
-            f"sparsity.method = {settings.sparsity.method!r} at {path}: gradients of masked weights would be counted; "
-            "name a dense run"
-        )
+        there = f"sparsity.method = {settings.sparsity.method!r} at {path}"
+        raise UserError(f"{there}: gradients of masked weights would be counted; name a dense run")
     dtype = "float64" if settings.train.dtype == "float64" else "float32"
     own = {"train.weights": "all", "train.noise_scale": True, "train.device": "auto", "train.dtype": dtype}
     return config.with_values(replace(settings, parallel=config.Parallel(), compute=config.Compute()), own)
@@ -137,10 +133,8 @@ def place(path: Path, settings: Config, data: TrainingData, arguments: argparse.
     if micro is None:
         micro = micro_batch(settings, length)
     if micro < 1 or batch < 2 or batch % micro:
-        raise UserError(
-            f"--batch {batch} at {path} must be at least 2, and whole microbatches of {micro}; change it, or "
-            "--micro-batch"
-        )
+        wanted = f"at least 2, and whole microbatches of {micro}"
+        raise UserError(f"--batch {batch} at {path} must be {wanted}; change it, or --micro-batch")
     progress, pooled = state["progress"], state["noise_scale"]["pooled"]
     smoothed = pooled["true_sq"], pooled["noise"]
     return Place(path, progress["tokens"], progress["samples"], smoothed, state["data_order"], length, batch, micro)
@@ -276,10 +270,8 @@ def show(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Mapping[str, A
     for name, each in summary.items():
         print(SUMMARY_LINE.format(name=name, **written(each, *each)))
     factor = written(summary[SMOOTHED], *summary[SMOOTHED])
-    print(
-        f"total = {factor['slope']} (95 %: {factor['slope_interval']}) x the norm layers' in training; the run has "
-        f"batch.noise_to_total = {noise_to_total:g}"
-    )
+    total = f"total = {factor['slope']} (95 %: {factor['slope_interval']}) x the norm layers' in training"
+    print(f"{total}; the run has batch.noise_to_total = {noise_to_total:g}")
 
 
 def written(found: Mapping[str, Any], *keys: str) -> dict[str, str]:

@@ -109,10 +109,9 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     unfinished.write_text(json.dumps(description, indent=2) + "\n")
     unfinished.replace(f"{arguments.output}.json")
     megabytes, seconds = tally.size / 1e6, time.monotonic() - started
-    print(
-        f"{arguments.output}: {tally.documents} documents, {tally.tokens} tokens, {megabytes:.1f} MB of text, "
-        f"{seconds:.1f} s ({megabytes / seconds:.1f} MB/s), {tally.tokens / tally.size:.3f} tokens/byte"
-    )
+    told = f"{tally.documents} documents, {tally.tokens} tokens, {megabytes:.1f} MB of text, {seconds:.1f} s"
+    rates = f"({megabytes / seconds:.1f} MB/s), {tally.tokens / tally.size:.3f} tokens/byte"
+    print(f"{arguments.output}: {told} {rates}")
     if tally.skipped:
         print(f"{arguments.output}: skipped {tally.skipped} documents that are no valid text")
     return 0

@@ -47,10 +47,8 @@ def train_again_and_again(options: Namespace, settings: Config, place: launch.Wo
     from megahp.faults.relaunch import until_done
 
     if not options.ranks or place.size > 1 or options.restarts < 0:
-        raise UserError(
-            f"--restarts {options.restarts} goes with --ranks N, and is at least 0; under srun and torchrun the job "
-            "is started again by whatever started it"
-        )
+        wanted = f"--restarts {options.restarts} goes with --ranks N, and is at least 0"
+        raise UserError(f"{wanted}; under srun and torchrun the job is started again by whatever started it")
     arguments = ["train", str(options.run_file), *options.overrides]
     minutes, began = settings.resilience.stop_after, time.monotonic()
 

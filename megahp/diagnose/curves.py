@@ -36,10 +36,9 @@ def show(families: Mapping[str, Family], drifts: Mapping[str, Drift]) -> None:
     for variant, drift in drifts.items():
         at_edge = any(curve.at_edge for curve in families[variant].values())
         beyond = "; an optimum is at the grid's edge, so it may be more: widen the grid" if at_edge else ""
-        print(
-            f"{variant}: the optimum drifts {drift.slope.value:+.2f} octaves {interval(drift.slope)} by its slope, "
-            f"{drift.spread.value:.2f} {interval(drift.spread)} from least to largest{beyond}"
-        )
+        slope = f"{drift.slope.value:+.2f} octaves {interval(drift.slope)} by its slope"
+        spread = f"{drift.spread.value:.2f} {interval(drift.spread)} from least to largest"
+        print(f"{variant}: the optimum drifts {slope}, {spread}{beyond}")
 
 
 def interval(found: Estimate) -> str:
