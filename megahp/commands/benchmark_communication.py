@@ -144,9 +144,8 @@ def by_mpi(place: launch.World) -> Ranks:
     except (ImportError, RuntimeError) as error:
         raise UserError(f"--backend mpi needs mpi4py and its MPI ({error}); pip install mpi4py") from None
     if MPI.COMM_WORLD.size != place.size:
-        raise UserError(
-            f"mpi4py sees {MPI.COMM_WORLD.size} ranks of {place.size}: it is built for another MPI than the launcher's"
-        )
+        seen = f"mpi4py sees {MPI.COMM_WORLD.size} ranks of {place.size}"
+        raise UserError(f"{seen}: it is built for another MPI than the launcher's")
     version = MPI.Get_library_version().split(",")[0].strip("\0\n ")
     nodes = MPI.COMM_WORLD.allgather(launch.node_name())
     return Ranks(MPI.COMM_WORLD.rank, nodes, "mpi", version, lambda groups: MpiGroup(groups, MPI))

@@ -11,11 +11,11 @@ is what forward and backward hold at most beyond their inputs, gradients include
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -76,42 +76,33 @@ def peak(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         timed(loss, x, weight, targets)
     events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
-
-
-def measure(shape: str, dtype: str, device: str, turns: int) -> list[dict]:
-    """One row of results for each loss."""
-    batch, length, width, vocabulary = map(int, shape.split("x"))
-    x = torch.randn(batch, length, width, device=device).to(getattr(torch, dtype)).requires_grad_()
-    weight = (torch.randn(vocabulary, width, device=device) / width**0.5).requires_grad_()
-    targets = torch.randint(vocabulary, (batch, length), device=device)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in LOSSES}
-    for _ in range(turns + 1):
-        for name, loss in LOSSES.items():
-            times[name].append(timed(loss, x, weight, targets))
-    rows = []
-    for name, loss in LOSSES.items():
-        counted = list(zip(times[name], times["plain"], strict=True))[1:]  # without the first turn, a warm-up
-        row = {
-            "loss": name,
-            "shape": shape,
-            "dtype": dtype,
-            "forward ms": 1e3 * statistics.median(forward for (forward, _), _ in counted),
-            "backward ms": 1e3 * statistics.median(backward for (_, backward), _ in counted),
-            "both, of plain": statistics.median(sum(own) / sum(other) for own, other in counted),
-            "peak MiB": peak(loss, x, weight, targets) / 2**20,
-        }
-        rows.append(row)
-    return rows
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     rows: list[dict] = []
     print("loss   shape            dtype     forward ms backward ms both, of plain  peak MiB")
-    for shape in arguments.shape:
-        for dtype in arguments.dtype:
-            rows += measure(shape, dtype, arguments.device, arguments.turns)
-            for row in rows[-len(LOSSES) :]:
-                print(LINE.format(**row), flush=True)
+    for shape, dtype in itertools.product(arguments.shape, arguments.dtype):
+        batch, length, width, vocabulary = map(int, shape.split("x"))
+        x = torch.randn(batch, length, width, device=arguments.device).to(getattr(torch, dtype)).requires_grad_()
+        weight = (torch.randn(vocabulary, width, device=arguments.device) / width**0.5).requires_grad_()
+        targets = torch.randint(vocabulary, (batch, length), device=arguments.device)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in LOSSES}
+        for _ in range(arguments.turns + 1):
+            for name, loss in LOSSES.items():
+                times[name].append(timed(loss, x, weight, targets))
+        for name, loss in LOSSES.items():
+            counted = list(zip(times[name], times["plain"], strict=True))[1:]  # without the first turn, a warm-up
+            row = {
+                "loss": name,
+                "shape": shape,
+                "dtype": dtype,
+                "forward ms": 1e3 * statistics.median(forward for (forward, _), _ in counted),
+                "backward ms": 1e3 * statistics.median(backward for (_, backward), _ in counted),
+                "both, of plain": statistics.median(sum(own) / sum(other) for own, other in counted),
+                "peak MiB": peak(loss, x, weight, targets) / 2**20,
+            }
+            rows.append(row)
+            print(LINE.format(**row), flush=True)
     write_json(arguments.json, {"machine": machine_of(torch.device(arguments.device)), "rows": rows})
     return 0

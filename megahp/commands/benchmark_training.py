@@ -212,17 +212,6 @@ class Lane:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    cases = cases_of(arguments)
-    place = launch.world()
-    if starts_ranks(arguments.ranks, place.size):
-        return launch.spawn(words, arguments.ranks)
-    launch.join(place, cuda_wanted(cases[0].settings))
-    benchmark(arguments, cases, place, words)
-    return 0
-
-
-def cases_of(arguments: argparse.Namespace) -> list[Case]:
-    """Every shape on every layout in every dtype, checked. Raises UserError."""
     numbers = ("ranks", "turns", "steps", "warm_up", "micro_batch", "sequence", "global_batch", "vocabulary")
     at_least(arguments, **dict.fromkeys(numbers, 1))
     if arguments.peak_tflops is not None and not 0 < arguments.peak_tflops < math.inf:
@@ -234,11 +223,17 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
     if arguments.ranks > 1 and set(arguments.contestants) & set(BASELINES):
         raise UserError(f"--ranks {arguments.ranks}: the baseline is one rank's; leave it out of --contestants")
     each = itertools.product(arguments.shape, arguments.tp, arguments.dtype)
-    return [case_of(arguments, *names) for names in each]
+    cases = [case_of(arguments, *names) for names in each]
+    place = launch.world()
+    if starts_ranks(arguments.ranks, place.size):
+        return launch.spawn(words, arguments.ranks)
+    launch.join(place, cuda_wanted(cases[0].settings))
+    benchmark(arguments, cases, place, words)
+    return 0
 
 
 def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> Case:
-    """One of them. Raises UserError."""
+    """A shape on a layout in a dtype, checked. Raises UserError."""
     layout = fit(resolve.from_dict({"parallel": {"tp": tp}}, "--tp").parallel, arguments.ranks)
     global_batch = arguments.global_batch or arguments.micro_batch * layout.dp
     tree: dict[str, dict[str, Any]] = {
@@ -265,9 +260,8 @@ def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> C
                 unlike = f"{key} = {get(noise, key)!r} and the baseline has {value!r}"
                 raise UserError(f"{unlike}; compare others with --contestants {' '.join(MEGAHP)}")
     if "megahp-dense" in arguments.contestants and noise.sparsity.method == "none":
-        raise UserError(
-            "--contestants megahp-dense is megahp itself; make that sparse: --settings sparsity.method=static"
-        )
+        remedy = "make that sparse: --settings sparsity.method=static"
+        raise UserError(f"--contestants megahp-dense is megahp itself; {remedy}")
     return Case(shape, dtype, layout, noise, quiet)
 
 
@@ -309,10 +303,8 @@ def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], place: launc
         tell(sentence(verdicts[-1]), flush=True)
         rows += found
     if compared := [verdict for verdict in verdicts if "speedup" in verdict]:
-        mean, of_processor = (
-            statistics.geometric_mean(verdict[key]["median"] for verdict in compared)
-            for key in ("speedup", "processor_speedup")
-        )
+        mean = statistics.geometric_mean(verdict["speedup"]["median"] for verdict in compared)
+        of_processor = statistics.geometric_mean(verdict["processor_speedup"]["median"] for verdict in compared)
         said = f"{mean:.3f} times the faster baseline; processor time: {of_processor:.3f}"
         tell(f"geometric mean of {len(compared)}: {said}", flush=True)
     if first:
@@ -384,10 +376,9 @@ def row_of(case: Case, arguments: argparse.Namespace, name: str, lane: Lane, dev
     """Everything known of one contestant."""
     settings, seconds = case.settings, statistics.median(lane.seconds)
     tokens = settings.batch.global_batch * settings.data.sequence_length
-    flops, full, hardware = (
-        training_flops(settings.model, settings.data.sequence_length, causal, again)
-        for causal, again in ((True, 0), (False, 0), (True, 0 if name in BASELINES else recomputed_layers(settings)))
-    )
+    again = 0 if name in BASELINES else recomputed_layers(settings)
+    shape = settings.model, settings.data.sequence_length
+    flops, full, hardware = (training_flops(*shape, *counted) for counted in ((True, 0), (False, 0), (True, again)))
     peak = (arguments.peak_tflops or 0.0) * 1e12 * arguments.ranks
     if not peak and device.type == "cuda" and case.dtype == "bfloat16":
         known = (tflops for name, tflops in PEAKS.items() if name in torch.cuda.get_device_name(device))

@@ -260,49 +260,44 @@ def memory(device: torch.device) -> dict[str, int]:
 
 
 def links(place: launch.World, ranks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Connections to rank 0 and to those 1, 2, 4, ... further on: their error, or round trip and clock offset (s)."""
+    """Connections to rank 0 and to those 1, 2, 4, ... further on: their error, or round trip and clock offset (s):
+    by how much this clock is ahead, by half of the quickest round trip, as NTP takes it."""
     partners = {0} | {(place.rank + 2**k) % place.size for k in range(place.size.bit_length())}
-    return [{"rank": rank, **link(ranks[rank])} for rank in sorted(partners - {place.rank})]
-
-
-def link(partner: Mapping[str, Any]) -> dict[str, Any]:
-    """One of them; by how much this clock is ahead, by half of the quickest round trip, as NTP takes it."""
-    exchanges = []
-    try:
-        with socket.create_connection((partner["host"], partner["port"]), CONNECT_SECONDS) as connection:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for _ in range(EXCHANGES):
-                sent, began = time.time(), time.perf_counter()
-                connection.sendall(b"?")
-                theirs = CLOCK.unpack(connection.recv(CLOCK.size, socket.MSG_WAITALL))[0]
-                trip = time.perf_counter() - began
-                exchanges.append((trip, sent + trip / 2 - theirs))
-    except socket.gaierror as error:
-        return {"error": f"the name {partner['host']} does not resolve ({error.strerror})"}
-    except (OSError, struct.error) as error:
-        return {"error": f"{partner['host']}:{partner['port']}: {error}"}
-    trip, offset = min(exchanges)
-    return {"seconds": trip, "offset": offset}
+    found: list[dict[str, Any]] = []
+    for rank in sorted(partners - {place.rank}):
+        host, port, exchanges = ranks[rank]["host"], ranks[rank]["port"], []
+        try:
+            with socket.create_connection((host, port), CONNECT_SECONDS) as connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for _ in range(EXCHANGES):
+                    sent, began = time.time(), time.perf_counter()
+                    connection.sendall(b"?")
+                    theirs = CLOCK.unpack(connection.recv(CLOCK.size, socket.MSG_WAITALL))[0]
+                    trip = time.perf_counter() - began
+                    exchanges.append((trip, sent + trip / 2 - theirs))
+            trip, offset = min(exchanges)
+            found.append({"rank": rank, "seconds": trip, "offset": offset})
+        except socket.gaierror as error:
+            found.append({"rank": rank, "error": f"the name {host} does not resolve ({error.strerror})"})
+        except (OSError, struct.error) as error:
+            found.append({"rank": rank, "error": f"{host}:{port}: {error}"})
+    return found
 
 
 def disk(folder: Path) -> dict[str, Any]:
     """Bytes free, and bytes a second with fsync, of a run's folder and of /tmp."""
-    found = {}
+    found, block = {}, os.urandom(2**22)
     for place in dict.fromkeys((folder.resolve(), Path(tempfile.gettempdir()))):
-        free = shutil.disk_usage(place).free
-        rate = DISK_BYTES / min(seconds_to_write(place) for _ in range(FILES)) if free > 2 * DISK_BYTES else 0.0
-        found[str(place)] = {"free_bytes": free, "bytes_per_second": rate}
+        free, best = shutil.disk_usage(place).free, math.inf
+        for _ in range(FILES if free > 2 * DISK_BYTES else 0):
+            with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+                began = time.perf_counter()
+                for _ in range(DISK_BYTES // len(block)):
+                    file.write(block)
+                os.fsync(file.fileno())
+                best = min(best, time.perf_counter() - began)
+        found[str(place)] = {"free_bytes": free, "bytes_per_second": DISK_BYTES / best}
     return found
-
-
-def seconds_to_write(folder: Path) -> float:
-    block = os.urandom(2**22)
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        began = time.perf_counter()
-        for _ in range(DISK_BYTES // len(block)):
-            file.write(block)
-        os.fsync(file.fileno())
-        return time.perf_counter() - began
 
 
 def gemm(device: torch.device) -> dict[str, Any]:

@@ -48,9 +48,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError(f"{arguments.folder} holds no tasks; name a folder with YAML files of lm-evaluation-harness")
     for name in arguments.tasks or ():
         if name not in there:
-            raise UserError(
-                f"--tasks {name} is not in {arguments.folder}, which has {', '.join(there)}; choose of these"
-            )
+            has = f"{arguments.folder}, which has {', '.join(there)}"
+            raise UserError(f"--tasks {name} is not in {has}; choose of these")
     origin = trained(arguments.checkpoint)
     found = simple_evaluate(
         Harness(origin),

@@ -113,9 +113,8 @@ def check_extension(old: Vocabulary, new: Vocabulary) -> None:
     if len(new.tokens) <= len(old.tokens):
         raise UserError(f"{without} it has {len(new.tokens)} tokens, no more than {len(old.tokens)}; name a larger one")
     if new.tokenizer.eod != old.tokenizer.eod:
-        raise UserError(
-            f"{without} token {new.tokenizer.eod} ends a document, and {old.tokenizer.eod} did; keep that one"
-        )
+        ends = f"token {new.tokenizer.eod} ends a document, and {old.tokenizer.eod} did"
+        raise UserError(f"{without} {ends}; keep that one")
 
 
 def begin(arguments: argparse.Namespace, old: Vocabulary, new: Vocabulary) -> Beginnings:

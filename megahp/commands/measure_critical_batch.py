@@ -137,10 +137,9 @@ def read_origin(place: Path) -> Origin:
     values = follow(settings.batch.rule, settings.optimizer, batch / settings.batch.global_batch)
     rate = fraction(settings.schedule, tokens, settings.train.tokens)
     if rate == 0:
-        raise UserError(
-            f"at {path} the learning rate is 0, after {tokens} of train.tokens = {settings.train.tokens} under "
-            f"schedule.name = {settings.schedule.name!r}; name an earlier checkpoint"
-        )
+        after = f"after {tokens} of train.tokens = {settings.train.tokens}"
+        under = f"under schedule.name = {settings.schedule.name!r}"
+        raise UserError(f"at {path} the learning rate is 0, {after} {under}; name an earlier checkpoint")
     ranks = math.prod(Layout(**state["layout"]).shape)
     return Origin(path, settings, ranks, tokens, batch, replace(values, lr=values.lr * rate))
 

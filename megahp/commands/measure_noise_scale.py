@@ -86,7 +86,18 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     settings = settings_to_measure(paths[-1])
     data = open_data(settings)
     places = [place(path, settings, data, arguments) for path in paths]
-    squares = measure_all(places, settings, data, arguments.batches)
+    launch.join(launch.World(), cuda_wanted(settings))
+    device = device_of(settings, launch.World())
+    (model,) = build_model(settings, make_mesh(Layout(), device)).stages.values()
+    loader = Loader(data, device, settings.data.mask_documents)
+    squares, began = [], time.monotonic()
+    for number, each in enumerate(places, start=1):
+        checkpoint.load(each.path, saved(model))
+        data.restore(each.data_order)
+        squares.append([measure(model, microbatches(loader, each, batch)) for batch in range(arguments.batches)])
+        rest = human_duration((time.monotonic() - began) / number * (len(places) - number))
+        print(f"{each.path.name} measured; {number} of {len(places)}, ETA {rest}", flush=True)
+    loader.close()
     kinds = kinds_of(squares[0][0].example, arguments.without_embeddings)
     totals = [sums(each, kinds) for each in squares]
     pairs = zip(places, totals, strict=True)
@@ -138,23 +149,6 @@ def place(path: Path, settings: Config, data: TrainingData, arguments: argparse.
     progress, pooled = state["progress"], state["noise_scale"]["pooled"]
     smoothed = pooled["true_sq"], pooled["noise"]
     return Place(path, progress["tokens"], progress["samples"], smoothed, state["data_order"], length, batch, micro)
-
-
-def measure_all(places: Sequence[Place], settings: Config, data: TrainingData, batches: int) -> list[list[Squares]]:
-    """The squares of every batch at every checkpoint. Raises UserError."""
-    launch.join(launch.World(), cuda_wanted(settings))
-    device = device_of(settings, launch.World())
-    (model,) = build_model(settings, make_mesh(Layout(), device)).stages.values()
-    loader = Loader(data, device, settings.data.mask_documents)
-    squares, began = [], time.monotonic()
-    for number, each in enumerate(places, start=1):
-        checkpoint.load(each.path, saved(model))
-        data.restore(each.data_order)
-        squares.append([measure(model, microbatches(loader, each, batch)) for batch in range(batches)])
-        rest = human_duration((time.monotonic() - began) / number * (len(places) - number))
-        print(f"{each.path.name} measured; {number} of {len(places)}, ETA {rest}", flush=True)
-    loader.close()
-    return squares
 
 
 def microbatches(loader: Loader, place: Place, batch: int) -> Iterator[Batch]:

@@ -132,9 +132,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if ahead and (code := start_workers(command, min(arguments.jobs, len(ahead)))):
         return code
     if others := [cell for cell in ahead if not is_over(cell.directory)]:
-        raise UserError(
-            f"{others[0]} and {len(others) - 1} more are with other workers; come back when these have ended"
-        )
+        which = f"{others[0]} and {len(others) - 1} more"
+        raise UserError(f"{which} are with other workers; come back when these have ended")
     families = families_of(cells, arguments.last)
     drifts = {variant: drift(family) for variant, family in families.items()}
     show(families, drifts)

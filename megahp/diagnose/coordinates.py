@@ -109,13 +109,12 @@ def relative_distance(h: Callable[[Weights], Tensor], old: Weights, new: Weights
 
 def mlp_output(weights: Weights, x: Tensor, activation: str) -> Tensor:
     """What megahp.model.mlp.MLP computes, as a function of its whole weights."""
-    products = {
-        name: F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-        for name in ("up", "gate")
-        if f"{name}.weight" in weights
-    }
-    hidden = activate(activation, products["up"], products.get("gate"))
-    return F.linear(hidden, weights["down.weight"], weights.get("down.bias"))
+
+    def layer(name: str, given: Tensor) -> Tensor:
+        return F.linear(given, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    gate = layer("gate", x) if "gate.weight" in weights else None
+    return layer("down", activate(activation, layer("up", x), gate))
 
 
 def _of(weights: Weights, prefix: str) -> Weights:
