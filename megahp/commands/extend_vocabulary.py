@@ -97,8 +97,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         print(f"the map from {arguments.donor} is fitted on {len(beginnings.shared):,} tokens")
     if arguments.text:
         text = arguments.text.read_text(encoding="utf-8", errors="replace")
-        was, is_ = (len(each.tokenizer.encode(text)) / len(text.encode()) for each in (old, new))
-        print(f"{arguments.text}: {is_:.4g} tokens per byte, {was:.4g} before")
+        of_old, of_new = (len(each.tokenizer.encode(text)) / len(text.encode()) for each in (old, new))
+        print(f"{arguments.text}: {of_new:.4g} tokens per byte, {of_old:.4g} before")
     then = "'data.train=[...]' train.weights=embeddings train.noise_scale=false log.name=..."
     print(f"next: megahp train {arguments.target}/config.toml {then}")
     return 0

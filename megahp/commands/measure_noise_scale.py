@@ -195,8 +195,8 @@ def checkpoint_row(place: Place, totals: Sums, exact: np.ndarray, kinds: Sequenc
     drawn = noise_scales(resampled(exact[None])[:, 0])
     rows = {
         name: {
-            "sq_example": totals["example"][:, k].mean(),
-            "sq_batch": totals["batch"][:, k].mean(),
+            "sq_example": totals["example"].mean(0)[k],
+            "sq_batch": totals["batch"].mean(0)[k],
             "true_sq": exact[:, k, 0].mean(),
             "noise": exact[:, k, 1].mean(),
             "noise_scale": float(noise_scales(exact[:, k].mean(0))),
