@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,28 +81,15 @@ OPERATIONS = {
 }
 
 
-class Group(Protocol):
-    """This rank's one of some groups, over some library."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def run(self, operation: str, source: Tensor, target: Tensor) -> None:
-        """Once, to its end. all-reduce works in place, on the target; send-receive goes round in a ring."""
-
-    def over_all(self, value: float, largest: bool) -> float:
-        """The largest, or the sum, of all ranks' values, those of other groups included: they meet here."""
-
-
 class TorchGroup:
-    """Over torch.distributed: gloo or NCCL, by the device."""
+    """This rank's one of some groups, over torch.distributed: gloo or NCCL, by the device."""
 
     def __init__(self, groups: Groups, device: torch.device, patience: timedelta) -> None:
         self.group, _ = dist.new_subgroups_by_enumeration(groups, timeout=patience)
         self.rank, self.size, self.device = dist.get_rank(self.group), dist.get_world_size(self.group), device
 
     def run(self, operation: str, source: Tensor, target: Tensor) -> None:
+        """Once, to its end. all-reduce works in place, on the target; send-receive goes round in a ring."""
         match operation:
             case "all-reduce":
                 dist.all_reduce(target, group=self.group)
@@ -121,13 +108,14 @@ class TorchGroup:
             torch.cuda.synchronize()
 
     def over_all(self, value: float, largest: bool) -> float:
+        """The largest, or the sum, of all ranks' values, those of other groups included: they meet here."""
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
         return tensor.item()
 
 
 class MpiGroup:
-    """Over mpi4py, from the CPU's memory."""
+    """The same over mpi4py, from the CPU's memory."""
 
     def __init__(self, groups: Groups, mpi: Any) -> None:
         self.mpi, self.world = mpi, mpi.COMM_WORLD
@@ -152,6 +140,9 @@ class MpiGroup:
 
     def over_all(self, value: float, largest: bool) -> float:
         return self.world.allreduce(value, self.mpi.MAX if largest else self.mpi.SUM)
+
+
+Group = TorchGroup | MpiGroup
 
 
 @dataclass(frozen=True)
@@ -223,9 +214,7 @@ def device_of_rank(choice: str, place: World) -> torch.device:
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if place.local_size > torch.cuda.device_count():
-        raise UserError(
-            f"{node_name()} has {torch.cuda.device_count()} CUDA devices for {place.local_size} ranks; "
-            "start a rank a device, or stay on the CPU"
-        )
+        few = f"{node_name()} has {torch.cuda.device_count()} CUDA devices for {place.local_size} ranks"
+        raise UserError(f"{few}; start a rank a device, or stay on the CPU")
     torch.cuda.set_device(place.local_rank)
     return torch.device("cuda", place.local_rank)

@@ -14,16 +14,6 @@ from torch import Tensor, nn
 from megahp import config
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [batch, heads, length, head_size]."""
     a, b = x.chunk(2, -1)
@@ -66,9 +56,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, model: config.Model, length: int) -> None:
         super().__init__()
-        self.norm_1 = RMSNorm(model.width, model.norm_eps)
+        self.norm_1 = nn.RMSNorm(model.width, model.norm_eps)
         self.attention = Attention(model, length)
-        self.norm_2 = RMSNorm(model.width, model.norm_eps)
+        self.norm_2 = nn.RMSNorm(model.width, model.norm_eps)
         self.mlp = MLP(model)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +73,7 @@ class GPT(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(model.padded_vocab, model.width)
         self.blocks = nn.ModuleList(Block(model, length) for _ in range(model.layers))
-        self.norm = RMSNorm(model.width, model.norm_eps)
+        self.norm = nn.RMSNorm(model.width, model.norm_eps)
         self.head = nn.Linear(model.width, model.padded_vocab, bias=False)
         for weight in self.parameters():
             if weight.dim() == 2:

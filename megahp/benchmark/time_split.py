@@ -33,26 +33,18 @@ def profiled(
         seconds = run() * steps
     events: Sequence[Any] = seen.events() or ()
     split = split_of(cuda_spans(events) if cuda else cpu_spans(events), 1e6 * seconds)
-    averages = [each for each in seen.key_averages() if is_on(each, cuda)]
-    averages.sort(key=lambda each: own_time(each, cuda), reverse=True)
+    own_time = "self_device_time_total" if cuda else "self_cpu_time_total"
+    averages = [(getattr(each, own_time), each) for each in seen.key_averages() if is_on(each, cuda)]
+    averages.sort(key=lambda pair: pair[0], reverse=True)
     return split, [
-        {
-            "name": each.key[:100],
-            "calls": each.count / steps,
-            "ms": own_time(each, cuda) / 1e3 / steps,
-            "share": own_time(each, cuda) / 1e6 / seconds,
-        }
-        for each in averages[:COSTLIEST]
+        {"name": each.key[:100], "calls": each.count / steps, "ms": own / 1e3 / steps, "share": own / 1e6 / seconds}
+        for own, each in averages[:COSTLIEST]
     ]
 
 
 def is_on(event: Any, cuda: bool) -> bool:
     """Whether an event took place on the device, and is no range that encloses others."""
     return (event.device_type == DeviceType.CUDA) == cuda and not event.is_user_annotation
-
-
-def own_time(event: Any, cuda: bool) -> float:
-    return event.self_device_time_total if cuda else event.self_cpu_time_total
 
 
 def cpu_spans(events: Sequence[Any]) -> dict[str, Spans]:

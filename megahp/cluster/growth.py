@@ -70,13 +70,21 @@ def segments(growth: Growth, progress: Progress, state: Mapping[str, Any], noise
     """What remains of a run. state: of its batch plan; noise: the smoothed noise scale, examples, None where it is not
     known."""
     settings, found = foretold(growth.settings, progress, noise), list[Segment]()
+    train = settings.train
     while True:
         nodes, begin = growth.wanted(state["batch"]), progress.tokens
         plan = BatchPlan(settings, growth.dp(nodes))
         plan.go_on(state, progress)
-        if plan.step(progress) is None:
+        stop_at, strides = growth.stop_at(state["batch"]), list[tuple[int, int]]()
+        while (step := plan.step(progress)) and not (strides and 0 < stop_at <= plan.batch):
+            left = (train.tokens - progress.tokens) // step.tokens
+            steps = max(1, min(left, train.steps - progress.step if train.steps else left) // STRIDES)
+            strides.append((steps, step.tokens))
+            # samples are nothing that a policy looks at
+            progress = Progress(progress.step + steps, 0, progress.tokens + steps * step.tokens)
+            plan.look(progress, None)
+        if not strides:  # the run is over
             return found
-        progress, strides = _until(plan, progress, growth.stop_at(state["batch"]))
         found.append(Segment(nodes, begin, strides))
         state = plan.state()
 
@@ -92,16 +100,3 @@ def foretold(settings: Config, progress: Progress, noise: float | None) -> Confi
         return law
     scale, exponent = settings.batch.critical_batch
     return with_values(law, {"batch.critical_batch": (scale * measured / expected, exponent)})
-
-
-def _until(plan: BatchPlan, progress: Progress, stop_at: int) -> tuple[Progress, list[tuple[int, int]]]:
-    """The strides until the batch is stop_at (0 = never) or the run is over, and where that is."""
-    train, strides = plan.settings.train, list[tuple[int, int]]()
-    while (step := plan.step(progress)) and not (strides and 0 < stop_at <= plan.batch):
-        left = (train.tokens - progress.tokens) // step.tokens
-        steps = max(1, min(left, train.steps - progress.step if train.steps else left) // STRIDES)
-        strides.append((steps, step.tokens))
-        # samples are nothing that a policy looks at
-        progress = Progress(progress.step + steps, 0, progress.tokens + steps * step.tokens)
-        plan.look(progress, None)
-    return progress, strides

@@ -41,7 +41,8 @@ class Job:
         text = (folder() / self.script).read_text().splitlines()
         own = {option_of(line): number for number, line in enumerate(text) if line.startswith("#SBATCH")}
         for option, value in {**self._options(settings), **more}.items():
-            line = f"#SBATCH --{option}={_quoted(value)}" if value else f"#SBATCH --{option}"
+            quoted = f'"{value}"' if re.search(r"\s", value) else value
+            line = f"#SBATCH --{option}={quoted}" if value else f"#SBATCH --{option}"
             if option in own:
                 text[own[option]] = line
             else:
@@ -58,6 +59,10 @@ class Job:
 
     def _options(self, settings: Config) -> dict[str, str]:
         """Name without dashes -> value, empty for an option that takes none. Raises UserError."""
+        try:
+            bad_nodes = self.exclude.read_text().split() if self.exclude.exists() else []
+        except OSError as error:
+            raise UserError(f"--exclude {self.exclude} cannot be read ({error.strerror}); name a file") from None
         given = {
             "job-name": re.sub(r"[^\w.+-]", "-", settings.log.name),
             "comment": f"{OWNER}{settings.directory.resolve()}",
@@ -68,7 +73,7 @@ class Job:
             "time": self.time,
             "partition": self.partition,
             "account": self.account,
-            "exclude": str(self.exclude.absolute()) if self._bad_nodes() else None,  # an empty file would be a mistake
+            "exclude": str(self.exclude.absolute()) if bad_nodes else None,  # an empty file would be a mistake
         }
         more = self._more()
         if any(name.startswith(("gpus", "gres")) for name in more):
@@ -90,16 +95,6 @@ class Job:
                 raise UserError(f"--sbatch {word}: --{name} is set already, by other options or for them; leave it out")
             more[name] = value
         return more
-
-    def _bad_nodes(self) -> list[str]:
-        try:
-            return self.exclude.read_text().split() if self.exclude.exists() else []
-        except OSError as error:
-            raise UserError(f"--exclude {self.exclude} cannot be read ({error.strerror}); name a file") from None
-
-
-def _quoted(value: str) -> str:
-    return f'"{value}"' if re.search(r"\s", value) else value
 
 
 def option_of(line: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,6 +15,10 @@ LATENCY = 5.0  # times the median's
 TOGETHER = ("join", "pairs", "all-reduce")  # stages that go on for all ranks or for none
 
 
+Found = Mapping[str, Sequence[Any]]  # stage -> what every rank found
+Nodes = Sequence[str | None]  # of every rank; None of one that has not come
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something that is not as it should be; the node it is the fault of, unless that cannot be told."""
@@ -22,9 +27,7 @@ class Problem:
     what: str
 
 
-def verdict(
-    found: Mapping[str, Sequence[Any]], slack: float, free_gb: float, expected: Mapping[str, int]
-) -> list[Problem]:
+def verdict(found: Found, slack: float, free_gb: float, expected: Mapping[str, int]) -> list[Problem]:
     """What stands out. The findings are those of `look`; expected are Slurm's nodes and how many ranks each has."""
     nodes = [rank and rank["node"] for rank in found["ranks"]]
     ranks, links, products = (heard(found, stage) for stage in ("ranks", "links", "gemm"))
@@ -33,7 +36,7 @@ def verdict(
         *absent(nodes, expected),
         *silent(nodes, found),
         *dict.fromkeys(Problem(nodes[rank], what) for rank, each in ranks.items() for what in each["mistakes"]),
-        *(list(on_the_cpu(nodes, ranks)) or odd_versions(nodes, ranks)),
+        *odd_devices(nodes, ranks),
         *bad_links(nodes, links),
         *bad_clocks(nodes, links),
         *bad_disks(nodes, heard(found, "disk"), free_gb),
@@ -45,7 +48,7 @@ def verdict(
     ]
 
 
-def absent(nodes: Sequence[str | None], expected: Mapping[str, int]) -> Iterator[Problem]:
+def absent(nodes: Nodes, expected: Mapping[str, int]) -> Iterator[Problem]:
     """Nodes of Slurm's from which fewer ranks have come than it has started there; else ranks that have not come."""
     missing, here = [str(rank) for rank, node in enumerate(nodes) if node is None], Counter(nodes)
     if missing and {*filter(None, nodes)} <= expected.keys():
@@ -56,7 +59,7 @@ def absent(nodes: Sequence[str | None], expected: Mapping[str, int]) -> Iterator
         yield Problem(None, f"rank {', '.join(missing)} does not answer")
 
 
-def silent(nodes: Sequence[str | None], found: Mapping[str, Sequence[Any]]) -> Iterator[Problem]:
+def silent(nodes: Nodes, found: Found) -> Iterator[Problem]:
     """Ranks that came, and then fell silent or failed."""
     for stage, values in found.items():
         for rank, value in enumerate(values):
@@ -66,22 +69,24 @@ def silent(nodes: Sequence[str | None], found: Mapping[str, Sequence[Any]]) -> I
                 yield Problem(None if stage in TOGETHER else nodes[rank], f"rank {rank}, {stage}: {value['error']}")
 
 
-def on_the_cpu(nodes: Sequence[str | None], ranks: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
-    """Ranks that have no CUDA device where others have."""
-    if "cuda" in {each["device"] for each in ranks.values()}:
-        for rank, each in ranks.items():
-            if each["device"] == "cpu":
-                yield Problem(nodes[rank], f"rank {rank} is on the CPU, others on CUDA")
+def odd_devices(nodes: Nodes, ranks: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
+    """Ranks that have no CUDA device where others have; where there are none such, those with odd versions."""
+    on_the_cpu = [rank for rank, each in ranks.items() if each["device"] == "cpu"]
+    if on_the_cpu and "cuda" in {each["device"] for each in ranks.values()}:
+        for rank in on_the_cpu:
+            yield Problem(nodes[rank], f"rank {rank} is on the CPU, others on CUDA")
+        return
+    for name in dict.fromkeys(name for each in ranks.values() for name in each["versions"]):
+        there = {rank: each["versions"][name] for rank, each in ranks.items() if name in each["versions"]}
+        yield from odd(nodes, there, f"{name} {{}}, others have {{}}")
 
 
-def heard(found: Mapping[str, Sequence[Any]], stage: str) -> dict[int, Any]:
+def heard(found: Found, stage: str) -> dict[int, Any]:
     """What the ranks found that did."""
     return {rank: each for rank, each in enumerate(found.get(stage, ())) if each and "error" not in each}
 
 
-def low(
-    nodes: Sequence[str | None], values: Mapping[int, float], share: float, unit: float, of: str
-) -> Iterator[Problem]:
+def low(nodes: Nodes, values: Mapping[int, float], share: float, unit: float, of: str) -> Iterator[Problem]:
     """Ranks whose value is less than this share of the median."""
     median = statistics.median(values.values()) if values else 0.0
     for rank, value in values.items():
@@ -89,15 +94,14 @@ def low(
             yield Problem(nodes[rank], f"rank {rank}: {value / unit:.3g} {of}, the median is {median / unit:.3g}")
 
 
-def odd(nodes: Sequence[str | None], values: Mapping[int, Any], what: str) -> Iterator[Problem]:
+def odd(nodes: Nodes, values: Mapping[int, Any], what: str) -> Iterator[Problem]:
     """Ranks whose value is not that of most."""
     usual = Counter(values.values()).most_common(1)[0][0] if values else None
-    yield from outvoted(
-        nodes, values, {rank: what.format(value, usual) for rank, value in values.items() if value != usual}
-    )
+    others = {rank: what.format(value, usual) for rank, value in values.items() if value != usual}
+    yield from outvoted(nodes, values, others)
 
 
-def outvoted(nodes: Sequence[str | None], asked: Collection[int], odd: Mapping[int, str]) -> Iterator[Problem]:
+def outvoted(nodes: Nodes, asked: Collection[int], odd: Mapping[int, str]) -> Iterator[Problem]:
     """The odd ones of the ranks that were asked; nobody's fault unless more than half of the nodes have a rank that is
     not odd."""
     view = {nodes[rank] for rank in asked if rank not in odd}
@@ -109,13 +113,7 @@ def outvoted(nodes: Sequence[str | None], asked: Collection[int], odd: Mapping[i
             yield Problem(None, f"rank {rank} on {nodes[rank]}: {what}; which node is at fault cannot be told")
 
 
-def odd_versions(nodes: Sequence[str | None], ranks: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
-    for name in dict.fromkeys(name for each in ranks.values() for name in each["versions"]):
-        there = {rank: each["versions"][name] for rank, each in ranks.items() if name in each["versions"]}
-        yield from odd(nodes, there, f"{name} {{}}, others have {{}}")
-
-
-def bad_links(nodes: Sequence[str | None], links: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Problem]:
+def bad_links(nodes: Nodes, links: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Problem]:
     """A node most of whose connections with others fail, whoever began them, or one within it."""
     total, failed, errors = Counter[str](), Counter[str](), defaultdict(list)
     for rank, partners in links.items():
@@ -130,21 +128,19 @@ def bad_links(nodes: Sequence[str | None], links: Mapping[int, Sequence[Mapping[
             if len(ends) == 2:
                 total.update(ends)
                 failed.update(ends if "error" in partner else ())
-    for node, count in failed.items():
-        if count > total[node] / 2:
-            yield Problem(
-                node, f"{count} of {total[node]} connections with other nodes fail, such as: {errors[node][0]}"
-            )
-    if failed and not any(count > total[node] / 2 for node, count in failed.items()):
+    most = {node: count for node, count in failed.items() if count > total[node] / 2}
+    for node, count in most.items():
+        yield Problem(node, f"{count} of {total[node]} connections with other nodes fail, such as: {errors[node][0]}")
+    if failed and not most:
         yield Problem(None, next(iter(errors.values()))[0])
 
 
-def bad_clocks(nodes: Sequence[str | None], links: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Problem]:
+def bad_clocks(nodes: Nodes, links: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Problem]:
     offsets = offsets_of(links)
     median = statistics.median(offsets.values())
     apart = {rank: offset - median for rank, offset in offsets.items() if abs(offset - median) > MOST_APART}
-    what = "its clock is {:+.1f} s from the median"
-    yield from outvoted(nodes, offsets, {rank: what.format(seconds) for rank, seconds in apart.items()})
+    said = {rank: f"its clock is {seconds:+.1f} s from the median" for rank, seconds in apart.items()}
+    yield from outvoted(nodes, offsets, said)
 
 
 def offsets_of(links: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[int, float]:
@@ -153,7 +149,7 @@ def offsets_of(links: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[int, fl
     return {0: 0.0} | {rank: each["offset"] for rank, each in to_first.items() if "offset" in each}
 
 
-def bad_disks(nodes: Sequence[str | None], disks: Mapping[int, Mapping[str, Any]], free_gb: float) -> Iterator[Problem]:
+def bad_disks(nodes: Nodes, disks: Mapping[int, Mapping[str, Any]], free_gb: float) -> Iterator[Problem]:
     for place in dict.fromkeys(place for each in disks.values() for place in each):
         there = {rank: each[place] for rank, each in disks.items() if place in each}
         for rank, each in there.items():
@@ -163,7 +159,7 @@ def bad_disks(nodes: Sequence[str | None], disks: Mapping[int, Mapping[str, Any]
         yield from low(nodes, rates, DISK_SHARE, 1e9, f"GB/s written to {place}")
 
 
-def wrong_products(nodes: Sequence[str | None], products: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
+def wrong_products(nodes: Nodes, products: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
     for rank, each in products.items():
         if each["wrong"]:
             yield Problem(nodes[rank], f"rank {rank}: {each['wrong']} rows of a matrix product are wrong")
@@ -171,9 +167,7 @@ def wrong_products(nodes: Sequence[str | None], products: Mapping[int, Mapping[s
     yield from odd(nodes, right, "a matrix product is not, bit for bit, that of others")
 
 
-def bad_pairs(
-    nodes: Sequence[str | None], found: Mapping[int, Sequence[Mapping[str, Any]]], slack: float
-) -> Iterator[Problem]:
+def bad_pairs(nodes: Nodes, found: Mapping[int, Sequence[Mapping[str, Any]]], slack: float) -> Iterator[Problem]:
     for kind, best in best_pairs(found).items():
         rates = {rank: rate for rank, (rate, _) in best.items()}
         yield from low(nodes, rates, 1 - slack, 1e9, f"GB/s at best with a neighbour ({kind})")
@@ -185,24 +179,19 @@ def bad_pairs(
     for rank, each in found.items():
         for pair in each:
             if pair["wrong"]:
-                for end in (rank, pair["with"]):
-                    what = f"what rank {pair['with']} sent rank {rank} arrived changed"
-                    yield Problem(nodes[end], f"{what}, in {pair['wrong']} elements")
+                what = f"what rank {pair['with']} sent rank {rank} arrived changed, in {pair['wrong']} elements"
+                yield Problem(nodes[rank], what)
+                yield Problem(nodes[pair["with"]], what)
 
 
 def best_pairs(found: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, dict[int, tuple[float, float]]]:
     """By kind and rank: bytes a second of its fastest pair, and seconds of its quickest."""
-    by_kind: dict[str, dict[int, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    best: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
     for rank, each in found.items():
         for pair in each:
-            by_kind[pair["kind"]][rank].append(pair)
-    return {
-        kind: {
-            rank: (max(pair["bytes_per_second"] for pair in mine), min(pair["seconds"] for pair in mine))
-            for rank, mine in ranks.items()
-        }
-        for kind, ranks in by_kind.items()
-    }
+            rate, seconds = best[pair["kind"]].get(rank, (0.0, math.inf))
+            best[pair["kind"]][rank] = max(rate, pair["bytes_per_second"]), min(seconds, pair["seconds"])
+    return best
 
 
 def wrong_sums(found: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
@@ -211,7 +200,7 @@ def wrong_sums(found: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
             yield Problem(None, f"all-reduce ({kind}): {each['wrong']} elements are wrong")
 
 
-def excluded(before: Collection[str], found: Mapping[str, Sequence[Any]], problems: Sequence[Problem]) -> list[str]:
+def excluded(before: Collection[str], found: Found, problems: Sequence[Problem]) -> list[str]:
     """The nodes to be left out: the bad ones, and those of before that have not proved fit since, as they do where all
     was measured and what is wrong is known."""
     proved = "gemm" in found and all(problem.node for problem in problems)

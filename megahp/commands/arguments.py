@@ -28,6 +28,13 @@ def positive(text: str, remedy: str) -> float:
     return value
 
 
+def at_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Raise UserError for an option that is given, and is less than it may be."""
+    for name, number in least.items():
+        if (value := getattr(arguments, name)) is not None and value < number:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {number}")
+
+
 def starts_ranks(ranks: int | None, size: int) -> bool:
     """Whether --ranks asks for ranks where a launcher has started none. Raises UserError."""
     if ranks in (None, size):

@@ -33,10 +33,9 @@ import torch.distributed as dist
 
 from megahp import checkpoint, config, launch
 from megahp.benchmark.machine import machine_of
-from megahp.commands.arguments import starts_ranks
+from megahp.commands.arguments import at_least, starts_ranks
 from megahp.commands.output import write_json
 from megahp.config import resolve
-from megahp.errors import UserError
 from megahp.parallel.device import cuda_wanted, device_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import make_mesh
@@ -60,9 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    for name, least in (("ranks", 1), ("saves", 2)):
-        if (value := getattr(arguments, name)) < least:
-            raise UserError(f"--{name} {value} must be at least {least}")
+    at_least(arguments, ranks=1, saves=2)
     settings = resolve.load(arguments.run, arguments.settings).config
     if not settings.model.vocab_size:
         settings = config.with_values(settings, {"model.vocab_size": VOCABULARY})
@@ -77,7 +74,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         found = benchmark(settings, layout, place, Path(shared[0]), arguments.saves)
         dist.barrier()
     if place.rank == 0:
-        print(table(found))
+        show(found)
         write_json(arguments.json, {**found, "command": ["megahp", *words]})
     return 0
 
@@ -133,18 +130,17 @@ def drop_cache(folder: Path) -> None:
         os.close(descriptor)
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """Medians, speeds, shares and the verdict."""
+def show(found: Mapping[str, Any]) -> None:
+    """Print medians, speeds, shares and the verdict."""
     seconds, megabytes = found["seconds"], found["bytes"] / 1e6
     disk = {"save": "disk write", "load": "disk read", "load, cache dropped": "disk read, cache dropped"}
-    lines = [", ".join(f"{key} {value}" for key, value in found["machine"].items())]
-    lines.append(f"{megabytes:,.1f} MB in {found['tensors']} tensors")
-    lines.append(f"{'':<26}{'ms':>9}{'MB/s':>9}{'of the disk':>13}")
+    print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
+    print(f"{megabytes:,.1f} MB in {found['tensors']} tensors")
+    print(f"{'':<26}{'ms':>9}{'MB/s':>9}{'of the disk':>13}")
     for name, median in seconds.items():
         share = f"{seconds[disk[name]] / median:.0%}" if name in disk else ""
-        lines.append(f"{name:<26}{1e3 * median:>9.1f}{megabytes / median:>9,.0f}{share:>13}")
+        print(f"{name:<26}{1e3 * median:>9.1f}{megabytes / median:>9,.0f}{share:>13}")
     pairs = zip(found["turns"]["stall"][1:], found["turns"]["save"][1:], strict=True)
     ratio = statistics.median(stall / save for stall, save in pairs)
     met = "met" if ratio <= TARGET else "not met"
-    lines.append(f"stall / synchronous save, median of the turns: {ratio:.3f}; target {TARGET}, {met}")
-    return "\n".join(lines)
+    print(f"stall / synchronous save, median of the turns: {ratio:.3f}; target {TARGET}, {met}")

@@ -21,12 +21,12 @@ the MPI plug-in. Exit code 1 means wrong results, 2 a mistake in what was given.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -43,7 +43,7 @@ from megahp.benchmark.communication import (
     groups_of_nodes,
     timed,
 )
-from megahp.commands.arguments import starts_ranks
+from megahp.commands.arguments import at_least, starts_ranks
 from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.config import resolve
 from megahp.errors import UserError, complain
@@ -83,8 +83,7 @@ class Ranks:
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Measure, print, write. Returns the exit code."""
     sizes = [bytes_of(size) for size in arguments.sizes]
-    if arguments.repeats < 1:
-        raise UserError(f"--repeats {arguments.repeats} must be at least 1")
+    at_least(arguments, repeats=1)
     refuse_unwritable(arguments.json, plot=arguments.plot)
     if arguments.settings and not arguments.run:
         raise UserError(f"{' '.join(arguments.settings)}: --settings go with --run RUN.toml")
@@ -128,8 +127,7 @@ def bytes_of(size: str) -> int:
 
 def by_torch(place: launch.World, backend: str) -> Ranks:
     """The ranks over gloo or NCCL. Raises UserError."""
-    choice = {"auto": "auto", "gloo": "cpu", "nccl": "cuda"}[backend]
-    device = device_of_rank(choice, place)
+    device = device_of_rank({"auto": "auto", "gloo": "cpu", "nccl": "cuda"}[backend], place)
     launch.join(place, device.type == "cuda")
     greet(device)
     nodes: list[Any] = [None] * place.size
@@ -146,9 +144,8 @@ def by_mpi(place: launch.World) -> Ranks:
     except (ImportError, RuntimeError) as error:
         raise UserError(f"--backend mpi needs mpi4py and its MPI ({error}); pip install mpi4py") from None
     if MPI.COMM_WORLD.size != place.size:
-        raise UserError(
-            f"mpi4py sees {MPI.COMM_WORLD.size} ranks of {place.size}: it is built for another MPI than the launcher's"
-        )
+        seen = f"mpi4py sees {MPI.COMM_WORLD.size} ranks of {place.size}"
+        raise UserError(f"{seen}: it is built for another MPI than the launcher's")
     version = MPI.Get_library_version().split(",")[0].strip("\0\n ")
     nodes = MPI.COMM_WORLD.allgather(launch.node_name())
     return Ranks(MPI.COMM_WORLD.rank, nodes, "mpi", version, lambda groups: MpiGroup(groups, MPI))
@@ -173,8 +170,9 @@ def groups_wanted(arguments: argparse.Namespace, nodes: Sequence[str]) -> dict[s
 def measure(
     ranks: Ranks, wanted: Mapping[str, Groups], sizes: Sequence[int], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """One row an operation in a kind of groups at a size; rank 0 prints them as they come."""
-    rows = []
+    """One row an operation in a kind of groups at a size, times in seconds, bandwidths in bytes a second; rank 0 prints
+    them as they come."""
+    rows: list[dict[str, Any]] = []
     for name, groups in wanted.items():
         group = ranks.group(groups)
         for operation in arguments.operations:
@@ -182,37 +180,27 @@ def measure(
                 print(f"\n{operation}, {name}: {len(groups)} x {group.size} ranks, {ranks.backend}")
                 print(LINE.format(*COLUMNS))
             for size in sizes:
-                rows.append(row(name, groups, operation, group, size, arguments.repeats))
+                timing = timed(group, operation, size, arguments.repeats)
+                low, median, high = np.quantile(timing.seconds, (0.25, 0.5, 0.75)).tolist()
+                row = {
+                    "group": name,
+                    "groups": groups,
+                    "operation": operation,
+                    "ranks": group.size,
+                    "bytes": timing.size,
+                    "seconds": median,
+                    "quartiles": [low, high],
+                    "algorithm_bandwidth": timing.size / median,
+                    "bus_bandwidth": timing.bus_bandwidth(operation, group.size, median),
+                    "wrong": timing.wrong,
+                }
+                rows.append(row)
                 if ranks.rank == 0:
-                    print(line(rows[-1]), flush=True)
+                    between = f"[{1e6 * low:,.1f}, {1e6 * high:,.1f}]"
+                    speeds = (f"{row[key] / 1e9:.3f}" for key in ("algorithm_bandwidth", "bus_bandwidth"))
+                    told = (human_bytes(timing.size), f"{1e6 * median:,.1f}", between, *speeds, timing.wrong)
+                    print(LINE.format(*told), flush=True)
     return rows
-
-
-def row(name: str, groups: Groups, operation: str, group: Group, size: int, repeats: int) -> dict[str, Any]:
-    """The measurement of one size; times in seconds, bandwidths in bytes a second."""
-    timing = timed(group, operation, size, repeats)
-    seconds = statistics.median(timing.seconds)
-    lower, _, upper = statistics.quantiles(timing.seconds, method="inclusive") if repeats > 1 else (seconds,) * 3
-    return {
-        "group": name,
-        "groups": groups,
-        "operation": operation,
-        "ranks": group.size,
-        "bytes": timing.size,
-        "seconds": seconds,
-        "quartiles": [lower, upper],
-        "algorithm_bandwidth": timing.size / seconds,
-        "bus_bandwidth": timing.bus_bandwidth(operation, group.size, seconds),
-        "wrong": timing.wrong,
-    }
-
-
-def line(row: Mapping[str, Any]) -> str:
-    lower, upper = (f"{1e6 * each:,.1f}" for each in row["quartiles"])
-    bandwidths = (f"{row[name] / 1e9:.3f}" for name in ("algorithm_bandwidth", "bus_bandwidth"))
-    return LINE.format(
-        human_bytes(row["bytes"]), f"{1e6 * row['seconds']:,.1f}", f"[{lower}, {upper}]", *bandwidths, row["wrong"]
-    )
 
 
 def human_bytes(count: int) -> str:
@@ -222,9 +210,8 @@ def human_bytes(count: int) -> str:
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw bus bandwidth over size, one panel a kind of groups, a curve an operation. Raises UserError."""
-    from matplotlib.ticker import NullLocator
 
-    from megahp.report.figures import PALETTE, colour, plot_in
+    from megahp.report.figures import PALETTE, colour, logarithmic_x, plot_in
 
     kinds = list(dict.fromkeys(row["group"] for row in rows))
     operations = list(dict.fromkeys(row["operation"] for row in rows))
@@ -235,9 +222,8 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 mine = [row for row in rows if (row["group"], row["operation"]) == (kind, operation)]
                 bytes_, speeds = [row["bytes"] for row in mine], [row["bus_bandwidth"] / 1e9 for row in mine]
                 axes.plot(bytes_, speeds, marker=".", color=PALETTE[colour(number)], label=operation)
-            axes.set(title=f"{kind}: {mine[0]['ranks']} ranks", xlabel="size", xscale="log", yscale="log")
-            axes.set_xticks(bytes_, [human_bytes(count) for count in bytes_])
-            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set(title=f"{kind}: {mine[0]['ranks']} ranks", xlabel="size", yscale="log")
+            logarithmic_x(axes, bytes_, [human_bytes(count) for count in bytes_])
             axes.yaxis.set_major_formatter("{x:g}")
         panels[0].set_ylabel("bus bandwidth, GB/s")
         panels[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

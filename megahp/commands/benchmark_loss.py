@@ -11,10 +11,11 @@ is what forward and backward hold at most beyond their inputs, gradients include
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megahp.benchmark.machine import machine_of
+from megahp.benchmark.machine import machine_of, synchronize
 from megahp.commands.output import write_json
 from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.mesh import Place
@@ -46,25 +47,21 @@ def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
 
 
-def ours(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return linear_cross_entropy(x, weight, targets, ALONE)
-
-
-LOSSES: dict[str, Loss] = {"ours": ours, "plain": plain}
+LOSSES: dict[str, Loss] = {"ours": partial(linear_cross_entropy, axis=ALONE), "plain": plain}
 
 
 def timed(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[float, float]:
     """Seconds of one forward and one backward."""
-    synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
+
     clock = time.perf_counter if x.is_cuda or torch.get_num_threads() > 1 else time.process_time
     x.grad = weight.grad = None
-    synchronize()
+    synchronize(x.device)
     start = clock()
     mean = loss(x, weight, targets).mean()
-    synchronize()
+    synchronize(x.device)
     middle = clock()
     mean.backward()
-    synchronize()
+    synchronize(x.device)
     return middle - start, clock() - middle
 
 
@@ -78,48 +75,34 @@ def peak(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         timed(loss, x, weight, targets)
-    events = sorted(
-        (event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"),
-        key=lambda event: event.start_ns(),
-    )
-    return max(accumulate(event.nbytes() for event in events))
-
-
-def measure(shape: str, dtype: str, device: str, turns: int) -> list[dict]:
-    """One row of results for each loss."""
-    batch, length, width, vocabulary = map(int, shape.split("x"))
-    x = torch.randn(batch, length, width, device=device).to(getattr(torch, dtype)).requires_grad_()
-    weight = (torch.randn(vocabulary, width, device=device) / width**0.5).requires_grad_()
-    targets = torch.randint(vocabulary, (batch, length), device=device)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in LOSSES}
-    for _ in range(turns + 1):
-        for name, loss in LOSSES.items():
-            times[name].append(timed(loss, x, weight, targets))
-    ratios = {
-        name: [sum(own) / sum(other) for own, other in zip(several, times["plain"], strict=True)]
-        for name, several in times.items()
-    }
-    return [  # the first turn, a warm-up, is not counted
-        {
-            "loss": name,
-            "shape": shape,
-            "dtype": dtype,
-            "forward ms": 1e3 * statistics.median(forward for forward, _ in times[name][1:]),
-            "backward ms": 1e3 * statistics.median(backward for _, backward in times[name][1:]),
-            "both, of plain": statistics.median(ratios[name][1:]),
-            "peak MiB": peak(loss, x, weight, targets) / 2**20,
-        }
-        for name, loss in LOSSES.items()
-    ]
+    events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    rows = []
+    rows: list[dict] = []
     print("loss   shape            dtype     forward ms backward ms both, of plain  peak MiB")
-    for shape in arguments.shape:
-        for dtype in arguments.dtype:
-            for row in measure(shape, dtype, arguments.device, arguments.turns):
-                rows.append(row)
-                print(LINE.format(**row), flush=True)
+    for shape, dtype in itertools.product(arguments.shape, arguments.dtype):
+        batch, length, width, vocabulary = map(int, shape.split("x"))
+        x = torch.randn(batch, length, width, device=arguments.device).to(getattr(torch, dtype)).requires_grad_()
+        weight = (torch.randn(vocabulary, width, device=arguments.device) / width**0.5).requires_grad_()
+        targets = torch.randint(vocabulary, (batch, length), device=arguments.device)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in LOSSES}
+        for _ in range(arguments.turns + 1):
+            for name, loss in LOSSES.items():
+                times[name].append(timed(loss, x, weight, targets))
+        for name, loss in LOSSES.items():
+            counted = list(zip(times[name], times["plain"], strict=True))[1:]  # without the first turn, a warm-up
+            row = {
+                "loss": name,
+                "shape": shape,
+                "dtype": dtype,
+                "forward ms": 1e3 * statistics.median(forward for (forward, _), _ in counted),
+                "backward ms": 1e3 * statistics.median(backward for (_, backward), _ in counted),
+                "both, of plain": statistics.median(sum(own) / sum(other) for own, other in counted),
+                "peak MiB": peak(loss, x, weight, targets) / 2**20,
+            }
+            rows.append(row)
+            print(LINE.format(**row), flush=True)
     write_json(arguments.json, {"machine": machine_of(torch.device(arguments.device)), "rows": rows})
     return 0

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ import numpy as np
 from megahp import config
 from megahp.cluster.job import Job, submit
 from megahp.commands.arguments import labelled, plain
-from megahp.commands.output import about, refuse_unwritable
+from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.commands.status import jobs
 from megahp.config import Batch, Checkpoint, Config, Log, resolve
 from megahp.diagnose.child_runs import is_finished, refuse_another, train, write_run_file
@@ -91,7 +90,6 @@ Curves = dict[tuple[str, str], list[Point]]  # mode and layout -> its points, th
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Check, train or submit what is missing, show what is there. Returns the exit code of a training that failed."""
-    refuse_mistakes(arguments)
     curves = read_curves(arguments)
     points = list(dict.fromkeys(itertools.chain(*curves.values())))
     ahead = [point for point in points if not is_finished(point.directory)]
@@ -108,16 +106,14 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         print("; ".join(["nothing is finished yet", *(f"{file} is not written" for file in unwritten)]))
         return 0
     show(rows, emulated=not arguments.slurm)
-    if arguments.json:
-        found = {**about(words), "emulated": not arguments.slurm, "rows": rows}
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(arguments.json, {**about(words), "emulated": not arguments.slurm, "rows": rows})
     if arguments.plot:
         plot(arguments.plot, rows, emulated=not arguments.slurm)
     return 0
 
 
-def refuse_mistakes(arguments: argparse.Namespace) -> None:
-    """Raise UserError for options that cannot be meant."""
+def read_curves(arguments: argparse.Namespace) -> Curves:
+    """All points, as `megahp train` would resolve them, after all it checks before it trains. Raises UserError."""
     nodes, labels = arguments.nodes, [label for label, _ in map(labelled, arguments.layouts)]
     if min(*nodes, arguments.ranks_per_node) < 1:
         raise UserError(f"--nodes {nodes} and --ranks-per-node {arguments.ranks_per_node} must be at least 1")
@@ -131,18 +127,15 @@ def refuse_mistakes(arguments: argparse.Namespace) -> None:
         raise UserError(f"--sbatch {arguments.sbatch!r} is for a job array; add --slurm")
     refuse_unwritable(arguments.json, plot=arguments.plot)
 
-
-def read_curves(arguments: argparse.Namespace) -> Curves:
-    """All points, as `megahp train` would resolve them, after all it checks before it trains. Raises UserError."""
     curves: Curves = {}
     for mode, text in itertools.product(arguments.modes, arguments.layouts):
         label, words = labelled(text)
         curves[mode, label] = []
-        for nodes in sorted(arguments.nodes):
+        for number in sorted(nodes):
             try:
-                curves[mode, label].append(point_of(arguments, mode, label, words, nodes))
+                curves[mode, label].append(point_of(arguments, mode, label, words, number))
             except UserError as error:
-                raise UserError(f"{mode} scaling, layout {label}, {nodes} nodes: {error}") from None
+                raise UserError(f"{mode} scaling, layout {label}, {number} nodes: {error}") from None
     return curves
 
 
@@ -155,30 +148,25 @@ def point_of(arguments: argparse.Namespace, mode: str, label: str, words: Sequen
         batch = batch * nodes // least
     name = f"{'' if arguments.slurm else 'emulated-'}{nodes}x{arguments.ranks_per_node}-batch-{batch}"
     log = Log(root=str(arguments.out), name=f"{plain(label)}/{name}", tensorboard=False)
-    settings = of_a_point(asked, batch, arguments.steps, log)
-    for key in [key for key, origin in resolved.origins.items() if origin == "command line" and key not in GROWN]:
-        if config.get(settings, key) != config.get(asked, key):
-            raise UserError(f"{key} = {config.get(asked, key)!r} is the benchmark's own to set; leave it out")
-    settings = resolve.from_dict(config.to_dict(settings), "point")
-    here = 0 if arguments.slurm else ranks
-    settings = prepare(settings, fit(settings.parallel, ranks), here, resume=True)
-    refuse_another(settings)
-    return Point(label, nodes, ranks, settings)
-
-
-def of_a_point(settings: Config, batch: int, steps: int, log: Log) -> Config:
-    """The settings of one point, unchecked: so many steps and no more, from the beginning."""
-    own = {
+    own = {  # so many steps and no more, from the beginning
         "schedule.start": 0,
         "train.start_from": "",
-        "train.steps": steps,
-        "train.tokens": max(settings.train.tokens, steps * batch * settings.data.sequence_length),
+        "train.steps": arguments.steps,
+        "train.tokens": max(asked.train.tokens, arguments.steps * batch * asked.data.sequence_length),
         "train.validate_every": 0,
         "train.validation_samples": 0,
         "resilience.stop_after": 0.0,
     }
-    constant = Batch(global_batch=batch, micro_batch=settings.batch.micro_batch)
-    return config.with_values(replace(settings, batch=constant, checkpoint=Checkpoint(every=0, keep=1), log=log), own)
+    constant = Batch(global_batch=batch, micro_batch=asked.batch.micro_batch)
+    settings = replace(asked, batch=constant, checkpoint=Checkpoint(every=0, keep=1), log=log)
+    settings = config.with_values(settings, own)
+    for key in [key for key, origin in resolved.origins.items() if origin == "command line" and key not in GROWN]:
+        if config.get(settings, key) != config.get(asked, key):
+            raise UserError(f"{key} = {config.get(asked, key)!r} is the benchmark's own to set; leave it out")
+    settings = resolve.from_dict(config.to_dict(settings), "point")
+    settings = prepare(settings, fit(settings.parallel, ranks), 0 if arguments.slurm else ranks, resume=True)
+    refuse_another(settings)
+    return Point(label, nodes, ranks, settings)
 
 
 def train_all(points: Sequence[Point], dry_run: bool) -> int:
@@ -223,37 +211,37 @@ def submit_all(points: Sequence[Point], arguments: argparse.Namespace) -> None:
 
 
 def rows_of(mode: str, points: Sequence[Point], warm_up: int) -> list[dict[str, Any]]:
-    """A row for every finished point of a curve. Speed-up and efficiency are null while the first one is missing."""
-    rows = [row(mode, point, warm_up) for point in points if is_finished(point.directory)]
+    """A row for every finished point of a curve. Speed-up and efficiency are null while the first one is missing.
+    Raises UserError where nothing was measured at one."""
+    rows: list[dict[str, Any]] = []
+    for point in points:
+        if not is_finished(point.directory):
+            continue
+        steps = read_metrics(point.directory)[warm_up:]
+        seconds = [step["step_seconds"] for step in steps if not step.get("skipped")]
+        if not seconds:
+            raise UserError(f"{point.directory}: all steps after the warm-up were skipped; lower optimizer.lr")
+        low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
+        tokens = point.settings.batch.global_batch * point.settings.data.sequence_length
+        row = {
+            "mode": mode,
+            "layout": point.layout,
+            "nodes": point.nodes,
+            "ranks": point.ranks,
+            "global_batch": point.settings.batch.global_batch,
+            "tokens_per_step": tokens,
+            "steps": len(seconds),
+            "seconds": median,
+            "quartiles": [low, high],
+            "tokens_per_second": tokens / median,
+            "run": str(point.directory),
+        }
+        rows.append(row)
     base = rows[0] if rows and rows[0]["nodes"] == points[0].nodes else None
     for each in rows:
-        speed_up = each["tokens_per_second"] / base["tokens_per_second"] if base else None
-        each["speed_up"] = speed_up
-        each["efficiency"] = speed_up / (each["nodes"] / base["nodes"]) if base and speed_up else None
+        each["speed_up"] = each["tokens_per_second"] / base["tokens_per_second"] if base else None
+        each["efficiency"] = each["speed_up"] / (each["nodes"] / base["nodes"]) if base else None
     return rows
-
-
-def row(mode: str, point: Point, warm_up: int) -> dict[str, Any]:
-    """What was measured at one point. Raises UserError where nothing was."""
-    steps = read_metrics(point.directory)[warm_up:]
-    seconds = [step["step_seconds"] for step in steps if not step.get("skipped")]
-    if not seconds:
-        raise UserError(f"{point.directory}: all steps after the warm-up were skipped; lower optimizer.lr")
-    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
-    tokens = point.settings.batch.global_batch * point.settings.data.sequence_length
-    return {
-        "mode": mode,
-        "layout": point.layout,
-        "nodes": point.nodes,
-        "ranks": point.ranks,
-        "global_batch": point.settings.batch.global_batch,
-        "tokens_per_step": tokens,
-        "steps": len(seconds),
-        "seconds": median,
-        "quartiles": [low, high],
-        "tokens_per_second": tokens / median,
-        "run": str(point.directory),
-    }
 
 
 def show(rows: Sequence[dict[str, Any]], emulated: bool) -> None:
@@ -262,24 +250,18 @@ def show(rows: Sequence[dict[str, Any]], emulated: bool) -> None:
         print("the nodes are emulated: all ranks share this machine")
     print(LINE.format(*COLUMNS))
     for each in rows:
-        low, high = (f"{1e3 * value:,.1f}" for value in each["quartiles"])
-        print(
-            LINE.format(
-                *(each[key] for key in ("mode", "layout", "nodes", "ranks", "global_batch")),
-                f"{1e3 * each['seconds']:,.1f}",
-                f"[{low}, {high}]",
-                f"{each['tokens_per_second']:,.0f}",
-                "-" if each["speed_up"] is None else f"{each['speed_up']:.2f}",
-                "-" if each["efficiency"] is None else f"{each['efficiency']:.1%}",
-            )
-        )
+        low, high, median = (f"{1e3 * value:,.1f}" for value in (*each["quartiles"], each["seconds"]))
+        speed_up = "-" if each["speed_up"] is None else f"{each['speed_up']:.2f}"
+        efficiency = "-" if each["efficiency"] is None else f"{each['efficiency']:.1%}"
+        point = (each[key] for key in ("mode", "layout", "nodes", "ranks", "global_batch"))
+        speed = f"{each['tokens_per_second']:,.0f}"
+        print(LINE.format(*point, median, f"[{low}, {high}]", speed, speed_up, efficiency))
 
 
 def plot(file: Path, rows: Sequence[dict[str, Any]], emulated: bool) -> None:
     """Draw tokens a second and parallel efficiency over nodes, a colour a layout, a dash a mode. Raises UserError."""
-    from matplotlib.ticker import NullLocator
 
-    from megahp.report.figures import PALETTE, colour, logarithmic, plot_in
+    from megahp.report.figures import PALETTE, colour, logarithmic, logarithmic_x, plot_in
 
     layouts, nodes = list(dict.fromkeys(row["layout"] for row in rows)), sorted({row["nodes"] for row in rows})
     ideal = {"color": PALETTE["muted"], "lw": 0.8, "ls": (0, (1, 2))}
@@ -305,7 +287,6 @@ def plot(file: Path, rows: Sequence[dict[str, Any]], emulated: bool) -> None:
         speeds.set_ylabel("tokens per second")
         efficiencies.set_ylabel("parallel efficiency, %")
         for axes in (speeds, efficiencies):
-            axes.set(xscale="log", xlabel="emulated nodes" if emulated else "nodes")
-            axes.set_xticks(nodes, [str(each) for each in nodes])
-            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xlabel("emulated nodes" if emulated else "nodes")
+            logarithmic_x(axes, nodes, [str(each) for each in nodes])
         efficiencies.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -45,7 +45,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ from megahp import launch
 from megahp.benchmark import nanogpt
 from megahp.benchmark.machine import machine_of, synchronize
 from megahp.benchmark.time_split import DATA, profiled
-from megahp.commands.arguments import starts_ranks
+from megahp.commands.arguments import at_least, starts_ranks
 from megahp.commands.output import write_json
 from megahp.config import Config, Sparsity, get, resolve, to_dict
 from megahp.config.presets import PRESETS
@@ -88,7 +88,8 @@ VOCABULARY = 4096
 POOL = 256  # made-up samples, dealt again and again
 PROFILED_STEPS = 2
 LABELS = "{shape:<12}{dtype:<9} {layout:<8}"
-COLUMNS = ("tokens/s", "ms", "cpu ms", "MFU", "GiB", "compute", "communication", "data", "host")
+NAMES = ("tokens/s", "ms", "cpu ms", "MFU", "GiB", "compute", "communication", "data", "host")
+COLUMNS = [f"{name:>{max(8, len(name)) + 1}}" for name in NAMES]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,11 +127,6 @@ class Case:
     @property
     def labels(self) -> dict[str, Any]:
         return {"shape": self.shape, "dtype": self.dtype, "layout": f"tp{self.layout.tp}dp{self.layout.dp}"}
-
-
-class Contestant(Protocol):
-    def step(self) -> None:
-        """One optimizer step."""
 
 
 class MadeUp:
@@ -192,7 +188,10 @@ class NanoGPT:
     def step(self) -> None:
         for _ in range(self.microbatches):
             with record_function(DATA):
-                tokens = self.next_tokens()
+                tokens = self.data.batch(np.arange(self.sample, self.sample + self.size), documents=False).tokens
+                if self.device.type == "cuda":
+                    tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+                self.sample += self.size
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 loss = self.forward(tokens[:, :-1], tokens[:, 1:]) / self.microbatches
             loss.backward()
@@ -200,17 +199,12 @@ class NanoGPT:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def next_tokens(self) -> torch.Tensor:
-        tokens = self.data.batch(np.arange(self.sample, self.sample + self.size), documents=False).tokens
-        self.sample += self.size
-        return tokens.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tokens
-
 
 @dataclass
 class Lane:
     """One contestant and what was measured of it."""
 
-    contestant: Contestant
+    contestant: Megahp | NanoGPT
     held: int  # bytes that were allocated on the device to build it
     seconds: list[float] = field(default_factory=list)  # a step, one value a turn
     processor_seconds: list[float] = field(default_factory=list)
@@ -218,21 +212,8 @@ class Lane:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    cases = cases_of(arguments)
-    place = launch.world()
-    if starts_ranks(arguments.ranks, place.size):
-        return launch.spawn(words, arguments.ranks)
-    launch.join(place, cuda_wanted(cases[0].settings))
-    benchmark(arguments, cases, place, words)
-    return 0
-
-
-def cases_of(arguments: argparse.Namespace) -> list[Case]:
-    """Every shape on every layout in every dtype, checked. Raises UserError."""
-    for name in ("ranks", "turns", "steps", "warm_up", "micro_batch", "sequence", "global_batch", "vocabulary"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    numbers = ("ranks", "turns", "steps", "warm_up", "micro_batch", "sequence", "global_batch", "vocabulary")
+    at_least(arguments, **dict.fromkeys(numbers, 1))
     if arguments.peak_tflops is not None and not 0 < arguments.peak_tflops < math.inf:
         raise UserError(f"--peak-tflops {arguments.peak_tflops:g} must be above 0")
     if arguments.peak_tflops and len(arguments.dtype) > 1:
@@ -242,19 +223,24 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
     if arguments.ranks > 1 and set(arguments.contestants) & set(BASELINES):
         raise UserError(f"--ranks {arguments.ranks}: the baseline is one rank's; leave it out of --contestants")
     each = itertools.product(arguments.shape, arguments.tp, arguments.dtype)
-    return [case_of(arguments, *names) for names in each]
+    cases = [case_of(arguments, *names) for names in each]
+    place = launch.world()
+    if starts_ranks(arguments.ranks, place.size):
+        return launch.spawn(words, arguments.ranks)
+    launch.join(place, cuda_wanted(cases[0].settings))
+    benchmark(arguments, cases, place, words)
+    return 0
 
 
 def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> Case:
-    """One of them. Raises UserError."""
+    """A shape on a layout in a dtype, checked. Raises UserError."""
     layout = fit(resolve.from_dict({"parallel": {"tp": tp}}, "--tp").parallel, arguments.ranks)
-    length, micro_batch = arguments.sequence, arguments.micro_batch
-    global_batch = arguments.global_batch or micro_batch * layout.dp
+    global_batch = arguments.global_batch or arguments.micro_batch * layout.dp
     tree: dict[str, dict[str, Any]] = {
         "model": model_of(shape, arguments.vocabulary),
         "parallel": {"tp": tp},
-        "data": {"sequence_length": length},
-        "batch": {"micro_batch": micro_batch, "global_batch": global_batch},
+        "data": {"sequence_length": arguments.sequence},
+        "batch": {"micro_batch": arguments.micro_batch, "global_batch": global_batch},
         "train": {"dtype": dtype, "device": arguments.device, "tokens": 10**15},
     }
     further = resolve.parse_overrides(arguments.settings)
@@ -269,11 +255,13 @@ def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> C
     check_batch(noise, layout, noise.batch.global_batch)
     check_devices(noise, arguments.ranks)
     if set(arguments.contestants) & set(BASELINES):
-        check_baseline(noise)
+        for key, value in {**BASELINE, "model.kv_heads": noise.model.heads}.items():
+            if get(noise, key) != value:
+                unlike = f"{key} = {get(noise, key)!r} and the baseline has {value!r}"
+                raise UserError(f"{unlike}; compare others with --contestants {' '.join(MEGAHP)}")
     if "megahp-dense" in arguments.contestants and noise.sparsity.method == "none":
-        raise UserError(
-            "--contestants megahp-dense is megahp itself; make that sparse: --settings sparsity.method=static"
-        )
+        remedy = "make that sparse: --settings sparsity.method=static"
+        raise UserError(f"--contestants megahp-dense is megahp itself; {remedy}")
     return Case(shape, dtype, layout, noise, quiet)
 
 
@@ -289,39 +277,36 @@ def model_of(shape: str, vocabulary: int | None) -> dict[str, Any]:
     return {"layers": int(layers), "width": int(width), "heads": heads} | vocab_size
 
 
-def check_baseline(settings: Config) -> None:
-    """Raise UserError when the baseline is another model than the run's."""
-    for key, value in {**BASELINE, "model.kv_heads": settings.model.heads}.items():
-        if get(settings, key) != value:
-            raise UserError(
-                f"{key} = {get(settings, key)!r} and the baseline has {value!r}; compare others with --contestants "
-                f"{' '.join(MEGAHP)}"
-            )
-
-
 def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], place: launch.World, words: Sequence[str]) -> None:
     """Measure every case as one of the ranks; the first one prints and writes."""
-    first, rows, verdicts = place.rank == 0, [], []
-    device = device_of(cases[0].settings, place)
+    first, rows, verdicts, device = place.rank == 0, [], [], device_of(cases[0].settings, place)
     machine = {**machine_of(device), "ranks": place.size, "load": round(os.getloadavg()[0], 1)}
     tell = print if first else lambda *_, **__: None
     tell(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
-    tell(f"{'':<30}{'a step takes':<21}" + line(COLUMNS), flush=True)
+    tell(f"{'':<30}{'a step takes':<21}" + "".join(COLUMNS), flush=True)
     for case in cases:
-        found = measure_if_it_fits(case, arguments, device)
-        if not found:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            found = measure(case, arguments, device)
+        except torch.OutOfMemoryError:
+            if arguments.ranks > 1:  # all end, since the others would wait for this one
+                raise
             tell(LABELS.format(**case.labels) + "out of memory", flush=True)
             continue
         for row in found:
-            tell(LABELS.format(**row) + f"{row['contestant']:<21}" + line(numbers(row)), flush=True)
+            tell(LABELS.format(**row) + f"{row['contestant']:<21}" + numbers(row), flush=True)
             for event in row["costliest"]:
                 tell("    {share:>6.1%} {ms:>9.2f} ms {calls:>6.0f} x  {name}".format(**event), flush=True)
         verdicts.append(compare(case, found))
         tell(sentence(verdicts[-1]), flush=True)
         rows += found
     if compared := [verdict for verdict in verdicts if "speedup" in verdict]:
-        tell(f"geometric mean of {len(compared)}: {mean(compared, ''):.3f} times the faster baseline; ", end="")
-        tell(f"processor time: {mean(compared, 'processor_'):.3f}", flush=True)
+        mean = statistics.geometric_mean(verdict["speedup"]["median"] for verdict in compared)
+        of_processor = statistics.geometric_mean(verdict["processor_speedup"]["median"] for verdict in compared)
+        said = f"{mean:.3f} times the faster baseline; processor time: {of_processor:.3f}"
+        tell(f"geometric mean of {len(compared)}: {said}", flush=True)
     if first:
         everything = {
             "machine": machine,
@@ -336,38 +321,10 @@ def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], place: launc
         plot(arguments.plot, rows)
 
 
-def measure_if_it_fits(case: Case, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """The case's rows; none if it is too large for the device. With several ranks that ends them all instead, since
-    the others would wait for this one."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    try:
-        return measure(case, arguments, device)
-    except torch.OutOfMemoryError:
-        if arguments.ranks > 1:
-            raise
-        return []
-
-
-def mean(verdicts: Sequence[Mapping[str, Any]], clock: str) -> float:
-    """Geometric mean of the speed-ups by this clock."""
-    return statistics.geometric_mean(verdict[f"{clock}speedup"]["median"] for verdict in verdicts)
-
-
 def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """One row of results for each contestant."""
-    lanes = enter_lanes(case, arguments, device)
-    for _ in range(arguments.turns):
-        for lane in lanes.values():
-            take_turn(lane, arguments.steps, device)
-    return [row_of(case, arguments, name, lane, device) for name, lane in lanes.items()]
-
-
-def enter_lanes(case: Case, arguments: argparse.Namespace, device: torch.device) -> dict[str, Lane]:
-    """The contestants, built and warm."""
     mesh = make_mesh(case.layout, device)
-    make: dict[str, Callable[[], Contestant]] = {
+    make: dict[str, Callable[[], Megahp | NanoGPT]] = {
         "megahp": lambda: Megahp(case.settings, mesh),
         "megahp-without-noise": lambda: Megahp(case.quiet, mesh),
         "megahp-dense": lambda: Megahp(replace(case.settings, sparsity=Sparsity()), mesh),
@@ -381,21 +338,18 @@ def enter_lanes(case: Case, arguments: argparse.Namespace, device: torch.device)
         for _ in range(arguments.warm_up):
             contestant.step()
         lanes[name] = Lane(contestant, allocated(device) - before)
-    return lanes
+    for lane in list(lanes.values()) * arguments.turns:
+        others = allocated(device) - lane.held  # whose memory is not counted
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds, processor_seconds = time_of(lane.contestant, arguments.steps, device)
+        lane.seconds.append(seconds)
+        lane.processor_seconds.append(processor_seconds)
+        lane.peak = max(lane.peak, peak_memory(device) - others)
+    return [row_of(case, arguments, name, lane, device) for name, lane in lanes.items()]
 
 
-def take_turn(lane: Lane, steps: int, device: torch.device) -> None:
-    """Time some steps. Others' memory is not counted."""
-    others = allocated(device) - lane.held
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds, processor_seconds = time_of(lane.contestant, steps, device)
-    lane.seconds.append(seconds)
-    lane.processor_seconds.append(processor_seconds)
-    lane.peak = max(lane.peak, peak_memory(device) - others)
-
-
-def time_of(contestant: Contestant, steps: int, device: torch.device) -> tuple[float, float]:
+def time_of(contestant: Megahp | NanoGPT, steps: int, device: torch.device) -> tuple[float, float]:
     """Seconds of one step, averaged over some, and those its process ran."""
     dist.barrier()
     synchronize(device)
@@ -422,11 +376,13 @@ def row_of(case: Case, arguments: argparse.Namespace, name: str, lane: Lane, dev
     """Everything known of one contestant."""
     settings, seconds = case.settings, statistics.median(lane.seconds)
     tokens = settings.batch.global_batch * settings.data.sequence_length
-    flops, full, hardware = (
-        training_flops(settings.model, settings.data.sequence_length, causal, again)
-        for causal, again in ((True, 0), (False, 0), (True, 0 if name in BASELINES else recomputed_layers(settings)))
-    )
-    peak = peak_of(device, case.dtype, arguments.peak_tflops) * arguments.ranks
+    again = 0 if name in BASELINES else recomputed_layers(settings)
+    shape = settings.model, settings.data.sequence_length
+    flops, full, hardware = (training_flops(*shape, *counted) for counted in ((True, 0), (False, 0), (True, again)))
+    peak = (arguments.peak_tflops or 0.0) * 1e12 * arguments.ranks
+    if not peak and device.type == "cuda" and case.dtype == "bfloat16":
+        known = (tflops for name, tflops in PEAKS.items() if name in torch.cuda.get_device_name(device))
+        peak = next(known, 0.0) * 1e12 * arguments.ranks
     split, costliest = profiled(lambda: time_of(lane.contestant, PROFILED_STEPS, device)[0], PROFILED_STEPS, device)
     return {
         **case.labels,
@@ -453,15 +409,6 @@ def recomputed_layers(settings: Config) -> int:
     """Layers whose matrix products are made again in the backward pass; selective recomputation keeps them."""
     compute = settings.compute
     return -(-settings.model.layers // compute.recompute_every) if compute.recompute == "full" else 0
-
-
-def peak_of(device: torch.device, dtype: str, given: float | None) -> float:
-    """FLOP/s of one device; 0 where it is not known."""
-    if given:
-        return given * 1e12
-    if device.type != "cuda" or dtype != "bfloat16":
-        return 0.0
-    return next((peak * 1e12 for name, peak in PEAKS.items() if name in torch.cuda.get_device_name(device)), 0.0)
 
 
 def compare(case: Case, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -491,28 +438,25 @@ def sentence(verdict: Mapping[str, Any]) -> str:
     parts = []
     for clock, prefix in (("", ""), ("processor time: ", "processor_")):
         if speed := verdict.get(f"{prefix}speedup"):
-            found = "{median:.3f} [{low:.3f}, {high:.3f}] times ".format(**speed) + verdict[f"{prefix}baseline"]
-            parts.append(clock + found)
+            numbers = "{median:.3f} [{low:.3f}, {high:.3f}]".format(**speed)
+            parts.append(f"{clock}{numbers} times {verdict[f'{prefix}baseline']}")
         for what in [what for what in COSTS if f"{prefix}{what}" in verdict]:
             cost, low, high = (100 * (verdict[f"{prefix}{what}"][key] - 1) for key in ("median", "low", "high"))
             parts.append(f"{clock}{what.replace('_', ' ')} {cost:+.1f} % [{low:+.1f}, {high:+.1f}]")
     return LABELS.format(**verdict) + "; ".join(parts)
 
 
-def numbers(row: Mapping[str, Any]) -> list[str]:
+def numbers(row: Mapping[str, Any]) -> str:
     """A row's values under COLUMNS."""
-    return [
+    values = (
         f"{row['tokens_per_second']:,.0f}",
         f"{1e3 * row['seconds']:,.1f}",
         f"{1e3 * row['processor_seconds']:,.1f}",
         "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
         f"{row['peak_memory'] / 2**30:.1f}",
         *(f"{row['split'][name]:.1%}" for name in ("compute", "communication", "data", "host")),
-    ]
-
-
-def line(values: Sequence[str]) -> str:
-    return "".join(f"{value:>{max(8, len(name)) + 1}}" for name, value in zip(COLUMNS, values, strict=True))
+    )
+    return "".join(f"{value:>{len(name)}}" for name, value in zip(COLUMNS, values, strict=True))
 
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

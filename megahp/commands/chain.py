@@ -30,10 +30,6 @@ class Chain:
     plan: Mapping[str, Any]  # state of its batch plan
     noise: float | None  # noise scale, smoothed, examples
 
-    @property
-    def batch(self) -> int:
-        return self.plan["batch"]
-
 
 def chain_of(options: Namespace, settings: Config) -> Chain:
     """From --nodes, --grow and --ranks-per-node, and the checkpoint that the run would go on from, or begin at. Raises
@@ -41,7 +37,18 @@ def chain_of(options: Namespace, settings: Config) -> Chain:
     from megahp import checkpoint
     from megahp.train.prepare import newest, plan_to_go_on
 
-    growth, plan = growth_of(options, settings), BatchPlan(settings, 1)
+    if settings.batch.policy == "constant":
+        raise UserError("--grow: batch.policy = 'constant' never grows; set another policy, or leave --grow out")
+    if options.grow < 2 * options.nodes:
+        less = f"--grow {options.grow} is less than twice --nodes {options.nodes}"
+        raise UserError(f"{less}, and nodes double; raise it, or leave it out")
+
+    def dp(nodes: int) -> int:
+        return fit(settings.parallel, nodes * options.ranks_per_node).dp
+
+    growth, plan = Growth(settings, options.nodes, options.grow, dp), BatchPlan(settings, 1)
+    for size in growth.sizes:
+        dp(size)
     saved, origin = newest(settings), settings.train.start_from
     if not saved and not origin:
         return Chain(growth, options.ranks_per_node, Progress(), plan.state(), None)
@@ -51,25 +58,6 @@ def chain_of(options: Namespace, settings: Config) -> Chain:
     pooled = state["noise_scale"]["pooled"]
     noise = ratio(pooled["true_sq"], pooled["noise"])
     return Chain(growth, options.ranks_per_node, Progress(**state["progress"]), goes_on, noise)
-
-
-def growth_of(options: Namespace, settings: Config) -> Growth:
-    """From --nodes, --grow and --ranks-per-node. Raises UserError when a run cannot grow so."""
-    if settings.batch.policy == "constant":
-        raise UserError("--grow: batch.policy = 'constant' never grows; set another policy, or leave --grow out")
-    if options.grow < 2 * options.nodes:
-        raise UserError(
-            f"--grow {options.grow} is less than twice --nodes {options.nodes}, and nodes double; raise it, or leave "
-            "it out"
-        )
-
-    def dp(nodes: int) -> int:
-        return fit(settings.parallel, nodes * options.ranks_per_node).dp
-
-    growth = Growth(settings, options.nodes, options.grow, dp)
-    for size in growth.sizes:
-        dp(size)
-    return growth
 
 
 def outlook(chain: Chain, speed: float | None) -> str:
@@ -100,9 +88,9 @@ def outlook(chain: Chain, speed: float | None) -> str:
     lines.append(row("growing", f"to {parts[-1].nodes}", times))
     for nodes in dict.fromkeys((growth.nodes, parts[-1].nodes)):
         lines.append(row("throughout", str(nodes), [(growth.seconds(parts, nodes, speed or 1.0), nodes)]))
-    unit = (
-        f"{human_count(speed)} tokens a second and node" if speed else f"100%: on {growth.nodes} throughout (--speed)"
-    )
+    unit = f"100%: on {growth.nodes} throughout (--speed)"
+    if speed:
+        unit = f"{human_count(speed)} tokens a second and node"
     return "\n".join([*lines, f"{unit}; as if nodes were as fast together as alone, and were never waited for"])
 
 

@@ -49,9 +49,8 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,9 @@ import megahp
 from megahp import launch
 from megahp.benchmark.communication import Groups, TorchGroup, device_of_rank, greet, groups_of_nodes, pattern, timed
 from megahp.benchmark.machine import synchronize
-from megahp.cluster.outliers import TOGETHER, Problem, best_pairs, excluded, heard, offsets_of, verdict
+from megahp.cluster.outliers import TOGETHER, Found, Problem, best_pairs, excluded, heard, offsets_of, verdict
 from megahp.commands.arguments import positive, starts_ranks
-from megahp.commands.output import about, refuse_unwritable
+from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.errors import Fault, UserError
 
 CLOCK = struct.Struct("d")
@@ -147,12 +146,12 @@ class Clock:
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Look at all ranks, and compare. Returns 1 if a node is bad, else 0."""
-    for name in ("free_gb", "patience"):
-        positive(getattr(arguments, name), f"no number above 0 for --{name.replace('_', '-')}")
+    free_gb = positive(arguments.free_gb, "no number above 0 for --free-gb")
+    patience = positive(arguments.patience, "no number above 0 for --patience")
     slack = positive(arguments.slack, "no share above 0 and below 1 for --slack")
     if slack >= 1:
         raise UserError(f"--slack {arguments.slack} must be below 1, the share of the median that a rank may lack")
-    place, patience = launch.world(), float(arguments.patience)
+    place = launch.world()
     if place.rank == 0:  # which writes; of other nodes something else may be wrong
         refuse_unwritable(arguments.json, arguments.exclude_file)
     if starts_ranks(arguments.ranks, place.size):
@@ -160,7 +159,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     board = Board(launch.meet(place, timedelta(seconds=patience), all_of_them=False), place, patience)
     try:
         found = look(board, arguments.folder, arguments.device)
-        problems = verdict(found, slack, float(arguments.free_gb), launch.ranks_of_nodes(place.size))
+        problems = verdict(found, slack, free_gb, launch.ranks_of_nodes(place.size))
         if place.rank == 0:
             write(arguments, words, found, problems)
             show(found, problems)
@@ -194,53 +193,53 @@ def look(board: Board, folder: Path, choice: str) -> dict[str, list[Any]]:
         "gemm": lambda: gemm(device),
     }
     if place.size > 1:
+        kinds = groups_of_nodes(nodes)
+        # world only where there is nothing else, on uneven nodes
+        paired = {kind: groups for kind, groups in kinds.items() if kind != "world" or len(kinds) == 1}
+        # world, and others where they are not the same
+        summed = {kind: groups for kind, groups in kinds.items() if kind == "world" or groups != kinds["world"]}
         stages |= {
             "join": join,
-            "pairs": lambda: [pair for kind in kinds(nodes).items() for pair in pairs(*kind, place.rank, device)],
+            "pairs": lambda: [pair for kind in paired.items() for pair in pairs(*kind, place.rank, device)],
             "all-reduce": lambda: {
-                kind: all_reduce(TorchGroup(groups, device, board.patience)) for kind, groups in several(nodes).items()
+                kind: all_reduce(TorchGroup(groups, device, board.patience)) for kind, groups in summed.items()
             },
         }
     for name, stage in stages.items():
         if place.rank == 0:
             print(f"{name} ...", flush=True)
-        found[name] = board.share(name, attempt(stage))
+        try:
+            own = stage()
+        except (OSError, RuntimeError) as error:  # of a rank that has one, the others shall know
+            own = {"error": (str(error).splitlines() or [type(error).__name__])[0]}
+        found[name] = board.share(name, own)
         if None in found[name] or (name in TOGETHER and any("error" in each for each in found[name])):
             break
     return found
 
 
-def attempt(stage: Callable[[], Any]) -> Any:
-    """What a stage finds, or its error: of a rank that has one, the others shall know."""
-    try:
-        return stage()
-    except (OSError, RuntimeError) as error:
-        return {"error": (str(error).splitlines() or [type(error).__name__])[0]}
-
-
-def kinds(nodes: Sequence[str]) -> dict[str, Groups]:
-    """The kinds of groups whose pairs are measured: world only where there is nothing else, on uneven nodes."""
-    there = groups_of_nodes(nodes)
-    return {name: groups for name, groups in there.items() if name != "world" or len(there) == 1}
-
-
-def several(nodes: Sequence[str]) -> dict[str, Groups]:
-    """The kinds of groups that sum: world, and others where they are not the same."""
-    there = groups_of_nodes(nodes)
-    return {name: groups for name, groups in there.items() if name == "world" or groups != there["world"]}
-
-
 def facts(place: launch.World, port: int, folder: Path, choice: str) -> dict[str, Any]:
     """Who this is, on which kind of device, with which versions; and what keeps it from going on."""
-    node, device, versions = launch.node_name(), "", {}
+    device, versions = "", dict[str, Any]()
     mistakes = [] if folder.is_dir() else [f"--folder {folder} is no folder; make it, or name another"]
     try:
         device = device_of_rank(choice, place).type
-        versions = versions_with(device == "cuda")
+        cuda = device == "cuda"
+        versions = {
+            "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "megahp": megahp.__version__,
+            "CUDA": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version() if cuda else None,
+            "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+            "CUDA of the driver": torch._C._cuda_getDriverVersion() if cuda else None,  # type: ignore[attr-defined]
+        }
     except (UserError, RuntimeError) as error:
         mistakes.append(str(error).splitlines()[0])
     return {
-        "node": node,
+        "node": launch.node_name(),
         "host": socket.gethostname(),
         "port": port,
         "local_rank": place.local_rank,
@@ -250,81 +249,55 @@ def facts(place: launch.World, port: int, folder: Path, choice: str) -> dict[str
     }
 
 
-def versions_with(cuda: bool) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "megahp": megahp.__version__,
-        "CUDA": torch.version.cuda,
-        "cuDNN": torch.backends.cudnn.version() if cuda else None,
-        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
-        "CUDA of the driver": torch._C._cuda_getDriverVersion() if cuda else None,  # type: ignore[attr-defined]
-    }
-
-
 def memory(device: torch.device) -> dict[str, int]:
-    """Bytes that are free on a device, and all."""
-    free, total = torch.cuda.mem_get_info() if device.type == "cuda" else cpu_memory()
+    """Bytes that are free on a device, and all; on a CPU those that are available, by Linux."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+    else:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free, total = (1024 * int(lines[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
     return {"free_bytes": free, "total_bytes": total}
 
 
-def cpu_memory() -> tuple[int, int]:
-    """Bytes that are available, and all, by Linux."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available, total = (1024 * int(lines[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
-    return available, total
-
-
 def links(place: launch.World, ranks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Connections to rank 0 and to those 1, 2, 4, ... further on: their error, or round trip and clock offset (s)."""
+    """Connections to rank 0 and to those 1, 2, 4, ... further on: their error, or round trip and clock offset (s):
+    by how much this clock is ahead, by half of the quickest round trip, as NTP takes it."""
     partners = {0} | {(place.rank + 2**k) % place.size for k in range(place.size.bit_length())}
-    return [{"rank": rank, **link(ranks[rank])} for rank in sorted(partners - {place.rank})]
-
-
-def link(partner: Mapping[str, Any]) -> dict[str, Any]:
-    """One of them; the offset by half of the quickest round trip, as NTP takes it."""
-    try:
-        with socket.create_connection((partner["host"], partner["port"]), CONNECT_SECONDS) as connection:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            exchanges = [exchange(connection) for _ in range(EXCHANGES)]
-    except socket.gaierror as error:
-        return {"error": f"the name {partner['host']} does not resolve ({error.strerror})"}
-    except (OSError, struct.error) as error:
-        return {"error": f"{partner['host']}:{partner['port']}: {error}"}
-    trip, offset = min(exchanges)
-    return {"seconds": trip, "offset": offset}
-
-
-def exchange(connection: socket.socket) -> tuple[float, float]:
-    """Seconds there and back, and by how much this clock is ahead."""
-    sent, began = time.time(), time.perf_counter()
-    connection.sendall(b"?")
-    theirs = CLOCK.unpack(connection.recv(CLOCK.size, socket.MSG_WAITALL))[0]
-    trip = time.perf_counter() - began
-    return trip, sent + trip / 2 - theirs
+    found: list[dict[str, Any]] = []
+    for rank in sorted(partners - {place.rank}):
+        host, port, exchanges = ranks[rank]["host"], ranks[rank]["port"], []
+        try:
+            with socket.create_connection((host, port), CONNECT_SECONDS) as connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for _ in range(EXCHANGES):
+                    sent, began = time.time(), time.perf_counter()
+                    connection.sendall(b"?")
+                    theirs = CLOCK.unpack(connection.recv(CLOCK.size, socket.MSG_WAITALL))[0]
+                    trip = time.perf_counter() - began
+                    exchanges.append((trip, sent + trip / 2 - theirs))
+            trip, offset = min(exchanges)
+            found.append({"rank": rank, "seconds": trip, "offset": offset})
+        except socket.gaierror as error:
+            found.append({"rank": rank, "error": f"the name {host} does not resolve ({error.strerror})"})
+        except (OSError, struct.error) as error:
+            found.append({"rank": rank, "error": f"{host}:{port}: {error}"})
+    return found
 
 
 def disk(folder: Path) -> dict[str, Any]:
     """Bytes free, and bytes a second with fsync, of a run's folder and of /tmp."""
-    return {str(place): writing(place) for place in dict.fromkeys((folder.resolve(), Path(tempfile.gettempdir())))}
-
-
-def writing(folder: Path) -> dict[str, float]:
-    free = shutil.disk_usage(folder).free
-    rate = DISK_BYTES / min(seconds_to_write(folder) for _ in range(FILES)) if free > 2 * DISK_BYTES else 0.0
-    return {"free_bytes": free, "bytes_per_second": rate}
-
-
-def seconds_to_write(folder: Path) -> float:
-    block = os.urandom(2**22)
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        began = time.perf_counter()
-        for _ in range(DISK_BYTES // len(block)):
-            file.write(block)
-        os.fsync(file.fileno())
-        return time.perf_counter() - began
+    found, block = {}, os.urandom(2**22)
+    for place in dict.fromkeys((folder.resolve(), Path(tempfile.gettempdir()))):
+        free, best = shutil.disk_usage(place).free, math.inf
+        for _ in range(FILES if free > 2 * DISK_BYTES else 0):
+            with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+                began = time.perf_counter()
+                for _ in range(DISK_BYTES // len(block)):
+                    file.write(block)
+                os.fsync(file.fileno())
+                best = min(best, time.perf_counter() - began)
+        found[str(place)] = {"free_bytes": free, "bytes_per_second": DISK_BYTES / best}
+    return found
 
 
 def gemm(device: torch.device) -> dict[str, Any]:
@@ -370,13 +343,12 @@ def rounds(size: int) -> list[dict[int, int]]:
 
 def pair(other: int, rank: int, device: torch.device) -> dict[str, Any]:
     """Bytes a second each way, both ways at once; seconds there and back for 8 bytes, halved; elements changed."""
-    sizes = (MESSAGE[device.type] // 4, 2)
-    times, wrong = {}, 0
-    for size in sizes:
+    large, times, wrong = MESSAGE[device.type] // 4, [], 0
+    for size, turns in ((large, TURNS), (2, 10 * TURNS)):
         given, taken = pattern(rank, 0, size).to(device), torch.empty(size, device=device)
-        times[size] = min(swap(given, taken, other) for _ in range(TURNS if size == sizes[0] else 10 * TURNS))
+        times.append(min(swap(given, taken, other) for _ in range(turns)))
         wrong += int((taken != pattern(other, 0, size).to(device)).sum())
-    return {"bytes_per_second": 4 * sizes[0] / times[sizes[0]], "seconds": times[2], "wrong": wrong}
+    return {"bytes_per_second": 4 * large / times[0], "seconds": times[1], "wrong": wrong}
 
 
 def swap(given: torch.Tensor, taken: torch.Tensor, other: int) -> float:
@@ -391,31 +363,18 @@ def swap(given: torch.Tensor, taken: torch.Tensor, other: int) -> float:
 def all_reduce(group: TorchGroup) -> dict[str, Any]:
     """Bus bandwidth, by the definition of `megahp benchmark communication`, and wrong elements."""
     timing = timed(group, "all-reduce", MESSAGE[group.device.type], TURNS)
-    return {
-        "bytes_per_second": timing.bus_bandwidth("all-reduce", group.size, min(timing.seconds)),
-        "wrong": timing.wrong,
-    }
+    rate = timing.bus_bandwidth("all-reduce", group.size, min(timing.seconds))
+    return {"bytes_per_second": rate, "wrong": timing.wrong}
 
 
-def show(found: Mapping[str, Sequence[Any]], problems: Sequence[Problem]) -> None:
-    """Print a line a rank, those of a large job that stand out, then what is wrong."""
-    table(found, {problem.node for problem in problems})
-    for kind, each in heard(found, "all-reduce").get(0, {}).items():
-        print(f"all-reduce ({kind}): bus bandwidth {each['bytes_per_second'] / 1e9:.3g} GB/s")
-    for problem in problems:
-        print(f"BAD  {problem.node or 'somewhere'}: {problem.what}")
-    nodes = {rank["node"] for rank in found["ranks"] if rank}
-    bad = {problem.node for problem in problems if problem.node}
-    said = f"{', '.join(sorted(bad))} bad" if bad else "no node is bad" if not problems else "no node can be named"
-    print(f"{len(nodes)} nodes, {len(found['ranks'])} ranks: {said}")
-
-
-def table(found: Mapping[str, Sequence[Any]], bad: Collection[str | None]) -> None:
-    """One line a rank: what of it was found, ? for what was not."""
+def show(found: Found, problems: Sequence[Problem]) -> None:
+    """Print a line a rank, those of a large job that stand out: what of it was found, ? for what was not. Then what is
+    wrong."""
     memories, disks, gemms = (heard(found, stage) for stage in ("memory", "disk", "gemm"))
     offsets, best = offsets_of(heard(found, "links")), best_pairs(heard(found, "pairs"))
     layout = "{:<6}{:<14}{:<24}{:>9}{:>10}{:>12}{:>10}  {}"
     print(layout.format("rank", "node", "device", "free GB", "clock ms", "disks GB/s", "TFLOP/s", "pairs GB/s, us"))
+    bad = {problem.node for problem in problems}
     for rank, each in heard(found, "ranks").items():
         if len(found["ranks"]) > SHOWN and each["node"] not in bad:
             continue
@@ -427,15 +386,19 @@ def table(found: Mapping[str, Sequence[Any]], bad: Collection[str | None]) -> No
         mine = {kind: of[rank] for kind, of in best.items() if rank in of}
         near = "; ".join(f"{kind} {rate / 1e9:.3g}, {1e6 * seconds:.0f}" for kind, (rate, seconds) in mine.items())
         print(layout.format(rank, each["node"], device, free, clock, rates, speed, near))
+    for kind, each in heard(found, "all-reduce").get(0, {}).items():
+        print(f"all-reduce ({kind}): bus bandwidth {each['bytes_per_second'] / 1e9:.3g} GB/s")
+    for problem in problems:
+        print(f"BAD  {problem.node or 'somewhere'}: {problem.what}")
+    nodes = {rank["node"] for rank in found["ranks"] if rank}
+    named = sorted(filter(None, bad))
+    said = f"{', '.join(named)} bad" if named else "no node is bad" if not problems else "no node can be named"
+    print(f"{len(nodes)} nodes, {len(found['ranks'])} ranks: {said}")
 
 
-def write(
-    arguments: argparse.Namespace, words: Sequence[str], found: Mapping[str, Any], problems: Sequence[Problem]
-) -> None:
+def write(arguments: argparse.Namespace, words: Sequence[str], found: Found, problems: Sequence[Problem]) -> None:
     """The JSON, and the list of nodes to be left out."""
-    if arguments.json:
-        everything = {**about(words), "found": found, "problems": [asdict(problem) for problem in problems]}
-        arguments.json.write_text(json.dumps(everything, indent=2) + "\n")
+    write_json(arguments.json, {**about(words), "found": found, "problems": [vars(problem) for problem in problems]})
     if file := arguments.exclude_file:
         with file.with_name(f".{file.name}.lock").open("w") as lock:
             with suppress(OSError):  # file systems without locks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from typing import Any
 
 from megahp import config
 from megahp.checkpoint import Place, complete, find, latest, place, problems, remove, superseded
@@ -17,16 +18,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     listing.add_argument("run", type=_place, metavar="RUN", help="run directory, or its URL")
     listing.set_defaults(action=_list_checkpoints)
 
+    several: dict[str, Any] = {"type": _place, "metavar": "CHECKPOINT"}
     verify = actions.add_parser("verify", help="read every byte, and compare it with what was written")
-    verify.add_argument(
-        "checkpoints", type=_place, nargs="+", metavar="CHECKPOINT", help="or a run: then all of its; or a URL"
-    )
+    verify.add_argument("checkpoints", nargs="+", help="or a run: then all of its; or a URL", **several)
     verify.set_defaults(action=_verify_checkpoints)
 
     diff = actions.add_parser("diff", help="how two differ: settings, progress, tensors")
-    diff.add_argument(
-        "checkpoints", type=_place, nargs=2, metavar="CHECKPOINT", help="or a run: then its newest; or a URL"
-    )
+    diff.add_argument("checkpoints", nargs=2, help="or a run: then its newest; or a URL", **several)
     diff.set_defaults(action=_compare_checkpoints)
 
     prune = actions.add_parser("prune", help="drop what need not be kept")

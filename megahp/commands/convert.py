@@ -61,18 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    refuse_mistakes(arguments)
-    try:
-        with appearing(arguments.target) as partial:
-            tokenizer = (send if arguments.source_format == "megahp" else take)(arguments, partial)
-    except Damaged as error:
-        raise UserError(f"the checkpoint is damaged ({error}); convert another one") from None
-    print(f"{arguments.target}: written, in files of up to {arguments.file_size:g} GB")
-    return 0 if arguments.no_check else compare(arguments, tokenizer)
-
-
-def refuse_mistakes(arguments: argparse.Namespace) -> None:
-    """Raise UserError for options that cannot be meant."""
     formats = arguments.source_format, arguments.target_format
     if formats.count("megahp") != 1:
         raise UserError(f"--from {formats[0]} --to {formats[1]}: one of the two must be megahp; convert twice")
@@ -85,6 +73,13 @@ def refuse_mistakes(arguments: argparse.Namespace) -> None:
     if arguments.text and arguments.no_check:
         raise UserError(f"--text {arguments.text} is for the check; leave it or --no-check out")
     refuse_files(arguments)
+    try:
+        with appearing(arguments.target) as partial:
+            tokenizer = (send if arguments.source_format == "megahp" else take)(arguments, partial)
+    except Damaged as error:
+        raise UserError(f"the checkpoint is damaged ({error}); convert another one") from None
+    print(f"{arguments.target}: written, in files of up to {arguments.file_size:g} GB")
+    return 0 if arguments.no_check else compare(arguments, tokenizer)
 
 
 def send(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
@@ -97,8 +92,7 @@ def send(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
         huggingface_folder.write(partial, settings, Tensors(path), tokenizer.eod, limit(arguments))
         write_tokenizer(partial, named, tokenizer)
         return tokenizer
-    legacy = arguments.target_format == "megatron-legacy"
-    megatron.write(partial, settings, Tensors(path), legacy, limit(arguments))
+    megatron.write(partial, settings, Tensors(path), arguments.target_format == "megatron-legacy", limit(arguments))
     if named != "bytes":
         shutil.copyfile(named, partial / f"tokenizer{Path(named).suffix}")
     return tokenizer
@@ -130,21 +124,21 @@ def compare(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int:
     tokens = torch.tensor([ids[: min(MOST_TOKENS, longest(settings))]])
     if not ids:
         raise UserError(f"--text {file} holds no text; name another file")
-    logits, (through, others) = (
-        our_logits(settings, weights_of(Tensors(path).items()), tokens),
-        their_logits(arguments, tokens),
-    )
+    logits = our_logits(settings, weights_of(Tensors(path).items()), tokens)
+    through, others = their_logits(arguments, theirs, tokens)
     difference, largest = (logits - others).abs().max().item(), logits.abs().max().item()
-    print(
-        f"logits: at most {difference:.3g} apart, {difference / largest:.2g} of the largest, on {tokens.numel()} "
-        f"tokens of {file}, through megahp and {through}"
-    )
+    apart = f"at most {difference:.3g} apart, {difference / largest:.2g} of the largest"
+    print(f"logits: {apart}, on {tokens.numel()} tokens of {file}, through megahp and {through}")
     if not difference <= RTOL * largest:
         complain(f"more than {RTOL:g}: {arguments.target} is another model")
         return 1
-    if sending and through == "transformers" and their_ids(theirs, text) != ids:
-        complain(f"transformers makes other tokens of {file}: convert with another --tokenizer")
-        return 1
+    if sending and through == "transformers":
+        from transformers import AutoTokenizer
+
+        theirs_of = AutoTokenizer.from_pretrained(theirs, local_files_only=True)
+        if theirs_of(text, add_special_tokens=False)["input_ids"] != ids:
+            complain(f"transformers makes other tokens of {file}: convert with another --tokenizer")
+            return 1
     return 0
 
 
@@ -161,11 +155,9 @@ def our_logits(settings: Config, weights: Iterable[tuple[str, Tensor]], tokens: 
 
 
 @torch.no_grad()
-def their_logits(arguments: argparse.Namespace, tokens: Tensor) -> tuple[str, Tensor]:
+def their_logits(arguments: argparse.Namespace, folder: Path, tokens: Tensor) -> tuple[str, Tensor]:
     """Through what, and the logits of a folder of theirs."""
-    sending = arguments.source_format == "megahp"
-    form = arguments.target_format if sending else arguments.source_format
-    folder = arguments.target if sending else arguments.source
+    form = next(each for each in (arguments.source_format, arguments.target_format) if each != "megahp")
     if form != "huggingface" or importlib.util.find_spec("transformers") is None:
         layer, tensors = read(form, folder, resolve.parse_overrides(arguments.overrides).get("model", {}))
         settings = resolve.resolve([(str(folder), layer)]).config
@@ -181,10 +173,3 @@ def their_logits(arguments: argparse.Namespace, tokens: Tensor) -> tuple[str, Te
 
 def weights_of(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     return ((name, tensor) for name, tensor in tensors if name.startswith("model."))
-
-
-def their_ids(folder: Path, text: str) -> list[int]:
-    """What transformers makes of a text."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)(text, add_special_tokens=False)["input_ids"]

@@ -28,12 +28,13 @@ import numpy as np
 import torch
 
 from megahp import config, launch
-from megahp.commands.arguments import positive, whole_numbers
+from megahp.commands.arguments import at_least, positive, whole_numbers
 from megahp.commands.output import write_json
 from megahp.config import Config, resolve
 from megahp.data.tokenizer import load_tokenizer
-from megahp.diagnose.coordinates import MadeUp, activations, nonlinearity
+from megahp.diagnose.coordinates import activations, nonlinearity
 from megahp.diagnose.transfer import Estimate, slope
+from megahp.diagnose.verify import made_up
 from megahp.errors import UserError
 from megahp.parallel.device import cuda_wanted, device_of
 from megahp.parallel.layout import Layout
@@ -139,28 +140,21 @@ def kind_of(arguments: argparse.Namespace) -> str:
 def read_family(arguments: argparse.Namespace) -> tuple[Config, dict[float, Config]]:
     """The run as it is looked at, and the same at each size, small ones first. Raises UserError."""
     kind = kind_of(arguments)
-    sizes = [
-        positive(text, "no size; give positive numbers, such as 2,4,8") for text in getattr(arguments, kind).split(",")
-    ]
+    given = getattr(arguments, kind)
+    sizes = [positive(text, "no size; give positive numbers, such as 2,4,8") for text in given.split(",")]
     if len(set(sizes)) < max(2, len(sizes)):
-        raise UserError(f"--{kind} {getattr(arguments, kind)}: give two or more sizes, each once, to see a slope")
-    refuse_mistakes(arguments)
-    base = of_a_check(resolve.load(arguments.run, arguments.overrides).config, arguments)
-    return base, {size: of_size(base, kind, size) for size in sorted(sizes)}
-
-
-def refuse_mistakes(arguments: argparse.Namespace) -> None:
-    """Raise UserError for options that cannot be meant."""
+        raise UserError(f"--{kind} {given}: give two or more sizes, each once, to see a slope")
     if arguments.lazy and not arguments.depths:
-        raise UserError(f"--lazy is about depth, not --{kind_of(arguments)}; give --depths")
+        raise UserError(f"--lazy is about depth, not --{kind}; give --depths")
     if arguments.lazy and arguments.steps is not None:
         raise UserError(f"--steps {arguments.steps} has no effect with --lazy, which looks at the first; leave it out")
-    if arguments.steps is not None and arguments.steps < 1:
-        raise UserError(f"--steps {arguments.steps} must be at least 1")
+    at_least(arguments, steps=1)
     if arguments.batch < 1:
         raise UserError(f"--batch {arguments.batch} must be at least 1 sequence")
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise UserError(f"--seeds {arguments.seeds}: each is measured once; name it once")
+    base = of_a_check(resolve.load(arguments.run, arguments.overrides).config, arguments)
+    return base, {size: of_size(base, kind, size) for size in sorted(sizes)}
 
 
 def of_a_check(settings: Config, arguments: argparse.Namespace) -> Config:
@@ -172,9 +166,8 @@ def of_a_check(settings: Config, arguments: argparse.Namespace) -> Config:
     if arguments.lazy and settings.model.experts:
         raise UserError(f"--lazy looks at dense MLPs, not at model.experts = {settings.model.experts}; leave those out")
     if arguments.densities and settings.sparsity.method not in ("static", "rigl"):
-        raise UserError(
-            f"--densities with sparsity.method = {settings.sparsity.method!r} would check dense models; set static"
-        )
+        method = f"sparsity.method = {settings.sparsity.method!r}"
+        raise UserError(f"--densities with {method} would check dense models; set static")
     tokens = 1_000_000 * arguments.batch * settings.data.sequence_length  # more than are taken
     return replace(
         settings,
@@ -193,12 +186,12 @@ def of_size(base: Config, kind: str, size: float) -> Config:
     if kind == "widths":
         model, share = base.model, size / base.model.width
         for key in ("heads", "kv_heads", "mlp_width", "expert_width"):
-            values[f"model.{key}"] = scaled = getattr(model, key) * share
+            own = getattr(model, key)
+            values[f"model.{key}"] = scaled = own * share
             if not scaled.is_integer():
-                raise UserError(
-                    f"--widths {size:g}: model.{key} = {getattr(model, key)} at model.width = {model.width} would not "
-                    f"be whole; choose a multiple of {model.width // math.gcd(model.width, getattr(model, key))}"
-                )
+                broken = f"model.{key} = {own} at model.width = {model.width} would not be whole"
+                whole = model.width // math.gcd(model.width, own)
+                raise UserError(f"--widths {size:g}: {broken}; choose a multiple of {whole}")
     tree = config.to_dict(base)
     for key, value in values.items():
         section, name = key.split(".")
@@ -211,16 +204,20 @@ Measured = dict[tuple[str, str], np.ndarray]  # quantity and when -> [sizes, see
 
 def measure(family: Mapping[float, Config], arguments: argparse.Namespace, mesh: Mesh) -> Measured:
     """What is seen of every size and seed."""
-    found = []
-    for settings in family.values():
-        own = [replace(settings, train=replace(settings.train, seed=seed)) for seed in arguments.seeds]
-        found.append([look(each, arguments, mesh) for each in own])
+    found = [
+        [look(replace(each, train=replace(each.train, seed=seed)), arguments, mesh) for seed in arguments.seeds]
+        for each in family.values()
+    ]
     return {key: np.array([[each[key] for each in row] for row in found]) for key in found[0][0]}
 
 
 def look(settings: Config, arguments: argparse.Namespace, mesh: Mesh) -> dict[tuple[str, str], float]:
     """What is measured of one run: quantity and when -> value."""
-    samples = open_data(settings) if arguments.data else MadeUp(settings)
+    data = open_data(settings) if arguments.data else None
+
+    def samples(ids: np.ndarray) -> torch.Tensor:
+        return (data.batch(ids, False) if data else made_up(ids, settings)).tokens
+
     if arguments.lazy:
         return {("nonlinearity", "step 1"): nonlinearity(settings, mesh, samples)}
     steps = 10 if arguments.steps is None else arguments.steps
@@ -237,18 +234,17 @@ def judged(
     for (quantity, when), values in found.items():
         required = REQUIRED["lazy" if arguments.lazy else kind_of(arguments)].get((quantity, when))
         each = slope(sizes, values) if np.isfinite(values).all() else Estimate(*[math.nan] * 3)
-        rows.append(
-            {
-                "quantity": quantity,
-                "when": when,
-                "slope": each.value,
-                "interval": (each.low, each.high),
-                "needed": (required.least, required.most) if required else None,
-                "predicted": required.predicted.get(name) if required else None,
-                "passed": required is None or required.least <= each.value <= required.most,
-                "source": required.source if required else None,
-            }
-        )
+        row = {
+            "quantity": quantity,
+            "when": when,
+            "slope": each.value,
+            "interval": (each.low, each.high),
+            "needed": (required.least, required.most) if required else None,
+            "predicted": required.predicted.get(name) if required else None,
+            "passed": required is None or required.least <= each.value <= required.most,
+            "source": required.source if required else None,
+        }
+        rows.append(row)
     return rows
 
 
@@ -256,11 +252,12 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a line a slope, and the verdict."""
     print(HEADER)
     for row in rows:
-        low, high = row["interval"]
-        needed = "{:.1f} .. {:.1f}".format(*row["needed"]) if row["needed"] else "-"
-        predicted = "-" if row["predicted"] is None else f"{row['predicted']:+.2f}"
-        verdict = ("" if row["passed"] else "FAILS") if row["needed"] is None or not row["passed"] else "passes"
-        own = {"needed": needed, "predicted": predicted, "verdict": verdict, "low": low, "high": high}
+        own = {
+            **dict(zip(("low", "high"), row["interval"], strict=True)),
+            "needed": "{:.1f} .. {:.1f}".format(*row["needed"]) if row["needed"] else "-",
+            "predicted": "-" if row["predicted"] is None else f"{row['predicted']:+.2f}",
+            "verdict": "FAILS" if not row["passed"] else "passes" if row["needed"] else "",
+        }
         print(LINE.format(**{**row, **own}))
     failed = [f"{row['quantity']} ({row['when']})" for row in rows if not row["passed"]]
     print(f"fails: {', '.join(failed)}" if failed else "passes: all that must be flat is")
@@ -268,7 +265,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]], sizes: Sequence[float], found: Measured, size_key: str) -> None:
     """Mean and range of each quantity over the sizes, a panel each, init and after. Raises UserError."""
-    from megahp.report.figures import PALETTE, logarithmic, plot_in
+    from megahp.report.figures import PALETTE, logarithmic, logarithmic_x, plot_in
 
     names = list(dict.fromkeys(quantity for quantity, _ in found))
     with plot_in(file, 2.6 * len(names), 2.6) as figure:
@@ -279,12 +276,10 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], sizes: Sequence[float], 
             axes.plot(sizes, values.mean(1), ".-", color=hue, label=f"{row['when']}: {row['slope']:+.2f}")
             axes.fill_between(sizes, values.min(1), values.max(1), color=hue, alpha=0.2, lw=0)
         for name, axes in panels.items():
-            axes.set_xscale("log")
             every = np.concatenate([values.ravel() for (quantity, _), values in found.items() if quantity == name])
             axes.set_ylim(every.min() / 2, every.max() * 2)  # or what is flat would look steep
             logarithmic(axes, 10)
-            axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
-            axes.minorticks_off()
+            logarithmic_x(axes, sizes, [f"{size:g}" for size in sizes])
             axes.set_title(name, fontsize=8.5)
             axes.set_xlabel(size_key)
             axes.legend(frameon=False, title="slope")

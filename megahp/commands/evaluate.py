@@ -17,14 +17,13 @@ HEADER = ("tokens", "bytes", "nats/token", "bits/byte", "perplexity")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: then its newest")
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="text, or .jsonl(.gz|.zst)")
-    parser.add_argument("--json-key", metavar="KEY", help="field of the text in JSON lines (default text)")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: a training sample's)")
-    parser.add_argument(
-        "--stride", type=int, metavar="N", help="tokens from a window to the next (default: half of --context)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: then its newest")
+    add("files", type=Path, nargs="+", metavar="FILE", help="text, or .jsonl(.gz|.zst)")
+    add("--json-key", metavar="KEY", help="field of the text in JSON lines (default text)")
+    add("--context", type=int, metavar="N", help="tokens of a window (default: a training sample's)")
+    add("--stride", type=int, metavar="N", help="tokens from a window to the next (default: half of --context)")
+    add("--json", action="store_true", help="print JSON")
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
@@ -33,7 +32,14 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
     if options.json_key and not any(file.name.endswith(JSON_LINES) for file in options.files):
         raise UserError(f"--json-key {options.json_key!r} is for {' '.join(JSON_LINES)} files; leave it out")
-    texts = [_texts(file, options.json_key or "text") for file in options.files]
+    texts = []
+    for file in options.files:
+        found = [document.text for document in read_documents([file], options.json_key or "text")]
+        if unreadable := found.count(None):
+            print(f"{file}: skipped {unreadable} documents that are no valid text", file=sys.stderr)
+        if not any(found):
+            raise UserError(f"{file} holds no text; name another file")
+        texts.append([text for text in found if text])
     origin = trained(options.checkpoint)
     context = context_of(origin, options.context)
     stride = max(1, context // 2) if options.stride is None else options.stride
@@ -47,9 +53,8 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     rows += [("all", whole)] if len(rows) > 1 else []
     if options.json:
         told = [{"file": name} | asdict(score) | score.numbers() for name, score in rows]
-        print(
-            json.dumps({"checkpoint": str(origin.path), "context": context, "stride": stride, "files": told}, indent=2)
-        )
+        everything = {"checkpoint": str(origin.path), "context": context, "stride": stride, "files": told}
+        print(json.dumps(everything, indent=2))
         return 0
     print(f"{origin.path}, windows of {context} tokens, {stride} apart")
     width = max(len(name) for name, _ in rows) + 1
@@ -59,13 +64,3 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         numbers = (f"{score.tokens:,}", f"{score.bytes:,}", f"{loss:.4f}", f"{bits:.4f}", f"{perplexity:.6g}")
         print(LINE.format(name, *numbers, width=width))
     return 0
-
-
-def _texts(file: Path, key: str) -> list[str]:
-    """The texts of a file. Raises UserError where there are none."""
-    found = [document.text for document in read_documents([file], key)]
-    if unreadable := found.count(None):
-        print(f"{file}: skipped {unreadable} documents that are no valid text", file=sys.stderr)
-    if not any(found):
-        raise UserError(f"{file} holds no text; name another file")
-    return [text for text in found if text]

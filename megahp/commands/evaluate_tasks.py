@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megahp.commands.arguments import at_least
 from megahp.errors import UserError
 from megahp.evaluate.sample import trained
 
@@ -40,18 +41,15 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         from megahp.evaluate.harness import Harness
     except ImportError as error:
         raise UserError(f"tasks need the package lm-eval ({error}): pip install lm-eval") from None
-    for name, least in (("limit", 1), ("fewshot", 0)):
-        if (given := getattr(arguments, name)) is not None and given < least:
-            raise UserError(f"--{name} {given} must be at least {least}")
+    at_least(arguments, limit=1, fewshot=0)
     manager = TaskManager(include_path=str(arguments.folder), include_defaults=False)
     there = manager.all_tasks
     if not there:
         raise UserError(f"{arguments.folder} holds no tasks; name a folder with YAML files of lm-evaluation-harness")
     for name in arguments.tasks or ():
         if name not in there:
-            raise UserError(
-                f"--tasks {name} is not in {arguments.folder}, which has {', '.join(there)}; choose of these"
-            )
+            has = f"{arguments.folder}, which has {', '.join(there)}"
+            raise UserError(f"--tasks {name} is not in {has}; choose of these")
     origin = trained(arguments.checkpoint)
     found = simple_evaluate(
         Harness(origin),

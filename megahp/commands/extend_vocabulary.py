@@ -70,7 +70,10 @@ class Beginnings:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    refuse_mistakes(arguments)
+    refuse_files(arguments)
+    if (arguments.rule == "projection") != bool(arguments.donor):
+        given = f"--donor {arguments.donor}" if arguments.donor else "no --donor"
+        raise UserError(f"--rule {arguments.rule} with {given}: a donor is what --rule projection needs, and no other")
     path, settings = of_checkpoint(arguments.source)
     old, new = vocabulary(settings.data.tokenizer), vocabulary(arguments.tokenizer)
     check_extension(old, new)
@@ -84,16 +87,21 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
             write_run(arguments, partial, tree, {}, new.named, tensors)
     except Damaged as error:
         raise UserError(f"a checkpoint is damaged ({error}); name another one") from None
-    tell(arguments, settings, wider, old, new, beginnings)
+    before, now = settings.model.padded_vocab, wider.model.padded_vocab
+    counts = {"mean": len(beginnings.parts), "projection": len(beginnings.known)}
+    counts["zeros"] = len(new.tokens) - len(old.tokens) - sum(counts.values())
+    rules = ", ".join(f"{count:,} by {rule}" for rule, count in counts.items() if count)
+    rows = f"in matrices of {now:,} rows, {before:,} before"
+    print(f"{arguments.target}: {len(new.tokens):,} tokens, {len(old.tokens):,} before, {rows}; new tokens: {rules}")
+    if beginnings.shared:
+        print(f"the map from {arguments.donor} is fitted on {len(beginnings.shared):,} tokens")
+    if arguments.text:
+        text = arguments.text.read_text(encoding="utf-8", errors="replace")
+        of_old, of_new = (len(each.tokenizer.encode(text)) / len(text.encode()) for each in (old, new))
+        print(f"{arguments.text}: {of_new:.4g} tokens per byte, {of_old:.4g} before")
+    then = "'data.train=[...]' train.weights=embeddings train.noise_scale=false log.name=..."
+    print(f"next: megahp train {arguments.target}/config.toml {then}")
     return 0
-
-
-def refuse_mistakes(arguments: argparse.Namespace) -> None:
-    """Raise UserError for options that cannot be meant."""
-    refuse_files(arguments)
-    if (arguments.rule == "projection") != bool(arguments.donor):
-        given = f"--donor {arguments.donor}" if arguments.donor else "no --donor"
-        raise UserError(f"--rule {arguments.rule} with {given}: a donor is what --rule projection needs, and no other")
 
 
 def check_extension(old: Vocabulary, new: Vocabulary) -> None:
@@ -105,9 +113,8 @@ def check_extension(old: Vocabulary, new: Vocabulary) -> None:
     if len(new.tokens) <= len(old.tokens):
         raise UserError(f"{without} it has {len(new.tokens)} tokens, no more than {len(old.tokens)}; name a larger one")
     if new.tokenizer.eod != old.tokenizer.eod:
-        raise UserError(
-            f"{without} token {new.tokenizer.eod} ends a document, and {old.tokenizer.eod} did; keep that one"
-        )
+        ends = f"token {new.tokenizer.eod} ends a document, and {old.tokenizer.eod} did"
+        raise UserError(f"{without} {ends}; keep that one")
 
 
 def begin(arguments: argparse.Namespace, old: Vocabulary, new: Vocabulary) -> Beginnings:
@@ -115,8 +122,7 @@ def begin(arguments: argparse.Namespace, old: Vocabulary, new: Vocabulary) -> Be
     added = range(len(old.tokens), len(new.tokens))
     if arguments.rule == "zeros":
         return Beginnings({}, {}, {}, {})
-    known: dict[int, int] = {}
-    shared: dict[int, int] = {}
+    known, shared = dict[int, int](), dict[int, int]()
     donor: Mapping[str, Tensor] = {}
     if arguments.rule == "projection":
         path, settings = of_checkpoint(arguments.donor)
@@ -127,10 +133,8 @@ def begin(arguments: argparse.Namespace, old: Vocabulary, new: Vocabulary) -> Be
         if not known:
             raise UserError(f"--donor {arguments.donor} has none of the {len(added)} new tokens; choose --rule mean")
         if len(shared) < (least := LEAST_SHARED * settings.model.width):
-            raise UserError(
-                f"--donor {arguments.donor} shares {len(shared)} tokens with SRC, and a map from its width needs "
-                f"{least}; choose --rule mean"
-            )
+            few = f"--donor {arguments.donor} shares {len(shared)} tokens with SRC"
+            raise UserError(f"{few}, and a map from its width needs {least}; choose --rule mean")
     single = {token: number for number, token in enumerate(old.tokens) if len(token) == 1}
     parts = {number: cut(old, single, new.tokens[number]) for number in added if number not in known}
     return Beginnings(parts, known, shared, donor)
@@ -160,58 +164,20 @@ def extended(
             matrix = tensors[name]
             rows = matrix[:first].mean(0).repeat(wider.model.padded_vocab, 1)
             rows[: len(matrix)] = matrix
-            rows[first:end] = new_rows(name, matrix, first, end, beginnings)
+            rows[first:end] = 0
+            if beginnings.parts:
+                parts = list(beginnings.parts.values())
+                starts = [0, *accumulate(map(len, parts[:-1]))]
+                bags = torch.tensor([number for part in parts for number in part]), matrix, torch.tensor(starts)
+                rows[torch.tensor(list(beginnings.parts))] = F.embedding_bag(*bags, mode="mean")
+            if beginnings.known:
+                tied = name not in beginnings.donor
+                donor = beginnings.donor["model.embedding.weight" if tied else name]
+                here, there = (torch.tensor(list(each)) for each in (beginnings.shared, beginnings.shared.values()))
+                # the map that takes the donor's rows to ours, in least squares; fitted in float64: [its width, ours]
+                fitted = torch.linalg.lstsq(donor[there].double(), matrix[here].double(), driver="gelsd").solution
+                known = donor[torch.tensor(list(beginnings.known.values()))].double() @ fitted
+                rows[torch.tensor(list(beginnings.known))] = known.to(matrix.dtype)
             yield name, rows
         elif name.startswith(("model.", "mask.")):
             yield name, tensors[name]
-
-
-def new_rows(name: str, matrix: Tensor, first: int, end: int, beginnings: Beginnings) -> Tensor:
-    """The rows of the tokens from `first` to `end`, [tokens, width], out of the old matrix."""
-    rows = matrix.new_zeros(end - first, matrix.shape[1])
-    if beginnings.parts:
-        parts = list(beginnings.parts.values())
-        starts = [0, *accumulate(map(len, parts[:-1]))]
-        bags = torch.tensor([number for part in parts for number in part]), matrix, torch.tensor(starts)
-        rows[torch.tensor(list(beginnings.parts)) - first] = F.embedding_bag(*bags, mode="mean")
-    if beginnings.known:
-        donor = beginnings.donor[name if name in beginnings.donor else "model.embedding.weight"]  # where it is tied
-        pairs = (torch.tensor(list(each)) for each in (beginnings.shared, beginnings.shared.values()))
-        known = donor[torch.tensor(list(beginnings.known.values()))]
-        rows[torch.tensor(list(beginnings.known)) - first] = projected(known, matrix, donor, *pairs)
-    return rows
-
-
-def projected(known: Tensor, ours: Tensor, theirs: Tensor, here: Tensor, there: Tensor) -> Tensor:
-    """`known` [n, donor's width] times the map that takes the rows `there` of theirs to the rows `here` of ours, in
-    least squares; fitted in float64. [n, our width]."""
-    fitted = torch.linalg.lstsq(theirs[there].double(), ours[here].double(), driver="gelsd").solution
-    return (known.double() @ fitted).to(ours.dtype)
-
-
-def tell(
-    arguments: argparse.Namespace,
-    settings: Config,
-    wider: Config,
-    old: Vocabulary,
-    new: Vocabulary,
-    beginnings: Beginnings,
-) -> None:
-    """Print what was done, and what comes next."""
-    counts = {"mean": len(beginnings.parts), "projection": len(beginnings.known)}
-    counts["zeros"] = len(new.tokens) - len(old.tokens) - sum(counts.values())
-    rules = ", ".join(f"{count:,} by {rule}" for rule, count in counts.items() if count)
-    print(
-        f"{arguments.target}: {len(new.tokens):,} tokens, {len(old.tokens):,} before, in matrices of "
-        f"{wider.model.padded_vocab:,} rows, {settings.model.padded_vocab:,} before; new tokens: {rules}"
-    )
-    if beginnings.shared:
-        print(f"the map from {arguments.donor} is fitted on {len(beginnings.shared):,} tokens")
-    if arguments.text:
-        text = arguments.text.read_text(encoding="utf-8", errors="replace")
-        before, now = (len(each.tokenizer.encode(text)) / len(text.encode()) for each in (old, new))
-        print(f"{arguments.text}: {now:.4g} tokens per byte, {before:.4g} before")
-    print(
-        f"next: megahp train {arguments.target}/config.toml 'data.train=[...]' train.weights=embeddings "
-        "train.noise_scale=false log.name=..."
-    )

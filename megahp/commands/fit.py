@@ -22,9 +22,8 @@ LAWS = {
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, or .jsonl table of runs")
     for name, law in LAWS.items():
-        parser.add_argument(
-            f"--{name}", action="append_const", dest="laws", const=name.replace("-", "_"), help=f"fit {law}"
-        )
+        key = name.replace("-", "_")
+        parser.add_argument(f"--{name}", action="append_const", dest="laws", const=key, help=f"fit {law}")
     parser.add_argument("--tied-exponents", action="store_true", help="alpha = beta in L(N, D)")
     parser.add_argument("--draws", type=int, default=200, metavar="K", help="bootstrap draws (default 200)")
     parser.add_argument("--seed", type=int, default=1, help="of the draws (default 1)")

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megahp.cluster.job import BAD_NODES, OWN, Job, submit
-from megahp.commands.arguments import add_run_file
-from megahp.commands.chain import Chain, chain_of, outlook
+from megahp.commands.arguments import add_run_file, at_least
+from megahp.commands.chain import chain_of, outlook
 from megahp.config import resolve
 from megahp.errors import UserError
 from megahp.exit_codes import FINISHED
@@ -35,36 +35,35 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--sbatch", default="", metavar="OPTIONS", help="more, such as '--qos=high --signal=USR1@600'")
     add("--launcher", choices=SCRIPTS, default="srun", help="one task a rank, or one torchrun a node")
     add("--grow", type=int, metavar="N", help="as the batch grows, twice the nodes, up to N: docs/slurm.md")
-    add(
-        "--patience",
-        type=float,
-        metavar="MINUTES",
-        help=f"with --grow: how long more nodes are waited for before the run goes on on as many (default {PATIENCE})",
-    )
-    add(
-        "--speed",
-        type=float,
-        metavar="X",
-        help="with --grow: tokens a second of one node, for the plan (default: as logged)",
-    )
+    patience = f"how long more nodes are waited for before the run goes on on as many (default {PATIENCE})"
+    add("--patience", type=float, metavar="MINUTES", help=f"with --grow: {patience}")
+    speed = "with --grow: tokens a second of one node, for the plan (default: as logged)"
+    add("--speed", type=float, metavar="X", help=speed)
     add("--dry-run", action="store_true", help="print the script, and submit nothing")
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    for name in ("nodes", "ranks_per_node"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    at_least(options, nodes=1, ranks_per_node=1)
     for name in ("patience", "speed"):
         if (value := getattr(options, name)) is not None and (options.grow is None or not value > 0):
             raise UserError(f"--{name} {value:g} goes with --grow N, and is above 0")
     settings = resolve.load(options.run_file, options.overrides).config
     if settings.resilience.stop_at_batch:
-        raise UserError(
-            f"resilience.stop_at_batch = {settings.resilience.stop_at_batch} would end the job before the run; leave "
-            "it out, and give --grow N for more nodes as the batch grows"
-        )
-    chain = None if options.grow is None else chain_of(options, settings)
-    job = first_of_chain(options, chain) if chain else job_of(options)
+        early = f"resilience.stop_at_batch = {settings.resilience.stop_at_batch} would end the job before the run"
+        raise UserError(f"{early}; leave it out, and give --grow N for more nodes as the batch grows")
+    asked = {name: getattr(options, name) for name in ("time", "partition", "account", "exclude", "sbatch")}
+    tasks = options.ranks_per_node if options.launcher == "srun" else 1
+    job = Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **asked)
+    chain = None
+    if options.grow is not None:
+        chain = chain_of(options, settings)
+        if options.launcher != "srun":
+            both = f"--launcher {options.launcher} with --grow"
+            raise UserError(f"{both}: its jobs start one task a rank; leave one of them out")
+        nodes = chain.growth.wanted(chain.plan["batch"])  # with which the run begins, or goes on
+        patience = math.ceil(60 * (PATIENCE if options.patience is None else options.patience))
+        grown = f"nodes={options.nodes} grow={options.grow} patience={patience} chain=${{1:-$SLURM_JOB_ID}} before=$2"
+        job = replace(job, script=GROWING, nodes=nodes, own=OWN_IN_CHAINS, variables=grown)
 
     from megahp.train.prepare import prepare
 
@@ -78,22 +77,3 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     (settings.directory / "slurm").mkdir(parents=True, exist_ok=True)
     print(f"job {submit(script)}; megahp status {settings.directory}")
     return FINISHED
-
-
-def job_of(options: Namespace) -> Job:
-    """What the options ask for."""
-    asked = {name: getattr(options, name) for name in ("time", "partition", "account", "exclude", "sbatch")}
-    tasks = options.ranks_per_node if options.launcher == "srun" else 1
-    return Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **asked)
-
-
-def first_of_chain(options: Namespace, chain: Chain) -> Job:
-    """The job with which a run that grows begins, or goes on. Raises UserError."""
-    if options.launcher != "srun":
-        raise UserError(
-            f"--launcher {options.launcher} with --grow: its jobs start one task a rank; leave one of them out"
-        )
-    nodes = chain.growth.wanted(chain.batch)
-    patience = math.ceil(60 * (PATIENCE if options.patience is None else options.patience))
-    variables = f"nodes={options.nodes} grow={options.grow} patience={patience} chain=${{1:-$SLURM_JOB_ID}} before=$2"
-    return replace(job_of(options), script=GROWING, nodes=nodes, own=OWN_IN_CHAINS, variables=variables)

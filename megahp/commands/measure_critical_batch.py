@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from megahp import checkpoint, config
+from megahp.commands.arguments import at_least
 from megahp.commands.output import write_json
 from megahp.config import Batch, Checkpoint, Config, Log, Schedule, resolve
 from megahp.diagnose import critical_batch
@@ -74,22 +75,39 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Check, train the branches, compare. Returns the exit code of a branch that failed, else 0."""
     origin = read_origin(arguments.checkpoint)
     ranks = origin.ranks if arguments.ranks is None else arguments.ranks
-    refuse_mistakes(arguments, origin, ranks)
+    refuse_mistakes(arguments, origin)
     run = origin.settings.log
     out = arguments.out or Path(run.root) / f"{run.name}-critical-batch" / origin.path.name
-    end = origin.tokens + whole_steps(arguments.tokens, max(arguments.factors), origin)
+    length = origin.settings.data.sequence_length
+    # whole steps of the largest batch, so that branches whose batches divide it end at one point
+    step = round(max(arguments.factors) * origin.batch) * length
+    end = origin.tokens + int(arguments.tokens) // step * step
     branches = {k: checked(branch(origin, k, end, out.resolve()), ranks) for k in sorted(arguments.factors)}
     if code := train_all(branches, ranks):
         return code
-    steps = {k: losses_of(settings.directory) for k, settings in branches.items()}
+    steps = {k: read_run(settings.directory).column("loss").tolist() for k, settings in branches.items()}
+    for k in [k for k, settings in branches.items() if diverged(settings.directory)]:
+        steps[k] = [math.nan] * len(steps[k])  # its gradients may have diverged alone
     losses = {k: critical_batch.smoothed(each) for k, each in steps.items()}
     if not math.isfinite(losses[1]):
         raise UserError(f"{branches[1].directory}, at the batch of {origin.path}, diverged; measure at another one")
-    rows = [row(k, settings, steps[k], losses, arguments.tolerance) for k, settings in branches.items()]
+    rows = [  # loss: smoothed, nats per token; limit: the most it may be; scatter: its noise
+        {
+            "factor": k,
+            "batch": settings.batch.global_batch,
+            "batch_tokens": settings.batch.global_batch * length,
+            "lr": settings.optimizer.lr,
+            "steps": len(steps[k]),
+            "loss": losses[k],
+            "scatter": critical_batch.scatter(steps[k]),
+            "limit": critical_batch.limit(losses, k, arguments.tolerance),
+            "harmless": critical_batch.harmless(losses, k, arguments.tolerance),
+        }
+        for k, settings in branches.items()
+    ]
     star = critical_batch.largest_harmless(losses, arguments.tolerance)
-    show(rows, arguments.tolerance)
-    print(verdict(origin, star, max(branches)))
-    length, critical = origin.settings.data.sequence_length, round(star * origin.batch)
+    show(rows, origin, star, arguments.tolerance)
+    critical = round(star * origin.batch)
     found = {
         "checkpoint": str(origin.path),
         "tokens": origin.tokens,
@@ -119,15 +137,14 @@ def read_origin(place: Path) -> Origin:
     values = follow(settings.batch.rule, settings.optimizer, batch / settings.batch.global_batch)
     rate = fraction(settings.schedule, tokens, settings.train.tokens)
     if rate == 0:
-        raise UserError(
-            f"at {path} the learning rate is 0, after {tokens} of train.tokens = {settings.train.tokens} under "
-            f"schedule.name = {settings.schedule.name!r}; name an earlier checkpoint"
-        )
+        after = f"after {tokens} of train.tokens = {settings.train.tokens}"
+        under = f"under schedule.name = {settings.schedule.name!r}"
+        raise UserError(f"at {path} the learning rate is 0, {after} {under}; name an earlier checkpoint")
     ranks = math.prod(Layout(**state["layout"]).shape)
     return Origin(path, settings, ranks, tokens, batch, replace(values, lr=values.lr * rate))
 
 
-def refuse_mistakes(arguments: argparse.Namespace, origin: Origin, ranks: int) -> None:
+def refuse_mistakes(arguments: argparse.Namespace, origin: Origin) -> None:
     """Raise UserError for options that cannot be meant."""
     factors, given = arguments.factors, " ".join(f"{factor:g}" for factor in arguments.factors)
     if not all(1 <= factor < math.inf for factor in factors):
@@ -138,33 +155,24 @@ def refuse_mistakes(arguments: argparse.Namespace, origin: Origin, ranks: int) -
         raise UserError(f"--factors {given}: 1 is missing, against which the others are measured; add it")
     for factor in factors:
         if not math.isclose(factor * origin.batch, round(factor * origin.batch)):
-            raise UserError(
-                f"--factors {given}: {factor:g} x {origin.batch} sequences, the batch at {origin.path}, is not whole; "
-                "change the factor"
-            )
+            batch = f"{factor:g} x {origin.batch} sequences, the batch at {origin.path}"
+            raise UserError(f"--factors {given}: {batch}, is not whole; change the factor")
     least = LEAST_STEPS * round(max(factors) * origin.batch) * origin.settings.data.sequence_length
     if not least <= arguments.tokens < math.inf:
-        raise UserError(
-            f"--tokens {arguments.tokens:g} must be at least {least}, {LEAST_STEPS} steps of {max(factors):g} x "
-            f"{origin.batch} sequences; raise it, or leave out the largest factor"
-        )
+        steps = f"{LEAST_STEPS} steps of {max(factors):g} x {origin.batch} sequences"
+        wrong = f"--tokens {arguments.tokens:g} must be at least {least}, {steps}"
+        raise UserError(f"{wrong}; raise it, or leave out the largest factor")
     if not 0 <= arguments.tolerance < math.inf:
         raise UserError(f"--tolerance {arguments.tolerance:g} must be at least 0 nats per token, such as 0.01")
-    if ranks < 1:
-        raise UserError(f"--ranks {ranks} must be at least 1")
-
-
-def whole_steps(tokens: float, largest: float, origin: Origin) -> int:
-    """The tokens of all whole steps of the largest batch, so that branches whose batches divide it end at one point."""
-    step = round(largest * origin.batch) * origin.settings.data.sequence_length
-    return int(tokens) // step * step
+    at_least(arguments, ranks=1)
 
 
 def branch(origin: Origin, factor: float, end: int, out: Path) -> Config:
     """The settings of one branch, unchecked. Schedule, batch, checkpoints and log begin at their defaults, since what
     belongs to another schedule or policy is refused beside these."""
     before = origin.settings
-    lr = origin.values.lr * math.sqrt(factor)
+    lr, train = origin.values.lr * math.sqrt(factor), replace(before.train, start_from=str(origin.path), tokens=end)
+
     optimizer = replace(before.optimizer, **asdict(replace(origin.values, lr=lr)))
     if optimizer.name == "muon":  # whose rate is a multiple of the plan's
         optimizer = replace(optimizer, muon_lr=before.optimizer.muon_lr * lr / before.optimizer.lr)
@@ -173,9 +181,7 @@ def branch(origin: Origin, factor: float, end: int, out: Path) -> Config:
         schedule=Schedule(name="constant", start=origin.tokens, warmup=0.0),
         batch=Batch(policy="constant", global_batch=round(factor * origin.batch), micro_batch=before.batch.micro_batch),
         optimizer=optimizer,
-        train=replace(
-            before.train, start_from=str(origin.path), tokens=end, steps=0, validate_every=0, validation_samples=0
-        ),
+        train=replace(train, steps=0, validate_every=0, validation_samples=0),
         checkpoint=Checkpoint(every=0, keep=1),
         log=Log(root=str(out), name=f"k-{factor:g}", every=1, tensorboard=False),
     )
@@ -211,54 +217,23 @@ def train_all(branches: Mapping[float, Config], ranks: int) -> int:
     return 0
 
 
-def losses_of(directory: Path) -> list[float]:
-    """The losses of a branch that is over, one a step; all NaN if it diverged, which its gradients may do alone."""
-    losses = read_run(directory).column("loss").tolist()
-    return [math.nan] * len(losses) if diverged(directory) else losses
-
-
-def row(
-    factor: float, settings: Config, steps: Sequence[float], losses: Mapping[float, float], tolerance: float
-) -> dict[str, Any]:
-    """One line of the table. loss: smoothed, nats per token; limit: the most it may be; scatter: its noise."""
-    return {
-        "factor": factor,
-        "batch": settings.batch.global_batch,
-        "batch_tokens": settings.batch.global_batch * settings.data.sequence_length,
-        "lr": settings.optimizer.lr,
-        "steps": len(steps),
-        "loss": losses[factor],
-        "scatter": critical_batch.scatter(steps),
-        "limit": critical_batch.limit(losses, factor, tolerance),
-        "harmless": critical_batch.harmless(losses, factor, tolerance),
-    }
-
-
-def verdict(origin: Origin, star: float, largest: float) -> str:
-    """What was found, in a sentence."""
-    batch, length = round(star * origin.batch), origin.settings.data.sequence_length
-    size = f"{star:g} x {origin.batch:,} = {batch:,} sequences ({human_count(batch * length)} tokens)"
-    if star == largest:
-        return (
-            f"critical batch at {human_count(origin.tokens)} tokens: at least {size}; the largest factor tested was "
-            "still harmless, so this is a lower bound"
-        )
-    lower = "; no factor above 1 was harmless, so it may be less" if star == 1 else ""
-    return f"critical batch at {human_count(origin.tokens)} tokens: {size}{lower}"
-
-
-def show(rows: Sequence[Mapping[str, Any]], tolerance: float) -> None:
-    """Print the table, and whether it can be told from noise."""
+def show(rows: Sequence[Mapping[str, Any]], origin: Origin, star: float, tolerance: float) -> None:
+    """Print the table, whether it can be told from noise, and what was found, in a sentence."""
     print(HEADER)
     for each in rows:
         found = "yes" if each["harmless"] else "no"
         print(LINE.format(**each, tokens=human_count(each["batch_tokens"]), found=found))
     noisiest = max(each["scatter"] for each in rows if math.isfinite(each["scatter"]))
     if noisiest > tolerance:
-        print(
-            f"the smoothed losses scatter by up to {noisiest:.2g}, more than --tolerance {tolerance:g}: "
-            "what follows may be chance; raise it"
-        )
+        more = f"scatter by up to {noisiest:.2g}, more than --tolerance {tolerance:g}"
+        print(f"the smoothed losses {more}: what follows may be chance; raise it")
+    batch, length = round(star * origin.batch), origin.settings.data.sequence_length
+    size = f"{star:g} x {origin.batch:,} = {batch:,} sequences ({human_count(batch * length)} tokens)"
+    if star == rows[-1]["factor"]:
+        size = f"at least {size}; the largest factor tested was still harmless, so this is a lower bound"
+    elif star == 1:
+        size += "; no factor above 1 was harmless, so it may be less"
+    print(f"critical batch at {human_count(origin.tokens)} tokens: {size}")
 
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]], star: float, tolerance: float) -> None:
@@ -275,6 +250,5 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], star: float, tolerance: 
         axes.axvline(critical, color=PALETTE["muted"], lw=1, label=f"largest harmless batch, {critical:,}")
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
-        axes.set_xlabel("sequences a step")
-        axes.set_ylabel("nats per token")
+        axes.set(xlabel="sequences a step", ylabel="nats per token")
         axes.legend(frameon=False)

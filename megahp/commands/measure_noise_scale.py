@@ -33,8 +33,7 @@ from megahp import checkpoint, config, launch
 from megahp.commands.output import write_json
 from megahp.config import Config, resolve
 from megahp.data.loader import Batch, Loader, TrainingData
-from megahp.diagnose.example_norms import Squares
-from megahp.diagnose.example_norms import measure as measure_batch
+from megahp.diagnose.example_norms import Squares, measure
 from megahp.diagnose.statistics import correlation, interval, resampled, slope
 from megahp.errors import UserError
 from megahp.log.progress import human_count, human_duration
@@ -87,16 +86,29 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     settings = settings_to_measure(paths[-1])
     data = open_data(settings)
     places = [place(path, settings, data, arguments) for path in paths]
-    squares = measure_all(places, settings, data, arguments.batches)
+    launch.join(launch.World(), cuda_wanted(settings))
+    device = device_of(settings, launch.World())
+    (model,) = build_model(settings, make_mesh(Layout(), device)).stages.values()
+    loader = Loader(data, device, settings.data.mask_documents)
+    squares, began = [], time.monotonic()
+    for number, each in enumerate(places, start=1):
+        checkpoint.load(each.path, saved(model))
+        data.restore(each.data_order)
+        squares.append([measure(model, microbatches(loader, each, batch)) for batch in range(arguments.batches)])
+        rest = human_duration((time.monotonic() - began) / number * (len(places) - number))
+        print(f"{each.path.name} measured; {number} of {len(places)}, ETA {rest}", flush=True)
+    loader.close()
     kinds = kinds_of(squares[0][0].example, arguments.without_embeddings)
-    exact = np.stack([by_kind(*each, kinds) for each in zip(places, squares, strict=True)])
-    rows = [checkpoint_row(*each, kinds) for each in zip(places, squares, exact, strict=True)]
+    totals = [sums(each, kinds) for each in squares]
+    pairs = zip(places, totals, strict=True)
+    estimates = [np.stack(estimate(each["example"], each["batch"], at.batch), -1) for at, each in pairs]
+    exact = np.stack(estimates)  # of every batch, |G|^2 and S: [checkpoints, batches, kinds, 2]
+    rows = [checkpoint_row(*each, list(kinds)) for each in zip(places, totals, exact, strict=True)]
     summary = compare(np.array([each.smoothed for each in places]), exact, list(kinds))
     show(rows, summary, settings.batch.noise_to_total)
+    batches = [[vars(batch) for batch in each] for each in squares]
     found = {
-        "checkpoints": [
-            {**row, "batches": [vars(batch) for batch in each]} for row, each in zip(rows, squares, strict=True)
-        ],
+        "checkpoints": [{**row, "batches": each} for row, each in zip(rows, batches, strict=True)],
         "comparison": summary,
         "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()},
     }
@@ -110,20 +122,14 @@ def settings_to_measure(path: Path) -> Config:
     """Those of the run, for one process that measures. Raises UserError."""
     settings = resolve.from_dict(checkpoint.read_state(path)["config"], str(path))
     if settings.model.experts:
-        raise UserError(
-            f"model.experts = {settings.model.experts} at {path}: an example's gradients of experts cannot be "
-            "measured; name a run without experts"
-        )
+        there = f"model.experts = {settings.model.experts} at {path}"
+        raise UserError(f"{there}: an example's gradients of experts cannot be measured; name a run without experts")
     if settings.sparsity.method != "none":
-        raise UserError(
-            f"sparsity.method = {settings.sparsity.method!r} at {path}: gradients of masked weights would be counted; "
-            "name a dense run"
-        )
+        there = f"sparsity.method = {settings.sparsity.method!r} at {path}"
+        raise UserError(f"{there}: gradients of masked weights would be counted; name a dense run")
     dtype = "float64" if settings.train.dtype == "float64" else "float32"
-    return config.with_values(
-        replace(settings, parallel=config.Parallel(), compute=config.Compute()),
-        {"train.weights": "all", "train.noise_scale": True, "train.device": "auto", "train.dtype": dtype},
-    )
+    own = {"train.weights": "all", "train.noise_scale": True, "train.device": "auto", "train.dtype": dtype}
+    return config.with_values(replace(settings, parallel=config.Parallel(), compute=config.Compute()), own)
 
 
 def place(path: Path, settings: Config, data: TrainingData, arguments: argparse.Namespace) -> Place:
@@ -138,30 +144,11 @@ def place(path: Path, settings: Config, data: TrainingData, arguments: argparse.
     if micro is None:
         micro = micro_batch(settings, length)
     if micro < 1 or batch < 2 or batch % micro:
-        raise UserError(
-            f"--batch {batch} at {path} must be at least 2, and whole microbatches of {micro}; change it, or "
-            "--micro-batch"
-        )
+        wanted = f"at least 2, and whole microbatches of {micro}"
+        raise UserError(f"--batch {batch} at {path} must be {wanted}; change it, or --micro-batch")
     progress, pooled = state["progress"], state["noise_scale"]["pooled"]
     smoothed = pooled["true_sq"], pooled["noise"]
     return Place(path, progress["tokens"], progress["samples"], smoothed, state["data_order"], length, batch, micro)
-
-
-def measure_all(places: Sequence[Place], settings: Config, data: TrainingData, batches: int) -> list[list[Squares]]:
-    """The squares of every batch at every checkpoint. Raises UserError."""
-    launch.join(launch.World(), cuda_wanted(settings))
-    device = device_of(settings, launch.World())
-    (model,) = build_model(settings, make_mesh(Layout(), device)).stages.values()
-    loader = Loader(data, device, settings.data.mask_documents)
-    squares, began = [], time.monotonic()
-    for number, each in enumerate(places, start=1):
-        checkpoint.load(each.path, saved(model))
-        data.restore(each.data_order)
-        squares.append([measure_batch(model, microbatches(loader, each, batch)) for batch in range(batches)])
-        rest = human_duration((time.monotonic() - began) / number * (len(places) - number))
-        print(f"{each.path.name} measured; {number} of {len(places)}, ETA {rest}", flush=True)
-    loader.close()
-    return squares
 
 
 def microbatches(loader: Loader, place: Place, batch: int) -> Iterator[Batch]:
@@ -181,15 +168,16 @@ def kinds_of(layers: Iterable[str], without_embeddings: bool) -> dict[str, list[
     return {**kinds, "total": layers}
 
 
-def by_kind(place: Place, squares: Sequence[Squares], kinds: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """The estimates of every batch, |G|^2 and S: [batches, kinds, 2]."""
-    example, batch = (sums([getattr(each, key) for each in squares], kinds) for key in ("example", "batch"))
-    return np.stack(estimate(example, batch, place.batch), -1)
+Sums = Mapping[str, np.ndarray]  # example, micro and batch -> [batches, kinds]
 
 
-def sums(squares: Sequence[Mapping[str, float]], kinds: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """[batches, kinds]"""
-    return np.array([[sum(each[layer] for layer in layers) for layers in kinds.values()] for each in squares])
+def sums(squares: Sequence[Squares], kinds: Mapping[str, Sequence[str]]) -> Sums:
+    """The squares of each kind's layers together."""
+    found = {}
+    for key in ("example", "micro", "batch"):
+        every = [getattr(each, key) for each in squares]
+        found[key] = np.array([[sum(each[layer] for layer in layers) for layers in kinds.values()] for each in every])
+    return found
 
 
 def noise_scales(estimates: np.ndarray) -> np.ndarray:
@@ -198,16 +186,17 @@ def noise_scales(estimates: np.ndarray) -> np.ndarray:
     return np.divide(noise, true_sq, out=np.full(true_sq.shape, np.nan), where=(true_sq > 0) & (noise > 0))
 
 
-def checkpoint_row(
-    place: Place, squares: Sequence[Squares], exact: np.ndarray, kinds: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
-    """What was found at one checkpoint; exact: its estimates [batches, kinds, 2]."""
-    example, batch = (sums([getattr(each, key) for each in squares], kinds).mean(0) for key in ("example", "batch"))
+def checkpoint_row(place: Place, totals: Sums, exact: np.ndarray, kinds: Sequence[str]) -> dict[str, Any]:
+    """What was found at one checkpoint; exact: its estimates [batches, kinds, 2].
+
+    data_parallel: the total as microbatches, or ranks of one each, estimate it; None where there is but one. apart:
+    from the exact S, in standard errors of the mean difference over batches (that of |G|^2 is -1/B times it).
+    """
     drawn = noise_scales(resampled(exact[None])[:, 0])
     rows = {
         name: {
-            "sq_example": example[k],
-            "sq_batch": batch[k],
+            "sq_example": totals["example"].mean(0)[k],
+            "sq_batch": totals["batch"].mean(0)[k],
             "true_sq": exact[:, k, 0].mean(),
             "noise": exact[:, k, 1].mean(),
             "noise_scale": float(noise_scales(exact[:, k].mean(0))),
@@ -215,6 +204,17 @@ def checkpoint_row(
         }
         for k, name in enumerate(kinds)
     }
+    by_ranks = None
+    if place.batch != place.micro_batch:
+        of_total = totals["micro"][:, -1], totals["batch"][:, -1]
+        estimates = np.stack(estimate(*of_total, place.batch, place.micro_batch), -1)
+        differences = estimates[:, 1] - exact[:, -1, 1]
+        error = differences.std(ddof=1) / math.sqrt(len(differences))
+        by_ranks = {
+            "noise": estimates[:, 1].mean(),
+            "noise_scale": float(noise_scales(estimates.mean(0))),
+            "apart": differences.mean() / error if error > 0 else 0.0,
+        }
     return {
         "checkpoint": str(place.path),
         "tokens": place.tokens,
@@ -223,25 +223,7 @@ def checkpoint_row(
         "micro_batch": place.micro_batch,
         "smoothed": float(noise_scales(np.array(place.smoothed))),
         "kinds": rows,
-        "data_parallel": data_parallel(place, squares, exact, kinds),
-    }
-
-
-def data_parallel(
-    place: Place, squares: Sequence[Squares], exact: np.ndarray, kinds: Mapping[str, Sequence[str]]
-) -> dict[str, float] | None:
-    """The total as microbatches, or ranks of one each, estimate it; None where there is but one. apart: from the exact
-    S, in standard errors of the mean difference over batches (that of |G|^2 is -1/B times it)."""
-    if place.batch == place.micro_batch:
-        return None
-    micro, batch = (sums([getattr(each, key) for each in squares], kinds)[:, -1] for key in ("micro", "batch"))
-    estimates = np.stack(estimate(micro, batch, place.batch, place.micro_batch), -1)
-    differences = estimates[:, 1] - exact[:, -1, 1]
-    error = differences.std(ddof=1) / math.sqrt(len(differences))
-    return {
-        "noise": estimates[:, 1].mean(),
-        "noise_scale": float(noise_scales(estimates.mean(0))),
-        "apart": differences.mean() / error if error > 0 else 0.0,
+        "data_parallel": by_ranks,
     }
 
 
@@ -267,35 +249,29 @@ def compare(smoothed: np.ndarray, exact: np.ndarray, kinds: Sequence[str]) -> di
 def show(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Mapping[str, Any]], noise_to_total: float) -> None:
     """Print a table for every checkpoint, the comparison, and what it says of the setting."""
     for row in rows:
-        print(
-            f"\nafter {human_count(row['tokens'])} tokens: batches of {row['batch']} x {row['sequence_length']} tokens"
-        )
+        batches = f"batches of {row['batch']} x {row['sequence_length']} tokens"
+        print(f"\nafter {human_count(row['tokens'])} tokens: {batches}")
         print(HEADER)
         for name, each in row["kinds"].items():
             print(LINE.format(name=name, **each | written(each, "noise_scale", "interval")))
         print(f"norms as training smoothed them: noise scale {number(row['smoothed'])}")
         if by_ranks := row["data_parallel"]:
-            print(
-                f"total from microbatches of {row['micro_batch']}: S {by_ranks['noise']:.4g}, noise scale "
-                f"{number(by_ranks['noise_scale'])}; {by_ranks['apart']:+.1f} standard errors from the exact S"
-            )
+            found = f"S {by_ranks['noise']:.4g}, noise scale {number(by_ranks['noise_scale'])}"
+            apart = f"{by_ranks['apart']:+.1f} standard errors from the exact S"
+            print(f"total from microbatches of {row['micro_batch']}: {found}; {apart}")
     print(f"\nthe total's noise scale over {len(rows)} checkpoint{'s' * (len(rows) > 1)}, by that of the layers alone")
     print(SUMMARY_HEADER)
     for name, each in summary.items():
         print(SUMMARY_LINE.format(name=name, **written(each, *each)))
     factor = written(summary[SMOOTHED], *summary[SMOOTHED])
-    print(
-        f"total = {factor['slope']} (95 %: {factor['slope_interval']}) x the norm layers' in training; the run has "
-        f"batch.noise_to_total = {noise_to_total:g}"
-    )
+    total = f"total = {factor['slope']} (95 %: {factor['slope_interval']}) x the norm layers' in training"
+    print(f"{total}; the run has batch.noise_to_total = {noise_to_total:g}")
 
 
 def written(found: Mapping[str, Any], *keys: str) -> dict[str, str]:
     """These numbers and intervals as the tables have them."""
-    return {
-        key: number(value) if isinstance(value := found[key], float) else " .. ".join(map(number, value))
-        for key in keys
-    }
+    values = {key: found[key] for key in keys}
+    return {key: " .. ".join(map(number, np.atleast_1d(value))) for key, value in values.items()}
 
 
 def number(value: float) -> str:

@@ -36,6 +36,7 @@ from megahp.errors import UserError
 
 CHUNK_CHARACTERS = 1 << 20
 PIECE_CHARACTERS = 1 << 18
+Chunk = list[Document]
 SECONDS_BETWEEN_LINES = 30
 
 
@@ -81,46 +82,58 @@ class Tally:
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Check, train the tokenizer if asked to, tokenize, report."""
-    _refuse_existing(arguments.output, arguments.overwrite)
+    for name in (f"{arguments.output}.bin", f"{arguments.output}.idx", f"{arguments.output}.json"):
+        if Path(name).exists() and not arguments.overwrite:
+            raise UserError(f"--output {name!r} exists: choose another or add --overwrite")
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}: give at least 1")
     files = find_files(arguments.input, arguments.extensions, arguments.exclude)
     if arguments.train_sentencepiece and not Path(arguments.tokenizer).exists():
-        _train(files, arguments)
+        started = time.monotonic()
+        documents = read_documents(files, arguments.json_key)
+        texts = (document.text for document in documents if document.text)
+        train_sentencepiece(texts, Path(arguments.tokenizer), arguments.train_sentencepiece)
+        print(f"trained {arguments.tokenizer} in {time.monotonic() - started:.1f} s")
     tokenizer = load_tokenizer(arguments.tokenizer)
     started = time.monotonic()
     tally = _tokenize(files, tokenizer, arguments)
-    _write_description(arguments, tokenizer, tally)
-    _report(tally, time.monotonic() - started, arguments.output)
+    description = {
+        "tokenizer": arguments.tokenizer,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+        "documents": tally.documents,
+        "tokens": tally.tokens,
+    }
+    unfinished = Path(f"{arguments.output}.json.{uuid.uuid4().hex}.tmp")
+    unfinished.write_text(json.dumps(description, indent=2) + "\n")
+    unfinished.replace(f"{arguments.output}.json")
+    megabytes, seconds = tally.size / 1e6, time.monotonic() - started
+    told = f"{tally.documents} documents, {tally.tokens} tokens, {megabytes:.1f} MB of text, {seconds:.1f} s"
+    rates = f"({megabytes / seconds:.1f} MB/s), {tally.tokens / tally.size:.3f} tokens/byte"
+    print(f"{arguments.output}: {told} {rates}")
+    if tally.skipped:
+        print(f"{arguments.output}: skipped {tally.skipped} documents that are no valid text")
     return 0
 
 
 def encode_chunk(tokenizer_path: str, append_eod: bool, chunk: list[Document]) -> Encoded:
     """Tokenize a chunk; this is what a worker process runs. Empty documents vanish."""
     tokenizer = _tokenizer(tokenizer_path)
-    ending = [tokenizer.eod] if append_eod else []
+    ending = np.array([tokenizer.eod] if append_eod else [], np.int32)
     ids: list[np.ndarray] = []
-    size = skipped = 0
+    size = 0
     for document in chunk:
-        skipped += document.text is None
         if document.text:
             pieces = [np.array(tokenizer.encode(piece), np.int32) for piece in _pieces(document.text)]
-            ids.append(np.concatenate([*pieces, np.array(ending, np.int32)]))
+            ids.append(np.concatenate([*pieces, ending]))
             size += len(document.text.encode())
+    skipped = sum(document.text is None for document in chunk)
     consumed = sum(document.consumed for document in chunk)
-    joined = np.concatenate([np.empty(0, np.int32), *ids])
-    return Encoded(joined, [len(i) for i in ids], size, skipped, consumed)
+    return Encoded(np.concatenate([np.empty(0, np.int32), *ids]), [len(i) for i in ids], size, skipped, consumed)
 
 
 _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
-
-
-def _train(files: list[Path], arguments: argparse.Namespace) -> None:
-    started = time.monotonic()
-    documents = read_documents(files, arguments.json_key)
-    texts = (document.text for document in documents if document.text)
-    train_sentencepiece(texts, Path(arguments.tokenizer), arguments.train_sentencepiece)
-    print(f"trained {arguments.tokenizer} in {time.monotonic() - started:.1f} s")
 
 
 def _tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Namespace) -> Tally:
@@ -145,9 +158,7 @@ def _tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Names
     return tally
 
 
-def _in_order(
-    encode: Callable[[list[Document]], Encoded], chunks: Iterable[list[Document]], workers: int
-) -> Iterator[Encoded]:
+def _in_order(encode: Callable[[Chunk], Encoded], chunks: Iterable[Chunk], workers: int) -> Iterator[Encoded]:
     """`encode` of each chunk, in order, by that many processes, with a few chunks in flight."""
     if workers == 1:
         yield from map(encode, chunks)
@@ -224,33 +235,3 @@ def _lines(total: int) -> Callable[[int], None]:
         print(f"tokenizing: {amount}, {speed / 1e6:.1f} MB/s, {left:.0f} s left", file=sys.stderr)
 
     return advance
-
-
-def _refuse_existing(output: str, overwrite: bool) -> None:
-    for name in (f"{output}.bin", f"{output}.idx", f"{output}.json"):
-        if Path(name).exists() and not overwrite:
-            raise UserError(f"--output {name!r} exists: choose another or add --overwrite")
-
-
-def _write_description(arguments: argparse.Namespace, tokenizer: Tokenizer, tally: Tally) -> None:
-    description = {
-        "tokenizer": arguments.tokenizer,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "eod": tokenizer.eod,
-        "documents": tally.documents,
-        "tokens": tally.tokens,
-    }
-    unfinished = Path(f"{arguments.output}.json.{uuid.uuid4().hex}.tmp")
-    unfinished.write_text(json.dumps(description, indent=2) + "\n")
-    unfinished.replace(f"{arguments.output}.json")
-
-
-def _report(tally: Tally, seconds: float, output: str) -> None:
-    megabytes = tally.size / 1e6
-    print(
-        f"{output}: {tally.documents} documents, {tally.tokens} tokens, {megabytes:.1f} MB of text, "
-        f"{seconds:.1f} s ({megabytes / seconds:.1f} MB/s), {tally.tokens / tally.size:.3f} tokens/byte"
-    )
-    if tally.skipped:
-        print(f"{output}: skipped {tally.skipped} documents that are no valid text")

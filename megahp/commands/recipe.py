@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     }
     for name, meaning in numbers.items():
         parser.add_argument(f"--{name}", type=float, metavar="X", help=meaning)
-    whole = {
-        "batch": "sequences of every batch",
-        "width": "of the model",
-        "layers": "of the model",
-        "gpus": "of the cluster",
-    }
+    model = "of the model"
+    whole = {"batch": "sequences of every batch", "width": model, "layers": model, "gpus": "of the cluster"}
     for name, meaning in whole.items():
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
     parser.add_argument("--gpu", metavar="NAME", help="kind of GPU, for its peak")
@@ -74,26 +69,21 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     found = plan(given_of(options), base_of(options), laws)
     rows, notes, choices = recipe_rows.rows(found), recipe_rows.notes(found), recipe_rows.choices(found)
     if options.out:
-        _write(options.out, config.to_toml(found.run, found.resolved.origins))
+        try:
+            options.out.write_text(config.to_toml(found.run, found.resolved.origins), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {options.out} cannot be written ({error.strerror}); name another file") from None
+        print(f"run file: {options.out}", file=sys.stderr)
     if options.pareto:
         draw_pareto(options.pareto, options.target_loss, laws)
     if options.json:
         tree = {"rows": rows, "notes": notes, "choices": choices, "run": found.run}
-        print(json.dumps(tree, default=dataclasses.asdict, indent=2))
-    else:
-        print(recipe_text.table(rows, notes))
-        if options.compare:
-            print(f"\n{recipe_text.comparison(choices)}")
+        print(json.dumps(tree, default=asdict, indent=2))
+        return 0
+    print(recipe_text.table(rows, notes))
+    if options.compare:
+        print(f"\n{recipe_text.comparison(choices)}")
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    """Raises UserError."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written ({error.strerror}); name another file") from None
-    print(f"run file: {path}", file=sys.stderr)
 
 
 def draw_pareto(file: Path, target: float, laws: Laws) -> None:
@@ -107,11 +97,10 @@ def draw_pareto(file: Path, target: float, laws: Laws) -> None:
         axes.loglog(found.compute, found.time, color=hue)
         for tpp in (tpp for tpp in MARKED if ratio.min() <= tpp <= ratio.max()):
             i = int(abs(ratio / tpp - 1).argmin())
+            at = found.compute[i], found.time[i]
             words = f"{tpp} TPP, N {found.parameters[i]:.2g}\nB {found.batch[i]:.2g} tokens"
-            axes.plot(found.compute[i], found.time[i], "o", color=hue, ms=4)
-            axes.annotate(
-                words, (found.compute[i], found.time[i]), (-4, 8), textcoords="offset points", fontsize=7, rotation=45
-            )
+            axes.plot(*at, "o", color=hue, ms=4)
+            axes.annotate(words, at, (-4, 8), textcoords="offset points", fontsize=7, rotation=45)
         axes.set(xlabel="compute, 6 N D (FLOPs)", ylabel="time on enough devices, N x steps")
         axes.margins(y=0.2)
         axes.set_title(f"loss {target:g}; {laws.loss.source}", wrap=True)
@@ -142,7 +131,17 @@ def base_of(options: Namespace) -> Base:
     for name in ("vocab_size", "sequence_length"):
         if (number := getattr(options, name)) is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} {number} must be above 0")
-    base = _tuned(options.base) if options.base else PROXY
+    base = PROXY
+    if options.base:  # what it gives, a preset's values included, and of the defaults what is tuned or scaled
+        found = resolve.load(options.base)
+        tree: dict[str, dict[str, Any]] = {"model": {}}
+        for key, origin in found.origins.items():
+            if key != "model.preset" and (origin == options.base.name or origin.startswith("preset")):
+                section, name = key.split(".")
+                tree.setdefault(section, {})[name] = config.get(found.config, key)
+        tree["model"] |= {"width": found.config.model.width, "heads": found.config.model.heads}
+        tree["optimizer"] = {"lr": found.config.optimizer.lr} | tree.get("optimizer", {})
+        base = Base(options.base.name, tree, f"your run {options.base}", "yours")
     known = PRESETS[options.preset] if options.preset else base.tree["model"]
     words = options.vocab_size
     if options.tokenizer or not (words or known.get("vocab_size")):
@@ -153,19 +152,6 @@ def base_of(options: Namespace) -> Base:
         "data": {key: value for key, value in data.items() if value is not None},
     }
     return replace(base, told=told, preset=options.preset or "")
-
-
-def _tuned(path: Path) -> Base:
-    """A user's run file: what it gives, a preset's values included, and of the defaults what is tuned or scaled."""
-    found = resolve.load(path)
-    tree: dict[str, dict[str, Any]] = {"model": {}}
-    for key, origin in found.origins.items():
-        section, name = key.split(".")
-        if key != "model.preset" and (origin == path.name or origin.startswith("preset")):
-            tree.setdefault(section, {})[name] = getattr(getattr(found.config, section), name)
-    tree["model"] |= {"width": found.config.model.width, "heads": found.config.model.heads}
-    tree["optimizer"] = {"lr": found.config.optimizer.lr} | tree.get("optimizer", {})
-    return Base(path.name, tree, f"your run {path}", "yours")
 
 
 def laws_of(law: str, loss_law: str | None) -> Laws:

@@ -6,7 +6,6 @@ import time
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 from megahp import launch
 from megahp.commands.arguments import add_run_file
@@ -20,9 +19,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_run_file(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
     parser.add_argument("--resume", choices=("auto",), help="go on from the newest checkpoint, if there is one")
-    parser.add_argument(
-        "--restarts", type=int, metavar="N", help="after a fault start the ranks again, up to so many times"
-    )
+    again = "after a fault start the ranks again, up to so many times"
+    parser.add_argument("--restarts", type=int, metavar="N", help=again)
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
@@ -49,10 +47,8 @@ def train_again_and_again(options: Namespace, settings: Config, place: launch.Wo
     from megahp.faults.relaunch import until_done
 
     if not options.ranks or place.size > 1 or options.restarts < 0:
-        raise UserError(
-            f"--restarts {options.restarts} goes with --ranks N, and is at least 0; under srun and torchrun the job "
-            "is started again by whatever started it"
-        )
+        wanted = f"--restarts {options.restarts} goes with --ranks N, and is at least 0"
+        raise UserError(f"{wanted}; under srun and torchrun the job is started again by whatever started it")
     arguments = ["train", str(options.run_file), *options.overrides]
     minutes, began = settings.resilience.stop_after, time.monotonic()
 
@@ -72,12 +68,17 @@ def train_rank(settings: Config, place: launch.World, layout: Layout, resume: bo
     from megahp.parallel.device import cuda_wanted
     from megahp.train.loop import train
 
-    code = FINISHED
     store = launch.join(place, cuda_wanted(settings), patience(settings.resilience.hang_after))
     try:
         code = FINISHED if train(settings, place, store, layout, resume) else STOPPED
         if place.rank == 0 and code == FINISHED:
-            finish(settings.directory)
+            from megahp.report.page import text_summary, write_report
+
+            print(text_summary(settings.directory))
+            try:
+                print(f"report: {write_report([settings.directory], settings.directory / 'report.html')}")
+            except UserError as error:  # where it cannot be drawn the run is still a finished one
+                print(f"no report: {error}")
     except KeyboardInterrupt:
         code = INTERRUPTED
     except UserError as error:
@@ -95,14 +96,3 @@ def train_rank(settings: Config, place: launch.World, layout: Layout, resume: bo
                 complain(error) if isinstance(error, Fault) else traceback.print_exc()
     launch.leave(code)
     return code
-
-
-def finish(directory: Path) -> None:
-    """The report, and where it is. Where it cannot be drawn the run is still a finished one."""
-    from megahp.report.page import text_summary, write_report
-
-    print(text_summary(directory))
-    try:
-        print(f"report: {write_report([directory], directory / 'report.html')}")
-    except UserError as error:
-        print(f"no report: {error}")

@@ -36,9 +36,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,10 +46,11 @@ import torch.distributed as dist
 from megahp import config, launch
 from megahp.cluster.job import folder
 from megahp.commands.arguments import labelled, name_of, plain, positive, whole_numbers
+from megahp.commands.output import write_json
 from megahp.config import Config, resolve
+from megahp.diagnose import child_runs
 from megahp.diagnose.child_runs import diverged, is_over, refuse_another
-from megahp.diagnose.child_runs import train as train_on_ranks
-from megahp.diagnose.curves import plot, show, write_json
+from megahp.diagnose.curves import plot, show, tables
 from megahp.diagnose.transfer import Curve, drift
 from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
@@ -63,6 +63,7 @@ from megahp.train.loop import train
 from megahp.train.prepare import prepare
 
 OWN = ("train.seed", "log.root", "log.name", "log.every", "log.tensorboard", "log.baselines", "log.wandb")
+NO_NUMBER = "no positive number, as each value of --grid and each size of --family must be"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,14 +132,23 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if ahead and (code := start_workers(command, min(arguments.jobs, len(ahead)))):
         return code
     if others := [cell for cell in ahead if not is_over(cell.directory)]:
-        raise UserError(
-            f"{others[0]} and {len(others) - 1} more are with other workers; come back when these have ended"
-        )
+        which = f"{others[0]} and {len(others) - 1} more"
+        raise UserError(f"{which} are with other workers; come back when these have ended")
     families = families_of(cells, arguments.last)
     drifts = {variant: drift(family) for variant, family in families.items()}
     show(families, drifts)
-    if arguments.json:
-        write_json(arguments.json, about(arguments), families, drifts)
+    last = arguments.last
+    found = {
+        "run": str(arguments.run),
+        "grid": name_of(arguments.grid),
+        "family": name_of(arguments.family[0]),
+        "seeds": arguments.seeds,
+        "loss": "of the last validation" if last is None else f"mean of training over the last {last:g} of the steps",
+        "torch": torch.__version__,
+        "curves": tables(families),
+        "drifts": {variant: asdict(drift) for variant, drift in drifts.items()},
+    }
+    write_json(arguments.json, found)
     if arguments.plot:
         plot(arguments.plot, families, name_of(arguments.grid), name_of(arguments.family[0]))
     return 0
@@ -149,30 +159,49 @@ def read_cells(arguments: argparse.Namespace) -> list[Cell]:
     key, values = listed(arguments.grid)
     columns = dict(map(listed, arguments.family))
     variants = dict(map(labelled, arguments.variants))
-    refuse_mistakes(arguments, key, columns, variants)
+    mistakes = []
+    counts = {name: len(values) for name, values in columns.items()}
+    if len(set(counts.values())) > 1 or min(counts.values()) < 2:
+        given = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        mistakes.append(f"--family gives {given}; give one value for each size, and two sizes or more")
+    if len(set(map(plain, variants))) < len(arguments.variants):
+        mistakes.append("--variants: two have the same label; give each its own")
+    words = [*arguments.overrides, *itertools.chain(*variants.values())]
+    for name in {key, *columns, *map(name_of, words)} & set(OWN):
+        mistakes.append(f"{name} is the sweep's own to set; leave it out (--seeds and --out set seeds and folder)")
+    for name in {*columns} & {key, *map(name_of, words)} | {key} & set(map(name_of, arguments.overrides)):
+        mistakes.append(f"{name} is given twice, once by --family or --grid; leave one out")
+    for option in ("jobs", "ranks", "slurm"):
+        if getattr(arguments, option) is not None and getattr(arguments, option) < 1:
+            mistakes.append(f"--{option} {getattr(arguments, option)} must be at least 1")
+    if arguments.last is not None and not 0 < arguments.last <= 1:
+        mistakes.append(f"--last {arguments.last:g} must be a share of the steps, above 0 and at most 1")
+    if arguments.sbatch and not arguments.slurm:
+        mistakes.append(f"--sbatch {arguments.sbatch!r} is for a job array; add --slurm N")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        mistakes.append(f"--seeds {arguments.seeds}: each is trained once; name it once")
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     cells, problems = [], dict[str, str]()
     for label, words in variants.items():
         own = [listed(word)[1] for word in words if name_of(word) == key]
         others = [word for word in words if name_of(word) != key]
-        for member, value, seed in itertools.product(members(columns), *own or [values], arguments.seeds):
-            size = next(iter(member.values()))
-            row = [f"{name}={text}" for name, text in member.items()]
-            name = "/".join(map(plain, (label, size, value, str(seed))))
+        members = zip(*columns.values(), strict=True)  # the settings of each member of the family
+        for member, value, seed in itertools.product(members, *own or [values], arguments.seeds):
+            row = [f"{name}={text}" for name, text in zip(columns, member, strict=True)]
+            name = "/".join(map(plain, (label, member[0], value, str(seed))))
             try:
                 words = [*arguments.overrides, *others, *row, f"{key}={value}", f"train.seed={seed}"]
-                settings = of_a_cell(resolve.load(arguments.run, words).config, arguments.out, name)
-                cells.append(Cell(label, number(size), number(value), seed, settings))
+                settings = resolve.load(arguments.run, words).config
+                baselines = not settings.train.validation_samples  # the setting means nothing without any
+                log = config.Log(name=name, root=str(arguments.out), tensorboard=False, baselines=baselines)
+                settings = replace(settings, checkpoint=replace(settings.checkpoint, keep=1), log=log)
+                size, at = (positive(text, NO_NUMBER) for text in (member[0], value))  # which alone have a logarithm
+                cells.append(Cell(label, size, at, seed, settings))
             except UserError as error:
-                problems.setdefault(str(error), f"{label}, size {size}, {value}, seed {seed}")
+                problems.setdefault(str(error), f"{label}, size {member[0]}, {value}, seed {seed}")
     refuse(problems)
     return cells
-
-
-def of_a_cell(settings: Config, out: Path, name: str) -> Config:
-    """The settings of one cell, which leaves its losses and little else."""
-    baselines = not settings.train.validation_samples  # the setting means nothing without any
-    log = config.Log(name=name, root=str(out), tensorboard=False, baselines=baselines)
-    return replace(settings, checkpoint=replace(settings.checkpoint, keep=1), log=log)
 
 
 def listed(word: str) -> tuple[str, list[str]]:
@@ -184,45 +213,6 @@ def listed(word: str) -> tuple[str, list[str]]:
     if len(set(values)) < len(values):
         raise UserError(f"{word}: each value is trained once; name it once")
     return key, values
-
-
-def members(columns: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """The settings of each member of the family."""
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def number(text: str) -> float:
-    """A value as a positive number, which alone has a logarithm. Raises UserError."""
-    return positive(text, "no positive number, as each value of --grid and each size of --family must be")
-
-
-def refuse_mistakes(
-    arguments: argparse.Namespace, key: str, columns: Mapping[str, Sequence[str]], variants: Mapping[str, list[str]]
-) -> None:
-    """Raise UserError for options that cannot be meant."""
-    problems = []
-    counts = {name: len(values) for name, values in columns.items()}
-    if len(set(counts.values())) > 1 or min(counts.values()) < 2:
-        given = ", ".join(f"{count} of {name}" for name, count in counts.items())
-        problems.append(f"--family gives {given}; give one value for each size, and two sizes or more")
-    if len(set(map(plain, variants))) < len(arguments.variants):
-        problems.append("--variants: two have the same label; give each its own")
-    words = [*arguments.overrides, *itertools.chain(*variants.values())]
-    for name in {key, *columns, *map(name_of, words)} & set(OWN):
-        problems.append(f"{name} is the sweep's own to set; leave it out (--seeds and --out set seeds and folder)")
-    for name in {*columns} & {key, *map(name_of, words)} | {key} & set(map(name_of, arguments.overrides)):
-        problems.append(f"{name} is given twice, once by --family or --grid; leave one out")
-    for option in ("jobs", "ranks", "slurm"):
-        if getattr(arguments, option) is not None and getattr(arguments, option) < 1:
-            problems.append(f"--{option} {getattr(arguments, option)} must be at least 1")
-    if arguments.last is not None and not 0 < arguments.last <= 1:
-        problems.append(f"--last {arguments.last:g} must be a share of the steps, above 0 and at most 1")
-    if arguments.sbatch and not arguments.slurm:
-        problems.append(f"--sbatch {arguments.sbatch!r} is for a job array; add --slurm N")
-    if len(set(arguments.seeds)) < len(arguments.seeds):
-        problems.append(f"--seeds {arguments.seeds}: each is trained once; name it once")
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 def refuse(problems: Mapping[str, str]) -> None:
@@ -323,53 +313,44 @@ def claimed(cell: Cell) -> Iterator[bool]:
 
 
 def train_cell(cell: Cell, ranks: int, store: dist.Store | None) -> float:
-    """Begin one run, or go on with it: in this process if it has a store, else on ranks of its own. Returns the seconds
-    it took. Raises UserError where it did not end."""
+    """Begin one run, or go on with it: in this process if it has a store, what it says going into a file, else on ranks
+    of its own. Returns the seconds it took. Raises UserError where it did not end."""
     began = time.monotonic()
-    if store is None:
-        if (code := train_on_ranks(cell.settings, ranks)) and not diverged(cell.directory):
-            raise UserError(f"{cell} ended with exit code {code}; the same command goes on")
-    else:
-        train_here(cell, store)
+    if store is not None:
+        layout = fit(cell.settings.parallel, 1)
+        with (cell.directory / "train.log").open("w") as said, contextlib.redirect_stdout(said):
+            try:
+                settings = prepare(cell.settings, layout, 1, resume=True)
+                finished = train(settings, launch.World(), store, layout, resume=True)
+            except (UserError, Fault):
+                if not diverged(cell.directory):
+                    raise
+                finished = True
+        if not finished:
+            raise Told(f"{cell} was told to leave; the same command goes on")
+    elif (code := child_runs.train(cell.settings, ranks)) and not diverged(cell.directory):
+        raise UserError(f"{cell} ended with exit code {code}; the same command goes on")
     shutil.rmtree(cell.directory / "checkpoints", ignore_errors=True)
     gc.collect()  # a model is a circle of references, and the next one needs the room
     return time.monotonic() - began
 
 
-def train_here(cell: Cell, store: dist.Store) -> None:
-    """Train one run in this process, what it says going into a file."""
-    layout = fit(cell.settings.parallel, 1)
-    with (cell.directory / "train.log").open("w") as said, contextlib.redirect_stdout(said):
-        try:
-            settings = prepare(cell.settings, layout, 1, resume=True)
-            finished = train(settings, launch.World(), store, layout, resume=True)
-        except (UserError, Fault):
-            if not diverged(cell.directory):
-                raise
-            finished = True
-    if not finished:
-        raise Told(f"{cell} was told to leave; the same command goes on")
-
-
 def families_of(cells: Sequence[Cell], last: float | None) -> dict[str, dict[float, Curve]]:
     """What is read from the runs: variant -> size, small ones first -> curve. Raises UserError where all of a seed's
     runs diverged."""
-    groups: dict[str, dict[float, list[Cell]]] = {}
+    groups: dict[tuple[str, float], list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: cell.size):
-        groups.setdefault(cell.variant, {}).setdefault(cell.size, []).append(cell)
-    return {
-        variant: {size: curve_of(group, last) for size, group in sizes.items()} for variant, sizes in groups.items()
-    }
-
-
-def curve_of(cells: Sequence[Cell], last: float | None) -> Curve:
-    values, seeds = sorted({cell.value for cell in cells}), sorted({cell.seed for cell in cells})
-    losses = np.empty((len(values), len(seeds)))
-    for cell in cells:
-        losses[values.index(cell.value), seeds.index(cell.seed)] = loss_of(cell.directory, last)
-    if np.isinf(losses).all(0).any():
-        raise UserError(f"{cells[0].variant}, size {cells[0].size:g}: every run of a seed diverged; lower --grid")
-    return Curve(values, losses)
+        groups.setdefault((cell.variant, cell.size), []).append(cell)
+    families: dict[str, dict[float, Curve]] = {}
+    for (variant, size), group in groups.items():
+        values, seeds = sorted({cell.value for cell in group}), sorted({cell.seed for cell in group})
+        losses = np.empty((len(values), len(seeds)))
+        for cell in group:
+            losses[values.index(cell.value), seeds.index(cell.seed)] = loss_of(cell.directory, last)
+        if np.isinf(losses).all(0).any():
+            raise UserError(f"{variant}, size {size:g}: every run of a seed diverged; lower --grid")
+        families.setdefault(variant, {})[size] = Curve(values, losses)
+    return families
 
 
 def loss_of(directory: Path, last: float | None) -> float:
@@ -379,16 +360,3 @@ def loss_of(directory: Path, last: float | None) -> float:
     if last is None:
         losses = [steps[-1].get("validation_loss")]
     return math.inf if diverged(directory) or None in losses else float(np.mean(losses))
-
-
-def about(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was compared, for the JSON file."""
-    last = arguments.last
-    return {
-        "run": str(arguments.run),
-        "grid": name_of(arguments.grid),
-        "family": name_of(arguments.family[0]),
-        "seeds": arguments.seeds,
-        "loss": "of the last validation" if last is None else f"mean of training over the last {last:g} of the steps",
-        "torch": torch.__version__,
-    }

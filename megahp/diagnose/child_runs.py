@@ -22,9 +22,8 @@ def refuse_another(settings: Config) -> None:
     """Raise UserError when the directory holds a branch of another measurement, not to be taken for this one."""
     if (settings.directory / "config.toml").exists():
         for key, (before, now) in changes(settings, config.to_dict(read_config(settings.directory))).items():
-            raise UserError(
-                f"{settings.directory} was trained with {key} = {before!r}, not {now!r}; name another --out"
-            )
+            trained = f"{settings.directory} was trained with {key} = {before!r}"
+            raise UserError(f"{trained}, not {now!r}; name another --out")
 
 
 def train(settings: Config, ranks: int, said: IO[str] | None = None, **environment: str) -> int:
@@ -51,9 +50,8 @@ def is_over(directory: Path) -> bool:
 
 def is_finished(directory: Path) -> bool:
     """Whether the run took all of its steps."""
-    if not (directory / "events.jsonl").exists():
-        return False
-    return any(event["event"] == "finished" for event in read_events(directory))
+    there = (directory / "events.jsonl").exists()
+    return there and any(event["event"] == "finished" for event in read_events(directory))
 
 
 def diverged(directory: Path) -> bool:
@@ -63,6 +61,5 @@ def diverged(directory: Path) -> bool:
     last = read_events(directory)[-MOST_SKIPPED:]
     if last and last[-1]["event"] == "broken":
         return True
-    if len(last) < MOST_SKIPPED or any(event["event"] != "skipped" for event in last):
-        return False
-    return last[-1]["step"] - last[0]["step"] == MOST_SKIPPED - 1
+    skipped = [event["step"] for event in last if event["event"] == "skipped"]
+    return len(skipped) == MOST_SKIPPED and skipped[-1] - skipped[0] == MOST_SKIPPED - 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,30 +16,15 @@ from torch import Tensor, nn
 
 from megahp.config import Config
 from megahp.data.loader import Batch
-from megahp.diagnose.verify import Trial, made_up
+from megahp.diagnose.verify import Trial
 from megahp.model.attention import Attention
 from megahp.model.mlp import MLP, activate
 from megahp.parallel.mesh import Mesh
 from megahp.scaling.batch import Plan
 
 Weights = dict[str, Tensor]
+Samples = Callable[[np.ndarray], Tensor]  # their ids -> tokens [samples, 1 + length]
 QUANTITIES = ("stream", "attention", "mlp", "logits")
-
-
-class Samples(Protocol):
-    """Where batches come from: a run's TrainingData, or MadeUp."""
-
-    def batch(self, ids: np.ndarray, documents: bool) -> Batch: ...
-
-
-class MadeUp:
-    """Samples of random tokens."""
-
-    def __init__(self, settings: Config) -> None:
-        self.settings = settings
-
-    def batch(self, ids: np.ndarray, documents: bool) -> Batch:
-        return made_up(ids, self.settings)
 
 
 class Watched(Trial):
@@ -49,12 +34,11 @@ class Watched(Trial):
         super().__init__(settings, mesh)
         self.source = samples
         (self.model,) = self.engine.stages
-        self.tokens = samples.batch(np.arange(settings.batch.global_batch), False).tokens[:, :-1].to(mesh.device)
+        self.tokens = samples(np.arange(settings.batch.global_batch))[:, :-1].to(mesh.device)
 
     def batches(self, plan: Plan) -> Iterator[Batch]:
         for ids in self.samples(plan):
-            batch = self.source.batch(ids, False)
-            yield Batch(batch.tokens.to(self.mesh.device), None, ids)
+            yield Batch(self.source(ids).to(self.mesh.device), None, ids)
 
     @torch.no_grad()
     def look(self, hooks: Mapping[nn.Module, Any]) -> Tensor:
@@ -125,13 +109,12 @@ def relative_distance(h: Callable[[Weights], Tensor], old: Weights, new: Weights
 
 def mlp_output(weights: Weights, x: Tensor, activation: str) -> Tensor:
     """What megahp.model.mlp.MLP computes, as a function of its whole weights."""
-    products = {
-        name: F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-        for name in ("up", "gate")
-        if f"{name}.weight" in weights
-    }
-    hidden = activate(activation, products["up"], products.get("gate"))
-    return F.linear(hidden, weights["down.weight"], weights.get("down.bias"))
+
+    def layer(name: str, given: Tensor) -> Tensor:
+        return F.linear(given, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    gate = layer("gate", x) if "gate.weight" in weights else None
+    return layer("down", activate(activation, layer("up", x), gate))
 
 
 def _of(weights: Weights, prefix: str) -> Weights:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from megahp.diagnose.transfer import Curve, Drift, Estimate
-from megahp.log.metrics import without_nan
 
 HEADER = f"{'variant':<20}{'size':>8}{'optimum':>12}{'octaves':>9}{'loss':>9}{'+-':>8}"
 LINE = "{variant:<20}{size:>8g}{optimum:>12.4g}{octaves:>+9.2f}{loss:>9.4f}{scatter:>8.4f}{edge}"
@@ -36,16 +34,11 @@ def show(families: Mapping[str, Family], drifts: Mapping[str, Drift]) -> None:
             }
             print(LINE.format(variant=variant, size=size, **numbers, edge="  at the grid's edge" * curve.at_edge))
     for variant, drift in drifts.items():
-        print(f"{variant}: {in_words(drift, any(curve.at_edge for curve in families[variant].values()))}")
-
-
-def in_words(drift: Drift, at_edge: bool) -> str:
-    """What was found of one variant, in a sentence."""
-    beyond = "; an optimum is at the grid's edge, so it may be more: widen the grid" if at_edge else ""
-    return (
-        f"the optimum drifts {drift.slope.value:+.2f} octaves {interval(drift.slope)} by its slope, "
-        f"{drift.spread.value:.2f} {interval(drift.spread)} from least to largest{beyond}"
-    )
+        at_edge = any(curve.at_edge for curve in families[variant].values())
+        beyond = "; an optimum is at the grid's edge, so it may be more: widen the grid" if at_edge else ""
+        slope = f"{drift.slope.value:+.2f} octaves {interval(drift.slope)} by its slope"
+        spread = f"{drift.spread.value:.2f} {interval(drift.spread)} from least to largest"
+        print(f"{variant}: the optimum drifts {slope}, {spread}{beyond}")
 
 
 def interval(found: Estimate) -> str:
@@ -53,11 +46,9 @@ def interval(found: Estimate) -> str:
     return f"[{found.low:.2f}, {found.high:.2f}]" if math.isfinite(found.low) else "(one seed: no interval)"
 
 
-def write_json(
-    file: Path, about: Mapping[str, Any], families: Mapping[str, Family], drifts: Mapping[str, Drift]
-) -> None:
-    """Everything the tables say, every loss, and what it is about; null where a number is not finite."""
-    curves = [
+def tables(families: Mapping[str, Family]) -> list[dict[str, Any]]:
+    """Everything the tables say of the curves, and every loss, for a JSON file."""
+    return [
         {
             "variant": variant,
             "size": size,
@@ -69,51 +60,35 @@ def write_json(
         for variant, family in families.items()
         for size, curve in family.items()
     ]
-    found = {**about, "curves": curves, "drifts": {variant: asdict(drift) for variant, drift in drifts.items()}}
-    file.write_text(json.dumps(without_nan(found), indent=2) + "\n", encoding="utf-8")
 
 
 def plot(file: Path, families: Mapping[str, Family], key: str, size_key: str) -> None:
     """Loss against the grid: a panel a variant, a colour a size, a ring at each seed's optimum. Raises UserError."""
-    from megahp.report.figures import plot_in
+    from megahp.report.figures import logarithmic_x, plot_in
 
     sizes = sorted({size for family in families.values() for size in family})
+    curves = [curve for family in families.values() for curve in family.values()]
+    # the losses that are shown: the better half of every curve, or one that explodes would flatten the others
+    known = [curve.losses[np.isfinite(curve.losses)] for curve in curves]
+    low, high = min(losses.min() for losses in known), max(np.median(losses) for losses in known)
     with plot_in(file, 2.3 * len(families) + 1.2, 2.9) as figure:
-        hues = dict(zip(sizes, _colours(len(sizes)), strict=True))
+        from matplotlib import colormaps
+
+        hues = dict(zip(sizes, colormaps["viridis_r"](np.linspace(0.15, 1, len(sizes))), strict=True))
         panels = figure.subplots(1, len(families), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (variant, family) in zip(panels, families.items(), strict=True):
             for size, curve in family.items():
-                draw(axes, curve, hues[size], f"{size:g}")
+                ends = np.isfinite(curve.losses).all(1)  # as far as all seeds do: their mean, and their range as a band
+                at, losses, hue = np.array(curve.values)[ends], curve.losses[ends], hues[size]
+                axes.plot(at, losses.mean(1), ".-", color=hue, label=f"{size:g}")
+                axes.fill_between(at, losses.min(1), losses.max(1), color=hue, alpha=0.2, lw=0)
+                for each in curve.optima:
+                    axes.plot(each.value, each.loss, "o", color=hue, ms=5, mfc="none", zorder=4)
             axes.set_title(variant, fontsize=8.5)
             axes.set_xlabel(key)
-        values = sorted({value for family in families.values() for curve in family.values() for value in curve.values})
-        panels[0].set_xscale("log")
-        panels[0].minorticks_off()
-        panels[0].set_xticks(values[::-2], [f"{value:g}" for value in values[::-2]])
+        values = sorted({value for curve in curves for value in curve.values})
+        logarithmic_x(panels[0], values[::-2], [f"{value:g}" for value in values[::-2]])
         panels[0].set_ylabel("nats per token")
-        panels[0].set_ylim(*window([curve for family in families.values() for curve in family.values()]))
+        panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles=handles, labels=labels, loc="outside right upper", frameon=False, title=size_key)
-
-
-def _colours(count: int) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["viridis_r"](np.linspace(0.15, 1, count))
-
-
-def draw(axes: Any, curve: Curve, hue: Any, label: str) -> None:
-    """Mean over the seeds, as far as all of them end, and their range as a band."""
-    known = np.isfinite(curve.losses).all(1)
-    values, losses = np.array(curve.values)[known], curve.losses[known]
-    axes.plot(values, losses.mean(1), ".-", color=hue, label=label)
-    axes.fill_between(values, losses.min(1), losses.max(1), color=hue, alpha=0.2, lw=0)
-    for each in curve.optima:
-        axes.plot(each.value, each.loss, "o", color=hue, ms=5, mfc="none", zorder=4)
-
-
-def window(curves: Sequence[Curve]) -> tuple[float, float]:
-    """The losses that are shown: the better half of every curve, or one that explodes would flatten the others."""
-    known = [curve.losses[np.isfinite(curve.losses)] for curve in curves]
-    low, high = min(losses.min() for losses in known), max(np.median(losses) for losses in known)
-    return low - 0.05 * (high - low), high + 0.05 * (high - low)

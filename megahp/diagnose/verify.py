@@ -30,6 +30,7 @@ from megahp.parallel.parameters import storage, whole
 from megahp.scaling.batch import Plan, least_batch
 from megahp.train.trainer import Trainer
 
+Outcome = Mapping[str, Any]  # what `train` returns
 STEPS = 5  # the global batch doubles after the first
 RTOL = 1e-9  # of the largest magnitude; float64 rounds to 1e-16, and a wrong sum is off by far more
 
@@ -40,8 +41,7 @@ def verify(settings: Config, ranks: int) -> list[str]:
     small = shrunk(settings, fit(settings.parallel, ranks))
     check_devices(small, ranks)
     alone = replace(small, parallel=config.Parallel(), compute=config.Compute())
-    laid_out, plain = _outcome(small, ranks), _outcome(alone, 1)
-    return differences(laid_out, plain, RTOL, RTOL)
+    return differences(_outcome(small, ranks), _outcome(alone, 1), RTOL, RTOL)
 
 
 def shrunk(settings: Config, layout: Layout) -> Config:
@@ -52,13 +52,10 @@ def shrunk(settings: Config, layout: Layout) -> Config:
     heads = tp * min(2, model.kv_heads // tp)
     width, layers = 8 * heads * min(2, model.heads // model.kv_heads), min(model.layers, stages + 1)
     length = 4 * 2 * layout.cp * tp
-    of_width = ("base_width",)
-    scaled = {"sp": (), "mup": of_width, "smupar": of_width, "completep": (*of_width, "base_layers")}[
-        settings.parameterization.name
-    ]
-    bases = {"base_width": width // 2, "base_layers": max(1, layers // 2)}
-    changing = {"gradual": ("every", "begin"), "rigl": ("every",)}.get(settings.sparsity.method, ())
-    soon = {"every": 1, "begin": 0.0}
+    bases = {"parameterization.base_width": width // 2, "parameterization.base_layers": max(1, layers // 2)}
+    scaled = {"sp": (), "completep": tuple(bases)}.get(settings.parameterization.name, ("parameterization.base_width",))
+    soon = {"sparsity.every": 1, "sparsity.begin": 0.0}
+    changing = {"gradual": tuple(soon), "rigl": ("sparsity.every",)}.get(settings.sparsity.method, ())
     small = config.with_values(
         replace(settings, batch=config.Batch(micro_batch=1, policy="table")),
         {
@@ -75,7 +72,7 @@ def shrunk(settings: Config, layout: Layout) -> Config:
             "model.dense_layers": min(1, model.dense_layers),
             "model.vocab_size": 100,
             "parallel.split": (1,) * stages if parallel.split else (),
-            **{f"parameterization.{key}": bases[key] for key in scaled},
+            **{key: bases[key] for key in scaled},
             "data.train": ("made-up",),
             "data.sequence_length": length,
             "data.lengths": (),
@@ -83,7 +80,7 @@ def shrunk(settings: Config, layout: Layout) -> Config:
             "data.weights": (),
             "optimizer.eps": 1e-7,  # less, and it would amplify gradients that are rounding alone
             "optimizer.engine": "torch",
-            **{f"sparsity.{key}": soon[key] for key in changing},
+            **{key: soon[key] for key in changing},
             "sparsity.layers": settings.sparsity.layers[: stages if parallel.split else layers],
             "train.dtype": "float64",
             "schedule.start": 0,
@@ -92,16 +89,13 @@ def shrunk(settings: Config, layout: Layout) -> Config:
         },
     )
     batch = least_batch(small, layout.dp)
-    sized = config.with_values(
-        small,
-        {
-            "batch.global_batch": batch,
-            "batch.table": (f"{batch * length}:{2 * batch}",),
-            "train.tokens": 4 * STEPS * batch * length,
-            "train.steps": STEPS,
-        },
-    )
-    return resolve.from_dict(config.to_dict(sized), "the small run")
+    sized = {
+        "batch.global_batch": batch,
+        "batch.table": (f"{batch * length}:{2 * batch}",),
+        "train.tokens": 4 * STEPS * batch * length,
+        "train.steps": STEPS,
+    }
+    return resolve.from_dict(config.to_dict(config.with_values(small, sized)), "the small run")
 
 
 class Trial(Trainer):
@@ -159,9 +153,7 @@ def of_all_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     return {name: tensor for part in parts for name, tensor in part.items()}
 
 
-def differences(
-    got: Mapping[str, Any], wanted: Mapping[str, Any], rtol: float, weights_rtol: float | None
-) -> list[str]:
+def differences(got: Outcome, wanted: Outcome, rtol: float, weights_rtol: float | None) -> list[str]:
     """What of two outcomes of `train` differs by more than rtol, by name, the first step's gradients first, in the
     model's order; weights only if a tolerance is given."""
     found = []
@@ -192,8 +184,7 @@ def _outcome(settings: Config, ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run_file, outcome = Path(folder) / "run.toml", Path(folder) / "outcome"
         run_file.write_text(config.to_toml(settings), encoding="utf-8")
-        code = launch.spawn([str(run_file), str(outcome)], ranks, ("-m", "megahp.diagnose.verify"))
-        if code:
+        if code := launch.spawn([str(run_file), str(outcome)], ranks, ("-m", "megahp.diagnose.verify")):
             raise UserError(f"a rank of {ranks} ended with exit code {code}; what it said stands above")
         return torch.load(outcome, weights_only=True)
 

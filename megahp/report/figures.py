@@ -261,6 +261,15 @@ def logarithmic(axes: Any, base: int) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1000 else human_count(value))
 
 
+def logarithmic_x(axes: Any, values: Sequence[float], labels: Sequence[str]) -> None:
+    """A logarithmic x axis with ticks at these values alone."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log")
+    axes.set_xticks(values, labels)
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def plot(
     draw: Callable[[Any], None],
     runs: Sequence[LoggedRun],
