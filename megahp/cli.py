@@ -1,7 +1,5 @@
 """The `megahp` command: finds the file of a command in megahp/commands, and says what goes wrong in one line."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

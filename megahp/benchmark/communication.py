@@ -1,7 +1,5 @@
 """Collective operations under test: who talks to whom, what must come out, and how long it takes."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

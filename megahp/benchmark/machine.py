@@ -1,7 +1,5 @@
 """Where something is measured, and waiting for what it does."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

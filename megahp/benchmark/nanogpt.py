@@ -5,8 +5,6 @@ float32 weights, the forward pass under autocast, F.scaled_dot_product_attention
 gradients clipped to 1, fused AdamW. No distributed code.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -6,8 +6,6 @@ autograd. On CUDA: compute = a kernel or copy runs; communication = only NCCL's 
 data = the device is idle or receives a batch, and the loader is waited for; host = it is idle for another reason.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any

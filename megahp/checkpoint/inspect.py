@@ -1,7 +1,5 @@
 """What a person asks of checkpoints: what there is, whether it is whole, how two differ."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from megahp.checkpoint.remote import Place

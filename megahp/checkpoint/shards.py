@@ -6,8 +6,6 @@ step-00000100/{shard-00000.safetensors, ..., index.json, state.json, manifest.js
 DCP decides which rank writes which chunk, replicas once, and which bytes a rank on another layout needs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

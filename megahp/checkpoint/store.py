@@ -7,8 +7,6 @@ The manifest holds the size and the SHA-256 of every file, and its own; nothing 
 agree with its manifest. A run's checkpoint.remote gets copies, the manifest last.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

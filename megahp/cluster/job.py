@@ -1,7 +1,5 @@
 """Jobs of Slurm's: a script of slurm/ made one run's, and submitted."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

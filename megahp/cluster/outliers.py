@@ -1,7 +1,5 @@
 """What stands out among the findings of `megahp check-cluster`, and which node's fault it is."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """Arguments that several commands take, and how their values are read."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

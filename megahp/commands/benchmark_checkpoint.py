@@ -17,8 +17,6 @@ turns, so that a busy machine slows them alike. The cache is dropped by posix_fa
 Exit code 2 means a mistake in what was given.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

@@ -18,8 +18,6 @@ Backends: NCCL where there are CUDA devices, else gloo; mpi is mpi4py from the C
 the MPI plug-in. Exit code 1 means wrong results, 2 a mistake in what was given.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ in each turn. With one thread on the CPU (OMP_NUM_THREADS=1) it is CPU time, whi
 is what forward and backward hold at most beyond their inputs, gradients included, as torch's allocators count it.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import statistics

@@ -15,8 +15,6 @@ the median of the turns counts. On the CPU freed memory is kept in the process: 
 hide the kernels. Liger, quack, apex and Transformer Engine run on CUDA alone and are left out where not importable.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import importlib.metadata

@@ -20,8 +20,6 @@ Speed-up is tokens a second over those at the least number of nodes, parallel ef
 ideal, in weak and in strong scaling. Exit code 2 means a mistake in what was given.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import shutil

@@ -32,8 +32,6 @@ data that is prepared, or communication that goes on, behind compute is counted 
 Exit code 2 means a mistake in what was given.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import itertools

@@ -1,7 +1,5 @@
 """A run that takes more nodes as its batch grows: the plan of `megahp launch --grow`, and what its jobs ask."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from argparse import Namespace

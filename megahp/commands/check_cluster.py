@@ -34,8 +34,6 @@ holds one node a line: bad ones are added, those that were looked at and are fit
     sbatch --exclude=$(paste -sd, bad-nodes.txt) ...
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import json

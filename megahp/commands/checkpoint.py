@@ -1,7 +1,5 @@
 """Checkpoints: what there is, whether it is whole, how two differ, and dropping some."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Print every setting of a run and where its value comes from; or, of every setting there is, what is known of it."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path

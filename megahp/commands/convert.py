@@ -15,8 +15,6 @@ it is installed, and their largest difference is printed. Exit code 1 means that
 or that the tokenizers differ; 2 a mistake in what was given.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import shutil

@@ -15,8 +15,6 @@ SP, and muP in depth, are predicted to fail. Theory speaks of small rates and fe
 smallest model a good parameterization fails too. Exit code 1 means that a slope failed, 2 a mistake in what was given.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Mapping, Sequence

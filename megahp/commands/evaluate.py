@@ -1,7 +1,5 @@
 """Loss, bits per byte and perplexity of text files under a checkpoint."""
 
-from __future__ import annotations
-
 import json
 import sys
 from argparse import ArgumentParser, Namespace

@@ -8,8 +8,6 @@ own tasks, such as those in lm_eval/tasks/arc, serve as a FOLDER where their dat
 run was started, since its tokenizer may be named from there. Exit code 2 means a mistake in what was given.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

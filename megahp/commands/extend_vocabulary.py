@@ -23,8 +23,6 @@ as the mean of all old tokens', as those of imported models do. All else is copi
 means a mistake in what was given.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Fit scaling laws to finished runs."""
 
-from __future__ import annotations
-
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Check a run, and submit it to Slurm with a script of slurm/."""
 
-from __future__ import annotations
-
 import math
 import sys
 from argparse import ArgumentParser, Namespace

@@ -16,8 +16,6 @@ standard deviation). Exit code 2 means a mistake in what was given; what can be 
 trained.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

@@ -16,8 +16,6 @@ checkpoints and their batches; - where |G|^2 is too unsure to be positive. The d
 instead of examples, is a check. Exit code 2 means a mistake in what was given.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

@@ -1,7 +1,5 @@
 """Files and folders that several commands write."""
 
-from __future__ import annotations
-
 import datetime
 import importlib.metadata
 import json

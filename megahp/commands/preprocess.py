@@ -8,8 +8,6 @@ Input is any mix of text files (one document each), JSON lines (one document a l
 --workers.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """From a size, a budget or a loss to a run file, with every source."""
 
-from __future__ import annotations
-
 import json
 import sys
 from argparse import ArgumentParser, Namespace

@@ -1,7 +1,5 @@
 """Decide a run's batch changes again from its log, and compare."""
 
-from __future__ import annotations
-
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Write report.html of one run, or of several overlaid."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """For slurm/: exit 0 where a job is to be queued again after CODE."""
 
-from __future__ import annotations
-
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

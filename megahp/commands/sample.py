@@ -1,7 +1,5 @@
 """Generate text from a run's newest checkpoint."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path

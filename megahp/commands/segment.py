@@ -1,7 +1,5 @@
 """For slurm/: the nodes of the next job of a chain, and the batch at which it ends."""
 
-from __future__ import annotations
-
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

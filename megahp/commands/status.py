@@ -1,7 +1,5 @@
 """Jobs, progress, ETA and last events of runs."""
 
-from __future__ import annotations
-
 import subprocess
 import time
 from argparse import ArgumentParser, Namespace

@@ -1,7 +1,5 @@
 """Train the run of a TOML file, on the ranks a launcher has started or on ranks of its own."""
 
-from __future__ import annotations
-
 import time
 import traceback
 from argparse import ArgumentParser, Namespace

@@ -20,8 +20,6 @@ Its drift over the family is given as slope (of log2 optimum in log2 size) times
 octaves, with 95 % bootstrap intervals over seeds. Exit code 2 means a mistake in what was given.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import fcntl

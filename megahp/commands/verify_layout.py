@@ -1,7 +1,5 @@
 """Check that a run's layout trains the same model as one rank: a small one takes a few steps on both."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Settings that are each right and cannot run together, on any number of ranks: one line each, with a remedy."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterator, Sequence

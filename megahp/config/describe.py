@@ -3,8 +3,6 @@
 python -m megahp.config.describe > docs/settings.md
 """
 
-from __future__ import annotations
-
 import textwrap
 from typing import Any, Literal, get_args, get_origin
 

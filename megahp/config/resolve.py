@@ -4,8 +4,6 @@ A value comes from the first of: command line, run file, preset, default. Anythi
 impossible is refused here, before torch is imported or a process started; all problems are told at once.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import operator

@@ -3,8 +3,6 @@
 Trees are made, and checked, by megahp/config/resolve.py; docs/settings.md is written from here.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping

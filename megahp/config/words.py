@@ -1,7 +1,5 @@
 """Settings that are lists of words, each "tokens:value": what holds from some tokens of the run on."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Its architectures have none of our multipliers, so they are folded into the weights. transformers itself is not needed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A model's folder as Hugging Face has it, read and written a tensor at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

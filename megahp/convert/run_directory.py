@@ -1,7 +1,5 @@
 """A run directory that holds a model of others, or one of ours that was changed, and trains on from it."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 from collections.abc import Iterable, Iterator, Mapping

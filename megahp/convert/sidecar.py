@@ -3,8 +3,6 @@ megahp.json; masks, and the rows that pad the vocabulary, in megahp.safetensors.
 lays them out, read and written a tensor at a time.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path

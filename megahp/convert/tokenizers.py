@@ -1,7 +1,5 @@
 """Tokenizers in others' formats, and what each of a tokenizer's tokens adds to a text."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Batches by sample id: within a stage of the data, sample i of a run is a function of (data, seed, i) alone."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -5,8 +5,6 @@ A sample is a window, or one of its equal parts (plus the token that is the last
 the run will be, on the ranks or on the batch, so any of them may change in mid-run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import uuid
 import zlib

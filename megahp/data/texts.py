@@ -1,7 +1,5 @@
 """Documents out of text files, JSON lines and folders of them."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import zlib

@@ -1,7 +1,5 @@
 """Runs that a measurement trains by the real command, as processes of its own, and how they ended."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -2,8 +2,6 @@
 model's size where learning is to transfer. `megahp coordinate-check` fits and judges them over a family of sizes.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

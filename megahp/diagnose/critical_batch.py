@@ -3,8 +3,6 @@
 Merrill et al., arXiv 2505.23971; `megahp measure critical-batch` trains the branches.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """What a sweep found, shown: tables, JSON, a plot. `megahp transfer-sweep` is the command."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict

@@ -6,8 +6,6 @@ but its logits are held, and so are the gradients of all layers' outputs. A diag
 alone, at no cost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

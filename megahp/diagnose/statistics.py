@@ -1,7 +1,5 @@
 """Slopes, correlations and bootstrap intervals of what was measured at several checkpoints and batches."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

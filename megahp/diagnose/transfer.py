@@ -3,8 +3,6 @@
 `megahp transfer-sweep` and `megahp coordinate-check` measure them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

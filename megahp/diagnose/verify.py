@@ -4,8 +4,6 @@ made-up samples, in float64, and whatever the layout must not change is compared
 `python -m megahp.diagnose.verify SETTINGS OUTCOME` is one rank of it.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 import tomllib

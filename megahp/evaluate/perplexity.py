@@ -1,7 +1,5 @@
 """How well a trained run predicts texts: the loss of every token, each scored exactly once."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterator, Sequence

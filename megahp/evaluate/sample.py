@@ -1,7 +1,5 @@
 """Text from a trained run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Whether weights that lie on several ranks are still equal there: nothing in training makes them so again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 import torch

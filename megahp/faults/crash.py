@@ -1,7 +1,5 @@
 """What a rank leaves behind when it ends before its time."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

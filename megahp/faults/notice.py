@@ -1,7 +1,5 @@
 """Notice to leave: a signal that announces an end, or a run's own time limit."""
 
-from __future__ import annotations
-
 import math
 import signal
 import time

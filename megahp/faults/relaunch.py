@@ -1,8 +1,6 @@
 """After a fault: the whole job again, on a new port, from the newest sound checkpoint. (A launcher that restarts single
 ranks in place is not dependable: gloo's and NCCL's connections rarely recover.)"""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from itertools import takewhile

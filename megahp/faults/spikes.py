@@ -1,7 +1,5 @@
 """Steps whose loss or gradient stands out from those before."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Where numbers stopped being finite: found by doing the step again, and looking at what every layer gives."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

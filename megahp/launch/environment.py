@@ -1,7 +1,5 @@
 """Who a process is: its rank among how many, as torchrun, mpirun or Slurm tell it, and the nodes of its job."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

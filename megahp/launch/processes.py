@@ -1,7 +1,5 @@
 """Ranks as processes of this machine: started, told of an end that is near, ended."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

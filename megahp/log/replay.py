@@ -1,7 +1,5 @@
 """A run's batch decisions, made again from its log: they depend on progress and the logged noise scale alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ wandb works through a process of its own and a host that may be far, down, or re
 So one thread does all of it. Training hands its rows to that thread and never waits; only `close` does, for a while.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import queue
 import secrets

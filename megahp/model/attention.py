@@ -1,7 +1,5 @@
 """Causal self-attention over this rank's heads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

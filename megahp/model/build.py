@@ -1,7 +1,5 @@
 """From a run's settings to its model on the mesh: meta tensors, tensor-parallel parts, shards, drawn weights."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise

@@ -4,8 +4,6 @@ Nothing of it but float8 changes what they compute, and since it stays inside a 
 shards are as they were.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any

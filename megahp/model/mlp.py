@@ -1,7 +1,5 @@
 """The MLP of a block."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -6,8 +6,6 @@ all tokens of all examples, as in a dense model. So a norm's per-example gradien
 are there: gradients of the example's loss, its balance loss included, with the routing that it had.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

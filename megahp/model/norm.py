@@ -1,7 +1,5 @@
 """RMSNorm and LayerNorm that measure, in their backward pass, the squared norms of per-example gradients."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """How a position is known: rotary embeddings, ALiBi, and the mask that keeps documents apart."""
 
-from __future__ import annotations
-
 import math
 
 import torch

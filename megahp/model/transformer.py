@@ -1,7 +1,5 @@
 """The decoder: embedding, blocks, final norm, unembedding. Forward multipliers come from the parameterization table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

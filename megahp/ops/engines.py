@@ -1,8 +1,6 @@
 """What other engines compute for those who have them: norms, without the noise scale, float8 products, AdamW.
 Thin adapters; those of apex and Transformer Engine are tested by contract alone, neither has been run with megahp."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial

@@ -3,8 +3,6 @@
 Every function is the identity on a group of one. Sums are sums: nothing here averages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ A sequence is cut into 2 cp chunks; rank r holds the r-th from either end. Under
 than the one before, so two such cost as much on any rank. (Llama 3, arXiv 2407.21783, section 3.3.2, does the same.)
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The loss that never holds its logits: unembedding and cross-entropy in one, a slice of the vocabulary at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Data parallelism: FSDP2 over blocks, summing gradients, never averaging."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The device that a rank computes on."""
 
-from __future__ import annotations
-
 import torch
 
 from megahp.config import Config

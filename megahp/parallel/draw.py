@@ -1,7 +1,5 @@
 """Drawing weights and masks: the same bits on every layout and device, from (seed, name, block of rows)."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 No token is dropped, whatever the load, and every sum is in an order of its own, so results are the same at each run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

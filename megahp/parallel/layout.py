@@ -1,7 +1,5 @@
 """Which ranks do what: the sizes of the parallel axes, fitted to a number of ranks. No torch here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megahp.config import Parallel

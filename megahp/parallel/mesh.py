@@ -1,7 +1,5 @@
 """The device mesh: every group of ranks the model, the optimizer and the checkpoints talk over."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

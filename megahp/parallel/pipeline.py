@@ -1,7 +1,5 @@
 """Pipeline parallelism: which blocks make a stage, which stages are whose, and PyTorch's schedules over them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

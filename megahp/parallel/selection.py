@@ -1,7 +1,5 @@
 """Choosing the largest entries of weights that lie on the ranks: exactly so many, and the same ones on every layout."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

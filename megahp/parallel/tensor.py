@@ -4,8 +4,6 @@ Activations are [batch, sequence, width]. Between `enter` and `leave` a rank wor
 every rank holds the whole residual stream, or under sequence parallelism its slice of the sequence.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -4,8 +4,6 @@ Every law keeps bootstrap draws: refits to what resampling could have shown. A r
 is drawn again.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

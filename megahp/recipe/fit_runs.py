@@ -1,7 +1,5 @@
 """`megahp fit`: from run directories and tables of runs to laws, and what is printed and drawn of them."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

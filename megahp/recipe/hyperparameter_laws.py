@@ -1,8 +1,6 @@
 """Other people's rules for learning rate and batch, as they are: each for its own parameterization, optimizer and
 schedule, so none is mixed with another. Batches in tokens, rates at the peak and as applied to hidden matrices."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

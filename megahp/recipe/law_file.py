@@ -4,8 +4,6 @@ Its sections are [loss], [timescale], [optimal_batch] and [critical_batch], thos
 field of its law, draws included. Batches and their laws are in tokens.
 """
 
-from __future__ import annotations
-
 import math
 import tomllib
 from dataclasses import dataclass, fields

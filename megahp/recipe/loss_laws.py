@@ -1,8 +1,6 @@
 """Loss laws by name, with where they come from. A loss is in nats per token of the law's own tokenizer and text, so
 what two of them predict differs by more than their fits do: choose one, or fit your own with `megahp fit`."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Iterable

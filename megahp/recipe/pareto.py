@@ -1,8 +1,6 @@
 """Time against compute at a target loss, as Power Lines reads it: each size has its D_min; from there a larger batch
 buys fewer steps with more data. (arXiv 2505.13738; secondary source)"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -5,8 +5,6 @@ learning rate and batch from another rule, which then leaves open what it says n
 stands in for another unsaid.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What each number of a plan comes from: rows with formula, source and confidence; what to beware of; other rules."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,8 +1,6 @@
 """From what a user knows of a run to its parameters, tokens and shape: by the loss law, compute as 6 N D, and
 CompleteP's best ratio of width to depth."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace

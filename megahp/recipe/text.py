@@ -1,7 +1,5 @@
 """A plan as a person reads it, in 120 columns: numbers and formulas, then what each footnote's source is."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 

@@ -9,8 +9,6 @@ update. (Narayanan et al., arXiv 2104.04473; Korthikanti et al., arXiv 2205.0519
 them, as in those papers, PaLM, nanoGPT and torchtitan. So utilisations of the two kinds are not comparable.
 """
 
-from __future__ import annotations
-
 from megahp.config import Model
 
 

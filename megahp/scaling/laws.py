@@ -4,8 +4,6 @@ on. Laws fitted by `megahp fit` keep their bootstrap draws, so that whatever is 
 The laws themselves stand in power_laws.py and loss_laws.py; a law file holds a user's own.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

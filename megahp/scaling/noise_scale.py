@@ -11,8 +11,6 @@ That is m = 1 of an estimate that any two sizes m < n allow, from the squared no
 it is summed, and after.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ No other file contains a scaling exponent. Sources: SP, muP and depth-alpha colu
 Table 1; SmuPar (arXiv 2405.15743), which is muP with density factors, of a base that is dense.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace

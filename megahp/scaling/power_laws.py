@@ -5,8 +5,6 @@ Batches are in tokens here; the paper counts sequences of 2,048 tokens. That the
 lengths is an assumption.
 """
 
-from __future__ import annotations
-
 from megahp.scaling.laws import PowerLaw, increasing_root
 
 PAPER_SEQUENCE = 2048

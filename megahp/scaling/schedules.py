@@ -1,8 +1,6 @@
 """Learning-rate schedules: the fraction of the peak at a point of the run, counted in tokens; and what a schedule means
 for AdamW read as an average of its updates."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

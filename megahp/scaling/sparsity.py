@@ -6,8 +6,6 @@ with the density: 25 % and 75 % are the paper's near optimum. [closed forms deri
 tjingrant/sparse-llm-code's configurations]
 """
 
-from __future__ import annotations
-
 import math
 
 BEGIN, END = 0.25, 0.75

@@ -1,7 +1,5 @@
 """Training, from the first line to the last: each thing a step does is a line of `train`, in order."""
 
-from __future__ import annotations
-
 import time
 from functools import partial
 

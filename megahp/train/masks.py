@@ -5,8 +5,6 @@ moments of 0 AdamW leaves it there (its decay is a share of 0), so neither the f
 masks, and what is computed is the network of W o M: norms, clipping and moments are those of its weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

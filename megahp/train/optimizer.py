@@ -1,7 +1,5 @@
 """The update rules, on this rank's parts of the weights, with each weight's multipliers from the table."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 

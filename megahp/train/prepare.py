@@ -1,7 +1,5 @@
 """All that can be checked of a run before anything is built or written, and its data."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What a step does that did not go as steps go: done again, skipped, rewound; and what is looked at now and then."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What a run tells the world: its directory, its logs, its progress display. Only the first rank speaks."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

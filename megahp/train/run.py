@@ -1,7 +1,5 @@
 """A run's state: everything that is opened before the first step and kept for the next start."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Where a run begins: at its newest sound checkpoint, at another run's, or at the beginning."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from megahp import checkpoint

@@ -1,8 +1,6 @@
 """One optimizer step's mathematics: forward and backward over microbatches, then everything a step needs to know
 about its gradients in one collective and one transfer to the host."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

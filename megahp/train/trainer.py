@@ -1,7 +1,5 @@
 """The optimizer step, as training, verification and benchmarks take it: compute, and update."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The validation loss, and what the simplest models lose on the same samples."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.distributed as dist
