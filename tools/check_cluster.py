@@ -1,9 +1,6 @@
 """`megahp check-cluster`, for those who call it by path."""
 
-import sys
-
 from megahp.__main__ import run
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["check-cluster"]
-    run()
+    run("check-cluster")

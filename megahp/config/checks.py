@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import PurePath
 
 from megahp.config.schema import VOCAB_MULTIPLE, Config
@@ -154,7 +154,10 @@ def _data(config: Config) -> list[str]:
         along = stages(data)
     except ValueError as error:
         return [f"data.lengths or data.mixtures: {error}"]
-    problems = [f"data.train names {prefix!r} twice; give it one larger weight" for prefix in _repeated(data.train)]
+    problems = [
+        f"data.train names {prefix!r} twice; give it one larger weight"
+        for prefix in sorted({word for word in data.train if data.train.count(word) > 1})
+    ]
     if late := [stage.tokens for stage in along if stage.tokens >= config.train.tokens]:
         problems.append(
             f"data.lengths or data.mixtures: a stage at {late[0]:g} tokens is never reached, since train.tokens = "
@@ -218,10 +221,6 @@ def _float8(config: Config) -> list[str]:
             "those, or leave it out"
         )
     return problems
-
-
-def _repeated(words: Sequence[str]) -> list[str]:
-    return sorted({word for word in words if words.count(word) > 1})
 
 
 def _batch(config: Config) -> list[str]:

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megahp import config
 from megahp.checkpoint.shards import in_files
+from megahp.config.schema import VOCAB_MULTIPLE
 from megahp.convert import sidecar
 from megahp.convert.families import ALWAYS, LINEAR, NORMS, Family
 from megahp.convert.huggingface import Tensors, export, import_
@@ -385,7 +386,7 @@ def _args(told: Mapping[str, Any], settings: config.Config) -> dict[str, Any]:
         "seq_length": told["max_position_embeddings"],
         "vocab_size": settings.model.vocab_size,
         "padded_vocab_size": settings.model.padded_vocab,
-        "make_vocab_size_divisible_by": config.VOCAB_MULTIPLE,
+        "make_vocab_size_divisible_by": VOCAB_MULTIPLE,
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
     }

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from megahp.config import Resilience
+from megahp.config.schema import Resilience
 
 
 class Spikes:

@@ -79,14 +79,10 @@ def _first_failure(returncodes: Sequence[int | None]) -> int:
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """End the ranks that do not end by themselves. What they write is whole or is not there."""
-    _wait(processes, SECONDS_TO_EXPLAIN)
+    deadline = time.monotonic() + SECONDS_TO_EXPLAIN
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
     for process in processes:
         if process.poll() is None:
             process.kill()
             process.wait()
-
-
-def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)

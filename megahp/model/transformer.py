@@ -101,7 +101,9 @@ class Transformer(nn.Module):
         if not self.is_last:
             return x
         x = enter(self.final_norm(x), self.axis) * self.table.logits
-        return self._logits(x) if targets is None else self._losses(x, targets)
+        if targets is not None:
+            return linear_cross_entropy(x, local((self.unembedding or self.embedding).weight), targets, self.axis)
+        return self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
 
     def stream(self, tokens: Tensor) -> Tensor:
         """What a stage gives to the next for these tokens, on `meta`: [b, s or s/tp, width]."""
@@ -118,13 +120,6 @@ class Transformer(nn.Module):
         if self.positions:
             x = x + self.positions(tokens.shape[1] * self.axis.context.size, self.dtype)
         return x * self.table.embedding
-
-    def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        weight = (self.unembedding or self.embedding).weight
-        return linear_cross_entropy(x, local(weight), targets, self.axis)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        return self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
 
     def _positions(self, length: int, device: torch.device, documents: Tensor | None) -> Positions:
         model, context = self.model, self.axis.context

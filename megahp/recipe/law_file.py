@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from megahp.config import toml_value
+from megahp.config.schema import toml_value
 from megahp.errors import UserError
 from megahp.scaling.laws import LossLaw, PowerLaw
 

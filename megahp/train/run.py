@@ -68,7 +68,7 @@ class Run(Trainer):
     def save(self, validation_loss: float | None) -> None:
         """Begin to write a checkpoint of this moment, from all ranks. Raises UserError when that before it could not be
         written."""
-        state = {
+        state = state_of_weights(self.settings) | {
             "progress": asdict(self.progress),
             "skipped": self.skipped,
             "updates": self.optimizer.updates,
@@ -79,10 +79,7 @@ class Run(Trainer):
             "wandb_id": self.wandb_id,
             "data": self.data.fingerprint,
             "data_order": self.data.state(self.progress.samples),
-            "table": self.table.to_dict(),
             "layout": asdict(self.mesh.layout),
-            "config": config.to_dict(self.settings),
-            "versions": {"torch": torch.__version__},
             "validation_loss": validation_loss,
         }
         self.saved_at, self.rewinds = self.progress.step, 0

@@ -13,7 +13,12 @@ def start(run: Run, reporter: Reporter, resume: bool) -> None:
     beginning."""
     found = as_the_first_sees(lambda: checkpoints_to_start_from(run, resume))
     if found is None:
-        reporter.began("started", f"a new run of {count(run)} parameters", run, Taken(None, run.batch_plan.state()))
+        reporter.began(
+            "started",
+            f"a new run of {run.engine.model.parameters:,} parameters",
+            run,
+            Taken(None, run.batch_plan.state()),
+        )
         return
     event, paths = found
     path, taken, refused = go_back(run, paths) if event == "resumed" else (paths[0], run.branch(paths[0]), [])
@@ -43,7 +48,3 @@ def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[checkpo
         return "resumed", own
     origin = run.settings.train.start_from
     return ("branched", [checkpoint.find(checkpoint.place(origin))]) if origin else None
-
-
-def count(run: Run) -> str:
-    return f"{run.engine.model.parameters:,}"

@@ -61,7 +61,10 @@ class Engine:
         ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
         self.total = sum(sizes.values())
         own = {"loss": mesh.is_first(("tp",)), "told": True}
-        own |= {f"{name}.probe": self._speaks(name) for name in self.probes}
+        # of ranks with the same value only the first counts. A router's is, as a loss, of the rank's tokens, before tp
+        # splits them; a norm's has been summed over the ranks an example lies on
+        copies = {name: ("tp",) if name in self.routers else ("cp", "tp") for name in self.probes}
+        own |= {f"{name}.probe": mesh.is_first(axes) for name, axes in copies.items()}
         own |= {name: counted_once(weight, self.rows[name], mesh) for name, weight in self.trained.items()}
         places = [torch.arange(ends[name] - sizes[name], ends[name]) for name in own]
         self.places = torch.cat(places).to(mesh.device)
@@ -116,11 +119,6 @@ class Engine:
             "targets": own_tokens(batch.tokens[:, 1:], 1, context),
         }
         return inputs if batch.documents is None else {**inputs, "documents": batch.documents}
-
-    def _speaks(self, probe: str) -> bool:
-        """Whether this rank is the one, of those that hold the same value, whose counts. A router's is, as a loss, of
-        the rank's tokens, before tp splits them; a norm's has been summed over the ranks an example lies on."""
-        return self.mesh.is_first(("tp",) if probe in self.routers else ("cp", "tp"))
 
     @torch.no_grad()  # without autograd a DTensor's part is an attribute; a detour through it takes 40 times as long
     def gradients(self) -> list[Tensor]:

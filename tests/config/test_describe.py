@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megahp import config
+from megahp.config import schema
 from megahp.config.describe import describe, markdown
 from megahp.errors import UserError
 
@@ -79,8 +80,8 @@ def test_choices_and_counts_are_told_in_words() -> None:
 def test_a_section_lists_its_settings_and_no_name_lists_all() -> None:
     model = describe("model")
     assert model.startswith("[model]  The decoder transformer.\n  preset = ")
-    assert [line.split()[0] for line in model.splitlines() if " = " in line[:30]] == list(config.TYPES["model"])
-    assert describe() == "\n\n".join(map(describe, config.SECTIONS))
+    assert [line.split()[0] for line in model.splitlines() if " = " in line[:30]] == list(schema.TYPES["model"])
+    assert describe() == "\n\n".join(map(describe, schema.SECTIONS))
 
 
 @pytest.mark.parametrize(

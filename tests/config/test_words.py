@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megahp.config import Data, Stage, parse_table, stage_at, stages
+from megahp.config import Stage, parse_table, stage_at, stages
+from megahp.config.schema import Data
 
 
 def test_lengths_and_mixtures_make_stages_together() -> None:

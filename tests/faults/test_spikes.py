@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from megahp.config import Resilience
+from megahp.config.schema import Resilience
 from megahp.faults.spikes import Spikes
 
 SETTINGS = Resilience(spike_window=32, spike_sigmas=6.0)
