@@ -15,6 +15,12 @@ def add_run_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
 
 
+def add_outputs(parser: argparse.ArgumentParser, drawn: str) -> None:
+    """--json and --plot, for everything that is found and for what is drawn of it."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything found here too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw {drawn}: .svg, .png or .pdf")
+
+
 def positive(text: str, remedy: str) -> float:
     """A finite number above 0. Raises UserError, which ends with the remedy."""
     try:

@@ -41,7 +41,7 @@ from megahp.benchmark.communication import (
     groups_of_nodes,
     timed,
 )
-from megahp.commands.arguments import at_least, starts_ranks
+from megahp.commands.arguments import add_outputs, at_least, starts_ranks
 from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.config import resolve
 from megahp.errors import UserError, complain
@@ -63,8 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sizes", nargs="+", metavar="BYTES", default=SIZES, help=f"(default {' '.join(SIZES)})")
     add("--repeats", type=int, default=7, help="whose median counts (default 7)")
     add("--backend", choices=["auto", "gloo", "nccl", "mpi"], default="auto")
-    add("--json", type=Path, metavar="FILE", help="write every figure here too")
-    add("--plot", type=Path, metavar="FILE", help="draw bus bandwidth over size: .svg, .png or .pdf")
+    add_outputs(parser, "bus bandwidth over size")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megahp.benchmark.machine import machine_of
+from megahp.commands.arguments import add_outputs
 from megahp.commands.output import refuse_unwritable, write_json
 from megahp.errors import UserError
 from megahp.ops import add_and_normalize, normalize
@@ -52,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--peer", nargs="*", default=list(PEERS), choices=list(PEERS))
     add("--threads", type=int, help="of the CPU; torch's own choice by default")
     add("--turns", type=int, default=11)
-    add("--json", type=Path, help="write the rows and the machine here too")
-    add("--plot", type=Path, help="draw the shares of the copy's bandwidth here: .svg, .png or .pdf")
+    add_outputs(parser, "the shares of the copy's bandwidth")
 
 
 def ours(added: bool, weight: Tensor, bias: Tensor | None, probe: Tensor | None) -> Norm:

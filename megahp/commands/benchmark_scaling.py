@@ -32,7 +32,7 @@ import numpy as np
 
 from megahp import config
 from megahp.cluster.job import Job, submit
-from megahp.commands.arguments import labelled, plain
+from megahp.commands.arguments import add_outputs, labelled, plain
 from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.commands.status import jobs
 from megahp.config import Batch, Checkpoint, Config, Log, resolve
@@ -62,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slurm", action="store_true", help="submit job arrays; given again, show what they have found")
     add("--sbatch", default="", metavar="OPTIONS", help="for the arrays, such as '--time=30 --partition=gpu'")
     add("--dry-run", action="store_true", help="only check, and say what would be trained or submitted")
-    add("--json", type=Path, metavar="FILE", help="write what was found here too")
-    add("--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf")
+    add_outputs(parser, "it")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ from megahp import launch
 from megahp.benchmark import nanogpt
 from megahp.benchmark.machine import machine_of, synchronize
 from megahp.benchmark.time_split import DATA, profiled
-from megahp.commands.arguments import at_least, starts_ranks
+from megahp.commands.arguments import add_outputs, at_least, starts_ranks
 from megahp.commands.output import write_json
 from megahp.config import Config, Sparsity, get, resolve, to_dict
 from megahp.config.presets import PRESETS
@@ -107,8 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warm-up", type=int, default=2, help="steps before the first turn")
     add("--peak-tflops", type=float, help="of one device, in the dtype")
     add("--profile", action="store_true", help="name the ten costliest operators, or kernels")
-    add("--json", type=Path, metavar="FILE", help="write everything measured here too")
-    add("--plot", type=Path, metavar="FILE", help="draw tokens per second: .svg, .png or .pdf")
+    add_outputs(parser, "tokens per second")
     add("--settings", nargs="+", default=[], metavar="section.key=value", help="of megahp")
 
 

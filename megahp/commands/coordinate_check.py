@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from megahp import config, launch
-from megahp.commands.arguments import at_least, positive, whole_numbers
+from megahp.commands.arguments import add_outputs, at_least, positive, whole_numbers
 from megahp.commands.output import write_json
 from megahp.config import Config, resolve
 from megahp.data.tokenizer import load_tokenizer
@@ -56,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=whole_numbers, default=[1, 2, 3], metavar="N,N,...", help="(default 1,2,3)")
     add("--batch", type=int, default=4, metavar="B", help="sequences a step (default 4)")
     add("--data", action="store_true", help="train on the run's data, not on random tokens")
-    add("--json", type=Path, metavar="FILE", help="write what was found here too")
-    add("--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf")
+    add_outputs(parser, "it")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from megahp import checkpoint, config
-from megahp.commands.arguments import at_least
+from megahp.commands.arguments import add_outputs, at_least
 from megahp.commands.output import write_json
 from megahp.config import Batch, Checkpoint, Config, Log, Schedule, resolve
 from megahp.diagnose import critical_batch
@@ -53,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tolerance", type=float, default=critical_batch.TOLERANCE, metavar="NATS", help="per token")
     add("--ranks", type=int, metavar="N", help="of each branch (default: as many as at the checkpoint)")
     add("--out", type=Path, metavar="FOLDER", help="holds the branches (default: beside the run)")
-    add("--json", type=Path, metavar="FILE", help="write what was found here too")
-    add("--plot", type=Path, metavar="FILE", help="draw the losses: .svg, .png or .pdf")
+    add_outputs(parser, "the losses")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from megahp import checkpoint, config, launch
+from megahp.commands.arguments import add_outputs
 from megahp.commands.output import write_json
 from megahp.config import Config, resolve
 from megahp.data.loader import Batch, Loader, TrainingData
@@ -58,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, metavar="N", help="sequences (default: as many as at the checkpoint)")
     add("--micro-batch", type=int, metavar="N", help="sequences at once (default: the run's)")
     add("--without-embeddings", action="store_true", help="total without embedding and unembedding, as the paper's")
-    add("--json", type=Path, metavar="FILE", help="write what was found here too")
-    add("--plot", type=Path, metavar="FILE", help="draw the noise scales: .svg, .png or .pdf")
+    add_outputs(parser, "the noise scales")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -68,16 +68,6 @@ class Encoded:
     consumed: int
 
 
-@dataclass
-class Tally:
-    """What was written so far."""
-
-    documents: int = 0
-    tokens: int = 0
-    size: int = 0
-    skipped: int = 0
-
-
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Check, train the tokenizer if asked to, tokenize, report."""
     for name in (f"{arguments.output}.bin", f"{arguments.output}.idx", f"{arguments.output}.json"):
@@ -100,18 +90,18 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
-        "documents": tally.documents,
-        "tokens": tally.tokens,
+        "documents": tally["documents"],
+        "tokens": tally["tokens"],
     }
     unfinished = Path(f"{arguments.output}.json.{uuid.uuid4().hex}.tmp")
     unfinished.write_text(json.dumps(description, indent=2) + "\n")
     unfinished.replace(f"{arguments.output}.json")
-    megabytes, seconds = tally.size / 1e6, time.monotonic() - started
-    told = f"{tally.documents} documents, {tally.tokens} tokens, {megabytes:.1f} MB of text, {seconds:.1f} s"
-    rates = f"({megabytes / seconds:.1f} MB/s), {tally.tokens / tally.size:.3f} tokens/byte"
+    megabytes, seconds = tally["size"] / 1e6, time.monotonic() - started
+    told = f"{tally['documents']} documents, {tally['tokens']} tokens, {megabytes:.1f} MB of text, {seconds:.1f} s"
+    rates = f"({megabytes / seconds:.1f} MB/s), {tally['tokens'] / tally['size']:.3f} tokens/byte"
     print(f"{arguments.output}: {told} {rates}")
-    if tally.skipped:
-        print(f"{arguments.output}: skipped {tally.skipped} documents that are no valid text")
+    if tally["skipped"]:
+        print(f"{arguments.output}: skipped {tally['skipped']} documents that are no valid text")
     return 0
 
 
@@ -134,9 +124,10 @@ def encode_chunk(tokenizer_path: str, append_eod: bool, chunk: list[Document]) -
 _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
 
 
-def _tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Namespace) -> Tally:
-    """Read, encode and write, all at once and in order; memory holds a few chunks for each worker."""
-    tally = Tally()
+def _tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Namespace) -> Counter[str]:
+    """Read, encode and write, all at once and in order; memory holds a few chunks for each worker. Returns what was
+    written: documents, tokens, bytes of text (size), documents skipped."""
+    tally = Counter[str]()
     chunks = _chunks(read_documents(files, arguments.json_key))
     encode = partial(encode_chunk, arguments.tokenizer, not arguments.no_eod)
     with (
@@ -146,13 +137,13 @@ def _tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Names
         for encoded in _in_order(encode, chunks, arguments.workers):
             for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]) if encoded.lengths else []:
                 writer.add_document(ids)
-            tally.documents += len(encoded.lengths)
-            tally.tokens += len(encoded.ids)
-            tally.size += encoded.size
-            tally.skipped += encoded.skipped
+            tally.update(documents=len(encoded.lengths), tokens=len(encoded.ids))
+            tally.update(size=encoded.size, skipped=encoded.skipped)
             advance(encoded.consumed)
-        if tally.documents == 0:
-            raise UserError(f"--input {' '.join(arguments.input)} holds no text ({tally.skipped} unreadable): check it")
+        if tally["documents"] == 0:
+            raise UserError(
+                f"--input {' '.join(arguments.input)} holds no text ({tally['skipped']} unreadable): check it"
+            )
     return tally
 
 

@@ -43,7 +43,7 @@ import torch.distributed as dist
 
 from megahp import config, launch
 from megahp.cluster.job import folder
-from megahp.commands.arguments import labelled, name_of, plain, positive, whole_numbers
+from megahp.commands.arguments import add_outputs, labelled, name_of, plain, positive, whole_numbers
 from megahp.commands.output import write_json
 from megahp.config import Config, resolve
 from megahp.diagnose import child_runs
@@ -79,8 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slurm", type=int, metavar="N", help="submit a job array of N workers instead")
     add("--sbatch", default="", metavar="OPTIONS", help="for the job array, such as '--time=2:00:00 --gpus=1'")
     add("--dry-run", action="store_true", help="only check, and say what would be trained or submitted")
-    add("--json", type=Path, metavar="FILE", help="write what was found here too")
-    add("--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf")
+    add_outputs(parser, "it")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
 
 

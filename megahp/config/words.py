@@ -25,7 +25,9 @@ def stages(data: Data) -> list[Stage]:
     ]
     mixtures = [
         (0.0, data.weights),
-        *_parse_words(data.mixtures, _parse_weights, "tokens:weights, such as 1e9:0.7,0.3"),
+        *_parse_words(
+            data.mixtures, lambda text: tuple(map(float, text.split(","))), "tokens:weights, such as 1e9:0.7,0.3"
+        ),
     ]
     begins = sorted({tokens for tokens, _ in (*lengths, *mixtures)})
     return [Stage(tokens, _reached(lengths, tokens), _reached(mixtures, tokens)) for tokens in begins]
@@ -63,10 +65,6 @@ def _parse_whole(text: str) -> int:
     if not (value := float(text)).is_integer():
         raise ValueError
     return int(value)
-
-
-def _parse_weights(text: str) -> tuple[float, ...]:
-    return tuple(float(weight) for weight in text.split(","))
 
 
 def _reached(pairs: list[tuple[float, Any]], tokens: float) -> Any:

@@ -122,9 +122,6 @@ class Pipeline:
             ]
             kind = SCHEDULES[self.parallel.schedule]
             of = made[0] if kind is Schedule1F1B else made
-            self.schedule = kind(of, count, loss_fn=self._loss, scale_grads=False)
+            self.schedule = kind(of, count, loss_fn=lambda losses, _: losses.sum() * self.weight, scale_grads=False)
             self.shape = count, one.shape
         return self.schedule
-
-    def _loss(self, losses: Tensor, _: Tensor) -> Tensor:
-        return losses.sum() * self.weight

@@ -71,8 +71,8 @@ def page(runs: Sequence[LoggedRun]) -> str:
         section(runs, "Squared gradient norm", norms, squares, figures.gradient_figure),
         section(runs, "Noise scale by layer", kinds_of(runs), "noise_scale_layers", figures.layer_figure),
         "</div>",
-        *(sample_of(run) for run in runs),
-        *(config_of(run) for run in runs),
+        *(SAMPLE.format(escape(run.name), escape(run.sample)) for run in runs if run.sample),
+        *(SETTINGS.format(escape(run.name), escape(run.config or "config.toml is missing.")) for run in runs),
         "<footer>Every number is in the run directory: metrics.jsonl and events.jsonl.</footer>",
     ]  # fmt: skip
     return (
@@ -212,18 +212,8 @@ def events_of(runs: Sequence[LoggedRun], marks: Sequence[figures.Mark]) -> str:
     return f'<section><h2>Events</h2><div class="scroll tall">{table}</div>{rest}</section>'
 
 
-def sample_of(run: LoggedRun) -> str:
-    """What the model wrote, if it was asked."""
-    text = f"<section><h2>Sample of {escape(run.name)}</h2><blockquote>{escape(run.sample)}</blockquote></section>"
-    return text if run.sample else ""
-
-
-def config_of(run: LoggedRun) -> str:
-    """The settings of the run, folded."""
-    text = escape(run.config) if run.config else "config.toml is missing."
-    return f"<details><summary>Settings of {escape(run.name)}</summary><pre>{text}</pre></details>"
-
-
+SAMPLE = "<section><h2>Sample of {}</h2><blockquote>{}</blockquote></section>"
+SETTINGS = "<details><summary>Settings of {}</summary><pre>{}</pre></details>"  # folded
 CSS = """
 :root { color-scheme: light dark; --paper: #fbfbfa; --card: #ffffff; --good: #2d7a4f;
   --ink: #1c2128; --muted: #69707d; --rule: #e3e5e9; --accent: #c8641e; --warn: #b3261e;
