@@ -7,14 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import ModuleType
 
 import pytest
-from torch.autograd import DeviceType
 
 from megahp import cli
-from megahp.benchmark import time_split
 from megahp.scaling.flops import parameters, training_flops
 
 ROOT = Path(__file__).parents[2]
@@ -75,39 +72,11 @@ def test_every_layout_of_several_ranks(tmp_path: Path) -> None:
     assert "speedup" not in found["comparisons"][0]
 
 
-def test_the_baseline_has_as_many_weights(tool: ModuleType) -> None:
-    options = cli.parse([*COMMAND, *TINY, "--contestants", "nanogpt"])[1]
-    settings = tool.case_of(options, "2x128", 1, "float32").settings
-    model = tool.nanogpt.GPT(settings.model, 16)
-    assert sum(weight.numel() for weight in model.parameters()) == parameters(settings.model, 16)
-
-
 def test_layers_computed_again(tool: ModuleType) -> None:
     full, second = "compute.recompute=full", "compute.recompute_every=2"
     for words, layers in (((full,), 5), ((full, second), 3), (("compute.recompute=selective",), 0)):
         options = cli.parse([*COMMAND, *TINY, "--contestants", "megahp", "--settings", *words])[1]
         assert tool.recomputed_layers(tool.case_of(options, "5x64", 1, "float32").settings) == layers
-
-
-def event(name: str, start: float, end: float, device: DeviceType = DeviceType.CPU) -> Any:
-    span = SimpleNamespace(start=start, end=end)
-    return SimpleNamespace(
-        name=name, time_range=span, device_type=device, is_user_annotation=name == "waiting for data"
-    )
-
-
-def test_time_is_split_without_overlap(tool: ModuleType) -> None:
-    split = time_split
-    host = [event("waiting for data", 0, 10), event("aten::copy_", 5, 8), event("aten::mm", 20, 50)]
-    host += [event("aten::mul", 30, 40), event("gloo:all_reduce", 45, 60), event("MmBackward0", 50, 70)]
-    found = split.split_of(split.cpu_spans(host), 100)
-    assert found == pytest.approx({"data": 0.1, "compute": 0.3, "communication": 0.1, "host": 0.5})
-
-    cuda = DeviceType.CUDA
-    device = [event("gemm", 5, 30, cuda), event("ncclDevKernel_AllReduce", 20, 40, cuda)]
-    device += [event("Memcpy HtoD (Pinned -> Device)", 38, 45, cuda), event("waiting for data", 0, 90, cuda)]
-    found = split.split_of(split.cuda_spans([*host, *device]), 100)
-    assert found == pytest.approx({"compute": 0.25, "communication": 0.1, "data": 0.1, "host": 0.55})
 
 
 MISTAKES = {

@@ -209,13 +209,6 @@ def test_where_factor_1_diverges_nothing_is_measured(
     assert "k-1, at the batch of" in capsys.readouterr().err
 
 
-def test_skipped_steps_that_are_not_in_a_row_are_not_the_end(tool: ModuleType, tmp_path: Path) -> None:
-    for gap, expected in ((1, True), (2, False)):
-        events = [{"step": gap * n, "event": "skipped"} for n in range(25)]
-        (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-        assert tool.is_over(tmp_path) == expected
-
-
 @pytest.mark.parametrize("code", [1, 2, 137])
 def test_a_branch_that_fails_ends_the_measurement(
     run: Callable[..., int], tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int

@@ -162,26 +162,6 @@ def test_an_untrained_model_knows_nothing(found: Any) -> None:
     assert length == 16
 
 
-@pytest.mark.parametrize(
-    ("heads", "expected"),
-    [
-        (8, [2.0**-i for i in range(1, 9)]),
-        (1, [2.0**-8]),
-        (6, [2.0 ** -(2 * i) for i in range(1, 5)] + [2.0**-1, 2.0**-3]),
-    ],
-)
-def test_alibi_slopes(heads: int, expected: list[float]) -> None:
-    assert alibi_slopes(heads).tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("heads", [8, 12])
-def test_alibi_is_interpolated_beyond_the_longest_training_length(heads: int) -> None:
-    """check 24: at twice the length all slopes are exactly half; up to the length they stay."""
-    slopes = alibi_slopes(heads)
-    assert torch.equal(alibi_slopes(heads, 2.0), slopes / 2)
-    assert torch.equal(alibi_slopes(heads, 1.0), slopes) and torch.equal(alibi_slopes(heads, 0.25), slopes)
-
-
 def beyond_training() -> dict[str, Any]:
     """Logits at 32 tokens of a model that trains on 16 at most, and of one that trains on 32 with other slopes."""
     tokens = torch.from_numpy(np.random.RandomState(0).randint(0, 128, (2, 32)))

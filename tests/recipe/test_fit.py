@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from megahp import config
-from megahp.cli import main
-from megahp.config import resolve
 from megahp.errors import UserError
-from megahp.log.metrics import RunLog
-from megahp.recipe import fit, law_file
+from megahp.recipe import fit
 from megahp.recipe.fit import Trained, fit_critical_batch, fit_loss, fit_optimal_batch, fit_timescale
-from megahp.recipe.fit_runs import read_runs
 from megahp.scaling.laws import LossLaw, PowerLaw
 from megahp.scaling.power_laws import CRITICAL_BATCH, OPTIMAL_BATCH, TAU, least_tokens
 
@@ -57,12 +50,6 @@ def batches(sizes: Sequence[float] = (1e8, 3e8, 1e9)) -> list[Trained]:
         (n, n * ratio, 2.0**power) for n in sizes for ratio in (10, 20, 40, 80, 160, 320) for power in range(16, 24)
     ]
     return [Trained("", n, d, BESIROGLU(n, least_tokens(d, batch)), batch) for n, d, batch in plans]
-
-
-def write_table(path: Path, runs: Sequence[Trained]) -> Path:
-    rows = [{key: value for key, value in asdict(run).items() if key != "name"} for run in runs]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.mark.parametrize(("law", "ratio"), [(HOFFMANN, 92.6), (BESIROGLU, 18.4)])
@@ -245,117 +232,3 @@ def test_too_few_runs(fitted: Callable[..., fit.Fit], runs: list[Trained], told:
     with pytest.raises(UserError) as error:
         fitted(runs, draws=20)
     assert told in str(error.value)
-
-
-def test_the_command_on_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every law that can be fitted is, and is written so that recipe reads it; what could not be is said."""
-    table = write_table(tmp_path / "runs.jsonl", [*grid(BESIROGLU), *sweeps("timescale", SIZES[:3])])
-    law, plot = tmp_path / "law.toml", tmp_path / "law.png"
-    assert main(["fit", str(table), "--out", str(law), "--plot", str(plot), "--draws", "20"]) == 0
-    out = capsys.readouterr().out
-    assert "not fitted: an optimal batch needs" in out and "not fitted: a critical batch needs" in out
-    row = next(line for line in out.splitlines() if line.lstrip().startswith("5.76e+23"))
-    assert row.split()[1:4] == ["72.2B", "1.33T", "18.4"] and row.endswith("beyond the runs")
-    written = law_file.read(law)
-    assert written.loss and written.timescale and written.optimal_batch is written.critical_batch is None
-    assert written.loss(7e9, 1.4e11) == pytest.approx(BESIROGLU(7e9, 1.4e11), rel=1e-6)
-    assert len(written.loss.draws) == 20 and written.timescale.fitted == (2, 160)
-    assert plot.read_bytes().startswith(b"\x89PNG")
-
-    assert main(["fit", str(table), "--out", str(law), "--timescale", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["laws"]
-    assert found.keys() == {"timescale"} and law_file.read(law).loss is None
-    assert found["timescale"]["constants"]["exponent"] == pytest.approx(TAU.exponent)
-
-
-LINE = '{"parameters": 1e8, "tokens": 2e9, "loss": 3.1}'
-
-
-@pytest.mark.parametrize(
-    ("lines", "words", "told"),
-    [
-        ([LINE], "", ["the runs suffice for no law", "there are 1"]),
-        ([LINE], "--loss", ["a loss law needs 6 different (N, D)"]),
-        ([LINE], "--timescale --tied-exponents", ["--tied-exponents", "--loss"]),
-        ([LINE], "--draws 5", ["--draws 5", "20"]),
-        ([LINE], "--seed -1", ["--seed -1"]),
-        ([LINE, LINE[:-1]], "", ["runs.jsonl line 2"]),
-        ([LINE, "[]"], "", ["runs.jsonl line 2", "not a JSON object"]),
-        ([LINE.replace("loss", "los")], "", ["runs.jsonl line 1", "los is unknown"]),
-        ([LINE.replace(', "loss": 3.1', "")], "", ["runs.jsonl line 1", "loss = null"]),
-        ([LINE.replace("3.1", "-1")], "", ["runs.jsonl line 1", "loss = -1 is no number above 0"]),
-        ([LINE.replace("3.1", '"low"')], "", ['loss = "low"']),
-    ],
-)
-def test_a_mistake_in_a_table_or_an_option(
-    lines: list[str], words: str, told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table, law = tmp_path / "runs.jsonl", tmp_path / "law.toml"
-    table.write_text("\n".join(lines))
-    assert main(["fit", str(table), "--out", str(law), *words.split()]) == 2
-    error = capsys.readouterr().err
-    assert all(text in error for text in told) and "Traceback" not in error
-    assert not law.exists()
-
-
-def write_run(folder: Path, tree: dict, events: Sequence[str] = ("started", "finished"), **last: float | None) -> Path:
-    """A run directory as `megahp train` leaves it."""
-    settings = resolve.from_dict({"model": {"vocab_size": 257}, "data": {"train": ["corpus"]}, **tree}, "test")
-    log = RunLog(folder)
-    for event in events:
-        log.event(event, "because")
-    batch = settings.batch.global_batch
-    log.metrics({"step": 9, "tokens": settings.train.tokens, "global_batch": batch, "validation_loss": 3.0, **last})
-    log.close()
-    (folder / "config.toml").write_text(config.to_toml(settings))
-    return folder
-
-
-def test_run_directories(tmp_path: Path) -> None:
-    """Sizes, batch and what is applied to hidden matrices; a growing batch, or another optimizer, serves fewer laws."""
-    tree = {
-        "model": {"width": 512, "heads": 8, "vocab_size": 257},
-        "parameterization": {"name": "completep", "base_width": 256},
-        "optimizer": {"lr": 8e-3, "weight_decay": 0.05},
-        "train": {"tokens": 10_000_000},
-        "batch": {"global_batch": 24},
-    }
-    plain = write_run(tmp_path / "plain", tree, tokens=9_999_000)  # no room for another batch
-    grown = write_run(tmp_path / "grown", tree, ("started", "batch", "resumed", "finished"), global_batch=48)
-    muon = write_run(tmp_path / "muon", tree | {"optimizer": {"name": "muon"}})
-    (one, two, three), notes = read_runs([plain, grown, muon])
-    width, mlp, block = 512, 1408, 4 * 512**2 + 3 * 512 * 1408 + 2 * 512
-    assert mlp == 64 * math.ceil(8 * width / 3 / 64)
-    assert one.parameters == 4 * block + 512 + 2 * 384 * 512
-    assert (one.tokens, one.loss, one.batch) == (10_000_000, 3.0, 24 * 256)
-    assert (one.lr, one.weight_decay) == (4e-3, 0.1)
-    assert one.timescale == pytest.approx(24 * 256 / (8e-3 * 0.05 * 1e7))
-    assert (two.batch, two.lr) == (None, None) and (three.batch, three.lr) == (24 * 256, None)
-    assert len(notes) == 2 and "grown: its batch changes" in notes[0] and "muon: tau is AdamW's" in notes[1]
-
-    other = write_run(tmp_path / "other", tree | {"data": {"train": ["corpus"], "tokenizer": "x.model"}})
-    assert "data.tokenizer" in read_runs([plain, other])[1][0]
-
-
-@pytest.mark.parametrize(
-    ("events", "last", "told"),
-    [
-        (("started",), {}, "has not ended"),
-        (("started", "finished", "resumed"), {}, "has not ended"),
-        (("started", "finished"), {"tokens": 5000}, "has not ended: 5000 of train.tokens = 10000000"),
-        (("started", "finished"), {"validation_loss": None}, "no validation loss"),
-    ],
-)
-def test_a_run_that_cannot_be_used_is_named(
-    events: Sequence[str], last: dict, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = write_run(tmp_path / "mine", {}, events, **last)
-    assert main(["fit", str(run), "--out", str(tmp_path / "law.toml")]) == 2
-    error = capsys.readouterr().err
-    assert str(run) in error and told in error
-
-
-def test_a_sparse_run_is_no_run_of_these_laws(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "sparse", {"sparsity": {"method": "static", "density": 0.5}})
-    with pytest.raises(UserError, match="sparse is sparse, and the laws are of dense models"):
-        read_runs([run])

@@ -1,0 +1,17 @@
+"""The baseline that training is measured against."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from commands.test_benchmark_training import COMMAND, TINY
+
+from megahp import cli
+from megahp.scaling.flops import parameters
+
+
+def test_the_baseline_has_as_many_weights(tool: ModuleType) -> None:
+    options = cli.parse([*COMMAND, *TINY, "--contestants", "nanogpt"])[1]
+    settings = tool.case_of(options, "2x128", 1, "float32").settings
+    model = tool.nanogpt.GPT(settings.model, 16)
+    assert sum(weight.numel() for weight in model.parameters()) == parameters(settings.model, 16)

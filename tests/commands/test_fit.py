@@ -1,0 +1,73 @@
+"""The command that fits laws to runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from recipe.test_fit import BESIROGLU, SIZES, grid, sweeps
+
+from megahp.cli import main
+from megahp.recipe import law_file
+from megahp.recipe.fit import Trained
+from megahp.scaling.power_laws import TAU
+
+
+def write_table(path: Path, runs: Sequence[Trained]) -> Path:
+    rows = [{key: value for key, value in asdict(run).items() if key != "name"} for run in runs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_command_on_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every law that can be fitted is, and is written so that recipe reads it; what could not be is said."""
+    table = write_table(tmp_path / "runs.jsonl", [*grid(BESIROGLU), *sweeps("timescale", SIZES[:3])])
+    law, plot = tmp_path / "law.toml", tmp_path / "law.png"
+    assert main(["fit", str(table), "--out", str(law), "--plot", str(plot), "--draws", "20"]) == 0
+    out = capsys.readouterr().out
+    assert "not fitted: an optimal batch needs" in out and "not fitted: a critical batch needs" in out
+    row = next(line for line in out.splitlines() if line.lstrip().startswith("5.76e+23"))
+    assert row.split()[1:4] == ["72.2B", "1.33T", "18.4"] and row.endswith("beyond the runs")
+    written = law_file.read(law)
+    assert written.loss and written.timescale and written.optimal_batch is written.critical_batch is None
+    assert written.loss(7e9, 1.4e11) == pytest.approx(BESIROGLU(7e9, 1.4e11), rel=1e-6)
+    assert len(written.loss.draws) == 20 and written.timescale.fitted == (2, 160)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    assert main(["fit", str(table), "--out", str(law), "--timescale", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["laws"]
+    assert found.keys() == {"timescale"} and law_file.read(law).loss is None
+    assert found["timescale"]["constants"]["exponent"] == pytest.approx(TAU.exponent)
+
+
+LINE = '{"parameters": 1e8, "tokens": 2e9, "loss": 3.1}'
+
+
+@pytest.mark.parametrize(
+    ("lines", "words", "told"),
+    [
+        ([LINE], "", ["the runs suffice for no law", "there are 1"]),
+        ([LINE], "--loss", ["a loss law needs 6 different (N, D)"]),
+        ([LINE], "--timescale --tied-exponents", ["--tied-exponents", "--loss"]),
+        ([LINE], "--draws 5", ["--draws 5", "20"]),
+        ([LINE], "--seed -1", ["--seed -1"]),
+        ([LINE, LINE[:-1]], "", ["runs.jsonl line 2"]),
+        ([LINE, "[]"], "", ["runs.jsonl line 2", "not a JSON object"]),
+        ([LINE.replace("loss", "los")], "", ["runs.jsonl line 1", "los is unknown"]),
+        ([LINE.replace(', "loss": 3.1', "")], "", ["runs.jsonl line 1", "loss = null"]),
+        ([LINE.replace("3.1", "-1")], "", ["runs.jsonl line 1", "loss = -1 is no number above 0"]),
+        ([LINE.replace("3.1", '"low"')], "", ['loss = "low"']),
+    ],
+)
+def test_a_mistake_in_a_table_or_an_option(
+    lines: list[str], words: str, told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, law = tmp_path / "runs.jsonl", tmp_path / "law.toml"
+    table.write_text("\n".join(lines))
+    assert main(["fit", str(table), "--out", str(law), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert all(text in error for text in told) and "Traceback" not in error
+    assert not law.exists()

@@ -1,0 +1,156 @@
+"""The command that writes run files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megahp import cli, config
+from megahp.config import resolve
+from megahp.data.indexed import IndexedWriter
+from megahp.exit_codes import USER_ERROR
+from megahp.recipe import law_file
+from megahp.recipe.law_file import LossLaw, PowerLaw
+
+
+def run(words: str) -> int:
+    return cli.main(["recipe", *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("", "nothing is too little to determine a run; give two of --params"),
+        ("--tokens 1e9", "--tokens is too little"),
+        ("--tpp 20", "--tpp is too little"),
+        ("--params 1e9 --tokens 1e9 --tpp 20", "--params --tokens --tpp is too much"),
+        ("--params 1e9 --width 512 --layers 8", "--params --params is too much"),
+        ("--flops 1e20 --target-loss 2.5", "--flops --target-loss is too much"),
+        ("--flops 1e20 --days 3 --gpus 8 --gpu H100", "--flops --flops is too much"),
+        ("--days 3 --gpu H100", "--days needs --gpus"),
+        ("--params 1e9 --gpus 8", "--gpus needs --gpu or --peak-flops"),
+        ("--params 1e9 --mfu 0.5", "no effect without --gpus"),
+        ("--params 1e9 --gpus 8 --gpu V200", "--gpu V200 is unknown; there are A100, H100, H200, B200"),
+        ("--params 1e9 --gpus 8 --gpu H100 --peak-flops 1e15", "--gpu and --peak-flops"),
+        ("--target-loss 1.8", "--target-loss 1.8 is not above 1.817, the floor of the loss law"),
+        ("--target-loss 2 --params 1e8", "--target-loss 2 is not reached with 1.02e+08 parameters"),
+        ("--target-loss 2 --tokens 1e8", "--target-loss 2 is not reached with these tokens"),
+        ("--params 1e9 --tokens 1000", "train.tokens = 1000 is less than one batch"),
+        ("--params 1e9 --tokens 1e6 --batch 4096", "train.tokens = 1000000 is less than one batch of 4096 x 2048"),
+        ("--params 1e9 --law steplaw", "--law steplaw is no law and no law file; did you mean step-law?"),
+        ("--params 1e9 --loss-law kaplan", "there are: hoffmann-rounded, hoffmann, besiroglu, gadre"),
+        ("--params -1", "--params -1 must be above 0"),
+        ("--params nan --tokens 1e9", "--params nan must be above 0"),
+        ("--params 1e9 --tokens inf", "--tokens inf must be above 0"),
+        ("--params 1e9 --density 1.5", "--density 1.5 must be above 0 and at most 1"),
+        ("--flops 1e20 --density 0.5", "--density needs a given size and data"),
+        ("--params 1e9 --batch 0", "--batch 0 must be above 0"),
+        ("--params 1e9 --batch 30 --gpus 8 --gpu H100", "--batch 30 cannot be shared out over 8 data-parallel ranks"),
+        (
+            "--params 1e9 --width 1000",
+            "--width 1000 is not a multiple of the head size 64; nearest that are: 960, 1024",
+        ),
+        ("--params 1e5", "no shape has about 1e+05 parameters"),
+        ("--params 1e9 --vocab-size 0", "--vocab-size 0 must be above 0"),
+        ("--preset lama --tpp 20", "--preset lama is unknown"),
+        ("--preset llama-2-7b --tpp 20 --width 512", "leave out --width and --layers"),
+        ("--params 1e9 --base nowhere.toml", "nowhere.toml does not exist"),
+        ("--params 1e9 --tokenizer nowhere.model", "nowhere.model"),
+        ("--params 1e9 --pareto new.png", "give --target-loss"),
+        ("--params 1e9 --out run.toml", "--out run.toml exists"),
+        ("--params 1e9 --out nowhere/new.toml", "--out nowhere/new.toml cannot be written"),
+        ("--target-loss 2.6 --pareto nowhere/new.png", "nowhere/new.png cannot be written"),
+        ("--target-loss 2.6 --pareto new.xyz", "new.xyz cannot be drawn"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text("")
+    assert run(words) == USER_ERROR
+    output = capsys.readouterr()
+    assert told in output.err and len(output.err.splitlines()) == 1 and not output.out
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ("[parameterization]\nname = 'sp'", "transfers nothing"),
+        ("[model]\nexperts = 4", "laws here are of dense models"),
+        ("[sparsity]\nmethod = 'static'\ndensity = 0.5", "laws here are of dense models"),
+    ],
+)
+def test_a_base_must_transfer(section: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base.toml").write_text(section)
+    assert run(f"--params 1e8 --base {tmp_path / 'base.toml'}") == USER_ERROR
+    assert told in capsys.readouterr().err
+
+
+def test_a_law_file_takes_the_place_of_power_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its critical batch is the run's too; what it lacks is Power Lines', whose rows say so."""
+    critical = PowerLaw(40.0, 0.5, "my runs", "fitted", fitted=(1e6, 1e12), draws=((39.0, 0.5), (41.0, 0.5)))
+    tau = PowerLaw(0.5, -0.3, "my decays", "fitted")
+    loss = LossLaw(1.5, 300.0, 900.0, 0.33, 0.33, "my losses", "fitted", draws=((1.4, 300.0, 900.0, 0.33, 0.33),) * 9)
+    law_file.write(tmp_path / "laws.toml", law_file.Laws(loss=loss, timescale=tau, critical_batch=critical))
+    out = tmp_path / "run.toml"
+    assert run(f"--params 1e9 --law {tmp_path / 'laws.toml'} --json --out {out}") == 0
+    printed = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in printed["rows"]}
+    assert rows["B_crit, sequences"]["source"] == "my runs" and "Power Lines" in rows["B_opt, sequences"]["source"]
+    assert "10 % to 90 %" in rows["loss, nats per token"]["formula"] and "my losses" in str(
+        rows["loss, nats per token"]
+    )
+    written = resolve.load(out).config
+    assert written.batch.critical_batch == (40.0, 0.5)
+    batch, decay = written.batch.global_batch * 2048, rows["weight decay, hidden"]["value"]
+    timescale = batch / (rows["peak LR, hidden matrices"]["value"] * decay * written.train.tokens)
+    assert timescale == pytest.approx(0.5 * rows["tokens per parameter"]["value"] ** -0.3)
+    assert json.loads(json.dumps(config.to_dict(written))) == printed["run"]
+    law_file.write(tmp_path / "loss.toml", law_file.Laws(loss=loss))
+    assert run(f"--params 1e9 --law {tmp_path / 'loss.toml'}") == USER_ERROR
+    assert "--loss-law" in capsys.readouterr().err
+
+
+def test_a_tuned_run_is_a_base(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(
+        '[model]\nwidth = 64\nheads = 2\nlayers = 3\nbias = true\nnorm = "layernorm"\n'
+        '[parameterization]\nbase_width = 64\nbase_layers = 3\n[data]\ntrain = ["mine"]\nsequence_length = 128\n'
+        "[optimizer]\nlr = 1e-2\nbeta2 = 0.9\n[train]\ntokens = 1e6\nsteps = 3\nseed = 7\n[batch]\nmicro_batch = 2\n"
+        '[schedule]\nname = "cosine"\n[log]\nname = "tuned"\n'
+    )
+    assert run(f"--params 1e7 --base {tmp_path / 'base.toml'} --out {tmp_path / 'run.toml'}") == 0
+    found = resolve.load(tmp_path / "run.toml").config
+    assert (found.parameterization.base_width, found.optimizer.lr, found.optimizer.beta2) == (64, 1e-2, 0.9)
+    assert (found.model.head_size, found.model.bias, found.model.norm, found.model.vocab_size) == (
+        32,
+        True,
+        "layernorm",
+        257,
+    )
+    assert (found.data.train, found.data.sequence_length, found.train.seed) == (("mine",), 128, 7)
+    assert (found.train.steps, found.schedule.name, found.batch.policy) == (0, "decay-to-zero", "law")
+    assert cli.main(f"recipe --preset debug --tpp 20 --base {tmp_path / 'base.toml'}".split()) == 0  # of no vocabulary
+    assert found.batch.micro_batch <= 2 and found.log.name != "tuned" and found.model.width > 64
+
+
+def test_the_run_file_trains_and_the_plots_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with IndexedWriter("corpus", 257) as writer:
+        for _ in range(100):
+            writer.add_document(list(b"some text, again and again " * 8))
+    words = "--params 1e6 --tokens 2e5 --tokenizer bytes --data corpus --sequence-length 64 --out run.toml --compare"
+    assert run(words) == 0
+    assert run("--target-loss 2.6 --pareto pareto.png") == 0
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    settings = resolve.load("run.toml")
+    assert settings.origins["data.train"] == "run.toml" and settings.config.data.train == ("corpus",)
+    command = [sys.executable, "-m", "megahp", "train", "run.toml", "train.steps=2", "train.validation_samples=4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len((settings.config.directory / "metrics.jsonl").read_text().splitlines()) == 2

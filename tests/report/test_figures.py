@@ -1,0 +1,57 @@
+"""The figures of a report."""
+
+from __future__ import annotations
+
+import pytest
+from report.test_page import drawn, record, report, write_run
+
+from megahp.log.metrics import RunLog
+
+
+def test_figures_can_be_read_and_follow_the_page(tmp_path):
+    events = [("batch", "noise scale reached 64", {"step": 9, "tokens": 9 * 32 * 512})]
+    page = report(tmp_path, write_run(tmp_path / "owl", baselines={"bigram": 4.75}, events=events))
+    drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(drawings) == 7 and all(one["role"] == "img" and one["aria-label"] for one in drawings)
+    assert "bigram 4.75" in page.text and "batch: noise scale reached 64" in page.text
+    svg = page.source[page.source.index("<svg") :]
+    assert "var(--run0)" in svg and "#2b5fa8" not in svg  # no colour is fixed
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def dotted(page):
+    """The lines that are the batch's colour and not solid."""
+    lines = drawn(page, "Global batch")
+    return [points for style, points in lines if "stroke-dasharray" in style and "var(--run0)" in style]
+
+
+def test_the_target_of_the_batch_is_drawn_where_there_is_one(tmp_path):
+    without = report(tmp_path, write_run(tmp_path / "owl", steps=30, batch_target=None), write_run(tmp_path / "lark"))
+    assert "target" not in without.text
+    assert len(dotted(without)) == 1  # of two runs, the first's noise scale is in its own colour
+    log = RunLog(tmp_path / "wren")
+    for step in range(1, 31):
+        log.metrics(record(step, batch_target=None if step < 7 else 48.0 if step < 30 else 32.0))
+    log.close()
+    page = report(tmp_path, tmp_path / "wren")
+    assert "dotted" in page.source and "target of the batch policy" in page.text
+    (points,) = dotted(page)
+    batch, right = (drawn(page, "Global batch")[0][1][at] for at in (0, -1))
+    assert points[-1] == pytest.approx(right)  # where the two are equal
+    assert points[0, 1] < right[1] - 5  # 48 is above 32
+    assert (points[0, 0] - batch[0]) / (right[0] - batch[0]) == pytest.approx(7 / 30, abs=1e-4)
+    assert dotted(report(tmp_path, write_run(tmp_path / "kite", steps=30))) == []
+    both = report(tmp_path, tmp_path / "owl", tmp_path / "wren")  # one run with and one without
+    assert "target of the batch policy" in both.text and len(dotted(both)) == 1
+
+
+def test_wild_first_estimates_do_not_flatten_the_rest(tmp_path):
+    for name, wild in (("owl", 2e3), ("lark", 1e9)):
+        log = RunLog(tmp_path / name)
+        for step in range(1, 101):
+            found = {1: wild, 2: 1 / wild, 3: wild}.get(step, 40.0 + step)
+            log.metrics(record(step, noise_scale=found, batch_target=0.2 * found))
+        log.close()
+    (_, tame), (_, wild) = (drawn(report(tmp_path, tmp_path / name), "Global batch")[0] for name in ("owl", "lark"))
+    assert tame == pytest.approx(wild)  # the batch's line lies where it lay
