@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from distributed import world
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megahp.benchmark import communication
 from megahp.parallel.layout import AXES, Layout
 from megahp.parallel.mesh import make_mesh
 
@@ -38,12 +38,12 @@ class Slow(Alone):
         target.copy_(source + 2)
 
 
-def test_a_changed_element_is_counted_before_and_after(tool: ModuleType) -> None:
-    assert tool.timed(Alone(), "send-receive", 1200, 1).wrong == 2
+def test_a_changed_element_is_counted_before_and_after() -> None:
+    assert communication.timed(Alone(), "send-receive", 1200, 1).wrong == 2
 
 
-def test_seconds_are_those_of_one_call(tool: ModuleType) -> None:
-    seconds = tool.timed(Slow(), "send-receive", 1200, 3).seconds
+def test_seconds_are_those_of_one_call() -> None:
+    seconds = communication.timed(Slow(), "send-receive", 1200, 3).seconds
     assert len(seconds) == 3 and all(0.01 <= each < 0.03 for each in seconds)
 
 
@@ -54,13 +54,13 @@ def slowest_and_sum() -> tuple[float, float]:
     return group.over_all(rank, largest=True), group.over_all(rank + 1, largest=False)
 
 
-def test_the_slowest_rank_counts(tool: ModuleType) -> None:
+def test_the_slowest_rank_counts() -> None:
     assert world.run(2, slowest_and_sum) == [(1, 3)] * 2
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2, dp_shard=2), Layout(dp_replicate=2, dp_shard=4, ep=2)])
-def test_groups_are_those_of_the_mesh(layout: Layout, tool: ModuleType) -> None:
-    found = tool.groups_of_layout(layout)
+def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
+    found = communication.groups_of_layout(layout)
     assert list(found) == [axis for axis, size in zip(AXES, layout.shape, strict=True) if size > 1]
     for rank in range(8):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
@@ -70,12 +70,12 @@ def test_groups_are_those_of_the_mesh(layout: Layout, tool: ModuleType) -> None:
         assert {axis: next(ranks for ranks in groups if rank in ranks) for axis, groups in found.items()} == mine
 
 
-def test_groups_of_nodes(tool: ModuleType) -> None:
-    assert tool.groups_of_nodes(["a", "a", "b", "b"]) == {
+def test_groups_of_nodes() -> None:
+    assert communication.groups_of_nodes(["a", "a", "b", "b"]) == {
         "world": [[0, 1, 2, 3]],
         "node": [[0, 1], [2, 3]],
         "between nodes": [[0, 2], [1, 3]],
     }
-    assert tool.groups_of_nodes(["a", "b", "a", "b"])["node"] == [[0, 2], [1, 3]]
-    assert tool.groups_of_nodes(["a", "b"]) == {"world": [[0, 1]], "between nodes": [[0, 1]]}
-    assert tool.groups_of_nodes(["a", "a", "b"]) == {"world": [[0, 1, 2]]}
+    assert communication.groups_of_nodes(["a", "b", "a", "b"])["node"] == [[0, 2], [1, 3]]
+    assert communication.groups_of_nodes(["a", "b"]) == {"world": [[0, 1]], "between nodes": [[0, 1]]}
+    assert communication.groups_of_nodes(["a", "a", "b"]) == {"world": [[0, 1, 2]]}

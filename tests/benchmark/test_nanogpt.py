@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from commands.test_benchmark_training import COMMAND, TINY
 
 from megahp import cli
+from megahp.commands import benchmark_training as tool
 from megahp.scaling.flops import parameters
 
 
-def test_the_baseline_has_as_many_weights(tool: ModuleType) -> None:
+def test_the_baseline_has_as_many_weights() -> None:
     options = cli.parse([*COMMAND, *TINY, "--contestants", "nanogpt"])[1]
     settings = tool.case_of(options, "2x128", 1, "float32").settings
     model = tool.nanogpt.GPT(settings.model, 16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ def event(name: str, start: float, end: float, device: DeviceType = DeviceType.C
     )
 
 
-def test_time_is_split_without_overlap(tool: ModuleType) -> None:
+def test_time_is_split_without_overlap() -> None:
     split = time_split
     host = [event("waiting for data", 0, 10), event("aten::copy_", 5, 8), event("aten::mm", 20, 50)]
     host += [event("aten::mul", 30, 40), event("gloo:all_reduce", 45, 60), event("MmBackward0", 50, 70)]

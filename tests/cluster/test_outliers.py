@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
 from commands.test_check_cluster import NODES, healthy, verdict
+
+from megahp.commands import check_cluster as tool
 
 
 def slow_pairs(found: dict[str, list[Any]], rank: int, kind: str, key: str, factor: float) -> None:
@@ -87,14 +88,12 @@ FAULTS: dict[str, tuple[Fault, set[str | None], str]] = {
 }
 
 
-def test_nothing_stands_out_on_healthy_nodes(tool: ModuleType) -> None:
+def test_nothing_stands_out_on_healthy_nodes() -> None:
     assert verdict(tool, healthy()) == []
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_named_with_its_node_and_no_other(
-    name: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fault_is_named_with_its_node_and_no_other(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     plant, nodes, words = FAULTS[name]
     found = copy.deepcopy(healthy())
     plant(found)
@@ -108,12 +107,12 @@ def test_a_fault_is_named_with_its_node_and_no_other(
 
 
 @pytest.mark.parametrize("expected", [{}, dict.fromkeys(["login", "n1"], 4)])
-def test_an_absent_rank_is_named_where_its_node_is_not_known(expected: dict[str, int], tool: ModuleType) -> None:
+def test_an_absent_rank_is_named_where_its_node_is_not_known(expected: dict[str, int]) -> None:
     found = {"ranks": [*healthy()["ranks"][:6], None, None]}
     assert verdict(tool, found, expected) == [tool.Problem(None, "rank 6, 7 does not answer")]
 
 
-def test_two_nodes_are_not_each_others_judges(tool: ModuleType) -> None:
+def test_two_nodes_are_not_each_others_judges() -> None:
     """But for a rank that disagrees with those beside it; and the slower of two is the slower one."""
     two = {stage: values[:4] for stage, values in healthy().items() if stage in ("ranks", "gemm")}
     odd = copy.deepcopy(two)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
+
+from megahp.diagnose import child_runs
 
 
-def test_skipped_steps_that_are_not_in_a_row_are_not_the_end(tool: ModuleType, tmp_path: Path) -> None:
+def test_skipped_steps_that_are_not_in_a_row_are_not_the_end(tmp_path: Path) -> None:
     for gap, expected in ((1, True), (2, False)):
         events = [{"step": gap * n, "event": "skipped"} for n in range(25)]
         (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-        assert tool.is_over(tmp_path) == expected
+        assert child_runs.is_over(tmp_path) == expected
