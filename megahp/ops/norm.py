@@ -256,8 +256,8 @@ def _norm_backward_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class _Differentiable(torch.autograd.Function):
-    """The forward op with gradients. What torch.library.register_autograd makes of the same two functions asks the
-    schema for all arguments once for each (torch 2.13, fill_defaults), which takes longer than a small norm itself.
+    """The forward op with gradients. What torch.library.register_autograd would make of it takes time by the square of
+    the number of arguments, here nine (torch 2.13: fill_defaults asks the schema for all of them once for each).
     """
 
     @staticmethod
