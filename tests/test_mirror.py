@@ -21,6 +21,7 @@ SPANNED = {
     "train/trainer train/validation",
     "distributed/test_sabotage.py": "parallel/collectives parallel/expert parallel/parameters",
     "evaluate/test_perplexity.py": "commands/evaluate commands/evaluate_tasks evaluate/harness evaluate/sample",
+    "faults/test_faults.py": "faults/copies faults/notice launch/processes train/recovery",
     "faults/test_soak.py": "faults/crash",
     "model/test_compute.py": "parallel/device",
     "model/test_transformer.py": "parallel/draw",
@@ -32,7 +33,7 @@ SPANNED = {
     "test_bad_input.py": "commands/config commands/sample errors exit_codes train/prepare",
     "test_cli.py": "__main__",
     "train/test_masks.py": "parallel/selection",
-    "train/test_run.py": "commands/replay commands/train log/events train/loop train/reporter",
+    "train/test_run.py": "commands/replay commands/train log/events log/replay train/loop train/reporter",
 }
 
 

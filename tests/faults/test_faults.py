@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from typing import Any
 import pytest
 from corpus import write_corpus
 from faults.test_soak import RUN
+from logged import numbers
 
 from megahp import checkpoint
 from megahp.log.metrics import read_events
+from megahp.log.replay import replay
 
 INJECT = Path(__file__).parent / "inject"
 ALONE = ("parallel.dp_replicate=1", "resilience.spike_window=12")
@@ -61,6 +65,109 @@ def events(folder: Path, name: str, *kinds: str) -> list[dict[str, Any]]:
     return [event for event in read_events(folder / "runs" / name) if event["event"] in kinds]
 
 
+def test_what_is_not_finite_again_is_named_and_left_out(folder: Path) -> None:
+    """A sample that gives no number, on whichever rank has it: once computed again, then the step is skipped."""
+    lasting = ({"kind": "lasting", "rank": 1, "sample": 31, "times": float("nan")},)
+    code, said = train(folder, "lasting", "--ranks", "2", faults=lasting)
+    assert code == 0, said
+    (skipped,) = events(folder, "lasting", "skipped")
+    assert skipped["step"] == 7 and skipped["samples"] == [28, 31]
+    assert "output of the stage's end is not finite on rank 1, microbatch 0" in skipped["reason"]
+    records = numbers(folder / "runs/lasting")
+    assert [record["step"] for record in records if record.get("skipped")] == [8] and len(records) == 40
+    state = checkpoint.read_state(checkpoint.complete(folder / "runs/lasting/checkpoints")[-1])
+    assert (state["skipped"], state["updates"]) == (1, 39)
+
+
+def test_a_spike_is_told_or_left_out(folder: Path) -> None:
+    spike = ({"kind": "lasting", "rank": 0, "sample": 81, "times": 9.0},)
+    for policy, updates in (("tell", 40), ("skip", 39)):
+        words = (*ALONE, "--ranks", "1", "--restarts", "0", f"resilience.spikes={policy}")
+        code, said = train(folder, policy, *words, faults=spike)
+        assert code == 0, said
+        (told,) = events(folder, policy, "spike")
+        assert told["step"] == 20 and told["reason"].startswith("loss ")
+        skipped = events(folder, policy, "skipped")
+        assert [event["samples"] for event in skipped] == ([[80, 83]] if policy == "skip" else [])
+        told = [record["step"] for record in numbers(folder / "runs" / policy) if record.get("skipped")]
+        assert told == ([21] if policy == "skip" else [])
+        state = checkpoint.read_state(checkpoint.complete(folder / "runs" / policy / "checkpoints")[-1])
+        assert state["updates"] == updates
+
+
+def test_a_rewind_goes_back_and_past_the_samples(folder: Path) -> None:
+    """And is itself gone on with exactly, after a kill."""
+    spike = {"kind": "lasting", "rank": 0, "sample": 81, "times": 9.0}
+    kill = {"kind": "kill", "rank": 0, "step": 29}
+    words = (*ALONE, "--ranks", "1", "--restarts", "3", "resilience.spikes=rewind", "checkpoint.every=6")
+    # so that the newest checkpoint is written when the spike, and the kill, come
+    pauses = tuple({"kind": "pause", "rank": 0, "step": step} for step in (20, 28))
+    for name, faults in (("rewound", (spike, *pauses)), ("rewound and killed", (spike, *pauses, kill))):
+        code, said = train(folder, name, *words, faults=faults)
+        assert code == 0, said
+        (rewound,) = events(folder, name, "rewound")
+        assert rewound["step"] == 18 and rewound["samples"] == 84
+        assert replay(folder / "runs" / name).differences == []
+        records = numbers(folder / "runs" / name)
+        assert [record["step"] for record in records] == list(range(1, 41))
+        assert records[-1]["samples"] == 160 + (84 - 4 * rewound["step"])
+    assert numbers(folder / "runs/rewound") == numbers(folder / "runs/rewound and killed")
+    assert len(events(folder, "rewound and killed", "resumed")) == 1
+
+
+def test_rewinds_that_do_not_help_end_the_run(folder: Path) -> None:
+    lasting = tuple({"kind": "lasting", "rank": 0, "sample": number, "times": 9.0} for number in range(81, 600, 4))
+    words = (*ALONE, "--ranks", "1", "--restarts", "3", "resilience.spikes=rewind", "checkpoint.every=20")
+    code, said = train(folder, "lost", *words, faults=lasting)
+    assert code == 2 and "3 rewinds did not help; lower optimizer.lr" in said.splitlines()[-1]
+
+
+def test_a_weight_that_nobody_else_holds_is_restored(folder: Path) -> None:
+    weight = ({"kind": "weight", "rank": 0, "step": 9},)
+    code, said = train(folder, "weight", *ALONE, "--ranks", "1", "--restarts", "2", faults=weight)
+    assert code == 0, said
+    (broken,) = events(folder, "weight", "broken")
+    assert broken["reason"].startswith("weight unembedding.weight is not finite on rank 0")
+    assert len(events(folder, "weight", "resumed")) == 1 and not events(folder, "weight", "skipped")
+    assert len(numbers(folder / "runs/weight")) == 40
+
+
+def test_a_last_step_that_is_left_out_is_saved_all_the_same(folder: Path) -> None:
+    last = ({"kind": "lasting", "rank": 0, "sample": 159, "times": float("nan")},)
+    words = (*ALONE, "--ranks", "1", "--restarts", "0", "checkpoint.every=0")
+    code, said = train(folder, "last", *words, faults=last)
+    assert code == 0, said
+    (saved,) = checkpoint.complete(folder / "runs/last/checkpoints")
+    assert saved.name == "step-00000040"
+
+
+def test_a_signal_between_two_starts_ends_it(folder: Path) -> None:
+    kill = ({"kind": "kill", "rank": 0, "step": 3},)
+    started = start(folder, "between", *ALONE, "--ranks", "1", "--restarts", "2", faults=kill)
+    while not (folder / "between.json.0").exists():
+        assert started.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)  # the next start is importing
+    started.send_signal(signal.SIGTERM)
+    said, _ = started.communicate(timeout=60)
+    assert started.returncode in (143, -signal.SIGTERM), said
+    assert not events(folder, "between", "resumed", "finished")
+
+
+def test_a_second_signal_ends_ranks_that_hang(folder: Path) -> None:
+    stop = ({"kind": "stop", "rank": 1, "step": 3},)
+    started = start(folder, "twice", "--ranks", "2", "resilience.hang_after=60.0", faults=stop)
+    while not (folder / "twice.json.0").exists():
+        assert started.poll() is None
+        time.sleep(0.01)
+    started.send_signal(signal.SIGTERM)
+    time.sleep(5.5)
+    assert started.poll() is None
+    started.send_signal(signal.SIGTERM)
+    said, _ = started.communicate(timeout=10)
+    assert started.returncode == 143, said
+
+
 def test_a_slow_rank_is_named(folder: Path) -> None:
     slow = ({"kind": "slow", "rank": 1, "step": 1},)
     code, said = train(folder, "slow", "--ranks", "2", "resilience.check_every=10", faults=slow)
@@ -88,6 +195,42 @@ def test_a_rank_that_hangs_with_the_store_is_left(folder: Path) -> None:
     marked = (folder / "store.json.0").stat().st_mtime
     crash = (folder / "runs/store/crashes/rank-00001.txt").stat().st_mtime
     assert crash - marked < 3 + 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_launcher_saves_and_stops(folder: Path, number: signal.Signals) -> None:
+    name = number.name
+    words = ("--ranks", "2", "checkpoint.every=0", "--resume", "auto")
+    pause = ({"kind": "slow", "rank": 0, "step": 1},)  # or it might be over before it is told
+    started = start(folder, name, *words, faults=pause)
+    log = folder / "runs" / name / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        assert started.poll() is None
+        time.sleep(0.02)
+    told = time.monotonic()
+    started.send_signal(number)
+    said, _ = started.communicate(timeout=60)
+    assert started.returncode == 75 and time.monotonic() - told < 20, said
+    (stopped,) = events(folder, name, "stopped")
+    (saved,) = checkpoint.complete(folder / "runs" / name / "checkpoints")
+    assert saved.name == f"step-{stopped['step']:08d}" and name in stopped["reason"]
+    code, said = train(folder, name, *words)
+    assert code == 0, said
+    assert [event["event"] for event in events(folder, name, "started", "resumed", "finished")] == [
+        "started",
+        "resumed",
+        "finished",
+    ]
+    assert len(numbers(folder / "runs" / name)) == 40
+
+
+def test_a_time_limit_of_its_own(folder: Path) -> None:
+    slow = ({"kind": "slow", "rank": 0, "step": 1},)
+    words = (*ALONE, "--ranks", "1", "--restarts", "0", "resilience.stop_after=0.02")
+    code, said = train(folder, "limited", *words, faults=slow)
+    assert code == 75, said
+    (stopped,) = events(folder, "limited", "stopped")
+    assert "resilience.stop_after" in stopped["reason"] and 0 < stopped["step"] < 40
 
 
 @pytest.fixture

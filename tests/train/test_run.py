@@ -213,6 +213,16 @@ def test_experts_and_their_biases_go_on(folder: Path) -> None:
     assert world.run(1, generate, folder / "runs/experts", "It", 3, 0.8, 50, 1)[0].startswith("It")
 
 
+def test_a_replay_notices_a_changed_log(folder: Path, whole: list[dict[str, Any]]) -> None:
+    name = copy_of(folder, "whole", "forged")
+    log = folder / "runs" / name / "metrics.jsonl"
+    records = metrics(folder, name)
+    for record in records[1:8]:
+        record["noise_scale"] = 0.01
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert replay(folder / "runs" / name).differences != []
+
+
 def test_a_finished_run_is_not_done_again(folder: Path, whole: list[dict[str, Any]]) -> None:
     before = (folder / "runs/whole/metrics.jsonl").read_bytes()
     train(folder, "whole", "--ranks", "2", "--resume", "auto", *GROWING)
