@@ -8,12 +8,10 @@ from types import ModuleType
 from typing import Any
 
 from megahp import launch
-from megahp.commands import COMMANDS, HIDDEN
+from megahp.commands import COMMANDS, HIDDEN, LISTING, STARTED_AGAIN
 from megahp.config.resolve import suggest
 from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import FAULT, INTERRUPTED, USER_ERROR
-
-LISTING = "\n".join(f"  {name:<26}{about}" for name, about in COMMANDS.items())
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,10 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, options = parse(words)
     try:
         return command.run(options, words)
-    except (UserError, OSError) as error:
+    except UserError as error:
         if launch.is_first_here():  # what is found before the ranks meet, all of them find
             complain(error)
         return USER_ERROR
+    except OSError as error:  # which this rank may have met alone
+        complain(error)
+        return FAULT if words[0] in STARTED_AGAIN else USER_ERROR
     except Fault as error:
         complain(error)
         return FAULT
@@ -45,8 +46,9 @@ def parse(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in (*COMMANDS, *HIDDEN)), "")
     if not name:
         parser = Parser(prog="megahp", usage="megahp COMMAND ...", epilog=f"commands:\n{LISTING}")
-        parser.parse_known_args(words or ["--help"])
-        parser.error(f"{words[0]} is no command; {suggest(words[0], COMMANDS)}")
+        parser.parse_known_args(words)  # --help
+        near = suggest(words[0], COMMANDS) if words else "megahp --help lists them"
+        parser.error(f"{' '.join(words[:2])!r} is no command; {near}")
     command = import_module(f"megahp.commands.{name.replace(' ', '_').replace('-', '_')}")
     parser = Parser(prog=f"megahp {name}", description=command.__doc__)
     command.add_arguments(parser)

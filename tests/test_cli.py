@@ -8,12 +8,14 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 import megahp
 from megahp import cli
 from megahp.commands import COMMANDS, HIDDEN
+from megahp.exit_codes import FAULT
 
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem for path in (Path(megahp.__file__).parent / "commands").glob("*.py")}
@@ -37,9 +39,8 @@ def test_each_command_is_a_file_and_each_file_a_command() -> None:
         assert module.__doc__ and callable(module.add_arguments) and callable(module.run)
 
 
-@pytest.mark.parametrize("words", [[], ["--help"]])
-def test_commands_are_listed_but_those_for_scripts(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    code, said, _ = ended(words, capsys)
+def test_commands_are_listed_but_those_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said, _ = ended(["--help"], capsys)
     assert code == 0
     assert all(re.search(rf"^  {command} +\S", said, re.MULTILINE) for command in COMMANDS)
     assert not any(hidden in said for hidden in HIDDEN)
@@ -54,7 +55,8 @@ def test_a_command_explains_itself(command: str, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["trian", "run.toml"], "trian is no command; did you mean train"),
+        ([], "megahp --help lists them"),
+        (["trian", "run.toml"], "'trian run.toml' is no command; did you mean train"),
         (["benchmark"], "did you mean benchmark norm"),
         (["benchmark", "norn"], "did you mean benchmark norm"),
         (["report", "runs/x", "--colour"], "unrecognized arguments: --colour"),
@@ -71,6 +73,20 @@ def test_what_is_no_command_or_option_is_refused(
     else:
         code, error, told = cli.main(words), capsys.readouterr().err, "'--rank' is neither an option nor a setting"
     assert code == 2 and told in error
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [("train run.toml", FAULT), ("requeue 1 run.toml", FAULT), ("report runs/x", 2)]
+)
+def test_a_file_system_that_fails_is_a_fault_of_a_run_and_is_said_by_every_rank(
+    command: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that what started the run starts it again."""
+    module = import_module(f"megahp.commands.{command.split()[0]}")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(module, "run", Mock(side_effect=OSError(116, "Stale file handle")))
+    assert cli.main(command.split()) == code
+    assert capsys.readouterr().err == "megahp: [Errno 116] Stale file handle\n"
 
 
 def test_tools_are_the_same_commands_by_path(tmp_path: Path) -> None:

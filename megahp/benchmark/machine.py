@@ -1,5 +1,6 @@
 """Where something is measured, and waiting for what it does."""
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ def machine_of(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{models[0].partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()  # Arm's name no model
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(models, platform.machine())} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Every command of `megahp`, a file each (benchmark norm: benchmark_norm.py), and its line in `megahp --help`.
 
 A file has add_arguments(parser) and run(options, words), which returns the exit code; words are the command line's.
-Only the file of the command that is called is imported, so that those for data and jobs never import torch.
+Only the file of the command that is called is imported, so that `megahp preprocess` never imports torch.
 """
 
 COMMANDS = {
@@ -34,3 +34,5 @@ COMMANDS = {
     "benchmark scaling": "weak and strong scaling of real training",
 }
 HIDDEN = ("requeue", "segment")  # what the scripts of slurm/ ask
+STARTED_AGAIN = ("train", "verify-layout", *HIDDEN)  # where a file system that fails is a fault, not a mistake
+LISTING = "\n".join(f"  {name:<26}{about}" for name, about in COMMANDS.items())

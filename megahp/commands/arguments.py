@@ -8,6 +8,8 @@ from pathlib import Path
 
 from megahp.errors import UserError
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # as torch calls them
+
 
 def add_run_file(parser: argparse.ArgumentParser) -> None:
     """RUN.toml, and settings that replace its own."""
@@ -37,6 +39,14 @@ def at_least(arguments: argparse.Namespace, **least: int) -> None:
     for name, number in least.items():
         if (value := getattr(arguments, name)) is not None and value < number:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {number}")
+
+
+def shape_of(text: str, dimensions: int | None = None) -> tuple[int, ...]:
+    """8x512x256 as numbers, of so many dimensions. Raises UserError."""
+    sides = text.split("x")
+    if not all(side.isdecimal() and int(side) for side in sides) or dimensions not in (None, len(sides)):
+        raise UserError(f"--shape {text} must be {dimensions or 'some'} whole numbers above 0, such as 8x512x256")
+    return tuple(map(int, sides))
 
 
 def starts_ranks(ranks: int | None, size: int) -> bool:

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+import megahp
 from megahp import checkpoint, config, launch
 from megahp.benchmark.machine import machine_of
 from megahp.commands.arguments import at_least, starts_ranks
@@ -41,7 +42,7 @@ from megahp.train.prepare import check_batch
 from megahp.train.run import state_of_weights
 from megahp.train.trainer import Trainer
 
-QUICKSTART = Path("examples/quickstart/run.toml")
+QUICKSTART = Path(megahp.__file__).parents[1] / "examples/quickstart/run.toml"  # of a checkout
 VOCABULARY = 4096  # that of the quick start's tokenizer
 TARGET = 0.1  # of the time of a synchronous save
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megahp.benchmark.machine import machine_of, synchronize
-from megahp.commands.output import write_json
+from megahp.commands.arguments import DTYPES, at_least, shape_of
+from megahp.commands.output import refuse_unwritable, write_json
 from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.mesh import Place
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--shape", nargs="+", default=["8x512x256x50304"])
-    add("--dtype", nargs="+", default=["float32", "bfloat16"])
+    add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     add("--turns", type=int, default=7)
     add("--json", type=Path, help="write the rows and the machine here too")
 
@@ -78,10 +79,12 @@ def peak(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> int:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    rows: list[dict] = []
+    at_least(arguments, turns=1)
+    refuse_unwritable(arguments.json)
+    shapes, rows = {shape: shape_of(shape, 4) for shape in arguments.shape}, list[dict]()
     print("loss   shape            dtype     forward ms backward ms both, of plain  peak MiB")
     for shape, dtype in itertools.product(arguments.shape, arguments.dtype):
-        batch, length, width, vocabulary = map(int, shape.split("x"))
+        batch, length, width, vocabulary = shapes[shape]
         x = torch.randn(batch, length, width, device=arguments.device).to(getattr(torch, dtype)).requires_grad_()
         weight = (torch.randn(vocabulary, width, device=arguments.device) / width**0.5).requires_grad_()
         targets = torch.randint(vocabulary, (batch, length), device=arguments.device)

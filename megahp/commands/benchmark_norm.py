@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megahp.benchmark.machine import machine_of
-from megahp.commands.arguments import add_outputs
+from megahp.commands.arguments import DTYPES, add_outputs, at_least, shape_of
 from megahp.commands.output import refuse_unwritable, write_json
 from megahp.errors import UserError
 from megahp.ops import add_and_normalize, normalize
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--op", nargs="+", default=OPS, choices=OPS)
     add("--shape", nargs="+", default=["1x33x7", "8x512x256", "8x1024x1024", "4x2048x4096"])
-    add("--dtype", nargs="+", default=["float32", "bfloat16"])
+    add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     add("--peer", nargs="*", default=list(PEERS), choices=list(PEERS))
     add("--threads", type=int, help="of the CPU; torch's own choice by default")
     add("--turns", type=int, default=11)
@@ -155,9 +155,9 @@ def in_turns(works: dict[str, Work], device: str, turns: int) -> dict[str, float
     return {name: 1e3 * statistics.median(several[1:]) for name, several in times.items()}
 
 
-def measure(op: str, size: str, dtype: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(op: str, shape: tuple[int, ...], dtype: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row of results for the forward and one for the backward."""
-    added, shape = op.startswith("add"), tuple(map(int, size.split("x")))
+    added = op.startswith("add")
     draw = partial(torch.randn, dtype=getattr(torch, dtype), device=arguments.device)
     inputs, dys = ([draw(shape, requires_grad=needed) for _ in range(1 + added)] for needed in (True, False))
     weight = draw(shape[-1], requires_grad=True)
@@ -182,7 +182,7 @@ def measure(op: str, size: str, dtype: str, arguments: argparse.Namespace) -> It
         yield {
             "op": op,
             "pass": direction,
-            "shape": size,
+            "shape": "x".join(map(str, shape)),
             "dtype": dtype,
             "bytes": moved,
             "ms": milliseconds,
@@ -205,7 +205,7 @@ def table_row(row: dict[str, Any]) -> str:
 def machine(device: str) -> dict[str, Any]:
     installed = {found.name.lower().replace("_", "-"): found.version for found in importlib.metadata.distributions()}
     versions = {name: installed[name] for name in PACKAGES if name in installed}
-    return {**machine_of(torch.device(device)), **versions}
+    return {**machine_of(torch.device(device)), "cpu": torch.backends.cpu.get_cpu_capability(), **versions}
 
 
 def keep_freed_memory() -> None:
@@ -238,7 +238,9 @@ def plot(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    shapes = [shape_of(shape) for shape in arguments.shape]
     refuse_unwritable(arguments.json, plot=arguments.plot)
+    at_least(arguments, turns=1, threads=1)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.device == "cpu":
@@ -246,8 +248,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
     about, rows = machine(arguments.device), []
     print(about)
-    for size, dtype, op in itertools.product(arguments.shape, arguments.dtype, arguments.op):
-        for row in measure(op, size, dtype, arguments):
+    for shape, dtype, op in itertools.product(shapes, arguments.dtype, arguments.op):
+        for row in measure(op, shape, dtype, arguments):
             rows.append(row)
             print(table_row(row), flush=True)
     write_json(arguments.json, {"machine": about, "rows": rows})

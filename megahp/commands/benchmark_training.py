@@ -25,9 +25,9 @@ layers that megahp computes again (compute.recompute=full). The peak is NVIDIA's
 Peak memory: on CUDA this contestant's own, of rank 0's device; on a CPU that of rank 0's process, with every
 contestant in it, so that it tells of one only if that ran alone.
 
-The split of a step's time (time_split.py) is of steps under the profiler, which slows them. What cannot be told
-apart: an operator's dispatch and allocations from its work on a CPU; waiting for other ranks from communication; and
-data that is prepared, or communication that goes on, behind compute is counted as compute.
+The split of a step's time (megahp/benchmark/time_split.py) is of steps under the profiler, which slows them. What
+cannot be told apart: an operator's dispatch and allocations from its work on a CPU; waiting for other ranks from
+communication; and data that is prepared, or communication that goes on, behind compute is counted as compute.
 
 Exit code 2 means a mistake in what was given.
 """

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from megahp import launch
-from megahp.commands.arguments import add_run_file
+from megahp.commands.arguments import add_run_file, starts_ranks
 from megahp.config import Config, resolve
 from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import FAULT, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
@@ -30,12 +30,11 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
     from megahp.train.prepare import prepare
 
-    if options.ranks and place.size not in (1, options.ranks):
-        raise UserError(f"--ranks {options.ranks}, but the launcher started {place.size}; leave --ranks out")
+    starting = starts_ranks(options.ranks, place.size)
     settings = prepare(settings, layout, options.ranks or place.local_size, options.resume == "auto")
     if options.restarts is not None:
         return train_again_and_again(options, settings, place)
-    if ranks > place.size:
+    if starting:
         return launch.spawn(words, ranks)
     return train_rank(settings, place, layout, options.resume == "auto")
 

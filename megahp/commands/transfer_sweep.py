@@ -284,7 +284,7 @@ def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
             loss = loss_of(cell.directory, last)
             print(f"[{len(over)}/{len(cells)}] {cell}: loss {loss:.4f}, {seconds:.1f} s; ETA {eta}", flush=True)
     except UserError as error:
-        complain(f"{error}")
+        complain(error)
         code = STOPPED if isinstance(error, Told) else USER_ERROR
     except KeyboardInterrupt:
         code = INTERRUPTED

@@ -95,7 +95,10 @@ class Transformer(nn.Module):
         length = x.shape[1] * self.axis.context.size * (1 if self.is_first else self._split)
         positions = self._positions(length, x.device, documents)
         if self.is_first:
-            x = self._embed(x)
+            x = self.embedding(x, self.dtype)
+            if self.positions:
+                x = x + self.positions(length, self.dtype)
+            x = x * self.table.embedding
         for block in self.blocks.values():
             x = block(x, positions)
         if not self.is_last:
@@ -114,12 +117,6 @@ class Transformer(nn.Module):
     def _split(self) -> int:
         """Ranks that share out the residual stream of a rank's tokens."""
         return self.axis.size if self.axis.sequence_parallel else 1
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens, self.dtype)
-        if self.positions:
-            x = x + self.positions(tokens.shape[1] * self.axis.context.size, self.dtype)
-        return x * self.table.embedding
 
     def _positions(self, length: int, device: torch.device, documents: Tensor | None) -> Positions:
         model, context = self.model, self.axis.context

@@ -6,13 +6,6 @@ from pathlib import Path
 import torch
 
 
-def load_all() -> None:
-    """Load the kernels of every device that this torch knows: CUDA's only under a CUDA build, GPU or not."""
-    load("_cpu")
-    if torch.version.cuda is not None:
-        load("_cuda")
-
-
 def load(name: str) -> bool:
     """Load ``megahp/<name>.*so``, whose kernels then serve their device; nothing is compiled here.
 

@@ -15,9 +15,6 @@ of ``csrc/``, where built, replace them on theirs.
 """
 
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -315,24 +312,9 @@ def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
 
 # Registration: the schemas, and what serves them.
 
-_REFERENCES: dict[str, Any] = {}
-
-
-@contextmanager
-def references_only() -> Iterator[None]:
-    """While open, the PyTorch references serve the CPU too: for tests and benchmarks beside the kernels."""
-    with torch.library._scoped_library("megahp", "IMPL") as library:
-        with warnings.catch_warnings():
-            # Overriding the kernels is the intention.
-            warnings.filterwarnings("ignore", "Warning only once for all operators")
-            for name, reference in _REFERENCES.items():
-                library.impl(name, reference, "CPU")
-        yield
-
 
 def _register(schema: str, reference: Any, fake: Any) -> None:
     name, brace, rest = schema.partition("(")
-    _REFERENCES[name] = reference
     torch.library.define(f"megahp::{name}", brace + rest, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"megahp::{name}", "default", reference)
     torch.library.register_fake(f"megahp::{name}", fake)
@@ -352,4 +334,6 @@ _register(
 )
 torch.library.impl("megahp::norm", "Autograd", _norm_autograd)
 torch.library.register_autograd("megahp::norm_backward", _no_second_derivative)
-_extension.load_all()
+_extension.load("_cpu")
+if torch.version.cuda is not None:  # CUDA's kernels load only under a CUDA build, GPU or not
+    _extension.load("_cuda")
