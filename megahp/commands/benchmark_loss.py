@@ -51,7 +51,6 @@ LOSSES: dict[str, Loss] = {"ours": partial(linear_cross_entropy, axis=ALONE), "p
 
 def timed(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[float, float]:
     """Seconds of one forward and one backward."""
-
     clock = time.perf_counter if x.is_cuda or torch.get_num_threads() > 1 else time.process_time
     x.grad = weight.grad = None
     synchronize(x.device)
