@@ -17,6 +17,19 @@ namespace megahp {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline int64_t divided_up(int64_t all, int64_t part) { return (all + part - 1) / part; }
 
 // Statistics and sums are fp32, or fp64 for fp64 input.
 template <class T>
@@ -61,16 +74,16 @@ inline void check_like(const Tensor& other, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), "norm: ", name, " and x must have the same dtype");
 }
 
-inline void check_forward(const Tensor& x, const std::optional<Tensor>& branch, const Tensor& weight,
-                          const std::optional<Tensor>& bias, bool centered) {
+inline void check_forward(const Tensor& x, const Optional& branch, const Tensor& weight, const Optional& bias,
+                          bool centered) {
   check_input(x, weight);
   check_center(centered, bias.has_value());
   if (bias) check_input(x, *bias);
   if (branch) check_like(*branch, x, "branch");
 }
 
-inline void check_backward(const Tensor& dy, const std::optional<Tensor>& dstream, const Tensor& x,
-                           const Tensor& weight, const Tensor& statistics, bool centered, bool bias) {
+inline void check_backward(const Tensor& dy, const Optional& dstream, const Tensor& x, const Tensor& weight,
+                           const Tensor& statistics, bool centered, bool bias) {
   check_input(x, weight);
   check_center(centered, bias);
   check_like(dy, x, "dy");

@@ -90,23 +90,9 @@ constexpr int64_t kColumns = 256;
 // How many units of work are worth waking a thread for.
 int64_t grain(int64_t elements_of_one) { return std::max<int64_t>(1, 32768 / elements_of_one); }
 
-int64_t divided_up(int64_t all, int64_t part) { return (all + part - 1) / part; }
-
 Tensor prepared(const Tensor& weight, ScalarType dtype) {
   return contiguous(weight.scalar_type() == dtype ? weight : torch::stable::to(weight, dtype));
 }
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-using Optional = std::optional<Tensor>;
 
 // RMSNorm (not centered) has neither mean nor bias, and the stream is only there where a branch is added to x. Other
 // tensors stand in the place of those that are missing; the row functions do not touch them.

@@ -66,8 +66,6 @@ struct Launch {
   }
 };
 
-int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Threads for a row of so many vectors, and as many rows side by side as make a block of some 256 threads.
 dim3 block_of(int64_t vectors, int64_t of_a_thread) {
   const int64_t needed = divided_up(vectors, of_a_thread);
@@ -136,16 +134,6 @@ int64_t places_of(const Launch<P>& launch, const Device& device) {
   return static_cast<int64_t>(blocks) * device.attribute(cudaDevAttrMultiProcessorCount);
 }
 
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 // Whether every row is made of whole 16-byte vectors. Pointers that are null are.
 template <class T, class... P>
 bool is_whole(int64_t width, const P*... pointers) {
@@ -168,12 +156,9 @@ void check_device(const Tensor& tensor, const Tensor& x) {
   STD_TORCH_CHECK(tensor.device() == x.device(), "norm: all tensors must be on the device of x");
 }
 
-using Optional = std::optional<Tensor>;
-
 // Other tensors stand in the place of an input that is missing; what the kernels are given for it is null.
 
-// `probe` and `group` are the backward's. A string is taken as the handle it comes as: its conversion to std::string
-// leaks one string a call (torch 2.13, ToImpl<std::string>).
+// `probe` and `group` are the backward's; why `group` is a handle stands in norm_cpu.cpp.
 std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& input, const Optional& added, double alpha, const Tensor& weight,
                                         const Optional& bias, const Optional&, bool centered, double eps,
                                         StringHandle group) {

@@ -8,9 +8,11 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from ops import norm_cases
+from ops.norm_cases import EPS, Exact, assert_equals_float64
 from torch import Tensor
 
-from megahp.ops import norm, normalize
+from megahp.ops import normalize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -18,7 +20,6 @@ OPS = torch.ops.megahp
 KINDS = ["rms", "layer", "layer without bias"]
 # Half a unit in the last place of the greatest value, and room for sums.
 PRECISION = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-EPS = 1e-5
 SHAPES = [
     (1, 1, 1),
     (2, 3, 7),
@@ -47,71 +48,13 @@ def test_the_kernels_serve():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"megahp::{op}", "CUDA"), "`make install` builds them"
 
 
-class Case:
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cuda"):
-        generator = torch.Generator(device).manual_seed(sum(shape))
-        draw = functools.partial(torch.randn, generator=generator, device=device, dtype=torch.float64)
-        self.x, self.branch, self.dy, self.dstream = (draw(shape).to(dtype) for _ in range(4))
-        self.weight, self.bias = (draw(shape[-1]).to(dtype) for _ in range(2))
-
-    def outcome(self, ops) -> dict[str, Tensor]:
-        """Every op in every form; `ops` are the kernels or Exact."""
-        x, weight, bias, out = self.x, self.weight, self.bias, {}
-
-        def record(form: str, *results: Tensor) -> None:
-            out.update({f"{form}: {i}": result for i, result in enumerate(results)})
-
-        def forward(form: str, branch: Tensor | None, alpha: float, bias: Tensor | None, centered: bool) -> Tensor:
-            stream, y, statistics = ops.norm(x, branch, alpha, weight, bias, None, centered, EPS, "")
-            record(form, stream, y, *statistics)
-            return statistics
-
-        def backward(form: str, dstream: Tensor | None, *arguments) -> None:
-            record(form, *ops.norm_backward(self.dy, dstream, x, weight, *arguments))
-
-        forward("add_rms", self.branch, 0.5, None, False)
-        forward("add_layer", self.branch, -2.0, bias, True)
-        rms, layer = forward("rms", None, 1.0, None, False), forward("layer", None, 1.0, bias, True)
-        backward("rms backward", self.dstream, rms, False, False, False)
-        backward("rms backward by example", None, rms, False, True, False)
-        backward("layer backward", self.dstream, layer, True, False, True)
-        backward("layer backward by example", None, layer, True, True, False)
-        return out
-
-
-class Exact:
-    """The PyTorch references in float64."""
-
-    @staticmethod
-    def norm(x: Tensor, branch: Tensor | None, alpha: float, *arguments) -> tuple[Tensor, ...]:
-        """What is normalized after an addition is the stream as rounded."""
-        if branch is None:
-            return norm.norm_reference(x.double(), None, alpha, *in_float64(arguments))
-        dtype = norm._accumulation_dtype(x)
-        stream = (x.to(dtype) + alpha * branch.to(dtype)).to(x.dtype).double()
-        return stream, *norm.norm_reference(stream, None, 1.0, *in_float64(arguments))[1:]
-
-    @staticmethod
-    def norm_backward(*arguments) -> tuple[Tensor, ...]:
-        return norm.norm_backward_reference(*in_float64(arguments))
-
-
-def in_float64(arguments: tuple) -> list:
-    return [a.double() if isinstance(a, Tensor) else a for a in arguments]
+Case = functools.partial(norm_cases.Case, device="cuda")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 def test_equals_float64(dtype, shape):
-    case = Case(shape, dtype)
-    wanted, outcome = case.outcome(Exact), case.outcome(OPS)
-    assert outcome.keys() == wanted.keys()
-    for name, got in outcome.items():
-        want = wanted[name]
-        assert got.shape == want.shape and got.is_contiguous() and got.is_cuda, name
-        if got.numel():
-            error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1)
-            assert error <= PRECISION[got.dtype], f"{name}: error {error:.1e}"
+    assert_equals_float64(Case(shape, dtype), OPS, PRECISION)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -229,8 +172,8 @@ def test_without_synchronisation():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
 def test_on_a_device_that_is_not_current():
-    wanted = Case((3, 130, 1024), torch.bfloat16, "cuda:0").outcome(OPS)
-    case = Case((3, 130, 1024), torch.bfloat16, "cuda:0")
+    wanted = Case((3, 130, 1024), torch.bfloat16, device="cuda:0").outcome(OPS)
+    case = Case((3, 130, 1024), torch.bfloat16, device="cuda:0")
     for name, tensor in vars(case).items():
         setattr(case, name, tensor.to("cuda:1"))
     assert torch.cuda.current_device() == 0

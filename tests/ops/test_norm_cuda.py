@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops import norm_cases
+from ops.norm_cases import EPS, assert_equals_float64
 from torch import Tensor
-
-from megahp.ops import norm
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 TORCH = Path(torch.__file__).parent
 FLAGS = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(TORCH / "include")]
 OPS = ["norm", "norm_backward"]
+Case = functools.partial(norm_cases.Case, mean=0.5)
 # Half a unit in the last place of the greatest value, and room for sums.
 PRECISION = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-EPS = 1e-5
 
 # Mistakes planted into the device code, each by an exact replacement in which MISTAKE says whether it is switched on.
 MISTAKES = {
@@ -79,69 +79,6 @@ def kernels(tmp_path_factory):
     return Emulated(folder, "megahp_emulated")
 
 
-class Reference:
-    """The PyTorch references, whose own tests are in test_norm.py, in float64."""
-
-    def norm(self, x: Tensor, branch: Tensor | None, alpha: float, *arguments) -> tuple[Tensor, ...]:
-        """What is normalized is the stream as rounded."""
-        if branch is None:
-            return norm.norm_reference(x.double(), None, alpha, *in_float64(arguments))
-        dtype = norm._accumulation_dtype(x)
-        stream = (x.to(dtype) + alpha * branch.to(dtype)).to(x.dtype).double()
-        return stream, *norm.norm_reference(stream, None, 1.0, *in_float64(arguments))[1:]
-
-    def norm_backward(self, *arguments) -> tuple[Tensor, ...]:
-        return norm.norm_backward_reference(*in_float64(arguments))
-
-
-def in_float64(arguments: tuple) -> list:
-    return [a.double() if isinstance(a, Tensor) else a for a in arguments]
-
-
-class Case:
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype | None = None):
-        draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
-        self.x, self.branch, self.dy, self.dstream = (draw(shape).to(dtype) for _ in range(4))
-        self.x += 0.5
-        self.weight, self.bias = (draw(shape[-1]).to(weight_dtype or dtype) for _ in range(2))
-
-    def outcome(self, ops) -> dict[str, Tensor]:
-        """Every op in every form, the backward with the statistics that the forward returned."""
-        x, weight, bias, out = self.x, self.weight, self.bias, {}
-
-        def record(form: str, *results: Tensor) -> None:
-            out.update({f"{form}: {i}": result for i, result in enumerate(results)})
-
-        def forward(form: str, branch: Tensor | None, alpha: float, bias: Tensor | None, centered: bool) -> Tensor:
-            stream, y, statistics = ops.norm(x, branch, alpha, weight, bias, None, centered, EPS, "")
-            record(form, stream, y, *statistics)
-            return statistics
-
-        def backward(form: str, dstream: Tensor | None, *arguments) -> None:
-            record(form, *ops.norm_backward(self.dy, dstream, x, weight, *arguments))
-
-        forward("add_rms", self.branch, 0.5, None, False)
-        forward("add_layer", self.branch, -2.0, bias, True)
-        forward("layer without bias", None, 1.0, None, True)
-        rms, layer = forward("rms", None, 1.0, None, False), forward("layer", None, 1.0, bias, True)
-        backward("rms backward", None, rms, False, False, False)
-        backward("rms backward by example", self.dstream, rms, False, True, False)
-        backward("layer backward", self.dstream, layer, True, False, True)
-        backward("layer backward by example", None, layer, True, True, False)
-        return out
-
-
-def assert_equals_float64(case: Case, ops) -> None:
-    wanted, outcome = case.outcome(Reference()), case.outcome(ops)
-    assert outcome.keys() == wanted.keys()
-    for name, got in outcome.items():
-        want = wanted[name]
-        assert got.shape == want.shape and got.is_contiguous(), name
-        if got.numel():
-            error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1)
-            assert error <= PRECISION[got.dtype], f"{name}: error {error:.1e}"
-
-
 # Widths of one vector and less, of a warp, of several, odd ones, and ones that take 1,024 threads or the way for wide
 # rows; more examples than warps reduce at a time; more rows than the blocks take at once, and fewer.
 SMALL = [(1, 1, 1), (2, 3, 7), (2, 5, 8), (3, 130, 24), (5, 11, 257), (40, 3, 128), (3, 2, 5, 1032), (5,), (3, 16)]
@@ -153,20 +90,20 @@ WIDEST = [(1, 2, 12288), (1, 2, 16384), (1, 2, 16388), (1, 2, 65536), (2, 1, 655
 @pytest.mark.parametrize("shape", SMALL + EMPTY, ids=str)
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 def test_equals_float64(kernels, dtype, shape):
-    assert_equals_float64(Case(shape, dtype), kernels.ops)
+    assert_equals_float64(Case(shape, dtype), kernels.ops, PRECISION)
 
 
 @pytest.mark.parametrize("shape", WIDE, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equals_float64_when_wide(kernels, dtype, shape):
-    assert_equals_float64(Case(shape, dtype), kernels.ops)
+    assert_equals_float64(Case(shape, dtype), kernels.ops, PRECISION)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", WIDE + WIDEST, ids=str)
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 def test_equals_float64_up_to_the_widest(kernels, dtype, shape):
-    assert_equals_float64(Case(shape, dtype), kernels.ops)
+    assert_equals_float64(Case(shape, dtype), kernels.ops, PRECISION)
 
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
@@ -175,7 +112,7 @@ def test_with_little_shared_memory(kernels, dtype):
     try:
         for kilobytes in (16, 2):
             kernels.switches.emulator_shared_memory(kilobytes * 1024)
-            assert_equals_float64(Case((3, 7, 1024), dtype), kernels.ops)
+            assert_equals_float64(Case((3, 7, 1024), dtype), kernels.ops, PRECISION)
     finally:
         kernels.switches.emulator_shared_memory(227 * 1024)
 
@@ -183,7 +120,7 @@ def test_with_little_shared_memory(kernels, dtype):
 @pytest.mark.parametrize("weight_dtype", PRECISION, ids=str)
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 def test_weight_of_another_dtype(kernels, dtype, weight_dtype):
-    assert_equals_float64(Case((3, 5, 64), dtype, weight_dtype), kernels.ops)
+    assert_equals_float64(Case((3, 5, 64), dtype, weight_dtype), kernels.ops, PRECISION)
 
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
@@ -193,16 +130,16 @@ def test_layout_does_not_matter(kernels, dtype):
     case.x = case.x.transpose(0, 1).contiguous().transpose(0, 1)
     case.dy, case.dstream = case.dy[:, ::2], case.dstream[:, 1::2]
     case.x, case.branch = case.x[:, :3], case.branch[:, 3:]
-    assert_equals_float64(case, kernels.ops)
+    assert_equals_float64(case, kernels.ops, PRECISION)
     for name, tensor in vars(case).items():
         moved = torch.empty(tensor.numel() + 1, dtype=dtype)[1:].view(tensor.shape).copy_(tensor)
         assert_equals_float64_with(case, kernels, name, moved)
 
 
-def assert_equals_float64_with(case: Case, kernels: Emulated, name: str, tensor: Tensor) -> None:
+def assert_equals_float64_with(case: norm_cases.Case, kernels: Emulated, name: str, tensor: Tensor) -> None:
     original = getattr(case, name)
     setattr(case, name, tensor)
-    assert_equals_float64(case, kernels.ops)
+    assert_equals_float64(case, kernels.ops, PRECISION)
     setattr(case, name, original)
 
 
@@ -233,11 +170,11 @@ def test_planted_mistakes_are_caught(broken, mistake):
     cases = [Case(shape, torch.float32) for shape in [(3, 40, 24), (2, 9, 1032)]]
     broken.switches.plant(-1)
     for case in cases:
-        assert_equals_float64(case, broken.ops)
+        assert_equals_float64(case, broken.ops, PRECISION)
     broken.switches.plant(list(MISTAKES).index(mistake))
     with pytest.raises(AssertionError, match="error"):
         for case in cases:
-            assert_equals_float64(case, broken.ops)
+            assert_equals_float64(case, broken.ops, PRECISION)
 
 
 @pytest.fixture(scope="module")
