@@ -46,6 +46,27 @@ def test_commands_are_listed_but_those_for_scripts(capsys: pytest.CaptureFixture
     assert not any(hidden in said for hidden in HIDDEN)
 
 
+# The others measure with torch, and import it to declare what they do.
+WITHOUT_TORCH = (
+    *("preprocess", "recipe", "config", "train", "sample", "evaluate", "report", "replay", "fit", "checkpoint"),
+    *("launch", "status", "verify-layout", *HIDDEN),
+)
+IMPORTED = """
+import sys
+from megahp import cli
+for command in sys.argv[1:]:
+    try:
+        cli.parse([command, "--help"])
+    except SystemExit:
+        assert "torch" not in sys.modules, command
+"""
+
+
+def test_options_are_read_without_importing_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *WITHOUT_TORCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("command", [*COMMANDS, *HIDDEN])
 def test_a_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, said, _ = ended([*command.split(), "--help"], capsys)

@@ -2,12 +2,13 @@
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megahp import config
-from megahp.checkpoint import Place, complete, find, latest, place, problems, remove, superseded
-from megahp.checkpoint.inspect import differences, listing
 from megahp.errors import UserError
+
+if TYPE_CHECKING:
+    from megahp.checkpoint import Place
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -38,11 +39,15 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
 
 def _list_checkpoints(options: Namespace) -> int:
+    from megahp.checkpoint.inspect import listing
+
     print("\n".join(listing(_checkpoints_of(options.run))))
     return 0
 
 
 def _verify_checkpoints(options: Namespace) -> int:
+    from megahp.checkpoint import complete, problems
+
     found = 0
     for named in options.checkpoints:
         for checkpoint in complete(named / "checkpoints") or [named]:
@@ -53,6 +58,9 @@ def _verify_checkpoints(options: Namespace) -> int:
 
 
 def _compare_checkpoints(options: Namespace) -> int:
+    from megahp.checkpoint import find
+    from megahp.checkpoint.inspect import differences
+
     found = 0
     for line in differences(*map(find, options.checkpoints)):
         print(line)
@@ -61,6 +69,8 @@ def _compare_checkpoints(options: Namespace) -> int:
 
 
 def _prune_checkpoints(options: Namespace) -> int:
+    from megahp.checkpoint import latest, problems, remove, superseded
+
     if options.keep < 1 or options.keep_every < 0:
         raise UserError(f"--keep {options.keep} must be at least 1, and --keep-every {options.keep_every} at least 0")
     folder = _checkpoints_of(options.run)
@@ -74,13 +84,17 @@ def _prune_checkpoints(options: Namespace) -> int:
     return 0
 
 
-def _checkpoints_of(run: Place) -> Place:
+def _checkpoints_of(run: "Place") -> "Place":
+    from megahp.checkpoint import complete
+
     if not complete(run / "checkpoints"):
         raise UserError(f"{run} is no run directory with checkpoints; name one, such as runs/quickstart")
     return run / "checkpoints"
 
 
-def _place(name: str) -> Place:
+def _place(name: str) -> "Place":
+    from megahp.checkpoint import place
+
     try:
         return place(name)
     except UserError as error:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megahp.errors import UserError
-from megahp.recipe import fit_runs
-from megahp.recipe.law_file import Laws, write
 
 LAWS = {
     "loss": "L(N, D)",
@@ -31,6 +29,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
+    from megahp.recipe import fit_runs
+    from megahp.recipe.law_file import Laws, write
+
     runs, notes = fit_runs.read_runs(options.runs)
     fits, refused = fit_runs.fit_laws(runs, options.laws, options.tied_exponents, options.draws, options.seed)
     try:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from megahp.commands.arguments import add_run_file
 from megahp.config import resolve
 from megahp.exit_codes import FINISHED, NO_PROGRESS, STOPPED, USER_ERROR
-from megahp.faults.relaunch import checkpoints, verdict
-from megahp.log.metrics import RunLog, read_events, read_metrics
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,13 +20,19 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     """Decide, and log it in the run's events."""
     if options.code in (FINISHED, USER_ERROR, NO_PROGRESS):
         return options.code
+
+    from megahp.faults.relaunch import checkpoints, verdict
+    from megahp.log.metrics import RunLog, read_events, read_metrics
+
     run = resolve.load(options.run_file, options.overrides).config.directory
     log = RunLog(run)
     told = {"code": options.code, "job": options.job, "checkpoints": checkpoints(run)}
     last = {key: step[key] for step in read_metrics(run)[-1:] for key in ("step", "tokens")}
     before = [event for event in read_events(run) if event["event"] == "requeued" and event["job"] == options.job]
     found = [event["checkpoints"] for event in before if event["code"] != STOPPED]
-    end = None if options.code == STOPPED else verdict(options.code, [*found, checkpoints(run)], options.restarts, run)
+    end = (
+        None if options.code == STOPPED else verdict(options.code, [*found, told["checkpoints"]], options.restarts, run)
+    )
     if end is None:
         log.event("requeued", f"exit code {options.code}", **told, **last)
     log.close()

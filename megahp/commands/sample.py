@@ -4,8 +4,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megahp.evaluate.sample import generate
-
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
@@ -19,6 +17,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
+    from megahp.evaluate.sample import generate
+
     text = generate(options.run, options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
     print(text)
     if options.save:
