@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megahp.benchmark.machine import synchronize
 from megahp.errors import UserError
 from megahp.launch import World, node_name
 from megahp.parallel.collectives import gather_into, reduce_scatter_into
@@ -102,8 +103,7 @@ class TorchGroup:
                 both = [dist.P2POp(dist.isend, source, after), dist.P2POp(dist.irecv, target, before)]
                 for work in dist.batch_isend_irecv(both):
                     work.wait()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
 
     def over_all(self, value: float, largest: bool) -> float:
         """The largest, or the sum, of all ranks' values, those of other groups included: they meet here."""

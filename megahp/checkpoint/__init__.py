@@ -14,6 +14,7 @@ from megahp.checkpoint.store import (
     problems,
     read_state,
     remove,
+    settings_of,
     superseded,
     write,
 )

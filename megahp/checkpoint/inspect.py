@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
+from megahp import config
 from megahp.checkpoint.remote import Place
 from megahp.checkpoint.shards import Tensors
 from megahp.checkpoint.store import complete, problems, read_manifest, read_state
-from megahp.config import get, names, resolve
+from megahp.config import resolve
 
 LINE = "{name:<15}{step:>10,}{tokens:>16,}{loss:>12}{size:>12}  {layout}"
 HEADER = f"{'checkpoint':<15}{'step':>10}{'tokens':>16}{'validation':>12}{'MB':>12}  layout"
@@ -30,10 +31,8 @@ def differences(one: Place, other: Place) -> Iterator[str]:
     """How two checkpoints differ: settings, progress, and every tensor's largest difference."""
     states = read_state(one), read_state(other)
     configs = [resolve.from_dict(state["config"], "checkpoint") for state in states]
-    for key in names():
-        before, now = (get(config, key) for config in configs)
-        if before != now:
-            yield f"{key} = {before!r} and {now!r}"
+    for key, (before, now) in config.differences(*configs).items():
+        yield f"{key} = {before!r} and {now!r}"
     for key, before in states[0]["progress"].items():
         if before != states[1]["progress"][key]:
             yield f"{key}: {before:,} and {states[1]['progress'][key]:,}"

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from megahp.checkpoint.remote import Place, Remote, place
 from megahp.checkpoint.shards import Damaged, Reader, Writer, digest, sync, write_synced, write_tensors
-from megahp.config import Checkpoint
+from megahp.config import Checkpoint, Config, resolve
 from megahp.errors import UserError
 from megahp.parallel.parameters import storage
 
@@ -228,6 +228,11 @@ def read_state(checkpoint: Place) -> dict[str, Any]:
     if missing:
         raise DamagedError(f"checkpoint {checkpoint} lacks {', '.join(sorted(missing))}; {_remedy(checkpoint)}")
     return state
+
+
+def settings_of(checkpoint: Place) -> Config:
+    """The settings it was written under. Raises DamagedError, or UserError."""
+    return resolve.from_dict(read_state(checkpoint)["config"], str(checkpoint))
 
 
 def load(checkpoint: Place, tensors: Mapping[str, Tensor]) -> None:

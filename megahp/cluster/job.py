@@ -14,6 +14,7 @@ from megahp.errors import UserError
 
 BAD_NODES = Path("bad-nodes.txt")
 OWNER = "megahp "  # begins the comment of a job of ours; the run directory follows
+COLUMNS = "%i|%T|%M|%l|%D|%R|%k"  # of squeue, the comment last
 OWN = ("nodes", "ntasks", "ntasks-per-node", "array", "comment", "output")  # options that are ours to set
 
 
@@ -105,6 +106,23 @@ def folder() -> Path:
     found = Path(os.environ.get("MEGAHP_SLURM", Path(megahp.__file__).parent / "slurm")).resolve()
     if not (found / "environment.sh").exists():
         raise UserError(f"MEGAHP_SLURM = {found} has no environment.sh; name a copy of megahp's slurm/, or unset it")
+    return found
+
+
+def jobs() -> dict[str, list[str]]:
+    """Your jobs, in words, by the run directory they were launched for; empty where there is no Slurm."""
+    found: dict[str, list[str]] = {}
+    try:
+        done = subprocess.run(["squeue", "--me", "-h", "-o", COLUMNS], capture_output=True, text=True)
+    except FileNotFoundError:
+        return found
+    if done.returncode:
+        raise UserError(f"squeue: {' '.join(done.stderr.split())}; try again when Slurm answers")
+    for line in done.stdout.splitlines():
+        job, state, used, limit, nodes, where, comment = line.split("|", 6)
+        if comment.startswith(OWNER):
+            told = f"job {job}: {state.lower()}, {used} of {limit}, {nodes} nodes {where}"
+            found.setdefault(comment.removeprefix(OWNER), []).append(told)
     return found
 
 

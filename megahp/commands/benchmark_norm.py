@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahp.benchmark.machine import machine_of
+from megahp.benchmark.machine import machine_of, synchronize
 from megahp.commands.arguments import DTYPES, add_outputs, at_least, shape_of
 from megahp.commands.output import refuse_unwritable, write_json
 from megahp.errors import UserError
@@ -134,19 +134,18 @@ def backward(norm: Norm, inputs: list[Tensor], wanted: list[Tensor], dys: list[T
     return lambda: torch.autograd.grad(outputs, wanted, dys, retain_graph=True, allow_unused=True)
 
 
-def seconds(work: Work, device: str) -> float:
+def seconds(work: Work, device: torch.device) -> float:
     """Time of one call; of several on a GPU, whose launches are not to be seen, and of a tiny op."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     work()
-    synchronize()
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(5):
         work()
-    synchronize()
+    synchronize(device)
     return (time.perf_counter() - start) / 5
 
 
-def in_turns(works: dict[str, Work], device: str, turns: int) -> dict[str, float]:
+def in_turns(works: dict[str, Work], device: torch.device, turns: int) -> dict[str, float]:
     """The median time of each work in milliseconds; the first turn, a warm-up, is not counted."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(turns + 1):
@@ -175,7 +174,9 @@ def measure(op: str, shape: tuple[int, ...], dtype: str, arguments: argparse.Nam
         },
     }
     for direction, several in works.items():
-        milliseconds = in_turns({**several, "copy": lambda: target.copy_(source)}, arguments.device, arguments.turns)
+        milliseconds = in_turns(
+            {**several, "copy": lambda: target.copy_(source)}, torch.device(arguments.device), arguments.turns
+        )
         copy = 2 * source.nbytes / milliseconds.pop("copy") / 1e6
         moved = size_of_x * (4 if added else 2 if direction == "forward" else 3)
         speeds = {name: moved / time / 1e6 for name, time in milliseconds.items()}

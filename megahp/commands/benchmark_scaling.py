@@ -31,10 +31,9 @@ from typing import Any
 import numpy as np
 
 from megahp import config
-from megahp.cluster.job import Job, submit
+from megahp.cluster.job import Job, jobs, submit
 from megahp.commands.arguments import add_outputs, labelled, plain
 from megahp.commands.output import about, refuse_unwritable, write_json
-from megahp.commands.status import jobs
 from megahp.config import Batch, Checkpoint, Config, Log, resolve
 from megahp.diagnose.child_runs import is_finished, refuse_another, train, write_run_file
 from megahp.errors import UserError, complain

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megahp import config, launch
+from megahp import config
 from megahp.commands.arguments import add_outputs, at_least, positive, whole_numbers
 from megahp.commands.output import write_json
 from megahp.config import Config, resolve
@@ -34,9 +34,7 @@ from megahp.diagnose.coordinates import activations, nonlinearity
 from megahp.diagnose.transfer import Estimate, slope
 from megahp.diagnose.verify import made_up
 from megahp.errors import UserError
-from megahp.parallel.device import cuda_wanted, device_of
-from megahp.parallel.layout import Layout
-from megahp.parallel.mesh import Mesh, make_mesh
+from megahp.parallel.mesh import Mesh, mesh_alone
 from megahp.train.prepare import open_data, with_vocabulary
 
 FAMILIES = {"widths": "model.width", "depths": "model.layers", "densities": "sparsity.density"}
@@ -112,8 +110,7 @@ REQUIRED: dict[str, dict[tuple[str, str], Requirement]] = {
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Measure, fit, judge. Returns 1 where a slope is not what it must be, else 0."""
     base, family = read_family(arguments)
-    launch.join(launch.World(), cuda_wanted(base))
-    found = measure(family, arguments, make_mesh(Layout(), device_of(base, launch.World())))
+    found = measure(family, arguments, mesh_alone(base))
     rows = judged(arguments, base.parameterization, list(family), found)
     show(rows)
     everything = {
@@ -189,11 +186,7 @@ def of_size(base: Config, kind: str, size: float) -> Config:
                 broken = f"model.{key} = {own} at model.width = {model.width} would not be whole"
                 whole = model.width // math.gcd(model.width, own)
                 raise UserError(f"--widths {size:g}: {broken}; choose a multiple of {whole}")
-    tree = config.to_dict(base)
-    for key, value in values.items():
-        section, name = key.split(".")
-        tree.setdefault(section, {})[name] = value
-    return resolve.from_dict(tree, f"--{kind} {size:g}")
+    return resolve.from_dict(config.to_dict(config.with_values(base, values)), f"--{kind} {size:g}")
 
 
 Measured = dict[tuple[str, str], np.ndarray]  # quantity and when -> [sizes, seeds]

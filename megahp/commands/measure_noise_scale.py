@@ -27,19 +27,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from megahp import checkpoint, config, launch
+from megahp import checkpoint, config
 from megahp.commands.arguments import add_outputs
 from megahp.commands.output import write_json
-from megahp.config import Config, resolve
+from megahp.config import Config
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.diagnose.example_norms import Squares, measure
 from megahp.diagnose.statistics import correlation, interval, resampled, slope
 from megahp.errors import UserError
 from megahp.log.progress import human_count, human_duration
 from megahp.model.build import build_model
-from megahp.parallel.device import cuda_wanted, device_of
-from megahp.parallel.layout import Layout
-from megahp.parallel.mesh import make_mesh
+from megahp.parallel.mesh import mesh_alone
 from megahp.parallel.parameters import saved
 from megahp.scaling.batch import micro_batch
 from megahp.scaling.noise_scale import estimate
@@ -84,10 +82,9 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     settings = settings_to_measure(paths[-1])
     data = open_data(settings)
     places = [place(path, settings, data, arguments) for path in paths]
-    launch.join(launch.World(), cuda_wanted(settings))
-    device = device_of(settings, launch.World())
-    (model,) = build_model(settings, make_mesh(Layout(), device)).stages.values()
-    loader = Loader(data, device, settings.data.mask_documents)
+    mesh = mesh_alone(settings)
+    (model,) = build_model(settings, mesh).stages.values()
+    loader = Loader(data, mesh.device, settings.data.mask_documents)
     squares, began = [], time.monotonic()
     for number, each in enumerate(places, start=1):
         checkpoint.load(each.path, saved(model))
@@ -118,7 +115,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
 def settings_to_measure(path: Path) -> Config:
     """Those of the run, for one process that measures. Raises UserError."""
-    settings = resolve.from_dict(checkpoint.read_state(path)["config"], str(path))
+    settings = checkpoint.settings_of(path)
     if settings.model.experts:
         there = f"model.experts = {settings.model.experts} at {path}"
         raise UserError(f"{there}: an example's gradients of experts cannot be measured; name a run without experts")

@@ -1,16 +1,14 @@
 """Jobs, progress, ETA and last events of runs."""
 
-import subprocess
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megahp.cluster.job import OWNER
+from megahp.cluster.job import jobs
 from megahp.errors import UserError
 
 SHOWN = 3  # events
-COLUMNS = "%i|%T|%M|%l|%D|%R|%k"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -27,23 +25,6 @@ def run(options: Namespace, words: Sequence[str]) -> int:
             raise UserError(f"{run} is no run directory; name one, such as runs/mine")
         print(f"{run}\n" + "\n".join(f"  {line}" for line in (*found.get(str(run.resolve()), []), *progress(run))))
     return 0
-
-
-def jobs() -> dict[str, list[str]]:
-    """Your jobs, in words, by the run directory they were launched for; empty where there is no Slurm."""
-    found: dict[str, list[str]] = {}
-    try:
-        done = subprocess.run(["squeue", "--me", "-h", "-o", COLUMNS], capture_output=True, text=True)
-    except FileNotFoundError:
-        return found
-    if done.returncode:
-        raise UserError(f"squeue: {' '.join(done.stderr.split())}; try again when Slurm answers")
-    for line in done.stdout.splitlines():
-        job, state, used, limit, nodes, where, comment = line.split("|", 6)
-        if comment.startswith(OWNER):
-            told = f"job {job}: {state.lower()}, {used} of {limit}, {nodes} nodes {where}"
-            found.setdefault(comment.removeprefix(OWNER), []).append(told)
-    return found
 
 
 def progress(run: Path) -> list[str]:

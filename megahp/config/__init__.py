@@ -13,6 +13,7 @@ from megahp.config.schema import (
     Parameterization,
     Schedule,
     Sparsity,
+    differences,
     fixed,
     get,
     names,

@@ -480,6 +480,12 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     return config
 
 
+def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings whose values differ: section.key -> (before, now)."""
+    pairs = {key: (get(before, key), get(now, key)) for key in FIELDS}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return asdict(config)
 

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megahp import checkpoint, config, launch
+from megahp import checkpoint, config
 from megahp.config import Config, resolve
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.model.build import skeleton
-from megahp.parallel.layout import Layout
-from megahp.parallel.mesh import make_mesh
+from megahp.parallel.mesh import mesh_alone
 from megahp.parallel.parameters import saved
 from megahp.train.prepare import with_vocabulary
 from megahp.train.run import state_of_weights
@@ -30,7 +28,7 @@ KEPT = (*FIXED, "model", "data.sequence_length", "data.lengths")
 def of_checkpoint(place: Path) -> tuple[Path, Config]:
     """A checkpoint, and the settings it was written under."""
     path = checkpoint.find(place)
-    return path, resolve.from_dict(checkpoint.read_state(path)["config"], str(path))
+    return path, checkpoint.settings_of(path)
 
 
 def write_run(
@@ -66,10 +64,8 @@ def write_run(
 
 def shapes_of(settings: Config) -> dict[str, torch.Size]:
     """Of the weights by name, of a model that is not made."""
-    if not dist.is_initialized():
-        launch.join(launch.World(), cuda=False)
-    mesh = make_mesh(Layout(), torch.device("cpu"))
-    model = skeleton(replace(settings, parallel=config.Parallel()), mesh)
+    settings = config.with_values(replace(settings, parallel=config.Parallel()), {"train.device": "cpu"})
+    model = skeleton(settings, mesh_alone(settings))
     return {name: weight.shape for name, weight in saved(model).items()}
 
 

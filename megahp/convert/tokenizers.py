@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megahp.convert.sidecar import write_json
 from megahp.data.tokenizer import END_OF_DOCUMENT, META_SPACE, Tokenizer, load_tokenizer
 from megahp.errors import UserError
 
@@ -42,7 +43,7 @@ def write_tokenizer(folder: Path, named: str, tokenizer: Tokenizer) -> None:
         from tokenizers import Tokenizer as Fast
 
         told["eos_token"] = Fast.from_file(str(file)).id_to_token(tokenizer.eod)
-    (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", told)
 
 
 def bytes_tokenizer(eod: int) -> dict[str, Any]:

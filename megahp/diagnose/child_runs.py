@@ -11,7 +11,6 @@ from megahp.config import Config
 from megahp.errors import UserError
 from megahp.launch import die_with_parent
 from megahp.log.metrics import read_events
-from megahp.train.prepare import changes
 from megahp.train.recovery import MOST_SKIPPED
 from megahp.train.run import read_config
 
@@ -19,7 +18,7 @@ from megahp.train.run import read_config
 def refuse_another(settings: Config) -> None:
     """Raise UserError when the directory holds a branch of another measurement, not to be taken for this one."""
     if (settings.directory / "config.toml").exists():
-        for key, (before, now) in changes(settings, config.to_dict(read_config(settings.directory))).items():
+        for key, (before, now) in config.differences(read_config(settings.directory), settings).items():
             trained = f"{settings.directory} was trained with {key} = {before!r}"
             raise UserError(f"{trained}, not {now!r}; name another --out")
 

@@ -6,7 +6,6 @@ made-up samples, in float64, and whatever the layout must not change is compared
 
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -188,7 +187,7 @@ def _outcome(settings: Config, ranks: int) -> dict[str, Any]:
 
 
 def _main(run_file: str, outcome: str) -> None:
-    settings = resolve.from_dict(tomllib.loads(Path(run_file).read_text(encoding="utf-8")), run_file)
+    settings = resolve.load(run_file).config
     place = launch.world()
     launch.join(place, cuda_wanted(settings))
     mesh = make_mesh(fit(settings.parallel, place.size), device_of(settings, place))

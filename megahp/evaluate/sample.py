@@ -7,18 +7,15 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megahp import checkpoint, config, launch
-from megahp.config import resolve
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.model.build import build_model, longest
 from megahp.model.transformer import Transformer
-from megahp.parallel.device import cuda_wanted, device_of
-from megahp.parallel.layout import Layout
-from megahp.parallel.mesh import make_mesh
+from megahp.parallel.device import device_of
+from megahp.parallel.mesh import mesh_alone
 from megahp.parallel.parameters import saved
 
 
@@ -36,8 +33,7 @@ class Trained:
 def trained(place: Path) -> Trained:
     """The model of a checkpoint, or of a run directory's newest. Raises UserError."""
     path = checkpoint.find(place)
-    settings = resolve.from_dict(checkpoint.read_state(path)["config"], str(path))
-    settings = config.with_values(settings, {"train.device": "auto"})
+    settings = config.with_values(checkpoint.settings_of(path), {"train.device": "auto"})
     tokenizer = load_tokenizer(settings.data.tokenizer)
     model = alone(settings)
     checkpoint.load(path, saved(model))
@@ -63,11 +59,9 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
 
 def alone(settings: config.Config) -> Transformer:
     """The model of these settings, with its initial weights, on this process alone."""
-    if not dist.is_initialized():
-        launch.join(launch.World(), cuda_wanted(settings))
     settings = replace(settings, parallel=config.Parallel(), compute=config.Compute())
     settings = config.with_values(settings, {"train.noise_scale": False})
-    (model,) = build_model(settings, make_mesh(Layout(), device_of(settings, launch.World()))).stages.values()
+    (model,) = build_model(settings, mesh_alone(settings)).stages.values()
     return model
 
 

@@ -20,7 +20,14 @@ class _Norm(Module):
     centered: bool
 
     def __init__(
-        self, size: int, eps: float, role: Role, sum_over: tuple[str, ...], group: Group | None, bias: bool, probe: bool
+        self,
+        size: int,
+        eps: float,
+        role: Role,
+        sum_over: tuple[str, ...],
+        group: Group | None,
+        probe: bool,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.eps = eps
@@ -56,31 +63,8 @@ class RMSNorm(_Norm):
 
     centered = False
 
-    def __init__(
-        self,
-        size: int,
-        eps: float = 1e-6,
-        role: Role = Role.NORM,
-        sum_over: tuple[str, ...] = (),
-        group: Group | None = None,
-        probe: bool = True,
-    ) -> None:
-        super().__init__(size, eps, role, sum_over, group, bias=False, probe=probe)
-
 
 class LayerNorm(_Norm):
     """(x - mean) / std * weight + bias over the last dimension of x [batch, ..., size]."""
 
     centered = True
-
-    def __init__(
-        self,
-        size: int,
-        eps: float = 1e-5,
-        role: Role = Role.NORM,
-        sum_over: tuple[str, ...] = (),
-        group: Group | None = None,
-        bias: bool = True,
-        probe: bool = True,
-    ) -> None:
-        super().__init__(size, eps, role, sum_over, group, bias, probe)

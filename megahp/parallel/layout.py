@@ -1,9 +1,10 @@
 """Which ranks do what: the sizes of the parallel axes, fitted to a number of ranks. No torch here."""
 
+import math
 from dataclasses import dataclass
 
 from megahp.config import Parallel
-from megahp.errors import UserError, nearest_divisors
+from megahp.errors import UserError, nearest_divisors, nearest_multiples
 
 AXES = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")  # outermost first: tp ranks are neighbours
 FREE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # their product is the number of ranks: ep divides dp_shard
@@ -36,18 +37,14 @@ def fit(parallel: Parallel, ranks: int) -> Layout:
     if ranks < 1:
         raise UserError(f"--ranks {ranks} must be at least 1")
     given = {axis: getattr(parallel, axis) for axis in FREE}
-    fixed = 1
-    for size in given.values():
-        fixed *= size or 1
+    fixed = math.prod(size or 1 for size in given.values())
     open_axes = [axis for axis, size in given.items() if size == 0]
     words = " x ".join(f"{axis} {size or '*'}" for axis, size in given.items() if size != 1) or "1"
     if open_axes:
         if ranks % fixed:
-            lower = ranks // fixed * fixed
-            nearest = ", ".join(str(n) for n in (lower, lower + fixed) if n)
             raise UserError(
                 f"parallel: the layout {words} needs a multiple of {fixed} ranks and there are {ranks}; "
-                f"nearest: {nearest}"
+                f"nearest: {nearest_multiples(fixed, ranks)}"
             )
         given[open_axes[0]] = ranks // fixed
     elif fixed != ranks:

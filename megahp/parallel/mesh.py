@@ -6,6 +6,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megahp import launch
+from megahp.config import Config
+from megahp.parallel.device import cuda_wanted, device_of
 from megahp.parallel.layout import AXES, Layout
 
 SHARDS = ("dp_shard", "ep", "cp")  # the axes that share out a weight between them, beside tensor parallelism
@@ -96,6 +99,13 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
     for axes in (SHARDS, EXPERT_SHARDS, ("cp", "tp"), WITHIN_STAGE):
         mesh.over(*axes)  # here, since all ranks must make a group at one time, and not all have experts
     return mesh
+
+
+def mesh_alone(settings: Config) -> Mesh:
+    """The mesh of this process alone, which joins a group of its own if it is in none."""
+    if not dist.is_initialized():
+        launch.join(launch.World(), cuda_wanted(settings))
+    return make_mesh(Layout(), device_of(settings, launch.World()))
 
 
 def _ends(devices: DeviceMesh) -> dist.ProcessGroup | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from megahp.errors import UserError
 from megahp.log.metrics import LoggedRun, read_run
 from megahp.log.progress import human_count
-from megahp.report import figures as figures
+from megahp.report import figures
 from megahp.report.numbers import decayed, health, known, layer_kinds, newest_half, skipped, summary, update_shares
 
 
@@ -78,7 +78,7 @@ def page(runs: Sequence[LoggedRun]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{names} - megahp</title>\n<style>{CSS}</style></head>\n"
+        f"<title>{names} - megahp</title>\n<style>{LIGHT}{CSS}</style></head>\n"
         "<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
 
@@ -214,10 +214,9 @@ def events_of(runs: Sequence[LoggedRun], marks: Sequence[figures.Mark]) -> str:
 
 SAMPLE = "<section><h2>Sample of {}</h2><blockquote>{}</blockquote></section>"
 SETTINGS = "<details><summary>Settings of {}</summary><pre>{}</pre></details>"  # folded
+HUES = " ".join(f"--{name}: {hue};" for name, hue in figures.PALETTE.items())
+LIGHT = f":root {{ color-scheme: light dark; --card: #ffffff; --good: #2d7a4f; {HUES} }}"
 CSS = """
-:root { color-scheme: light dark; --paper: #fbfbfa; --card: #ffffff; --good: #2d7a4f;
-  --ink: #1c2128; --muted: #69707d; --rule: #e3e5e9; --accent: #c8641e; --warn: #b3261e;
-  --run0: #2b5fa8; --run1: #b5539c; --run2: #2d8a57; --run3: #8a6d1a; --run4: #6a55c2; --run5: #1d8a99; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171c; --card: #1b1f26; --good: #6cc394;
   --ink: #e6e8eb; --muted: #969dab; --rule: #2f353f; --accent: #f0a062; --warn: #f2857c;
   --run0: #7fb0f0; --run1: #e296cf; --run2: #74cf9c; --run3: #d9bd62; --run4: #ad9ef5; --run5: #66c9d6; } }

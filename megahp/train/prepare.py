@@ -174,9 +174,7 @@ def with_vocabulary(settings: Config, tokenizer: Tokenizer) -> Config:
 
 def changes(settings: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
     """Settings whose value differs from the saved one: key -> (saved, now)."""
-    before = resolve.from_dict(saved, "checkpoint")
-    pairs = {key: (config.get(before, key), config.get(settings, key)) for key in config.names()}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    return config.differences(resolve.from_dict(saved, "checkpoint"), settings)
 
 
 def refuse_changes(

@@ -22,7 +22,7 @@ from megahp.scaling.batch import BatchPlan, Change, Plan, Progress
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
 from megahp.train.prepare import plan_to_go_on
-from megahp.train.step import FIRST_SCALE, LossScale
+from megahp.train.step import LossScale, first_scale
 from megahp.train.trainer import Trainer
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ def state_of_weights(settings: Config) -> dict[str, Any]:
         "updates": 0,
         "noise_scale": NoiseScale(1.0).state(),
         "batch_plan": BatchPlan(settings, 1).state(),
-        "loss_scale": vars(LossScale(FIRST_SCALE if settings.train.dtype == "float16" else 1.0)),
+        "loss_scale": vars(first_scale(settings.train.dtype)),
         "spikes": Spikes(settings.resilience).state(),
         "wandb_id": new_id(),
         "data": None,

@@ -191,3 +191,8 @@ class LossScale:
             self.value, self.steps = self.value / 2, 0
         elif self.steps == SCALE_GROWS_AFTER:
             self.value, self.steps = self.value * 2, 0
+
+
+def first_scale(dtype: str) -> LossScale:
+    """The loss scale a run of train.dtype begins with."""
+    return LossScale(FIRST_SCALE if dtype == "float16" else 1.0)

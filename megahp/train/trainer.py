@@ -15,7 +15,7 @@ from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
 from megahp.train.masks import MaskChange, Masks
 from megahp.train.optimizer import make_optimizer
-from megahp.train.step import FIRST_SCALE, Engine, LossScale, Measurement, clip
+from megahp.train.step import Engine, Measurement, clip, first_scale
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Trainer:
         self.masks = Masks(settings, self.engine, self.optimizer)
         self.progress = Progress()
         self.batch_plan = BatchPlan(settings, mesh.layout.dp)
-        self.loss_scale = LossScale(FIRST_SCALE if settings.train.dtype == "float16" else 1.0)
+        self.loss_scale = first_scale(settings.train.dtype)
         self.forget_noise()
 
     def forget_noise(self) -> None:
