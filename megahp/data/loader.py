@@ -45,30 +45,30 @@ def rank_samples(first: int, global_batch: int, micro_batch: int, rank: int, ran
 class TrainingData:
     """All sources of a run, split into training and validation documents, and dealt stage by stage.
 
-    prefixes: one tokenized corpus each, `prefix`.bin and `prefix`.idx.
-    stages: mixture (weights, one a prefix; 0 = not now) and sample length along the run; each length divides the
+    datasets: one tokenized corpus each.
+    stages: mixture (weights, one a corpus; 0 = not now) and sample length along the run; each length divides the
     longest. Validation is dealt by the last stage's mixture at the first one's length, in every stage alike.
     tokens: training tokens of all sources, each counted once.
     fingerprint: changes with the data, stages, seed or split, but not with a path.
 
     Within a stage sample i is a function of (data, seed, i); each source goes on where the stage before left it.
 
-    Raises UserError for missing or corrupt files, bad weights or fractions, sources too small for a sample; and, as
+    Raises UserError for bad weights or fractions, sources too small for a sample; and, as
     they are read, for tokens outside the vocabulary.
     """
 
     def __init__(
         self,
-        prefixes: Sequence[str],
+        datasets: Sequence[IndexedDataset],
         stages: Sequence[Stage],
         seed: int,
         validation_fraction: float,
         cache: Path,
         vocab_size: int = 1 << 62,
     ) -> None:
-        self.stages, self._prefixes, self._vocab_size = stages, prefixes, vocab_size
+        prefixes = self._prefixes = [dataset.prefix for dataset in datasets]
+        self.stages, self._vocab_size = stages, vocab_size
         self._blends = [Blend(stage.weights) for stage in stages]
-        datasets = [IndexedDataset(prefix) for prefix in prefixes]
         splits = [split_documents(dataset.documents, validation_fraction) for dataset in datasets]
         window, validation_length = max(stage.length for stage in stages), stages[0].length
         self._training = [

@@ -190,7 +190,8 @@ def refuse_changes(
 def open_data(settings: Config) -> TrainingData:
     """The run's data, memory-mapped. Raises UserError for missing or damaged files."""
     data = settings.data
-    tokens = {prefix: int(IndexedDataset(prefix).lengths.sum(dtype=np.int64)) for prefix in data.train}
+    datasets = [IndexedDataset(prefix) for prefix in data.train]
+    tokens = {dataset.prefix: int(dataset.lengths.sum(dtype=np.int64)) for dataset in datasets}
     for prefix, count in tokens.items():
         if count == 0:
             raise UserError(f"data {prefix!r} holds no tokens; leave it out of data.train, or preprocess again")
@@ -198,5 +199,5 @@ def open_data(settings: Config) -> TrainingData:
     along = [replace(stage, weights=stage.weights or by_tokens) for stage in config.stages(data)]
     cache = Path(data.cache) if data.cache else Path(data.train[0]).parent / "cache"
     return TrainingData(
-        data.train, along, settings.train.seed, data.validation_fraction, cache, settings.model.vocab_size
+        datasets, along, settings.train.seed, data.validation_fraction, cache, settings.model.vocab_size
     )

@@ -8,7 +8,7 @@ import torch
 from scaling.batch.plans import settings
 
 from megahp.config import Stage
-from megahp.data.indexed import IndexedWriter
+from megahp.data.indexed import IndexedDataset, IndexedWriter
 from megahp.data.loader import Loader, TrainingData, rank_samples
 from megahp.errors import UserError
 from megahp.scaling.batch import BatchPlan, Progress
@@ -30,7 +30,7 @@ def sources(tmp_path):
 
 def training_data(sources, tmp_path, seed=1, fraction=0.1, length=LENGTH, more=()):
     stages = [Stage(0.0, length, tuple(sources.values())), *more]
-    return TrainingData(tuple(sources), stages, seed, fraction, tmp_path / "cache")
+    return TrainingData([IndexedDataset(prefix) for prefix in sources], stages, seed, fraction, tmp_path / "cache")
 
 
 def test_no_sample_is_repeated_or_skipped_when_batch_and_layout_change() -> None:
@@ -120,7 +120,7 @@ def test_fingerprint_names_everything_but_the_path(sources, tmp_path):
 
 
 def test_bad_sources_are_refused(sources, tmp_path):
-    for bad, reason in (({}, "no source"), ({"/none": 1.0}, "/none.idx"), ({"x": -1.0}, "weight -1.0")):
+    for bad, reason in (({}, "no source"), ({"/none": 1.0}, "/none.idx"), ({min(sources): -1.0}, "weight -1.0")):
         with pytest.raises(UserError, match=reason):
             training_data(bad, tmp_path)
 
