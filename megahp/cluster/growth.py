@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megahp.config import Config, with_values
+from megahp.scaling import power_laws
 from megahp.scaling.batch import BatchPlan, Progress, least_batch
+from megahp.scaling.laws import PowerLaw
 
 STRIDES = 2000  # the steps left are foretold in so many strides at least
 
@@ -67,10 +69,11 @@ class Segment:
 
 
 def segments(growth: Growth, progress: Progress, state: Mapping[str, Any], noise: float | None) -> list[Segment]:
-    """What remains of a run. state: of its batch plan; noise: the smoothed noise scale, examples, None where it is not
-    known."""
+    """What remains of a run. state: of its batch plan; noise: the noise scale that its policy sees, examples, None
+    where it is not known."""
     settings, found = foretold(growth.settings, progress, noise), list[Segment]()
-    train = settings.train
+    train, forecast = settings.train, noise_forecast(settings, progress, noise)
+    every = settings.batch.look_every if settings.batch.policy == "measured" else 1
     while True:
         nodes, begin = growth.wanted(state["batch"]), progress.tokens
         plan = BatchPlan(settings, growth.dp(nodes))
@@ -78,11 +81,13 @@ def segments(growth: Growth, progress: Progress, state: Mapping[str, Any], noise
         stop_at, strides = growth.stop_at(state["batch"]), list[tuple[int, int]]()
         while (step := plan.step(progress)) and not (strides and 0 < stop_at <= plan.batch):
             left = (train.tokens - progress.tokens) // step.tokens
-            steps = max(1, min(left, train.steps - progress.step if train.steps else left) // STRIDES)
+            left = min(left, train.steps - progress.step) if train.steps else left
+            steps = max(1, left // STRIDES)
+            steps = min(left, steps - (progress.step + steps) % -every)  # on to the next look
             strides.append((steps, step.tokens))
             # samples are nothing that a policy looks at
             progress = Progress(progress.step + steps, 0, progress.tokens + steps * step.tokens)
-            plan.look(progress, None)
+            plan.look(progress, forecast(progress.tokens))
         if not strides:  # the run is over
             return found
         found.append(Segment(nodes, begin, strides))
@@ -100,3 +105,20 @@ def foretold(settings: Config, progress: Progress, noise: float | None) -> Confi
         return law
     scale, exponent = settings.batch.critical_batch
     return with_values(law, {"batch.critical_batch": (scale * measured / expected, exponent)})
+
+
+def noise_forecast(settings: Config, progress: Progress, noise: float | None) -> Callable[[int], float | None]:
+    """Return the noise scale that the policy `measured` will see after so many tokens, in sequences of the run's first
+    length: the critical batch by Power Lines' law, spread along the run, and as high as the noise scale is now, where
+    that is known. Other policies see none."""
+    batch, length = settings.batch, settings.data.sequence_length
+    if batch.policy != "measured":
+        return lambda tokens: None
+    scale, exponent = batch.critical_batch
+    law = PowerLaw(scale, exponent, "batch.critical_batch", "given")
+
+    def by_law(tokens: int) -> float:
+        return power_laws.critical_batch_along(tokens, law) / length / batch.noise_to_total
+
+    measured = noise / by_law(progress.tokens) if noise and progress.tokens else 1.0
+    return lambda tokens: measured * by_law(tokens)

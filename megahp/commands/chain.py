@@ -13,7 +13,7 @@ from megahp.config import Config, resolve
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
 from megahp.scaling.batch import BatchPlan, Progress
-from megahp.scaling.noise_scale import ratio
+from megahp.scaling.noise_scale import NoiseScale
 
 SPEED_STEPS = 20  # of which the median is a run's speed
 
@@ -53,8 +53,9 @@ def chain_of(options: Namespace, settings: Config) -> Chain:
     state = checkpoint.read_state(saved or checkpoint.find(checkpoint.place(origin)))
     before = resolve.from_dict(state["config"], "checkpoint")
     goes_on = state["batch_plan"] if saved else plan_to_go_on(settings, before, state, plan)
-    pooled = state["noise_scale"]["pooled"]
-    noise = ratio(pooled["true_sq"], pooled["noise"])
+    averages = NoiseScale(1.0)
+    averages.restore(state["noise_scale"])
+    noise = averages.numbers()[plan.sees]
     return Chain(growth, options.ranks_per_node, Progress(**state["progress"]), goes_on, noise)
 
 

@@ -36,7 +36,7 @@ from megahp.errors import UserError, complain
 from megahp.log.metrics import read_run
 from megahp.log.progress import human_count, human_duration
 from megahp.parallel.layout import Layout, fit
-from megahp.scaling.batch import Hyperparameters, follow
+from megahp.scaling.batch import Hyperparameters, follow, rule_of
 from megahp.scaling.schedules import fraction
 from megahp.train.prepare import prepare
 
@@ -131,7 +131,7 @@ def read_origin(place: Path) -> Origin:
     state = checkpoint.read_state(path)
     settings = resolve.from_dict(state["config"], str(path))
     tokens, batch = state["progress"]["tokens"], state["batch_plan"]["batch"]
-    values = follow(settings.batch.rule, settings.optimizer, batch / settings.batch.global_batch)
+    values = follow(rule_of(settings.batch), settings.optimizer, batch / settings.batch.global_batch)
     rate = fraction(settings.schedule, tokens, settings.train.tokens)
     if rate == 0:
         after = f"after {tokens} of train.tokens = {settings.train.tokens}"

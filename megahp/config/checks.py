@@ -234,8 +234,13 @@ def _batch(config: Config) -> list[str]:
             f"resilience.stop_at_batch = {stop_at} is no batch that batch.policy = {batch.policy!r} grows to from "
             f"batch.global_batch = {batch.global_batch}; raise it, or leave it out"
         ]
-    if batch.policy == "noise-scale" and not config.train.noise_scale:
-        return ["batch.policy = 'noise-scale' needs train.noise_scale = true"]
+    if batch.policy in ("noise-scale", "measured") and not config.train.noise_scale:
+        return [f"batch.policy = {batch.policy!r} needs train.noise_scale = true"]
+    if batch.policy == "measured" and config.optimizer.name == "muon":
+        return [
+            "batch.policy = 'measured' changes the hyperparameters of AdamW, and optimizer.name = 'muon' has others; "
+            "set batch.policy = 'constant' or 'table', or optimizer.name = 'adamw'"
+        ]
     if len(batch.critical_batch) != 2 or not all(0 < value < math.inf for value in batch.critical_batch):
         return [f"batch.critical_batch = {list(batch.critical_batch)} must be two numbers above 0: scale, exponent"]
     if batch.policy == "table" and not batch.table:

@@ -178,20 +178,26 @@ class Schedule:
 
 of_growth = partial(setting, only_with=("batch.policy", "ramp", "table", "law", "noise-scale"))
 of_noise_scale = partial(setting, only_with=("batch.policy", "noise-scale"))
+of_measuring = partial(setting, only_with=("batch.policy", "noise-scale", "measured"))
 
 
 @dataclass(frozen=True)
 class Batch:
     """How many sequences one optimizer step sees, and what follows from that (megahp/scaling/batch/)."""
 
-    policy: Literal["constant", "ramp", "table", "law", "noise-scale"] = setting(
+    policy: Literal["constant", "ramp", "table", "law", "noise-scale", "measured"] = setting(
         "constant", "how the global batch grows; it never shrinks"
     )
     global_batch: int = setting(32, "sequences per optimizer step; where it grows, at the start", at_least=1)
     micro_batch: int = setting(8, "sequences per forward pass of one data-parallel rank", at_least=1)
-    largest: int = of_growth(0, "the global batch grows no further, where a ramp ends; 0 = no limit", at_least=0)
-    rule: Literal["power-lines", "sqrt", "none"] = of_growth(
-        "power-lines", "how learning rate, weight decay, beta2 and eps follow a larger batch"
+    largest: int = setting(
+        0,
+        "the global batch grows no further, where a ramp ends; 0 = no limit",
+        at_least=0,
+        only_with=("batch.policy", "ramp", "table", "law", "noise-scale", "measured"),
+    )
+    rule: Literal["power-lines", "sqrt", "sde", "none"] = of_growth(
+        "power-lines", "how learning rate, weight decay, betas and eps follow a larger batch; measured: sde"
     )
     increment: int = setting(0, "sequences added at a time", at_least=0, only_with=("batch.policy", "ramp"))
     ramp_samples: int = setting(0, "samples from start to end", at_least=0, only_with=("batch.policy", "ramp"))
@@ -204,8 +210,14 @@ class Batch:
         "the critical batch in tokens, of tokens: scale, exponent (megahp/scaling/power_laws.py)",
         only_with=("batch.policy", "law"),
     )
-    noise_to_total: float = of_noise_scale(1.4, "the whole model's noise scale over the norm layers'", above=0)
-    look_every: int = of_noise_scale(10, "steps between looks at the noise scale, which are always logged", at_least=1)
+    noise_share: float = setting(
+        0.5,
+        "the batch stays at or below this share of the whole model's noise scale",
+        above=0,
+        only_with=("batch.policy", "measured"),
+    )
+    noise_to_total: float = of_measuring(1.4, "the whole model's noise scale over the norm layers'", above=0)
+    look_every: int = of_measuring(10, "steps between looks at the noise scale, which are always logged", at_least=1)
     delay: float = of_noise_scale(0.1, "share of train.tokens before the first change", at_least=0, at_most=1)
     hysteresis: float = of_noise_scale(1.25, "the noise scale must ask for at least this factor", at_least=1)
     growth: float = of_noise_scale(2.0, "largest factor of one change", above=1)

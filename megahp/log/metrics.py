@@ -12,10 +12,14 @@ A metrics object has, in this order, the keys
     grad_norm                    null beside `"skipped": true` where it was not finite
     grad_sq_example              mean ||g_b||^2 over the examples of the batch
     grad_sq_batch                ||G||^2 of the batch's mean gradient
-    noise_scale                  examples, smoothed; null where it means nothing
-    noise_scale_tokens           the same in tokens
+    noise_scale                  of the norm layers, examples, smoothed; null where it means nothing
+    noise_scale_low, _high       its 95 % interval over the newest blocks of steps; null where unknown or infinite
+    noise_scale_total            the whole model's: noise_scale x batch.noise_to_total
+    noise_scale_tokens           noise_scale in tokens
     noise_scale_layers           {norm layer: examples or null}
     tokens_per_second, step_seconds
+of a measured batch
+    batch_bound_noise, batch_bound_stability    the largest batch that each allows, sequences
 of a mixture of experts, {router: number},
     expert_load_max              tokens of the fullest expert over those of the mean one
     expert_load_cv               standard deviation of the experts' tokens over their mean
@@ -29,6 +33,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -153,7 +158,15 @@ def read_run(directory: Path) -> LoggedRun:
         raise UserError(f"{baselines} is not a JSON object; write it again or remove it")
     places = (directory / "config.toml", directory / "sample.txt")
     texts = (place.read_text(encoding="utf-8", errors="replace") if place.exists() else "" for place in places)
-    return LoggedRun(directory.resolve().name, steps, events, counted, *texts)
+    run = LoggedRun(directory.resolve().name, steps, events, counted, *texts)
+    if steps[-1].get("noise_scale") and "noise_scale_total" not in steps[-1]:
+        # the log of a version that wrote only the norm layers': the factor is a setting
+        setting = re.search(r"^noise_to_total = ([\d.]+)", run.config, re.MULTILINE)
+        for step in steps:
+            step["noise_scale_total"] = step["noise_scale"] and step["noise_scale"] * float(
+                setting[1] if setting else 1.4
+            )
+    return run
 
 
 def read_metrics(directory: Path) -> list[Record]:

@@ -93,7 +93,7 @@ def _fields(record: Record) -> list[tuple[str, str]]:
         ("loss", "skipped" if record.get("skipped") else number("loss", ".4f")),
         ("lr", number("lr", ".2e")),
         ("batch", number("global_batch", ",")),
-        ("noise", human_count(record.get("noise_scale"))),
+        ("noise", human_count(record.get("noise_scale_total"))),
         ("tok/s", human_count(record.get("tokens_per_second"))),
     ]
 

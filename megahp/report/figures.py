@@ -98,11 +98,14 @@ def baselines(axes: Any, runs: Sequence[LoggedRun]) -> None:
 
 
 def learning_rate_figure(runs: Sequence[LoggedRun]) -> str:
-    """Learning rate against tokens."""
+    """Learning rate against tokens; of a batch that grows also the drift of a step over what it is at the first."""
 
     def draw(axes: Any) -> None:
         for index, run in enumerate(runs):
-            axes.plot(*thin(run.column("tokens"), run.column("lr")), color=PALETTE[colour(index)])
+            tokens, batch = run.column("tokens"), run.column("global_batch")
+            axes.plot(*thin(tokens, run.column("lr")), color=PALETTE[colour(index)])
+            if np.nanmax(batch) > np.nanmin(batch):
+                axes.plot(*thin(tokens, run.column("lr") * np.sqrt(batch / batch[0])), **second(index, runs))
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
 
@@ -128,11 +131,15 @@ def batch_figure(runs: Sequence[LoggedRun], marks: Sequence[Mark]) -> str:
         for index, run in enumerate(runs):
             tokens, hue = run.column("tokens"), PALETTE[colour(index)]
             axes.plot(*stairs(run, run.column("global_batch")), color=hue, ds="steps-pre")
-            axes.plot(*thin(tokens, run.column("noise_scale")), **second(index, runs))
+            axes.plot(*thin(tokens, run.column("noise_scale_total")), **second(index, runs))
+            for bound in ("batch_bound_noise", "batch_bound_stability"):
+                if known([run], bound):
+                    axes.plot(*thin(tokens, run.column(bound)), color=PALETTE["muted"], lw=0.8)
+                    name_last(axes, bound.rpartition("_")[2], tokens, run.column(bound))
             if known([run], "batch_target"):
                 axes.plot(*thin(tokens, run.column("batch_target")), color=hue, ls=(0, (1, 1.2)), lw=1.6)
         logarithmic(axes, 2)
-        fit(axes, columns(runs, "global_batch"), columns(runs, "noise_scale", "batch_target"))
+        fit(axes, columns(runs, "global_batch"), columns(runs, "noise_scale_total", "batch_target"))
         span = max(run.steps[-1]["tokens"] for run in runs) or 1
         labelled = -1.0
         for number, index, event in marks:
@@ -241,6 +248,13 @@ def fit(axes: Any, exact: Sequence[np.ndarray], rough: Sequence[np.ndarray]) -> 
     bounds += [bound for values in rough for bound in np.percentile(values, [5, 95]) * (0.5, 2)]
     if bounds:
         axes.set_ylim(min(bounds), max(bounds))
+
+
+def name_last(axes: Any, text: str, x: np.ndarray, y: np.ndarray) -> None:
+    """Name a line at three quarters of its length, where it is known."""
+    there = np.flatnonzero(np.isfinite(y))
+    place = there[3 * len(there) // 4]
+    note(axes, text, (x[place], y[place]), ("data", "data"), "right")
 
 
 def note(axes: Any, text: str, at: tuple[float, float], coordinates: tuple[str, str], align: str) -> None:

@@ -28,7 +28,8 @@ def summary(run: LoggedRun) -> dict[str, str]:
         "Tokens per second": shown(over(run, "tokens_per_second", np.nanmedian), human_count),
         "Peak learning rate": shown(over(run, "lr", np.nanmax), "{:.3g}".format),
         "Global batch": change(run, "global_batch"),
-        "Noise scale": change(run, "noise_scale"),
+        "Serial steps saved": saved(run),
+        "Noise scale": change(run, "noise_scale_total"),
     }
 
 
@@ -79,12 +80,12 @@ def skipped_check(run: LoggedRun) -> tuple[bool, str] | None:
 
 def batch_check(run: LoggedRun) -> tuple[bool, str] | None:
     """Does the batch average more examples than the gradient needs?"""
-    batch, noise = last(run, "global_batch"), last(run, "noise_scale")
+    batch, noise = last(run, "global_batch"), last(run, "noise_scale_total")
     if batch is None or noise is None or noise <= 0:
         return None
     share = 100 * step_efficiency(batch, noise)
     text = (
-        f"Global batch is {batch / noise:.2f} times the noise scale: in SGD's quadratic picture "
+        f"Global batch is {batch / noise:.2f} times the whole model's noise scale: in SGD's quadratic picture "
         f"a step makes {share:.0f} % of the progress an infinite batch would"
     )
     if batch <= noise:
@@ -200,6 +201,17 @@ def change(run: LoggedRun, key: str) -> str:
     first = next((value for record in run.steps if (value := record.get(key)) is not None), None)
     start, end = shown(first, human_count), shown(last(run, key), human_count)
     return start if start == end else f"{start} to {end}"
+
+
+def saved(run: LoggedRun) -> str:
+    """The steps that growth saved, as a share of what the first batch throughout would have taken for the same tokens;
+    "" where the batch did not grow."""
+    first, last = run.steps[0], run.steps[-1]
+    if first["global_batch"] == last["global_batch"]:
+        return ""
+    step, tokens = beginning(run)
+    constant = (last["tokens"] - tokens) / ((first["tokens"] - tokens) / (first["step"] - step))
+    return f"{1 - (last['step'] - step) / constant:.0%} of {constant:,.0f} at {first['global_batch']} throughout"
 
 
 def known(runs: Sequence[LoggedRun], key: str) -> bool:

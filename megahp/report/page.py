@@ -56,17 +56,18 @@ def page(runs: Sequence[LoggedRun]) -> str:
     target = "target of the batch policy" if known(runs, "batch_target") else ""
     batch = strokes(runs, "global batch", "noise scale", target) + "In examples. Numbered lines are the events below."
     norms = strokes(runs, "one example, on average", "the whole batch")
+    rates = strokes(runs, "as applied", "of a growing batch: times the root of batch over first batch")
     squares = "grad_sq_example grad_sq_batch"
     parts = [
         f'<header><p class="kicker">megahp run report</p><h1>{heading}</h1></header>',
         f'<section class="top{" many" if len(runs) > 1 else ""}">{table_of(runs)}{health_of(runs)}</section>',
         section(runs, "Loss", loss_caption(runs), "loss validation_loss", figures.loss_figure),
-        section(runs, "Batch size and noise scale", batch, "global_batch noise_scale",
+        section(runs, "Batch size and noise scale", batch, "global_batch noise_scale_total",
                 lambda runs: figures.batch_figure(runs, marks)),
         events_of(runs, marks),
         section(runs, "What the weights are made of", weights_caption(runs), "weight_decay", weights_of),
         '<div class="pairs">',
-        section(runs, "Learning rate", "The schedule as it was applied.", "lr", figures.learning_rate_figure),
+        section(runs, "Learning rate", rates, "lr", figures.learning_rate_figure),
         section(runs, "Throughput", "Tokens per second.", "tokens_per_second", figures.throughput_figure),
         section(runs, "Squared gradient norm", norms, squares, figures.gradient_figure),
         section(runs, "Noise scale by layer", kinds_of(runs), "noise_scale_layers", figures.layer_figure),

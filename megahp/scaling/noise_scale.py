@@ -66,6 +66,56 @@ class Average:
         return ratio(self.true_sq, self.noise)
 
 
+BLOCKS = 16
+STUDENT = 2.1314  # the 97.5 % point of Student's t with BLOCKS - 1 degrees of freedom
+OUTLIER = 3.5  # robust standard deviations beyond which a block's residual counts no further; ours, see docs/batch.md
+WINDOW = 3.0  # half-lives of the averages that the blocks span: about what such an average weighs
+
+
+@dataclass
+class Blocks:
+    """The noise scale over the newest BLOCKS blocks of steps, with an interval, so that no single step decides.
+
+    With G_k and S_k the sums of a block's estimates, weighted by examples, 1 / noise scale = r = sum G_k / sum S_k.
+    Blocks whose residual G_k - r S_k stands out are weighted down until it no longer does (Huber's estimate), and r is
+    Student-t distributed with the variance of the ratio of means (Cochran, Sampling Techniques, section 6.4; the
+    interval is symmetric in r, and so holds the noise scale however unsure |G|^2 is).
+    """
+
+    size: float  # tokens of a block; a step that has more is a block of its own
+    closed: list[list[float]] = field(default_factory=list)  # [sum of |G|^2, sum of S] of each, oldest first
+    true_sq: float = 0.0  # of the open block
+    noise: float = 0.0
+    tokens: int = 0
+
+    def add(self, true_sq: float, noise: float, batch: int, tokens: int) -> None:
+        """Add one step's estimates from a batch of this many examples; skip them if they are not finite."""
+        if not (math.isfinite(true_sq) and math.isfinite(noise)):
+            return
+        self.true_sq, self.noise = self.true_sq + batch * true_sq, self.noise + batch * noise
+        self.tokens += tokens
+        if self.tokens >= self.size:
+            self.closed = [*self.closed, [self.true_sq, self.noise]][-BLOCKS:]
+            self.true_sq, self.noise, self.tokens = 0.0, 0.0, 0
+
+    def interval(self) -> tuple[float, float] | None:
+        """Return the 95 % interval of the noise scale in examples, its upper end infinite where |G|^2 may be 0; None
+        before BLOCKS blocks are full, or where the data allow no positive number."""
+        true_sq, noise = np.array(self.closed or [[0.0, 0.0]]).T
+        if len(self.closed) < BLOCKS or noise.sum() <= 0:
+            return None
+        weights = np.ones(BLOCKS)
+        for _ in range(20):
+            inverse = (weights @ true_sq) / (weights @ noise)
+            residuals = true_sq - inverse * noise
+            limit = OUTLIER * 1.4826 * np.median(np.abs(residuals))  # 1.4826: of a normal distribution's deviation
+            weights = np.minimum(1, limit / np.maximum(np.abs(residuals), np.finfo(float).tiny))
+        residuals = weights * (true_sq - inverse * noise)
+        error = math.sqrt((residuals @ residuals) * BLOCKS / (BLOCKS - 1)) / (weights @ noise)
+        low, high = inverse - STUDENT * error, inverse + STUDENT * error
+        return (float(1 / high), float(1 / low) if low > 0 else math.inf) if high > 0 else None
+
+
 @dataclass
 class NoiseScale:
     """The smoothed noise scale of every norm layer, and pooled over them (sums of S and |G|^2 over the layers)."""
@@ -73,6 +123,10 @@ class NoiseScale:
     half_life: float  # tokens
     pooled: Average = field(default_factory=Average)
     layers: dict[str, Average] = field(default_factory=dict)
+    blocks: Blocks = field(init=False)  # of the pooled estimates
+
+    def __post_init__(self) -> None:
+        self.blocks = Blocks(WINDOW * self.half_life / BLOCKS)
 
     def update(self, sq_example: Mapping[str, float], sq_batch: Mapping[str, float], batch: int, tokens: int) -> None:
         """Take in one step of so many tokens: mean_b ||g_b||^2 and ||G||^2 by layer. A batch of 1 says nothing."""
@@ -84,10 +138,22 @@ class NoiseScale:
             self.layers.setdefault(name, Average()).add(*estimates, decay)
         pooled = estimate(sum(sq_example.values()), sum(sq_batch.values()), batch)
         self.pooled.add(*pooled, decay)
+        self.blocks.add(*pooled, batch, tokens)
+
+    def numbers(self) -> dict[str, float | None]:
+        """Return what is logged of a step: the smoothed noise scale in examples, and the interval over the blocks, its
+        ends None where they are unknown or infinite."""
+        low, high = self.blocks.interval() or (None, None)
+        above = high if high is not None and math.isfinite(high) else None
+        return {"noise_scale": self.pooled.ratio, "noise_scale_low": low, "noise_scale_high": above}
 
     def state(self) -> dict[str, Any]:
-        return {"pooled": vars(self.pooled), "layers": {name: vars(a) for name, a in self.layers.items()}}
+        layers = {name: vars(average) for name, average in self.layers.items()}
+        blocks = {key: value for key, value in vars(self.blocks).items() if key != "size"}
+        return {"pooled": vars(self.pooled), "layers": layers, "blocks": blocks}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.pooled = Average(**state["pooled"])
+        # checkpoints written before there were blocks have none
+        self.blocks = Blocks(self.blocks.size, **state.get("blocks", {}))
         self.layers = {name: Average(**values) for name, values in state["layers"].items()}

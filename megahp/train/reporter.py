@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 from pathlib import Path
@@ -153,7 +154,8 @@ class Reporter:
 def _record(
     run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None, skipped: bool
 ) -> Record:
-    noise = run.noise.pooled.ratio
+    numbers = run.noise.numbers()
+    noise, seen = numbers["noise_scale"], numbers[run.batch_plan.sees]
     record: Record = {
         "step": run.progress.step,
         "tokens": run.progress.tokens,
@@ -162,16 +164,19 @@ def _record(
         "lr": plan.lr,
         "weight_decay": plan.weight_decay,
         "global_batch": plan.global_batch,
-        "batch_target": run.batch_plan.aim(run.progress, noise),
+        "batch_target": run.batch_plan.aim(run.progress, seen),
         "grad_norm": measured.grad_norm,
         "grad_sq_example": sum(measured.grad_sq_example.values()) if measured.grad_sq_example else None,
         "grad_sq_batch": sum(measured.grad_sq_batch.values()) if measured.grad_sq_batch else None,
-        "noise_scale": noise,
+        **numbers,
+        "noise_scale_total": noise * run.settings.batch.noise_to_total if noise else None,
         "noise_scale_tokens": noise * plan.length if noise else None,
         "noise_scale_layers": {name: average.ratio for name, average in run.noise.layers.items()},
         "tokens_per_second": plan.tokens / seconds,
         "step_seconds": seconds,
     }
+    for bound, sequences in run.batch_plan.bounds(run.progress, seen).items():
+        record[f"batch_bound_{bound}"] = sequences if math.isfinite(sequences) else None
     if measured.load:
         record["expert_load_max"] = {name: (load.max() / load.mean()).item() for name, load in measured.load.items()}
         record["expert_load_cv"] = {

@@ -81,7 +81,7 @@ class Trainer:
             self.loss_scale.update(measured.finite)
         self.engine.zero()
         self.progress = self.progress.after(plan)
-        change = self.batch_plan.look(self.progress, self.noise.pooled.ratio)
+        change = self.batch_plan.look(self.progress, self.noise.numbers()[self.batch_plan.sees])
         return change, self.masks.look(plan, self.progress) if updated else None
 
     def microbatches(self, loader: Loader, plan: Plan) -> Iterator[Batch]:

@@ -6,13 +6,19 @@ from typing import Any
 
 import pytest
 
-from megahp.cluster.growth import Growth, foretold, segments
+from megahp.cluster.growth import Growth, foretold, noise_forecast, segments
 from megahp.config import Config, with_values
 from megahp.scaling.batch import BatchPlan, Progress
 
 LENGTH = 16
 TABLE = {"batch.policy": "table", "batch.table": ("640:8", "1664:16")}
 RAMP = {"batch.policy": "ramp", "batch.largest": 20, "batch.increment": 2, "batch.ramp_samples": 200}
+MEASURED = {
+    "batch.policy": "measured",
+    "batch.critical_batch": (300.0, 0.5),
+    "batch.look_every": 1,
+    "optimizer.beta2": 0.5,
+}
 LAW = {"batch.policy": "law", "batch.critical_batch": (30.0, 0.5)}
 
 
@@ -29,13 +35,14 @@ def lives(settings: Config, growth: Growth) -> list[tuple[int, int, int]]:
     """(nodes, first tokens, steps) of the jobs of a chain, step by step: each on the nodes that its first batch asks
     for, until the batch is one that asks for more."""
     found, progress, state = [], Progress(), {**BatchPlan(settings, 1).state()}
+    forecast = noise_forecast(settings, progress, None)
     while True:
         nodes, stop = growth.wanted(state["batch"]), growth.stop_at(state["batch"])
         plan, begin = BatchPlan(settings, growth.dp(nodes)), progress
         plan.go_on(state, progress)
         while step := plan.step(progress):
             progress = progress.after(step)
-            plan.look(progress, None)
+            plan.look(progress, forecast(progress.tokens))
             if stop and plan.batch >= stop:
                 break
         if progress == begin:
@@ -44,7 +51,7 @@ def lives(settings: Config, growth: Growth) -> list[tuple[int, int, int]]:
         state = plan.state()
 
 
-@pytest.mark.parametrize("policy", [TABLE, RAMP, LAW], ids=lambda policy: policy["batch.policy"])
+@pytest.mark.parametrize("policy", [TABLE, RAMP, LAW, MEASURED], ids=lambda policy: policy["batch.policy"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_plan_is_what_the_jobs_do(policy: dict[str, Any], ranks: int) -> None:
     run = settings(**policy)
@@ -55,8 +62,9 @@ def test_the_plan_is_what_the_jobs_do(policy: dict[str, Any], ranks: int) -> Non
     assert [part.end for part in parts[:-1]] == [part.begin for part in parts[1:]]
 
 
-def test_a_long_run_is_foretold_in_strides() -> None:
-    run = settings(tokens=400_000 * LENGTH, **LAW | {"batch.critical_batch": (0.5, 0.5)})
+@pytest.mark.parametrize("policy", [LAW, MEASURED], ids=lambda policy: policy["batch.policy"])
+def test_a_long_run_is_foretold_in_strides(policy: dict[str, Any]) -> None:
+    run = settings(tokens=400_000 * LENGTH, **policy | {"batch.critical_batch": (0.5, 0.5), "batch.look_every": 10})
     found = growth(run, largest=64)
     parts, truth = segments(found, Progress(), BatchPlan(run, 1).state(), None), lives(run, found)
     assert [part.nodes for part in parts] == [nodes for nodes, _, _ in truth]
@@ -103,3 +111,11 @@ def test_what_was_measured_revises_what_remains() -> None:
     less, more = ([part.begin for part in segments(growth(run), now, plan.state(), noise)] for noise in (10.0, 20.0))
     assert less[1] / more[1] == pytest.approx(4, rel=0.02)  # the batch goes with the root of the tokens
     assert foretold(run, Progress(), None).batch.critical_batch == (30.0, 0.5)
+
+
+def test_the_forecast_of_the_noise_scale_begins_at_what_is_measured() -> None:
+    run = settings(**MEASURED)
+    assert noise_forecast(settings(**LAW), Progress(), None)(100) is None
+    by_law, measured = noise_forecast(run, Progress(), None), noise_forecast(run, Progress(10, 40, 640), 70.0)
+    assert by_law(640) == pytest.approx(300 * 1.5 * 640**0.5 / LENGTH / run.batch.noise_to_total)
+    assert measured(640) == pytest.approx(70) and measured(4 * 640) == pytest.approx(2 * 70)

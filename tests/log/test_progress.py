@@ -14,7 +14,7 @@ from megahp.log.progress import Progress, human_count, human_duration
 
 def record(step, **values):
     return {"step": step, "tokens": 1000 * step, "loss": 3.25, "lr": 1e-3, "global_batch": 64,
-            "noise_scale": 210.4, "tokens_per_second": 5123.0, **values}  # fmt: skip
+            "noise_scale_total": 210.4, "tokens_per_second": 5123.0, **values}  # fmt: skip
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_eta_of_a_resumed_run_counts_only_what_it_did_itself(clock):
 def test_nothing_known_yet_is_shown_as_such(clock):
     stream = io.StringIO()
     with Progress(0, stream=stream) as progress:
-        progress.update({"step": 1, "tokens": 0, "loss": None, "skipped": True, "noise_scale": None})
+        progress.update({"step": 1, "tokens": 0, "loss": None, "skipped": True, "noise_scale_total": None})
     assert stream.getvalue() == ("step 1  loss skipped  lr -  batch -  noise -  tok/s -  0/0 tokens 100%  ETA -\n")
     with Progress(10, stream=stream):
         pass  # a run without a step prints nothing

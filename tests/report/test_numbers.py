@@ -53,13 +53,13 @@ def checks(*losses, baselines=None, **values):
 
 def test_health_sees_what_is_wrong():
     assert all(good for good, _ in checks(5.0, 4.0, 3.0, baselines={"unigram": 7.0, "bigram": 4.5}))
-    found = checks(5.0, 3.0, 6.0, skipped=True, global_batch=90, noise_scale=45.0)
+    found = checks(5.0, 3.0, 6.0, skipped=True, global_batch=90, noise_scale_total=45.0)
     assert {text for good, text in found if not good} == {
         "Loss went from 5.00 to 6.00.",
         "Loss ends 3.00 nats above its lowest level: look for a spike or a jump.",
         "3 of 3 logged steps were skipped: gradient not finite.",
-        "Global batch is 2.00 times the noise scale: in SGD's quadratic picture a step makes 67 % of the progress an "
-        "infinite batch would, from more examples than the gradient needs.",
+        "Global batch is 2.00 times the whole model's noise scale: in SGD's quadratic picture a step makes 67 % of the "
+        "progress an infinite batch would, from more examples than the gradient needs.",
     }
     assert checks(7.0, 5.0, baselines={"unigram": 7.0, "bigram": 4.5})[0] == (
         False,

@@ -190,6 +190,44 @@ def test_a_run_is_handed_over_when_its_batch_has_grown(folder: Path, whole: list
     assert replay(folder / "runs/outgrown").differences == []
 
 
+# a batch that takes over the decay of the rate: from step 20 on, where the rule `sde` may first change beta2 = 0.5
+MEASURED = (
+    "batch.policy=measured",
+    "batch.noise_share=50",
+    "batch.largest=32",
+    "batch.look_every=1",
+    "optimizer.beta2=0.5",
+    "train.noise_half_life=0.1",
+    "checkpoint.every=1",
+    "checkpoint.keep=100",
+)
+
+
+def test_a_measured_batch_resumes_exactly_and_grows_alike_on_other_layouts(folder: Path) -> None:
+    train(folder, "measured", "--ranks", "2", *MEASURED)
+    whole, grown = numbers(folder, "measured"), changes(folder, "measured")
+    assert replay(folder / "runs/measured").differences == []
+    assert grown[0][0] == 20 and len(grown) >= 3 and grown[-1][1].now == 32
+    assert all("stability allows" in change.reason for _, change in grown)
+    assert all(
+        record["noise_scale_low"] < record["noise_scale_high"] for record in whole[20:] if record["noise_scale_high"]
+    )
+    middle = grown[1][0]
+    for name, words in (
+        ("again", ("--ranks", "2")),
+        ("moved", ("--ranks", "2", "parallel.tp=2", "batch.micro_batch=4")),
+    ):
+        name = copy_of(folder, "measured", f"measured-{name}")
+        for later in sorted((folder / "runs" / name / "checkpoints").glob("step-*"))[middle - 1 :]:
+            shutil.rmtree(later)
+        train(folder, name, "--resume", "auto", *words, *MEASURED)
+        assert replay(folder / "runs" / name).differences == []
+    assert numbers(folder, "measured-again") == whole
+    assert losses(folder, "measured-moved") == pytest.approx([record["loss"] for record in whole], rel=1e-5)
+    moved = changes(folder, "measured-moved")
+    assert [(step, change.now) for step, change in moved] == [(step, change.now) for step, change in grown]
+
+
 def test_experts_and_their_biases_go_on(folder: Path) -> None:
     """From expert parallelism, bit for bit on the same layout, and on one rank, where the model also speaks."""
     words = ("model.experts=4", "model.balance_rate=0.05", "model.balance_loss=0.01", "train.steps=6")

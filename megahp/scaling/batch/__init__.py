@@ -2,5 +2,5 @@
 and what follows for the optimizer (rule)."""
 
 from megahp.scaling.batch.plan import BatchPlan, Change, Plan, Progress
-from megahp.scaling.batch.rule import Hyperparameters, follow
+from megahp.scaling.batch.rule import Hyperparameters, follow, rule_of
 from megahp.scaling.batch.sizes import least_batch, micro_batch, runnable, unit

@@ -14,7 +14,7 @@ from megahp.config import Config, stage_at, stages
 from megahp.scaling import schedules
 from megahp.scaling.batch.policies import POLICIES
 from megahp.scaling.batch.policies.policy import Memory, Moment, Policy
-from megahp.scaling.batch.rule import Hyperparameters, follow
+from megahp.scaling.batch.rule import Hyperparameters, follow, rule_of
 from megahp.scaling.batch.sizes import micro_batch, unit
 
 
@@ -59,7 +59,7 @@ class Change:
     before: int
     now: int
     wanted: float
-    noise_scale: float | None  # smoothed, examples, the least over the time it was confirmed; None for other policies
+    noise_scale: float | None  # examples, what the policy went by; None for those that measure nothing
     reason: str
     hyperparameters_before: Hyperparameters
     hyperparameters_now: Hyperparameters
@@ -84,7 +84,13 @@ class BatchPlan:
         self.limit = settings.batch.largest * self.first_length or math.inf
         self.stages = stages(settings.data)
         self.policy: Policy = POLICIES[settings.batch.policy](settings)
+        self.rule = rule_of(settings.batch)
         self.tokens = settings.batch.global_batch * self.first_length
+
+    @property
+    def sees(self) -> str:
+        """Return which of NoiseScale.numbers `look` and `aim` are to be given."""
+        return self.policy.sees
 
     @property
     def batch(self) -> int:
@@ -114,22 +120,24 @@ class BatchPlan:
         )
 
     def look(self, progress: Progress, noise_scale: float | None) -> Change | None:
-        """Decide, after a step, whether the next ones have a larger batch. noise_scale: smoothed, in examples.
+        """Decide, after a step, whether the next ones have a larger batch. noise_scale: that of NoiseScale.numbers
+        which the plan `sees`, in examples.
 
-        Under `sqrt` beta2 may change only once 10 / (1 - beta2) steps are done: AdamW corrects its bias with the
-        present beta2.
+        Under `sqrt` and `sde` betas may change only once 10 / (1 - beta2) steps are done: AdamW corrects its bias with
+        the present ones.
         """
         length = self.stages[stage_at(self.stages, progress.tokens)].length
         if length != self.length:  # an example is another thing from here on
             self.length, noise_scale = length, None
             self.policy.memory.since = self.policy.memory.least = None
-        if self.settings.batch.rule == "sqrt" and progress.step < 10 / (1 - self.settings.optimizer.beta2):
+        if self.rule in ("sqrt", "sde") and progress.step < 10 / (1 - self.settings.optimizer.beta2):
             return None
-        wanted = self.policy.wanted(self._moment(progress, noise_scale))
+        moment = self._moment(progress, noise_scale)
+        wanted = self.policy.wanted(moment)
         if wanted is None or (now := self._runnable_below(wanted)) <= self.tokens:
             return None
         before, self.tokens, self.policy.memory.since = self.tokens, now, None
-        return self._change(before, wanted, self.policy.memory.least if self.policy.measures else None)
+        return self._change(before, wanted, self.policy.noise(moment), self.policy.why(moment))
 
     def is_look(self, step: int) -> bool:
         """Return whether the noise scale after this step can decide something, and so must be in the log."""
@@ -140,10 +148,14 @@ class BatchPlan:
         back."""
         return self.policy.aim(self._moment(progress, noise_scale))
 
+    def bounds(self, progress: Progress, noise_scale: float | None) -> dict[str, float]:
+        """Return what holds the batch of a policy that is bounded, name -> sequences."""
+        return self.policy.bounds(self._moment(progress, noise_scale))
+
     def hyperparameters(self, tokens: int) -> Hyperparameters:
         """Return the optimizer's base values at a global batch of so many tokens."""
         chosen = self.settings.batch
-        return follow(chosen.rule, self.settings.optimizer, tokens / (chosen.global_batch * self.first_length))
+        return follow(self.rule, self.settings.optimizer, tokens / (chosen.global_batch * self.first_length))
 
     def state(self) -> dict[str, Any]:
         return {"batch": self.batch, "length": self.length, **asdict(self.policy.memory)}

@@ -24,18 +24,26 @@ class Hyperparameters:
         return power_laws.timescale(self.lr, self.weight_decay, batch_tokens, horizon)
 
 
+def rule_of(batch: config.Batch) -> str:
+    """Return the rule that hyperparameters follow: sde, on which `measured` rests, or else the user's."""
+    return "sde" if batch.policy == "measured" else batch.rule
+
+
 def follow(rule: str, optimizer: config.Optimizer, kappa: float) -> Hyperparameters:
     """Return the base hyperparameters at kappa times the batch they were set for.
 
     power-lines: weight decay times kappa, so that tau stays (arXiv 2505.13738). sqrt: learning rate and weight decay
-    times sqrt(kappa), beta2 to max(beta2^kappa, 0.9), eps over sqrt(kappa). none: nothing.
+    times sqrt(kappa), beta2 to max(beta2^kappa, 0.9), eps over sqrt(kappa). sde: the same, and beta1 to beta1^kappa, so
+    that both moments average over as many tokens as before: to first order the square-root scaling rule of Malladi et
+    al. (arXiv 2205.10287), which has 1 - kappa (1 - beta); the floor of beta2 is ours. none: nothing.
     """
     lr, decay, beta1, beta2, eps = (
         getattr(optimizer, name) for name in ("lr", "weight_decay", "beta1", "beta2", "eps")
     )
     if rule == "power-lines":
         return Hyperparameters(lr, decay * kappa, beta1, beta2, eps)
-    if rule == "sqrt":
+    if rule in ("sqrt", "sde"):
         root = math.sqrt(kappa)
-        return Hyperparameters(lr * root, decay * root, beta1, max(beta2**kappa, min(beta2, 0.9)), eps / root)
+        momentum = beta1**kappa if rule == "sde" else beta1
+        return Hyperparameters(lr * root, decay * root, momentum, max(beta2**kappa, min(beta2, 0.9)), eps / root)
     return Hyperparameters(lr, decay, beta1, beta2, eps)

@@ -34,6 +34,9 @@ class NoiseScale(Policy):
             return None
         return min(self._asked(memory.least, now.length), batch.growth * present) * self.first_length
 
+    def noise(self, now: Moment) -> float | None:
+        return self.memory.least
+
     def _asked(self, noise: float, length: int) -> float:
         """Return what is aimed at in sequences of the run's first length, where it is rounded (see Policy.wanted)."""
         return self.settings.batch.target * self.settings.batch.noise_to_total * noise * length / self.first_length

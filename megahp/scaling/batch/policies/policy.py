@@ -24,7 +24,7 @@ class Moment:
     batch: int  # tokens
     larger: int  # tokens of the next larger batch that can be run; not above `batch` where the limit allows none
     length: int  # tokens of a sequence
-    noise_scale: float | None  # smoothed, in sequences of this length
+    noise_scale: float | None  # what the policy sees of it, in sequences of this length
 
 
 class Policy:
@@ -32,6 +32,7 @@ class Policy:
 
     grows = True  # False: a resumed run begins again with batch.global_batch
     measures = False  # True: it decides from the noise scale, and so at looks alone
+    sees = "noise_scale"  # which of NoiseScale.numbers it decides from
 
     def __init__(self, settings: Config) -> None:
         self.settings = settings
@@ -47,6 +48,10 @@ class Policy:
         follows no critical batch."""
         return None
 
+    def bounds(self, now: Moment) -> dict[str, float]:
+        """Return what holds the batch, name -> the largest one it allows in sequences of the present length."""
+        return {}
+
     def wanted(self, now: Moment) -> float | None:
         """Return the batch wanted from here on, in tokens; None for that which there is.
 
@@ -55,3 +60,11 @@ class Policy:
         """
         aim = self.aim(now)
         return None if aim is None else aim * now.length / self.first_length * self.first_length
+
+    def noise(self, now: Moment) -> float | None:
+        """Return the noise scale that a change made now is based on; None where the policy measures nothing."""
+        return None
+
+    def why(self, now: Moment) -> str:
+        """Return the reason of a change made now, "" for the policy's name and what it asks for."""
+        return ""

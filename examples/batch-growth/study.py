@@ -1,0 +1,408 @@
+"""Does a growing batch save serial steps at equal loss? The study behind `batch.policy = "measured"` (docs/batch.md).
+
+    python examples/batch-growth/study.py [--quick] [--jobs 2] [--sizes S M] [--corpora code english]
+
+Every run that is missing in results.jsonl is trained, on one thread, and becomes a line there; then the table is
+printed and the figure drawn. Interrupted, it resumes. An arm is a batch, or a way to grow from one; its learning rate
+is the best of a grid on seed 1, the grid extended until the best is not at its end. Arms then get 3 seeds; the best
+constant batch and growth from every batch get 10. --quick takes the rates that the committed results found, trains
+3 seeds of the arms that matter (about 20 minutes on two cores) and compares those, in runs/batch-growth-quick.jsonl.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+DATA = Path("data/batch-growth")
+RUNS = Path("runs/batch-growth")
+SIZES = {"S": (2, 64), "M": (3, 96)}
+GRID = [1e-3 * 2 ** (k / 2) for k in range(10)]  # 1e-3 .. 22.6e-3
+FIRST = (5, 6)  # where the grid begins: 5.7e-3 and 8e-3
+BATCHES = (4, 8, 12, 16, 24, 32)
+FROM = (4, 8, 12, 16)
+TOKENS = 800_000
+WARMUP = 0.1
+Line = dict[str, Any]
+
+
+def betas(batch: int) -> list[str]:
+    """0.9 and 0.95 at a batch of 8, and as many tokens at others (the rule sde)."""
+    kappa = batch / 8
+    return [f"optimizer.beta1={0.9**kappa:.6g}", f"optimizer.beta2={max(0.95**kappa, 0.9):.6g}"]
+
+
+def growing(batch: int, *words: str) -> list[str]:
+    return [f"batch.global_batch={batch}", "batch.micro_batch=2", *words]
+
+
+def table(batch: int, largest: int, times: Sequence[float] = ()) -> str:
+    """Batches along 1 / shape in steps of 2 up to the largest, or doubled at these shares of the run."""
+    if times:
+        words = [f"{round(share * TOKENS)}:{batch * 2 ** (k + 1)}" for k, share in enumerate(times)]
+    else:
+        sizes = range(batch + 2, largest + 1, 2)  # shape = batch / size
+        words = [f"{round((WARMUP + (1 - WARMUP) * (1 - batch / size)) * TOKENS)}:{size}" for size in sizes]
+    return "batch.table=" + json.dumps(words)
+
+
+def arms() -> dict[str, list[str]]:
+    """Name -> settings, all but the rate and the seed."""
+    found = {}
+    for batch in BATCHES:
+        words = [f"batch.global_batch={batch}"]
+        found[f"constant {batch}"] = words
+        if batch != 8:
+            found[f"constant {batch}, betas"] = words + betas(batch)
+    for batch in FROM:
+        found[f"measured from {batch}"] = growing(batch, "batch.policy=measured", *betas(batch))
+    for share in (0.1, 0.25, 1, 1e9):
+        words = ["batch.policy=measured", f"batch.noise_share={share:g}", *betas(12)]
+        found[f"measured from 12, noise share {share:g}"] = growing(12, *words)
+    policy = "batch.policy=table"
+    found["Seesaw from 8"] = growing(8, policy, "batch.rule=sqrt", table(8, 64))
+    found["Seesaw from 8, power-lines"] = growing(8, policy, "batch.rule=power-lines", table(8, 64))
+    found["doubled from 8"] = growing(8, policy, "batch.rule=sqrt", table(8, 32, (0.28, 0.83)))
+    ramp = ["batch.policy=ramp", "batch.rule=none", "batch.largest=16", "batch.increment=2"]
+    found["ramp 4 to 16"] = growing(4, *ramp, f"batch.ramp_samples={TOKENS // 64}")
+    found["noise-scale from 8"] = growing(8, "batch.policy=noise-scale")
+    return found
+
+
+ARMS = arms()
+MAIN = [
+    *(f"constant {batch}" for batch in (8, 12, 16)),
+    *(f"constant {batch}, betas" for batch in (12, 16)),
+    *(f"measured from {batch}" for batch in (8, 12, 16)),
+]
+
+
+def key(line: Line) -> tuple[Any, ...]:
+    return line["corpus"], line["size"], line["arm"], line["lr"], line["seed"]
+
+
+def read(file: Path) -> list[Line]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def missing(lines: Sequence[Line], corpus: str, size: str) -> list[Line]:
+    """The runs to train next, those that the verdict rests on first: of MAIN the grids, three seeds, ten; then the
+    other arms."""
+    mine = [line for line in lines if (line["corpus"], line["size"]) == (corpus, size)]
+    done = {key(line) for line in mine}
+
+    def run(arm: str, lr: float, seed: int) -> Line:
+        return {"corpus": corpus, "size": size, "arm": arm, "lr": lr, "seed": seed}
+
+    def seeds(arms: Sequence[str], count: int) -> list[Line]:
+        wanted = [run(arm, tuned(mine, arm), seed) for seed in range(1, count + 1) for arm in arms]
+        return [each for each in wanted if key(each) not in done]
+
+    for group, many in ((MAIN, True), ([arm for arm in ARMS if arm not in MAIN], False)):
+        if ahead := [run(arm, lr, 1) for arm in group for lr in rates_ahead(mine, arm)]:
+            return ahead
+        if ahead := seeds(group, 3):
+            return ahead
+        if many and (ahead := seeds([*best_constants(mine, group), *(a for a in group if "measured" in a)], 10)):
+            return ahead
+    return []
+
+
+def rates_ahead(lines: Sequence[Line], arm: str) -> list[float]:
+    """The rates of the grid to try next: until the best has been tried on both sides."""
+    grid = {line["lr"]: line["loss"] for line in lines if line["arm"] == arm and line["seed"] == 1}
+    tried = [k for k, lr in enumerate(GRID) if lr in grid]
+    if ahead := [GRID[k] for k in FIRST if k not in tried]:
+        return ahead
+    best = min(tried, key=lambda k: grid[GRID[k]])
+    return [GRID[k] for k in (best - 1, best + 1) if 0 <= k < len(GRID) and k not in tried]
+
+
+def best_constants(lines: Sequence[Line], group: Sequence[str]) -> list[str]:
+    """The best constant batch at betas of 0.9 and 0.95, and the best at betas of as many tokens."""
+    kinds = ([arm for arm in group if arm.startswith("constant") and ("betas" in arm) == own] for own in (False, True))
+    return [min(kind, key=lambda arm: mean_of(lines, arm)) for kind in kinds]
+
+
+def tuned(lines: Sequence[Line], arm: str) -> float:
+    """The best rate of the grid on seed 1."""
+    return min((line for line in lines if line["arm"] == arm and line["seed"] == 1), key=lambda line: line["loss"])[
+        "lr"
+    ]
+
+
+def of_arm(lines: Sequence[Line], arm: str) -> dict[int, Line]:
+    """Seed -> the line of the arm at its tuned rate."""
+    lr = tuned(lines, arm)
+    return {line["seed"]: line for line in lines if line["arm"] == arm and line["lr"] == lr}
+
+
+def seeds_of(lines: Sequence[Line], arm: str) -> int:
+    return len(of_arm(lines, arm))
+
+
+def mean_of(lines: Sequence[Line], arm: str) -> float:
+    return float(np.mean([line["loss"] for line in of_arm(lines, arm).values()]))
+
+
+def prepare_data() -> None:
+    """Both corpora: Python's own library in 1,024 pieces, and Shakespeare as bytes."""
+    stdlib = sysconfig.get_path("stdlib")
+    outside = ["--exclude", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"]
+    code = ["--input", stdlib, "--extensions", ".py", *outside, "--tokenizer", str(DATA / "code.model")]
+    english = ["--input", str(HERE / "shakespeare.jsonl"), "--tokenizer", "bytes"]
+    for name, words in (("code", [*code, "--train-sentencepiece", "1024"]), ("english", english)):
+        if not (DATA / f"{name}.idx").exists():
+            DATA.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-m", "megahp", "preprocess", *words, "--output", str(DATA / name)]
+            subprocess.run([*command, "--workers", "2"], check=True)
+
+
+_store: Any = None
+
+
+def train(run: Line) -> Line:
+    """Train one run in this process, decide its changes of the batch again from its log, and return its line."""
+    global _store  # the process's own, joined once
+    from megahp import launch
+    from megahp.config import resolve
+    from megahp.log.metrics import read_run
+    from megahp.log.replay import replay
+    from megahp.parallel.layout import fit
+    from megahp.train.loop import train as train_run
+    from megahp.train.prepare import prepare
+
+    _store = _store or launch.join(launch.World(), False)
+    layers, width = SIZES[run["size"]]
+    bytes_or_pieces = "bytes" if run["corpus"] == "english" else str(DATA / "code.model")
+    name = "-".join(map(str, key(run))).replace(" ", "_").replace(",", "")
+    words = [
+        *(f"model.{name}={value}" for name, value in (("layers", layers), ("width", width), ("heads", width // 32))),
+        *(f"parameterization.base_{name}={value}" for name, value in (("layers", layers), ("width", width))),
+        f'data.train=["{DATA / run["corpus"]}"]',
+        f"data.tokenizer={bytes_or_pieces}",
+        f"optimizer.lr={run['lr']}",
+        f"train.seed={run['seed']}",
+        f"train.tokens={TOKENS}",
+        f"schedule.warmup={WARMUP}",
+        *ARMS[run["arm"]],
+        f"log.root={RUNS}",
+        f"log.name={name}",
+    ]
+    settings = resolve.load(HERE / "run.toml", words).config
+    layout = fit(settings.parallel, 1)
+    settings = prepare(settings, layout, 1, resume=True)
+    shutil.rmtree(settings.directory, ignore_errors=True)
+    began = time.monotonic()
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull), contextlib.redirect_stderr(devnull):
+        train_run(settings, launch.World(), _store, layout, False)
+    logged, replayed = read_run(settings.directory), replay(settings.directory)
+    last = logged.steps[-1]
+    shutil.rmtree(settings.directory)
+    return {
+        **run,
+        "loss": last["validation_loss"],
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "changes": [[event["tokens"], event["now"]] for event in logged.events if event["event"] == "batch"],
+        "reasons": [event["reason"].partition(": ")[2] for event in logged.events if event["event"] == "batch"],
+        "noise_scale": [[step["tokens"], step["noise_scale"]] for step in logged.steps[:: len(logged.steps) // 20]],
+        "replayed": not replayed.differences,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def work(tasks: Any, done: Any) -> None:
+    import torch
+
+    from megahp.launch import die_with_parent
+
+    die_with_parent()
+    torch.set_num_threads(1)
+    while (run := tasks.get()) is not None:
+        try:
+            done.put(train(run))
+        except Exception as error:  # told by the parent, which ends
+            done.put(error)
+
+
+def train_all(file: Path, todo: Any, jobs: int) -> None:
+    """Train what `todo(lines)` says is missing until nothing is."""
+    context = multiprocessing.get_context("spawn")
+    tasks, done = context.Queue(), context.Queue()
+    workers = [context.Process(target=work, args=(tasks, done), daemon=True) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    began, trained = time.monotonic(), 0
+    while runs := todo(read(file)):
+        for run in runs[: 4 * jobs]:
+            tasks.put(run)
+        for left in range(len(runs) - 1, len(runs) - 1 - min(len(runs), 4 * jobs), -1):
+            line = done.get()
+            if isinstance(line, Exception):
+                raise line
+            with open(file, "a") as out:
+                out.write(json.dumps(line) + "\n")
+            trained += 1
+            each = (time.monotonic() - began) / trained
+            print(
+                f"{line['corpus']} {line['size']} {line['arm']}, lr {line['lr']:.3g}, seed {line['seed']}: "
+                f"{line['loss']:.4f} in {line['steps']} steps; {left} left of this round, {left * each / 60:.0f} min",
+                flush=True,
+            )
+    for _ in workers:
+        tasks.put(None)
+
+
+def student(x: float, freedom: int) -> float:
+    """P(T > x) of Student's t, by the trapezoid rule."""
+    grid = np.linspace(0, abs(x), 20_001)
+    density = (1 + grid**2 / freedom) ** (-(freedom + 1) / 2)
+    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    tail = 0.5 - scale * float(np.trapezoid(density, grid))
+    return tail if x >= 0 else 1 - tail
+
+
+def quantile(tail: float, freedom: int) -> float:
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, freedom) > tail else (low, middle)
+    return high
+
+
+def compare(lines: Sequence[Line], arm: str, base: str) -> Line:
+    """Paired differences of loss over the seeds both have, and the share of the base's steps."""
+    one, other = of_arm(lines, arm), of_arm(lines, base)
+    seeds = sorted(one.keys() & other.keys())
+    differences = np.array([one[seed]["loss"] - other[seed]["loss"] for seed in seeds])
+    steps = float(np.mean([one[seed]["steps"] for seed in seeds]) / np.mean([other[seed]["steps"] for seed in seeds]))
+    found: Line = {"seeds": len(seeds), "difference": differences.mean(), "steps": steps}
+    if len(seeds) > 2 and differences.std() > 0:
+        freedom = len(seeds) - 1
+        error = differences.std(ddof=1) / math.sqrt(len(seeds))
+        half = quantile(0.025, freedom) * error
+        found |= {"low": differences.mean() - half, "high": differences.mean() + half}
+        found["p"] = 2 * student(abs(differences.mean()) / error, freedom)
+        found["equivalent"] = max(
+            student((0.01 - differences.mean()) / error, freedom), student((0.01 + differences.mean()) / error, freedom)
+        )
+    return found
+
+
+def report(lines: Sequence[Line]) -> Iterator[str]:
+    """The table of each corpus and size: arms by steps, beside the best constant batch at betas of 0.9 and 0.95."""
+    for corpus, size in dict.fromkeys((line["corpus"], line["size"]) for line in lines):
+        mine = [line for line in lines if (line["corpus"], line["size"]) == (corpus, size)]
+        there = [arm for arm in ARMS if any(line["arm"] == arm and line["seed"] == 1 for line in mine)]
+        plain = [arm for arm in there if arm.startswith("constant") and "betas" not in arm]
+        base = min(plain, key=lambda arm: mean_of(mine, arm))
+        yield f"\n{corpus}, {size}: beside {base}, {mean_of(mine, base):.4f} nats per token"
+        head = f"{'arm':<36}{'lr':>8}{'seeds':>6}{'loss':>9}{'steps':>7}{'share':>7}{'difference':>12}"
+        yield head + f"{'95 %':>20}{'p':>8}{'p(equal)':>9}"
+        for arm in sorted(there, key=lambda arm: -np.mean([line["steps"] for line in of_arm(mine, arm).values()])):
+            found = compare(mine, arm, base)
+            steps = np.mean([line["steps"] for line in of_arm(mine, arm).values()])
+            sure = "low" in found
+            between = f"{found['low']:+.4f} .. {found['high']:+.4f}" if sure else ""
+            yield (
+                f"{arm:<36}{tuned(mine, arm):>8.2g}{seeds_of(mine, arm):>6}{mean_of(mine, arm):>9.4f}{steps:>7.0f}"
+                f"{found['steps']:>7.2f}{found['difference']:>+12.4f}{between:>20}"
+                + (f"{found['p']:>8.2g}{found['equivalent']:>9.2g}" if sure else "")
+            )
+        firsts = [
+            line["changes"][0][0] / TOKENS for line in of_arm(mine, "measured from 8").values() if line["changes"]
+        ]
+        if firsts:
+            yield f"first growth of measured from 8: {min(firsts):.2f} to {max(firsts):.2f} of the tokens"
+    if wrong := [key(line) for line in lines if not line["replayed"]]:
+        yield f"NOT replayed: {wrong}"
+
+
+def draw(lines: Sequence[Line], file: Path) -> None:
+    """Loss against serial steps at equal tokens, a panel a corpus and size."""
+    from megahp.report.figures import PALETTE, plot_in
+
+    panels = list(dict.fromkeys((line["corpus"], line["size"]) for line in lines))
+    kinds = {"constant": ("run1", "o-"), "betas": ("run2", "o-"), "measured": ("accent", "s-"), "fixed": ("ink", "^")}
+    labels = {
+        "constant": "constant, beta1 0.9",
+        "betas": "constant, betas of as many tokens",
+        "measured": "measured",
+        "fixed": "fixed schedules",
+    }
+    with plot_in(file, 4.5 * len(panels), 3.6) as figure:
+        for axes, (corpus, size) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+            mine = [line for line in lines if (line["corpus"], line["size"]) == (corpus, size)]
+            points: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+            for arm in (arm for arm in ARMS if any(line["arm"] == arm and line["seed"] == 1 for line in mine)):
+                kind = "betas" if "betas" in arm else arm.split()[0] if arm.split()[0] in kinds else "fixed"
+                if "share" not in arm:
+                    steps = np.mean([line["steps"] for line in of_arm(mine, arm).values()])
+                    points[kind].append((float(steps), mean_of(mine, arm)))
+            for kind, (colour, mark) in kinds.items():
+                if points[kind]:
+                    axes.plot(
+                        *zip(*sorted(points[kind]), strict=True), mark, ms=4, color=PALETTE[colour], label=labels[kind]
+                    )
+            axes.set(xscale="log", xlabel="serial steps", ylabel="validation loss, nats", title=f"{corpus}, {size}")
+            axes.legend(frameon=False, fontsize=7)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="3 seeds of the arms that matter, at the rates found before"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at once (default: one a core)"
+    )
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["S"])
+    parser.add_argument("--corpora", nargs="+", choices=["code", "english"], default=["code", "english"])
+    parser.add_argument("--only-show", action="store_true", help="train nothing: table and figure of what is there")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
+    known, file = read(HERE / "results.jsonl"), HERE / "results.jsonl"
+    if options.quick:
+        file = Path("runs/batch-growth-quick.jsonl")
+        file.parent.mkdir(exist_ok=True)
+    if not options.only_show:
+        prepare_data()
+
+    def todo(lines: Sequence[Line]) -> list[Line]:
+        places = [(corpus, size) for size in options.sizes for corpus in options.corpora]
+        if not options.quick:
+            rounds = itertools.zip_longest(*(missing(lines, *place) for place in places))
+            return [run for each in rounds for run in each if run]
+        done, wanted = {key(line) for line in lines}, []
+        for corpus, size in places:
+            mine = [line for line in known if (line["corpus"], line["size"]) == (corpus, size)]
+            for arm in ("constant 8", "constant 12", "constant 16", "measured from 8", "measured from 12"):
+                for seed in (1, 2, 3):
+                    run = {"corpus": corpus, "size": size, "arm": arm, "lr": tuned(mine, arm), "seed": seed}
+                    wanted += [run] if key(run) not in done else []
+        return wanted
+
+    if not options.only_show:
+        train_all(file, todo, options.jobs)
+    lines = read(file)
+    print("\n".join(report(lines)))
+    draw(lines, Path("runs/batch-growth.svg") if options.quick else Path("docs/figures/batch-growth.svg"))
+
+
+if __name__ == "__main__":
+    main()

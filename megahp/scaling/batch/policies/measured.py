@@ -1,0 +1,53 @@
+"""The policy of a batch that takes over the decay of the learning rate, as far as the gradient is mostly noise."""
+
+from megahp.scaling import schedules
+from megahp.scaling.batch.policies.policy import Moment, Policy
+
+
+class Measured(Policy):
+    """Grow as the learning rate decays, below a share of the measured noise scale.
+
+    While noise dominates the gradient, AdamW's progress per token and its temperature both go as lr / sqrt(batch): a
+    decay of the rate to a share `shape` of its peak does the same as the rate times sqrt(kappa) on kappa = 1 / shape
+    times the batch (Seesaw, arXiv 2510.14717), with moments that average over as many tokens as before (the rule sde).
+    Two bounds hold the batch:
+
+    - noise: batch <= noise_share x noise_to_total x the lower end of the noise scale's interval, or the gradient would
+      no longer be mostly noise. Unknown before the interval is.
+    - stability: kappa x shape <= 1, so that lr sqrt(batch), the drift of a step, never exceeds its peak at
+      batch.global_batch. Before the peak the batch stays.
+    """
+
+    measures = True
+    sees = "noise_scale_low"
+
+    def aim(self, now: Moment) -> float | None:
+        bounds = self.bounds(now)
+        return min(bounds.values()) if bounds else None
+
+    def wanted(self, now: Moment) -> float | None:
+        aim = self.aim(now) if self.is_look(now.step) else None
+        return None if aim is None else aim * now.length
+
+    def noise(self, now: Moment) -> float | None:
+        return now.noise_scale
+
+    def why(self, now: Moment) -> str:
+        noise, stability = self.bounds(now).values()
+        bound, other = ("noise", "stability") if noise < stability else ("stability", "noise")
+        return f"{bound} allows {min(noise, stability):.4g}, {other} {max(noise, stability):.4g}"
+
+    def bounds(self, now: Moment) -> dict[str, float]:
+        """Return the largest batch that each bound allows; none where the noise scale is unknown."""
+        if now.noise_scale is None:
+            return {}
+        batch, horizon = self.settings.batch, self.settings.train.tokens
+        schedule, start = self.settings.schedule, self.settings.schedule.start
+        shape = 1.0
+        if now.tokens - start >= schedule.warmup * (horizon - start):
+            shape = schedules.fraction(schedule, now.tokens, horizon)
+        tuned = batch.global_batch * self.first_length / now.length
+        return {
+            "noise": batch.noise_share * batch.noise_to_total * now.noise_scale,
+            "stability": tuned / shape if shape > 0 else float("inf"),
+        }
