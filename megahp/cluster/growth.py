@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megahp.config import Config, with_values
-from megahp.scaling import power_laws
-from megahp.scaling.batch import BatchPlan, Progress, least_batch
-from megahp.scaling.laws import PowerLaw
+from megahp.scaling.batch import BatchPlan, Progress, least_batch, noise_forecast
 
 STRIDES = 2000  # the steps left are foretold in so many strides at least
 
@@ -105,20 +103,3 @@ def foretold(settings: Config, progress: Progress, noise: float | None) -> Confi
         return law
     scale, exponent = settings.batch.critical_batch
     return with_values(law, {"batch.critical_batch": (scale * measured / expected, exponent)})
-
-
-def noise_forecast(settings: Config, progress: Progress, noise: float | None) -> Callable[[int], float | None]:
-    """Return the noise scale that the policy `measured` will see after so many tokens, in sequences of the run's first
-    length: the critical batch by Power Lines' law, spread along the run, and as high as the noise scale is now, where
-    that is known. Other policies see none."""
-    batch, length = settings.batch, settings.data.sequence_length
-    if batch.policy != "measured":
-        return lambda tokens: None
-    scale, exponent = batch.critical_batch
-    law = PowerLaw(scale, exponent, "batch.critical_batch", "given")
-
-    def by_law(tokens: int) -> float:
-        return power_laws.critical_batch_along(tokens, law) / length / batch.noise_to_total
-
-    measured = noise / by_law(progress.tokens) if noise and progress.tokens else 1.0
-    return lambda tokens: measured * by_law(tokens)

@@ -208,7 +208,7 @@ class Batch:
     critical_batch: tuple[float, ...] = setting(
         (96.4608, 0.462),
         "the critical batch in tokens, of tokens: scale, exponent (megahp/scaling/power_laws.py)",
-        only_with=("batch.policy", "law"),
+        only_with=("batch.policy", "law", "measured"),
     )
     noise_share: float = setting(
         0.5,

@@ -5,7 +5,6 @@ learning rate and batch from another rule, which then leaves open what it says n
 stands in for another unsaid.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +15,11 @@ from megahp.errors import UserError, nearest_multiples
 from megahp.recipe.hyperparameter_laws import Choice, deepseek, nanochat, olmo_ladder, step_law
 from megahp.recipe.sizing import Given, outside_embeddings, refuse_mistakes, shaped, tokens_for
 from megahp.scaling import flops, power_laws
-from megahp.scaling.batch import BatchPlan, Progress, sizes
+from megahp.scaling.batch import BatchPlan, Progress, noise_forecast, sizes
 from megahp.scaling.laws import LossLaw, PowerLaw
 from megahp.scaling.parameterization import Role, Table, table_of
 
 RULES = ("power-lines", "step-law", "deepseek")
-START = 0.01  # the growing batch begins where its law is after this share of the tokens
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,7 @@ class Plan:
     sized: tuple[str, str]  # formulas of parameters and tokens
     ranks: int  # data-parallel ones
     steps: int
+    last_batch: int
 
     @property
     def run(self) -> Config:
@@ -150,9 +149,9 @@ def plan(given: Given, base: Base, laws: Laws) -> Plan:
     ranks = (given.gpus or copy) // copy
     tree[-1][1].update(_batch_settings(draft, given, laws, choice, n, ranks, base.get("batch", "micro_batch")))
     resolved = resolve.resolve(tree)
-    steps = steps_of(resolved.config, ranks)
+    steps, last_batch = steps_of(resolved.config, ranks)
     hidden = outside_embeddings(model, length)
-    return Plan(resolved, given, base, laws, choice, n, hidden, (of_size, of_tokens), ranks, steps)
+    return Plan(resolved, given, base, laws, choice, n, hidden, (of_size, of_tokens), ranks, steps, last_batch)
 
 
 def rules(model: Model, length: int, tokens: float) -> list[Choice]:
@@ -190,8 +189,7 @@ def _batch_settings(
     """The batch, which is one the ranks can run, and the weight decay that goes with it."""
     length, tokens = run.data.sequence_length, run.train.tokens
     grows = not (given.batch or choice)
-    along = run.batch.target * power_laws.critical_batch_along(START * tokens, laws.critical_batch)
-    wanted = given.batch or (choice.batch if choice else along) / length
+    wanted = given.batch or (choice.batch if choice else laws.optimal_batch(tokens)) / length
     laid = with_values(run, {"batch.micro_batch": micro})
     unit, least = sizes.unit(laid, ranks), sizes.least_batch(laid, ranks)
     if micro > 1 and (wanted % unit if given.batch else wanted < 4 * unit):
@@ -201,7 +199,11 @@ def _batch_settings(
         why = f"--batch {given.batch} cannot be shared out over {ranks} data-parallel ranks"
         raise UserError(f"{why}; nearest that can be: {near}")
     batch = max(least, round(wanted / unit) * unit)
-    settings: dict[str, Any] = {"policy": "law" if grows else "constant", "global_batch": batch, "micro_batch": micro}
+    settings: dict[str, Any] = {
+        "policy": "measured" if grows else "constant",
+        "global_batch": batch,
+        "micro_batch": micro,
+    }
     if grows and laws.critical_batch is not power_laws.CRITICAL_BATCH:
         settings["critical_batch"] = [laws.critical_batch.scale, laws.critical_batch.exponent]
     if choice:
@@ -212,18 +214,14 @@ def _batch_settings(
     return {"batch": settings, "optimizer": {"weight_decay": decay / rule.weight_decay}}
 
 
-def steps_of(run: Config, ranks: int) -> int:
-    """Steps of a run whose batch is constant or follows its law: as BatchPlan takes them, but a stretch of one batch at
-    a time."""
-    plan, progress = BatchPlan(run, ranks), Progress()
-    scale, exponent = run.batch.critical_batch
+def steps_of(run: Config, ranks: int) -> tuple[int, int]:
+    """The steps of a run whose batch is constant or measured, and its last batch: as BatchPlan takes them where the
+    noise scale is the forecast one, but all steps from one look at it to the next at once."""
+    plan, progress, forecast = BatchPlan(run, ranks), Progress(), noise_forecast(run, Progress(), None)
     while step := plan.step(progress):
-        stretch = math.inf
-        if run.batch.policy == "law":
-            larger = plan.tokens + plan.unit
-            reached = (larger / (run.batch.target * (1 + exponent) * scale)) ** (1 / exponent)
-            stretch = (reached - progress.tokens) // step.tokens
-        many = int(max(1, min(stretch, (run.train.tokens - progress.tokens) // step.tokens)))
+        left = (run.train.tokens - progress.tokens) // step.tokens
+        every = run.batch.look_every if run.batch.policy == "measured" else left
+        many = min(left, every - progress.step % every)
         progress = Progress(progress.step + many, progress.samples, progress.tokens + many * step.tokens)
-        plan.look(progress, None)
-    return progress.step
+        plan.look(progress, forecast(progress.tokens))
+    return progress.step, plan.batch

@@ -7,7 +7,7 @@ from typing import Any
 from megahp.config import resolve
 from megahp.recipe import loss_laws
 from megahp.recipe.hyperparameter_laws import Choice
-from megahp.recipe.recipe import START, Plan, rules
+from megahp.recipe.recipe import Plan, rules
 from megahp.recipe.sizing import MFU, RATIO
 from megahp.scaling import flops, power_laws, sparsity
 from megahp.scaling.laws import PowerLaw
@@ -92,10 +92,10 @@ def _batches(plan: Plan) -> Iterator[Row]:
     least = plan.least_tokens
     yield Row("D_min, tokens", least, "D = D_min (1 + B / B_crit(D_min)), B = D / steps", *HYPERBOLA)
     yield Row("B_crit, sequences", critical(least) / length, f"{_formula(critical, 'D_min')} tokens", *_by(critical))
-    if run.batch.policy == "law":
-        last = run.batch.target * power_laws.critical_batch_along(tokens, critical) / length
-        along = f"{run.batch.target:g} (1 + p) a t^p, as B_crit = a D^p; from {START:.0%} of D on"
-        yield Row("batch, sequences", f"{first:,} to {max(first, last):,.0f}", along, *_by(critical))
+    if run.batch.policy == "measured":
+        share = f"{run.batch.noise_share:g} of the noise scale; forecast: B_crit along the run, (1 + p) a t^p"
+        along = f"B_opt, and from the peak on over the rate's share of it, up to {share}"
+        yield Row("batch, sequences", f"{first:,} to {plan.last_batch:,}", along, *_by(critical))
     elif plan.choice:
         yield Row("batch, sequences", first, "the rule's, to what the ranks can run", *_by(plan.choice))
     else:
@@ -105,7 +105,7 @@ def _batches(plan: Plan) -> Iterator[Row]:
     least_there = power_laws.least_tokens(tokens, tokens / fixed, critical)
     there = f"of the {fixed:,} at B_opt throughout, with {tokens / least_there - 1:.1%} data overhead"
     yield Row("steps saved", f"{1 - plan.steps / fixed:.1%}", there, *COUNTED)
-    yield Row("data overhead", f"{tokens / least - 1:.1%}", "D / D_min - 1", *HYPERBOLA)
+    yield Row("data overhead", f"{tokens / least - 1:.1%}", "D / D_min - 1, of one batch and as many steps", *HYPERBOLA)
     yield Row("warm-up, tokens", round(run.schedule.warmup * tokens), "10 % of D, then linearly to 0", *COLLAPSE)
 
 

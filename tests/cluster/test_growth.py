@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megahp.cluster.growth import Growth, foretold, noise_forecast, segments
+from megahp.cluster.growth import Growth, foretold, segments
 from megahp.config import Config, with_values
-from megahp.scaling.batch import BatchPlan, Progress
+from megahp.scaling.batch import BatchPlan, Progress, noise_forecast
 
 LENGTH = 16
 TABLE = {"batch.policy": "table", "batch.table": ("640:8", "1664:16")}
@@ -111,11 +111,3 @@ def test_what_was_measured_revises_what_remains() -> None:
     less, more = ([part.begin for part in segments(growth(run), now, plan.state(), noise)] for noise in (10.0, 20.0))
     assert less[1] / more[1] == pytest.approx(4, rel=0.02)  # the batch goes with the root of the tokens
     assert foretold(run, Progress(), None).batch.critical_batch == (30.0, 0.5)
-
-
-def test_the_forecast_of_the_noise_scale_begins_at_what_is_measured() -> None:
-    run = settings(**MEASURED)
-    assert noise_forecast(settings(**LAW), Progress(), None)(100) is None
-    by_law, measured = noise_forecast(run, Progress(), None), noise_forecast(run, Progress(10, 40, 640), 70.0)
-    assert by_law(640) == pytest.approx(300 * 1.5 * 640**0.5 / LENGTH / run.batch.noise_to_total)
-    assert measured(640) == pytest.approx(70) and measured(4 * 640) == pytest.approx(2 * 70)

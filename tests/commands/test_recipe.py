@@ -134,7 +134,7 @@ def test_a_tuned_run_is_a_base(tmp_path: Path) -> None:
         257,
     )
     assert (found.data.train, found.data.sequence_length, found.train.seed) == (("mine",), 128, 7)
-    assert (found.train.steps, found.schedule.name, found.batch.policy) == (0, "decay-to-zero", "law")
+    assert (found.train.steps, found.schedule.name, found.batch.policy) == (0, "decay-to-zero", "measured")
     assert cli.main(f"recipe --preset debug --tpp 20 --base {tmp_path / 'base.toml'}".split()) == 0  # of no vocabulary
     assert found.batch.micro_batch <= 2 and found.log.name != "tuned" and found.model.width > 64
 

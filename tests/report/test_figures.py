@@ -55,3 +55,29 @@ def test_wild_first_estimates_do_not_flatten_the_rest(tmp_path):
         log.close()
     (_, tame), (_, wild) = (drawn(report(tmp_path, tmp_path / name), "Global batch")[0] for name in ("owl", "lark"))
     assert tame == pytest.approx(wild)  # the batch's line lies where it lay
+
+
+def test_a_measured_batch_shows_its_bounds_and_the_drift_of_a_step(tmp_path):
+    log, samples = RunLog(tmp_path / "owl"), 0
+    for step in range(1, 41):
+        batch = 32 if step <= 20 else 64
+        samples += batch
+        bounds = {"batch_bound_noise": 100.0 + step, "batch_bound_stability": None if step < 5 else 1600 / (41 - step)}
+        values = {
+            "samples": samples,
+            "tokens": samples * 512,
+            "lr": 2e-3 if step <= 20 else 1e-3,
+            "global_batch": batch,
+        }
+        log.metrics(record(step, **values, **bounds, noise_scale_total=200.0))
+    log.close()
+    page = report(tmp_path, tmp_path / "owl")
+    assert "33% of 60 at 32 throughout" in page.text  # 40 steps for the tokens of 60
+    source = page.source[page.source.index("Global batch and noise scale") :]
+    assert ">noise</text>" in source and ">stability</text>" in source
+    (drift,) = [points for style, points in drawn(page, "Learning rate") if "stroke-dasharray" in style]
+    (rate,) = [points for style, points in drawn(page, "Learning rate") if "stroke-dasharray" not in style]
+    assert drift[0] == pytest.approx(rate[0])  # the drift is over that of the first batch
+    (bottom, top), height = (rate[-1, 1], rate[0, 1]), drift[-1, 1]
+    assert (bottom - height) / (bottom - top) == pytest.approx(2**0.5 - 1, rel=0.02)  # the root of 2, between 1 and 2
+    assert "saved" not in report(tmp_path, write_run(tmp_path / "wren", steps=30)).text

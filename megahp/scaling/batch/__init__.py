@@ -1,6 +1,7 @@
 """The global batch along a run: when it changes (plan), what it wants to be (policies), what a layout can run (sizes),
 and what follows for the optimizer (rule)."""
 
+from megahp.scaling.batch.forecast import noise_forecast
 from megahp.scaling.batch.plan import BatchPlan, Change, Plan, Progress
 from megahp.scaling.batch.rule import Hyperparameters, follow, rule_of
 from megahp.scaling.batch.sizes import least_batch, micro_batch, runnable, unit

@@ -1,0 +1,25 @@
+"""The noise scale that a run is expected to have, for plans of a batch that follows it."""
+
+from collections.abc import Callable
+
+from megahp.config import Config
+from megahp.scaling import power_laws
+from megahp.scaling.batch.plan import Progress
+from megahp.scaling.laws import PowerLaw
+
+
+def noise_forecast(settings: Config, progress: Progress, noise: float | None) -> Callable[[int], float | None]:
+    """Return the noise scale that the policy `measured` will see after so many tokens, in sequences of the run's first
+    length: the critical batch by Power Lines' law, spread along the run, and as high as the noise scale is now, where
+    that is known. Other policies see none."""
+    batch, length = settings.batch, settings.data.sequence_length
+    if batch.policy != "measured":
+        return lambda tokens: None
+    scale, exponent = batch.critical_batch
+    law = PowerLaw(scale, exponent, "batch.critical_batch", "given")
+
+    def by_law(tokens: int) -> float:
+        return power_laws.critical_batch_along(tokens, law) / length / batch.noise_to_total
+
+    measured = noise / by_law(progress.tokens) if noise and progress.tokens else 1.0
+    return lambda tokens: measured * by_law(tokens)
