@@ -93,8 +93,8 @@ def segments(growth: Growth, progress: Progress, state: Mapping[str, Any], noise
 
 
 def foretold(settings: Config, progress: Progress, noise: float | None) -> Config:
-    """Settings whose batch depends on tokens alone: for the noise-scale policy the law's, as high as the noise scale is
-    now."""
+    """Settings whose batch depends on tokens and, for `measured`, on the forecast noise scale alone: for the policy
+    noise-scale those of the law, as high as the noise scale is now."""
     if settings.batch.policy != "noise-scale":
         return settings
     law = with_values(settings, {"batch.policy": "law"})

@@ -26,7 +26,7 @@ class Chain:
     ranks_per_node: int
     progress: Progress
     plan: Mapping[str, Any]  # state of its batch plan
-    noise: float | None  # noise scale, smoothed, examples
+    noise: float | None  # the noise scale that its policy sees, examples
 
 
 def chain_of(options: Namespace, settings: Config) -> Chain:

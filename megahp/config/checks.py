@@ -236,6 +236,8 @@ def _batch(config: Config) -> list[str]:
         ]
     if batch.policy in ("noise-scale", "measured") and not config.train.noise_scale:
         return [f"batch.policy = {batch.policy!r} needs train.noise_scale = true"]
+    if batch.policy == "measured" and batch.global_batch == 1:
+        return ["batch.policy = 'measured' measures nothing at batch.global_batch = 1; set it to at least 2"]
     if batch.policy == "measured" and config.optimizer.name == "muon":
         return [
             "batch.policy = 'measured' changes the hyperparameters of AdamW, and optimizer.name = 'muon' has others; "

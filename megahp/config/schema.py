@@ -207,7 +207,7 @@ class Batch:
     )
     critical_batch: tuple[float, ...] = setting(
         (96.4608, 0.462),
-        "the critical batch in tokens, of tokens: scale, exponent (megahp/scaling/power_laws.py)",
+        "the critical batch in tokens, of tokens: scale, exponent (megahp/scaling/power_laws.py); measured: forecasts",
         only_with=("batch.policy", "law", "measured"),
     )
     noise_share: float = setting(
@@ -354,7 +354,7 @@ class Train:
     noise_scale: bool = setting(True, "measure the gradient noise scale in the norm layers")
     noise_half_life: float = setting(
         0.02,
-        "half-life of the noise scale's averages, as a share of train.tokens",
+        "half-life of the noise scale's averages, as a share of train.tokens; its interval spans three",
         above=0,
         at_most=1,
         only_with=("train.noise_scale", True),

@@ -33,9 +33,9 @@ import contextlib
 import json
 import math
 import os
-import re
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,14 +159,19 @@ def read_run(directory: Path) -> LoggedRun:
     places = (directory / "config.toml", directory / "sample.txt")
     texts = (place.read_text(encoding="utf-8", errors="replace") if place.exists() else "" for place in places)
     run = LoggedRun(directory.resolve().name, steps, events, counted, *texts)
-    if steps[-1].get("noise_scale") and "noise_scale_total" not in steps[-1]:
-        # the log of a version that wrote only the norm layers': the factor is a setting
-        setting = re.search(r"^noise_to_total = ([\d.]+)", run.config, re.MULTILINE)
-        for step in steps:
-            step["noise_scale_total"] = step["noise_scale"] and step["noise_scale"] * float(
-                setting[1] if setting else 1.4
-            )
+    factor = _noise_to_total(run.config)
+    for step in steps:  # versions before the total was logged wrote the norm layers' alone
+        if "noise_scale_total" not in step and (noise := step.get("noise_scale")):
+            step["noise_scale_total"] = noise * factor
     return run
+
+
+def _noise_to_total(text: str) -> float:
+    """Return batch.noise_to_total of a config.toml; its default where that says nothing."""
+    try:
+        return float(tomllib.loads(text)["batch"]["noise_to_total"])
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError):
+        return 1.4
 
 
 def read_metrics(directory: Path) -> list[Record]:

@@ -188,7 +188,7 @@ def _batch_settings(
 ) -> dict[str, dict[str, Any]]:
     """The batch, which is one the ranks can run, and the weight decay that goes with it."""
     length, tokens = run.data.sequence_length, run.train.tokens
-    grows = not (given.batch or choice)
+    grows = not (given.batch or choice or cannot_measure(run))
     wanted = given.batch or (choice.batch if choice else laws.optimal_batch(tokens)) / length
     laid = with_values(run, {"batch.micro_batch": micro})
     unit, least = sizes.unit(laid, ranks), sizes.least_batch(laid, ranks)
@@ -212,6 +212,13 @@ def _batch_settings(
     lr, law = run.optimizer.lr * rule.lr, laws.timescale
     decay = power_laws.optimal_weight_decay(lr, batch * length, tokens, n, law)  # of hidden matrices
     return {"batch": settings, "optimizer": {"weight_decay": decay / rule.weight_decay}}
+
+
+def cannot_measure(run: Config) -> str:
+    """Return what of the base keeps its batch from being measured; "" if nothing does."""
+    if run.optimizer.name != "adamw":
+        return f"optimizer.name = {run.optimizer.name!r}"
+    return "" if run.train.noise_scale else "train.noise_scale = false"
 
 
 def steps_of(run: Config, ranks: int) -> tuple[int, int]:

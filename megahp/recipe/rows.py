@@ -7,7 +7,7 @@ from typing import Any
 from megahp.config import resolve
 from megahp.recipe import loss_laws
 from megahp.recipe.hyperparameter_laws import Choice
-from megahp.recipe.recipe import Plan, rules
+from megahp.recipe.recipe import Plan, cannot_measure, rules
 from megahp.recipe.sizing import MFU, RATIO
 from megahp.scaling import flops, power_laws, sparsity
 from megahp.scaling.laws import PowerLaw
@@ -16,6 +16,7 @@ from megahp.scaling.parameterization import Role
 GIVEN = ("the command line", "given")
 TABLE = ("CompleteP, arXiv 2505.01618, Table 1", "verified in source text")
 COUNTED = ("megahp: counted, megahp/scaling/flops.py and batch/plan.py", "exact")
+FORECAST = ("megahp: counted, megahp/scaling/batch, at the noise scale that B_crit's law forecasts", "forecast")
 HYPERBOLA = ("McCandlish et al., arXiv 1812.06162; Power Lines, eq. 6", "secondary source; identity derived")
 COLLAPSE = ("Scaling with Collapse (Power Lines' sibling)", "verified in source text")
 JOURNEY = ("The Journey Matters, arXiv 2501.12486", "schedule verified in code; closed form derived")
@@ -92,19 +93,23 @@ def _batches(plan: Plan) -> Iterator[Row]:
     least = plan.least_tokens
     yield Row("D_min, tokens", least, "D = D_min (1 + B / B_crit(D_min)), B = D / steps", *HYPERBOLA)
     yield Row("B_crit, sequences", critical(least) / length, f"{_formula(critical, 'D_min')} tokens", *_by(critical))
-    if run.batch.policy == "measured":
+    measured = run.batch.policy == "measured"
+    counted = FORECAST if measured else COUNTED
+    if measured:
         share = f"{run.batch.noise_share:g} of the noise scale; forecast: B_crit along the run, (1 + p) a t^p"
         along = f"B_opt, and from the peak on over the rate's share of it, up to {share}"
         yield Row("batch, sequences", f"{first:,} to {plan.last_batch:,}", along, *_by(critical))
     elif plan.choice:
         yield Row("batch, sequences", first, "the rule's, to what the ranks can run", *_by(plan.choice))
-    else:
+    elif plan.given.batch:
         yield Row("batch, sequences", first, "given", *GIVEN)
+    else:
+        yield Row("batch, sequences", first, "B_opt, to what the ranks can run", *_by(optimal))
     fixed = max(1, tokens // (max(1, round(optimal(tokens) / length)) * length))
-    yield Row("steps", plan.steps, "of this batch plan", *COUNTED)
+    yield Row("steps", plan.steps, "of this batch plan", *counted)
     least_there = power_laws.least_tokens(tokens, tokens / fixed, critical)
     there = f"of the {fixed:,} at B_opt throughout, with {tokens / least_there - 1:.1%} data overhead"
-    yield Row("steps saved", f"{1 - plan.steps / fixed:.1%}", there, *COUNTED)
+    yield Row("steps saved", f"{1 - plan.steps / fixed:.1%}", there, *counted)
     yield Row("data overhead", f"{tokens / least - 1:.1%}", "D / D_min - 1, of one batch and as many steps", *HYPERBOLA)
     yield Row("warm-up, tokens", round(run.schedule.warmup * tokens), "10 % of D, then linearly to 0", *COLLAPSE)
 
@@ -155,6 +160,8 @@ def notes(plan: Plan) -> list[str]:
     ]
     if (batch := tokens / plan.steps) > (limit := critical(plan.least_tokens)):
         found.append(f"batch: {batch:.3g} tokens, in the mean, are above B_crit, {limit:.3g}, to which the laws hold")
+    if (why := cannot_measure(plan.run)) and not choice and not plan.given.batch:
+        found.append(f"batch: the base has {why}, so no noise scale lets it grow; it stays at B_opt")
     if choice:
         found.append(f"{choice.rule} is for {choice.rate}; schedule, init and weight decay here are not its own")
         found += [f"{choice.rule}: {choice.outside}"] if choice.outside else []

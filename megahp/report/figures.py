@@ -26,6 +26,7 @@ from megahp.report.numbers import (
     smooth,
     thin,
     token_bounds,
+    tokens_per_step,
     update_density,
     window_of,
 )
@@ -102,9 +103,9 @@ def learning_rate_figure(runs: Sequence[LoggedRun]) -> str:
 
     def draw(axes: Any) -> None:
         for index, run in enumerate(runs):
-            tokens, batch = run.column("tokens"), run.column("global_batch")
+            tokens, batch = run.column("tokens"), tokens_per_step(run)
             axes.plot(*thin(tokens, run.column("lr")), color=PALETTE[colour(index)])
-            if np.nanmax(batch) > np.nanmin(batch):
+            if batch[-1] > 1.001 * batch[0]:
                 axes.plot(*thin(tokens, run.column("lr") * np.sqrt(batch / batch[0])), **second(index, runs))
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
@@ -252,9 +253,9 @@ def fit(axes: Any, exact: Sequence[np.ndarray], rough: Sequence[np.ndarray]) -> 
 
 def name_last(axes: Any, text: str, x: np.ndarray, y: np.ndarray) -> None:
     """Name a line at three quarters of its length, where it is known."""
-    there = np.flatnonzero(np.isfinite(y))
-    place = there[3 * len(there) // 4]
-    note(axes, text, (x[place], y[place]), ("data", "data"), "right")
+    if len(there := np.flatnonzero(np.isfinite(y))):
+        place = there[3 * len(there) // 4]
+        note(axes, text, (x[place], y[place]), ("data", "data"), "right")
 
 
 def note(axes: Any, text: str, at: tuple[float, float], coordinates: tuple[str, str], align: str) -> None:

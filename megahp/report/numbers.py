@@ -204,14 +204,20 @@ def change(run: LoggedRun, key: str) -> str:
 
 
 def saved(run: LoggedRun) -> str:
-    """The steps that growth saved, as a share of what the first batch throughout would have taken for the same tokens;
-    "" where the batch did not grow."""
-    first, last = run.steps[0], run.steps[-1]
-    if first["global_batch"] == last["global_batch"]:
+    """Return the steps that growth saved, as a share of those that the first batch throughout would have taken; ""
+    where the batch, in tokens, did not grow."""
+    batch, tokens = tokens_per_step(run), token_bounds(run)
+    if not batch[-1] > 1.001 * batch[0]:
         return ""
-    step, tokens = beginning(run)
-    constant = (last["tokens"] - tokens) / ((first["tokens"] - tokens) / (first["step"] - step))
-    return f"{1 - (last['step'] - step) / constant:.0%} of {constant:,.0f} at {first['global_batch']} throughout"
+    constant, steps = (tokens[-1] - tokens[0]) / batch[0], steps_taken(run).sum()
+    return f"{1 - steps / constant:.0%} of {constant:,.0f} at the first batch throughout"
+
+
+def tokens_per_step(run: LoggedRun) -> np.ndarray:
+    """Return the tokens of one step of each record, the mean where it stands for several, [steps]; NaN where the log
+    does not say."""
+    steps, tokens = steps_taken(run), np.diff(token_bounds(run))
+    return np.divide(tokens, steps, out=np.full(len(steps), np.nan), where=steps > 0)
 
 
 def known(runs: Sequence[LoggedRun], key: str) -> bool:

@@ -12,8 +12,9 @@ it is summed, and after.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
@@ -68,7 +69,7 @@ class Average:
 
 BLOCKS = 16
 STUDENT = 2.1314  # the 97.5 % point of Student's t with BLOCKS - 1 degrees of freedom
-OUTLIER = 3.5  # robust standard deviations beyond which a block's residual counts no further; ours, see docs/batch.md
+OUTLIER = 3.5  # robust standard deviations beyond which a block counts no further; ours, see docs/batch.md
 WINDOW = 3.0  # half-lives of the averages that the blocks span: about what such an average weighs
 
 
@@ -76,16 +77,17 @@ WINDOW = 3.0  # half-lives of the averages that the blocks span: about what such
 class Blocks:
     """The noise scale over the newest BLOCKS blocks of steps, with an interval, so that no single step decides.
 
-    With G_k and S_k the sums of a block's estimates, weighted by examples, 1 / noise scale = r = sum G_k / sum S_k.
-    Blocks whose residual G_k - r S_k stands out are weighted down until it no longer does (Huber's estimate), and r is
-    Student-t distributed with the variance of the ratio of means (Cochran, Sampling Techniques, section 6.4; the
-    interval is symmetric in r, and so holds the noise scale however unsure |G|^2 is).
+    With G_k and S_k the sums of a block's estimates, weighted by examples, 1 / noise scale = r = sum G_k / sum S_k. A
+    block is weighted down until it no longer stands out, by its mean S (one wild example) and by its residual
+    G_k - r S_k (one wild batch; Huber's estimate). The interval is Student's, with the variance of a ratio of means
+    (Cochran, Sampling Techniques, section 6.4): symmetric in r, it holds the noise scale however unsure |G|^2 is.
     """
 
     size: float  # tokens of a block; a step that has more is a block of its own
-    closed: list[list[float]] = field(default_factory=list)  # [sum of |G|^2, sum of S] of each, oldest first
+    closed: list[list[float]] = field(default_factory=list)  # [sum of |G|^2, sum of S, examples] of each, oldest first
     true_sq: float = 0.0  # of the open block
     noise: float = 0.0
+    examples: int = 0
     tokens: int = 0
 
     def add(self, true_sq: float, noise: float, batch: int, tokens: int) -> None:
@@ -93,27 +95,41 @@ class Blocks:
         if not (math.isfinite(true_sq) and math.isfinite(noise)):
             return
         self.true_sq, self.noise = self.true_sq + batch * true_sq, self.noise + batch * noise
-        self.tokens += tokens
+        self.examples, self.tokens = self.examples + batch, self.tokens + tokens
         if self.tokens >= self.size:
-            self.closed = [*self.closed, [self.true_sq, self.noise]][-BLOCKS:]
-            self.true_sq, self.noise, self.tokens = 0.0, 0.0, 0
+            self.closed = [*self.closed, [self.true_sq, self.noise, self.examples]][-BLOCKS:]
+            self.true_sq, self.noise, self.examples, self.tokens = 0.0, 0.0, 0, 0
 
     def interval(self) -> tuple[float, float] | None:
         """Return the 95 % interval of the noise scale in examples, its upper end infinite where |G|^2 may be 0; None
-        before BLOCKS blocks are full, or where the data allow no positive number."""
-        true_sq, noise = np.array(self.closed or [[0.0, 0.0]]).T
-        if len(self.closed) < BLOCKS or noise.sum() <= 0:
+        before BLOCKS blocks are full, or where the data allow no positive number.
+
+        Sums are Python's own: every rank computes this, and numpy's differ in the last bit between kinds of CPU.
+        """
+        if len(self.closed) < BLOCKS or sum(noise for _, noise, _ in self.closed) <= 0:
             return None
-        weights = np.ones(BLOCKS)
+        means = [noise / examples for _, noise, examples in self.closed]
+        middle = median(means)
+        tame = _weights([mean - middle for mean in means])
+        blocks = [
+            (weight * true_sq, weight * noise) for weight, (true_sq, noise, _) in zip(tame, self.closed, strict=True)
+        ]
+        weights = [1.0] * BLOCKS
         for _ in range(20):
-            inverse = (weights @ true_sq) / (weights @ noise)
-            residuals = true_sq - inverse * noise
-            limit = OUTLIER * 1.4826 * np.median(np.abs(residuals))  # 1.4826: of a normal distribution's deviation
-            weights = np.minimum(1, limit / np.maximum(np.abs(residuals), np.finfo(float).tiny))
-        residuals = weights * (true_sq - inverse * noise)
-        error = math.sqrt((residuals @ residuals) * BLOCKS / (BLOCKS - 1)) / (weights @ noise)
+            total = sum(weight * noise for weight, (_, noise) in zip(weights, blocks, strict=True))
+            inverse = sum(weight * true_sq for weight, (true_sq, _) in zip(weights, blocks, strict=True)) / total
+            residuals = [true_sq - inverse * noise for true_sq, noise in blocks]
+            weights = _weights(residuals)
+        squares = sum((weight * residual) ** 2 for weight, residual in zip(weights, residuals, strict=True))
+        error = math.sqrt(squares * BLOCKS / (BLOCKS - 1)) / total
         low, high = inverse - STUDENT * error, inverse + STUDENT * error
-        return (float(1 / high), float(1 / low) if low > 0 else math.inf) if high > 0 else None
+        return (1 / high, 1 / low if low > 0 else math.inf) if high > 0 else None
+
+
+def _weights(deviations: Sequence[float]) -> list[float]:
+    """Return Huber's weights: 1 up to OUTLIER robust standard deviations, beyond that what keeps a block there."""
+    limit = OUTLIER * 1.4826 * median(map(abs, deviations))  # 1.4826: of a normal distribution's deviation
+    return [1.0 if abs(deviation) <= limit else limit / abs(deviation) for deviation in deviations]
 
 
 @dataclass

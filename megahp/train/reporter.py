@@ -155,7 +155,9 @@ def _record(
     run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None, skipped: bool
 ) -> Record:
     numbers = run.noise.numbers()
-    noise, seen = numbers["noise_scale"], numbers[run.batch_plan.sees]
+    noise = numbers["noise_scale"]
+    # at the step that reaches sequences of another length the policy has seen nothing of them
+    seen = numbers[run.batch_plan.sees] if run.batch_plan.length == plan.length else None
     record: Record = {
         "step": run.progress.step,
         "tokens": run.progress.tokens,

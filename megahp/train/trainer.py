@@ -81,7 +81,9 @@ class Trainer:
             self.loss_scale.update(measured.finite)
         self.engine.zero()
         self.progress = self.progress.after(plan)
-        change = self.batch_plan.look(self.progress, self.noise.numbers()[self.batch_plan.sees])
+        is_look = self.batch_plan.is_look(self.progress.step)
+        noise = self.noise.numbers()[self.batch_plan.sees] if is_look else None  # policies that measure see it at looks
+        change = self.batch_plan.look(self.progress, noise)
         return change, self.masks.look(plan, self.progress) if updated else None
 
     def microbatches(self, loader: Loader, plan: Plan) -> Iterator[Batch]:

@@ -44,6 +44,12 @@ from megahp.errors import UserError
         (["compute.fp8=torchao", "model.kv_heads=1", "model.head_size=4"], ["2 x model.kv_heads", "= 8", "16"]),
         (["compute.fp8=torchao", "model.width=264"], ["model.width = 264", "256, 272"]),
         (["compute.fp8=torchao", 'data.lengths=["1e6:8"]'], ["sequence length 8", "16"]),
+        (
+            ["batch.policy=measured", "train.noise_scale=false"],
+            ["batch.policy = 'measured'", "train.noise_scale = true"],
+        ),
+        (["batch.policy=measured", "optimizer.name=muon"], ["batch.policy = 'measured'", "'muon'", "'adamw'"]),
+        (["batch.policy=measured", "batch.global_batch=1", "batch.micro_batch=1"], ["measures nothing", "at least 2"]),
         (["batch.policy=law", "batch.critical_batch=[90]"], ["batch.critical_batch = [90.0]", "scale, exponent"]),
         (["batch.policy=law", "batch.critical_batch=[90, -1]"], ["batch.critical_batch", "above 0"]),
         (["train.weights=embeddings", "train.noise_scale=false"], ["train.weights = 'embeddings'", "train.start_from"]),

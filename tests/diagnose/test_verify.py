@@ -20,6 +20,7 @@ POLICIES = {
     "table": ('batch.table=["1e5:64"]', "batch.rule=sqrt"),
     "law": ("batch.target=0.3",),
     "noise-scale": ("batch.delay=0.2", "batch.growth=1.5"),
+    "measured": ("batch.noise_share=0.3",),
 }
 LAYOUTS = {1: (), 8: ("parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "parallel.sequence_parallel=true")}
 MODELS = [name for name, model in PRESETS.items() if model.get("kv_heads", model["heads"]) % 2 == 0]

@@ -101,3 +101,18 @@ def test_the_batch_begins_at_the_best_constant_one_and_saves_what_the_decay_allo
     assert 0.55 < found.steps / (found.tokens / 2048 / optimal) < 0.58
     bound = found.run.batch.noise_share * power_laws.critical_batch_along(found.tokens) / 2048
     assert 4 * optimal < found.last_batch <= bound
+
+
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [
+        ({"optimizer": {"name": "muon"}}, "optimizer.name = 'muon'"),
+        ({"train": {"noise_scale": False}}, "train.noise_scale = false"),
+    ],
+)
+def test_a_base_that_cannot_measure_keeps_its_batch(base: dict[str, dict[str, object]], why: str) -> None:
+    tree = {name: {**PROXY.tree.get(name, {}), **base.get(name, {})} for name in {**PROXY.tree, **base}}
+    found = plan(Given(params=5e7), replace(PROXY, tree=tree), LAWS)
+    assert found.run.batch.policy == "constant" and found.last_batch == found.run.batch.global_batch
+    assert found.run.batch.global_batch * 2048 == pytest.approx(power_laws.OPTIMAL_BATCH(found.tokens), rel=0.1)
+    assert any(why in note for note in recipe_rows.notes(found))

@@ -125,11 +125,11 @@ def test_state_restores_exactly() -> None:
 
 
 def blocks_of(
-    random: np.random.Generator, batch: int, truth: float, steps: int, tails: float, spike: float = 0.0
+    random: np.random.Generator, batch: int, truth: float, steps: int, tails: float, wild: tuple[float, int] = (1.0, 1)
 ) -> Blocks:
     """Full blocks of so many steps each. Per-example gradients have a covariance spectrum of 1 / k over 60 entries, the
-    true noise scale, and sizes that vary from example to example (tails: of their logarithm); one step of the ninth
-    block has estimates so many times the mean S too large."""
+    true noise scale, and sizes that vary from example to example (tails: of their logarithm). wild: in one step of the
+    ninth block, one example's gradient (1), or all of them as copies of it (0), so many times as large."""
     spectrum = 1 / np.arange(1, 61)
     spectrum /= spectrum.sum()
     mean = random.normal(size=60) * np.sqrt(spectrum)
@@ -138,9 +138,11 @@ def blocks_of(
     for step in range(BLOCKS * steps):
         sizes = np.exp(tails * random.normal(size=(batch, 1)) - tails**2)
         gradients = mean + sizes * random.normal(size=(batch, 60)) * np.sqrt(spectrum)
+        if step == 8 * steps and wild != (1.0, 1):
+            factor, alone = wild
+            gradients[: 1 if alone else batch] = factor * gradients[0]
         sq_example, sq_batch = (gradients**2).sum(1).mean(), (gradients.mean(0) ** 2).sum()
-        extra = spike if step == 8 * steps else 0.0
-        blocks.add(*(part + extra for part in estimate(sq_example, sq_batch, batch)), batch, 64)
+        blocks.add(*estimate(float(sq_example), float(sq_batch), batch), batch, 64)
     return blocks
 
 
@@ -164,20 +166,18 @@ def test_the_interval_holds_the_truth(batch: int, truth: float, steps: int, tail
     assert sum(low > truth for low, _ in filter(None, found)) / runs < 0.07
 
 
-@pytest.mark.parametrize("spike", [10.0, -10.0, 1e6])
-def test_one_wild_step_moves_little(spike: float) -> None:
-    """One step's |G|^2 and S off by `spike` times the mean S, where S / |G|^2 is 50 (so that 10 is 500 times |G|^2)."""
-    calm = [blocks_of(np.random.default_rng(seed), 32, 50.0, 4, 0.4).interval() for seed in range(40)]
-    wild = [blocks_of(np.random.default_rng(seed), 32, 50.0, 4, 0.4, spike).interval() for seed in range(40)]
-    lows = np.array([(one[0], other[0]) for one, other in zip(calm, wild, strict=True) if one and other])
-    assert len(lows) == 40
-    assert (lows[:, 1] < 1.15 * lows[:, 0]).all()  # a spike never asks for a larger batch
-    assert np.median(lows[:, 1] / lows[:, 0]) > 0.7
-    plain = Average()
-    for _ in range(60):
-        plain.add(1 / 50, 1.0, 0.97)
-    plain.add(1 / 50 + spike, 1.0 + spike, 0.97)
-    assert plain.ratio is None or plain.ratio < 10  # what averages alone make of it
+@pytest.mark.parametrize(("batch", "steps", "most"), [(8, 6, 1.2), (32, 1, 1.2), (32, 4, 1.1)])
+@pytest.mark.parametrize("wild", [(10.0, 1), (30.0, 1), (1000.0, 1), (30.0, 0), (1000.0, 0)], ids=str)
+def test_one_wild_example_or_batch_moves_little(batch: int, steps: int, most: float, wild: tuple[float, int]) -> None:
+    """One example's gradient so many times as large, or, with 0, one batch of one example repeated and so large: over
+    40 runs the interval's lower end is hardly higher for it, and seldom above the truth."""
+    calm = [blocks_of(np.random.default_rng(seed), batch, 50.0, steps, 0.4).interval() for seed in range(40)]
+    found = [blocks_of(np.random.default_rng(seed), batch, 50.0, steps, 0.4, wild).interval() for seed in range(40)]
+    lows = np.array([(one[0], other[0]) for one, other in zip(calm, found, strict=True) if one and other])
+    assert len(lows) >= 39
+    ratios = lows[:, 1] / lows[:, 0]
+    assert 0.7 < np.median(ratios) < most and np.quantile(ratios, 0.9) < 1.5
+    assert (lows[:, 1] > 50).sum() <= (lows[:, 0] > 50).sum() + 4
 
 
 def test_the_interval_is_unknown_at_first_and_open_above_where_the_gradient_may_be_zero() -> None:
@@ -188,11 +188,12 @@ def test_the_interval_is_unknown_at_first_and_open_above_where_the_gradient_may_
         noise.update({"a": 1.0 + 0.1 * random.random()}, {"a": 1 / 8 + 0.1 * random.random()}, 8, 64)
     numbers = noise.numbers()
     assert numbers["noise_scale_low"] and numbers["noise_scale"] and numbers["noise_scale_low"] < numbers["noise_scale"]
-    blocks = Blocks(1, [[(-1.0) ** k + 0.1, 8.0] for k in range(BLOCKS)])
+    blocks = Blocks(1, [[(-1.0) ** k + 0.1, 8.0, 1] for k in range(BLOCKS)])
     found = blocks.interval()
     assert found and 0 < found[0] < 80 < found[1] == float("inf")
-    assert Blocks(1, [[1.0, -8.0]] * BLOCKS).interval() is None
-    assert Blocks(1, [[-1.0, 8.0]] * BLOCKS).interval() is None
+    assert Blocks(1, [[1.0, 8.0, 1]] * BLOCKS).interval() == pytest.approx((8, 8))
+    assert Blocks(1, [[1.0, -8.0, 1]] * BLOCKS).interval() is None
+    assert Blocks(1, [[0.1 * (-1) ** k - 1, 8.0, 1] for k in range(BLOCKS)]).interval() is None
 
 
 def test_a_step_longer_than_a_block_is_one_and_short_ones_share_it() -> None:
@@ -202,4 +203,4 @@ def test_a_step_longer_than_a_block_is_one_and_short_ones_share_it() -> None:
     blocks.add(3.0, 20.0, 2, 60)
     blocks.add(7.0, 70.0, 1, 500)
     blocks.add(float("nan"), 1.0, 8, 500)
-    assert blocks.closed == [[4 * 1.0 + 2 * 3.0, 4 * 10.0 + 2 * 20.0], [7.0, 70.0]]
+    assert blocks.closed == [[4 * 1.0 + 2 * 3.0, 4 * 10.0 + 2 * 20.0, 6], [7.0, 70.0, 1]]

@@ -2,23 +2,24 @@
 
 from collections.abc import Callable
 
-from megahp.config import Config
+from megahp.config import Config, stage_at, stages
 from megahp.scaling import power_laws
 from megahp.scaling.batch.plan import Progress
 from megahp.scaling.laws import PowerLaw
 
 
 def noise_forecast(settings: Config, progress: Progress, noise: float | None) -> Callable[[int], float | None]:
-    """Return the noise scale that the policy `measured` will see after so many tokens, in sequences of the run's first
-    length: the critical batch by Power Lines' law, spread along the run, and as high as the noise scale is now, where
-    that is known. Other policies see none."""
-    batch, length = settings.batch, settings.data.sequence_length
+    """Return the noise scale that the policy `measured` will see after so many tokens, in sequences of the length at
+    that moment: the critical batch by Power Lines' law, spread along the run, and as high as the noise scale is now,
+    where that is known. Other policies see none."""
+    batch, along = settings.batch, stages(settings.data)
     if batch.policy != "measured":
         return lambda tokens: None
     scale, exponent = batch.critical_batch
     law = PowerLaw(scale, exponent, "batch.critical_batch", "given")
 
     def by_law(tokens: int) -> float:
+        length = along[stage_at(along, tokens)].length
         return power_laws.critical_batch_along(tokens, law) / length / batch.noise_to_total
 
     measured = noise / by_law(progress.tokens) if noise and progress.tokens else 1.0

@@ -104,7 +104,8 @@ class BatchPlan:
         train, tokens = self.settings.train, self.tokens
         if (train.steps and progress.step >= train.steps) or progress.tokens + tokens > train.tokens:
             return None
-        rate = schedules.fraction(self.settings.schedule, progress.tokens + tokens / 2, train.tokens)
+        shape = schedules.fraction(self.settings.schedule, progress.tokens + tokens / 2, train.tokens)
+        rate = self.policy.rate(shape, tokens / (self.settings.batch.global_batch * self.first_length))
         peak = self.hyperparameters(tokens)
         stage = stage_at(self.stages, progress.tokens)
         length = self.stages[stage].length

@@ -1,5 +1,7 @@
 """The policy of a batch that takes over the decay of the learning rate, as far as the gradient is mostly noise."""
 
+import math
+
 from megahp.scaling import schedules
 from megahp.scaling.batch.policies.policy import Moment, Policy
 
@@ -15,7 +17,8 @@ class Measured(Policy):
     - noise: batch <= noise_share x noise_to_total x the lower end of the noise scale's interval, or the gradient would
       no longer be mostly noise. Unknown before the interval is.
     - stability: kappa x shape <= 1, so that lr sqrt(batch), the drift of a step, never exceeds its peak at
-      batch.global_batch. Before the peak the batch stays.
+      batch.global_batch. Before the peak the batch stays. Where a run goes on with a larger batch than that (another
+      horizon or schedule, a layout that cannot run the old batch), the rate is held down instead.
     """
 
     measures = True
@@ -27,7 +30,15 @@ class Measured(Policy):
 
     def wanted(self, now: Moment) -> float | None:
         aim = self.aim(now) if self.is_look(now.step) else None
-        return None if aim is None else aim * now.length
+        if aim is None or (left := self.settings.train.tokens - now.tokens) <= 0:
+            return None
+        # Where the run ends before the next look, in whole steps of what is left: 1 / shape runs away, and a batch
+        # larger than that would never be taken, its tokens left untrained.
+        steps = math.ceil(left / (aim * now.length))
+        return left / steps if steps <= self.settings.batch.look_every + 1 else aim * now.length
+
+    def rate(self, shape: float, kappa: float) -> float:
+        return min(shape, 1 / kappa)
 
     def noise(self, now: Moment) -> float | None:
         return now.noise_scale

@@ -61,6 +61,11 @@ class Policy:
         aim = self.aim(now)
         return None if aim is None else aim * now.length / self.first_length * self.first_length
 
+    def rate(self, shape: float, kappa: float) -> float:
+        """Return the share of the peak learning rate, at kappa times batch.global_batch, where the schedule has
+        `shape`."""
+        return shape
+
     def noise(self, now: Moment) -> float | None:
         """Return the noise scale that a change made now is based on; None where the policy measures nothing."""
         return None
