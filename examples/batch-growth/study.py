@@ -305,11 +305,16 @@ def compare(lines: Sequence[Line], arm: str, base: str) -> Line:
     return found
 
 
+def compared(lines: Sequence[Line]) -> list[str]:
+    """The arms that have more than the seed that tuned them."""
+    return [arm for arm in ARMS if any(line["arm"] == arm and line["seed"] > 1 for line in lines)]
+
+
 def report(lines: Sequence[Line]) -> Iterator[str]:
     """The table of each corpus and size: arms by steps, beside the best constant batch at betas of 0.9 and 0.95."""
     for corpus, size in dict.fromkeys((line["corpus"], line["size"]) for line in lines):
         mine = [line for line in lines if (line["corpus"], line["size"]) == (corpus, size)]
-        there = [arm for arm in ARMS if any(line["arm"] == arm and line["seed"] == 1 for line in mine)]
+        there = compared(mine)
         plain = [arm for arm in there if arm.startswith("constant") and "betas" not in arm]
         base = min(plain, key=lambda arm: mean_of(mine, arm))
         yield f"\n{corpus}, {size}: beside {base}, {mean_of(mine, base):.4f} nats per token"
@@ -348,7 +353,7 @@ def draw(lines: Sequence[Line], file: Path) -> None:
         for axes, (corpus, size) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
             mine = [line for line in lines if (line["corpus"], line["size"]) == (corpus, size)]
             points: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
-            for arm in (arm for arm in ARMS if any(line["arm"] == arm and line["seed"] == 1 for line in mine)):
+            for arm in compared(mine):
                 kind = "betas" if "betas" in arm else arm.split()[0] if arm.split()[0] in kinds else "fixed"
                 if "share" not in arm:
                     steps = np.mean([line["steps"] for line in of_arm(mine, arm).values()])
