@@ -173,12 +173,9 @@ def prepare_data() -> None:
             subprocess.run([*command, "--workers", "2"], check=True)
 
 
-_store: Any = None
-
-
-def train(run: Line) -> Line:
-    """Train one run in this process, decide its changes of the batch again from its log, and return its line."""
-    global _store  # the process's own, joined once
+def train(run: Line, store: Any) -> Line:
+    """Train one run in this process, decide its changes of the batch again from its log, and return its line. store: of
+    the process, which it joined with."""
     from megahp import launch
     from megahp.config import resolve
     from megahp.log.metrics import read_run
@@ -187,7 +184,6 @@ def train(run: Line) -> Line:
     from megahp.train.loop import train as train_run
     from megahp.train.prepare import prepare
 
-    _store = _store or launch.join(launch.World(), False)
     layers, width = SIZES[run["size"]]
     bytes_or_pieces = "bytes" if run["corpus"] == "english" else str(DATA / "code.model")
     name = "-".join(map(str, key(run))).replace(" ", "_").replace(",", "")
@@ -210,7 +206,7 @@ def train(run: Line) -> Line:
     shutil.rmtree(settings.directory, ignore_errors=True)
     began = time.monotonic()
     with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull), contextlib.redirect_stderr(devnull):
-        train_run(settings, launch.World(), _store, layout, False)
+        train_run(settings, launch.World(), store, layout, False)
     logged, replayed = read_run(settings.directory), replay(settings.directory)
     last = logged.steps[-1]
     shutil.rmtree(settings.directory)
@@ -230,13 +226,14 @@ def train(run: Line) -> Line:
 def work(tasks: Any, done: Any) -> None:
     import torch
 
-    from megahp.launch import die_with_parent
+    from megahp import launch
 
-    die_with_parent()
+    launch.die_with_parent()
+    store = launch.join(launch.World(), False)
     torch.set_num_threads(1)
     while (run := tasks.get()) is not None:
         try:
-            done.put(train(run))
+            done.put(train(run, store))
         except Exception as error:  # told by the parent, which ends
             done.put(error)
 

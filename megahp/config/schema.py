@@ -176,7 +176,6 @@ class Schedule:
     shape: Literal["linear", "cosine", "exponential", "minus-sqrt"] = of_wsd("minus-sqrt", "of wsd's decay")
 
 
-of_growth = partial(setting, only_with=("batch.policy", "ramp", "table", "law", "noise-scale"))
 of_noise_scale = partial(setting, only_with=("batch.policy", "noise-scale"))
 of_measuring = partial(setting, only_with=("batch.policy", "noise-scale", "measured"))
 
@@ -196,8 +195,10 @@ class Batch:
         at_least=0,
         only_with=("batch.policy", "ramp", "table", "law", "noise-scale", "measured"),
     )
-    rule: Literal["power-lines", "sqrt", "sde", "none"] = of_growth(
-        "power-lines", "how learning rate, weight decay, betas and eps follow a larger batch; measured: sde"
+    rule: Literal["power-lines", "sqrt", "sde", "none"] = setting(
+        "power-lines",
+        "how learning rate, weight decay, betas and eps follow a larger batch; measured: sde",
+        only_with=("batch.policy", "ramp", "table", "law", "noise-scale"),
     )
     increment: int = setting(0, "sequences added at a time", at_least=0, only_with=("batch.policy", "ramp"))
     ramp_samples: int = setting(0, "samples from start to end", at_least=0, only_with=("batch.policy", "ramp"))

@@ -209,9 +209,8 @@ def test_a_measured_batch_resumes_exactly_and_grows_alike_on_other_layouts(folde
     assert replay(folder / "runs/measured").differences == []
     assert grown[0][0] == 20 and len(grown) >= 3 and grown[-1][1].now == 32
     assert all("stability allows" in change.reason for _, change in grown)
-    assert all(
-        record["noise_scale_low"] < record["noise_scale_high"] for record in whole[20:] if record["noise_scale_high"]
-    )
+    known = [record for record in whole[20:] if record["noise_scale_high"]]  # of others the end is infinite
+    assert known and all(record["noise_scale_low"] < record["noise_scale_high"] for record in known)
     middle = grown[1][0]
     for name, words in (
         ("again", ("--ranks", "2")),

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 
 from megahp.config import Config, stage_at, stages
-from megahp.scaling import power_laws
 from megahp.scaling.batch.plan import Progress
-from megahp.scaling.laws import PowerLaw
+from megahp.scaling.batch.policies.law import critical_batch_along
 
 
 def noise_forecast(settings: Config, progress: Progress, noise: float | None) -> Callable[[int], float | None]:
@@ -15,12 +14,10 @@ def noise_forecast(settings: Config, progress: Progress, noise: float | None) ->
     batch, along = settings.batch, stages(settings.data)
     if batch.policy != "measured":
         return lambda tokens: None
-    scale, exponent = batch.critical_batch
-    law = PowerLaw(scale, exponent, "batch.critical_batch", "given")
 
     def by_law(tokens: int) -> float:
         length = along[stage_at(along, tokens)].length
-        return power_laws.critical_batch_along(tokens, law) / length / batch.noise_to_total
+        return critical_batch_along(batch, tokens) / length / batch.noise_to_total
 
     measured = noise / by_law(progress.tokens) if noise and progress.tokens else 1.0
     return lambda tokens: measured * by_law(tokens)

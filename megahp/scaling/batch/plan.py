@@ -105,7 +105,7 @@ class BatchPlan:
         if (train.steps and progress.step >= train.steps) or progress.tokens + tokens > train.tokens:
             return None
         shape = schedules.fraction(self.settings.schedule, progress.tokens + tokens / 2, train.tokens)
-        rate = self.policy.rate(shape, tokens / (self.settings.batch.global_batch * self.first_length))
+        rate = self.policy.rate(shape, self.kappa(tokens))
         peak = self.hyperparameters(tokens)
         stage = stage_at(self.stages, progress.tokens)
         length = self.stages[stage].length
@@ -155,8 +155,11 @@ class BatchPlan:
 
     def hyperparameters(self, tokens: int) -> Hyperparameters:
         """Return the optimizer's base values at a global batch of so many tokens."""
-        chosen = self.settings.batch
-        return follow(self.rule, self.settings.optimizer, tokens / (chosen.global_batch * self.first_length))
+        return follow(self.rule, self.settings.optimizer, self.kappa(tokens))
+
+    def kappa(self, tokens: int) -> float:
+        """Return a global batch of so many tokens over the one that the optimizer's settings are for."""
+        return tokens / (self.settings.batch.global_batch * self.first_length)
 
     def state(self) -> dict[str, Any]:
         return {"batch": self.batch, "length": self.length, **asdict(self.policy.memory)}

@@ -1,5 +1,6 @@
 """The policy of a batch that follows a law of the critical batch."""
 
+from megahp.config import Batch
 from megahp.scaling import power_laws
 from megahp.scaling.batch.policies.policy import Moment, Policy
 from megahp.scaling.laws import PowerLaw
@@ -10,6 +11,11 @@ class Law(Policy):
 
     def aim(self, now: Moment) -> float:
         batch = self.settings.batch
-        scale, exponent = batch.critical_batch
-        law = PowerLaw(scale, exponent, "batch.critical_batch", "given")
-        return batch.target * power_laws.critical_batch_along(now.tokens, law) / now.length
+        return batch.target * critical_batch_along(batch, now.tokens) / now.length
+
+
+def critical_batch_along(batch: Batch, tokens: float) -> float:
+    """Return batch.critical_batch, a law of whole runs, spread along one: tokens after so many tokens."""
+    scale, exponent = batch.critical_batch
+    law = PowerLaw(scale, exponent, "batch.critical_batch", "given")
+    return power_laws.critical_batch_along(tokens, law)
