@@ -3,11 +3,11 @@
     python examples/batch-growth/study.py [--quick] [--jobs 2] [--sizes S M] [--corpora code english]
 
 Every run that is missing in results.jsonl is trained, on one thread, and becomes a line there; then the table is
-printed and the figure drawn. Interrupted, it resumes. An arm is a batch, or a way to grow from one; its learning rate
-is the best of a grid on seed 1, which is not compared, the grid extended until the best is not at its end. Arms then
-get 3 more seeds; of those in MAIN the best constant batches and those that grow get 10. --quick takes the rates that
-the committed results found, trains 3 seeds of the arms that matter (about 20 minutes on two cores) and compares those,
-in runs/batch-growth-quick.jsonl.
+printed and the figure drawn. Interrupted, it resumes. An arm is a batch, or a way to grow from one. A constant batch's
+learning rate is the best of a grid by its mean over seeds 1 to 3, the grid extended until the best is not at its end;
+arms that grow take the rate of the batch they begin with. Seeds from 4 on are compared: ten of the constant batches and
+of the measured growth, five of the other arms. --quick takes the rates that the committed results found and trains 3
+seeds of the arms that matter (about 20 minutes on two cores) in runs/batch-growth-quick.jsonl.
 """
 
 import argparse
@@ -17,12 +17,13 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ DATA = Path("data/batch-growth")
 RUNS = Path("runs/batch-growth")
 SIZES = {"S": (2, 64), "M": (3, 96)}
 GRID = [1e-3 * 2 ** (k / 2) for k in range(10)]  # 1e-3 .. 22.6e-3
-FIRST = (5, 6)  # where the grid begins: 5.7e-3 and 8e-3
+FIRST = (4, 5)  # where the grid begins: 4e-3 and 5.7e-3
 BATCHES = (4, 8, 12, 16, 24, 32)
-FROM = (4, 8, 12, 16)
+FROM = (4, 8, 16)
 TOKENS = 800_000
 WARMUP = 0.1
+TUNING, FAIR = (1, 2, 3), 4  # seeds that tune the rates, and the first that is compared
 Line = dict[str, Any]
 
 
@@ -48,7 +50,12 @@ def betas(batch: int) -> list[str]:
 
 
 def growing(batch: int, *words: str) -> list[str]:
-    return [f"batch.global_batch={batch}", "batch.micro_batch=2", *words]
+    return [f"batch.global_batch={batch}", "batch.micro_batch=2", *betas(batch), *words]
+
+
+def measured(batch: int, *words: str) -> list[str]:
+    """Calibrated as often as takes half a percent of the time: one microbatch in so many steps of `batch / 2`."""
+    return growing(batch, "batch.policy=measured", f"batch.calibrate_every={400 // batch}", *words)
 
 
 def along_shape(batch: int, largest: int) -> str:
@@ -59,36 +66,35 @@ def along_shape(batch: int, largest: int) -> str:
 
 
 def arms() -> dict[str, list[str]]:
-    """Name -> settings, all but the rate and the seed."""
-    found = {}
-    for batch in BATCHES:
-        words = [f"batch.global_batch={batch}"]
-        found[f"constant {batch}"] = words
-        if batch != 8:
-            found[f"constant {batch}, betas"] = words + betas(batch)
+    """Name -> settings, all but the rate and the seed. The batch that an arm begins with is the first number in its
+    name."""
+    found = {f"constant {batch}": [f"batch.global_batch={batch}", *betas(batch)] for batch in BATCHES}
+    found["constant 16, beta1 0.9"] = ["batch.global_batch=16"]
     for batch in FROM:
-        found[f"measured from {batch}"] = growing(batch, "batch.policy=measured", *betas(batch))
-    for share in (0.1, 0.25, 1, 1e9):
-        words = ["batch.policy=measured", f"batch.noise_share={share:g}", *betas(12)]
-        found[f"measured from 12, noise share {share:g}"] = growing(12, *words)
-    policy = "batch.policy=table"
-    found["Seesaw from 8"] = growing(8, policy, "batch.rule=sqrt", along_shape(8, 64))
-    found["Seesaw from 8, power-lines"] = growing(8, policy, "batch.rule=power-lines", along_shape(8, 64))
-    found["doubled from 8"] = growing(
-        8, policy, "batch.rule=sqrt", f'batch.table=["{round(0.28 * TOKENS)}:16", "{round(0.83 * TOKENS)}:32"]'
-    )
+        found[f"measured from {batch}"] = measured(batch)
+    for share in (0.5, 2, 1e9):
+        found[f"measured from 16, noise share {share:g}"] = measured(16, f"batch.noise_share={share:g}")
+    found["measured from 16, calibrated 12 times as often"] = measured(16, "batch.calibrate_every=2")
+    for rule in ("sde", "sqrt", "power-lines"):
+        table = along_shape(16, 128)
+        found[f"1 / shape from 16, rule {rule}"] = growing(16, "batch.policy=table", f"batch.rule={rule}", table)
+    found["noise-scale from 16"] = growing(16, "batch.policy=noise-scale")
+    found["noise-scale from 16, rule sde"] = growing(16, "batch.policy=noise-scale", "batch.rule=sde")
+    doubled = f'batch.table=["{round(0.28 * TOKENS)}:32", "{round(0.83 * TOKENS)}:64"]'
+    found["doubled from 16"] = growing(16, "batch.policy=table", "batch.rule=sqrt", doubled)
     ramp = ["batch.policy=ramp", "batch.rule=none", "batch.largest=16", "batch.increment=2"]
     found["ramp 4 to 16"] = growing(4, *ramp, f"batch.ramp_samples={TOKENS // 64}")
-    found["noise-scale from 8"] = growing(8, "batch.policy=noise-scale")
     return found
 
 
 ARMS = arms()
-MAIN = [
-    *(f"constant {batch}" for batch in (8, 12, 16)),
-    *(f"constant {batch}, betas" for batch in (12, 16)),
-    *(f"measured from {batch}" for batch in (8, 12, 16)),
-]
+CONSTANTS = [f"constant {batch}" for batch in BATCHES]
+MEASURED = [f"measured from {batch}" for batch in FROM]
+
+
+def begins(arm: str) -> str:
+    """The constant batch that an arm begins with, whose rate it takes; itself where it has its own grid."""
+    return arm if arm.startswith("constant") else f"constant {re.search(r'[0-9]+', arm.partition('from')[2] or arm)[0]}"
 
 
 def key(line: Line) -> tuple[Any, ...]:
@@ -100,31 +106,41 @@ def read(file: Path) -> list[Line]:
 
 
 def missing(lines: Sequence[Line], corpus: str, size: str) -> list[Line]:
-    """The runs to train next, those that the verdict rests on first: of MAIN the grids, three seeds, ten; then the
-    other arms."""
+    """The runs to train next, those that the verdict rests on first: grids, then the constant batches and what is
+    measured, then the other arms."""
     mine = [line for line in lines if (line["corpus"], line["size"]) == (corpus, size)]
     done = {key(line) for line in mine}
 
     def run(arm: str, lr: float, seed: int) -> Line:
         return {"corpus": corpus, "size": size, "arm": arm, "lr": lr, "seed": seed}
 
-    def seeds(arms: Sequence[str], count: int) -> list[Line]:
-        wanted = [run(arm, tuned(mine, arm), seed) for seed in range(2, count + 2) for arm in arms]
-        return [each for each in wanted if key(each) not in done]
+    def left(runs: Iterable[Line]) -> list[Line]:
+        return [each for each in runs if key(each) not in done]
 
-    for group, many in ((MAIN, True), ([arm for arm in ARMS if arm not in MAIN], False)):
-        if ahead := [run(arm, lr, 1) for arm in group for lr in rates_ahead(mine, arm)]:
+    def seeds(arms: Sequence[str], count: int) -> list[Line]:
+        return left(run(arm, tuned(mine, arm), seed) for seed in range(FAIR, FAIR + count) for arm in arms)
+
+    for group, count in ((CONSTANTS, 5), (MEASURED, 5), ([*CONSTANTS, *MEASURED], 10), (list(ARMS), 5)):
+        grids = [arm for arm in group if begins(arm) == arm]
+        if ahead := left(run(arm, lr, seed) for seed in TUNING for arm in grids for lr in rates_ahead(mine, arm)):
             return ahead
-        if ahead := seeds(group, 3):
-            return ahead
-        if many and (ahead := seeds([*best_constants(mine, group), *(a for a in group if "measured" in a)], 10)):
+        if ahead := seeds(group, count):
             return ahead
     return []
 
 
+def grid_of(lines: Sequence[Line], arm: str) -> dict[float, float]:
+    """Rate -> mean loss over the seeds that tune it, of the rates that have them all."""
+    found: dict[float, list[float]] = {}
+    for line in lines:
+        if line["arm"] == arm and line["seed"] in TUNING:
+            found.setdefault(line["lr"], []).append(line["loss"])
+    return {lr: float(np.mean(losses)) for lr, losses in found.items() if len(losses) == len(TUNING)}
+
+
 def rates_ahead(lines: Sequence[Line], arm: str) -> list[float]:
     """The rates of the grid to try next: until the best has been tried on both sides."""
-    grid = {line["lr"]: line["loss"] for line in lines if line["arm"] == arm and line["seed"] == 1}
+    grid = grid_of(lines, arm)
     tried = [k for k, lr in enumerate(GRID) if lr in grid]
     if ahead := [GRID[k] for k in FIRST if k not in tried]:
         return ahead
@@ -132,24 +148,18 @@ def rates_ahead(lines: Sequence[Line], arm: str) -> list[float]:
     return [GRID[k] for k in (best - 1, best + 1) if 0 <= k < len(GRID) and k not in tried]
 
 
-def best_constants(lines: Sequence[Line], group: Sequence[str]) -> list[str]:
-    """The best constant batch at betas of 0.9 and 0.95, and the best at betas of as many tokens."""
-    kinds = ([arm for arm in group if arm.startswith("constant") and ("betas" in arm) == own] for own in (False, True))
-    return [min(kind, key=lambda arm: mean_of(lines, arm)) for kind in kinds]
-
-
 def tuned(lines: Sequence[Line], arm: str) -> float:
-    """The best rate of the grid on seed 1."""
-    return min((line for line in lines if line["arm"] == arm and line["seed"] == 1), key=lambda line: line["loss"])[
-        "lr"
-    ]
+    """The best rate of the grid of the batch that the arm begins with."""
+    grid = grid_of(lines, begins(arm))
+    return min(grid, key=lambda lr: grid[lr])
 
 
 def of_arm(lines: Sequence[Line], arm: str) -> dict[int, Line]:
-    """Seed -> the line of the arm at its tuned rate, without the seed that tuned it while there are others."""
+    """Seed -> the line of the arm at its tuned rate, of the seeds that are compared."""
     lr = tuned(lines, arm)
-    found = {line["seed"]: line for line in lines if line["arm"] == arm and line["lr"] == lr}
-    return {seed: line for seed, line in found.items() if seed > 1} or found
+    return {
+        line["seed"]: line for line in lines if line["arm"] == arm and line["lr"] == lr and line["seed"] not in TUNING
+    }
 
 
 def seeds_of(lines: Sequence[Line], arm: str) -> int:
@@ -303,8 +313,8 @@ def compare(lines: Sequence[Line], arm: str, base: str) -> Line:
 
 
 def compared(lines: Sequence[Line]) -> list[str]:
-    """The arms that have more than the seed that tuned them."""
-    return [arm for arm in ARMS if any(line["arm"] == arm and line["seed"] > 1 for line in lines)]
+    """The arms of which more than the seeds that tune has been trained."""
+    return [arm for arm in ARMS if grid_of(lines, begins(arm)) and of_arm(lines, arm)]
 
 
 def report(lines: Sequence[Line]) -> Iterator[str]:

@@ -212,12 +212,20 @@ class Batch:
         only_with=("batch.policy", "law", "measured"),
     )
     noise_share: float = setting(
-        0.5,
-        "the batch stays at or below this share of the whole model's noise scale",
+        1.0,
+        "the batch stays at or below this share of the lower end of the whole model's noise scale",
         above=0,
         only_with=("batch.policy", "measured"),
     )
-    noise_to_total: float = of_measuring(1.4, "the whole model's noise scale over the norm layers'", above=0)
+    noise_to_total: float = of_measuring(
+        1.4, "the whole model's noise scale over the norm layers'; measured: while calibration is less sure", above=0
+    )
+    calibrate_every: int = setting(
+        200,
+        "steps between gradients of one example in the whole model, each at most a step's time; 0 = none",
+        at_least=0,
+        only_with=("batch.policy", "measured"),
+    )
     look_every: int = of_measuring(10, "steps between looks at the noise scale, which are always logged", at_least=1)
     delay: float = of_noise_scale(0.1, "share of train.tokens before the first change", at_least=0, at_most=1)
     hysteresis: float = of_noise_scale(1.25, "the noise scale must ask for at least this factor", at_least=1)

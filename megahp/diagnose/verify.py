@@ -108,6 +108,13 @@ class Trial(Trainer):
         self.advance(plan, step.measured)
         return {"measured": vars(step.measured), "grads": gathered}
 
+    def calibration(self) -> list[tuple[float, float]]:
+        """What one example, the next step's first, says of the whole model beside its norm layers."""
+        plan = self.next_step()
+        assert plan is not None
+        self.calibrate(made_up(np.full(plan.micro_batch, plan.first_sample), self.settings, self.mesh.device), plan)
+        return self.noise.examples
+
     def weights(self) -> dict[str, Tensor]:
         """The whole weights, the routers' biases and the masks, of this rank's pipeline stages."""
         saved = self.engine.saved | self.masks.state()
@@ -119,12 +126,16 @@ class Trial(Trainer):
 
 
 def train(trial: Trial, steps: int) -> dict[str, Any]:
-    """So many steps: what each measured, the first step's gradients, the weights at the end, of the whole model."""
-    outcomes = [trial.step() for _ in range(steps)]
+    """So many steps: what each measured, the first step's gradients, what one example says after it, and the weights at
+    the end, of the whole model."""
+    outcomes = [trial.step()]
+    calibration = trial.calibration()
+    outcomes += [trial.step() for _ in range(steps - 1)]
     return {
         "measured": [outcome["measured"] for outcome in outcomes],
         "grads": of_all_stages(outcomes[0]["grads"], trial.mesh),
         "weights": of_all_stages(trial.weights(), trial.mesh),
+        "calibration": calibration,
     }
 
 
@@ -162,6 +173,7 @@ def differences(got: Outcome, wanted: Outcome, rtol: float, weights_rtol: float 
         for key in ("grad_sq_example", "grad_sq_batch", "balance_loss", "load"):
             for name in b[key]:
                 found += _difference(f"step {number} {key} {name}", a[key][name], b[key][name], rtol)
+    found += _difference("one example's gradient", got["calibration"], wanted["calibration"], rtol)
     for name in wanted["weights"] if weights_rtol else ():
         found += _difference(f"weight {name}", got["weights"][name], wanted["weights"][name], weights_rtol or 0)
     return found

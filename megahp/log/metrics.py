@@ -13,8 +13,9 @@ A metrics object has, in this order, the keys
     grad_sq_example              mean ||g_b||^2 over the examples of the batch
     grad_sq_batch                ||G||^2 of the batch's mean gradient
     noise_scale                  of the norm layers, examples, smoothed; null where it means nothing
-    noise_scale_low, _high       its 95 % interval over the newest blocks of steps; null where unknown or infinite
-    noise_scale_total            the whole model's: noise_scale x batch.noise_to_total
+    noise_scale_total            the whole model's: by calibration, or noise_scale x batch.noise_to_total
+    noise_scale_total_low, _high its 95 % interval over the newest blocks of steps; null where unknown or infinite
+    noise_to_total               the whole model's over the norm layers' by calibration; null before
     noise_scale_tokens           noise_scale in tokens
     noise_scale_layers           {norm layer: examples or null}
     tokens_per_second, step_seconds

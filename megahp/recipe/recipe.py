@@ -5,11 +5,12 @@ learning rate and batch from another rule, which then leaves open what it says n
 stands in for another unsaid.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megahp.config import Config, Model, get, resolve, with_values
+from megahp.config import Batch, Config, Model, get, resolve, with_values
 from megahp.config.resolve import Resolved
 from megahp.errors import UserError, nearest_multiples
 from megahp.recipe.hyperparameter_laws import Choice, deepseek, nanochat, olmo_ladder, step_law
@@ -204,6 +205,8 @@ def _batch_settings(
         "global_batch": batch,
         "micro_batch": micro,
     }
+    if grows and run.parallel.pp == 1:  # a microbatch each, of a step that has so many; a pipeline takes a step's time
+        settings["calibrate_every"] = math.ceil(Batch.calibrate_every * ranks * micro / batch)
     if grows and laws.critical_batch is not power_laws.CRITICAL_BATCH:
         settings["critical_batch"] = [laws.critical_batch.scale, laws.critical_batch.exponent]
     if choice:

@@ -28,7 +28,8 @@ def summary(run: LoggedRun) -> dict[str, str]:
         "Tokens per second": shown(over(run, "tokens_per_second", np.nanmedian), human_count),
         "Peak learning rate": shown(over(run, "lr", np.nanmax), "{:.3g}".format),
         "Global batch": change(run, "global_batch"),
-        "Serial steps saved": saved(run),
+        "Serial steps saved": steps_saved(run),
+        "Training time saved": time_saved(run),
         "Noise scale": change(run, "noise_scale_total"),
     }
 
@@ -203,7 +204,7 @@ def change(run: LoggedRun, key: str) -> str:
     return start if start == end else f"{start} to {end}"
 
 
-def saved(run: LoggedRun) -> str:
+def steps_saved(run: LoggedRun) -> str:
     """Return the steps that growth saved, as a share of those that the first batch throughout would have taken; ""
     where the batch, in tokens, did not grow."""
     batch, tokens = tokens_per_step(run), token_bounds(run)
@@ -211,6 +212,17 @@ def saved(run: LoggedRun) -> str:
         return ""
     constant, steps = (tokens[-1] - tokens[0]) / batch[0], steps_taken(run).sum()
     return f"{1 - steps / constant:.0%} of {constant:,.0f} at the first batch throughout"
+
+
+def time_saved(run: LoggedRun) -> str:
+    """Return the training time that growth saved, by larger steps or on more ranks, as a share of what all tokens would
+    have taken at the speed of the first batch; "" where the batch did not grow. Below 0 where it cost time."""
+    batch, tokens, seconds = tokens_per_step(run), token_bounds(run), training_seconds(run)
+    speeds = run.column("tokens_per_second")[batch <= 1.001 * batch[0]]
+    if not batch[-1] > 1.001 * batch[0] or not np.isfinite(speeds).any():
+        return ""
+    constant = (tokens[-1] - tokens[0]) / np.nanmedian(speeds)
+    return f"{1 - seconds / constant:.0%} of {human_duration(constant)} at the first batch's speed"
 
 
 def tokens_per_step(run: LoggedRun) -> np.ndarray:

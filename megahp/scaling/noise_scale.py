@@ -71,59 +71,87 @@ BLOCKS = 16
 STUDENT = 2.1314  # the 97.5 % point of Student's t with BLOCKS - 1 degrees of freedom
 OUTLIER = 3.5  # robust standard deviations beyond which a block counts no further; ours, see docs/batch.md
 WINDOW = 3.0  # half-lives of the averages that the blocks span: about what such an average weighs
+PRIOR_ERROR = 0.25  # relative standard error of NoiseScale.noise_to_total; ours, unverified, see docs/batch.md
+EXAMPLES = 16  # newest single gradients that say what the whole model has for each unit of the norm layers
 
 
 @dataclass
 class Blocks:
     """The noise scale over the newest BLOCKS blocks of steps, with an interval, so that no single step decides.
 
-    With G_k and S_k the sums of a block's estimates, weighted by examples, 1 / noise scale = r = sum G_k / sum S_k. A
-    block is weighted down until it no longer stands out, by its mean S (one wild example) and by its residual
-    G_k - r S_k (one wild batch; Huber's estimate). The interval is Student's, with the variance of a ratio of means
-    (Cochran, Sampling Techniques, section 6.4): symmetric in r, it holds the noise scale however unsure |G|^2 is.
+    A block holds sums over its steps, from which `estimate`, weighted by examples, is linear in `ratio`, what mean_b
+    ||g_b||^2 is of that which was added: |G|^2 = batch - ratio x small and S = ratio x large - batch. Over blocks,
+    1 / noise scale = r = sum |G|^2 / sum S. A block is weighted down until it no longer stands out, by its mean S (one
+    wild example) and by its residual |G|^2 - r S (one wild batch).
     """
 
     size: float  # tokens of a block; a step that has more is a block of its own
-    closed: list[list[float]] = field(default_factory=list)  # [sum of |G|^2, sum of S, examples] of each, oldest first
-    true_sq: float = 0.0  # of the open block
-    noise: float = 0.0
-    examples: int = 0
-    tokens: int = 0
+    closed: list[list[float]] = field(default_factory=list)  # [batch, small, large, examples] of each, oldest first
+    open: list[float] = field(default_factory=lambda: [0.0] * 4)
+    tokens: int = 0  # of the open block
 
-    def add(self, true_sq: float, noise: float, batch: int, tokens: int) -> None:
-        """Add one step's estimates from a batch of this many examples; skip them if they are not finite."""
-        if not (math.isfinite(true_sq) and math.isfinite(noise)):
+    def add(self, sq_example: float, sq_batch: float, batch: int, tokens: int) -> None:
+        """Add one step's mean_b ||g_b||^2 and ||G||^2 over a batch of at least 2; skip them if they are not finite."""
+        if not (math.isfinite(sq_example) and math.isfinite(sq_batch)):
             return
-        self.true_sq, self.noise = self.true_sq + batch * true_sq, self.noise + batch * noise
-        self.examples, self.tokens = self.examples + batch, self.tokens + tokens
+        weight = batch / (batch - 1)
+        parts = batch * weight * sq_batch, weight * sq_example, batch * weight * sq_example, batch
+        self.open = [before + part for before, part in zip(self.open, parts, strict=True)]
+        self.tokens += tokens
         if self.tokens >= self.size:
-            self.closed = [*self.closed, [self.true_sq, self.noise, self.examples]][-BLOCKS:]
-            self.true_sq, self.noise, self.examples, self.tokens = 0.0, 0.0, 0, 0
+            self.closed = [*self.closed, self.open][-BLOCKS:]
+            self.open, self.tokens = [0.0] * 4, 0
 
-    def interval(self) -> tuple[float, float] | None:
-        """Return the 95 % interval of the noise scale in examples, its upper end infinite where |G|^2 may be 0; None
-        before BLOCKS blocks are full, or where the data allow no positive number.
-
-        Sums are Python's own: every rank computes this, and numpy's differ in the last bit between kinds of CPU.
-        """
-        if len(self.closed) < BLOCKS or sum(noise for _, noise, _ in self.closed) <= 0:
+    def inverse(self, ratio: float = 1.0, error: float = 0.0) -> tuple[float, float] | None:
+        """Return 1 / noise scale and its standard error; None before BLOCKS blocks are full, or where S is not
+        positive. error: of the ratio, relative."""
+        if len(self.closed) < BLOCKS:
             return None
-        means = [noise / examples for _, noise, examples in self.closed]
+        means = [(ratio * large - batch) / examples for batch, _, large, examples in self.closed]
         middle = median(means)
-        tame = _weights([mean - middle for mean in means])
-        blocks = [
-            (weight * true_sq, weight * noise) for weight, (true_sq, noise, _) in zip(tame, self.closed, strict=True)
-        ]
-        weights = [1.0] * BLOCKS
-        for _ in range(20):
-            total = sum(weight * noise for weight, (_, noise) in zip(weights, blocks, strict=True))
-            inverse = sum(weight * true_sq for weight, (true_sq, _) in zip(weights, blocks, strict=True)) / total
-            residuals = [true_sq - inverse * noise for true_sq, noise in blocks]
-            weights = _weights(residuals)
-        squares = sum((weight * residual) ** 2 for weight, residual in zip(weights, residuals, strict=True))
-        error = math.sqrt(squares * BLOCKS / (BLOCKS - 1)) / total
-        low, high = inverse - STUDENT * error, inverse + STUDENT * error
-        return (1 / high, 1 / low if low > 0 else math.inf) if high > 0 else None
+        weights = _weights([mean - middle for mean in means])
+        sums = [[weight * part for part in block] for weight, block in zip(weights, self.closed, strict=True)]
+        pairs = [(batch - ratio * small, ratio * large - batch) for batch, small, large, _ in sums]
+        if (noise := sum(noise for _, noise in pairs)) <= 0:
+            return None
+        inverse, own = ratio_of_sums(pairs)
+        moves = sum(small + inverse * large for _, small, large, _ in sums) / noise  # of the inverse by the ratio
+        return inverse, math.hypot(own, error * ratio * moves)
+
+
+def interval(inverse: float, error: float) -> tuple[float, float, float] | None:
+    """Return the noise scale between the ends of its 95 % interval, infinite where |G|^2 may be 0; None where the data
+    allow no positive number. It is Student's of the inverse, and so holds the noise scale however unsure |G|^2 is."""
+    low, high = inverse - STUDENT * error, inverse + STUDENT * error
+    if high <= 0:
+        return None
+    return 1 / high, 1 / inverse if inverse > 0 else math.inf, 1 / low if low > 0 else math.inf
+
+
+def ratio_of_sums(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return sum a / sum b over the pairs (a, b), and its standard error, a pair weighted down until its residual
+    a - ratio b no longer stands out (Huber's estimate; the error is that of a ratio of means, Cochran, Sampling
+    Techniques, section 6.4).
+
+    Sums are Python's own: every rank computes this, and numpy's differ in the last bit between kinds of CPU.
+    """
+    weights = [1.0] * len(pairs)
+    for _ in range(20):
+        below = sum(weight * b for weight, (_, b) in zip(weights, pairs, strict=True))
+        ratio = sum(weight * a for weight, (a, _) in zip(weights, pairs, strict=True)) / below
+        residuals = [a - ratio * b for a, b in pairs]
+        weights = _weights(residuals)
+    squares = sum((weight * residual) ** 2 for weight, residual in zip(weights, residuals, strict=True))
+    return ratio, math.sqrt(squares * len(pairs) / (len(pairs) - 1)) / below
+
+
+def ratio_now(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the ratio of sums after the newest of the pairs, and its relative standard error. It drifts as a model
+    learns, by half within a third of a run: that of the newer half of pairs lags by a quarter of them, and the halves
+    differ by two quarters' drift."""
+    half = len(pairs) // 2
+    (old, old_error), (new, new_error) = ratio_of_sums(pairs[:half]), ratio_of_sums(pairs[half:])
+    return new * math.sqrt(new / old), math.hypot(1.5 * new_error / new, 0.5 * old_error / old)
 
 
 def _weights(deviations: Sequence[float]) -> list[float]:
@@ -134,42 +162,90 @@ def _weights(deviations: Sequence[float]) -> list[float]:
 
 @dataclass
 class NoiseScale:
-    """The smoothed noise scale of every norm layer, and pooled over them (sums of S and |G|^2 over the layers)."""
+    """The noise scale of every norm layer, pooled over them (sums of S and |G|^2 over the layers), and of the whole
+    model.
+
+    The norm layers' per-example squares are known of every step, the whole model's ||G||^2 too; of its per-example
+    squares only now and then one (`calibrate`). Their ratio to the norm layers' of the same examples makes of the
+    latter what the whole model's are. Beside that stands the prior, `noise_to_total` times the norm layers' noise
+    scale; the two are averaged by what they are sure of.
+    """
 
     half_life: float  # tokens
+    noise_to_total: float = 1.4
     pooled: Average = field(default_factory=Average)
     layers: dict[str, Average] = field(default_factory=dict)
-    blocks: Blocks = field(init=False)  # of the pooled estimates
+    norms: Blocks = field(init=False)
+    model: Blocks = field(init=False)  # its own ||G||^2, and the norm layers' per-example squares
+    examples: list[tuple[float, float]] = field(default_factory=list)  # ||g_b||^2 of the model and of its norm layers
 
     def __post_init__(self) -> None:
-        self.blocks = Blocks(WINDOW * self.half_life / BLOCKS)
+        self.norms, self.model = (Blocks(WINDOW * self.half_life / BLOCKS) for _ in range(2))
 
-    def update(self, sq_example: Mapping[str, float], sq_batch: Mapping[str, float], batch: int, tokens: int) -> None:
-        """Take in one step of so many tokens: mean_b ||g_b||^2 and ||G||^2 by layer. A batch of 1 says nothing."""
-        if batch < 2:
+    def update(
+        self, sq_example: Mapping[str, float], sq_batch: Mapping[str, float], grad_norm: float, batch: int, tokens: int
+    ) -> None:
+        """Take in one step of so many tokens: mean_b ||g_b||^2 and ||G||^2 by norm layer, and the whole model's ||G||.
+        A batch of 1 says nothing."""
+        if batch < 2 or not sq_example:
             return
         decay = 0.5 ** (tokens / self.half_life)
         for name in sq_example:
             estimates = estimate(sq_example[name], sq_batch[name], batch)
             self.layers.setdefault(name, Average()).add(*estimates, decay)
-        pooled = estimate(sum(sq_example.values()), sum(sq_batch.values()), batch)
-        self.pooled.add(*pooled, decay)
-        self.blocks.add(*pooled, batch, tokens)
+        pooled = sum(sq_example.values()), sum(sq_batch.values())
+        self.pooled.add(*estimate(*pooled, batch), decay)
+        self.norms.add(*pooled, batch, tokens)
+        self.model.add(pooled[0], grad_norm**2, batch, tokens)
+
+    def calibrate(self, model: float, norms: float) -> None:
+        """Take in ||g_b||^2 of one example, of the whole model and of its norm layers together."""
+        if math.isfinite(model) and 0 < norms < math.inf:
+            self.examples = [*self.examples, (model, norms)][-EXAMPLES:]
 
     def numbers(self) -> dict[str, float | None]:
-        """Return what is logged of a step: the smoothed noise scale in examples, and the interval over the blocks, its
-        ends None where they are unknown or infinite."""
-        low, high = self.blocks.interval() or (None, None)
-        above = high if high is not None and math.isfinite(high) else None
-        return {"noise_scale": self.pooled.ratio, "noise_scale_low": low, "noise_scale_high": above}
+        """Return what is logged of a step, in examples: the norm layers' smoothed noise scale, and the whole model's
+        between the ends of its interval, None where unknown or infinite; and how many times the norm layers' it is by
+        what was measured of both."""
+        smoothed, norms, known = self.pooled.ratio, self.norms.inverse(), []
+        total, measured = smoothed and self.noise_to_total * smoothed, None
+        if norms:
+            inverse, error = norms[0] / self.noise_to_total, norms[1] / self.noise_to_total
+            known.append((inverse, math.hypot(error, PRIOR_ERROR * inverse)))
+        if len(self.examples) == EXAMPLES and (model := self.model.inverse(*ratio_now(self.examples))):
+            known.append(model)
+            measured = norms[0] / model[0] if norms and model[0] > 0 else None
+        ends = interval(*_average(known)) if known else None
+        if ends and len(known) == 2:
+            total = ends[1]
+        low, _, high = ends or (None, None, None)
+        return {
+            "noise_scale": smoothed,
+            "noise_scale_total": _finite(total),
+            "noise_scale_total_low": low,
+            "noise_scale_total_high": _finite(high),
+            "noise_to_total": measured,
+        }
 
     def state(self) -> dict[str, Any]:
         layers = {name: vars(average) for name, average in self.layers.items()}
-        blocks = {key: value for key, value in vars(self.blocks).items() if key != "size"}
-        return {"pooled": vars(self.pooled), "layers": layers, "blocks": blocks}
+        blocks = {of: {k: v for k, v in vars(getattr(self, of)).items() if k != "size"} for of in ("norms", "model")}
+        return {"pooled": vars(self.pooled), "layers": layers, **blocks, "examples": self.examples}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.pooled = Average(**state["pooled"])
-        # checkpoints written before there were blocks have none
-        self.blocks = Blocks(self.blocks.size, **state.get("blocks", {}))
         self.layers = {name: Average(**values) for name, values in state["layers"].items()}
+        # checkpoints written before there were blocks have none
+        self.norms, self.model = (Blocks(self.norms.size, **state.get(of, {})) for of in ("norms", "model"))
+        self.examples = [(model, norms) for model, norms in state.get("examples", ())]
+
+
+def _average(estimates: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the mean of (estimate, standard error) pairs weighted by their precision, and its standard error."""
+    weights = [1 / max(error, 1e-300) ** 2 for _, error in estimates]
+    mean = sum(weight * each for weight, (each, _) in zip(weights, estimates, strict=True)) / sum(weights)
+    return mean, 1 / math.sqrt(sum(weights))
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None

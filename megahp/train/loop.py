@@ -54,6 +54,8 @@ def train(settings: Config, place: World, store: dist.Store, layout: Layout, res
             else:
                 skip(run, reporter, plan, measured, verdict.reason)
             del step  # or its gradients would lie in memory beside the next one's
+            if run.batch_plan.is_calibration(plan.step) and (example := run.example(loader, plan)):
+                run.calibrate(example, plan)
             change, masked = run.advance(plan, measured, updated)
             following = run.next_step()
             seconds, over = time.monotonic() - began, following is None

@@ -67,8 +67,12 @@ class Masks:
         own = {name: grads[place] for name, place in self.places.items()}
         decide = self.sparsity.method == "rigl" and self._due(plan)
         self.unmasked = {name: grad.clone() for name, grad in own.items()} if decide else {}
-        for name, grad in own.items():
-            grad.mul_(self.masks[name].view(torch.uint8))  # by bool a CPU takes four times as long
+        self.cover(grads)
+
+    def cover(self, grads: Sequence[Tensor]) -> None:
+        """Make the gradients of masked weights 0, in place, and decide nothing by them."""
+        for name, place in self.places.items():
+            grads[place].mul_(self.masks[name].view(torch.uint8))  # by bool a CPU takes four times as long
 
     @torch.no_grad()
     def look(self, plan: Plan, progress: Progress) -> MaskChange | None:

@@ -171,7 +171,6 @@ def _record(
         "grad_sq_example": sum(measured.grad_sq_example.values()) if measured.grad_sq_example else None,
         "grad_sq_batch": sum(measured.grad_sq_batch.values()) if measured.grad_sq_batch else None,
         **numbers,
-        "noise_scale_total": noise * run.settings.batch.noise_to_total if noise else None,
         "noise_scale_tokens": noise * plan.length if noise else None,
         "noise_scale_layers": {name: average.ratio for name, average in run.noise.layers.items()},
         "tokens_per_second": plan.tokens / seconds,

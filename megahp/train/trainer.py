@@ -50,7 +50,8 @@ class Trainer:
 
     def forget_noise(self) -> None:
         """Begin the averages again: an example has become another thing."""
-        self.noise = NoiseScale(self.settings.train.noise_half_life * self.settings.train.tokens)
+        half_life = self.settings.train.noise_half_life * self.settings.train.tokens
+        self.noise = NoiseScale(half_life, self.settings.batch.noise_to_total)
 
     def next_step(self) -> Plan | None:
         """The plan of the next step; None when the run is over."""
@@ -68,10 +69,29 @@ class Trainer:
     def update(self, step: Step, plan: Plan) -> None:
         """Clip the gradients, in place, and make one update of the weights."""
         measured = step.measured
-        self.noise.update(measured.grad_sq_example, measured.grad_sq_batch, plan.global_batch, plan.tokens)
+        squares = measured.grad_sq_example, measured.grad_sq_batch
+        self.noise.update(*squares, measured.grad_norm, plan.global_batch, plan.tokens)
         clip(step.grads, measured.grad_norm, self.settings.optimizer.clip, self.loss_scale.value)
         self.optimizer.step(step.grads, plan)
         self.engine.rebalance(measured.load)
+
+    def calibrate(self, example: Batch, plan: Plan) -> None:
+        """Measure, after the step of this plan, one example's gradient in the whole model and in its norm layers.
+        example: a microbatch of copies of it, the same on all ranks.
+
+        The mean gradient of copies of an example is its own, so what a step measures is then this example's, on every
+        layout, in microbatches of the shape that every step has.
+        """
+        dp, scale = self.mesh.layout.dp, self.loss_scale.value
+        count = plan.microbatches(dp) if self.mesh.layout.pp > 1 else 1  # a pipeline's schedule is for as many
+        copies = count * plan.micro_batch * dp
+        self.engine.zero()
+        loss = self.engine.forward_backward([example] * count, count, copies * plan.length, scale)
+        grads = self.engine.gradients()
+        self.masks.cover(grads)
+        measured = self.engine.measure(loss, grads, copies, scale)
+        self.engine.zero()
+        self.noise.calibrate(measured.grad_norm**2, sum(measured.grad_sq_example.values()))
 
     def advance(
         self, plan: Plan, measured: Measurement, updated: bool = True
@@ -95,6 +115,13 @@ class Trainer:
         ahead = [*ids[1:], self.samples(following)[0] if following else None]
         for now, then in zip(ids, ahead, strict=True):
             yield loader.take(now, then)
+
+    def example(self, loader: Loader, plan: Plan) -> Batch | None:
+        """A microbatch of copies of the first sample after the step of this plan; None where the data ends there."""
+        following = self.batch_plan.step(self.progress.after(plan))
+        if following is None or following.stage != plan.stage:
+            return None
+        return loader.take(np.full(plan.micro_batch, following.first_sample), self.samples(following)[0])
 
     def samples(self, plan: Plan) -> list[np.ndarray]:
         """The ids of this rank's samples, an array a microbatch."""

@@ -25,8 +25,8 @@ data.train data.weights data.mixtures data.tokenizer data.sequence_length data.l
 data.mask_documents data.cache
 schedule.name schedule.start schedule.warmup schedule.floor schedule.decay schedule.shape
 batch.policy batch.global_batch batch.micro_batch batch.largest batch.rule batch.increment batch.ramp_samples
-batch.table batch.target batch.critical_batch batch.noise_share batch.noise_to_total batch.look_every batch.delay
-batch.hysteresis batch.growth
+batch.table batch.target batch.critical_batch batch.noise_share batch.noise_to_total batch.calibrate_every
+batch.look_every batch.delay batch.hysteresis batch.growth
 optimizer.name optimizer.lr optimizer.weight_decay optimizer.beta1 optimizer.beta2 optimizer.eps
 optimizer.muon_lr optimizer.momentum optimizer.clip optimizer.engine
 sparsity.method sparsity.density sparsity.layers sparsity.begin sparsity.end sparsity.drop sparsity.every

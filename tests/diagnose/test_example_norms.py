@@ -18,7 +18,7 @@ from megahp.config import Config
 from megahp.data.loader import Batch
 from megahp.diagnose import example_norms
 from megahp.diagnose.example_norms import contracted, crossed, measure, scattered
-from megahp.diagnose.verify import made_up
+from megahp.diagnose.verify import Trial, made_up
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import Layout
@@ -81,6 +81,18 @@ def trained(model_name: str, dtype: str) -> tuple[dict[str, float], dict[str, fl
     return measured.grad_sq_example, measured.grad_sq_batch
 
 
+def calibrated() -> list[tuple[float, float]]:
+    """What calibration in training measures of each example alone."""
+    settings = settings_of("llama", "train.dtype=float64")
+    trial = Trial(settings, mesh_of(Layout()))
+    plan = trial.next_step()
+    assert plan
+    for example in range(EXAMPLES):
+        trial.calibrate(made_up(np.full(plan.micro_batch, example), settings), plan)
+    assert all(weight.grad is None for weight in trial.engine.weights.values())
+    return trial.noise.examples
+
+
 def outcomes() -> dict[str, Any]:
     """Everything measured here, on one rank."""
     found: dict[str, Any] = {}
@@ -99,6 +111,7 @@ def outcomes() -> dict[str, Any]:
     settings = settings_of("llama", "train.dtype=float64")
     (model,) = build_model(settings, mesh_of(Layout())).stages.values()
     found["trained"] = trained("llama", "float64"), measure(model, microbatches(settings, 4))
+    found["calibrated"] = calibrated()
     experts = settings_of("moe")
     (model,) = build_model(experts, mesh_of(Layout())).stages.values()
     with pytest.raises(ValueError, match="experts"):
@@ -128,6 +141,15 @@ def test_norms_are_as_a_step_of_training_measures_them(found: dict[str, Any]) ->
     assert example == pytest.approx({norm: squares.example[norm] for norm in example}, rel=1e-10)
     assert batch == pytest.approx({norm: squares.batch[norm] for norm in batch}, rel=1e-10)
     assert len(example) == 9  # two blocks' two norms and norms of queries and keys, the final one
+
+
+def test_calibration_is_what_the_diagnosis_measures(found: dict[str, Any]) -> None:
+    """Of the whole model, and of its norm layers."""
+    (norms, _), squares = found["trained"]
+    model, of_norms = np.mean(found["calibrated"], axis=0)
+    assert len(found["calibrated"]) == EXAMPLES
+    assert model == pytest.approx(sum(squares.example.values()), rel=1e-10)
+    assert of_norms == pytest.approx(sum(squares.example[norm] for norm in norms), rel=1e-10)
 
 
 @pytest.mark.parametrize("bug", BUGS)

@@ -32,7 +32,7 @@ MEASURED = (
     "noise_scale",
     "validation_loss",
 )  # all else is exact
-NEW = ("noise_scale_low", "noise_scale_high", "noise_scale_total")  # not logged by c70b15a
+NEW = ("noise_scale_total", "noise_scale_total_low", "noise_scale_total_high", "noise_to_total")  # not in c70b15a
 CLOCK = ("tokens_per_second", "step_seconds", "noise_scale_layers", "noise_scale_tokens", "batch_target")
 
 

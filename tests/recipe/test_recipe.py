@@ -103,6 +103,15 @@ def test_the_batch_begins_at_the_best_constant_one_and_saves_what_the_decay_allo
     assert 4 * optimal < found.last_batch <= bound
 
 
+def test_calibration_takes_half_a_percent_of_the_time_at_most() -> None:
+    """A microbatch of so many that a rank has in a step; in a pipeline's schedule a whole step."""
+    found = of(params=6e8).run.batch
+    assert 1 < found.calibrate_every == math.ceil(200 * found.micro_batch / found.global_batch) < 200
+    tree = {**PROXY.tree, "parallel": {"pp": 2}}
+    piped = plan(Given(params=6e8, gpus=2, peak_flops=1e15), replace(PROXY, tree=tree), LAWS)
+    assert piped.run.batch.calibrate_every == 200
+
+
 @pytest.mark.parametrize(
     ("base", "why"),
     [

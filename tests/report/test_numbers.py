@@ -12,7 +12,9 @@ from megahp.report.numbers import (
     layer_points,
     newest_half,
     smooth,
+    steps_saved,
     thin,
+    time_saved,
     training_seconds,
     update_density,
     update_shares,
@@ -44,6 +46,22 @@ def test_layers_lie_at_their_depth():
     layers = {"layers.0.a": 1.0, "layers.0.b": None, "layers.1.a": 3.0, "final": 4.0}
     run = LoggedRun("owl", [{"noise_scale_layers": layers}, {"noise_scale_layers": None}], [], {}, "", "")
     assert layer_points(run) == [("layers.*.a", 0, 1.0), ("layers.*.a", 1, 3.0), ("final", 2, 4.0)]
+
+
+def test_what_growth_saved_in_steps_and_in_time():
+    """Against the first batch throughout: 100 steps of 8 and 50 of 16, which take half as long by the token."""
+    steps, tokens = [], 0
+    for step in range(1, 151):
+        batch = 8 if step <= 100 else 16
+        tokens += batch * 100
+        speed = 400.0 if step <= 100 else 800.0
+        seconds = batch * 100 / speed
+        steps.append(record(step, tokens=tokens, global_batch=batch, tokens_per_second=speed, step_seconds=seconds))
+    grown = LoggedRun("owl", steps, [], {}, "", "")
+    assert steps_saved(grown) == "25% of 200 at the first batch throughout"
+    assert time_saved(grown) == "25% of 6 min 40 s at the first batch's speed"
+    constant = LoggedRun("owl", steps[:100], [], {}, "", "")
+    assert steps_saved(constant) == time_saved(constant) == ""
 
 
 def checks(*losses, baselines=None, **values):

@@ -196,6 +196,7 @@ MEASURED = (
     "batch.noise_share=50",
     "batch.largest=32",
     "batch.look_every=1",
+    "batch.calibrate_every=1",
     "optimizer.beta2=0.5",
     "train.noise_half_life=0.1",
     "checkpoint.every=1",
@@ -209,8 +210,9 @@ def test_a_measured_batch_resumes_exactly_and_grows_alike_on_other_layouts(folde
     assert replay(folder / "runs/measured").differences == []
     assert grown[0][0] == 20 and len(grown) >= 3 and grown[-1][1].now == 32
     assert all("stability allows" in change.reason for _, change in grown)
-    known = [record for record in whole[20:] if record["noise_scale_high"]]  # of others the end is infinite
-    assert known and all(record["noise_scale_low"] < record["noise_scale_high"] for record in known)
+    known = [record for record in whole[20:] if record["noise_scale_total_high"]]  # of others the end is infinite
+    assert known and all(record["noise_scale_total_low"] < record["noise_scale_total_high"] for record in known)
+    assert any(record["noise_to_total"] for record in whole[:-1])
     middle = grown[1][0]
     for name, words in (
         ("again", ("--ranks", "2")),

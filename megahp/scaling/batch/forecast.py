@@ -17,7 +17,7 @@ def noise_forecast(settings: Config, progress: Progress, noise: float | None) ->
 
     def by_law(tokens: int) -> float:
         length = along[stage_at(along, tokens)].length
-        return critical_batch_along(batch, tokens) / length / batch.noise_to_total
+        return critical_batch_along(batch, tokens) / length
 
     measured = noise / by_law(progress.tokens) if noise and progress.tokens else 1.0
     return lambda tokens: measured * by_law(tokens)

@@ -144,6 +144,10 @@ class BatchPlan:
         """Return whether the noise scale after this step can decide something, and so must be in the log."""
         return self.policy.is_look(step)
 
+    def is_calibration(self, step: int) -> bool:
+        """Return whether the whole model's gradient of one example is to be measured after this step."""
+        return self.policy.is_calibration(step)
+
     def aim(self, progress: Progress, noise_scale: float | None) -> float | None:
         """Return the batch, in sequences, that a policy following the critical batch would have if nothing held it
         back."""

@@ -14,7 +14,7 @@ def test_the_forecast_begins_at_what_is_measured() -> None:
     run = settings(4, batch__policy="measured", **LAW)
     assert noise_forecast(settings(4, batch__policy="law", **LAW), Progress(), None)(100) is None
     by_law, measured = noise_forecast(run, Progress(), None), noise_forecast(run, Progress(10, 40, 640), 70.0)
-    assert by_law(640) == pytest.approx(300 * 1.5 * 640**0.5 / 16 / run.batch.noise_to_total)
+    assert by_law(640) == pytest.approx(300 * 1.5 * 640**0.5 / 16)
     assert measured(640) == pytest.approx(70) and measured(4 * 640) == pytest.approx(2 * 70)
 
 

@@ -14,15 +14,15 @@ class Measured(Policy):
     times the batch (Seesaw, arXiv 2510.14717), with moments that average over as many tokens as before (the rule sde).
     Two bounds hold the batch:
 
-    - noise: batch <= noise_share x noise_to_total x the lower end of the noise scale's interval, or the gradient would
-      no longer be mostly noise. Unknown before the interval is.
+    - noise: batch <= noise_share x the lower end of the whole model's noise scale, or the gradient would no longer be
+      mostly noise. Unknown before the interval is.
     - stability: kappa x shape <= 1, so that lr sqrt(batch), the drift of a step, never exceeds its peak at
       batch.global_batch. Before the peak the batch stays. Where a run goes on with a larger batch than that (another
       horizon or schedule, a layout that cannot run the old batch), the rate is held down instead.
     """
 
     measures = True
-    sees = "noise_scale_low"
+    sees = "noise_scale_total_low"
 
     def aim(self, now: Moment) -> float | None:
         bounds = self.bounds(now)
@@ -36,6 +36,10 @@ class Measured(Policy):
         # larger than that would never be taken, its tokens left untrained.
         steps = math.ceil(left / (aim * now.length))
         return left / steps if steps <= self.settings.batch.look_every + 1 else aim * now.length
+
+    def is_calibration(self, step: int) -> bool:
+        every = self.settings.batch.calibrate_every
+        return every > 0 and step % every == 0
 
     def rate(self, shape: float, kappa: float) -> float:
         return min(shape, 1 / kappa)
@@ -58,7 +62,4 @@ class Measured(Policy):
         if now.tokens - start >= schedule.warmup * (horizon - start):
             shape = schedules.fraction(schedule, now.tokens, horizon)
         tuned = batch.global_batch * self.first_length / now.length
-        return {
-            "noise": batch.noise_share * batch.noise_to_total * now.noise_scale,
-            "stability": tuned / shape if shape > 0 else float("inf"),
-        }
+        return {"noise": batch.noise_share * now.noise_scale, "stability": tuned / shape if shape > 0 else float("inf")}

@@ -43,6 +43,10 @@ class Policy:
         """Return whether the noise scale after this step can decide something."""
         return self.measures and step % self.settings.batch.look_every == 0
 
+    def is_calibration(self, step: int) -> bool:
+        """Return whether the whole model's gradient of one example is to be measured after this step."""
+        return False
+
     def aim(self, now: Moment) -> float | None:
         """Return the batch wanted if nothing held it back, in sequences of the present length; None where the policy
         follows no critical batch."""
