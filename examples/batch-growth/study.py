@@ -82,6 +82,9 @@ def arms() -> dict[str, list[str]]:
     found["noise-scale from 16, rule sde"] = growing(16, "batch.policy=noise-scale", "batch.rule=sde")
     doubled = f'batch.table=["{round(0.28 * TOKENS)}:32", "{round(0.83 * TOKENS)}:64"]'
     found["doubled from 16"] = growing(16, "batch.policy=table", "batch.rule=sqrt", doubled)
+    wsd = ["schedule.name=wsd", "schedule.decay=0.2"]
+    found["constant 16, wsd"] = [*found["constant 16"], *wsd]
+    found["measured from 16, wsd"] = measured(16, *wsd)
     ramp = ["batch.policy=ramp", "batch.rule=none", "batch.largest=16", "batch.increment=2"]
     found["ramp 4 to 16"] = growing(4, *ramp, f"batch.ramp_samples={TOKENS // 64}")
     return found
@@ -94,7 +97,11 @@ MEASURED = [f"measured from {batch}" for batch in FROM]
 
 def begins(arm: str) -> str:
     """The constant batch that an arm begins with, whose rate it takes; itself where it has its own grid."""
-    return arm if arm.startswith("constant") else f"constant {re.search(r'[0-9]+', arm.partition('from')[2] or arm)[0]}"
+    if arm.startswith("constant"):
+        return arm
+    batch = re.search(r"[0-9]+", arm.partition("from")[2] or arm)
+    assert batch
+    return f"constant {batch[0]}" + (", wsd" if arm.endswith(", wsd") else "")
 
 
 def key(line: Line) -> tuple[Any, ...]:
@@ -120,7 +127,8 @@ def missing(lines: Sequence[Line], corpus: str, size: str) -> list[Line]:
     def seeds(arms: Sequence[str], count: int) -> list[Line]:
         return left(run(arm, tuned(mine, arm), seed) for seed in range(FAIR, FAIR + count) for arm in arms)
 
-    for group, count in ((CONSTANTS, 5), (MEASURED, 5), ([*CONSTANTS, *MEASURED], 10), (list(ARMS), 5)):
+    pairs = [*(begins(arm) for arm in MEASURED), *MEASURED]
+    for group, count in ((CONSTANTS, 0), (pairs, 5), (CONSTANTS, 5), ([*CONSTANTS, *MEASURED], 10), (list(ARMS), 5)):
         grids = [arm for arm in group if begins(arm) == arm]
         if ahead := left(run(arm, lr, seed) for seed in TUNING for arm in grids for lr in rates_ahead(mine, arm)):
             return ahead
@@ -160,10 +168,6 @@ def of_arm(lines: Sequence[Line], arm: str) -> dict[int, Line]:
     return {
         line["seed"]: line for line in lines if line["arm"] == arm and line["lr"] == lr and line["seed"] not in TUNING
     }
-
-
-def seeds_of(lines: Sequence[Line], arm: str) -> int:
-    return len(of_arm(lines, arm))
 
 
 def mean_of(lines: Sequence[Line], arm: str) -> float:
@@ -293,23 +297,43 @@ def quantile(tail: float, freedom: int) -> float:
     return high
 
 
-def compare(lines: Sequence[Line], arm: str, base: str) -> Line:
-    """Paired differences of loss over the seeds both have, and the share of the base's steps."""
-    one, other = of_arm(lines, arm), of_arm(lines, base)
-    seeds = sorted(one.keys() & other.keys())
-    differences = np.array([one[seed]["loss"] - other[seed]["loss"] for seed in seeds])
-    steps = float(np.mean([one[seed]["steps"] for seed in seeds]) / np.mean([other[seed]["steps"] for seed in seeds]))
-    found: Line = {"seeds": len(seeds), "difference": differences.mean(), "steps": steps}
-    if len(seeds) > 2 and differences.std() > 0:
-        freedom = len(seeds) - 1
-        error = differences.std(ddof=1) / math.sqrt(len(seeds))
-        half = quantile(0.025, freedom) * error
-        found |= {"low": differences.mean() - half, "high": differences.mean() + half}
-        found["p"] = 2 * student(abs(differences.mean()) / error, freedom)
-        found["equivalent"] = max(
-            student((0.01 - differences.mean()) / error, freedom), student((0.01 + differences.mean()) / error, freedom)
-        )
-    return found
+def half_interval(values: Any) -> float:
+    """Half of the 95 % interval of a mean, nan of fewer than three values."""
+    return quantile(0.025, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 2 else np.nan
+
+
+def compare(losses: dict[int, float], others: dict[int, float]) -> str:
+    """Mean of the paired differences over the seeds both have, its 95 % interval, p of a difference, p of one that is
+    not within 0.01."""
+    differences = np.array([losses[seed] - others[seed] for seed in sorted(losses.keys() & others.keys())])
+    if len(differences) == 0 or not differences.any():
+        return f"{'':>48}"
+    mean, freedom = differences.mean(), len(differences) - 1
+    if freedom < 2:
+        return f"{mean:>+9.4f}{'':>39}"
+    error = differences.std(ddof=1) / math.sqrt(len(differences))
+    half = half_interval(differences)
+    equal = max(student((0.01 - mean) / error, freedom), student((0.01 + mean) / error, freedom))
+    between = f"({mean - half:+.4f} to {mean + half:+.4f})"
+    return f"{mean:>+9.4f} {between:<20}{2 * student(abs(mean) / error, freedom):>8.2g}{equal:>9.2g} "
+
+
+def losses_of(lines: Sequence[Line], arm: str) -> dict[int, float]:
+    return {seed: line["loss"] for seed, line in of_arm(lines, arm).items()}
+
+
+def steps_of(lines: Sequence[Line], arm: str) -> float:
+    return float(np.mean([line["steps"] for line in of_arm(lines, arm).values()]))
+
+
+def along_the_constants(lines: Sequence[Line], steps: float) -> dict[int, float]:
+    """Seed -> the loss that constant batches have at so many steps, between those on either side, along the logarithm
+    of the steps."""
+    there = sorted((arm for arm in CONSTANTS if arm in compared(lines)), key=lambda arm: steps_of(lines, arm))
+    losses = [losses_of(lines, arm) for arm in there]
+    seeds = set.intersection(*(set(each) for each in losses)) if losses else set()
+    places = [math.log(steps_of(lines, arm)) for arm in there]
+    return {seed: float(np.interp(math.log(steps), places, [each[seed] for each in losses])) for seed in seeds}
 
 
 def compared(lines: Sequence[Line]) -> list[str]:
@@ -318,28 +342,31 @@ def compared(lines: Sequence[Line]) -> list[str]:
 
 
 def report(lines: Sequence[Line]) -> Iterator[str]:
-    """The table of each corpus and size: arms by steps, beside the best constant batch at betas of 0.9 and 0.95."""
+    """The table of each corpus and size, arms by steps: beside the best constant batch; beside the constant batch that
+    an arm begins with, at the same rate; and beside the line of constant batches, at as many steps."""
     for corpus, size in dict.fromkeys((line["corpus"], line["size"]) for line in lines):
         mine = [line for line in lines if (line["corpus"], line["size"]) == (corpus, size)]
         there = compared(mine)
-        plain = [arm for arm in there if arm.startswith("constant") and "betas" not in arm]
-        base = min(plain, key=lambda arm: mean_of(mine, arm))
-        yield f"\n{corpus}, {size}: beside {base}, {mean_of(mine, base):.4f} nats per token"
-        head = f"{'arm':<36}{'lr':>8}{'seeds':>6}{'loss':>9}{'steps':>7}{'share':>7}{'difference':>12}"
-        yield head + f"{'95 %':>20}{'p':>8}{'p(equal)':>9}"
-        for arm in sorted(there, key=lambda arm: -np.mean([line["steps"] for line in of_arm(mine, arm).values()])):
-            found = compare(mine, arm, base)
-            steps = np.mean([line["steps"] for line in of_arm(mine, arm).values()])
-            sure = "low" in found
-            between = f"{found['low']:+.4f} .. {found['high']:+.4f}" if sure else ""
-            yield (
-                f"{arm:<36}{tuned(mine, arm):>8.2g}{seeds_of(mine, arm):>6}{mean_of(mine, arm):>9.4f}{steps:>7.0f}"
-                f"{found['steps']:>7.2f}{found['difference']:>+12.4f}{between:>20}"
-                + (f"{found['p']:>8.2g}{found['equivalent']:>9.2g}" if sure else "")
-            )
-        grown = of_arm(mine, "measured from 8").values() if "measured from 8" in there else ()
-        if firsts := [line["changes"][0][0] / TOKENS for line in grown if line["changes"]]:
-            yield f"first growth of measured from 8: {min(firsts):.2f} to {max(firsts):.2f} of the tokens"
+        if not (constants := [arm for arm in CONSTANTS if arm in there]):
+            continue
+        best = min(constants, key=lambda arm: mean_of(mine, arm))
+        yield f"\n{corpus}, {size}; best: {best}, {mean_of(mine, best):.4f} nats per token"
+        columns = "difference (95 %)           p p(equal) "
+        titles = (f"beside {best}", "beside the one it begins with", "beside constants, same steps")
+        yield f"{'':<62}" + "".join(f"{title:<49}" for title in titles)
+        yield f"{'arm':<37}{'lr':>7}{'seeds':>6}{'loss':>7}{'steps':>6}" + f"{'share ' + columns:>48}" * 2 + columns
+        for arm in sorted(there, key=lambda arm: -steps_of(mine, arm)):
+            losses, steps, own = losses_of(mine, arm), steps_of(mine, arm), begins(arm)
+            line = f"{arm:<37}{tuned(mine, arm):>7.2g}{len(losses):>6}{mean_of(mine, arm):>8.4f}{steps:>6.0f}"
+            line += f"{steps / steps_of(mine, best):>6.2f}" + compare(losses, losses_of(mine, best))
+            if own != arm and own in there:
+                line += f"{steps / steps_of(mine, own):>6.2f}" + compare(losses, losses_of(mine, own))
+            else:
+                line += f"{'':>54}"
+            yield line + (compare(losses, along_the_constants(mine, steps)) if arm not in CONSTANTS else "")
+        for arm in (arm for arm in MEASURED if arm in there):
+            if firsts := [line["changes"][0][0] / TOKENS for line in of_arm(mine, arm).values() if line["changes"]]:
+                yield f"first growth of {arm}: {min(firsts):.2f} to {max(firsts):.2f} of the tokens"
     if wrong := [key(line) for line in lines if not line["replayed"]]:
         yield f"NOT replayed: {wrong}"
 
@@ -349,27 +376,20 @@ def draw(lines: Sequence[Line], file: Path) -> None:
     from megahp.report.figures import PALETTE, plot_in
 
     panels = list(dict.fromkeys((line["corpus"], line["size"]) for line in lines))
-    kinds = {"constant": ("run1", "o-"), "betas": ("run2", "o-"), "measured": ("accent", "s-"), "fixed": ("ink", "^")}
-    labels = {
-        "constant": "constant, beta1 0.9",
-        "betas": "constant, betas of as many tokens",
-        "measured": "measured",
-        "fixed": "other ways to grow",
-    }
+    kinds = {"constant": ("run1", "o-"), "measured": ("accent", "s-"), "other ways to grow": ("ink", "^")}
     with plot_in(file, 4.5 * len(panels), 3.6) as figure:
         for axes, (corpus, size) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
             mine = [line for line in lines if (line["corpus"], line["size"]) == (corpus, size)]
-            points: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
-            for arm in compared(mine):
-                kind = "betas" if "betas" in arm else arm.split()[0] if arm.split()[0] in kinds else "fixed"
-                if "share" not in arm:
-                    steps = np.mean([line["steps"] for line in of_arm(mine, arm).values()])
-                    points[kind].append((float(steps), mean_of(mine, arm)))
-            for kind, (colour, mark) in kinds.items():
-                if points[kind]:
-                    axes.plot(
-                        *zip(*sorted(points[kind]), strict=True), mark, ms=4, color=PALETTE[colour], label=labels[kind]
-                    )
+            there = [arm for arm in compared(mine) if "wsd" not in arm]
+            grown = [arm for arm in there if arm not in (*CONSTANTS, *MEASURED) and not arm.startswith("constant")]
+            for (kind, (colour, mark)), arms in zip(kinds.items(), (CONSTANTS, MEASURED, grown), strict=True):
+                points = sorted((steps_of(mine, arm), arm) for arm in arms if arm in there)
+                if points:
+                    steps = [at for at, _ in points]
+                    losses = [list(losses_of(mine, arm).values()) for _, arm in points]
+                    means, errors = [np.mean(each) for each in losses], [half_interval(each) for each in losses]
+                    style = {"fmt": mark, "ms": 4, "lw": 1, "capsize": 2, "color": PALETTE[colour]}
+                    axes.errorbar(steps, means, errors, label=kind, **style)
             axes.set(xscale="log", xlabel="serial steps", ylabel="validation loss, nats", title=f"{corpus}, {size}")
             axes.legend(frameon=False, fontsize=7)
 
@@ -402,8 +422,8 @@ def main() -> None:
         done, wanted = {key(line) for line in lines}, []
         for corpus, size in places:
             mine = [line for line in known if (line["corpus"], line["size"]) == (corpus, size)]
-            for arm in ("constant 8", "constant 12", "constant 16", "measured from 8", "measured from 12"):
-                for seed in (2, 3, 4):
+            for arm in ("constant 4", "constant 8", "constant 16", *MEASURED):
+                for seed in range(FAIR, FAIR + 3):
                     run = {"corpus": corpus, "size": size, "arm": arm, "lr": tuned(mine, arm), "seed": seed}
                     wanted += [run] if key(run) not in done else []
         return wanted
