@@ -24,6 +24,7 @@ from corpus import write_corpus
 from distributed import runs, world
 from distributed.runs import train
 
+from megahp.config import Optimizer
 from megahp.data.loader import Loader
 from megahp.evaluate.sample import generate
 from megahp.exit_codes import STOPPED, USER_ERROR
@@ -227,6 +228,25 @@ def test_a_measured_batch_resumes_exactly_and_grows_alike_on_other_layouts(folde
     assert losses(folder, "measured-moved") == pytest.approx([record["loss"] for record in whole], rel=1e-5)
     moved = changes(folder, "measured-moved")
     assert [(step, change.now) for step, change in moved] == [(step, change.now) for step, change in grown]
+
+
+def test_a_branch_of_a_measured_run_goes_on_and_keeps_the_drift(folder: Path) -> None:
+    """Untouched, as the run itself does. With twice the horizon the batch it has is above the bound, so that the rate
+    is held down until the new schedule has fallen as far, and only then grows on."""
+    if not (folder / "runs/measured").exists():
+        train(folder, "measured", "--ranks", "2", *MEASURED)
+    whole, (second, *_) = numbers(folder, "measured"), changes(folder, "measured")[1:]
+    start = f"train.start_from=runs/measured/checkpoints/step-{second[0]:08d}"
+    train(folder, "measured-same", "--ranks", "2", start, *MEASURED)
+    assert numbers(folder, "measured-same") == whole[second[0] :]
+    train(folder, "measured-longer", "--ranks", "2", start, *MEASURED, "train.tokens=20480")
+    assert replay(folder / "runs/measured-longer").differences == []
+    records, batch = metrics(folder, "measured-longer"), second[1].now
+    drifts, peak = [record["lr"] * (record["global_batch"] / 8) ** 0.5 for record in records], Optimizer.lr
+    assert max(drifts) <= peak * (1 + 1e-9) and records[0]["global_batch"] == batch
+    assert records[0]["lr"] == pytest.approx(peak * (8 / batch) ** 0.5)  # the schedule alone would have it at more
+    grown = [change for _, change in replay(folder / "runs/measured-longer").changes]
+    assert grown and all(change.before >= batch for change in grown)
 
 
 def test_experts_and_their_biases_go_on(folder: Path) -> None:
