@@ -1,6 +1,7 @@
 """Checkpoints of whole runs, on any layout."""
 
 from megahp.checkpoint.remote import Place, place
+from megahp.checkpoint.shards import UnreadableError
 from megahp.checkpoint.store import (
     DamagedError,
     Store,

@@ -12,6 +12,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megahp.checkpoint.remote import Place
+from megahp.errors import UserError
 
 INDEX = "index.json"
 DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -39,6 +41,25 @@ DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16
 
 class Damaged(Exception):
     """A file of a checkpoint is missing or is not what was written."""
+
+
+class UnreadableError(UserError):
+    """Something there cannot be read, so nobody knows whether it is missing, whole or damaged."""
+
+
+@contextmanager
+def reading(path: Place) -> Iterator[None]:
+    """Raise Damaged where this file is missing, and UnreadableError where the system refuses to read it."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"{path.name} is missing") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Place, error: OSError) -> UnreadableError:
+    return UnreadableError(f"{path} cannot be read ({error.strerror}); make it readable, and start again")
 
 
 @dataclass(frozen=True)
@@ -215,26 +236,24 @@ def read_index(folder: Place) -> dict[str, dict[str, Any]]:
     """Every tensor's dtype, shape and chunks (as Chunk). Raises Damaged unless it makes sense: chunks that fill their
     tensor, in files of this folder."""
     try:
-        tensors: Mapping[str, Any] = json.loads((folder / INDEX).read_bytes())["tensors"]
+        with reading(folder / INDEX):
+            tensors: Mapping[str, Any] = json.loads((folder / INDEX).read_bytes())["tensors"]
         found = {
             name: {**tensor, "chunks": [Chunk(**chunk) for chunk in tensor["chunks"]]}
             for name, tensor in tensors.items()
         }
         for name, tensor in found.items():
             _check(name, tensor)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise Damaged(f"{folder / INDEX}: {error!r}") from None
     return found
 
 
 def read_chunk(path: Place, chunk: Chunk, dtype: torch.dtype, name: str) -> Tensor:
-    """One chunk's values. Raises Damaged."""
-    try:
-        with path.open("rb") as file:
-            file.seek(chunk.begin)
-            data = bytearray(file.read(chunk.bytes))
-    except OSError as error:
-        raise Damaged(f"{path}: {error.strerror}") from None
+    """One chunk's values. Raises Damaged, or UnreadableError."""
+    with reading(path), path.open("rb") as file:
+        file.seek(chunk.begin)
+        data = bytearray(file.read(chunk.bytes))
     if len(data) != chunk.bytes or zlib.crc32(data) != chunk.crc32:
         raise Damaged(f"{path}: the part of {name} at byte {chunk.begin} is not what was written")
     values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
@@ -242,12 +261,9 @@ def read_chunk(path: Place, chunk: Chunk, dtype: torch.dtype, name: str) -> Tens
 
 
 def digest(path: Place) -> str:
-    """SHA-256 of a file. Raises Damaged."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise Damaged(f"{path}: {error.strerror}") from None
+    """SHA-256 of a file. Raises Damaged, or UnreadableError."""
+    with reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_synced(target: Path, text: str) -> None:
@@ -280,6 +296,7 @@ def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> dic
     """Write a safetensors file, to the disk, of parts of tensors: key -> offsets and contiguous values. Returns where
     each lies."""
     save_file({key: values for key, (_, values) in parts.items()}, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # by the umask, as its folder is; the library's own is 0600
     sync(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -9,6 +9,7 @@ agree with its manifest. A run's checkpoint.remote gets copies, the manifest las
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megahp.checkpoint.remote import Place, Remote, place
-from megahp.checkpoint.shards import Damaged, Reader, Writer, digest, sync, write_synced, write_tensors
+from megahp.checkpoint.shards import (
+    Damaged,
+    Reader,
+    UnreadableError,
+    Writer,
+    digest,
+    reading,
+    sync,
+    unreadable,
+    write_synced,
+    write_tensors,
+)
 from megahp.config import Checkpoint, Config, resolve
 from megahp.errors import UserError
 from megahp.parallel.parameters import storage
@@ -39,6 +51,7 @@ OLDEST = 3  # before it the index was a pickle, which is not read
 MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_with_spikes,)
 VERSION = OLDEST + len(MIGRATIONS)
 MANIFEST = "manifest.json"
+NAME = re.compile(r"step-\d{8}")
 STATE = {"progress", "skipped", "updates", "noise_scale", "batch_plan", "wandb_id", "loss_scale", "spikes"}
 STATE |= {"data", "data_order", "table", "layout", "config"}
 P = TypeVar("P", Path, Remote, Place)
@@ -128,7 +141,8 @@ def publish(partial: Path, target: Path, state: str) -> None:
     """Give a folder that holds the tensors all else that makes a checkpoint, last of all its name."""
     write_synced(partial / "state.json", state)
     write_manifest(partial)
-    if target.exists():  # a damaged one, or it would have been gone on from
+    if target.exists():  # of the same step, damaged or gone back before; but nothing that nobody could look at is lost
+        problems(target, shards=False)
         remove(target)
     partial.rename(target)
     sync(target.parent)
@@ -144,8 +158,9 @@ def copy_all(folder: Path, newest: Path, keep: Checkpoint) -> None:
                 copy(checkpoint, there / checkpoint.name)
         for dropped in superseded(there, there / newest.name, keep):
             remove(dropped)
-    except OSError as error:
-        why = f"{newest} is whole, but not copied to checkpoint.remote = {keep.remote!r} ({error.strerror})"
+    except (OSError, UnreadableError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        why = f"{newest} is whole, but not copied to checkpoint.remote = {keep.remote!r} ({cause})"
         raise UserError(f"{why}; that is tried again after the next one") from None
 
 
@@ -172,10 +187,17 @@ def path(folder: Path, step: int) -> Path:
 
 
 def complete(folder: P) -> list[P]:
-    """A run's complete checkpoints, damaged or not, oldest first."""
-    found: list[P] = sorted(folder.glob(f"step-{8 * '[0-9]'}"), key=lambda each: each.name)
-    # elsewhere folders are not renamed, the manifest comes last
-    return [each for each in found if isinstance(each, Path) or (each / MANIFEST).exists()]
+    """A run's complete checkpoints, damaged or not, oldest first; none where there is no such folder. Raises
+    UnreadableError where that cannot be known."""
+    try:
+        each_there = folder.iterdir() if isinstance(folder, Path) else folder.glob("step-*")
+        found: list[P] = sorted((each for each in each_there if NAME.fullmatch(each.name)), key=lambda each: each.name)
+        # elsewhere folders are not renamed, the manifest comes last
+        return [each for each in found if isinstance(each, Path) or (each / MANIFEST).exists()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise unreadable(folder, error) from None
 
 
 def candidates(folder: Path, remote: str) -> list[Place]:
@@ -183,9 +205,8 @@ def candidates(folder: Path, remote: str) -> list[Place]:
     UserError."""
     try:
         copies = complete(copies_at(remote)) if remote else []
-    except OSError as error:
-        why = f"checkpoint.remote = {remote!r} cannot be read ({error.strerror})"
-        raise UserError(f"{why}; mend that, or leave it empty to go on from {folder} alone") from None
+    except UnreadableError as error:
+        raise UnreadableError(f"{error}, or without checkpoint.remote to go on from {folder} alone") from None
     found: list[Place] = [*copies, *complete(folder)]
     return sorted(found, key=lambda each: each.name)[::-1]  # a copy after its original
 
@@ -207,7 +228,9 @@ def first_whole(newest_first: Sequence[P]) -> P | None:
 
 def find(place: P) -> P:
     """A checkpoint that was named itself, or by its run directory: then the newest. Raises UserError."""
-    found = place if (place / MANIFEST).exists() else latest(place / "checkpoints")
+    with reading(place / MANIFEST):
+        is_checkpoint = (place / MANIFEST).exists()
+    found = place if is_checkpoint else latest(place / "checkpoints")
     if found is None:
         raise UserError(f"{place} is neither a checkpoint nor a run directory that has one; name one that is")
     return found
@@ -223,8 +246,8 @@ def read_state(checkpoint: Place) -> dict[str, Any]:
         for migrate in MIGRATIONS[state["version"] - OLDEST :]:
             state = migrate(state)
         missing = STATE - state.keys()
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise DamagedError(f"checkpoint {checkpoint} cannot be read ({error!r}); {_remedy(checkpoint)}") from None
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise DamagedError(f"checkpoint {checkpoint} is damaged ({error!r}); {_remedy(checkpoint)}") from None
     if missing:
         raise DamagedError(f"checkpoint {checkpoint} lacks {', '.join(sorted(missing))}; {_remedy(checkpoint)}")
     return state
@@ -244,18 +267,29 @@ def load(checkpoint: Place, tensors: Mapping[str, Tensor]) -> None:
     try:
         dcp.load(dict(tensors), storage_reader=reader)
     except (Exception, dcp.CheckpointException) as error:  # DCP raises many kinds
+        if isinstance(failure := _first_failure(error), UnreadableError):
+            raise failure from None
         raise UserError(f"checkpoint {checkpoint} cannot be loaded ({_cause(error)}); {_remedy(checkpoint)}") from None
 
 
 def check(checkpoint: Place) -> list[str]:
-    """What is wrong with a checkpoint's files, found by all ranks together: each reads its share of them."""
+    """What is wrong with a checkpoint's files, found by all ranks together: each reads its share of them. Raises
+    UnreadableError, on all ranks, where one of them cannot."""
+    wrong, refused = [], ""
+    try:
+        wrong = problems(checkpoint, dist.get_rank(), dist.get_world_size())
+    except UnreadableError as error:
+        refused = str(error)
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, problems(checkpoint, dist.get_rank(), dist.get_world_size()))
-    return list(dict.fromkeys(problem for one in found for problem in one))
+    dist.all_gather_object(found, (wrong, refused))
+    if refused := next(filter(None, (refused for _, refused in found)), ""):
+        raise UnreadableError(refused)
+    return list(dict.fromkeys(problem for wrong, _ in found for problem in wrong))
 
 
 def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = True) -> list[str]:
     """What is wrong with the files of a checkpoint, one line each: nothing may be missing, longer, shorter or changed.
+    Raises UnreadableError for what cannot be looked at.
 
     Every rank-th of `ranks` files is read; without `shards` the tensors' files are only measured.
     """
@@ -268,12 +302,14 @@ def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = Tr
         file = checkpoint / name
         is_read = shards and number % ranks == rank or name.endswith(".json")
         try:
-            if file.stat().st_size != entry["bytes"]:
-                found.append(f"{name} has {file.stat().st_size:,} bytes and was written with {entry['bytes']:,}")
+            with reading(file):
+                size = file.stat().st_size
+            if size != entry["bytes"]:
+                found.append(f"{name} has {size:,} bytes and was written with {entry['bytes']:,}")
             elif is_read and digest(file) != entry["sha256"]:
                 found.append(f"{name} is not what was written")
-        except (OSError, Damaged) as error:
-            found.append(f"{name}: {getattr(error, 'strerror', None) or error}")
+        except Damaged as error:
+            found.append(str(error))
     return found
 
 
@@ -287,15 +323,16 @@ def write_manifest(checkpoint: Path) -> None:
 
 def read_manifest(checkpoint: Place) -> dict[str, dict[str, Any]]:
     """Name -> bytes and sha256. Raises Damaged unless every byte of it is as written, UserError for a version that is
-    not read."""
+    not read, UnreadableError."""
     try:
-        text = (checkpoint / MANIFEST).read_bytes().decode()
+        with reading(checkpoint / MANIFEST):
+            text = (checkpoint / MANIFEST).read_bytes().decode()
         manifest = json.loads(text)
         version, files = manifest["version"], manifest["files"]
         if text != _sealed(files, version):
             raise Damaged(f"{MANIFEST} is not what was written")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read ({error!r})") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"{MANIFEST} is not what was written ({error!r})") from None
     if not OLDEST <= version <= VERSION:
         why = f"checkpoint {checkpoint} is of version {version} and this megahp reads {OLDEST} to {VERSION}"
         raise UserError(f"{why}; read it with the one that wrote it, or a newer one")
@@ -310,8 +347,14 @@ def superseded(folder: P, newest: P, keep: Checkpoint) -> list[P]:
     if keep.keep_every:
         kept |= {each for each in older if int(each.name.removeprefix("step-")) % keep.keep_every == 0}
     if keep.keep_best:
-        losses = {each: loss for each in older if (loss := _validation_loss(each)) is not None}
-        kept |= {min(losses, key=lambda each: losses[each])} if losses else set()
+        losses = {}
+        for each in older:
+            try:
+                losses[each] = _validation_loss(each)
+            except UnreadableError:  # which may be the best
+                kept.add(each)
+        known = {each: loss for each, loss in losses.items() if loss is not None}
+        kept |= {min(known, key=lambda each: known[each])} if known else set()
     return [each for each in older if each not in kept]
 
 
@@ -337,9 +380,11 @@ def _in_words(state: Mapping[str, Any]) -> str:
 
 
 def _validation_loss(checkpoint: Place) -> float | None:
+    """Return that of a checkpoint, None where it has none or is damaged. Raises UnreadableError."""
     try:
-        return json.loads((checkpoint / "state.json").read_bytes()).get("validation_loss")
-    except (OSError, ValueError):
+        with reading(checkpoint / "state.json"):
+            return json.loads((checkpoint / "state.json").read_bytes()).get("validation_loss")
+    except (Damaged, ValueError):
         return None
 
 

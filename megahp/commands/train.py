@@ -16,7 +16,8 @@ from megahp.parallel.layout import Layout, fit
 def add_arguments(parser: ArgumentParser) -> None:
     add_run_file(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
-    parser.add_argument("--resume", choices=("auto",), help="go on from the newest checkpoint, if there is one")
+    go_on = "go on from the newest checkpoint: auto = if there is one, else begin; required = or refuse"
+    parser.add_argument("--resume", choices=("auto", "required"), help=go_on)
     again = "after a fault start the ranks again, up to so many times"
     parser.add_argument("--restarts", type=int, metavar="N", help=again)
 
@@ -28,15 +29,17 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     ranks = place.size if options.ranks is None else options.ranks
     layout = fit(settings.parallel, ranks)
 
-    from megahp.train.prepare import prepare
+    from megahp.train.prepare import prepare, refuse_without_checkpoint
 
     starting = starts_ranks(options.ranks, place.size)
-    settings = prepare(settings, layout, options.ranks or place.local_size, options.resume == "auto")
+    settings = prepare(settings, layout, options.ranks or place.local_size, resume=options.resume is not None)
+    if options.resume == "required":
+        refuse_without_checkpoint(settings)
     if options.restarts is not None:
         return train_again_and_again(options, settings, place)
     if starting:
         return launch.spawn(words, ranks)
-    return train_rank(settings, place, layout, options.resume == "auto")
+    return train_rank(settings, place, layout, options.resume is not None)
 
 
 def train_again_and_again(options: Namespace, settings: Config, place: launch.World) -> int:

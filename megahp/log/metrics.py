@@ -31,6 +31,7 @@ and where it is known `validation_loss`.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -100,6 +101,20 @@ class RunLog:
         self.step, self.tokens = (last["step"], last["tokens"]) if last else (0, 0)
         self._open(purge_step=step + 1)
 
+    def begin_again(self) -> list[Path]:
+        """Begin with empty logs. What there is of a run whose checkpoints are gone is kept beside them, under the next
+        free number. Returns the files that are kept."""
+        metrics, events = self.directory / "metrics.jsonl", self.directory / "events.jsonl"
+        if metrics.stat().st_size == 0:
+            self.resume(0)
+            return []
+        self.close()
+        number = next(n for n in itertools.count(1) if not any(_aside(file, n).exists() for file in (metrics, events)))
+        kept = [file.rename(_aside(file, number)) for file in (metrics, events)]
+        self.step, self.tokens = 0, 0
+        self._open(purge_step=1)
+        return kept
+
     def close(self) -> None:
         """Close the files; TensorBoard's last scalars are on disk only after this."""
         for file in filter(None, (self._metrics, self._events, self._board)):
@@ -126,6 +141,11 @@ class RunLog:
             except ImportError:
                 raise UserError("TensorBoard was asked for and is missing; pip install tensorboard") from None
             self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=purge_step)
+
+
+def _aside(file: Path, number: int) -> Path:
+    """Return metrics-1.jsonl for metrics.jsonl and 1."""
+    return file.with_stem(f"{file.stem}-{number}")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,13 @@ def newest(settings: Config) -> checkpoint.Place | None:
     return checkpoint.first_whole(checkpoint.candidates(settings.directory / "checkpoints", settings.checkpoint.remote))
 
 
+def refuse_without_checkpoint(settings: Config) -> None:
+    """Raise UserError when there is nothing to go on from."""
+    if newest(settings) is None:
+        folder = settings.directory / "checkpoints"
+        raise UserError(f"{folder} holds no checkpoint to go on from; begin anew with --resume auto, or restore one")
+
+
 def check_batch(settings: Config, layout: Layout, global_batch: int) -> None:
     """Raise UserError when the layout cannot run a global batch, of the run's beginning or of where it goes on, in
     every stage of the data."""

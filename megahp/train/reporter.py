@@ -62,7 +62,9 @@ class Reporter:
     def began(self, event: str, why: str, run: Run, taken: Taken) -> None:
         """Log a start (event: started, branched, resumed, rewound), with all that decides what follows, so that it can
         be replayed. Steps logged beyond a checkpoint of the run's own will be taken again, so their lines go."""
-        self._open(run, run.progress.step if event in GONE_BACK else 0)
+        if kept := self._open(run, run.progress.step if event in GONE_BACK else None):
+            names = " and ".join(file.name for file in kept)
+            why = f"{why}; what was logged before it, by a run without a checkpoint left, is kept in {names}"
         changed = changes(run.settings, taken.config) if taken.config else {}
         self.event(
             event,
@@ -132,23 +134,28 @@ class Reporter:
         if self.log:
             self.log.close()
 
-    def _open(self, run: Run, step: int) -> None:
-        """Begin to write, after all that could refuse the run; what was logged beyond this point is taken back."""
+    def _open(self, run: Run, step: int | None) -> list[Path]:
+        """Begin to write, after all that could refuse the run. step: what was logged beyond it is taken back; None
+        where the run begins. Returns the files that older logs are kept in."""
         if self.log:
-            self.log.resume(step)
-        elif self.lock:
-            directory = self.settings.directory
-            try:
-                self.log = RunLog(directory, self.settings.log.tensorboard)
+            self.log.resume(step or 0)
+            return []
+        if not self.lock:
+            return []
+        directory, kept = self.settings.directory, []
+        try:
+            self.log = RunLog(directory, self.settings.log.tensorboard)
+            if step is None:
+                kept = self.log.begin_again()
+            else:
                 self.log.resume(step)
-                _write(directory / "config.toml", config.to_toml(self.settings))
-            except OSError as error:
-                raise UserError(f"{directory} cannot be written ({error.strerror}); make it writable") from None
-            if (log := self.settings.log).wandb != "off":
-                settings = config.to_dict(self.settings)
-                self.wandb = WandbLog(
-                    log.wandb, log.wandb_project, log.name, directory, run.wandb_id, settings, self.say
-                )
+            _write(directory / "config.toml", config.to_toml(self.settings))
+        except OSError as error:
+            raise UserError(f"{directory} cannot be written ({error.strerror}); make it writable") from None
+        if (log := self.settings.log).wandb != "off":
+            settings = config.to_dict(self.settings)
+            self.wandb = WandbLog(log.wandb, log.wandb_project, log.name, directory, run.wandb_id, settings, self.say)
+        return kept
 
 
 def _record(

@@ -21,7 +21,7 @@ from megahp.train.prepare import prepare
 def train(folder: Path, name: str, *words: str) -> None:
     """What `megahp train run.toml log.name=NAME WORDS` does in a folder, --ranks and --resume included."""
     _, options = cli.parse(["train", "run.toml", f"log.name={name}", *words])
-    world.run(options.ranks or 1, as_rank, folder, options.overrides, options.resume == "auto")
+    world.run(options.ranks or 1, as_rank, folder, options.overrides, options.resume is not None)
 
 
 def as_rank(folder: Path, words: list[str], resume: bool) -> None:
