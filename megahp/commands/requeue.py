@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megahp.commands.arguments import add_run_file
 from megahp.config import resolve
-from megahp.exit_codes import FINISHED, NO_PROGRESS, STOPPED, USER_ERROR
+from megahp.exit_codes import ENDED, FINISHED, NO_PROGRESS, STOPPED, USER_ERROR
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -29,10 +29,9 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     told = {"code": options.code, "job": options.job, "checkpoints": checkpoints(run)}
     last = {key: step[key] for step in read_metrics(run)[-1:] for key in ("step", "tokens")}
     before = [event for event in read_events(run) if event["event"] == "requeued" and event["job"] == options.job]
-    found = [event["checkpoints"] for event in before if event["code"] != STOPPED]
-    end = (
-        None if options.code == STOPPED else verdict(options.code, [*found, told["checkpoints"]], options.restarts, run)
-    )
+    found = [event["checkpoints"] for event in before if event["code"] not in (STOPPED, *ENDED)]
+    is_notice = options.code in (STOPPED, *ENDED)
+    end = None if is_notice else verdict(options.code, [*found, told["checkpoints"]], options.restarts, run)
     if end is None:
         log.event("requeued", f"exit code {options.code}", **told, **last)
     log.close()

@@ -9,7 +9,9 @@ from megahp import launch
 from megahp.commands.arguments import add_run_file, starts_ranks
 from megahp.config import Config, resolve
 from megahp.errors import Fault, UserError, complain
-from megahp.exit_codes import FAULT, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
+from megahp.exit_codes import FAULT, FINISHED, STOPPED, USER_ERROR
+from megahp.faults.notice import leave_at_notice
+from megahp.log.streams import outlive_streams
 from megahp.parallel.layout import Layout, fit
 
 
@@ -24,6 +26,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     """Check, then start ranks or be one. What needs torch is imported once the settings are known to be right."""
+    leave_at_notice()
+    outlive_streams()
     settings = resolve.load(options.run_file, options.overrides).config
     place = launch.world()
     ranks = place.size if options.ranks is None else options.ranks
@@ -74,13 +78,11 @@ def train_rank(settings: Config, place: launch.World, layout: Layout, resume: bo
         if place.rank == 0 and code == FINISHED:
             from megahp.report.page import text_summary, write_report
 
-            print(text_summary(settings.directory))
             try:
+                print(text_summary(settings.directory))
                 print(f"report: {write_report([settings.directory], settings.directory / 'report.html')}")
-            except UserError as error:  # where it cannot be drawn the run is still a finished one
+            except (UserError, OSError) as error:  # where nothing can be told of it the run is still a finished one
                 print(f"no report: {error}")
-    except KeyboardInterrupt:
-        code = INTERRUPTED
     except UserError as error:
         code = USER_ERROR
         if launch.is_first_to_tell(store, "user error"):

@@ -420,6 +420,9 @@ class Resilience:
     hang_after: float = setting(
         600.0, "seconds without a step after which ranks hang, and the job is ended; 0 = never", at_least=0
     )
+    save_again: float = setting(
+        60.0, "seconds for which the save at the end is tried again while it fails; then exit code 75", at_least=0
+    )
     check_every: int = setting(
         50, "steps between comparisons of copied weights, and of the ranks' speed; 0 = at the end only", at_least=0
     )

@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megahp.exit_codes import FINAL
+from megahp.exit_codes import FINAL, STOPPED
 from megahp.launch.rendezvous import SECONDS_TO_EXPLAIN
 
-NOTICES = (signal.SIGTERM, signal.SIGUSR1)  # of an end: scancel's and `kill`'s; Slurm's --signal=USR1@120
+# of an end: scancel's and `kill`'s; Slurm's --signal=USR1@120; a closed terminal's; ctrl-C
+NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 SAME = 5.0  # seconds within which a second signal is the first one's echo, from a launcher or a process group
+SAME_KEY = 0.5  # of ctrl-C, which a person presses again to end at once
 PR_SET_PDEATHSIG = 1
 
 
@@ -36,14 +38,11 @@ def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", 
 
     def pass_on(number: int, _: object) -> None:
         notices.append((time.monotonic(), number))
-        again = notices[-1][0] - notices[0][0] > SAME  # a rank that hangs would not take it
+        again = is_again(number, notices[-1][0] - notices[0][0])  # a rank that hangs would not take it
         for process in processes:
             process.send_signal(signal.SIGKILL if again else number)
 
-    for number in NOTICES:
-        signal.signal(number, pass_on)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
-        signal.signal(signal.SIGHUP, lambda number, _: sys.exit(128 + number))
+    before = {number: signal.signal(number, pass_on) for number in heard()}
     try:
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -52,14 +51,28 @@ def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", 
         while None in codes and not any(codes):
             time.sleep(0.05)
             codes = [process.poll() for process in processes]
-        code = _first_failure(codes)
-        return 128 + notices[0][1] if notices and code not in FINAL else code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        code, signalled = _first_failure(codes), [number for _, number in notices]
+        if code in (
+            128 + number for number in signalled
+        ):  # before it could listen, and so before it could lose anything
+            return STOPPED
+        return 128 + signalled[0] if signalled and code not in FINAL else code
     finally:
-        for number in NOTICES:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         _end(processes)
+
+
+def heard() -> list[signal.Signals]:
+    """Return the signals that give notice, without those that whoever started this process wants ignored: a hang-up
+    under nohup, ctrl-C in the background of a script."""
+    theirs = (signal.SIGHUP, signal.SIGINT)
+    return [number for number in NOTICES if number not in theirs or signal.getsignal(number) != signal.SIG_IGN]
+
+
+def is_again(number: int, since: float) -> bool:
+    """Return whether a signal, so many seconds since the first notice, is a second one and not its echo."""
+    return since > (SAME_KEY if number == signal.SIGINT else SAME)
 
 
 def die_with_parent() -> None:

@@ -15,7 +15,7 @@ from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch import Plan
 from megahp.train.prepare import open_data
-from megahp.train.recovery import check, compute_soundly, rewind, settle, skip
+from megahp.train.recovery import check, compute_soundly, rewind, save_at_end, settle, skip
 from megahp.train.reporter import Reporter
 from megahp.train.run import Run, is_first
 from megahp.train.start import start
@@ -25,17 +25,19 @@ from megahp.train.validation import baselines, validate
 
 def train(settings: Config, place: World, store: dist.Store, layout: Layout, resume: bool) -> bool:
     """Run, or go on with, the run of these prepared settings, as one of its ranks. Returns whether it is finished:
-    False when it was told to leave before."""
-    notice = Notice(settings.resilience.stop_after)
+    False when it was told to leave before, or its end could not be saved."""
+    began = time.monotonic()
     mesh = make_mesh(layout, device_of(settings, place))
     reporter = Reporter(settings)
     data = open_data(settings)
     loader = Loader(data, mesh.device, settings.data.mask_documents)
     run = Run(settings, mesh, data)
     start(run, reporter, resume)
+    notice = Notice(settings.resilience.stop_after, began)  # before this a signal ends the process: nothing is lost
 
     plan = run.next_step()
     watchdog = Watchdog(store, settings.resilience.hang_after, settings.directory)
+    validation = None
     with reporter.showing(run.progress), watchdog:
         while plan:
             began = time.monotonic()
@@ -73,18 +75,16 @@ def train(settings: Config, place: World, store: dist.Store, layout: Layout, res
                 break
 
     loader.close()
-    if run.progress.step != run.saved_at:
-        settle(run, reporter)
-        run.save(None)
-    run.store.wait()
-    if plan:
-        reporter.event("stopped", why_stopped(run, notice), run.progress)
+    is_saved = save_at_end(run, reporter, validation)
+    if plan or not is_saved:
+        why = why_stopped(run, notice) if is_saved else "the newest checkpoint is older than the last step"
+        reporter.event("stopped", why, run.progress)
     else:
         if is_first() and settings.log.baselines and settings.train.validation_samples:
             reporter.baselines(*baselines(settings, data))
         reporter.event("finished", "the token budget or train.steps is reached", run.progress, skipped=run.skipped)
     reporter.close()
-    return plan is None
+    return plan is None and is_saved
 
 
 def compute(run: Run, loader: Loader, plan: Plan, told: bool) -> Step:

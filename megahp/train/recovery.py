@@ -1,6 +1,7 @@
 """What a step does that did not go as steps go: done again, skipped, rewound; and what is looked at now and then."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,6 +19,7 @@ from megahp.train.start import go_back
 from megahp.train.step import Measurement
 from megahp.train.trainer import Step
 
+BETWEEN_SAVES = 2.0  # seconds
 MOST_SKIPPED = 20  # skipped steps in a row end a run
 MOST_REWINDS = 3  # and so do rewinds without a checkpoint since
 
@@ -91,6 +93,25 @@ def settle(run: Run, reporter: Reporter) -> None:
         run.store.wait()
     except UserError as error:
         reporter.event("unsaved", str(error), run.progress)
+
+
+def save_at_end(run: Run, reporter: Reporter, validation: float | None) -> bool:
+    """Save the last step, again and again for resilience.save_again seconds while that fails. Returns whether it is on
+    the disk."""
+    end = time.monotonic() + run.settings.resilience.save_again
+    while True:
+        try:
+            if run.progress.step != run.saved_at:
+                settle(run, reporter)
+                run.save(validation)
+            run.store.wait()
+            return True
+        except UserError as error:
+            reporter.event("unsaved", str(error), run.progress)
+            run.saved_at = -1
+        if as_the_first_sees(lambda: time.monotonic() >= end):
+            return False
+        time.sleep(BETWEEN_SAVES)
 
 
 def rewind(run: Run, loader: Loader, reporter: Reporter, plan: Plan, why: str) -> None:

@@ -36,7 +36,7 @@ train.start_from train.weights train.tokens train.steps train.dtype train.device
 train.noise_half_life train.validate_every train.validation_samples
 compute.compile compute.recompute compute.recompute_every compute.norms compute.fp8
 checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best checkpoint.remote
-resilience.stop_after resilience.stop_at_batch resilience.hang_after resilience.check_every
+resilience.stop_after resilience.stop_at_batch resilience.hang_after resilience.save_again resilience.check_every
 resilience.spikes resilience.spike_sigmas resilience.spike_window
 log.name log.root log.every log.tensorboard log.baselines log.wandb log.wandb_project
 """
