@@ -10,7 +10,7 @@ from typing import Any
 from megahp import launch
 from megahp.commands import COMMANDS, HIDDEN, LISTING, STARTED_AGAIN
 from megahp.config.resolve import suggest
-from megahp.errors import Fault, UserError, complain
+from megahp.errors import Fault, UserError, complain, in_one_line, is_users
 from megahp.exit_codes import FAULT, INTERRUPTED, USER_ERROR
 
 
@@ -31,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch.is_first_here():  # what is found before the ranks meet, all of them find
             complain(error)
         return USER_ERROR
-    except OSError as error:  # which this rank may have met alone
-        complain(error)
-        return FAULT if words[0] in STARTED_AGAIN else USER_ERROR
+    except (OSError, RecursionError, OverflowError, UnicodeError, MemoryError) as error:
+        complain(in_one_line(error))  # which this rank may have met alone
+        return FAULT if words[0] in STARTED_AGAIN and not is_users(error) else USER_ERROR
     except Fault as error:
         complain(error)
         return FAULT

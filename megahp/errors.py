@@ -1,5 +1,6 @@
 """Exceptions that are told in one line: what the user gave cannot be used, or a machine failed."""
 
+import errno
 import itertools
 import sys
 
@@ -14,6 +15,25 @@ class UserError(Exception):
 
 class Fault(Exception):
     """Something broke that nobody here did wrong, told in one line; the run may go on from its last checkpoint."""
+
+
+# what the system says of a name, a permission or a place that a user chose, and not of a machine that fails
+CHOSEN = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+CHOSEN |= {errno.ELOOP, errno.EROFS, errno.ENOTEMPTY, errno.ENXIO}
+
+
+def is_users(error: Exception) -> bool:
+    """Return whether an error that nobody caught speaks of what a user gave, so that to start again would not help."""
+    if isinstance(error, OSError):
+        return error.errno in CHOSEN
+    return isinstance(error, RecursionError | OverflowError | UnicodeError)
+
+
+def in_one_line(error: Exception) -> str:
+    """Return what an error that nobody caught says, and of which file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def complain(error: Exception | str) -> None:

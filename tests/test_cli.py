@@ -96,18 +96,34 @@ def test_what_is_no_command_or_option_is_refused(
     assert code == 2 and told in error
 
 
-@pytest.mark.parametrize(
-    ("command", "code"), [("train run.toml", FAULT), ("requeue 1 run.toml", FAULT), ("report runs/x", 2)]
-)
-def test_a_file_system_that_fails_is_a_fault_of_a_run_and_is_said_by_every_rank(
-    command: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+# what a command may meet that nobody caught, and whether a user gave it
+UNCAUGHT = {
+    "megahp: Stale file handle": (OSError(116, "Stale file handle"), False),
+    "megahp: data/x.bin: Input/output error": (OSError(5, "Input/output error", "data/x.bin"), False),
+    "megahp: data/x.bin: Permission denied": (PermissionError(13, "Permission denied", "data/x.bin"), True),
+    "megahp: File name too long": (OSError(36, "File name too long"), True),
+    "megahp: RecursionError: maximum recursion depth exceeded": (
+        RecursionError("maximum recursion depth exceeded"),
+        True,
+    ),
+    "megahp: OverflowError: cannot convert float infinity": (OverflowError("cannot convert float infinity"), True),
+    "megahp: UnicodeError: a surrogate": (UnicodeError("a\nsurrogate"), True),
+    "megahp: MemoryError: ": (MemoryError(), False),
+}
+
+
+@pytest.mark.parametrize("told", UNCAUGHT)
+@pytest.mark.parametrize("command", ["train run.toml", "requeue 1 run.toml", "report runs/x"])
+def test_what_nobody_caught_is_one_line_of_every_rank(
+    command: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """So that what started the run starts it again."""
+    """A fault of a machine, so that what started a run starts it again, or a mistake of a user, so that it does not."""
+    error, is_users = UNCAUGHT[told]
     module = import_module(f"megahp.commands.{command.split()[0]}")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(module, "run", Mock(side_effect=OSError(116, "Stale file handle")))
-    assert cli.main(command.split()) == code
-    assert capsys.readouterr().err == "megahp: [Errno 116] Stale file handle\n"
+    monkeypatch.setattr(module, "run", Mock(side_effect=error))
+    assert cli.main(command.split()) == (2 if is_users or command.startswith("report") else FAULT)
+    assert capsys.readouterr().err.rstrip("\n") == told.rstrip()
 
 
 def test_tools_are_the_same_commands_by_path(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import megahp
 PACKAGE = Path(megahp.__file__).parent
 FLOORS = [  # the lowest first; docs/design.md says what each room holds
     "errors exit_codes",
+    "files",
     "config",
     "launch ops",
     "scaling data",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from megahp import launch
 from megahp.commands.arguments import add_run_file, starts_ranks
 from megahp.config import Config, resolve
-from megahp.errors import Fault, UserError, complain
+from megahp.errors import Fault, UserError, complain, in_one_line, is_users
 from megahp.exit_codes import FAULT, FINISHED, STOPPED, USER_ERROR
 from megahp.faults.notice import leave_at_notice
 from megahp.log.streams import outlive_streams
@@ -89,7 +89,9 @@ def train_rank(settings: Config, place: launch.World, layout: Layout, resume: bo
             complain(error)
         launch.outlast_questions(place)
     except Exception as error:
-        code = USER_ERROR if launch.is_told(store, "user error") else FAULT
+        code = USER_ERROR if is_users(error) or launch.is_told(store, "user error") else FAULT
+        if is_users(error) and launch.is_first_to_tell(store, "user error"):
+            complain(in_one_line(error))
         if code == FAULT:
             report_crash(settings.directory, place.rank, traceback.format_exc())
             if launch.is_lost_connection(error):

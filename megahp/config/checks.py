@@ -368,12 +368,30 @@ def _checkpoints(config: Config) -> Iterator[str]:
         )
 
 
+def _no_path(path: str) -> str:
+    """Return what is wrong with the name of a file or folder of this machine, which scripts and other programs are
+    given too; "" if nothing is."""
+    if not path.isprintable():
+        return "holds a character that is not printable; take it out"
+    if "://" in path:
+        return "is a URL, and must be a path of this machine"
+    if path.startswith("~"):
+        return "begins with ~, which a shell alone expands; write the whole path"
+    if any(len(part.encode()) > 255 for part in PurePath(path).parts):
+        return "has a part of more than 255 bytes; shorten it"
+    return ""
+
+
 def _run(config: Config) -> Iterator[str]:
     """What is wrong with a run's name, length and validation."""
     train = config.train
     name = PurePath(config.log.name)
     if not name.parts or name.is_absolute() or ".." in name.parts:
         yield f"log.name = {config.log.name!r} names no folder inside log.root; choose one such as first"
+    data, log = config.data, config.log
+    places = [("log.name", log.name), ("log.root", log.root), ("data.tokenizer", data.tokenizer)]
+    places += [("data.cache", data.cache), *(("data.train", prefix) for prefix in data.train)]
+    yield from (f"{key} = {path!r} {wrong}" for key, path in places if (wrong := _no_path(path)))
     if train.validation_samples and not config.data.validation_fraction:
         yield (
             f"train.validation_samples = {train.validation_samples} needs documents held out, and "

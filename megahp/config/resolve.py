@@ -17,6 +17,7 @@ from megahp.config.checks import impossible
 from megahp.config.presets import PRESETS
 from megahp.config.schema import FIELDS, SECTIONS, TYPES, Config, get, names, with_values
 from megahp.errors import UserError
+from megahp.files import read_toml
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -32,7 +33,7 @@ class Resolved:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
     """The run described by a TOML file and by `section.key=value` words. Raises UserError naming every problem."""
-    return resolve([(Path(path).name, _read(Path(path))), ("command line", parse_overrides(overrides))])
+    return resolve([(Path(path).name, read_toml(Path(path), "run file")), ("command line", parse_overrides(overrides))])
 
 
 def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Resolved:
@@ -57,17 +58,6 @@ def from_dict(tree: Mapping[str, Mapping[str, Any]], origin: str) -> Config:
     return resolve([(origin, tree)]).config
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"run file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"run file {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"run file {path} is not valid TOML: {error}") from None
-
-
 def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     """section.key=value words as {section: {key: value}}, unchecked. Raises UserError for what is no such word."""
     tree: dict[str, dict[str, Any]] = {}
@@ -86,7 +76,7 @@ def _parse_value(text: str) -> Any:
     """As in TOML where it parses, else a plain string, so that log.name=first needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -18,6 +18,7 @@ from megahp.checkpoint.shards import ByName, in_files
 from megahp.config import resolve
 from megahp.convert.huggingface import Tensors, with_multipliers, without_multipliers
 from megahp.errors import UserError
+from megahp.files import read_json
 from megahp.model.build import longest
 from megahp.scaling.parameterization import table_of
 
@@ -32,7 +33,7 @@ class Files(ByName):
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, listing = folder, folder / f"{name}.safetensors.index.json"
         if listing.exists():
-            found = read_json(listing).get("weight_map")
+            found = read_json(listing, "the list of tensors,").get("weight_map")
             if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
                 raise UserError(f"{listing} has no weight_map of tensors' names to files' names; get it again")
             self.index = found
@@ -73,7 +74,7 @@ def restored(
     is a megahp.json; else what another format says, in SP. Raises UserError where the two disagree."""
     if not (folder / OURS).exists():
         return layer, ((f"model.{name}", weight) for name, weight in weights)
-    ours, more = read_json(folder / OURS), Files(folder, "megahp")
+    ours, more = read_json(folder / OURS, "megahp's own part,"), Files(folder, "megahp")
     settings = resolve.from_dict(ours["config"], str(folder / OURS))
     if table_of(settings).to_dict() != ours["table"]:
         raise UserError(f"{folder / OURS} has another parameterization table than this megahp; {_remedy(folder)}")
@@ -141,17 +142,6 @@ def _opened(path: Path) -> Any:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); a model's folder has it, or an index of several") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The table in a file. Raises UserError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); a model's folder has it") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no table of settings, but {type(found).__name__}; get it again")
-    return found
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -5,13 +5,13 @@ field of its law, draws included. Batches and their laws are in tokens.
 """
 
 import math
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from megahp.config.schema import toml_value
 from megahp.errors import UserError
+from megahp.files import read_toml
 from megahp.scaling.laws import LossLaw, PowerLaw
 
 KINDS: dict[str, Any] = {"loss": LossLaw, **dict.fromkeys(("timescale", "optimal_batch", "critical_batch"), PowerLaw)}
@@ -39,10 +39,7 @@ def write(path: Path, laws: Laws) -> None:
 
 def read(path: Path) -> Laws:
     """Raises UserError naming what is no law file, an unknown section, or a law's unknown, missing or wrong fields."""
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"law file {path} cannot be read: {error}") from None
+    tree = read_toml(path, "law file")
     if unknown := [name for name in tree if name not in KINDS] or ([] if tree else ["nothing"]):
         raise UserError(f"law file {path} holds {', '.join(unknown)}; its sections are {', '.join(KINDS)}")
     try:

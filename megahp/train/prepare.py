@@ -1,6 +1,5 @@
 """All that can be checked of a run before anything is built or written, and its data."""
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import TrainingData
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
+from megahp.files import read_json
 from megahp.log.wandb_log import check_wandb
 from megahp.model.build import longest
 from megahp.ops.engines import fused_adam, linear_of, norm_of
@@ -161,10 +161,10 @@ def check_tokenizer(settings: Config, tokenizer: Tokenizer) -> None:
 
 
 def _fingerprint_in(side: Path) -> str:
-    try:
-        return json.loads(side.read_text())["tokenizer_fingerprint"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{side} cannot be read ({error!r}); preprocess again, or remove it") from None
+    found = read_json(side, "what was told of the data,").get("tokenizer_fingerprint")
+    if not isinstance(found, str):
+        raise UserError(f"{side} holds no tokenizer_fingerprint; preprocess again, or remove it")
+    return found
 
 
 def with_vocabulary(settings: Config, tokenizer: Tokenizer) -> Config:

@@ -1,6 +1,5 @@
 """A run's state: everything that is opened before the first step and kept for the next start."""
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from megahp.data.loader import TrainingData
 from megahp.errors import UserError
 from megahp.faults.copies import check_copies
 from megahp.faults.spikes import Spikes
+from megahp.files import read_toml
 from megahp.log.wandb_log import new_id
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh
@@ -195,7 +195,4 @@ def is_first() -> bool:
 def read_config(directory: Path) -> Config:
     """The resolved settings in a run directory. Raises UserError."""
     path = directory / "config.toml"
-    try:
-        return resolve.from_dict(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name a run directory, such as runs/quickstart") from None
+    return resolve.from_dict(read_toml(path, "a run's settings"), str(path))

@@ -556,7 +556,7 @@ def test_memory_holds_one_file(tmp_path: Path) -> None:
         ("--from megahp --to huggingface a b --text t --no-check", "--text t is for the check"),
         ("--from megahp --to huggingface a b --text none", "--text none is no file that holds text"),
         ("--from megahp --to huggingface a b", "a is neither a checkpoint nor a run directory"),
-        ("--from huggingface --to megahp a b", "a/config.json cannot be read"),
+        ("--from huggingface --to megahp a b", "a/config.json does not exist"),
         ("--from megatron --to megahp a b --tokenizer bytes", "a/common.pt cannot be read"),
         ("--from megatron-legacy --to megahp a b --tokenizer bytes", "a is a pickle; --allow-pickle"),
         ("--from megatron-legacy --to megahp a b --tokenizer bytes --allow-pickle", "a has no mp_rank_TP"),

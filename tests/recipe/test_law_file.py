@@ -46,7 +46,7 @@ def test_what_is_written_is_read_back(tmp_path):
         ("[1000000000.0, inf]", "1e9", "loss.tokens = 1000000000.0 must be a list"),
         ("[loss]", "[los]", "holds los; its sections are loss, timescale, optimal_batch, critical_batch"),
         ("[loss]", "loss = 3\n[los]", "holds los"),
-        ("[loss]", "[loss", "cannot be read"),
+        ("[loss]", "[loss", "is not valid TOML"),
     ],
 )
 def test_a_wrong_law_file_is_one_error(tmp_path, old, new, words):
@@ -59,7 +59,7 @@ def test_a_wrong_law_file_is_one_error(tmp_path, old, new, words):
 
 
 def test_no_law_file_and_an_empty_one(tmp_path):
-    with pytest.raises(UserError, match=r"no\.toml cannot be read"):
+    with pytest.raises(UserError, match=r"no\.toml does not exist"):
         law_file.read(tmp_path / "no.toml")
     with pytest.raises(UserError, match="holds nothing"):
         law_file.read(_written(tmp_path, Laws()))
