@@ -29,7 +29,7 @@ SPANNED = {
     "recipe/test_rows.py": "recipe/text scaling/laws",
     "report/test_page.py": "commands/report",
     "scaling/batch/test_plan.py": "scaling/batch/policies/constant scaling/batch/policies/policy",
-    "slurm/test_jobs.py": "cluster/job commands/requeue commands/status",
+    "slurm/test_jobs.py": "commands/requeue commands/status",
     "test_bad_input.py": "commands/config commands/sample errors exit_codes train/prepare",
     "test_cli.py": "__main__",
     "train/test_masks.py": "parallel/selection",

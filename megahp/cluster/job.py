@@ -40,6 +40,8 @@ class Job:
         text = (folder() / self.script).read_text().splitlines()
         own = {option_of(line): number for number, line in enumerate(text) if line.startswith("#SBATCH")}
         for option, value in {**self._options(settings), **more}.items():
+            if not value.isprintable() or '"' in value:  # a second line of it would be a command of the script's
+                raise UserError(f"--{option}={value!r} cannot stand in a script for sbatch; rename what it names")
             quoted = f'"{value}"' if re.search(r"\s", value) else value
             line = f"#SBATCH --{option}={quoted}" if value else f"#SBATCH --{option}"
             if option in own:

@@ -53,7 +53,7 @@ def chain_of(options: Namespace, settings: Config) -> Chain:
     state = checkpoint.read_state(saved or checkpoint.find(checkpoint.place(origin)))
     before = resolve.from_dict(state["config"], "checkpoint")
     goes_on = state["batch_plan"] if saved else plan_to_go_on(settings, before, state, plan)
-    averages = NoiseScale(1.0)
+    averages = NoiseScale(1.0, settings.batch.noise_to_total)
     averages.restore(state["noise_scale"])
     noise = averages.numbers()[plan.sees]
     return Chain(growth, options.ranks_per_node, Progress(**state["progress"]), goes_on, noise)

@@ -1,0 +1,46 @@
+"""The script of a job: what a user or a folder is called never becomes a command of it."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megahp.cluster.job import Job
+from megahp.config import Config, with_values
+from megahp.errors import UserError
+
+HOSTILE = ("$(touch owned)", "`touch owned`", "a b", "';touch owned;'", "a&touch owned&", "größe", "-n", "*")
+
+
+def settings(name: str = "run", root: str = "runs") -> Config:
+    return with_values(Config(), {"log.name": name, "log.root": root})
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_words_and_names_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = Job("pretrain.sbatch", 1).render(settings(name, name), ["run.toml", f"log.name={name}"])
+    head = script[: script.index("source ")]  # all of it that is not the file's own
+    printed = subprocess.run(
+        ["bash", "-c", f'{head}\nprintf "%s\\n" "$logs" "$@"'], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.splitlines() == [f"{settings(name, name).directory}/slurm", "run.toml", f"log.name={name}"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("field", ["time", "partition", "account"])
+@pytest.mark.parametrize("value", ["a\ntouch owned", "a\r#SBATCH --uid=0", 'a" --uid="0', "a\0b"])
+def test_what_would_be_another_line_is_refused_by_name(field: str, value: str) -> None:
+    job = replace(Job("pretrain.sbatch", 1), **{field: value})
+    with pytest.raises(UserError, match=f"--{field}="):
+        job.render(settings(), ["run.toml"])
+
+
+def test_a_folder_above_may_be_called_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a\ntouch owned").mkdir()
+    monkeypatch.chdir(tmp_path / "a\ntouch owned")
+    with pytest.raises(UserError, match="--comment="):
+        Job("pretrain.sbatch", 1).render(settings(), ["run.toml"])
