@@ -1,6 +1,18 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# What the scripts of this folder share.
+# What the scripts of this folder share, the site's environment first.
 
+# A line of environment.sh that fails, such as a module that is not there, would leave the job with whatever python the
+# node has. What fails inside of files that it sources is theirs.
+unfit() { # LINE FILE
+    [[ $2 != */environment.sh ]] || { echo "megahp: line $1 of $2 failed: $(sed -n "$1p" "$2"); mend it" >&2 && exit 2; }
+}
+trap 'unfit "$LINENO" "${BASH_SOURCE[0]}"' ERR
+[ -e "$MEGAHP_SLURM/environment.sh" ] || exit 2
+source "$MEGAHP_SLURM/environment.sh" # in no list: there bash passes over what fails
+trap - ERR
+
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an element, which may have the array's own number
+job=${job:-$SLURM_JOB_ID}
 logs=${logs:-.}
 cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))}
 # srun takes none of these from sbatch. A log a node. A rank that fails leaves the others time to say why, and no more.
@@ -29,8 +41,20 @@ end() { # CODE RUN.toml [section.key=value ...]
     [ "$1" != 0 ] || exit 0
     alone requeue "$@" --restarts "$restarts" || exit
     trap '' TERM # which Slurm now sends, and there is one thing to do yet
-    scontrol requeue "$SLURM_JOB_ID"
-    leave_out "$SLURM_JOB_ID"
+    requeue "$1"
+    leave_out "$job"
+}
+
+# Queue this job again. Where Slurm refuses that, it ends with what its training did.
+requeue() { # CODE
+    scontrol requeue "$job" && return
+    echo "megahp: Slurm has not queued job $job again; go on with the same sbatch" >&2
+    exit "$1"
+}
+
+# The number of the job in what sbatch --parsable printed: 12, 12;cluster, with a site's own lines around it.
+id_of() { # TEXT
+    grep -oEm 1 '^[0-9]+(;[^ ]*)?$' <<<"$1" | cut -d ';' -f 1
 }
 
 # A command of megahp's as one process, which the notice that Slurm gives to all steps does not end.
@@ -46,7 +70,18 @@ cancelled() { # JOB
 
 # Let a pending job begin without the nodes named as bad.
 leave_out() { # JOB
-    [ ! -s "$exclude" ] || scontrol update JobId="$1" ExcNodeList="$(paste -sd, "$exclude")"
+    local nodes
+    nodes=$(bad_nodes)
+    [ -z "$nodes" ] || scontrol update JobId="$1" ExcNodeList="$nodes"
+}
+
+# The nodes named as bad, by commas, without those that Slurm does not know: one of them, and it would exclude none.
+bad_nodes() {
+    [ -s "$exclude" ] || return 0
+    local known
+    known=$(sinfo -h -N -o %N | sort -u)
+    grep -vxF "$known" "$exclude" | sed "s|.*|megahp: $exclude names &, which Slurm does not know|" >&2
+    grep -xF "$known" "$exclude" | paste -sd,
 }
 
 # Another number of nodes for a pending job that has one task a rank.

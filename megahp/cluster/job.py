@@ -131,7 +131,11 @@ def jobs() -> dict[str, list[str]]:
 def submit(script: str) -> str:
     """Submit a script that Slurm has said it could run. Returns the job's number. Raises UserError."""
     _slurm(["sbatch", "--test-only"], script)
-    return _slurm(["sbatch", "--parsable"], script).split(";")[0]
+    printed = _slurm(["sbatch", "--parsable"], script)
+    # 12, or 12;cluster, with a site's own lines around it
+    if found := re.search(r"^(\d+)(;\S*)?$", printed, re.MULTILINE):
+        return found[1]
+    raise UserError(f"sbatch printed no number of a job, but {printed!r}; see with squeue whether there is one")
 
 
 def _slurm(command: Sequence[str], text: str = "") -> str:
