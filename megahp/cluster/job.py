@@ -39,7 +39,9 @@ class Job:
         and the words that are its arguments. Raises UserError."""
         text = (folder() / self.script).read_text().splitlines()
         own = {option_of(line): number for number, line in enumerate(text) if line.startswith("#SBATCH")}
-        for option, value in {**self._options(settings), **more}.items():
+        asked = {**self._options(settings), **more}
+        _refuse_short(asked.get("time", ""), f"--signal={asked['signal']}" if "signal" in asked else "\n".join(text))
+        for option, value in asked.items():
             if not value.isprintable() or '"' in value:  # a second line of it would be a command of the script's
                 raise UserError(f"--{option}={value!r} cannot stand in a script for sbatch; rename what it names")
             quoted = f'"{value}"' if re.search(r"\s", value) else value
@@ -96,6 +98,26 @@ class Job:
                 raise UserError(f"--sbatch {word}: --{name} is set already, by other options or for them; leave it out")
             more[name] = value
         return more
+
+
+def _refuse_short(time: str, signals: str) -> None:
+    """Raise UserError where a time limit, "" for none, ends before the notice that these words of --signal ask for."""
+    notice = re.search(r"--signal=\S*@(\d+)", signals)
+    if notice and time and 0 < (seconds := seconds_of(time)) <= int(notice[1]):
+        why = f"--time {time} ends {seconds:,} s after the start, and notice of it is given {notice[1]} s before"
+        raise UserError(f"{why}: nothing would be trained; raise it, or lower --sbatch=--signal=USR1@{notice[1]}")
+
+
+def seconds_of(time: str) -> int:
+    """Return the seconds of a time limit of Slurm's: M, M:SS, H:MM:SS, D-H, D-H:MM, D-H:MM:SS; 0 for none. Raises
+    UserError."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not found and time.lower() not in ("infinite", "unlimited", "0"):
+        raise UserError(f"--time {time!r} is no time of Slurm's; write minutes, H:MM:SS or D-HH:MM:SS")
+    days, *parts = found.groups() if found else (None,)
+    numbers = [int(part) for part in parts if part is not None]
+    units = (3600, 60, 1) if days is not None or len(numbers) == 3 else (60, 1)
+    return int(days or 0) * 86_400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
 def option_of(line: str) -> str:

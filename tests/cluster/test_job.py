@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megahp.cluster.job import Job
+from megahp.cluster.job import Job, seconds_of
 from megahp.config import Config, with_values
 from megahp.errors import UserError
 
@@ -35,8 +35,36 @@ def test_words_and_names_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("value", ["a\ntouch owned", "a\r#SBATCH --uid=0", 'a" --uid="0', "a\0b"])
 def test_what_would_be_another_line_is_refused_by_name(field: str, value: str) -> None:
     job = replace(Job("pretrain.sbatch", 1), **{field: value})
-    with pytest.raises(UserError, match=f"--{field}="):
+    with pytest.raises(UserError, match=f"--{field}(=| .* is no time)"):
         job.render(settings(), ["run.toml"])
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("5", 300), ("5:30", 330), ("1:00:00", 3600), ("2-1", 176_400), ("1-1:30", 91_800), ("1-0:0:5", 86_405)],
+)
+def test_times_of_slurm(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
+    assert seconds_of("UNLIMITED") == 0
+    with pytest.raises(UserError, match="no time of Slurm's"):
+        seconds_of(f"{time}h")
+
+
+def test_a_time_limit_leaves_room_for_the_notice() -> None:
+    for job in (
+        Job("pretrain.sbatch", 1, time="5"),
+        Job("pretrain.sbatch", 1, sbatch="--time=4:00"),
+        Job("pretrain.sbatch", 1, time="1", sbatch="--signal=B:USR1@60"),
+    ):
+        with pytest.raises(UserError, match=r"--time (5|4:00|1) ends .* (300|60) s before"):
+            job.render(settings(), ["run.toml"])
+    for job in (
+        Job("pretrain.sbatch", 1, time="6"),
+        Job("pretrain.sbatch", 1, time="0"),
+        Job("pretrain.sbatch", 1, time="1", sbatch="--signal=USR1@55"),
+        Job("convert.sbatch", 1, time="1"),
+    ):
+        assert "#SBATCH --time=" in job.render(settings(), ["run.toml"])
 
 
 def test_a_folder_above_may_be_called_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
