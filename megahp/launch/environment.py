@@ -26,15 +26,30 @@ class World:
 
 
 def world(environment: Mapping[str, str] = os.environ) -> World:
-    """This process's place, from torchrun's variables, else mpirun's, else srun's, else alone."""
-    if "WORLD_SIZE" in environment:
+    """This process's place, from torchrun's variables, else mpirun's, else srun's, else alone. Raises UserError for one
+    that cannot be."""
+    place = _told_place(environment)
+    if not (0 <= place.rank < place.size and 0 <= place.local_rank < place.local_size <= place.size):
+        here = f"rank {place.rank} of {place.size}, {place.local_rank} of {place.local_size} on this machine"
+        raise UserError(
+            f"RANK, WORLD_SIZE or what the launcher sets in their place say {here}; unset what is left over"
+        )
+    return place
+
+
+def _told_place(environment: Mapping[str, str]) -> World:
+    # fewer ranks than tasks that srun has started: left over from where the job was submitted
+    left_over = "SLURM_STEP_ID" in environment and whole_number(environment, "WORLD_SIZE", 0) < whole_number(
+        environment, "SLURM_STEP_NUM_TASKS", 0
+    )
+    if "WORLD_SIZE" in environment and not left_over:
         if "RANK" not in environment:
             raise UserError(
                 "WORLD_SIZE is set and RANK is not; start with --ranks, torchrun, mpirun or srun, or unset it"
             )
         rank, size, local_rank = (whole_number(environment, name, 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         tasks = _tasks_of_nodes(environment)  # enroot's hook leaves out LOCAL_WORLD_SIZE
-        here = tasks[whole_number(environment, "SLURM_NODEID")] if sum(tasks) == size else size
+        here = tasks[whole_number(environment, "SLURM_NODEID")] if tasks and sum(tasks) == size else size
         return World(rank, size, local_rank, whole_number(environment, "LOCAL_WORLD_SIZE", here))
     if names := mpirun_names(environment):
         return World(*(whole_number(environment, name) for name in names))

@@ -56,14 +56,39 @@ def test_torchrun_mpirun_srun_and_alone() -> None:
     assert all(is_first_here(place) for place in firsts)
 
 
+def test_what_was_exported_where_the_job_was_submitted_is_left_alone() -> None:
+    """Fewer ranks than Slurm has started tasks; a torchrun a node, or a script of a site's, has as many or more."""
+    for left_over in ({"WORLD_SIZE": "1", "RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}):
+        assert world(SRUN | left_over) == world(SRUN)
+    assert world(SRUN | TORCHRUN) == world(TORCHRUN)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "7", "WORLD_SIZE": "4", "LOCAL_RANK": "0"},
+        {"RANK": "-1", "WORLD_SIZE": "4", "LOCAL_RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "0"},
+        TORCHRUN | {"LOCAL_RANK": "4"},
+        TORCHRUN | {"LOCAL_WORLD_SIZE": "9"},
+        OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "2"},
+        SRUN | {"SLURM_PROCID": "4"},
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="say rank .* unset what is left over"):
+        world(environment)
+
+
 @pytest.mark.parametrize(("tasks", "here"), [("2,1", 1), ("2(x3),1", 2), ("3", 3), ("1(x2),4(x2)", 1)])
 def test_a_nodes_ranks_are_its_own(tasks: str, here: int) -> None:
     """By the node's place in the step; enroot's variables lead to the same."""
     step = {"SLURM_NODEID": "0" if tasks == "3" else "1", "SLURM_STEP_TASKS_PER_NODE": tasks}
     size = {"2,1": "3", "2(x3),1": "7", "3": "3"}.get(tasks, "10")
-    assert world(SRUN | step | {"SLURM_STEP_NUM_TASKS": size}).local_size == here
+    step |= {"SLURM_STEP_NUM_TASKS": size, "SLURM_PROCID": "2", "RANK": "2", "SLURM_LOCALID": "0", "LOCAL_RANK": "0"}
+    assert world(SRUN | step).local_size == here
     assert world(ENROOT | step | {"WORLD_SIZE": size}).local_size == here
-    assert world(TORCHRUN | SRUN | step | {"WORLD_SIZE": size}).local_size == 4
+    assert world(TORCHRUN | SRUN | step | {"WORLD_SIZE": "12"}).local_size == 4
 
 
 @pytest.mark.parametrize(
