@@ -29,6 +29,7 @@ from megahp.exit_codes import HANG
 from megahp.faults.crash import report_crash
 
 LOOK = 0.1  # seconds between looks
+ASLEEP = 2.0  # seconds without a look in which this process did not run at all
 ENOUGH_LOOKS = 50
 SLOW = 0.75  # a rank is slow that has less than this share of the usual speed (nvidia-resiliency-ext's threshold)
 NOISE = 0.15  # of two shares of so many looks
@@ -80,7 +81,12 @@ class Watchdog:
         return stragglers(stages.tolist(), (1 - waits / looks).tolist())
 
     def _watch(self) -> None:
+        before = time.monotonic()
         while not self.stopped.wait(LOOK):
+            now = time.monotonic()
+            if now - before > ASLEEP:  # this process was stopped, by a job that Slurm suspended say, and ranks with it
+                self.since += now - before
+            before = now
             place = place_of(self.training)
             self.looks += 1
             self.waits += bool(place["collective"])

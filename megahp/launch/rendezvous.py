@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
 
 SECONDS_TO_EXPLAIN = 2.0  # how long the ranks are left alone once one has failed, to say why
+QUIET = 10.0  # seconds for which ranks wait for each other without a word
 PATIENCE = timedelta(minutes=10)  # of ranks that wait for each other
 PORTS = (20000, 12768)  # the first, and how many: below those that Linux gives to outgoing connections
 
@@ -49,21 +51,49 @@ def meet(place: World, patience: timedelta = PATIENCE, all_of_them: bool = True)
     if place.size == 1:
         return dist.HashStore()
     if "MASTER_ADDR" not in os.environ and (store := _meet_by_mpi(place, patience)):
-        return store
+        return store  # by which all have met
     host = os.environ.get("MASTER_ADDR") or _first_host(place, os.environ)
     holds = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    return _store(place, host, _port(os.environ), patience, holds, all_of_them)
+    store = _store(place, host, _port(os.environ), patience, holds)
+    if all_of_them:
+        _await_all(store, place, patience)
+    return store
 
 
-def _store(place: World, host: str, port: int, patience: timedelta, holds: bool, all_of_them: bool = False) -> TCPStore:
+def _await_all(store: Store, place: World, patience: timedelta) -> None:
+    """Say that this rank is here; the first one waits for all, and says within QUIET seconds who is missing. Raises
+    Fault."""
+    store.set(f"here {place.rank}", "")
+    if place.rank:
+        return
+    began, told = time.monotonic(), 0
+    missing = set(range(1, place.size))
+    while missing := {rank for rank in missing if not store.check([f"here {rank}"])}:
+        waited = time.monotonic() - began
+        who = f"{len(missing)} of {place.size} ranks: {', '.join(map(str, sorted(missing)[:8]))}"
+        if waited > patience.total_seconds():
+            raise Fault(f"after {waited:.0f} s there are still missing {who}")
+        if waited > QUIET * (6 * told + 1):
+            print(f"megahp: waiting for {who}", file=sys.stderr, flush=True)
+            told += 1
+        time.sleep(0.1)
+
+
+def _store(place: World, host: str, port: int, patience: timedelta, holds: bool) -> TCPStore:
     """One end of the store at this address. Raises Fault where nobody answers there."""
     import torch.distributed as dist
 
+    where = f"{host}:{port} (MASTER_ADDR:MASTER_PORT)"
+    words = f"megahp: rank {place.rank} is waiting for rank 0 at {where}"
+    waiting = threading.Timer(QUIET, lambda: print(words, file=sys.stderr, flush=True))
+    waiting.daemon = True
+    waiting.start()
     try:
-        return dist.TCPStore(host, port, place.size, holds, patience, all_of_them)
+        return dist.TCPStore(host, port, place.size, holds, patience, wait_for_workers=False)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        where, why = f"{host}:{port} (MASTER_ADDR:MASTER_PORT)", str(error).splitlines()[0]
-        raise Fault(f"rank {place.rank} does not meet the others at {where}: {why}") from None
+        raise Fault(f"rank {place.rank} does not meet the others at {where}: {str(error).splitlines()[0]}") from None
+    finally:
+        waiting.cancel()
 
 
 def _meet_by_mpi(place: World, patience: timedelta) -> Store | None:

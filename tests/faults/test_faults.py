@@ -243,17 +243,38 @@ def test_a_signal_at_any_moment_before_training(folder: Path, ranks: tuple[str, 
         assert not (folder / "runs" / name / "crashes").exists()
 
 
-def test_a_rank_that_waits_for_others_leaves_too(folder: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_others_says_so_and_leaves_too(folder: Path, rank: int) -> None:
     """In C++, where no handler of Python's is run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    started = start(folder, "waiting", environment={**place, "RANK": "0", "LOCAL_RANK": "0"})
-    time.sleep(8)  # it has imported, and waits
-    assert started.poll() is None
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    started = start(folder, "waiting", environment={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    assert started.stdout
+    line = next(line for line in started.stdout if line.startswith("megahp: "))
+    waits = [
+        "waiting for 1 of 2 ranks: 1",
+        f"rank 1 is waiting for rank 0 at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT)",
+    ]
+    assert line == f"megahp: {waits[rank]}\n"
     started.send_signal(signal.SIGUSR1)
     said, _ = started.communicate(timeout=5)
-    assert started.returncode == 75 and "told to leave by SIGUSR1" in said, said
+    assert started.returncode == 75 and ("told to leave by SIGUSR1" in said) == (rank == 0), said
+
+
+def test_a_suspended_job_goes_on(folder: Path) -> None:
+    """As `scontrol suspend` stops all its processes, for longer than a hang may last."""
+    slow = ({"kind": "slow", "rank": 0, "step": 1},)
+    started = start(folder, "suspended", "--ranks", "2", "resilience.hang_after=4.0", faults=slow)
+    wait_for(folder / "runs/suspended/metrics.jsonl", lines=3)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in (started.pid, *map(int, children)):
+            os.kill(process, number)
+        time.sleep(6)
+    said, _ = started.communicate(timeout=120)
+    assert started.returncode == 0, said
 
 
 @pytest.mark.parametrize(("ranks", "keys"), [((), 1), (("--ranks", "2"), 1), (("--ranks", "2"), 2)])
