@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if launch.is_first_here():  # what is found before the ranks meet, all of them find
             complain(error)
-        return USER_ERROR
+        return FAULT if error.may_pass and words[0] in STARTED_AGAIN else USER_ERROR
     except (OSError, RecursionError, OverflowError, UnicodeError, MemoryError) as error:
         complain(in_one_line(error))  # which this rank may have met alone
         return FAULT if words[0] in STARTED_AGAIN and not is_users(error) else USER_ERROR

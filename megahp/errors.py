@@ -12,6 +12,8 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with code 2.
     """
 
+    may_pass = False  # True: what a machine failed to do, which may be done when training is started again
+
 
 class Fault(Exception):
     """Something broke that nobody here did wrong, told in one line; the run may go on from its last checkpoint."""

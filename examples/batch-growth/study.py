@@ -220,7 +220,8 @@ def train(run: Line, store: Any) -> Line:
     shutil.rmtree(settings.directory, ignore_errors=True)
     began = time.monotonic()
     with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull), contextlib.redirect_stderr(devnull):
-        train_run(settings, launch.World(), store, layout, False)
+        if not train_run(settings, launch.World(), store, layout, False):
+            raise RuntimeError(f"{name} was told to leave")
     logged, replayed = read_run(settings.directory), replay(settings.directory)
     last = logged.steps[-1]
     shutil.rmtree(settings.directory)

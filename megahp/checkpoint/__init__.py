@@ -4,6 +4,7 @@ from megahp.checkpoint.remote import Place, place
 from megahp.checkpoint.shards import UnreadableError
 from megahp.checkpoint.store import (
     DamagedError,
+    NotCopiedError,
     Store,
     candidates,
     complete,

@@ -12,7 +12,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megahp.checkpoint.remote import Place
-from megahp.errors import UserError
+from megahp.errors import UserError, is_users
 
 INDEX = "index.json"
 DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -45,6 +45,10 @@ class Damaged(Exception):
 
 class UnreadableError(UserError):
     """Something there cannot be read, so nobody knows whether it is missing, whole or damaged."""
+
+    def __init__(self, why: str, may_pass: bool = False) -> None:
+        super().__init__(why)
+        self.may_pass = may_pass
 
 
 @contextmanager
@@ -59,7 +63,8 @@ def reading(path: Place) -> Iterator[None]:
 
 
 def unreadable(path: Place, error: OSError) -> UnreadableError:
-    return UnreadableError(f"{path} cannot be read ({error.strerror}); make it readable, and start again")
+    why = f"{path} cannot be read ({error.strerror}); make it readable, and start again"
+    return UnreadableError(why, may_pass=not is_users(error))
 
 
 @dataclass(frozen=True)
@@ -296,7 +301,8 @@ def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> dic
     """Write a safetensors file, to the disk, of parts of tensors: key -> offsets and contiguous values. Returns where
     each lies."""
     save_file({key: values for key, (_, values) in parts.items()}, path)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # by the umask, as its folder is; the library's own is 0600
+    with suppress(OSError):  # of file systems without modes
+        path.chmod(path.parent.stat().st_mode & 0o666)  # by the umask, as its folder is; the library's own is 0600
     sync(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

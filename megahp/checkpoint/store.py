@@ -61,6 +61,10 @@ class DamagedError(UserError):
     """A checkpoint is not what was written; another may be."""
 
 
+class NotCopiedError(UserError):
+    """A checkpoint is whole, and its copy elsewhere is not."""
+
+
 class Store:
     """The checkpoints of a run. Every rank makes one, and calls its methods in the same order."""
 
@@ -161,7 +165,7 @@ def copy_all(folder: Path, newest: Path, keep: Checkpoint) -> None:
     except (OSError, UnreadableError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         why = f"{newest} is whole, but not copied to checkpoint.remote = {keep.remote!r} ({cause})"
-        raise UserError(f"{why}; that is tried again after the next one") from None
+        raise NotCopiedError(f"{why}; that is tried again after the next one") from None
 
 
 def copy(checkpoint: Path, target: Remote) -> None:
@@ -206,7 +210,8 @@ def candidates(folder: Path, remote: str) -> list[Place]:
     try:
         copies = complete(copies_at(remote)) if remote else []
     except UnreadableError as error:
-        raise UnreadableError(f"{error}, or without checkpoint.remote to go on from {folder} alone") from None
+        why = f"{error}, or without checkpoint.remote to go on from {folder} alone"
+        raise UnreadableError(why, error.may_pass) from None
     found: list[Place] = [*copies, *complete(folder)]
     return sorted(found, key=lambda each: each.name)[::-1]  # a copy after its original
 
@@ -275,16 +280,17 @@ def load(checkpoint: Place, tensors: Mapping[str, Tensor]) -> None:
 def check(checkpoint: Place) -> list[str]:
     """What is wrong with a checkpoint's files, found by all ranks together: each reads its share of them. Raises
     UnreadableError, on all ranks, where one of them cannot."""
-    wrong, refused = [], ""
+    wrong, refused, may_pass = [], "", False
     try:
         wrong = problems(checkpoint, dist.get_rank(), dist.get_world_size())
     except UnreadableError as error:
-        refused = str(error)
+        refused, may_pass = str(error), error.may_pass
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (wrong, refused))
-    if refused := next(filter(None, (refused for _, refused in found)), ""):
-        raise UnreadableError(refused)
-    return list(dict.fromkeys(problem for wrong, _ in found for problem in wrong))
+    dist.all_gather_object(found, (wrong, refused, may_pass))
+    for _, refused, may_pass in found:
+        if refused:
+            raise UnreadableError(refused, may_pass)
+    return list(dict.fromkeys(problem for wrong, *_ in found for problem in wrong))
 
 
 def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = True) -> list[str]:

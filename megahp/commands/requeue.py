@@ -28,11 +28,15 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     log = RunLog(run)
     told = {"code": options.code, "job": options.job, "checkpoints": checkpoints(run)}
     last = {key: step[key] for step in read_metrics(run)[-1:] for key in ("step", "tokens")}
-    before = [event for event in read_events(run) if event["event"] == "requeued" and event["job"] == options.job]
-    found = [event["checkpoints"] for event in before if event["code"] not in (STOPPED, *ENDED)]
-    is_notice = options.code in (STOPPED, *ENDED)
-    end = None if is_notice else verdict(options.code, [*found, told["checkpoints"]], options.restarts, run)
+    events = read_events(run)
+    ends = [event for event in events if event["event"] in ("stopped", "requeued")][-1:]
+    # a life whose end could not be saved counts as a fault: another would train the same steps again
+    is_lost = options.code == STOPPED and any(event.get("saved") is False for event in ends)
+    is_fault = is_lost or options.code not in (STOPPED, *ENDED)
+    before = [event for event in events if event["event"] == "requeued" and event["job"] == options.job]
+    found = [event["checkpoints"] for event in before if event.get("fault", event["code"] != STOPPED)]
+    end = verdict(options.code, [*found, told["checkpoints"]], options.restarts, run) if is_fault else None
     if end is None:
-        log.event("requeued", f"exit code {options.code}", **told, **last)
+        log.event("requeued", f"exit code {options.code}", **told, fault=is_fault, **last)
     log.close()
     return FINISHED if end is None else end

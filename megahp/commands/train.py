@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from megahp import launch
 from megahp.commands.arguments import add_run_file, starts_ranks
 from megahp.config import Config, resolve
-from megahp.errors import Fault, UserError, complain, in_one_line, is_users
+from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import FAULT, FINISHED, STOPPED, USER_ERROR
 from megahp.faults.notice import leave_at_notice
 from megahp.log.streams import outlive_streams
@@ -26,8 +26,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     """Check, then start ranks or be one. What needs torch is imported once the settings are known to be right."""
+    outlive_streams()  # first: a pipe must not become a stream that was closed
     leave_at_notice()
-    outlive_streams()
     settings = resolve.load(options.run_file, options.overrides).config
     place = launch.world()
     ranks = place.size if options.ranks is None else options.ranks
@@ -42,7 +42,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     if options.restarts is not None:
         return train_again_and_again(options, settings, place)
     if starting:
-        return launch.spawn(words, ranks)
+        return launch.spawn(words, ranks, at_notice=STOPPED)
     return train_rank(settings, place, layout, options.resume is not None)
 
 
@@ -60,7 +60,7 @@ def train_again_and_again(options: Namespace, settings: Config, place: launch.Wo
         words = ["--resume", "auto"] if resume or options.resume else []
         if minutes:  # what is left of them
             words.append(f"resilience.stop_after={max(minutes - (time.monotonic() - began) / 60, 0.001)!r}")
-        return launch.spawn([*arguments, *words], options.ranks)
+        return launch.spawn([*arguments, *words], options.ranks, at_notice=STOPPED)
 
     return until_done(start, settings.directory, options.restarts)
 
@@ -84,14 +84,12 @@ def train_rank(settings: Config, place: launch.World, layout: Layout, resume: bo
             except (UserError, OSError) as error:  # where nothing can be told of it the run is still a finished one
                 print(f"no report: {error}")
     except UserError as error:
-        code = USER_ERROR
+        code = FAULT if error.may_pass else USER_ERROR
         if launch.is_first_to_tell(store, "user error"):
             complain(error)
         launch.outlast_questions(place)
     except Exception as error:
-        code = USER_ERROR if is_users(error) or launch.is_told(store, "user error") else FAULT
-        if is_users(error) and launch.is_first_to_tell(store, "user error"):
-            complain(in_one_line(error))
+        code = USER_ERROR if launch.is_told(store, "user error") else FAULT
         if code == FAULT:
             report_crash(settings.directory, place.rank, traceback.format_exc())
             if launch.is_lost_connection(error):

@@ -21,7 +21,7 @@ def leave_at_notice() -> None:
 
     def leave(number: int, frame: FrameType | None) -> None:
         if is_first_here():
-            told = f"megahp: told to leave by {signal.Signals(number).name} before training began; nothing was lost\n"
+            told = f"megahp: told to leave by {signal.Signals(number).name} while nothing was training\n"
             with contextlib.suppress(OSError):  # a terminal that was closed
                 os.write(2, told.encode())
         os._exit(STOPPED)
@@ -40,8 +40,8 @@ def leave_at_notice() -> None:
 
 
 class Notice:
-    """Whether this rank has been told to leave. The signal is only noted, so that a step can end; a later one of the
-    same kind ends the process at once, as it would have without us."""
+    """Whether this rank has been told to leave. The signal is only noted, so that a step can end; a later one
+    ends the process at once, as it would have without us."""
 
     def __init__(self, minutes: float, began: float) -> None:
         """minutes: after so many since `began`, of time.monotonic, notice is given by ourselves; 0 = never."""

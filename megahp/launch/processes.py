@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megahp.exit_codes import FINAL, STOPPED
+from megahp.exit_codes import FINAL
 from megahp.launch.rendezvous import SECONDS_TO_EXPLAIN
 
 # of an end: scancel's and `kill`'s; Slurm's --signal=USR1@120; a closed terminal's; ctrl-C
@@ -18,9 +18,12 @@ SAME_KEY = 0.5  # of ctrl-C, which a person presses again to end at once
 PR_SET_PDEATHSIG = 1
 
 
-def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", "megahp")) -> int:
+def spawn(
+    arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", "megahp"), at_notice: int | None = None
+) -> int:
     """Run `python PROGRAM ARGUMENTS` as so many local ranks. Returns 0, or the first failing rank's exit code;
-    the others are ended then, since a rank without its peers can only hang. Signals that give notice are passed on."""
+    the others are ended then, since a rank without its peers can only hang. Signals that give notice are passed on;
+    at_notice: returned where one has ended a rank that did not yet listen, if not its exit code."""
     from torch.distributed import TCPStore
 
     # this process holds the store, on a port the system picks, so that two runs never want the same one
@@ -47,20 +50,24 @@ def spawn(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", 
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(command, env=common | place, preexec_fn=die_with_parent))
+        for _, number in notices[:1]:  # which came while some were not yet there
+            for process in processes:
+                process.send_signal(number)
         codes: list[int | None] = [None]
         while None in codes and not any(codes):
             time.sleep(0.05)
             codes = [process.poll() for process in processes]
-        code, signalled = _first_failure(codes), [number for _, number in notices]
-        if code in (
-            128 + number for number in signalled
-        ):  # before it could listen, and so before it could lose anything
-            return STOPPED
-        return 128 + signalled[0] if signalled and code not in FINAL else code
+        code = _first_failure(codes)
+        if not notices:
+            return code
+        is_once = not any(is_again(number, when - notices[0][0]) for when, number in notices)
+        if at_notice is not None and is_once and code in (128 + number for _, number in notices):
+            return at_notice
+        return code if code in FINAL else 128 + notices[0][1]
     finally:
+        _end(processes)
         for number, handler in before.items():
             signal.signal(number, handler)
-        _end(processes)
 
 
 def heard() -> list[signal.Signals]:

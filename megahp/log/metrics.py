@@ -13,7 +13,7 @@ A metrics object has, in this order, the keys
     grad_sq_example              mean ||g_b||^2 over the examples of the batch
     grad_sq_batch                ||G||^2 of the batch's mean gradient
     noise_scale                  of the norm layers, examples, smoothed; null where it means nothing
-    noise_scale_total            the whole model's: by calibration, or noise_scale x batch.noise_to_total
+    noise_scale_total            the whole model's: noise_scale x batch.noise_to_total, averaged with calibration
     noise_scale_total_low, _high its 95 % interval over the newest blocks of steps; null where unknown or infinite
     noise_to_total               the whole model's over the norm layers' by calibration; null before
     noise_scale_tokens           noise_scale in tokens
@@ -101,18 +101,16 @@ class RunLog:
         self.step, self.tokens = (last["step"], last["tokens"]) if last else (0, 0)
         self._open(purge_step=step + 1)
 
-    def begin_again(self) -> list[Path]:
-        """Begin with empty logs. What there is of a run whose checkpoints are gone is kept beside them, under the next
-        free number. Returns the files that are kept."""
-        metrics, events = self.directory / "metrics.jsonl", self.directory / "events.jsonl"
-        if metrics.stat().st_size == 0:
-            self.resume(0)
-            return []
-        self.close()
-        number = next(n for n in itertools.count(1) if not any(_aside(file, n).exists() for file in (metrics, events)))
-        kept = [file.rename(_aside(file, number)) for file in (metrics, events)]
-        self.step, self.tokens = 0, 0
-        self._open(purge_step=1)
+    def begin_again(self) -> Path | None:
+        """Begin with empty metrics. Those of a run whose checkpoints are gone are kept beside them, under the next free
+        number, and their file is returned. Events stay: they did happen, and restarts are counted by them."""
+        metrics, kept = self.directory / "metrics.jsonl", None
+        if metrics.stat().st_size:
+            self.close()
+            numbered = (metrics.with_stem(f"metrics-{number}") for number in itertools.count(1))
+            kept = metrics.rename(next(file for file in numbered if not file.exists()))
+            self._open()
+        self.resume(0)
         return kept
 
     def close(self) -> None:
@@ -141,11 +139,6 @@ class RunLog:
             except ImportError:
                 raise UserError("TensorBoard was asked for and is missing; pip install tensorboard") from None
             self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=purge_step)
-
-
-def _aside(file: Path, number: int) -> Path:
-    """Return metrics-1.jsonl for metrics.jsonl and 1."""
-    return file.with_stem(f"{file.stem}-{number}")
 
 
 @dataclass(frozen=True)

@@ -79,19 +79,21 @@ EXAMPLES = 16  # newest single gradients that say what the whole model has for e
 class Blocks:
     """The noise scale over the newest BLOCKS blocks of steps, with an interval, so that no single step decides.
 
-    A block holds sums over its steps, from which `estimate`, weighted by examples, is linear in `ratio`, what mean_b
-    ||g_b||^2 is of that which was added: |G|^2 = batch - ratio x small and S = ratio x large - batch. Over blocks,
-    1 / noise scale = r = sum |G|^2 / sum S. A block is weighted down until it no longer stands out, by its mean S (one
-    wild example) and by its residual |G|^2 - r S (one wild batch).
+    A block holds sums over its steps, from which `estimate`, weighted by examples, is linear in the ratio of mean_b
+    ||g_b||^2 to what was added in its place: |G|^2 = batch - ratio x small and S = ratio x large - batch. A block keeps
+    the ratio that was known when it was full, since that drifts; those before any was known take the first. Over
+    blocks, 1 / noise scale = r = sum |G|^2 / sum S. A block is weighted down until it no longer stands out, by its mean
+    S (one wild example) and by its residual |G|^2 - r S (one wild batch).
     """
 
     size: float  # tokens of a block; a step that has more is a block of its own
-    closed: list[list[float]] = field(default_factory=list)  # [batch, small, large, examples] of each, oldest first
+    closed: list[list[float]] = field(default_factory=list)  # [batch, small, large, examples, ratio or 0], oldest first
     open: list[float] = field(default_factory=lambda: [0.0] * 4)
     tokens: int = 0  # of the open block
 
-    def add(self, sq_example: float, sq_batch: float, batch: int, tokens: int) -> None:
-        """Add one step's mean_b ||g_b||^2 and ||G||^2 over a batch of at least 2; skip them if they are not finite."""
+    def add(self, sq_example: float, sq_batch: float, batch: int, tokens: int, ratio: float = 1.0) -> None:
+        """Add one step's mean_b ||g_b||^2, or what it is `ratio` times (0 = unknown), and ||G||^2 over a batch of at
+        least 2; skip them if they are not finite."""
         if not (math.isfinite(sq_example) and math.isfinite(sq_batch)):
             return
         weight = batch / (batch - 1)
@@ -99,24 +101,29 @@ class Blocks:
         self.open = [before + part for before, part in zip(self.open, parts, strict=True)]
         self.tokens += tokens
         if self.tokens >= self.size:
-            self.closed = [*self.closed, self.open][-BLOCKS:]
+            self.closed = [*self.closed, [*self.open, ratio]][-BLOCKS:]
             self.open, self.tokens = [0.0] * 4, 0
 
-    def inverse(self, ratio: float = 1.0, error: float = 0.0) -> tuple[float, float] | None:
-        """Return 1 / noise scale and its standard error; None before BLOCKS blocks are full, or where S is not
-        positive. error: of the ratio, relative."""
-        if len(self.closed) < BLOCKS:
+    def inverse(self, error: float = 0.0) -> tuple[float, float] | None:
+        """Return 1 / noise scale and its standard error; None before BLOCKS blocks are full, or where no ratio is known
+        or S is not positive. error: of the ratios, relative; they share it."""
+        first = next((ratio for *_, ratio in self.closed if ratio), 0.0)
+        if len(self.closed) < BLOCKS or not first:
             return None
-        means = [(ratio * large - batch) / examples for batch, _, large, examples in self.closed]
+        scaled = [
+            (batch, (ratio or first) * small, (ratio or first) * large, examples)
+            for batch, small, large, examples, ratio in self.closed
+        ]
+        means = [(large - batch) / examples for batch, _, large, examples in scaled]
         middle = median(means)
         weights = _weights([mean - middle for mean in means])
-        sums = [[weight * part for part in block] for weight, block in zip(weights, self.closed, strict=True)]
-        pairs = [(batch - ratio * small, ratio * large - batch) for batch, small, large, _ in sums]
+        sums = [[weight * part for part in block] for weight, block in zip(weights, scaled, strict=True)]
+        pairs = [(batch - small, large - batch) for batch, small, large, _ in sums]
         if (noise := sum(noise for _, noise in pairs)) <= 0:
             return None
         inverse, own = ratio_of_sums(pairs)
-        moves = sum(small + inverse * large for _, small, large, _ in sums) / noise  # of the inverse by the ratio
-        return inverse, math.hypot(own, error * ratio * moves)
+        moves = sum(small + inverse * large for _, small, large, _ in sums) / noise  # of the inverse by the ratios
+        return inverse, math.hypot(own, error * moves)
 
 
 def interval(inverse: float, error: float) -> tuple[float, float, float] | None:
@@ -146,12 +153,15 @@ def ratio_of_sums(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def ratio_now(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return the ratio of sums after the newest of the pairs, and its relative standard error. It drifts as a model
-    learns, by half within a third of a run: that of the newer half of pairs lags by a quarter of them, and the halves
-    differ by two quarters' drift."""
+    """Return the ratio of sums after the newest of the pairs, and the relative standard error of that of all.
+
+    The ratio drifts as a model learns, by half within a third of a run: that of the newer half of pairs lags by a
+    quarter of them, and the halves differ by two quarters' drift. This makes it unsure by twice the error of the mean;
+    but each block takes the ratio of its time, and over them the error of the mean is what remains.
+    """
     half = len(pairs) // 2
-    (old, old_error), (new, new_error) = ratio_of_sums(pairs[:half]), ratio_of_sums(pairs[half:])
-    return new * math.sqrt(new / old), math.hypot(1.5 * new_error / new, 0.5 * old_error / old)
+    (old, _), (new, _), (mean, error) = map(ratio_of_sums, (pairs[:half], pairs[half:], pairs))
+    return new * math.sqrt(new / old), error / mean
 
 
 def _weights(deviations: Sequence[float]) -> list[float]:
@@ -178,6 +188,7 @@ class NoiseScale:
     norms: Blocks = field(init=False)
     model: Blocks = field(init=False)  # its own ||G||^2, and the norm layers' per-example squares
     examples: list[tuple[float, float]] = field(default_factory=list)  # ||g_b||^2 of the model and of its norm layers
+    ratio: tuple[float, float] | None = field(init=False, default=None)  # of the two now, and its relative error
 
     def __post_init__(self) -> None:
         self.norms, self.model = (Blocks(WINDOW * self.half_life / BLOCKS) for _ in range(2))
@@ -196,12 +207,12 @@ class NoiseScale:
         pooled = sum(sq_example.values()), sum(sq_batch.values())
         self.pooled.add(*estimate(*pooled, batch), decay)
         self.norms.add(*pooled, batch, tokens)
-        self.model.add(pooled[0], grad_norm**2, batch, tokens)
+        self.model.add(pooled[0], grad_norm**2, batch, tokens, self.ratio[0] if self.ratio else 0.0)
 
     def calibrate(self, model: float, norms: float) -> None:
         """Take in ||g_b||^2 of one example, of the whole model and of its norm layers together."""
-        if math.isfinite(model) and 0 < norms < math.inf:
-            self.examples = [*self.examples, (model, norms)][-EXAMPLES:]
+        if 0 < model < math.inf and 0 < norms < math.inf:
+            self._know([*self.examples, (model, norms)][-EXAMPLES:])
 
     def numbers(self) -> dict[str, float | None]:
         """Return what is logged of a step, in examples: the norm layers' smoothed noise scale, and the whole model's
@@ -212,7 +223,7 @@ class NoiseScale:
         if norms:
             inverse, error = norms[0] / self.noise_to_total, norms[1] / self.noise_to_total
             known.append((inverse, math.hypot(error, PRIOR_ERROR * inverse)))
-        if len(self.examples) == EXAMPLES and (model := self.model.inverse(*ratio_now(self.examples))):
+        if self.ratio and (model := self.model.inverse(self.ratio[1])):
             known.append(model)
             measured = norms[0] / model[0] if norms and model[0] > 0 else None
         ends = interval(*_average(known)) if known else None
@@ -237,12 +248,16 @@ class NoiseScale:
         self.layers = {name: Average(**values) for name, values in state["layers"].items()}
         # checkpoints written before there were blocks have none
         self.norms, self.model = (Blocks(self.norms.size, **state.get(of, {})) for of in ("norms", "model"))
-        self.examples = [(model, norms) for model, norms in state.get("examples", ())]
+        self._know([(model, norms) for model, norms in state.get("examples", ())])
+
+    def _know(self, examples: list[tuple[float, float]]) -> None:
+        self.examples = examples
+        self.ratio = ratio_now(examples) if len(examples) == EXAMPLES else None
 
 
 def _average(estimates: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return the mean of (estimate, standard error) pairs weighted by their precision, and its standard error."""
-    weights = [1 / max(error, 1e-300) ** 2 for _, error in estimates]
+    weights = [1 / max(error, 1e-150) ** 2 for _, error in estimates]
     mean = sum(weight * each for weight, (each, _) in zip(weights, estimates, strict=True)) / sum(weights)
     return mean, 1 / math.sqrt(sum(weights))
 

@@ -33,7 +33,8 @@ def train(settings: Config, place: World, store: dist.Store, layout: Layout, res
     loader = Loader(data, mesh.device, settings.data.mask_documents)
     run = Run(settings, mesh, data)
     start(run, reporter, resume)
-    notice = Notice(settings.resilience.stop_after, began)  # before this a signal ends the process: nothing is lost
+    dist.barrier()  # or a signal would end the first rank, which has begun the logs, and be noted by the others
+    notice = Notice(settings.resilience.stop_after, began)
 
     plan = run.next_step()
     watchdog = Watchdog(store, settings.resilience.hang_after, settings.directory)
@@ -78,7 +79,7 @@ def train(settings: Config, place: World, store: dist.Store, layout: Layout, res
     is_saved = save_at_end(run, reporter, validation)
     if plan or not is_saved:
         why = why_stopped(run, notice) if is_saved else "the newest checkpoint is older than the last step"
-        reporter.event("stopped", why, run.progress)
+        reporter.event("stopped", why, run.progress, saved=is_saved)
     else:
         if is_first() and settings.log.baselines and settings.train.validation_samples:
             reporter.baselines(*baselines(settings, data))

@@ -161,7 +161,7 @@ def check_tokenizer(settings: Config, tokenizer: Tokenizer) -> None:
 
 
 def _fingerprint_in(side: Path) -> str:
-    found = read_json(side, "what was told of the data,").get("tokenizer_fingerprint")
+    found = read_json(side, "preprocessing's own").get("tokenizer_fingerprint")
     if not isinstance(found, str):
         raise UserError(f"{side} holds no tokenizer_fingerprint; preprocess again, or remove it")
     return found

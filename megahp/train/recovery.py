@@ -106,6 +106,9 @@ def save_at_end(run: Run, reporter: Reporter, validation: float | None) -> bool:
                 run.save(validation)
             run.store.wait()
             return True
+        except checkpoint.NotCopiedError as error:
+            reporter.event("uncopied", str(error), run.progress)
+            return True
         except UserError as error:
             reporter.event("unsaved", str(error), run.progress)
             run.saved_at = -1

@@ -63,8 +63,7 @@ class Reporter:
         """Log a start (event: started, branched, resumed, rewound), with all that decides what follows, so that it can
         be replayed. Steps logged beyond a checkpoint of the run's own will be taken again, so their lines go."""
         if kept := self._open(run, run.progress.step if event in GONE_BACK else None):
-            names = " and ".join(file.name for file in kept)
-            why = f"{why}; what was logged before it, by a run without a checkpoint left, is kept in {names}"
+            why = f"{why}; what was logged before it, by a run without a checkpoint left, is kept in {kept.name}"
         changed = changes(run.settings, taken.config) if taken.config else {}
         self.event(
             event,
@@ -134,15 +133,15 @@ class Reporter:
         if self.log:
             self.log.close()
 
-    def _open(self, run: Run, step: int | None) -> list[Path]:
+    def _open(self, run: Run, step: int | None) -> Path | None:
         """Begin to write, after all that could refuse the run. step: what was logged beyond it is taken back; None
-        where the run begins. Returns the files that older logs are kept in."""
+        where the run begins. Returns the file that older metrics are kept in."""
         if self.log:
             self.log.resume(step or 0)
-            return []
+            return None
         if not self.lock:
-            return []
-        directory, kept = self.settings.directory, []
+            return None
+        directory, kept = self.settings.directory, None
         try:
             self.log = RunLog(directory, self.settings.log.tensorboard)
             if step is None:

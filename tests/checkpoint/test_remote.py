@@ -20,6 +20,7 @@ from checkpoint import writer
 from corpus import write_corpus
 from fsspec.implementations.local import LocalFileSystem
 from train.test_run import RUN, numbers
+from unprivileged import megahp_alone
 
 from megahp import checkpoint
 from megahp.checkpoint.inspect import differences
@@ -190,8 +191,8 @@ def test_commands_take_urls(
     assert events[0]["event"] == "resumed" and f"from {there}/checkpoints/step-00000012" in events[0]["reason"]
 
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "run.toml", "log.name=another", f"checkpoint.remote={there}"]) == 2
-    assert f"{there}/checkpoints/step-00000040 is there already" in capsys.readouterr().err
+    refused = megahp_alone(tmp_path, f"train run.toml log.name=another checkpoint.remote={there}")
+    assert refused.code == 2 and f"{there}/checkpoints/step-00000040 is there already" in refused.err
     found = list(differences(*(checkpoint.find(each) for each in (tmp_path / "runs/undisturbed", Remote(there)))))
     assert [line for line in found if not line.startswith(("log.name", "checkpoint.remote"))] == []
     assert main(["checkpoint", "ls", there]) == 0

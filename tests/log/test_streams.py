@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from corpus import write_corpus
@@ -63,6 +65,11 @@ def test_what_was_written_before_a_failure_stays(tmp_path: Path) -> None:
     with open(tmp_path / "file", "w") as file:
         stream = Sparing(file)
         print("one", file=stream)
+        full = mock.Mock(side_effect=[OSError(errno.ENOSPC, "full"), None])
+        with mock.patch.object(stream, "_stream", mock.Mock(write=full)):
+            stream.write("a line while the disk is full")
+            stream.write("one that comes")
+        assert full.call_count == 2
         file.close()
         print("two", file=stream)
         print("three", file=stream, flush=True)

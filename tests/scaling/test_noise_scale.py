@@ -10,7 +10,6 @@ import pytest
 
 from megahp.scaling.noise_scale import (
     BLOCKS,
-    EXAMPLES,
     PRIOR_ERROR,
     Average,
     Blocks,
@@ -18,7 +17,6 @@ from megahp.scaling.noise_scale import (
     estimate,
     interval,
     ratio,
-    ratio_now,
     step_efficiency,
 )
 
@@ -113,7 +111,7 @@ def test_smoothing_apart_is_right_where_averaging_ratios_is_not() -> None:
     assert abs(np.mean(ratios) / truth - 1) > 0.1
 
 
-def test_pooled_is_the_ratio_now_over_layers() -> None:
+def test_pooled_is_the_ratio_of_sums_over_layers() -> None:
     noise = NoiseScale(half_life=100)
     noise.update({"a": 10.0, "b": 4.0}, {"a": 3.0, "b": 1.0}, 5.0, 8, 10)
     (a_true, a_noise), (b_true, b_noise) = estimate(10.0, 3.0, 8), estimate(4.0, 1.0, 8)
@@ -165,8 +163,8 @@ def blocks_of(
     return blocks
 
 
-def ends(blocks: Blocks, ratio: float = 1.0, error: float = 0.0) -> tuple[float, float, float] | None:
-    found = blocks.inverse(ratio, error)
+def ends(blocks: Blocks, error: float = 0.0) -> tuple[float, float, float] | None:
+    found = blocks.inverse(error)
     return interval(*found) if found else None
 
 
@@ -208,28 +206,31 @@ def calibrated(
     random: np.random.Generator, batch: int, truth: float, steps: int, drift: float = 0.0, noise_to_total: float = 1.4
 ) -> NoiseScale:
     """Full blocks of so many steps of a model of 400 entries, 160 of them norm layers that make a hundredth of S and
-    have a noise scale of truth / noise_to_total, and EXAMPLES single gradients, whose ratio scatters by a fifth and
-    fell by so many e-folds."""
+    have a noise scale of truth / noise_to_total, and a single gradient a block, whose ratio scatters by a
+    fifth and falls by so many e-folds meanwhile."""
     of_norms = np.arange(400) < 160
     spread, mean = np.where(of_norms, 0.01 / 160, 0.99 / 240), random.normal(size=400)
     share = 0.01 * noise_to_total / truth
     for part, square in ((of_norms, share), (~of_norms, 1 / truth - share)):
         mean[part] *= np.sqrt(square / (mean[part] ** 2).sum())
 
-    def gradients(count: int) -> np.ndarray:
+    def gradients(count: int, fallen: float) -> np.ndarray:
         shared, own = 0.2 * random.normal(size=(count, 1)), 0.06 * random.normal(size=(count, 2))
         sizes = np.exp(shared + own - 0.04)[:, of_norms.astype(int)]
-        return mean + sizes * random.normal(size=(count, 400)) * np.sqrt(spread)
+        grown = np.where(of_norms, np.exp(fallen / 2), 1.0)  # the norm layers' share of the gradient
+        return grown * (mean + sizes * random.normal(size=(count, 400)) * np.sqrt(spread))
 
-    noise = NoiseScale(half_life=BLOCKS * steps * 64 / 3)
-    for _ in range(BLOCKS * steps):
-        each = gradients(batch)
-        whole, norms = each.mean(0), each[:, of_norms]
-        squares = float((norms**2).sum(1).mean()), float((whole[of_norms] ** 2).sum())
-        noise.update({"a": squares[0]}, {"a": squares[1]}, float(np.linalg.norm(whole)), batch, 64)
-    for number, example in enumerate(gradients(EXAMPLES)):
-        factor = np.exp(drift * (1 - number / EXAMPLES))
-        noise.calibrate(factor * float((example**2).sum()), float((example[of_norms] ** 2).sum()))
+    noise, total = NoiseScale(half_life=BLOCKS * steps * 64 / 3), BLOCKS * steps
+    for step in range(-total, total):  # calibration begins as long before the blocks as they last
+        fallen = drift * step / total
+        if step % steps == 0:
+            (example,) = gradients(1, fallen)
+            noise.calibrate(float((example**2).sum()), float((example[of_norms] ** 2).sum()))
+        if step >= 0:
+            each = gradients(batch, fallen)
+            whole, norms = each.mean(0), each[:, of_norms]
+            squares = float((norms**2).sum(1).mean()), float((whole[of_norms] ** 2).sum())
+            noise.update({"a": squares[0]}, {"a": squares[1]}, float(np.linalg.norm(whole)), batch, 64)
     return noise
 
 
@@ -239,9 +240,13 @@ def test_the_whole_models_interval_holds_the_truth(batch: int, truth: float, ste
     """As that of the norm layers does, because it counts in the error of their ratio, and the ratio's drift."""
     random, runs = np.random.default_rng(5), 400
     made = [calibrated(random, batch, truth, steps, drift) for _ in range(runs)]
-    held = holding([ends(noise.model, *ratio_now(noise.examples)) for noise in made], truth)
+    held = holding([ends(noise.model, noise.ratio[1]) for noise in made if noise.ratio], truth)
     assert 0.90 <= held <= 0.97
-    assert holding([ends(noise.model, ratio_now(noise.examples)[0]) for noise in made], truth) < held - 0.03
+    assert holding([ends(noise.model) for noise in made], truth) < held - 0.03
+    both = [noise.numbers() for noise in made]  # averaged with the prior, which is right here
+    told = [(each["noise_scale_total_low"], each["noise_scale_total_high"] or np.inf) for each in both]
+    assert sum((low or 0) <= truth <= high for low, high in told) / runs >= 0.93
+    assert sum((low or 0) > truth for low, _ in told) / runs < 0.05
 
 
 def holding(intervals: Sequence[tuple[float, float, float] | None], truth: float) -> float:
@@ -250,7 +255,7 @@ def holding(intervals: Sequence[tuple[float, float, float] | None], truth: float
 
 def test_prior_and_calibration_are_averaged_by_what_they_are_sure_of() -> None:
     noise = calibrated(np.random.default_rng(1), 32, 16.0, 2)
-    norms, own = noise.norms.inverse(), noise.model.inverse(*ratio_now(noise.examples))
+    norms, own = noise.norms.inverse(), noise.model.inverse(noise.ratio[1] if noise.ratio else 0.0)
     assert norms and own
     prior = norms[0] / 1.4, float(np.hypot(norms[1], PRIOR_ERROR * norms[0]) / 1.4)
     weights = np.array([prior[1] ** -2, own[1] ** -2])
@@ -259,7 +264,7 @@ def test_prior_and_calibration_are_averaged_by_what_they_are_sure_of() -> None:
     assert both and alone and alone[0] < both[0] < both[2] < alone[2]
     found = [numbers[f"noise_scale_total{end}"] for end in ("_low", "", "_high")]
     assert found == pytest.approx(both) and numbers["noise_to_total"] == pytest.approx(norms[0] / own[0])
-    noise.examples.pop()
+    noise.restore({**noise.state(), "examples": noise.examples[1:]})
     numbers = noise.numbers()
     assert (numbers["noise_scale_total_low"], numbers["noise_scale_total_high"]) == pytest.approx((alone[0], alone[2]))
     assert numbers["noise_scale_total"] == 1.4 * (numbers["noise_scale"] or 0) and numbers["noise_to_total"] is None
@@ -272,7 +277,7 @@ def test_a_wrong_prior_gives_way_to_calibration() -> None:
     for seed in range(40):
         noise = calibrated(np.random.default_rng(seed), 64, 16.0, 2, noise_to_total=3.0)
         told.append(noise.numbers()["noise_scale_total_low"])
-        noise.examples.clear()
+        noise.restore({**noise.state(), "examples": []})
         prior.append(noise.numbers()["noise_scale_total_low"])
     assert np.median(told) > 1.3 * np.median(prior) and (np.array(told) < 16).mean() > 0.9
 
@@ -307,7 +312,7 @@ def test_a_step_longer_than_a_block_is_one_and_short_ones_share_it() -> None:
     blocks.add(20.0, 3.0, 2, 60)
     blocks.add(70.0, 7.0, 5, 500)
     blocks.add(float("nan"), 1.0, 8, 500)
-    (batch, small, large, examples), last = blocks.closed
+    (batch, small, large, examples, _), last = blocks.closed
     first, second = estimate(10.0, 1.0, 4), estimate(20.0, 3.0, 2)
     assert examples == 6 and last[3] == 5
     assert batch - small == pytest.approx(4 * first[0] + 2 * second[0])
