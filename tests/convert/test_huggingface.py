@@ -475,7 +475,7 @@ def test_a_model_that_we_do_not_have(changed: dict[str, Any], word: str) -> None
 @pytest.mark.parametrize(
     ("file", "text", "word"),
     [
-        ("config.json", "[1]", "config.json holds no table of settings, but list"),
+        ("config.json", "[1]", "config.json holds no object, but a list"),
         ("model.safetensors.index.json", '{"metadata": {}}', "index.json has no weight_map"),
         ("model.safetensors.index.json", '{"weight_map": {"wte.weight": 1}}', "index.json has no weight_map"),
     ],

@@ -54,7 +54,14 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=heed,
     )
+
+
+def heed() -> None:
+    """Listen to what whoever started these tests may have wanted ignored, under nohup or in the background."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def train(folder: Path, name: str, *words: str, **options: Any) -> tuple[int, str]:
@@ -288,6 +295,7 @@ def test_ctrl_c_in_a_terminal(folder: Path, ranks: tuple[str, ...], keys: int) -
     environment = {**os.environ, "FAULTS": str(folder / f"{name}.json"), "PYTHONPATH": f"{INJECT}:{os.getcwd()}"}
     process, terminal = pty.fork()
     if process == 0:
+        heed()
         os.chdir(folder)
         os.execve(sys.executable, words, environment)
     wait_for(folder / f"{name}.json.0" if keys == 2 else folder / "runs" / name / "metrics.jsonl", lines=3)
@@ -314,6 +322,7 @@ def test_a_closed_terminal_saves(folder: Path) -> None:
     environment = {**os.environ, "FAULTS": str(folder / "closed.json"), "PYTHONPATH": f"{INJECT}:{os.getcwd()}"}
     process, terminal = pty.fork()
     if process == 0:
+        heed()
         os.chdir(folder)
         words = ["-m", "megahp", "train", "run.toml", "log.name=closed", "checkpoint.every=0", "--ranks", "2"]
         os.execve(sys.executable, [sys.executable, *words], environment)
