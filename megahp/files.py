@@ -10,43 +10,44 @@ from typing import Any
 from megahp.errors import UserError
 
 LARGEST = 2**28  # bytes; nothing that is read whole is near it
+REMEDY = "mend it, or name another"
 
 
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Return the table of a TOML file. what: what it is, such as "run file". Raises UserError."""
-    return _parsed(path, what, "TOML", tomllib.loads)
+def read_toml(path: Path, what: str, remedy: str = REMEDY) -> dict[str, Any]:
+    """Return the table of a TOML file. what: what it is, such as "run file"; both are for errors. Raises UserError."""
+    return _parsed(path, what, remedy, "TOML", tomllib.loads)
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str, remedy: str = REMEDY) -> dict[str, Any]:
     """Return the object of a JSON file. Raises UserError."""
-    found = _parsed(path, what, "JSON", json.loads)
+    found = _parsed(path, what, remedy, "JSON", json.loads)
     if not isinstance(found, dict):
-        raise UserError(f"{what} {path} holds no object, but a {type(found).__name__}; write it again")
+        raise UserError(f"{what} {path} holds no object, but a {type(found).__name__}; {remedy}")
     return found
 
 
-def read_text(path: Path, what: str) -> str:
+def read_text(path: Path, what: str, remedy: str = REMEDY) -> str:
     """Return the text of a regular UTF-8 file: of a pipe or a device nobody knows when it ends. Raises UserError."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-            raise UserError(f"{what} {path} cannot be read: it is {kind}; name a file")
+            raise UserError(f"{what} {path} cannot be read: it is {kind}; {remedy}")
         if status.st_size > LARGEST:
-            raise UserError(f"{what} {path} has {status.st_size:,} bytes, and {LARGEST:,} is the most; name another")
+            raise UserError(f"{what} {path} has {status.st_size:,} bytes, and {LARGEST:,} is the most; {remedy}")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{what} {path} does not exist; name one that does") from None
+        raise UserError(f"{what} {path} does not exist; {remedy}") from None
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the name
         why = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{what} {path} cannot be read: {why}; mend that, or name another") from None
+        raise UserError(f"{what} {path} cannot be read: {why}; {remedy}") from None
 
 
-def _parsed(path: Path, what: str, language: str, parse: Callable[[str], Any]) -> Any:
-    text = read_text(path, what)
+def _parsed(path: Path, what: str, remedy: str, language: str, parse: Callable[[str], Any]) -> Any:
+    text = read_text(path, what, remedy)
     try:
         return parse(text)
     except RecursionError:
-        raise UserError(f"{what} {path} is nested too deeply to be {language} that anybody means; mend it") from None
+        raise UserError(f"{what} {path} is nested too deeply to be {language} that anybody means; {remedy}") from None
     except ValueError as error:
-        raise UserError(f"{what} {path} is not valid {language}: {error}; mend it") from None
+        raise UserError(f"{what} {path} is not valid {language}: {error}; {remedy}") from None

@@ -280,17 +280,16 @@ def load(checkpoint: Place, tensors: Mapping[str, Tensor]) -> None:
 def check(checkpoint: Place) -> list[str]:
     """What is wrong with a checkpoint's files, found by all ranks together: each reads its share of them. Raises
     UnreadableError, on all ranks, where one of them cannot."""
-    wrong, refused, may_pass = [], "", False
+    mine: list[str] | UnreadableError
     try:
-        wrong = problems(checkpoint, dist.get_rank(), dist.get_world_size())
+        mine = problems(checkpoint, dist.get_rank(), dist.get_world_size())
     except UnreadableError as error:
-        refused, may_pass = str(error), error.may_pass
+        mine = error
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (wrong, refused, may_pass))
-    for _, refused, may_pass in found:
-        if refused:
-            raise UnreadableError(refused, may_pass)
-    return list(dict.fromkeys(problem for wrong, *_ in found for problem in wrong))
+    dist.all_gather_object(found, mine)
+    if refused := next((each for each in found if isinstance(each, UnreadableError)), None):
+        raise refused
+    return list(dict.fromkeys(problem for one in found for problem in one))
 
 
 def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = True) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from megahp import config
 from megahp.convert import sidecar
 from megahp.convert.huggingface import Tensors, export, import_
-from megahp.convert.sidecar import Files, Weights, write_files, write_json
+from megahp.convert.sidecar import MODELS, Files, Weights, write_files, write_json
 from megahp.files import read_json
 
 
@@ -27,5 +27,5 @@ def write(folder: Path, settings: config.Config, tensors: Mapping[str, Tensor], 
 
 def read(folder: Path) -> tuple[Mapping[str, Mapping[str, Any]], Tensors]:
     """Settings, as a layer for `resolve`, and the tensors of a checkpoint by name. Raises UserError."""
-    layer, weights = import_(read_json(folder / "config.json", "a model's"), Files(folder, "model"))
+    layer, weights = import_(read_json(folder / "config.json", "model settings", MODELS), Files(folder, "model"))
     return sidecar.restored(folder, layer, weights)

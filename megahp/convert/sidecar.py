@@ -22,6 +22,7 @@ from megahp.files import read_json
 from megahp.model.build import longest
 from megahp.scaling.parameterization import table_of
 
+MODELS = "a model's folder has it"  # remedy where one of its files is missing or wrong
 OURS = "megahp.json"
 VOCABULARY = ("embedding.weight", "unembedding.weight")
 
@@ -33,7 +34,7 @@ class Files(ByName):
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, listing = folder, folder / f"{name}.safetensors.index.json"
         if listing.exists():
-            found = read_json(listing, "the list of tensors,").get("weight_map")
+            found = read_json(listing, "list of tensors", MODELS).get("weight_map")
             if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
                 raise UserError(f"{listing} has no weight_map of tensors' names to files' names; get it again")
             self.index = found
@@ -74,7 +75,7 @@ def restored(
     is a megahp.json; else what another format says, in SP. Raises UserError where the two disagree."""
     if not (folder / OURS).exists():
         return layer, ((f"model.{name}", weight) for name, weight in weights)
-    ours, more = read_json(folder / OURS, "megahp's own part,"), Files(folder, "megahp")
+    ours, more = read_json(folder / OURS, "what megahp wrote beside the model,", MODELS), Files(folder, "megahp")
     settings = resolve.from_dict(ours["config"], str(folder / OURS))
     if table_of(settings).to_dict() != ours["table"]:
         raise UserError(f"{folder / OURS} has another parameterization table than this megahp; {_remedy(folder)}")

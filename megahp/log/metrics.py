@@ -106,10 +106,9 @@ class RunLog:
         number, and their file is returned. Events stay: they did happen, and restarts are counted by them."""
         metrics, kept = self.directory / "metrics.jsonl", None
         if metrics.stat().st_size:
-            self.close()
             numbered = (metrics.with_stem(f"metrics-{number}") for number in itertools.count(1))
             kept = metrics.rename(next(file for file in numbered if not file.exists()))
-            self._open()
+            metrics.touch()
         self.resume(0)
         return kept
 

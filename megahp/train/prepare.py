@@ -161,9 +161,10 @@ def check_tokenizer(settings: Config, tokenizer: Tokenizer) -> None:
 
 
 def _fingerprint_in(side: Path) -> str:
-    found = read_json(side, "preprocessing's own").get("tokenizer_fingerprint")
+    remedy = "preprocess again, or remove it"
+    found = read_json(side, "description of data", remedy).get("tokenizer_fingerprint")
     if not isinstance(found, str):
-        raise UserError(f"{side} holds no tokenizer_fingerprint; preprocess again, or remove it")
+        raise UserError(f"{side} holds no tokenizer_fingerprint; {remedy}")
     return found
 
 

@@ -107,7 +107,7 @@ def save_at_end(run: Run, reporter: Reporter, validation: float | None) -> bool:
             run.store.wait()
             return True
         except checkpoint.NotCopiedError as error:
-            reporter.event("uncopied", str(error), run.progress)
+            reporter.event("unsaved", str(error), run.progress)
             return True
         except UserError as error:
             reporter.event("unsaved", str(error), run.progress)

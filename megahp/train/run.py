@@ -195,4 +195,6 @@ def is_first() -> bool:
 def read_config(directory: Path) -> Config:
     """The resolved settings in a run directory. Raises UserError."""
     path = directory / "config.toml"
-    return resolve.from_dict(read_toml(path, "a run's settings"), str(path))
+    return resolve.from_dict(
+        read_toml(path, "run settings", "name a run directory, such as runs/quickstart"), str(path)
+    )

@@ -287,17 +287,9 @@ def test_a_suspended_job_goes_on(folder: Path) -> None:
 def test_ctrl_c_in_a_terminal(folder: Path, ranks: tuple[str, ...], keys: int) -> None:
     """Once: all save and leave. A second time: at once, also where a rank hangs."""
     name = f"key {len(ranks)} {keys}"
-    kind = "slow" if keys == 1 else "stop"
-    faults = ({"kind": kind, "rank": len(ranks) // 2, "step": 3},)
-    (folder / f"{name}.json").write_text(json.dumps(faults))
-    words = [sys.executable, "-m", "megahp", "train", "run.toml", f"log.name={name}", "checkpoint.every=0", *ranks]
-    words += [*(() if ranks else ALONE), "resilience.hang_after=60.0"]
-    environment = {**os.environ, "FAULTS": str(folder / f"{name}.json"), "PYTHONPATH": f"{INJECT}:{os.getcwd()}"}
-    process, terminal = pty.fork()
-    if process == 0:
-        heed()
-        os.chdir(folder)
-        os.execve(sys.executable, words, environment)
+    fault = {"kind": "slow" if keys == 1 else "stop", "rank": len(ranks) // 2, "step": 3}
+    words = (*ranks, *(() if ranks else ALONE), "resilience.hang_after=60.0")
+    process, terminal = start_in_terminal(folder, name, fault, *words)
     wait_for(folder / f"{name}.json.0" if keys == 2 else folder / "runs" / name / "metrics.jsonl", lines=3)
     for _ in range(keys):
         os.write(terminal, b"\x03")
@@ -317,21 +309,27 @@ def test_ctrl_c_in_a_terminal(folder: Path, ranks: tuple[str, ...], keys: int) -
 
 
 def test_a_closed_terminal_saves(folder: Path) -> None:
-    faults = ({"kind": "slow", "rank": 0, "step": 3},)
-    (folder / "closed.json").write_text(json.dumps(faults))
-    environment = {**os.environ, "FAULTS": str(folder / "closed.json"), "PYTHONPATH": f"{INJECT}:{os.getcwd()}"}
-    process, terminal = pty.fork()
-    if process == 0:
-        heed()
-        os.chdir(folder)
-        words = ["-m", "megahp", "train", "run.toml", "log.name=closed", "checkpoint.every=0", "--ranks", "2"]
-        os.execve(sys.executable, [sys.executable, *words], environment)
+    slow = {"kind": "slow", "rank": 0, "step": 3}
+    process, terminal = start_in_terminal(folder, "closed", slow, "--ranks", "2")
     wait_for(folder / "runs/closed/metrics.jsonl", lines=3)
     os.close(terminal)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     assert code == 75
     (stopped,) = events(folder, "closed", "stopped")
     assert "SIGHUP" in stopped["reason"] and checkpoint.complete(folder / "runs/closed/checkpoints")
+
+
+def start_in_terminal(folder: Path, name: str, fault: dict[str, Any], *words: str) -> tuple[int, int]:
+    """The command in a terminal of its own, with no checkpoint but the last: its process, and the terminal's file."""
+    (folder / f"{name}.json").write_text(json.dumps((fault,)))
+    command = [sys.executable, "-m", "megahp", "train", "run.toml", f"log.name={name}", "checkpoint.every=0", *words]
+    environment = {**os.environ, "FAULTS": str(folder / f"{name}.json"), "PYTHONPATH": f"{INJECT}:{os.getcwd()}"}
+    process, terminal = pty.fork()
+    if process == 0:
+        heed()
+        os.chdir(folder)
+        os.execve(sys.executable, command, environment)
+    return process, terminal
 
 
 def wait_for(file: Path, lines: int) -> None:
