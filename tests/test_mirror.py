@@ -15,6 +15,7 @@ SPANNED = {
     "commands/test_convert.py": "convert/families convert/huggingface_folder convert/run_directory convert/sidecar",
     "commands/test_extend_vocabulary.py": "convert/tokenizers",
     "commands/test_preprocess.py": "data/texts",
+    "commands/test_runs.py": "commands/status",
     "commands/test_transfer_sweep.py": "commands/arguments diagnose/curves",
     "diagnose/test_verify.py": "commands/verify_layout",
     "distributed/test_layouts.py": "model/attention model/build model/mlp parallel/data parallel/mesh parallel/tensor "
@@ -29,7 +30,7 @@ SPANNED = {
     "recipe/test_rows.py": "recipe/text scaling/laws",
     "report/test_page.py": "commands/report",
     "scaling/batch/test_plan.py": "scaling/batch/policies/constant scaling/batch/policies/policy",
-    "slurm/test_jobs.py": "commands/requeue commands/status",
+    "slurm/test_jobs.py": "commands/requeue",
     "test_bad_input.py": "commands/config commands/sample errors exit_codes train/prepare",
     "test_cli.py": "__main__",
     "train/test_masks.py": "parallel/selection",

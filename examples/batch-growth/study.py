@@ -192,7 +192,7 @@ def train(run: Line, store: Any) -> Line:
     the process, which it joined with."""
     from megahp import launch
     from megahp.config import resolve
-    from megahp.log.metrics import read_run
+    from megahp.log.metrics import read_run, without_nan
     from megahp.log.replay import replay
     from megahp.parallel.layout import fit
     from megahp.train.loop import train as train_run
@@ -223,16 +223,17 @@ def train(run: Line, store: Any) -> Line:
         if not train_run(settings, launch.World(), store, layout, False):
             raise RuntimeError(f"{name} was told to leave")
     logged, replayed = read_run(settings.directory), replay(settings.directory)
-    last = logged.steps[-1]
+    last = {key: column[-1] for key, column in logged.columns.items()}
+    scales = without_nan([*zip(*(logged.column(key).tolist() for key in ("tokens", "noise_scale")), strict=True)])
     shutil.rmtree(settings.directory)
     return {
         **run,
         "loss": last["validation_loss"],
-        "steps": last["step"],
-        "tokens": last["tokens"],
+        "steps": int(last["step"]),
+        "tokens": int(last["tokens"]),
         "changes": [[event["tokens"], event["now"]] for event in logged.events if event["event"] == "batch"],
         "reasons": [event["reason"].partition(": ")[2] for event in logged.events if event["event"] == "batch"],
-        "noise_scale": [[step["tokens"], step["noise_scale"]] for step in logged.steps[:: len(logged.steps) // 20]],
+        "noise_scale": scales[:: len(scales) // 20],
         "replayed": not replayed.differences,
         "seconds": round(time.monotonic() - began, 1),
     }

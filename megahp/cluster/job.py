@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import megahp
 from megahp.config import Config
@@ -133,20 +134,25 @@ def folder() -> Path:
     return found
 
 
-def jobs() -> dict[str, list[str]]:
-    """Your jobs, in words, by the run directory they were launched for; empty where there is no Slurm."""
-    found: dict[str, list[str]] = {}
-    try:
-        done = subprocess.run(["squeue", "--me", "-h", "-o", COLUMNS], capture_output=True, text=True)
-    except FileNotFoundError:
-        return found
-    if done.returncode:
-        raise UserError(f"squeue: {' '.join(done.stderr.split())}; try again when Slurm answers")
-    for line in done.stdout.splitlines():
-        job, state, used, limit, nodes, where, comment = line.split("|", 6)
+class Queued(NamedTuple):
+    """A job in Slurm's queue."""
+
+    id: str
+    state: str  # pending, running, ... as squeue calls it
+    words: str  # its times and nodes
+
+    def __str__(self) -> str:
+        return f"job {self.id}: {self.state}, {self.words}"
+
+
+def jobs() -> dict[str, list[Queued]]:
+    """Your jobs by the run directory they were launched for. Raises UserError where Slurm cannot be asked."""
+    found: dict[str, list[Queued]] = {}
+    for line in _slurm(["squeue", "--me", "-h", "-o", COLUMNS], remedy="try again when Slurm answers").splitlines():
+        job, state, used, limit, nodes, where, comment = (line.split("|", 6) + [""] * 6)[:7]
         if comment.startswith(OWNER):
-            told = f"job {job}: {state.lower()}, {used} of {limit}, {nodes} nodes {where}"
-            found.setdefault(comment.removeprefix(OWNER), []).append(told)
+            queued = Queued(job, state.lower(), f"{used} of {limit}, {nodes} nodes {where}")
+            found.setdefault(comment.removeprefix(OWNER), []).append(queued)
     return found
 
 
@@ -160,12 +166,12 @@ def submit(script: str) -> str:
     raise UserError(f"sbatch printed no number of a job, but {printed!r}; see with squeue whether there is one")
 
 
-def _slurm(command: Sequence[str], text: str = "") -> str:
+def _slurm(command: Sequence[str], text: str = "", remedy: str = "change the options it names") -> str:
     """What a command of Slurm's prints. Raises UserError with what it complains of."""
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True)
     except FileNotFoundError:
-        raise UserError(f"{command[0]} is not on this machine; go to one of Slurm's, or look at --dry-run") from None
+        raise UserError(f"{command[0]} is not on this machine; go to one of Slurm's") from None
     if done.returncode:
-        raise UserError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}; change the options it names")
+        raise UserError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}; {remedy}")
     return done.stdout.strip()

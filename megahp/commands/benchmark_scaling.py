@@ -189,7 +189,7 @@ def submit_all(points: Sequence[Point], arguments: argparse.Namespace) -> None:
     folder = arguments.out.resolve()  # of which `.` has a name
     out = Log(root=str(folder.parent), name=folder.name)
     if not arguments.dry_run and (queued := jobs().get(str(folder))):
-        print("\n".join(queued))
+        print("\n".join(map(str, queued)))
         return
     for nodes in sorted({point.nodes for point in points}, reverse=True):
         array = [point for point in points if point.nodes == nodes]

@@ -1,5 +1,6 @@
 """A run that takes more nodes as its batch grows: the plan of `megahp launch --grow`, and what its jobs ask."""
 
+import itertools
 import math
 import statistics
 from argparse import Namespace
@@ -96,12 +97,13 @@ def outlook(chain: Chain, speed: float | None) -> str:
 def logged_speed(run: Path, ranks_per_node: int) -> float | None:
     """Tokens a second of one node, the median of a run's last steps; None where nothing is logged."""
     from megahp.log.events import STARTS
-    from megahp.log.metrics import read_events, read_metrics
+    from megahp.log.metrics import newest_events, newest_metrics
 
     if not (run / "metrics.jsonl").exists():
         return None
-    layouts = [event["layout"] for event in read_events(run) if event["event"] in STARTS]
-    speeds = [step["tokens_per_second"] for step in read_metrics(run)[-SPEED_STEPS:] if step["tokens_per_second"]]
-    if not layouts or not speeds:
+    layout = next((event["layout"] for event in newest_events(run) if event["event"] in STARTS), None)
+    steps = itertools.islice(newest_metrics(run), SPEED_STEPS)
+    speeds = [speed for step in steps if (speed := step.get("tokens_per_second"))]
+    if not layout or not speeds:
         return None
-    return statistics.median(speeds) * ranks_per_node / math.prod(Layout(**layouts[-1]).shape)
+    return statistics.median(speeds) * ranks_per_node / math.prod(Layout(**layout).shape)

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megahp.report.page import write_report
+from megahp.report.page import read_runs, write_report
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -13,5 +13,5 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    print(f"report: {write_report(options.runs, options.out or options.runs[0] / 'report.html')}")
+    print(f"report: {write_report(read_runs(options.runs), options.out or options.runs[0] / 'report.html')}")
     return 0

@@ -3,6 +3,7 @@
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from itertools import islice
 
 from megahp.commands.arguments import add_run_file
 from megahp.config import resolve
@@ -22,12 +23,12 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         return options.code
 
     from megahp.faults.relaunch import checkpoints, verdict
-    from megahp.log.metrics import RunLog, read_events, read_metrics
+    from megahp.log.metrics import RunLog, newest_metrics, read_events
 
     run = resolve.load(options.run_file, options.overrides).config.directory
     log = RunLog(run)
     told = {"code": options.code, "job": options.job, "checkpoints": checkpoints(run)}
-    last = {key: step[key] for step in read_metrics(run)[-1:] for key in ("step", "tokens")}
+    last = {key: step[key] for step in islice(newest_metrics(run), 1) for key in ("step", "tokens")}
     events = read_events(run)
     ends = [event for event in events if event["event"] in ("stopped", "requeued")][-1:]
     # a life whose end could not be saved counts as a fault: another would train the same steps again

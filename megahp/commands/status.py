@@ -1,49 +1,62 @@
-"""Jobs, progress, ETA and last events of runs."""
+"""How runs stand, or how they ended: jobs, progress, ETA, last events, logs.
 
+Without a RUN: those of your jobs, and below them, as `megahp runs` shows them, those in the folder runs.
+"""
+
+import itertools
+import shutil
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megahp.cluster.job import jobs
-from megahp.errors import UserError
+from megahp.cluster.job import Queued, jobs
+from megahp.errors import UserError, complain
+from megahp.log.metrics import newest_events
+from megahp.log.standing import runs_below, standing, table
 
 SHOWN = 3  # events
+HERE = Path("runs")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run directory (default: those of your jobs)")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run directory")
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    found = jobs()
-    runs = options.runs or [Path(run) for run in found]
-    if not runs:
-        raise UserError("no job of yours was submitted by megahp launch; name a run directory, such as runs/mine")
+    if absent := [run for run in options.runs if not run.is_dir()]:
+        raise UserError(f"{absent[0]} is no run directory; name one, such as runs/mine")
+    ended = [] if options.runs else list(runs_below(HERE))
+    queued = jobs_of([*options.runs, *ended])
+    runs = options.runs or [Path(run) for run in queued]
+    ended = [run for run in ended if str(run.resolve()) not in queued]
+    if not runs and not ended:
+        raise UserError(f"{HERE} holds no runs, and no job of yours is one of megahp launch; name a run directory")
     for run in runs:
-        if not run.is_dir():
-            raise UserError(f"{run} is no run directory; name one, such as runs/mine")
-        print(f"{run}\n" + "\n".join(f"  {line}" for line in (*found.get(str(run.resolve()), []), *progress(run))))
+        print("\n  ".join([str(run), *details(run, queued.get(str(run.resolve()), ()))]))
+    if ended:
+        print(table([standing(run) for run in ended]))
     return 0
 
 
-def progress(run: Path) -> list[str]:
-    """How far a run is, and its last events, in words. Raises UserError where its files are damaged."""
-    from megahp.config import resolve
-    from megahp.log.metrics import read_events, read_metrics
-    from megahp.log.progress import human_count, human_duration
+def jobs_of(runs: Sequence[Path]) -> dict[str, list[Queued]]:
+    """Your jobs by run directory. Where Slurm cannot be asked there are none, which is said if runs came from Slurm."""
+    try:
+        return jobs()
+    except UserError as error:
+        if shutil.which("squeue") or any((run / "slurm").is_dir() for run in runs):
+            complain(f"Slurm cannot be asked, so jobs are left out: {error}")
+        return {}
 
-    if not (run / "config.toml").exists():
-        return ["not begun"]
-    total, steps, told = resolve.load(run / "config.toml").config.train.tokens, read_metrics(run), []
-    if steps:
-        last = steps[-1]
-        tokens, speed = last["tokens"], last["tokens_per_second"]
-        done = f"{human_count(tokens)}/{human_count(total)} tokens {tokens / total:.0%}"
-        eta = human_duration((total - tokens) / speed) if speed else "-"
-        loss = "-" if last["loss"] is None else f"{last['loss']:.4f}"
-        told.append(f"step {last['step']:,}, loss {loss}, {done}, {human_count(speed)} tok/s, ETA {eta}")
-    for event in read_events(run)[-SHOWN:]:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
-        told.append(f"{when}  step {event['step']:,} {event['event']}: {event['reason']}")
-    return told
+
+def details(run: Path, queued: Sequence[Queued]) -> list[str]:
+    """A run in words, a line each: jobs, progress, last events, newest log. Raises UserError where its files cannot be
+    read."""
+    found = standing(run, queued)
+    progress = f"step {found.step}, loss {found.loss}, {found.tokens} tokens {found.share}, {found.speed} tok/s, "
+    lines = [*map(str, queued), f"{found.state}: {progress if found.step else ''}{found.outlook}".rstrip(" :,")]
+    if (run / "events.jsonl").exists():
+        for event in reversed(list(itertools.islice(newest_events(run), SHOWN))):
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
+            lines.append(f"{when}  step {event['step']:,} {event['event']}: {event['reason']}")
+    return [*lines, f"log: {found.log}"] if found.log else lines

@@ -76,11 +76,12 @@ def train_rank(settings: Config, place: launch.World, layout: Layout, resume: bo
     try:
         code = FINISHED if train(settings, place, store, layout, resume) else STOPPED
         if place.rank == 0 and code == FINISHED:
-            from megahp.report.page import text_summary, write_report
+            from megahp.report.page import read_runs, text_summary, write_report
 
             try:
-                print(text_summary(settings.directory))
-                print(f"report: {write_report([settings.directory], settings.directory / 'report.html')}")
+                runs = read_runs([settings.directory])
+                print(text_summary(runs[0]))
+                print(f"report: {write_report(runs, settings.directory / 'report.html')}")
             except (UserError, OSError) as error:  # where nothing can be told of it the run is still a finished one
                 print(f"no report: {error}")
     except UserError as error:

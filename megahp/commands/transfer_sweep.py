@@ -52,7 +52,7 @@ from megahp.diagnose.curves import plot, show, tables
 from megahp.diagnose.transfer import Curve, drift
 from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
-from megahp.log.metrics import read_metrics
+from megahp.log.metrics import newest_metrics, read_metrics
 from megahp.log.progress import human_duration
 from megahp.parallel.device import cuda_wanted
 from megahp.parallel.layout import fit
@@ -352,8 +352,10 @@ def families_of(cells: Sequence[Cell], last: float | None) -> dict[str, dict[flo
 
 def loss_of(directory: Path, last: float | None) -> float:
     """The loss of a run that has ended, in nats per token; infinite where it diverged."""
-    steps = read_metrics(directory)
-    losses = [step["loss"] for step in steps[-math.ceil((last or 0) * len(steps)) :]]
     if last is None:
-        losses = [steps[-1].get("validation_loss")]
-    return math.inf if diverged(directory) or None in losses else float(np.mean(losses))
+        losses = [step.get("validation_loss") for step in itertools.islice(newest_metrics(directory), 1)]
+    else:
+        steps = read_metrics(directory)
+        losses = [step.get("loss") for step in steps[-math.ceil(last * len(steps)) :]]
+    known = [loss for loss in losses if loss is not None]
+    return math.inf if diverged(directory) or len(known) < max(1, len(losses)) else float(np.mean(known))

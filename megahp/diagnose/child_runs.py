@@ -1,5 +1,6 @@
 """Runs that a measurement trains by the real command, as processes of its own, and how they ended."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from megahp import config
 from megahp.config import Config
 from megahp.errors import UserError
 from megahp.launch import die_with_parent
-from megahp.log.metrics import read_events
+from megahp.log.metrics import newest_events
 from megahp.train.recovery import MOST_SKIPPED
 from megahp.train.run import read_config
 
@@ -48,15 +49,15 @@ def is_over(directory: Path) -> bool:
 def is_finished(directory: Path) -> bool:
     """Whether the run took all of its steps."""
     there = (directory / "events.jsonl").exists()
-    return there and any(event["event"] == "finished" for event in read_events(directory))
+    return there and any(event["event"] == "finished" for event in newest_events(directory))
 
 
 def diverged(directory: Path) -> bool:
     """Whether the run gave up: after so many steps in a row were skipped, or with a weight that is not finite."""
     if not (directory / "events.jsonl").exists():
         return False
-    last = read_events(directory)[-MOST_SKIPPED:]
-    if last and last[-1]["event"] == "broken":
+    newest = list(itertools.islice(newest_events(directory), MOST_SKIPPED))
+    if newest and newest[0]["event"] == "broken":
         return True
-    skipped = [event["step"] for event in last if event["event"] == "skipped"]
-    return len(skipped) == MOST_SKIPPED and skipped[-1] - skipped[0] == MOST_SKIPPED - 1
+    skipped = [event["step"] for event in newest if event["event"] == "skipped"]
+    return len(skipped) == MOST_SKIPPED and skipped[0] - skipped[-1] == MOST_SKIPPED - 1

@@ -31,23 +31,31 @@ and where it is known `validation_loss`.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
 import os
+import stat
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
-from megahp.errors import UserError
+from megahp.errors import UserError, complain
+from megahp.files import read_json
 
 Record = dict[str, Any]
+NUMERIC = {int, float, bool, type(None)}
+LAYERS = b'"noise_scale_layers": {'
+CHUNK = 256  # steps that are objects at a time, on their way into columns
+BLOCK, LONGEST = 2**16, 2**24  # bytes: of a read from the end, of a line
+END_OF_TIME = 253_402_300_799  # the year 9999, in seconds since 1970
 
 
 class RunLog:
@@ -144,38 +152,38 @@ class RunLog:
 class LoggedRun:
     """A run directory, read: at least one step, and what else there is.
 
-    `baselines` may hold `unigram` and `bigram` (nats per token); `config` and `sample` are the texts of config.toml
-    and sample.txt, empty where there is none.
+    `columns` holds every number that was logged, [steps] in float64, NaN where it is null or missing; `layers` the
+    newest noise_scale_layers. `baselines` may hold `unigram` and `bigram` (nats per token); `config` and `sample` are
+    the texts of config.toml and sample.txt, empty where there is none.
     """
 
     name: str
-    steps: list[Record]
+    columns: Mapping[str, np.ndarray]
+    layers: Record
     events: list[Record]
     baselines: Record
     config: str
     sample: str
 
     def column(self, key: str) -> np.ndarray:
-        """One number of every step, [steps] in float64; NaN where it is null or missing."""
-        return np.array([record.get(key) for record in self.steps], dtype=np.float64)
+        """One number of every step, [steps]; NaN where it is null or missing."""
+        return self.columns.get(key, np.full(len(self.columns["step"]), np.nan))
 
 
 def read_run(directory: Path) -> LoggedRun:
     """Read a run directory; UserError when it is none, is damaged, or has no steps yet."""
-    steps = read_metrics(directory)
-    if not steps:
+    columns, layers = _read_columns(directory / "metrics.jsonl")
+    if not columns:
         raise UserError(f"{directory}/metrics.jsonl holds no step yet; wait for the first one to be logged")
     events, baselines = read_events(directory), directory / "baselines.json"
-    counted = _parse(baselines.read_bytes()) if baselines.exists() else {}
-    if counted is None:
-        raise UserError(f"{baselines} is not a JSON object; write it again or remove it")
+    counted = read_json(baselines, "baselines", "write it again, or remove it") if baselines.exists() else {}
+    if not _is_numeric(counted):
+        raise UserError(f"{baselines} holds something other than numbers; write it again, or remove it")
     places = (directory / "config.toml", directory / "sample.txt")
     texts = (place.read_text(encoding="utf-8", errors="replace") if place.exists() else "" for place in places)
-    run = LoggedRun(directory.resolve().name, steps, events, counted, *texts)
-    factor = _noise_to_total(run.config)
-    for step in steps:  # versions before the total was logged wrote the norm layers' alone
-        if "noise_scale_total" not in step and (noise := step.get("noise_scale")):
-            step["noise_scale_total"] = noise * factor
+    run = LoggedRun(directory.resolve().name, columns, layers, events, counted, *texts)
+    if "noise_scale_total" not in columns:  # versions before the total was logged wrote the norm layers' alone
+        columns["noise_scale_total"] = run.column("noise_scale") * _noise_to_total(run.config)
     return run
 
 
@@ -188,37 +196,152 @@ def _noise_to_total(text: str) -> float:
 
 
 def read_metrics(directory: Path) -> list[Record]:
-    """The steps a run logged, in order; UserError when the file is missing or damaged."""
-    return _read(directory / "metrics.jsonl")
+    """Return every step a run logged, in order. Raises UserError when the file is missing."""
+    return list(_read(directory / "metrics.jsonl", _is_step))
 
 
 def read_events(directory: Path) -> list[Record]:
-    """The events of a run, in order; UserError when the file is missing or damaged."""
-    return _read(directory / "events.jsonl")
+    """Return the events of a run, in order. Raises UserError when the file is missing."""
+    return list(_read(directory / "events.jsonl", _is_event))
 
 
-def _read(path: Path) -> list[Record]:
+def newest_metrics(directory: Path) -> Iterator[Record]:
+    """Yield the steps a run logged, the newest first, reading no more of the file than is asked for."""
+    return _read_backwards(directory / "metrics.jsonl", _is_step)
+
+
+def newest_events(directory: Path) -> Iterator[Record]:
+    """Yield the events of a run, the newest first, reading no more of the file than is asked for."""
+    return _read_backwards(directory / "events.jsonl", _is_event)
+
+
+def _read(
+    path: Path, is_right: Callable[[Record], bool], text_of: Callable[[bytes], bytes] = bytes
+) -> Iterator[Record]:
+    """Yield the objects of a log, in order. Lines that are no such objects are skipped, and counted on stderr.
+
+    text_of: what of a line is read.
+    """
+    damaged, number, line = list[int](), 0, b""
+    with _opened(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), start=1):
+            record = _parse(text_of(line))
+            if record is not None and is_right(record):
+                yield record
+            else:
+                damaged.append(number)
+    if damaged and damaged[-1] == number and not line.endswith(b"\n"):
+        damaged.pop()  # torn by a crash, or still being written
+    if damaged:
+        _say(f"{path}: skipped {len(damaged):,} damaged line{'s' * (len(damaged) > 1)}, the first is line {damaged[0]}")
+
+
+def _read_backwards(path: Path, is_right: Callable[[Record], bool]) -> Iterator[Record]:
+    """Yield the objects of a log, the last first."""
+    with _opened(path) as file:
+        position, rest = file.seek(0, os.SEEK_END), b""
+        is_last = True
+        while position:
+            size = min(max(BLOCK, len(rest)), position)  # twice as much for a line that is longer
+            if size > LONGEST:
+                raise UserError(f"{path} holds a line of more than {LONGEST:,} bytes; remove it")
+            position = file.seek(position - size)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            for line in reversed([rest, *lines] if position == 0 else lines):
+                record = _parse(line)
+                if record is not None and is_right(record):
+                    yield record
+                elif not is_last:  # a last line without its end is still being written
+                    _say(f"{path}: skipped damaged lines")
+                is_last = False
+
+
+def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], Record]:
+    """Return every number of every step as a column, and the newest noise scales of layers.
+
+    Objects inside a step, most of a line and of no use but at the end, are cut out before it is parsed.
+    """
+    nested = b"{}"
+
+    def flat(line: bytes) -> bytes:
+        nonlocal nested
+        if LAYERS in line:
+            nested = line
+        while (start := line.find(b": {")) >= 0 and (end := line.find(b"}", start)) >= 0:
+            line = line[:start] + b": null" + line[end + 1 :]
+        return line
+
+    steps, parts, count = _read(path, _is_step, flat), list[tuple[int, dict[str, np.ndarray]]](), 0
+    while chunk := list(itertools.islice(steps, CHUNK)):
+        keys = dict.fromkeys(itertools.chain.from_iterable(chunk))
+        parts.append((count, {key: np.array([step.get(key) for step in chunk], dtype=np.float64) for key in keys}))
+        count += len(chunk)
+    columns: dict[str, np.ndarray] = {}
+    for start, part in parts:
+        for key, values in part.items():
+            columns.setdefault(key, np.full(count, np.nan))[start : start + len(values)] = values
+    return columns, (_parse(nested) or {}).get("noise_scale_layers") or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, to be read: of a pipe nobody knows when it ends. Raises UserError."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is no regular file; name a run directory, such as runs/<name>")
         with open(path, "rb") as file:
-            records = [_parse(line) for line in file]
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; name a run directory, such as runs/<name>") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    if records and records[-1] is None:
-        records.pop()  # torn by a crash, or still being written
-    if None in records:
-        raise UserError(f"{path} line {records.index(None) + 1} is not a JSON object; remove that line")
-    return [record for record in records if record is not None]
+
+
+@functools.cache  # once, however often a log is read
+def _say(text: str) -> None:
+    complain(text)
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse)  # without NaN and Infinity, which are not JSON
 
 
 def _parse(line: bytes) -> Record | None:
     """The object on a line, or None; a torn line never parses, for an object ends with its own brace."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = DECODER.decode(line.decode())
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def _is_step(record: Record) -> bool:
+    return _is_count(record.get("step")) and _is_count(record.get("tokens")) and _is_numeric(record)
+
+
+def _is_event(record: Record) -> bool:
+    when, words = record.get("time"), (record.get("event"), record.get("reason"))
+    is_dated = isinstance(when, int | float) and 0 <= when < END_OF_TIME
+    is_placed = _is_count(record.get("step")) and _is_count(record.get("tokens"))
+    return is_dated and is_placed and {*map(type, words)} == {str}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_numeric(record: Record) -> bool:
+    """Whether an object holds numbers, true, false, null and objects of them alone."""
+    values, kinds = record.values(), {*map(type, record.values())}
+    if dict in kinds:
+        nested = [value for value in values if type(value) is dict]
+        values, kinds = [value for value in values if type(value) is not dict], kinds - {dict}  # type: ignore[assignment]
+        if not all(map(_is_numeric, nested)):
+            return False
+    return kinds <= NUMERIC and max(map(abs, filter(None, values)), default=0) < 1e300
 
 
 def _appending(path: Path) -> TextIO:

@@ -72,7 +72,9 @@ def human_count(number: float | None) -> str:
 
 
 def human_duration(seconds: float) -> str:
-    """The two largest units that matter: 45 s, 2 min 13 s, 5 h 04 min, 3 d 7 h."""
+    """The two largest units that matter: 45 s, 2 min 13 s, 5 h 04 min, 3 d 7 h; "-" for what is not finite."""
+    if not math.isfinite(seconds):
+        return "-"
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

@@ -11,8 +11,9 @@ import numpy as np
 from megahp.config import Config, get
 from megahp.errors import UserError
 from megahp.log.events import STARTS
-from megahp.log.metrics import Record, read_run
+from megahp.log.metrics import Record, newest_metrics, read_events
 from megahp.log.progress import human_count
+from megahp.log.standing import runs_below
 from megahp.model.build import longest
 from megahp.recipe import fit
 from megahp.recipe.fit import Fit, Trained
@@ -46,16 +47,28 @@ NEEDED, OPTIONAL = ("parameters", "tokens", "loss"), ("batch", "lr", "weight_dec
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[Trained], list[str]]:
-    """The runs of run directories and .jsonl tables, and notes about them. Raises UserError for one not ended."""
+    """The runs of run directories, of folders that hold some, such as a sweep's, and of .jsonl tables; and notes about
+    them. Raises UserError for a run that cannot be used; one that a folder merely holds is left out, with a note."""
     runs: list[Trained] = []
     notes: list[str] = []
     trees: list[Config] = []
+
+    def add(run: Path) -> None:
+        settings = read_config(run)
+        runs.append(_read_run(run, settings, notes))
+        trees.append(settings)
+
     for path in paths:
         if path.suffix == ".jsonl":
             runs += _read_table(path)
+        elif (path / "config.toml").exists() or not (below := list(runs_below(path))):
+            add(path)
         else:
-            trees.append(read_config(path))
-            runs.append(_read_run(path, trees[-1], notes))
+            for run in below:
+                try:
+                    add(run)
+                except UserError as error:
+                    notes.append(f"left out: {error}")
     for key in OF_THE_TEXT:
         if len({get(settings, key) for settings in trees}) > 1:
             notes.append(f"the runs differ in {key}, so their losses may not compare")
@@ -63,14 +76,24 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Trained], list[str]]:
 
 
 def _read_run(path: Path, settings: Config, notes: list[str]) -> Trained:
-    """A run directory's run, of as many tokens as it was planned for, which it keeps to within a batch."""
-    run = read_run(path)
-    last, events = run.steps[-1], [event["event"] for event in run.events]
-    batch, planned = settings.batch.global_batch * settings.data.sequence_length, settings.train.tokens
+    """A run directory's run, of as many tokens as it was planned for, which it keeps to within a batch, or as it took
+    until train.steps."""
+    last, events = next(newest_metrics(path), None), [event["event"] for event in read_events(path)]
+    if last is None:
+        raise UserError(f"{path} has logged no step; train it, or leave it out")
+    batch, tokens = settings.batch.global_batch * settings.data.sequence_length, settings.train.tokens
     ended = next((event for event in reversed(events) if event in ("finished", *STARTS)), None)
-    if ended != "finished" or last["tokens"] + last["global_batch"] * longest(settings) <= planned:
-        done = f"{last['tokens']} of train.tokens = {planned} are done"
+    is_short = last["tokens"] + (last.get("global_batch") or 0) * longest(settings) <= tokens
+    is_cut = is_short and 0 < settings.train.steps <= last["step"]
+    if ended != "finished" or is_short and not is_cut:
+        done = f"{last['tokens']} of train.tokens = {tokens} are done"
         raise UserError(f"{path} has not ended: {done}; finish it, or leave it out")
+    if is_cut:
+        notes.append(
+            f"{path} ended by train.steps = {settings.train.steps}, its learning rate that of {tokens} tokens; it "
+            f"counts as a run of the {last['tokens']} it took"
+        )
+        tokens = last["tokens"]
     if (loss := last.get("validation_loss")) is None:
         raise UserError(f"{path} has no validation loss at its end; set train.validation_samples, or leave it out")
     if settings.sparsity.method != "none":
@@ -84,7 +107,7 @@ def _read_run(path: Path, settings: Config, notes: list[str]) -> Trained:
     elif optimizer.name != "adamw":
         notes.append(f"{path}: tau is AdamW's, not {optimizer.name}'s; it does not serve the timescale's law")
         values = {"batch": batch}
-    return Trained(str(path), flops.parameters(settings.model, longest(settings)), planned, loss, **values)
+    return Trained(str(path), flops.parameters(settings.model, longest(settings)), tokens, loss, **values)
 
 
 def _read_table(path: Path) -> list[Trained]:

@@ -19,16 +19,16 @@ from megahp.errors import UserError
 from megahp.log.metrics import LoggedRun, Record
 from megahp.log.progress import human_count
 from megahp.report.numbers import (
+    course,
     decayed,
     known,
     layer_kinds,
     layer_points,
-    smooth,
+    missed,
     thin,
     token_bounds,
     tokens_per_step,
     update_density,
-    window_of,
 )
 
 RUNS = ("#2b5fa8", "#b5539c", "#2d8a57", "#8a6d1a", "#6a55c2", "#1d8a99")
@@ -75,9 +75,9 @@ def loss_figure(runs: Sequence[LoggedRun]) -> str:
             # An open circle for every validation, and a tick on the x axis for every step that was not taken.
             points = thin(tokens[np.isfinite(validation)], validation[np.isfinite(validation)])
             axes.plot(*points, "o", color=hue, ms=5, mew=1.4, mfc=PALETTE["paper"], zorder=4)
-            missed = [record["tokens"] for record in run.steps if record.get("skipped")]
-            if missed:  # an empty line that is not clipped would still be given room
-                axes.plot(missed, [0] * len(missed), "|", transform=axes.get_xaxis_transform(), **ticks)
+            at = tokens[missed(run)]
+            if len(at):  # an empty line that is not clipped would still be given room
+                axes.plot(*thin(at, np.zeros(len(at))), "|", transform=axes.get_xaxis_transform(), **ticks)
         baselines(axes, runs)
         axes.set_ylabel("nats per token")
 
@@ -141,7 +141,7 @@ def batch_figure(runs: Sequence[LoggedRun], marks: Sequence[Mark]) -> str:
                 axes.plot(*thin(tokens, run.column("batch_target")), color=hue, ls=(0, (1, 1.2)), lw=1.6)
         logarithmic(axes, 2)
         fit(axes, columns(runs, "global_batch"), columns(runs, "noise_scale_total", "batch_target"))
-        span = max(run.steps[-1]["tokens"] for run in runs) or 1
+        span = max(run.column("tokens")[-1] for run in runs) or 1
         labelled = -1.0
         for number, index, event in marks:
             if (at := event["tokens"]) > span:
@@ -176,10 +176,9 @@ def gradient_figure(runs: Sequence[LoggedRun]) -> str:
 
     def draw(axes: Any) -> None:
         for index, run in enumerate(runs):
-            tokens, window = run.column("tokens"), window_of(run)
-            example, batch = run.column("grad_sq_example"), run.column("grad_sq_batch")
-            axes.plot(*thin(tokens, smooth(example, window)), color=PALETTE[colour(index)])
-            axes.plot(*thin(tokens, smooth(batch, window)), **second(index, runs))
+            tokens = run.column("tokens")
+            axes.plot(*course(tokens, run.column("grad_sq_example")), color=PALETTE[colour(index)])
+            axes.plot(*course(tokens, run.column("grad_sq_batch")), **second(index, runs))
         logarithmic(axes, 10)
 
     return plot(draw, runs, "Squared gradient norms against tokens", 5, 2.7)
@@ -205,10 +204,10 @@ def layer_figure(runs: Sequence[LoggedRun]) -> str:
 
 def trend(axes: Any, run: LoggedRun, key: str, hue: str) -> None:
     """Every point as a faint line, and their course over 2 % of the run as a clear one."""
-    x, y, window = run.column("tokens"), run.column(key), window_of(run)
-    if window > 1:
+    x, y = run.column("tokens"), run.column(key)
+    if len(x) >= 100:
         axes.plot(*thin(x, y), color=hue, lw=0.7, alpha=0.28)
-    axes.plot(*thin(x, smooth(y, window)), color=hue, marker="." if len(x) < 30 else None, zorder=3)
+    axes.plot(*course(x, y), color=hue, marker="." if len(x) < 30 else None, zorder=3)
 
 
 def stairs(run: LoggedRun, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -298,7 +297,7 @@ def plot(
         axes = figure.add_subplot()
         axes.grid(axis="x", visible=False)
         if runs:
-            axes.set_xlim(0, 1.01 * max(run.steps[-1]["tokens"] for run in runs) or 1)
+            axes.set_xlim(0, 1.01 * max(run.column("tokens")[-1] for run in runs) or 1)
             axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
             axes.set_xlabel("tokens")
         draw(axes)

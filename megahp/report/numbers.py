@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megahp.log.metrics import LoggedRun, Record
+from megahp.log.metrics import LoggedRun
 from megahp.log.progress import human_count, human_duration
 from megahp.scaling.noise_scale import step_efficiency
 from megahp.scaling.schedules import dual_coefficients
@@ -21,8 +21,8 @@ def summary(run: LoggedRun) -> dict[str, str]:
         "Validation loss": shown(validation),
         "Unigram baseline": against(best, run.baselines.get("unigram")),
         "Bigram baseline": against(best, run.baselines.get("bigram")),
-        "Tokens": f"{run.steps[-1]['tokens']:,}",
-        "Steps": f"{run.steps[-1]['step']:,}",
+        "Tokens": f"{run.column('tokens')[-1]:,.0f}",
+        "Steps": f"{run.column('step')[-1]:,.0f}",
         "Steps skipped": f"{skipped(run):,}",
         "Training time": human_duration(seconds) if seconds else "",
         "Tokens per second": shown(over(run, "tokens_per_second", np.nanmedian), human_count),
@@ -55,7 +55,7 @@ def loss_check(run: LoggedRun) -> tuple[bool, str] | None:
     if levels:
         kind, level = levels[-1]
         return True, f"Loss is {level - loss:.2f} nats below the {kind} baseline."
-    first = next((record["loss"] for record in run.steps if record.get("loss") is not None), loss)
+    first = finite(run, "loss")[0]
     return loss <= first, f"Loss went from {first:.2f} to {loss:.2f}."
 
 
@@ -76,7 +76,7 @@ def skipped_check(run: LoggedRun) -> tuple[bool, str] | None:
     number = skipped(run)
     if number == 0:
         return True, "Every gradient was finite; no step was skipped."
-    return False, f"{number:,} of {len(run.steps):,} logged steps were skipped: gradient not finite."
+    return False, f"{number:,} of {len(missed(run)):,} logged steps were skipped: gradient not finite."
 
 
 def batch_check(run: LoggedRun) -> tuple[bool, str] | None:
@@ -108,13 +108,14 @@ def throughput_check(run: LoggedRun) -> tuple[bool, str] | None:
 
 def last(run: LoggedRun, key: str) -> float | None:
     """The newest number under a key, or None."""
-    return next((value for record in reversed(run.steps) if (value := record.get(key)) is not None), None)
+    values = finite(run, key)
+    return float(values[-1]) if len(values) else None
 
 
 def final(run: LoggedRun, key: str) -> float | None:
     """Mean of the last 5 % of the steps that have a number: one step alone is noise."""
     values = finite(run, key)
-    return float(values[-max(1, len(run.steps) // 20) :].mean()) if len(values) else None
+    return float(values[-max(1, len(run.column(key)) // 20) :].mean()) if len(values) else None
 
 
 def over(run: LoggedRun, key: str, statistic: Callable[[np.ndarray], float]) -> float | None:
@@ -130,7 +131,12 @@ def finite(run: LoggedRun, key: str) -> np.ndarray:
 
 def skipped(run: LoggedRun) -> int:
     """How many of the logged steps were not taken."""
-    return sum(bool(record.get("skipped")) for record in run.steps)
+    return int(missed(run).sum())
+
+
+def missed(run: LoggedRun) -> np.ndarray:
+    """Which of the logged steps were not taken, [steps]."""
+    return np.nan_to_num(run.column("skipped")) != 0
 
 
 def training_seconds(run: LoggedRun) -> float:
@@ -161,8 +167,7 @@ def update_shares(run: LoggedRun) -> tuple[float, np.ndarray]:
     record stands for; a step that was skipped, or whose rate is unknown, made no update.
     """
     alpha = np.nan_to_num(run.column("lr") * run.column("weight_decay"))
-    missed = np.array([bool(record.get("skipped")) for record in run.steps])
-    replaced = 1 - (1 - alpha) ** (steps_taken(run) - missed)
+    replaced = 1 - (1 - alpha) ** (steps_taken(run) - missed(run))
     return dual_coefficients(replaced, np.ones(len(replaced)))
 
 
@@ -181,7 +186,7 @@ def newest_half(run: LoggedRun, shares: np.ndarray) -> float:
 
 def decayed(run: LoggedRun) -> bool:
     """Whether there is weight decay; without it the weights are no average."""
-    return any((record.get("lr") or 0) * (record.get("weight_decay") or 0) > 0 for record in run.steps)
+    return bool((run.column("lr") * run.column("weight_decay") > 0).any())
 
 
 def shown(number: float | None, form: Callable[[float], str] = "{:.4f}".format) -> str:
@@ -199,9 +204,9 @@ def against(loss: float | None, baseline: float | None) -> str:
 
 def change(run: LoggedRun, key: str) -> str:
     """First and last number under a key."""
-    first = next((value for record in run.steps if (value := record.get(key)) is not None), None)
-    start, end = shown(first, human_count), shown(last(run, key), human_count)
-    return start if start == end else f"{start} to {end}"
+    values = finite(run, key)
+    ends = dict.fromkeys(map(human_count, values[[0, -1]])) if len(values) else {}
+    return " to ".join(ends)
 
 
 def steps_saved(run: LoggedRun) -> str:
@@ -232,14 +237,19 @@ def tokens_per_step(run: LoggedRun) -> np.ndarray:
     return np.divide(tokens, steps, out=np.full(len(steps), np.nan), where=steps > 0)
 
 
-def known(runs: Sequence[LoggedRun], key: str) -> bool:
-    """Whether any step of any run holds a number under this key."""
-    return any(record.get(key) is not None for run in runs for record in run.steps)
+def known(runs: Sequence[LoggedRun], *keys: str) -> bool:
+    """Whether any step of any run holds a number under one of these keys."""
+    return any(len(finite(run, key)) for run in runs for key in keys)
 
 
-def window_of(run: LoggedRun) -> int:
-    """Steps that a smoothed line averages over: 2 % of the run."""
-    return max(1, len(run.steps) // 50)
+def course(x: np.ndarray, y: np.ndarray, points: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """The course of y: its mean over 2 % of the run around each point, or around at most so many of a long run's."""
+    if len(x) > points:  # of means over short stretches: the work would grow as the square of the steps
+        begins, known = np.linspace(0, len(x), points, endpoint=False).astype(int), np.isfinite(y)
+        x = np.add.reduceat(x, begins) / np.diff(begins, append=len(x))
+        total, count = (np.add.reduceat(each.astype(float), begins) for each in (np.where(known, y, 0), known))
+        y = np.divide(total, count, out=np.full(points, np.nan), where=count > 0)
+    return x, smooth(y, max(1, len(x) // 50))
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -265,14 +275,12 @@ def thin(x: np.ndarray, y: np.ndarray, buckets: int = 1000) -> tuple[np.ndarray,
 
 
 def layer_points(run: LoggedRun) -> list[tuple[str, int, float]]:
-    """(kind, depth, examples) of the last step that knows them; `layers.3.norm` is of kind `layers.*.norm`.
+    """(kind, depth, examples) of the newest noise scales; `layers.3.norm` is of kind `layers.*.norm`.
 
     A layer without a number, the final norm for instance, stands one deeper than the layer before it.
     """
-    layers = (record.get("noise_scale_layers") for record in reversed(run.steps))
-    last: Record = next(filter(None, layers), {})
     points, depth = [], -1
-    for name, value in last.items():
+    for name, value in run.layers.items():
         number = re.search(r"\d+", name)
         depth = int(number[0]) if number else depth + 1
         if value is not None:

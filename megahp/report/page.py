@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from html import escape
@@ -16,19 +17,20 @@ from megahp.report import figures
 from megahp.report.numbers import decayed, health, known, layer_kinds, newest_half, skipped, summary, update_shares
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Write a page about one run directory, or several overlaid, to the file `out`, and return it.
+def read_runs(directories: Sequence[Path]) -> list[LoggedRun]:
+    """Read run directories; two of the same name are named by their paths. Raises UserError when one is no run, or has
+    no steps yet."""
+    with ProcessPoolExecutor(min(len(directories), os.cpu_count() or 1)) as pool:
+        runs = list(pool.map(read_run, directories) if len(directories) > 1 else map(read_run, directories))
+    names = Counter(run.name for run in runs)
+    pairs = zip(runs, directories, strict=True)
+    return [run if names[run.name] == 1 else replace(run, name=str(directory)) for run, directory in pairs]
 
-    The page needs no network and no other file. UserError when a directory is not a run, or has no steps yet.
-    """
-    if not runs:
-        raise UserError("a report needs at least one run directory; name one, such as runs/<name>")
-    read = [read_run(Path(run)) for run in runs]
-    names = Counter(run.name for run in read)
-    for index, run in enumerate(read):
-        if names[run.name] > 1:  # two directories of the same name are told apart by their paths
-            read[index] = replace(run, name=str(runs[index]))
-    text, part = page(read), out.with_suffix(".part")
+
+def write_report(runs: Sequence[LoggedRun], out: Path) -> Path:
+    """Write a page about one run, or several overlaid, to the file `out`, and return it. The page needs no network and
+    no other file. Raises UserError."""
+    text, part = page(runs), out.with_suffix(".part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
@@ -38,14 +40,13 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def text_summary(run: Path) -> str:
-    """The summary of one run directory for a terminal; UserError as for `write_report`."""
-    read = read_run(Path(run))
-    rows = {label: value for label, value in summary(read).items() if value}
+def text_summary(run: LoggedRun) -> str:
+    """The summary of one run for a terminal."""
+    rows = {label: value for label, value in summary(run).items() if value}
     width = max(map(len, rows))
     lines = [f"{label:<{width}}  {value}" for label, value in rows.items()]
-    checks = [f"{'ok  ' if good else 'LOOK'}  {text}" for good, text in health(read)]
-    return "\n".join([read.name, "", *lines, "", *checks])
+    checks = [f"{'ok  ' if good else 'LOOK'}  {text}" for good, text in health(run)]
+    return "\n".join([run.name, "", *lines, "", *checks])
 
 
 def page(runs: Sequence[LoggedRun]) -> str:
@@ -57,20 +58,20 @@ def page(runs: Sequence[LoggedRun]) -> str:
     batch = strokes(runs, "global batch", "noise scale", target) + "In examples. Numbered lines are the events below."
     norms = strokes(runs, "one example, on average", "the whole batch")
     rates = strokes(runs, "as applied", "of a growing batch: times the root of batch over first batch")
-    squares = "grad_sq_example grad_sq_batch"
+    squares, layers = known(runs, "grad_sq_example", "grad_sq_batch"), any(run.layers for run in runs)
     parts = [
         f'<header><p class="kicker">megahp run report</p><h1>{heading}</h1></header>',
         f'<section class="top{" many" if len(runs) > 1 else ""}">{table_of(runs)}{health_of(runs)}</section>',
-        section(runs, "Loss", loss_caption(runs), "loss validation_loss", figures.loss_figure),
-        section(runs, "Batch size and noise scale", batch, "global_batch noise_scale_total",
+        section(runs, "Loss", loss_caption(runs), known(runs, "loss", "validation_loss"), figures.loss_figure),
+        section(runs, "Batch size and noise scale", batch, known(runs, "global_batch", "noise_scale_total"),
                 lambda runs: figures.batch_figure(runs, marks)),
         events_of(runs, marks),
-        section(runs, "What the weights are made of", weights_caption(runs), "weight_decay", weights_of),
+        section(runs, "What the weights are made of", weights_caption(runs), known(runs, "weight_decay"), weights_of),
         '<div class="pairs">',
-        section(runs, "Learning rate", rates, "lr", figures.learning_rate_figure),
-        section(runs, "Throughput", "Tokens per second.", "tokens_per_second", figures.throughput_figure),
+        section(runs, "Learning rate", rates, known(runs, "lr"), figures.learning_rate_figure),
+        section(runs, "Throughput", "Tokens per second.", known(runs, "tokens_per_second"), figures.throughput_figure),
         section(runs, "Squared gradient norm", norms, squares, figures.gradient_figure),
-        section(runs, "Noise scale by layer", kinds_of(runs), "noise_scale_layers", figures.layer_figure),
+        section(runs, "Noise scale by layer", kinds_of(runs), layers, figures.layer_figure),
         "</div>",
         *(SAMPLE.format(escape(run.name), escape(run.sample)) for run in runs if run.sample),
         *(SETTINGS.format(escape(run.name), escape(run.config or "config.toml is missing.")) for run in runs),
@@ -142,10 +143,9 @@ def health_of(runs: Sequence[LoggedRun]) -> str:
 
 
 def section(
-    runs: Sequence[LoggedRun], title: str, caption: str, keys: str, figure: Callable[[Sequence[LoggedRun]], str]
+    runs: Sequence[LoggedRun], title: str, caption: str, recorded: bool, figure: Callable[[Sequence[LoggedRun]], str]
 ) -> str:
     """A figure under its heading, or a word that there is nothing to draw."""
-    recorded = any(known(runs, key) for key in keys.split())
     drawing = figure(runs) if recorded else '<p class="none">Not recorded.</p>'
     heading = f'<h2>{title}</h2><p class="caption">{caption}</p>{legend_of(runs)}'
     return f"<section>{heading}<figure>{drawing}</figure></section>"

@@ -10,6 +10,7 @@ from megahp.diagnose import child_runs
 
 def test_skipped_steps_that_are_not_in_a_row_are_not_the_end(tmp_path: Path) -> None:
     for gap, expected in ((1, True), (2, False)):
-        events = [{"step": gap * n, "event": "skipped"} for n in range(25)]
+        rest = {"tokens": 0, "time": 0, "event": "skipped", "reason": "not finite"}
+        events = [{"step": gap * n, **rest} for n in range(25)]
         (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
         assert child_runs.is_over(tmp_path) == expected

@@ -1,14 +1,18 @@
 """The run's log: what is written comes back, exactly, through crashes and resumes."""
 
+import itertools
 import json
 import math
+import os
 import random
 import sys
 
+import numpy as np
 import pytest
 
 from megahp.errors import UserError
-from megahp.log.metrics import RunLog, read_events, read_metrics, read_run
+from megahp.log import metrics
+from megahp.log.metrics import RunLog, newest_events, newest_metrics, read_events, read_metrics, read_run
 
 
 def record(step, **values):
@@ -45,17 +49,18 @@ def test_floats_come_back_bit_for_bit(tmp_path):
     draw = random.Random(0)
     floats = [draw.random() * 10 ** draw.randint(-300, 300) for _ in range(1000)]
     floats += [0.1, 1 / 3, 5e-324, sys.float_info.max, -0.0]
-    RunLog(tmp_path).metrics(record(1, values=floats))
-    back = read_metrics(tmp_path)[0]["values"]
+    floats = [number for number in floats if number < 1e300]  # none that is logged is larger
+    RunLog(tmp_path).metrics(record(1, values=dict(enumerate(floats))))
+    back = read_metrics(tmp_path)[0]["values"].values()
     assert [number.hex() for number in back] == [number.hex() for number in floats]
 
 
 def test_nan_and_infinity_are_null(tmp_path):
-    RunLog(tmp_path).metrics(record(1, grad_norm=math.nan, deep={"a": [math.inf, -math.inf, 1.0]}))
+    RunLog(tmp_path).metrics(record(1, grad_norm=math.nan, deep={"a": {"b": math.inf, "c": -math.inf, "d": 1.0}}))
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert read_metrics(tmp_path)[0]["grad_norm"] is None
-    assert read_metrics(tmp_path)[0]["deep"] == {"a": [None, None, 1.0]}
+    assert read_metrics(tmp_path)[0]["deep"] == {"a": {"b": None, "c": None, "d": 1.0}}
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
@@ -67,13 +72,83 @@ def test_a_torn_last_line_costs_only_itself(tmp_path, cut):
     assert steps == ([1, 2, 3] if cut == 1 else [1, 2])  # without the newline alone the object is whole
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+STEP = '"step": 2, "tokens": 1024'
+DAMAGED = [
+    *('{"step": 2, "tok', "[]", "3", "null", "", "\xff", "[" * 100_000, "{" + STEP + ', "loss": NaN}'),
+    *("{" + STEP + f', "loss": {value}}}' for value in ('"3.5"', '""', "[1]", "[]", "1e999", "1" * 400, "9" * 5000)),
+    *("{" + STEP + f', "noise_scale_layers": {{"norm": {value}}}}}' for value in ('"3.5"', "[1]", "Infinity")),
+    *('{"tokens": 1024}', '{"step": 2}', '{"step": "2", "tokens": 1024}', '{"step": 2.5, "tokens": 1024}'),
+    *('{"step": -2, "tokens": 1024}', '{"step": true, "tokens": 1024}', '{"step": 2, "tokens": 1e3}'),
+    f'{{"step": 2, "tokens": {2**63}}}',
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=lambda line: line[:60])
+def test_a_damaged_line_is_skipped_and_counted(tmp_path, capsys, line):
     logged(tmp_path, 3).close()
     path = tmp_path / "metrics.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:9], lines[2]]) + "\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl line 2"):
-        read_metrics(tmp_path)
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], line.encode("latin-1"), lines[2], line.encode("latin-1"), b""]))
+    assert [found["step"] for found in read_metrics(tmp_path)] == [1, 3]
+    said = f"megahp: {path}: skipped 2 damaged lines, the first is line 2\n"
+    assert capsys.readouterr().err == said
+    assert read_metrics(tmp_path) and capsys.readouterr().err == ""  # said once
+    assert [found["step"] for found in newest_metrics(tmp_path)] == [3, 1]
+    assert capsys.readouterr().err == f"megahp: {path}: skipped damaged lines\n"
+    (tmp_path / "events.jsonl").touch()
+    if "noise_scale_layers" not in line:  # what is cut out of a line is not looked into
+        assert read_run(tmp_path).column("step").tolist() == [1, 3]
+
+
+EVENT = {"step": 2, "tokens": 1024, "time": 1.8e9, "event": "batch", "reason": "more"}
+
+
+@pytest.mark.parametrize("key", EVENT)
+@pytest.mark.parametrize("value", ["absent", None, [1], -1e300, "text", 1e300])
+def test_an_event_without_what_each_has_is_skipped_and_counted(tmp_path, capsys, key, value):
+    wrong = {name: here for name, here in (EVENT | {key: value}).items() if here != "absent"}
+    is_right = value == "text" and key in ("event", "reason")
+    (tmp_path / "events.jsonl").write_text(f"{json.dumps(wrong)}\n{json.dumps(EVENT)}\n")
+    assert read_events(tmp_path) == [wrong, EVENT][is_right is False :]
+    assert list(newest_events(tmp_path)) == read_events(tmp_path)[::-1]
+    assert ("skipped 1 damaged line, the first is line 1" in capsys.readouterr().err) != is_right
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 2**16])
+def test_a_log_is_read_from_its_end_no_further_than_is_asked_for(tmp_path, monkeypatch, block):
+    logged(tmp_path, 300).close()
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    assert list(newest_metrics(tmp_path)) == read_metrics(tmp_path)[::-1]
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "ab") as file:
+        file.write(b'{"step": 301, "tok')  # being written
+    parsed, parse = [], metrics._parse
+    monkeypatch.setattr(metrics, "_parse", lambda line: parsed.append(line) or parse(line))
+    assert [found["step"] for found in itertools.islice(newest_metrics(tmp_path), 2)] == [300, 299]
+    assert len(parsed) == 3
+
+
+def test_columns_hold_every_number_and_the_newest_layers(tmp_path):
+    """Against the objects themselves, whatever keys each has; of what is cut out nothing remains."""
+    log, draw = RunLog(tmp_path), random.Random(0)
+    for step in range(1, 1001):
+        values = {key: draw.choice([draw.gauss(0, 1), None, 7]) for key in "abcde" if draw.random() < 0.5}
+        layers = {"noise_scale_layers": {"layers.0.norm": float(step)}} if step % 7 == 0 else {}
+        log.metrics(record(step, **values, **layers, expert_load_max={"router": 2.0}))
+    log.close()
+    run, steps = read_run(tmp_path), read_metrics(tmp_path)
+    for key in ("step", "tokens", "loss", *"abcde"):
+        expected = [math.nan if step.get(key) is None else step[key] for step in steps]
+        np.testing.assert_array_equal(run.column(key), expected)
+    assert run.layers == {"layers.0.norm": 994.0}
+    assert np.isnan(run.column("expert_load_max")).all() and np.isnan(run.column("absent")).all()
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    for read in (read_metrics, read_run, lambda path: next(newest_metrics(path))):
+        with pytest.raises(UserError, match=r"metrics\.jsonl is no regular file"):
+            read(tmp_path)
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path):
@@ -152,5 +227,8 @@ def test_a_run_is_read_whole(tmp_path):
     assert run.column("tokens").tolist() == [512.0, 1024.0]
     assert all(map(math.isnan, run.column("mfu")))
     (tmp_path / "baselines.json").write_text('{"unigram": ')
-    with pytest.raises(UserError, match=r"baselines\.json is not a JSON object"):
+    with pytest.raises(UserError, match=r"baselines\.json is not valid JSON"):
+        read_run(tmp_path)
+    (tmp_path / "baselines.json").write_text('{"unigram": "low"}')
+    with pytest.raises(UserError, match=r"baselines\.json holds something other than numbers"):
         read_run(tmp_path)

@@ -73,6 +73,31 @@ def test_a_run_that_cannot_be_used_is_named(
     assert str(run) in error and told in error
 
 
+def test_a_folder_s_runs_are_read_but_those_that_cannot_be_used(tmp_path: Path) -> None:
+    """As a sweep leaves them: some finished, one diverged, one that has hardly begun."""
+    for size, name in enumerate(("one", "two"), start=1):
+        write_run(tmp_path / "sweep/mup" / name, {"train": {"tokens": 10_000_000 * size}})
+    write_run(tmp_path / "sweep/mup/wild", {}, ("started", "broken"))
+    (tmp_path / "sweep/mup/new").mkdir()
+    (tmp_path / "sweep/mup/new/events.jsonl").touch()
+    runs, notes = read_runs([tmp_path / "sweep"])
+    assert [run.tokens for run in runs] == [10_000_000, 20_000_000]
+    assert "left out" in notes[0] and "new/config.toml" in notes[0]
+    assert "left out" in notes[1] and "wild has not ended" in notes[1] and len(notes) == 2
+    with pytest.raises(UserError, match="wild has not ended"):
+        read_runs([tmp_path / "sweep/mup/wild"])
+    with pytest.raises(UserError, match="absent"):
+        read_runs([tmp_path / "absent"])
+
+
+def test_a_run_that_train_steps_ended_counts_what_it_took(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "cut", {"train": {"steps": 9}}, tokens=73_728)
+    (found,), notes = read_runs([run])
+    assert found.tokens == 73_728 and "ended by train.steps = 9" in notes[0] and "10000000 tokens" in notes[0]
+    with pytest.raises(UserError, match="has not ended"):
+        read_runs([write_run(tmp_path / "short", {"train": {"steps": 10}}, tokens=73_728)])
+
+
 def test_a_sparse_run_is_no_run_of_these_laws(tmp_path: Path) -> None:
     run = write_run(tmp_path / "sparse", {"sparsity": {"method": "static", "density": 0.5}})
     with pytest.raises(UserError, match="sparse is sparse, and the laws are of dense models"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from report.test_page import drawn, record, report, write_run
 
 from megahp.log.metrics import LoggedRun, RunLog, read_run
 from megahp.report.numbers import (
+    course,
     health,
     layer_points,
     newest_half,
@@ -19,6 +22,13 @@ from megahp.report.numbers import (
     update_density,
     update_shares,
 )
+
+
+def logged(steps):
+    """A run of these steps."""
+    keys = {key for step in steps for key in step if key != "noise_scale_layers"}
+    columns = {key: np.array([step.get(key) for step in steps], np.float64) for key in keys}
+    return LoggedRun("owl", columns, {}, [], {}, "", "")
 
 
 def test_thin_keeps_the_ends_the_spikes_and_the_gaps():
@@ -42,9 +52,21 @@ def test_smooth_is_a_mean_that_skips_nan():
     assert smooth(ramp, 1) == pytest.approx(ramp, nan_ok=True)
 
 
+def test_the_course_of_a_long_run_is_that_of_all_its_steps():
+    x = np.arange(100_000.0)
+    y = np.sin(x / 9000) + np.random.default_rng(0).normal(scale=0.1, size=len(x))
+    y[30_000:36_000] = np.nan
+    at, values = course(x, y)
+    whole = np.interp(at, x, smooth(y, 2000))
+    inside = np.isfinite(whole) & (at > 2000) & (at < 98_000)
+    assert len(at) == 2000 and np.isnan(values[(at > 30_100) & (at < 35_900)]).all()
+    assert values[inside] == pytest.approx(whole[inside], abs=0.01)
+    assert course(x[:50], x[:50])[1].tolist() == x[:50].tolist()
+
+
 def test_layers_lie_at_their_depth():
     layers = {"layers.0.a": 1.0, "layers.0.b": None, "layers.1.a": 3.0, "final": 4.0}
-    run = LoggedRun("owl", [{"noise_scale_layers": layers}, {"noise_scale_layers": None}], [], {}, "", "")
+    run = replace(logged([record(1)]), layers=layers)
     assert layer_points(run) == [("layers.*.a", 0, 1.0), ("layers.*.a", 1, 3.0), ("final", 2, 4.0)]
 
 
@@ -57,16 +79,16 @@ def test_what_growth_saved_in_steps_and_in_time():
         speed = 400.0 if step <= 100 else 800.0
         seconds = batch * 100 / speed
         steps.append(record(step, tokens=tokens, global_batch=batch, tokens_per_second=speed, step_seconds=seconds))
-    grown = LoggedRun("owl", steps, [], {}, "", "")
+    grown = logged(steps)
     assert steps_saved(grown) == "25% of 200 at the first batch throughout"
     assert time_saved(grown) == "25% of 6 min 40 s at the first batch's speed"
-    constant = LoggedRun("owl", steps[:100], [], {}, "", "")
+    constant = logged(steps[:100])
     assert steps_saved(constant) == time_saved(constant) == ""
 
 
 def checks(*losses, baselines=None, **values):
     steps = [record(step, loss=loss, **values) for step, loss in enumerate(losses, start=1)]
-    return health(LoggedRun("owl", steps, [], baselines or {}, "", ""))
+    return health(replace(logged(steps), baselines=baselines or {}))
 
 
 def test_health_sees_what_is_wrong():

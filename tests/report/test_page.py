@@ -12,7 +12,7 @@ import pytest
 from megahp.errors import UserError
 from megahp.log.metrics import RunLog, read_run
 from megahp.report.numbers import health, summary
-from megahp.report.page import text_summary, write_report
+from megahp.report.page import read_runs, text_summary, write_report
 
 pytest.importorskip("matplotlib")
 
@@ -76,7 +76,7 @@ class Page(HTMLParser):
 
 
 def report(tmp_path, *runs):
-    return Page(write_report(runs, tmp_path / "report.html"))
+    return Page(write_report(read_runs(runs), tmp_path / "report.html"))
 
 
 def test_the_numbers_are_right(tmp_path):
@@ -99,9 +99,9 @@ def test_the_numbers_are_right(tmp_path):
 
 
 def test_the_text_for_a_terminal_has_the_same_numbers(tmp_path):
-    run = write_run(tmp_path / "owl")
+    run = read_run(write_run(tmp_path / "owl"))
     text = text_summary(run)
-    numbers = {label: value for label, value in summary(read_run(run)).items() if value}
+    numbers = {label: value for label, value in summary(run).items() if value}
     assert all(re.search(rf"^{label} +{re.escape(value)}$", text, re.M) for label, value in numbers.items())
     assert "Unigram" not in text  # unknown: not mentioned
     assert "ok    Throughput is steady." in text
@@ -193,15 +193,13 @@ def drawn(page, label):
 
 
 def test_mistakes_are_told(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="at least one run"):
-        write_report([], tmp_path / "report.html")
     with pytest.raises(UserError, match=r"absent/metrics\.jsonl does not exist"):
-        write_report([tmp_path / "absent"], tmp_path / "report.html")
+        read_runs([tmp_path / "absent"])
     with pytest.raises(UserError, match="holds no step yet"):
-        text_summary(write_run(tmp_path / "new", steps=0))
-    run = write_run(tmp_path / "owl", steps=2)
+        read_runs([write_run(tmp_path / "owl", steps=2), write_run(tmp_path / "new", steps=0)])
+    runs = read_runs([tmp_path / "owl"])
     with pytest.raises(UserError, match="owl cannot be written"):
-        write_report([run], run)  # a directory
+        write_report(runs, tmp_path / "owl")  # a directory
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
-        write_report([run], tmp_path / "report.html")
+        write_report(runs, tmp_path / "report.html")

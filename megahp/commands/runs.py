@@ -1,0 +1,25 @@
+"""All runs below a folder, a line each: state, step, tokens, loss, job, ETA or how it ended, newest log file."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from megahp.commands.status import jobs_of
+from megahp.errors import UserError
+from megahp.log.standing import runs_below, standing, table
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER", help="(default runs)")
+
+
+def run(options: Namespace, words: Sequence[str]) -> int:
+    if not options.folder.is_dir():
+        raise UserError(f"{options.folder} is no folder; name the one that holds your runs (log.root)")
+    runs, here = list(runs_below(options.folder)), options.folder.resolve()
+    jobs, known = jobs_of(runs), {run.resolve() for run in runs}
+    runs += [Path(run) for run in jobs if Path(run).is_relative_to(here) and Path(run) not in known]
+    if not runs:
+        raise UserError(f"{options.folder} holds no runs; name the folder that does (log.root)")
+    print(table([standing(run, jobs.get(str(run.resolve()), ())) for run in runs]))
+    return 0
