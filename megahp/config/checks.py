@@ -22,6 +22,21 @@ def impossible(config: Config) -> list[str]:
     return [problem for check in CHECKS for problem in check(config)]
 
 
+def idle(config: Config) -> Iterator[tuple[str, str]]:
+    """Find settings that change nothing beside others, where `only_with` cannot say so: each with the reason."""
+    layers, sources = config.model.layers, config.data.train
+    if config.compute.recompute_every > layers:
+        yield "compute.recompute_every", f"model.layers = {layers}; it needs at most {layers}"
+    if len(sources) == 1:
+        for key in ("data.weights", "data.mixtures"):
+            yield key, f"data.train = {list(sources)}, all there is to read; it needs at least 2 prefixes"
+    if config.schedule.name == "wsd" and not config.schedule.decay:
+        for key in ("schedule.shape", "schedule.floor"):
+            yield key, "schedule.decay = 0; it needs one above 0"
+    if not config.checkpoint.every:
+        yield "checkpoint.keep_best", "checkpoint.every = 0, whose only checkpoint is the last; it needs at least 1"
+
+
 def _model(config: Config) -> Iterator[str]:
     """What is wrong with the model's shape."""
     model = config.model
@@ -262,6 +277,11 @@ def _batch(config: Config) -> list[str]:
         return [f"batch.table: {error}"]
     if steps and steps[0][1] <= batch.global_batch:
         return [f"batch.table begins at {steps[0][1]}, not above batch.global_batch = {batch.global_batch}; raise it"]
+    if late := [tokens for tokens, _ in steps if tokens >= config.train.tokens]:
+        return [
+            f"batch.table: a batch from {late[0]:g} tokens on is never reached, since train.tokens = "
+            f"{config.train.tokens}; leave it out, or raise train.tokens"
+        ]
     return []
 
 
@@ -358,8 +378,6 @@ def _checkpoints(config: Config) -> Iterator[str]:
             "resilience.spikes = 'rewind' goes back to checkpoints, and with checkpoint.every = 0 there is none before "
             "the end; set checkpoint.every"
         )
-    if kept.keep_best and not config.train.validation_samples:
-        yield "checkpoint.keep_best needs a validation loss, and train.validation_samples = 0; raise it"
     if kept.every and kept.keep_every % kept.every:
         yield (
             f"checkpoint.keep_every = {kept.keep_every} is no multiple of checkpoint.every = "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from megahp.config.checks import impossible
+from megahp.config.checks import idle, impossible
 from megahp.config.presets import PRESETS
 from megahp.config.schema import FIELDS, SECTIONS, TYPES, Config, get, names, with_values
 from megahp.errors import UserError
@@ -36,8 +36,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
     return resolve([(Path(path).name, read_toml(Path(path), "run file")), ("command line", parse_overrides(overrides))])
 
 
-def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Resolved:
-    """The tree from (origin, {section: {key: value}}) layers, later ones winning. Raises UserError."""
+def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], written: bool = False) -> Resolved:
+    """The tree from (origin, {section: {key: value}}) layers, later ones winning. Raises UserError.
+
+    written: by a program, so that what has no effect is no mistake of the user's, and goes back to its default.
+    """
     problems: list[str] = []
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -45,7 +48,7 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Re
         for key, value in _flatten(tree, origin, problems):
             values[key], origins[key] = _check(key, value, origin, problems), origin
     _refuse(problems)
-    config = _without_idle_presets(with_values(Config(), values), origins)
+    config = _without_idle(with_values(Config(), values), origins, "" if written else "preset")
     problems += _unused(config, origins)
     config = _derive(config, origins)
     problems += impossible(config)
@@ -55,7 +58,7 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Re
 
 def from_dict(tree: Mapping[str, Mapping[str, Any]], origin: str) -> Config:
     """The tree written by `to_dict`, checked again."""
-    return resolve([(origin, tree)]).config
+    return resolve([(origin, tree)], written=True).config
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -155,6 +158,7 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
         now = get(config, other)
         if not any(now in value if isinstance(value, range) else now == value for value in values):
             yield key, f"{other} = {now!r}; it needs {in_words(values)}"
+    yield from idle(config)
 
 
 def in_words(values: Sequence[Any], show: Callable[[Any], str] = str) -> str:
@@ -169,11 +173,11 @@ def _unused(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
             yield f"{key} = {get(config, key)!r} ({origins[key]}) has no effect with {why}"
 
 
-def _without_idle_presets(config: Config, origins: dict[str, str]) -> Config:
-    """A preset's value goes back to the default where another choice left it without meaning."""
-    for key, _ in _idle(config):
-        if origins.get(key, "").startswith("preset"):
-            config = with_values(config, {key: FIELDS[key].default})
+def _without_idle(config: Config, origins: dict[str, str], origin: str) -> Config:
+    """A value of such an origin goes back to the default where another choice left it without meaning."""
+    while without := [key for key, _ in _idle(config) if key in origins and origins[key].startswith(origin)]:
+        config = with_values(config, {key: FIELDS[key].default for key in without})
+        for key in set(without):
             del origins[key]
     return config
 

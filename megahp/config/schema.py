@@ -368,7 +368,9 @@ class Train:
         at_most=1,
         only_with=("train.noise_scale", True),
     )
-    validate_every: int = setting(0, "steps between validations; 0 = only at the end", at_least=0)
+    validate_every: int = setting(
+        0, "steps between validations; 0 = only at the end", at_least=0, only_with=("train.validation_samples", SOME)
+    )
     validation_samples: int = setting(64, "samples of one validation; 0 = none", at_least=0)
 
 
@@ -397,8 +399,12 @@ class Checkpoint:
 
     every: int = setting(0, "steps between checkpoints; 0 = only at the end", at_least=0)
     keep: int = setting(2, "how many of the latest checkpoints stay", at_least=1)
-    keep_every: int = setting(0, "those at every so many steps stay too; 0 = none", at_least=0)
-    keep_best: bool = setting(False, "that of least validation loss stays too")
+    keep_every: int = setting(
+        0, "those at every so many steps stay too; 0 = none", at_least=0, only_with=("checkpoint.every", SOME)
+    )
+    keep_best: bool = setting(
+        False, "that of least validation loss stays too", only_with=("train.validate_every", SOME)
+    )
     remote: str = setting(
         "", "URL of a folder, such as s3://bucket/runs/x, that gets a copy of what stays; empty = none"
     )

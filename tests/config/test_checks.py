@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megahp import config
 from megahp.config import resolve
 from megahp.errors import UserError
 
@@ -25,6 +26,16 @@ from megahp.errors import UserError
         (['data.train=["a"]', "data.weights=[1, 2]"], ["data.weights", "data.train"]),
         (["parallel.dp_replicate=0"], ["dp_replicate", "dp_shard"]),
         (["train.tokens=100"], ["train.tokens = 100", "batch"]),
+        (["train.validate_every=10", "train.validation_samples=0"], ["train.validate_every = 10", "at least 1"]),
+        (["checkpoint.keep_every=10"], ["checkpoint.keep_every = 10", "checkpoint.every = 0"]),
+        (["checkpoint.keep_best=true", "checkpoint.every=5"], ["checkpoint.keep_best", "train.validate_every = 0"]),
+        (["checkpoint.keep_best=true", "train.validate_every=5"], ["checkpoint.keep_best", "checkpoint.every = 0"]),
+        (["compute.recompute=full", "compute.recompute_every=5"], ["recompute_every = 5", "at most 4"]),
+        (['data.train=["a"]', "data.weights=[1]"], ["data.weights = (1.0,)", "['a']", "at least 2 prefixes"]),
+        (['data.train=["a"]', 'data.mixtures=["1e6:1"]'], ["data.mixtures", "at least 2 prefixes"]),
+        (["schedule.name=wsd", "schedule.decay=0", "schedule.shape=cosine"], ["schedule.shape", "above 0"]),
+        (["schedule.name=wsd", "schedule.decay=0", "schedule.floor=0.1"], ["schedule.floor = 0.1", "above 0"]),
+        (["batch.policy=table", 'batch.table=["1e7:64"]'], ["batch.table", "1e+07 tokens on is never reached"]),
         (["data.validation_fraction=0"], ["validation_samples", "validation_fraction"]),
         (["resilience.spikes=rewind"], ["resilience.spikes = 'rewind'", "checkpoint.every"]),
         (["model.experts=8", "parallel.ep=3"], ["parallel.ep = 3", "model.experts = 8", "2, 4"]),
@@ -77,3 +88,22 @@ def test_impossible_settings_are_refused(overrides: list[str], words: list[str])
         resolve.resolve([("command line", resolve.parse_overrides(overrides))])
     told = str(caught.value)
     assert all(word in told for word in words), told
+
+
+def test_what_a_program_wrote_may_hold_settings_without_effect() -> None:
+    """Checkpoints of a version that let them pass load; what commands change of a run is no mistake of its user's."""
+    words = ["checkpoint.keep_best=true", "checkpoint.keep_every=7", "train.validate_every=3", "train.tokens=1e6"]
+    tree = resolve.parse_overrides([*words, "train.validation_samples=0", "log.baselines=true"])
+    assert resolve.from_dict(tree, "checkpoint") == resolve.from_dict(
+        {"train": {"tokens": 1_000_000, "validation_samples": 0}}, "checkpoint"
+    )
+    with pytest.raises(UserError, match="checkpoint.keep_every = 7"):
+        resolve.resolve([("run.toml", tree)])
+
+
+def test_a_default_is_never_without_effect() -> None:
+    """Nor is what `megahp config` prints of any run, set again."""
+    for words in ([], ["train.validation_samples=0", "log.baselines=true"], ["model.layers=1"]):
+        resolved = resolve.resolve([("command line", resolve.parse_overrides(words))])
+        again = resolve.resolve([("run.toml", config.to_dict(resolved.config))])
+        assert again.config == resolved.config
