@@ -11,7 +11,7 @@ from megahp.cluster.job import BAD_NODES, OWN, Job, submit
 from megahp.commands.arguments import add_run_file, at_least
 from megahp.commands.chain import chain_of, outlook
 from megahp.config import resolve
-from megahp.errors import UserError
+from megahp.errors import UserError, complain
 from megahp.exit_codes import FINISHED
 from megahp.parallel.layout import fit
 
@@ -65,7 +65,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
     from megahp.train.prepare import prepare
 
-    prepare(settings, fit(settings.parallel, job.nodes * job.ranks_per_node), ranks_here=0, resume=True)
+    prepare(settings, fit(settings.parallel, job.nodes * job.ranks_per_node), ranks_here=0, resume=True, warn=complain)
     script = job.render(settings, [str(options.run_file), *options.overrides])
     if chain:
         print(outlook(chain, options.speed), file=sys.stderr)

@@ -36,7 +36,8 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     from megahp.train.prepare import prepare, refuse_without_checkpoint
 
     starting = starts_ranks(options.ranks, place.size)
-    settings = prepare(settings, layout, options.ranks or place.local_size, resume=options.resume is not None)
+    warn = None if starting or options.restarts is not None or place.rank else complain  # once, by the first rank
+    settings = prepare(settings, layout, options.ranks or place.local_size, options.resume is not None, warn)
     if options.resume == "required":
         refuse_without_checkpoint(settings)
     if options.restarts is not None:

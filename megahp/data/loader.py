@@ -1,6 +1,7 @@
 """Batches by sample id: within a stage of the data, sample i of a run is a function of (data, seed, i) alone."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -139,14 +140,34 @@ class TrainingData:
         """
         if self._validation_blend is None:
             raise UserError("validation_fraction is 0, so there is nothing to validate on: set it above 0")
-        source, j = self._validation_blend.locate(np.arange(count))
-        there = j < np.array([order.windows for order in self._validation])[source]
-        places = source[there], j[there], self.stages[0].length, np.arange(count)[there]
+        source, j, numbers = self._windows(count)
+        places = source, j, self.stages[0].length, numbers
         return self._checked(_gather(self._validation, *places, documents=True))
+
+    def held_out(self, count: int) -> int:
+        """How many windows `validation(count)` has."""
+        return len(self._windows(count)[2]) if self._validation_blend else 0
+
+    def epochs(self, begin: float, end: float) -> dict[str, float]:
+        """How often the training tokens of each prefix are read between so many and so many tokens of a run."""
+        found = dict.fromkeys(self._prefixes, 0.0)
+        bounds = [stage.tokens for stage in self.stages[1:]] + [math.inf]
+        for stage, until in zip(self.stages, bounds, strict=True):
+            span = max(0.0, min(until, end) - max(stage.tokens, begin)) / sum(stage.weights)
+            for prefix, order, weight in zip(self._prefixes, self._training, stage.weights, strict=True):
+                found[prefix] += span * weight / order.tokens
+        return found
 
     @property
     def length(self) -> int:
         return self.stages[self.stage].length
+
+    def _windows(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Source, place in it, and number of each of up to `count` validation windows."""
+        assert self._validation_blend
+        source, j = self._validation_blend.locate(np.arange(count))
+        there = j < np.array([order.windows for order in self._validation])[source]
+        return source[there], j[there], np.arange(count)[there]
 
     def _go_on_from(self, taken: Mapping[str, tuple[int, int]], stage: int, sample: int) -> None:
         """Begin a stage. Sources it does not know keep their place, for a later one that does."""

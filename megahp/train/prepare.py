@@ -1,6 +1,7 @@
 """All that can be checked of a run before anything is built or written, and its data."""
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,17 @@ from megahp.ops.engines import fused_adam, linear_of, norm_of
 from megahp.parallel.device import check_devices, cuda_wanted
 from megahp.parallel.layout import Layout
 from megahp.scaling.batch import BatchPlan, Progress, least_batch, runnable, unit
+from megahp.train.advice import advice
 
 
-def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> Config:
+def prepare(
+    settings: Config, layout: Layout, ranks_here: int, resume: bool, warn: Callable[[str], None] | None = None
+) -> Config:
     """Check, before anything is built or written, all that can be checked: batch and layout, tokenizer, run directory,
-    and on resume that the run is the same one. Returns the settings with the vocabulary filled in. Raises UserError."""
+    and on resume that the run is the same one. Returns the settings with the vocabulary filled in. Raises UserError.
+
+    warn: is told, of a run that begins, what is likely a mistake.
+    """
     check_devices(settings, ranks_here)
     check_engines(settings)
     if settings.log.wandb != "off":
@@ -35,7 +42,7 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
     tokenizer = load_tokenizer(settings.data.tokenizer)
     check_tokenizer(settings, tokenizer)
     settings = with_vocabulary(settings, tokenizer)
-    saved = newest(settings)
+    saved, begin = newest(settings), 0
     if settings.directory.exists() and not settings.directory.is_dir():
         raise UserError(f"{settings.directory} is a file; choose another log.name")
     if not resume and (saved or (settings.directory / "metrics.jsonl").exists()):
@@ -50,8 +57,13 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
     else:
         check_batch(settings, layout, settings.batch.global_batch)
         if settings.train.start_from:
-            check_start(settings, layout, checkpoint.find(checkpoint.place(settings.train.start_from)))
-    open_data(settings)
+            begin = check_start(settings, layout, checkpoint.find(checkpoint.place(settings.train.start_from)))
+    data = open_data(settings)
+    if warn and not (resume and saved):
+        # a machine without ranks of the run, such as a login node, may lack the GPUs that its own have
+        is_cuda = cuda_wanted(settings) if ranks_here else settings.train.device != "cpu"
+        for line in advice(settings, data, math.prod(layout.shape), "cuda" if is_cuda else "cpu", begin):
+            warn(line)
     return settings
 
 
@@ -111,8 +123,8 @@ def check_engines(settings: Config) -> None:
             raise UserError(f"{key} = {engine!r} computes on CUDA devices alone; train on one, or leave it out")
 
 
-def check_start(settings: Config, layout: Layout, path: checkpoint.Place) -> None:
-    """Raise UserError when a new run cannot go on from this checkpoint."""
+def check_start(settings: Config, layout: Layout, path: checkpoint.Place) -> int:
+    """Return the tokens that a checkpoint has seen. Raises UserError when a new run cannot go on from it."""
     state = checkpoint.read_state(path)
     # a sparse run may become dense, what was masked then trained from 0 on (MediSwift, arXiv 2403.00952)
     sparse = settings.sparsity.method != "none"
@@ -132,6 +144,7 @@ def check_start(settings: Config, layout: Layout, path: checkpoint.Place) -> Non
             f"train.tokens = {train.tokens} and train.steps = {train.steps} leave no step after the {progress.tokens} "
             f"tokens and {progress.step} steps of {path}, which count as this run's own; raise them"
         )
+    return progress.tokens
 
 
 def check_schedule(settings: Config, tokens: int, path: checkpoint.Place) -> None:

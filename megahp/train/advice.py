@@ -1,0 +1,51 @@
+"""What is likely a mistake in a run that can be trained all the same: a line each, before it begins."""
+
+from collections.abc import Iterator
+
+from megahp.config import Config
+from megahp.data.loader import TrainingData
+from megahp.log.progress import human_count, human_duration
+from megahp.model.build import longest
+from megahp.scaling.flops import training_flops
+
+# "training with up to 4 epochs of repeated data yields negligible changes to loss compared to having unique data"
+# (Muennighoff et al., arXiv 2305.16264, abstract)
+EPOCHS = 4
+LONG = 1800.0  # seconds of training that a fault may cost
+# FLOP/s of one rank, at best: 40 % of an H100's bfloat16; a large CPU
+FASTEST = {"cuda": 4e14, "cpu": 1e12}
+
+
+def advice(settings: Config, data: TrainingData, ranks: int, device: str, begin: int = 0) -> Iterator[str]:
+    """Find what is likely a mistake. device: cuda or cpu; begin: the tokens of the checkpoint that a run starts from."""
+    train, batch = settings.train, settings.batch.global_batch * settings.data.sequence_length
+    steps = (train.tokens - begin) // batch  # at most: a batch grows, and never shrinks
+    end = train.tokens
+    if train.steps:
+        steps = min(steps, train.steps)
+        end = min(end, begin + steps * batch)
+    epochs = data.epochs(begin, end)
+    prefix, most = max(epochs.items(), key=lambda pair: pair[1])
+    if most > EPOCHS:
+        others = f", and {count} more sources often" if (count := sum(n > EPOCHS for n in epochs.values()) - 1) else ""
+        yield (
+            f"data.train: {prefix!r} is read {most:,.1f} times in {human_count(end - begin)} tokens{others}; data that "
+            f"is repeated more than {EPOCHS} times teaches less and less (arXiv 2305.16264): add data, or lower "
+            "train.tokens"
+        )
+    seconds = (end - begin) * training_flops(settings.model, longest(settings)) / (ranks * FASTEST[device])
+    if seconds > LONG and not 0 < settings.checkpoint.every <= steps:
+        yield (
+            f"checkpoint.every = {settings.checkpoint.every}: no checkpoint before the end, and a fault would cost "
+            f"{human_duration(seconds)} of training or more; set it"
+        )
+    if train.validate_every > steps:
+        yield (
+            f"train.validate_every = {train.validate_every}: the run has at most {steps} steps, so only its end is "
+            "validated; lower it"
+        )
+    if train.validation_samples and (held_out := data.held_out(train.validation_samples)) < train.validation_samples:
+        yield (
+            f"train.validation_samples = {train.validation_samples}: only {held_out} are held out; raise "
+            "data.validation_fraction, or lower it"
+        )

@@ -1,0 +1,124 @@
+"""What is said of a run before it begins, though it can be trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megahp.cli import main
+from megahp.config import resolve
+from megahp.data.indexed import IndexedWriter
+from megahp.data.loader import TrainingData
+from megahp.train.advice import advice
+from megahp.train.prepare import open_data
+
+LENGTH, DOCUMENT = 16, 100  # tokens
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sources of 10,000 and 1,000 tokens, a tenth of which is held out."""
+    folder = tmp_path_factory.mktemp("advice")
+    for name, documents in (("large", 100), ("small", 10)):
+        with IndexedWriter(str(folder / name), 257) as writer:
+            for number in range(documents):
+                writer.add_document([number % 256] * DOCUMENT)
+    return folder
+
+
+def said(folder: Path, *words: str, ranks: int = 1, device: str = "cpu", begin: int = 0) -> list[str]:
+    tree = {
+        "model": {"vocab_size": 257, "layers": 1, "width": 16, "heads": 1},
+        "data": {"train": [str(folder / "large"), str(folder / "small")], "validation_fraction": 0.1},
+        "train": {"tokens": 20_000, "validation_samples": 8},
+        "batch": {"global_batch": 10},
+    }
+    tree["data"] |= {"sequence_length": LENGTH, "cache": str(folder / "cache")}
+    settings = resolve.resolve([("run.toml", tree), ("command line", resolve.parse_overrides(words))]).config
+    return list(advice(settings, open_data(settings), ranks, device, begin))
+
+
+def test_nothing_is_said_of_a_run_as_it_should_be(folder: Path) -> None:
+    assert said(folder) == said(folder, "train.tokens=39_000", "train.validate_every=200") == []
+
+
+def test_epochs_are_counted_for_each_source(folder: Path) -> None:
+    (line,) = said(folder, "train.tokens=40_000")
+    assert f"{folder / 'large'!s}' is read 4.0 times in 40k tokens, and 1 more sources often" in line
+    assert "more than 4 times" in line and "arXiv 2305.16264" in line
+    (line,) = said(folder, "data.weights=[1, 1]", "train.tokens=10_000")
+    assert f"{folder / 'small'!s}' is read 5.6 times in 10k tokens; data" in line
+    assert said(folder, "data.weights=[1, 1]", "train.tokens=10_000", "train.steps=40") == []
+    assert said(folder, "train.tokens=50_000", begin=40_000) == []
+
+
+def test_epochs_are_those_of_the_samples_that_are_dealt(folder: Path) -> None:
+    """Counted over the stages of a run whose mixture changes, from a checkpoint's tokens on."""
+    words = ("data.weights=[1, 3]", 'data.mixtures=["8000:1,0"]', "train.tokens=16_000")
+    settings = resolve.resolve(
+        [
+            ("run.toml", {"data": {"train": [str(folder / "large"), str(folder / "small")]}}),
+            ("", {"data": {"sequence_length": LENGTH, "cache": str(folder / "cache"), "validation_fraction": 0.1}}),
+            ("", {"model": {"vocab_size": 257}, "batch": {"global_batch": 10}}),
+            ("", resolve.parse_overrides(words)),
+        ]
+    ).config
+    data = open_data(settings)
+    found = np.array(list(data.epochs(4000, 16_000).values()))
+    assert found * [9000, 900] == pytest.approx(dealt(data, range(250, 1000)), abs=2 * LENGTH)
+
+
+def dealt(data: TrainingData, samples: range) -> list[int]:
+    """Training tokens of each source in these samples of a run whose second stage begins at sample 500."""
+    counts = np.zeros(2, int)
+    for sample in samples:
+        stage, first = (0, 0) if sample < 500 else (1, 500)
+        counts[data._blends[stage].locate(np.array([sample - first]))[0][0]] += LENGTH
+    return counts.tolist()
+
+
+@pytest.mark.parametrize(
+    ("every", "ranks", "device", "told"),
+    [
+        (0, 1, "cpu", "checkpoint.every = 0: no checkpoint before the end, and a fault would cost 45 min"),
+        (1000, 1, "cpu", "checkpoint.every = 1000"),  # of 218 steps
+        (218, 1, "cpu", ""),
+        (0, 2, "cpu", ""),
+        (0, 1, "cuda", ""),
+    ],
+)
+def test_a_long_run_without_checkpoints(folder: Path, every: int, ranks: int, device: str, told: str) -> None:
+    """6 x 12 x 4096^2 x 64 FLOPs a token, 3.5e4 tokens: 2.7e15, at 1e12 a second."""
+    size = ("model.width=4096", "model.heads=32", "model.layers=64", "model.mlp_width=16384", "model.activation=gelu")
+    lines = said(folder, *size, "train.tokens=35_000", f"checkpoint.every={every}", ranks=ranks, device=device)
+    assert len(lines) == bool(told) and told in "".join(lines)
+
+
+def test_validation_that_cannot_happen(folder: Path) -> None:
+    (line,) = said(folder, "train.validate_every=126")
+    assert "train.validate_every = 126: the run has at most 125 steps" in line
+    (line,) = said(folder, "train.steps=5", "train.validate_every=6")
+    assert "at most 5 steps" in line
+    (line,) = said(folder, "train.validation_samples=1000")
+    assert "train.validation_samples = 1000: only 68 are held out" in line
+    assert said(folder, "train.validation_samples=0", "data.validation_fraction=0", "train.tokens=30_000") == []
+
+
+def test_launch_and_train_say_it_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "run.toml").write_text(
+        "[model]\nlayers = 1\nwidth = 16\nheads = 1\n[data]\ntrain = ['small']\nsequence_length = 16\n"
+        "validation_fraction = 0.1\n[batch]\nglobal_batch = 4\nmicro_batch = 2\n"
+        "[train]\ntokens = 6_400\nvalidation_samples = 4\ndevice = 'cpu'\n[log]\ntensorboard = false\n"
+    )
+    told = "megahp: data.train: 'small' is read 7.1 times"
+    assert main(["launch", "run.toml", "--nodes", "2", "--dry-run"]) == 0
+    assert capfd.readouterr().err.count(told) == 1
+    assert main(["train", "run.toml", "--ranks", "2", "resilience.stop_after=0.001"]) == 75
+    assert capfd.readouterr().err.count(told) == 1
+    assert main(["launch", "run.toml", "--nodes", "2", "--dry-run"]) == 0  # it would go on from the checkpoint
+    assert told not in capfd.readouterr().err
