@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megahp.errors import UserError
 
+UNITS = {"K": 3, "M": 6, "B": 9, "T": 12}  # powers of ten
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # as torch calls them
 
 
@@ -32,6 +33,15 @@ def positive(text: str, remedy: str) -> float:
     if not 0 < value < math.inf:
         raise UserError(f"{text!r} is {remedy}")
     return value
+
+
+def human_number(text: str) -> float:
+    """1.5e9, 300M, 1B or 20k as an option's value. Raises argparse.ArgumentTypeError."""
+    power = UNITS.get(text[-1:].upper())
+    try:
+        return float(f"{text[:-1]}e{power}" if power else text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; write one such as 1.5e9, 300M or 1B") from None
 
 
 def at_least(arguments: argparse.Namespace, **least: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megahp import config
+from megahp.commands.arguments import human_number
 from megahp.config import resolve
 from megahp.config.presets import PRESETS
 from megahp.data.tokenizer import load_tokenizer
@@ -16,7 +17,7 @@ from megahp.errors import UserError
 from megahp.recipe import law_file, loss_laws, pareto
 from megahp.recipe import rows as recipe_rows
 from megahp.recipe import text as recipe_text
-from megahp.recipe.recipe import PROXY, RULES, Base, Laws, plan
+from megahp.recipe.recipe import PROXY, RULES, Base, Laws, Plan, plan
 from megahp.recipe.sizing import Given
 
 MARKED = (10, 20, 30, 50, 80, 130, 200, 320, 500, 1000)  # tokens per parameter in the Pareto plot
@@ -26,7 +27,7 @@ GPUS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 def add_arguments(parser: ArgumentParser) -> None:
     numbers = {
-        "params": "parameters, embeddings included",
+        "params": "parameters, embeddings included; 1e9, 1B and 300M are numbers here",
         "tokens": "tokens to train on",
         "tpp": "tokens per parameter",
         "flops": "compute, as 6 N D",
@@ -37,7 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "density": "share of the weights left after pruning between 25 and 75 %% of compute: N_avg and its loss",
     }
     for name, meaning in numbers.items():
-        parser.add_argument(f"--{name}", type=float, metavar="X", help=meaning)
+        parser.add_argument(f"--{name}", type=human_number, metavar="X", help=meaning)
     model = "of the model"
     whole = {"batch": "sequences of every batch", "width": model, "layers": model, "gpus": "of the cluster"}
     for name, meaning in whole.items():
@@ -64,8 +65,9 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         raise UserError(f"--pareto {options.pareto} is drawn at one loss; give --target-loss")
     if options.out and options.out.exists():
         raise UserError(f"--out {options.out} exists; choose another name, or remove it")
-    found = plan(given_of(options), base_of(options), laws)
+    found = plan(given_of(options), base_of(options), laws, options.out.stem if options.out else "")
     rows, notes, choices = recipe_rows.rows(found), recipe_rows.notes(found), recipe_rows.choices(found)
+    notes += advice_on(found)
     if options.out:
         try:
             options.out.write_text(config.to_toml(found.run, found.resolved.origins), encoding="utf-8")
@@ -82,6 +84,21 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     if options.compare:
         print(f"\n{recipe_text.comparison(choices)}")
     return 0
+
+
+def advice_on(found: Plan) -> list[str]:
+    """What is likely a mistake beside the data, where that is there already."""
+    run = found.run
+    if not run.data.train or not all(Path(f"{prefix}.idx").exists() for prefix in run.data.train):
+        return []
+    from megahp.train.advice import advice
+    from megahp.train.prepare import open_data
+
+    try:
+        data = open_data(run)
+    except UserError as error:  # training would refuse it; the settings may yet change
+        return [str(error)]
+    return list(advice(run, data, found.given.gpus or 1, "cpu" if run.train.device == "cpu" else "cuda"))
 
 
 def draw_pareto(file: Path, target: float, laws: Laws) -> None:
@@ -160,7 +177,5 @@ def laws_of(law: str, loss_law: str | None) -> Laws:
     own = law_file.read(Path(law))
     kinds = ("timescale", "optimal_batch", "critical_batch")
     fitted = {name: getattr(own, name) for name in kinds if getattr(own, name)}
-    if not fitted:
-        raise UserError(f"--law {law} has none of {', '.join(kinds)}; for its loss law, give --loss-law {law}")
     loss = own.loss if own.loss and not loss_law else loss_laws.named(loss_law or loss_laws.DEFAULT)
     return Laws(loss, **fitted)

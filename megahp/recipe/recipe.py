@@ -7,12 +7,13 @@ stands in for another unsaid.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megahp.config import Batch, Config, Model, get, resolve, with_values
 from megahp.config.resolve import Resolved
 from megahp.errors import UserError, nearest_multiples
+from megahp.log.progress import human_count
 from megahp.recipe.hyperparameter_laws import Choice, deepseek, nanochat, olmo_ladder, step_law
 from megahp.recipe.sizing import Given, outside_embeddings, refuse_mistakes, shaped, tokens_for
 from megahp.scaling import flops, power_laws
@@ -20,6 +21,7 @@ from megahp.scaling.batch import BatchPlan, Progress, noise_forecast, sizes
 from megahp.scaling.laws import LossLaw, PowerLaw
 from megahp.scaling.parameterization import Role, Table, table_of
 
+SAVES, LONG = 20, 1800.0  # checkpoints of a run at least; seconds between two at most
 RULES = ("power-lines", "step-law", "deepseek")
 
 
@@ -92,6 +94,12 @@ class Plan:
     last_batch: int
 
     @property
+    def seconds(self) -> float:
+        """Of training on the cluster; 0 where none is given."""
+        exact = flops.training_flops(self.run.model, self.run.data.sequence_length) * self.tokens
+        return exact / self.given.speed if self.given.speed else 0.0
+
+    @property
     def run(self) -> Config:
         return self.resolved.config
 
@@ -119,8 +127,9 @@ class Plan:
         return power_laws.least_tokens(self.tokens, self.tokens / self.steps, self.laws.critical_batch)
 
 
-def plan(given: Given, base: Base, laws: Laws) -> Plan:
-    """Raises UserError for what is no plan, or one that no run file can hold."""
+def plan(given: Given, base: Base, laws: Laws, name: str = "") -> Plan:
+    """The plan of a run of this name, by default its size. Raises UserError for what is no plan, or one that no run
+    file can hold."""
     refuse_mistakes(given, laws.loss)
     template = resolve.resolve([(base.name, {"model": base.model})]).config.model
     if laws.rule == "power-lines" and base.get("parameterization", "name") == "sp":
@@ -132,12 +141,18 @@ def plan(given: Given, base: Base, laws: Laws) -> Plan:
             f"sparsity.method = {method!r} ({base.name}): the laws here are of dense models; leave it out of the base, "
             "and put it into the run file, or plan pruning with --density"
         )
+    if given.target_loss and given.target_loss >= (guessing := math.log(template.vocab_size)):
+        raise UserError(
+            f"--target-loss {given.target_loss:g} is not below ln {template.vocab_size} = {guessing:.4g}, the loss of "
+            "guessing among the vocabulary; aim lower"
+        )
     length = base.get("data", "sequence_length")
     model, of_size = shaped(template, given, laws.loss, length)
     n = flops.parameters(model, length)
     tokens, of_tokens = tokens_for(n, flops.training_flops(model, length), given, laws.loss)
     choice = next((each for each in rules(model, length, tokens) if each.rule == laws.rule), None)
-    tree = _tree(base, model, round(tokens), n, choice)
+    name = name or f"{human_count(given.params or n)}-{human_count(tokens)}"
+    tree = _tree(base, model, round(tokens), name, choice)
     if given.density and given.density < 1:
         tree[-1][1]["sparsity"] = {"method": "gradual", "density": given.density}
     draft = resolve.resolve(tree).config
@@ -152,7 +167,19 @@ def plan(given: Given, base: Base, laws: Laws) -> Plan:
     resolved = resolve.resolve(tree)
     steps, last_batch = steps_of(resolved.config, ranks)
     hidden = outside_embeddings(model, length)
-    return Plan(resolved, given, base, laws, choice, n, hidden, (of_size, of_tokens), ranks, steps, last_batch)
+    made = Plan(resolved, given, base, laws, choice, n, hidden, (of_size, of_tokens), ranks, steps, last_batch)
+    if base.get("checkpoint", "every"):
+        return made
+    tree[-1][1]["checkpoint"] = {"every": saving_interval(steps, made.seconds)}
+    return replace(made, resolved=resolve.resolve(tree))
+
+
+def saving_interval(steps: int, seconds: float) -> int:
+    """Steps from one checkpoint to the next: a twentieth of the run, or 30 minutes of it where that is less, in two
+    digits. seconds: of the run, 0 = unknown."""
+    every = max(1, min(steps // SAVES, int(steps * LONG / seconds) if seconds else steps))
+    unit = 10 ** max(0, len(str(every)) - 2)
+    return every // unit * unit
 
 
 def rules(model: Model, length: int, tokens: float) -> list[Choice]:
@@ -162,7 +189,7 @@ def rules(model: Model, length: int, tokens: float) -> list[Choice]:
     return [step_law(hidden, tokens), deepseek(per_token * tokens), nanochat(tokens), olmo_ladder(hidden)]
 
 
-def _tree(base: Base, model: Model, tokens: int, n: int, choice: Choice | None) -> list[tuple[str, dict[str, Any]]]:
+def _tree(base: Base, model: Model, tokens: int, name: str, choice: Choice | None) -> list[tuple[str, dict[str, Any]]]:
     """The layers of the run file but for the batch: the base without what belonged to its own run, and the plan."""
     shape = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width")
     old = {"model": shape, "train": ("tokens", "steps", "start_from", "weights"), "log": ("name",)}
@@ -176,7 +203,7 @@ def _tree(base: Base, model: Model, tokens: int, n: int, choice: Choice | None) 
         "schedule": {"name": "decay-to-zero", "warmup": 0.1},
         "batch": {"global_batch": 1, "micro_batch": 1},
         "train": {"tokens": tokens},
-        "log": {"name": f"{n:.3g}-{tokens:.3g}".replace("+", "")},
+        "log": {"name": name},
     }
     if choice:
         kept["parameterization"], plan["parameterization"] = {}, {"name": "sp"}

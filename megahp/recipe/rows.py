@@ -1,5 +1,6 @@
 """What each number of a plan comes from: rows with formula, source and confidence; what to beware of; other rules."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,8 @@ def _batches(plan: Plan) -> Iterator[Row]:
     yield Row("steps", plan.steps, "of this batch plan", *counted)
     least_there = power_laws.least_tokens(tokens, tokens / fixed, critical)
     there = f"of the {fixed:,} at B_opt throughout, with {tokens / least_there - 1:.1%} data overhead"
-    yield Row("steps saved", f"{1 - plan.steps / fixed:.1%}", there, *counted)
+    saved = f"{1 - plan.steps / fixed:.1%}" if plan.steps < fixed else "none"
+    yield Row("steps saved", saved, there, *counted)
     yield Row("data overhead", f"{tokens / least - 1:.1%}", "D / D_min - 1, of one batch and as many steps", *HYPERBOLA)
     yield Row("warm-up, tokens", round(run.schedule.warmup * tokens), "10 % of D, then linearly to 0", *COLLAPSE)
 
@@ -126,19 +128,33 @@ def _outcome(plan: Plan) -> Iterator[Row]:
     around = f" ({spread[0]:.4f} to {spread[1]:.4f})" if spread else ""
     terms = f"{law.floor:.4g} + {law.a:.4g} N^-{law.alpha:.4g} + {law.b:.4g} D^-{law.beta:.4g}"
     about = f"{terms} at a batch near B_opt; {what}"
-    yield Row("loss, nats per token", f"{law(weights, tokens):.4f}{around}", about, *_by(law))
+    value = f"{law(weights, tokens):.4f}{around}"
+    if beyond := beyond_loss_law(plan):
+        value, about = "unknown", beyond
+    yield Row("loss, nats per token", value, about, *_by(law))
     exact = flops.training_flops(plan.run.model, plan.run.data.sequence_length) * tokens
     yield Row("FLOPs, 6 N D", 6 * weights * tokens, "6 N D", "Hoffmann et al., arXiv 2203.15556", "convention")
     yield Row("FLOPs, exact", exact, "all matrix products, half of attention; dense", *COUNTED)
     if given.gpus:
         told = GIVEN if given.mfu else (f"MFU of {MFU:g} assumed; measure it, or give --mfu", "assumption")
         formula = f"exact FLOPs / ({given.gpus} GPUs x {given.peak_flops:.3g} x {given.mfu or MFU:g} MFU)"
-        yield Row("days", exact / given.speed / 86400, formula, *told)
+        yield Row("days", plan.seconds / 86400, formula, *told)
+    if not plan.base.get("checkpoint", "every"):
+        how = "a twentieth of the run" + ", or 30 minutes of it if fewer" * bool(plan.seconds)
+        yield Row("steps per checkpoint", plan.run.checkpoint.every, how, *OURS)
     parallel, batch = plan.run.parallel, plan.run.batch
     if parallel.pp > 1 and parallel.schedule in ("1f1b", "interleaved"):
         microbatches = batch.global_batch // (plan.ranks * batch.micro_batch)
         idle = flops.pipeline_bubble(parallel.pp, microbatches, parallel.local_stages)
         yield Row("pipeline bubble", f"{idle:.1%}", f"(p - 1) / (v m), m = {microbatches} at the first batch", *BUBBLE)
+
+
+def beyond_loss_law(plan: Plan) -> str:
+    """Why the loss law cannot be believed: it predicts more than guessing loses; "" where it does not."""
+    predicted, words = plan.laws.loss(plan.parameters, plan.tokens), plan.run.model.vocab_size
+    if predicted < math.log(words):
+        return ""
+    return f"the law gives {predicted:.4g}, and guessing {math.log(words):.4g} = ln {words:,}: out of its reach"
 
 
 def notes(plan: Plan) -> list[str]:
@@ -158,6 +174,8 @@ def notes(plan: Plan) -> list[str]:
         for name, symbol, value, (low, high), law in used
         if not 0.99 * low <= value <= 1.01 * high  # 20 TPP are 19.9 of the exact parameters
     ]
+    if beyond := beyond_loss_law(plan):
+        found.insert(0, f"loss: {beyond}; what else the laws say here is as doubtful: fit your own (megahp fit)")
     if (batch := tokens / plan.steps) > (limit := critical(plan.least_tokens)):
         found.append(f"batch: {batch:.3g} tokens, in the mean, are above B_crit, {limit:.3g}, to which the laws hold")
     if (why := cannot_measure(plan.run)) and not choice and not plan.given.batch:

@@ -17,7 +17,7 @@ FASTEST = {"cuda": 4e14, "cpu": 1e12}
 
 
 def advice(settings: Config, data: TrainingData, ranks: int, device: str, begin: int = 0) -> Iterator[str]:
-    """Find what is likely a mistake. device: cuda or cpu; begin: the tokens of the checkpoint that a run starts from."""
+    """Find what is likely a mistake. device: cuda or cpu; begin: tokens of the checkpoint it starts from."""
     train, batch = settings.train, settings.batch.global_batch * settings.data.sequence_length
     steps = (train.tokens - begin) // batch  # at most: a batch grows, and never shrinks
     end = train.tokens

@@ -37,6 +37,9 @@ def run(words: str) -> int:
         ("--params 1e9 --gpus 8 --gpu V200", "--gpu V200 is unknown; there are A100, H100, H200, B200"),
         ("--params 1e9 --gpus 8 --gpu H100 --peak-flops 1e15", "--gpu and --peak-flops"),
         ("--target-loss 1.8", "--target-loss 1.8 is not above 1.817, the floor of the loss law"),
+        ("--target-loss 11", "--target-loss 11 is not below ln 50257 = 10.82"),
+        ("--params 1X --tokens 1B", "argument --params: '1X' is no number; write one such as 1.5e9, 300M or 1B"),
+        ("--params M", "argument --params: 'M' is no number"),
         ("--target-loss 2 --params 1e8", "--target-loss 2 is not reached with 1.02e+08 parameters"),
         ("--target-loss 2 --tokens 1e8", "--target-loss 2 is not reached with these tokens"),
         ("--params 1e9 --tokens 1000", "train.tokens = 1000 is less than one batch"),
@@ -72,9 +75,13 @@ def test_a_mistake_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text("")
-    assert run(words) == USER_ERROR
+    try:
+        code = run(words)
+    except SystemExit as end:  # an option's mistake, below its usage
+        code = end.code
     output = capsys.readouterr()
-    assert told in output.err and len(output.err.splitlines()) == 1 and not output.out
+    assert code == USER_ERROR and not output.out
+    assert told in output.err and len(output.err.split("megahp recipe: error: ")[-1].splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
 
 
@@ -113,8 +120,64 @@ def test_a_law_file_takes_the_place_of_power_lines(tmp_path: Path, capsys: pytes
     assert timescale == pytest.approx(0.5 * rows["tokens per parameter"]["value"] ** -0.3)
     assert json.loads(json.dumps(config.to_dict(written))) == printed["run"]
     law_file.write(tmp_path / "loss.toml", law_file.Laws(loss=loss))
-    assert run(f"--params 1e9 --law {tmp_path / 'loss.toml'}") == USER_ERROR
-    assert "--loss-law" in capsys.readouterr().err
+    for words in ("", f"--loss-law {tmp_path / 'loss.toml'}"):  # as docs/fit.md names one file twice
+        assert run(f"--params 1e9 --law {tmp_path / 'loss.toml'} --json {words}") == 0
+        rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+        assert rows["loss, nats per token"]["source"] == "my losses" and "Power Lines" in rows["tau_opt"]["source"]
+
+
+@pytest.mark.parametrize("words", ["--params 1e9 --tokens 2e10", "--params 1B --tokens 20b", "--params 1000M --tpp 20"])
+def test_numbers_as_people_write_them_and_the_run_s_name(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"{words} --json") == 0
+    found = json.loads(capsys.readouterr().out)["run"]
+    assert found["log"]["name"] in ("1B-20B", "1B-19.7B") and 1.97e10 < found["train"]["tokens"] <= 2e10
+    assert run(f"{words} --out {tmp_path / 'mine.1.toml'}") == 0
+    assert resolve.load(tmp_path / "mine.1.toml").config.log.name == "mine.1"
+
+
+def test_a_run_file_saves_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twenty at least, and on a cluster one every 30 minutes; as the base says where it does."""
+
+    def plan(words: str) -> tuple[int, int, float]:
+        assert run(f"--json {words}") == 0
+        found = json.loads(capsys.readouterr().out)
+        rows = {row["name"]: row["value"] for row in found["rows"]}
+        return found["run"]["checkpoint"]["every"], rows["steps"], 86_400 * rows.get("days", 0)
+
+    every, steps, seconds = plan("--params 1B --tokens 20B")
+    assert steps / 20 >= every > 0.9 * steps / 20 and not seconds
+    every, steps, seconds = plan("--params 1B --tokens 20B --gpus 2 --gpu A100")
+    assert 0.9 * 1800 < every * seconds / steps <= 1800
+    every, steps, _ = plan("--params 1M --tokens 8192 --tokenizer bytes --sequence-length 64")
+    assert every == 1 and steps < 20
+    (tmp_path / "base.toml").write_text("[checkpoint]\nevery = 7\n")
+    assert plan(f"--params 100M --base {tmp_path / 'base.toml'}")[0] == 7
+
+
+def test_beyond_a_law_s_reach_no_number_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--params 1M --tokens 8192 --tokenizer bytes --sequence-length 64 --json") == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["loss, nats per token"]["value"] == "unknown" and rows["steps saved"]["value"] == "none"
+    assert "the law gives 83.02, and guessing 5.549 = ln 257" in found["notes"][0] and "megahp fit" in found["notes"][0]
+    assert run("--params 1e9 --json") == 0
+    assert not any("guessing" in note for note in json.loads(capsys.readouterr().out)["notes"])
+
+
+def test_epochs_over_the_data_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with IndexedWriter("mine", 257) as writer:
+        for _ in range(100):
+            writer.add_document([7] * 1000)
+    assert run("--params 100M --data mine --tokenizer bytes") == 0
+    assert "Note: validation_fraction 0.01 leaves no source" in capsys.readouterr().out
+    assert run("--params 100M --data mine --tokenizer bytes --sequence-length 512") == 0
+    assert "'mine' is read 20," in " ".join(capsys.readouterr().out.split())
+    assert run("--params 100M --data absent --tokenizer bytes") == 0  # to be written yet
 
 
 def test_a_tuned_run_is_a_base(tmp_path: Path) -> None:
