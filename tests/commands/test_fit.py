@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,8 @@ from megahp.cli import main
 from megahp.recipe import law_file
 from megahp.recipe.fit import Trained
 from megahp.scaling.power_laws import TAU
+
+ROOT = Path(__file__).parents[2]
 
 
 def write_table(path: Path, runs: Sequence[Trained]) -> Path:
@@ -41,6 +44,28 @@ def test_the_command_on_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = json.loads(capsys.readouterr().out)["laws"]
     assert found.keys() == {"timescale"} and law_file.read(law).loss is None
     assert found["timescale"]["constants"]["exponent"] == pytest.approx(TAU.exponent)
+
+
+def test_the_example_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/fit.md: its commands, what it shows of their output, and the recipe made of them."""
+    page = (ROOT / "docs/fit.md").read_text()
+    command, shown = page.split("\n$ megahp ")[1].split("\n```")[0].split("\n", 1)
+    words = command.replace("examples/", f"{ROOT}/examples/").split()
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0
+    assert [words_of(line) for line in capsys.readouterr().out.splitlines()] == list(map(words_of, shown.splitlines()))
+    assert (tmp_path / "mine.png").exists()
+    more = re.findall(r"`megahp (recipe [^`.]*mine\.toml)`", page)
+    for words in (more[0], f"{more[0]} --loss-law mine.toml", "recipe --flops 1e20 --loss-law mine.toml"):
+        assert main(words.split()) == 0
+        assert "fitted to 56 runs" in " ".join(capsys.readouterr().out.split())
+
+
+def words_of(line: str) -> list[object]:
+    """A line's words, and its numbers to about the digits that any machine finds."""
+    return [pytest.approx(float(word), rel=0.01) if re.fullmatch(r"[\d.]+", word) else word for word in line.split()]
 
 
 LINE = '{"parameters": 1e8, "tokens": 2e9, "loss": 3.1}'
