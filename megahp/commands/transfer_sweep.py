@@ -11,8 +11,9 @@ settings but for train.seed, [log] and the number of kept checkpoints, in FOLDER
 
 Workers (--jobs here, or --slurm in a job array, one thread each here) train cell after cell in one process, the
 costliest first; each takes the next that no other has claimed. A claim ends with its worker. After an interruption the
-same command goes on: a cell that has ended is not trained again. One that diverges is a result: an infinite loss. A
-cell's checkpoints go when it has ended. All cells are checked before the first is trained.
+same command goes on: a cell that has ended is not trained again. With --show it trains nothing, and prints what there
+is. A cell that diverges is a result: an infinite loss. Its checkpoints go when it has ended. All cells are checked before
+the first is trained.
 
 Losses are those of the last validation, or with --last SHARE the mean training loss of the last share of the steps. The
 optimum, a seed at a time, is the least point of the parabola in log2 value through the best point and its neighbours.
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slurm", type=int, metavar="N", help="submit a job array of N workers instead")
     add("--sbatch", default="", metavar="OPTIONS", help="for the job array, such as '--time=2:00:00 --gpus=1'")
     add("--dry-run", action="store_true", help="only check, and say what would be trained or submitted")
+    add("--show", action="store_true", help="train nothing: show the losses there are, and once all are, what they say")
     add_outputs(parser, "it")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
 
@@ -116,11 +118,14 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     cells = sorted(read_cells(arguments), key=lambda cell: -cell.operations)
     if arguments.worker:
         return work(cells, arguments.ranks, arguments.last)
-    cells = checked(cells, arguments)
+    cells = cells if arguments.show else checked(cells, arguments)
     ahead = [cell for cell in cells if not is_over(cell.directory)]
     print(f"{len(cells)} cells, {len(cells) - len(ahead)} of them there already", flush=True)
+    if arguments.show and ahead:
+        print("\n".join(so_far(cells, arguments.last)))
+        return 0
     own = [word for word in words if word != "--dry-run"]
-    if arguments.slurm:
+    if arguments.slurm and not arguments.show:
         return submit(own[1:], arguments)
     if arguments.dry_run:
         print("\n".join(map(str, ahead)))
@@ -149,6 +154,22 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.plot:
         plot(arguments.plot, families, name_of(arguments.grid), name_of(arguments.family[0]))
     return 0
+
+
+def so_far(cells: Sequence[Cell], last: float | None) -> list[str]:
+    """A line a variant and size: at each value the mean loss of the seeds that have ended, and how many have."""
+    groups: dict[str, dict[float, list[Cell]]] = {}
+    for cell in sorted(cells, key=lambda cell: (cell.size, cell.value)):
+        groups.setdefault(f"{cell.variant}, size {cell.size:g}", {}).setdefault(cell.value, []).append(cell)
+    lines = []
+    for name, values in groups.items():
+        parts = []
+        for value, seeds in values.items():
+            losses = [loss_of(cell.directory, last) for cell in seeds if is_over(cell.directory)]
+            mean = f"{np.mean(losses):.4f} " if losses else ""
+            parts.append(f"{value:g}: {mean}({len(losses)}/{len(seeds)})")
+        lines.append(f"{name}   {'   '.join(parts)}")
+    return lines
 
 
 def read_cells(arguments: argparse.Namespace) -> list[Cell]:
@@ -264,7 +285,7 @@ def submit(words: Sequence[str], arguments: argparse.Namespace) -> int:
         return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     code = subprocess.call(command, env=os.environ | {"MEGAHP_SLURM": str(script.parent)})
-    print("when the array has ended, the same command without --slurm shows what was found")
+    print("the same command with --show shows what there is, and trains nothing")
     return code
 
 

@@ -27,7 +27,7 @@ def idle(config: Config) -> Iterator[tuple[str, str]]:
     layers, sources = config.model.layers, config.data.train
     if config.compute.recompute_every > layers:
         yield "compute.recompute_every", f"model.layers = {layers}; it needs at most {layers}"
-    if len(sources) == 1:
+    if len(sources) == 1 and not _data(config):
         for key in ("data.weights", "data.mixtures"):
             yield key, f"data.train = {list(sources)}, all there is to read; it needs at least 2 prefixes"
     if config.schedule.name == "wsd" and not config.schedule.decay:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -65,6 +66,25 @@ def interrupted(folder: Path) -> Path:
     return folder / "swept"
 
 
+def test_looking_at_a_sweep_trains_nothing(
+    sweep: Callable[..., int], interrupted: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither here nor in a job array; cells that have not ended are counted."""
+
+    def files() -> set[tuple[Path, int]]:
+        return {(path, path.stat().st_mtime_ns) for path in interrupted.rglob("*")}
+
+    before = files()
+    for words in ((), ("--slurm", 4)):
+        assert sweep(*SWEEP, "--out", "swept", *words, "--show") == 0
+        out = capfd.readouterr().out
+        assert files() == before and "optimum drifts" not in out
+    assert out.count("(1/1)") == int(out.split(" cells, ")[1].split()[0]) >= 1 and "(0/1)" in out
+    assert re.search(r"^all, size 2   0.003: .*   1e\+38: ", out, re.MULTILINE)
+    assert sweep(*SWEEP, "--out", "nothing", "--show") == 0
+    assert capfd.readouterr().out.count("(0/1)") == 6 and not Path("nothing").exists()
+
+
 def test_a_sweep_goes_on_where_it_was_interrupted(
     sweep: Callable[..., int], interrupted: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,7 +95,10 @@ def test_a_sweep_goes_on_where_it_was_interrupted(
     assert {path: path.stat().st_mtime_ns for path in ended} == written  # not trained again
     out = capfd.readouterr().out
     assert f"6 cells, {len(ended)} of them there already" in out and "[6/6]" in out
+    assert sweep(*SWEEP, "--out", "swept", "--show", "--json", "shown.json") == 0
+    assert "the optimum drifts" in capfd.readouterr().out
     found = json.loads(Path("found.json").read_text())
+    assert json.loads(Path("shown.json").read_text())["drifts"] == found["drifts"]
     assert [curve["size"] for curve in found["curves"]] == [1, 2]
     for curve in found["curves"]:
         (slow,), (fast,), (diverged,) = curve["losses"]
