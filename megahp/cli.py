@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from megahp import launch
 from megahp.commands import COMMANDS, HIDDEN, LISTING, STARTED_AGAIN
@@ -15,10 +15,18 @@ from megahp.exit_codes import FAULT, INTERRUPTED, USER_ERROR
 
 
 class Parser(argparse.ArgumentParser):
-    """No abbreviations: an option that is not spelled out is a mistake, not a guess."""
+    """No abbreviations: an option that is not spelled out is a mistake, not a guess. A command without any word that
+    needs some explains itself."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, is_bare: bool = False, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.is_bare = is_bare
+
+    def error(self, message: str) -> NoReturn:
+        if self.is_bare:
+            self.print_help(sys.stderr)
+            self.exit(USER_ERROR, f"\n{self.prog}: {message}\n")
+        super().error(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,9 +58,10 @@ def parse(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
         near = suggest(words[0], COMMANDS) if words else "megahp --help lists them"
         parser.error(f"{' '.join(words[:2])!r} is no command; {near}")
     command = import_module(f"megahp.commands.{name.replace(' ', '_').replace('-', '_')}")
-    parser = Parser(prog=f"megahp {name}", description=command.__doc__)
+    given = words[len(name.split()) :]
+    parser = Parser(prog=f"megahp {name}", description=command.__doc__, is_bare=not given)
     command.add_arguments(parser)
-    options, more = parser.parse_known_args(words[len(name.split()) :])
+    options, more = parser.parse_known_args(given)
     if more and not hasattr(options, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     vars(options).setdefault("overrides", []).extend(more)  # settings may stand anywhere, between options too

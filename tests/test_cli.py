@@ -73,6 +73,22 @@ def test_a_command_explains_itself(command: str, capsys: pytest.CaptureFixture[s
     assert code == 0 and said.startswith(f"usage: megahp {command} ")
 
 
+@pytest.mark.parametrize("command", [*COMMANDS, *HIDDEN])
+def test_a_command_that_lacks_everything_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one screen, with exit code 2; one that needs nothing is not asked."""
+    try:
+        cli.parse(command.split())
+    except SystemExit as end:
+        said = capsys.readouterr()
+        assert end.code == 2 and said.err.startswith(f"usage: megahp {command} ") and not said.out
+        assert said.err.splitlines()[-1].startswith(f"megahp {command}: ") and "options:" in said.err
+        if command == "train":
+            assert 'train = ["data/mine"]' in said.err and "megahp train run.toml --ranks 2" in said.err
+            assert len(said.err.splitlines()) < 45
+    else:
+        assert command != "train"
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

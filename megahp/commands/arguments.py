@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")  # as torch calls them
 def add_run_file(parser: argparse.ArgumentParser) -> None:
     """RUN.toml, and settings that replace its own."""
     parser.add_argument("run_file", type=Path, metavar="RUN.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replace the file's own")
 
 
 def add_outputs(parser: argparse.ArgumentParser, drawn: str) -> None:

@@ -1,4 +1,19 @@
-"""Train the run of a TOML file, on the ranks a launcher has started or on ranks of its own."""
+"""Train the run of a TOML file, on the ranks a launcher has started or on ranks of its own.
+
+    megahp train run.toml                               on one rank
+    megahp train run.toml optimizer.lr=2e-3 --ranks 2   with another setting, on two
+    megahp train run.toml --ranks 2 --resume auto       go on from the newest checkpoint
+
+The file names tokenized text, as `megahp preprocess` writes it, and what is not to be as by default:
+
+    [data]
+    train = ["data/mine"]
+    tokenizer = "data/mine.model"
+    [train]
+    tokens = 100_000_000
+
+`megahp recipe` writes one from a size or a budget; `megahp config run.toml` prints every setting.
+"""
 
 import time
 import traceback

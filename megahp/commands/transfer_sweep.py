@@ -12,8 +12,8 @@ settings but for train.seed, [log] and the number of kept checkpoints, in FOLDER
 Workers (--jobs here, or --slurm in a job array, one thread each here) train cell after cell in one process, the
 costliest first; each takes the next that no other has claimed. A claim ends with its worker. After an interruption the
 same command goes on: a cell that has ended is not trained again. With --show it trains nothing, and prints what there
-is. A cell that diverges is a result: an infinite loss. Its checkpoints go when it has ended. All cells are checked before
-the first is trained.
+is. A cell that diverges is a result: an infinite loss. Its checkpoints go when it has ended. All cells are checked
+before the first is trained.
 
 Losses are those of the last validation, or with --last SHARE the mean training loss of the last share of the steps. The
 optimum, a seed at a time, is the least point of the parabola in log2 value through the best point and its neighbours.
