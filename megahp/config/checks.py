@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePath
 
@@ -171,7 +172,7 @@ def _data(config: Config) -> list[str]:
         return [f"data.lengths or data.mixtures: {error}"]
     problems = [
         f"data.train names {prefix!r} twice; give it one larger weight"
-        for prefix in sorted({word for word in data.train if data.train.count(word) > 1})
+        for prefix in sorted(word for word, count in Counter(data.train).items() if count > 1)
     ]
     if late := [stage.tokens for stage in along if stage.tokens >= config.train.tokens]:
         problems.append(

@@ -20,6 +20,7 @@ from megahp.errors import UserError
 from megahp.files import read_toml
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+MOST = 50  # problems that are told at once
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -208,4 +209,5 @@ def mlp_width(activation: str, width: int) -> int:
 
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
-        raise UserError("\n".join(problems))
+        more = [f"and {len(problems) - MOST:,} more"] if len(problems) > MOST else []
+        raise UserError("\n".join([*problems[:MOST], *more]))

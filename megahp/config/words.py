@@ -1,6 +1,7 @@
 """Settings that are lists of words, each "tokens:value": what holds from some tokens of the run on."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ def stages(data: Data) -> list[Stage]:
 
 def stage_at(stages: Sequence[Stage], tokens: int) -> int:
     """The number of the stage that a step beginning after so many tokens belongs to."""
-    return [stage.tokens <= tokens for stage in stages].count(True) - 1
+    return bisect_right(stages, float(tokens), key=lambda stage: stage.tokens) - 1
 
 
 def parse_table(words: tuple[str, ...]) -> list[tuple[float, int]]:
@@ -69,4 +70,4 @@ def _parse_whole(text: str) -> int:
 
 def _reached(pairs: list[tuple[float, Any]], tokens: float) -> Any:
     """The last value whose tokens are reached."""
-    return [value for at, value in pairs if tokens >= at][-1]
+    return pairs[bisect_right(pairs, tokens, key=lambda pair: pair[0]) - 1][1]

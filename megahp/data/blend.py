@@ -49,6 +49,8 @@ class Blend:
         reached = [(self._tree, np.arange(len(i)), np.asarray(i, np.int64))]
         while reached:
             node, rows, n = reached.pop()
+            if not len(rows):  # most of the tree, where sources are many
+                continue
             if isinstance(node, int):
                 source[rows], j[rows] = node, n
                 continue

@@ -103,8 +103,8 @@ class TrainingData:
     def batch(self, ids: np.ndarray, documents: bool) -> Batch:
         """The training samples with these global ids (int64 [n]), of the present stage, on the CPU."""
         source, j = self._blends[self.stage].locate(ids - self._first_sample)
-        begins = np.array([self._begins[order.key][0] for order in self._training])
-        return self._checked(_gather(self._training, source, begins[source] + j, self.length, ids, documents))
+        begins = np.array([self._begins[self._training[k].key][0] for k in source], np.int64)
+        return self._checked(_gather(self._training, source, begins + j, self.length, ids, documents))
 
     def enter(self, stage: int, sample: int) -> None:
         """Deal by another stage from this global sample id on."""

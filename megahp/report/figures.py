@@ -336,8 +336,8 @@ def for_page(svg: str, title: str, tooltips: dict[str, str]) -> str:
     """The drawing without its own header, named for a screen reader, in the page's colours, with tooltips."""
     svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    for gid, text in tooltips.items():
-        svg = svg.replace(f'<g id="{gid}">', f"<g><title>{html.escape(text)}</title>")
+    told = {f'<g id="{gid}">': f"<g><title>{html.escape(text)}</title>" for gid, text in tooltips.items()}
+    svg = re.sub(r'<g id="[^"]*">', lambda group: told.get(group[0], group[0]), svg)
     svg = re.sub(r'(<\w+) id="[\w.]+_\d+"', r"\1", svg)  # each figure has an axes_1, and a page may have one
     for name, value in PALETTE.items():
         svg = svg.replace(value, f"var(--{name})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megahp import config
-from megahp.config import resolve
+from megahp.config import checks, resolve
 from megahp.errors import UserError
 
 
@@ -107,3 +107,20 @@ def test_a_default_is_never_without_effect() -> None:
         resolved = resolve.resolve([("command line", resolve.parse_overrides(words))])
         again = resolve.resolve([("run.toml", config.to_dict(resolved.config))])
         assert again.config == resolved.config
+
+
+def test_many_mistakes_are_told_in_part() -> None:
+    with pytest.raises(UserError) as caught:
+        resolve.resolve([("run.toml", {"data": {f"key{i}": i for i in range(1000)}})])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 51 and lines[-1] == "and 950 more"
+
+
+def test_many_sources_are_counted_once() -> None:
+    class Sources(tuple[str, ...]):
+        def count(self, value: object) -> int:
+            raise AssertionError("counted anew for each")
+
+    sources = Sources(f"part-{i}" for i in range(3000))
+    settings = config.with_values(config.Config(), {"data.train": Sources((*sources, "part-7"))})
+    assert any("names 'part-7' twice" in problem for problem in checks.impossible(settings))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megahp.config import Stage, parse_table, stage_at, stages
@@ -13,6 +15,25 @@ def test_lengths_and_mixtures_make_stages_together() -> None:
     expected = [Stage(0, 256, (1.0, 0.0)), Stage(50, 256, (0.5, 0.5)), Stage(100, 512, (0.0, 1.0))]
     assert stages(data) == expected
     assert [stage_at(expected, tokens) for tokens in (0, 49, 50, 99, 100, 10**9)] == [0, 0, 1, 1, 2, 2]
+
+
+class Asked(float):
+    """Tokens that count how often they are compared."""
+
+    times = 0
+
+    def __gt__(self, other: float) -> bool:
+        Asked.times += 1
+        return float.__gt__(self, other)
+
+
+def test_many_lengths_are_looked_up_and_not_searched() -> None:
+    along = stages(Data(sequence_length=256, lengths=tuple(f"{i}:256" for i in range(1, 3000))))
+    assert len(along) == 3000
+    for tokens in (0, 1, 2999, 10**9):
+        assert stage_at(along, tokens) == [stage.tokens <= tokens for stage in along].count(True) - 1
+    assert stage_at([replace(stage, tokens=Asked(stage.tokens)) for stage in along], 1500) == 1500
+    assert 0 < Asked.times <= 13
 
 
 def test_a_table_grows_in_tokens_and_batch() -> None:

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from megahp.data import blend
 from megahp.data.blend import Blend
 from megahp.errors import UserError
 
@@ -110,3 +111,11 @@ def test_a_source_of_weight_zero_is_as_if_it_were_not_there():
     without, same = Blend([0.3, 0.7]).locate(np.arange(500))
     assert np.array_equal(source, np.array([1, 3])[without]) and np.array_equal(j, same)
     assert Blend([0, 0.3, 0, 0.7]).counts(500)[::2] == [0, 0]
+
+
+def test_a_batch_costs_its_samples_and_not_the_sources(monkeypatch):
+    """Only the splits on the way of four samples are asked, of 5,000 sources."""
+    dealt, asked, share = Blend([1.0] * 5000), [], blend._share
+    monkeypatch.setattr(blend, "_share", lambda fraction, n: asked.append(n) or share(fraction, n))
+    dealt.locate(np.arange(7, 11))
+    assert len(asked) <= 2 * 4 * math.ceil(math.log2(5000))

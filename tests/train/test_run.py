@@ -296,6 +296,25 @@ def test_a_resume_before_the_first_checkpoint_starts_anew(folder: Path) -> None:
     assert numbers(folder, "early") == first  # each step once
 
 
+READ = """
+import sys
+from megahp import cli, launch
+from megahp.log import metrics
+
+read, opened, leave = [], metrics._opened, launch.leave
+metrics._opened = lambda path: read.append(path.name) or opened(path)
+launch.leave = lambda code: (print("read", *read, flush=True), leave(code))
+launch.leave(cli.main(sys.argv[1:]))
+"""
+
+
+def test_the_end_of_training_reads_its_log_once(folder: Path) -> None:
+    words = ["train", "run.toml", "log.name=read", "train.steps=2", "train.validate_every=0"]
+    done = subprocess.run([sys.executable, "-c", READ, *words], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "report: runs/read/report.html" in done.stdout, done.stderr
+    assert "read metrics.jsonl events.jsonl" in done.stdout.splitlines()
+
+
 def test_two_runs_do_not_share_a_directory_and_no_rank_outlives_its_launcher(folder: Path) -> None:
     words = command("shared", "--ranks", "2", "checkpoint.every=0", "--resume", "auto", "train.tokens=1e7")
     started = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
