@@ -164,12 +164,13 @@ def pretend(losses: dict[int, list[float]], codes: dict[int, int], diverged: int
     def train(settings: config.Config, ranks: int) -> int:
         factor, directory = settings.batch.global_batch // 8, settings.directory
         directory.mkdir(parents=True)
-        records = [{"step": step, "loss": loss} for step, loss in enumerate(losses[factor], start=7)]
-        events: list[dict[str, Any]] = [{"step": 6, "event": "branched"}]
+        records = [{"step": step, "tokens": 0, "loss": loss} for step, loss in enumerate(losses[factor], start=7)]
+        rest = {"tokens": 0, "time": 0, "reason": ""}
+        events: list[dict[str, Any]] = [{"step": 6, "event": "branched"} | rest]
         if factor == diverged:  # as megahp/train/loop.py does: it gives up before the last one is among the metrics
-            events += [{"step": step, "event": "skipped"} for step in range(7, 27)]
+            events += [{"step": step, "event": "skipped"} | rest for step in range(7, 27)]
         elif not codes.get(factor):
-            events.append({"step": 6 + len(records), "event": "finished"})
+            events.append({"step": 6 + len(records), "event": "finished"} | rest)
         for name, lines in (("metrics", records), ("events", events)):
             (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (directory / "config.toml").write_text(config.to_toml(settings))
