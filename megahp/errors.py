@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import re
 import sys
 
 
@@ -38,9 +39,15 @@ def in_one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def masked(text: str) -> str:
+    """Return a text without the passwords of its URLs: s3://user:password@host/b becomes s3://***@host/b. What is
+    written or printed passes through here, since run directories and logs are readable to others."""
+    return re.sub(r"(\w://)[^\s/'\"]*@", r"\1***@", text)
+
+
 def complain(error: Exception | str) -> None:
     """Say on stderr what is wrong."""
-    print(f"megahp: {error}", file=sys.stderr)
+    print(masked(f"megahp: {error}"), file=sys.stderr)
 
 
 def nearest_divisors(number: int, to: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import megahp
 from megahp.config import Config
-from megahp.errors import UserError
+from megahp.errors import UserError, masked
 
 BAD_NODES = Path("bad-nodes.txt")
 OWNER = "megahp "  # begins the comment of a job of ours; the run directory follows
@@ -39,6 +39,10 @@ class Job:
         and the words that are its arguments. Raises UserError."""
         text = (folder() / self.script).read_text().splitlines()
         own = {option_of(line): number for number, line in enumerate(text) if line.startswith("#SBATCH")}
+        if shown := next((masked(word) for word in words if masked(word) != word), ""):
+            raise UserError(
+                f"{shown} holds a password, which all users of the cluster could see; write it in the run file"
+            )
         asked = {**self._options(settings), **more}
         _refuse_short(asked.get("time", ""), f"--signal={asked['signal']}" if "signal" in asked else "\n".join(text))
         for option, value in asked.items():
