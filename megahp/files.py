@@ -46,6 +46,11 @@ def read_text(path: Path, what: str, remedy: str = REMEDY) -> str:
         raise UserError(f"{what} {path} cannot be read: {why}; {remedy}") from None
 
 
+def is_plain(name: str) -> bool:
+    """Return whether a name that others wrote stays in the folder it is joined to: no path, and not the one above."""
+    return "/" not in name and "\0" not in name and name not in ("", ".", "..")
+
+
 def refuse_links(folder: Path) -> None:
     """Raise UserError for a symbolic link in a run directory or a checkpoint: what is read or written there must not be
     redirected by whoever else may write to the folder. The folder itself may be one."""

@@ -16,12 +16,14 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from typing_extensions import NotRequired, Required, TypedDict  # noqa: UP035 - pydantic cannot read typing's in Python 3.11
 
+from megahp.files import is_plain
+
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 def _plain(name: str) -> str:
     """Return the name of a file that lies in the folder itself."""
-    if "/" in name or name in ("", ".", ".."):
+    if not is_plain(name):
         raise ValueError("names a file outside the checkpoint")
     return name
 

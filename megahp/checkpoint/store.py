@@ -195,9 +195,9 @@ def path(folder: Path, step: int) -> Path:
 def complete(folder: P) -> list[P]:
     """A run's complete checkpoints, damaged or not, oldest first; none where there is no such folder. Raises
     UnreadableError where that cannot be known, UserError for a symbolic link in the place of one."""
-    if isinstance(folder, Path):
-        if links := [each for each in (folder, *folder.glob("step-*")) if each.is_symlink()]:
-            raise UserError(f"{links[0]} is a symbolic link, which is not followed; put what it names in its place")
+    places: list[Path] = [folder, *folder.glob("step-*")] if isinstance(folder, Path) else []
+    if link := next((each for each in places if each.is_symlink()), None):
+        raise UserError(f"{link} is a symbolic link, which is not followed; put what it names in its place")
     return _there(folder)
 
 
