@@ -32,10 +32,15 @@ def is_users(error: Exception) -> bool:
     return isinstance(error, RecursionError | OverflowError | UnicodeError)
 
 
+REMEDIES = {errno.EACCES: "change its permissions", errno.EPERM: "change its permissions", errno.ENOSPC: "make room"}
+REMEDIES |= {errno.EDQUOT: "make room", errno.EMFILE: "raise ulimit -n"}
+
+
 def in_one_line(error: Exception) -> str:
-    """Return what an error that nobody caught says, and of which file."""
+    """Return what an error that nobody caught says, of which file, and the remedy."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        remedy = REMEDIES.get(error.errno or 0, "name another" if is_users(error) else "try again")
+        return f"{error.filename}: {error.strerror}; {remedy}" if error.filename else f"{error.strerror}; {remedy}"
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

@@ -41,7 +41,7 @@ DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bf
 DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)}
 
 
-class Damaged(Exception):
+class Damaged(UserError):
     """A file of a checkpoint is missing or is not what was written."""
 
 
