@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from megahp import launch
 from megahp.commands import COMMANDS, HIDDEN, LISTING, STARTED_AGAIN
 from megahp.config.resolve import suggest
-from megahp.errors import Fault, UserError, complain, in_one_line, is_users
+from megahp.errors import Fault, UserError, complain, in_one_line, is_users, masked
 from megahp.exit_codes import FAULT, INTERRUPTED, USER_ERROR
 
 
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         if self.is_bare:
             self.print_help(sys.stderr)
             self.exit(USER_ERROR, f"\n{self.prog}: {message}\n")
-        super().error(message)
+        super().error(masked(message))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from megahp.cluster.job import Queued, jobs
 from megahp.errors import UserError, complain
 from megahp.log.metrics import newest_events
-from megahp.log.standing import runs_below, standing, table
+from megahp.log.standing import printable, runs_below, standing, table
 
 SHOWN = 3  # events
 HERE = Path("runs")
@@ -50,13 +50,12 @@ def jobs_of(runs: Sequence[Path]) -> dict[str, list[Queued]]:
 
 
 def details(run: Path, queued: Sequence[Queued]) -> list[str]:
-    """A run in words, a line each: jobs, progress, last events, newest log. Raises UserError where its files cannot be
-    read."""
+    """A run in words, a line each: jobs, progress, last events, newest log."""
     found = standing(run, queued)
     progress = f"step {found.step}, loss {found.loss}, {found.tokens} tokens {found.share}, {found.speed} tok/s, "
     lines = [*map(str, queued), f"{found.state}: {progress if found.step else ''}{found.outlook}".rstrip(" :,")]
-    if (run / "events.jsonl").exists():
+    if found.state != "unreadable" and (run / "events.jsonl").exists():
         for event in reversed(list(itertools.islice(newest_events(run), SHOWN))):
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
-            lines.append(f"{when}  step {event['step']:,} {event['event']}: {event['reason']}")
+            lines.append(printable(f"{when}  step {event['step']:,} {event['event']}: {event['reason']}"))
     return [*lines, f"log: {found.log}"] if found.log else lines

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megahp.cluster.job import Queued
 from megahp.errors import UserError
-from megahp.files import read_text, read_toml
+from megahp.files import read_text, read_toml, refuse_links
 from megahp.log.events import STARTS
 from megahp.log.metrics import Record, newest_events, newest_metrics
 from megahp.log.progress import human_count, human_duration
@@ -57,6 +57,7 @@ def standing(run: Path, jobs: Sequence[Queued] = ()) -> Standing:
     job, log = ", ".join(job.id for job in jobs), _newest_log(run)
     steps, event = list[Record](), None
     try:
+        refuse_links(run)
         total, last_step = _horizon(run)
         if (run / "events.jsonl").exists():
             event = next((event for event in newest_events(run) if event["event"] in (*ENDS, *STARTS)), None)
@@ -132,7 +133,12 @@ def _ended(event: Record | None) -> str:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
     if event["event"] == "finished":
         return when
-    return f"{when} {event['reason']}" if event["event"] in ENDS else f"{event['event']} {when}"
+    return f"{when} {printable(event['reason'])}" if event["event"] in ENDS else f"{event['event']} {when}"
+
+
+def printable(text: str) -> str:
+    """A text that others wrote, on one line of a terminal, which it cannot command."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _newest_log(run: Path) -> str:

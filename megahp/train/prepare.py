@@ -15,7 +15,7 @@ from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import TrainingData
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
-from megahp.files import read_json
+from megahp.files import read_json, refuse_links
 from megahp.log.wandb_log import check_wandb
 from megahp.model.build import longest
 from megahp.ops.engines import fused_adam, linear_of, norm_of
@@ -42,6 +42,7 @@ def prepare(
     tokenizer = load_tokenizer(settings.data.tokenizer)
     check_tokenizer(settings, tokenizer)
     settings = with_vocabulary(settings, tokenizer)
+    refuse_links(settings.directory)
     saved, begin = newest(settings), 0
     if settings.directory.exists() and not settings.directory.is_dir():
         raise UserError(f"{settings.directory} is a file; choose another log.name")
@@ -63,7 +64,7 @@ def prepare(
         # a machine without ranks of the run, such as a login node, may lack the GPUs that its own have
         is_cuda = cuda_wanted(settings) if ranks_here else settings.train.device != "cpu"
         for line in advice(settings, data, math.prod(layout.shape), "cuda" if is_cuda else "cpu", begin):
-            warn(line)
+            warn(f"warning: {line}")
     return settings
 
 

@@ -96,9 +96,18 @@ def test_a_run_that_cannot_be_read_is_a_line_too(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "config.toml").write_text("[train")
     assert standing(run).state == "unreadable" and "config.toml is not valid TOML" in standing(run).outlook
+    (run / "config.toml").unlink()
+    (run / "config.toml").symlink_to("/etc/passwd")
+    assert standing(run).state == "unreadable" and "config.toml is a symbolic link" in standing(run).outlook
     (tmp_path / "new").mkdir()
     assert standing(tmp_path / "new") == Standing(str(tmp_path / "new"), "not begun")
     assert standing(tmp_path / "new", [PENDING]).state == "queued"
+
+
+def test_what_others_wrote_does_not_command_a_terminal(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("started",))
+    RunLog(run).event("stopped", "\x1b[2J\nmegahp: all is well", time=0)
+    assert standing(run).outlook == "1970-01-01 00:00  [2J megahp: all is well"
 
 
 def test_a_skipped_step_does_not_hide_the_loss_and_the_newest_log_is_named(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_launch_and_train_say_it_once(
         "validation_fraction = 0.1\n[batch]\nglobal_batch = 4\nmicro_batch = 2\n"
         "[train]\ntokens = 6_400\nvalidation_samples = 4\ndevice = 'cpu'\n[log]\ntensorboard = false\n"
     )
-    told = "megahp: data.train: 'small' is read 7.1 times"
+    told = "megahp: warning: data.train: 'small' is read 7.1 times"
     assert main(["launch", "run.toml", "--nodes", "2", "--dry-run"]) == 0
     assert capfd.readouterr().err.count(told) == 1
     assert main(["train", "run.toml", "--ranks", "2", "resilience.stop_after=0.001"]) == 75
