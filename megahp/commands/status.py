@@ -57,5 +57,7 @@ def details(run: Path, queued: Sequence[Queued]) -> list[str]:
     if found.state != "unreadable" and (run / "events.jsonl").exists():
         for event in reversed(list(itertools.islice(newest_events(run), SHOWN))):
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
-            lines.append(printable(f"{when}  step {event['step']:,} {event['event']}: {event['reason']}"))
-    return [*lines, f"log: {found.log}"] if found.log else lines
+            lines.append(f"{when}  step {event['step']:,} {event['event']}: {event['reason']}")
+    if found.log:
+        lines.append(f"log: {found.log}")
+    return list(map(printable, lines))

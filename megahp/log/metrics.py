@@ -104,7 +104,7 @@ class RunLog:
         left torn are dropped from both.
         """
         self.close()
-        last = _rewrite(self.directory / "metrics.jsonl", lambda record: record.get("step", math.inf) <= step)
+        last = _rewrite(self.directory / "metrics.jsonl", lambda record: _is_step(record) and record["step"] <= step)
         _rewrite(self.directory / "events.jsonl", lambda record: True)
         self.step, self.tokens = (last["step"], last["tokens"]) if last else (0, 0)
         self._open(purge_step=step + 1)
@@ -183,8 +183,9 @@ def read_run(directory: Path) -> LoggedRun:
     places = (directory / "config.toml", directory / "sample.txt")
     texts = (place.read_text(encoding="utf-8", errors="replace") if place.exists() else "" for place in places)
     run = LoggedRun(directory.resolve().name, columns, layers, events, counted, *texts)
-    if "noise_scale_total" not in columns:  # versions before the total was logged wrote the norm layers' alone
-        columns["noise_scale_total"] = run.column("noise_scale") * _noise_to_total(run.config)
+    # versions before the total was logged wrote the norm layers' alone
+    total, derived = run.column("noise_scale_total"), run.column("noise_scale") * _noise_to_total(run.config)
+    columns["noise_scale_total"] = np.where(np.isnan(total), derived, total)
     return run
 
 

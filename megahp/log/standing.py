@@ -1,5 +1,6 @@
 """How a run stands, or how it ended: from the ends of its logs, its lock and its jobs."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -78,7 +79,7 @@ def standing(run: Path, jobs: Sequence[Queued] = ()) -> Standing:
 
 def table(standings: Sequence[Standing]) -> str:
     """Return a line for each run, in columns."""
-    rows = [HEADER, *([getattr(each, name) for name in COLUMNS] for each in standings)]
+    rows = [HEADER, *([printable(getattr(each, name)) for name in COLUMNS] for each in standings)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
@@ -133,7 +134,7 @@ def _ended(event: Record | None) -> str:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
     if event["event"] == "finished":
         return when
-    return f"{when} {printable(event['reason'])}" if event["event"] in ENDS else f"{event['event']} {when}"
+    return f"{when} {event['reason']}" if event["event"] in ENDS else f"{event['event']} {when}"
 
 
 def printable(text: str) -> str:
@@ -143,4 +144,6 @@ def printable(text: str) -> str:
 
 def _newest_log(run: Path) -> str:
     logs = [*run.glob("slurm/*.out"), *run.glob("crashes/*.txt")]
-    return str(max(logs, key=lambda path: path.stat().st_mtime, default=""))
+    with contextlib.suppress(OSError):  # one that has just gone
+        return str(max(logs, key=lambda path: path.lstat().st_mtime, default=""))
+    return ""

@@ -20,14 +20,11 @@ def advice(settings: Config, data: TrainingData, ranks: int, device: str, begin:
     """Find what is likely a mistake. device: cuda or cpu; begin: tokens of the checkpoint it starts from."""
     train, batch = settings.train, settings.batch.global_batch * settings.data.sequence_length
     steps = (train.tokens - begin) // batch  # at most: a batch grows, and never shrinks
-    end = train.tokens
-    if train.steps:
-        steps = min(steps, train.steps)
-        end = min(end, begin + steps * batch)
+    end = min(train.tokens, begin + train.steps * batch) if train.steps else train.tokens
     epochs = data.epochs(begin, end)
     prefix, most = max(epochs.items(), key=lambda pair: pair[1])
     if most > EPOCHS:
-        others = f", and {count} more sources often" if (count := sum(n > EPOCHS for n in epochs.values()) - 1) else ""
+        others = f", {count} more as often" if (count := sum(n > EPOCHS for n in epochs.values()) - 1) else ""
         yield (
             f"data.train: {prefix!r} is read {most:,.1f} times in {human_count(end - begin)} tokens{others}; data that "
             f"is repeated more than {EPOCHS} times teaches less and less (arXiv 2305.16264): add data, or lower "
@@ -44,7 +41,8 @@ def advice(settings: Config, data: TrainingData, ranks: int, device: str, begin:
             f"train.validate_every = {train.validate_every}: the run has at most {steps} steps, so only its end is "
             "validated; lower it"
         )
-    if train.validation_samples and (held_out := data.held_out(train.validation_samples)) < train.validation_samples:
+    held_out = data.held_out(train.validation_samples)
+    if 2 * held_out < train.validation_samples:
         yield (
             f"train.validation_samples = {train.validation_samples}: only {held_out} are held out; raise "
             "data.validation_fraction, or lower it"

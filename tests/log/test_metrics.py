@@ -174,6 +174,14 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_resume_drops_what_is_no_step(tmp_path):
+    logged(tmp_path, 3).close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": "2", "tokens": 1}\n' + path.read_bytes() + b'{"tokens": 5}\n')
+    RunLog(tmp_path).resume(2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
 def test_resume_from_the_beginning_forgets_all_steps(tmp_path):
     log = logged(tmp_path, 3)
     log.resume(0)

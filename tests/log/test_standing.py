@@ -107,7 +107,10 @@ def test_a_run_that_cannot_be_read_is_a_line_too(tmp_path: Path) -> None:
 def test_what_others_wrote_does_not_command_a_terminal(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ("started",))
     RunLog(run).event("stopped", "\x1b[2J\nmegahp: all is well", time=0)
-    assert standing(run).outlook == "1970-01-01 00:00  [2J megahp: all is well"
+    assert table([standing(run)]).splitlines()[1].endswith("1970-01-01 00:00  [2J megahp: all is well")
+    (tmp_path / "runs").mkdir()
+    run.rename(tmp_path / b"runs/\xff".decode(errors="surrogateescape"))
+    assert table([standing(each) for each in runs_below(tmp_path / "runs")]).isascii()
 
 
 def test_a_skipped_step_does_not_hide_the_loss_and_the_newest_log_is_named(tmp_path: Path) -> None:

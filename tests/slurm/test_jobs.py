@@ -103,6 +103,12 @@ def test_told_at_the_time_limit_and_queued_again(site: Site) -> None:
     assert "Restarts=1" in site.cluster("scontrol", "show", "job", job)
     code, said = megahp("status", "runs/limited")
     assert code == 0 and f"step {STEPS}, loss" in said and "3.84k/3.84k tokens 100%" in said and "finished" in said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", "/nonexistent")
+        code, said = megahp("status", "runs/limited")
+        assert code == 0 and "finished: step" in said and said.count("Slurm cannot be asked") == 1
+        code, said = megahp("runs")
+        assert code == 0 and re.search(rf"^runs/limited +finished +{STEPS} ", said, re.MULTILINE)
 
 
 def test_one_task_a_rank(site: Site) -> None:
