@@ -53,7 +53,7 @@ from megahp.files import open_unlinked, read_json, refuse_links
 Record = dict[str, Any]
 NUMERIC = {int, float, bool, type(None)}
 LAYERS = b'"noise_scale_layers": {'
-CHUNK = 256  # steps that are objects at a time, on their way into columns
+CHUNK = 256  # lines that are parsed at a time
 BLOCK, LONGEST = 2**16, 2**24  # bytes: of a read from the end, of a line
 END_OF_TIME = 253_402_300_799  # the year 9999, in seconds since 1970
 
@@ -104,7 +104,8 @@ class RunLog:
         left torn are dropped from both.
         """
         self.close()
-        last = _rewrite(self.directory / "metrics.jsonl", lambda record: _is_step(record) and record["step"] <= step)
+        metrics = self.directory / "metrics.jsonl"
+        last = _rewrite(metrics, lambda record: _are_steps([record]) and record["step"] <= step)
         _rewrite(self.directory / "events.jsonl", lambda record: True)
         self.step, self.tokens = (last["step"], last["tokens"]) if last else (0, 0)
         self._open(purge_step=step + 1)
@@ -178,7 +179,7 @@ def read_run(directory: Path) -> LoggedRun:
         raise UserError(f"{directory}/metrics.jsonl holds no step yet; wait for the first one to be logged")
     events, baselines = read_events(directory), directory / "baselines.json"
     counted = read_json(baselines, "baselines", "write it again, or remove it") if baselines.exists() else {}
-    if not _is_numeric(counted):
+    if not _are_numbers([counted]):
         raise UserError(f"{baselines} holds something other than numbers; write it again, or remove it")
     places = (directory / "config.toml", directory / "sample.txt")
     texts = (place.read_text(encoding="utf-8", errors="replace") if place.exists() else "" for place in places)
@@ -199,46 +200,49 @@ def _noise_to_total(text: str) -> float:
 
 def read_metrics(directory: Path) -> list[Record]:
     """Return every step a run logged, in order. Raises UserError when the file is missing."""
-    return list(_read(directory / "metrics.jsonl", _is_step))
+    return list(itertools.chain.from_iterable(_read(directory / "metrics.jsonl", _are_steps)))
 
 
 def read_events(directory: Path) -> list[Record]:
     """Return the events of a run, in order. Raises UserError when the file is missing."""
-    return list(_read(directory / "events.jsonl", _is_event))
+    return list(itertools.chain.from_iterable(_read(directory / "events.jsonl", _are_events)))
 
 
 def newest_metrics(directory: Path) -> Iterator[Record]:
     """Yield the steps a run logged, the newest first, reading no more of the file than is asked for."""
-    return _read_backwards(directory / "metrics.jsonl", _is_step)
+    return _read_backwards(directory / "metrics.jsonl", _are_steps)
 
 
 def newest_events(directory: Path) -> Iterator[Record]:
     """Yield the events of a run, the newest first, reading no more of the file than is asked for."""
-    return _read_backwards(directory / "events.jsonl", _is_event)
+    return _read_backwards(directory / "events.jsonl", _are_events)
 
 
 def _read(
-    path: Path, is_right: Callable[[Record], bool], text_of: Callable[[bytes], bytes] = bytes
-) -> Iterator[Record]:
-    """Yield the objects of a log, in order. Lines that are no such objects are skipped, and counted on stderr.
+    path: Path, are_right: Callable[[list[Any]], bool], text_of: Callable[[bytes], bytes] = bytes
+) -> Iterator[list[Record]]:
+    """Yield the objects of a log, in order, some at a time. Lines that are no such objects are skipped, and counted on
+    stderr.
 
     text_of: what of a line is read.
     """
-    damaged, number, line = list[int](), 0, b""
+    damaged, number, lines = list[int](), 0, [b""]
     with _opened(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), start=1):
-            record = _parse(text_of(line))
-            if record is not None and is_right(record):
-                yield record
-            else:
-                damaged.append(number)
-    if damaged and damaged[-1] == number and not line.endswith(b"\n"):
+        rest = iter(lambda: file.readline(LONGEST), b"")
+        while chunk := list(itertools.islice(rest, CHUNK)):
+            lines, found = chunk, _parse_all(list(map(text_of, chunk)))
+            if not are_right(found):
+                damaged += [number + place for place, one in enumerate(found, start=1) if not are_right([one])]
+                found = [one for one in found if are_right([one])]
+            number += len(lines)
+            yield found
+    if damaged and damaged[-1] == number and not lines[-1].endswith(b"\n"):
         damaged.pop()  # torn by a crash, or still being written
     if damaged:
         _say(f"{path}: skipped {len(damaged):,} damaged line{'s' * (len(damaged) > 1)}, the first is line {damaged[0]}")
 
 
-def _read_backwards(path: Path, is_right: Callable[[Record], bool]) -> Iterator[Record]:
+def _read_backwards(path: Path, are_right: Callable[[list[Any]], bool]) -> Iterator[Record]:
     """Yield the objects of a log, the last first."""
     with _opened(path) as file:
         position, rest = file.seek(0, os.SEEK_END), b""
@@ -251,7 +255,7 @@ def _read_backwards(path: Path, is_right: Callable[[Record], bool]) -> Iterator[
             rest, *lines = (file.read(size) + rest).split(b"\n")
             for line in reversed([rest, *lines] if position == 0 else lines):
                 record = _parse(line)
-                if record is not None and is_right(record):
+                if record is not None and are_right([record]):
                     yield record
                 elif not is_last:  # a last line without its end is still being written
                     _say(f"{path}: skipped damaged lines")
@@ -273,8 +277,8 @@ def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], Record]:
             line = line[:start] + b": null" + line[end + 1 :]
         return line
 
-    steps, parts, count = _read(path, _is_step, flat), list[tuple[int, dict[str, np.ndarray]]](), 0
-    while chunk := list(itertools.islice(steps, CHUNK)):
+    parts, count = list[tuple[int, dict[str, np.ndarray]]](), 0
+    for chunk in _read(path, _are_steps, flat):
         keys = dict.fromkeys(itertools.chain.from_iterable(chunk))
         parts.append((count, {key: np.array([step.get(key) for step in chunk], dtype=np.float64) for key in keys}))
         count += len(chunk)
@@ -311,6 +315,15 @@ def _refuse(constant: str) -> float:
 DECODER = json.JSONDecoder(parse_constant=_refuse)  # without NaN and Infinity, which are not JSON
 
 
+def _parse_all(lines: list[bytes]) -> list[Any]:
+    """What is on each line: parsed at once, which is quicker, or one by one where a line is damaged."""
+    try:
+        found = DECODER.decode(f"[{','.join(map(bytes.decode, lines))}]")
+    except (ValueError, RecursionError):
+        found = []
+    return found if len(found) == len(lines) else list(map(_parse, lines))
+
+
 def _parse(line: bytes) -> Record | None:
     """The object on a line, or None; a torn line never parses, for an object ends with its own brace."""
     try:
@@ -320,30 +333,42 @@ def _parse(line: bytes) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
-def _is_step(record: Record) -> bool:
-    return _is_count(record.get("step")) and _is_count(record.get("tokens")) and _is_numeric(record)
+def _are_steps(records: list[Any]) -> bool:
+    """Whether these are objects with a step and tokens, and otherwise numbers: checked at once, which is quicker."""
+    try:
+        values = list(itertools.chain.from_iterable(map(dict.values, records)))
+        return _are_counts([record[key] for record in records for key in ("step", "tokens")]) and _are_numbers(values)
+    except (KeyError, TypeError):
+        return False
 
 
-def _is_event(record: Record) -> bool:
-    when, words = record.get("time"), (record.get("event"), record.get("reason"))
-    is_dated = isinstance(when, int | float) and 0 <= when < END_OF_TIME
-    is_placed = _is_count(record.get("step")) and _is_count(record.get("tokens"))
-    return is_dated and is_placed and {*map(type, words)} == {str}
+def _are_events(records: list[Any]) -> bool:
+    """Whether these are objects with an event, its reason, step and tokens, and a time."""
+    try:
+        counts = [record[key] for record in records for key in ("step", "tokens")]
+        words = {type(record[key]) for record in records for key in ("event", "reason")}
+        are_dated = all(0 <= record["time"] < END_OF_TIME for record in records)
+        return are_dated and words <= {str} and _are_counts(counts)
+    except (KeyError, TypeError):
+        return False
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+def _are_counts(values: list[Any]) -> bool:
+    return {*map(type, values)} <= {int} and all(0 <= value < 2**63 for value in values)
 
 
-def _is_numeric(record: Record) -> bool:
-    """Whether an object holds numbers, true, false, null and objects of them alone."""
-    values, kinds = record.values(), {*map(type, record.values())}
+def _are_numbers(values: list[Any]) -> bool:
+    """Whether these are finite numbers, true, false, null, and objects of such."""
+    kinds = {*map(type, values)}
     if dict in kinds:
-        nested = [value for value in values if type(value) is dict]
-        values, kinds = [value for value in values if type(value) is not dict], kinds - {dict}  # type: ignore[assignment]
-        if not all(map(_is_numeric, nested)):
+        nested = [inner for value in values if type(value) is dict for inner in value.values()]
+        values, kinds = [value for value in values if type(value) is not dict], kinds - {dict}
+        if not _are_numbers(nested):
             return False
-    return kinds <= NUMERIC and max(map(abs, filter(None, values)), default=0) < 1e300
+    try:
+        return kinds <= NUMERIC and math.isfinite(sum(filter(None, values)))
+    except OverflowError:  # a whole number that is no float
+        return False
 
 
 def _appending(path: Path) -> IO[str]:
