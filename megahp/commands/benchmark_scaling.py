@@ -215,7 +215,7 @@ def rows_of(mode: str, points: Sequence[Point], warm_up: int) -> list[dict[str, 
         if not is_finished(point.directory):
             continue
         steps = read_metrics(point.directory)[warm_up:]
-        seconds = [step["step_seconds"] for step in steps if not step.get("skipped")]
+        seconds = [taken for step in steps if not step.get("skipped") and (taken := step.get("step_seconds"))]
         if not seconds:
             raise UserError(f"{point.directory}: all steps after the warm-up were skipped; lower optimizer.lr")
         low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()

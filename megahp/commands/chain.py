@@ -101,9 +101,12 @@ def logged_speed(run: Path, ranks_per_node: int) -> float | None:
 
     if not (run / "metrics.jsonl").exists():
         return None
-    layout = next((event["layout"] for event in newest_events(run) if event["event"] in STARTS), None)
+    layout = next((event.get("layout") for event in newest_events(run) if event["event"] in STARTS), None)
     steps = itertools.islice(newest_metrics(run), SPEED_STEPS)
     speeds = [speed for step in steps if (speed := step.get("tokens_per_second"))]
-    if not layout or not speeds:
+    if not isinstance(layout, dict) or not speeds:
         return None
-    return statistics.median(speeds) * ranks_per_node / math.prod(Layout(**layout).shape)
+    try:
+        return statistics.median(speeds) * ranks_per_node / math.prod(Layout(**layout).shape)
+    except (TypeError, ZeroDivisionError):  # a log that others wrote
+        return None

@@ -34,8 +34,8 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     # a life whose end could not be saved counts as a fault: another would train the same steps again
     is_lost = options.code == STOPPED and any(event.get("saved") is False for event in ends)
     is_fault = is_lost or options.code not in (STOPPED, *ENDED)
-    before = [event for event in events if event["event"] == "requeued" and event["job"] == options.job]
-    found = [event["checkpoints"] for event in before if event.get("fault", event["code"] != STOPPED)]
+    before = [event for event in events if event["event"] == "requeued" and event.get("job") == options.job]
+    found = [event.get("checkpoints", []) for event in before if event.get("fault", event.get("code") != STOPPED)]
     end = verdict(options.code, [*found, told["checkpoints"]], options.restarts, run) if is_fault else None
     if end is None:
         log.event("requeued", f"exit code {options.code}", **told, fault=is_fault, **last)

@@ -18,7 +18,7 @@ import pytest
 
 from megahp import cli, config
 from megahp.diagnose import child_runs
-from megahp.log.metrics import read_events, read_metrics
+from megahp.log.metrics import RunLog, read_events, read_metrics
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark_scaling.py"
 COMMAND = ["benchmark", "scaling"]
@@ -185,11 +185,13 @@ def test_figures_by_hand(scaling: Callable[..., int], tool: ModuleType, capsys: 
 
 def log(run: Path, seconds: float) -> None:
     """A run whose median step is of so many seconds, its warm-up and a skipped step apart."""
-    run.mkdir(parents=True, exist_ok=True)
     steps = [{"step_seconds": 99.0}, *({"step_seconds": seconds + more} for more in (0.0, 0.5, 0.0))]
     steps.append({"step_seconds": 0.01, "skipped": True})
-    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    (run / "events.jsonl").write_text('{"event": "finished"}\n')
+    log = RunLog(run)
+    for number, step in enumerate(steps, start=1):
+        log.metrics({"step": number, "tokens": number, **step})
+    log.event("finished", "all steps")
+    log.close()
 
 
 def test_points_are_the_run_files_own_but_for_what_is_measured(scaling: Callable[..., int], tool: ModuleType) -> None:
