@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,11 +33,12 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megahp.checkpoint import schema
-from megahp.checkpoint.remote import Place
+from megahp.checkpoint.remote import Place, Remote
 from megahp.checkpoint.schema import Chunk
 from megahp.errors import UserError, is_users
 
 INDEX = "index.json"
+LARGEST_JSON = 2**31  # bytes; an index has about 150 for each chunk
 DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)}
 
@@ -230,13 +232,31 @@ def in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict
     yield together
 
 
+def read_json(path: Place) -> bytes:
+    """Return a JSON file of a checkpoint. Raises Damaged, or UnreadableError."""
+    with reading(path):
+        if size_of(path) > LARGEST_JSON:
+            raise Damaged(f"{path.name} has {size_of(path):,} bytes, and {LARGEST_JSON:,} is the most")
+        return path.read_bytes()
+
+
+def size_of(path: Place) -> int:
+    """Return a file's bytes. Raises Damaged for what is none, such as a pipe, OSError, and UserError for a link."""
+    if isinstance(path, Remote):
+        return path.stat().st_size
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise UserError(f"{path} is a symbolic link, which is not followed; copy what it names to its place")
+    if not stat.S_ISREG(status.st_mode):
+        raise Damaged(f"{path.name} is no regular file")
+    return status.st_size
+
+
 def read_index(folder: Place) -> dict[str, schema.Stored]:
     """Return every tensor's dtype, shape and chunks. Raises Damaged unless chunks, in files of this folder, fill every
     tensor, none of it twice."""
-    with reading(folder / INDEX):
-        text = (folder / INDEX).read_bytes()
     try:
-        tensors: dict[str, schema.Stored] = schema.checked(schema.INDEX, text)["tensors"]
+        tensors: dict[str, schema.Stored] = schema.checked(schema.INDEX, read_json(folder / INDEX))["tensors"]
         for name, tensor in tensors.items():
             _check(name, tensor)
     except ValueError as error:

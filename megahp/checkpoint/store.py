@@ -33,7 +33,9 @@ from megahp.checkpoint.shards import (
     Writer,
     digest,
     read_index,
+    read_json,
     reading,
+    size_of,
     sync,
     unreadable,
     write_synced,
@@ -261,7 +263,7 @@ def read_state(checkpoint: Place) -> dict[str, Any]:
     if wrong := problems(checkpoint, shards=False):
         raise DamagedError(f"checkpoint {checkpoint} is damaged ({wrong[0]}); {_remedy(checkpoint)}")
     try:
-        state = json.loads((checkpoint / "state.json").read_bytes())
+        state = json.loads(read_json(checkpoint / "state.json"))
         for migrate in MIGRATIONS[state["version"] - OLDEST :]:
             state = migrate(state)
         return schema.checked(schema.STATE, json.dumps(state))
@@ -319,10 +321,8 @@ def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = Tr
         file = checkpoint / name
         is_read = shards and number % ranks == rank or name.endswith(".json")
         try:
-            if isinstance(file, Path) and file.is_symlink():
-                raise UserError(f"{file} is a symbolic link, which is not followed; copy what it names to its place")
             with reading(file):
-                size = file.stat().st_size
+                size = size_of(file)
             if size != entry["bytes"]:
                 found.append(f"{name} has {size:,} bytes and was written with {entry['bytes']:,}")
             elif is_read and digest(file) != entry["sha256"]:
@@ -357,8 +357,7 @@ def write_manifest(checkpoint: Path) -> None:
 def read_manifest(checkpoint: Place) -> dict[str, schema.Entry]:
     """Name -> bytes and sha256. Raises Damaged unless every byte of it is as written, UserError for a version that is
     not read, UnreadableError."""
-    with reading(checkpoint / MANIFEST):
-        text = (checkpoint / MANIFEST).read_bytes()
+    text = read_json(checkpoint / MANIFEST)
     try:
         manifest = schema.checked(schema.MANIFEST, text)
     except ValueError as error:
@@ -417,9 +416,8 @@ def _in_words(state: Mapping[str, Any]) -> str:
 def _validation_loss(checkpoint: Place) -> float | None:
     """Return that of a checkpoint, None where it has none or is damaged. Raises UnreadableError."""
     try:
-        with reading(checkpoint / "state.json"):
-            loss = json.loads((checkpoint / "state.json").read_bytes())["validation_loss"]
-            return loss if isinstance(loss, float) else None
+        loss = json.loads(read_json(checkpoint / "state.json"))["validation_loss"]
+        return loss if isinstance(loss, float) else None
     except (Damaged, ValueError, TypeError, KeyError, RecursionError):
         return None
 
