@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megahp import launch
 from megahp.benchmark.communication import (
@@ -46,6 +45,7 @@ from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.config import resolve
 from megahp.errors import UserError, complain
 from megahp.parallel.layout import fit
+from megahp.parallel.messages import all_gather_json
 
 SIZES = ["1K", "8K", "64K", "512K", "4M", "32M"]
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -127,8 +127,7 @@ def by_torch(place: launch.World, backend: str) -> Ranks:
     device = device_of_rank({"auto": "auto", "gloo": "cpu", "nccl": "cuda"}[backend], place)
     launch.join(place, device.type == "cuda")
     greet(device)
-    nodes: list[Any] = [None] * place.size
-    dist.all_gather_object(nodes, launch.node_name())
+    nodes = all_gather_json(launch.node_name())
     name = "nccl" if device.type == "cuda" else "gloo"
     version = ".".join(map(str, torch.cuda.nccl.version())) if name == "nccl" else ""
     return Ranks(place.rank, nodes, name, version, lambda groups: TorchGroup(groups, device, launch.PATIENCE))
