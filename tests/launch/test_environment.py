@@ -117,7 +117,7 @@ def test_half_an_environment_is_a_mistake(environment: dict[str, str], words: st
     ],
 )
 def test_a_node_list_is_spelled_out(nodes: str, names: list[str]) -> None:
-    assert _first_host(World(0, 4, 0, 2), {"SLURM_STEP_NODELIST": nodes}) == names[0]
+    assert _first_host({"SLURM_STEP_NODELIST": nodes}) == names[0]
     count = len(names)
     step = {"SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": f"2(x{count})"}
     assert ranks_of_nodes(2 * count, step) == dict.fromkeys(names, 2)
