@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from secrets import token_hex
 
 from megahp.exit_codes import FINAL
-from megahp.launch import secret
 from megahp.launch.rendezvous import LOOPBACK, SECONDS_TO_EXPLAIN, local_store
+from megahp.launch.secret import VARIABLE
 
 # of an end: scancel's and `kill`'s; Slurm's --signal=USR1@120; a closed terminal's; ctrl-C
 NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -28,7 +28,7 @@ def spawn(
     at_notice: returned where one has ended a rank that did not yet listen, if not its exit code."""
     store = local_store()  # held here, on a port the system picks, so that two runs never want the same one
     common = os.environ | {
-        secret.NAME: token_hex(32),
+        VARIABLE: token_hex(32),
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megahp.errors import Fault, UserError
 from megahp.exit_codes import FINISHED, STOPPED
 from megahp.launch.environment import World, all_here, hosts_of, launch_of, mpirun_names, whole_number
-from megahp.launch.secret import secret
+from megahp.launch.secret import shared_secret
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
@@ -73,7 +73,7 @@ def meet(place: World, patience: timedelta = PATIENCE, all_of_them: bool = True)
     held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, or --ranks
     named = os.environ.get("MASTER_ADDR")
     host = LOOPBACK if all_here(place) and not held else named or _first_host(os.environ)
-    store = _store(place, host, _port(os.environ), patience, place.rank == 0 and not held, secret())
+    store = _store(place, host, _port(os.environ), patience, place.rank == 0 and not held, shared_secret())
     if all_of_them:
         _await_all(store, place, patience)
     return store

@@ -10,16 +10,16 @@ from secrets import token_hex
 
 from megahp.errors import UserError
 
-NAME = "MEGAHP_SECRET"
+VARIABLE = "MEGAHP_SECRET"
 FILE = ".megahp-secret"  # in the user's home
 LEAST = 16  # characters
-REMEDY = f"set {NAME} to the same random text for all ranks"
+REMEDY = f"set {VARIABLE} to the same random text for all ranks"
 
 
-def secret(environment: Mapping[str, str] = os.environ) -> bytes:
+def shared_secret(environment: Mapping[str, str] = os.environ) -> bytes:
     """Return MEGAHP_SECRET, which --ranks and the scripts of slurm/ draw anew for each run; else what stands in a file
     of the user's home, which the rank that comes first makes. Raises UserError."""
-    where, text = (NAME, environment[NAME]) if NAME in environment else _of_user()
+    where, text = (VARIABLE, environment[VARIABLE]) if VARIABLE in environment else _of_user()
     if len(text) < LEAST:
         raise UserError(f"{where} has {len(text)} characters and needs {LEAST}; {REMEDY}")
     return text.encode(errors="surrogateescape")

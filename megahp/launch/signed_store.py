@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -34,13 +33,6 @@ class SignedStore(dist.Store):
         """Raises Fault for a value that is not signed, or with another secret."""
         return self._verified(key, self.store.get(key))
 
-    def multi_get(self, keys: list[str]) -> list[bytes]:
-        return [self.get(key) for key in keys]
-
-    def multi_set(self, keys: Sequence[str], values: Sequence[str | bytes]) -> None:
-        for key, value in zip(keys, values, strict=True):
-            self.set(key, value)
-
     def compare_set(self, key: str, expected_value: str | bytes, desired_value: str | bytes) -> bytes:
         expected = self._signed(key, expected_value) if expected_value else b""
         found = self.store.compare_set(key, expected, self._signed(key, desired_value))
@@ -48,7 +40,7 @@ class SignedStore(dist.Store):
 
     def check(self, keys: list[str]) -> bool:
         """Whether all are there. Raises Fault, as `get` does."""
-        return self.store.check(keys) and len(self.multi_get(keys)) == len(keys)
+        return self.store.check(keys) and all(self.get(key) is not None for key in keys)
 
     def add(self, key: str, value: int) -> int:
         return self.store.add(key, value)
@@ -58,12 +50,6 @@ class SignedStore(dist.Store):
 
     def delete_key(self, key: str) -> bool:
         return self.store.delete_key(key)
-
-    def num_keys(self) -> int:
-        return self.store.num_keys()
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        self.store.set_timeout(timeout)
 
     def clone(self) -> SignedStore:
         """A connection of its own."""

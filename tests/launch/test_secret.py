@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megahp.errors import UserError
-from megahp.launch.secret import FILE, secret
+from megahp.launch.secret import FILE, shared_secret
 
 
 @pytest.fixture
@@ -22,12 +22,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_ranks_that_start_at_once_have_one_secret(home: Path) -> None:
     with ThreadPoolExecutor(16) as ranks:
-        found = set(ranks.map(lambda _: secret({}), range(64)))
+        found = set(ranks.map(lambda _: shared_secret({}), range(64)))
     (common,) = found
     assert len(common) == 64
     assert [path.name for path in home.iterdir()] == [FILE]
     assert stat.S_IMODE((home / FILE).stat().st_mode) == 0o600
-    assert secret({"MEGAHP_SECRET": "0123456789abcdef"}) == b"0123456789abcdef"
+    assert shared_secret({"MEGAHP_SECRET": "0123456789abcdef"}) == b"0123456789abcdef"
 
 
 SPOILT: dict[str, Callable[[Path], object]] = {
@@ -46,17 +46,17 @@ def test_a_file_that_others_may_know_is_refused(home: Path, spoil: str) -> None:
     (home / "elsewhere").chmod(0o600)
     SPOILT[spoil](home / FILE)
     with pytest.raises(UserError, match=f"{FILE}.*set MEGAHP_SECRET to the same random text") as refused:
-        secret({})
+        shared_secret({})
     assert "\n" not in str(refused.value) and "0" * 15 not in str(refused.value)
 
 
 def test_a_home_that_is_not_there_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="set MEGAHP_SECRET"):
-        secret({})
+        shared_secret({})
 
 
 def test_a_short_secret_is_a_mistake() -> None:
     with pytest.raises(UserError, match="MEGAHP_SECRET has 5 characters and needs 16") as refused:
-        secret({"MEGAHP_SECRET": "tiger"})
+        shared_secret({"MEGAHP_SECRET": "tiger"})
     assert "tiger" not in str(refused.value)
