@@ -66,7 +66,8 @@ def _told_place(environment: Mapping[str, str]) -> World:
 
 def all_here(place: World, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether all ranks are known to be on this machine, which WORLD_SIZE without LOCAL_WORLD_SIZE does not tell."""
-    told = "WORLD_SIZE" not in environment or "LOCAL_WORLD_SIZE" in environment or bool(_tasks_of_nodes(environment))
+    tasks = sum(_tasks_of_nodes(environment))
+    told = "WORLD_SIZE" not in environment or "LOCAL_WORLD_SIZE" in environment or tasks == place.size
     return place.local_size == place.size and told
 
 

@@ -91,6 +91,16 @@ def test_all_ranks_hear_that_the_first_has_no_store(mpi: Mpi, monkeypatch: pytes
     assert mpi.finalized == 2
 
 
+def test_gloo_and_nccl_stay_on_the_loopback_interface_unless_told() -> None:
+    words = "import os; from megahp import launch; launch.join(launch.World(), False)"
+    words += (
+        "; print(*(os.environ[f'{library}_SOCKET_IFNAME'] for library in ('GLOO', 'NCCL')), flush=True); os._exit(0)"
+    )
+    ours = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
+    for more, told in (({}, "lo lo\n"), ({"NCCL_SOCKET_IFNAME": "ib0"}, "lo ib0\n")):
+        assert subprocess.check_output([sys.executable, "-c", words], env=ours | more, text=True) == told
+
+
 def listening(session: int) -> set[str]:
     """The addresses, in the kernel's hexadecimal words, at which the processes of a session listen."""
     found = set()

@@ -97,3 +97,17 @@ def test_a_stranger_who_claims_the_other_nodes_rank_is_refused(cluster: Cluster,
         "megahp: 'here 1' in the ranks' store is not signed with this run's secret: it is a stranger's, or a rank has "
         "another secret; set MEGAHP_SECRET to the same random text for all ranks"
     ]
+
+
+def test_each_life_of_a_job_draws_a_secret(cluster: Cluster) -> None:
+    """Also where the job that submitted this one has left its own."""
+    job = {
+        "SLURM_JOB_ID": "7999",
+        "SLURM_JOB_NODELIST": "127.0.0.1",
+        "SLURM_CPUS_ON_NODE": "4",
+        "MEGAHP_SECRET": "0" * 64,
+    }
+    words = ("bash", "-c", "source $MEGAHP_SLURM/job.sh; rendezvous; env | grep MEGAHP_SECRET")
+    lives = [cluster(*words, MEGAHP_SLURM=f"{ROOT}/slurm", **job) for _ in range(2)]
+    assert all(re.fullmatch(r"MEGAHP_SECRET=[0-9a-f]{64}\n", life) for life in lives)
+    assert len({*lives, f"MEGAHP_SECRET={'0' * 64}\n"}) == 3
