@@ -22,12 +22,14 @@ cpus=${SLURM_CPUS_PER_TASK:-$((cpus > 0 ? cpus : 1))}
 step=(--cpus-per-task="$cpus" --cpu-bind=cores --kill-on-bad-exit=0 --wait=30)
 step+=(--output="$logs/%x-%j-%n.out" --open-mode=append "${srun_options[@]}")
 
-# Where the ranks meet: the first node, which runs this script too, and a port that is free there.
+# Where the ranks meet: the first node, which runs this script too, and a port that is free there. And the secret by which
+# they know each other, of this life of the job alone: srun hands it on, and no file, log or command line has it.
 rendezvous() {
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
     while taken localhost || taken "$MASTER_ADDR"; do MASTER_PORT=$((MASTER_PORT + 1)); done
-    export MASTER_ADDR MASTER_PORT
+    MEGAHP_SECRET=$(od -A n -N 32 -t x1 /dev/urandom | tr -d ' \n')
+    export MASTER_ADDR MASTER_PORT MEGAHP_SECRET
 }
 
 taken() {

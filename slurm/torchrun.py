@@ -1,6 +1,7 @@
 """torchrun as a task of Slurm's: not ended by the signal that gives its ranks notice, and with the exit code of the
 rank that failed first in place of 1."""
 
+import os
 import signal
 import sys
 
@@ -8,6 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to all processes; a rank listens once it trains
+os.environ["PET_NODE_RANK"] = os.environ["SLURM_NODEID"]  # torchrun's --node-rank
 try:
     main()
 except ChildFailedError as error:

@@ -1,15 +1,17 @@
-"""The tensors of one checkpoint, as PyTorch's DCP plans them and we write them: safetensors files, and a JSON index
-that says where every chunk of every tensor lies. Nothing that is read is ever executed.
+"""The tensors of one checkpoint: safetensors files, and a JSON index that says where every chunk of every tensor lies.
+Nothing that is read, from a file or from another rank, is ever executed.
 
 step-00000100/{shard-00000.safetensors, ..., index.json, state.json, manifest.json}
 
-DCP decides which rank writes which chunk, replicas once, and which bytes a rank on another layout needs.
+PyTorch's DCP says which chunks a rank holds, and which bytes a rank on another layout needs. Its collectives pickle
+what they send, so ours say who writes what.
 """
 
 import hashlib
 import json
 import math
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,24 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import LoadPlan, LoadPlanner, Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, Metadata
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
-from torch.futures import Future
+from torch.distributed.checkpoint.planner import ReadItem, SavePlanner, TensorWriteData, WriteItem
 
 from megahp.checkpoint import schema
-from megahp.checkpoint.remote import Place
+from megahp.checkpoint.remote import Place, Remote
 from megahp.checkpoint.schema import Chunk
 from megahp.errors import UserError, is_users
+from megahp.parallel.messages import gather_results, on_first_rank
 
 INDEX = "index.json"
+LARGEST_JSON = 2**31  # bytes; an index has about 150 for each chunk
 DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)}
 
@@ -51,6 +55,13 @@ class UnreadableError(UserError):
     def __init__(self, why: str, may_pass: bool = False) -> None:
         super().__init__(why)
         self.may_pass = may_pass
+
+
+class NotCopiedError(UserError):
+    """A checkpoint is whole, and its copy elsewhere is not."""
+
+
+ERRORS = (NotCopiedError, UnreadableError, UserError, OSError)  # that ranks tell each other as they are
 
 
 @contextmanager
@@ -69,113 +80,91 @@ def unreadable(path: Place, error: OSError) -> UnreadableError:
     return UnreadableError(why, may_pass=not is_users(error))
 
 
-class _Plain:
-    """What DCP asks of either and needs no thought."""
+def write(
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    begin: Callable[[int], None],
+    publish: Callable[[], None],
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Write the tensors of a checkpoint, whatever their layout, as one of the group's ranks, which all call this. Each
+    chunk is written once, by that of its holders which has least to write. The first rank calls begin(bytes) before
+    anything is written, and publish() when all is. What fails on one rank is raised on all."""
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(tensors), is_coordinator=True)
+    items = {_key(item): item for item in planner.create_local_plan().items}
+    held = gather_results(lambda: {key: item.tensor_storage_size() for key, item in items.items()}, group, ERRORS)
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass
+    def deal() -> dict[str, int]:
+        writers, size = _writers(held)
+        begin(size)
+        return writers
 
-    def prepare_local_plan(self, plan: Any) -> Any:
-        return plan
+    writers = on_first_rank(deal, group, ERRORS)
+    rank = dist.get_rank(group)
 
-    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
-        return plans
+    def write_own() -> list[tuple[str, dict[str, Any]]]:
+        own = {key: item for key, item in items.items() if writers.get(key, rank) == rank}
+        return write_shard(own, planner, folder / f"shard-{rank:05d}.safetensors") if own else []
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
+    written = gather_results(write_own, group, ERRORS)
 
+    def finish() -> None:
+        index: dict[str, dict[str, Any]] = {}
+        for name, entry in (each for of_rank in written for each in of_rank):
+            index.setdefault(name, entry | {"chunks": []})["chunks"] += entry["chunks"]
+        _write_index(folder, index)
+        publish()
 
-class Writer(_Plain, StorageWriter):
-    """What DCP writes a checkpoint through. One rank calls begin(bytes) before anything is written, and publish() when
-    all is."""
-
-    def __init__(self, folder: Path, begin: Callable[[int], None], publish: Callable[[], None]) -> None:
-        self.folder, self.begin, self.publish = folder, begin, publish
-        self.file = ""
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.file = f"shard-{kwargs['rank']:05d}.safetensors"
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        self.begin(sum(item.tensor_storage_size() or 0 for plan in plans for item in plan.items))
-        return plans
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """This rank's chunks, as one file."""
-        parts, items = {}, {}
-        for item in plan.items:
-            assert item.tensor_data is not None  # nothing but tensors is saved through DCP
-            chunk = item.tensor_data.chunk
-            whole = chunk.sizes == item.tensor_data.size
-            key = item.index.fqn if whole else f"{item.index.fqn}@{','.join(map(str, chunk.offsets))}"
-            value = planner.resolve_data(item)
-            assert isinstance(value, Tensor)
-            parts[key], items[key] = (chunk.offsets, value.cpu().contiguous()), item
-        places = _write(parts, self.folder / self.file) if parts else {}
-        results = [WriteResult(items[key].index, place.bytes, place) for key, place in places.items()]
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        chunks: dict[str, list[Chunk]] = {}
-        for result in (result for of_rank in results for result in of_rank):
-            chunks.setdefault(result.index.fqn, []).append(result.storage_data)
-        tensors = {
-            name: _entry(tensor.properties.dtype, tensor.size, chunks[name])
-            for name, tensor in metadata.state_dict_metadata.items()
-            if isinstance(tensor, TensorStorageMetadata)
-        }
-        _write_index(self.folder, tensors)
-        self.publish()
+    on_first_rank(finish, group, ERRORS)
 
 
-class Reader(_Plain, StorageReader):
-    """What DCP reads a checkpoint through. Raises Damaged for a chunk that is not what was written."""
+def write_shard(items: Mapping[str, WriteItem], planner: SavePlanner, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Write chunks as one file. Returns each one's tensor and what the index says of it."""
+    parts, entries = {}, []
+    for key, item in items.items():
+        value = planner.resolve_data(item)
+        assert isinstance(value, Tensor)
+        parts[key] = (_data(item).chunk.offsets, value.cpu().contiguous())
+    for key, place in _write(parts, path).items():
+        data = _data(items[key])
+        entries.append((items[key].index.fqn, _entry(data.properties.dtype, data.size, [place])))
+    return entries
 
-    def __init__(self, folder: Place) -> None:
-        self.folder = folder
-        self.tensors: dict[str, schema.Stored] = {}
-        self.chunks: dict[MetadataIndex, Chunk] = {}
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        self.tensors = read_index(self.folder)
-        self.chunks = {
-            MetadataIndex(name, torch.Size(chunk.offsets)): chunk
-            for name, tensor in self.tensors.items()
-            for chunk in tensor["chunks"]
-        }
-        described = {
-            name: TensorStorageMetadata(
-                TensorProperties(dtype=DTYPES[tensor["dtype"]]),
-                torch.Size(tensor["shape"]),
-                [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape)) for c in tensor["chunks"]],
-            )
-            for name, tensor in self.tensors.items()
-        }
-        return Metadata(described, storage_data=self.chunks)  # type: ignore[arg-type]
+def fill(folder: Place, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the tensors, in place and on whatever layout they have, from a checkpoint: each rank reads what it holds.
+    Raises Damaged for what is not what was written, UnreadableError, and what DCP raises for what does not fit."""
+    index = read_index(folder)
+    chunks = {
+        MetadataIndex(name, torch.Size(chunk.offsets)): chunk
+        for name, tensor in index.items()
+        for chunk in tensor["chunks"]
+    }
+    described: dict[str, Any] = {
+        name: TensorStorageMetadata(
+            TensorProperties(dtype=DTYPES[tensor["dtype"]]),
+            torch.Size(tensor["shape"]),
+            [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape)) for c in tensor["chunks"]],
+        )
+        for name, tensor in index.items()
+    }
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(tensors), Metadata(described), is_coordinator=True)
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.chunks = metadata.storage_data
+    def place(item: ReadItem) -> tuple[str, int]:
+        chunk = chunks[item.storage_index]
+        return chunk.file, chunk.begin
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        def place(item: Any) -> tuple[str, int]:
-            chunk = self.chunks[item.storage_index]
-            return chunk.file, chunk.begin
-
-        for (file, _), items in groupby(sorted(plan.items, key=place), place):
-            wanted = list(items)
-            chunk, name = self.chunks[wanted[0].storage_index], wanted[0].storage_index.fqn
-            values = read_chunk(self.folder / file, chunk, DTYPES[self.tensors[name]["dtype"]], name)
-            for item in wanted:
-                target = planner.resolve_tensor(item).detach()
-                if target.dtype != values.dtype:
-                    raise Damaged(f"{self.folder / INDEX}: {name} is of {values.dtype}, and must be of {target.dtype}")
-                target.copy_(values[_window(item.storage_offsets, item.lengths)])
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+    for (file, _), items in groupby(sorted(planner.create_local_plan().items, key=place), place):
+        wanted = list(items)
+        chunk, name = chunks[wanted[0].storage_index], wanted[0].storage_index.fqn
+        values = read_chunk(folder / file, chunk, DTYPES[index[name]["dtype"]], name)
+        for item in wanted:
+            target = planner.resolve_tensor(item).detach()
+            if target.dtype != values.dtype:
+                raise Damaged(f"{folder / INDEX}: {name} is of {values.dtype}, and must be of {target.dtype}")
+            target.copy_(values[_window(item.storage_offsets, item.lengths)])
 
 
 class ByName(Mapping[str, Tensor]):
@@ -230,13 +219,31 @@ def in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict
     yield together
 
 
+def read_json(path: Place) -> bytes:
+    """Return a JSON file of a checkpoint. Raises Damaged, or UnreadableError."""
+    with reading(path):
+        if size_of(path) > LARGEST_JSON:
+            raise Damaged(f"{path.name} has {size_of(path):,} bytes, and {LARGEST_JSON:,} is the most")
+        return path.read_bytes()
+
+
+def size_of(path: Place) -> int:
+    """Return a file's bytes. Raises Damaged for what is none, such as a pipe, OSError, and UserError for a link."""
+    if isinstance(path, Remote):
+        return path.stat().st_size
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise UserError(f"{path} is a symbolic link, which is not followed; copy what it names to its place")
+    if not stat.S_ISREG(status.st_mode):
+        raise Damaged(f"{path.name} is no regular file")
+    return status.st_size
+
+
 def read_index(folder: Place) -> dict[str, schema.Stored]:
     """Return every tensor's dtype, shape and chunks. Raises Damaged unless chunks, in files of this folder, fill every
     tensor, none of it twice."""
-    with reading(folder / INDEX):
-        text = (folder / INDEX).read_bytes()
     try:
-        tensors: dict[str, schema.Stored] = schema.checked(schema.INDEX, text)["tensors"]
+        tensors: dict[str, schema.Stored] = schema.checked(schema.INDEX, read_json(folder / INDEX))["tensors"]
         for name, tensor in tensors.items():
             _check(name, tensor)
     except ValueError as error:
@@ -316,6 +323,33 @@ def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> dic
         begin = 8 + length + header[key]["data_offsets"][0]
         places[key] = Chunk(list(offsets), list(values.shape), path.name, begin, len(data), zlib.crc32(data))
     return places
+
+
+def _writers(held: Sequence[Mapping[str, int]]) -> tuple[dict[str, int], int]:
+    """The rank that writes each chunk which several hold, and the bytes of all. held: every rank's chunks and bytes."""
+    holders: dict[str, list[int]] = {}
+    for rank, own in enumerate(held):
+        for key in own:
+            holders.setdefault(key, []).append(rank)
+    planned, writers = [0] * len(held), {}
+    for key, ranks in holders.items():
+        writer = min(ranks, key=planned.__getitem__)
+        planned[writer] += held[writer][key]
+        if len(ranks) > 1:
+            writers[key] = writer
+    return writers, sum(planned)
+
+
+def _data(item: WriteItem) -> TensorWriteData:
+    assert item.tensor_data is not None  # nothing but tensors is saved
+    return item.tensor_data
+
+
+def _key(item: WriteItem) -> str:
+    """The name of a chunk: its tensor's, with the offsets where it is a part."""
+    data = _data(item)
+    whole = data.chunk.sizes == data.size
+    return item.index.fqn if whole else f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}"
 
 
 def _entry(dtype: torch.dtype, shape: Sequence[int], chunks: Sequence[Chunk]) -> dict[str, Any]:

@@ -19,29 +19,30 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megahp.checkpoint import schema
+from megahp.checkpoint import schema, shards
 from megahp.checkpoint.remote import Place, Remote, place
 from megahp.checkpoint.shards import (
     INDEX,
     Damaged,
-    Reader,
+    NotCopiedError,
     UnreadableError,
-    Writer,
     digest,
     read_index,
+    read_json,
     reading,
+    size_of,
     sync,
     unreadable,
     write_synced,
     write_tensors,
 )
 from megahp.config import Checkpoint, Config, resolve
-from megahp.errors import UserError, masked
+from megahp.errors import Fault, UserError, masked
 from megahp.files import refuse_links
+from megahp.parallel.messages import gather_results, on_first_rank
 from megahp.parallel.parameters import storage
 
 
@@ -61,10 +62,6 @@ P = TypeVar("P", Path, Remote, Place)
 
 class DamagedError(UserError):
     """A checkpoint is not what was written; another may be."""
-
-
-class NotCopiedError(UserError):
-    """A checkpoint is whole, and its copy elsewhere is not."""
 
 
 class Store:
@@ -105,7 +102,7 @@ class Store:
 
         def save() -> None:
             copied = {name: _on_host(value, self.copies[name]) for name, value in tensors.items()}
-            dcp.save(copied, storage_writer=Writer(partial, prepare, finish), process_group=self.group)
+            shards.write(copied, partial, prepare, finish, self.group)
 
         # by hand, since DCP's staging of a hundred DTensors takes ten times as long as the copies; so does fresh memory
         for name, value in tensors.items():
@@ -124,9 +121,7 @@ class Store:
             return
         try:
             self.writing.result()
-        except (OSError, UserError, dcp.CheckpointException) as error:
-            if isinstance(failure := _first_failure(error), KeyboardInterrupt | UserError):
-                raise failure from None
+        except (OSError, Fault) as error:
             why = f"checkpoint {self.target} cannot be written ({_cause(error)}); make room in {self.folder}"
             raise UserError(why) from None
         finally:
@@ -261,7 +256,7 @@ def read_state(checkpoint: Place) -> dict[str, Any]:
     if wrong := problems(checkpoint, shards=False):
         raise DamagedError(f"checkpoint {checkpoint} is damaged ({wrong[0]}); {_remedy(checkpoint)}")
     try:
-        state = json.loads((checkpoint / "state.json").read_bytes())
+        state = json.loads(read_json(checkpoint / "state.json"))
         for migrate in MIGRATIONS[state["version"] - OLDEST :]:
             state = migrate(state)
         return schema.checked(schema.STATE, json.dumps(state))
@@ -280,28 +275,24 @@ def load(checkpoint: Place, tensors: Mapping[str, Tensor]) -> None:
     before a tensor is touched. Raises DamagedError naming what is wrong, or UserError."""
     if wrong := check(checkpoint):
         raise DamagedError(f"checkpoint {checkpoint} is damaged ({wrong[0]}); {_remedy(checkpoint)}")
-    reader = Reader(checkpoint)
-    try:
-        dcp.load(dict(tensors), storage_reader=reader)
-    except (Exception, dcp.CheckpointException) as error:  # DCP raises many kinds
-        if isinstance(failure := _first_failure(error), UnreadableError):
-            raise failure from None
-        raise UserError(f"checkpoint {checkpoint} cannot be loaded ({_cause(error)}); {_remedy(checkpoint)}") from None
+
+    def read() -> None:
+        try:
+            shards.fill(checkpoint, tensors)
+        except UnreadableError:
+            raise
+        except Exception as error:  # DCP raises many kinds
+            why = f"checkpoint {checkpoint} cannot be loaded ({_cause(error)}); {_remedy(checkpoint)}"
+            raise UserError(why) from None
+
+    gather_results(read, kinds=shards.ERRORS)
 
 
 def check(checkpoint: Place) -> list[str]:
     """What is wrong with a checkpoint's files, found by all ranks together: each reads its share of them. Raises
     UnreadableError, on all ranks, where one of them cannot."""
-    mine: list[str] | UnreadableError
-    try:
-        mine = problems(checkpoint, dist.get_rank(), dist.get_world_size())
-    except UnreadableError as error:
-        mine = error
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    if refused := next((each for each in found if isinstance(each, UnreadableError)), None):
-        raise refused
-    return list(dict.fromkeys(problem for one in found for problem in one))
+    mine = gather_results(lambda: problems(checkpoint, dist.get_rank(), dist.get_world_size()), kinds=shards.ERRORS)
+    return on_first_rank(lambda: list(dict.fromkeys(problem for of_rank in mine for problem in of_rank)))
 
 
 def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = True) -> list[str]:
@@ -319,10 +310,8 @@ def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = Tr
         file = checkpoint / name
         is_read = shards and number % ranks == rank or name.endswith(".json")
         try:
-            if isinstance(file, Path) and file.is_symlink():
-                raise UserError(f"{file} is a symbolic link, which is not followed; copy what it names to its place")
             with reading(file):
-                size = file.stat().st_size
+                size = size_of(file)
             if size != entry["bytes"]:
                 found.append(f"{name} has {size:,} bytes and was written with {entry['bytes']:,}")
             elif is_read and digest(file) != entry["sha256"]:
@@ -357,8 +346,7 @@ def write_manifest(checkpoint: Path) -> None:
 def read_manifest(checkpoint: Place) -> dict[str, schema.Entry]:
     """Name -> bytes and sha256. Raises Damaged unless every byte of it is as written, UserError for a version that is
     not read, UnreadableError."""
-    with reading(checkpoint / MANIFEST):
-        text = (checkpoint / MANIFEST).read_bytes()
+    text = read_json(checkpoint / MANIFEST)
     try:
         manifest = schema.checked(schema.MANIFEST, text)
     except ValueError as error:
@@ -417,9 +405,8 @@ def _in_words(state: Mapping[str, Any]) -> str:
 def _validation_loss(checkpoint: Place) -> float | None:
     """Return that of a checkpoint, None where it has none or is damaged. Raises UnreadableError."""
     try:
-        with reading(checkpoint / "state.json"):
-            loss = json.loads((checkpoint / "state.json").read_bytes())["validation_loss"]
-            return loss if isinstance(loss, float) else None
+        loss = json.loads(read_json(checkpoint / "state.json"))["validation_loss"]
+        return loss if isinstance(loss, float) else None
     except (Damaged, ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -430,16 +417,9 @@ def _sealed(files: Mapping[str, Any], version: int) -> str:
     return json.dumps({**body, "sha256": sha256}, indent=1)
 
 
-def _first_failure(error: BaseException) -> BaseException:
-    """The first rank's own exception, out of what DCP gathered from all."""
-    if isinstance(error, dcp.CheckpointException) and error.failures:
-        return next(iter(error.failures.values()))[0]
-    return error
-
-
 def _cause(error: BaseException) -> str:
     """Why it failed, in one line."""
-    lines = str(_first_failure(error)).strip().splitlines()
+    lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 

@@ -38,6 +38,7 @@ from megahp.config import resolve
 from megahp.parallel.device import cuda_wanted, device_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import make_mesh
+from megahp.parallel.messages import on_first_rank
 from megahp.train.prepare import check_batch
 from megahp.train.run import state_of_weights
 from megahp.train.trainer import Trainer
@@ -68,9 +69,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         return launch.spawn(words, arguments.ranks)
     launch.join(place, cuda_wanted(settings))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as own:
-        shared = [own]
-        dist.broadcast_object_list(shared)
-        found = benchmark(settings, layout, place, Path(shared[0]), arguments.saves)
+        found = benchmark(settings, layout, place, Path(on_first_rank(lambda: own)), arguments.saves)
         dist.barrier()
     if place.rank == 0:
         show(found)

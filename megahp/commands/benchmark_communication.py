@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megahp import launch
 from megahp.benchmark.communication import (
@@ -46,8 +45,10 @@ from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.config import resolve
 from megahp.errors import UserError, complain
 from megahp.parallel.layout import fit
+from megahp.parallel.messages import all_gather_json
 
 SIZES = ["1K", "8K", "64K", "512K", "4M", "32M"]
+NAME = 256  # bytes of a node's, at most
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 COLUMNS = ("size", "us", "quartiles", "algbw", "busbw", "wrong")
 LINE = "{0:>8}{1:>12}{2:>27}{3:>9}{4:>9}{5:>7}"
@@ -127,8 +128,7 @@ def by_torch(place: launch.World, backend: str) -> Ranks:
     device = device_of_rank({"auto": "auto", "gloo": "cpu", "nccl": "cuda"}[backend], place)
     launch.join(place, device.type == "cuda")
     greet(device)
-    nodes: list[Any] = [None] * place.size
-    dist.all_gather_object(nodes, launch.node_name())
+    nodes = all_gather_json(launch.node_name())
     name = "nccl" if device.type == "cuda" else "gloo"
     version = ".".join(map(str, torch.cuda.nccl.version())) if name == "nccl" else ""
     return Ranks(place.rank, nodes, name, version, lambda groups: TorchGroup(groups, device, launch.PATIENCE))
@@ -144,7 +144,9 @@ def by_mpi(place: launch.World) -> Ranks:
         seen = f"mpi4py sees {MPI.COMM_WORLD.size} ranks of {place.size}"
         raise UserError(f"{seen}: it is built for another MPI than the launcher's")
     version = MPI.Get_library_version().split(",")[0].strip("\0\n ")
-    nodes = MPI.COMM_WORLD.allgather(launch.node_name())
+    names = bytearray(place.size * NAME)
+    MPI.COMM_WORLD.Allgather(bytearray(launch.node_name().encode()[:NAME].ljust(NAME)), names)  # others are pickled
+    nodes = [names[rank * NAME :][:NAME].decode().strip() for rank in range(place.size)]
     return Ranks(MPI.COMM_WORLD.rank, nodes, "mpi", version, lambda groups: MpiGroup(groups, MPI))
 
 

@@ -123,12 +123,13 @@ class Board:
 
 
 class Clock:
-    """Tells this rank's time to whoever connects to its port."""
+    """Tells this rank's time to whoever connects to its port on this host, or on all of its networks where host is
+    empty."""
 
-    def __init__(self) -> None:
-        both = socket.has_dualstack_ipv6()
+    def __init__(self, host: str) -> None:
+        both = not host and socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
-        self.listener = socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=both)
+        self.listener = socket.create_server((host, 0), family=family, backlog=1024, dualstack_ipv6=both)
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -170,8 +171,9 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 def look(board: Board, folder: Path, choice: str) -> dict[str, list[Any]]:
     """All stages' findings, by stage and rank. Ends with the stage in which a rank is silent, or is not heard. Raises
     UserError for a mistake that all ranks find."""
-    place, clock = board.place, Clock()
-    ranks = board.share("ranks", facts(place, clock.port, folder, choice))
+    place, local = board.place, launch.LOOPBACK if launch.all_here(board.place) else ""
+    clock = Clock(local)
+    ranks = board.share("ranks", facts(place, local or socket.gethostname(), clock.port, folder, choice))
     found = {"ranks": ranks}
     if all(rank and rank["mistakes"] for rank in ranks):
         raise UserError(ranks[0]["mistakes"][0])
@@ -217,7 +219,7 @@ def look(board: Board, folder: Path, choice: str) -> dict[str, list[Any]]:
     return found
 
 
-def facts(place: launch.World, port: int, folder: Path, choice: str) -> dict[str, Any]:
+def facts(place: launch.World, host: str, port: int, folder: Path, choice: str) -> dict[str, Any]:
     """Who this is, on which kind of device, with which versions; and what keeps it from going on."""
     device, versions = "", dict[str, Any]()
     mistakes = [] if folder.is_dir() else [f"--folder {folder} is no folder; make it, or name another"]
@@ -239,7 +241,7 @@ def facts(place: launch.World, port: int, folder: Path, choice: str) -> dict[str
         mistakes.append(str(error).splitlines()[0])
     return {
         "node": launch.node_name(),
-        "host": socket.gethostname(),
+        "host": host,
         "port": port,
         "local_rank": place.local_rank,
         "device": device,

@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megahp import config, launch
+from megahp.checkpoint.shards import DTYPES
 from megahp.config import Config, resolve
 from megahp.data.loader import Batch
 from megahp.errors import UserError
 from megahp.parallel.device import check_devices, cuda_wanted, device_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
+from megahp.parallel.messages import all_gather_json
 from megahp.parallel.parameters import storage, whole
 from megahp.scaling.batch import Plan, least_batch
 from megahp.train.trainer import Trainer
@@ -156,9 +158,14 @@ def of_all_ranks(weight: Tensor, value: Tensor | None) -> Tensor:
 
 def of_all_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     """The tensors of all pipeline stages, on every rank."""
-    parts: list[Any] = [None] * mesh.layout.pp
-    dist.all_gather_object(parts, tensors, mesh.group("pp"))
-    return {name: tensor for part in parts for name, tensor in part.items()}
+    group, found = mesh.group("pp"), {}
+    described = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()]
+    for stage, part in enumerate(all_gather_json(described, group)):
+        for name, dtype, shape in part:
+            is_own = stage == dist.get_rank(group)
+            found[name] = tensors[name].contiguous() if is_own else torch.empty(shape, dtype=DTYPES[dtype])
+            dist.broadcast(found[name], group=group, group_src=stage)
+    return found
 
 
 def differences(got: Outcome, wanted: Outcome, rtol: float, weights_rtol: float | None) -> list[str]:

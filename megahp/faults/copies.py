@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megahp.errors import Fault
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh
+from megahp.parallel.messages import all_gather_json
 from megahp.parallel.parameters import Row, copied_over, storage
 
 SHOWN = 3  # differing weights in one message
@@ -29,8 +30,7 @@ def check_copies(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: 
     differing = torch.tensor(len(found), device=mesh.device)
     dist.all_reduce(differing)
     if differing:
-        told: list[list[str]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(told, found[:SHOWN])
+        told = all_gather_json(found[:SHOWN])
         lines = list(dict.fromkeys(line for part in told for line in part))[:SHOWN]
         raise Fault(f"weights that should be equal have come apart: {'; '.join(lines)}")
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megahp.parallel.messages import all_gather_json
 from megahp.parallel.parameters import storage
 
 KINDS = ("weight", "output of", "gradient at the output of", "gradient of")
@@ -80,9 +81,8 @@ def among_weights(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor]) ->
 
 def first_of(found: Sequence[Suspect]) -> list[Suspect]:
     """The first suspects of all ranks: the same layer's, where several ranks saw it. Equal on all ranks."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, min(found, default=None))
-    suspects = sorted(filter(None, gathered))
+    gathered = all_gather_json([asdict(each) for each in sorted(found)[:1]])
+    suspects = sorted(Suspect(**told | {"samples": tuple(told["samples"])}) for of_rank in gathered for told in of_rank)
     return [each for each in suspects if (each.kind, each.layer) == (suspects[0].kind, suspects[0].layer)]
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 import megahp
 from megahp import launch
+from megahp.errors import Fault
 from megahp.exit_codes import HANG
 from megahp.faults.crash import report_crash
 
@@ -101,9 +102,9 @@ class Watchdog:
         unanswered.start()
         try:
             said = self._exchange(own)
-            if self.store.add("hang told", 1) == 1:
+            if launch.is_first_to_tell(self.store, "hang"):
                 print(f"megahp: {verdict(said, self.ranks, self.hang_after)}", file=sys.stderr, flush=True)
-        except RuntimeError:
+        except (RuntimeError, Fault):
             self._end_alone(own)
         os._exit(HANG)
 

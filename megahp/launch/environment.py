@@ -64,6 +64,25 @@ def _told_place(environment: Mapping[str, str]) -> World:
     return World()
 
 
+def all_here(place: World, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether all ranks are known to be on this machine, which WORLD_SIZE without LOCAL_WORLD_SIZE does not tell."""
+    tasks = sum(_tasks_of_nodes(environment))
+    told = "WORLD_SIZE" not in environment or "LOCAL_WORLD_SIZE" in environment or tasks == place.size
+    return place.local_size == place.size and told
+
+
+def launch_of(environment: Mapping[str, str]) -> str:
+    """What the ranks of one launch know, and those of another do not: the torchrun, the mpirun, or the job step in this
+    of its lives."""
+    if mpirun_names(environment):
+        names: tuple[str, ...] = ("PMIX_NAMESPACE",)
+    elif "WORLD_SIZE" in environment:
+        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    else:
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return " ".join(environment.get(name, "") for name in names)
+
+
 def node_name(environment: Mapping[str, str] = os.environ) -> str:
     """What Slurm calls this machine, which is what --exclude wants, else its short host name. Under mpirun it is the
     latter, for Hydra hands its own machine's variables to all."""

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from secrets import token_hex
 
 from megahp.exit_codes import FINAL
-from megahp.launch.rendezvous import SECONDS_TO_EXPLAIN
+from megahp.launch.rendezvous import LOOPBACK, SECONDS_TO_EXPLAIN, local_store
+from megahp.launch.secret import VARIABLE
 
 # of an end: scancel's and `kill`'s; Slurm's --signal=USR1@120; a closed terminal's; ctrl-C
 NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -24,12 +26,10 @@ def spawn(
     """Run `python PROGRAM ARGUMENTS` as so many local ranks. Returns 0, or the first failing rank's exit code;
     the others are ended then, since a rank without its peers can only hang. Signals that give notice are passed on;
     at_notice: returned where one has ended a rank that did not yet listen, if not its exit code."""
-    from torch.distributed import TCPStore
-
-    # this process holds the store, on a port the system picks, so that two runs never want the same one
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = local_store()  # held here, on a port the system picks, so that two runs never want the same one
     common = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
+        VARIABLE: token_hex(32),
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(ranks),

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import hmac
+import json
 import os
 import socket
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megahp.errors import Fault, UserError
 from megahp.exit_codes import FINISHED, STOPPED
-from megahp.launch.environment import World, hosts_of, mpirun_names, whole_number
+from megahp.launch.environment import World, all_here, hosts_of, launch_of, mpirun_names, whole_number
+from megahp.launch.secret import shared_secret
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
 
+    from megahp.launch.signed_store import SignedStore
+
 SECONDS_TO_EXPLAIN = 2.0  # how long the ranks are left alone once one has failed, to say why
 QUIET = 10.0  # seconds for which ranks wait for each other without a word
 PATIENCE = timedelta(minutes=10)  # of ranks that wait for each other
+LOOPBACK, INTERFACE = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"  # of this machine alone
+MESSAGE = 4096  # bytes that MPI sends
 PORTS = (20000, 12768)  # the first, and how many: below those that Linux gives to outgoing connections
 
 
@@ -34,8 +43,16 @@ def join(place: World, cuda: bool, patience: timedelta = PATIENCE, store: Store 
     import torch.distributed as dist
 
     store = store or meet(place)
+    if all_here(place):
+        for library in ("GLOO", "NCCL"):  # which would listen on the network's
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", INTERFACE)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=patience)
+    try:
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=patience)
+    except dist.DistNetworkError as error:
+        why = str(error).splitlines()[0]
+        raise Fault(f"rank {place.rank} has lost its connection to rank 0's store while joining: {why}") from None
+    weakref.finalize(dist.group.WORLD, lambda _: None, store)  # the group keeps the half that is C++ alone
     return store
 
 
@@ -44,6 +61,7 @@ def meet(place: World, patience: timedelta = PATIENCE, all_of_them: bool = True)
     waits there for all of them, unless it is to find out who does not come.
 
     MASTER_ADDR and MASTER_PORT name its place; else MPI tells it; else it follows from Slurm's or Open MPI's variables.
+    Where all ranks are on this machine it listens to no network. What it holds is signed with the ranks' secret.
     Raises UserError or Fault, as join() does.
     """
     import torch.distributed as dist
@@ -52,9 +70,10 @@ def meet(place: World, patience: timedelta = PATIENCE, all_of_them: bool = True)
         return dist.HashStore()
     if "MASTER_ADDR" not in os.environ and (store := _meet_by_mpi(place, patience)):
         return store  # by which all have met
-    host = os.environ.get("MASTER_ADDR") or _first_host(place, os.environ)
-    holds = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = _store(place, host, _port(os.environ), patience, holds)
+    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, or --ranks
+    named = os.environ.get("MASTER_ADDR")
+    host = LOOPBACK if all_here(place) and not held else named or _first_host(os.environ)
+    store = _store(place, host, _port(os.environ), patience, place.rank == 0 and not held, shared_secret())
     if all_of_them:
         _await_all(store, place, patience)
     return store
@@ -62,9 +81,10 @@ def meet(place: World, patience: timedelta = PATIENCE, all_of_them: bool = True)
 
 def _await_all(store: Store, place: World, patience: timedelta) -> None:
     """Say that this rank is here; the first one waits for all, and says within QUIET seconds who is missing. Raises
-    Fault."""
+    Fault, on both sides of it where secrets differ."""
     store.set(f"here {place.rank}", "")
     if place.rank:
+        store.check(["here 0"])
         return
     began, told = time.monotonic(), 0
     missing = set(range(1, place.size))
@@ -79,9 +99,22 @@ def _await_all(store: Store, place: World, patience: timedelta) -> None:
         time.sleep(0.1)
 
 
-def _store(place: World, host: str, port: int, patience: timedelta, holds: bool) -> TCPStore:
-    """One end of the store at this address. Raises Fault where nobody answers there."""
+def local_store(port: int = 0, patience: timedelta = PATIENCE) -> TCPStore:
+    """A store that this process holds, for ranks of this machine alone: a socket of its own would listen to all
+    networks. Raises OSError where the port (0 = any) is taken."""
+    from torch.distributed import TCPStore
+
+    listener = socket.create_server((LOOPBACK, port))
+    port = listener.getsockname()[1]
+    return TCPStore(LOOPBACK, port, None, True, patience, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _store(place: World, host: str, port: int, patience: timedelta, holds: bool, common: bytes) -> SignedStore:
+    """One end of the store at this address, signed with the ranks' common secret. Raises Fault where nobody answers
+    there."""
     import torch.distributed as dist
+
+    from megahp.launch.signed_store import SignedStore
 
     where = f"{host}:{port} (MASTER_ADDR:MASTER_PORT)"
     words = f"megahp: rank {place.rank} is waiting for rank 0 at {where}"
@@ -89,16 +122,20 @@ def _store(place: World, host: str, port: int, patience: timedelta, holds: bool)
     waiting.daemon = True
     waiting.start()
     try:
-        return dist.TCPStore(host, port, place.size, holds, patience, wait_for_workers=False)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if holds and host == LOOPBACK:
+            store = local_store(port, patience)
+        else:
+            store = dist.TCPStore(host, port, place.size, holds, patience, wait_for_workers=False)
+    except (OSError, dist.DistNetworkError, dist.DistStoreError) as error:
         raise Fault(f"rank {place.rank} does not meet the others at {where}: {str(error).splitlines()[0]}") from None
     finally:
         waiting.cancel()
+    return SignedStore(store, hmac.digest(common, launch_of(os.environ).encode(), "sha256"))
 
 
 def _meet_by_mpi(place: World, patience: timedelta) -> Store | None:
-    """The first rank's store, its address and a free port told by MPI; None where mpi4py is not there, or is of
-    another MPI than mpirun and sees one rank. MPI is finalized at once, so that a rank may end in any way later.
+    """The first rank's store, its address, a free port and a secret told by MPI; None where mpi4py is not there, or is
+    of another MPI than mpirun and sees one rank. MPI is finalized at once, so that a rank may end in any way later.
     Raises Fault on all ranks where the first has no store."""
     if not mpirun_names(os.environ):
         return None
@@ -106,31 +143,34 @@ def _meet_by_mpi(place: World, patience: timedelta) -> Store | None:
         from mpi4py import MPI
     except (ImportError, RuntimeError):  # not installed; no MPI library found
         return None
-    store: TCPStore | None = None
-    told: tuple[str, int] | Fault | None = None
+    store: SignedStore | None = None
+    told: dict[str, Any] = {}
     try:
         if MPI.COMM_WORLD.size != place.size:
             return None
         if place.rank == 0:
-            host = "127.0.0.1" if place.local_size == place.size else socket.gethostname()
+            host, common = LOOPBACK if all_here(place) else socket.gethostname(), token_hex(32)
             try:
-                store = _store(place, host, 0, patience, True)
-                told = host, store.port
+                store = _store(place, host, 0, patience, True, common.encode())
+                told = {"host": host, "port": store.store.port, "secret": common}
             except Fault as fault:
-                told = fault
-        heard = MPI.COMM_WORLD.bcast(told)
-        if isinstance(heard, Fault):
-            raise heard
-        return store or _store(place, heard[0], heard[1], patience, False)
+                told = {"fault": str(fault)[: MESSAGE // 2]}
+        message = bytearray(json.dumps(told).encode().ljust(MESSAGE))  # mpi4py pickles what is no buffer
+        MPI.COMM_WORLD.Bcast(message)
+        heard = json.loads(message)
+        if "fault" in heard:
+            raise Fault(heard["fault"])
+        return store or _store(place, heard["host"], heard["port"], patience, False, heard["secret"].encode())
     finally:
         MPI.Finalize()
 
 
 def is_first_to_tell(store: Store, what: str) -> bool:
     """Whether no other rank has told this before: one line is enough for what all ranks meet."""
+    own = token_hex(8)
     try:
-        return store.add(f"told {what}", 1) == 1
-    except RuntimeError:  # the store has gone with the rank that held it
+        return store.compare_set(f"told {what}", "", own) == own.encode()
+    except (RuntimeError, Fault):  # the store has gone with the rank that held it; a stranger has told
         return True
 
 
@@ -139,7 +179,7 @@ def is_told(store: Store, what: str) -> bool:
     time.sleep(SECONDS_TO_EXPLAIN / 4)
     try:
         return store.check([f"told {what}"])
-    except RuntimeError:
+    except (RuntimeError, Fault):
         return False
 
 
@@ -168,10 +208,8 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _first_host(place: World, environment: Mapping[str, str]) -> str:
-    """Where rank 0 is: on this machine if all are, else on the first of Slurm's node list: n[3-5,9],m1 -> n3."""
-    if "PMIX_NAMESPACE" in environment and mpirun_names(environment) and place.local_size == place.size:
-        return "127.0.0.1"
+def _first_host(environment: Mapping[str, str]) -> str:
+    """Where rank 0 is: on the first of Slurm's node list: n[3-5,9],m1 -> n3."""
     nodes = hosts_of(environment.get("SLURM_STEP_NODELIST", ""))
     if mpirun_names(environment) or not nodes:
         raise UserError(
@@ -191,5 +229,5 @@ def _port(environment: Mapping[str, str]) -> int:
     names = ("PMIX_NAMESPACE",) if mpirun_names(environment) else ("SLURM_JOB_ID", "SLURM_STEP_ID")
     step = " ".join(environment.get(name, "") for name in names)
     if not step.strip():
-        raise UserError("MASTER_ADDR is set and MASTER_PORT is not; set both for all ranks")
+        raise UserError("nothing names the first rank's port; set MASTER_ADDR and MASTER_PORT for all ranks")
     return PORTS[0] + zlib.crc32(step.encode()) % PORTS[1]

@@ -18,6 +18,7 @@ from megahp.files import read_toml, refuse_links
 from megahp.log.wandb_log import new_id
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh
+from megahp.parallel.messages import on_first_rank
 from megahp.scaling.batch import BatchPlan, Change, Plan, Progress
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
@@ -173,18 +174,9 @@ def state_of_weights(settings: Config) -> dict[str, Any]:
 
 
 def as_the_first_sees(look: Callable[[], T]) -> T:
-    """What the first rank finds, or its UserError, on every rank: a shared file system may show them different
+    """What the first rank finds, as JSON, or its error, on every rank: a shared file system may show them different
     things."""
-    found: list[Any] = [None]
-    if is_first():
-        try:
-            found = [look()]
-        except UserError as error:
-            found = [error]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+    return on_first_rank(look, kinds=(checkpoint.DamagedError, checkpoint.UnreadableError, UserError))
 
 
 def is_first() -> bool:

@@ -20,7 +20,7 @@ def start(run: Run, reporter: Reporter, resume: bool) -> None:
             Taken(None, run.batch_plan.state()),
         )
         return
-    event, paths = found
+    event, paths = found[0], [checkpoint.place(path) for path in found[1]]
     path, taken, refused = go_back(run, paths) if event == "resumed" else (paths[0], run.branch(paths[0]), [])
     anew = f"; {', '.join(taken.anew)} read from the beginning" if taken.anew else ""
     reporter.began(event, f"from {path}{anew}", run, taken)
@@ -42,9 +42,9 @@ def go_back(run: Run, newest_first: Sequence[checkpoint.Place]) -> tuple[checkpo
     raise UserError("; ".join(refused))
 
 
-def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[checkpoint.Place]] | None:
+def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[str]] | None:
     """The event a start is, and the checkpoints that serve, the best first. Raises UserError."""
     if resume and (own := checkpoint.candidates(run.folder, run.settings.checkpoint.remote)):
-        return "resumed", own
+        return "resumed", list(map(str, own))
     origin = run.settings.train.start_from
-    return ("branched", [checkpoint.find(checkpoint.place(origin))]) if origin else None
+    return ("branched", [str(checkpoint.find(checkpoint.place(origin)))]) if origin else None

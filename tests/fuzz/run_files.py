@@ -1,4 +1,4 @@
-"""Run files as nobody should write them: one that trains in a moment, with settings, lines or bytes changed at random."""
+"""Run files as nobody should write them: one that trains in a moment, settings or bytes of it changed at random."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ validation_fraction = 0.1
 global_batch = 4
 micro_batch = 2
 [train]
-tokens = 192
+tokens = 256
 device = "cpu"
 [log]
 tensorboard = false
@@ -30,9 +30,50 @@ baselines = false
 KEYS = [(section, key) for section, keys in TYPES.items() for key in keys]
 NUMBERS = ["0", "-1", "1", "2", "3", "7", "0.5", "-0.0", "1e-300", "1e300", "1e400", "nan", "inf", "-inf", "9" * 30]
 NUMBERS += ["9" * 5000, "9223372036854775808", "0x10", "1_000", "4.0", "1e3", "true", "false"]
-WORDS = ["", "none", "auto", "all", "corpus", "..", "../corpus", "/dev/zero", "/dev/null", ".", "a/b", "~", "a b", "größe"]
-WORDS += ["a\nb", "a\0b", "\ud800", "x" * 300, "s3://b/x", "$(touch owned)", "`touch owned`", "-n", "%n", "{0}", "1", "true"]
-WORDS += ["llama-3-8b", "muon", "adamw", "wsd", "linear", "measured", "noise-scale", "table", "ramp", "rope", "moe", "bytes"]
+WORDS = [
+    "",
+    "none",
+    "auto",
+    "all",
+    "corpus",
+    "..",
+    "../corpus",
+    "/dev/zero",
+    "/dev/null",
+    ".",
+    "a/b",
+    "~",
+    "a b",
+    "größe",
+]
+WORDS += [
+    "a\nb",
+    "a\0b",
+    "\ud800",
+    "x" * 300,
+    "s3://b/x",
+    "$(touch owned)",
+    "`touch owned`",
+    "-n",
+    "%n",
+    "{0}",
+    "1",
+    "true",
+]
+WORDS += [
+    "llama-3-8b",
+    "muon",
+    "adamw",
+    "wsd",
+    "linear",
+    "measured",
+    "noise-scale",
+    "table",
+    "ramp",
+    "rope",
+    "moe",
+    "bytes",
+]
 OTHERS = ["[]", "[[]]", "{}", "[1, 2]", '["corpus"]', '["corpus", "corpus"]', "[0.5, 0.5]", "1979-05-27", "07:32:00"]
 OTHERS += ["[" * 700 + "]" * 700, '["16:32"]', '["0:8", "64:16"]', '["64:16", "0:8"]', '[":"]', '["a:b"]', "'''a'''"]
 
@@ -89,7 +130,9 @@ def _spoilt(draw: random.Random) -> Mutant:
     elif how == "nest":
         data += b"a" + b".a" * draw.choice((10, 3000)) + b" = 1\n"
     elif how == "header":
-        data += draw.choice((b"[model.layers]\n", b"[[model]]\n", b"[x]\n", b"[model]\n", b"['']\n", b"[log]\nname=1\n"))
+        data += draw.choice(
+            (b"[model.layers]\n", b"[[model]]\n", b"[x]\n", b"[model]\n", b"['']\n", b"[log]\nname=1\n")
+        )
     else:
         data = bytearray(draw.choice((b"", b"\n", b"\0", b"# nothing\n", b"{}", b"null", b"[]")))
     return Mutant(bytes(data), how)

@@ -7,7 +7,8 @@ import socket
 import pytest
 
 from megahp.errors import UserError
-from megahp.launch import World, has_own_device, is_first_here, node_name, ranks_of_nodes, world
+from megahp.launch import World, all_here, has_own_device, is_first_here, node_name, ranks_of_nodes, world
+from megahp.launch.environment import launch_of
 from megahp.launch.rendezvous import _first_host
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -91,6 +92,58 @@ def test_a_nodes_ranks_are_its_own(tasks: str, here: int) -> None:
     assert world(TORCHRUN | SRUN | step | {"WORLD_SIZE": "12"}).local_size == 4
 
 
+BY_HAND = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+A_TASK_A_NODE = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "0"}
+ONE_NODE = {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0", "SLURM_LOCALID": "3"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        OPEN_MPI,
+        MPICH,
+        BY_HAND | {"LOCAL_WORLD_SIZE": "4"},
+        SRUN | ONE_NODE,
+        ENROOT | ONE_NODE,
+        SRUN | ONE_NODE | {"WORLD_SIZE": "2", "RANK": "0"},  # left over
+    ],
+)
+def test_ranks_are_known_to_be_on_one_machine(environment: dict[str, str]) -> None:
+    assert all_here(world(environment), environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        TORCHRUN,
+        SRUN,
+        ENROOT,
+        BY_HAND,
+        OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+        SRUN | BY_HAND,
+        SRUN | A_TASK_A_NODE | BY_HAND,
+    ],
+)
+def test_ranks_may_be_on_several(environment: dict[str, str]) -> None:
+    assert not all_here(world(environment), environment)
+
+
+def test_a_launch_is_not_another() -> None:
+    """And all of its ranks call it the same."""
+    step, torchrun = (
+        SRUN | {"SLURM_JOB_ID": "7"},
+        TORCHRUN | {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"},
+    )
+    others = [step | {"SLURM_JOB_ID": "8"}, step | {"SLURM_STEP_ID": "1"}, step | {"SLURM_RESTART_COUNT": "1"}]
+    others += [torchrun, torchrun | {"TORCHELASTIC_RUN_ID": "b"}, torchrun | {"TORCHELASTIC_RESTART_COUNT": "1"}]
+    others += [OPEN_MPI, OPEN_MPI | {"PMIX_NAMESPACE": "2"}, step]
+    assert len({launch_of(each) for each in others}) == len(others)
+    assert launch_of(step) == launch_of(step | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"})
+    assert launch_of(torchrun) == launch_of(torchrun | SRUN | {"SLURM_JOB_ID": "7"})  # of which ssh knows nothing
+    assert launch_of(OPEN_MPI) == launch_of(DAEMON | OPEN_MPI)
+
+
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
@@ -117,7 +170,7 @@ def test_half_an_environment_is_a_mistake(environment: dict[str, str], words: st
     ],
 )
 def test_a_node_list_is_spelled_out(nodes: str, names: list[str]) -> None:
-    assert _first_host(World(0, 4, 0, 2), {"SLURM_STEP_NODELIST": nodes}) == names[0]
+    assert _first_host({"SLURM_STEP_NODELIST": nodes}) == names[0]
     count = len(names)
     step = {"SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": f"2(x{count})"}
     assert ranks_of_nodes(2 * count, step) == dict.fromkeys(names, 2)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
+import subprocess
 import sys
+import time
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,22 +20,13 @@ from megahp.launch import World, meet
 from megahp.launch.rendezvous import PORTS, _first_host, _port
 
 
-def test_ranks_on_one_host_need_no_node_list() -> None:
-    assert _first_host(World(1, 2, 1, 2), OPEN_MPI) == "127.0.0.1"
-
-
 @pytest.mark.parametrize(
-    ("place", "environment"),
-    [
-        (World(0, 4, 0, 2), {}),
-        (World(0, 4, 0, 2), OPEN_MPI),  # on two hosts, of which nothing is told
-        (World(0, 4, 0, 2), OPEN_MPI | {"SLURM_STEP_NODELIST": "n2"}),  # where its daemon runs
-        (World(0, 2, 0, 2), MPICH),  # nothing tells this job's port from another's
-    ],
+    "environment",
+    [{}, OPEN_MPI, OPEN_MPI | {"SLURM_STEP_NODELIST": "n2"}],  # on two hosts, of which nothing, or a daemon's, is told
 )
-def test_no_way_to_the_first_host_is_a_mistake(place: World, environment: dict[str, str]) -> None:
+def test_no_way_to_the_first_host_is_a_mistake(environment: dict[str, str]) -> None:
     with pytest.raises(UserError, match="set MASTER_ADDR"):
-        _first_host(place, environment)
+        _first_host(environment)
 
 
 def test_a_port_is_a_job_steps_own() -> None:
@@ -46,7 +42,7 @@ def test_a_port_is_a_job_steps_own() -> None:
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        (MPICH, "MASTER_PORT is not; set both"),  # and another run on these machines would take the same one
+        (MPICH, "nothing names the first rank's port"),  # and another run on these machines would take the same one
         ({"MASTER_PORT": "x"}, "MASTER_PORT = 'x' is no whole number"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000 is no port"),
     ],
@@ -60,11 +56,12 @@ class Mpi:
     """mpi4py.MPI as one of two ranks sees it that follow each other in one process."""
 
     def __init__(self) -> None:
-        self.COMM_WORLD, self.size, self.told, self.finalized = self, 2, None, 0
+        self.COMM_WORLD, self.size, self.finalized = self, 2, 0
+        self.told = bytearray()
 
-    def bcast(self, told: object) -> object:
-        self.told = told or self.told
-        return self.told
+    def Bcast(self, message: bytearray) -> None:
+        self.told = self.told or message  # the first rank's
+        message[:] = self.told
 
     def Finalize(self) -> None:
         self.finalized += 1
@@ -92,3 +89,40 @@ def test_all_ranks_hear_that_the_first_has_no_store(mpi: Mpi, monkeypatch: pytes
         with pytest.raises(Fault, match="rank 0 does not meet the others at nowhere.invalid"):
             meet(World(rank, 2, 0, 1), timedelta(seconds=0.2))
     assert mpi.finalized == 2
+
+
+def test_gloo_and_nccl_stay_on_the_loopback_interface_unless_told() -> None:
+    words = "import os; from megahp import launch; launch.join(launch.World(), False)"
+    words += (
+        "; print(*(os.environ[f'{library}_SOCKET_IFNAME'] for library in ('GLOO', 'NCCL')), flush=True); os._exit(0)"
+    )
+    ours = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
+    for more, told in (({}, "lo lo\n"), ({"NCCL_SOCKET_IFNAME": "ib0"}, "lo ib0\n")):
+        assert subprocess.check_output([sys.executable, "-c", words], env=ours | more, text=True) == told
+
+
+def listening(session: int) -> set[str]:
+    """The addresses, in the kernel's hexadecimal words, at which the processes of a session listen."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.getsid(int(process.name)) != session:
+                continue
+            sockets = {os.readlink(descriptor)[8:-1] for descriptor in (process / "fd").iterdir()}
+            for table in ("tcp", "tcp6"):
+                rows = [line.split() for line in (process / "net" / table).read_text().splitlines()[1:]]
+                found |= {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in sockets}
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_local_run_listens_to_no_network(tmp_path: Path) -> None:
+    """The ranks' store, gloo's groups and what the check of a cluster tells the time by: on the loopback interface."""
+    check = [sys.executable, "-m", "megahp", "check-cluster", "--ranks", "2", "--device", "cpu"]
+    ours = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
+    found: set[str] = set()
+    with subprocess.Popen(check, cwd=tmp_path, env=ours, stdout=subprocess.DEVNULL, start_new_session=True) as run:
+        while run.poll() is None:
+            found |= listening(run.pid)
+            time.sleep(0.05)
+    assert found == {"0100007F"}

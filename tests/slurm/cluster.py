@@ -22,6 +22,7 @@ MISSING = [name for name in NEEDED if not shutil.which(name)]
 
 CONF = """
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 AuthType=auth/none
@@ -58,10 +59,10 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=60 State=UP
 class Cluster:
     """Its nodes, and commands to it."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
+    def __init__(self, folder: Path, nodes: int, first_job: int = 1) -> None:
         self.folder, self.names = folder, [f"127.0.0.{number}" for number in range(1, nodes + 1)]
         host, ports = socket.gethostname().split(".")[0], free_ports(nodes + 1)
-        text = CONF.format(host=host, port=ports[0], user=getpass.getuser(), folder=folder)
+        text = CONF.format(host=host, port=ports[0], user=getpass.getuser(), folder=folder, first_job=first_job)
         for name, port in zip(self.names, ports[1:], strict=True):
             (folder / name).mkdir(parents=True)
             text += f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=1000\n"
@@ -116,8 +117,9 @@ class Cluster:
 
 
 @contextmanager
-def running(folder: Path, nodes: int) -> Iterator[Cluster]:
-    cluster = Cluster(folder, nodes)
+def running(folder: Path, nodes: int, first_job: int = 1) -> Iterator[Cluster]:
+    """A cluster of its own: others, with other numbers of jobs, have other ports."""
+    cluster = Cluster(folder, nodes, first_job)
     try:
         yield cluster
     finally:

@@ -175,7 +175,7 @@ def strike_saving() -> None:
         return begun[0]
 
     store.Store.begin = noted  # type: ignore[method-assign]
-    killing(shards.Writer, "write_data", "shard")
+    killing(shards, "write_shard", "shard")
     killing(store, "write_manifest", "manifest")
     killing(store, "publish", "publication")
     killing(store, "superseded", "dropping")
