@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from megahp import launch
 from megahp.commands import COMMANDS, HIDDEN, LISTING, STARTED_AGAIN
 from megahp.config.resolve import suggest
-from megahp.errors import Fault, UserError, complain, in_one_line, is_users
+from megahp.errors import Fault, UserError, complain, in_one_line, is_users, masked
 from megahp.exit_codes import FAULT, INTERRUPTED, USER_ERROR
 
 
@@ -19,6 +19,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(masked(message))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import re
 import sys
 
 
@@ -31,16 +32,27 @@ def is_users(error: Exception) -> bool:
     return isinstance(error, RecursionError | OverflowError | UnicodeError)
 
 
+REMEDIES = {errno.EACCES: "change its permissions", errno.EPERM: "change its permissions", errno.ENOSPC: "make room"}
+REMEDIES |= {errno.EDQUOT: "make room", errno.EMFILE: "raise ulimit -n"}
+
+
 def in_one_line(error: Exception) -> str:
-    """Return what an error that nobody caught says, and of which file."""
+    """Return what an error that nobody caught says, of which file, and the remedy."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        remedy = REMEDIES.get(error.errno or 0, "name another" if is_users(error) else "try again")
+        return f"{error.filename}: {error.strerror}; {remedy}" if error.filename else f"{error.strerror}; {remedy}"
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def masked(text: str) -> str:
+    """Return a text without the passwords of its URLs: s3://user:password@host/b becomes s3://***@host/b. What is
+    written or printed passes through here, since run directories and logs are readable to others."""
+    return re.sub(r"(\w://)[^\s/'\"]*@", r"\1***@", text)
 
 
 def complain(error: Exception | str) -> None:
     """Say on stderr what is wrong."""
-    print(f"megahp: {error}", file=sys.stderr)
+    print(masked(f"megahp: {error}"), file=sys.stderr)
 
 
 def nearest_divisors(number: int, to: int) -> str:

@@ -1,11 +1,14 @@
-"""Small files that others wrote: read whole as what they should be, or refused in one line."""
+"""Small files that others wrote: read whole as what they should be, or refused in one line; and links, which may have
+been put where a run writes."""
 
+import errno
 import json
+import os
 import stat
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megahp.errors import UserError
 
@@ -41,6 +44,39 @@ def read_text(path: Path, what: str, remedy: str = REMEDY) -> str:
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the name
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{what} {path} cannot be read: {why}; {remedy}") from None
+
+
+def is_plain(name: str) -> bool:
+    """Return whether a name that others wrote stays in the folder it is joined to: no path, and not the one above."""
+    return "/" not in name and "\0" not in name and name not in ("", ".", "..")
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise UserError for a symbolic link in a run directory or a checkpoint: what is read or written there must not be
+    redirected by whoever else may write to the folder. The folder itself may be one."""
+    try:
+        links = [entry.name for entry in os.scandir(folder) if entry.is_symlink()]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if links:
+        raise UserError(
+            f"{folder / min(links)} is a symbolic link, which is not followed; put what it names in its place"
+        )
+
+
+def open_unlinked(path: Path, mode: str, buffering: int = -1) -> IO[Any]:
+    """Open a file of a run directory for writing, UTF-8 or bytes, but never through a symbolic link. Raises UserError,
+    and OSError."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+    try:
+        return open(path, mode, buffering, encoding=None if "b" in mode else "utf-8", opener=opener)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path} is a symbolic link, which is not written through; remove it") from None
+        raise
 
 
 def _parsed(path: Path, what: str, remedy: str, language: str, parse: Callable[[str], Any]) -> Any:

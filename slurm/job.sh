@@ -14,7 +14,10 @@ trap - ERR
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an element, which may have the array's own number
 job=${job:-$SLURM_JOB_ID}
 logs=${logs:-.}
-cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))}
+# of each task, as many as the smallest node has: 4(x3),2 is 2
+least=$(tr ',' '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-$SLURM_CPUS_ON_NODE}" | cut -d '(' -f 1 | sort -n | head -n 1)
+cpus=$((least / ${SLURM_NTASKS_PER_NODE:-1}))
+cpus=${SLURM_CPUS_PER_TASK:-$((cpus > 0 ? cpus : 1))}
 # srun takes none of these from sbatch. A log a node. A rank that fails leaves the others time to say why, and no more.
 step=(--cpus-per-task="$cpus" --cpu-bind=cores --kill-on-bad-exit=0 --wait=30)
 step+=(--output="$logs/%x-%j-%n.out" --open-mode=append "${srun_options[@]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +200,58 @@ def test_a_damaged_checkpoint_is_named(
         test_a_mistake_is_one_line(folder, words, ["checkpoint", "step-00000003"], monkeypatch, capfd)
     finally:
         path.write_bytes(sound)
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "config.toml", "config.toml.part", "metrics.jsonl", "crashes", "checkpoints"]
+)
+def test_a_link_in_a_run_directory_is_refused(
+    folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By what writes there, and by what reads; what it names stays as it is."""
+    shutil.copytree(folder / "runs/done", run := tmp_path / "runs/linked")
+    place, kept = run / name, tmp_path / "kept"
+    place.rename(kept) if place.exists() else kept.write_text("precious")
+    place.symlink_to(kept)
+    words = ["train run.toml log.name=linked --resume auto", "sample runs/linked", "report runs/linked"]
+    for command in words:
+        root = [f"log.root={tmp_path / 'runs'}"] if command.startswith("train") else []
+        linked = " ".join([*command.replace("runs/linked", str(run)).split(), *root])
+        test_a_mistake_is_one_line(folder, linked, [str(place), "symbolic link"], monkeypatch, capfd)
+    place.unlink()
+    place.symlink_to(tmp_path / "not there")
+    test_a_mistake_is_one_line(folder, linked, [str(place), "symbolic link"], monkeypatch, capfd)
+    assert not (tmp_path / "not there").exists()
+
+
+def test_passwords_are_in_no_file_and_on_no_page(folder: Path) -> None:
+    """Of places that are reached, and of one that is not; in what is printed too."""
+    hidden = "://user:sesame@127.0.0.1:1/b"
+    toml = folder / "secret.toml"
+    for scheme, code in (("memory", 0), ("ftp", 1)):
+        toml.write_text(RUN.replace("[checkpoint]", f'[checkpoint]\nremote = "{scheme}{hidden}"'))
+        for resume in ([], ["--resume", "auto"]):
+            words = [f"log.name={scheme}", f"train.steps={3 + bool(resume)}", *resume]
+            done = megahp(folder, "train", "secret.toml", *words)
+            assert done.returncode == code and "sesame" not in done.stdout + done.stderr, done.stdout + done.stderr
+        assert code == 0 or "***@127.0.0.1" in done.stderr
+    assert megahp(folder, "report", "runs/memory").returncode == 0
+    files = [path for path in (folder / "runs/memory").rglob("*") if path.is_file()]
+    assert {"config.toml", "state.json", "events.jsonl", "report.html"} <= {path.name for path in files}
+    assert not [path for path in files if b"sesame" in path.read_bytes()]
+    assert b"memory://***@127.0.0.1:1/b" in (folder / "runs/memory/config.toml").read_bytes()
+    for words in (
+        ["config", "secret.toml"],
+        ["checkpoint", "ls", f"ftp{hidden}"],
+        ["checkpoint", "ls", f"none{hidden}"],
+    ):
+        done = megahp(folder, *words)
+        assert "sesame" not in done.stdout + done.stderr and "***@127.0.0.1" in done.stdout + done.stderr
+    done = megahp(folder, "train", "runs/memory/config.toml", "log.name=again")
+    assert done.returncode == 2 and "lacks the password" in done.stderr
+    words = ["--nodes", "1", "--ranks-per-node", "1", f"checkpoint.remote=memory{hidden}", "--dry-run"]
+    done = megahp(folder, "launch", "run.toml", *words)
+    assert done.returncode == 2 and "holds a password" in done.stderr and "sesame" not in done.stdout + done.stderr
 
 
 def test_tokens_outside_the_vocabulary_are_refused_on_every_layout(folder: Path) -> None:

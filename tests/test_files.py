@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megahp.errors import UserError
-from megahp.files import LARGEST, read_json, read_text, read_toml
+from megahp.files import LARGEST, open_unlinked, read_json, read_text, read_toml, refuse_links
 
 TOML = {
     b"a = " + b"[" * 3000 + b"]" * 3000: "nested too deeply",
@@ -68,3 +68,24 @@ def test_what_is_right(tmp_path: Path) -> None:
     assert read_json(tmp_path / "file", "thing") == {"ä": [1]}
     (tmp_path / "file").write_text('a = "ä"', encoding="utf-8")
     assert read_toml(tmp_path / "file", "thing") == {"a": "ä"}
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run").mkdir()
+    refuse_links(tmp_path / "run")
+    refuse_links(tmp_path / "none")
+    for target in (tmp_path / "precious", tmp_path / "not there"):
+        (tmp_path / "run/.lock").symlink_to(target)
+        for mode in ("w", "a", "a+", "wb"):
+            with pytest.raises(UserError, match="lock is a symbolic link"):
+                open_unlinked(tmp_path / "run/.lock", mode)
+        with pytest.raises(UserError, match="lock is a symbolic link"):
+            refuse_links(tmp_path / "run")
+        (tmp_path / "run/.lock").unlink()
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "not there").exists()
+    with open_unlinked(tmp_path / "run/.lock", "w") as file:
+        file.write("\N{GREEK SMALL LETTER ETA}")
+    assert (tmp_path / "run/.lock").read_bytes() == b"\xce\xb7"
+    (tmp_path / "linked").symlink_to(tmp_path / "run")
+    refuse_links(tmp_path / "linked")  # a run directory may be kept elsewhere

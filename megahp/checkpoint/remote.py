@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from fsspec import AbstractFileSystem, url_to_fs
 
-from megahp.errors import UserError
+from megahp.errors import UserError, masked
 
 
 class Size(NamedTuple):
@@ -28,7 +28,7 @@ class Remote:
     url: str
 
     def __str__(self) -> str:
-        return self.url
+        return masked(self.url)
 
     def __truediv__(self, name: str) -> Remote:
         return Remote(f"{self.url.rstrip('/')}/{name}")
@@ -97,9 +97,17 @@ def place(name: str) -> Place:
     """A path, or a URL of a file system that is installed. Raises UserError for one that is not."""
     if "://" not in name:
         return Path(name)
+    if "://***@" in name:
+        raise UserError(f"{name} lacks the password, which no file of a run keeps; write the whole URL in the run file")
     try:
         url_to_fs(name)
     except (ImportError, ValueError) as error:
         why = f"{name} cannot be opened by fsspec ({error})"
         raise UserError(f"{why}; install what it needs, or name another") from None
+    except Exception as error:  # of file systems that connect at once, each its own kinds
+        found = UserError(
+            f"{name} cannot be reached ({str(error) or type(error).__name__}); try again, or name another"
+        )
+        found.may_pass = True
+        raise found from None
     return Remote(name)

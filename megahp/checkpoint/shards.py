@@ -11,10 +11,11 @@ import hashlib
 import json
 import math
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,19 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlanner, TensorWriteData, WriteItem
 
-from megahp.checkpoint.remote import Place
+from megahp.checkpoint import schema
+from megahp.checkpoint.remote import Place, Remote
+from megahp.checkpoint.schema import Chunk
 from megahp.errors import UserError, is_users
 from megahp.parallel.messages import gather_results, on_first_rank
 
 INDEX = "index.json"
+LARGEST_JSON = 2**31  # bytes; an index has about 150 for each chunk
 DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)}
 
 
-class Damaged(Exception):
+class Damaged(UserError):
     """A file of a checkpoint is missing or is not what was written."""
 
 
@@ -74,18 +78,6 @@ def reading(path: Place) -> Iterator[None]:
 def unreadable(path: Place, error: OSError) -> UnreadableError:
     why = f"{path} cannot be read ({error.strerror}); make it readable, and start again"
     return UnreadableError(why, may_pass=not is_users(error))
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Where a part of a tensor lies."""
-
-    offsets: Sequence[int]  # of the part in the tensor
-    shape: Sequence[int]
-    file: str
-    begin: int  # byte of the file
-    bytes: int
-    crc32: int
 
 
 def write(
@@ -169,7 +161,10 @@ def fill(folder: Place, tensors: Mapping[str, Tensor]) -> None:
         chunk, name = chunks[wanted[0].storage_index], wanted[0].storage_index.fqn
         values = read_chunk(folder / file, chunk, DTYPES[index[name]["dtype"]], name)
         for item in wanted:
-            planner.resolve_tensor(item).detach().copy_(values[_window(item.storage_offsets, item.lengths)])
+            target = planner.resolve_tensor(item).detach()
+            if target.dtype != values.dtype:
+                raise Damaged(f"{folder / INDEX}: {name} is of {values.dtype}, and must be of {target.dtype}")
+            target.copy_(values[_window(item.storage_offsets, item.lengths)])
 
 
 class ByName(Mapping[str, Tensor]):
@@ -224,21 +219,36 @@ def in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict
     yield together
 
 
-def read_index(folder: Place) -> dict[str, dict[str, Any]]:
-    """Every tensor's dtype, shape and chunks (as Chunk). Raises Damaged unless it makes sense: chunks that fill their
-    tensor, in files of this folder."""
+def read_json(path: Place) -> bytes:
+    """Return a JSON file of a checkpoint. Raises Damaged, or UnreadableError."""
+    with reading(path):
+        if size_of(path) > LARGEST_JSON:
+            raise Damaged(f"{path.name} has {size_of(path):,} bytes, and {LARGEST_JSON:,} is the most")
+        return path.read_bytes()
+
+
+def size_of(path: Place) -> int:
+    """Return a file's bytes. Raises Damaged for what is none, such as a pipe, OSError, and UserError for a link."""
+    if isinstance(path, Remote):
+        return path.stat().st_size
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise UserError(f"{path} is a symbolic link, which is not followed; copy what it names to its place")
+    if not stat.S_ISREG(status.st_mode):
+        raise Damaged(f"{path.name} is no regular file")
+    return status.st_size
+
+
+def read_index(folder: Place) -> dict[str, schema.Stored]:
+    """Return every tensor's dtype, shape and chunks. Raises Damaged unless chunks, in files of this folder, fill every
+    tensor, none of it twice."""
     try:
-        with reading(folder / INDEX):
-            tensors: Mapping[str, Any] = json.loads((folder / INDEX).read_bytes())["tensors"]
-        found = {
-            name: {**tensor, "chunks": [Chunk(**chunk) for chunk in tensor["chunks"]]}
-            for name, tensor in tensors.items()
-        }
-        for name, tensor in found.items():
+        tensors: dict[str, schema.Stored] = schema.checked(schema.INDEX, read_json(folder / INDEX))["tensors"]
+        for name, tensor in tensors.items():
             _check(name, tensor)
-    except (ValueError, TypeError, KeyError) as error:
-        raise Damaged(f"{folder / INDEX}: {error!r}") from None
-    return found
+    except ValueError as error:
+        raise Damaged(f"{folder / INDEX}: {error}") from None
+    return tensors
 
 
 def read_chunk(path: Place, chunk: Chunk, dtype: torch.dtype, name: str) -> Tensor:
@@ -272,16 +282,29 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def _check(name: str, tensor: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the chunks, inside the tensor, are as many values as it has."""
+def _check(name: str, tensor: schema.Stored) -> None:
+    """Raise ValueError unless every value of the tensor is in exactly one of its chunks."""
+    if tensor["dtype"] not in DTYPES:
+        raise ValueError(f"{name} is of {tensor['dtype']}, which is none of {', '.join(DTYPES)}")
     shape, size = tensor["shape"], DTYPES[tensor["dtype"]].itemsize
-    for chunk in tensor["chunks"]:
-        ends = zip(chunk.offsets, chunk.shape, shape, strict=True)
-        inside = all(start >= 0 and length >= 0 and start + length <= side for start, length, side in ends)
-        if not inside or chunk.bytes != math.prod(chunk.shape) * size or Path(chunk.file).name != chunk.file:
+    near: list[Chunk] = []  # those before that reach as far along the first axis as the next one begins
+    for chunk in sorted(tensor["chunks"], key=lambda chunk: chunk.offsets):
+        fits = len(chunk.offsets) == len(chunk.shape) == len(shape) and all(
+            start + length <= side for start, length, side in zip(chunk.offsets, chunk.shape, shape, strict=True)
+        )
+        if not fits or chunk.bytes != math.prod(chunk.shape) * size:
             raise ValueError(f"a part of {name} makes no sense: {chunk}")
+        near = [each for each in near if not shape or each.offsets[0] + each.shape[0] > chunk.offsets[0]]
+        if chunk.bytes and any(_overlap(each, chunk) for each in near):
+            raise ValueError(f"{name} has a part twice: {chunk}")
+        near.append(chunk)
     if sum(math.prod(chunk.shape) for chunk in tensor["chunks"]) != math.prod(shape):
         raise ValueError(f"the parts of {name} do not make it whole")
+
+
+def _overlap(one: Chunk, other: Chunk) -> bool:
+    ends = zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)
+    return all(a < b + width and b < a + length for a, length, b, width in ends)
 
 
 def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> dict[str, Chunk]:

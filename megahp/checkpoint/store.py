@@ -22,21 +22,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megahp.checkpoint import shards
+from megahp.checkpoint import schema, shards
 from megahp.checkpoint.remote import Place, Remote, place
 from megahp.checkpoint.shards import (
+    INDEX,
     Damaged,
     NotCopiedError,
     UnreadableError,
     digest,
+    read_index,
+    read_json,
     reading,
+    size_of,
     sync,
     unreadable,
     write_synced,
     write_tensors,
 )
 from megahp.config import Checkpoint, Config, resolve
-from megahp.errors import Fault, UserError
+from megahp.errors import Fault, UserError, masked
+from megahp.files import refuse_links
 from megahp.parallel.messages import gather_results, on_first_rank
 from megahp.parallel.parameters import storage
 
@@ -52,8 +57,6 @@ MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_with_spik
 VERSION = OLDEST + len(MIGRATIONS)
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-\d{8}")
-STATE = {"progress", "skipped", "updates", "noise_scale", "batch_plan", "wandb_id", "loss_scale", "spikes"}
-STATE |= {"data", "data_order", "table", "layout", "config"}
 P = TypeVar("P", Path, Remote, Place)
 
 
@@ -151,14 +154,14 @@ def copy_all(folder: Path, newest: Path, keep: Checkpoint) -> None:
     newest. Raises UserError."""
     there = copies_at(keep.remote)
     try:
-        for checkpoint in complete(folder):
+        for checkpoint in _there(folder):
             if not problems(checkpoint, shards=False):
                 copy(checkpoint, there / checkpoint.name)
         for dropped in superseded(there, there / newest.name, keep):
             remove(dropped)
     except (OSError, UnreadableError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
-        why = f"{newest} is whole, but not copied to checkpoint.remote = {keep.remote!r} ({cause})"
+        why = f"{newest} is whole, but not copied to checkpoint.remote = {masked(keep.remote)!r} ({cause})"
         raise NotCopiedError(f"{why}; that is tried again after the next one") from None
 
 
@@ -186,12 +189,22 @@ def path(folder: Path, step: int) -> Path:
 
 def complete(folder: P) -> list[P]:
     """A run's complete checkpoints, damaged or not, oldest first; none where there is no such folder. Raises
-    UnreadableError where that cannot be known."""
+    UnreadableError where that cannot be known, UserError for a symbolic link in the place of one."""
+    places: list[Path] = [folder, *folder.glob("step-*")] if isinstance(folder, Path) else []
+    if link := next((each for each in places if each.is_symlink()), None):
+        raise UserError(f"{link} is a symbolic link, which is not followed; put what it names in its place")
+    return _there(folder)
+
+
+def _there(folder: P) -> list[P]:
+    """As `complete`, links passed over: a running training is not ended by one that somebody has made."""
     try:
         each_there = folder.iterdir() if isinstance(folder, Path) else folder.glob("step-*")
         found: list[P] = sorted((each for each in each_there if NAME.fullmatch(each.name)), key=lambda each: each.name)
         # elsewhere folders are not renamed, the manifest comes last
-        return [each for each in found if isinstance(each, Path) or (each / MANIFEST).exists()]
+        return [
+            each for each in found if (not each.is_symlink() if isinstance(each, Path) else (each / MANIFEST).exists())
+        ]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -227,6 +240,8 @@ def first_whole(newest_first: Sequence[P]) -> P | None:
 
 def find(place: P) -> P:
     """A checkpoint that was named itself, or by its run directory: then the newest. Raises UserError."""
+    if isinstance(place, Path):
+        refuse_links(place)
     with reading(place / MANIFEST):
         is_checkpoint = (place / MANIFEST).exists()
     found = place if is_checkpoint else latest(place / "checkpoints")
@@ -241,15 +256,13 @@ def read_state(checkpoint: Place) -> dict[str, Any]:
     if wrong := problems(checkpoint, shards=False):
         raise DamagedError(f"checkpoint {checkpoint} is damaged ({wrong[0]}); {_remedy(checkpoint)}")
     try:
-        state = json.loads((checkpoint / "state.json").read_bytes())
+        state = json.loads(read_json(checkpoint / "state.json"))
         for migrate in MIGRATIONS[state["version"] - OLDEST :]:
             state = migrate(state)
-        missing = STATE - state.keys()
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise DamagedError(f"checkpoint {checkpoint} is damaged ({error!r}); {_remedy(checkpoint)}") from None
-    if missing:
-        raise DamagedError(f"checkpoint {checkpoint} lacks {', '.join(sorted(missing))}; {_remedy(checkpoint)}")
-    return state
+        return schema.checked(schema.STATE, json.dumps(state))
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        why = str(error) if isinstance(error, ValueError) else repr(error)
+        raise DamagedError(f"{checkpoint / 'state.json'} is damaged ({why}); {_remedy(checkpoint)}") from None
 
 
 def settings_of(checkpoint: Place) -> Config:
@@ -298,14 +311,28 @@ def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = Tr
         is_read = shards and number % ranks == rank or name.endswith(".json")
         try:
             with reading(file):
-                size = file.stat().st_size
+                size = size_of(file)
             if size != entry["bytes"]:
                 found.append(f"{name} has {size:,} bytes and was written with {entry['bytes']:,}")
             elif is_read and digest(file) != entry["sha256"]:
                 found.append(f"{name} is not what was written")
         except Damaged as error:
             found.append(str(error))
-    return found
+    return found if found or not shards or rank else _misplaced(checkpoint, files)
+
+
+def _misplaced(checkpoint: Place, files: Mapping[str, schema.Entry]) -> list[str]:
+    """Return the tensors of which a part is not in a listed file, one line each."""
+    try:
+        index = read_index(checkpoint)
+    except Damaged as error:
+        return [str(error)]
+    return [
+        f"a part of {name} is not in the files that {MANIFEST} lists: {chunk}"
+        for name, tensor in index.items()
+        for chunk in tensor["chunks"]
+        if chunk.file not in files or chunk.begin + chunk.bytes > files[chunk.file]["bytes"]
+    ]
 
 
 def write_manifest(checkpoint: Path) -> None:
@@ -316,28 +343,29 @@ def write_manifest(checkpoint: Path) -> None:
     sync(checkpoint)
 
 
-def read_manifest(checkpoint: Place) -> dict[str, dict[str, Any]]:
+def read_manifest(checkpoint: Place) -> dict[str, schema.Entry]:
     """Name -> bytes and sha256. Raises Damaged unless every byte of it is as written, UserError for a version that is
     not read, UnreadableError."""
+    text = read_json(checkpoint / MANIFEST)
     try:
-        with reading(checkpoint / MANIFEST):
-            text = (checkpoint / MANIFEST).read_bytes().decode()
-        manifest = json.loads(text)
-        version, files = manifest["version"], manifest["files"]
-        if text != _sealed(files, version):
-            raise Damaged(f"{MANIFEST} is not what was written")
-    except (ValueError, TypeError, KeyError) as error:
-        raise Damaged(f"{MANIFEST} is not what was written ({error!r})") from None
+        manifest = schema.checked(schema.MANIFEST, text)
+    except ValueError as error:
+        raise Damaged(f"{MANIFEST} is not what was written ({error})") from None
+    version, files = manifest["version"], manifest["files"]
+    if text != _sealed(files, version).encode():
+        raise Damaged(f"{MANIFEST} is not what was written")
     if not OLDEST <= version <= VERSION:
         why = f"checkpoint {checkpoint} is of version {version} and this megahp reads {OLDEST} to {VERSION}"
         raise UserError(f"{why}; read it with the one that wrote it, or a newer one")
+    if lacking := {"state.json", INDEX} - files.keys():
+        raise Damaged(f"{MANIFEST} does not list {min(lacking)}")
     return files
 
 
 def superseded(folder: P, newest: P, keep: Checkpoint) -> list[P]:
     """What need not be kept beside a checkpoint that was just published: all older ones but the newest few, those at
     every so many steps, and the one of least validation loss."""
-    older = [each for each in complete(folder) if each.name <= newest.name]
+    older = [each for each in _there(folder) if each.name <= newest.name]
     kept = set(older[-keep.keep :])
     if keep.keep_every:
         kept |= {each for each in older if int(each.name.removeprefix("step-")) % keep.keep_every == 0}
@@ -377,9 +405,9 @@ def _in_words(state: Mapping[str, Any]) -> str:
 def _validation_loss(checkpoint: Place) -> float | None:
     """Return that of a checkpoint, None where it has none or is damaged. Raises UnreadableError."""
     try:
-        with reading(checkpoint / "state.json"):
-            return json.loads((checkpoint / "state.json").read_bytes()).get("validation_loss")
-    except (Damaged, ValueError):
+        loss = json.loads(read_json(checkpoint / "state.json"))["validation_loss"]
+        return loss if isinstance(loss, float) else None
+    except (Damaged, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -4,13 +4,13 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import megahp
 from megahp.config import Config
-from megahp.errors import UserError
+from megahp.errors import UserError, masked
 
 BAD_NODES = Path("bad-nodes.txt")
 OWNER = "megahp "  # begins the comment of a job of ours; the run directory follows
@@ -32,15 +32,23 @@ class Job:
     exclude: Path = BAD_NODES
     sbatch: str = ""  # more options
     own: tuple[str, ...] = OWN  # those that may not be among them
+    without: Collection[str] = ()  # options of the script's that a site does not allow
     variables: str = ""  # that the script goes by
 
     def render(self, settings: Config, words: Sequence[str], **more: str) -> str:
         """The script with these sbatch options, and more, in the place of, and after, its own; below them variables,
         and the words that are its arguments. Raises UserError."""
         text = (folder() / self.script).read_text().splitlines()
-        own = {option_of(line): number for number, line in enumerate(text) if line.startswith("#SBATCH")}
+        if shown := next((masked(word) for word in words if masked(word) != word), ""):
+            raise UserError(
+                f"{shown} holds a password, which all users of the cluster could see; write it in the run file"
+            )
         asked = {**self._options(settings), **more}
-        _refuse_short(asked.get("time", ""), f"--signal={asked['signal']}" if "signal" in asked else "\n".join(text))
+        its = [option_of(line) for line in text if line.startswith("#SBATCH")]
+        if strange := set(self.without) - set(its):
+            raise UserError(f"--without {min(strange)} is no option of {self.script}; it has {', '.join(its)}")
+        text = [line for line in text if not line.startswith("#SBATCH") or option_of(line) not in self.without]
+        own = {option_of(line): number for number, line in enumerate(text) if line.startswith("#SBATCH")}
         for option, value in asked.items():
             if not value.isprintable() or '"' in value:  # a second line of it would be a command of the script's
                 raise UserError(f"--{option}={value!r} cannot stand in a script for sbatch; rename what it names")
@@ -51,6 +59,11 @@ class Job:
             else:
                 text.insert(max(own.values()) + 1, line)
                 own[option] = max(own.values()) + 1
+        signals = f"--signal={asked['signal']}" if "signal" in asked else "\n".join(text)
+        if asked.get("time"):
+            _refuse_short("--time", asked["time"], signals)
+        else:
+            _refuse_short("the partition's time limit", limit_of(asked.get("partition", "")), signals)
         end = max(own.values()) + 1
         lines = [
             f"export MEGAHP_SLURM={shlex.quote(str(folder()))} RANKS_PER_NODE={self.ranks_per_node}",
@@ -100,12 +113,27 @@ class Job:
         return more
 
 
-def _refuse_short(time: str, signals: str) -> None:
+def limit_of(partition: str) -> str:
+    """Return the time limit of jobs in a partition, the default one where none is named, that ask for none themselves;
+    "" where Slurm cannot be asked."""
+    command = ["sinfo", "--noheader", "--format=%P|%L|%l", *([f"--partition={partition}"] if partition else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    for line in done.stdout.splitlines():
+        name, default, longest = line.split("|")
+        if partition or name.endswith("*"):
+            return longest if default == "n/a" else default
+    return ""
+
+
+def _refuse_short(what: str, time: str, signals: str) -> None:
     """Raise UserError where a time limit, "" for none, ends before the notice that these words of --signal ask for."""
     notice = re.search(r"--signal=\S*@(\d+)", signals)
     if notice and time and 0 < (seconds := seconds_of(time)) <= int(notice[1]):
-        why = f"--time {time} ends {seconds:,} s after the start, and notice of it is given {notice[1]} s before"
-        raise UserError(f"{why}: nothing would be trained; raise it, or lower --sbatch=--signal=USR1@{notice[1]}")
+        why = f"{what}, {time}, ends {seconds:,} s after the start, and notice of it is given {notice[1]} s before"
+        raise UserError(f"{why}: nothing would be trained; give a longer --time, or --sbatch=--signal=USR1@SECONDS")
 
 
 def seconds_of(time: str) -> int:

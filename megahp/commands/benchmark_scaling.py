@@ -37,6 +37,7 @@ from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.config import Batch, Checkpoint, Config, Log, resolve
 from megahp.diagnose.child_runs import is_finished, refuse_another, train, write_run_file
 from megahp.errors import UserError, complain
+from megahp.files import open_unlinked
 from megahp.log.metrics import read_metrics
 from megahp.parallel.layout import fit
 from megahp.train.prepare import prepare
@@ -174,7 +175,7 @@ def train_all(points: Sequence[Point], dry_run: bool) -> int:
         point.directory.mkdir(parents=True, exist_ok=True)
         checkpoints = point.directory / "checkpoints"
         shutil.rmtree(checkpoints, ignore_errors=True)
-        with (point.directory / "train.log").open("w") as said:
+        with open_unlinked(point.directory / "train.log", "w") as said:
             code = train(point.settings, point.ranks, said, OMP_NUM_THREADS="1")
         shutil.rmtree(checkpoints, ignore_errors=True)
         if code:

@@ -65,6 +65,7 @@ from megahp.cluster.outliers import TOGETHER, Found, Problem, best_pairs, exclud
 from megahp.commands.arguments import positive, starts_ranks
 from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.errors import Fault, UserError
+from megahp.files import open_unlinked
 
 CLOCK = struct.Struct("d")
 EXCHANGES = 10  # of clocks, on one connection
@@ -400,10 +401,11 @@ def write(arguments: argparse.Namespace, words: Sequence[str], found: Found, pro
     """The JSON, and the list of nodes to be left out."""
     write_json(arguments.json, {**about(words), "found": found, "problems": [vars(problem) for problem in problems]})
     if file := arguments.exclude_file:
-        with file.with_name(f".{file.name}.lock").open("w") as lock:
+        with open_unlinked(file.with_name(f".{file.name}.lock"), "w") as lock:
             with suppress(OSError):  # file systems without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             before = file.read_text().split() if file.exists() else []
             fresh = file.with_name(f".{file.name}.{os.getpid()}")
-            fresh.write_text("".join(f"{node}\n" for node in excluded(before, found, problems)))
+            with open_unlinked(fresh, "w") as lines:
+                lines.writelines(f"{node}\n" for node in excluded(before, found, problems))
             fresh.replace(file)

@@ -18,6 +18,7 @@ or that the tokenizers differ; 2 a mistake in what was given.
 import argparse
 import importlib.util
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,9 +165,13 @@ def their_logits(arguments: argparse.Namespace, folder: Path, tokens: Tensor) ->
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    wide = torch.promote_types(model.dtype, torch.float32)
-    return "transformers", model.to(wide)(tokens).logits
+    with tempfile.TemporaryDirectory() as bare:
+        huggingface_folder.link_without_code(folder, Path(bare))
+        model = AutoModelForCausalLM.from_pretrained(
+            bare, local_files_only=True, trust_remote_code=False, use_safetensors=True, attn_implementation="eager"
+        ).eval()
+        wide = torch.promote_types(model.dtype, torch.float32)
+        return "transformers", model.to(wide)(tokens).logits
 
 
 def weights_of(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megahp.cluster.job import BAD_NODES, OWN, Job, submit
+from megahp.cluster.job import BAD_NODES, OWN, Job, jobs, submit
 from megahp.commands.arguments import add_run_file, at_least
 from megahp.commands.chain import chain_of, outlook
 from megahp.config import resolve
@@ -31,6 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--account", metavar="NAME", help="to charge")
     add("--exclude", type=Path, default=BAD_NODES, metavar="FILE", help=f"(default {BAD_NODES})")
     add("--sbatch", default="", metavar="OPTIONS", help="more, such as '--qos=high --signal=USR1@600'")
+    add("--without", default="", metavar="NAMES", help="options of the script that the site refuses: mem,exclusive")
     add("--launcher", choices=SCRIPTS, default="srun", help="one task a rank, or one torchrun a node")
     add("--grow", type=int, metavar="N", help="as the batch grows, twice the nodes, up to N: docs/slurm.md")
     patience = f"how long more nodes are waited for before the run goes on on as many (default {PATIENCE})"
@@ -51,6 +52,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         raise UserError(f"{early}; leave it out, and give --grow N for more nodes as the batch grows")
     asked = {name: getattr(options, name) for name in ("time", "partition", "account", "exclude", "sbatch")}
     tasks = options.ranks_per_node if options.launcher == "srun" else 1
+    asked["without"] = [name for name in options.without.split(",") if name]
     job = Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **asked)
     chain = None
     if options.grow is not None:
@@ -72,6 +74,9 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     if options.dry_run:
         print(script, end="")
         return FINISHED
+    if (queued := jobs().get(str(settings.directory.resolve()))) and "--dependency" not in options.sbatch:
+        behind = "--sbatch=--dependency=singleton"
+        raise UserError(f"{settings.directory} has {queued[0]}; wait for its end, scancel it, or queue with {behind}")
     (settings.directory / "slurm").mkdir(parents=True, exist_ok=True)
     print(f"job {submit(script)}; megahp status {settings.directory}")
     return FINISHED

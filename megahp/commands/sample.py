@@ -4,6 +4,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from megahp.files import open_unlinked
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
@@ -22,5 +24,6 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     text = generate(options.run, options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
     print(text)
     if options.save:
-        (options.run / "sample.txt").write_text(text, encoding="utf-8")
+        with open_unlinked(options.run / "sample.txt", "w") as file:
+            file.write(text)
     return 0

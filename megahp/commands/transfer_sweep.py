@@ -52,6 +52,7 @@ from megahp.diagnose.curves import plot, show, tables
 from megahp.diagnose.transfer import Curve, drift
 from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
+from megahp.files import open_unlinked
 from megahp.log.metrics import read_metrics
 from megahp.log.progress import human_duration
 from megahp.parallel.device import cuda_wanted
@@ -300,7 +301,7 @@ def work_of(cells: Sequence[Cell]) -> float:
 def claimed(cell: Cell) -> Iterator[bool]:
     """Whether this worker alone has the cell, for as long as it lives."""
     cell.directory.mkdir(parents=True, exist_ok=True)
-    with (cell.directory / ".claim").open("w") as file:
+    with open_unlinked(cell.directory / ".claim", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -315,7 +316,7 @@ def train_cell(cell: Cell, ranks: int, store: dist.Store | None) -> float:
     began = time.monotonic()
     if store is not None:
         layout = fit(cell.settings.parallel, 1)
-        with (cell.directory / "train.log").open("w") as said, contextlib.redirect_stdout(said):
+        with open_unlinked(cell.directory / "train.log", "w") as said, contextlib.redirect_stdout(said):
             try:
                 settings = prepare(cell.settings, layout, 1, resume=True)
                 finished = train(settings, launch.World(), store, layout, resume=True)

@@ -120,6 +120,8 @@ def _check(key: str, value: Any, origin: str, problems: list[str]) -> Any:
     except TypeError as error:
         problems.append(f"{key} = {value!r} ({origin}) {error}")
         return value
+    if isinstance(value, int) and abs(value) >= 2**63:
+        problems.append(f"{key} = {value!r} ({origin}) must be below 2^63")
     law = FIELDS[key].metadata
     for bound, holds in BOUNDS.items():
         if bound in law and not holds(value, law[bound]):

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_type_hints
 
+from megahp.errors import masked
+
 VOCAB_MULTIPLE = 128  # the vocabulary is padded to this, on every layout alike, so that any usual tp divides it
 
 SOME, SEVERAL = range(1, sys.maxsize), range(2, sys.maxsize)  # of something that is counted
@@ -505,17 +507,24 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
-    """Settings whose values differ: section.key -> (before, now)."""
-    pairs = {key: (get(before, key), get(now, key)) for key in FIELDS}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    """Return the settings whose values differ: section.key -> (before, now), passwords of URLs masked, which may have
+    changed without making another run of it."""
+    old, new = to_dict(before), to_dict(now)
+    keys = [(section, key) for section, values in old.items() for key in values]
+    return {f"{s}.{key}": (old[s][key], new[s][key]) for s, key in keys if old[s][key] != new[s][key]}
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    return asdict(config)
+    """Return the whole tree as {section: {key: value}}, passwords of URLs masked."""
+    return {
+        section: {key: masked(value) if isinstance(value, str) else value for key, value in values.items()}
+        for section, values in asdict(config).items()
+    }
 
 
 def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
-    """The whole tree as a valid run file; with origins, each line says where its value came from."""
+    """Return the whole tree as a valid run file, passwords of URLs masked; with origins, each line says where its value
+    came from."""
     lines: list[str] = []
     for name, section in SECTIONS.items():
         lines.append(f"[{name}]")
@@ -532,4 +541,6 @@ def toml_value(value: Any) -> str:
         return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, float):
         return repr(float(value))  # numpy's floats are floats of another repr
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
+    if isinstance(value, str):
+        return json.dumps(masked(value), ensure_ascii=False)
+    return json.dumps(value) if isinstance(value, bool) else repr(value)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megahp import config
 from megahp.convert import sidecar
-from megahp.convert.huggingface import Tensors, export, import_
+from megahp.convert.huggingface import OLDER, Tensors, export, import_
 from megahp.convert.sidecar import MODELS, Files, Weights, write_files, write_json
 from megahp.files import read_json
 
@@ -29,3 +29,18 @@ def read(folder: Path) -> tuple[Mapping[str, Mapping[str, Any]], Tensors]:
     """Settings, as a layer for `resolve`, and the tensors of a checkpoint by name. Raises UserError."""
     layer, weights = import_(read_json(folder / "config.json", "model settings", MODELS), Files(folder, "model"))
     return sidecar.restored(folder, layer, weights)
+
+
+def link_without_code(folder: Path, bare: Path) -> None:
+    """Link a folder's weights into another, beside what its config.json says of the model. What has transformers import
+    or fetch something stays behind: classes (auto_map), kernels (_attn_implementation), quantizers, adapters."""
+    from transformers import AutoConfig
+
+    found = read_json(folder / "config.json", "model settings", MODELS)
+    its = AutoConfig.for_model(found["model_type"])
+    known = {"architectures", *its.to_dict(), *its.attribute_map, *its.attribute_map.values(), *OLDER, *OLDER.values()}
+    known |= {"rope_scaling", "torch_dtype"}  # to older versions of transformers
+    kept = {key: value for key, value in found.items() if key in known and not key.startswith("_")}
+    write_json(bare / "config.json", kept)
+    for file in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
+        (bare / file.name).symlink_to(file.resolve())

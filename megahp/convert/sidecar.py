@@ -18,7 +18,7 @@ from megahp.checkpoint.shards import ByName, in_files
 from megahp.config import resolve
 from megahp.convert.huggingface import Tensors, with_multipliers, without_multipliers
 from megahp.errors import UserError
-from megahp.files import read_json
+from megahp.files import is_plain, read_json
 from megahp.model.build import longest
 from megahp.scaling.parameterization import table_of
 
@@ -37,6 +37,8 @@ class Files(ByName):
             found = read_json(listing, "list of tensors", MODELS).get("weight_map")
             if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
                 raise UserError(f"{listing} has no weight_map of tensors' names to files' names; get it again")
+            if outside := [file for file in found.values() if not is_plain(file)]:
+                raise UserError(f"{listing} names {outside[0]!r}, which is no file of this folder; get it again")
             self.index = found
         else:
             file = f"{name}.safetensors"
@@ -76,10 +78,13 @@ def restored(
     if not (folder / OURS).exists():
         return layer, ((f"model.{name}", weight) for name, weight in weights)
     ours, more = read_json(folder / OURS, "what megahp wrote beside the model,", MODELS), Files(folder, "megahp")
+    kinds = {"config": dict, "table": dict, "tensors": list}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(ours.get(key), kind)]:
+        raise UserError(f"{folder / OURS} has no {wrong[0]}, or one of another type; {_remedy(folder)}")
     settings = resolve.from_dict(ours["config"], str(folder / OURS))
     if table_of(settings).to_dict() != ours["table"]:
         raise UserError(f"{folder / OURS} has another parameterization table than this megahp; {_remedy(folder)}")
-    if lacking := set(ours["tensors"]) - set(more):
+    if lacking := {str(name) for name in ours["tensors"]} - set(more):
         raise UserError(f"{folder}/megahp.safetensors lacks {min(lacking)}; restore it, or {_remedy(folder)}")
     theirs, (written, _) = resolve.resolve([(str(folder), layer)]).config, without_multipliers(settings, {})
     pairs = {key: (getattr(theirs.model, key), getattr(written, key)) for key in layer["model"] if key != "bias"}

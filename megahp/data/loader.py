@@ -120,7 +120,9 @@ class TrainingData:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on as the data did that made this state."""
+        """Continue as the data did that made this state. Raises UserError where it is another's."""
+        if state["stage"] >= len(self.stages) or state["begins"].keys() != self._begins.keys():
+            raise UserError("a checkpoint's data_order names other stages or sources than data.train; use another one")
         self.stage, self._first_sample = state["stage"], state["first_sample"]
         self._begins = {key: (count, length) for key, (count, length) in state["begins"].items()}
 

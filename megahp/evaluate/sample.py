@@ -47,10 +47,7 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
         raise UserError(f"{given} must all be finite and not negative")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt is not valid UTF-8; give it as text")
-    path = checkpoint.latest(run / "checkpoints")
-    if path is None:
-        raise UserError(f"{run} has no checkpoint; name a run directory that has one, such as runs/quickstart")
-    origin = trained(path)
+    origin = trained(run)
     eod = origin.tokenizer.eod
     ids = origin.tokenizer.encode(prompt) or [eod]
     ids += islice(continuation(origin, ids, temperature, top_k, seed), tokens)

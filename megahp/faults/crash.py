@@ -8,11 +8,15 @@ from pathlib import Path
 
 import torch
 
+from megahp.errors import UserError, masked
+from megahp.files import open_unlinked, refuse_links
+
 
 def report_crash(directory: Path, rank: int, what: str) -> None:
     """Add what happened to this rank to its own file, crashes/rank-00000.txt of the run directory, if that can be."""
     head = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, {socket.gethostname()}, process {os.getpid()}, rank {rank}"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
+        refuse_links(directory)
         (directory / "crashes").mkdir(parents=True, exist_ok=True)
-        with open(directory / "crashes" / f"rank-{rank:05d}.txt", "a", encoding="utf-8") as file:
-            file.write(f"{head}, torch {torch.__version__}\n{what}\n")
+        with open_unlinked(directory / "crashes" / f"rank-{rank:05d}.txt", "a") as file:
+            file.write(f"{head}, torch {torch.__version__}\n{masked(what)}\n")

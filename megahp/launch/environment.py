@@ -97,6 +97,13 @@ def ranks_of_nodes(size: int, environment: Mapping[str, str] = os.environ) -> di
     return dict(zip(hosts, tasks, strict=True)) if sum(tasks) == size and len(tasks) == len(hosts) else {}
 
 
+def has_own_device(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a rank that sees one GPU sees its own: where srun has started several tasks on this node, which
+    --gpus-per-task or --gpu-bind=single show one each. If they share it after all, NCCL says so."""
+    tasks = _tasks_of_nodes(environment)
+    return bool(tasks) and tasks[whole_number(environment, "SLURM_NODEID", 0)] > 1
+
+
 def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the first of its machine's ranks, or alone."""
     names = ("LOCAL_RANK", OPEN_MPI[2], HYDRA[2], "SLURM_LOCALID")

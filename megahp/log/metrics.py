@@ -41,11 +41,12 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 
-from megahp.errors import UserError
+from megahp.errors import UserError, masked
+from megahp.files import open_unlinked, refuse_links
 
 Record = dict[str, Any]
 
@@ -85,7 +86,7 @@ class RunLog:
         when = {"step": self.step, "tokens": self.tokens, "time": time.time()}
         record = without_nan({**when, "event": event, "reason": reason, **inputs})
         with self._sparing():
-            self._events.write(json.dumps(record, allow_nan=False) + "\n")
+            self._events.write(masked(json.dumps(record, allow_nan=False)) + "\n")
             if self._board:
                 self._board.add_text(event, reason, record["step"])
 
@@ -162,6 +163,7 @@ class LoggedRun:
 
 def read_run(directory: Path) -> LoggedRun:
     """Read a run directory; UserError when it is none, is damaged, or has no steps yet."""
+    refuse_links(directory)
     steps = read_metrics(directory)
     if not steps:
         raise UserError(f"{directory}/metrics.jsonl holds no step yet; wait for the first one to be logged")
@@ -221,15 +223,15 @@ def _parse(line: bytes) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
-def _appending(path: Path) -> TextIO:
+def _appending(path: Path) -> IO[str]:
     # Line buffered: a line is with the operating system as soon as it is complete.
-    return open(path, "a", buffering=1, encoding="utf-8")
+    return open_unlinked(path, "a", buffering=1)
 
 
 def _rewrite(path: Path, keep: Callable[[Record], bool]) -> Record | None:
     """Keep the lines whose object passes, byte for byte, in one atomic step; returns the last such object."""
     part, last = path.with_suffix(".part"), None
-    with open(path, "rb") as old, open(part, "wb") as new:
+    with open(path, "rb") as old, open_unlinked(part, "wb") as new:
         for line in old:
             record = _parse(line)
             if record is not None and keep(record):

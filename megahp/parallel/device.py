@@ -4,7 +4,7 @@ import torch
 
 from megahp.config import Config
 from megahp.errors import UserError
-from megahp.launch import World
+from megahp.launch import World, has_own_device
 
 
 def cuda_wanted(settings: Config) -> bool:
@@ -15,7 +15,7 @@ def cuda_wanted(settings: Config) -> bool:
 def check_devices(settings: Config, ranks_here: int) -> None:
     """Raise UserError when this machine has fewer CUDA devices than the run would use on it."""
     devices = torch.cuda.device_count()
-    if cuda_wanted(settings) and devices < ranks_here:
+    if cuda_wanted(settings) and devices < ranks_here and not (devices == 1 and has_own_device()):
         raise UserError(
             f"train.device = {settings.train.device!r} needs a CUDA device for each of {ranks_here} ranks and this "
             f"machine has {devices}; start fewer ranks, or set train.device=cpu"
@@ -25,7 +25,8 @@ def check_devices(settings: Config, ranks_here: int) -> None:
 def device_of(settings: Config, place: World) -> torch.device:
     """This rank's device. Ranks on CPUs share the machine's cores between them."""
     if cuda_wanted(settings):
-        torch.cuda.set_device(place.local_rank)
-        return torch.device("cuda", place.local_rank)
+        number = 0 if torch.cuda.device_count() == 1 and has_own_device() else place.local_rank
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
     torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
     return torch.device("cpu")

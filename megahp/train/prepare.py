@@ -1,5 +1,7 @@
 """All that can be checked of a run before anything is built or written, and its data."""
 
+import math
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +16,14 @@ from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import TrainingData
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
-from megahp.files import read_json
+from megahp.files import read_json, refuse_links
 from megahp.log.wandb_log import check_wandb
 from megahp.model.build import longest
 from megahp.ops.engines import fused_adam, linear_of, norm_of
 from megahp.parallel.device import check_devices, cuda_wanted
 from megahp.parallel.layout import Layout
 from megahp.scaling.batch import BatchPlan, Progress, least_batch, runnable, unit
+from megahp.scaling.flops import parameters as parameter_count
 
 
 def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> Config:
@@ -35,6 +38,8 @@ def prepare(settings: Config, layout: Layout, ranks_here: int, resume: bool) -> 
     tokenizer = load_tokenizer(settings.data.tokenizer)
     check_tokenizer(settings, tokenizer)
     settings = with_vocabulary(settings, tokenizer)
+    check_memory(settings, layout, ranks_here)
+    refuse_links(settings.directory)
     saved = newest(settings)
     if settings.directory.exists() and not settings.directory.is_dir():
         raise UserError(f"{settings.directory} is a file; choose another log.name")
@@ -95,6 +100,22 @@ def check_batch_to_go_on(settings: Config, layout: Layout, state: Mapping[str, A
         raise UserError(
             f"resilience.stop_at_batch = {stop_at} is not above the batch of {path}, {saved['batch']}; raise it, or "
             "leave it out"
+        )
+
+
+def check_memory(settings: Config, layout: Layout, ranks_here: int) -> None:
+    """Raise UserError when this machine cannot even hold its ranks' shares of the weights, in 4 bytes each."""
+    parameters = parameter_count(settings.model, longest(settings))
+    share = 4 * parameters * layout.dp_replicate / math.prod(layout.shape)
+    if cuda_wanted(settings):
+        where, needed, there = "a GPU", share, torch.cuda.get_device_properties(0).total_memory if ranks_here else 0
+    else:
+        where, needed = "this machine", share * ranks_here
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if ranks_here and needed > there:
+        raise UserError(
+            f"the model's {parameters:,} parameters take at least {needed / 1e9:,.0f} GB of {where}, which has "
+            f"{there / 1e9:,.0f} GB; make it smaller, or divide it among more ranks"
         )
 
 

@@ -7,10 +7,11 @@ import math
 import os
 import socket
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from megahp import config
-from megahp.errors import UserError
+from megahp.errors import UserError, masked
+from megahp.files import open_unlinked, refuse_links
 from megahp.log.events import GONE_BACK
 from megahp.log.metrics import Record, RunLog
 from megahp.log.progress import Progress as Display
@@ -118,9 +119,9 @@ class Reporter:
     def say(self, text: str) -> None:
         """Show a line."""
         if self.display:
-            self.display.message(text)
+            self.display.message(masked(text))
         elif self.log:
-            print(text, flush=True)
+            print(masked(text), flush=True)
 
     def baselines(self, unigram: float, bigram: float) -> None:
         """Keep what the simplest models lose on the same validation tokens, in nats per token."""
@@ -199,11 +200,12 @@ def _record(
     return record
 
 
-def _lock(directory: Path) -> TextIO:
+def _lock(directory: Path) -> IO[str]:
     """A lock on the run directory that ends with this process."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("a+")
+        refuse_links(directory)
+        file = open_unlinked(directory / ".lock", "a+")
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror}); choose another log.root") from None
     try:
@@ -224,5 +226,6 @@ def _lock(directory: Path) -> TextIO:
 def _write(path: Path, text: str) -> None:
     """Replace a small file in one step, so that a reader or a crash never meets half of it."""
     part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text, encoding="utf-8")
+    with open_unlinked(part, "w") as file:
+        file.write(text)
     part.replace(path)

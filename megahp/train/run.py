@@ -14,7 +14,7 @@ from megahp.data.loader import TrainingData
 from megahp.errors import UserError
 from megahp.faults.copies import check_copies
 from megahp.faults.spikes import Spikes
-from megahp.files import read_toml
+from megahp.files import read_toml, refuse_links
 from megahp.log.wandb_log import new_id
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh
@@ -186,6 +186,7 @@ def is_first() -> bool:
 
 def read_config(directory: Path) -> Config:
     """The resolved settings in a run directory. Raises UserError."""
+    refuse_links(directory)
     path = directory / "config.toml"
     return resolve.from_dict(
         read_toml(path, "run settings", "name a run directory, such as runs/quickstart"), str(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_a_time_limit_leaves_room_for_the_notice() -> None:
         Job("pretrain.sbatch", 1, sbatch="--time=4:00"),
         Job("pretrain.sbatch", 1, time="1", sbatch="--signal=B:USR1@60"),
     ):
-        with pytest.raises(UserError, match=r"--time (5|4:00|1) ends .* (300|60) s before"):
+        with pytest.raises(UserError, match=r"--time, (5|4:00|1), ends .* (300|60) s before"):
             job.render(settings(), ["run.toml"])
     for job in (
         Job("pretrain.sbatch", 1, time="6"),
@@ -72,3 +73,39 @@ def test_a_folder_above_may_be_called_anything(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path / "a\ntouch owned")
     with pytest.raises(UserError, match="--comment="):
         Job("pretrain.sbatch", 1).render(settings(), ["run.toml"])
+
+
+@pytest.mark.parametrize(
+    ("partition", "printed", "told"),
+    [
+        (None, "debug|5:00|1:00:00\nmain*|4:00|2:00\n", "4:00"),
+        ("debug", "debug|5:00|1:00:00\n", "5:00"),
+        ("debug", "debug|n/a|3:00\n", "3:00"),
+        ("debug", "debug|n/a|infinite\n", ""),
+        (None, "debug|1:00|1:00\nmain*|n/a|infinite\n", ""),
+        ("debug", "", ""),
+    ],
+)
+def test_a_partition_s_time_limit_leaves_room_for_the_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition: str | None, printed: str, told: str
+) -> None:
+    """Where none is asked for; of the default partition where none is named."""
+    stub = tmp_path / "sinfo"
+    stub.write_text(f"#!/bin/sh\nprintf '{printed}'\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    job = Job("pretrain.sbatch", 1, partition=partition)
+    if told:
+        with pytest.raises(UserError, match=f"the partition's time limit, {told}, ends .* 300 s before"):
+            job.render(settings(), ["run.toml"])
+        replace(job, time="10").render(settings(), ["run.toml"])
+    else:
+        job.render(settings(), ["run.toml"])
+
+
+def test_what_a_site_refuses_can_be_left_out() -> None:
+    job = Job("pretrain.sbatch", 1, without=["mem", "exclusive"])
+    script = job.render(settings(), ["run.toml"])
+    assert "--mem" not in script and "--exclusive" not in script and "#SBATCH --requeue" in script
+    with pytest.raises(UserError, match="--without memory is no option of pretrain.sbatch; it has job-name, "):
+        replace(job, without=["memory"]).render(settings(), ["run.toml"])

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from megahp.errors import UserError
-from megahp.launch import World, all_here, is_first_here, node_name, ranks_of_nodes, world
+from megahp.launch import World, all_here, has_own_device, is_first_here, node_name, ranks_of_nodes, world
 from megahp.launch.environment import launch_of
 from megahp.launch.rendezvous import _first_host
 
@@ -182,3 +182,10 @@ def test_a_node_is_called_what_slurm_calls_it() -> None:
     here = socket.gethostname().split(".")[0]
     assert node_name(SRUN) == node_name(PMI2) == node_name(TORCHRUN | SRUN) == "n2"
     assert node_name({}) == node_name(MPICH | {"SLURMD_NODENAME": "n2"}) == node_name(SRUN | OPEN_MPI) == here
+
+
+def test_tasks_that_see_one_gpu_see_their_own() -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "4,1", "SLURM_NODEID": "0"}
+    assert has_own_device(step)
+    assert not has_own_device(step | {"SLURM_NODEID": "1"})  # one torchrun there, say
+    assert not has_own_device({})

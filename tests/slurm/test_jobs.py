@@ -114,6 +114,19 @@ def test_one_task_a_rank(site: Site) -> None:
     assert logs == {f"{job}.out", f"undisturbed-{job}-0.out", f"undisturbed-{job}-1.out"}
 
 
+def test_a_run_has_one_job(site: Site) -> None:
+    words = ["launch", "run.toml", "log.name=twice", "--nodes", "1"]
+    assert megahp(*words, "--sbatch=--hold")[0] == 0
+    job = site.cluster("squeue", "-h", "-n", "twice", "-o", "%i").strip()
+    code, said = megahp(*words)
+    assert code == 2 and f"runs/twice has job {job}: pending" in said and said.count("\n") == 1
+    assert megahp(*words, "--dry-run")[0] == 0
+    assert megahp(*words, "--without=exclusive,mem", "--sbatch=--hold --dependency=singleton")[0] == 0
+    told = site.cluster("squeue", "-h", "-n", "twice", "-o", "%i %h").split()
+    assert told[1::2].count("NO") == 1  # of the two the exclusive one
+    site.cluster("scancel", "-n", "twice")
+
+
 def test_status_of_jobs(site: Site) -> None:
     assert megahp("status", "runs/nothing") == (
         2,

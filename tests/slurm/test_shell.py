@@ -116,3 +116,17 @@ def test_the_number_of_a_job_in_what_sbatch_prints(site: Path, text: str) -> Non
     else:
         with pytest.raises(UserError, match="no number of a job"):
             submit("#!/bin/bash\n")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "cpus"),
+    [("4(x3),2", 1, 2), ("2,4(x3)", 2, 1), ("16(x4)", 4, 4), ("10,8,9", 2, 4), ("1(x2)", 4, 1)],
+)
+def test_tasks_have_as_many_cpus_as_the_smallest_node(
+    site: Path, monkeypatch: pytest.MonkeyPatch, nodes: str, tasks: int, cpus: int
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", nodes)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", str(tasks))
+    assert bash('echo "${step[0]}"').stdout == f"--cpus-per-task={cpus}\n"
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
+    assert bash('echo "${step[0]}"').stdout == "--cpus-per-task=7\n"

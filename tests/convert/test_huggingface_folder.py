@@ -1,0 +1,73 @@
+"""Folders that others wrote: what is no setting of the model, and no weight in the folder, is not looked at."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands.test_convert import convert, needs_transformers
+
+CANARY = "from pathlib import Path\nPath({!r}).touch()\nclass LlamaForCausalLM: ...\nclass LlamaConfig: ...\n"
+HOOKS: dict[str, Any] = {
+    "auto_map": {"AutoModelForCausalLM": "canary.LlamaForCausalLM", "AutoConfig": "canary.LlamaConfig"},
+    "_attn_implementation": "kernels-community/flash-attn",
+    "attn_implementation": "kernels-community/flash-attn",
+    "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "use_kernels": True,
+    "pad_token_id": None,
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=257, max_position_embeddings=64, num_key_value_heads=4, **sizes)
+    folder = tmp_path_factory.mktemp("llama")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def imported(folder: Path, target: Path) -> tuple[int, str]:
+    return convert("huggingface", "megahp", folder, target, "--tokenizer", "bytes", "--text", __file__)
+
+
+@needs_transformers
+def test_no_code_or_kernel_of_a_folder_is_run(llama: Path, tmp_path: Path) -> None:
+    theirs, canary = tmp_path / "theirs", tmp_path / "canary"
+    shutil.copytree(llama, theirs)
+    (theirs / "canary.py").write_text(CANARY.format(str(canary)))
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(config | HOOKS))
+    (theirs / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/model", "peft_type": "LORA"}')
+    code, said = imported(theirs, tmp_path / "ours")
+    assert code == 0 and "through megahp and transformers" in said, said
+    assert not canary.exists()
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", ""])
+def test_weights_are_read_of_the_folder_alone(llama: Path, tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "theirs"
+    shutil.copytree(llama, theirs)
+    (theirs / "model.safetensors").rename(tmp_path / "secret.safetensors")
+    listing = {"weight_map": {"model.norm.weight": name}}
+    (theirs / "model.safetensors.index.json").write_text(json.dumps(listing))
+    code, said = imported(theirs, tmp_path / "ours")
+    assert code == 2 and repr(name) in said and "no file of this folder" in said and said.count("\n") == 1, said
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    "text", ['{"config": 1}', '{"config": {}, "table": [], "tensors": []}', "[]", "{", '{"config": {}}']
+)
+def test_what_stands_beside_a_model_is_checked(llama: Path, tmp_path: Path, text: str) -> None:
+    theirs = tmp_path / "theirs"
+    shutil.copytree(llama, theirs)
+    shutil.copy(llama / "model.safetensors", theirs / "megahp.safetensors")
+    (theirs / "megahp.json").write_text(text)
+    code, said = imported(theirs, tmp_path / "ours")
+    assert code == 2 and "megahp.json" in said and said.count("\n") == 1, said

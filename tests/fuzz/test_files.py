@@ -1,0 +1,215 @@
+"""Damaged and hostile files in the place of every kind that megahp reads: each command ends at once and in words, runs
+nothing of them, and what it refuses it has not begun."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from corpus import write_corpus
+from fuzz import forked
+from fuzz.files import reseal, spoil
+from fuzz.run_files import RUN
+from tokenizers import Tokenizer as Fast
+from tokenizers import models
+
+from megahp.data.tokenizer import train_sentencepiece
+from megahp.errors import UserError
+from megahp.recipe.law_file import Laws, write
+from megahp.scaling.laws import PowerLaw
+
+CPU = 2.0  # seconds above what the command takes with good files
+CHECKPOINT = "runs/done/checkpoints/step-00000003/"
+TRAIN = "train run.toml log.name=new"
+RESUME = "train run.toml log.name=done train.steps=4 --resume auto"
+TEXT = "preprocess --tokenizer bytes --workers 1 --output new --input"
+
+
+class Kind(NamedTuple):
+    """Files of a kind, and what reads them; a command that ends with 0 may have written what it is for."""
+
+    files: list[str]
+    commands: list[str]
+
+
+LATEST = "latest_checkpointed_iteration.txt"
+CONVERT = "convert --from {} --to megahp {} new --tokenizer bytes"
+KINDS = {
+    "data": Kind(["corpus.bin", "corpus.idx", "cache/order-*.npy"], [TRAIN, RESUME]),
+    "data with a description": Kind(["told.bin", "told.idx", "told.json"], [f"{TRAIN} data.train=['told']"]),
+    "tokenizer": Kind(["tok.model", "tok.json"], ["preprocess --tokenizer {} --workers 1 --output new --input text"]),
+    "text": Kind(["text/a.txt", "text/b.jsonl", "text/c.jsonl.gz"], [f"{TEXT} {{}}", "evaluate runs/done {}"]),
+    "checkpoint": Kind(
+        [CHECKPOINT + name for name in ("state.json", "index.json", "manifest.json", "shard-00000.safetensors")],
+        [
+            RESUME,
+            f"{TRAIN} train.start_from=runs/done",
+            "sample runs/done --tokens 2",
+            "checkpoint ls runs/done",
+            "checkpoint verify runs/done",
+            "checkpoint diff runs/done runs/other",
+            "checkpoint prune runs/done --keep 1",
+            "convert --from megahp --to huggingface runs/done new",
+            "evaluate runs/done text/a.txt",
+            "launch run.toml log.name=done train.steps=4 --nodes 1 --dry-run",
+        ],
+    ),
+    "log": Kind(
+        [f"runs/done/{name}" for name in ("metrics.jsonl", "events.jsonl", "baselines.json", "config.toml")],
+        ["report runs/done", "status runs/done", "replay runs/done", RESUME],
+    ),
+    "run settings": Kind(["runs/done/config.toml"], ["sample runs/done --tokens 2", "measure noise-scale runs/done"]),
+    "of transformers": Kind(
+        ["hf/config.json", "hf/model.safetensors", "hf/megahp.json", "hf/megahp.safetensors", "hf/tokenizer.json"],
+        [CONVERT.format("huggingface", "hf")],
+    ),
+    "of megatron": Kind(
+        [f"mcore/{name}" for name in ("release/.metadata", "release/common.pt", "release/__0_0.distcp", LATEST)],
+        [CONVERT.format("megatron", "mcore")],
+    ),
+    "of megatron's legacy": Kind(
+        [f"legacy/{name}" for name in ("release/mp_rank_00/model_optim_rng.pt", LATEST)],
+        [CONVERT.format("megatron-legacy", "legacy") + " --allow-pickle"],
+    ),
+    "law": Kind(["law.toml"], ["recipe --params 1e8 --tokens 2e9 --law {}"]),
+    "table of runs": Kind(["runs.jsonl"], ["fit {} --loss --out new.toml"]),
+    "run file": Kind(
+        ["run.toml"], ["config {}", "recipe --base {} --params 1e8 --tokens 2e9", "launch {} --nodes 1 --dry-run"]
+    ),
+    "nodes": Kind(["bad-nodes.txt"], ["launch run.toml --nodes 1 --dry-run --exclude {}"]),
+}
+CASES = [
+    (file, command.replace("{}", file)) for kind in KINDS.values() for file in kind.files for command in kind.commands
+]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file of every kind, all good."""
+    folder = tmp_path_factory.mktemp("good")
+    write_corpus(folder / "corpus", 0.02)
+    (folder / "run.toml").write_text(RUN + "[checkpoint]\nevery = 1\nkeep = 9\n")
+    (folder / "text").mkdir()
+    (folder / "text/a.txt").write_text("the quick brown fox jumps over the lazy dog, again and again. " * 40)
+    lines = "".join(json.dumps({"text": f"text number {number} of a few words"}) + "\n" for number in range(40))
+    (folder / "text/b.jsonl").write_text(lines)
+    with gzip.open(folder / "text/c.jsonl.gz", "wt") as file:
+        file.write(lines)
+    train_sentencepiece([lines, (folder / "text/a.txt").read_text()] * 4, folder / "tok.model", 320)
+    fast = Fast(models.BPE({"<|endoftext|>": 0, **{chr(32 + number): number + 1 for number in range(95)}}, []))
+    fast.add_special_tokens(["<|endoftext|>"])
+    fast.save(str(folder / "tok.json"))
+    write(
+        folder / "law.toml",
+        Laws(
+            timescale=PowerLaw(1.0, -0.5, "test", "unverified"), optimal_batch=PowerLaw(1.0, 0.4, "test", "unverified")
+        ),
+    )
+    sizes = [(params, tokens) for params in (1e5, 1e6, 1e7) for tokens in (1e7, 1e8, 1e9)]
+    rows = ({"parameters": n, "tokens": d, "loss": 1.7 + 400 / n**0.34 + 400 / d**0.28} for n, d in sizes)
+    (folder / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "bad-nodes.txt").write_text("n1\nn2\n")
+    for words in (
+        f"{TEXT.replace('new', 'told')} text/b.jsonl",
+        "train run.toml log.name=done train.steps=3 log.baselines=true",
+        "train run.toml log.name=other train.steps=3 train.seed=2",
+        "convert --from megahp --to huggingface runs/done hf",
+        "convert --from megahp --to megatron runs/done mcore",
+        "convert --from megahp --to megatron-legacy runs/done legacy",
+    ):
+        ended = forked.run(folder, words.split(), 60)
+        assert ended.code == 0, ended
+    return folder
+
+
+def sort(good: Path, here: Path, file: str, command: str, seconds: float, draw: random.Random) -> tuple[str, str]:
+    """Spoil the file, and return what a command that reads it does, and what was spoilt. AssertionError where it should
+    not have done that."""
+    shutil.copytree(good, here)
+    file = str(min(here.glob(file)).relative_to(here))
+    what = spoil(here / file, draw)
+    if file.startswith(CHECKPOINT) and draw.random() < 0.7 and not file.endswith("manifest.json"):
+        with_seal = (here / file).is_file() and not (here / file).is_symlink() and (here / file).stat().st_size < 10**7
+        what += ", sealed" if with_seal and reseal(here / CHECKPOINT) else ""
+    before = forked.everything(here)
+    ended = forked.run(here, command.split(), 30)
+    told = f"{what}\n{ended}"[:1500]
+    owned = [path for path in (here / "owned", here.parent / "owned") if path.exists()]
+    after = forked.everything(here)
+    for path in here.rglob("*"):
+        if not path.is_symlink() and path.is_file() and not os.access(path, os.W_OK):
+            path.chmod(0o600)
+    shutil.rmtree(here)
+    if ended.code == forked.HUNG:
+        return "hung", told
+    if owned:
+        return "ran it", told
+    lines = ended.err.splitlines()
+    if (
+        ended.code not in (0, 1, 2)
+        or "Traceback" in ended.err
+        or len(lines) > 4
+        or (ended.code and not (lines or ended.out))
+    ):
+        return "fell", told
+    if ended.seconds > seconds + CPU:
+        return "took long", told
+    if ended.code == 2:
+        changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+        harmless = {path for path in changed if path.endswith((".lock", "/runs/done", "cache")) or "/cache/" in path}
+        if changed - harmless and not command.startswith(("train", "preprocess")):
+            return "wrote", f"{told}\n{sorted(changed - harmless)[:4]}"
+        return "refused", told
+    return ("passed" if ended.code == 0 else "told"), told
+
+
+def sorted_out(good: Path, here: Path, seed: int, count: int) -> Counter[str]:
+    base: dict[str, float] = {}
+    found, faults = Counter[str](), []
+    cases = list(CASES)
+    random.Random(seed).shuffle(cases)
+    for number in range(count):
+        file, command = cases[number % len(cases)]
+        if command not in base:
+            shutil.copytree(good, here)
+            ended = forked.run(here, command.split(), 60)
+            shutil.rmtree(here)
+            assert ended.code in (0, 1) or command.startswith("status"), (command, ended)  # or nothing would be tested
+            base[command] = ended.seconds
+        kind, told = sort(good, here, file, command, base[command], random.Random(f"{seed} {number}"))
+        found[kind] += 1
+        if kind in ("hung", "ran it", "fell", "took long", "wrote"):
+            faults.append(f"{number} {kind}: {command} with {file}: {told}")
+    assert not faults, f"{len(faults)} of {count}, seed {seed}:\n" + "\n\n".join(faults)
+    return found
+
+
+def test_some(good: Path, tmp_path: Path) -> None:
+    found = sorted_out(good, tmp_path / "here", 1, 150)
+    assert found["refused"] > 75 and found["passed"] > 5, found
+
+
+@pytest.mark.slow
+def test_a_thousand(good: Path, tmp_path: Path) -> None:
+    """FUZZ_SEED=7 for other ones."""
+    found = sorted_out(good, tmp_path / "here", int(os.environ.get("FUZZ_SEED", "2")), 1000)
+    print(json.dumps(found), file=sys.stderr)
+
+
+def test_a_seal_can_be_made(good: Path, tmp_path: Path) -> None:
+    """Or resealed checkpoints would test what damaged ones do."""
+    from megahp import checkpoint
+
+    shutil.copytree(good / CHECKPOINT, tmp_path / "step-00000003")
+    (tmp_path / "step-00000003/state.json").write_text("{}")
+    assert reseal(tmp_path / "step-00000003") and not checkpoint.problems(tmp_path / "step-00000003", shards=False)
+    with pytest.raises(UserError):
+        checkpoint.read_state(tmp_path / "step-00000003")
