@@ -90,7 +90,7 @@ def test_benchmark_and_check_under_mpirun(tmp_path: Path) -> None:
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
-    environment |= ALLOWED | {"OMP_NUM_THREADS": "1"}
+    environment |= ALLOWED | {"OMP_NUM_THREADS": "1", "HOME": str(folder)}  # which then keeps the secret
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
