@@ -29,15 +29,21 @@ def read_json(path: Path, what: str, remedy: str = REMEDY) -> dict[str, Any]:
     return found
 
 
+def refuse_irregular(path: Path, what: str, remedy: str = REMEDY, largest: int | None = None) -> None:
+    """Raise UserError for what is no regular file: of a pipe or a device nobody knows when it ends; and for one of more
+    than `largest` bytes. Raises OSError, and ValueError for a NUL in the name."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise UserError(f"{what} {path} cannot be read: it is {kind}; {remedy}")
+    if largest is not None and status.st_size > largest:
+        raise UserError(f"{what} {path} has {status.st_size:,} bytes, and {largest:,} is the most; {remedy}")
+
+
 def read_text(path: Path, what: str, remedy: str = REMEDY) -> str:
-    """Return the text of a regular UTF-8 file: of a pipe or a device nobody knows when it ends. Raises UserError."""
+    """Return the text of a regular UTF-8 file. Raises UserError."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-            raise UserError(f"{what} {path} cannot be read: it is {kind}; {remedy}")
-        if status.st_size > LARGEST:
-            raise UserError(f"{what} {path} has {status.st_size:,} bytes, and {LARGEST:,} is the most; {remedy}")
+        refuse_irregular(path, what, remedy, LARGEST)
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist; {remedy}") from None

@@ -114,10 +114,13 @@ def test_what_is_no_command_or_option_is_refused(
 
 # what a command may meet that nobody caught, and whether a user gave it
 UNCAUGHT = {
-    "megahp: Stale file handle": (OSError(116, "Stale file handle"), False),
-    "megahp: data/x.bin: Input/output error": (OSError(5, "Input/output error", "data/x.bin"), False),
-    "megahp: data/x.bin: Permission denied": (PermissionError(13, "Permission denied", "data/x.bin"), True),
-    "megahp: File name too long": (OSError(36, "File name too long"), True),
+    "megahp: Stale file handle; try again": (OSError(116, "Stale file handle"), False),
+    "megahp: data/x.bin: Input/output error; try again": (OSError(5, "Input/output error", "data/x.bin"), False),
+    "megahp: data/x.bin: Permission denied; change its permissions": (
+        PermissionError(13, "Permission denied", "data/x.bin"),
+        True,
+    ),
+    "megahp: File name too long; name another": (OSError(36, "File name too long"), True),
     "megahp: RecursionError: maximum recursion depth exceeded": (
         RecursionError("maximum recursion depth exceeded"),
         True,

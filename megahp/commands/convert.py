@@ -34,7 +34,7 @@ from megahp.convert import huggingface_folder, megatron
 from megahp.convert.run_directory import fitting, limit, of_checkpoint, refuse_files, write_run
 from megahp.convert.tokenizers import tokenizer_in, write_tokenizer
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
-from megahp.errors import UserError, complain
+from megahp.errors import UserError, complain, in_one_line
 from megahp.evaluate.sample import alone
 from megahp.model.build import longest
 from megahp.parallel.parameters import saved, storage
@@ -167,9 +167,13 @@ def their_logits(arguments: argparse.Namespace, folder: Path, tokens: Tensor) ->
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as bare:
         huggingface_folder.link_without_code(folder, Path(bare))
-        model = AutoModelForCausalLM.from_pretrained(
-            bare, local_files_only=True, trust_remote_code=False, use_safetensors=True, attn_implementation="eager"
-        ).eval()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                bare, local_files_only=True, trust_remote_code=False, use_safetensors=True, attn_implementation="eager"
+            ).eval()
+        except Exception as error:  # of a config.json that others wrote it raises many kinds
+            why = f"transformers cannot load {folder} ({in_one_line(error)})"
+            raise UserError(f"{why}; mend its config.json, or leave the check out with --no-check") from None
         wide = torch.promote_types(model.dtype, torch.float32)
         return "transformers", model.to(wide)(tokens).logits
 

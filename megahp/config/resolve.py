@@ -7,6 +7,7 @@ impossible is refused here, before torch is imported or a process started; all p
 import difflib
 import math
 import operator
+import reprlib
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
         section, dot, name = key.removeprefix("--").partition(".")
         if not (equals and dot):
             raise UserError(
-                f"{word!r} is neither an option nor a setting; write section.key=value, such as train.steps=10"
+                f"{shown(word)} is neither an option nor a setting; write section.key=value, such as train.steps=10"
             )
         tree.setdefault(section, {})[name] = _parse_value(text)
     return tree
@@ -92,7 +93,7 @@ def _with_preset(layers: Sequence[tuple[str, Mapping[str, Any]]], problems: list
     if not isinstance(name, str):
         return list(layers)  # refused, like any value of the wrong type
     if name and name not in PRESETS:
-        problems.append(f"model.preset = {name!r} is unknown; {suggest(name, PRESETS)}")
+        problems.append(f"model.preset = {shown(name)} is unknown; {suggest(name, PRESETS)}")
         name = ""
     return [(f"preset {name}", {"model": PRESETS[name]}), *layers] if name else list(layers)
 
@@ -102,13 +103,22 @@ def _flatten(tree: Mapping[str, Any], origin: str, problems: list[str]) -> Itera
         if name not in SECTIONS:
             problems.append(f"[{name}] ({origin}) is no section; {suggest(name, SECTIONS)}")
         elif not isinstance(section, Mapping):
-            problems.append(f"{name} = {section!r} ({origin}) is a section; write [{name}] and its keys below")
+            problems.append(f"{name} = {shown(section)} ({origin}) is a section; write [{name}] and its keys below")
         else:
             for key, value in section.items():
                 if key in TYPES[name]:
                     yield f"{name}.{key}", value
                 else:
-                    problems.append(f"{name}.{key} = {value!r} ({origin}) is no setting; {suggest(key, TYPES[name])}")
+                    problems.append(
+                        f"{name}.{key} = {shown(value)} ({origin}) is no setting; {suggest(key, TYPES[name])}"
+                    )
+
+
+def shown(value: Any) -> str:
+    """Return a value of others as in Python, shortened where it is long or deep: repr fails on 500 nested lists."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 300
+    return short.repr(value)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -122,14 +132,14 @@ def _check(key: str, value: Any, origin: str, problems: list[str]) -> Any:
     try:
         value = _convert(value, TYPES[section][name])
     except TypeError as error:
-        problems.append(f"{key} = {value!r} ({origin}) {error}")
+        problems.append(f"{key} = {shown(value)} ({origin}) {error}")
         return value
     if isinstance(value, int) and abs(value) >= 2**63:
-        problems.append(f"{key} = {value!r} ({origin}) must be below 2^63")
+        problems.append(f"{key} = {shown(value)} ({origin}) must be below 2^63")
     law = FIELDS[key].metadata
     for bound, holds in BOUNDS.items():
         if bound in law and not holds(value, law[bound]):
-            problems.append(f"{key} = {value!r} ({origin}) must be {bound.replace('_', ' ')} {law[bound]:g}")
+            problems.append(f"{key} = {shown(value)} ({origin}) must be {bound.replace('_', ' ')} {law[bound]:g}")
     return value
 
 

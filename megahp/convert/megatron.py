@@ -40,6 +40,7 @@ from megahp.convert.families import ALWAYS, LINEAR, NORMS, Family
 from megahp.convert.huggingface import Tensors, export, import_
 from megahp.convert.sidecar import Weights, write_json
 from megahp.errors import UserError
+from megahp.files import LARGEST, read_text, refuse_irregular
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MEGATRON = Family(
@@ -162,6 +163,7 @@ SAFE = SimpleNamespace(Unpickler=Unpickler, __name__="inert")  # as torch.load w
 class Files(Mapping[str, Tensor]):
     """Tensors by Megatron's names, one layer's at a time, fc1's gate and up apart; `args`: what it was trained with."""
 
+    folder: Path
     args: dict[str, Any]
     names: dict[str, Any]  # as they are when norms are modules of their own
 
@@ -175,7 +177,8 @@ class Files(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         half = re.search(r"linear_fc1\.(gate|up)\.", name)
-        parts = self.whole(name.replace(half[0], "linear_fc1.") if half else name)
+        with _guarded(self.folder):  # sizes and offsets of the files' own
+            parts = self.whole(name.replace(half[0], "linear_fc1.") if half else name)
         if half and self.gated:
             parts = [part.chunk(2)[half[1] == "up"] for part in parts]
         dim = next((dim for pattern, dim in SPLIT if pattern.search(name)), None)
@@ -202,6 +205,7 @@ class Distributed(Files):
         self.names = {}
         self.places: dict[tuple[str, tuple[int, ...]], Any] = {}
         with _guarded(folder / ".metadata"):
+            refuse_irregular(folder / ".metadata", "list of tensors", "copy it again", LARGEST)
             metadata = Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
             for place, info in metadata.storage_data.items():
                 if place.offset is not None:  # a tensor's
@@ -237,12 +241,11 @@ class Distributed(Files):
     def _read(self, key: str, offsets: tuple[int, ...]) -> Tensor:
         info = self.places[key, offsets]
         path = self.folder / Path(info.relative_path).name
-        try:
+        with _guarded(path):
+            refuse_irregular(path, "file", "copy it again")
             with path.open("rb") as file:
                 file.seek(info.offset)
                 return torch.load(io.BytesIO(file.read(info.length)), weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"{path} cannot be read ({_line(error)}); copy it again") from None
 
 
 class Legacy(Files):
@@ -257,7 +260,7 @@ class Legacy(Files):
         if not all(isinstance(state, dict) and "model" in state for state in states):
             why = "a rank has no 'model', or several (interleaved stages)"
             raise UserError(f"{folder}: {why}; convert it to torch_dist")
-        self.args, self.names, first = _told(states[0], given, folder), {}, 0
+        self.folder, self.args, self.names, first = folder, _told(states[0], given, folder), {}, 0
         stages = [place[1] if len(place) > 1 else 0 for place in places]
         for stage in sorted(set(stages)):
             models = [state["model"] for state, its in zip(states, stages, strict=True) if its == stage]
@@ -277,7 +280,7 @@ def read(folder: Path, legacy: bool, given: Mapping[str, Any]) -> tuple[Mapping[
     """Settings, as a layer for `resolve`, and the tensors of a checkpoint by name. given: settings of [model], in place
     of what the files say. Raises UserError."""
     tracker = folder / TRACKER
-    tag = tracker.read_text().strip() if tracker.exists() else ""
+    tag = read_text(tracker, "number of the newest iteration,", "copy it again").strip() if tracker.exists() else ""
     place = folder / (f"iter_{int(tag):07d}" if tag.isdigit() else tag)
     files = (Legacy if legacy else Distributed)(place, given)
     layer, weights = import_(files.args, files, _family(files.args["normalization"]))
@@ -407,6 +410,7 @@ def _as_engine(name: str) -> str:
 def _load(path: Path) -> Any:
     """A file of torch.save, without executing any of it; tensors stay on the disk until they are used."""
     with _guarded(path):
+        refuse_irregular(path, "file", "copy it again")
         if any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
             raise ValueError("a TorchScript program")  # which torch.load would hand to its interpreter
         state = torch.load(path, "cpu", SAFE, weights_only=False, mmap=True)
@@ -418,6 +422,8 @@ def _guarded(path: Path) -> Iterator[None]:
     """Raises UserError for whatever goes wrong while a file is read."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # what a damaged pickle raises is anything
         raise UserError(f"{path} cannot be read ({_line(error)}); name a folder of Megatron's that has it") from None
 

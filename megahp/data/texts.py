@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from megahp.errors import UserError
+from megahp.files import refuse_irregular
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
@@ -46,6 +47,7 @@ def read_documents(files: Iterable[Path], json_key: str) -> Iterator[Document]:
     """The documents of the files, in order. Raises UserError where a file cannot be opened or unpacked."""
     for file in files:
         try:
+            refuse_irregular(file, "text", "name another, or fetch it again")
             if file.name.endswith(JSON_LINES):
                 yield from _read_json_lines(file, json_key)
             else:

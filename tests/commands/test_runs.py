@@ -86,8 +86,6 @@ def test_status_tells_more_of_the_runs_of_jobs(squeue: Path, capsys: pytest.Capt
         (["status", "absent"], "absent is no run directory"),
     ],
 )
-def test_where_there_is_nothing(
-    squeue: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_where_there_is_nothing(squeue: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert told in capsys.readouterr().err
