@@ -37,6 +37,7 @@ GRID = [1e-3 * 2 ** (k / 2) for k in range(10)]  # 1e-3 .. 22.6e-3
 FIRST = (4, 5)  # where the grid begins: 4e-3 and 5.7e-3
 BATCHES = (4, 8, 12, 16, 24, 32)
 FROM = (4, 8, 16)
+FINER = "measured from 4, microbatches of 1"
 TOKENS = 800_000
 WARMUP = 0.1
 TUNING, FAIR = (1, 2, 3), 4  # seeds that tune the rates, and the first that is compared
@@ -72,6 +73,7 @@ def arms() -> dict[str, list[str]]:
     found["constant 16, beta1 0.9"] = ["batch.global_batch=16"]
     for batch in FROM:
         found[f"measured from {batch}"] = measured(batch)
+    found[FINER] = [*measured(4), "batch.micro_batch=1"]  # grows in steps of 1, not of 2
     for share in (0.5, 2, 1e9):
         found[f"measured from 16, noise share {share:g}"] = measured(16, f"batch.noise_share={share:g}")
     found["measured from 16, calibrated 12 times as often"] = measured(16, "batch.calibrate_every=2")
@@ -92,7 +94,7 @@ def arms() -> dict[str, list[str]]:
 
 ARMS = arms()
 CONSTANTS = [f"constant {batch}" for batch in BATCHES]
-MEASURED = [f"measured from {batch}" for batch in FROM]
+MEASURED = [FINER, *(f"measured from {batch}" for batch in FROM)]
 
 
 def begins(arm: str) -> str:

@@ -245,6 +245,30 @@ def test_a_chain_that_leads_nowhere_ends(site: Site) -> None:
     assert len(jobs[::2]) == 5 and jobs[1::2].count("FAILED") == 1 and "CANCELLED" in jobs
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_every_script_on_one_node_and_on_four(site: Site, nodes: int) -> None:
+    """All that start ranks but the growing chain, which has its tests. After test_a_lost_node, which brings the fourth
+    node back."""
+    many, words = (f"--nodes={nodes}", "--ntasks-per-node=1"), ("train.steps=8", "checkpoint.every=4")
+    for launcher in ("srun", "torchrun"):
+        site.launch(f"{launcher}-{nodes}", f"--launcher={launcher}", *words, nodes=nodes)
+    sizes = ("--sizes", "1K", "--repeats", "1", "--json", f"{nodes}.json")
+    jobs = [site.sbatch("benchmark", "communication", *sizes, options=many)]
+    points = f"run.toml --out scaling-{nodes} --nodes {nodes} --steps 3 --warm-up 1 --slurm --sbatch=--time=5"
+    code, said = megahp("benchmark", "scaling", *points.split())
+    assert code == 0, said
+    jobs += re.findall(r"job (\d+)", said)
+    assert [site.cluster.finished(job) for job in jobs] == ["COMPLETED"] * len(jobs), site.said()
+    assert json.loads((site.folder / f"{nodes}.json").read_text())
+    for name in (f"srun-{nodes}", f"torchrun-{nodes}"):
+        site.over(name)
+        assert site.events(name, "started")[0]["layout"]["dp_shard"] == nodes and site.events(name, "finished")
+    site.same(f"srun-{nodes}", f"torchrun-{nodes}")
+    checked = site.cluster("srun", *many, "python", "-m", "megahp", "check-cluster", "--slack", "0.9")
+    assert "fit" in checked
+
+
 def starts(site: Site, name: str) -> list[tuple[int, int]]:
     """(step, ranks) of a run's every start."""
     return [(event["step"], event["layout"]["dp_shard"]) for event in site.events(name, "started", "resumed")]
