@@ -1,6 +1,7 @@
 """The `megahp` command: finds the file of a command in megahp/commands, and says what goes wrong in one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch.is_first_here():  # what is found before the ranks meet, all of them find
             complain(error)
         return FAULT if error.may_pass and words[0] in STARTED_AGAIN else USER_ERROR
+    except BrokenPipeError:  # of `megahp runs | head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it ends
+        return 0
     except (OSError, RecursionError, OverflowError, UnicodeError, MemoryError) as error:
         complain(in_one_line(error))  # which this rank may have met alone
         return FAULT if words[0] in STARTED_AGAIN and not is_users(error) else USER_ERROR

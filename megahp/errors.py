@@ -45,9 +45,10 @@ def in_one_line(error: Exception) -> str:
 
 
 def masked(text: str) -> str:
-    """Return a text without the passwords of its URLs: s3://user:password@host/b becomes s3://***@host/b. What is
-    written or printed passes through here, since run directories and logs are readable to others."""
-    return re.sub(r"(\w://)[^\s/'\"]*@", r"\1***@", text)
+    """Return a text without the passwords of its URLs: s3://user:password@host/b becomes s3://user:***@host/b. What is
+    written or printed passes through here, since run directories and logs are readable to others. A password may hold
+    slashes and quotes, so it ends at the last @ before a space; a port, digits and a slash, is none."""
+    return re.sub(r"(\w://[^\s/:@]*):(?!\d+(?:/|$))\S*@", r"\1:***@", text)
 
 
 def complain(error: Exception | str) -> None:

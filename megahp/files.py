@@ -57,11 +57,17 @@ def is_plain(name: str) -> bool:
     return "/" not in name and "\0" not in name and name not in ("", ".", "..")
 
 
+# what a run writes; other names in its folder are its owner's
+OF_RUNS = {".lock", "config.toml", "metrics.jsonl", "events.jsonl", "baselines.json", "sample.txt", "report.html"}
+OF_RUNS |= {"checkpoints", "crashes", "slurm", "tensorboard", "wandb"}
+
+
 def refuse_links(folder: Path) -> None:
-    """Raise UserError for a symbolic link in a run directory or a checkpoint: what is read or written there must not be
-    redirected by whoever else may write to the folder. The folder itself may be one."""
+    """Raise UserError for a symbolic link in the place of what a run writes in its folder: what is read or written must
+    not be redirected by whoever else may write to the folder. The folder itself may be one."""
     try:
         links = [entry.name for entry in os.scandir(folder) if entry.is_symlink()]
+        links = [name for name in links if name in OF_RUNS or name.endswith(".part")]
     except (FileNotFoundError, NotADirectoryError):
         return
     if links:

@@ -14,6 +14,8 @@ from train.test_run import RUN
 from megahp import launch
 from megahp.cli import main
 from megahp.data.indexed import IndexedWriter
+from megahp.errors import masked
+from megahp.log.metrics import read_events
 
 
 def copy_corpus(folder: Path, name: str) -> None:
@@ -228,18 +230,22 @@ def test_passwords_are_in_no_file_and_on_no_page(folder: Path) -> None:
     """Of places that are reached, and of one that is not; in what is printed too."""
     hidden = "://user:sesame@127.0.0.1:1/b"
     toml = folder / "secret.toml"
-    for scheme, code in (("memory", 0), ("ftp", 1)):
+    for scheme, code in (("file", 0), ("ftp", 1)):
         toml.write_text(RUN.replace("[checkpoint]", f'[checkpoint]\nremote = "{scheme}{hidden}"'))
         for resume in ([], ["--resume", "auto"]):
-            words = [f"log.name={scheme}", f"train.steps={3 + bool(resume)}", *resume]
+            words = [f"log.name=by-{scheme}", f"train.steps={3 + bool(resume)}", *resume]
             done = megahp(folder, "train", "secret.toml", *words)
             assert done.returncode == code and "sesame" not in done.stdout + done.stderr, done.stdout + done.stderr
-        assert code == 0 or "***@127.0.0.1" in done.stderr
-    assert megahp(folder, "report", "runs/memory").returncode == 0
-    files = [path for path in (folder / "runs/memory").rglob("*") if path.is_file()]
-    assert {"config.toml", "state.json", "events.jsonl", "report.html"} <= {path.name for path in files}
+            shutil.rmtree(folder / f"runs/by-{scheme}/checkpoints", ignore_errors=True)  # so that the copies serve
+        assert code == 0 or ":***@127.0.0.1" in done.stderr
+    assert megahp(folder, "report", "runs/by-file").returncode == 0
+    copies = folder / "user:sesame@127.0.0.1:1"  # which is where fsspec takes this URL to lead
+    assert [event["event"] for event in read_events(folder / "runs/by-file")].count("resumed") == 1
+    files = [path for path in (*(folder / "runs/by-file").rglob("*"), *copies.rglob("*")) if path.is_file()]
+    assert "state.json" in {path.name for path in files}
+    assert {"config.toml", "events.jsonl", "report.html"} <= {path.name for path in files}
     assert not [path for path in files if b"sesame" in path.read_bytes()]
-    assert b"memory://***@127.0.0.1:1/b" in (folder / "runs/memory/config.toml").read_bytes()
+    assert b"file://user:***@127.0.0.1:1/b" in (folder / "runs/by-file/config.toml").read_bytes()
     for words in (
         ["config", "secret.toml"],
         ["checkpoint", "ls", f"ftp{hidden}"],
@@ -247,11 +253,26 @@ def test_passwords_are_in_no_file_and_on_no_page(folder: Path) -> None:
     ):
         done = megahp(folder, *words)
         assert "sesame" not in done.stdout + done.stderr and "***@127.0.0.1" in done.stdout + done.stderr
-    done = megahp(folder, "train", "runs/memory/config.toml", "log.name=again")
+    done = megahp(folder, "train", "runs/by-file/config.toml", "log.name=again")
     assert done.returncode == 2 and "lacks the password" in done.stderr
-    words = ["--nodes", "1", "--ranks-per-node", "1", f"checkpoint.remote=memory{hidden}", "--dry-run"]
+    words = ["--nodes", "1", "--ranks-per-node", "1", f"checkpoint.remote=file{hidden}", "--dry-run"]
     done = megahp(folder, "launch", "run.toml", *words)
     assert done.returncode == 2 and "holds a password" in done.stderr and "sesame" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://user:pass@host/b", "s3://user:***@host/b"),
+        ('"s3://AKIA:ab/c\'d@bucket", x@y', '"s3://AKIA:***@bucket", x@y'),
+        ("sftp://me@host/x", "sftp://me@host/x"),  # a name is no password
+        ("abfs://container@account.host/x", "abfs://container@account.host/x"),
+        ("tcp://host:80/a@b", "tcp://host:80/a@b"),  # nor is a port
+        ("s3://bucket/a and me@host: 3", "s3://bucket/a and me@host: 3"),
+    ],
+)
+def test_passwords_are_masked_and_nothing_else(text: str, shown: str) -> None:
+    assert masked(text) == shown == masked(shown)
 
 
 def test_tokens_outside_the_vocabulary_are_refused_on_every_layout(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints of whole runs, on any layout."""
 
-from megahp.checkpoint.remote import Place, place
+from megahp.checkpoint.remote import Place, place, url_of
 from megahp.checkpoint.shards import UnreadableError
 from megahp.checkpoint.store import (
     DamagedError,
@@ -8,6 +8,7 @@ from megahp.checkpoint.store import (
     Store,
     candidates,
     complete,
+    complete_without_links,
     find,
     first_whole,
     latest,

@@ -97,7 +97,7 @@ def place(name: str) -> Place:
     """A path, or a URL of a file system that is installed. Raises UserError for one that is not."""
     if "://" not in name:
         return Path(name)
-    if "://***@" in name:
+    if "://" in name and ":***@" in name:
         raise UserError(f"{name} lacks the password, which no file of a run keeps; write the whole URL in the run file")
     try:
         url_to_fs(name)
@@ -111,3 +111,8 @@ def place(name: str) -> Place:
         found.may_pass = True
         raise found from None
     return Remote(name)
+
+
+def url_of(place: Place) -> str:
+    """Return what `place` makes the same of again, passwords included: for other ranks, never for a log."""
+    return place.url if isinstance(place, Remote) else str(place)

@@ -287,14 +287,17 @@ def _check(name: str, tensor: schema.Stored) -> None:
     if tensor["dtype"] not in DTYPES:
         raise ValueError(f"{name} is of {tensor['dtype']}, which is none of {', '.join(DTYPES)}")
     shape, size = tensor["shape"], DTYPES[tensor["dtype"]].itemsize
-    near: list[Chunk] = []  # those before that reach as far along the first axis as the next one begins
-    for chunk in sorted(tensor["chunks"], key=lambda chunk: chunk.offsets):
+    # along the axis that is cut most often each chunk has few to be compared with: those that reach beyond its begin
+    begins = list(zip(*(chunk.offsets for chunk in tensor["chunks"]), strict=False))
+    axis = max(range(len(begins)), key=lambda axis: len(set(begins[axis])), default=0)
+    near: list[Chunk] = []
+    for chunk in sorted(tensor["chunks"], key=lambda chunk: chunk.offsets[axis : axis + 1]):
         fits = len(chunk.offsets) == len(chunk.shape) == len(shape) and all(
             start + length <= side for start, length, side in zip(chunk.offsets, chunk.shape, shape, strict=True)
         )
         if not fits or chunk.bytes != math.prod(chunk.shape) * size:
             raise ValueError(f"a part of {name} makes no sense: {chunk}")
-        near = [each for each in near if not shape or each.offsets[0] + each.shape[0] > chunk.offsets[0]]
+        near = [each for each in near if not shape or each.offsets[axis] + each.shape[axis] > chunk.offsets[axis]]
         if chunk.bytes and any(_overlap(each, chunk) for each in near):
             raise ValueError(f"{name} has a part twice: {chunk}")
         near.append(chunk)

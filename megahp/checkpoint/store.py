@@ -154,7 +154,7 @@ def copy_all(folder: Path, newest: Path, keep: Checkpoint) -> None:
     newest. Raises UserError."""
     there = copies_at(keep.remote)
     try:
-        for checkpoint in _there(folder):
+        for checkpoint in complete_without_links(folder):
             if not problems(checkpoint, shards=False):
                 copy(checkpoint, there / checkpoint.name)
         for dropped in superseded(there, there / newest.name, keep):
@@ -190,13 +190,14 @@ def path(folder: Path, step: int) -> Path:
 def complete(folder: P) -> list[P]:
     """A run's complete checkpoints, damaged or not, oldest first; none where there is no such folder. Raises
     UnreadableError where that cannot be known, UserError for a symbolic link in the place of one."""
-    places: list[Path] = [folder, *folder.glob("step-*")] if isinstance(folder, Path) else []
-    if link := next((each for each in places if each.is_symlink()), None):
-        raise UserError(f"{link} is a symbolic link, which is not followed; put what it names in its place")
-    return _there(folder)
+    there: list[Path] = [folder, *folder.glob("step-*")] if isinstance(folder, Path) else []
+    links = [each for each in there if each.is_symlink() and (each == folder or NAME.fullmatch(each.name))]
+    if links:
+        raise UserError(f"{links[0]} is a symbolic link, which is not followed; put what it names in its place")
+    return complete_without_links(folder)
 
 
-def _there(folder: P) -> list[P]:
+def complete_without_links(folder: P) -> list[P]:
     """As `complete`, links passed over: a running training is not ended by one that somebody has made."""
     try:
         each_there = folder.iterdir() if isinstance(folder, Path) else folder.glob("step-*")
@@ -365,7 +366,7 @@ def read_manifest(checkpoint: Place) -> dict[str, schema.Entry]:
 def superseded(folder: P, newest: P, keep: Checkpoint) -> list[P]:
     """What need not be kept beside a checkpoint that was just published: all older ones but the newest few, those at
     every so many steps, and the one of least validation loss."""
-    older = [each for each in _there(folder) if each.name <= newest.name]
+    older = [each for each in complete_without_links(folder) if each.name <= newest.name]
     kept = set(older[-keep.keep :])
     if keep.keep_every:
         kept |= {each for each in older if int(each.name.removeprefix("step-")) % keep.keep_every == 0}

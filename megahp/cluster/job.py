@@ -123,6 +123,8 @@ def limit_of(partition: str) -> str:
     except OSError:
         return ""
     for line in done.stdout.splitlines():
+        if line.count("|") != 2:  # a site's own
+            continue
         name, default, longest = line.split("|")
         if partition or name.endswith("*"):
             return longest if default == "n/a" else default

@@ -278,11 +278,6 @@ def _batch(config: Config) -> list[str]:
         return [f"batch.table: {error}"]
     if steps and steps[0][1] <= batch.global_batch:
         return [f"batch.table begins at {steps[0][1]}, not above batch.global_batch = {batch.global_batch}; raise it"]
-    if late := [tokens for tokens, _ in steps if tokens >= config.train.tokens]:
-        return [
-            f"batch.table: a batch from {late[0]:g} tokens on is never reached, since train.tokens = "
-            f"{config.train.tokens}; leave it out, or raise train.tokens"
-        ]
     return []
 
 

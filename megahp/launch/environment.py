@@ -77,7 +77,7 @@ def launch_of(environment: Mapping[str, str]) -> str:
     if mpirun_names(environment):
         names: tuple[str, ...] = ("PMIX_NAMESPACE",)
     elif "WORLD_SIZE" in environment:
-        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+        names = ("TORCHELASTIC_RUN_ID",)  # each torchrun counts restarts by itself
     else:
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     return " ".join(environment.get(name, "") for name in names)

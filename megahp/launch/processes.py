@@ -92,7 +92,8 @@ def _first_failure(returncodes: Sequence[int | None]) -> int:
     """The exit code of these ranks together: that of one that was ended by a signal, which is told, before others'."""
     for rank, code in enumerate(returncodes):
         if code and code < 0:
-            print(f"megahp: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+            why = ", as Linux does where memory runs out (see dmesg)" if -code == signal.SIGKILL else ""
+            print(f"megahp: rank {rank} was ended by {signal.Signals(-code).name}{why}", file=sys.stderr, flush=True)
             return 128 - code
     return next((code for code in returncodes if code), 0)
 

@@ -73,7 +73,8 @@ def meet(place: World, patience: timedelta = PATIENCE, all_of_them: bool = True)
     held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, or --ranks
     named = os.environ.get("MASTER_ADDR")
     host = LOOPBACK if all_here(place) and not held else named or _first_host(os.environ)
-    store = _store(place, host, _port(os.environ), patience, place.rank == 0 and not held, shared_secret())
+    secret = shared_secret(all_here(place))
+    store = _store(place, host, _port(os.environ), patience, place.rank == 0 and not held, secret)
     if all_of_them:
         _await_all(store, place, patience)
     return store

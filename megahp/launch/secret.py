@@ -16,18 +16,26 @@ LEAST = 16  # characters
 REMEDY = f"set {VARIABLE} to the same random text for all ranks"
 
 
-def shared_secret(environment: Mapping[str, str] = os.environ) -> bytes:
+def shared_secret(is_here: bool = False, environment: Mapping[str, str] = os.environ) -> bytes:
     """Return MEGAHP_SECRET, which --ranks and the scripts of slurm/ draw anew for each run; else what stands in a file
-    of the user's home, which the rank that comes first makes. Raises UserError."""
-    where, text = (VARIABLE, environment[VARIABLE]) if VARIABLE in environment else _of_user()
+    of the user's home, which the rank that comes first makes. Raises UserError.
+
+    is_here: all ranks are on this machine, so that its temporary folder serves where the home cannot be written.
+    """
+    if VARIABLE in environment:
+        where, text = VARIABLE, environment[VARIABLE]
+    else:
+        home = Path(os.path.expanduser("~"))
+        writable = os.access(home, os.W_OK) or (home / FILE).exists()
+        folder = home if writable or not is_here else Path(tempfile.gettempdir())
+        where, text = _in_file(folder / (FILE if folder == home else f"{FILE}-{os.geteuid()}"))
     if len(text) < LEAST:
         raise UserError(f"{where} has {len(text)} characters and needs {LEAST}; {REMEDY}")
     return text.encode(errors="surrogateescape")
 
 
-def _of_user() -> tuple[str, str]:
+def _in_file(path: Path) -> tuple[str, str]:
     try:
-        path = Path.home() / FILE
         if not os.path.lexists(path):
             with tempfile.NamedTemporaryFile("w", dir=path.parent) as draft:  # mode 0600
                 draft.write(token_hex(32))
@@ -39,6 +47,6 @@ def _of_user() -> tuple[str, str]:
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
                 why = "is not a regular file of yours that nobody else may read (chmod 600)"
                 raise UserError(f"{path} {why}; remove it, or {REMEDY}")
-            return str(path), file.read(1024)
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home
-        raise UserError(f"no secret can be kept in ~/{FILE} ({error}); {REMEDY}") from None
+            return str(path), file.read(1024).strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"no secret can be kept in {path} ({error}); {REMEDY}") from None

@@ -42,6 +42,10 @@ class SignedStore(dist.Store):
         """Whether all are there. Raises Fault, as `get` does."""
         return self.store.check(keys) and all(self.get(key) is not None for key in keys)
 
+    def set_timeout(self, timeout: timedelta) -> None:
+        super().set_timeout(timeout)
+        self.store.set_timeout(timeout)
+
     def add(self, key: str, value: int) -> int:
         return self.store.add(key, value)
 
@@ -64,8 +68,8 @@ class SignedStore(dist.Store):
         data, signature = found[:-SIZE], found[-SIZE:]
         if not hmac.compare_digest(signature, self._signature(key, data)):
             raise Fault(
-                f"{key!r} in the ranks' store is not signed with this run's secret: it is a stranger's, or a rank has "
-                f"another secret; {REMEDY}"
+                f"{key!r} in the ranks' store is not signed with this run's secret: it is a stranger's, or left from "
+                f"an earlier attempt, or a rank has another secret; {REMEDY}"
             )
         return data
 

@@ -1,6 +1,7 @@
 """How a run stands, or how it ended: from the ends of its logs, its lock and its jobs."""
 
 import contextlib
+import fcntl
 import itertools
 import os
 import re
@@ -45,7 +46,7 @@ class Standing:
 def runs_below(folder: Path) -> Iterator[Path]:
     """Yield every run directory in a folder, in order; it may be one itself."""
     for directory, inner, files in os.walk(folder):
-        is_run = "events.jsonl" in files
+        is_run = "events.jsonl" in files or inner == ["slurm"]  # of a job that has not come to train
         inner[:] = sorted(set(inner) - OWN if is_run else inner)
         if is_run:
             yield Path(directory)
@@ -101,6 +102,12 @@ def _is_alive(run: Path) -> bool:
     lock = run / ".lock"
     owner = re.match(r"process (\d+) on (\S+?)(,|$)", read_text(lock, "lock")) if lock.exists() else None
     if owner and owner[2] == socket.gethostname():
+        with open(lock) as file, contextlib.suppress(OSError):  # of file systems without locks
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return False
+            except BlockingIOError:
+                return True
         return Path(f"/proc/{owner[1]}").exists()
     written = [path.stat().st_mtime for path in (run / "metrics.jsonl", run / "events.jsonl") if path.exists()]
     return time.time() - max(written, default=0) < SILENT
@@ -144,6 +151,7 @@ def printable(text: str) -> str:
 
 def _newest_log(run: Path) -> str:
     logs = [*run.glob("slurm/*.out"), *run.glob("crashes/*.txt")]
+    logs = [log for log in logs if not log.name.startswith("patience-")]  # of a job that only waits for nodes
     with contextlib.suppress(OSError):  # one that has just gone
         return str(max(logs, key=lambda path: path.lstat().st_mtime, default=""))
     return ""

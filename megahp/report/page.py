@@ -11,6 +11,7 @@ from itertools import cycle
 from pathlib import Path
 
 from megahp.errors import UserError
+from megahp.files import open_unlinked
 from megahp.log.metrics import LoggedRun, read_run
 from megahp.log.progress import human_count
 from megahp.report import figures
@@ -20,8 +21,11 @@ from megahp.report.numbers import decayed, health, known, layer_kinds, newest_ha
 def read_runs(directories: Sequence[Path]) -> list[LoggedRun]:
     """Read run directories; two of the same name are named by their paths. Raises UserError when one is no run, or has
     no steps yet."""
-    with ProcessPoolExecutor(min(len(directories), os.cpu_count() or 1)) as pool:
-        runs = list(pool.map(read_run, directories) if len(directories) > 1 else map(read_run, directories))
+    if len(directories) == 1:
+        runs = [read_run(directories[0])]
+    else:
+        with ProcessPoolExecutor(min(len(directories), os.cpu_count() or 1)) as pool:
+            runs = list(pool.map(read_run, directories))
     names = Counter(run.name for run in runs)
     pairs = zip(runs, directories, strict=True)
     return [run if names[run.name] == 1 else replace(run, name=str(directory)) for run, directory in pairs]
@@ -33,7 +37,8 @@ def write_report(runs: Sequence[LoggedRun], out: Path) -> Path:
     text, part = page(runs), out.with_suffix(".part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
+        with open_unlinked(part, "w") as file:
+            file.write(text)
         os.replace(part, out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); name another file") from None

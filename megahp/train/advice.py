@@ -1,4 +1,4 @@
-"""What is likely a mistake in a run that can be trained all the same: a line each, before it begins."""
+"""Warnings about settings that are valid but probably mistaken: a line each, before training begins."""
 
 from collections.abc import Iterator
 
@@ -24,10 +24,11 @@ def advice(settings: Config, data: TrainingData, ranks: int, device: str, begin:
     epochs = data.epochs(begin, end)
     prefix, most = max(epochs.items(), key=lambda pair: pair[1])
     if most > EPOCHS:
-        others = f", {count} more as often" if (count := sum(n > EPOCHS for n in epochs.values()) - 1) else ""
+        more = sum(count > EPOCHS for count in epochs.values()) - 1
+        others = f", and {more} other prefixes more than {EPOCHS} times" if more else ""
         yield (
             f"data.train: {prefix!r} is read {most:,.1f} times in {human_count(end - begin)} tokens{others}; data that "
-            f"is repeated more than {EPOCHS} times teaches less and less (arXiv 2305.16264): add data, or lower "
+            f"is repeated more than {EPOCHS} times adds less and less (arXiv 2305.16264): add data, or lower "
             "train.tokens"
         )
     seconds = (end - begin) * training_flops(settings.model, longest(settings)) / (ranks * FASTEST[device])

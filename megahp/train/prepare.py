@@ -115,18 +115,15 @@ def check_batch_to_go_on(settings: Config, layout: Layout, state: Mapping[str, A
 
 
 def check_memory(settings: Config, layout: Layout, ranks_here: int) -> None:
-    """Raise UserError when this machine cannot even hold its ranks' shares of the weights, in 4 bytes each."""
+    """Raise UserError when this machine cannot even hold its ranks' shares of the weights, in 4 bytes each. GPUs
+    are not asked: CUDA would have to be initialised before the ranks are started."""
     parameters = parameter_count(settings.model, longest(settings))
     share = 4 * parameters * layout.dp_replicate / math.prod(layout.shape)
-    if cuda_wanted(settings):
-        where, needed, there = "a GPU", share, torch.cuda.get_device_properties(0).total_memory if ranks_here else 0
-    else:
-        where, needed = "this machine", share * ranks_here
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if ranks_here and needed > there:
+    needed, there = share * ranks_here, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not cuda_wanted(settings) and needed > there:
         raise UserError(
-            f"the model's {parameters:,} parameters take at least {needed / 1e9:,.0f} GB of {where}, which has "
-            f"{there / 1e9:,.0f} GB; make it smaller, or divide it among more ranks"
+            f"the model's {parameters:,} parameters take at least {needed / 1e9:,.0f} GB of this machine, which has "
+            f"{there / 1e9:,.0f} GB; make it smaller, or divide it among more machines"
         )
 
 

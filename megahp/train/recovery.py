@@ -124,8 +124,8 @@ def rewind(run: Run, loader: Loader, reporter: Reporter, plan: Plan, why: str) -
     run.rewinds += 1
     loader.forget()
     settle(run, reporter)
-    newest_first = as_the_first_sees(lambda: [path.name for path in checkpoint.complete(run.folder)[::-1]])
-    paths = [run.folder / name for name in newest_first]
+    oldest_first = as_the_first_sees(lambda: [path.name for path in checkpoint.complete_without_links(run.folder)])
+    paths = [run.folder / name for name in oldest_first[::-1]]
     if not paths or run.rewinds > MOST_REWINDS:
         what = f"and {MOST_REWINDS} rewinds did not help" if paths else "and no checkpoint could be written"
         raise UserError(

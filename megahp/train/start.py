@@ -45,6 +45,6 @@ def go_back(run: Run, newest_first: Sequence[checkpoint.Place]) -> tuple[checkpo
 def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[str]] | None:
     """The event a start is, and the checkpoints that serve, the best first. Raises UserError."""
     if resume and (own := checkpoint.candidates(run.folder, run.settings.checkpoint.remote)):
-        return "resumed", list(map(str, own))
+        return "resumed", list(map(checkpoint.url_of, own))
     origin = run.settings.train.start_from
-    return ("branched", [str(checkpoint.find(checkpoint.place(origin)))]) if origin else None
+    return ("branched", [checkpoint.url_of(checkpoint.find(checkpoint.place(origin)))]) if origin else None

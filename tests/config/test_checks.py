@@ -35,7 +35,6 @@ from megahp.errors import UserError
         (['data.train=["a"]', 'data.mixtures=["1e6:1"]'], ["data.mixtures", "at least 2 prefixes"]),
         (["schedule.name=wsd", "schedule.decay=0", "schedule.shape=cosine"], ["schedule.shape", "above 0"]),
         (["schedule.name=wsd", "schedule.decay=0", "schedule.floor=0.1"], ["schedule.floor = 0.1", "above 0"]),
-        (["batch.policy=table", 'batch.table=["1e7:64"]'], ["batch.table", "1e+07 tokens on is never reached"]),
         (["data.validation_fraction=0"], ["validation_samples", "validation_fraction"]),
         (["resilience.spikes=rewind"], ["resilience.spikes = 'rewind'", "checkpoint.every"]),
         (["model.experts=8", "parallel.ep=3"], ["parallel.ep = 3", "model.experts = 8", "2, 4"]),

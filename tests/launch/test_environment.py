@@ -131,16 +131,14 @@ def test_ranks_may_be_on_several(environment: dict[str, str]) -> None:
 
 def test_a_launch_is_not_another() -> None:
     """And all of its ranks call it the same."""
-    step, torchrun = (
-        SRUN | {"SLURM_JOB_ID": "7"},
-        TORCHRUN | {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"},
-    )
+    step, torchrun = SRUN | {"SLURM_JOB_ID": "7"}, TORCHRUN | {"TORCHELASTIC_RUN_ID": "a"}
     others = [step | {"SLURM_JOB_ID": "8"}, step | {"SLURM_STEP_ID": "1"}, step | {"SLURM_RESTART_COUNT": "1"}]
-    others += [torchrun, torchrun | {"TORCHELASTIC_RUN_ID": "b"}, torchrun | {"TORCHELASTIC_RESTART_COUNT": "1"}]
+    others += [torchrun, torchrun | {"TORCHELASTIC_RUN_ID": "b"}]
     others += [OPEN_MPI, OPEN_MPI | {"PMIX_NAMESPACE": "2"}, step]
     assert len({launch_of(each) for each in others}) == len(others)
     assert launch_of(step) == launch_of(step | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"})
     assert launch_of(torchrun) == launch_of(torchrun | SRUN | {"SLURM_JOB_ID": "7"})  # of which ssh knows nothing
+    assert launch_of(torchrun) == launch_of(torchrun | {"TORCHELASTIC_RESTART_COUNT": "1"})  # which each agent counts
     assert launch_of(OPEN_MPI) == launch_of(DAEMON | OPEN_MPI)
 
 

@@ -22,12 +22,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_ranks_that_start_at_once_have_one_secret(home: Path) -> None:
     with ThreadPoolExecutor(16) as ranks:
-        found = set(ranks.map(lambda _: shared_secret({}), range(64)))
+        found = set(ranks.map(lambda _: shared_secret(environment={}), range(64)))
     (common,) = found
     assert len(common) == 64
     assert [path.name for path in home.iterdir()] == [FILE]
     assert stat.S_IMODE((home / FILE).stat().st_mode) == 0o600
-    assert shared_secret({"MEGAHP_SECRET": "0123456789abcdef"}) == b"0123456789abcdef"
+    assert shared_secret(environment={"MEGAHP_SECRET": "0123456789abcdef"}) == b"0123456789abcdef"
 
 
 SPOILT: dict[str, Callable[[Path], object]] = {
@@ -46,17 +46,20 @@ def test_a_file_that_others_may_know_is_refused(home: Path, spoil: str) -> None:
     (home / "elsewhere").chmod(0o600)
     SPOILT[spoil](home / FILE)
     with pytest.raises(UserError, match=f"{FILE}.*set MEGAHP_SECRET to the same random text") as refused:
-        shared_secret({})
+        shared_secret(environment={})
     assert "\n" not in str(refused.value) and "0" * 15 not in str(refused.value)
 
 
 def test_a_home_that_is_not_there_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="set MEGAHP_SECRET"):
-        shared_secret({})
+        shared_secret(environment={})
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # of one machine's ranks
+    assert len(shared_secret(True, {})) == 64 and shared_secret(True, {}) == shared_secret(True, {})
+    assert [path.name for path in tmp_path.iterdir()] == [f"{FILE}-{os.geteuid()}"]
 
 
 def test_a_short_secret_is_a_mistake() -> None:
     with pytest.raises(UserError, match="MEGAHP_SECRET has 5 characters and needs 16") as refused:
-        shared_secret({"MEGAHP_SECRET": "tiger"})
+        shared_secret(environment={"MEGAHP_SECRET": "tiger"})
     assert "tiger" not in str(refused.value)

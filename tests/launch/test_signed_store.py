@@ -131,8 +131,8 @@ def test_a_stranger_who_claims_a_rank_runs_nothing(tmp_path: Path) -> None:
     code, said, heard = beside_a_stranger(port, tmp_path / "executed", *words, **place)
     assert not (tmp_path / "executed").exists() and heard == "connected\n"
     assert code == 1 and [line for line in said.splitlines() if line.startswith("megahp:")] == [
-        "megahp: 'here 1' in the ranks' store is not signed with this run's secret: it is a stranger's, or a rank has "
-        "another secret; set MEGAHP_SECRET to the same random text for all ranks"
+        "megahp: 'here 1' in the ranks' store is not signed with this run's secret: it is a stranger's, or left from "
+        "an earlier attempt, or a rank has another secret; set MEGAHP_SECRET to the same random text for all ranks"
     ]
 
 

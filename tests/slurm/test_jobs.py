@@ -248,9 +248,12 @@ def test_a_chain_that_leads_nowhere_ends(site: Site) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("nodes", [1, 4])
 def test_every_script_on_one_node_and_on_four(site: Site, nodes: int) -> None:
-    """All that start ranks but the growing chain, which has its tests. After test_a_lost_node, which brings the fourth
-    node back."""
-    many, words = (f"--nodes={nodes}", "--ntasks-per-node=1"), ("train.steps=8", "checkpoint.every=4")
+    """All that start ranks but the growing chain, which has its tests."""
+    for node in [name for name, slurmd in site.cluster.nodes.items() if slurmd.poll() is not None]:
+        site.cluster.start(node)  # which was lost in another test
+    site.cluster.wait(lambda: "down" not in site.cluster("sinfo", "-h", "-o", "%T"), 60)
+    many = (f"--nodes={nodes}", f"--ntasks-per-node={2 if nodes == 1 else 1}")
+    words = ("train.steps=8", "checkpoint.every=4")
     for launcher in ("srun", "torchrun"):
         site.launch(f"{launcher}-{nodes}", f"--launcher={launcher}", *words, nodes=nodes)
     sizes = ("--sizes", "1K", "--repeats", "1", "--json", f"{nodes}.json")
@@ -266,7 +269,7 @@ def test_every_script_on_one_node_and_on_four(site: Site, nodes: int) -> None:
         assert site.events(name, "started")[0]["layout"]["dp_shard"] == nodes and site.events(name, "finished")
     site.same(f"srun-{nodes}", f"torchrun-{nodes}")
     checked = site.cluster("srun", *many, "python", "-m", "megahp", "check-cluster", "--slack", "0.9")
-    assert "fit" in checked
+    assert "no node is bad" in checked
 
 
 def starts(site: Site, name: str) -> list[tuple[int, int]]:
