@@ -51,6 +51,7 @@ from megahp.errors import UserError, complain, masked
 from megahp.files import open_unlinked, read_json, refuse_links
 
 Record = dict[str, Any]
+LARGEST = 2**34  # bytes of a log: at some 3,000 a step of 24 layers, 5 million steps
 NUMERIC = {int, float, bool, type(None)}
 LAYERS = b'"noise_scale_layers": {'
 CHUNK = 256  # lines that are parsed at a time
@@ -293,8 +294,11 @@ def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], Record]:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """A regular file, to be read: of a pipe nobody knows when it ends. Raises UserError."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path} is no regular file; name a run directory, such as runs/<name>")
+        if status.st_size > LARGEST:
+            raise UserError(f"{path} has {status.st_size:,} bytes, and {LARGEST:,} is the most; move it away")
         with open(path, "rb") as file:
             yield file
     except FileNotFoundError:
@@ -379,7 +383,7 @@ def _appending(path: Path) -> IO[str]:
 def _rewrite(path: Path, keep: Callable[[Record], bool]) -> Record | None:
     """Keep the lines whose object passes, byte for byte, in one atomic step; returns the last such object."""
     part, last = path.with_suffix(".part"), None
-    with open(path, "rb") as old, open_unlinked(part, "wb") as new:
+    with _opened(path) as old, open_unlinked(part, "wb") as new:
         for line in old:
             record = _parse(line)
             if record is not None and keep(record):
