@@ -16,8 +16,14 @@ $(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/*)
 train: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/quickstart/train.sh $(RUN)
 
+# Tests that neither time anything nor share a port run beside the others, and yield to them. Both are run to their ends.
+BESIDE := $(addprefix tests/,config convert data evaluate fuzz model ops recipe report scaling)
+QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	@nice env $(QUICK) $(BESIDE) >.beside.log 2>&1 & \
+	$(QUICK) $(BESIDE:%=--ignore=%); main=$$?; \
+	wait $$!; beside=$$?; cat .beside.log; exit $$((main | beside))
 
 lint: $(READY)
 	@$(BIN)/ruff check
