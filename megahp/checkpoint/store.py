@@ -324,6 +324,8 @@ def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = Tr
 
 def _misplaced(checkpoint: Place, files: Mapping[str, schema.Entry]) -> list[str]:
     """Return the tensors of which a part is not in a listed file, one line each."""
+    if INDEX not in files:
+        return [f"{MANIFEST} does not list {INDEX}"]
     try:
         index = read_index(checkpoint)
     except Damaged as error:
@@ -358,8 +360,8 @@ def read_manifest(checkpoint: Place) -> dict[str, schema.Entry]:
     if not OLDEST <= version <= VERSION:
         why = f"checkpoint {checkpoint} is of version {version} and this megahp reads {OLDEST} to {VERSION}"
         raise UserError(f"{why}; read it with the one that wrote it, or a newer one")
-    if lacking := {"state.json", INDEX} - files.keys():
-        raise Damaged(f"{MANIFEST} does not list {min(lacking)}")
+    if "state.json" not in files:
+        raise Damaged(f"{MANIFEST} does not list state.json")
     return files
 
 

@@ -48,7 +48,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 
 from megahp.errors import UserError, complain, masked
-from megahp.files import open_unlinked, read_json, refuse_links
+from megahp.files import open_unlinked, read_json, refuse_irregular, refuse_links
 
 Record = dict[str, Any]
 LARGEST = 2**34  # bytes of a log: at some 3,000 a step of 24 layers, 5 million steps
@@ -383,7 +383,8 @@ def _appending(path: Path) -> IO[str]:
 def _rewrite(path: Path, keep: Callable[[Record], bool]) -> Record | None:
     """Keep the lines whose object passes, byte for byte, in one atomic step; returns the last such object."""
     part, last = path.with_suffix(".part"), None
-    with _opened(path) as old, open_unlinked(part, "wb") as new:
+    refuse_irregular(path, "log", "move it away", LARGEST)
+    with open(path, "rb") as old, open_unlinked(part, "wb") as new:
         for line in old:
             record = _parse(line)
             if record is not None and keep(record):

@@ -1,5 +1,5 @@
-"""Commands in forked children of this process, which has imported what they need: each with what it printed, how it
-ended, and the CPU time it took."""
+"""Commands in children of a fresh process that has imported what they need, and has no threads: each with what it
+printed, how it ended, and the CPU time it took."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import os
 import resource
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy  # noqa: F401 - what children would each import
 import torch  # noqa: F401
 import torch.distributed.checkpoint  # noqa: F401
 
-from megahp import cli
+from megahp import cli, launch
 
-HUNG = -1
+HUNG, ACCEPTED = -1, 77
 
 
 @dataclass(frozen=True)
@@ -31,46 +31,69 @@ class Ended:
     seconds: float  # of CPU
 
 
-def run(folder: Path, words: list[str], seconds: float, before: Callable[[], object] = lambda: None) -> Ended:
+def run(folder: Path, words: list[str], seconds: float, before: Callable[[], object] | None = None) -> Ended:
     """`megahp WORDS` in a folder, after `before`, killed after so many seconds. A traceback ends in stderr."""
-    out, err = folder.parent / "out", folder.parent / "err"
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            os.setsid()
-            for number, file in ((1, out), (2, err)):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            sys.stdout, sys.stderr = (open(number, "w", 1, closefd=False) for number in (1, 2))  # noqa: SIM115
-            # 30 GB: what a hostile number asks for is refused, and not swapped
-            resource.setrlimit(resource.RLIMIT_AS, (30 << 30, 30 << 30))
-            os.chdir(folder)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["fuzz.forked"])
+    out, err, used = (folder.parent / name for name in ("out", "err", "used"))
+    used.unlink(missing_ok=True)
+    process = context.Process(target=_child, args=(folder, words, before, out, err, used))
+    process.start()
+    process.join(seconds)
+    is_hung = process.exitcode is None
+    if is_hung and process.pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+    code = HUNG if is_hung or process.exitcode is None else process.exitcode
+    said = (file.read_text(errors="replace") if file.exists() else "" for file in (out, err))
+    cpu = float(used.read_text()) if used.exists() else seconds
+    return Ended(128 - code if code < 0 and not is_hung else code, *said, cpu)
+
+
+def _child(
+    folder: Path, words: list[str], before: Callable[[], object] | None, out: Path, err: Path, used: Path
+) -> None:
+    code, start = 99, os.times()
+    os.setsid()
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout, sys.stderr = (open(number, "w", 1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    # 30 GB: what a hostile number asks for is refused, and not swapped
+    resource.setrlimit(resource.RLIMIT_AS, (30 << 30, 30 << 30))
+    os.chdir(folder)
+    ends = os._exit
+
+    def leave(code: int) -> None:
+        now = os.times()
+        used.write_text(str(now.user + now.system - start.user - start.system))
+        ends(code)
+
+    os._exit = leave  # type: ignore[assignment] # by which training ends
+    try:
+        if before:
             before()
-            with contextlib.suppress(KeyboardInterrupt):
-                code = cli.main(words)
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    deadline = time.monotonic() + seconds
-    while True:
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL)
-            _, _, usage = os.wait4(pid, 0)
-            status = -1
-            break
-        time.sleep(0.002)
-    code = HUNG if status == -1 else os.waitstatus_to_exitcode(status)
-    said = (file.read_text(errors="replace") for file in (out, err))
-    return Ended(128 - code if code < HUNG else code, *said, usage.ru_utime + usage.ru_stime)
+        with contextlib.suppress(KeyboardInterrupt):
+            code = cli.main(words)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def stop_at_join() -> None:
+    """Have the command end where it would begin to train, with ACCEPTED."""
+
+    def join(*_: object, **__: object) -> None:
+        os._exit(ACCEPTED)
+
+    launch.join = join  # type: ignore[assignment]
 
 
 def everything(folder: Path) -> dict[str, tuple[int, int]]:

@@ -16,20 +16,11 @@ from corpus import write_corpus
 from fuzz import forked
 from fuzz.run_files import Mutant, mutant, settings_of
 
-from megahp import launch
 from megahp.config import get, resolve
 
-ACCEPTED = 77
 CPU = 2.0  # seconds
 # settings by which a run may become larger than a test can wait for; the others' runs end within 30 s
 SIZES = ("model.", "data.sequence_length", "data.lengths", "batch.", "train.", "sparsity.", "log.every", "data.stages")
-
-
-def stop_at_join() -> None:
-    def join(*_: object, **__: object) -> None:
-        os._exit(ACCEPTED)
-
-    launch.join = join  # type: ignore[assignment]
 
 
 class Wrong(Exception):
@@ -51,8 +42,8 @@ def sort(folder: Path, one: Mutant) -> str:
     """Return the kind that a mutant is of. Raises Wrong where it is of none."""
     (folder / "run.toml").write_bytes(one.text)
     before = forked.everything(folder)
-    ended = forked.run(folder, ["train", "run.toml"], 20, stop_at_join)
-    check(ended.code in (2, ACCEPTED) and ended.seconds < CPU and not (folder / "owned").exists(), ended)
+    ended = forked.run(folder, ["train", "run.toml"], 20, forked.stop_at_join)
+    check(ended.code in (2, forked.ACCEPTED) and ended.seconds < CPU and not (folder / "owned").exists(), ended)
     if ended.code == 2:
         check(is_told(ended) and not ended.out and forked.everything(folder) == before, ended)
         return "refused"

@@ -120,6 +120,15 @@ def test_one_task_a_rank(site: Site) -> None:
     assert logs == {f"{job}.out", f"undisturbed-{job}-0.out", f"undisturbed-{job}-1.out"}
 
 
+def test_status_of_jobs(site: Site) -> None:
+    assert megahp("status", "runs/nothing") == (
+        2,
+        "megahp: runs/nothing is no run directory; name one, such as runs/mine\n",
+    )
+    code, said = megahp("status")
+    assert code == 0 and f"{site.folder}/runs/lost\n  job {site.jobs['lost']}: " in said
+
+
 def test_a_run_has_one_job(site: Site) -> None:
     words = ["launch", "run.toml", "log.name=twice", "--nodes", "1"]
     assert megahp(*words, "--sbatch=--hold")[0] == 0
@@ -131,15 +140,6 @@ def test_a_run_has_one_job(site: Site) -> None:
     told = site.cluster("squeue", "-h", "-n", "twice", "-o", "%i %h").split()
     assert told[1::2].count("NO") == 1  # of the two the exclusive one
     site.cluster("scancel", "-n", "twice")
-
-
-def test_status_of_jobs(site: Site) -> None:
-    assert megahp("status", "runs/nothing") == (
-        2,
-        "megahp: runs/nothing is no run directory; name one, such as runs/mine\n",
-    )
-    code, said = megahp("status")
-    assert code == 0 and f"{site.folder}/runs/lost\n  job {site.jobs['lost']}: " in said
 
 
 def test_a_mistake_is_not_repeated(site: Site) -> None:

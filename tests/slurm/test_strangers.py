@@ -94,8 +94,8 @@ def test_a_stranger_who_claims_the_other_nodes_rank_is_refused(cluster: Cluster,
         run.kill()
     assert not (folder / "executed").exists()
     assert run.returncode and [line for line in said.splitlines() if line.startswith("megahp: 'here")] == [
-        "megahp: 'here 1' in the ranks' store is not signed with this run's secret: it is a stranger's, or a rank has "
-        "another secret; set MEGAHP_SECRET to the same random text for all ranks"
+        "megahp: 'here 1' in the ranks' store is not signed with this run's secret: it is a stranger's, or left from "
+        "an earlier attempt, or a rank has another secret; set MEGAHP_SECRET to the same random text for all ranks"
     ]
 
 
