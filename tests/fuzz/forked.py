@@ -34,7 +34,7 @@ class Ended:
 def run(folder: Path, words: list[str], seconds: float, before: Callable[[], object] | None = None) -> Ended:
     """`megahp WORDS` in a folder, after `before`, killed after so many seconds. A traceback ends in stderr."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["fuzz.forked"])
+    context.set_forkserver_preload(["numpy", "torch", "torch.distributed.checkpoint", "megahp.cli"])
     out, err, used = (folder.parent / name for name in ("out", "err", "used"))
     used.unlink(missing_ok=True)
     process = context.Process(target=_child, args=(folder, words, before, out, err, used))
