@@ -35,7 +35,7 @@ def refuse_irregular(path: Path, what: str, remedy: str = REMEDY, largest: int |
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-        raise UserError(f"{what} {path} cannot be read: it is {kind}; {remedy}")
+        raise UserError(f"{what} {path} is {kind}; {remedy}")
     if largest is not None and status.st_size > largest:
         raise UserError(f"{what} {path} has {status.st_size:,} bytes, and {largest:,} is the most; {remedy}")
 
@@ -62,18 +62,21 @@ OF_RUNS = {".lock", "config.toml", "metrics.jsonl", "events.jsonl", "baselines.j
 OF_RUNS |= {"checkpoints", "crashes", "slurm", "tensorboard", "wandb"}
 
 
+def refuse_link(path: Path) -> None:
+    """Raise UserError for a symbolic link."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, which is not followed; put what it names in its place")
+
+
 def refuse_links(folder: Path) -> None:
     """Raise UserError for a symbolic link in the place of what a run writes in its folder: what is read or written must
     not be redirected by whoever else may write to the folder. The folder itself may be one."""
     try:
-        links = [entry.name for entry in os.scandir(folder) if entry.is_symlink()]
-        links = [name for name in links if name in OF_RUNS or name.endswith(".part")]
+        for name in sorted(os.listdir(folder)):
+            if name in OF_RUNS or name.endswith(".part"):
+                refuse_link(folder / name)
     except (FileNotFoundError, NotADirectoryError):
         return
-    if links:
-        raise UserError(
-            f"{folder / min(links)} is a symbolic link, which is not followed; put what it names in its place"
-        )
 
 
 def open_unlinked(path: Path, mode: str, buffering: int = -1) -> IO[Any]:

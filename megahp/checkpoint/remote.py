@@ -97,7 +97,7 @@ def place(name: str) -> Place:
     """A path, or a URL of a file system that is installed. Raises UserError for one that is not."""
     if "://" not in name:
         return Path(name)
-    if "://" in name and ":***@" in name:
+    if ":***@" in name:
         raise UserError(f"{name} lacks the password, which no file of a run keeps; write the whole URL in the run file")
     try:
         url_to_fs(name)

@@ -37,6 +37,7 @@ from megahp.checkpoint import schema
 from megahp.checkpoint.remote import Place, Remote
 from megahp.checkpoint.schema import Chunk
 from megahp.errors import UserError, is_users
+from megahp.files import refuse_link
 from megahp.parallel.messages import gather_results, on_first_rank
 
 INDEX = "index.json"
@@ -231,9 +232,8 @@ def size_of(path: Place) -> int:
     """Return a file's bytes. Raises Damaged for what is none, such as a pipe, OSError, and UserError for a link."""
     if isinstance(path, Remote):
         return path.stat().st_size
+    refuse_link(path)
     status = path.lstat()
-    if stat.S_ISLNK(status.st_mode):
-        raise UserError(f"{path} is a symbolic link, which is not followed; copy what it names to its place")
     if not stat.S_ISREG(status.st_mode):
         raise Damaged(f"{path.name} is no regular file")
     return status.st_size

@@ -40,8 +40,8 @@ from megahp.checkpoint.shards import (
     write_tensors,
 )
 from megahp.config import Checkpoint, Config, resolve
-from megahp.errors import Fault, UserError, masked
-from megahp.files import refuse_links
+from megahp.errors import Fault, UserError
+from megahp.files import refuse_link, refuse_links
 from megahp.parallel.messages import gather_results, on_first_rank
 from megahp.parallel.parameters import storage
 
@@ -161,7 +161,7 @@ def copy_all(folder: Path, newest: Path, keep: Checkpoint) -> None:
             remove(dropped)
     except (OSError, UnreadableError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
-        why = f"{newest} is whole, but not copied to checkpoint.remote = {masked(keep.remote)!r} ({cause})"
+        why = f"{newest} is whole, but not copied to checkpoint.remote = {keep.remote!r} ({cause})"
         raise NotCopiedError(f"{why}; that is tried again after the next one") from None
 
 
@@ -190,10 +190,11 @@ def path(folder: Path, step: int) -> Path:
 def complete(folder: P) -> list[P]:
     """A run's complete checkpoints, damaged or not, oldest first; none where there is no such folder. Raises
     UnreadableError where that cannot be known, UserError for a symbolic link in the place of one."""
-    there: list[Path] = [folder, *folder.glob("step-*")] if isinstance(folder, Path) else []
-    links = [each for each in there if each.is_symlink() and (each == folder or NAME.fullmatch(each.name))]
-    if links:
-        raise UserError(f"{links[0]} is a symbolic link, which is not followed; put what it names in its place")
+    if isinstance(folder, Path):
+        refuse_link(folder)
+        for each in folder.glob("step-*"):
+            if NAME.fullmatch(each.name):
+                refuse_link(each)
     return complete_without_links(folder)
 
 

@@ -119,10 +119,10 @@ def limit_of(partition: str) -> str:
     "" where Slurm cannot be asked."""
     command = ["sinfo", "--noheader", "--format=%P|%L|%l", *([f"--partition={partition}"] if partition else [])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
+        printed = _slurm(command)
+    except UserError:
         return ""
-    for line in done.stdout.splitlines():
+    for line in printed.splitlines():
         if line.count("|") != 2:  # a site's own
             continue
         name, default, longest = line.split("|")

@@ -36,7 +36,6 @@ import itertools
 import json
 import math
 import os
-import stat
 import sys
 import time
 import tomllib
@@ -294,11 +293,7 @@ def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], Record]:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """A regular file, to be read: of a pipe nobody knows when it ends. Raises UserError."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path} is no regular file; name a run directory, such as runs/<name>")
-        if status.st_size > LARGEST:
-            raise UserError(f"{path} has {status.st_size:,} bytes, and {LARGEST:,} is the most; move it away")
+        refuse_irregular(path, "log", "move it away", LARGEST)
         with open(path, "rb") as file:
             yield file
     except FileNotFoundError:

@@ -52,7 +52,8 @@ class Reporter:
             self.display = None
 
     def event(self, event: str, why: str, progress: Progress, **inputs: Any) -> None:
-        """Log something that happened, and why, and show it."""
+        """Log something that happened, and why, and show it. TensorBoard and W&B get the words too, masked here."""
+        why = masked(why)
         if self.log:
             details = {"step": progress.step, "tokens": progress.tokens, **inputs}
             self.log.event(event, **{"reason": why, **details})

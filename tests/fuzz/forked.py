@@ -14,10 +14,6 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy  # noqa: F401 - what children would each import
-import torch  # noqa: F401
-import torch.distributed.checkpoint  # noqa: F401
-
 from megahp import cli, launch
 
 HUNG, ACCEPTED = -1, 77

@@ -194,7 +194,7 @@ def sorted_out(good: Path, here: Path, seed: int, count: int) -> Counter[str]:
 
 def test_some(good: Path, tmp_path: Path) -> None:
     found = sorted_out(good, tmp_path / "here", 1, 50)
-    assert found["refused"] > 8 and found["passed"] > 5, found  # a line of a log that is damaged is skipped
+    assert found["refused"] > 13 and found["passed"] > 5, found  # a line of a log that is damaged is skipped
 
 
 @pytest.mark.slow

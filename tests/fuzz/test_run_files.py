@@ -20,7 +20,7 @@ from megahp.config import get, resolve
 
 CPU = 2.0  # seconds
 # settings by which a run may become larger than a test can wait for; the others' runs end within 30 s
-SIZES = ("model.", "data.sequence_length", "data.lengths", "batch.", "train.", "sparsity.", "log.every", "data.stages")
+SIZES = ("model.", "data.sequence_length", "data.lengths", "batch.", "train.", "sparsity.", "log.every")
 
 
 class Wrong(Exception):
