@@ -182,7 +182,10 @@ def read_run(directory: Path) -> LoggedRun:
     if not _are_numbers([counted]):
         raise UserError(f"{baselines} holds something other than numbers; write it again, or remove it")
     places = (directory / "config.toml", directory / "sample.txt")
-    texts = (place.read_text(encoding="utf-8", errors="replace") if place.exists() else "" for place in places)
+    there = [place for place in places if place.exists()]
+    for place in there:
+        refuse_irregular(place, "file", "remove it", LARGEST)
+    texts = (place.read_text(encoding="utf-8", errors="replace") if place in there else "" for place in places)
     run = LoggedRun(directory.resolve().name, columns, layers, events, counted, *texts)
     # versions before the total was logged wrote the norm layers' alone
     total, derived = run.column("noise_scale_total"), run.column("noise_scale") * _noise_to_total(run.config)

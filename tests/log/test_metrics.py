@@ -144,6 +144,16 @@ def test_columns_hold_every_number_and_the_newest_layers(tmp_path):
     assert np.isnan(run.column("expert_load_max")).all() and np.isnan(run.column("absent")).all()
 
 
+@pytest.mark.parametrize("name", ["config.toml", "sample.txt", "baselines.json"])
+def test_what_stands_beside_a_log_is_no_pipe(tmp_path, name):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 64, "loss": 1.0}\n')
+    (tmp_path / "events.jsonl").touch()
+    assert len(read_run(tmp_path).column("loss")) == 1
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} is no regular file"):
+        read_run(tmp_path)
+
+
 def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     for read in (read_metrics, read_run, lambda path: next(newest_metrics(path))):
