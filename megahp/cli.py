@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command.run(options, words)
     except UserError as error:
-        if launch.is_first_here():  # what is found before the ranks meet, all of them find
+        if launch.is_local_rank0():  # what is found before the ranks meet, all of them find
             complain(error)
         return FAULT if error.may_pass and words[0] in STARTED_AGAIN else USER_ERROR
     except BrokenPipeError:  # of `megahp runs | head`, which has read enough

@@ -216,18 +216,18 @@ def train(run: Line, store: Any) -> Line:
         f"log.root={RUNS}",
         f"log.name={name}",
     ]
-    settings = resolve.load(HERE / "run.toml", words).config
-    layout = fit(settings.parallel, 1)
-    settings = prepare(settings, layout, 1, resume=True)
-    shutil.rmtree(settings.directory, ignore_errors=True)
+    config = resolve.load(HERE / "run.toml", words).config
+    layout = fit(config.parallel, 1)
+    config = prepare(config, layout, 1, resume=True)
+    shutil.rmtree(config.directory, ignore_errors=True)
     began = time.monotonic()
     with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull), contextlib.redirect_stderr(devnull):
-        if not train_run(settings, launch.World(), store, layout, False):
+        if not train_run(config, launch.World(), store, layout, False):
             raise RuntimeError(f"{name} was told to leave")
-    logged, replayed = read_run(settings.directory), replay(settings.directory)
+    logged, replayed = read_run(config.directory), replay(config.directory)
     last = {key: column[-1] for key, column in logged.columns.items()}
     scales = without_nan([*zip(*(logged.column(key).tolist() for key in ("tokens", "noise_scale")), strict=True)])
-    shutil.rmtree(settings.directory)
+    shutil.rmtree(config.directory)
     return {
         **run,
         "loss": last["validation_loss"],

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megahp import config
+from megahp.config import ModelConfig, OptimizerConfig
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ class Attention(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, model: config.Model, length: int) -> None:
+    def __init__(self, model: ModelConfig, length: int) -> None:
         super().__init__()
         self.heads, self.head_size = model.heads, model.head_size
         inner = model.heads * model.head_size
@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, model: config.Model) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.gate = nn.Linear(model.width, model.mlp_width, bias=False)
         self.up = nn.Linear(model.width, model.mlp_width, bias=False)
@@ -52,7 +52,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, model: config.Model, length: int) -> None:
+    def __init__(self, model: ModelConfig, length: int) -> None:
         super().__init__()
         self.norm_1 = nn.RMSNorm(model.width, model.norm_eps)
         self.attention = Attention(model, length)
@@ -67,7 +67,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """tokens, targets [batch, length] -> mean loss in nats per token."""
 
-    def __init__(self, model: config.Model, length: int) -> None:
+    def __init__(self, model: ModelConfig, length: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(model.padded_vocab, model.width)
         self.blocks = nn.ModuleList(Block(model, length) for _ in range(model.layers))
@@ -85,11 +85,11 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
 
-def make_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """nanoGPT's: matrices decay, vectors do not."""
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)

@@ -1,11 +1,11 @@
 """Checkpoints of whole runs, on any layout."""
 
-from megahp.checkpoint.remote import Place, place, url_of
+from megahp.checkpoint.remote import Location, location, url_of
 from megahp.checkpoint.shards import UnreadableError
 from megahp.checkpoint.store import (
     DamagedError,
-    NotCopiedError,
     Store,
+    UploadError,
     candidates,
     complete,
     complete_without_links,

@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator
 
-from megahp import config
-from megahp.checkpoint.remote import Place
+from megahp.checkpoint.remote import Location
 from megahp.checkpoint.shards import Tensors
 from megahp.checkpoint.store import complete, problems, read_manifest, read_state
-from megahp.config import resolve
+from megahp.config import config_differences, resolve
 
 LINE = "{name:<15}{step:>10,}{tokens:>16,}{loss:>12}{size:>12}  {layout}"
 HEADER = f"{'checkpoint':<15}{'step':>10}{'tokens':>16}{'validation':>12}{'MB':>12}  layout"
 
 
-def listing(folder: Place) -> Iterator[str]:
+def listing(folder: Location) -> Iterator[str]:
     """A table of a run's checkpoints, oldest first."""
     yield HEADER
     for checkpoint in complete(folder):
@@ -27,11 +26,11 @@ def listing(folder: Place) -> Iterator[str]:
         yield LINE.format(name=checkpoint.name, **state["progress"], **shown)
 
 
-def differences(one: Place, other: Place) -> Iterator[str]:
+def differences(one: Location, other: Location) -> Iterator[str]:
     """How two checkpoints differ: settings, progress, and every tensor's largest difference."""
     states = read_state(one), read_state(other)
     configs = [resolve.from_dict(state["config"], "checkpoint") for state in states]
-    for key, (before, now) in config.differences(*configs).items():
+    for key, (before, now) in config_differences(*configs).items():
         yield f"{key} = {before!r} and {now!r}"
     for key, before in states[0]["progress"].items():
         if before != states[1]["progress"][key]:

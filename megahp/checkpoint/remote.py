@@ -90,10 +90,10 @@ class Remote:
             raise OSError(errno.EIO, why, self.url) from error
 
 
-Place = Path | Remote
+Location = Path | Remote
 
 
-def place(name: str) -> Place:
+def location(name: str) -> Location:
     """A path, or a URL of a file system that is installed. Raises UserError for one that is not."""
     if "://" not in name:
         return Path(name)
@@ -113,6 +113,6 @@ def place(name: str) -> Place:
     return Remote(name)
 
 
-def url_of(place: Place) -> str:
-    """Return what `place` makes the same of again, passwords included: for other ranks, never for a log."""
-    return place.url if isinstance(place, Remote) else str(place)
+def url_of(location: Location) -> str:
+    """Return what `location` makes the same of again, passwords included: for other ranks, never for a log."""
+    return location.url if isinstance(location, Remote) else str(location)

@@ -102,7 +102,7 @@ class NoiseScale(TypedDict, total=False):
 
 
 @with_config(STRICT)
-class BatchPlan(TypedDict):
+class BatchScheduler(TypedDict):
     batch: PositiveInt
     length: PositiveInt
     since: NonNegativeInt | None
@@ -135,7 +135,7 @@ class State(TypedDict):
     skipped: NonNegativeInt
     updates: NonNegativeInt
     noise_scale: NoiseScale
-    batch_plan: BatchPlan
+    batch_scheduler: BatchScheduler
     loss_scale: LossScale
     spikes: Annotated[dict[str, list[float]], Field(min_length=2, max_length=2)]
     wandb_id: Annotated[str, Field(pattern=r"^[\w-]{1,64}$")]

@@ -34,11 +34,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem, SavePlanner, TensorWriteData, WriteItem
 
 from megahp.checkpoint import schema
-from megahp.checkpoint.remote import Place, Remote
+from megahp.checkpoint.remote import Location, Remote
 from megahp.checkpoint.schema import Chunk
 from megahp.errors import UserError, is_users
 from megahp.files import refuse_link
-from megahp.parallel.messages import gather_results, on_first_rank
+from megahp.parallel.messages import gather_results, on_rank0
 
 INDEX = "index.json"
 LARGEST_JSON = 2**31  # bytes; an index has about 150 for each chunk
@@ -58,15 +58,15 @@ class UnreadableError(UserError):
         self.may_pass = may_pass
 
 
-class NotCopiedError(UserError):
+class UploadError(UserError):
     """A checkpoint is whole, and its copy elsewhere is not."""
 
 
-ERRORS = (NotCopiedError, UnreadableError, UserError, OSError)  # that ranks tell each other as they are
+ERRORS = (UploadError, UnreadableError, UserError, OSError)  # that ranks tell each other as they are
 
 
 @contextmanager
-def reading(path: Place) -> Iterator[None]:
+def reading(path: Location) -> Iterator[None]:
     """Raise Damaged where this file is missing, and UnreadableError where the system refuses to read it."""
     try:
         yield
@@ -76,7 +76,7 @@ def reading(path: Place) -> Iterator[None]:
         raise unreadable(path, error) from None
 
 
-def unreadable(path: Place, error: OSError) -> UnreadableError:
+def unreadable(path: Location, error: OSError) -> UnreadableError:
     why = f"{path} cannot be read ({error.strerror}); make it readable, and start again"
     return UnreadableError(why, may_pass=not is_users(error))
 
@@ -101,7 +101,7 @@ def write(
         begin(size)
         return writers
 
-    writers = on_first_rank(deal, group, ERRORS)
+    writers = on_rank0(deal, group, ERRORS)
     rank = dist.get_rank(group)
 
     def write_own() -> list[tuple[str, dict[str, Any]]]:
@@ -117,7 +117,7 @@ def write(
         _write_index(folder, index)
         publish()
 
-    on_first_rank(finish, group, ERRORS)
+    on_rank0(finish, group, ERRORS)
 
 
 def write_shard(items: Mapping[str, WriteItem], planner: SavePlanner, path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -127,13 +127,13 @@ def write_shard(items: Mapping[str, WriteItem], planner: SavePlanner, path: Path
         value = planner.resolve_data(item)
         assert isinstance(value, Tensor)
         parts[key] = (_data(item).chunk.offsets, value.cpu().contiguous())
-    for key, place in _write(parts, path).items():
+    for key, location in _write(parts, path).items():
         data = _data(items[key])
-        entries.append((items[key].index.fqn, _entry(data.properties.dtype, data.size, [place])))
+        entries.append((items[key].index.fqn, _entry(data.properties.dtype, data.size, [location])))
     return entries
 
 
-def fill(folder: Place, tensors: Mapping[str, Tensor]) -> None:
+def fill(folder: Location, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors, in place and on whatever layout they have, from a checkpoint: each rank reads what it holds.
     Raises Damaged for what is not what was written, UnreadableError, and what DCP raises for what does not fit."""
     index = read_index(folder)
@@ -153,11 +153,11 @@ def fill(folder: Place, tensors: Mapping[str, Tensor]) -> None:
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), Metadata(described), is_coordinator=True)
 
-    def place(item: ReadItem) -> tuple[str, int]:
+    def location(item: ReadItem) -> tuple[str, int]:
         chunk = chunks[item.storage_index]
         return chunk.file, chunk.begin
 
-    for (file, _), items in groupby(sorted(planner.create_local_plan().items, key=place), place):
+    for (file, _), items in groupby(sorted(planner.create_local_plan().items, key=location), location):
         wanted = list(items)
         chunk, name = chunks[wanted[0].storage_index], wanted[0].storage_index.fqn
         values = read_chunk(folder / file, chunk, DTYPES[index[name]["dtype"]], name)
@@ -183,7 +183,7 @@ class ByName(Mapping[str, Tensor]):
 class Tensors(ByName):
     """The whole tensors of a checkpoint by name, each read when it is asked for, on the CPU."""
 
-    def __init__(self, folder: Place) -> None:
+    def __init__(self, folder: Location) -> None:
         self.folder, self.index = folder, read_index(folder)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -200,8 +200,8 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: in
     index = {}
     for number, together in enumerate(in_files(tensors, limit)):
         parts = {name: ([0] * tensor.dim(), tensor) for name, tensor in together.items()}
-        for name, place in _write(parts, folder / f"shard-{number:05d}.safetensors").items():
-            index[name] = _entry(together[name].dtype, together[name].shape, [place])
+        for name, location in _write(parts, folder / f"shard-{number:05d}.safetensors").items():
+            index[name] = _entry(together[name].dtype, together[name].shape, [location])
     _write_index(folder, index)
 
 
@@ -220,7 +220,7 @@ def in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict
     yield together
 
 
-def read_json(path: Place) -> bytes:
+def read_json(path: Location) -> bytes:
     """Return a JSON file of a checkpoint. Raises Damaged, or UnreadableError."""
     with reading(path):
         if size_of(path) > LARGEST_JSON:
@@ -228,7 +228,7 @@ def read_json(path: Place) -> bytes:
         return path.read_bytes()
 
 
-def size_of(path: Place) -> int:
+def size_of(path: Location) -> int:
     """Return a file's bytes. Raises Damaged for what is none, such as a pipe, OSError, and UserError for a link."""
     if isinstance(path, Remote):
         return path.stat().st_size
@@ -239,7 +239,7 @@ def size_of(path: Place) -> int:
     return status.st_size
 
 
-def read_index(folder: Place) -> dict[str, schema.Stored]:
+def read_index(folder: Location) -> dict[str, schema.Stored]:
     """Return every tensor's dtype, shape and chunks. Raises Damaged unless chunks, in files of this folder, fill every
     tensor, none of it twice."""
     try:
@@ -251,7 +251,7 @@ def read_index(folder: Place) -> dict[str, schema.Stored]:
     return tensors
 
 
-def read_chunk(path: Place, chunk: Chunk, dtype: torch.dtype, name: str) -> Tensor:
+def read_chunk(path: Location, chunk: Chunk, dtype: torch.dtype, name: str) -> Tensor:
     """One chunk's values. Raises Damaged, or UnreadableError."""
     with reading(path), path.open("rb") as file:
         file.seek(chunk.begin)
@@ -262,7 +262,7 @@ def read_chunk(path: Place, chunk: Chunk, dtype: torch.dtype, name: str) -> Tens
     return values.view(torch.Size(chunk.shape))
 
 
-def digest(path: Place) -> str:
+def digest(path: Location) -> str:
     """SHA-256 of a file. Raises Damaged, or UnreadableError."""
     with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

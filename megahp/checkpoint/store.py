@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megahp.checkpoint import schema, shards
-from megahp.checkpoint.remote import Place, Remote, place
+from megahp.checkpoint.remote import Location, Remote, location
 from megahp.checkpoint.shards import (
     INDEX,
     Damaged,
-    NotCopiedError,
     UnreadableError,
+    UploadError,
     digest,
     read_index,
     read_json,
@@ -39,10 +39,10 @@ from megahp.checkpoint.shards import (
     write_synced,
     write_tensors,
 )
-from megahp.config import Checkpoint, Config, resolve
+from megahp.config import CheckpointConfig, Config, resolve
 from megahp.errors import Fault, UserError
 from megahp.files import refuse_link, refuse_links
-from megahp.parallel.messages import gather_results, on_first_rank
+from megahp.parallel.messages import gather_results, on_rank0
 from megahp.parallel.parameters import storage
 
 
@@ -57,7 +57,7 @@ MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_with_spik
 VERSION = OLDEST + len(MIGRATIONS)
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-\d{8}")
-P = TypeVar("P", Path, Remote, Place)
+P = TypeVar("P", Path, Remote, Location)
 
 
 class DamagedError(UserError):
@@ -67,7 +67,7 @@ class DamagedError(UserError):
 class Store:
     """The checkpoints of a run. Every rank makes one, and calls its methods in the same order."""
 
-    def __init__(self, folder: Path, keep: Checkpoint) -> None:
+    def __init__(self, folder: Path, keep: CheckpointConfig) -> None:
         self.folder, self.keep = folder, keep
         # the background's own, so that its messages never meet the training's; and copying takes its time
         patience = timedelta(days=1)
@@ -149,7 +149,7 @@ def publish(partial: Path, target: Path, state: str) -> None:
     sync(target.parent)
 
 
-def copy_all(folder: Path, newest: Path, keep: Checkpoint) -> None:
+def copy_all(folder: Path, newest: Path, keep: CheckpointConfig) -> None:
     """Copy the checkpoints that keep.remote has not, or has otherwise, and drop there what need not be kept beside the
     newest. Raises UserError."""
     there = copies_at(keep.remote)
@@ -162,7 +162,7 @@ def copy_all(folder: Path, newest: Path, keep: Checkpoint) -> None:
     except (OSError, UnreadableError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         why = f"{newest} is whole, but not copied to checkpoint.remote = {keep.remote!r} ({cause})"
-        raise NotCopiedError(f"{why}; that is tried again after the next one") from None
+        raise UploadError(f"{why}; that is tried again after the next one") from None
 
 
 def copy(checkpoint: Path, target: Remote) -> None:
@@ -177,7 +177,7 @@ def copy(checkpoint: Path, target: Remote) -> None:
 
 def copies_at(remote: str) -> Remote:
     """The folder of the copies. Raises UserError."""
-    if isinstance(run := place(remote), Path):
+    if isinstance(run := location(remote), Path):
         raise UserError(f"checkpoint.remote = {remote!r} is no URL; for a folder of this machine write file:///...")
     return run / "checkpoints"
 
@@ -213,7 +213,7 @@ def complete_without_links(folder: P) -> list[P]:
         raise unreadable(folder, error) from None
 
 
-def candidates(folder: Path, remote: str) -> list[Place]:
+def candidates(folder: Path, remote: str) -> list[Location]:
     """What a run may go on from, newest first, copies at its checkpoint.remote (empty = none) among them. Raises
     UserError."""
     try:
@@ -221,7 +221,7 @@ def candidates(folder: Path, remote: str) -> list[Place]:
     except UnreadableError as error:
         why = f"{error}, or without checkpoint.remote to go on from {folder} alone"
         raise UnreadableError(why, error.may_pass) from None
-    found: list[Place] = [*copies, *complete(folder)]
+    found: list[Location] = [*copies, *complete(folder)]
     return sorted(found, key=lambda each: each.name)[::-1]  # a copy after its original
 
 
@@ -240,19 +240,19 @@ def first_whole(newest_first: Sequence[P]) -> P | None:
     return whole
 
 
-def find(place: P) -> P:
+def find(location: P) -> P:
     """A checkpoint that was named itself, or by its run directory: then the newest. Raises UserError."""
-    if isinstance(place, Path):
-        refuse_links(place)
-    with reading(place / MANIFEST):
-        is_checkpoint = (place / MANIFEST).exists()
-    found = place if is_checkpoint else latest(place / "checkpoints")
+    if isinstance(location, Path):
+        refuse_links(location)
+    with reading(location / MANIFEST):
+        is_checkpoint = (location / MANIFEST).exists()
+    found = location if is_checkpoint else latest(location / "checkpoints")
     if found is None:
-        raise UserError(f"{place} is neither a checkpoint nor a run directory that has one; name one that is")
+        raise UserError(f"{location} is neither a checkpoint nor a run directory that has one; name one that is")
     return found
 
 
-def read_state(checkpoint: Place) -> dict[str, Any]:
+def read_state(checkpoint: Location) -> dict[str, Any]:
     """The JSON part, as this version has it. Raises DamagedError if it is not what was written, UserError for a version
     that is not read."""
     if wrong := problems(checkpoint, shards=False):
@@ -267,12 +267,12 @@ def read_state(checkpoint: Place) -> dict[str, Any]:
         raise DamagedError(f"{checkpoint / 'state.json'} is damaged ({why}); {_remedy(checkpoint)}") from None
 
 
-def settings_of(checkpoint: Place) -> Config:
+def settings_of(checkpoint: Location) -> Config:
     """The settings it was written under. Raises DamagedError, or UserError."""
     return resolve.from_dict(read_state(checkpoint)["config"], str(checkpoint))
 
 
-def load(checkpoint: Place, tensors: Mapping[str, Tensor]) -> None:
+def load(checkpoint: Location, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors, in place and on whatever layout they have. All ranks read, and check every file between them,
     before a tensor is touched. Raises DamagedError naming what is wrong, or UserError."""
     if wrong := check(checkpoint):
@@ -290,14 +290,14 @@ def load(checkpoint: Place, tensors: Mapping[str, Tensor]) -> None:
     gather_results(read, kinds=shards.ERRORS)
 
 
-def check(checkpoint: Place) -> list[str]:
+def check(checkpoint: Location) -> list[str]:
     """What is wrong with a checkpoint's files, found by all ranks together: each reads its share of them. Raises
     UnreadableError, on all ranks, where one of them cannot."""
     mine = gather_results(lambda: problems(checkpoint, dist.get_rank(), dist.get_world_size()), kinds=shards.ERRORS)
-    return on_first_rank(lambda: list(dict.fromkeys(problem for of_rank in mine for problem in of_rank)))
+    return on_rank0(lambda: list(dict.fromkeys(problem for of_rank in mine for problem in of_rank)))
 
 
-def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = True) -> list[str]:
+def problems(checkpoint: Location, rank: int = 0, ranks: int = 1, shards: bool = True) -> list[str]:
     """What is wrong with the files of a checkpoint, one line each: nothing may be missing, longer, shorter or changed.
     Raises UnreadableError for what cannot be looked at.
 
@@ -323,7 +323,7 @@ def problems(checkpoint: Place, rank: int = 0, ranks: int = 1, shards: bool = Tr
     return found if found or not shards or rank else _misplaced(checkpoint, files)
 
 
-def _misplaced(checkpoint: Place, files: Mapping[str, schema.Entry]) -> list[str]:
+def _misplaced(checkpoint: Location, files: Mapping[str, schema.Entry]) -> list[str]:
     """Return the tensors of which a part is not in a listed file, one line each."""
     if INDEX not in files:
         return [f"{MANIFEST} does not list {INDEX}"]
@@ -347,7 +347,7 @@ def write_manifest(checkpoint: Path) -> None:
     sync(checkpoint)
 
 
-def read_manifest(checkpoint: Place) -> dict[str, schema.Entry]:
+def read_manifest(checkpoint: Location) -> dict[str, schema.Entry]:
     """Name -> bytes and sha256. Raises Damaged unless every byte of it is as written, UserError for a version that is
     not read, UnreadableError."""
     text = read_json(checkpoint / MANIFEST)
@@ -366,7 +366,7 @@ def read_manifest(checkpoint: Place) -> dict[str, schema.Entry]:
     return files
 
 
-def superseded(folder: P, newest: P, keep: Checkpoint) -> list[P]:
+def superseded(folder: P, newest: P, keep: CheckpointConfig) -> list[P]:
     """What need not be kept beside a checkpoint that was just published: all older ones but the newest few, those at
     every so many steps, and the one of least validation loss."""
     older = [each for each in complete_without_links(folder) if each.name <= newest.name]
@@ -385,7 +385,7 @@ def superseded(folder: P, newest: P, keep: Checkpoint) -> list[P]:
     return [each for each in older if each not in kept]
 
 
-def remove(checkpoint: Place) -> None:
+def remove(checkpoint: Location) -> None:
     """Drop a checkpoint; one that is half gone is none."""
     if isinstance(checkpoint, Remote):
         (checkpoint / MANIFEST).remove()
@@ -406,7 +406,7 @@ def _in_words(state: Mapping[str, Any]) -> str:
     return json.dumps({"version": VERSION, **state}, indent=1)
 
 
-def _validation_loss(checkpoint: Place) -> float | None:
+def _validation_loss(checkpoint: Location) -> float | None:
     """Return that of a checkpoint, None where it has none or is damaged. Raises UnreadableError."""
     try:
         loss = json.loads(read_json(checkpoint / "state.json"))["validation_loss"]
@@ -427,5 +427,5 @@ def _cause(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _remedy(checkpoint: Place) -> str:
+def _remedy(checkpoint: Location) -> str:
     return f"remove {checkpoint}: the one before it then serves"

@@ -36,7 +36,7 @@ class Job:
     without: Collection[str] = ()  # options of the script's that a site does not allow
     variables: str = ""  # that the script goes by
 
-    def render(self, settings: Config, words: Sequence[str], **more: str) -> str:
+    def render(self, config: Config, words: Sequence[str], **more: str) -> str:
         """The script with these sbatch options, and more, in the place of, and after, its own; below them variables,
         and the words that are its arguments. Raises UserError."""
         text = (folder() / self.script).read_text().splitlines()
@@ -44,7 +44,7 @@ class Job:
             raise UserError(
                 f"{shown} holds a password, which all users of the cluster could see; write it in the run file"
             )
-        asked = {**self._options(settings), **more}
+        asked = {**self._options(config), **more}
         its = [option_of(line) for line in text if line.startswith("#SBATCH")]
         if strange := set(self.without) - set(its):
             raise UserError(f"--without {min(strange)} is no option of {self.script}; it has {', '.join(its)}")
@@ -68,25 +68,25 @@ class Job:
         end = max(own.values()) + 1
         lines = [
             f"export MEGAHP_SLURM={shlex.quote(str(folder()))} RANKS_PER_NODE={self.ranks_per_node}",
-            f"logs={shlex.quote(f'{settings.directory}/slurm')} exclude={shlex.quote(str(self.exclude))}",
+            f"logs={shlex.quote(f'{config.directory}/slurm')} exclude={shlex.quote(str(self.exclude))}",
             *([self.variables] if self.variables else []),
             f"set -- {shlex.join(words)}",
         ]
         return "\n".join([*text[:end], "", *lines, *text[end:], ""])
 
-    def _options(self, settings: Config) -> dict[str, str]:
+    def _options(self, config: Config) -> dict[str, str]:
         """Name without dashes -> value, empty for an option that takes none. Raises UserError."""
         try:
             bad_nodes = self.exclude.read_text().split() if self.exclude.exists() else []
         except OSError as error:
             raise UserError(f"--exclude {self.exclude} cannot be read ({error.strerror}); name a file") from None
         given = {
-            "job-name": re.sub(r"[^\w.+-]", "-", settings.log.name),
-            "comment": f"{OWNER}{settings.directory.resolve()}",
-            "output": f"{settings.directory}/slurm/%j.out",
+            "job-name": re.sub(r"[^\w.+-]", "-", config.log.name),
+            "comment": f"{OWNER}{config.directory.resolve()}",
+            "output": f"{config.directory}/slurm/%j.out",
             "nodes": str(self.nodes),
             "ntasks-per-node": str(self.tasks_per_node),
-            "gpus-per-node": str(self.ranks_per_node) if settings.train.device != "cpu" else None,
+            "gpus-per-node": str(self.ranks_per_node) if config.train.device != "cpu" else None,
             "time": self.time,
             "partition": self.partition,
             "account": self.account,

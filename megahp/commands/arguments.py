@@ -82,8 +82,8 @@ def name_of(word: str) -> str:
 
 def labelled(text: str) -> tuple[str, list[str]]:
     """LABEL: section.key=value ... as label and settings; without a label the settings are it."""
-    label, colon, settings = f"{text} ".partition(": ")
-    words = shlex.split(settings if colon else text)
+    label, colon, config = f"{text} ".partition(": ")
+    words = shlex.split(config if colon else text)
     return label if colon else " ".join(word.partition(".")[2] for word in words) or "all", words
 
 

@@ -30,15 +30,15 @@ from typing import Any
 import torch.distributed as dist
 
 import megahp
-from megahp import checkpoint, config, launch
+from megahp import checkpoint, launch
 from megahp.benchmark.machine import machine_of
 from megahp.commands.arguments import at_least, starts_ranks
 from megahp.commands.output import write_json
-from megahp.config import resolve
+from megahp.config import CheckpointConfig, Config, resolve, with_values
 from megahp.parallel.device import cuda_wanted, device_of
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import make_mesh
-from megahp.parallel.messages import on_first_rank
+from megahp.parallel.messages import on_rank0
 from megahp.train.prepare import check_batch
 from megahp.train.run import state_of_weights
 from megahp.train.trainer import Trainer
@@ -60,16 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     at_least(arguments, ranks=1, saves=2)
-    settings = resolve.load(arguments.run, arguments.settings).config
-    if not settings.model.vocab_size:
-        settings = config.with_values(settings, {"model.vocab_size": VOCABULARY})
-    layout, place = fit(settings.parallel, arguments.ranks), launch.world()
-    check_batch(settings, layout, settings.batch.global_batch)
+    config = resolve.load(arguments.run, arguments.config).config
+    if not config.model.vocab_size:
+        config = with_values(config, {"model.vocab_size": VOCABULARY})
+    layout, place = fit(config.parallel, arguments.ranks), launch.world()
+    check_batch(config, layout, config.batch.global_batch)
     if starts_ranks(arguments.ranks, place.size):
         return launch.spawn(words, arguments.ranks)
-    launch.join(place, cuda_wanted(settings))
+    launch.join(place, cuda_wanted(config))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as own:
-        found = benchmark(settings, layout, place, Path(on_first_rank(lambda: own)), arguments.saves)
+        found = benchmark(config, layout, place, Path(on_rank0(lambda: own)), arguments.saves)
         dist.barrier()
     if place.rank == 0:
         show(found)
@@ -77,14 +77,14 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
-def benchmark(settings: config.Config, layout: Layout, place: launch.World, folder: Path, saves: int) -> dict[str, Any]:
+def benchmark(config: Config, layout: Layout, place: launch.World, folder: Path, saves: int) -> dict[str, Any]:
     """Everything measured, as one of the ranks."""
-    device = device_of(settings, place)
-    trainer = Trainer(settings, make_mesh(layout, device))
+    device = device_of(config, place)
+    trainer = Trainer(config, make_mesh(layout, device))
     tensors = trainer.engine.saved | trainer.optimizer.state()
     size = sum(value.numel() * value.element_size() for value in tensors.values())
-    store = checkpoint.Store(folder / "checkpoints", config.Checkpoint(keep=1))
-    state = state_of_weights(settings)
+    store = checkpoint.Store(folder / "checkpoints", CheckpointConfig(keep=1))
+    state = state_of_weights(config)
     plain, part = folder / "plain" / str(place.rank), os.urandom(size // place.size)
     plain.parent.mkdir(exist_ok=True)
     turns: dict[str, list[float]] = {}

@@ -25,9 +25,9 @@ from megahp.benchmark.machine import machine_of, synchronize
 from megahp.commands.arguments import DTYPES, at_least, shape_of
 from megahp.commands.output import refuse_unwritable, write_json
 from megahp.parallel.cross_entropy import linear_cross_entropy
-from megahp.parallel.mesh import Place
+from megahp.parallel.mesh import Axis
 
-ALONE = Place(1, 0, None)  # type: ignore[arg-type]
+ALONE = Axis(1, 0, None)  # type: ignore[arg-type]
 LINE = "{loss:<6} {shape:<17} {dtype:<9}{forward ms:>11.0f}{backward ms:>12.0f}{both, of plain:>15.2f}{peak MiB:>10.0f}"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

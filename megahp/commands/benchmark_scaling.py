@@ -30,11 +30,19 @@ from typing import Any
 
 import numpy as np
 
-from megahp import config
 from megahp.cluster.job import Job, jobs, submit
 from megahp.commands.arguments import add_outputs, labelled, plain
 from megahp.commands.output import about, refuse_unwritable, write_json
-from megahp.config import Batch, Checkpoint, Config, Log, resolve
+from megahp.config import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    LogConfig,
+    config_to_dict,
+    get_setting,
+    resolve,
+    with_values,
+)
 from megahp.diagnose.child_runs import is_finished, refuse_another, train, write_run_file
 from megahp.errors import UserError, complain
 from megahp.files import open_unlinked
@@ -72,14 +80,14 @@ class Point:
     layout: str
     nodes: int
     ranks: int
-    settings: Config
+    config: Config
 
     @property
     def directory(self) -> Path:
-        return self.settings.directory
+        return self.config.directory
 
     def __str__(self) -> str:
-        return f"{self.layout}, {self.nodes} nodes, {self.ranks} ranks, batch {self.settings.batch.global_batch:,}"
+        return f"{self.layout}, {self.nodes} nodes, {self.ranks} ranks, batch {self.config.batch.global_batch:,}"
 
 
 Curves = dict[tuple[str, str], list[Point]]  # mode and layout -> its points, the least number of nodes first
@@ -144,7 +152,7 @@ def point_of(arguments: argparse.Namespace, mode: str, label: str, words: Sequen
     if mode == "weak":  # whole where the first point's batch is, a multiple of ranks that grow with the nodes
         batch = batch * nodes // least
     name = f"{'' if arguments.slurm else 'emulated-'}{nodes}x{arguments.ranks_per_node}-batch-{batch}"
-    log = Log(root=str(arguments.out), name=f"{plain(label)}/{name}", tensorboard=False)
+    log = LogConfig(root=str(arguments.out), name=f"{plain(label)}/{name}", tensorboard=False)
     own = {  # so many steps and no more, from the beginning
         "schedule.start": 0,
         "train.start_from": "",
@@ -154,16 +162,16 @@ def point_of(arguments: argparse.Namespace, mode: str, label: str, words: Sequen
         "train.validation_samples": 0,
         "resilience.stop_after": 0.0,
     }
-    constant = Batch(global_batch=batch, micro_batch=asked.batch.micro_batch)
-    settings = replace(asked, batch=constant, checkpoint=Checkpoint(every=0, keep=1), log=log)
-    settings = config.with_values(settings, own)
+    constant = BatchConfig(global_batch=batch, micro_batch=asked.batch.micro_batch)
+    config = replace(asked, batch=constant, checkpoint=CheckpointConfig(every=0, keep=1), log=log)
+    config = with_values(config, own)
     for key in [key for key, origin in resolved.origins.items() if origin == "command line" and key not in GROWN]:
-        if config.get(settings, key) != config.get(asked, key):
-            raise UserError(f"{key} = {config.get(asked, key)!r} is the benchmark's own to set; leave it out")
-    settings = resolve.from_dict(config.to_dict(settings), "point")
-    settings = prepare(settings, fit(settings.parallel, ranks), 0 if arguments.slurm else ranks, resume=True)
-    refuse_another(settings)
-    return Point(label, nodes, ranks, settings)
+        if get_setting(config, key) != get_setting(asked, key):
+            raise UserError(f"{key} = {get_setting(asked, key)!r} is the benchmark's own to set; leave it out")
+    config = resolve.from_dict(config_to_dict(config), "point")
+    config = prepare(config, fit(config.parallel, ranks), 0 if arguments.slurm else ranks, resume=True)
+    refuse_another(config)
+    return Point(label, nodes, ranks, config)
 
 
 def train_all(points: Sequence[Point], dry_run: bool) -> int:
@@ -176,7 +184,7 @@ def train_all(points: Sequence[Point], dry_run: bool) -> int:
         checkpoints = point.directory / "checkpoints"
         shutil.rmtree(checkpoints, ignore_errors=True)
         with open_unlinked(point.directory / "train.log", "w") as said:
-            code = train(point.settings, point.ranks, said, OMP_NUM_THREADS="1")
+            code = train(point.config, point.ranks, said, OMP_NUM_THREADS="1")
         shutil.rmtree(checkpoints, ignore_errors=True)
         if code:
             complain(f"{point} ended with exit code {code}; the same command goes on")
@@ -188,7 +196,7 @@ def submit_all(points: Sequence[Point], arguments: argparse.Namespace) -> None:
     """Submit a job array for every number of nodes, the largest first: what Slurm could not run it refuses there. No
     point is submitted while any is queued. Raises UserError."""
     folder = arguments.out.resolve()  # of which `.` has a name
-    out = Log(root=str(folder.parent), name=folder.name)
+    out = LogConfig(root=str(folder.parent), name=folder.name)
     if not arguments.dry_run and (queued := jobs().get(str(folder))):
         print("\n".join(map(str, queued)))
         return
@@ -197,13 +205,13 @@ def submit_all(points: Sequence[Point], arguments: argparse.Namespace) -> None:
         runs = [str(point.directory) for point in array]
         ranks = arguments.ranks_per_node
         job = Job("scaling.sbatch", nodes, ranks, ranks, sbatch=arguments.sbatch)
-        script = job.render(replace(array[0].settings, log=out), runs, array=f"1-{len(array)}")
+        script = job.render(replace(array[0].config, log=out), runs, array=f"1-{len(array)}")
         if arguments.dry_run:
             print(script)
             continue
         (arguments.out / "slurm").mkdir(parents=True, exist_ok=True)
         for point in array:
-            write_run_file(point.settings)
+            write_run_file(point.config)
         print(f"job {submit(script)}: {len(array)} points on {nodes} nodes; logs in {arguments.out}/slurm", flush=True)
 
 
@@ -219,13 +227,13 @@ def rows_of(mode: str, points: Sequence[Point], warm_up: int) -> list[dict[str, 
         if not seconds:
             raise UserError(f"{point.directory}: all steps after the warm-up were skipped; lower optimizer.lr")
         low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
-        tokens = point.settings.batch.global_batch * point.settings.data.sequence_length
+        tokens = point.config.batch.global_batch * point.config.data.sequence_length
         row = {
             "mode": mode,
             "layout": point.layout,
             "nodes": point.nodes,
             "ranks": point.ranks,
-            "global_batch": point.settings.batch.global_batch,
+            "global_batch": point.config.batch.global_batch,
             "tokens_per_step": tokens,
             "steps": len(seconds),
             "seconds": median,

@@ -56,7 +56,7 @@ from megahp.benchmark.machine import machine_of, synchronize
 from megahp.benchmark.time_split import DATA, profiled
 from megahp.commands.arguments import add_outputs, at_least, starts_ranks
 from megahp.commands.output import write_json
-from megahp.config import Config, Sparsity, get, resolve, to_dict
+from megahp.config import Config, SparsityConfig, config_to_dict, get_setting, resolve
 from megahp.config.presets import PRESETS
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.errors import UserError
@@ -118,7 +118,7 @@ class Case:
     shape: str
     dtype: str
     layout: Layout
-    settings: Config  # with the noise scale measured
+    config: Config  # with the noise scale measured
     quiet: Config  # without
 
     @property
@@ -131,10 +131,10 @@ class MadeUp:
 
     stage = 0
 
-    def __init__(self, settings: Config) -> None:
-        self.length = settings.data.sequence_length
+    def __init__(self, config: Config) -> None:
+        self.length = config.data.sequence_length
         shape = (POOL, self.length + 1)
-        self.tokens = np.random.default_rng(0).integers(0, settings.model.vocab_size, shape)
+        self.tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
 
     def batch(self, ids: np.ndarray, documents: bool) -> Batch:
         places = torch.zeros(len(ids), self.length, dtype=torch.int32) if documents else None
@@ -144,9 +144,9 @@ class MadeUp:
 class Megahp:
     """megahp's own step."""
 
-    def __init__(self, settings: Config, mesh: Mesh) -> None:
-        self.trainer = Trainer(settings, mesh)
-        self.loader = Loader(cast(TrainingData, MadeUp(settings)), mesh.device, settings.data.mask_documents)
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.trainer = Trainer(config, mesh)
+        self.loader = Loader(cast(TrainingData, MadeUp(config)), mesh.device, config.data.mask_documents)
 
     def step(self) -> None:
         trainer = self.trainer
@@ -172,15 +172,15 @@ def recorded(batches: Iterator[Batch]) -> Iterator[Batch]:
 class NanoGPT:
     """The baseline's step."""
 
-    def __init__(self, settings: Config, device: torch.device, compiled: bool) -> None:
+    def __init__(self, config: Config, device: torch.device, compiled: bool) -> None:
         with device:
-            self.model = nanogpt.GPT(settings.model, settings.data.sequence_length)
+            self.model = nanogpt.GPT(config.model, config.data.sequence_length)
         self.forward: Callable[..., torch.Tensor] = torch.compile(self.model) if compiled else self.model
-        self.optimizer = nanogpt.make_optimizer(self.model, settings.optimizer)
-        self.device, self.clip, self.size = device, settings.optimizer.clip, settings.batch.micro_batch
-        self.microbatches = settings.batch.global_batch // self.size
-        self.dtype = getattr(torch, settings.train.dtype)
-        self.data, self.sample = MadeUp(settings), 0
+        self.optimizer = nanogpt.make_optimizer(self.model, config.optimizer)
+        self.device, self.clip, self.size = device, config.optimizer.clip, config.batch.micro_batch
+        self.microbatches = config.batch.global_batch // self.size
+        self.dtype = getattr(torch, config.train.dtype)
+        self.data, self.sample = MadeUp(config), 0
 
     def step(self) -> None:
         for _ in range(self.microbatches):
@@ -224,7 +224,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     place = launch.world()
     if starts_ranks(arguments.ranks, place.size):
         return launch.spawn(words, arguments.ranks)
-    launch.join(place, cuda_wanted(cases[0].settings))
+    launch.join(place, cuda_wanted(cases[0].config))
     benchmark(arguments, cases, place, words)
     return 0
 
@@ -240,7 +240,7 @@ def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> C
         "batch": {"micro_batch": arguments.micro_batch, "global_batch": global_batch},
         "train": {"dtype": dtype, "device": arguments.device, "tokens": 10**15},
     }
-    further = resolve.parse_overrides(arguments.settings)
+    further = resolve.parse_overrides(arguments.config)
     decided = {f"{section}.{key}" for section, keys in tree.items() for key in keys} | {"train.noise_scale"}
     asked = {f"{section}.{key}" for section, keys in further.items() for key in keys}
     if double := decided & asked - {"model.heads"}:
@@ -253,8 +253,8 @@ def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> C
     check_devices(noise, arguments.ranks)
     if set(arguments.contestants) & set(BASELINES):
         for key, value in {**BASELINE, "model.kv_heads": noise.model.heads}.items():
-            if get(noise, key) != value:
-                unlike = f"{key} = {get(noise, key)!r} and the baseline has {value!r}"
+            if get_setting(noise, key) != value:
+                unlike = f"{key} = {get_setting(noise, key)!r} and the baseline has {value!r}"
                 raise UserError(f"{unlike}; compare others with --contestants {' '.join(MEGAHP)}")
     if "megahp-dense" in arguments.contestants and noise.sparsity.method == "none":
         remedy = "make that sparse: --settings sparsity.method=static"
@@ -276,7 +276,7 @@ def model_of(shape: str, vocabulary: int | None) -> dict[str, Any]:
 
 def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], place: launch.World, words: Sequence[str]) -> None:
     """Measure every case as one of the ranks; the first one prints and writes."""
-    first, rows, verdicts, device = place.rank == 0, [], [], device_of(cases[0].settings, place)
+    first, rows, verdicts, device = place.rank == 0, [], [], device_of(cases[0].config, place)
     machine = {**machine_of(device), "ranks": place.size, "load": round(os.getloadavg()[0], 1)}
     tell = print if first else lambda *_, **__: None
     tell(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
@@ -311,7 +311,7 @@ def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], place: launc
             "flops": "matrix products, attention causal (half)",
             "rows": rows,
             "comparisons": verdicts,
-            "settings": [{**case.labels, **to_dict(case.settings)} for case in cases],
+            "settings": [{**case.labels, **config_to_dict(case.config)} for case in cases],
         }
         write_json(arguments.json, everything)
     if first and arguments.plot:
@@ -322,11 +322,11 @@ def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> 
     """One row of results for each contestant."""
     mesh = make_mesh(case.layout, device)
     make: dict[str, Callable[[], Megahp | NanoGPT]] = {
-        "megahp": lambda: Megahp(case.settings, mesh),
+        "megahp": lambda: Megahp(case.config, mesh),
         "megahp-without-noise": lambda: Megahp(case.quiet, mesh),
-        "megahp-dense": lambda: Megahp(replace(case.settings, sparsity=Sparsity()), mesh),
-        "nanogpt": lambda: NanoGPT(case.settings, device, compiled=False),
-        "nanogpt-compiled": lambda: NanoGPT(case.settings, device, compiled=True),
+        "megahp-dense": lambda: Megahp(replace(case.config, sparsity=SparsityConfig()), mesh),
+        "nanogpt": lambda: NanoGPT(case.config, device, compiled=False),
+        "nanogpt-compiled": lambda: NanoGPT(case.config, device, compiled=True),
     }
     lanes = {}
     for name in arguments.contestants:
@@ -371,10 +371,10 @@ def peak_memory(device: torch.device) -> int:
 
 def row_of(case: Case, arguments: argparse.Namespace, name: str, lane: Lane, device: torch.device) -> dict[str, Any]:
     """Everything known of one contestant."""
-    settings, seconds = case.settings, statistics.median(lane.seconds)
-    tokens = settings.batch.global_batch * settings.data.sequence_length
-    again = 0 if name in BASELINES else recomputed_layers(settings)
-    shape = settings.model, settings.data.sequence_length
+    config, seconds = case.config, statistics.median(lane.seconds)
+    tokens = config.batch.global_batch * config.data.sequence_length
+    again = 0 if name in BASELINES else recomputed_layers(config)
+    shape = config.model, config.data.sequence_length
     flops, full, hardware = (training_flops(*shape, *counted) for counted in ((True, 0), (False, 0), (True, again)))
     peak = (arguments.peak_tflops or 0.0) * 1e12 * arguments.ranks
     if not peak and device.type == "cuda" and case.dtype == "bfloat16":
@@ -384,7 +384,7 @@ def row_of(case: Case, arguments: argparse.Namespace, name: str, lane: Lane, dev
     return {
         **case.labels,
         "contestant": name,
-        "parameters": parameters(settings.model, settings.data.sequence_length),
+        "parameters": parameters(config.model, config.data.sequence_length),
         "ranks": arguments.ranks,
         "tokens_per_step": tokens,
         "seconds": seconds,
@@ -402,10 +402,10 @@ def row_of(case: Case, arguments: argparse.Namespace, name: str, lane: Lane, dev
     }
 
 
-def recomputed_layers(settings: Config) -> int:
+def recomputed_layers(config: Config) -> int:
     """Layers whose matrix products are made again in the backward pass; selective recomputation keeps them."""
-    compute = settings.compute
-    return -(-settings.model.layers // compute.recompute_every) if compute.recompute == "full" else 0
+    compute = config.compute
+    return -(-config.model.layers // compute.recompute_every) if compute.recompute == "full" else 0
 
 
 def compare(case: Case, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

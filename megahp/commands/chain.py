@@ -13,7 +13,7 @@ from megahp.cluster.growth import Growth, segments
 from megahp.config import Config, resolve
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
-from megahp.scaling.batch import BatchPlan, Progress
+from megahp.scaling.batch import BatchScheduler, Progress
 from megahp.scaling.noise_scale import NoiseScale
 
 SPEED_STEPS = 20  # of which the median is a run's speed
@@ -30,31 +30,31 @@ class Chain:
     noise: float | None  # the noise scale that its policy sees, examples
 
 
-def chain_of(options: Namespace, settings: Config) -> Chain:
+def chain_of(options: Namespace, config: Config) -> Chain:
     """From --nodes, --grow and --ranks-per-node, and the checkpoint that the run would go on from, or begin at. Raises
     UserError when it cannot grow so."""
     from megahp import checkpoint
-    from megahp.train.prepare import newest, plan_to_go_on
+    from megahp.train.prepare import initial_batch_state, newest
 
-    if settings.batch.policy == "constant":
+    if config.batch.policy == "constant":
         raise UserError("--grow: batch.policy = 'constant' never grows; set another policy, or leave --grow out")
     if options.grow < 2 * options.nodes:
         less = f"--grow {options.grow} is less than twice --nodes {options.nodes}"
         raise UserError(f"{less}, and nodes double; raise it, or leave it out")
 
     def dp(nodes: int) -> int:
-        return fit(settings.parallel, nodes * options.ranks_per_node).dp
+        return fit(config.parallel, nodes * options.ranks_per_node).dp
 
-    growth, plan = Growth(settings, options.nodes, options.grow, dp), BatchPlan(settings, 1)
+    growth, plan = Growth(config, options.nodes, options.grow, dp), BatchScheduler(config, 1)
     for size in growth.sizes:
         dp(size)
-    saved, origin = newest(settings), settings.train.start_from
+    saved, origin = newest(config), config.train.start_from
     if not saved and not origin:
         return Chain(growth, options.ranks_per_node, Progress(), plan.state(), None)
-    state = checkpoint.read_state(saved or checkpoint.find(checkpoint.place(origin)))
+    state = checkpoint.read_state(saved or checkpoint.find(checkpoint.location(origin)))
     before = resolve.from_dict(state["config"], "checkpoint")
-    goes_on = state["batch_plan"] if saved else plan_to_go_on(settings, before, state, plan)
-    averages = NoiseScale(1.0, settings.batch.noise_to_total)
+    goes_on = state["batch_plan"] if saved else initial_batch_state(config, before, state, plan)
+    averages = NoiseScale(1.0, config.batch.noise_to_total)
     averages.restore(state["noise_scale"])
     noise = averages.numbers()[plan.sees]
     return Chain(growth, options.ranks_per_node, Progress(**state["progress"]), goes_on, noise)
@@ -65,11 +65,11 @@ def outlook(chain: Chain, speed: float | None) -> str:
     node, by default as logged; where that is unknown, times are shares of the time on the first number of nodes."""
     from megahp.log.progress import human_count, human_duration
 
-    growth, settings = chain.growth, chain.growth.settings
-    parts, length = segments(growth, chain.progress, chain.plan, chain.noise), settings.data.sequence_length
+    growth, config = chain.growth, chain.growth.config
+    parts, length = segments(growth, chain.progress, chain.plan, chain.noise), config.data.sequence_length
     if not parts:
         return "nothing remains to be trained"
-    speed = speed or logged_speed(settings.directory, chain.ranks_per_node)
+    speed = speed or logged_speed(config.directory, chain.ranks_per_node)
     alone = growth.seconds(parts, growth.nodes, speed or 1.0)
 
     def row(what: str, nodes: str, times: Sequence[tuple[float, int]]) -> str:

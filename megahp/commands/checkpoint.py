@@ -4,11 +4,11 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megahp import config
+from megahp.config import CheckpointConfig
 from megahp.errors import UserError
 
 if TYPE_CHECKING:
-    from megahp.checkpoint import Place
+    pass
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -74,7 +74,7 @@ def _prune_checkpoints(options: Namespace) -> int:
     if options.keep < 1 or options.keep_every < 0:
         raise UserError(f"--keep {options.keep} must be at least 1, and --keep-every {options.keep_every} at least 0")
     folder = _checkpoints_of(options.run)
-    keep = config.Checkpoint(keep=options.keep, keep_every=options.keep_every, keep_best=options.keep_best)
+    keep = CheckpointConfig(keep=options.keep, keep_every=options.keep_every, keep_best=options.keep_best)
     newest = latest(folder)
     if newest and (wrong := problems(newest)):
         raise UserError(f"{newest} is damaged ({wrong[0]}), and older ones may have to serve; nothing is dropped")
@@ -93,9 +93,9 @@ def _checkpoints_of(run: "Place") -> "Place":
 
 
 def _place(name: str) -> "Place":
-    from megahp.checkpoint import place
+    from megahp.checkpoint import location
 
     try:
-        return place(name)
+        return location(name)
     except UserError as error:
         raise ArgumentTypeError(str(error)) from None

@@ -4,8 +4,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megahp import config
-from megahp.config import resolve
+from megahp.config import config_to_toml, resolve
 from megahp.config.describe import describe
 from megahp.errors import UserError
 
@@ -25,5 +24,5 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         print(describe(options.describe))
         return 0
     resolved = resolve.load(options.run_file, options.overrides)
-    print(config.to_toml(resolved.config, resolved.origins), end="")
+    print(config_to_toml(resolved.config, resolved.origins), end="")
     return 0

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megahp import config
 from megahp.checkpoint.shards import Damaged, Tensors
 from megahp.commands.output import appearing
-from megahp.config import Config, resolve
+from megahp.config import Config, resolve, with_values
 from megahp.convert import huggingface_folder, megatron
 from megahp.convert.run_directory import fitting, limit, of_checkpoint, refuse_files, write_run
 from megahp.convert.tokenizers import tokenizer_in, write_tokenizer
@@ -83,15 +82,15 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
 def send(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     """Write the model of one of our checkpoints as others have it. Returns its tokenizer. Raises UserError."""
-    path, settings = of_checkpoint(arguments.source)
-    named = arguments.tokenizer or settings.data.tokenizer
+    path, config = of_checkpoint(arguments.source)
+    named = arguments.tokenizer or config.data.tokenizer
     tokenizer = load_tokenizer(named)
-    with_vocabulary(settings, tokenizer)
+    with_vocabulary(config, tokenizer)
     if arguments.target_format == "huggingface":
-        huggingface_folder.write(partial, settings, Tensors(path), tokenizer.eod, limit(arguments))
+        huggingface_folder.write(partial, config, Tensors(path), tokenizer.eod, limit(arguments))
         write_tokenizer(partial, named, tokenizer)
         return tokenizer
-    megatron.write(partial, settings, Tensors(path), arguments.target_format == "megatron-legacy", limit(arguments))
+    megatron.write(partial, config, Tensors(path), arguments.target_format == "megatron-legacy", limit(arguments))
     if named != "bytes":
         shutil.copyfile(named, partial / f"tokenizer{Path(named).suffix}")
     return tokenizer
@@ -118,12 +117,12 @@ def compare(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int:
     text = file.read_text(encoding="utf-8", errors="replace")
     sending = arguments.source_format == "megahp"
     ours, theirs = (arguments.source, arguments.target)[:: 1 if sending else -1]
-    path, settings = of_checkpoint(ours)
+    path, config = of_checkpoint(ours)
     ids = tokenizer.encode(text)
-    tokens = torch.tensor([ids[: min(MOST_TOKENS, longest(settings))]])
+    tokens = torch.tensor([ids[: min(MOST_TOKENS, longest(config))]])
     if not ids:
         raise UserError(f"--text {file} holds no text; name another file")
-    logits = our_logits(settings, weights_of(Tensors(path).items()), tokens)
+    logits = our_logits(config, weights_of(Tensors(path).items()), tokens)
     through, others = their_logits(arguments, theirs, tokens)
     difference, largest = (logits - others).abs().max().item(), logits.abs().max().item()
     apart = f"at most {difference:.3g} apart, {difference / largest:.2g} of the largest"
@@ -142,15 +141,15 @@ def compare(arguments: argparse.Namespace, tokenizer: Tokenizer) -> int:
 
 
 @torch.no_grad()
-def our_logits(settings: Config, weights: Iterable[tuple[str, Tensor]], tokens: Tensor) -> Tensor:
+def our_logits(config: Config, weights: Iterable[tuple[str, Tensor]], tokens: Tensor) -> Tensor:
     """[1, s, vocabulary] in float32 (float64 for a model of float64) from tokens [1, s]. Raises UserError for weights
     that are not the model's."""
-    dtype = "float64" if settings.train.dtype == "float64" else "float32"
-    model = alone(config.with_values(settings, {"train.dtype": dtype, "train.device": "cpu"}))
+    dtype = "float64" if config.train.dtype == "float64" else "float32"
+    model = alone(with_values(config, {"train.dtype": dtype, "train.device": "cpu"}))
     places = saved(model)
     for name, weight in fitting(weights, {name: place.shape for name, place in places.items()}):
         storage(places[name]).copy_(weight)
-    return model(tokens)[..., : settings.model.vocab_size]
+    return model(tokens)[..., : config.model.vocab_size]
 
 
 @torch.no_grad()
@@ -159,8 +158,8 @@ def their_logits(arguments: argparse.Namespace, folder: Path, tokens: Tensor) ->
     form = next(each for each in (arguments.source_format, arguments.target_format) if each != "megahp")
     if form != "huggingface" or importlib.util.find_spec("transformers") is None:
         layer, tensors = read(form, folder, resolve.parse_overrides(arguments.overrides).get("model", {}))
-        settings = resolve.resolve([(str(folder), layer)]).config
-        return f"its own import of {folder}", our_logits(settings, weights_of(tensors), tokens)
+        config = resolve.resolve([(str(folder), layer)]).config
+        return f"its own import of {folder}", our_logits(config, weights_of(tensors), tokens)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -25,16 +25,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from megahp import config
 from megahp.commands.arguments import add_outputs, at_least, positive, whole_numbers
 from megahp.commands.output import write_json
-from megahp.config import Config, resolve
+from megahp.config import (
+    BatchConfig,
+    ComputeConfig,
+    Config,
+    ParallelConfig,
+    ParameterizationConfig,
+    ScheduleConfig,
+    config_to_dict,
+    resolve,
+    with_values,
+)
 from megahp.data.tokenizer import load_tokenizer
 from megahp.diagnose.coordinates import activations, nonlinearity
 from megahp.diagnose.transfer import Estimate, slope
 from megahp.diagnose.verify import made_up
 from megahp.errors import UserError
-from megahp.parallel.mesh import Mesh, mesh_alone
+from megahp.parallel.mesh import Mesh, single_rank_mesh
 from megahp.train.prepare import open_data, with_vocabulary
 
 FAMILIES = {"widths": "model.width", "depths": "model.layers", "densities": "sparsity.density"}
@@ -110,7 +119,7 @@ REQUIRED: dict[str, dict[tuple[str, str], Requirement]] = {
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Measure, fit, judge. Returns 1 where a slope is not what it must be, else 0."""
     base, family = read_family(arguments)
-    found = measure(family, arguments, mesh_alone(base))
+    found = measure(family, arguments, single_rank_mesh(base))
     rows = judged(arguments, base.parameterization, list(family), found)
     show(rows)
     everything = {
@@ -151,26 +160,26 @@ def read_family(arguments: argparse.Namespace) -> tuple[Config, dict[float, Conf
     return base, {size: of_size(base, kind, size) for size in sorted(sizes)}
 
 
-def of_a_check(settings: Config, arguments: argparse.Namespace) -> Config:
+def of_a_check(config: Config, arguments: argparse.Namespace) -> Config:
     """The run as it is looked at: a few steps at its peak rate, on one rank. Raises UserError."""
-    if not settings.model.vocab_size:
-        settings = with_vocabulary(settings, load_tokenizer(settings.data.tokenizer))
-    if arguments.data and not settings.data.train:
+    if not config.model.vocab_size:
+        config = with_vocabulary(config, load_tokenizer(config.data.tokenizer))
+    if arguments.data and not config.data.train:
         raise UserError("--data, and data.train is empty; name what `megahp preprocess` wrote, or leave --data out")
-    if arguments.lazy and settings.model.experts:
-        raise UserError(f"--lazy looks at dense MLPs, not at model.experts = {settings.model.experts}; leave those out")
-    if arguments.densities and settings.sparsity.method not in ("static", "rigl"):
-        method = f"sparsity.method = {settings.sparsity.method!r}"
+    if arguments.lazy and config.model.experts:
+        raise UserError(f"--lazy looks at dense MLPs, not at model.experts = {config.model.experts}; leave those out")
+    if arguments.densities and config.sparsity.method not in ("static", "rigl"):
+        method = f"sparsity.method = {config.sparsity.method!r}"
         raise UserError(f"--densities with {method} would check dense models; set static")
-    tokens = 1_000_000 * arguments.batch * settings.data.sequence_length  # more than are taken
+    tokens = 1_000_000 * arguments.batch * config.data.sequence_length  # more than are taken
     return replace(
-        settings,
-        data=replace(settings.data, lengths=(), mixtures=()),
-        schedule=config.Schedule("constant", warmup=0.0),
-        batch=config.Batch(global_batch=arguments.batch, micro_batch=arguments.batch),
-        parallel=config.Parallel(),
-        train=replace(settings.train, start_from="", weights="all", tokens=tokens, steps=0, noise_scale=False),
-        compute=config.Compute(),
+        config,
+        data=replace(config.data, lengths=(), mixtures=()),
+        schedule=ScheduleConfig("constant", warmup=0.0),
+        batch=BatchConfig(global_batch=arguments.batch, micro_batch=arguments.batch),
+        parallel=ParallelConfig(),
+        train=replace(config.train, start_from="", weights="all", tokens=tokens, steps=0, noise_scale=False),
+        compute=ComputeConfig(),
     )
 
 
@@ -186,7 +195,7 @@ def of_size(base: Config, kind: str, size: float) -> Config:
                 broken = f"model.{key} = {own} at model.width = {model.width} would not be whole"
                 whole = model.width // math.gcd(model.width, own)
                 raise UserError(f"--widths {size:g}: {broken}; choose a multiple of {whole}")
-    return resolve.from_dict(config.to_dict(config.with_values(base, values)), f"--{kind} {size:g}")
+    return resolve.from_dict(config_to_dict(with_values(base, values)), f"--{kind} {size:g}")
 
 
 Measured = dict[tuple[str, str], np.ndarray]  # quantity and when -> [sizes, seeds]
@@ -201,22 +210,22 @@ def measure(family: Mapping[float, Config], arguments: argparse.Namespace, mesh:
     return {key: np.array([[each[key] for each in row] for row in found]) for key in found[0][0]}
 
 
-def look(settings: Config, arguments: argparse.Namespace, mesh: Mesh) -> dict[tuple[str, str], float]:
+def look(config: Config, arguments: argparse.Namespace, mesh: Mesh) -> dict[tuple[str, str], float]:
     """What is measured of one run: quantity and when -> value."""
-    data = open_data(settings) if arguments.data else None
+    data = open_data(config) if arguments.data else None
 
     def samples(ids: np.ndarray) -> torch.Tensor:
-        return (data.batch(ids, False) if data else made_up(ids, settings)).tokens
+        return (data.batch(ids, False) if data else made_up(ids, config)).tokens
 
     if arguments.lazy:
-        return {("nonlinearity", "step 1"): nonlinearity(settings, mesh, samples)}
+        return {("nonlinearity", "step 1"): nonlinearity(config, mesh, samples)}
     steps = 10 if arguments.steps is None else arguments.steps
-    times = zip(("init", "after"), activations(settings, mesh, steps, samples), strict=True)
+    times = zip(("init", "after"), activations(config, mesh, steps, samples), strict=True)
     return {(quantity, when): value for when, values in times for quantity, value in values.items()}
 
 
 def judged(
-    arguments: argparse.Namespace, rules: config.Parameterization, sizes: Sequence[float], found: Measured
+    arguments: argparse.Namespace, rules: ParameterizationConfig, sizes: Sequence[float], found: Measured
 ) -> list[dict[str, Any]]:
     """The slope of everything measured and, where theory has something to say, whether it is what it must be."""
     name = "completep-half" if rules.name == "completep" and rules.depth_alpha < 1 else rules.name

@@ -33,10 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahp import config
 from megahp.checkpoint.shards import Damaged, Tensors
 from megahp.commands.output import appearing
-from megahp.config import Config
+from megahp.config import Config, config_to_dict, with_values
 from megahp.convert.run_directory import of_checkpoint, refuse_files, write_run
 from megahp.convert.sidecar import VOCABULARY
 from megahp.convert.tokenizers import Vocabulary, vocabulary
@@ -72,12 +71,12 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if (arguments.rule == "projection") != bool(arguments.donor):
         given = f"--donor {arguments.donor}" if arguments.donor else "no --donor"
         raise UserError(f"--rule {arguments.rule} with {given}: a donor is what --rule projection needs, and no other")
-    path, settings = of_checkpoint(arguments.source)
-    old, new = vocabulary(settings.data.tokenizer), vocabulary(arguments.tokenizer)
+    path, config = of_checkpoint(arguments.source)
+    old, new = vocabulary(config.data.tokenizer), vocabulary(arguments.tokenizer)
     check_extension(old, new)
-    size = max(settings.model.vocab_size, len(new.tokens))
-    wider = config.with_values(settings, {"model.vocab_size": size, "data.sequence_length": longest(settings)})
-    tree = config.to_dict(config.with_values(wider, {"data.lengths": ()}))
+    size = max(config.model.vocab_size, len(new.tokens))
+    wider = with_values(config, {"model.vocab_size": size, "data.sequence_length": longest(config)})
+    tree = config_to_dict(with_values(wider, {"data.lengths": ()}))
     try:
         beginnings = begin(arguments, old, new)
         with appearing(arguments.target) as partial:
@@ -85,7 +84,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
             write_run(arguments, partial, tree, {}, new.named, tensors)
     except Damaged as error:
         raise UserError(f"a checkpoint is damaged ({error}); name another one") from None
-    before, now = settings.model.padded_vocab, wider.model.padded_vocab
+    before, now = config.model.padded_vocab, wider.model.padded_vocab
     counts = {"mean": len(beginnings.parts), "projection": len(beginnings.known)}
     counts["zeros"] = len(new.tokens) - len(old.tokens) - sum(counts.values())
     rules = ", ".join(f"{count:,} by {rule}" for rule, count in counts.items() if count)
@@ -123,14 +122,14 @@ def begin(arguments: argparse.Namespace, old: Vocabulary, new: Vocabulary) -> Be
     known, shared = dict[int, int](), dict[int, int]()
     donor: Mapping[str, Tensor] = {}
     if arguments.rule == "projection":
-        path, settings = of_checkpoint(arguments.donor)
-        rows = {token: row for row, token in enumerate(vocabulary(settings.data.tokenizer).tokens)}
+        path, config = of_checkpoint(arguments.donor)
+        rows = {token: row for row, token in enumerate(vocabulary(config.data.tokenizer).tokens)}
         known = {number: rows[new.tokens[number]] for number in added if new.tokens[number] in rows}
         shared = {number: rows[token] for number, token in enumerate(old.tokens) if token in rows}
         donor = Tensors(path)
         if not known:
             raise UserError(f"--donor {arguments.donor} has none of the {len(added)} new tokens; choose --rule mean")
-        if len(shared) < (least := LEAST_SHARED * settings.model.width):
+        if len(shared) < (least := LEAST_SHARED * config.model.width):
             few = f"--donor {arguments.donor} shares {len(shared)} tokens with SRC"
             raise UserError(f"{few}, and a map from its width needs {least}; choose --rule mean")
     single = {token: number for number, token in enumerate(old.tokens) if len(token) == 1}

@@ -46,9 +46,9 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     for name in ("patience", "speed"):
         if (value := getattr(options, name)) is not None and (options.grow is None or not value > 0):
             raise UserError(f"--{name} {value:g} goes with --grow N, and is above 0")
-    settings = resolve.load(options.run_file, options.overrides).config
-    if settings.resilience.stop_at_batch:
-        early = f"resilience.stop_at_batch = {settings.resilience.stop_at_batch} would end the job before the run"
+    config = resolve.load(options.run_file, options.overrides).config
+    if config.resilience.stop_at_batch:
+        early = f"resilience.stop_at_batch = {config.resilience.stop_at_batch} would end the job before the run"
         raise UserError(f"{early}; leave it out, and give --grow N for more nodes as the batch grows")
     asked = {name: getattr(options, name) for name in ("time", "partition", "account", "exclude", "sbatch")}
     tasks = options.ranks_per_node if options.launcher == "srun" else 1
@@ -56,7 +56,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     job = Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **asked)
     chain = None
     if options.grow is not None:
-        chain = chain_of(options, settings)
+        chain = chain_of(options, config)
         if options.launcher != "srun":
             both = f"--launcher {options.launcher} with --grow"
             raise UserError(f"{both}: its jobs start one task a rank; leave one of them out")
@@ -67,16 +67,16 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
     from megahp.train.prepare import prepare
 
-    prepare(settings, fit(settings.parallel, job.nodes * job.ranks_per_node), ranks_here=0, resume=True, warn=complain)
-    script = job.render(settings, [str(options.run_file), *options.overrides])
+    prepare(config, fit(config.parallel, job.nodes * job.ranks_per_node), ranks_here=0, resume=True, warn=complain)
+    script = job.render(config, [str(options.run_file), *options.overrides])
     if chain:
         print(outlook(chain, options.speed), file=sys.stderr)
     if options.dry_run:
         print(script, end="")
         return FINISHED
-    if (queued := jobs().get(str(settings.directory.resolve()))) and "--dependency" not in options.sbatch:
+    if (queued := jobs().get(str(config.directory.resolve()))) and "--dependency" not in options.sbatch:
         behind = "--sbatch=--dependency=singleton"
-        raise UserError(f"{settings.directory} has {queued[0]}; wait for its end, scancel it, or queue with {behind}")
-    (settings.directory / "slurm").mkdir(parents=True, exist_ok=True)
-    print(f"job {submit(script)}; megahp status {settings.directory}")
+        raise UserError(f"{config.directory} has {queued[0]}; wait for its end, scancel it, or queue with {behind}")
+    (config.directory / "slurm").mkdir(parents=True, exist_ok=True)
+    print(f"job {submit(script)}; megahp status {config.directory}")
     return FINISHED

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from megahp import checkpoint, config
+from megahp import checkpoint
 from megahp.commands.arguments import add_outputs, at_least
 from megahp.commands.output import write_json
-from megahp.config import Batch, Checkpoint, Config, Log, Schedule, resolve
+from megahp.config import BatchConfig, CheckpointConfig, Config, LogConfig, ScheduleConfig, config_to_dict, resolve
 from megahp.diagnose import critical_batch
 from megahp.diagnose.child_runs import diverged, is_over, refuse_another, train
 from megahp.errors import UserError, complain
@@ -61,7 +61,7 @@ class Origin:
     """Where the branches begin."""
 
     path: Path  # the checkpoint
-    settings: Config  # of the run that wrote it
+    config: Config  # of the run that wrote it
     ranks: int  # it was written by
     tokens: int  # done
     batch: int  # sequences of data.sequence_length
@@ -73,17 +73,17 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     origin = read_origin(arguments.checkpoint)
     ranks = origin.ranks if arguments.ranks is None else arguments.ranks
     refuse_mistakes(arguments, origin)
-    run = origin.settings.log
+    run = origin.config.log
     out = arguments.out or Path(run.root) / f"{run.name}-critical-batch" / origin.path.name
-    length = origin.settings.data.sequence_length
+    length = origin.config.data.sequence_length
     # whole steps of the largest batch, so that branches whose batches divide it end at one point
     step = round(max(arguments.factors) * origin.batch) * length
     end = origin.tokens + int(arguments.tokens) // step * step
     branches = {k: checked(branch(origin, k, end, out.resolve()), ranks) for k in sorted(arguments.factors)}
     if code := train_all(branches, ranks):
         return code
-    steps = {k: read_run(settings.directory).column("loss").tolist() for k, settings in branches.items()}
-    for k in [k for k, settings in branches.items() if diverged(settings.directory)]:
+    steps = {k: read_run(config.directory).column("loss").tolist() for k, config in branches.items()}
+    for k in [k for k, config in branches.items() if diverged(config.directory)]:
         steps[k] = [math.nan] * len(steps[k])  # its gradients may have diverged alone
     losses = {k: critical_batch.smoothed(each) for k, each in steps.items()}
     if not math.isfinite(losses[1]):
@@ -91,16 +91,16 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     rows = [  # loss: smoothed, nats per token; limit: the most it may be; scatter: its noise
         {
             "factor": k,
-            "batch": settings.batch.global_batch,
-            "batch_tokens": settings.batch.global_batch * length,
-            "lr": settings.optimizer.lr,
+            "batch": config.batch.global_batch,
+            "batch_tokens": config.batch.global_batch * length,
+            "lr": config.optimizer.lr,
             "steps": len(steps[k]),
             "loss": losses[k],
             "scatter": critical_batch.scatter(steps[k]),
             "limit": critical_batch.limit(losses, k, arguments.tolerance),
             "harmless": critical_batch.harmless(losses, k, arguments.tolerance),
         }
-        for k, settings in branches.items()
+        for k, config in branches.items()
     ]
     star = critical_batch.largest_harmless(losses, arguments.tolerance)
     show(rows, origin, star, arguments.tolerance)
@@ -129,16 +129,16 @@ def read_origin(place: Path) -> Origin:
     """The batch and the hyperparameters at a checkpoint. Raises UserError."""
     path = checkpoint.find(place).resolve()
     state = checkpoint.read_state(path)
-    settings = resolve.from_dict(state["config"], str(path))
+    config = resolve.from_dict(state["config"], str(path))
     tokens, batch = state["progress"]["tokens"], state["batch_plan"]["batch"]
-    values = follow(rule_of(settings.batch), settings.optimizer, batch / settings.batch.global_batch)
-    rate = fraction(settings.schedule, tokens, settings.train.tokens)
+    values = follow(rule_of(config.batch), config.optimizer, batch / config.batch.global_batch)
+    rate = fraction(config.schedule, tokens, config.train.tokens)
     if rate == 0:
-        after = f"after {tokens} of train.tokens = {settings.train.tokens}"
-        under = f"under schedule.name = {settings.schedule.name!r}"
+        after = f"after {tokens} of train.tokens = {config.train.tokens}"
+        under = f"under schedule.name = {config.schedule.name!r}"
         raise UserError(f"at {path} the learning rate is 0, {after} {under}; name an earlier checkpoint")
     ranks = math.prod(Layout(**state["layout"]).shape)
-    return Origin(path, settings, ranks, tokens, batch, replace(values, lr=values.lr * rate))
+    return Origin(path, config, ranks, tokens, batch, replace(values, lr=values.lr * rate))
 
 
 def refuse_mistakes(arguments: argparse.Namespace, origin: Origin) -> None:
@@ -154,7 +154,7 @@ def refuse_mistakes(arguments: argparse.Namespace, origin: Origin) -> None:
         if not math.isclose(factor * origin.batch, round(factor * origin.batch)):
             batch = f"{factor:g} x {origin.batch} sequences, the batch at {origin.path}"
             raise UserError(f"--factors {given}: {batch}, is not whole; change the factor")
-    least = LEAST_STEPS * round(max(factors) * origin.batch) * origin.settings.data.sequence_length
+    least = LEAST_STEPS * round(max(factors) * origin.batch) * origin.config.data.sequence_length
     if not least <= arguments.tokens < math.inf:
         steps = f"{LEAST_STEPS} steps of {max(factors):g} x {origin.batch} sequences"
         wrong = f"--tokens {arguments.tokens:g} must be at least {least}, {steps}"
@@ -167,7 +167,7 @@ def refuse_mistakes(arguments: argparse.Namespace, origin: Origin) -> None:
 def branch(origin: Origin, factor: float, end: int, out: Path) -> Config:
     """The settings of one branch, unchecked. Schedule, batch, checkpoints and log begin at their defaults, since what
     belongs to another schedule or policy is refused beside these."""
-    before = origin.settings
+    before = origin.config
     lr, train = origin.values.lr * math.sqrt(factor), replace(before.train, start_from=str(origin.path), tokens=end)
 
     optimizer = replace(before.optimizer, **asdict(replace(origin.values, lr=lr)))
@@ -175,36 +175,38 @@ def branch(origin: Origin, factor: float, end: int, out: Path) -> Config:
         optimizer = replace(optimizer, muon_lr=before.optimizer.muon_lr * lr / before.optimizer.lr)
     return replace(
         before,
-        schedule=Schedule(name="constant", start=origin.tokens, warmup=0.0),
-        batch=Batch(policy="constant", global_batch=round(factor * origin.batch), micro_batch=before.batch.micro_batch),
+        schedule=ScheduleConfig(name="constant", start=origin.tokens, warmup=0.0),
+        batch=BatchConfig(
+            policy="constant", global_batch=round(factor * origin.batch), micro_batch=before.batch.micro_batch
+        ),
         optimizer=optimizer,
         train=replace(train, steps=0, validate_every=0, validation_samples=0),
-        checkpoint=Checkpoint(every=0, keep=1),
-        log=Log(root=str(out), name=f"k-{factor:g}", every=1, tensorboard=False),
+        checkpoint=CheckpointConfig(every=0, keep=1),
+        log=LogConfig(root=str(out), name=f"k-{factor:g}", every=1, tensorboard=False),
     )
 
 
-def checked(settings: Config, ranks: int) -> Config:
+def checked(config: Config, ranks: int) -> Config:
     """The settings as `megahp train` will resolve them, after all it checks before it trains. Raises UserError."""
     try:
-        settings = resolve.from_dict(config.to_dict(settings), "branch")
-        refuse_another(settings)
-        return prepare(settings, fit(settings.parallel, ranks), ranks, resume=True)
+        config = resolve.from_dict(config_to_dict(config), "branch")
+        refuse_another(config)
+        return prepare(config, fit(config.parallel, ranks), ranks, resume=True)
     except UserError as error:
-        raise UserError(f"branch {settings.log.name}: {error}") from None
+        raise UserError(f"branch {config.log.name}: {error}") from None
 
 
 def train_all(branches: Mapping[float, Config], ranks: int) -> int:
     """Train the branches that have not ended. Returns the exit code of one that failed, else 0."""
-    ahead = [settings for settings in branches.values() if not is_over(settings.directory)]
+    ahead = [config for config in branches.values() if not is_over(config.directory)]
     if already := len(branches) - len(ahead):
         print(f"{already} of {len(branches)} branches are there already", flush=True)
     began = time.monotonic()
-    for number, settings in enumerate(ahead, start=1):
-        name, batch, lr = settings.log.name, settings.batch.global_batch, settings.optimizer.lr
+    for number, config in enumerate(ahead, start=1):
+        name, batch, lr = config.log.name, config.batch.global_batch, config.optimizer.lr
         print(f"branch {name}: {batch:,} sequences a step, learning rate {lr:.3g}", flush=True)
-        code = train(settings, ranks)
-        if code and not diverged(settings.directory):
+        code = train(config, ranks)
+        if code and not diverged(config.directory):
             if code != 2:  # which has told why
                 complain(f"branch {name} ended with exit code {code}; the same command goes on")
             return code
@@ -224,7 +226,7 @@ def show(rows: Sequence[Mapping[str, Any]], origin: Origin, star: float, toleran
     if noisiest > tolerance:
         more = f"scatter by up to {noisiest:.2g}, more than --tolerance {tolerance:g}"
         print(f"the smoothed losses {more}: what follows may be chance; raise it")
-    batch, length = round(star * origin.batch), origin.settings.data.sequence_length
+    batch, length = round(star * origin.batch), origin.config.data.sequence_length
     size = f"{star:g} x {origin.batch:,} = {batch:,} sequences ({human_count(batch * length)} tokens)"
     if star == rows[-1]["factor"]:
         size = f"at least {size}; the largest factor tested was still harmless, so this is a lower bound"

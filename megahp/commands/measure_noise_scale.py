@@ -27,17 +27,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from megahp import checkpoint, config
+from megahp import checkpoint
 from megahp.commands.arguments import add_outputs
 from megahp.commands.output import write_json
-from megahp.config import Config
+from megahp.config import ComputeConfig, Config, ParallelConfig, with_values
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.diagnose.example_norms import Squares, measure
 from megahp.diagnose.statistics import correlation, interval, resampled, slope
 from megahp.errors import UserError
 from megahp.log.progress import human_count, human_duration
 from megahp.model.build import build_model
-from megahp.parallel.mesh import mesh_alone
+from megahp.parallel.mesh import single_rank_mesh
 from megahp.parallel.parameters import saved
 from megahp.scaling.batch import micro_batch
 from megahp.scaling.noise_scale import estimate
@@ -79,12 +79,12 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.batches < 2:
         raise UserError(f"--batches {arguments.batches} must be at least 2, to know how sure the result is")
     paths = checkpoint.complete(arguments.run / "checkpoints") or [checkpoint.find(arguments.run)]
-    settings = settings_to_measure(paths[-1])
-    data = open_data(settings)
-    places = [place(path, settings, data, arguments) for path in paths]
-    mesh = mesh_alone(settings)
-    (model,) = build_model(settings, mesh).stages.values()
-    loader = Loader(data, mesh.device, settings.data.mask_documents)
+    config = settings_to_measure(paths[-1])
+    data = open_data(config)
+    places = [place(path, config, data, arguments) for path in paths]
+    mesh = single_rank_mesh(config)
+    (model,) = build_model(config, mesh).stages.values()
+    loader = Loader(data, mesh.device, config.data.mask_documents)
     squares, began = [], time.monotonic()
     for number, each in enumerate(places, start=1):
         checkpoint.load(each.path, saved(model))
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     exact = np.stack(estimates)  # of every batch, |G|^2 and S: [checkpoints, batches, kinds, 2]
     rows = [checkpoint_row(*each, list(kinds)) for each in zip(places, totals, exact, strict=True)]
     summary = compare(np.array([each.smoothed for each in places]), exact, list(kinds))
-    show(rows, summary, settings.batch.noise_to_total)
+    show(rows, summary, config.batch.noise_to_total)
     batches = [[vars(batch) for batch in each] for each in squares]
     found = {
         "checkpoints": [{**row, "batches": each} for row, each in zip(rows, batches, strict=True)],
@@ -115,29 +115,29 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
 def settings_to_measure(path: Path) -> Config:
     """Those of the run, for one process that measures. Raises UserError."""
-    settings = checkpoint.settings_of(path)
-    if settings.model.experts:
-        there = f"model.experts = {settings.model.experts} at {path}"
+    config = checkpoint.settings_of(path)
+    if config.model.experts:
+        there = f"model.experts = {config.model.experts} at {path}"
         raise UserError(f"{there}: an example's gradients of experts cannot be measured; name a run without experts")
-    if settings.sparsity.method != "none":
-        there = f"sparsity.method = {settings.sparsity.method!r} at {path}"
+    if config.sparsity.method != "none":
+        there = f"sparsity.method = {config.sparsity.method!r} at {path}"
         raise UserError(f"{there}: gradients of masked weights would be counted; name a dense run")
-    dtype = "float64" if settings.train.dtype == "float64" else "float32"
+    dtype = "float64" if config.train.dtype == "float64" else "float32"
     own = {"train.weights": "all", "train.noise_scale": True, "train.device": "auto", "train.dtype": dtype}
-    return config.with_values(replace(settings, parallel=config.Parallel(), compute=config.Compute()), own)
+    return with_values(replace(config, parallel=ParallelConfig(), compute=ComputeConfig()), own)
 
 
-def place(path: Path, settings: Config, data: TrainingData, arguments: argparse.Namespace) -> Place:
+def place(path: Path, config: Config, data: TrainingData, arguments: argparse.Namespace) -> Place:
     """What to measure at a checkpoint. Raises UserError."""
     state = checkpoint.read_state(path)
     if state["data"] != data.fingerprint:
-        raise UserError(f"the data of {', '.join(settings.data.train)} is not what {path} was trained on; restore it")
+        raise UserError(f"the data of {', '.join(config.data.train)} is not what {path} was trained on; restore it")
     length = state["data_order"]["length"]
     batch, micro = arguments.batch, arguments.micro_batch
     if batch is None:
-        batch = state["batch_plan"]["batch"] * settings.data.sequence_length // length
+        batch = state["batch_plan"]["batch"] * config.data.sequence_length // length
     if micro is None:
-        micro = micro_batch(settings, length)
+        micro = micro_batch(config, length)
     if micro < 1 or batch < 2 or batch % micro:
         wanted = f"at least 2, and whole microbatches of {micro}"
         raise UserError(f"--batch {batch} at {path} must be {wanted}; change it, or --micro-batch")

@@ -8,16 +8,15 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megahp import config
 from megahp.commands.arguments import human_number
-from megahp.config import resolve
+from megahp.config import config_to_toml, get_setting, resolve
 from megahp.config.presets import PRESETS
 from megahp.data.tokenizer import load_tokenizer
 from megahp.errors import UserError
 from megahp.recipe import law_file, loss_laws, pareto
 from megahp.recipe import rows as recipe_rows
 from megahp.recipe import text as recipe_text
-from megahp.recipe.recipe import PROXY, RULES, Base, Laws, Plan, plan
+from megahp.recipe.recipe import PROXY, RULES, Base, Laws, Recipe, plan
 from megahp.recipe.sizing import Given
 
 MARKED = (10, 20, 30, 50, 80, 130, 200, 320, 500, 1000)  # tokens per parameter in the Pareto plot
@@ -70,7 +69,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     notes += advice_on(found)
     if options.out:
         try:
-            options.out.write_text(config.to_toml(found.run, found.resolved.origins), encoding="utf-8")
+            options.out.write_text(config_to_toml(found.run, found.resolved.origins), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {options.out} cannot be written ({error.strerror}); name another file") from None
         print(f"run file: {options.out}", file=sys.stderr)
@@ -86,7 +85,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     return 0
 
 
-def advice_on(found: Plan) -> list[str]:
+def advice_on(found: Recipe) -> list[str]:
     """What is likely a mistake beside the data, where that is there already."""
     run = found.run
     if not run.data.train or not all(Path(f"{prefix}.idx").exists() for prefix in run.data.train):
@@ -153,7 +152,7 @@ def base_of(options: Namespace) -> Base:
         for key, origin in found.origins.items():
             if key != "model.preset" and (origin == options.base.name or origin.startswith("preset")):
                 section, name = key.split(".")
-                tree.setdefault(section, {})[name] = config.get(found.config, key)
+                tree.setdefault(section, {})[name] = get_setting(found.config, key)
         tree["model"] |= {"width": found.config.model.width, "heads": found.config.model.heads}
         tree["optimizer"] = {"lr": found.config.optimizer.lr} | tree.get("optimizer", {})
         base = Base(options.base.name, tree, f"your run {options.base}", "yours")

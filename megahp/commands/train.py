@@ -33,8 +33,8 @@ from megahp.parallel.layout import Layout, fit
 def add_arguments(parser: ArgumentParser) -> None:
     add_run_file(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
-    go_on = "go on from the newest checkpoint: auto = if there is one, else begin; required = or refuse"
-    parser.add_argument("--resume", choices=("auto", "required"), help=go_on)
+    load_state = "go on from the newest checkpoint: auto = if there is one, else begin; required = or refuse"
+    parser.add_argument("--resume", choices=("auto", "required"), help=load_state)
     again = "after a fault start the ranks again, up to so many times"
     parser.add_argument("--restarts", type=int, metavar="N", help=again)
 
@@ -43,26 +43,26 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     """Check, then start ranks or be one. What needs torch is imported once the settings are known to be right."""
     outlive_streams()  # first: a pipe must not become a stream that was closed
     leave_at_notice()
-    settings = resolve.load(options.run_file, options.overrides).config
+    config = resolve.load(options.run_file, options.overrides).config
     place = launch.world()
     ranks = place.size if options.ranks is None else options.ranks
-    layout = fit(settings.parallel, ranks)
+    layout = fit(config.parallel, ranks)
 
     from megahp.train.prepare import prepare, refuse_without_checkpoint
 
     starting = starts_ranks(options.ranks, place.size)
     warn = None if starting or options.restarts is not None or place.rank else complain  # once, by the first rank
-    settings = prepare(settings, layout, options.ranks or place.local_size, options.resume is not None, warn)
+    config = prepare(config, layout, options.ranks or place.local_size, options.resume is not None, warn)
     if options.resume == "required":
-        refuse_without_checkpoint(settings)
+        refuse_without_checkpoint(config)
     if options.restarts is not None:
-        return train_again_and_again(options, settings, place)
+        return train_again_and_again(options, config, place)
     if starting:
         return launch.spawn(words, ranks, at_notice=STOPPED)
-    return train_rank(settings, place, layout, options.resume is not None)
+    return train_rank(config, place, layout, options.resume is not None)
 
 
-def train_again_and_again(options: Namespace, settings: Config, place: launch.World) -> int:
+def train_again_and_again(options: Namespace, config: Config, place: launch.World) -> int:
     """Start ranks, and after a fault again."""
     from megahp.faults.relaunch import until_done
 
@@ -70,7 +70,7 @@ def train_again_and_again(options: Namespace, settings: Config, place: launch.Wo
         wanted = f"--restarts {options.restarts} goes with --ranks N, and is at least 0"
         raise UserError(f"{wanted}; under srun and torchrun the job is started again by whatever started it")
     arguments = ["train", str(options.run_file), *options.overrides]
-    minutes, began = settings.resilience.stop_after, time.monotonic()
+    minutes, began = config.resilience.stop_after, time.monotonic()
 
     def start(resume: bool) -> int:
         words = ["--resume", "auto"] if resume or options.resume else []
@@ -78,26 +78,26 @@ def train_again_and_again(options: Namespace, settings: Config, place: launch.Wo
             words.append(f"resilience.stop_after={max(minutes - (time.monotonic() - began) / 60, 0.001)!r}")
         return launch.spawn([*arguments, *words], options.ranks, at_notice=STOPPED)
 
-    return until_done(start, settings.directory, options.restarts)
+    return until_done(start, config.directory, options.restarts)
 
 
-def train_rank(settings: Config, place: launch.World, layout: Layout, resume: bool) -> int:
+def train_rank(config: Config, place: launch.World, layout: Layout, resume: bool) -> int:
     """Train as one rank, and leave without tearing the process group down (launch.leave)."""
     from megahp.faults.crash import report_crash
     from megahp.faults.watchdog import patience
     from megahp.parallel.device import cuda_wanted
     from megahp.train.loop import train
 
-    store = launch.join(place, cuda_wanted(settings), patience(settings.resilience.hang_after))
+    store = launch.join(place, cuda_wanted(config), patience(config.resilience.hang_after))
     try:
-        code = FINISHED if train(settings, place, store, layout, resume) else STOPPED
+        code = FINISHED if train(config, place, store, layout, resume) else STOPPED
         if place.rank == 0 and code == FINISHED:
             from megahp.report.page import read_runs, text_summary, write_report
 
             try:
-                runs = read_runs([settings.directory])
+                runs = read_runs([config.directory])
                 print(text_summary(runs[0]))
-                print(f"report: {write_report(runs, settings.directory / 'report.html')}")
+                print(f"report: {write_report(runs, config.directory / 'report.html')}")
             except (UserError, OSError) as error:  # where nothing can be told of it the run is still a finished one
                 print(f"no report: {error}")
     except UserError as error:
@@ -108,7 +108,7 @@ def train_rank(settings: Config, place: launch.World, layout: Layout, resume: bo
     except Exception as error:
         code = USER_ERROR if launch.is_told(store, "user error") else FAULT
         if code == FAULT:
-            report_crash(settings.directory, place.rank, traceback.format_exc())
+            report_crash(config.directory, place.rank, traceback.format_exc())
             if launch.is_lost_connection(error):
                 complain(Fault(f"rank {place.rank} has lost its connection to another, and ends too"))
             elif launch.is_first_to_tell(store, "fault"):

@@ -42,11 +42,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megahp import config, launch
+from megahp import launch
 from megahp.cluster.job import folder
 from megahp.commands.arguments import add_outputs, labelled, name_of, plain, positive, whole_numbers
 from megahp.commands.output import write_json
-from megahp.config import Config, resolve
+from megahp.config import Config, LogConfig, resolve, setting_names
 from megahp.diagnose import child_runs
 from megahp.diagnose.child_runs import diverged, is_over, refuse_another
 from megahp.diagnose.curves import plot, show, tables
@@ -98,17 +98,17 @@ class Cell:
     size: float
     value: float
     seed: int
-    settings: Config
+    config: Config
 
     @property
     def directory(self) -> Path:
-        return self.settings.directory
+        return self.config.directory
 
     @property
     def operations(self) -> float:
         """It takes about so many: by them the work that is done, and left, is known."""
-        settings = self.settings
-        return settings.train.tokens * training_flops(settings.model, settings.data.sequence_length)
+        config = self.config
+        return config.train.tokens * training_flops(config.model, config.data.sequence_length)
 
     def __str__(self) -> str:
         return f"{self.variant}, size {self.size:g}, {self.value:g}, seed {self.seed}"
@@ -211,12 +211,12 @@ def read_cells(arguments: argparse.Namespace) -> list[Cell]:
             name = "/".join(map(plain, (label, member[0], value, str(seed))))
             try:
                 words = [*arguments.overrides, *others, *row, f"{key}={value}", f"train.seed={seed}"]
-                settings = resolve.load(arguments.run, words).config
-                baselines = not settings.train.validation_samples  # the setting means nothing without any
-                log = config.Log(name=name, root=str(arguments.out), tensorboard=False, baselines=baselines)
-                settings = replace(settings, checkpoint=replace(settings.checkpoint, keep=1), log=log)
+                config = resolve.load(arguments.run, words).config
+                baselines = not config.train.validation_samples  # the setting means nothing without any
+                log = LogConfig(name=name, root=str(arguments.out), tensorboard=False, baselines=baselines)
+                config = replace(config, checkpoint=replace(config.checkpoint, keep=1), log=log)
                 size, at = (positive(text, NO_NUMBER) for text in (member[0], value))  # which alone have a logarithm
-                cells.append(Cell(label, size, at, seed, settings))
+                cells.append(Cell(label, size, at, seed, config))
             except UserError as error:
                 problems.setdefault(str(error), f"{label}, size {member[0]}, {value}, seed {seed}")
     refuse(problems)
@@ -227,7 +227,7 @@ def listed(word: str) -> tuple[str, list[str]]:
     """A setting and the values it is to take, as written: section.key=1,2,3. Raises UserError."""
     key, _, text = word.partition("=")
     values = text.split(",")
-    if key not in config.names() or "" in values:
+    if key not in setting_names() or "" in values:
         raise UserError(f"{word!r} is no setting with values; write section.key=1,2,3, such as model.layers=2,4,8")
     if len(set(values)) < len(values):
         raise UserError(f"{word}: each value is trained once; name it once")
@@ -245,12 +245,12 @@ def checked(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[Cell]:
     ready, problems = [], dict[str, str]()
     for cell in cells:
         try:
-            if arguments.last is None and not cell.settings.train.validation_samples:
+            if arguments.last is None and not cell.config.train.validation_samples:
                 raise UserError("train.validation_samples = 0 leaves no loss to compare; raise it, or give --last 0.1")
-            layout = fit(cell.settings.parallel, arguments.ranks)
-            settings = prepare(cell.settings, layout, arguments.ranks, resume=True)
-            refuse_another(settings)
-            ready.append(replace(cell, settings=settings))
+            layout = fit(cell.config.parallel, arguments.ranks)
+            config = prepare(cell.config, layout, arguments.ranks, resume=True)
+            refuse_another(config)
+            ready.append(replace(cell, config=config))
         except UserError as error:
             problems.setdefault(str(error), str(cell))
     refuse(problems)
@@ -293,7 +293,7 @@ def submit(words: Sequence[str], arguments: argparse.Namespace) -> int:
 def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
     """Train whatever nobody else does until nothing is left, and end this process."""
     began, before, code = time.monotonic(), [cell for cell in cells if is_over(cell.directory)], 0
-    store = launch.join(launch.World(), cuda_wanted(cells[0].settings)) if ranks == 1 else None
+    store = launch.join(launch.World(), cuda_wanted(cells[0].config)) if ranks == 1 else None
     try:
         for cell in cells:
             with claimed(cell) as mine:
@@ -336,18 +336,18 @@ def train_cell(cell: Cell, ranks: int, store: dist.Store | None) -> float:
     of its own. Returns the seconds it took. Raises UserError where it did not end."""
     began = time.monotonic()
     if store is not None:
-        layout = fit(cell.settings.parallel, 1)
+        layout = fit(cell.config.parallel, 1)
         with open_unlinked(cell.directory / "train.log", "w") as said, contextlib.redirect_stdout(said):
             try:
-                settings = prepare(cell.settings, layout, 1, resume=True)
-                finished = train(settings, launch.World(), store, layout, resume=True)
+                config = prepare(cell.config, layout, 1, resume=True)
+                finished = train(config, launch.World(), store, layout, resume=True)
             except (UserError, Fault):
                 if not diverged(cell.directory):
                     raise
                 finished = True
         if not finished:
             raise Told(f"{cell} was told to leave; the same command goes on")
-    elif (code := child_runs.train(cell.settings, ranks)) and not diverged(cell.directory):
+    elif (code := child_runs.train(cell.config, ranks)) and not diverged(cell.directory):
         raise UserError(f"{cell} ended with exit code {code}; the same command goes on")
     shutil.rmtree(cell.directory / "checkpoints", ignore_errors=True)
     gc.collect()  # a model is a circle of references, and the next one needs the room

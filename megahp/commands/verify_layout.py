@@ -15,11 +15,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    settings = resolve.load(options.run_file, options.overrides).config
+    config = resolve.load(options.run_file, options.overrides).config
 
     from megahp.diagnose.verify import verify  # and with it torch, for settings that are right
 
-    found = verify(settings, options.ranks)
+    found = verify(config, options.ranks)
     for difference in found[:SHOWN]:
         print(difference)
     verdict = f"{len(found)} differences" if found else "the same model: loss, gradients, norms and weights agree"

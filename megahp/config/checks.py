@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from megahp.config.schema import VOCAB_MULTIPLE, Config
-from megahp.config.words import parse_table, stages
+from megahp.config.words import parse_table, phases_of
 from megahp.errors import nearest_divisors, nearest_multiples
 
 STAGES_PER_RANK = {
@@ -167,7 +167,7 @@ def _data(config: Config) -> list[str]:
     """What is wrong with mixtures and sequence lengths, from the first to the last."""
     data, (multiple, why) = config.data, _unit_of_lengths(config)
     try:
-        along = stages(data)
+        along = phases_of(data)
     except ValueError as error:
         return [f"data.lengths or data.mixtures: {error}"]
     problems = [
@@ -212,7 +212,7 @@ def _float8(config: Config) -> list[str]:
     try:
         lengths = {
             f"sequence length {stage.length} / parallel.cp": stage.length // config.parallel.cp
-            for stage in stages(config.data)
+            for stage in phases_of(config.data)
         }
     except ValueError:
         lengths = {}  # refused elsewhere

@@ -7,7 +7,7 @@ import textwrap
 from typing import Any, Literal, get_args, get_origin
 
 from megahp.config.resolve import BOUNDS, KINDS, in_words, suggest
-from megahp.config.schema import FIELDS, SECTIONS, TYPES, fixed, toml_value
+from megahp.config.schema import FIELDS, SECTIONS, TYPES, fixed_when, toml_value
 from megahp.errors import UserError
 
 WIDTH = 100  # of a terminal
@@ -59,7 +59,7 @@ def _facts(key: str) -> dict[str, str]:
         "bounds": ", ".join(f"{bound.replace('_', ' ')} {law[bound]:g}" for bound in BOUNDS if bound in law),
         "default": toml_value(FIELDS[key].default),
         "only with": f"{other}: {in_words(values, toml_value)}" if other else "",
-        "fixed": FIXED.get(fixed(key), ""),
+        "fixed": FIXED.get(fixed_when(key), ""),
     }
     return {what: fact for what, fact in facts.items() if fact}
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from megahp.config.checks import idle, impossible
 from megahp.config.presets import PRESETS
-from megahp.config.schema import FIELDS, SECTIONS, TYPES, Config, get, names, with_values
+from megahp.config.schema import FIELDS, SECTIONS, TYPES, Config, get_setting, setting_names, with_values
 from megahp.errors import UserError
 from megahp.files import read_toml
 
@@ -55,11 +55,11 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], writt
     config = _derive(config, origins)
     problems += impossible(config)
     _refuse(problems)
-    return Resolved(config, {key: origins.get(key, "default") for key in names()})
+    return Resolved(config, {key: origins.get(key, "default") for key in setting_names()})
 
 
 def from_dict(tree: Mapping[str, Mapping[str, Any]], origin: str) -> Config:
-    """The tree written by `to_dict`, checked again."""
+    """The tree written by `config_to_dict`, checked again."""
     return resolve([(origin, tree)], written=True).config
 
 
@@ -168,7 +168,7 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
     """Find the settings that mean nothing beside the others, each with the cause and what it needs."""
     laws = {key: field.metadata["only_with"] for key, field in FIELDS.items() if "only_with" in field.metadata}
     for key, (other, *values) in laws.items():
-        now = get(config, other)
+        now = get_setting(config, other)
         if not any(now in value if isinstance(value, range) else now == value for value in values):
             yield key, f"{other} = {now!r}; it needs {in_words(values)}"
     yield from idle(config)
@@ -182,8 +182,8 @@ def in_words(values: Sequence[Any], show: Callable[[Any], str] = str) -> str:
 def _unused(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     """Settings that are given and mean nothing beside the others."""
     for key, why in _idle(config):
-        if get(config, key) != FIELDS[key].default:
-            yield f"{key} = {get(config, key)!r} ({origins[key]}) has no effect with {why}"
+        if get_setting(config, key) != FIELDS[key].default:
+            yield f"{key} = {get_setting(config, key)!r} ({origins[key]}) has no effect with {why}"
 
 
 def _without_idle(config: Config, origins: dict[str, str], origin: str) -> Config:
@@ -208,7 +208,7 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
     if model.expert_width and not model.dense_layers:
         derived["model.mlp_width"] = (model.expert_width, "derived from model.expert_width")
     for key, (value, why) in derived.items():
-        if get(config, key) == 0 and (key != "model.head_size" or model.width % model.heads == 0):
+        if get_setting(config, key) == 0 and (key != "model.head_size" or model.width % model.heads == 0):
             config = with_values(config, {key: value})
             origins[key] = why
     return config

@@ -47,7 +47,7 @@ of_experts = partial(setting, only_with=("model.experts", SOME))
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     """The decoder transformer."""
 
     fixed = "always"
@@ -108,7 +108,7 @@ of_completep = partial(setting, only_with=("parameterization.name", "completep")
 
 
 @dataclass(frozen=True)
-class Parameterization:
+class ParameterizationConfig:
     """How init, learning rates and multipliers follow from the model's size (megahp/scaling/parameterization.py)."""
 
     fixed = "always"
@@ -132,7 +132,7 @@ class Parameterization:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """Where tokens come from and in which order."""
 
     fixed = "on resume"  # but files may move: the data is known by its fingerprint
@@ -157,7 +157,7 @@ of_wsd = partial(setting, only_with=("schedule.name", "wsd"))
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ScheduleConfig:
     """The learning rate over the run's tokens, as a fraction of its peak."""
 
     name: Literal["decay-to-zero", "linear", "cosine", "wsd", "constant", "inverse-sqrt"] = setting(
@@ -183,7 +183,7 @@ of_measuring = partial(setting, only_with=("batch.policy", "noise-scale", "measu
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchConfig:
     """How many sequences one optimizer step sees, and what follows from that (megahp/scaling/batch/)."""
 
     policy: Literal["constant", "ramp", "table", "law", "noise-scale", "measured"] = setting(
@@ -238,7 +238,7 @@ of_muon = partial(setting, only_with=("optimizer.name", "muon"))
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class OptimizerConfig:
     """The update rule and clipping. Values are the base ones; the parameterization makes each weight's own of them."""
 
     name: Literal["adamw", "muon"] = setting(
@@ -261,7 +261,7 @@ of_moving = partial(setting, only_with=("sparsity.method", "gradual", "rigl"))
 
 
 @dataclass(frozen=True)
-class Sparsity:
+class SparsityConfig:
     """Which weights of the blocks' matrices are zero, and stay so (megahp/train/masks.py)."""
 
     fixed = "unless dense"
@@ -301,7 +301,7 @@ of_pipelines = partial(setting, only_with=("parallel.pp", SEVERAL))
 
 
 @dataclass(frozen=True)
-class Parallel:
+class ParallelConfig:
     """The layout. Data parallelism fills what the other axes leave."""
 
     tp: int = setting(1, "tensor parallel: each weight matrix split over so many ranks", at_least=1)
@@ -343,7 +343,7 @@ class Parallel:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainConfig:
     """How long, how precisely, from which seed."""
 
     start_from: str = setting("", "checkpoint, or run directory, whose weights and progress a new run takes over")
@@ -377,7 +377,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Compute:
+class ComputeConfig:
     """How a block is computed: time against memory, the same model."""
 
     compile: bool = setting(False, "torch.compile every block")
@@ -396,7 +396,7 @@ class Compute:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointConfig:
     """What is kept, and when."""
 
     every: int = setting(0, "steps between checkpoints; 0 = only at the end", at_least=0)
@@ -413,7 +413,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Resilience:
+class ResilienceConfig:
     """What is watched while training, and what is done about it."""
 
     stop_after: float = setting(
@@ -444,7 +444,7 @@ class Resilience:
 
 
 @dataclass(frozen=True)
-class Log:
+class LogConfig:
     """The run directory: root/name."""
 
     name: str = setting("run", "name of the run")
@@ -464,19 +464,19 @@ class Log:
 class Config:
     """Everything that decides a run."""
 
-    model: Model = Model()
-    parameterization: Parameterization = Parameterization()
-    data: Data = Data()
-    schedule: Schedule = Schedule()
-    batch: Batch = Batch()
-    optimizer: Optimizer = Optimizer()
-    sparsity: Sparsity = Sparsity()
-    parallel: Parallel = Parallel()
-    train: Train = Train()
-    compute: Compute = Compute()
-    checkpoint: Checkpoint = Checkpoint()
-    resilience: Resilience = Resilience()
-    log: Log = Log()
+    model: ModelConfig = ModelConfig()
+    parameterization: ParameterizationConfig = ParameterizationConfig()
+    data: DataConfig = DataConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sparsity: SparsityConfig = SparsityConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    compute: ComputeConfig = ComputeConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
+    log: LogConfig = LogConfig()
 
     @property
     def directory(self) -> Path:
@@ -488,17 +488,17 @@ TYPES = {name: get_type_hints(section) for name, section in SECTIONS.items()}
 FIELDS = {f"{name}.{f.name}": f for name, section in SECTIONS.items() for f in fields(section)}
 
 
-def names() -> list[str]:
+def setting_names() -> list[str]:
     """Every setting there is, as section.key, in order."""
     return list(FIELDS)
 
 
-def fixed(key: str) -> str:
+def fixed_when(key: str) -> str:
     """Tell what may not change section.key once there is a checkpoint: see `Law`."""
     return FIELDS[key].metadata.get("fixed", getattr(SECTIONS[key.partition(".")[0]], "fixed", "never"))
 
 
-def get(config: Config, key: str) -> Any:
+def get_setting(config: Config, key: str) -> Any:
     """The value of section.key. Raises AttributeError for a key there is not."""
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
@@ -512,15 +512,15 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     return config
 
 
-def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+def config_differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """Return the settings whose values differ: section.key -> (before, now), passwords of URLs masked, which may have
     changed without making another run of it."""
-    old, new = to_dict(before), to_dict(now)
+    old, new = config_to_dict(before), config_to_dict(now)
     keys = [(section, key) for section, values in old.items() for key in values]
     return {f"{s}.{key}": (old[s][key], new[s][key]) for s, key in keys if old[s][key] != new[s][key]}
 
 
-def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Return the whole tree as {section: {key: value}}, passwords of URLs masked."""
     return {
         section: {key: masked(value) if isinstance(value, str) else value for key, value in values.items()}
@@ -528,7 +528,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     }
 
 
-def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
+def config_to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
     """Return the whole tree as a valid run file, passwords of URLs masked; with origins, each line says where its value
     came from."""
     lines: list[str] = []

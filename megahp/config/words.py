@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megahp.config.schema import Data
+from megahp.config.schema import DataConfig
 
 
 @dataclass(frozen=True)
-class Stage:
+class Phase:
     """What the data is from some tokens of the run on."""
 
     tokens: float
@@ -18,7 +18,7 @@ class Stage:
     weights: tuple[float, ...]  # one a source, 0 = not now; empty = in proportion to their tokens
 
 
-def stages(data: Data) -> list[Stage]:
+def phases_of(data: DataConfig) -> list[Phase]:
     """The stages of the data, the first from 0 tokens on. Raises ValueError naming the word that is wrong."""
     lengths = [
         (0.0, data.sequence_length),
@@ -31,12 +31,12 @@ def stages(data: Data) -> list[Stage]:
         ),
     ]
     begins = sorted({tokens for tokens, _ in (*lengths, *mixtures)})
-    return [Stage(tokens, _reached(lengths, tokens), _reached(mixtures, tokens)) for tokens in begins]
+    return [Phase(tokens, _reached(lengths, tokens), _reached(mixtures, tokens)) for tokens in begins]
 
 
-def stage_at(stages: Sequence[Stage], tokens: int) -> int:
+def phase_at(phases: Sequence[Phase], tokens: int) -> int:
     """The number of the stage that a step beginning after so many tokens belongs to."""
-    return bisect_right(stages, float(tokens), key=lambda stage: stage.tokens) - 1
+    return bisect_right(phases, float(tokens), key=lambda phase: phase.tokens) - 1
 
 
 def parse_table(words: tuple[str, ...]) -> list[tuple[float, int]]:

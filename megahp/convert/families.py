@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megahp import config
+from megahp.config import ModelConfig
 from megahp.errors import UserError
 
 ATTENTION = ("attention.qkv", "attention.out")
@@ -306,7 +306,7 @@ GLM4_MOE = replace(
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, NEOX, STARCODER2, GPT2, MPT, MIXTRAL, QWEN3_MOE, GLM4_MOE)
 
 
-def family_of(model: config.Model, only: Family | None = None) -> Family:
+def family_of(model: ModelConfig, only: Family | None = None) -> Family:
     """The first family that has the model; only: the one that must. Raises UserError with what the nearest would need:
     one of its positions, if there is any."""
     found = [(_misfits(family, model), family) for family in ((only,) if only else FAMILIES)]
@@ -325,7 +325,7 @@ def family_named(model_type: object) -> Family:
     return known[model_type]
 
 
-def has(model: config.Model, module: str, layer: int = 0) -> bool:
+def has(model: ModelConfig, module: str, layer: int = 0) -> bool:
     """Whether our model has such a module, in this layer if it is one of a block."""
     dense = layer < model.layers - model.expert_layers
     if module == "unembedding":
@@ -339,19 +339,19 @@ def has(model: config.Model, module: str, layer: int = 0) -> bool:
     return not module.startswith("mlp.") or dense == (module in MLP)
 
 
-def has_bias(model: config.Model, module: str) -> bool:
+def has_bias(model: ModelConfig, module: str) -> bool:
     """Whether a module of ours has a bias where model.bias is true."""
     return module in LINEAR or (module in NORMS and model.norm == "layernorm")
 
 
-def _misfits(family: Family, model: config.Model) -> list[str]:
+def _misfits(family: Family, model: ModelConfig) -> list[str]:
     """What the family would need of a model to have it."""
     derived = {
         "kv_heads": model.heads,
         "head_size": model.width // model.heads,
         "mlp_width": model.expert_width or 4 * model.width,
     }
-    without_a_word = {name: (value,) for name, value in {**vars(config.Model()), **derived}.items()}
+    without_a_word = {name: (value,) for name, value in {**vars(ModelConfig()), **derived}.items()}
     anything = {name: (getattr(model, name),) for name in (*IDLE, "bias", *family.keys) if hasattr(model, name)}
     found = [
         f"model.{name} = {' or '.join(map(repr, allowed))}, not {getattr(model, name)!r}"

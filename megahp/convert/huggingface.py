@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megahp import config
-from megahp.config import resolve
+from megahp.config import Config, ModelConfig, resolve
 from megahp.convert.families import ABSENT, ACTIVATIONS, EXPERTS, LINEAR, Family, family_named, family_of, has, has_bias
 from megahp.errors import UserError
 from megahp.model.build import longest
@@ -25,19 +24,19 @@ OLDER = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor",
 OLD_BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # early versions saved them
 
 
-def export(settings: config.Config, weights: Weights, family: Family | None = None) -> tuple[dict[str, Any], Tensors]:
+def export(config: Config, weights: Weights, family: Family | None = None) -> tuple[dict[str, Any], Tensors]:
     """What config.json says, and the tensors by name, of the architecture that computes our model's logits, the first
     that does where none is given.
 
     weights: the global ones by our names, of any floating dtype, which theirs then have. Biases that only they have are
     zeros, and the rows that pad the vocabulary are left out. Raises UserError where no architecture has the model.
     """
-    model, read = without_multipliers(settings, weights)
+    model, read = without_multipliers(config, weights)
     family = family_of(model, family)
     lacking = family.always_biased and not model.bias
     model = replace(model, bias=model.bias or lacking)
     written = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-    values = {**vars(model), "activation": written[model.activation], "sequence_length": longest(settings)}
+    values = {**vars(model), "activation": written[model.activation], "sequence_length": longest(config)}
     hf_config = {
         "model_type": family.model_type,
         "architectures": [family.architecture],
@@ -51,7 +50,7 @@ def export(settings: config.Config, weights: Weights, family: Family | None = No
     return hf_config, _exported(family, model, read, lacking)
 
 
-def _exported(family: Family, model: config.Model, read: Callable[[str], Tensor], lacking: bool) -> Tensors:
+def _exported(family: Family, model: ModelConfig, read: Callable[[str], Tensor], lacking: bool) -> Tensors:
     tensor = torch.empty(0)
     for name, module, theirs in _names(family, model, family.bias):
         zeros = lacking and name.endswith(".bias")  # as many as its weight, which came just before, has rows
@@ -94,7 +93,7 @@ def import_(
 
 
 def _imported(
-    family: Family, model: config.Model, weights: Weights, names: Sequence[tuple[str, str, list[str]]]
+    family: Family, model: ModelConfig, weights: Weights, names: Sequence[tuple[str, str, list[str]]]
 ) -> Tensors:
     tensor = torch.empty(0)
     for name, module, theirs in names:
@@ -108,14 +107,14 @@ def _imported(
             yield name, tensor.contiguous()
 
 
-def without_multipliers(settings: config.Config, weights: Weights) -> tuple[config.Model, Callable[[str], Tensor]]:
+def without_multipliers(config: Config, weights: Weights) -> tuple[ModelConfig, Callable[[str], Tensor]]:
     """The model that computes the same in SP with all multipliers 1, and what reads its weights by name.
 
     Of the table, `embedding` goes into the embeddings, which unties a tied head; `residual` into the last matrix of
     each branch; `logits` into the final norm, which is right for a tied head too; `attention`, over SP's, into the
     queries, or their norm. A weight is rounded once, and not at all where a multiplier is a power of two.
     """
-    model = settings.model
+    model = config.model
 
     def read(name: str) -> Tensor:
         module = _module(name)
@@ -123,16 +122,16 @@ def without_multipliers(settings: config.Config, weights: Weights) -> tuple[conf
             return weights["embedding.weight"]
         if module.startswith("mlp.shared.") and not model.shared_experts:  # they have it all the same, with no rows
             return torch.empty((model.width, 0) if module == "mlp.shared.down" else (0, model.width))
-        return _scaled(settings, name, weights[name], torch.mul)
+        return _scaled(config, name, weights[name], torch.mul)
 
-    return replace(model, tied_embeddings=model.tied_embeddings and table_of(settings).embedding == 1), read
+    return replace(model, tied_embeddings=model.tied_embeddings and table_of(config).embedding == 1), read
 
 
-def with_multipliers(settings: config.Config, weights: Tensors) -> Tensors:
+def with_multipliers(config: Config, weights: Tensors) -> Tensors:
     """The inverse of `without_multipliers`: the model's own weights, the same to the bit where multipliers are powers
     of two, else within an ulp, since they were rounded twice. Raises UserError for weights that cannot have come of it:
     a bias the model does not have, or a head that is no longer tied."""
-    model, table = settings.model, table_of(settings)
+    model, table = config.model, table_of(config)
     embedding = torch.empty(0)
     for name, weight in weights:
         if name.endswith(".bias") and has_bias(model, _module(name)) and not model.bias:
@@ -141,25 +140,25 @@ def with_multipliers(settings: config.Config, weights: Tensors) -> Tensors:
         elif model.tied_embeddings and table.embedding != 1 and name == "embedding.weight":
             embedding = weight
         elif model.tied_embeddings and name == "unembedding.weight":  # which is the embedding as it was
-            folded = _scaled(settings, "embedding.weight", weight, torch.mul)
+            folded = _scaled(config, "embedding.weight", weight, torch.mul)
             if not folded[: model.vocab_size].equal(embedding[: model.vocab_size]):
                 raise UserError("embedding and unembedding have parted, and the model's are tied")
             yield "embedding.weight", weight
         else:
-            yield name, _scaled(settings, name, weight, torch.div)
+            yield name, _scaled(config, name, weight, torch.div)
 
 
-def _scaled(settings: config.Config, name: str, weight: Tensor, by: Callable[[Tensor, float], Tensor]) -> Tensor:
+def _scaled(config: Config, name: str, weight: Tensor, by: Callable[[Tensor, float], Tensor]) -> Tensor:
     """A weight of ours times the multipliers that are folded into it, or over them."""
-    table, qkv = table_of(settings), _qkv(settings.model)
-    attention = table.attention / settings.model.head_size**-0.5
+    table, qkv = table_of(config), _qkv(config.model)
+    attention = table.attention / config.model.head_size**-0.5
     factors = {
         **dict.fromkeys(("embedding", "positions"), table.embedding),
         **dict.fromkeys(("attention.out", "mlp.down", "mlp.experts.down", "mlp.shared.down"), table.residual),
         "attention.query_norm": attention,
         "final_norm": table.logits,
     }
-    if _module(name) == "attention.qkv" and not settings.model.qk_norm:
+    if _module(name) == "attention.qkv" and not config.model.qk_norm:
         queries, *others = qkv.matrices(weight)
         return qkv.fuse([_rounded(queries, attention, by), *others])
     return _rounded(weight, factors.get(_module(name), 1.0), by)
@@ -174,14 +173,14 @@ def _module(name: str) -> str:
     return re.sub(r"^blocks\.\d+\.|\.(weight|bias)$", "", name)
 
 
-def _qkv(model: config.Model) -> Row:
+def _qkv(model: ModelConfig) -> Row:
     """What takes our fused matrix apart into all queries, all keys and all values."""
     size = model.head_size
     return Row(Role.HIDDEN, fused=(model.heads // model.kv_heads * size, size, size))
 
 
 def _names(
-    family: Family, model: config.Model, biased: Collection[str], stem: str = ""
+    family: Family, model: ModelConfig, biased: Collection[str], stem: str = ""
 ) -> Iterator[tuple[str, str, list[str]]]:
     """Our tensors: name, module within a block, and their names, without the stem, for what it is made of.
 
@@ -205,7 +204,7 @@ def _names(
                 yield f"{name}.bias", module, [f"{each}.bias" for each in found if module in biased]
 
 
-def _apart(family: Family, model: config.Model, module: str, ours: Tensor) -> Sequence[Tensor]:
+def _apart(family: Family, model: ModelConfig, module: str, ours: Tensor) -> Sequence[Tensor]:
     """What they have for one of our tensors."""
     if module in ("embedding", "unembedding"):
         return [ours[: model.vocab_size]]
@@ -218,7 +217,7 @@ def _apart(family: Family, model: config.Model, module: str, ours: Tensor) -> Se
     return [part.t() for part in parts] if family.transposed and module in LINEAR else parts
 
 
-def _together(family: Family, model: config.Model, module: str, theirs: Sequence[Tensor]) -> Tensor:
+def _together(family: Family, model: ModelConfig, module: str, theirs: Sequence[Tensor]) -> Tensor:
     """The inverse of `_apart`."""
     if module in ("embedding", "unembedding"):
         padding = theirs[0].mean(0, keepdim=True).expand(model.padded_vocab - model.vocab_size, -1)

@@ -6,20 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from megahp import config
+from megahp.config import Config
 from megahp.convert import sidecar
 from megahp.convert.huggingface import OLDER, Tensors, export, import_
 from megahp.convert.sidecar import MODELS, Files, Weights, write_files, write_json
 from megahp.files import read_json
 
 
-def write(folder: Path, settings: config.Config, tensors: Mapping[str, Tensor], eod: int, limit: int) -> None:
+def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], eod: int, limit: int) -> None:
     """Write the model of a checkpoint whose tensors have these names, in files of `limit` bytes. eod: the token that
     ends a document. Raises UserError where no architecture has the model."""
-    hf_config, exported = export(settings, Weights(tensors))
+    hf_config, exported = export(config, Weights(tensors))
     folder.mkdir(parents=True)
     write_files(folder, "model", exported, limit)
-    sidecar.write(folder, settings, tensors, limit)
+    sidecar.write(folder, config, tensors, limit)
     ends = {"bos_token_id": None, "eos_token_id": eod}
     write_json(folder / "generation_config.json", ends)
     write_json(folder / "config.json", hf_config | ends)

@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megahp import config
 from megahp.checkpoint.shards import in_files
+from megahp.config import Config, with_values
 from megahp.config.schema import VOCAB_MULTIPLE
 from megahp.convert import sidecar
 from megahp.convert.families import ALWAYS, LINEAR, NORMS, Family
@@ -287,22 +287,22 @@ def read(folder: Path, legacy: bool, given: Mapping[str, Any]) -> tuple[Mapping[
     return sidecar.restored(folder, layer, weights)
 
 
-def write(folder: Path, settings: config.Config, tensors: Mapping[str, Tensor], legacy: bool, limit: int) -> None:
+def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], legacy: bool, limit: int) -> None:
     """Write a model as Megatron's weights without optimizer; torch_dist a tensor at a time, in files of `limit` bytes,
     the legacy format as one file, from memory. Raises UserError where Megatron does not have the model."""
-    rows = config.with_values(settings, {"model.vocab_size": settings.model.padded_vocab})  # its softmax is over all
-    told, exported = export(rows, Weights(tensors), _family(settings.model.norm))
-    state = {"args": Namespace(**_args(told, settings)), "checkpoint_version": 3.0, "iteration": 0}
+    rows = with_values(config, {"model.vocab_size": config.model.padded_vocab})  # its softmax is over all
+    told, exported = export(rows, Weights(tensors), _family(config.model.norm))
+    state = {"args": Namespace(**_args(told, config)), "checkpoint_version": 3.0, "iteration": 0}
     place = folder / "release" / ("mp_rank_00" if legacy else "")
     place.mkdir(parents=True)
     if legacy:
         model = {name: tensor.clone() for name, tensor in _fused(exported)}
         torch.save({**state, "model": model}, place / "model_optim_rng.pt")
     else:
-        _write_distributed(place, _fused(exported), settings.model.layers, limit)
+        _write_distributed(place, _fused(exported), config.model.layers, limit)
         torch.save(state, place / "common.pt")
     (folder / TRACKER).write_text("release")
-    sidecar.write(folder, settings, tensors, limit)
+    sidecar.write(folder, config, tensors, limit)
 
 
 def _write_distributed(folder: Path, tensors: Tensors, layers: int, limit: int) -> None:
@@ -369,26 +369,26 @@ def _told(state: Any, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     args["vocab_size"] = args.get("vocab_size") or args.get("padded_vocab_size")
     needed = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
     if missing := [key for key in needed if not args.get(key)]:
-        settings = [f"model.{ours}=" for ours, theirs in MEGATRON.keys.items() if theirs in missing]
-        raise UserError(f"{folder} does not say its {', '.join(missing)}; add {' '.join(settings)}")
+        config = [f"model.{ours}=" for ours, theirs in MEGATRON.keys.items() if theirs in missing]
+        raise UserError(f"{folder} does not say its {', '.join(missing)}; add {' '.join(config)}")
     return args
 
 
-def _args(told: Mapping[str, Any], settings: config.Config) -> dict[str, Any]:
+def _args(told: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """The inverse of `_told`."""
     return {
         **{key: told[key] for key in told if key in (*MEGATRON.keys.values(), *MEGATRON.needs, "add_bias_linear")},
-        "group_query_attention": settings.model.kv_heads != settings.model.heads,
+        "group_query_attention": config.model.kv_heads != config.model.heads,
         "swiglu": told["activation"] == "silu",
         "squared_relu": told["activation"] == "relu2",
         "openai_gelu": told["activation"] == "gelu_pytorch_tanh",
         "bias_gelu_fusion": False,
-        "normalization": {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[settings.model.norm],
-        "position_embedding_type": POSITIONS[settings.model.positions],
+        "normalization": {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[config.model.norm],
+        "position_embedding_type": POSITIONS[config.model.positions],
         "untie_embeddings_and_output_weights": not told["tied"],
         "seq_length": told["max_position_embeddings"],
-        "vocab_size": settings.model.vocab_size,
-        "padded_vocab_size": settings.model.padded_vocab,
+        "vocab_size": config.model.vocab_size,
+        "padded_vocab_size": config.model.padded_vocab,
         "make_vocab_size_divisible_by": VOCAB_MULTIPLE,
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,

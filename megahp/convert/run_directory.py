@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megahp import checkpoint, config
-from megahp.config import Config, resolve
+from megahp import checkpoint
+from megahp.config import Config, ParallelConfig, config_to_toml, fixed_when, resolve, setting_names, with_values
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.model.build import skeleton
-from megahp.parallel.mesh import mesh_alone
+from megahp.parallel.mesh import single_rank_mesh
 from megahp.parallel.parameters import saved
 from megahp.train.prepare import with_vocabulary
 from megahp.train.run import state_of_weights
 
 # what of a converted model's settings its next run cannot choose
-FIXED = [key for key in config.names() if config.fixed(key) in ("always", "unless dense")]
+FIXED = [key for key in setting_names() if fixed_when(key) in ("always", "unless dense")]
 KEPT = (*FIXED, "model", "data.sequence_length", "data.lengths")
 
 
@@ -53,19 +53,19 @@ def write_run(
         named = str(arguments.target / name)
     origin = str(arguments.source)
     resolved = resolve.resolve([(origin, layer), (origin, {"data": {"tokenizer": named}}), ("command line", said)])
-    settings = with_vocabulary(resolved.config, tokenizer)
+    config = with_vocabulary(resolved.config, tokenizer)
     place = checkpoint.path(partial / "checkpoints", 0)
-    fitted = fitting(tensors, shapes_of(settings))
-    checkpoint.write(place, fitted, state_of_weights(settings), limit(arguments))
-    settings = config.with_values(settings, {"train.start_from": str(arguments.target)})
-    (partial / "config.toml").write_text(config.to_toml(settings, resolved.origins), encoding="utf-8")
+    fitted = fitting(tensors, shapes_of(config))
+    checkpoint.write(place, fitted, state_of_weights(config), limit(arguments))
+    config = with_values(config, {"train.start_from": str(arguments.target)})
+    (partial / "config.toml").write_text(config_to_toml(config, resolved.origins), encoding="utf-8")
     return tokenizer
 
 
-def shapes_of(settings: Config) -> dict[str, torch.Size]:
+def shapes_of(config: Config) -> dict[str, torch.Size]:
     """Of the weights by name, of a model that is not made."""
-    settings = config.with_values(replace(settings, parallel=config.Parallel()), {"train.device": "cpu"})
-    model = skeleton(settings, mesh_alone(settings))
+    config = with_values(replace(config, parallel=ParallelConfig()), {"train.device": "cpu"})
+    model = skeleton(config, single_rank_mesh(config))
     return {name: weight.shape for name, weight in saved(model).items()}
 
 

@@ -13,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megahp import config
 from megahp.checkpoint.shards import ByName, in_files
-from megahp.config import resolve
+from megahp.config import Config, config_to_dict, resolve
 from megahp.convert.huggingface import Tensors, with_multipliers, without_multipliers
 from megahp.errors import UserError
 from megahp.files import is_plain, read_json
@@ -63,11 +62,11 @@ class Weights(ByName):
         return self.tensors[self.index[name]]
 
 
-def write(folder: Path, settings: config.Config, tensors: Mapping[str, Tensor], limit: int) -> None:
+def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], limit: int) -> None:
     """Write what other formats lack of a checkpoint whose tensors have these names, in files of `limit` bytes."""
-    write_files(folder, "megahp", _without_place(settings, tensors), limit)
-    more = {"table": table_of(settings).to_dict(), "tensors": sorted(Files(folder, "megahp"))}
-    write_json(folder / OURS, {"config": config.to_dict(settings), **more})
+    write_files(folder, "megahp", _without_place(config, tensors), limit)
+    more = {"table": table_of(config).to_dict(), "tensors": sorted(Files(folder, "megahp"))}
+    write_json(folder / OURS, {"config": config_to_dict(config), **more})
 
 
 def restored(
@@ -81,18 +80,18 @@ def restored(
     kinds = {"config": dict, "table": dict, "tensors": list}
     if wrong := [key for key, kind in kinds.items() if not isinstance(ours.get(key), kind)]:
         raise UserError(f"{folder / OURS} has no {wrong[0]}, or one of another type; {_remedy(folder)}")
-    settings = resolve.from_dict(ours["config"], str(folder / OURS))
-    if table_of(settings).to_dict() != ours["table"]:
+    config = resolve.from_dict(ours["config"], str(folder / OURS))
+    if table_of(config).to_dict() != ours["table"]:
         raise UserError(f"{folder / OURS} has another parameterization table than this megahp; {_remedy(folder)}")
     if lacking := {str(name) for name in ours["tensors"]} - set(more):
         raise UserError(f"{folder}/megahp.safetensors lacks {min(lacking)}; restore it, or {_remedy(folder)}")
-    theirs, (written, _) = resolve.resolve([(str(folder), layer)]).config, without_multipliers(settings, {})
+    theirs, (written, _) = resolve.resolve([(str(folder), layer)]).config, without_multipliers(config, {})
     pairs = {key: (getattr(theirs.model, key), getattr(written, key)) for key in layer["model"] if key != "bias"}
-    pairs["sequence_length"] = theirs.data.sequence_length, longest(settings)
+    pairs["sequence_length"] = theirs.data.sequence_length, longest(config)
     for key, (here, before) in pairs.items():
         if here != before:  # it may have more biases
             raise UserError(f"{folder}: {key} is {here!r} and was {before!r}; {_remedy(folder)}")
-    return ours["config"], _restored(settings, weights, more, folder)
+    return ours["config"], _restored(config, weights, more, folder)
 
 
 def write_files(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
@@ -115,21 +114,21 @@ def write_files(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], 
     write_json(folder / f"{name}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": listing})
 
 
-def _without_place(settings: config.Config, tensors: Mapping[str, Tensor]) -> Tensors:
+def _without_place(config: Config, tensors: Mapping[str, Tensor]) -> Tensors:
     """What an architecture of theirs does not have: masks, and the rows that pad the vocabulary."""
     for name in (f"model.{each}" for each in VOCABULARY):
         if name in tensors:
-            yield f"padding.{name}", tensors[name][settings.model.vocab_size :].clone()
+            yield f"padding.{name}", tensors[name][config.model.vocab_size :].clone()
     yield from ((name, tensors[name]) for name in tensors if name.startswith("mask."))
 
 
-def _restored(settings: config.Config, weights: Tensors, more: Files, folder: Path) -> Tensors:
+def _restored(config: Config, weights: Tensors, more: Files, folder: Path) -> Tensors:
     """The tensors of a checkpoint, from weights without multipliers and from what had no place beside them."""
     try:
-        for short, weight in with_multipliers(settings, weights):
+        for short, weight in with_multipliers(config, weights):
             name, mask = f"model.{short}", f"mask.{short}"
             if f"padding.{name}" in more:
-                weight = torch.cat((weight[: settings.model.vocab_size], more[f"padding.{name}"]))
+                weight = torch.cat((weight[: config.model.vocab_size], more[f"padding.{name}"]))
             if mask in more:
                 if weight[~more[mask]].any():
                     raise UserError(f"{name} is not 0 where it is masked")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megahp.config import Stage, stage_at
+from megahp.config import Phase, phase_at
 from megahp.data.blend import Blend
 from megahp.data.indexed import IndexedDataset
 from megahp.data.samples import SampleOrder, split_documents
@@ -61,17 +61,17 @@ class TrainingData:
     def __init__(
         self,
         datasets: Sequence[IndexedDataset],
-        stages: Sequence[Stage],
+        phases: Sequence[Phase],
         seed: int,
         validation_fraction: float,
         cache: Path,
         vocab_size: int = 1 << 62,
     ) -> None:
         prefixes = self._prefixes = [dataset.prefix for dataset in datasets]
-        self.stages, self._vocab_size = stages, vocab_size
-        self._blends = [Blend(stage.weights) for stage in stages]
+        self.phases, self._vocab_size = phases, vocab_size
+        self._blends = [Blend(phase.weights) for phase in phases]
         splits = [split_documents(dataset.documents, validation_fraction) for dataset in datasets]
-        window, validation_length = max(stage.length for stage in stages), stages[0].length
+        window, validation_length = max(phase.length for phase in phases), phases[0].length
         self._training = [
             SampleOrder(dataset, training, window, seed, cache)
             for dataset, (training, _) in zip(datasets, splits, strict=True)
@@ -84,7 +84,7 @@ class TrainingData:
         held_out = {
             k: SampleOrder(dataset, validation, validation_length, VALIDATION_SEED, cache)
             for k, (dataset, (_, validation)) in enumerate(zip(datasets, splits, strict=True))
-            if stages[-1].weights[k] and dataset.document_tokens[validation].sum() > validation_length
+            if phases[-1].weights[k] and dataset.document_tokens[validation].sum() > validation_length
         }
         if validation_fraction > 0 and not held_out:
             raise UserError(
@@ -92,28 +92,28 @@ class TrainingData:
                 "validation documents: raise it, split the data into more documents, or set it to 0"
             )
         self._validation = list(held_out.values())
-        self._validation_blend = Blend([stages[-1].weights[k] for k in held_out]) if held_out else None
+        self._validation_blend = Blend([phases[-1].weights[k] for k in held_out]) if held_out else None
         self.tokens = sum(order.tokens for order in self._training)
-        shares = [(each.tokens, each.length, [one / sum(each.weights) for one in each.weights]) for each in stages]
+        shares = [(each.tokens, each.length, [one / sum(each.weights) for one in each.weights]) for each in phases]
         contents = [dataset.fingerprint for dataset in datasets]
         self.fingerprint = hashlib.sha256(f"{contents} {shares} {seed} {validation_fraction}".encode()).hexdigest()
-        self.stage = self._first_sample = 0
-        self._begins = {order.key: (0, stages[0].length) for order in self._training}
+        self.phase = self._first_sample = 0
+        self._begins = {order.key: (0, phases[0].length) for order in self._training}
 
     def batch(self, ids: np.ndarray, documents: bool) -> Batch:
         """The training samples with these global ids (int64 [n]), of the present stage, on the CPU."""
-        source, j = self._blends[self.stage].locate(ids - self._first_sample)
+        source, j = self._blends[self.phase].locate(ids - self._first_sample)
         begins = np.array([self._begins[self._training[k].key][0] for k in source], np.int64)
         return self._checked(_gather(self._training, source, begins + j, self.length, ids, documents))
 
-    def enter(self, stage: int, sample: int) -> None:
+    def enter(self, phase: int, sample: int) -> None:
         """Deal by another stage from this global sample id on."""
-        self._go_on_from(self._taken(sample), stage, sample)
+        self._begin_phase(self._taken(sample), phase, sample)
 
     def state(self, sample: int) -> dict[str, Any]:
         """Where every source stands at this global sample id, for `restore` and `branch`."""
         return {
-            "stage": self.stage,
+            "stage": self.phase,
             "first_sample": self._first_sample,
             "length": self.length,
             "begins": self._begins,
@@ -122,16 +122,16 @@ class TrainingData:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue as the data did that made this state. Raises UserError where it is another's."""
-        if state["stage"] >= len(self.stages) or state["begins"].keys() != self._begins.keys():
+        if state["stage"] >= len(self.phases) or state["begins"].keys() != self._begins.keys():
             raise UserError("a checkpoint's data_order names other stages or sources than data.train; use another one")
-        self.stage, self._first_sample = state["stage"], state["first_sample"]
+        self.phase, self._first_sample = state["stage"], state["first_sample"]
         self._begins = {key: (count, length) for key, (count, length) in state["begins"].items()}
 
     def branch(self, state: Mapping[str, Any], tokens: int, sample: int) -> list[str]:
         """Go on from other data's state: a source that both share, in the same order, where it stands. Returns the
         sources that begin at their beginning."""
         taken = {key: (count, length) for key, (count, length) in state["taken"].items()}
-        self._go_on_from(taken, stage_at(self.stages, tokens), sample)
+        self._begin_phase(taken, phase_at(self.phases, tokens), sample)
         return [prefix for prefix, order in zip(self._prefixes, self._training, strict=True) if order.key not in taken]
 
     def validation(self, count: int) -> Batch:
@@ -143,7 +143,7 @@ class TrainingData:
         if self._validation_blend is None:
             raise UserError("validation_fraction is 0, so there is nothing to validate on: set it above 0")
         source, j, numbers = self._windows(count)
-        places = source, j, self.stages[0].length, numbers
+        places = source, j, self.phases[0].length, numbers
         return self._checked(_gather(self._validation, *places, documents=True))
 
     def held_out(self, count: int) -> int:
@@ -153,16 +153,16 @@ class TrainingData:
     def epochs(self, begin: float, end: float) -> dict[str, float]:
         """How often the training tokens of each prefix are read between so many and so many tokens of a run."""
         found = dict.fromkeys(self._prefixes, 0.0)
-        bounds = [stage.tokens for stage in self.stages[1:]] + [math.inf]
-        for stage, until in zip(self.stages, bounds, strict=True):
-            span = max(0.0, min(until, end) - max(stage.tokens, begin)) / sum(stage.weights)
-            for prefix, order, weight in zip(self._prefixes, self._training, stage.weights, strict=True):
+        bounds = [phase.tokens for phase in self.phases[1:]] + [math.inf]
+        for phase, until in zip(self.phases, bounds, strict=True):
+            span = max(0.0, min(until, end) - max(phase.tokens, begin)) / sum(phase.weights)
+            for prefix, order, weight in zip(self._prefixes, self._training, phase.weights, strict=True):
                 found[prefix] += span * weight / order.tokens
         return found
 
     @property
     def length(self) -> int:
-        return self.stages[self.stage].length
+        return self.phases[self.phase].length
 
     def _windows(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Source, place in it, and number of each of up to `count` validation windows."""
@@ -171,18 +171,18 @@ class TrainingData:
         there = j < np.array([order.windows for order in self._validation])[source]
         return source[there], j[there], np.arange(count)[there]
 
-    def _go_on_from(self, taken: Mapping[str, tuple[int, int]], stage: int, sample: int) -> None:
+    def _begin_phase(self, taken: Mapping[str, tuple[int, int]], phase: int, sample: int) -> None:
         """Begin a stage. Sources it does not know keep their place, for a later one that does."""
-        self.stage, self._first_sample = stage, sample
+        self.phase, self._first_sample = phase, sample
         here = {
-            order.key: (order.go_on(*taken.get(order.key, (0, self.length)), self.length), self.length)
+            order.key: (order.load_state(*taken.get(order.key, (0, self.length)), self.length), self.length)
             for order in self._training
         }
         self._begins = {**taken, **here}
 
     def _taken(self, sample: int) -> dict[str, tuple[int, int]]:
         """Samples taken of every source before this global sample id, and their length."""
-        counts = self._blends[self.stage].counts(sample - self._first_sample)
+        counts = self._blends[self.phase].counts(sample - self._first_sample)
         return self._begins | {
             order.key: (self._begins[order.key][0] + count, self.length)
             for order, count in zip(self._training, counts, strict=True)

@@ -108,7 +108,7 @@ class SampleOrder:
             place += 1
         return tokens, documents[:-1]
 
-    def go_on(self, taken: int, before: int, now: int) -> int:
+    def load_state(self, taken: int, before: int, now: int) -> int:
         """The sample of `now` tokens to go on with after `taken` samples of `before` tokens.
 
         No token comes twice in an epoch: with another length, what is left of a group of windows is passed over.

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from megahp import config
-from megahp.config import Config
+from megahp.config import Config, config_differences, config_to_toml
 from megahp.errors import UserError
 from megahp.launch import die_with_parent
 from megahp.log.metrics import newest_events
@@ -16,28 +15,28 @@ from megahp.train.recovery import MOST_SKIPPED
 from megahp.train.run import read_config
 
 
-def refuse_another(settings: Config) -> None:
+def refuse_another(config: Config) -> None:
     """Raise UserError when the directory holds a branch of another measurement, not to be taken for this one."""
-    if (settings.directory / "config.toml").exists():
-        for key, (before, now) in config.differences(read_config(settings.directory), settings).items():
-            trained = f"{settings.directory} was trained with {key} = {before!r}"
+    if (config.directory / "config.toml").exists():
+        for key, (before, now) in config_differences(read_config(config.directory), config).items():
+            trained = f"{config.directory} was trained with {key} = {before!r}"
             raise UserError(f"{trained}, not {now!r}; name another --out")
 
 
-def train(settings: Config, ranks: int, said: IO[str] | None = None, **environment: str) -> int:
+def train(config: Config, ranks: int, said: IO[str] | None = None, **environment: str) -> int:
     """Begin, or go on with, one branch through the real command, in an environment that has this too; what it says goes
     into a file, if there is one. Returns its exit code. It does not outlive this process."""
-    file = write_run_file(settings)
+    file = write_run_file(config)
     command = [sys.executable, "-m", "megahp", "train", str(file), "--ranks", str(ranks), "--resume", "auto"]
     code = subprocess.call(command, stdout=said, env=os.environ | environment, preexec_fn=die_with_parent)
     return 128 - code if code < 0 else code
 
 
-def write_run_file(settings: Config) -> Path:
+def write_run_file(config: Config) -> Path:
     """These settings as a run file, beside their run directory."""
-    file = Path(f"{settings.directory}.toml")
+    file = Path(f"{config.directory}.toml")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(config.to_toml(settings), encoding="utf-8")
+    file.write_text(config_to_toml(config), encoding="utf-8")
     return file
 
 

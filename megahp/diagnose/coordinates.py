@@ -18,7 +18,7 @@ from megahp.diagnose.verify import Trial
 from megahp.model.attention import Attention
 from megahp.model.mlp import MLP, activate
 from megahp.parallel.mesh import Mesh
-from megahp.scaling.batch import Plan
+from megahp.scaling.batch import StepPlan
 
 Weights = dict[str, Tensor]
 Samples = Callable[[np.ndarray], Tensor]  # their ids -> tokens [samples, 1 + length]
@@ -28,13 +28,13 @@ QUANTITIES = ("stream", "attention", "mlp", "logits")
 class Watched(Trial):
     """A model, whole on one rank, trained from these samples, and looked at on the first batch's."""
 
-    def __init__(self, settings: Config, mesh: Mesh, samples: Samples) -> None:
-        super().__init__(settings, mesh)
+    def __init__(self, config: Config, mesh: Mesh, samples: Samples) -> None:
+        super().__init__(config, mesh)
         self.source = samples
         (self.model,) = self.engine.stages
-        self.tokens = samples(np.arange(settings.batch.global_batch))[:, :-1].to(mesh.device)
+        self.tokens = samples(np.arange(config.batch.global_batch))[:, :-1].to(mesh.device)
 
-    def batches(self, plan: Plan) -> Iterator[Batch]:
+    def batches(self, plan: StepPlan) -> Iterator[Batch]:
         for ids in self.samples(plan):
             yield Batch(self.source(ids).to(self.mesh.device), None, ids)
 
@@ -50,10 +50,10 @@ class Watched(Trial):
             self.engine.reshard()
 
 
-def activations(settings: Config, mesh: Mesh, steps: int, samples: Samples) -> list[dict[str, float]]:
+def activations(config: Config, mesh: Mesh, steps: int, samples: Samples) -> list[dict[str, float]]:
     """Mean |activation| at init and after so many steps: of the last block's output ("stream"), of all blocks'
     attention output before it is added to the stream, of all blocks' MLP pre-activations, of the logits."""
-    trial = Watched(settings, mesh, samples)
+    trial = Watched(config, mesh, samples)
     found = [_activations(trial)]
     for _ in range(steps):
         trial.step()
@@ -74,7 +74,7 @@ def _activations(trial: Watched) -> dict[str, float]:
     return {name: float(np.mean(seen[name])) for name in QUANTITIES if name in seen}
 
 
-def nonlinearity(settings: Config, mesh: Mesh, samples: Samples) -> float:
+def nonlinearity(config: Config, mesh: Mesh, samples: Samples) -> float:
     """How far one step moves the MLPs' outputs from where their linearisation in the weights would: the norm of
     (change - linear change) over that of the linear change, its mean in log over the blocks.
 
@@ -83,7 +83,7 @@ def nonlinearity(settings: Config, mesh: Mesh, samples: Samples) -> float:
     2505.01618, section on complete feature learning; its authors look at one neuron of a toy residual MLP of which one
     matrix is trained.)
     """
-    trial = Watched(settings, mesh, samples)
+    trial = Watched(config, mesh, samples)
     inputs: dict[str, Tensor] = {}
     mlps = {name: module for name, module in trial.model.named_modules() if isinstance(module, MLP)}
     trial.look({mlp: lambda _m, given, _out, name=name: inputs.update({name: given[0]}) for name, mlp in mlps.items()})
@@ -93,7 +93,7 @@ def nonlinearity(settings: Config, mesh: Mesh, samples: Samples) -> float:
     ratios = []
     for name in mlps:
         old, new = (_of(weights, f"{name}.") for weights in (before, after))
-        h = partial(mlp_output, x=inputs[name].to(old["up.weight"]), activation=settings.model.activation)
+        h = partial(mlp_output, x=inputs[name].to(old["up.weight"]), activation=config.model.activation)
         ratios.append(relative_distance(h, old, new))
     return float(np.exp(np.mean(np.log(ratios))))
 

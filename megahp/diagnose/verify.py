@@ -16,9 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megahp import config, launch
+from megahp import launch
 from megahp.checkpoint.shards import DTYPES
-from megahp.config import Config, resolve
+from megahp.config import (
+    BatchConfig,
+    ComputeConfig,
+    Config,
+    ParallelConfig,
+    config_to_dict,
+    config_to_toml,
+    resolve,
+    with_values,
+)
 from megahp.data.loader import Batch
 from megahp.errors import UserError
 from megahp.parallel.device import check_devices, cuda_wanted, device_of
@@ -26,7 +35,7 @@ from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.parallel.messages import all_gather_json
 from megahp.parallel.parameters import storage, whole
-from megahp.scaling.batch import Plan, least_batch
+from megahp.scaling.batch import StepPlan, least_batch
 from megahp.train.trainer import Trainer
 
 Outcome = Mapping[str, Any]  # what `train` returns
@@ -34,29 +43,29 @@ STEPS = 5  # the global batch doubles after the first
 RTOL = 1e-9  # of the largest magnitude; float64 rounds to 1e-16, and a wrong sum is off by far more
 
 
-def verify(settings: Config, ranks: int) -> list[str]:
+def verify(config: Config, ranks: int) -> list[str]:
     """What differs between a small run of this kind on so many ranks, laid out as it says, and on one: empty if nothing
     does. Each difference is one line, parameters in the model's order. Raises UserError when ranks do not fit."""
-    small = shrunk(settings, fit(settings.parallel, ranks))
+    small = shrunk(config, fit(config.parallel, ranks))
     check_devices(small, ranks)
-    alone = replace(small, parallel=config.Parallel(), compute=config.Compute())
+    alone = replace(small, parallel=ParallelConfig(), compute=ComputeConfig())
     return differences(_outcome(small, ranks), _outcome(alone, 1), RTOL, RTOL)
 
 
-def shrunk(settings: Config, layout: Layout) -> Config:
+def shrunk(config: Config, layout: Layout) -> Config:
     """A run of this kind, as small as its layout allows, in float64, from made-up data; without float8 and other
     engines, which know no float64."""
-    model, parallel, tp = settings.model, settings.parallel, layout.tp
+    model, parallel, tp = config.model, config.parallel, layout.tp
     stages = layout.pp * parallel.local_stages
     heads = tp * min(2, model.kv_heads // tp)
     width, layers = 8 * heads * min(2, model.heads // model.kv_heads), min(model.layers, stages + 1)
     length = 4 * 2 * layout.cp * tp
     bases = {"parameterization.base_width": width // 2, "parameterization.base_layers": max(1, layers // 2)}
-    scaled = {"sp": (), "completep": tuple(bases)}.get(settings.parameterization.name, ("parameterization.base_width",))
+    scaled = {"sp": (), "completep": tuple(bases)}.get(config.parameterization.name, ("parameterization.base_width",))
     soon = {"sparsity.every": 1, "sparsity.begin": 0.0}
-    changing = {"gradual": tuple(soon), "rigl": ("sparsity.every",)}.get(settings.sparsity.method, ())
-    small = config.with_values(
-        replace(settings, batch=config.Batch(micro_batch=1, policy="table")),
+    changing = {"gradual": tuple(soon), "rigl": ("sparsity.every",)}.get(config.sparsity.method, ())
+    small = with_values(
+        replace(config, batch=BatchConfig(micro_batch=1, policy="table")),
         {
             "model.layers": stages if parallel.split else layers,
             "model.width": width,
@@ -80,7 +89,7 @@ def shrunk(settings: Config, layout: Layout) -> Config:
             "optimizer.eps": 1e-7,  # less, and it would amplify gradients that are rounding alone
             "optimizer.engine": "torch",
             **{key: soon[key] for key in changing},
-            "sparsity.layers": settings.sparsity.layers[: stages if parallel.split else layers],
+            "sparsity.layers": config.sparsity.layers[: stages if parallel.split else layers],
             "train.dtype": "float64",
             "schedule.start": 0,
             "compute.norms": "megahp",
@@ -94,7 +103,7 @@ def shrunk(settings: Config, layout: Layout) -> Config:
         "train.tokens": 4 * STEPS * batch * length,
         "train.steps": STEPS,
     }
-    return resolve.from_dict(config.to_dict(config.with_values(small, sized)), "the small run")
+    return resolve.from_dict(config_to_dict(with_values(small, sized)), "the small run")
 
 
 class Trial(Trainer):
@@ -114,7 +123,7 @@ class Trial(Trainer):
         """What one example, the next step's first, says of the whole model beside its norm layers."""
         plan = self.next_step()
         assert plan is not None
-        self.calibrate(made_up(np.full(plan.micro_batch, plan.first_sample), self.settings, self.mesh.device), plan)
+        self.calibrate(made_up(np.full(plan.micro_batch, plan.first_sample), self.config, self.mesh.device), plan)
         return self.noise.examples
 
     def weights(self) -> dict[str, Tensor]:
@@ -122,9 +131,9 @@ class Trial(Trainer):
         saved = self.engine.saved | self.masks.state()
         return {name.removeprefix("model."): of_all_ranks(tensor, tensor) for name, tensor in saved.items()}
 
-    def batches(self, plan: Plan) -> Iterator[Batch]:
+    def batches(self, plan: StepPlan) -> Iterator[Batch]:
         for ids in self.samples(plan):
-            yield made_up(ids, self.settings, self.mesh.device)
+            yield made_up(ids, self.config, self.mesh.device)
 
 
 def train(trial: Trial, steps: int) -> dict[str, Any]:
@@ -141,12 +150,12 @@ def train(trial: Trial, steps: int) -> dict[str, Any]:
     }
 
 
-def made_up(ids: np.ndarray, settings: Config, device: torch.device | str = "cpu") -> Batch:
+def made_up(ids: np.ndarray, config: Config, device: torch.device | str = "cpu") -> Batch:
     """Samples that are a function of their ids, in two documents each."""
-    length = settings.data.sequence_length
-    tokens = np.stack([np.random.RandomState(i).randint(0, settings.model.vocab_size, length + 1) for i in ids])
+    length = config.data.sequence_length
+    tokens = np.stack([np.random.RandomState(i).randint(0, config.model.vocab_size, length + 1) for i in ids])
     documents = (np.arange(length) >= (ids[:, None] * 7 % length)).astype(np.int32)
-    masked = torch.from_numpy(documents).to(device) if settings.data.mask_documents else None
+    masked = torch.from_numpy(documents).to(device) if config.data.mask_documents else None
     return Batch(torch.from_numpy(tokens).to(device), masked, ids)
 
 
@@ -196,22 +205,22 @@ def _difference(what: str, a: Any, b: Any, rtol: float) -> list[str]:
     return [] if error <= rtol * size else [f"{what}: off by {error:.3g}, where the largest is {size:.3g}"]
 
 
-def _outcome(settings: Config, ranks: int) -> dict[str, Any]:
+def _outcome(config: Config, ranks: int) -> dict[str, Any]:
     """What `train` makes of these settings on so many fresh ranks."""
     with tempfile.TemporaryDirectory() as folder:
         run_file, outcome = Path(folder) / "run.toml", Path(folder) / "outcome"
-        run_file.write_text(config.to_toml(settings), encoding="utf-8")
+        run_file.write_text(config_to_toml(config), encoding="utf-8")
         if code := launch.spawn([str(run_file), str(outcome)], ranks, ("-m", "megahp.diagnose.verify")):
             raise UserError(f"a rank of {ranks} ended with exit code {code}; what it said stands above")
         return torch.load(outcome, weights_only=True)
 
 
 def _main(run_file: str, outcome: str) -> None:
-    settings = resolve.load(run_file).config
+    config = resolve.load(run_file).config
     place = launch.world()
-    launch.join(place, cuda_wanted(settings))
-    mesh = make_mesh(fit(settings.parallel, place.size), device_of(settings, place))
-    found = train(Trial(settings, mesh), STEPS)
+    launch.join(place, cuda_wanted(config))
+    mesh = make_mesh(fit(config.parallel, place.size), device_of(config, place))
+    found = train(Trial(config, mesh), STEPS)
     if place.rank == 0:
         torch.save(found, outcome)
     launch.leave(0)

@@ -24,7 +24,7 @@ class Harness(TemplateLM):
 
     def __init__(self, origin: Trained) -> None:
         super().__init__()
-        self.origin, self.context = origin, longest(origin.settings)
+        self.origin, self.context = origin, longest(origin.config)
 
     @property
     def eot_token_id(self) -> int:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megahp.errors import UserError
 from megahp.evaluate.sample import Trained
-from megahp.log.progress import Progress
+from megahp.log.progress import ProgressDisplay
 from megahp.model.build import longest
 
 LOGITS_AT_ONCE = 2**27  # 512 MiB of fp32
@@ -81,10 +81,10 @@ def windows(tokens: Tensor, first: int, context: int, stride: int) -> Iterator[W
 def scores(origin: Trained, pieces: Sequence[Window]) -> Iterator[tuple[int, float, bool]]:
     """Of every window, the longest first: its number, the summed loss in nats of the tokens it scores, and whether each
     of them is the likeliest one. Shows progress on stderr."""
-    vocabulary = origin.settings.model.vocab_size
+    vocabulary = origin.config.model.vocab_size
     order = sorted(range(len(pieces)), key=lambda number: -len(pieces[number].tokens))
     done, nats, start = 0, 0.0, 0
-    with Progress(sum(piece.scored for piece in pieces), stream=sys.stderr) as progress:
+    with ProgressDisplay(sum(piece.scored for piece in pieces), stream=sys.stderr) as progress:
         while start < len(order):
             tokens = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
             size = max(1, tokens // len(pieces[order[start]].tokens))
@@ -105,7 +105,7 @@ def predict(origin: Trained, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     row - 1]. The vocabulary's padding has no part in them. Rows may differ in length: what follows is never looked at.
     """
     tokens = pad_sequence(list(rows), batch_first=True).to(origin.device)
-    logits = origin.model(tokens[:, :-1])[..., : origin.settings.model.vocab_size]
+    logits = origin.model(tokens[:, :-1])[..., : origin.config.model.vocab_size]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = tokens[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
@@ -114,7 +114,7 @@ def predict(origin: Trained, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def context_of(origin: Trained, given: int | None) -> int:
     """Tokens to look back on: those given, or as many as the run was trained on. Raises UserError for more."""
-    most = longest(origin.settings)
+    most = longest(origin.config)
     if given is not None and not 1 <= given <= most:
         raise UserError(f"--context {given} must be 1 to {most}, the tokens {origin.path} was trained to look back on")
     return given or most

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megahp import checkpoint, config, launch
+from megahp import checkpoint, launch
+from megahp.config import ComputeConfig, Config, ParallelConfig, with_values
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.model.build import build_model, longest
 from megahp.model.transformer import Transformer
 from megahp.parallel.device import device_of
-from megahp.parallel.mesh import mesh_alone
+from megahp.parallel.mesh import single_rank_mesh
 from megahp.parallel.parameters import saved
 
 
@@ -24,7 +25,7 @@ class Trained:
     """A checkpoint's model, on this process alone."""
 
     path: Path
-    settings: config.Config
+    config: Config
     model: Transformer
     tokenizer: Tokenizer
     device: torch.device
@@ -33,11 +34,11 @@ class Trained:
 def trained(place: Path) -> Trained:
     """The model of a checkpoint, or of a run directory's newest. Raises UserError."""
     path = checkpoint.find(place)
-    settings = config.with_values(checkpoint.settings_of(path), {"train.device": "auto"})
-    tokenizer = load_tokenizer(settings.data.tokenizer)
-    model = alone(settings)
+    config = with_values(checkpoint.settings_of(path), {"train.device": "auto"})
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    model = alone(config)
     checkpoint.load(path, saved(model))
-    return Trained(path, settings, model, tokenizer, device_of(settings, launch.World()))
+    return Trained(path, config, model, tokenizer, device_of(config, launch.World()))
 
 
 def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
@@ -54,11 +55,11 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
     return origin.tokenizer.decode([i for i in ids if i != eod])
 
 
-def alone(settings: config.Config) -> Transformer:
+def alone(config: Config) -> Transformer:
     """The model of these settings, with its initial weights, on this process alone."""
-    settings = replace(settings, parallel=config.Parallel(), compute=config.Compute())
-    settings = config.with_values(settings, {"train.noise_scale": False})
-    (model,) = build_model(settings, mesh_alone(settings)).stages.values()
+    config = replace(config, parallel=ParallelConfig(), compute=ComputeConfig())
+    config = with_values(config, {"train.noise_scale": False})
+    (model,) = build_model(config, single_rank_mesh(config)).stages.values()
     return model
 
 
@@ -67,7 +68,7 @@ def continuation(origin: Trained, ids: Sequence[int], temperature: float, top_k:
     """Tokens that follow these, without end, each drawn from the model's view of the last ones before it."""
     # The model looks back on as many as it was trained on; with ALiBi, which interpolates, on twice as many (what arXiv
     # 2310.13017 found to work).
-    window = longest(origin.settings) * (2 if origin.settings.model.positions == "alibi" else 1)
+    window = longest(origin.config) * (2 if origin.config.model.positions == "alibi" else 1)
     vocab_size = origin.tokenizer.vocab_size
     seen = torch.tensor([ids[-window:]], device=origin.device)
     generator = torch.Generator(origin.device).manual_seed(seed)

@@ -9,7 +9,7 @@ import time
 from types import FrameType
 
 from megahp.exit_codes import STOPPED
-from megahp.launch import heard, is_again, is_first_here
+from megahp.launch import heard, is_again, is_local_rank0
 
 
 def leave_at_notice() -> None:
@@ -20,7 +20,7 @@ def leave_at_notice() -> None:
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if is_first_here():
+        if is_local_rank0():
             told = f"megahp: told to leave by {signal.Signals(number).name} while nothing was training\n"
             with contextlib.suppress(OSError):  # a terminal that was closed
                 os.write(2, told.encode())

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from megahp.config.schema import Resilience
+from megahp.config.schema import ResilienceConfig
 
 
 class Spikes:
@@ -15,8 +15,8 @@ class Spikes:
     that one spike does not hide the next, and a lasting change is in time no spike any more.
     """
 
-    def __init__(self, settings: Resilience) -> None:
-        self.sigmas, self.size = settings.spike_sigmas, settings.spike_window
+    def __init__(self, config: ResilienceConfig) -> None:
+        self.sigmas, self.size = config.spike_sigmas, config.spike_window
         self.restore({"loss": [], "gradient norm": []})
 
     def look(self, loss: float, grad_norm: float) -> str:

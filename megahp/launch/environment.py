@@ -104,7 +104,7 @@ def has_own_device(environment: Mapping[str, str] = os.environ) -> bool:
     return bool(tasks) and tasks[whole_number(environment, "SLURM_NODEID", 0)] > 1
 
 
-def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
+def is_local_rank0(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the first of its machine's ranks, or alone."""
     names = ("LOCAL_RANK", OPEN_MPI[2], HYDRA[2], "SLURM_LOCALID")
     return next((environment[name] for name in names if name in environment), "0") == "0"

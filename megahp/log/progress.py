@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from megahp.log.metrics import Record
 
 
-class Progress:
+class ProgressDisplay:
     """Shows the steps of a run as they are logged.
 
         with Progress(total_tokens, done_tokens) as progress:

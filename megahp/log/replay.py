@@ -10,7 +10,7 @@ from megahp.errors import UserError
 from megahp.log.events import GONE_BACK, STARTS
 from megahp.log.metrics import Record, read_events, read_metrics
 from megahp.parallel.layout import Layout
-from megahp.scaling.batch import BatchPlan, Change, Progress
+from megahp.scaling.batch import BatchScheduler, Change, Progress
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ def _decide(
     start: Record, until: int, records: Mapping[int, Record], after: dict[int, tuple[Progress, dict[str, Any]]]
 ) -> Iterator[tuple[int, Change]]:
     """The changes between one start and the step the next one went on from; `after` gathers the state of each step."""
-    settings = resolve.from_dict(start["config"], "events.jsonl")
-    plan = BatchPlan(settings, Layout(**start["layout"]).dp)
+    config = resolve.from_dict(start["config"], "events.jsonl")
+    plan = BatchScheduler(config, Layout(**start["layout"]).dp)
     progress = Progress(start["step"], start["samples"], start["tokens"])
     if start["event"] != "started":
         own = after.get(progress.step) if start["event"] in GONE_BACK else None
-        moved = plan.go_on(own[1] if own else start["batch_plan"], progress)
+        moved = plan.load_state(own[1] if own else start["batch_plan"], progress)
         yield from ((progress.step, change) for change in moved)
     while progress.step < until and (step := plan.step(progress)):
         progress = progress.after(step)

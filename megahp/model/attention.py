@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megahp import config
+from megahp.config import ModelConfig
 from megahp.model.norm import RMSNorm
 from megahp.model.positions import rotate
-from megahp.parallel.context import all_tokens, spans
-from megahp.parallel.mesh import Place, TensorAxis
+from megahp.parallel.context import gather_sequence, spans
+from megahp.parallel.mesh import Axis, TensorAxis
 from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear, enter
 from megahp.scaling.parameterization import Role
 
@@ -31,7 +31,7 @@ class Attention(nn.Module):
     as Megatron lays it out: splitting its rows over tp gives every rank whole groups.
     """
 
-    def __init__(self, model: config.Model, scale: float, axis: TensorAxis, probe: bool) -> None:
+    def __init__(self, model: ModelConfig, scale: float, axis: TensorAxis, probe: bool) -> None:
         super().__init__()
         self.scale, self.axis = scale, axis
         self.head_size, self.queries = model.head_size, model.heads // model.kv_heads
@@ -56,13 +56,13 @@ class Attention(nn.Module):
         if self.axis.context.size == 1:
             mixed = attend(query, key, value, positions.biases[0], self.scale)
         else:
-            keys, values = all_tokens(torch.cat((key, value), -1), 2, self.axis.context).chunk(2, -1)
+            keys, values = gather_sequence(torch.cat((key, value), -1), 2, self.axis.context).chunk(2, -1)
             mixed = attend_by_span(query, keys, values, positions.biases, self.scale, self.axis.context)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 def attend_by_span(
-    query: Tensor, keys: Tensor, values: Tensor, biases: Sequence[Tensor | None], scale: float, context: Place
+    query: Tensor, keys: Tensor, values: Tensor, biases: Sequence[Tensor | None], scale: float, context: Axis
 ) -> Tensor:
     """Causal attention of the rank's own queries [b, heads, s/cp, size] over whole sequences [b, kv heads, s, size]:
     of each of its spans over no more than the keys up to the span's end."""

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import nn
 
-from megahp.config import Config, stages
+from megahp.config import Config, phases_of
 from megahp.model.compute import arrange, replace_norms, replace_products
 from megahp.model.moe import routers
 from megahp.model.transformer import Transformer
@@ -22,7 +22,7 @@ from megahp.scaling.parameterization import Role, table_of
 
 def longest(config: Config) -> int:
     """Tokens of the longest sequence the run trains on."""
-    return max(stage.length for stage in stages(config.data))
+    return max(stage.length for stage in phases_of(config.data))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from megahp import config
+from megahp.config import ComputeConfig
 from megahp.model.norm import LayerNorm, RMSNorm
 from megahp.ops.engines import linear_of, norm_of
 from megahp.parallel.parameters import storage
@@ -38,7 +38,7 @@ SAC_IGNORED_OPS.add(torch.ops.profiler._record_function_enter_new.default)
 SAC_IGNORED_OPS.add(torch.ops.profiler._record_function_exit._RecordFunction)
 
 
-def arrange(blocks: nn.ModuleDict, compute: config.Compute) -> None:
+def arrange(blocks: nn.ModuleDict, compute: ComputeConfig) -> None:
     """Set every block's `compute` as the settings say. The blocks stand under their numbers in the whole model."""
     block: Any
     for number, block in blocks.items():

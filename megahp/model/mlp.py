@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megahp import config
+from megahp.config import ModelConfig
 from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear, enter
 
@@ -11,7 +11,7 @@ from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear, ente
 class MLP(nn.Module):
     """down(act(up x)), or down(silu(gate x) * up x) for SwiGLU. [b, s, width] -> [b, s, width]."""
 
-    def __init__(self, model: config.Model, hidden: int, axis: TensorAxis) -> None:
+    def __init__(self, model: ModelConfig, hidden: int, axis: TensorAxis) -> None:
         super().__init__()
         self.activation, self.axis = model.activation, axis
         self.up = ColumnParallelLinear(model.width, hidden, model.bias)

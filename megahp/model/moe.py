@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from megahp import config
+from megahp.config import ModelConfig
 from megahp.model.mlp import MLP, activate
 from megahp.parallel.collectives import all_reduce
 from megahp.parallel.expert import apply_experts
@@ -29,7 +29,7 @@ class MoE(nn.Module):
     Every tp rank routes all tokens alike and computes its part of every expert that its ep rank holds.
     """
 
-    def __init__(self, model: config.Model, axis: TensorAxis) -> None:
+    def __init__(self, model: ModelConfig, axis: TensorAxis) -> None:
         super().__init__()
         self.axis = axis
         self.router = Router(model, axis)
@@ -65,7 +65,7 @@ class Router(Module):
 
     probe: nn.Parameter
 
-    def __init__(self, model: config.Model, axis: TensorAxis) -> None:
+    def __init__(self, model: ModelConfig, axis: TensorAxis) -> None:
         super().__init__()
         self.axis, self.experts_per_token = axis, model.experts_per_token
         self.score, self.normalize, self.scale = model.router_score, model.router_normalize, model.router_scale
@@ -118,7 +118,7 @@ class Experts(Module):
     One after the other: torch's grouped products are neither for fp64 nor for every width.
     """
 
-    def __init__(self, model: config.Model) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.activation = model.activation
         count, width, hidden = model.experts, model.width, model.expert_width

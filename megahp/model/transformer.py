@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megahp import config
+from megahp.config import ModelConfig
 from megahp.model.attention import Attention, Positions
 from megahp.model.mlp import MLP
 from megahp.model.moe import MoE
 from megahp.model.norm import LayerNorm, RMSNorm
 from megahp.model.positions import alibi_slopes, attention_bias, rotary
-from megahp.parallel.context import own_tokens, spans
+from megahp.parallel.context import shard_sequence, spans
 from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.parameters import local
@@ -20,7 +20,7 @@ from megahp.parallel.tensor import ColumnParallelLinear, PositionEmbedding, Voca
 from megahp.scaling.parameterization import Role, Table
 
 
-def make_norm(model: config.Model, role: Role, axis: TensorAxis, probe: bool) -> RMSNorm | LayerNorm:
+def make_norm(model: ModelConfig, role: Role, axis: TensorAxis, probe: bool) -> RMSNorm | LayerNorm:
     """A norm over the residual stream, which sequence parallelism spreads over tp."""
     common = (model.width, model.norm_eps, role, axis.spread, axis.tokens)
     if model.norm == "rmsnorm":
@@ -34,7 +34,7 @@ class Block(nn.Module):
     `compute` does it; megahp/model/compute.py may compile it, or have parts of it computed again in the backward pass.
     """
 
-    def __init__(self, model: config.Model, table: Table, axis: TensorAxis, probe: bool, dense: bool) -> None:
+    def __init__(self, model: ModelConfig, table: Table, axis: TensorAxis, probe: bool, dense: bool) -> None:
         super().__init__()
         self.residual = table.residual
         self.compute: Callable[[Tensor, Positions], Tensor] = self.branches
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, model: config.Model, longest: int, table: Table, axis: TensorAxis, dtype: torch.dtype, probe: bool
+        self, model: ModelConfig, longest: int, table: Table, axis: TensorAxis, dtype: torch.dtype, probe: bool
     ) -> None:
         super().__init__()
         self.model, self.longest, self.table, self.axis, self.dtype = model, longest, table, axis, dtype
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         model, context = self.model, self.axis.context
         turns = slopes = None
         if model.positions == "rope":
-            own = own_tokens(torch.arange(length, device=device), 0, context)
+            own = shard_sequence(torch.arange(length, device=device), 0, context)
             turns = rotary(own, model.head_size, model.rope_theta)
         if model.positions == "alibi":
             heads = alibi_slopes(model.heads, length / self.longest).chunk(self.axis.size)[self.axis.rank]

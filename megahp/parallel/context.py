@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megahp.parallel.collectives import gather_from
-from megahp.parallel.mesh import Place
+from megahp.parallel.mesh import Axis
 
 
-def spans(length: int, context: Place) -> list[slice]:
+def spans(length: int, context: Axis) -> list[slice]:
     """Where this rank's tokens lie in a sequence of this length, a multiple of 2 cp; from first to last."""
     if context.size == 1:
         return [slice(0, length)]
@@ -20,7 +20,7 @@ def spans(length: int, context: Place) -> list[slice]:
     return [slice(first, first + chunk), slice(last, last + chunk)]
 
 
-def own_tokens(x: Tensor, dim: int, context: Place) -> Tensor:
+def shard_sequence(x: Tensor, dim: int, context: Axis) -> Tensor:
     """This rank's tokens of x, which holds whole sequences along dim."""
     if context.size == 1:
         return x
@@ -28,12 +28,12 @@ def own_tokens(x: Tensor, dim: int, context: Place) -> Tensor:
     return torch.cat((chunks[context.rank], chunks[-1 - context.rank]), dim)
 
 
-def all_tokens(x: Tensor, dim: int, context: Place) -> Tensor:
+def gather_sequence(x: Tensor, dim: int, context: Axis) -> Tensor:
     """Whole sequences along dim, of which x holds this rank's tokens; the gradient is summed and shared out again."""
-    return x if context.size == 1 else in_sequence(gather_from(x, dim, context.group), dim, context.size)
+    return x if context.size == 1 else restore_order(gather_from(x, dim, context.group), dim, context.size)
 
 
-def in_sequence(x: Tensor, dim: int, size: int) -> Tensor:
+def restore_order(x: Tensor, dim: int, size: int) -> Tensor:
     """The tokens of `size` ranks, which stand along dim one rank's after the other's, in the order of the sequence."""
     chunks = x.chunk(2 * size, dim)  # by turns one from the front and one, going backwards, from the end
     return torch.cat((*chunks[::2], *chunks[::-2]), dim)

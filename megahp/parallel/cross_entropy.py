@@ -11,13 +11,13 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megahp.parallel.collectives import all_reduce
-from megahp.parallel.mesh import Place
+from megahp.parallel.mesh import Axis
 
 LOGITS_AT_ONCE = 2**21  # 8 MiB of fp32, which a CPU's cache holds (docs/benchmarks/loss.md)
 
 
 @torch.compiler.disable  # traced, backward's logits are found to equal forward's, and all of them are kept
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, axis: Place) -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis) -> Tensor:
     """Per-token losses in nats, log sum exp(x W^T) - (x W^T)[target], that never hold x W^T.
 
     Args:
@@ -49,7 +49,7 @@ class _LinearCrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, axis: Place) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, axis: Axis) -> Tensor:
         targets = targets - axis.rank * len(weight)
         largest = x.new_full(targets.shape, -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))
         total, target_logit = torch.zeros_like(largest), torch.zeros_like(largest)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from megahp import config
+from megahp.config import ParallelConfig
 from megahp.parallel.mesh import EXPERT_SHARDS, Mesh
 from megahp.parallel.parameters import probes, storage
 
@@ -17,7 +17,7 @@ def shard(
     model: nn.Module,
     blocks: Collection[nn.Module],
     mesh: Mesh,
-    parallel: config.Parallel,
+    parallel: ParallelConfig,
     compute: torch.dtype,
     master: torch.dtype,
 ) -> None:
@@ -46,7 +46,7 @@ def shard(
     _prefetch([block for block in units if block in blocks], parallel.prefetch)
 
 
-def before(model: nn.Module, last: bool, parallel: config.Parallel) -> None:
+def before(model: nn.Module, last: bool, parallel: ParallelConfig) -> None:
     """Prepare the next forward and backward pass, the step's last one or not: whether gradients are communicated
     after it, and whether the gathered weights are kept."""
     if isinstance(model, FSDPModule):

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megahp.parallel.collectives import all_to_all, exchange
-from megahp.parallel.mesh import Place
+from megahp.parallel.mesh import Axis
 
 Experts = Callable[[Tensor, list[int]], Tensor]
 
 
-def apply_experts(experts: Experts, x: Tensor, chosen: Tensor, load: Tensor, axis: Place) -> Tensor:
+def apply_experts(experts: Experts, x: Tensor, chosen: Tensor, load: Tensor, axis: Axis) -> Tensor:
     """What each token's experts make of it.
 
     Args:
@@ -36,7 +36,7 @@ def apply_experts(experts: Experts, x: Tensor, chosen: Tensor, load: Tensor, axi
     return _rearrange(out, _inverse(order)).unflatten(0, chosen.shape)
 
 
-def _elsewhere(experts: Experts, rows: Tensor, load: Tensor, axis: Place) -> Tensor:
+def _elsewhere(experts: Experts, rows: Tensor, load: Tensor, axis: Axis) -> Tensor:
     """The same of rows sorted by expert, each computed on the rank that holds it."""
     sent = load.unflatten(0, (axis.size, -1))  # by rank, by its experts
     received = all_to_all(sent, [1] * axis.size, [1] * axis.size, axis.group)  # from each rank, for this one's experts

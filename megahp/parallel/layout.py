@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from megahp.config import Parallel
+from megahp.config import ParallelConfig
 from megahp.errors import UserError, nearest_divisors, nearest_multiples
 
 AXES = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")  # outermost first: tp ranks are neighbours
@@ -32,7 +32,7 @@ class Layout:
         return self.dp_replicate * self.dp_shard
 
 
-def fit(parallel: Parallel, ranks: int) -> Layout:
+def fit(parallel: ParallelConfig, ranks: int) -> Layout:
     """The layout of `parallel` on so many ranks, its 0 axis filled. Raises UserError naming the nearest counts."""
     if ranks < 1:
         raise UserError(f"--ranks {ranks} must be at least 1")

@@ -17,7 +17,7 @@ EXPERT_SHARDS = ("dp_shard", "cp")  # and an expert's, which lies on one rank al
 
 
 @dataclass(frozen=True)
-class Place:
+class Axis:
     """This rank's place on one axis of the mesh."""
 
     size: int
@@ -26,14 +26,14 @@ class Place:
 
 
 @dataclass(frozen=True)
-class TensorAxis(Place):
+class TensorAxis(Axis):
     """This rank's place on the tensor-parallel axis, and on the others that layers need to know of."""
 
     sequence_parallel: bool
     tokens: dist.ProcessGroup  # the ranks an example's tokens lie on outside the matrix products
     heads: dist.ProcessGroup  # the ranks its tokens and heads lie on inside attention
-    context: Place
-    experts: Place
+    context: Axis
+    experts: Axis
 
     @property
     def spread(self) -> tuple[str, ...]:
@@ -61,17 +61,17 @@ class Mesh:
         """This rank's group of the ranks that differ along these axes alone."""
         return self.over(*axes).get_group() if len(axes) > 1 else self.devices.get_group(axes[0])
 
-    def place(self, axis: str) -> Place:
-        return Place(self.group(axis).size(), self.rank(axis), self.group(axis))
+    def axis(self, axis: str) -> Axis:
+        return Axis(self.group(axis).size(), self.rank(axis), self.group(axis))
 
     def tensor_axis(self, sequence_parallel: bool) -> TensorAxis:
         return TensorAxis(
-            **vars(self.place("tp")),
+            **vars(self.axis("tp")),
             sequence_parallel=sequence_parallel,
             tokens=self.group("cp", "tp") if sequence_parallel else self.group("cp"),
             heads=self.group("cp", "tp"),
-            context=self.place("cp"),
-            experts=self.place("ep"),
+            context=self.axis("cp"),
+            experts=self.axis("ep"),
         )
 
     @property
@@ -87,7 +87,7 @@ class Mesh:
             return flat
         return DeviceMesh._concatenate([self.devices["dp_replicate"], flat])
 
-    def is_first(self, axes: tuple[str, ...]) -> bool:
+    def is_rank0(self, axes: tuple[str, ...]) -> bool:
         """Whether this rank speaks for all ranks along these axes, where they hold the same value."""
         return all(self.rank(axis) == 0 for axis in axes)
 
@@ -101,11 +101,11 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
     return mesh
 
 
-def mesh_alone(settings: Config) -> Mesh:
+def single_rank_mesh(config: Config) -> Mesh:
     """The mesh of this process alone, which joins a group of its own if it is in none."""
     if not dist.is_initialized():
-        launch.join(launch.World(), cuda_wanted(settings))
-    return make_mesh(Layout(), device_of(settings, launch.World()))
+        launch.join(launch.World(), cuda_wanted(config))
+    return make_mesh(Layout(), device_of(config, launch.World()))
 
 
 def _ends(devices: DeviceMesh) -> dist.ProcessGroup | None:

@@ -33,7 +33,7 @@ def gather_results(work: Callable[[], Any], group: Group | None = None, kinds: K
     return [each["value"] for each in outcomes]
 
 
-def on_first_rank(work: Callable[[], T], group: Group | None = None, kinds: Kinds = (UserError,)) -> T:
+def on_rank0(work: Callable[[], T], group: Group | None = None, kinds: Kinds = (UserError,)) -> T:
     """Call `work` on the first rank of the group, and return what it returns on all. An error is raised on all, as by
     `gather_results`."""
     own, cause = _outcome(work, group, kinds) if dist.get_rank(group) == 0 else (None, None)

@@ -196,9 +196,9 @@ def copied_over(weight: Tensor, row: Row) -> set[str]:
     return copied
 
 
-def counted_once(weight: Tensor, row: Row, mesh: Mesh) -> bool:
+def is_first_replica(weight: Tensor, row: Row, mesh: Mesh) -> bool:
     """Whether this rank's part of the weight enters a sum over all ranks: of equal copies only the first does."""
-    return mesh.is_first(tuple(copied_over(weight, row)))
+    return mesh.is_rank0(tuple(copied_over(weight, row)))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from megahp import config
+from megahp.config import ParallelConfig
 from megahp.parallel.mesh import Mesh
 
 SCHEDULES: dict[str, Any] = {
@@ -47,13 +47,13 @@ def split(costs: Sequence[float], parts: int) -> list[range]:
     return [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
 
 
-def owner(stage: int, parallel: config.Parallel) -> int:
+def owner(stage: int, parallel: ParallelConfig) -> int:
     """The pipeline rank of a stage: in turn, or for zbv down and back up again."""
     lap, rank = divmod(stage, parallel.pp)
     return parallel.pp - 1 - rank if parallel.schedule == "zbv" and lap % 2 else rank
 
 
-def stages_of(rank: int, parallel: config.Parallel) -> list[int]:
+def stages_of(rank: int, parallel: ParallelConfig) -> list[int]:
     """The stages of a pipeline rank, ascending."""
     return [stage for stage in range(parallel.pp * parallel.local_stages) if owner(stage, parallel) == rank]
 
@@ -66,7 +66,7 @@ class Pipeline:
     """
 
     def __init__(
-        self, stages: Mapping[int, nn.Module], parallel: config.Parallel, mesh: Mesh, stream: Callable[[Tensor], Tensor]
+        self, stages: Mapping[int, nn.Module], parallel: ParallelConfig, mesh: Mesh, stream: Callable[[Tensor], Tensor]
     ) -> None:
         self.stages, self.parallel, self.mesh, self.stream = stages, parallel, mesh, stream
         self.last = parallel.pp * parallel.local_stages - 1

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import Row, counted_once, indices
+from megahp.parallel.parameters import Row, indices, is_first_replica
 
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}  # the same bits: of positive floats in their order
 Parts = dict[str, Tensor]  # this rank's parts of tensors laid out as weights are, by name of the weight
@@ -26,7 +26,7 @@ class Entries:
         self.number = {name: number for number, name in enumerate(names)}
         self.group = {name: 0 if together else self.number[name] for name in weights}
         self.groups = 1 if together else len(names)
-        self.counted = {name: counted_once(weight, rows[name], mesh) for name, weight in weights.items()}
+        self.counted = {name: is_first_replica(weight, rows[name], mesh) for name, weight in weights.items()}
 
     def count(self, chosen: Parts) -> Tensor:
         """How many are true in each group, over all ranks: bool parts -> int64 [groups]."""

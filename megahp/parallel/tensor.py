@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megahp.ops.engines import Linear
 from megahp.parallel.collectives import copy_to, gather_from, sum_from, sum_scatter
-from megahp.parallel.context import own_tokens
+from megahp.parallel.context import shard_sequence
 from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.parameters import Module, Row, local
 from megahp.scaling.parameterization import Role
@@ -91,5 +91,5 @@ class PositionEmbedding(Module):
         self.parameter("weight", (longest, width), Row(Role.EMBEDDING, sum_over=axis.spread))
 
     def forward(self, length: int, dtype: torch.dtype) -> Tensor:
-        rows = own_tokens(local(self.weight)[:length].to(dtype), 0, self.axis.context)
+        rows = shard_sequence(local(self.weight)[:length].to(dtype), 0, self.axis.context)
         return rows.chunk(self.axis.size)[self.axis.rank] if self.axis.sequence_parallel else rows

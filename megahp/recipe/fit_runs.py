@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megahp.config import Config, get
+from megahp.config import Config, get_setting
 from megahp.errors import UserError
 from megahp.log.events import STARTS
 from megahp.log.metrics import Record, newest_metrics, read_events
@@ -54,9 +54,9 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Trained], list[str]]:
     trees: list[Config] = []
 
     def add(run: Path) -> None:
-        settings = read_config(run)
-        runs.append(_read_run(run, settings, notes))
-        trees.append(settings)
+        config = read_config(run)
+        runs.append(_read_run(run, config, notes))
+        trees.append(config)
 
     for path in paths:
         if path.suffix == ".jsonl":
@@ -70,35 +70,35 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Trained], list[str]]:
                 except UserError as error:
                     notes.append(f"left out: {error}")
     for key in OF_THE_TEXT:
-        if len({get(settings, key) for settings in trees}) > 1:
+        if len({get_setting(config, key) for config in trees}) > 1:
             notes.append(f"the runs differ in {key}, so their losses may not compare")
     return runs, notes
 
 
-def _read_run(path: Path, settings: Config, notes: list[str]) -> Trained:
+def _read_run(path: Path, config: Config, notes: list[str]) -> Trained:
     """A run directory's run, of as many tokens as it was planned for, which it keeps to within a batch, or as it took
     until train.steps."""
     last, events = next(newest_metrics(path), None), [event["event"] for event in read_events(path)]
     if last is None:
         raise UserError(f"{path} has logged no step; train it, or leave it out")
-    batch, tokens = settings.batch.global_batch * settings.data.sequence_length, settings.train.tokens
+    batch, tokens = config.batch.global_batch * config.data.sequence_length, config.train.tokens
     ended = next((event for event in reversed(events) if event in ("finished", *STARTS)), None)
-    is_short = last["tokens"] + (last.get("global_batch") or 0) * longest(settings) <= tokens
-    is_cut = is_short and 0 < settings.train.steps <= last["step"]
+    is_short = last["tokens"] + (last.get("global_batch") or 0) * longest(config) <= tokens
+    is_cut = is_short and 0 < config.train.steps <= last["step"]
     if ended != "finished" or is_short and not is_cut:
         done = f"{last['tokens']} of train.tokens = {tokens} are done"
         raise UserError(f"{path} has not ended: {done}; finish it, or leave it out")
     if is_cut:
         notes.append(
-            f"{path} ended by train.steps = {settings.train.steps}, its learning rate that of {tokens} tokens; it "
+            f"{path} ended by train.steps = {config.train.steps}, its learning rate that of {tokens} tokens; it "
             f"counts as a run of the {last['tokens']} it took"
         )
         tokens = last["tokens"]
     if (loss := last.get("validation_loss")) is None:
         raise UserError(f"{path} has no validation loss at its end; set train.validation_samples, or leave it out")
-    if settings.sparsity.method != "none":
+    if config.sparsity.method != "none":
         raise UserError(f"{path} is sparse, and the laws are of dense models; leave it out")
-    rule, optimizer = table_of(settings).rules[Role.HIDDEN], settings.optimizer
+    rule, optimizer = table_of(config).rules[Role.HIDDEN], config.optimizer
     hidden = {"lr": optimizer.lr * rule.lr, "weight_decay": optimizer.weight_decay * rule.weight_decay}
     values = {"batch": batch, **hidden}
     if not {"batch", "branched"}.isdisjoint(events):
@@ -107,7 +107,7 @@ def _read_run(path: Path, settings: Config, notes: list[str]) -> Trained:
     elif optimizer.name != "adamw":
         notes.append(f"{path}: tau is AdamW's, not {optimizer.name}'s; it does not serve the timescale's law")
         values = {"batch": batch}
-    return Trained(str(path), flops.parameters(settings.model, longest(settings)), tokens, loss, **values)
+    return Trained(str(path), flops.parameters(config.model, longest(config)), tokens, loss, **values)
 
 
 def _read_table(path: Path) -> list[Trained]:

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megahp.config import Batch, Config, Model, get, resolve, with_values
+from megahp.config import BatchConfig, Config, ModelConfig, get_setting, resolve, with_values
 from megahp.config.resolve import Resolved
 from megahp.errors import UserError, nearest_multiples
 from megahp.log.progress import human_count
 from megahp.recipe.hyperparameter_laws import Choice, deepseek, nanochat, olmo_ladder, step_law
 from megahp.recipe.sizing import Given, outside_embeddings, refuse_mistakes, shaped, tokens_for
 from megahp.scaling import flops, power_laws
-from megahp.scaling.batch import BatchPlan, Progress, noise_forecast, sizes
+from megahp.scaling.batch import BatchScheduler, Progress, noise_forecast, sizes
 from megahp.scaling.laws import LossLaw, PowerLaw
 from megahp.scaling.parameterization import Role, Table, table_of
 
@@ -43,7 +43,7 @@ class Base:
     def get(self, section: str, key: str) -> Any:
         """The value it gives or leaves to the default."""
         given = {**self.tree.get(section, {}), **self.told.get(section, {})}
-        return given.get(key, get(Config(), f"{section}.{key}"))
+        return given.get(key, get_setting(Config(), f"{section}.{key}"))
 
 
 PROXY = Base(
@@ -78,7 +78,7 @@ class Laws:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Recipe:
     """A plan, and what it was made from."""
 
     resolved: Resolved
@@ -127,7 +127,7 @@ class Plan:
         return power_laws.least_tokens(self.tokens, self.tokens / self.steps, self.laws.critical_batch)
 
 
-def plan(given: Given, base: Base, laws: Laws, name: str = "") -> Plan:
+def plan(given: Given, base: Base, laws: Laws, name: str = "") -> Recipe:
     """The plan of a run of this name, by default its size. Raises UserError for what is no plan, or one that no run
     file can hold."""
     refuse_mistakes(given, laws.loss)
@@ -167,7 +167,7 @@ def plan(given: Given, base: Base, laws: Laws, name: str = "") -> Plan:
     resolved = resolve.resolve(tree)
     steps, last_batch = steps_of(resolved.config, ranks)
     hidden = outside_embeddings(model, length)
-    made = Plan(resolved, given, base, laws, choice, n, hidden, (of_size, of_tokens), ranks, steps, last_batch)
+    made = Recipe(resolved, given, base, laws, choice, n, hidden, (of_size, of_tokens), ranks, steps, last_batch)
     if base.get("checkpoint", "every"):
         return made
     tree[-1][1]["checkpoint"] = {"every": saving_interval(steps, made.seconds)}
@@ -182,14 +182,16 @@ def saving_interval(steps: int, seconds: float) -> int:
     return every // unit * unit
 
 
-def rules(model: Model, length: int, tokens: float) -> list[Choice]:
+def rules(model: ModelConfig, length: int, tokens: float) -> list[Choice]:
     """What other people's rules would choose."""
     hidden = outside_embeddings(model, length)
     per_token = flops.training_flops(model, length, causal=False) - 6 * model.width * model.padded_vocab
     return [step_law(hidden, tokens), deepseek(per_token * tokens), nanochat(tokens), olmo_ladder(hidden)]
 
 
-def _tree(base: Base, model: Model, tokens: int, name: str, choice: Choice | None) -> list[tuple[str, dict[str, Any]]]:
+def _tree(
+    base: Base, model: ModelConfig, tokens: int, name: str, choice: Choice | None
+) -> list[tuple[str, dict[str, Any]]]:
     """The layers of the run file but for the batch: the base without what belonged to its own run, and the plan."""
     shape = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width")
     old = {"model": shape, "train": ("tokens", "steps", "start_from", "weights"), "log": ("name",)}
@@ -227,21 +229,21 @@ def _batch_settings(
         why = f"--batch {given.batch} cannot be shared out over {ranks} data-parallel ranks"
         raise UserError(f"{why}; nearest that can be: {near}")
     batch = max(least, round(wanted / unit) * unit)
-    settings: dict[str, Any] = {
+    config: dict[str, Any] = {
         "policy": "measured" if grows else "constant",
         "global_batch": batch,
         "micro_batch": micro,
     }
     if grows and run.parallel.pp == 1:  # a microbatch each, of a step that has so many; a pipeline takes a step's time
-        settings["calibrate_every"] = math.ceil(Batch.calibrate_every * ranks * micro / batch)
+        config["calibrate_every"] = math.ceil(BatchConfig.calibrate_every * ranks * micro / batch)
     if grows and laws.critical_batch is not power_laws.CRITICAL_BATCH:
-        settings["critical_batch"] = [laws.critical_batch.scale, laws.critical_batch.exponent]
+        config["critical_batch"] = [laws.critical_batch.scale, laws.critical_batch.exponent]
     if choice:
-        return {"batch": settings}
+        return {"batch": config}
     rule = table_of(run).rules[Role.HIDDEN]
     lr, law = run.optimizer.lr * rule.lr, laws.timescale
     decay = power_laws.optimal_weight_decay(lr, batch * length, tokens, n, law)  # of hidden matrices
-    return {"batch": settings, "optimizer": {"weight_decay": decay / rule.weight_decay}}
+    return {"batch": config, "optimizer": {"weight_decay": decay / rule.weight_decay}}
 
 
 def cannot_measure(run: Config) -> str:
@@ -254,7 +256,7 @@ def cannot_measure(run: Config) -> str:
 def steps_of(run: Config, ranks: int) -> tuple[int, int]:
     """The steps of a run whose batch is constant or measured, and its last batch: as BatchPlan takes them where the
     noise scale is the forecast one, but all steps from one look at it to the next at once."""
-    plan, progress, forecast = BatchPlan(run, ranks), Progress(), noise_forecast(run, Progress(), None)
+    plan, progress, forecast = BatchScheduler(run, ranks), Progress(), noise_forecast(run, Progress(), None)
     while step := plan.step(progress):
         left = (run.train.tokens - progress.tokens) // step.tokens
         every = run.batch.look_every if run.batch.policy == "measured" else left

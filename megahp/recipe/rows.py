@@ -8,7 +8,7 @@ from typing import Any
 from megahp.config import resolve
 from megahp.recipe import loss_laws
 from megahp.recipe.hyperparameter_laws import Choice
-from megahp.recipe.recipe import Plan, cannot_measure, rules
+from megahp.recipe.recipe import Recipe, cannot_measure, rules
 from megahp.recipe.sizing import MFU, RATIO
 from megahp.scaling import flops, power_laws, sparsity
 from megahp.scaling.laws import PowerLaw
@@ -37,11 +37,11 @@ class Row:
     confidence: str
 
 
-def rows(plan: Plan) -> list[Row]:
+def rows(plan: Recipe) -> list[Row]:
     return [*_size(plan), *_rates(plan), *_batches(plan), *_outcome(plan)]
 
 
-def _size(plan: Plan) -> Iterator[Row]:
+def _size(plan: Recipe) -> Iterator[Row]:
     model, given, loss = plan.run.model, plan.given, _by(plan.laws.loss)
     size, tokens = plan.sized
     own = bool(given.width and given.layers)
@@ -57,7 +57,7 @@ def _size(plan: Plan) -> Iterator[Row]:
     yield Row("MLP width", model.mlp_width, f"{model.mlp_width / model.width:.3g} widths, of base or preset", *OURS)
 
 
-def _rates(plan: Plan) -> Iterator[Row]:
+def _rates(plan: Recipe) -> Iterator[Row]:
     optimizer, base, table, choice = plan.run.optimizer, plan.run.parameterization, plan.table, plan.choice
     rule, model = table.rules[Role.HIDDEN], plan.run.model
     m_n = 1.0 if choice else model.width / base.base_width
@@ -87,7 +87,7 @@ def _rates(plan: Plan) -> Iterator[Row]:
         yield Row("weight decay, base", optimizer.weight_decay, "as set: hidden / m_N", *TABLE)
 
 
-def _batches(plan: Plan) -> Iterator[Row]:
+def _batches(plan: Recipe) -> Iterator[Row]:
     run, tokens, length = plan.run, plan.tokens, plan.run.data.sequence_length
     optimal, critical, first = plan.laws.optimal_batch, plan.laws.critical_batch, run.batch.global_batch
     yield Row("B_opt, sequences", optimal(tokens) / length, f"{_formula(optimal, 'D')} tokens", *_by(optimal))
@@ -116,7 +116,7 @@ def _batches(plan: Plan) -> Iterator[Row]:
     yield Row("warm-up, tokens", round(run.schedule.warmup * tokens), "10 % of D, then linearly to 0", *COLLAPSE)
 
 
-def _outcome(plan: Plan) -> Iterator[Row]:
+def _outcome(plan: Recipe) -> Iterator[Row]:
     law, tokens, given = plan.laws.loss, plan.tokens, plan.given
     weights: float = plan.parameters
     if given.density and given.density < 1:
@@ -149,7 +149,7 @@ def _outcome(plan: Plan) -> Iterator[Row]:
         yield Row("pipeline bubble", f"{idle:.1%}", f"(p - 1) / (v m), m = {microbatches} at the first batch", *BUBBLE)
 
 
-def beyond_loss_law(plan: Plan) -> str:
+def beyond_loss_law(plan: Recipe) -> str:
     """Why the loss law cannot be believed: it predicts more than guessing loses; "" where it does not."""
     predicted, words = plan.laws.loss(plan.parameters, plan.tokens), plan.run.model.vocab_size
     if predicted < math.log(words):
@@ -157,7 +157,7 @@ def beyond_loss_law(plan: Plan) -> str:
     return f"the law gives {predicted:.4g}, and guessing {math.log(words):.4g} = ln {words:,}: out of its reach"
 
 
-def notes(plan: Plan) -> list[str]:
+def notes(plan: Recipe) -> list[str]:
     """What is outside the range of a law, and what was not tuned for."""
     laws, tokens, choice = plan.laws, plan.tokens, plan.choice
     loss, critical, own = laws.loss, laws.critical_batch, plan.given.width and plan.given.layers
@@ -191,7 +191,7 @@ def notes(plan: Plan) -> list[str]:
     return found
 
 
-def choices(plan: Plan) -> list[Choice]:
+def choices(plan: Recipe) -> list[Choice]:
     """This plan, at the batch of a run with one batch and as many steps; then what other rules would have chosen."""
     run, batch, decay = plan.run, plan.tokens / plan.steps, plan.weight_decay
     if not plan.choice:

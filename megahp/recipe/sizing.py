@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
-from megahp.config import Model, resolve
+from megahp.config import ModelConfig, resolve
 from megahp.errors import UserError, nearest_multiples
 from megahp.scaling import flops
 from megahp.scaling.laws import LossLaw, PowerLaw, increasing_root
@@ -125,14 +125,14 @@ def _inverse(left: float, scale: float, exponent: float, given: Given, other: st
     return (scale / left) ** (1 / exponent)
 
 
-def shaped(template: Model, given: Given, law: LossLaw, length: int) -> tuple[Model, str]:
+def shaped(template: ModelConfig, given: Given, law: LossLaw, length: int) -> tuple[ModelConfig, str]:
     """The model, and the formula of its size: the best ratio of width to depth within 3 % of the size, or near that.
     Raises UserError where no shape comes near it."""
     if given.width and given.layers:
         return scaled(template, given.width, given.layers), "of the given shape"
     wanted, how = parameters_for(given, law)
 
-    def distance(model: Model) -> float:
+    def distance(model: ModelConfig) -> float:
         off = abs(math.log(flops.parameters(model, length) / wanted))
         ratio = abs(math.log(model.width / model.layers / RATIO(outside_embeddings(model, length))))
         return 30 * max(0.0, off - 0.03) + ratio
@@ -146,7 +146,7 @@ def shaped(template: Model, given: Given, law: LossLaw, length: int) -> tuple[Mo
     return model, how
 
 
-def _shapes(template: Model, wanted: float, given: Given, length: int) -> Iterator[Model]:
+def _shapes(template: ModelConfig, wanted: float, given: Given, length: int) -> Iterator[ModelConfig]:
     """At each width, a multiple of the head size (of twice that, from eight heads on), the depth nearest in size."""
     head = template.head_size
     for width in [given.width] if given.width else [k * head for k in range(1, 1024) if k <= 8 or k % 2 == 0]:
@@ -157,7 +157,7 @@ def _shapes(template: Model, wanted: float, given: Given, length: int) -> Iterat
             yield replace(one, layers=layers)
 
 
-def scaled(template: Model, width: int, layers: int) -> Model:
+def scaled(template: ModelConfig, width: int, layers: int) -> ModelConfig:
     """The template at another width and depth: heads of the same size, query heads to a key head, MLP in proportion."""
     if width == template.width:
         return replace(template, layers=layers)
@@ -173,7 +173,7 @@ def scaled(template: Model, width: int, layers: int) -> Model:
     return replace(template, width=width, layers=layers, heads=heads, kv_heads=kv_heads, mlp_width=mlp)
 
 
-def outside_embeddings(model: Model, length: int) -> int:
+def outside_embeddings(model: ModelConfig, length: int) -> int:
     """Weights that are neither token nor position embeddings."""
     tables = (1 if model.tied_embeddings else 2) * model.padded_vocab
     return flops.parameters(model, length) - (tables + (length if model.positions == "learned" else 0)) * model.width

@@ -9,10 +9,10 @@ update. (Narayanan et al., arXiv 2104.04473; Korthikanti et al., arXiv 2205.0519
 them, as in those papers, PaLM, nanoGPT and torchtitan. So utilisations of the two kinds are not comparable.
 """
 
-from megahp.config import Model
+from megahp.config import ModelConfig
 
 
-def parameters(model: Model, longest: int) -> int:
+def parameters(model: ModelConfig, longest: int) -> int:
     """Number of weights; longest: positions of a learned embedding. model: resolved, with its vocabulary."""
     norm = model.width * (2 if model.norm == "layernorm" and model.bias else 1)
     block = 2 * norm
@@ -26,7 +26,7 @@ def parameters(model: Model, longest: int) -> int:
     return sum(_matrices(model, model.experts)) + model.layers * block + norm + embeddings + positions
 
 
-def training_flops(model: Model, length: int, causal: bool = True, recomputed_layers: int = 0) -> float:
+def training_flops(model: ModelConfig, length: int, causal: bool = True, recomputed_layers: int = 0) -> float:
     """Operations of one token's forward and backward pass, in sequences of `length` tokens.
 
     With no recomputed layers these are model FLOPs, whose share of the peak is MFU. Each layer that runs forward a
@@ -37,7 +37,7 @@ def training_flops(model: Model, length: int, causal: bool = True, recomputed_la
     return (3 + recomputed_layers / model.layers) * products + 3 * logits
 
 
-def layer_costs(model: Model, length: int) -> list[float]:
+def layer_costs(model: ModelConfig, length: int) -> list[float]:
     """Operations of one token's forward pass in each layer, in sequences of `length` tokens; the unembedding's, forward
     and once more in the backward pass of a loss that keeps no logits, are the last layer's."""
     layers, logits = _layers(model, length), 2 * model.width * model.padded_vocab
@@ -50,14 +50,14 @@ def pipeline_bubble(stages: int, microbatches: int, stages_per_rank: int = 1) ->
     return (stages - 1) / (stages_per_rank * microbatches)
 
 
-def _layers(model: Model, length: int, causal: bool = True) -> list[float]:
+def _layers(model: ModelConfig, length: int, causal: bool = True) -> list[float]:
     """Operations of one token's forward pass in each layer."""
     attended = length / 2 if causal else length  # keys a query meets, on average
     products = 2 * attended * model.heads * model.head_size
     return [2 * (matrices + products) for matrices in _matrices(model, model.experts_per_token)]
 
 
-def _matrices(model: Model, experts: int) -> list[int]:
+def _matrices(model: ModelConfig, experts: int) -> list[int]:
     """Weights of each layer's matrices, so many experts and the shared ones counted."""
     attention = 2 * (model.heads + model.kv_heads) * model.head_size
     dense = attention + _mlp_matrices(model) * model.mlp_width
@@ -67,5 +67,5 @@ def _matrices(model: Model, experts: int) -> list[int]:
     return [model.width * layer for layer in layers]
 
 
-def _mlp_matrices(model: Model) -> int:
+def _mlp_matrices(model: ModelConfig) -> int:
     return 3 if model.activation == "swiglu" else 2

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from megahp import config
+from megahp.config import Config, ParameterizationConfig
 
 
 class Role(StrEnum):
@@ -73,12 +73,12 @@ def spectral_scale(fan_out: int, fan_in: int) -> float:
     return math.sqrt(fan_out / fan_in)
 
 
-def table_of(run: config.Config) -> Table:
+def table_of(run: Config) -> Table:
     """The table for this run's model."""
     return fill_in(run.parameterization, run.model.width, run.model.layers, run.model.head_size)
 
 
-def fill_in(rules: config.Parameterization, width: int, layers: int, head_size: int) -> Table:
+def fill_in(rules: ParameterizationConfig, width: int, layers: int, head_size: int) -> Table:
     """The table for a model of this width, depth and head size.
 
     muP and CompleteP scale the attention logits by 1/head_size, SP by its root. AdamW's eps is scaled in the

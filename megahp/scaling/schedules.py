@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 
-from megahp.config import Schedule
+from megahp.config import ScheduleConfig
 
 
-def fraction(schedule: Schedule, tokens: float, horizon: float) -> float:
+def fraction(schedule: ScheduleConfig, tokens: float, horizon: float) -> float:
     """Fraction of the peak learning rate after `tokens` of `horizon` tokens: a linear rise from 0, then the schedule.
 
     decay-to-zero falls linearly to exactly 0 (D2Z, arXiv 2502.15938); linear and cosine to their floor; wsd stays at 1
@@ -35,7 +35,7 @@ def fraction(schedule: Schedule, tokens: float, horizon: float) -> float:
             return 1.0
 
 
-def _decay(schedule: Schedule, tokens: float, horizon: float) -> float:
+def _decay(schedule: ScheduleConfig, tokens: float, horizon: float) -> float:
     """From 1, where the decay begins, to 0 at the horizon."""
     length = schedule.decay * horizon
     done = min(1.0, max(0.0, (tokens - (horizon - length)) / length)) if length else float(tokens >= horizon)

@@ -16,9 +16,9 @@ LONG = 1800.0  # seconds of training that a fault may cost
 FASTEST = {"cuda": 4e14, "cpu": 1e12}
 
 
-def advice(settings: Config, data: TrainingData, ranks: int, device: str, begin: int = 0) -> Iterator[str]:
+def advice(config: Config, data: TrainingData, ranks: int, device: str, begin: int = 0) -> Iterator[str]:
     """Find what is likely a mistake. device: cuda or cpu; begin: tokens of the checkpoint it starts from."""
-    train, batch = settings.train, settings.batch.global_batch * settings.data.sequence_length
+    train, batch = config.train, config.batch.global_batch * config.data.sequence_length
     steps = (train.tokens - begin) // batch  # at most: a batch grows, and never shrinks
     end = min(train.tokens, begin + train.steps * batch) if train.steps else train.tokens
     epochs = data.epochs(begin, end)
@@ -31,10 +31,10 @@ def advice(settings: Config, data: TrainingData, ranks: int, device: str, begin:
             f"is repeated more than {EPOCHS} times adds less and less (arXiv 2305.16264): add data, or lower "
             "train.tokens"
         )
-    seconds = (end - begin) * training_flops(settings.model, longest(settings)) / (ranks * FASTEST[device])
-    if seconds > LONG and not 0 < settings.checkpoint.every <= steps:
+    seconds = (end - begin) * training_flops(config.model, longest(config)) / (ranks * FASTEST[device])
+    if seconds > LONG and not 0 < config.checkpoint.every <= steps:
         yield (
-            f"checkpoint.every = {settings.checkpoint.every}: no checkpoint before the end, and a fault would cost "
+            f"checkpoint.every = {config.checkpoint.every}: no checkpoint before the end, and a fault would cost "
             f"{human_duration(seconds)} of training or more; set it"
         )
     if train.validate_every > steps:

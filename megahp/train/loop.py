@@ -13,38 +13,38 @@ from megahp.launch import World
 from megahp.parallel.device import device_of
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
-from megahp.scaling.batch import Plan
+from megahp.scaling.batch import StepPlan
 from megahp.train.prepare import open_data
-from megahp.train.recovery import check, compute_soundly, rewind, save_at_end, settle, skip
+from megahp.train.recovery import check, compute_with_retry, rewind, save_at_end, skip, wait_for_save
 from megahp.train.reporter import Reporter
-from megahp.train.run import Run, is_first
+from megahp.train.run import Run, is_rank0
 from megahp.train.start import start
 from megahp.train.trainer import Step
 from megahp.train.validation import baselines, validate
 
 
-def train(settings: Config, place: World, store: dist.Store, layout: Layout, resume: bool) -> bool:
+def train(config: Config, place: World, store: dist.Store, layout: Layout, resume: bool) -> bool:
     """Run, or go on with, the run of these prepared settings, as one of its ranks. Returns whether it is finished:
     False when it was told to leave before, or its end could not be saved."""
     began = time.monotonic()
-    mesh = make_mesh(layout, device_of(settings, place))
-    reporter = Reporter(settings)
-    data = open_data(settings)
-    loader = Loader(data, mesh.device, settings.data.mask_documents)
-    run = Run(settings, mesh, data)
+    mesh = make_mesh(layout, device_of(config, place))
+    reporter = Reporter(config)
+    data = open_data(config)
+    loader = Loader(data, mesh.device, config.data.mask_documents)
+    run = Run(config, mesh, data)
     start(run, reporter, resume)
     dist.barrier()  # or a signal would end the first rank, which has begun the logs, and be noted by the others
-    notice = Notice(settings.resilience.stop_after, began)
+    notice = Notice(config.resilience.stop_after, began)
 
     plan = run.next_step()
-    watchdog = Watchdog(store, settings.resilience.hang_after, settings.directory)
+    watchdog = Watchdog(store, config.resilience.hang_after, config.directory)
     validation = None
     with reporter.showing(run.progress), watchdog:
         while plan:
             began = time.monotonic()
-            if run.enter_stage(plan):
-                reporter.stage(run, plan)
-            step, verdict = compute_soundly(partial(compute, run, loader, plan, notice.given), run, plan, reporter)
+            if run.enter_phase(plan):
+                reporter.phase(run, plan)
+            step, verdict = compute_with_retry(partial(compute, run, loader, plan, notice.given), run, plan, reporter)
             if verdict.action == "rewind":
                 rewind(run, loader, reporter, plan, verdict.reason)
                 watchdog.alive(run.progress.step)
@@ -57,22 +57,22 @@ def train(settings: Config, place: World, store: dist.Store, layout: Layout, res
             else:
                 skip(run, reporter, plan, measured, verdict.reason)
             del step  # or its gradients would lie in memory beside the next one's
-            if run.batch_plan.is_calibration(plan.step) and (example := run.example(loader, plan)):
+            if run.batch_scheduler.is_calibration_step(plan.step) and (example := run.example(loader, plan)):
                 run.calibrate(example, plan)
             change, masked = run.advance(plan, measured, updated)
             following = run.next_step()
             seconds, over = time.monotonic() - began, following is None
-            validation = validate(run, data) if run.is_due(settings.train.validate_every, over) else None
+            validation = validate(run, data) if run.is_due(config.train.validate_every, over) else None
             watchdog.alive(run.progress.step)
             reporter.step(run, plan, measured, change, masked, seconds, validation, skipped=not updated)
-            if run.is_due(settings.resilience.check_every, over):
+            if run.is_due(config.resilience.check_every, over):
                 check(run, watchdog, reporter)
-            if run.is_due(settings.checkpoint.every, over):
-                settle(run, reporter)
+            if run.is_due(config.checkpoint.every, over):
+                wait_for_save(run, reporter)
                 run.save(validation)
             watchdog.alive(run.progress.step)
             plan = following
-            if measured.told or run.is_outgrown:
+            if measured.stop_requested or run.is_outgrown:
                 break
 
     loader.close()
@@ -81,19 +81,19 @@ def train(settings: Config, place: World, store: dist.Store, layout: Layout, res
         why = why_stopped(run, notice) if is_saved else "the newest checkpoint is older than the last step"
         reporter.event("stopped", why, run.progress, saved=is_saved)
     else:
-        if is_first() and settings.log.baselines and settings.train.validation_samples:
-            reporter.baselines(*baselines(settings, data))
+        if is_rank0() and config.log.baselines and config.train.validation_samples:
+            reporter.baselines(*baselines(config, data))
         reporter.event("finished", "the token budget or train.steps is reached", run.progress, skipped=run.skipped)
     reporter.close()
     return plan is None and is_saved
 
 
-def compute(run: Run, loader: Loader, plan: Plan, told: bool) -> Step:
+def compute(run: Run, loader: Loader, plan: StepPlan, stop_requested: bool) -> Step:
     """One step's gradients from the run's own data: forward, backward, measured."""
-    return run.compute(run.microbatches(loader, plan), plan, told)
+    return run.compute(run.microbatches(loader, plan), plan, stop_requested)
 
 
 def why_stopped(run: Run, notice: Notice) -> str:
     if run.is_outgrown:
-        return f"the global batch has grown to resilience.stop_at_batch = {run.settings.resilience.stop_at_batch}"
+        return f"the global batch has grown to resilience.stop_at_batch = {run.config.resilience.stop_at_batch}"
     return notice.why or "another rank was told to leave"

@@ -15,7 +15,7 @@ from megahp.config import Config
 from megahp.parallel.draw import draw_mask
 from megahp.parallel.parameters import like, storage
 from megahp.parallel.selection import Entries, Parts
-from megahp.scaling.batch import Plan, Progress
+from megahp.scaling.batch import Progress, StepPlan
 from megahp.scaling.parameterization import Role
 from megahp.scaling.sparsity import density_at, pruning_span, replaced_at
 from megahp.train.optimizer import MOMENTS, Optimizer
@@ -43,8 +43,8 @@ class Masks:
     """
 
     @torch.no_grad()
-    def __init__(self, settings: Config, engine: Engine, optimizer: Optimizer) -> None:
-        self.sparsity, self.horizon, self.optimizer = settings.sparsity, settings.train.tokens, optimizer
+    def __init__(self, config: Config, engine: Engine, optimizer: Optimizer) -> None:
+        self.sparsity, self.horizon, self.optimizer = config.sparsity, config.train.tokens, optimizer
         hidden = [name for name, row in engine.rows.items() if row.role is Role.HIDDEN]
         names = hidden if self.sparsity.method != "none" else []
         self.weights = {name: weight for name, weight in engine.weights.items() if name in names}
@@ -52,7 +52,7 @@ class Masks:
         together = self.sparsity.method == "gradual"
         self.entries = Entries(names, self.weights, engine.rows, engine.mesh, together)
         self.masks = {
-            name: draw_mask(name, weight, engine.rows[name].density, settings.train.seed)
+            name: draw_mask(name, weight, engine.rows[name].density, config.train.seed)
             for name, weight in self.weights.items()
         }
         self.unmasked: Parts = {}  # gradients that a change is to be made from
@@ -61,7 +61,7 @@ class Masks:
         self.size = self.entries.count({name: torch.ones_like(mask) for name, mask in self.masks.items()})
         self.measure()
 
-    def apply(self, grads: Sequence[Tensor], plan: Plan) -> None:
+    def apply(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
         """Make the gradients of masked weights 0, in place. grads: this rank's parts, in the order of the trained
         weights."""
         own = {name: grads[place] for name, place in self.places.items()}
@@ -75,7 +75,7 @@ class Masks:
             grads[place].mul_(self.masks[name].view(torch.uint8))  # by bool a CPU takes four times as long
 
     @torch.no_grad()
-    def look(self, plan: Plan, progress: Progress) -> MaskChange | None:
+    def look(self, plan: StepPlan, progress: Progress) -> MaskChange | None:
         """Change the masks, and with them weights and moments, if that is due after the step of this plan, which
         `progress` counts already."""
         if self.sparsity.method == "gradual":
@@ -91,10 +91,10 @@ class Masks:
         """What a checkpoint holds of them, laid out as the weights are."""
         return {f"mask.{name}": like(self.weights[name], mask) for name, mask in self.masks.items()}
 
-    def _due(self, plan: Plan) -> bool:
+    def _due(self, plan: StepPlan) -> bool:
         return plan.step % self.sparsity.every == 0
 
-    def _prune(self, plan: Plan, progress: Progress) -> MaskChange | None:
+    def _prune(self, plan: StepPlan, progress: Progress) -> MaskChange | None:
         """Mask the smallest of all weights, if the schedule has fallen below what they are."""
         sparsity = self.sparsity
         span = pruning_span(sparsity.density, sparsity.begin, sparsity.end)

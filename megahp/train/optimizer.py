@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megahp import config
+from megahp.config import OptimizerConfig
 from megahp.ops.engines import fused_adam
 from megahp.parallel.parameters import Row, like, part_of, storage, whole
-from megahp.scaling.batch import Plan
+from megahp.scaling.batch import StepPlan
 from megahp.scaling.parameterization import Role, Rule, Table, spectral_scale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,7 +23,7 @@ class Optimizer(Protocol):
 
     updates: int  # made so far
 
-    def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
+    def step(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
         """One update from this rank's parts of the gradients, in the order of the weights."""
 
     def state(self) -> dict[str, Tensor]:
@@ -31,16 +31,16 @@ class Optimizer(Protocol):
 
 
 def make_optimizer(
-    settings: config.Optimizer,
+    config: OptimizerConfig,
     weights: Mapping[str, Tensor],
     rows: Mapping[str, Row],
     table: Table,
     group: dist.ProcessGroup,
 ) -> Optimizer:
     """The update rule that is asked for. group: the ranks that hold these weights, or parts or copies of them."""
-    if settings.name == "muon":
-        return Muon(settings, weights, rows, table, group)
-    return ADAMW[settings.engine](weights, rows, table)
+    if config.name == "muon":
+        return Muon(config, weights, rows, table, group)
+    return ADAMW[config.engine](weights, rows, table)
 
 
 class AdamW:
@@ -62,7 +62,7 @@ class AdamW:
         ]
 
     @torch.no_grad()
-    def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
+    def step(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
         self.updates += 1
         if not grads:
             return
@@ -101,7 +101,7 @@ class ApexAdamW(AdamW):
             for part, *mine in zip(parts, *moments, strict=True):
                 self.fused.state[part] = dict(zip(MOMENTS, mine, strict=True))
 
-    def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
+    def step(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
         for group, (rule, places, _) in zip(self.fused.param_groups, self.groups, strict=True):
             group.update(_rates(rule, plan), betas=(plan.beta1, plan.beta2), step=self.updates)
             for part, place in zip(group["params"], places, strict=True):
@@ -114,7 +114,7 @@ class ApexAdamW(AdamW):
 ADAMW = {"torch": AdamW, "apex": ApexAdamW}
 
 
-def _rates(rule: Rule, plan: Plan) -> dict[str, Any]:
+def _rates(rule: Rule, plan: StepPlan) -> dict[str, Any]:
     """What of AdamW the table scales by role."""
     return {"lr": plan.lr * rule.lr, "weight_decay": plan.weight_decay * rule.weight_decay, "eps": plan.eps * rule.eps}
 
@@ -134,22 +134,22 @@ class Muon:
 
     def __init__(
         self,
-        settings: config.Optimizer,
+        config: OptimizerConfig,
         weights: Mapping[str, Tensor],
         rows: Mapping[str, Row],
         table: Table,
         group: dist.ProcessGroup,
     ) -> None:
         self.rows, self.rule, self.group = rows, table.rules[Role.HIDDEN], group
-        self.ratio, self.decay = settings.muon_lr / settings.lr, settings.momentum
+        self.ratio, self.decay = config.muon_lr / config.lr, config.momentum
         self.names = list(weights)
         self.hidden = {name: weight for name, weight in weights.items() if rows[name].role is Role.HIDDEN}
         rest = {name: weight for name, weight in weights.items() if name not in self.hidden}
-        self.adamw = ADAMW[settings.engine](rest, rows, table)
+        self.adamw = ADAMW[config.engine](rest, rows, table)
         self.momentum = {name: torch.zeros_like(storage(weight)) for name, weight in self.hidden.items()}
 
     @torch.no_grad()
-    def step(self, grads: Sequence[Tensor], plan: Plan) -> None:
+    def step(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
         by_name = dict(zip(self.names, grads, strict=True))
         self.adamw.step([by_name[name] for name in self.adamw.weights], plan)
         names, ranks = list(self.hidden), self.group.size()
@@ -169,7 +169,7 @@ class Muon:
     def updates(self, count: int) -> None:
         self.adamw.updates = count
 
-    def _update(self, names: Sequence[str], grads: Mapping[str, Tensor], plan: Plan) -> None:
+    def _update(self, names: Sequence[str], grads: Mapping[str, Tensor], plan: StepPlan) -> None:
         """Update so many matrices at most as there are ranks, the n-th orthogonalised by rank n."""
         mine = torch.empty(0)
         for rank, name in enumerate(names):

@@ -12,9 +12,9 @@ from megahp.errors import Fault, UserError
 from megahp.faults.copies import check_copies
 from megahp.faults.suspects import WEIGHT, among_weights, first_of, watching
 from megahp.faults.watchdog import Watchdog
-from megahp.scaling.batch import Plan
+from megahp.scaling.batch import StepPlan
 from megahp.train.reporter import Reporter
-from megahp.train.run import Run, as_the_first_sees
+from megahp.train.run import Run, broadcast_from_rank0
 from megahp.train.start import go_back
 from megahp.train.step import Measurement
 from megahp.train.trainer import Step
@@ -32,7 +32,9 @@ class Verdict:
     reason: str = ""
 
 
-def compute_soundly(compute: Callable[[], Step], run: Run, plan: Plan, reporter: Reporter) -> tuple[Step, Verdict]:
+def compute_with_retry(
+    compute: Callable[[], Step], run: Run, plan: StepPlan, reporter: Reporter
+) -> tuple[Step, Verdict]:
     """Compute a step's gradients, and once more under observation where they are not finite: a passing fault leaves no
     trace then, another is named. Also returns what is to become of the step. Raises Fault when a weight is the
     cause."""
@@ -40,7 +42,7 @@ def compute_soundly(compute: Callable[[], Step], run: Run, plan: Plan, reporter:
     if step.measured.finite:
         return step, judge_spike(run, step.measured, reporter)
     # in float16 a gradient that overflows is the loss scale's daily work
-    overflown = run.settings.train.dtype == "float16" and math.isfinite(step.measured.loss)
+    overflown = run.config.train.dtype == "float16" and math.isfinite(step.measured.loss)
     if overflown or run.skipped_in_a_row:
         return step, Verdict("skip", "the gradient is not finite")
     run.engine.zero()
@@ -66,13 +68,13 @@ def judge_spike(run: Run, measured: Measurement, reporter: Reporter) -> Verdict:
     if not spike:
         return Verdict("update")
     reporter.event("spike", spike, run.progress, loss=measured.loss, grad_norm=measured.grad_norm)
-    wanted = run.settings.resilience.spikes
+    wanted = run.config.resilience.spikes
     if wanted == "rewind" and run.saved_at >= 0:
         return Verdict("rewind", spike)
     return Verdict("update" if wanted == "tell" else "skip", spike)
 
 
-def skip(run: Run, reporter: Reporter, plan: Plan, measured: Measurement, why: str) -> None:
+def skip(run: Run, reporter: Reporter, plan: StepPlan, measured: Measurement, why: str) -> None:
     """Leave the weights alone this once. Raises UserError when that has become the rule."""
     run.skipped += 1
     run.skipped_in_a_row += 1
@@ -82,11 +84,11 @@ def skip(run: Run, reporter: Reporter, plan: Plan, measured: Measurement, why: s
     if run.skipped_in_a_row == MOST_SKIPPED:
         raise UserError(
             f"{MOST_SKIPPED} steps in a row were skipped, the last one, {plan.step}, because {why}, with "
-            f"optimizer.lr = {run.settings.optimizer.lr:g}; lower it and go on from the last checkpoint"
+            f"optimizer.lr = {run.config.optimizer.lr:g}; lower it and go on from the last checkpoint"
         )
 
 
-def settle(run: Run, reporter: Reporter) -> None:
+def wait_for_save(run: Run, reporter: Reporter) -> None:
     """Wait for the checkpoint that is under way. That it could not be written is told, and ends nothing but the run's
     end."""
     try:
@@ -98,38 +100,38 @@ def settle(run: Run, reporter: Reporter) -> None:
 def save_at_end(run: Run, reporter: Reporter, validation: float | None) -> bool:
     """Save the last step, again and again for resilience.save_again seconds while that fails. Returns whether it is on
     the disk."""
-    end = time.monotonic() + run.settings.resilience.save_again
+    end = time.monotonic() + run.config.resilience.save_again
     while True:
         try:
             if run.progress.step != run.saved_at:
-                settle(run, reporter)
+                wait_for_save(run, reporter)
                 run.save(validation)
             run.store.wait()
             return True
-        except checkpoint.NotCopiedError as error:
+        except checkpoint.UploadError as error:
             reporter.event("unsaved", str(error), run.progress)
             return True
         except UserError as error:
             reporter.event("unsaved", str(error), run.progress)
             run.saved_at = -1
-        if as_the_first_sees(lambda: time.monotonic() >= end):
+        if broadcast_from_rank0(lambda: time.monotonic() >= end):
             return False
         time.sleep(BETWEEN_SAVES)
 
 
-def rewind(run: Run, loader: Loader, reporter: Reporter, plan: Plan, why: str) -> None:
+def rewind(run: Run, loader: Loader, reporter: Reporter, plan: StepPlan, why: str) -> None:
     """Go back to the newest checkpoint, and on from there with the samples after this step's. Raises UserError when
     that does not help. (PaLM, arXiv 2204.02311, from a secondary source: 100 steps back, past 200 to 500 batches.)"""
     run.engine.zero()
     run.rewinds += 1
     loader.forget()
-    settle(run, reporter)
-    oldest_first = as_the_first_sees(lambda: [path.name for path in checkpoint.complete_without_links(run.folder)])
+    wait_for_save(run, reporter)
+    oldest_first = broadcast_from_rank0(lambda: [path.name for path in checkpoint.complete_without_links(run.folder)])
     paths = [run.folder / name for name in oldest_first[::-1]]
     if not paths or run.rewinds > MOST_REWINDS:
         what = f"and {MOST_REWINDS} rewinds did not help" if paths else "and no checkpoint could be written"
         raise UserError(
-            f"{why} at step {plan.step}, {what}; lower optimizer.lr = {run.settings.optimizer.lr:g}, or set "
+            f"{why} at step {plan.step}, {what}; lower optimizer.lr = {run.config.optimizer.lr:g}, or set "
             "resilience.spikes=skip"
         )
     path, taken, refused = go_back(run, paths)

@@ -9,17 +9,17 @@ import socket
 from pathlib import Path
 from typing import IO, Any
 
-from megahp import config
+from megahp.config import Config, config_to_dict, config_to_toml
 from megahp.errors import UserError, masked
 from megahp.files import open_unlinked, refuse_links
 from megahp.log.events import GONE_BACK
 from megahp.log.metrics import Record, RunLog
 from megahp.log.progress import Progress as Display
 from megahp.log.wandb_log import WandbLog
-from megahp.scaling.batch import Change, Plan, Progress
+from megahp.scaling.batch import Change, Progress, StepPlan
 from megahp.train.masks import MaskChange
 from megahp.train.prepare import changes
-from megahp.train.run import Run, Taken, is_first
+from megahp.train.run import Restored, Run, is_rank0
 from megahp.train.step import Measurement
 
 
@@ -29,12 +29,12 @@ class Reporter:
     Raises UserError when another process writes there, or nobody can.
     """
 
-    def __init__(self, settings: config.Config) -> None:
-        self.settings = settings
+    def __init__(self, config: Config) -> None:
+        self.config = config
         self.log: RunLog | None = None
         self.wandb: WandbLog | None = None
         self.display: Display | None = None
-        self.lock = _lock(settings.directory) if is_first() else None
+        self.lock = _lock(config.directory) if is_rank0() else None
 
     @contextlib.contextmanager
     def showing(self, progress: Progress) -> Any:
@@ -43,7 +43,7 @@ class Reporter:
             yield
             return
         try:
-            with Display(self.settings.train.tokens, progress.tokens) as self.display:
+            with Display(self.config.train.tokens, progress.tokens) as self.display:
                 yield
         except BaseException:
             self.close()  # what is logged arrives, whatever ends the run
@@ -61,34 +61,34 @@ class Reporter:
         if self.wandb:
             self.wandb.event(event, why, progress.step)
 
-    def began(self, event: str, why: str, run: Run, taken: Taken) -> None:
+    def began(self, event: str, why: str, run: Run, taken: Restored) -> None:
         """Log a start (event: started, branched, resumed, rewound), with all that decides what follows, so that it can
         be replayed. Steps logged beyond a checkpoint of the run's own will be taken again, so their lines go."""
         if kept := self._open(run, run.progress.step if event in GONE_BACK else None):
             why = f"{why}; what was logged before it, by a run without a checkpoint left, is kept in {kept.name}"
-        changed = changes(run.settings, taken.config) if taken.config else {}
+        changed = changes(run.config, taken.config) if taken.config else {}
         self.event(
             event,
             why,
             run.progress,
             samples=run.progress.samples,
-            batch_plan=taken.batch_plan,
+            batch_scheduler=taken.batch_scheduler,
             changed={key: {"before": before, "now": now} for key, (before, now) in changed.items()},
             layout=vars(run.mesh.layout),
-            config=config.to_dict(self.settings),
+            config=config_to_dict(self.config),
         )
 
-    def stage(self, run: Run, plan: Plan) -> None:
+    def phase(self, run: Run, plan: StepPlan) -> None:
         """Log that another stage of the data begins."""
-        weights = run.data.stages[plan.stage].weights
+        weights = run.data.phases[plan.phase].weights
         shares = ", ".join(f"{weight / sum(weights):.3g}" for weight in weights)
         reads = f"batches of {plan.global_batch} sequences of {plan.length} tokens, the sources' shares {shares}"
-        self.event("stage", reads, run.progress, stage=plan.stage, length=plan.length, weights=weights)
+        self.event("stage", reads, run.progress, phase=plan.phase, length=plan.length, weights=weights)
 
     def step(
         self,
         run: Run,
-        plan: Plan,
+        plan: StepPlan,
         measured: Measurement,
         change: Change | None,
         masked: MaskChange | None,
@@ -99,8 +99,8 @@ class Reporter:
         """Log and show one step, if it is one of those logged, and what it changed."""
         step = run.progress.step
         due = (
-            step % self.settings.log.every == 0
-            or run.batch_plan.is_look(step)
+            step % self.config.log.every == 0
+            or run.batch_scheduler.is_decision_step(step)
             or change
             or masked
             or validation is not None
@@ -127,7 +127,7 @@ class Reporter:
     def baselines(self, unigram: float, bigram: float) -> None:
         """Keep what the simplest models lose on the same validation tokens, in nats per token."""
         if self.log:
-            _write(self.settings.directory / "baselines.json", json.dumps({"unigram": unigram, "bigram": bigram}))
+            _write(self.config.directory / "baselines.json", json.dumps({"unigram": unigram, "bigram": bigram}))
 
     def close(self) -> None:
         if self.wandb:
@@ -143,29 +143,29 @@ class Reporter:
             return None
         if not self.lock:
             return None
-        directory, kept = self.settings.directory, None
+        directory, kept = self.config.directory, None
         try:
-            self.log = RunLog(directory, self.settings.log.tensorboard)
+            self.log = RunLog(directory, self.config.log.tensorboard)
             if step is None:
                 kept = self.log.begin_again()
             else:
                 self.log.resume(step)
-            _write(directory / "config.toml", config.to_toml(self.settings))
+            _write(directory / "config.toml", config_to_toml(self.config))
         except OSError as error:
             raise UserError(f"{directory} cannot be written ({error.strerror}); make it writable") from None
-        if (log := self.settings.log).wandb != "off":
-            settings = config.to_dict(self.settings)
-            self.wandb = WandbLog(log.wandb, log.wandb_project, log.name, directory, run.wandb_id, settings, self.say)
+        if (log := self.config.log).wandb != "off":
+            config = config_to_dict(self.config)
+            self.wandb = WandbLog(log.wandb, log.wandb_project, log.name, directory, run.wandb_id, config, self.say)
         return kept
 
 
 def _record(
-    run: Run, plan: Plan, measured: Measurement, seconds: float, validation: float | None, skipped: bool
+    run: Run, plan: StepPlan, measured: Measurement, seconds: float, validation: float | None, skipped: bool
 ) -> Record:
     numbers = run.noise.numbers()
     noise = numbers["noise_scale"]
     # at the step that reaches sequences of another length the policy has seen nothing of them
-    seen = numbers[run.batch_plan.sees] if run.batch_plan.length == plan.length else None
+    seen = numbers[run.batch_scheduler.sees] if run.batch_scheduler.length == plan.length else None
     record: Record = {
         "step": run.progress.step,
         "tokens": run.progress.tokens,
@@ -174,7 +174,7 @@ def _record(
         "lr": plan.lr,
         "weight_decay": plan.weight_decay,
         "global_batch": plan.global_batch,
-        "batch_target": run.batch_plan.aim(run.progress, seen),
+        "batch_target": run.batch_scheduler.aim(run.progress, seen),
         "grad_norm": measured.grad_norm,
         "grad_sq_example": sum(measured.grad_sq_example.values()) if measured.grad_sq_example else None,
         "grad_sq_batch": sum(measured.grad_sq_batch.values()) if measured.grad_sq_batch else None,
@@ -184,7 +184,7 @@ def _record(
         "tokens_per_second": plan.tokens / seconds,
         "step_seconds": seconds,
     }
-    for bound, sequences in run.batch_plan.bounds(run.progress, seen).items():
+    for bound, sequences in run.batch_scheduler.bounds(run.progress, seen).items():
         record[f"batch_bound_{bound}"] = sequences if math.isfinite(sequences) else None
     if measured.load:
         record["expert_load_max"] = {name: (load.max() / load.mean()).item() for name, load in measured.load.items()}
@@ -192,7 +192,7 @@ def _record(
             name: (load.std(correction=0) / load.mean()).item() for name, load in measured.load.items()
         }
         record["balance_loss"] = measured.balance_loss
-    if run.settings.sparsity.method != "none":
+    if run.config.sparsity.method != "none":
         record["density"] = run.masks.density
     if skipped:
         record["skipped"] = True

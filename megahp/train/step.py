@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megahp import config
+from megahp.config import ParallelConfig
 from megahp.data.loader import Batch
 from megahp.model.build import Model
 from megahp.model.moe import routers
 from megahp.parallel import data as data_parallel
-from megahp.parallel.context import own_tokens
+from megahp.parallel.context import shard_sequence
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import counted_once, local, parameters, probes, saved, sum_gradients
+from megahp.parallel.parameters import is_first_replica, local, parameters, probes, saved, sum_gradients
 from megahp.parallel.pipeline import Pipeline
 
 FIRST_SCALE = 65536.0
@@ -29,7 +29,7 @@ class Measurement:
     """What one step's gradients say, equal on all ranks."""
 
     loss: float  # nats per token, mean over the global batch
-    told: bool  # whether some rank has been told to leave
+    stop_requested: bool  # whether some rank has been told to leave
     grad_norm: float  # of the whole gradient of the trained weights
     grad_sq_example: dict[str, float]  # norm layer -> mean_b ||g_b||^2 over its weight and bias
     grad_sq_batch: dict[str, float]  # norm layer -> ||G||^2 over its weight and bias
@@ -44,7 +44,7 @@ class Measurement:
 class Engine:
     """A model on a mesh, from batches to summed gradients. Losses are in nats per token."""
 
-    def __init__(self, model: Model, mesh: Mesh, parallel: config.Parallel) -> None:
+    def __init__(self, model: Model, mesh: Mesh, parallel: ParallelConfig) -> None:
         self.model, self.mesh, self.parallel = model, mesh, parallel
         self.stages = list(model.stages.values())
         self.rows = model.rows
@@ -60,12 +60,12 @@ class Engine:
         sizes = {"loss": 1, "told": 1, **probe_sizes, **dict.fromkeys(self.rows, 1)}
         ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
         self.total = sum(sizes.values())
-        own = {"loss": mesh.is_first(("tp",)), "told": True}
+        own = {"loss": mesh.is_rank0(("tp",)), "told": True}
         # of ranks with the same value only the first counts. A router's is, as a loss, of the rank's tokens, before tp
         # splits them; a norm's has been summed over the ranks an example lies on
         copies = {name: ("tp",) if name in self.routers else ("cp", "tp") for name in self.probes}
-        own |= {f"{name}.probe": mesh.is_first(axes) for name, axes in copies.items()}
-        own |= {name: counted_once(weight, self.rows[name], mesh) for name, weight in self.trained.items()}
+        own |= {f"{name}.probe": mesh.is_rank0(axes) for name, axes in copies.items()}
+        own |= {name: is_first_replica(weight, self.rows[name], mesh) for name, weight in self.trained.items()}
         places = [torch.arange(ends[name] - sizes[name], ends[name]) for name in own]
         self.places = torch.cat(places).to(mesh.device)
         counted = [float(counts) for name, counts in own.items() for _ in range(sizes[name])]
@@ -115,8 +115,8 @@ class Engine:
         """What the model takes of a batch: this rank's tokens and targets, and the documents of the whole sequences."""
         context = self.stages[0].axis.context
         inputs = {
-            "x": own_tokens(batch.tokens[:, :-1], 1, context),
-            "targets": own_tokens(batch.tokens[:, 1:], 1, context),
+            "x": shard_sequence(batch.tokens[:, :-1], 1, context),
+            "targets": shard_sequence(batch.tokens[:, 1:], 1, context),
         }
         return inputs if batch.documents is None else {**inputs, "documents": batch.documents}
 
@@ -127,11 +127,15 @@ class Engine:
 
     @torch.no_grad()
     def measure(
-        self, loss: Tensor, grads: list[Tensor], batch: int, scale: float = 1.0, told: bool = False
+        self, loss: Tensor, grads: list[Tensor], batch: int, scale: float = 1.0, stop_requested: bool = False
     ) -> Measurement:
         """Reduce loss, squared gradient norms and probes of one step of `batch` sequences over all ranks and bring them
         to the host, the scale of the gradients taken out. told: whether this rank has been told to leave."""
-        measured = [loss[None], loss.new_tensor([told]), *(probe.grad.view(-1) for probe in self.probes.values())]  # type: ignore[union-attr]
+        measured = [
+            loss[None],
+            loss.new_tensor([stop_requested]),
+            *(probe.grad.view(-1) for probe in self.probes.values()),
+        ]  # type: ignore[union-attr]
         if grads:
             measured.append(torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square())
         values = torch.zeros(self.total, dtype=torch.float64, device=loss.device)
@@ -145,7 +149,7 @@ class Engine:
         batches = {name: square / scale**2 for name, square in zip(self.rows, numbers, strict=True)}
         return Measurement(
             loss=loss_value,
-            told=anybody_told,
+            stop_requested=anybody_told,
             grad_norm=math.sqrt(sum(batches.values())),  # nan or inf passes through
             # the probes hold sum_b ||g_b / B||^2, since the loss is a mean over the batch
             grad_sq_example={name: batch * square for name, square in examples.items()},

@@ -10,7 +10,7 @@ from megahp.config import Config
 from megahp.data.loader import Batch, Loader, rank_samples
 from megahp.model.build import build_model
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh
-from megahp.scaling.batch import BatchPlan, Change, Plan, Progress
+from megahp.scaling.batch import BatchScheduler, Change, Progress, StepPlan
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
 from megahp.train.masks import MaskChange, Masks
@@ -35,47 +35,47 @@ class Trainer:
         trainer.advance(plan, step.measured)
     """
 
-    def __init__(self, settings: Config, mesh: Mesh) -> None:
-        self.settings, self.mesh = settings, mesh
-        self.table = table_of(settings)
-        self.engine = Engine(build_model(settings, mesh), mesh, settings.parallel)
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.table = table_of(config)
+        self.engine = Engine(build_model(config, mesh), mesh, config.parallel)
         self.optimizer = make_optimizer(
-            settings.optimizer, self.engine.trained, self.engine.rows, self.table, mesh.group(*WITHIN_STAGE)
+            config.optimizer, self.engine.trained, self.engine.rows, self.table, mesh.group(*WITHIN_STAGE)
         )
-        self.masks = Masks(settings, self.engine, self.optimizer)
+        self.masks = Masks(config, self.engine, self.optimizer)
         self.progress = Progress()
-        self.batch_plan = BatchPlan(settings, mesh.layout.dp)
-        self.loss_scale = first_scale(settings.train.dtype)
-        self.forget_noise()
+        self.batch_scheduler = BatchScheduler(config, mesh.layout.dp)
+        self.loss_scale = first_scale(config.train.dtype)
+        self.reset_noise()
 
-    def forget_noise(self) -> None:
+    def reset_noise(self) -> None:
         """Begin the averages again: an example has become another thing."""
-        half_life = self.settings.train.noise_half_life * self.settings.train.tokens
-        self.noise = NoiseScale(half_life, self.settings.batch.noise_to_total)
+        half_life = self.config.train.noise_half_life * self.config.train.tokens
+        self.noise = NoiseScale(half_life, self.config.batch.noise_to_total)
 
-    def next_step(self) -> Plan | None:
+    def next_step(self) -> StepPlan | None:
         """The plan of the next step; None when the run is over."""
-        return self.batch_plan.step(self.progress)
+        return self.batch_scheduler.step(self.progress)
 
-    def compute(self, batches: Iterable[Batch], plan: Plan, told: bool = False) -> Step:
+    def compute(self, batches: Iterable[Batch], plan: StepPlan, stop_requested: bool = False) -> Step:
         """One step's gradients, from this rank's microbatches, and what they say on all ranks. told: whether this rank
         has been told to leave."""
         scale = self.loss_scale.value
         loss = self.engine.forward_backward(batches, plan.microbatches(self.mesh.layout.dp), plan.tokens, scale)
         grads = self.engine.gradients()
         self.masks.apply(grads, plan)
-        return Step(grads, self.engine.measure(loss, grads, plan.global_batch, scale, told))
+        return Step(grads, self.engine.measure(loss, grads, plan.global_batch, scale, stop_requested))
 
-    def update(self, step: Step, plan: Plan) -> None:
+    def update(self, step: Step, plan: StepPlan) -> None:
         """Clip the gradients, in place, and make one update of the weights."""
         measured = step.measured
         squares = measured.grad_sq_example, measured.grad_sq_batch
         self.noise.update(*squares, measured.grad_norm, plan.global_batch, plan.tokens)
-        clip(step.grads, measured.grad_norm, self.settings.optimizer.clip, self.loss_scale.value)
+        clip(step.grads, measured.grad_norm, self.config.optimizer.clip, self.loss_scale.value)
         self.optimizer.step(step.grads, plan)
         self.engine.rebalance(measured.load)
 
-    def calibrate(self, example: Batch, plan: Plan) -> None:
+    def calibrate(self, example: Batch, plan: StepPlan) -> None:
         """Measure, after the step of this plan, one example's gradient in the whole model and in its norm layers.
         example: a microbatch of copies of it, the same on all ranks.
 
@@ -94,36 +94,40 @@ class Trainer:
         self.noise.calibrate(measured.grad_norm**2, sum(measured.grad_sq_example.values()))
 
     def advance(
-        self, plan: Plan, measured: Measurement, updated: bool = True
+        self, plan: StepPlan, measured: Measurement, updated: bool = True
     ) -> tuple[Change | None, MaskChange | None]:
         """Count the step, and decide what the next one's batch and masks are. Returns what has changed."""
-        if self.settings.train.dtype == "float16":
+        if self.config.train.dtype == "float16":
             self.loss_scale.update(measured.finite)
         self.engine.zero()
         self.progress = self.progress.after(plan)
-        is_look = self.batch_plan.is_look(self.progress.step)
-        noise = self.noise.numbers()[self.batch_plan.sees] if is_look else None  # policies that measure see it at looks
-        change = self.batch_plan.look(self.progress, noise)
+        is_decision_step = self.batch_scheduler.is_decision_step(self.progress.step)
+        noise = (
+            self.noise.numbers()[self.batch_scheduler.sees] if is_decision_step else None
+        )  # policies that measure see it at looks
+        change = self.batch_scheduler.look(self.progress, noise)
         return change, self.masks.look(plan, self.progress) if updated else None
 
-    def microbatches(self, loader: Loader, plan: Plan) -> Iterator[Batch]:
+    def microbatches(self, loader: Loader, plan: StepPlan) -> Iterator[Batch]:
         """This rank's microbatches of one step; while each computes, the one after it is read."""
         ids = self.samples(plan)
-        following = self.batch_plan.step(self.progress.after(plan))  # unless the batch grows: then it is read in vain
-        if following and following.stage != plan.stage:
+        following = self.batch_scheduler.step(
+            self.progress.after(plan)
+        )  # unless the batch grows: then it is read in vain
+        if following and following.phase != plan.phase:
             following = None  # its data is not yet entered
         ahead = [*ids[1:], self.samples(following)[0] if following else None]
         for now, then in zip(ids, ahead, strict=True):
             yield loader.take(now, then)
 
-    def example(self, loader: Loader, plan: Plan) -> Batch | None:
+    def example(self, loader: Loader, plan: StepPlan) -> Batch | None:
         """A microbatch of copies of the first sample after the step of this plan; None where the data ends there."""
-        following = self.batch_plan.step(self.progress.after(plan))
-        if following is None or following.stage != plan.stage:
+        following = self.batch_scheduler.step(self.progress.after(plan))
+        if following is None or following.phase != plan.phase:
             return None
         return loader.take(np.full(plan.micro_batch, following.first_sample), self.samples(following)[0])
 
-    def samples(self, plan: Plan) -> list[np.ndarray]:
+    def samples(self, plan: StepPlan) -> list[np.ndarray]:
         """The ids of this rank's samples, an array a microbatch."""
         ranks = self.mesh.data_rank, self.mesh.layout.dp
         return rank_samples(plan.first_sample, plan.global_batch, plan.micro_batch, *ranks)

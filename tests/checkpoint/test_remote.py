@@ -26,7 +26,7 @@ from megahp import checkpoint
 from megahp.checkpoint.inspect import differences
 from megahp.checkpoint.remote import Remote
 from megahp.cli import main
-from megahp.config import Checkpoint
+from megahp.config import CheckpointConfig
 from megahp.errors import UserError
 
 
@@ -63,7 +63,7 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     return writer.untrained() | {"weight": torch.full((7, 5), float(step))}
 
 
-def save(folder: Path, step: int, keep: Checkpoint) -> None:
+def save(folder: Path, step: int, keep: CheckpointConfig) -> None:
     store = checkpoint.Store(folder, keep)
     store.begin(step, tensors(step), {"validation_loss": 10.0 - step if step < 3 else 10.0})
     store.wait()
@@ -73,23 +73,23 @@ def steps(folder: Path | Remote) -> list[int]:
     return [int(each.name.removeprefix("step-")) for each in checkpoint.complete(folder)]
 
 
-def holds(place: Path | Remote, step: int) -> bool:
+def holds(location: Path | Remote, step: int) -> bool:
     found = {name: torch.zeros_like(value) for name, value in tensors(step).items()}
-    checkpoint.load(place, found)
+    checkpoint.load(location, found)
     return all(torch.equal(value, tensors(step)[name]) for name, value in found.items())
 
 
 def test_what_stays_is_copied_and_loads_from_there(tmp_path: Path, memory: str) -> None:
     there = Remote(memory) / "checkpoints"
     for step in range(1, 6):
-        save(tmp_path, step, Checkpoint(keep=2, keep_best=True, remote=memory))
+        save(tmp_path, step, CheckpointConfig(keep=2, keep_best=True, remote=memory))
         assert steps(there) == steps(tmp_path)
     assert steps(there) == [2, 4, 5]
     for each in checkpoint.complete(there):
         assert checkpoint.problems(each) == [] and holds(each, int(each.name[-1]))
     assert checkpoint.find(Remote(memory)) == there / "step-00000005"
     shutil.rmtree(tmp_path / "step-00000005")  # gone back, and on again, to another step 5
-    store = checkpoint.Store(tmp_path, Checkpoint(keep=2, remote=memory))
+    store = checkpoint.Store(tmp_path, CheckpointConfig(keep=2, remote=memory))
     store.begin(5, tensors(7), {})
     store.wait()
     assert holds(there / "step-00000005", 7)
@@ -97,8 +97,8 @@ def test_what_stays_is_copied_and_loads_from_there(tmp_path: Path, memory: str) 
 
 def test_copies_elsewhere_outlive_the_folder_and_keep_their_own_count(tmp_path: Path, memory: str) -> None:
     for step in (1, 2):
-        save(tmp_path / "one", step, Checkpoint(keep=2, remote=memory))
-    save(tmp_path / "other", 3, Checkpoint(keep=2, remote=memory))
+        save(tmp_path / "one", step, CheckpointConfig(keep=2, remote=memory))
+    save(tmp_path / "other", 3, CheckpointConfig(keep=2, remote=memory))
     assert steps(Remote(memory) / "checkpoints") == [2, 3]
     newest_first = checkpoint.candidates(tmp_path / "one", memory)
     assert [each.name[-1] for each in newest_first] == ["3", "2", "2", "1"]
@@ -108,7 +108,7 @@ def test_copies_elsewhere_outlive_the_folder_and_keep_their_own_count(tmp_path: 
 @pytest.mark.parametrize("files", range(4))
 def test_a_copy_that_is_cut_short_is_none_and_is_made_the_next_time(tmp_path: Path, files: int) -> None:
     there = f"flaky://{tmp_path}/there"
-    keep = Checkpoint(keep=3, remote=there)
+    keep = CheckpointConfig(keep=3, remote=there)
     save(tmp_path / "here", 1, keep)
     Flaky.left = files
     with pytest.raises(UserError, match="step-00000002 is whole, but not copied.*the line is dead"):
@@ -124,7 +124,7 @@ def test_a_copy_that_is_cut_short_is_none_and_is_made_the_next_time(tmp_path: Pa
 
 def test_a_copy_half_dropped_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = f"flaky://{tmp_path}/there"
-    save(tmp_path / "here", 1, Checkpoint(remote=there))
+    save(tmp_path / "here", 1, CheckpointConfig(remote=there))
     (copy,) = checkpoint.complete(Remote(there) / "checkpoints")
     removed: list[str] = []
 
@@ -142,7 +142,7 @@ def test_a_copy_half_dropped_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_any_flipped_bit_there_is_refused(tmp_path: Path) -> None:
     there = f"file://{tmp_path}/there"
-    save(tmp_path / "here", 1, Checkpoint(remote=there))
+    save(tmp_path / "here", 1, CheckpointConfig(remote=there))
     (copy,) = checkpoint.complete(Remote(there) / "checkpoints")
     draw = random.Random(1)
     for file in (tmp_path / "there/checkpoints/step-00000001").iterdir():

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from megahp import checkpoint
 from megahp.checkpoint.store import superseded, write_manifest
-from megahp.config import Checkpoint
+from megahp.config import CheckpointConfig
 from megahp.errors import UserError
 
 
@@ -45,8 +45,8 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def save(folder: Path, step: int, keep: Checkpoint | None = None, **state: Any) -> Path:
-    store = checkpoint.Store(folder, keep or Checkpoint(keep=100))
+def save(folder: Path, step: int, keep: CheckpointConfig | None = None, **state: Any) -> Path:
+    store = checkpoint.Store(folder, keep or CheckpointConfig(keep=100))
     store.begin(step, tensors(step), state)
     store.wait()
     return checkpoint.path(folder, step)
@@ -70,7 +70,7 @@ def test_the_shards_are_safetensors_that_the_library_reads(tmp_path: Path) -> No
 
 
 def test_saving_in_the_background_copies_first(tmp_path: Path) -> None:
-    store, now, state = checkpoint.Store(tmp_path, Checkpoint()), tensors(1), {"averages": {"noise": 1.0}}
+    store, now, state = checkpoint.Store(tmp_path, CheckpointConfig()), tensors(1), {"averages": {"noise": 1.0}}
     store.begin(1, now, state)
     state["averages"]["noise"] = 0.0
     for value in now.values():
@@ -184,12 +184,12 @@ def test_an_index_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[st
 @pytest.mark.parametrize(
     ("keep", "kept"),
     [
-        (Checkpoint(keep=2), [5, 6]),
-        (Checkpoint(keep=1, keep_every=3), [3, 6]),
-        (Checkpoint(keep=1, keep_best=True), [2, 6]),
+        (CheckpointConfig(keep=2), [5, 6]),
+        (CheckpointConfig(keep=1, keep_every=3), [3, 6]),
+        (CheckpointConfig(keep=1, keep_best=True), [2, 6]),
     ],
 )
-def test_what_stays(tmp_path: Path, keep: Checkpoint, kept: list[int]) -> None:
+def test_what_stays(tmp_path: Path, keep: CheckpointConfig, kept: list[int]) -> None:
     for step, loss in enumerate([5.0, 1.0, 2.0, None, 3.0, 4.0], 1):
         save(tmp_path, step, validation_loss=loss)
     dropped = superseded(tmp_path, checkpoint.path(tmp_path, 6), keep)
@@ -214,7 +214,7 @@ def replicated_and_split(folder: str) -> tuple[int, bool]:
 
     mesh, whole = init_device_mesh("cpu", (2,)), torch.arange(1000.0).reshape(100, 10)
     laid_out = {"rows": distribute_tensor(whole, mesh, [Shard(0)]), "copied": whole.clone()}
-    store = checkpoint.Store(Path(folder), Checkpoint())
+    store = checkpoint.Store(Path(folder), CheckpointConfig())
     store.begin(1, laid_out, {})
     store.wait()
     empty = torch.zeros_like(whole)

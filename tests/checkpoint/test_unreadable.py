@@ -24,7 +24,7 @@ from unprivileged import megahp, megahp_alone
 from megahp import checkpoint
 from megahp.checkpoint import UnreadableError
 from megahp.checkpoint.store import superseded
-from megahp.config import Checkpoint
+from megahp.config import CheckpointConfig
 from megahp.log.metrics import read_events, read_metrics
 from megahp.log.replay import replay
 
@@ -64,12 +64,12 @@ FILES = ("shard-00000.safetensors", "index.json", "state.json", "manifest.json")
 @pytest.mark.parametrize(
     "place", ["checkpoints", NEWEST, *(f"{NEWEST}/{name}" for name in FILES if name != "index.json")]
 )
-def test_it_is_told_in_one_line_and_nothing_changes(folder: Path, place: str) -> None:
+def test_it_is_told_in_one_line_and_nothing_changes(folder: Path, location: str) -> None:
     """By every command that looks for a checkpoint; the one before does not serve in its stead."""
     run = folder / "runs/run"
     before = everything(run)
     commands = ["sample runs/run", "checkpoint verify runs/run", f"checkpoint diff runs/run runs/run/{NEWEST}"]
-    with closed(run / place):
+    with closed(run / location):
         found = [megahp_alone(folder, RESUME), *megahp(folder, *commands, "train run.toml log.name=run")]
     for done in found[:-1]:
         assert done.code == 2 and done.err.count("\n") == 1, done
@@ -83,9 +83,9 @@ def test_of_older_checkpoints_none_is_dropped_that_may_be_the_best(folder: Path,
     copy = tmp_path / "checkpoints"
     shutil.copytree(folder / "runs/run/checkpoints", copy)
     first, second, newest = checkpoint.complete(copy)
-    assert superseded(copy, newest, Checkpoint(keep=1)) == [first, second]
+    assert superseded(copy, newest, CheckpointConfig(keep=1)) == [first, second]
     with failing(second / "state.json", errno.EIO):
-        assert superseded(copy, newest, Checkpoint(keep=1, keep_best=True)) == [first]
+        assert superseded(copy, newest, CheckpointConfig(keep=1, keep_best=True)) == [first]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megahp import checkpoint
-from megahp.config import Checkpoint
+from megahp.config import CheckpointConfig
 
 KEEP = 2
 
@@ -43,7 +43,7 @@ def train(folder: str, steps: int, told: Connection | None = None, fatal: int | 
     if newest:
         checkpoint.load(newest, weights)
         step = int(newest.name.removeprefix("step-"))
-    store = checkpoint.Store(Path(folder), Checkpoint(keep=KEEP))
+    store = checkpoint.Store(Path(folder), CheckpointConfig(keep=KEEP))
     if fatal is not None:
         sys.addaudithook(killer(folder, fatal))
     while step < steps:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megahp.cluster.growth import Growth, foretold, segments
+from megahp.cluster.growth import Growth, forecast_segments, segments
 from megahp.config import Config, with_values
-from megahp.scaling.batch import BatchPlan, Progress, noise_forecast
+from megahp.scaling.batch import BatchScheduler, Progress, noise_forecast
 
 LENGTH = 16
 TABLE = {"batch.policy": "table", "batch.table": ("640:8", "1664:16")}
@@ -22,24 +22,24 @@ MEASURED = {
 LAW = {"batch.policy": "law", "batch.critical_batch": (30.0, 0.5)}
 
 
-def settings(tokens: int = 240 * LENGTH, **more: Any) -> Config:
+def config(tokens: int = 240 * LENGTH, **more: Any) -> Config:
     values = {"data.sequence_length": LENGTH, "batch.global_batch": 4, "batch.micro_batch": 1, "train.tokens": tokens}
     return with_values(Config(), values | {key.replace("__", "."): value for key, value in more.items()})
 
 
-def growth(settings: Config, nodes: int = 1, largest: int = 4, ranks: int = 1) -> Growth:
-    return Growth(settings, nodes, largest, lambda nodes: nodes * ranks)
+def growth(config: Config, nodes: int = 1, largest: int = 4, ranks: int = 1) -> Growth:
+    return Growth(config, nodes, largest, lambda nodes: nodes * ranks)
 
 
-def lives(settings: Config, growth: Growth) -> list[tuple[int, int, int]]:
+def lives(config: Config, growth: Growth) -> list[tuple[int, int, int]]:
     """(nodes, first tokens, steps) of the jobs of a chain, step by step: each on the nodes that its first batch asks
     for, until the batch is one that asks for more."""
-    found, progress, state = [], Progress(), {**BatchPlan(settings, 1).state()}
-    forecast = noise_forecast(settings, progress, None)
+    found, progress, state = [], Progress(), {**BatchScheduler(config, 1).state()}
+    forecast = noise_forecast(config, progress, None)
     while True:
         nodes, stop = growth.wanted(state["batch"]), growth.stop_at(state["batch"])
-        plan, begin = BatchPlan(settings, growth.dp(nodes)), progress
-        plan.go_on(state, progress)
+        plan, begin = BatchScheduler(config, growth.dp(nodes)), progress
+        plan.load_state(state, progress)
         while step := plan.step(progress):
             progress = progress.after(step)
             plan.look(progress, forecast(progress.tokens))
@@ -54,9 +54,9 @@ def lives(settings: Config, growth: Growth) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("policy", [TABLE, RAMP, LAW, MEASURED], ids=lambda policy: policy["batch.policy"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_plan_is_what_the_jobs_do(policy: dict[str, Any], ranks: int) -> None:
-    run = settings(**policy)
+    run = config(**policy)
     found = growth(run, ranks=ranks)
-    parts = segments(found, Progress(), BatchPlan(run, 1).state(), None)
+    parts = segments(found, Progress(), BatchScheduler(run, 1).state(), None)
     assert [(part.nodes, part.begin, part.steps) for part in parts] == lives(run, found)
     assert {part.nodes for part in parts} == {1, 2, 4}
     assert [part.end for part in parts[:-1]] == [part.begin for part in parts[1:]]
@@ -64,9 +64,9 @@ def test_the_plan_is_what_the_jobs_do(policy: dict[str, Any], ranks: int) -> Non
 
 @pytest.mark.parametrize("policy", [LAW, MEASURED], ids=lambda policy: policy["batch.policy"])
 def test_a_long_run_is_foretold_in_strides(policy: dict[str, Any]) -> None:
-    run = settings(tokens=400_000 * LENGTH, **policy | {"batch.critical_batch": (0.5, 0.5), "batch.look_every": 10})
+    run = config(tokens=400_000 * LENGTH, **policy | {"batch.critical_batch": (0.5, 0.5), "batch.look_every": 10})
     found = growth(run, largest=64)
-    parts, truth = segments(found, Progress(), BatchPlan(run, 1).state(), None), lives(run, found)
+    parts, truth = segments(found, Progress(), BatchScheduler(run, 1).state(), None), lives(run, found)
     assert [part.nodes for part in parts] == [nodes for nodes, _, _ in truth]
     assert sum(len(part.strides) for part in parts) < sum(part.steps for part in parts) / 4
     for part, (_, begin, steps) in zip(parts, truth, strict=True):
@@ -77,7 +77,7 @@ def test_a_long_run_is_foretold_in_strides(policy: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("nodes", "largest"), [(1, 4), (1, 7), (3, 24), (2, 4)])
 def test_the_load_of_a_node_stays(nodes: int, largest: int) -> None:
     """Between that of the first batch and twice that, until there are no more nodes to be had."""
-    found = growth(settings(**TABLE), nodes, largest)
+    found = growth(config(**TABLE), nodes, largest)
     for batch in range(4, 200):
         wanted, stop = found.wanted(batch), found.stop_at(batch)
         load = (batch / wanted) / (4 / nodes)
@@ -91,9 +91,9 @@ def test_the_load_of_a_node_stays(nodes: int, largest: int) -> None:
 def test_what_it_costs() -> None:
     """10 steps of 4 sequences, 8 of 8 and 8 of 16: on the nodes that grow with them, and on as many throughout. Where
     each of four nodes takes at least two sequences, a step of fewer than eight costs as much as one of eight."""
-    run = settings(**TABLE, batch__micro_batch=2)
+    run = config(**TABLE, batch__micro_batch=2)
     found = growth(run)
-    parts = segments(found, Progress(), BatchPlan(run, 1).state(), None)
+    parts = segments(found, Progress(), BatchScheduler(run, 1).state(), None)
     assert [part.steps for part in parts] == [10, 8, 8]
     growing = [found.seconds([part], part.nodes, speed=LENGTH) for part in parts]
     assert growing == [10 * 4, 8 * 8 / 2, 8 * 16 / 4]
@@ -103,11 +103,13 @@ def test_what_it_costs() -> None:
 
 def test_what_was_measured_revises_what_remains() -> None:
     """The law is taken through the noise scale there is, so that twice the noise asks for the next nodes sooner."""
-    run = settings(tokens=4000 * LENGTH, batch__policy="noise-scale", batch__critical_batch=(30.0, 0.5))
+    run = config(tokens=4000 * LENGTH, batch__policy="noise-scale", batch__critical_batch=(30.0, 0.5))
     now = Progress(100, 400, 400 * LENGTH)
-    plan = BatchPlan(run, 1)
+    plan = BatchScheduler(run, 1)
     for noise in (10.0, 20.0):
-        assert BatchPlan(foretold(run, now, noise), 1).aim(now, None) == pytest.approx(plan.aim(now, noise))
+        assert BatchScheduler(forecast_segments(run, now, noise), 1).aim(now, None) == pytest.approx(
+            plan.aim(now, noise)
+        )
     less, more = ([part.begin for part in segments(growth(run), now, plan.state(), noise)] for noise in (10.0, 20.0))
     assert less[1] / more[1] == pytest.approx(4, rel=0.02)  # the batch goes with the root of the tokens
-    assert foretold(run, Progress(), None).batch.critical_batch == (30.0, 0.5)
+    assert forecast_segments(run, Progress(), None).batch.critical_batch == (30.0, 0.5)

@@ -16,19 +16,19 @@ from megahp.errors import UserError
 HOSTILE = ("$(touch owned)", "`touch owned`", "a b", "';touch owned;'", "a&touch owned&", "größe", "-n", "*")
 
 
-def settings(name: str = "run", root: str = "runs") -> Config:
+def config(name: str = "run", root: str = "runs") -> Config:
     return with_values(Config(), {"log.name": name, "log.root": root})
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_words_and_names_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    script = Job("pretrain.sbatch", 1).render(settings(name, name), ["run.toml", f"log.name={name}"])
+    script = Job("pretrain.sbatch", 1).render(config(name, name), ["run.toml", f"log.name={name}"])
     head = script[: script.index("source ")]  # all of it that is not the file's own
     printed = subprocess.run(
         ["bash", "-c", f'{head}\nprintf "%s\\n" "$logs" "$@"'], capture_output=True, text=True, check=True
     )
-    assert printed.stdout.splitlines() == [f"{settings(name, name).directory}/slurm", "run.toml", f"log.name={name}"]
+    assert printed.stdout.splitlines() == [f"{config(name, name).directory}/slurm", "run.toml", f"log.name={name}"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -37,7 +37,7 @@ def test_words_and_names_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.
 def test_what_would_be_another_line_is_refused_by_name(field: str, value: str) -> None:
     job = replace(Job("pretrain.sbatch", 1), **{field: value})
     with pytest.raises(UserError, match=f"--{field}(=| .* is no time)"):
-        job.render(settings(), ["run.toml"])
+        job.render(config(), ["run.toml"])
 
 
 @pytest.mark.parametrize(
@@ -58,21 +58,21 @@ def test_a_time_limit_leaves_room_for_the_notice() -> None:
         Job("pretrain.sbatch", 1, time="1", sbatch="--signal=B:USR1@60"),
     ):
         with pytest.raises(UserError, match=r"--time, (5|4:00|1), ends .* (300|60) s before"):
-            job.render(settings(), ["run.toml"])
+            job.render(config(), ["run.toml"])
     for job in (
         Job("pretrain.sbatch", 1, time="6"),
         Job("pretrain.sbatch", 1, time="0"),
         Job("pretrain.sbatch", 1, time="1", sbatch="--signal=USR1@55"),
         Job("convert.sbatch", 1, time="1"),
     ):
-        assert "#SBATCH --time=" in job.render(settings(), ["run.toml"])
+        assert "#SBATCH --time=" in job.render(config(), ["run.toml"])
 
 
 def test_a_folder_above_may_be_called_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a\ntouch owned").mkdir()
     monkeypatch.chdir(tmp_path / "a\ntouch owned")
     with pytest.raises(UserError, match="--comment="):
-        Job("pretrain.sbatch", 1).render(settings(), ["run.toml"])
+        Job("pretrain.sbatch", 1).render(config(), ["run.toml"])
 
 
 @pytest.mark.parametrize(
@@ -97,15 +97,15 @@ def test_a_partition_s_time_limit_leaves_room_for_the_notice(
     job = Job("pretrain.sbatch", 1, partition=partition)
     if told:
         with pytest.raises(UserError, match=f"the partition's time limit, {told}, ends .* 300 s before"):
-            job.render(settings(), ["run.toml"])
-        replace(job, time="10").render(settings(), ["run.toml"])
+            job.render(config(), ["run.toml"])
+        replace(job, time="10").render(config(), ["run.toml"])
     else:
-        job.render(settings(), ["run.toml"])
+        job.render(config(), ["run.toml"])
 
 
 def test_what_a_site_refuses_can_be_left_out() -> None:
     job = Job("pretrain.sbatch", 1, without=["mem", "exclusive"])
-    script = job.render(settings(), ["run.toml"])
+    script = job.render(config(), ["run.toml"])
     assert "--mem" not in script and "--exclusive" not in script and "#SBATCH --requeue" in script
     with pytest.raises(UserError, match="--without memory is no option of pretrain.sbatch; it has job-name, "):
-        replace(job, without=["memory"]).render(settings(), ["run.toml"])
+        replace(job, without=["memory"]).render(config(), ["run.toml"])

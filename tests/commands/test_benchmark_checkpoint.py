@@ -19,10 +19,10 @@ COMMAND = ["benchmark", "checkpoint"]
 
 
 def test_two_ranks_on_a_small_model(tmp_path: Path) -> None:
-    settings = ["model.layers=1", "model.width=32", "model.heads=1", "model.vocab_size=256", "train.device=cpu"]
+    config = ["model.layers=1", "model.width=32", "model.heads=1", "model.vocab_size=256", "train.device=cpu"]
     words = ["--ranks", "2", "--saves", "2", "--folder", str(tmp_path), "--json", str(tmp_path / "found.json")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *words, "--settings", *settings]
+    command = [sys.executable, str(SCRIPT), *words, "--settings", *config]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())

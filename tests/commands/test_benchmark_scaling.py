@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megahp import cli, config
+from megahp import cli
+from megahp.config import with_values
 from megahp.diagnose import child_runs
 from megahp.log.metrics import RunLog, read_events, read_metrics
 
@@ -68,7 +69,7 @@ def test_a_point_cut_short_begins_anew_and_a_finished_one_does_not(
 ) -> None:
     point, second = curves_of(tool, "1", "2", *TRAINED)["strong", "as given"]
     cut, other = point.directory, second.directory
-    assert child_runs.train(config.with_values(point.settings, {"train.steps": 2}), 1) == 0
+    assert child_runs.train(with_values(point.config, {"train.steps": 2}), 1) == 0
     assert [path.name for path in (cut / "checkpoints").glob("step-*")] == ["step-00000002"]
     (cut / "events.jsonl").write_text("")
     (cut / "config.toml").unlink()
@@ -148,7 +149,7 @@ def test_a_point_of_another_measurement_is_refused(
 ) -> None:
     point = curves_of(tool, "1", "--out", "other")["weak", "as given"][0]
     point.directory.mkdir(parents=True)
-    child_runs.write_run_file(point.settings).rename(point.directory / "config.toml")
+    child_runs.write_run_file(point.config).rename(point.directory / "config.toml")
     assert scaling(*WORDS, "1", "--out", "other", "--steps", "6", "--dry-run") == 2
     said = capsys.readouterr().err
     assert "was trained with train.steps = 5, not 6; name another --out" in said and said.count("\n") == 1
@@ -201,11 +202,11 @@ def test_points_are_the_run_files_own_but_for_what_is_measured(scaling: Callable
     for (mode, layout), points in curves.items():
         assert [(point.nodes, point.ranks) for point in points] == [(1, 4), (2, 8)]
         for point, batch in zip(points, (8, 16 if mode == "weak" else 8), strict=True):
-            settings = point.settings
-            assert (settings.batch.policy, settings.batch.global_batch) == ("constant", batch)
-            assert (settings.parallel.tp, settings.batch.micro_batch) == ((2, 2) if layout == "tensor" else (1, 1))
-            assert settings.train.steps == 5 and settings.train.tokens == max(1000, 5 * batch * 16)
-            assert settings.model.width == 32 and str(point.directory).startswith(f"out/{layout}/emulated-")
+            config = point.config
+            assert (config.batch.policy, config.batch.global_batch) == ("constant", batch)
+            assert (config.parallel.tp, config.batch.micro_batch) == ((2, 2) if layout == "tensor" else (1, 1))
+            assert config.train.steps == 5 and config.train.tokens == max(1000, 5 * batch * 16)
+            assert config.model.width == 32 and str(point.directory).startswith(f"out/{layout}/emulated-")
 
 
 def test_job_arrays(scaling: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

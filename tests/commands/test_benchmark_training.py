@@ -36,9 +36,7 @@ def test_one_rank_beside_the_baseline(tool: ModuleType, tmp_path: Path) -> None:
     out = run(*words, "--contestants", *contestants, "--settings", "compute.recompute=full")
     found = json.loads(json_file.read_text())
     assert [row["contestant"] for row in found["rows"]] == contestants
-    model = tool.case_of(
-        cli.parse([*COMMAND, *TINY, "--contestants", "megahp"])[1], "1x64", 1, "float32"
-    ).settings.model
+    model = tool.case_of(cli.parse([*COMMAND, *TINY, "--contestants", "megahp"])[1], "1x64", 1, "float32").config.model
     for row in found["rows"]:
         assert row["tokens_per_step"] == 4 * 16 and row["parameters"] == parameters(model, 16)
         assert len(row["turns"]) == len(row["processor_turns"]) == 2
@@ -76,7 +74,7 @@ def test_layers_computed_again(tool: ModuleType) -> None:
     full, second = "compute.recompute=full", "compute.recompute_every=2"
     for words, layers in (((full,), 5), ((full, second), 3), (("compute.recompute=selective",), 0)):
         options = cli.parse([*COMMAND, *TINY, "--contestants", "megahp", "--settings", *words])[1]
-        assert tool.recomputed_layers(tool.case_of(options, "5x64", 1, "float32").settings) == layers
+        assert tool.recomputed_layers(tool.case_of(options, "5x64", 1, "float32").config) == layers
 
 
 MISTAKES = {

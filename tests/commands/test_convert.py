@@ -84,20 +84,20 @@ def settings_of(table: str, model: dict[str, Any], **more: Any) -> Config:
 
 
 @torch.no_grad()
-def written(settings: Config, folder: Path) -> dict[str, Tensor]:
+def written(config: Config, folder: Path) -> dict[str, Tensor]:
     """A checkpoint of a model in which every weight, the vocabulary's padding too, is random."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for name, weight in saved(alone(settings)).items():
+    for name, weight in saved(alone(config)).items():
         value = storage(weight)
-        if "router.bias" not in name or settings.model.router_score == "sigmoid":
+        if "router.bias" not in name or config.model.router_score == "sigmoid":
             value = value + torch.randn(value.shape, generator=generator) * 0.2
-        if settings.sparsity.method != "none" and "blocks" in name and "norm" not in name:
+        if config.sparsity.method != "none" and "blocks" in name and "norm" not in name:
             mask = torch.rand(value.shape, generator=generator) < 0.5
             tensors[f"mask.{name.removeprefix('model.')}"], value = mask, value * mask
         tensors[name] = value
     place = checkpoint.path(folder / "checkpoints", 7)
-    checkpoint.write(place, iter(tensors.items()), state_of_weights(settings), 10**9)
+    checkpoint.write(place, iter(tensors.items()), state_of_weights(config), 10**9)
     return tensors
 
 
@@ -111,8 +111,8 @@ def ulps(one: Tensor, other: Tensor) -> float:
 
 
 def there_and_back(table: str, model: dict[str, Any], folder: Path, **more: Any) -> dict[str, Any]:
-    settings = settings_of(table, model, **more)
-    before = written(settings, folder / "ours")
+    config = settings_of(table, model, **more)
+    before = written(config, folder / "ours")
     there = convert("megahp", "huggingface", folder / "ours", folder / "theirs")
     back = convert("huggingface", "megahp", folder / "theirs", folder / "back")
     path = checkpoint.find(folder / "back")
@@ -124,7 +124,7 @@ def there_and_back(table: str, model: dict[str, Any], folder: Path, **more: Any)
         "ulps": max(ulps(before[name], after[name]) for name in before),
         "problems": checkpoint.problems(path),
         "settings": all(
-            vars(getattr(resolve.from_dict(state["config"], "state"), section)) == vars(getattr(settings, section))
+            vars(getattr(resolve.from_dict(state["config"], "state"), section)) == vars(getattr(config, section))
             for section in ("model", "parameterization", "sparsity")
         ),
     }
@@ -149,8 +149,8 @@ def sharded(folder: Path) -> dict[str, Any]:
     """Small files, and a SentencePiece tokenizer."""
     text = Path(contextlib.__file__).read_text()
     train_sentencepiece([text], folder / "own.model", 400)
-    settings = settings_of("any", {**GQA, "vocab_size": 420}, data={"tokenizer": str(folder / "own.model")})
-    before = written(settings, folder / "ours")
+    config = settings_of("any", {**GQA, "vocab_size": 420}, data={"tokenizer": str(folder / "own.model")})
+    before = written(config, folder / "ours")
     there = convert("megahp", "huggingface", folder / "ours", folder / "theirs", "--file-size", 3e-5)
     back = convert("huggingface", "megahp", folder / "theirs", folder / "back", "--file-size", 3e-5)
     sizes = [file.stat().st_size for file in (folder / "theirs").glob("model-*.safetensors")]
@@ -166,9 +166,9 @@ def sharded(folder: Path) -> dict[str, Any]:
 
 def forgotten(folder: Path) -> tuple[int, str]:
     """A multiplier that is not folded in is seen."""
-    settings = settings_of("any", GQA)
-    written(settings, folder / "ours")
-    patch = mock.patch.object(huggingface, "table_of", lambda settings: replace(table_of(settings), residual=1.0))
+    config = settings_of("any", GQA)
+    written(config, folder / "ours")
+    patch = mock.patch.object(huggingface, "table_of", lambda config: replace(table_of(config), residual=1.0))
     with patch:
         return convert("megahp", "huggingface", folder / "ours", folder / "theirs")
 
@@ -221,8 +221,8 @@ def gone_on(folder: Path) -> dict[str, Any]:
     words = f"data.train=['{folder}/corpus'] log.root={folder} log.name=more log.tensorboard=false"
     words += " train.steps=1 train.validation_samples=0 batch.global_batch=4 batch.micro_batch=4 schedule.warmup=0"
     imported = folder / "sparse" / "back"
-    settings = resolve.load(imported / "config.toml", [*words.split(), "optimizer.lr=1e-15"]).config
-    directory = runs.go(settings).directory
+    config = resolve.load(imported / "config.toml", [*words.split(), "optimizer.lr=1e-15"]).config
+    directory = runs.go(config).directory
     before, after = Tensors(checkpoint.find(imported)), Tensors(checkpoint.find(directory))
     weights = [name.removeprefix("model.") for name in before if name.startswith("model.")]
     first, second = ([after[f"{moment}.{name}"] for name in weights] for moment in ("exp_avg", "exp_avg_sq"))
@@ -269,8 +269,8 @@ def parallel(folder: Path) -> dict[str, Any]:
     """Megatron's files by hand from our weights: of 2 x 2 ranks, in Transformer Engine's names, and stacked by DCP."""
     from torch.distributed import checkpoint as dcp
 
-    settings = settings_of("sp", {**GQA, "bias": True, "rope_theta": 10000.0})
-    ours = {name.removeprefix("model."): value for name, value in written(settings, folder / "ours").items()}
+    config = settings_of("sp", {**GQA, "bias": True, "rope_theta": 10000.0})
+    ours = {name.removeprefix("model."): value for name, value in written(config, folder / "ours").items()}
     dims = {"attention.out.weight": 1, "mlp.down.weight": 1, "attention.out.bias": None, "mlp.down.bias": None}
     products = {"self_attention.linear_qkv": "attention.qkv", "self_attention.linear_proj": "attention.out"}
     products |= {"mlp.linear_fc2": "mlp.down", "gate": "mlp.gate", "up": "mlp.up"}
@@ -287,7 +287,7 @@ def parallel(folder: Path) -> dict[str, Any]:
             made[f"{theirs}.layer_norm_weight"] = ours[f"blocks.{number}.{name}.weight"]
         return made
 
-    model = settings.model
+    model = config.model
     args = Namespace(
         num_layers=2, hidden_size=32, num_attention_heads=4, group_query_attention=True, num_query_groups=2,
         kv_channels=8, ffn_hidden_size=48, swiglu=True, normalization="RMSNorm", norm_epsilon=model.norm_eps,
@@ -349,8 +349,8 @@ class Malicious:
 def malicious(folder: Path) -> dict[str, tuple[bool, int]]:
     """Whether a pickle was executed, by where it was planted, and the exit code."""
     found, mark = {}, folder / "executed"
-    settings = settings_of("sp", GQA)
-    written(settings, folder / "ours")
+    config = settings_of("sp", GQA)
+    written(config, folder / "ours")
     for form, file in (
         ("megatron", "release/common.pt"),
         ("megatron", "release/.metadata"),
@@ -512,7 +512,7 @@ import resource, sys, torch
 from pathlib import Path
 from megahp import checkpoint, cli
 from megahp.commands import convert
-from megahp.config import resolve
+from megahp.config import (resolve)
 from megahp.train.run import state_of_weights
 
 def peak():

@@ -68,9 +68,9 @@ def test_a_width_scales_all_that_belongs_to_it(tool: ModuleType, tmp_path: Path)
     _, family = tool.read_family(cli.parse([*COMMAND, *words])[1])
     shapes = [(s.model.width, s.model.heads, s.model.kv_heads, s.model.mlp_width) for s in family.values()]
     assert list(family) == [32, 128] and shapes == [(32, 2, 1, 48), (128, 8, 4, 192)]
-    for settings in family.values():
-        assert settings.model.head_size == 16 and settings.model.vocab_size == 257  # of bytes
-        assert settings.batch.global_batch == 2 and settings.parallel.tp == 1 and settings.train.steps == 0
+    for config in family.values():
+        assert config.model.head_size == 16 and config.model.vocab_size == 257  # of bytes
+        assert config.batch.global_batch == 2 and config.parallel.tp == 1 and config.train.steps == 0
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])

@@ -78,14 +78,14 @@ def sentencepiece(path: Path, more: tuple[str, ...], prefix: bool, byte_fallback
 def written(folder: Path, tokenizer: str, vocab_size: int, **model: Any) -> dict[str, Tensor]:
     """A checkpoint in which every weight, the vocabulary's padding too, is random."""
     layers = [BASE, {"model": model | {"vocab_size": vocab_size}, "data": {"tokenizer": tokenizer}}]
-    settings = resolve.resolve([("test", layer) for layer in layers]).config
+    config = resolve.resolve([("test", layer) for layer in layers]).config
     generator = torch.Generator().manual_seed(len(str(folder)))
-    weights = {name: storage(weight) for name, weight in saved(alone(settings)).items()}
+    weights = {name: storage(weight) for name, weight in saved(alone(config)).items()}
     tensors = {name: torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
     masks = {"mask.blocks.0.mlp.up.weight": torch.ones(3, dtype=torch.bool)}
     moments = {"exp_avg.embedding.weight": torch.ones(3)}
     everything = iter((tensors | masks | moments).items())
-    checkpoint.write(checkpoint.path(folder / "checkpoints", 7), everything, state_of_weights(settings), 10**9)
+    checkpoint.write(checkpoint.path(folder / "checkpoints", 7), everything, state_of_weights(config), 10**9)
     return tensors | masks
 
 
@@ -97,9 +97,9 @@ def settings_in(folder: Path) -> Config:
 def logits(folder: Path, ids: list[int]) -> Tensor:
     from megahp.commands.convert import our_logits
 
-    settings, tensors = settings_in(folder), Tensors(checkpoint.find(folder))
+    config, tensors = settings_in(folder), Tensors(checkpoint.find(folder))
     weights = [(name, tensors[name]) for name in tensors if name.startswith("model.")]
-    return our_logits(settings, weights, torch.tensor([ids]))
+    return our_logits(config, weights, torch.tensor([ids]))
 
 
 def extend(*words: object) -> tuple[int, str]:
@@ -165,9 +165,9 @@ def trained(folder: Path, begun: Path) -> dict[str, Tensor]:
     (folder / "corpus.json").unlink(missing_ok=True)
     words = f"data.train=['{folder}/corpus'] log.root={folder} log.name=stage log.tensorboard=false train.steps=1"
     words += " train.weights=embeddings train.noise_scale=false train.validation_samples=0 batch.micro_batch=4"
-    settings = resolve.load(begun / "config.toml", [*words.split(), "batch.global_batch=4"]).config
-    runs.go(settings)
-    return dict(Tensors(checkpoint.find(settings.directory)).items())
+    config = resolve.load(begun / "config.toml", [*words.split(), "batch.global_batch=4"]).config
+    runs.go(config)
+    return dict(Tensors(checkpoint.find(config.directory)).items())
 
 
 MISTAKES = [
@@ -227,7 +227,7 @@ def rows(case: dict[str, Any], name: str, first: int) -> tuple[np.ndarray, np.nd
 )
 def test_all_else_is_as_it_was(found: Any, case: str, first: int, vocabulary: int, padded: int) -> None:
     """Old rows and padding, other weights and masks, to the bit; no moments; new padding is the old tokens' mean."""
-    before, after, settings = (found[case][key] for key in ("before", "after", "settings"))
+    before, after, config = (found[case][key] for key in ("before", "after", "settings"))
     assert before.keys() == after.keys()
     for name, value in before.items():
         if name not in MATRICES:
@@ -239,7 +239,7 @@ def test_all_else_is_as_it_was(found: Any, case: str, first: int, vocabulary: in
         np.testing.assert_allclose(
             new_padding, np.broadcast_to(rows(found[case], name, 0)[0][:first].mean(0), new_padding.shape), atol=1e-6
         )
-    assert (settings.model.vocab_size, settings.data.sequence_length, settings.data.lengths) == (vocabulary, 48, ())
+    assert (config.model.vocab_size, config.data.sequence_length, config.data.lengths) == (vocabulary, 48, ())
 
 
 def test_mean_of_bytes(found: Any) -> None:

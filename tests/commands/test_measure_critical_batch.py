@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from distributed import runs
 
-from megahp import cli, config
+from megahp import cli
 from megahp.checkpoint.store import write_manifest
-from megahp.config import resolve
+from megahp.config import BatchConfig, Config, OptimizerConfig, ScheduleConfig, config_to_dict, config_to_toml, resolve
 from megahp.diagnose.critical_batch import scatter
 from megahp.log.metrics import read_events, read_metrics
 from megahp.scaling.batch import Hyperparameters
@@ -64,8 +64,8 @@ def run(tool: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 
 
 def origin_of(tool: ModuleType, tree: dict[str, Any]) -> Any:
-    settings = resolve.from_dict(tree, "test")
-    return tool.Origin(Path("from"), settings, 1, 3000, 64, Hyperparameters(2e-3, 0.2, 0.9, 0.98, 1e-9))
+    config = resolve.from_dict(tree, "test")
+    return tool.Origin(Path("from"), config, 1, 3000, 64, Hyperparameters(2e-3, 0.2, 0.9, 0.98, 1e-9))
 
 
 OTHER_RUNS: dict[str, dict[str, Any]] = {
@@ -89,17 +89,15 @@ OTHER_RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("factor", [1, 1.5, 2, 8])
 def test_a_branch_of_any_run_is_one_that_can_be_trained(tool: ModuleType, tree: dict, factor: float) -> None:
     origin = origin_of(tool, tree)
-    settings = tool.branch(origin, factor, 20_000_000, Path("out"))
-    assert resolve.from_dict(config.to_dict(settings), "branch") == settings  # nothing refused as unused
-    assert settings.batch == config.Batch(
-        global_batch=round(64 * factor), micro_batch=origin.settings.batch.micro_batch
-    )
-    assert settings.schedule == config.Schedule("constant", start=3000, warmup=0.0)
-    assert settings.optimizer == config.Optimizer("adamw", 2e-3 * math.sqrt(factor), 0.2, 0.9, 0.98, 1e-9)
-    assert settings.directory == Path(f"out/k-{factor:g}") and settings.log.every == 1
-    assert (settings.train.tokens, settings.train.steps, settings.checkpoint.every) == (20_000_000, 0, 0)
-    assert settings.log.wandb == "off" and not settings.log.tensorboard and not settings.train.validation_samples
-    assert (settings.model, settings.data) == (origin.settings.model, origin.settings.data)
+    config = tool.branch(origin, factor, 20_000_000, Path("out"))
+    assert resolve.from_dict(config_to_dict(config), "branch") == config  # nothing refused as unused
+    assert config.batch == BatchConfig(global_batch=round(64 * factor), micro_batch=origin.config.batch.micro_batch)
+    assert config.schedule == ScheduleConfig("constant", start=3000, warmup=0.0)
+    assert config.optimizer == OptimizerConfig("adamw", 2e-3 * math.sqrt(factor), 0.2, 0.9, 0.98, 1e-9)
+    assert config.directory == Path(f"out/k-{factor:g}") and config.log.every == 1
+    assert (config.train.tokens, config.train.steps, config.checkpoint.every) == (20_000_000, 0, 0)
+    assert config.log.wandb == "off" and not config.log.tensorboard and not config.train.validation_samples
+    assert (config.model, config.data) == (origin.config.model, origin.config.data)
 
 
 def test_a_doubled_batch_has_sqrt_2_times_the_learning_rate(tool: ModuleType) -> None:
@@ -161,8 +159,8 @@ def test_measured_through_the_real_command(
 def pretend(losses: dict[int, list[float]], codes: dict[int, int], diverged: int = 0) -> Callable[..., int]:
     """A `train` that writes down these losses of a branch, of its batch over 8, and ends with this exit code."""
 
-    def train(settings: config.Config, ranks: int) -> int:
-        factor, directory = settings.batch.global_batch // 8, settings.directory
+    def train(config: Config, ranks: int) -> int:
+        factor, directory = config.batch.global_batch // 8, config.directory
         directory.mkdir(parents=True)
         records = [{"step": step, "tokens": 0, "loss": loss} for step, loss in enumerate(losses[factor], start=7)]
         rest = {"tokens": 0, "time": 0, "reason": ""}
@@ -173,7 +171,7 @@ def pretend(losses: dict[int, list[float]], codes: dict[int, int], diverged: int
             events.append({"step": 6 + len(records), "event": "finished"} | rest)
         for name, lines in (("metrics", records), ("events", events)):
             (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (directory / "config.toml").write_text(config.to_toml(settings))
+        (directory / "config.toml").write_text(config_to_toml(config))
         return codes.get(factor, 0)
 
     return train

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megahp import cli, config
-from megahp.config import resolve
+from megahp import cli
+from megahp.config import config_to_dict, resolve
 from megahp.data.indexed import IndexedWriter
 from megahp.exit_codes import USER_ERROR
 from megahp.recipe import law_file
@@ -118,7 +118,7 @@ def test_a_law_file_takes_the_place_of_power_lines(tmp_path: Path, capsys: pytes
     batch, decay = written.batch.global_batch * 2048, rows["weight decay, hidden"]["value"]
     timescale = batch / (rows["peak LR, hidden matrices"]["value"] * decay * written.train.tokens)
     assert timescale == pytest.approx(0.5 * rows["tokens per parameter"]["value"] ** -0.3)
-    assert json.loads(json.dumps(config.to_dict(written))) == printed["run"]
+    assert json.loads(json.dumps(config_to_dict(written))) == printed["run"]
     law_file.write(tmp_path / "loss.toml", law_file.Laws(loss=loss))
     for words in ("", f"--loss-law {tmp_path / 'loss.toml'}"):  # as docs/fit.md names one file twice
         assert run(f"--params 1e9 --law {tmp_path / 'loss.toml'} --json {words}") == 0
@@ -211,9 +211,9 @@ def test_the_run_file_trains_and_the_plots_are_drawn(tmp_path: Path, monkeypatch
     assert run(words) == 0
     assert run("--target-loss 2.6 --pareto pareto.png") == 0
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    settings = resolve.load("run.toml")
-    assert settings.origins["data.train"] == "run.toml" and settings.config.data.train == ("corpus",)
+    config = resolve.load("run.toml")
+    assert config.origins["data.train"] == "run.toml" and config.config.data.train == ("corpus",)
     command = [sys.executable, "-m", "megahp", "train", "run.toml", "train.steps=2", "train.validation_samples=4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert len((settings.config.directory / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((config.config.directory / "metrics.jsonl").read_text().splitlines()) == 2

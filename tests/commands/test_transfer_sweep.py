@@ -169,11 +169,11 @@ def test_cells_are_the_run_files_own_but_for_what_is_swept(tool: ModuleType, swe
     }  # fmt: skip
     assert len({cell.directory for cell in cells}) == len(cells)
     for cell in cells:
-        settings = cell.settings
-        assert (cell.size, settings.model.heads) in {(64, 2), (32, 1)} and settings.model.width == cell.size
-        assert settings.optimizer.lr == cell.value and settings.train.seed == cell.seed
-        assert settings.optimizer.clip == 0 and settings.train.tokens == 192
-        assert settings.parameterization.name == ("sp" if cell.variant == "SP" else "completep")
+        config = cell.config
+        assert (cell.size, config.model.heads) in {(64, 2), (32, 1)} and config.model.width == cell.size
+        assert config.optimizer.lr == cell.value and config.train.seed == cell.seed
+        assert config.optimizer.clip == 0 and config.train.tokens == 192
+        assert config.parameterization.name == ("sp" if cell.variant == "SP" else "completep")
 
 
 def test_a_job_array_runs_the_same_workers(sweep: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megahp import config
-from megahp.config import checks, resolve
+from megahp.config import Config, checks, config_to_dict, resolve, with_values
 from megahp.errors import UserError
 
 
@@ -104,7 +103,7 @@ def test_a_default_is_never_without_effect() -> None:
     """Nor is what `megahp config` prints of any run, set again."""
     for words in ([], ["train.validation_samples=0", "log.baselines=true"], ["model.layers=1"]):
         resolved = resolve.resolve([("command line", resolve.parse_overrides(words))])
-        again = resolve.resolve([("run.toml", config.to_dict(resolved.config))])
+        again = resolve.resolve([("run.toml", config_to_dict(resolved.config))])
         assert again.config == resolved.config
 
 
@@ -121,5 +120,5 @@ def test_many_sources_are_counted_once() -> None:
             raise AssertionError("counted anew for each")
 
     sources = Sources(f"part-{i}" for i in range(3000))
-    settings = config.with_values(config.Config(), {"data.train": Sources((*sources, "part-7"))})
-    assert any("names 'part-7' twice" in problem for problem in checks.impossible(settings))
+    config = with_values(Config(), {"data.train": Sources((*sources, "part-7"))})
+    assert any("names 'part-7' twice" in problem for problem in checks.impossible(config))

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megahp import config
-from megahp.config import resolve
+from megahp.config import config_to_dict, resolve
 from megahp.errors import UserError
 
 
@@ -47,7 +46,7 @@ def test_command_line_wins_over_file_over_preset_over_default(tmp_path: Path) ->
 def test_the_widths_of_experts_and_mlps(tmp_path: Path, words: tuple[str, ...], widths: tuple[int, int]) -> None:
     found = resolve.load(write(tmp_path, "[model]\nexperts = 4\n"), words).config
     assert (found.model.mlp_width, found.model.expert_width) == widths
-    assert resolve.from_dict(config.to_dict(found), "again") == found
+    assert resolve.from_dict(config_to_dict(found), "again") == found
 
 
 def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: Path) -> None:

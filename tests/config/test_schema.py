@@ -8,8 +8,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
-from megahp import config
-from megahp.config import resolve
+from megahp.config import config_to_dict, config_to_toml, fixed_when, resolve, setting_names
 from megahp.config.presets import PRESETS
 from megahp.config.schema import FIELDS, TYPES
 
@@ -43,16 +42,16 @@ log.name log.root log.every log.tensorboard log.baselines log.wandb log.wandb_pr
 
 
 def test_the_list_of_settings_is_frozen() -> None:
-    assert config.names() == SETTINGS.split()
+    assert setting_names() == SETTINGS.split()
 
 
 def test_every_setting_is_described() -> None:
-    assert all(FIELDS[key].metadata["meaning"] for key in config.names())
+    assert all(FIELDS[key].metadata["meaning"] for key in setting_names())
 
 
 def test_every_setting_is_read_somewhere() -> None:
     code = "".join(path.read_text() for path in Path(config.__file__).parents[1].rglob("*.py"))
-    unread = {key for key in config.names() if f".{key.partition('.')[2]}" not in code}
+    unread = {key for key in setting_names() if f".{key.partition('.')[2]}" not in code}
     assert unread <= {
         "parallel.pp",
         "batch.policy",
@@ -88,13 +87,13 @@ def test_what_a_setting_goes_with_is_possible_and_may_be_lacking(key: str) -> No
     ],
 )
 def test_what_may_not_change_once_there_is_a_checkpoint(key: str, fixed: str) -> None:
-    assert config.fixed(key) == fixed
+    assert fixed_when(key) == fixed
 
 
 def test_what_is_printed_is_a_valid_run_file() -> None:
     for preset in PRESETS:
         tree = {"model": {"preset": preset}, "data": {"train": ["a b", 'c"d']}}
         resolved = resolve.resolve([("run.toml", tree)])
-        text = config.to_toml(resolved.config, resolved.origins)
+        text = config_to_toml(resolved.config, resolved.origins)
         assert resolve.from_dict(tomllib.loads(text), "again") == resolved.config
-        assert resolve.from_dict(config.to_dict(resolved.config), "again") == resolved.config
+        assert resolve.from_dict(config_to_dict(resolved.config), "again") == resolved.config

@@ -78,18 +78,18 @@ def settings_of(case: str, table: str, dtype: str = "float32") -> Config:
     return resolve.resolve([("test", layer) for layer in layers]).config
 
 
-def drawn(settings: Config) -> Transformer:
+def drawn(config: Config) -> Transformer:
     """A model in which every weight and bias is random; a router's bias where a family has one."""
-    (model,), generator = build_model(settings, mesh_of(Layout())).stages.values(), torch.Generator().manual_seed(1)
+    (model,), generator = build_model(config, mesh_of(Layout())).stages.values(), torch.Generator().manual_seed(1)
     for name, weight in saved(model).items():
-        if not name.endswith("router.bias") or settings.model.router_score == "sigmoid":
+        if not name.endswith("router.bias") or config.model.router_score == "sigmoid":
             storage(weight).add_(torch.randn(weight.shape, generator=generator) * 0.2)
     return model
 
 
-def filled(settings: Config, weights: Mapping[str, Tensor]) -> Transformer:
+def filled(config: Config, weights: Mapping[str, Tensor]) -> Transformer:
     """A model with these weights, and no others."""
-    (model,) = build_model(settings, mesh_of(Layout())).stages.values()
+    (model,) = build_model(config, mesh_of(Layout())).stages.values()
     named = {name.removeprefix("model."): weight for name, weight in saved(model).items()}
     assert named.keys() == weights.keys()
     for name, weight in named.items():
@@ -138,18 +138,18 @@ def difference(model: Transformer, theirs: Any) -> float:
     return ((ours - logits).abs().max() / logits.abs().max()).item()
 
 
-def exported(settings: Config, folder: Path) -> float:
+def exported(config: Config, folder: Path) -> float:
     """How far transformers is from our model."""
-    model = drawn(settings)
-    hf_config, tensors = huggingface.export(settings, weights_of(model))
+    model = drawn(config)
+    hf_config, tensors = huggingface.export(config, weights_of(model))
     return difference(model, loaded(write(folder, hf_config, dict(tensors))))
 
 
 def there_and_back(case: str, folder: Path) -> dict[str, Any]:
     """A model of ours in their hands, written by them, and ours again."""
-    settings = settings_of(case, "sp")
-    before = weights_of(drawn(settings))
-    hf_config, tensors = huggingface.export(settings, before)
+    config = settings_of(case, "sp")
+    before = weights_of(drawn(config))
+    hf_config, tensors = huggingface.export(config, before)
     sent = dict(tensors)
     theirs = loaded(write(folder / "sent", hf_config, sent))
     theirs.save_pretrained(folder / "saved")
@@ -168,8 +168,8 @@ def imported(folder: Path) -> tuple[Transformer, tuple[Config, dict[str, Tensor]
     """The model of a folder in our hands, and its settings and weights."""
     layer, tensors = huggingface.import_(*read(folder))
     run = {"data": BASE["data"], "train": BASE["train"]}
-    settings, weights = resolve.resolve([("test", run), ("config.json", layer)]).config, dict(tensors)
-    return filled(settings, weights), (settings, weights)
+    config, weights = resolve.resolve([("test", run), ("config.json", layer)]).config, dict(tensors)
+    return filled(config, weights), (config, weights)
 
 
 def unpadded(name: str, weight: Tensor) -> Tensor:
@@ -231,11 +231,11 @@ def first_gpt2(folder: Path) -> float:
 
 def lost_bias() -> str:
     """What is said of a router's bias that a family has no place for."""
-    settings = settings_of("mixtral", "sp")
-    weights = weights_of(drawn(settings))
+    config = settings_of("mixtral", "sp")
+    weights = weights_of(drawn(config))
     weights["blocks.1.mlp.router.bias"][3] = 0.1
     with pytest.raises(UserError) as told:
-        dict(huggingface.export(settings, weights)[1])
+        dict(huggingface.export(config, weights)[1])
     return str(told.value)
 
 
@@ -261,7 +261,7 @@ def padding() -> dict[str, float]:
 
 def with_table(**changed: float) -> Any:
     """The multipliers as folded into the weights, some of them forgotten."""
-    return mock.patch.object(huggingface, "table_of", lambda settings: replace(table_of(settings), **changed))
+    return mock.patch.object(huggingface, "table_of", lambda config: replace(table_of(config), **changed))
 
 
 def with_family(family: families.Family, **changed: Any) -> Any:
@@ -389,7 +389,7 @@ class Counted(Mapping[str, Tensor]):
 
 def plain_gpt2() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A GPT-2 of theirs, by export from empty weights."""
-    settings = settings_of("gpt2", "sp")
+    config = settings_of("gpt2", "sp")
     shapes = {"attention.qkv": (96, 32), "attention.out": (32, 32), "mlp.up": (48, 32), "mlp.down": (32, 48)}
     shapes |= {"embedding": (128, 32), "positions": (16, 32), "final_norm": (32,)}
     shapes |= {"attention_norm": (32,), "mlp_norm": (32,)}
@@ -399,7 +399,7 @@ def plain_gpt2() -> tuple[dict[str, Any], dict[str, Tensor]]:
         for place in [f"blocks.{layer}.{name}" for layer in range(2)] if inside else [name]:
             weights[f"{place}.weight"] = torch.zeros(shape)
             weights[f"{place}.bias"] = torch.zeros(shape[0])
-    hf_config, tensors = huggingface.export(settings, weights)
+    hf_config, tensors = huggingface.export(config, weights)
     return hf_config, dict(tensors)
 
 
@@ -442,9 +442,9 @@ def test_one_tensor_at_a_time() -> None:
     ],
 )
 def test_a_model_that_they_do_not_have(model: dict[str, Any], nearest: str, needs: str) -> None:
-    settings = resolve.resolve([("test", BASE), ("test", {"model": model})]).config
+    config = resolve.resolve([("test", BASE), ("test", {"model": model})]).config
     with pytest.raises(UserError) as told:
-        huggingface.export(settings, {})
+        huggingface.export(config, {})
     words = f"Hugging Face has no architecture of this model; {nearest}, the nearest, needs {needs}"
     assert str(told.value) == words
 
@@ -496,8 +496,8 @@ def test_a_configuration_that_is_not_whole() -> None:
 
 def test_other_attention_in_a_table_of_a_table() -> None:
     """MPT keeps its attention's settings in a table, of which others may say more, or nothing."""
-    settings = resolve.resolve([("test", BASE), ("test", {"model": MPT})]).config
-    hf_config, _ = huggingface.export(settings, {})
+    config = resolve.resolve([("test", BASE), ("test", {"model": MPT})]).config
+    hf_config, _ = huggingface.export(config, {})
     for attention, fits in ((None, True), ({"attn_impl": "torch"}, True), ({"clip_qkv": 8}, False)):
         with pytest.raises(UserError, match="tensors" if fits else "attn_config"):
             huggingface.import_({**hf_config, "attn_config": attention}, {})

@@ -46,7 +46,7 @@ def of_args(args: Namespace) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    settings = TransformerConfig(
+    config = TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
         num_attention_heads=args.num_attention_heads,
@@ -65,7 +65,7 @@ def of_args(args: Namespace) -> Any:
         use_cpu_initialization=True,
     )
     return GPTModel(
-        config=settings,
+        config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization=args.normalization),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
@@ -78,10 +78,10 @@ def of_args(args: Namespace) -> Any:
 @torch.no_grad()
 def difference(theirs: Any, ours: Path) -> float:
     """Of the logits, over our largest."""
-    settings = resolve.from_dict(checkpoint.read_state(ours)["config"], str(ours))
-    mine = our_logits(settings, weights_of(Tensors(ours).items()), TOKENS)
+    config = resolve.from_dict(checkpoint.read_state(ours)["config"], str(ours))
+    mine = our_logits(config, weights_of(Tensors(ours).items()), TOKENS)
     later = torch.ones(1, 1, 40, 40).triu(1) > 0
-    logits = theirs(TOKENS, torch.arange(40)[None], later)[..., : settings.model.vocab_size]
+    logits = theirs(TOKENS, torch.arange(40)[None], later)[..., : config.model.vocab_size]
     return ((mine - logits).abs().max() / mine.abs().max()).item()
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scaling.batch.plans import settings
+from scaling.batch.plans import config
 
-from megahp.config import Stage
+from megahp.config import Phase
 from megahp.data.indexed import IndexedDataset, IndexedWriter
 from megahp.data.loader import Loader, TrainingData, rank_samples
 from megahp.errors import UserError
-from megahp.scaling.batch import BatchPlan, Progress
+from megahp.scaling.batch import BatchScheduler, Progress
 
 LENGTH = 8
 CPU = torch.device("cpu")
@@ -29,15 +29,15 @@ def sources(tmp_path):
 
 
 def training_data(sources, tmp_path, seed=1, fraction=0.1, length=LENGTH, more=()):
-    stages = [Stage(0.0, length, tuple(sources.values())), *more]
-    return TrainingData([IndexedDataset(prefix) for prefix in sources], stages, seed, fraction, tmp_path / "cache")
+    phases = [Phase(0.0, length, tuple(sources.values())), *more]
+    return TrainingData([IndexedDataset(prefix) for prefix in sources], phases, seed, fraction, tmp_path / "cache")
 
 
 def test_no_sample_is_repeated_or_skipped_when_batch_and_layout_change() -> None:
     progress, seen = Progress(), []
     for batch, micro, dp, steps in [(8, 2, 1, 3), (16, 4, 2, 2), (24, 1, 4, 2), (12, 3, 2, 3)]:
         for _ in range(steps):
-            plan = BatchPlan(settings(batch, micro), dp).step(progress)
+            plan = BatchScheduler(config(batch, micro), dp).step(progress)
             assert plan is not None
             numbers = plan.first_sample, plan.global_batch, plan.micro_batch
             ids = [rank_samples(*numbers, rank, dp) for rank in range(dp)]
@@ -114,7 +114,7 @@ def test_fingerprint_names_everything_but_the_path(sources, tmp_path):
         training_data(sources, tmp_path, fraction=0.2),
         training_data(dict([*sources.items()][::-1]), tmp_path),
         training_data(dict(zip(sources, (3.0, 2.0), strict=True)), tmp_path),
-        training_data(sources, tmp_path, more=[Stage(80.0, LENGTH, (1.0, 1.0))]),
+        training_data(sources, tmp_path, more=[Phase(80.0, LENGTH, (1.0, 1.0))]),
     ]
     assert len({base, *(other.fingerprint for other in others)}) == 7
 
@@ -132,8 +132,8 @@ def test_training_chunks_are_the_first_samples_up_to_an_epoch(sources, tmp_path)
     assert sum(len(chunk) for chunk in data.training_chunks(limit=10**9)) == data.tokens // LENGTH
 
 
-FLIP = Stage(200.0, LENGTH, (1.0, 3.0))
-LONG = Stage(400.0, 4 * LENGTH, (0.0, 1.0))
+FLIP = Phase(200.0, LENGTH, (1.0, 3.0))
+LONG = Phase(400.0, 4 * LENGTH, (0.0, 1.0))
 
 
 def tokens_of(data, first, count):
@@ -170,9 +170,9 @@ def test_a_restored_order_goes_on_as_if_nothing_had_been(sources, tmp_path, at):
     def deal(data, first, last):
         rows = []
         for i in range(first, last):
-            stage = 0 if i < 25 else 1 if i < 65 else 2
-            if data.stage != stage:
-                data.enter(stage, i)
+            phase = 0 if i < 25 else 1 if i < 65 else 2
+            if data.phase != phase:
+                data.enter(phase, i)
             rows.append(tokens_of(data, i, 1)[0].tolist())
         return rows
 
@@ -188,9 +188,9 @@ def test_a_branch_goes_on_with_every_source_where_it_stands(sources, tmp_path):
     one, two = sources
     data = training_data({one: 1.0}, tmp_path)
     seen = [tokens_of(data, 0, 40)]
-    both = training_data(sources, tmp_path, more=[Stage(1e9, LENGTH, (1.0, 0.0))])
+    both = training_data(sources, tmp_path, more=[Phase(1e9, LENGTH, (1.0, 0.0))])
     both.branch(data.state(40), 40 * LENGTH, 40)
-    assert both.stage == 0
+    assert both.phase == 0
     seen.append(tokens_of(both, 40, 40))
     other = training_data({two: 1.0}, tmp_path)  # forgets nothing of the first
     other.branch(both.state(80), 80 * LENGTH, 80)
@@ -208,7 +208,7 @@ def test_a_branch_enters_the_stage_its_tokens_are_in(sources, tmp_path):
     data = training_data(sources, tmp_path)
     branch = training_data(sources, tmp_path, more=[FLIP])
     branch.branch(data.state(30), 30 * LENGTH, 30)
-    assert branch.stage == 1
+    assert branch.phase == 1
 
 
 def test_validation_is_the_same_in_every_stage(sources, tmp_path):

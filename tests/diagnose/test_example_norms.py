@@ -46,22 +46,22 @@ BUGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def model_of(settings: Config) -> Transformer:
-    (model,) = build_model(settings, mesh_of(Layout())).stages.values()
+def model_of(config: Config) -> Transformer:
+    (model,) = build_model(config, mesh_of(Layout())).stages.values()
     for weight in model.parameters():
         if weight.dim() == 1:  # no norm at 1, no bias at 0
             storage(weight).add_(torch.linspace(-0.2, 0.3, len(weight)))
     return model
 
 
-def microbatches(settings: Config, size: int) -> list[Batch]:
-    return [made_up(np.arange(start, start + size), settings) for start in range(0, EXAMPLES, size)]
+def microbatches(config: Config, size: int) -> list[Batch]:
+    return [made_up(np.arange(start, start + size), config) for start in range(0, EXAMPLES, size)]
 
 
-def reference(model: Transformer, settings: Config, size: int) -> dict[str, float]:
+def reference(model: Transformer, config: Config, size: int) -> dict[str, float]:
     """The mean squared norm, by layer, of the mean gradients of groups of so many examples."""
     squares: dict[str, float] = {}
-    for batch in microbatches(settings, size):
+    for batch in microbatches(config, size):
         model.zero_grad()
         model(batch.tokens[:, :-1], batch.tokens[:, 1:], batch.documents).mean().backward()
         for name, weight in parameters(model):
@@ -73,22 +73,22 @@ def reference(model: Transformer, settings: Config, size: int) -> dict[str, floa
 
 def trained(model_name: str, dtype: str) -> tuple[dict[str, float], dict[str, float]]:
     """What a step of training measures of its norms."""
-    settings = settings_of(model_name, f"train.dtype={dtype}")
-    engine = Engine(build_model(settings, mesh_of(Layout())), mesh_of(Layout()), settings.parallel)
-    batches = microbatches(settings, 2)
-    loss = engine.forward_backward(batches, len(batches), EXAMPLES * settings.data.sequence_length)
+    config = settings_of(model_name, f"train.dtype={dtype}")
+    engine = Engine(build_model(config, mesh_of(Layout())), mesh_of(Layout()), config.parallel)
+    batches = microbatches(config, 2)
+    loss = engine.forward_backward(batches, len(batches), EXAMPLES * config.data.sequence_length)
     measured = engine.measure(loss, engine.gradients(), EXAMPLES)
     return measured.grad_sq_example, measured.grad_sq_batch
 
 
 def calibrated() -> list[tuple[float, float]]:
     """What calibration in training measures of each example alone."""
-    settings = settings_of("llama", "train.dtype=float64")
-    trial = Trial(settings, mesh_of(Layout()))
+    config = settings_of("llama", "train.dtype=float64")
+    trial = Trial(config, mesh_of(Layout()))
     plan = trial.next_step()
     assert plan
     for example in range(EXAMPLES):
-        trial.calibrate(made_up(np.full(plan.micro_batch, example), settings), plan)
+        trial.calibrate(made_up(np.full(plan.micro_batch, example), config), plan)
     assert all(weight.grad is None for weight in trial.engine.weights.values())
     return trial.noise.examples
 
@@ -97,20 +97,20 @@ def outcomes() -> dict[str, Any]:
     """Everything measured here, on one rank."""
     found: dict[str, Any] = {}
     for case, (name, dtype, _) in CASES.items():
-        settings = settings_of(name, f"train.dtype={dtype}")
-        model = model_of(settings)
+        config = settings_of(name, f"train.dtype={dtype}")
+        model = model_of(config)
         before = [storage(weight).clone() for _, weight in parameters(model)]
-        squares = {size: measure(model, microbatches(settings, size)) for size in SPLITS}
+        squares = {size: measure(model, microbatches(config, size)) for size in SPLITS}
         assert all(torch.equal(old, storage(w)) for old, (_, w) in zip(before, parameters(model), strict=True))
         assert all(weight.grad is None for weight in model.parameters())
-        found[case] = squares, {size: reference(model, settings, size) for size in SPLITS}
+        found[case] = squares, {size: reference(model, config, size) for size in SPLITS}
     for bug, (name, broken) in BUGS.items():
-        settings = settings_of(name, "train.dtype=float64")
+        config = settings_of(name, "train.dtype=float64")
         with mock.patch.multiple(example_norms, **broken):
-            found[bug] = measure(model_of(settings), microbatches(settings, 4))
-    settings = settings_of("llama", "train.dtype=float64")
-    (model,) = build_model(settings, mesh_of(Layout())).stages.values()
-    found["trained"] = trained("llama", "float64"), measure(model, microbatches(settings, 4))
+            found[bug] = measure(model_of(config), microbatches(config, 4))
+    config = settings_of("llama", "train.dtype=float64")
+    (model,) = build_model(config, mesh_of(Layout())).stages.values()
+    found["trained"] = trained("llama", "float64"), measure(model, microbatches(config, 4))
     found["calibrated"] = calibrated()
     experts = settings_of("moe")
     (model,) = build_model(experts, mesh_of(Layout())).stages.values()

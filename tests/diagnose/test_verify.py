@@ -40,15 +40,15 @@ def test_the_small_run_is_valid(preset: str, rules: str, policy: str) -> None:
     for (ranks, layout), kind in itertools.product(LAYOUTS.items(), KINDS.values()):
         words = (f"model.preset={preset}", f"parameterization.name={rules}", f"batch.policy={policy}")
         words += (*POLICIES[policy], *layout, *kind, 'data.train=["a"]', "model.mlp_width=256")
-        settings = resolve.resolve([("test", resolve.parse_overrides(words))]).config
-        small = shrunk(settings, fit(settings.parallel, ranks))
+        config = resolve.resolve([("test", resolve.parse_overrides(words))]).config
+        small = shrunk(config, fit(config.parallel, ranks))
         assert small.model.layers <= 3 and small.model.width <= 64 and small.train.dtype == "float64"
-        assert small.parallel == settings.parallel
+        assert small.parallel == config.parallel
 
 
 def test_the_layout_is_the_runs() -> None:
-    settings = resolve.resolve([("test", {"data": {"train": ["a"]}, "parallel": {"tp": 2}})]).config
-    assert fit(settings.parallel, 4) == Layout(tp=2, dp_shard=2)
+    config = resolve.resolve([("test", {"data": {"train": ["a"]}, "parallel": {"tp": 2}})]).config
+    assert fit(config.parallel, 4) == Layout(tp=2, dp_shard=2)
 
 
 @pytest.mark.parametrize(

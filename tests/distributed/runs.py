@@ -29,11 +29,11 @@ def as_rank(folder: Path, words: list[str], resume: bool) -> None:
         go(resolve.load(Path("run.toml"), words).config, resume)
 
 
-def go(settings: Config, resume: bool = False) -> Config:
+def go(config: Config, resume: bool = False) -> Config:
     """Train these settings on the ranks there are, all of them on this machine. Returns them as they were prepared."""
     place = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
-    layout = fit(settings.parallel, place.size)
-    settings = prepare(settings, layout, place.size, resume)
+    layout = fit(config.parallel, place.size)
+    config = prepare(config, layout, place.size, resume)
     with contextlib.redirect_stdout(io.StringIO()):
-        assert loop.train(settings, place, _get_default_store(), layout, resume)
-    return settings
+        assert loop.train(config, place, _get_default_store(), layout, resume)
+    return config

@@ -13,7 +13,7 @@ from distributed import world
 from distributed.test_layouts import EIGHT, FULL, LAYOUTS
 from distributed.training import Training, settings_of
 from megahp import checkpoint
-from megahp.config import Checkpoint
+from megahp.config import CheckpointConfig
 from megahp.diagnose.verify import made_up, of_all_stages
 from megahp.parallel.parameters import storage
 
@@ -47,9 +47,9 @@ def relay(model: str, folder: str) -> dict[str, Any]:
         if before:
             checkpoint.load(checkpoint.path(Path(folder), number), tensors(training))
             training.progress, training.optimizer.updates = before.progress, before.optimizer.updates
-            training.batch_plan.go_on(before.batch_plan.state(), before.progress)
+            training.batch_scheduler.load_state(before.batch_scheduler.state(), before.progress)
         losses.append(training.step()["measured"]["loss"])
-        store = checkpoint.Store(Path(folder), Checkpoint(keep=1))
+        store = checkpoint.Store(Path(folder), CheckpointConfig(keep=1))
         store.begin(number + 1, tensors(training), {})
         store.wait()
         before = training
@@ -74,10 +74,10 @@ def test_a_run_that_moves_trains_as_one_that_stays(model: str, tmp_path: Path) -
 
 def what_is_saved_after_a_validation() -> list[tuple[torch.dtype, bool]]:
     """A forward pass alone leaves gathered weights in the modules, rounded to the compute type."""
-    settings = settings_of("llama", "train.dtype=bfloat16", "parallel.zero=1", "batch.micro_batch=4")
-    training = Training(settings)
+    config = settings_of("llama", "train.dtype=bfloat16", "parallel.zero=1", "batch.micro_batch=4")
+    training = Training(config)
     before = {name: storage(value).clone() for name, value in training.engine.saved.items()}
-    training.engine.evaluate(made_up(np.arange(4), settings), torch.ones(4, dtype=torch.bool))
+    training.engine.evaluate(made_up(np.arange(4), config), torch.ones(4, dtype=torch.bool))
     gathered = {weight.dtype for weight in training.engine.stages[0].parameters() if weight.dim()}
     assert torch.bfloat16 in gathered  # or this would test nothing
     after = {name: storage(value) for name, value in training.engine.saved.items()}

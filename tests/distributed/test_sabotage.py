@@ -19,7 +19,7 @@ from distributed.training import Training, differences, settings_of, train
 from megahp.model import positions, transformer
 from megahp.model.moe import Experts, Router
 from megahp.parallel import collectives, context, cross_entropy, parameters, tensor
-from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, Mesh, Place
+from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, Axis, Mesh
 from megahp.train.step import Engine
 
 SPLIT = ("parallel.tp=2", "parallel.sequence_parallel=true")
@@ -131,7 +131,7 @@ def counting_examples_twice() -> Iterator[None]:
         yield
 
 
-def from_the_beginning(x: torch.Tensor, dim: int, context: Place) -> torch.Tensor:
+def from_the_beginning(x: torch.Tensor, dim: int, context: Axis) -> torch.Tensor:
     return x.narrow(dim, 0, x.shape[dim] // context.size)
 
 

@@ -76,27 +76,27 @@ def mesh_of(layout: Layout) -> Mesh:
 class Training(Trial):
     """A trial on the layout of the settings."""
 
-    def __init__(self, settings: Config) -> None:
-        super().__init__(settings, mesh_of(fit(settings.parallel, torch.distributed.get_world_size())))
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, mesh_of(fit(config.parallel, torch.distributed.get_world_size())))
 
 
 class MadeUpData:
     """Validation samples, as many as no layout divides evenly."""
 
-    def __init__(self, settings: Config) -> None:
-        self.settings = settings
+    def __init__(self, config: Config) -> None:
+        self.config = config
 
     def validation(self, count: int) -> Batch:
-        return made_up(np.arange(1000, 1005), self.settings)
+        return made_up(np.arange(1000, 1005), self.config)
 
 
-def train(settings: Config, steps: int) -> dict[str, Any]:
+def train(config: Config, steps: int) -> dict[str, Any]:
     """What the trial's `train` tells, and the validation loss after it; where not all weights are trained, those that
     it began with too."""
-    training = Training(settings)
-    drawn = of_all_stages(training.weights(), training.mesh) if settings.train.weights != "all" else None
+    training = Training(config)
+    drawn = of_all_stages(training.weights(), training.mesh) if config.train.weights != "all" else None
     found = verify.train(training, steps) | {"drawn": drawn}
-    return found | {"validation": validate(training, MadeUpData(settings))}
+    return found | {"validation": validate(training, MadeUpData(config))}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def train_cases(cases: Mapping[str, tuple[Config, int]]) -> dict[str, dict[str, Any]]:
     """Every case (settings, steps) in turn, on the ranks there are."""
-    return {name: train(settings, steps) for name, (settings, steps) in cases.items()}
+    return {name: train(config, steps) for name, (config, steps) in cases.items()}
 
 
 def differences(

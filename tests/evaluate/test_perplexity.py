@@ -44,15 +44,15 @@ def write_run(folder: Path, model: dict[str, Any], tokenizer: str = "bytes") -> 
         "parameterization": {"name": "sp"},
         "train": {"dtype": "float64"},
     }
-    settings = resolve.resolve([("test", tree)]).config
+    config = resolve.resolve([("test", tree)]).config
     generator = torch.Generator().manual_seed(1)
     weights = {
         name: storage(weight) + 0.2 * torch.randn(storage(weight).shape, generator=generator)
-        for name, weight in saved(alone(settings)).items()
+        for name, weight in saved(alone(config)).items()
     }
     for step in (1, 2):  # the newest counts
         scaled = ((name, value * step) for name, value in weights.items())
-        checkpoint.write(checkpoint.path(folder / "checkpoints", step), scaled, state_of_weights(settings), 10**9)
+        checkpoint.write(checkpoint.path(folder / "checkpoints", step), scaled, state_of_weights(config), 10**9)
 
 
 @torch.no_grad()

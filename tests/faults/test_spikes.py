@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from megahp.config.schema import Resilience
+from megahp.config.schema import ResilienceConfig
 from megahp.faults.spikes import Spikes
 
-SETTINGS = Resilience(spike_window=32, spike_sigmas=6.0)
+SETTINGS = ResilienceConfig(spike_window=32, spike_sigmas=6.0)
 
 
 def losses(steps: int, seed: int = 1) -> np.ndarray:
@@ -18,7 +18,7 @@ def losses(steps: int, seed: int = 1) -> np.ndarray:
 
 
 def test_nothing_stands_out_of_ten_thousand_normal_steps() -> None:
-    spikes = Spikes(Resilience())
+    spikes = Spikes(ResilienceConfig())
     norms = np.exp(0.1 * np.random.RandomState(2).standard_normal(10_000))
     told = [spikes.look(loss, norm) for loss, norm in zip(losses(10_000).tolist(), norms.tolist(), strict=True)]
     assert sum(map(bool, told)) <= 1

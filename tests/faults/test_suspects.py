@@ -58,7 +58,7 @@ def spoil(training: Training, where: str) -> list[Any]:
 
 def found_on(layout: tuple[str, ...], where: str) -> list[Suspect]:
     training = Training(settings_of("llama", *BATCH, *layout))
-    plan = training.batch_plan.step(training.progress)
+    plan = training.batch_scheduler.step(training.progress)
     assert plan is not None
     hooks = spoil(training, where)
     rank, ranks = training.mesh.data_rank, training.mesh.layout.dp

@@ -16,7 +16,7 @@ from corpus import write_corpus
 from fuzz import forked
 from fuzz.run_files import Mutant, mutant, settings_of
 
-from megahp.config import get, resolve
+from megahp.config import get_setting, resolve
 
 CPU = 2.0  # seconds
 # settings by which a run may become larger than a test can wait for; the others' runs end within 30 s
@@ -50,7 +50,7 @@ def sort(folder: Path, one: Mutant) -> str:
     # what it says is what is meant: of each value, its own type's equal
     meant = resolve.load(folder / "run.toml").config
     for key, value in settings_of(tomllib.loads(one.text.decode())).items():
-        got = get(meant, key)
+        got = get_setting(meant, key)
         is_same = got == (float(value) if isinstance(got, float) else value)
         check(is_same or isinstance(got, tuple) and list(got) == value, (key, got, value))
     ended = forked.run(folder, ["train", "run.toml"], 30)

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from megahp.errors import UserError
-from megahp.launch import World, all_here, has_own_device, is_first_here, node_name, ranks_of_nodes, world
+from megahp.launch import World, all_here, has_own_device, is_local_rank0, node_name, ranks_of_nodes, world
 from megahp.launch.environment import launch_of
 from megahp.launch.rendezvous import _first_host
 
@@ -52,9 +52,9 @@ def test_torchrun_mpirun_srun_and_alone() -> None:
     assert world({}) == World(0, 1, 0, 1)
     assert world({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}) == World()  # a batch script, not a step
     seconds = (TORCHRUN, SRUN, OPEN_MPI, MPICH, DAEMON | OPEN_MPI)
-    assert not any(is_first_here(place) for place in seconds)
+    assert not any(is_local_rank0(place) for place in seconds)
     firsts = ({}, {"SLURM_LOCALID": "0"}, OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "0"})
-    assert all(is_first_here(place) for place in firsts)
+    assert all(is_local_rank0(place) for place in firsts)
 
 
 def test_what_was_exported_where_the_job_was_submitted_is_left_alone() -> None:

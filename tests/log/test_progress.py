@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from megahp.log import progress as progress_module
-from megahp.log.progress import Progress, human_count, human_duration
+from megahp.log.progress import ProgressDisplay, human_count, human_duration
 
 
 def record(step, **values):
@@ -55,7 +55,7 @@ class Terminal:
 
 def test_a_pipe_gets_the_first_line_the_last_and_some_between(clock):
     stream = io.StringIO()
-    with Progress(1_000_000, stream=stream, every=10.0) as progress:
+    with ProgressDisplay(1_000_000, stream=stream, every=10.0) as progress:
         for step in range(1, 1001):
             clock[0] += 0.1  # a run of 100 seconds
             progress.update(record(step))
@@ -69,7 +69,7 @@ def test_a_pipe_gets_the_first_line_the_last_and_some_between(clock):
 
 def test_slow_steps_each_get_a_line_and_none_twice(clock):
     stream = io.StringIO()
-    with Progress(3000, stream=stream) as progress:
+    with ProgressDisplay(3000, stream=stream) as progress:
         for step in (1, 2, 3):
             clock[0] += 60
             progress.update(record(step))
@@ -82,7 +82,7 @@ def test_slow_steps_each_get_a_line_and_none_twice(clock):
 
 def test_eta_of_a_resumed_run_counts_only_what_it_did_itself(clock):
     stream = io.StringIO()
-    with Progress(10_000, done_tokens=8000, stream=stream) as progress:
+    with ProgressDisplay(10_000, done_tokens=8000, stream=stream) as progress:
         clock[0] += 30
         progress.update(record(9))  # 1000 tokens in 30 s, 1000 to go
     assert stream.getvalue().rstrip().endswith("ETA 30 s")
@@ -90,17 +90,17 @@ def test_eta_of_a_resumed_run_counts_only_what_it_did_itself(clock):
 
 def test_nothing_known_yet_is_shown_as_such(clock):
     stream = io.StringIO()
-    with Progress(0, stream=stream) as progress:
+    with ProgressDisplay(0, stream=stream) as progress:
         progress.update({"step": 1, "tokens": 0, "loss": None, "skipped": True, "noise_scale_total": None})
     assert stream.getvalue() == ("step 1  loss skipped  lr -  batch -  noise -  tok/s -  0/0 tokens 100%  ETA -\n")
-    with Progress(10, stream=stream):
+    with ProgressDisplay(10, stream=stream):
         pass  # a run without a step prints nothing
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):
     pytest.importorskip("rich")
     monkeypatch.setenv("TERM", "xterm-256color")
-    with Terminal() as terminal, Progress(20_000, stream=terminal.stream) as progress:
+    with Terminal() as terminal, ProgressDisplay(20_000, stream=terminal.stream) as progress:
         for step in range(1, 21):
             progress.update(record(step))
         progress.message("[batch] 64 -> 128")
@@ -114,7 +114,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 def test_a_bar_is_left_clean_by_an_error(monkeypatch):
     pytest.importorskip("rich")
     monkeypatch.setenv("TERM", "xterm-256color")
-    with Terminal() as terminal, pytest.raises(ZeroDivisionError), Progress(10, stream=terminal.stream):
+    with Terminal() as terminal, pytest.raises(ZeroDivisionError), ProgressDisplay(10, stream=terminal.stream):
         raise ZeroDivisionError
     assert terminal.text.rstrip().endswith("\x1b[?25h")  # the cursor is visible again
 
@@ -124,7 +124,7 @@ def test_a_terminal_without_a_bar_gets_lines(monkeypatch, why):
     monkeypatch.setenv("TERM", "dumb" if why == "dumb terminal" else "xterm")
     if why == "no rich":
         monkeypatch.setitem(sys.modules, "rich.console", None)
-    with Terminal() as terminal, Progress(20_000, stream=terminal.stream) as progress:
+    with Terminal() as terminal, ProgressDisplay(20_000, stream=terminal.stream) as progress:
         progress.update(record(1))
     assert terminal.text.startswith("step 1  loss 3.2500") and "\x1b" not in terminal.text
 

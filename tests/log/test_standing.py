@@ -20,7 +20,7 @@ RUNNING, PENDING = Queued("12", "running", "1:00 of 2:00, 1 nodes n1"), Queued("
 
 
 def write_run(
-    folder: Path, events: Sequence[str] = ("started",), steps: int = 10, settings: str = "tokens = 1_000"
+    folder: Path, events: Sequence[str] = ("started",), steps: int = 10, config: str = "tokens = 1_000"
 ) -> Path:
     """A run of 10 tokens a step and 5 tokens a second."""
     log = RunLog(folder)
@@ -29,7 +29,7 @@ def write_run(
     for step in range(1, steps + 1):
         log.metrics({"step": step, "tokens": 10 * step, "loss": 3.0, "tokens_per_second": 5.0, "step_seconds": 2.0})
     log.close()
-    (folder / "config.toml").write_text(f"[train]\n{settings}\n")
+    (folder / "config.toml").write_text(f"[train]\n{config}\n")
     return folder
 
 
@@ -83,13 +83,13 @@ def test_of_another_machine_s_process_silence_decides(tmp_path: Path, lock: str 
 
 
 def test_a_run_that_train_steps_ends_is_over_sooner(tmp_path: Path) -> None:
-    (write_run(tmp_path / "run", settings="tokens = 1_000\nsteps = 15") / ".lock").touch()
+    (write_run(tmp_path / "run", config="tokens = 1_000\nsteps = 15") / ".lock").touch()
     assert standing(tmp_path / "run").outlook == "ETA 10 s"
 
 
 @pytest.mark.parametrize("settings", ["tokens = 'many'", "tokens = -1", "steps = 5", "tokens = true"])
-def test_what_the_settings_do_not_say_is_left_out(tmp_path: Path, settings: str) -> None:
-    found = standing(write_run(tmp_path / "run", ("started", "finished"), settings=settings))
+def test_what_the_settings_do_not_say_is_left_out(tmp_path: Path, config: str) -> None:
+    found = standing(write_run(tmp_path / "run", ("started", "finished"), config=config))
     assert (found.state, found.tokens) == ("finished", "")
 
 

@@ -10,26 +10,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megahp.model.attention import attend_by_span
 from megahp.model.positions import alibi_slopes, attention_bias
-from megahp.parallel.context import in_sequence, own_tokens, spans
-from megahp.parallel.mesh import Place
+from megahp.parallel.context import restore_order, shard_sequence, spans
+from megahp.parallel.mesh import Axis
 
 LENGTH, HEADS = 24, 4
 SIZES = (2, 3, 4)
 
 
-def places(size: int) -> list[Place]:
-    return [Place(size, rank, None) for rank in range(size)]  # type: ignore[arg-type]
+def places(size: int) -> list[Axis]:
+    return [Axis(size, rank, None) for rank in range(size)]  # type: ignore[arg-type]
 
 
 def together(parts: list[Tensor], dim: int) -> Tensor:
     """What the ranks' tokens are in the order of the sequence."""
-    return in_sequence(torch.cat(parts, dim), dim, len(parts))
+    return restore_order(torch.cat(parts, dim), dim, len(parts))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_token_has_one_rank_and_every_rank_the_same_work(size: int) -> None:
     positions = torch.arange(LENGTH)
-    own = [own_tokens(positions, 0, place) for place in places(size)]
+    own = [shard_sequence(positions, 0, place) for place in places(size)]
     assert all(
         torch.equal(mine, torch.cat([positions[span] for span in spans(LENGTH, place)]))
         for mine, place in zip(own, places(size), strict=True)
@@ -78,13 +78,13 @@ def test_the_ranks_attend_as_one(kv_heads: int, masked: str) -> None:
             torch.testing.assert_close(grad, wanted_grad, rtol=1e-12, atol=1e-12)
 
 
-def biases_of(place: Place, slopes: Tensor | None, documents: Tensor | None) -> list[Tensor | None]:
+def biases_of(place: Axis, slopes: Tensor | None, documents: Tensor | None) -> list[Tensor | None]:
     return [attention_bias(span, slopes, documents, torch.float64) for span in spans(LENGTH, place)]
 
 
-def attended(place: Place, query: Tensor, keys: Tensor, values: Tensor, biases: list[Tensor | None]) -> Tensor:
+def attended(place: Axis, query: Tensor, keys: Tensor, values: Tensor, biases: list[Tensor | None]) -> Tensor:
     """One rank's part of the attention."""
-    return attend_by_span(own_tokens(query, 2, place), keys, values, biases, 0.5, place)
+    return attend_by_span(shard_sequence(query, 2, place), keys, values, biases, 0.5, place)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -18,15 +18,15 @@ from torch.utils._pytree import tree_leaves
 from megahp.parallel import cross_entropy
 from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.layout import Layout
-from megahp.parallel.mesh import Place
+from megahp.parallel.mesh import Axis
 from megahp.parallel.tensor import enter
 
-ALONE = Place(1, 0, None)  # type: ignore[arg-type]
+ALONE = Axis(1, 0, None)  # type: ignore[arg-type]
 VOCABULARY = 100
 SLICES = (1, 7, 50, 99, 100, 1000)
 
 
-def plain_losses(x: Tensor, weight: Tensor, targets: Tensor, axis: Place) -> Tensor:
+def plain_losses(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis) -> Tensor:
     """The same losses, on one rank, from whole logits."""
     logits = F.linear(x, weight.to(x.dtype))
     logits = logits.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
@@ -165,9 +165,9 @@ def test_the_compiler_does_not_keep_the_logits_either() -> None:
 
 def largest_of_a_step(model: str) -> int:
     """Elements of the largest tensor in forward and backward of 128 tokens at a vocabulary of 4096 and width 32."""
-    settings = settings_of(model, "model.vocab_size=4096", "batch.micro_batch=8")
-    training = Training(settings)
-    batch = made_up(training.samples(training.next_step())[0], settings)
+    config = settings_of(model, "model.vocab_size=4096", "batch.micro_batch=8")
+    training = Training(config)
+    batch = made_up(training.samples(training.next_step())[0], config)
     with in_slices_of(512), Largest() as largest:
         training.engine.forward_backward([batch], 1, 128)
     return largest.numel

@@ -16,10 +16,10 @@ from distributed.training import Training, settings_of
 
 import megahp
 from megahp import checkpoint
-from megahp.config import Checkpoint
+from megahp.config import CheckpointConfig
 from megahp.errors import Fault, UserError
 from megahp.parallel import messages
-from megahp.parallel.messages import all_gather_json, gather_results, on_first_rank
+from megahp.parallel.messages import all_gather_json, gather_results, on_rank0
 
 RANKS = 4
 PICKLES = {"pickle", "marshal", "shelve", "cloudpickle", "dill", "joblib"}
@@ -58,13 +58,13 @@ def told() -> dict[str, Any]:
         "all": all_gather_json({"rank": rank, "text": "ä" * 1000 * rank, "nothing": None}),
         "half": all_gather_json(rank, half),
         "results": attempt(gather_results, lambda: [rank]),
-        "first": attempt(on_first_rank, lambda: {"rank": rank}),
-        "first of half": attempt(on_first_rank, lambda: rank, half),
+        "first": attempt(on_rank0, lambda: {"rank": rank}),
+        "first of half": attempt(on_rank0, lambda: rank, half),
         "special": attempt(gather_results, only(2, Special("a\nb"), True), kinds=kinds),
         "user": attempt(gather_results, only(3, UserError("u"))),
         "system": attempt(gather_results, only(1, OSError(28, "full", "/x")), kinds=kinds),
         "other": attempt(gather_results, only(3, ZeroDivisionError("z"))),
-        "first failed": attempt(on_first_rank, lambda: fail(UserError("f"))),
+        "first failed": attempt(on_rank0, lambda: fail(UserError("f"))),
     }
     with mock.patch.object(messages, "LARGEST", 100):
         found["large"] = attempt(all_gather_json, "x" * 99 if rank == 2 else "")
@@ -113,7 +113,7 @@ def trained_and_saved(folder: str) -> list[str]:
         training = Training(settings_of("gpt2", "parallel.pp=2", "parallel.dp_shard=2"))
         training.step()
         tensors = training.engine.saved | training.optimizer.state()
-        store = checkpoint.Store(Path(folder), Checkpoint())
+        store = checkpoint.Store(Path(folder), CheckpointConfig())
         store.begin(1, tensors, {})
         store.wait()
         before = {name: value.clone() for name, value in tensors.items()}

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from megahp.config import Config, Parallel, resolve
+from megahp.config import Config, ParallelConfig, resolve
 from megahp.parallel.pipeline import owner, split, stages_of
 from megahp.scaling.batch import least_batch, runnable, unit
 
@@ -42,7 +42,7 @@ def test_a_costly_unembedding_leaves_its_stage_fewer_blocks() -> None:
 def test_stages_belong_to_ranks_as_pytorch_deals_them(schedule: str, per_rank: int, owners: list[int]) -> None:
     from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
-    parallel = Parallel(pp=3, schedule=schedule, stages_per_rank=per_rank)  # type: ignore[arg-type]
+    parallel = ParallelConfig(pp=3, schedule=schedule, stages_per_rank=per_rank)  # type: ignore[arg-type]
     assert [owner(stage, parallel) for stage in range(len(owners))] == owners
     assert sorted(stage for rank in range(3) for stage in stages_of(rank, parallel)) == list(range(len(owners)))
     style = "v" if schedule == "zbv" else "loop"
@@ -69,8 +69,8 @@ def settings_of(*words: str) -> Config:
     ],
 )
 def test_which_batches_a_pipeline_runs(words: tuple[str, ...], dp: int, expected: tuple[int, int]) -> None:
-    settings = settings_of(*words)
-    assert (unit(settings, dp), least_batch(settings, dp)) == expected
+    config = settings_of(*words)
+    assert (unit(config, dp), least_batch(config, dp)) == expected
 
 
 def test_the_nearest_batch_is_never_below_the_least() -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megahp import config
 from megahp.cli import main
-from megahp.config import resolve
+from megahp.config import config_to_toml, resolve
 from megahp.errors import UserError
 from megahp.log.metrics import RunLog
 from megahp.recipe.fit_runs import read_runs
@@ -18,14 +17,14 @@ from megahp.recipe.fit_runs import read_runs
 
 def write_run(folder: Path, tree: dict, events: Sequence[str] = ("started", "finished"), **last: float | None) -> Path:
     """A run directory as `megahp train` leaves it."""
-    settings = resolve.from_dict({"model": {"vocab_size": 257}, "data": {"train": ["corpus"]}, **tree}, "test")
+    config = resolve.from_dict({"model": {"vocab_size": 257}, "data": {"train": ["corpus"]}, **tree}, "test")
     log = RunLog(folder)
     for event in events:
         log.event(event, "because")
-    batch = settings.batch.global_batch
-    log.metrics({"step": 9, "tokens": settings.train.tokens, "global_batch": batch, "validation_loss": 3.0, **last})
+    batch = config.batch.global_batch
+    log.metrics({"step": 9, "tokens": config.train.tokens, "global_batch": batch, "validation_loss": 3.0, **last})
     log.close()
-    (folder / "config.toml").write_text(config.to_toml(settings))
+    (folder / "config.toml").write_text(config_to_toml(config))
     return folder
 
 

@@ -9,20 +9,20 @@ import pytest
 
 from megahp.recipe import rows as recipe_rows
 from megahp.recipe.loss_laws import LOSS_LAWS
-from megahp.recipe.recipe import PROXY, Laws, Plan, plan, steps_of
+from megahp.recipe.recipe import PROXY, Laws, Recipe, plan, steps_of
 from megahp.recipe.sizing import Given
 from megahp.scaling import power_laws
-from megahp.scaling.batch import BatchPlan, Progress, noise_forecast
+from megahp.scaling.batch import BatchScheduler, Progress, noise_forecast
 from megahp.scaling.parameterization import Role
 
 LAWS = Laws(LOSS_LAWS["besiroglu"])
 
 
-def of(laws: Laws = LAWS, preset: str = "", **given: float) -> Plan:
+def of(laws: Laws = LAWS, preset: str = "", **given: float) -> Recipe:
     return plan(Given(**given), replace(PROXY, preset=preset), laws)
 
 
-def value(found: Plan, name: str) -> float | str:
+def value(found: Recipe, name: str) -> float | str:
     return next(row.value for row in recipe_rows.rows(found) if row.name == name)
 
 
@@ -83,7 +83,7 @@ def test_at_its_base_the_plan_is_the_proxy() -> None:
 )
 def test_steps_are_those_the_batch_plan_takes(given: dict[str, float]) -> None:
     found = of(**given)
-    batches, progress = BatchPlan(found.run, found.ranks), Progress()
+    batches, progress = BatchScheduler(found.run, found.ranks), Progress()
     forecast = noise_forecast(found.run, progress, None)
     while step := batches.step(progress):
         progress = progress.after(step)

@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 from recipe.test_recipe import LAWS, of, value
 
-from megahp import config
-from megahp.config import resolve
+from megahp.config import config_to_dict, resolve
 from megahp.recipe import rows as recipe_rows
 from megahp.recipe import text as recipe_text
 from megahp.recipe.loss_laws import LOSS_LAWS
@@ -30,7 +29,7 @@ def test_every_row_has_source_and_confidence_and_fits() -> None:
             text = recipe_text.table(rows, recipe_rows.notes(found))
             text += "\n" + recipe_text.comparison(recipe_rows.choices(found))
             assert max(map(len, text.splitlines())) <= 120
-            assert found.run == resolve.from_dict(json.loads(json.dumps(config.to_dict(found.run))), "again")
+            assert found.run == resolve.from_dict(json.loads(json.dumps(config_to_dict(found.run))), "again")
 
 
 def test_outside_a_law_s_range_is_said() -> None:

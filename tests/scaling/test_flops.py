@@ -10,7 +10,7 @@ from distributed import world
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megahp.config import Config, Model, resolve
+from megahp.config import Config, ModelConfig, resolve
 from megahp.model.build import build_model
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
@@ -22,7 +22,7 @@ GPT3 = (96, 12288, 96, 1536, 1.7462e11, 4.51097e18)
 TRILLION = (128, 25600, 160, 3072, 1.00804e12, 5.13905e19)
 
 
-def gpt(layers: int, width: int, heads: int) -> Model:
+def gpt(layers: int, width: int, heads: int) -> ModelConfig:
     model = {"layers": layers, "width": width, "heads": heads, "mlp_width": 4 * width, "vocab_size": 51200}
     kind = {"activation": "gelu", "norm": "layernorm", "positions": "learned", "bias": True, "tied_embeddings": True}
     return resolve.from_dict({"model": model | kind}, "test").model
@@ -78,8 +78,8 @@ def counted() -> dict[str, tuple[int, int]]:
     found = {}
     mesh = make_mesh(Layout(), torch.device("cpu"))
     for name, words in MODELS.items():
-        settings = settings_of(words)
-        (model,) = build_model(settings, mesh).stages.values()
+        config = settings_of(words)
+        (model,) = build_model(config, mesh).stages.values()
         tokens = torch.randint(128, (3, 16))
         # as products it knows: the CPU's own attention kernel is one that the counter passes over
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

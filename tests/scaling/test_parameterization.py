@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from megahp.config import Parameterization
+from megahp.config import ParameterizationConfig
 from megahp.scaling.parameterization import Role, Rule, Table, fill_in
 
 
 def table(name: str, alpha: float = 1.0, width: int = 2048, layers: int = 32) -> Table:
-    return fill_in(Parameterization(name=name, depth_alpha=alpha), width, layers, head_size=64)  # base (256, 2)
+    return fill_in(ParameterizationConfig(name=name, depth_alpha=alpha), width, layers, head_size=64)  # base (256, 2)
 
 
 def test_completep_at_alpha_1() -> None:
@@ -37,7 +37,7 @@ def test_the_router_is_an_output_matrix_without_an_output_multiplier() -> None:
 
 def test_mup_scales_width_only() -> None:
     filled = table("mup")
-    assert filled == fill_in(Parameterization(name="mup"), 2048, 2, 64)
+    assert filled == fill_in(ParameterizationConfig(name="mup"), 2048, 2, 64)
     assert (filled.residual, filled.logits) == (1.0, 1 / 8)
     assert filled.rules[Role.HIDDEN] == Rule(init_std=8**-0.5, lr=1 / 8, weight_decay=8.0, eps=1 / 8)
 

@@ -36,8 +36,8 @@ def said(folder: Path, *words: str, ranks: int = 1, device: str = "cpu", begin: 
         "batch": {"global_batch": 10},
     }
     tree["data"] |= {"sequence_length": LENGTH, "cache": str(folder / "cache")}
-    settings = resolve.resolve([("run.toml", tree), ("command line", resolve.parse_overrides(words))]).config
-    return list(advice(settings, open_data(settings), ranks, device, begin))
+    config = resolve.resolve([("run.toml", tree), ("command line", resolve.parse_overrides(words))]).config
+    return list(advice(config, open_data(config), ranks, device, begin))
 
 
 def test_nothing_is_said_of_a_run_as_it_should_be(folder: Path) -> None:
@@ -57,7 +57,7 @@ def test_epochs_are_counted_for_each_source(folder: Path) -> None:
 def test_epochs_are_those_of_the_samples_that_are_dealt(folder: Path) -> None:
     """Counted over the stages of a run whose mixture changes, from a checkpoint's tokens on."""
     words = ("data.weights=[1, 3]", 'data.mixtures=["8000:1,0"]', "train.tokens=16_000")
-    settings = resolve.resolve(
+    config = resolve.resolve(
         [
             ("run.toml", {"data": {"train": [str(folder / "large"), str(folder / "small")]}}),
             ("", {"data": {"sequence_length": LENGTH, "cache": str(folder / "cache"), "validation_fraction": 0.1}}),
@@ -65,7 +65,7 @@ def test_epochs_are_those_of_the_samples_that_are_dealt(folder: Path) -> None:
             ("", resolve.parse_overrides(words)),
         ]
     ).config
-    data = open_data(settings)
+    data = open_data(config)
     found = np.array(list(data.epochs(4000, 16_000).values()))
     assert found * [9000, 900] == pytest.approx(dealt(data, range(250, 1000)), abs=2 * LENGTH)
 

@@ -32,15 +32,15 @@ RUN = (
 
 def both_ways(model: str) -> dict[str, Any]:
     """Ours, and a plain loop of torch's AdamW over the embeddings, clipped by their own norm."""
-    settings = settings_of(model, *ALONE, "train.dtype=float64", "train.start_from=elsewhere")
-    training, plain = Training(settings), Training(settings)
+    config = settings_of(model, *ALONE, "train.dtype=float64", "train.start_from=elsewhere")
+    training, plain = Training(config), Training(config)
     ours = [training.step()["measured"] for _ in range(STEPS)]
     weights = {name: torch.nn.Parameter(storage(weight).clone()) for name, weight in plain.engine.weights.items()}
     chosen = [weights[name] for name in MODELS[model]]
     optimizer = torch.optim.AdamW(chosen)
     theirs = []
     for _ in range(STEPS):
-        plan = plain.batch_plan.step(plain.progress)
+        plan = plain.batch_scheduler.step(plain.progress)
         assert plan
         optimizer.zero_grad()
         total = 0.0
@@ -51,11 +51,11 @@ def both_ways(model: str) -> dict[str, Any]:
             total += loss.item()
         norm = torch.cat([weight.grad.flatten() for weight in chosen]).norm()  # type: ignore[union-attr]
         for weight in chosen:
-            weight.grad.mul_((settings.optimizer.clip / norm).clamp(max=1))  # type: ignore[union-attr]
+            weight.grad.mul_((config.optimizer.clip / norm).clamp(max=1))  # type: ignore[union-attr]
         optimizer.param_groups[0].update(lr=plan.lr, weight_decay=plan.weight_decay, betas=(plan.beta1, plan.beta2))
         optimizer.step()
         plain.progress = plain.progress.after(plan)
-        plain.batch_plan.look(plain.progress, None)
+        plain.batch_scheduler.look(plain.progress, None)
         theirs.append((total, norm.item()))
     return {
         "ours": [(each["loss"], each["grad_norm"]) for each in ours],
@@ -69,8 +69,8 @@ def both_ways(model: str) -> dict[str, Any]:
 def run(folder: Path, name: str, steps: int, *words: str, resume: bool = False) -> dict[str, Any]:
     """The state and the tensors after so many steps of `megahp train`, on one rank."""
     with contextlib.chdir(folder):
-        settings = runs.go(settings_of("llama", *RUN, f"log.name={name}", f"train.steps={steps}", *words), resume)
-        path = checkpoint.find(settings.directory)
+        config = runs.go(settings_of("llama", *RUN, f"log.name={name}", f"train.steps={steps}", *words), resume)
+        path = checkpoint.find(config.directory)
         return {"state": checkpoint.read_state(path), "tensors": dict(Tensors(path).items())}
 
 

@@ -61,12 +61,12 @@ CELLS: list[Case] = [
 ]
 
 
-def settings(layout: str, model: str, method: str) -> Config:
+def config(layout: str, model: str, method: str) -> Config:
     return settings_of(model, *COMMON, f"sparsity.method={method}", *METHODS[method], *LAYOUTS[layout])
 
 
 def train_case(case: Case) -> dict[str, Any]:
-    return train(settings(*case), STEPS)
+    return train(config(*case), STEPS)
 
 
 # What can be wrong, and a case in which it shows.
@@ -116,7 +116,7 @@ MISTAKES: dict[str, tuple[Case, Callable[[], Any]]] = {
 def tied_choices(case: Case) -> dict[bool, Any]:
     """All but a third of the weights that a mask keeps, rounded to one decimal: of all together, and of each alone."""
     found = {}
-    training = Training(settings(*case))
+    training = Training(config(*case))
     own, rows = training.masks, training.engine.rows
     names = [name for name, row in rows.items() if row.role is Role.HIDDEN]
     values = {name: storage(weight).mul(10).round() for name, weight in own.weights.items()}
@@ -137,7 +137,7 @@ def tied_choices(case: Case) -> dict[bool, Any]:
 def plainly(case: Case) -> dict[str, Any]:
     """Losses, weights and masks of a loop that multiplies weights by masks in the forward pass, and knows nothing of
     masks elsewhere, with torch's AdamW and masks made by sorting."""
-    chosen = settings(*case)
+    chosen = config(*case)
     training = Training(chosen)
     model, rows, table = training.engine.stages[0], training.engine.rows, table_of(chosen)
     own = {name: mask.clone() for name, mask in training.masks.masks.items()}
@@ -145,7 +145,7 @@ def plainly(case: Case) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([{"params": [weight], "name": name} for name, weight in weights.items()])
     losses = []
     for step in range(1, STEPS + 1):
-        plan = training.batch_plan.step(training.progress)
+        plan = training.batch_scheduler.step(training.progress)
         assert plan
         masked = {name: w * own[name] if name in own else w * 1 for name, w in weights.items()}
         for product in masked.values():
@@ -166,7 +166,7 @@ def plainly(case: Case) -> dict[str, Any]:
             group.update(eps=plan.eps * rule.eps, betas=(plan.beta1, plan.beta2))
         optimizer.step()
         training.progress = training.progress.after(plan)
-        training.batch_plan.look(training.progress, None)
+        training.batch_scheduler.look(training.progress, None)
         own = changed(chosen, training.progress.tokens / chosen.train.tokens, step, weights, own, masked)
         for name, mask in own.items():
             weights[name].data.mul_(mask)

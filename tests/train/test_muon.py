@@ -19,7 +19,7 @@ def train_three_steps() -> dict[str, Any]:
     training = Training(settings_of("muon", *SETTINGS))
     before, grads, plans = training.weights(), [], []
     for _ in range(3):
-        plans.append(training.batch_plan.step(training.progress))
+        plans.append(training.batch_scheduler.step(training.progress))
         grads.append(training.step()["grads"])
     return {"before": before, "grads": grads, "plans": plans, "after": training.weights()}
 
@@ -27,7 +27,7 @@ def train_three_steps() -> dict[str, Any]:
 def train_experts() -> dict[str, Any]:
     """One step of a model with six experts a layer."""
     training = Training(settings_of("moe-loss", *SETTINGS))
-    plan, before = training.batch_plan.step(training.progress), training.weights()
+    plan, before = training.batch_scheduler.step(training.progress), training.weights()
     return {"plan": plan, "before": before, "grads": training.step()["grads"], "after": training.weights()}
 
 

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from megahp.errors import UserError
 from megahp.parallel.parameters import Row
-from megahp.scaling.batch import BatchPlan, Plan, Progress
+from megahp.scaling.batch import BatchScheduler, Progress, StepPlan
 from megahp.scaling.parameterization import Role, table_of
 from megahp.train.optimizer import ADAMW, ApexAdamW, Muon, make_optimizer
 
@@ -37,9 +37,9 @@ def drawn(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def plans() -> Iterator[Plan]:
+def plans() -> Iterator[StepPlan]:
     """Some steps of a warm-up, in which every hyperparameter changes."""
-    plan = BatchPlan(SETTINGS, 1).step(Progress())
+    plan = BatchScheduler(SETTINGS, 1).step(Progress())
     assert plan
     for step in range(4):
         yield replace(plan, lr=0.01 * (step + 1), weight_decay=0.1 + 0.01 * step, beta2=0.95 + 0.01 * step)
@@ -136,8 +136,8 @@ def test_it_is_torchs_own_also_after_a_restart(engine: str) -> None:
 
 @pytest.mark.usefixtures("apex")
 def test_apex_keeps_no_gradients_and_serves_muon() -> None:
-    settings = settings_of("muon", "optimizer.engine=apex").optimizer
-    muon = make_optimizer(settings, drawn(0), ROWS, TABLE, None)  # type: ignore[arg-type]
+    config = settings_of("muon", "optimizer.engine=apex").optimizer
+    muon = make_optimizer(config, drawn(0), ROWS, TABLE, None)  # type: ignore[arg-type]
     assert isinstance(muon, Muon) and isinstance(muon.adamw, ApexAdamW)
     muon.adamw.step([drawn(1)[name] for name in muon.adamw.weights], next(plans()))
     assert all(part.grad is None for group in muon.adamw.fused.param_groups for part in group["params"])

@@ -24,7 +24,7 @@ from corpus import write_corpus
 from distributed import runs, world
 from distributed.runs import train
 
-from megahp.config import Optimizer
+from megahp.config import OptimizerConfig
 from megahp.data.loader import Loader
 from megahp.evaluate.sample import generate
 from megahp.exit_codes import STOPPED, USER_ERROR
@@ -242,7 +242,7 @@ def test_a_branch_of_a_measured_run_goes_on_and_keeps_the_drift(folder: Path) ->
     train(folder, "measured-longer", "--ranks", "2", start, *MEASURED, "train.tokens=20480")
     assert replay(folder / "runs/measured-longer").differences == []
     records, batch = metrics(folder, "measured-longer"), second[1].now
-    drifts, peak = [record["lr"] * (record["global_batch"] / 8) ** 0.5 for record in records], Optimizer.lr
+    drifts, peak = [record["lr"] * (record["global_batch"] / 8) ** 0.5 for record in records], OptimizerConfig.lr
     assert max(drifts) <= peak * (1 + 1e-9) and records[0]["global_batch"] == batch
     assert records[0]["lr"] == pytest.approx(peak * (8 / batch) ** 0.5)  # the schedule alone would have it at more
     grown = [change for _, change in replay(folder / "runs/measured-longer").changes]

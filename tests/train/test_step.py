@@ -18,7 +18,7 @@ def half_precision() -> dict[str, Any]:
     for dtype in ("float32", "bfloat16", "float16"):
         for scale in (1.0, 1024.0):
             training = Training(settings_of("llama", f"train.dtype={dtype}"))
-            plan = training.batch_plan.step(training.progress)
+            plan = training.batch_scheduler.step(training.progress)
             assert plan
             batches = list(training.batches(plan))
             loss = training.engine.forward_backward(batches, len(batches), plan.tokens, scale)

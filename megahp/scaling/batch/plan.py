@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megahp.config import Config, stage_at, stages
+from megahp.config import Config, phase_at, phases_of
 from megahp.scaling import schedules
 from megahp.scaling.batch.policies import POLICIES
-from megahp.scaling.batch.policies.policy import Memory, Moment, Policy
+from megahp.scaling.batch.policies.policy import Observation, Policy, PolicyState
 from megahp.scaling.batch.rule import Hyperparameters, follow, rule_of
 from megahp.scaling.batch.sizes import micro_batch, unit
 
@@ -26,16 +26,16 @@ class Progress:
     samples: int = 0
     tokens: int = 0
 
-    def after(self, plan: Plan) -> Progress:
+    def after(self, plan: StepPlan) -> Progress:
         return Progress(self.step + 1, self.samples + plan.global_batch, self.tokens + plan.tokens)
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Hold one optimizer step: its samples, how they are divided, and the base hyperparameters it uses."""
 
     step: int  # 1 for the first
-    stage: int  # of the data
+    phase: int  # of the data
     first_sample: int
     length: int  # tokens of a sequence
     global_batch: int  # sequences
@@ -70,22 +70,22 @@ class Change:
         return asdict(self)
 
 
-class BatchPlan:
+class BatchScheduler:
     """Decide the batch of the next step. Everything it remembers is in `state`.
 
     Inside, batches are in tokens, so that a step keeps its tokens when the length changes. Settings and `state` have
     them in sequences of the run's first length; plans, changes and noise scales in sequences of the present one.
     """
 
-    def __init__(self, settings: Config, dp: int) -> None:
-        self.settings = settings
-        self.first_length = self.length = settings.data.sequence_length  # length: of the noise scales seen
-        self.unit = unit(settings, dp) * self.first_length
-        self.limit = settings.batch.largest * self.first_length or math.inf
-        self.stages = stages(settings.data)
-        self.policy: Policy = POLICIES[settings.batch.policy](settings)
-        self.rule = rule_of(settings.batch)
-        self.tokens = settings.batch.global_batch * self.first_length
+    def __init__(self, config: Config, dp: int) -> None:
+        self.config = config
+        self.first_length = self.length = config.data.sequence_length  # length: of the noise scales seen
+        self.unit = unit(config, dp) * self.first_length
+        self.limit = config.batch.largest * self.first_length or math.inf
+        self.phases = phases_of(config.data)
+        self.policy: Policy = POLICIES[config.batch.policy](config)
+        self.rule = rule_of(config.batch)
+        self.tokens = config.batch.global_batch * self.first_length
 
     @property
     def sees(self) -> str:
@@ -97,25 +97,25 @@ class BatchPlan:
         """Return the batch in sequences of the run's first length."""
         return self.tokens // self.first_length
 
-    def step(self, progress: Progress) -> Plan | None:
+    def step(self, progress: Progress) -> StepPlan | None:
         """Return the next optimizer step, or None when the run is over: the horizon has no room for another batch, or
         train.steps are done. The learning rate is the schedule's at the middle of the step's tokens, so that its mean
         over a linear schedule does not depend on the batch."""
-        train, tokens = self.settings.train, self.tokens
+        train, tokens = self.config.train, self.tokens
         if (train.steps and progress.step >= train.steps) or progress.tokens + tokens > train.tokens:
             return None
-        shape = schedules.fraction(self.settings.schedule, progress.tokens + tokens / 2, train.tokens)
+        shape = schedules.fraction(self.config.schedule, progress.tokens + tokens / 2, train.tokens)
         rate = self.policy.rate(shape, self.kappa(tokens))
         peak = self.hyperparameters(tokens)
-        stage = stage_at(self.stages, progress.tokens)
-        length = self.stages[stage].length
-        return Plan(
+        phase = phase_at(self.phases, progress.tokens)
+        length = self.phases[phase].length
+        return StepPlan(
             step=progress.step + 1,
-            stage=stage,
+            phase=phase,
             first_sample=progress.samples,
             length=length,
             global_batch=tokens // length,
-            micro_batch=micro_batch(self.settings, length),
+            micro_batch=micro_batch(self.config, length),
             tokens=tokens,
             **asdict(replace(peak, lr=peak.lr * rate)),
         )
@@ -127,52 +127,52 @@ class BatchPlan:
         Under `sqrt` and `sde` betas may change only once 10 / (1 - beta2) steps are done: AdamW corrects its bias with
         the present ones.
         """
-        length = self.stages[stage_at(self.stages, progress.tokens)].length
+        length = self.phases[phase_at(self.phases, progress.tokens)].length
         if length != self.length:  # an example is another thing from here on
             self.length, noise_scale = length, None
             self.policy.memory.since = self.policy.memory.least = None
-        if self.rule in ("sqrt", "sde") and progress.step < 10 / (1 - self.settings.optimizer.beta2):
+        if self.rule in ("sqrt", "sde") and progress.step < 10 / (1 - self.config.optimizer.beta2):
             return None
-        moment = self._moment(progress, noise_scale)
+        moment = self._observe(progress, noise_scale)
         wanted = self.policy.wanted(moment)
         if wanted is None or (now := self._runnable_below(wanted)) <= self.tokens:
             return None
         before, self.tokens, self.policy.memory.since = self.tokens, now, None
         return self._change(before, wanted, self.policy.noise(moment), self.policy.why(moment))
 
-    def is_look(self, step: int) -> bool:
+    def is_decision_step(self, step: int) -> bool:
         """Return whether the noise scale after this step can decide something, and so must be in the log."""
-        return self.policy.is_look(step)
+        return self.policy.is_decision_step(step)
 
-    def is_calibration(self, step: int) -> bool:
+    def is_calibration_step(self, step: int) -> bool:
         """Return whether the whole model's gradient of one example is to be measured after this step."""
-        return self.policy.is_calibration(step)
+        return self.policy.is_calibration_step(step)
 
     def aim(self, progress: Progress, noise_scale: float | None) -> float | None:
         """Return the batch, in sequences, that a policy following the critical batch would have if nothing held it
         back."""
-        return self.policy.aim(self._moment(progress, noise_scale))
+        return self.policy.aim(self._observe(progress, noise_scale))
 
     def bounds(self, progress: Progress, noise_scale: float | None) -> dict[str, float]:
         """Return what holds the batch of a policy that is bounded, name -> sequences."""
-        return self.policy.bounds(self._moment(progress, noise_scale))
+        return self.policy.bounds(self._observe(progress, noise_scale))
 
     def hyperparameters(self, tokens: int) -> Hyperparameters:
         """Return the optimizer's base values at a global batch of so many tokens."""
-        return follow(self.rule, self.settings.optimizer, self.kappa(tokens))
+        return follow(self.rule, self.config.optimizer, self.kappa(tokens))
 
     def kappa(self, tokens: int) -> float:
         """Return a global batch of so many tokens over the one that the optimizer's settings are for."""
-        return tokens / (self.settings.batch.global_batch * self.first_length)
+        return tokens / (self.config.batch.global_batch * self.first_length)
 
     def state(self) -> dict[str, Any]:
         return {"batch": self.batch, "length": self.length, **asdict(self.policy.memory)}
 
-    def go_on(self, state: Mapping[str, Any], progress: Progress) -> list[Change]:
+    def load_state(self, state: Mapping[str, Any], progress: Progress) -> list[Change]:
         """Become what a state says, as far as settings and layout allow: a batch that this layout cannot run becomes
         the next one that it can. Return what that changed, and what the policy changes at once."""
         self.length = state["length"]
-        self.policy.memory = Memory(state["since"], state["least"], state["began"])
+        self.policy.memory = PolicyState(state["since"], state["least"], state["began"])
         before = state["batch"] * self.first_length
         if self.policy.grows:
             above = -(-before // self.unit) * self.unit
@@ -183,9 +183,9 @@ class BatchPlan:
         looked = None if self.policy.measures else self.look(progress, None)
         return [*moved, looked] if looked else moved
 
-    def _moment(self, progress: Progress, noise_scale: float | None) -> Moment:
+    def _observe(self, progress: Progress, noise_scale: float | None) -> Observation:
         larger = self._runnable_below(self.tokens + self.unit)
-        return Moment(progress.step, progress.tokens, self.tokens, larger, self.length, noise_scale)
+        return Observation(progress.step, progress.tokens, self.tokens, larger, self.length, noise_scale)
 
     def _runnable_below(self, wanted: float) -> int:
         """Return the largest batch the layout runs that is neither above what is wanted nor above the limit."""
@@ -194,10 +194,10 @@ class BatchPlan:
     def _change(self, before: int, wanted: float, noise: float | None, why: str = "") -> Change:
         """Return the change from a batch to the present one."""
         old, new = self.hyperparameters(before), self.hyperparameters(self.tokens)
-        horizon = self.settings.train.tokens
+        horizon = self.config.train.tokens
         taus = old.timescale(before, horizon), new.timescale(self.tokens, horizon)
         sequences, asked = (before // self.length, self.tokens // self.length), wanted / self.length
         because = f"; the smoothed noise scale stayed at {noise:.4g} examples or more" if noise else ""
-        why = why or f"{self.settings.batch.policy} asks for {asked:.4g}{because}"
+        why = why or f"{self.config.batch.policy} asks for {asked:.4g}{because}"
         reason = f"global batch {sequences[0]} -> {sequences[1]}: {why}"
         return Change(*sequences, asked, noise, reason, old, new, *taus)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from megahp import config
+from megahp.config import BatchConfig, OptimizerConfig
 from megahp.scaling import power_laws
 
 
@@ -24,12 +24,12 @@ class Hyperparameters:
         return power_laws.timescale(self.lr, self.weight_decay, batch_tokens, horizon)
 
 
-def rule_of(batch: config.Batch) -> str:
+def rule_of(batch: BatchConfig) -> str:
     """Return the rule that hyperparameters follow: sde, on which `measured` rests, or else the user's."""
     return "sde" if batch.policy == "measured" else batch.rule
 
 
-def follow(rule: str, optimizer: config.Optimizer, kappa: float) -> Hyperparameters:
+def follow(rule: str, optimizer: OptimizerConfig, kappa: float) -> Hyperparameters:
     """Return the base hyperparameters at kappa times the batch they were set for.
 
     power-lines: weight decay times kappa, so that tau stays (arXiv 2505.13738). sqrt: learning rate and weight decay

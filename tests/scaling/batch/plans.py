@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megahp.config import Config, with_values
-from megahp.scaling.batch import BatchPlan, Change, Progress
+from megahp.scaling.batch import BatchScheduler, Change, Progress
 
 SAVED = {"batch": 12, "length": 16, "since": None, "least": None, "began": 0}
 NOISE = {
@@ -20,7 +20,7 @@ NOISE = {
 TOKENS = 16 * 4 * 1000  # 1,000 steps of the first batch; a half-life is 20 of them
 
 
-def settings(global_batch: int, micro_batch: int = 2, tokens: int = 16 * 240, **more: object) -> Config:
+def config(global_batch: int, micro_batch: int = 2, tokens: int = 16 * 240, **more: object) -> Config:
     values = {
         "data.sequence_length": 16,
         "batch.global_batch": global_batch,
@@ -30,7 +30,7 @@ def settings(global_batch: int, micro_batch: int = 2, tokens: int = 16 * 240, **
     return with_values(Config(), values | {key.replace("__", "."): value for key, value in more.items()})
 
 
-def run(plan: BatchPlan, noise: Sequence[float | None] = (None,)) -> list[tuple[Progress, int, Change | None]]:
+def run(plan: BatchScheduler, noise: Sequence[float | None] = (None,)) -> list[tuple[Progress, int, Change | None]]:
     """(progress before a step, its batch, the change after it) for every step. The noise scales are spread evenly over
     the run's tokens."""
     progress, seen = Progress(), []
@@ -40,5 +40,5 @@ def run(plan: BatchPlan, noise: Sequence[float | None] = (None,)) -> list[tuple[
     return seen
 
 
-def at(noise: Sequence[float | None], progress: Progress, plan: BatchPlan) -> float | None:
-    return noise[(progress.tokens - 1) * len(noise) // plan.settings.train.tokens]
+def at(noise: Sequence[float | None], progress: Progress, plan: BatchScheduler) -> float | None:
+    return noise[(progress.tokens - 1) * len(noise) // plan.config.train.tokens]

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scaling.batch.plans import NOISE, SAVED, TOKENS, run, settings
+from scaling.batch.plans import NOISE, SAVED, TOKENS, config, run
 
-from megahp.scaling.batch import BatchPlan, Progress
+from megahp.scaling.batch import BatchScheduler, Progress
 
 
 def test_the_run_ends_at_its_tokens_or_at_its_steps() -> None:
-    steps = run(BatchPlan(settings(32), 1))
+    steps = run(BatchScheduler(config(32), 1))
     assert len(steps) == 7  # an eighth batch would exceed 240 samples
-    assert BatchPlan(settings(32, train__steps=3), 1).step(Progress(3, 96, 96 * 16)) is None
+    assert BatchScheduler(config(32, train__steps=3), 1).step(Progress(3, 96, 96 * 16)) is None
 
 
 def test_the_mean_learning_rate_does_not_depend_on_the_batch() -> None:
     means = []
     for batch in (2, 8, 40):
-        plan, progress, rates = BatchPlan(settings(batch, schedule__warmup=1 / 3), 1), Progress(), []
+        plan, progress, rates = BatchScheduler(config(batch, schedule__warmup=1 / 3), 1), Progress(), []
         while step := plan.step(progress):
-            rates.append(step.lr / plan.settings.optimizer.lr)
+            rates.append(step.lr / plan.config.optimizer.lr)
             progress = progress.after(step)
         means.append(np.mean(rates))
     assert means == pytest.approx([0.5] * 3)
@@ -38,7 +38,7 @@ BTLM = {
 
 def test_btlm_changes_its_length_at_equal_tokens_per_step() -> None:
     """check 25: 1,920 x 2,048, then 480 x 8,192; 470.79B and 156.93B tokens; the rate at the end."""
-    plan = BatchPlan(settings(1920, 8, tokens=159_636 * 3_932_160, **BTLM), 4)
+    plan = BatchScheduler(config(1920, 8, tokens=159_636 * 3_932_160, **BTLM), 4)
     progress, lengths = Progress(), {2048: 0, 8192: 0}
     while step := plan.step(progress):
         assert (step.global_batch, step.tokens) == (1920 * 2048 // step.length, 3_932_160)
@@ -52,21 +52,21 @@ def test_btlm_changes_its_length_at_equal_tokens_per_step() -> None:
 
 def test_sqrt_waits_until_beta2_may_change() -> None:
     table = {"batch__policy": "table", "batch__table": ("16:4",), "batch__rule": "sqrt"}
-    steps = run(BatchPlan(settings(2, 2, tokens=16 * 1000, **table), 1))
+    steps = run(BatchScheduler(config(2, 2, tokens=16 * 1000, **table), 1))
     assert [before.step + 1 for before, _, change in steps if change] == [200]  # 10 / (1 - 0.95)
 
 
 @pytest.mark.parametrize(("largest", "expected"), [(64, 16), (15, 8), (16, 16)])
 def test_a_state_moves_to_a_layout_that_cannot_run_its_batch(largest: int, expected: int) -> None:
     """Up, or where that would exceed the limit down; and it is told."""
-    plan = BatchPlan(settings(8, 4, tokens=TOKENS, **{**NOISE, "batch__largest": largest}), 2)
-    (change,) = plan.go_on(SAVED, Progress(50, 400, 6400))
+    plan = BatchScheduler(config(8, 4, tokens=TOKENS, **{**NOISE, "batch__largest": largest}), 2)
+    (change,) = plan.load_state(SAVED, Progress(50, 400, 6400))
     assert (change.before, change.now, plan.batch) == (12, expected, expected)
     assert "layout" in change.reason and change.hyperparameters_now == plan.hyperparameters(expected * 16)
-    assert BatchPlan(settings(8, 4, tokens=TOKENS), 2).go_on({**SAVED, "batch": 8}, Progress()) == []
+    assert BatchScheduler(config(8, 4, tokens=TOKENS), 2).load_state({**SAVED, "batch": 8}, Progress()) == []
 
 
 def test_a_policy_that_is_behind_catches_up_at_once() -> None:
-    plan = BatchPlan(settings(4, 2, batch__policy="table", batch__table=("320:8", "640:12")), 1)
-    (change,) = plan.go_on({**SAVED, "batch": 4}, Progress(10, 40, 640))
+    plan = BatchScheduler(config(4, 2, batch__policy="table", batch__table=("320:8", "640:12")), 1)
+    (change,) = plan.load_state({**SAVED, "batch": 4}, Progress(10, 40, 640))
     assert (change.before, change.now) == (4, 12)

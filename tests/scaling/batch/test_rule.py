@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from scaling.batch.plans import run, settings
+from scaling.batch.plans import config, run
 
 from megahp.config import Config, with_values
-from megahp.scaling.batch import BatchPlan, follow
+from megahp.scaling.batch import BatchScheduler, follow
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_under_sde_moments_average_over_as_many_tokens() -> None:
 
 def test_tau_stays_under_power_lines_and_is_told() -> None:
     changes = [
-        change for _, _, change in run(BatchPlan(settings(4, batch__policy="table", batch__table=("640:8",)), 1))
+        change for _, _, change in run(BatchScheduler(config(4, batch__policy="table", batch__table=("640:8",)), 1))
     ]
     (change,) = [change for change in changes if change]
     assert change.tau_before == pytest.approx(change.tau_now) == pytest.approx(4 * 16 / (4e-3 * 0.1 * 3840))

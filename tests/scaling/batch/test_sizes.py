@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from scaling.batch.plans import run, settings
+from scaling.batch.plans import config, run
 
-from megahp.scaling.batch import BatchPlan, runnable, unit
+from megahp.scaling.batch import BatchScheduler, runnable, unit
 
 
 @pytest.mark.parametrize(
@@ -17,10 +17,10 @@ def test_runnable_names_the_nearest_batches(batch: int, dp: int, micro: int, exp
 
 def test_a_batch_is_one_that_every_length_can_run() -> None:
     """With microbatches of one sequence, four times the length needs four times the tokens."""
-    chosen = settings(8, 1, data__lengths=("640:64",))
-    assert (unit(chosen, 2), unit(settings(8, 4, data__lengths=("640:64",)), 2), unit(settings(8, 1), 2)) == (8, 8, 2)
-    plan = BatchPlan(chosen, 2)
+    chosen = config(8, 1, data__lengths=("640:64",))
+    assert (unit(chosen, 2), unit(config(8, 4, data__lengths=("640:64",)), 2), unit(config(8, 1), 2)) == (8, 8, 2)
+    plan = BatchScheduler(chosen, 2)
     sizes = [(before.tokens, size) for before, size, _ in run(plan)]
     assert sizes[:6] == [(128 * k, 8 if k < 5 else 2) for k in range(6)]
-    short = BatchPlan(settings(2, 1, tokens=16 * 8, data__sequence_length=16, data__lengths=("32:4",)), 1)
+    short = BatchScheduler(config(2, 1, tokens=16 * 8, data__sequence_length=16, data__lengths=("32:4",)), 1)
     assert [size for _, size, _ in run(short)] == [2, 8, 8, 8]

@@ -1,20 +1,20 @@
 """The policy of a batch that follows a law of the critical batch."""
 
-from megahp.config import Batch
+from megahp.config import BatchConfig
 from megahp.scaling import power_laws
-from megahp.scaling.batch.policies.policy import Moment, Policy
+from megahp.scaling.batch.policies.policy import Observation, Policy
 from megahp.scaling.laws import PowerLaw
 
 
 class Law(Policy):
     """Want a share of the critical batch, spread along the run (Power Lines, arXiv 2505.13738)."""
 
-    def aim(self, now: Moment) -> float:
-        batch = self.settings.batch
+    def aim(self, now: Observation) -> float:
+        batch = self.config.batch
         return batch.target * critical_batch_along(batch, now.tokens) / now.length
 
 
-def critical_batch_along(batch: Batch, tokens: float) -> float:
+def critical_batch_along(batch: BatchConfig, tokens: float) -> float:
     """Return batch.critical_batch, a law of whole runs, spread along one: tokens after so many tokens."""
     scale, exponent = batch.critical_batch
     law = PowerLaw(scale, exponent, "batch.critical_batch", "given")

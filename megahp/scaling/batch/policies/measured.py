@@ -3,7 +3,7 @@
 import math
 
 from megahp.scaling import schedules
-from megahp.scaling.batch.policies.policy import Moment, Policy
+from megahp.scaling.batch.policies.policy import Observation, Policy
 
 
 class Measured(Policy):
@@ -24,40 +24,40 @@ class Measured(Policy):
     measures = True
     sees = "noise_scale_total_low"
 
-    def aim(self, now: Moment) -> float | None:
+    def aim(self, now: Observation) -> float | None:
         bounds = self.bounds(now)
         return min(bounds.values()) if bounds else None
 
-    def wanted(self, now: Moment) -> float | None:
-        aim = self.aim(now) if self.is_look(now.step) else None
-        if aim is None or (left := self.settings.train.tokens - now.tokens) <= 0:
+    def wanted(self, now: Observation) -> float | None:
+        aim = self.aim(now) if self.is_decision_step(now.step) else None
+        if aim is None or (left := self.config.train.tokens - now.tokens) <= 0:
             return None
         # Where the run ends before the next look, in whole steps of what is left: 1 / shape runs away, and a batch
         # larger than that would never be taken, its tokens left untrained.
         steps = math.ceil(left / (aim * now.length))
-        return left / steps if steps <= self.settings.batch.look_every + 1 else aim * now.length
+        return left / steps if steps <= self.config.batch.look_every + 1 else aim * now.length
 
-    def is_calibration(self, step: int) -> bool:
-        every = self.settings.batch.calibrate_every
+    def is_calibration_step(self, step: int) -> bool:
+        every = self.config.batch.calibrate_every
         return every > 0 and step % every == 0
 
     def rate(self, shape: float, kappa: float) -> float:
         return min(shape, 1 / kappa)
 
-    def noise(self, now: Moment) -> float | None:
+    def noise(self, now: Observation) -> float | None:
         return now.noise_scale
 
-    def why(self, now: Moment) -> str:
+    def why(self, now: Observation) -> str:
         noise, stability = self.bounds(now).values()
         bound, other = ("noise", "stability") if noise < stability else ("stability", "noise")
         return f"{bound} allows {min(noise, stability):.4g}, {other} {max(noise, stability):.4g}"
 
-    def bounds(self, now: Moment) -> dict[str, float]:
+    def bounds(self, now: Observation) -> dict[str, float]:
         """Return the largest batch that each bound allows; none where the noise scale is unknown."""
         if now.noise_scale is None:
             return {}
-        batch, horizon = self.settings.batch, self.settings.train.tokens
-        schedule, start = self.settings.schedule, self.settings.schedule.start
+        batch, horizon = self.config.batch, self.config.train.tokens
+        schedule, start = self.config.schedule, self.config.schedule.start
         shape = 1.0
         if now.tokens - start >= schedule.warmup * (horizon - start):
             shape = schedules.fraction(schedule, now.tokens, horizon)

@@ -2,7 +2,7 @@
 
 import math
 
-from megahp.scaling.batch.policies.policy import Moment, Policy
+from megahp.scaling.batch.policies.policy import Observation, Policy
 
 
 class NoiseScale(Policy):
@@ -14,13 +14,13 @@ class NoiseScale(Policy):
 
     measures = True
 
-    def aim(self, now: Moment) -> float | None:
-        batch, noise = self.settings.batch, now.noise_scale
+    def aim(self, now: Observation) -> float | None:
+        batch, noise = self.config.batch, now.noise_scale
         return None if noise is None else batch.target * batch.noise_to_total * noise
 
-    def wanted(self, now: Moment) -> float | None:
-        batch, train, memory = self.settings.batch, self.settings.train, self.memory
-        if not self.is_look(now.step) or now.tokens < batch.delay * train.tokens:
+    def wanted(self, now: Observation) -> float | None:
+        batch, train, memory = self.config.batch, self.config.train, self.memory
+        if not self.is_decision_step(now.step) or now.tokens < batch.delay * train.tokens:
             return None
         noise = now.noise_scale if now.noise_scale is not None and math.isfinite(now.noise_scale) else 0.0
         asked, present = self._asked(noise, now.length), now.batch // self.first_length
@@ -34,9 +34,9 @@ class NoiseScale(Policy):
             return None
         return min(self._asked(memory.least, now.length), batch.growth * present) * self.first_length
 
-    def noise(self, now: Moment) -> float | None:
+    def noise(self, now: Observation) -> float | None:
         return self.memory.least
 
     def _asked(self, noise: float, length: int) -> float:
         """Return what is aimed at in sequences of the run's first length, where it is rounded (see Policy.wanted)."""
-        return self.settings.batch.target * self.settings.batch.noise_to_total * noise * length / self.first_length
+        return self.config.batch.target * self.config.batch.noise_to_total * noise * length / self.first_length

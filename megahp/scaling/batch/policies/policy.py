@@ -6,7 +6,7 @@ from megahp.config import Config
 
 
 @dataclass
-class Memory:
+class PolicyState:
     """Hold what a policy remembers. Only NoiseScale sets `since` and `least`; the others hand them on, as they stand in
     a checkpoint."""
 
@@ -16,7 +16,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Moment:
+class Observation:
     """Hold what a policy may look at after a step."""
 
     step: int
@@ -34,29 +34,29 @@ class Policy:
     measures = False  # True: it decides from the noise scale, and so at looks alone
     sees = "noise_scale"  # which of NoiseScale.numbers it decides from
 
-    def __init__(self, settings: Config) -> None:
-        self.settings = settings
-        self.first_length = settings.data.sequence_length
-        self.memory = Memory()
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.first_length = config.data.sequence_length
+        self.memory = PolicyState()
 
-    def is_look(self, step: int) -> bool:
+    def is_decision_step(self, step: int) -> bool:
         """Return whether the noise scale after this step can decide something."""
-        return self.measures and step % self.settings.batch.look_every == 0
+        return self.measures and step % self.config.batch.look_every == 0
 
-    def is_calibration(self, step: int) -> bool:
+    def is_calibration_step(self, step: int) -> bool:
         """Return whether the whole model's gradient of one example is to be measured after this step."""
         return False
 
-    def aim(self, now: Moment) -> float | None:
+    def aim(self, now: Observation) -> float | None:
         """Return the batch wanted if nothing held it back, in sequences of the present length; None where the policy
         follows no critical batch."""
         return None
 
-    def bounds(self, now: Moment) -> dict[str, float]:
+    def bounds(self, now: Observation) -> dict[str, float]:
         """Return what holds the batch, name -> the largest one it allows in sequences of the present length."""
         return {}
 
-    def wanted(self, now: Moment) -> float | None:
+    def wanted(self, now: Observation) -> float | None:
         """Return the batch wanted from here on, in tokens; None for that which there is.
 
         What is aimed at is rounded in sequences of the run's first length, as `batch.global_batch` is counted: a replay
@@ -70,10 +70,10 @@ class Policy:
         `shape`."""
         return shape
 
-    def noise(self, now: Moment) -> float | None:
+    def noise(self, now: Observation) -> float | None:
         """Return the noise scale that a change made now is based on; None where the policy measures nothing."""
         return None
 
-    def why(self, now: Moment) -> str:
+    def why(self, now: Observation) -> str:
         """Return the reason of a change made now, "" for the policy's name and what it asks for."""
         return ""

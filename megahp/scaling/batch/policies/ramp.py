@@ -1,13 +1,13 @@
 """The policy of a batch that grows by equal increments."""
 
-from megahp.scaling.batch.policies.policy import Moment, Policy
+from megahp.scaling.batch.policies.policy import Observation, Policy
 
 
 class Ramp(Policy):
     """Want Megatron-LM's linear ramp of batch by consumed samples (before its release 0.18)."""
 
-    def wanted(self, now: Moment) -> float | None:
-        batch, samples = self.settings.batch, (now.tokens - self.memory.began) // self.first_length
+    def wanted(self, now: Observation) -> float | None:
+        batch, samples = self.config.batch, (now.tokens - self.memory.began) // self.first_length
         if samples > batch.ramp_samples:
             return batch.largest * self.first_length
         increments = (batch.largest - batch.global_batch) // batch.increment

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from scaling.batch.plans import TOKENS, at, run, settings
+from scaling.batch.plans import TOKENS, at, config, run
 
 from megahp.config import Config
 from megahp.scaling import schedules
-from megahp.scaling.batch import BatchPlan, Change, Progress
+from megahp.scaling.batch import BatchScheduler, Change, Progress
 
 MEASURED = {
     "batch__policy": "measured",
@@ -38,7 +38,7 @@ FEEDS: dict[str, list[float | None]] = {
 
 
 def measured(**more: object) -> Config:
-    return settings(8, 2, **{"tokens": TOKENS, **MEASURED, **more})
+    return config(8, 2, **{"tokens": TOKENS, **MEASURED, **more})
 
 
 def shape(run: Config, tokens: float) -> float:
@@ -53,14 +53,14 @@ def test_the_batch_keeps_below_every_bound(schedule: str, feed: str) -> None:
     """At each step: a multiple of the unit, monotone, at most `largest`, and drift and noise within their bounds at the
     moment it grew; tau is what it was."""
     config = measured(**SCHEDULES[schedule])
-    steps = run(BatchPlan(config, 1), FEEDS[feed])
+    steps = run(BatchScheduler(config, 1), FEEDS[feed])
     sizes = [size for _, size, _ in steps]
     assert sizes == sorted(sizes) and sizes[0] == 8 and max(sizes) <= 64 and all(size % 2 == 0 for size in sizes)
     for before, _, change in steps:
         if change is None:
             continue
         after = before.tokens + change.before * 16
-        noise = at(FEEDS[feed], Progress(tokens=after), BatchPlan(config, 1))
+        noise = at(FEEDS[feed], Progress(tokens=after), BatchScheduler(config, 1))
         assert noise is not None and change.noise_scale == noise
         assert change.now <= noise
         assert change.now * shape(config, after) <= 8 * (1 + 1e-9)
@@ -77,12 +77,12 @@ def test_the_batch_keeps_below_every_bound(schedule: str, feed: str) -> None:
 
 def test_the_drift_of_a_step_never_exceeds_its_peak() -> None:
     """lr sqrt(batch) of the steps that are taken, where only stability binds: constant from the peak to the cap."""
-    plan, progress, drifts = BatchPlan(measured(), 1), Progress(), []
+    plan, progress, drifts = BatchScheduler(measured(), 1), Progress(), []
     while step := plan.step(progress):
         drifts.append(step.lr * math.sqrt(step.global_batch))
         progress = progress.after(step)
         plan.look(progress, 1e6)
-    peak = plan.settings.optimizer.lr * math.sqrt(8)
+    peak = plan.config.optimizer.lr * math.sqrt(8)
     assert max(drifts) <= peak
     # a constant batch, whose drift falls with the rate, is above three quarters for 30 % of its steps
     assert sum(drift > 0.75 * peak for drift in drifts) > 0.75 * len(drifts)
@@ -94,8 +94,8 @@ def test_fewer_steps_are_taken_as_the_theory_says() -> None:
     shares = []
     for batch, unit in ((8, 4), (8, 2), (8, 1), (64, 1)):
         values = {**MEASURED, "batch__largest": 8 * batch}
-        constant = len(run(BatchPlan(settings(batch, unit, tokens=TOKENS * batch // 8), 1)))
-        plan = BatchPlan(settings(batch, unit, tokens=TOKENS * batch // 8, **values), 1)
+        constant = len(run(BatchScheduler(config(batch, unit, tokens=TOKENS * batch // 8), 1)))
+        plan = BatchScheduler(config(batch, unit, tokens=TOKENS * batch // 8, **values), 1)
         shares.append(len(run(plan, FEEDS["plenty"])) / constant)
     assert shares == sorted(shares, reverse=True) and shares[0] < 0.64
     assert shares[-1] == pytest.approx(0.1 + 0.9 / 2 * (1 - 1 / 8**2) + 0.9 / 8**2, abs=0.004)
@@ -106,17 +106,19 @@ def phases(changes: Sequence[Change]) -> list[str]:
 
 
 def test_a_change_says_which_bound_held_it() -> None:
-    changes = [change for _, _, change in run(BatchPlan(measured(), 1), FEEDS["plenty"]) if change]
+    changes = [change for _, _, change in run(BatchScheduler(measured(), 1), FEEDS["plenty"]) if change]
     assert set(phases(changes)) == {"stability"}
-    low = run(BatchPlan(measured(batch__noise_share=0.1), 1), list(np.linspace(100, 200, 1000)))
+    low = run(BatchScheduler(measured(batch__noise_share=0.1), 1), list(np.linspace(100, 200, 1000)))
     assert phases([change for _, _, change in low if change])[-1] == "noise"
 
 
 def test_nothing_grows_before_the_peak_or_while_the_noise_scale_is_unknown() -> None:
-    first = next(before for before, _, change in run(BatchPlan(measured(), 1), FEEDS["plenty"]) if change)
+    first = next(before for before, _, change in run(BatchScheduler(measured(), 1), FEEDS["plenty"]) if change)
     assert first.tokens >= 0.1 * TOKENS
     late: list[float | None] = [None] * 700 + [1e6] * 300
-    assert next(before for before, _, change in run(BatchPlan(measured(), 1), late) if change).tokens >= 0.69 * TOKENS
+    assert (
+        next(before for before, _, change in run(BatchScheduler(measured(), 1), late) if change).tokens >= 0.69 * TOKENS
+    )
 
 
 def test_little_is_left_untrained() -> None:
@@ -124,7 +126,7 @@ def test_little_is_left_untrained() -> None:
     shrinks: without that most of a batch is lost, over these horizons in the mean."""
     lost = []
     for tokens in range(TOKENS, TOKENS + 640, 64):
-        plan = BatchPlan(measured(batch__largest=0, tokens=tokens), 1)
+        plan = BatchScheduler(measured(batch__largest=0, tokens=tokens), 1)
         *_, last = run(plan, FEEDS["plenty"])
         before, size, _ = last
         lost.append((tokens - (before.tokens + size * 16)) / (size * 16))
@@ -136,15 +138,15 @@ def test_little_is_left_untrained() -> None:
 def test_a_batch_that_has_grown_warms_up_again_below_the_same_drift(kappa: int) -> None:
     """A branch, or a run with another horizon, that goes on with a grown batch: the rate is held down instead."""
     values = {"schedule__start": TOKENS, "schedule__warmup": 0.05, "train__tokens": 2 * TOKENS}
-    plan = BatchPlan(measured(**values), 1)
+    plan = BatchScheduler(measured(**values), 1)
     progress = Progress(500, TOKENS // 16, TOKENS)
-    plan.go_on({**plan.state(), "batch": 8 * kappa}, progress)
+    plan.load_state({**plan.state(), "batch": 8 * kappa}, progress)
     drifts = []
     while step := plan.step(progress):
         drifts.append(step.lr * math.sqrt(step.global_batch))
         progress = progress.after(step)
         plan.look(progress, 1e6)
-    peak = plan.settings.optimizer.lr * math.sqrt(8)
+    peak = plan.config.optimizer.lr * math.sqrt(8)
     assert max(drifts) <= peak * (1 + 1e-12) and max(drifts) > 0.98 * peak
 
 
@@ -152,8 +154,8 @@ def test_bounds_are_tokens_whatever_the_length() -> None:
     """Sequences four times as long: noise scales are a quarter in number, and the batch in tokens keeps its course."""
     short, long = measured(), measured(data__lengths=(f"{TOKENS // 2 // 64 * 64}:64",))
     feed = [1000.0] * 500 + [250.0] * 500
-    same = [before.tokens + size * 16 for before, size, _ in run(BatchPlan(short, 1), [1000.0])]
-    found, plan = Progress(), BatchPlan(long, 1)
+    same = [before.tokens + size * 16 for before, size, _ in run(BatchScheduler(short, 1), [1000.0])]
+    found, plan = Progress(), BatchScheduler(long, 1)
     ends = []
     while step := plan.step(found):
         found = found.after(step)

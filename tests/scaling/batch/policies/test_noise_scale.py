@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from scaling.batch.plans import NOISE, TOKENS, at, run, settings
+from scaling.batch.plans import NOISE, TOKENS, at, config, run
 
-from megahp.scaling.batch import BatchPlan, Change, Progress
+from megahp.scaling.batch import BatchScheduler, Change, Progress
 
 
 def noise_run(feed: Sequence[float | None]) -> list[tuple[Progress, int, Change | None]]:
-    return run(BatchPlan(settings(4, 2, tokens=TOKENS, **NOISE), 1), feed)
+    return run(BatchScheduler(config(4, 2, tokens=TOKENS, **NOISE), 1), feed)
 
 
 def feeds() -> dict[str, list[float | None]]:
@@ -68,9 +68,9 @@ def test_an_unknown_noise_scale_confirms_nothing() -> None:
 
 def test_the_closed_loop_starts_again_with_another_length() -> None:
     """Examples of 64 tokens need a quarter of the noise scale for the same growth, and a half-life of their own."""
-    long = settings(16, 4, tokens=16 * 16 * 1000, **{**NOISE, "batch__largest": 0, "data__lengths": ("128e3:64",)})
+    long = config(16, 4, tokens=16 * 16 * 1000, **{**NOISE, "batch__largest": 0, "data__lengths": ("128e3:64",)})
     feed = [30.0] * 495 + [100.0] * 5 + [8.0 * 1.2] * 250 + [8.0 * 2.1] * 250
-    steps = run(BatchPlan(long, 1), feed)
+    steps = run(BatchScheduler(long, 1), feed)
     (change,) = [(before, change) for before, _, change in steps if change]
     assert change[0].tokens >= 0.77 * 256e3 and (change[1].before, change[1].now) == (4, 8)
     assert change[1].noise_scale == 8.0 * 2.1 and change[1].wanted == pytest.approx(8.0)  # growth is twice at most
@@ -83,9 +83,9 @@ def test_state_goes_on_where_it_stopped() -> None:
     whole = [(size, change) for _, size, change in noise_run(feed)]
     progress, seen, state = Progress(), [], None
     while True:
-        plan = BatchPlan(settings(4, 2, tokens=TOKENS, **NOISE), 1)
+        plan = BatchScheduler(config(4, 2, tokens=TOKENS, **NOISE), 1)
         if state:
-            assert plan.go_on(state, progress) == []
+            assert plan.load_state(state, progress) == []
         step = plan.step(progress)
         if step is None:
             break
