@@ -8,7 +8,7 @@ from megahp.config import CheckpointConfig
 from megahp.errors import UserError
 
 if TYPE_CHECKING:
-    pass
+    from megahp.checkpoint import Location
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -84,7 +84,7 @@ def _prune_checkpoints(options: Namespace) -> int:
     return 0
 
 
-def _checkpoints_of(run: "Place") -> "Place":
+def _checkpoints_of(run: "Location") -> "Location":
     from megahp.checkpoint import complete
 
     if not complete(run / "checkpoints"):
@@ -92,7 +92,7 @@ def _checkpoints_of(run: "Place") -> "Place":
     return run / "checkpoints"
 
 
-def _place(name: str) -> "Place":
+def _place(name: str) -> "Location":
     from megahp.checkpoint import location
 
     try:

@@ -28,7 +28,7 @@ class ProgressDisplay:
         self.total_tokens, self.done_tokens, self.every = total_tokens, done_tokens, every
         self.stream = sys.stdout if stream is None else stream
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressDisplay":
         # The rate behind the ETA is taken from the clock, over the last hundred updates, so that pauses for
         # evaluation and checkpoints count and a change of the global batch is soon followed.
         self._past = deque([(time.monotonic(), self.done_tokens)], maxlen=100)

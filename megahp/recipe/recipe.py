@@ -254,8 +254,8 @@ def cannot_measure(run: Config) -> str:
 
 
 def steps_of(run: Config, ranks: int) -> tuple[int, int]:
-    """The steps of a run whose batch is constant or measured, and its last batch: as BatchPlan takes them where the
-    noise scale is the forecast one, but all steps from one look at it to the next at once."""
+    """Return the steps of a run whose batch is constant or measured, and its last batch: BatchScheduler's own, driven
+    by the forecast noise scale, with all steps between two decisions taken at once."""
     plan, progress, forecast = BatchScheduler(run, ranks), Progress(), noise_forecast(run, Progress(), None)
     while step := plan.step(progress):
         left = (run.train.tokens - progress.tokens) // step.tokens

@@ -16,7 +16,7 @@ from megahp.scaling.parameterization import Role
 
 GIVEN = ("the command line", "given")
 TABLE = ("CompleteP, arXiv 2505.01618, Table 1", "verified in source text")
-COUNTED = ("megahp: counted, megahp/scaling/flops.py and batch/plan.py", "exact")
+COUNTED = ("megahp: counted, megahp/scaling/flops.py and batch/scheduler.py", "exact")
 FORECAST = ("megahp: counted, megahp/scaling/batch, at the noise scale that B_crit's law forecasts", "forecast")
 HYPERBOLA = ("McCandlish et al., arXiv 1812.06162; Power Lines, eq. 6", "secondary source; identity derived")
 COLLAPSE = ("Scaling with Collapse (Power Lines' sibling)", "verified in source text")

@@ -14,7 +14,7 @@ from megahp.errors import UserError, masked
 from megahp.files import open_unlinked, refuse_links
 from megahp.log.events import GONE_BACK
 from megahp.log.metrics import Record, RunLog
-from megahp.log.progress import Progress as Display
+from megahp.log.progress import ProgressDisplay
 from megahp.log.wandb_log import WandbLog
 from megahp.scaling.batch import Change, Progress, StepPlan
 from megahp.train.masks import MaskChange
@@ -33,7 +33,7 @@ class Reporter:
         self.config = config
         self.log: RunLog | None = None
         self.wandb: WandbLog | None = None
-        self.display: Display | None = None
+        self.display: ProgressDisplay | None = None
         self.lock = _lock(config.directory) if is_rank0() else None
 
     @contextlib.contextmanager
@@ -43,7 +43,7 @@ class Reporter:
             yield
             return
         try:
-            with Display(self.config.train.tokens, progress.tokens) as self.display:
+            with ProgressDisplay(self.config.train.tokens, progress.tokens) as self.display:
                 yield
         except BaseException:
             self.close()  # what is logged arrives, whatever ends the run
@@ -83,7 +83,7 @@ class Reporter:
         weights = run.data.phases[plan.phase].weights
         shares = ", ".join(f"{weight / sum(weights):.3g}" for weight in weights)
         reads = f"batches of {plan.global_batch} sequences of {plan.length} tokens, the sources' shares {shares}"
-        self.event("stage", reads, run.progress, phase=plan.phase, length=plan.length, weights=weights)
+        self.event("stage", reads, run.progress, stage=plan.phase, length=plan.length, weights=weights)
 
     def step(
         self,

@@ -57,10 +57,10 @@ class Engine:
         self.pipeline = Pipeline(model.stages, parallel, mesh, self.stages[0].stream) if parallel.pp > 1 else None
         # what a step measures over all stages, name -> how many numbers; and where this rank's stand among them
         probe_sizes = {f"{name}.probe": size for name, size in model.probes.items()}
-        sizes = {"loss": 1, "told": 1, **probe_sizes, **dict.fromkeys(self.rows, 1)}
+        sizes = {"loss": 1, "stop_requested": 1, **probe_sizes, **dict.fromkeys(self.rows, 1)}
         ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
         self.total = sum(sizes.values())
-        own = {"loss": mesh.is_rank0(("tp",)), "told": True}
+        own = {"loss": mesh.is_rank0(("tp",)), "stop_requested": True}
         # of ranks with the same value only the first counts. A router's is, as a loss, of the rank's tokens, before tp
         # splits them; a norm's has been summed over the ranks an example lies on
         copies = {name: ("tp",) if name in self.routers else ("cp", "tp") for name in self.probes}
@@ -134,8 +134,8 @@ class Engine:
         measured = [
             loss[None],
             loss.new_tensor([stop_requested]),
-            *(probe.grad.view(-1) for probe in self.probes.values()),
-        ]  # type: ignore[union-attr]
+            *(probe.grad.view(-1) for probe in self.probes.values()),  # type: ignore[union-attr]
+        ]
         if grads:
             measured.append(torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square())
         values = torch.zeros(self.total, dtype=torch.float64, device=loss.device)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scaling.batch.plans import config
+from scaling.batch.schedulers import config
 
 from megahp.config import Phase
 from megahp.data.indexed import IndexedDataset, IndexedWriter

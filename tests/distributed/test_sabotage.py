@@ -264,7 +264,7 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
     "keys and values in the order of the sequence": (
         "llama",
         CONTEXT,
-        lambda: mock.patch.object(context, "in_sequence", unchanged),
+        lambda: mock.patch.object(context, "restore_order", unchanged),
     ),
     "causal mask of a later span (cp)": (
         "llama",
@@ -279,9 +279,13 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
     "rotary positions (cp)": (
         "llama",
         CONTEXT,
-        lambda: mock.patch.object(transformer, "own_tokens", from_the_beginning),
+        lambda: mock.patch.object(transformer, "shard_sequence", from_the_beginning),
     ),
-    "learned positions (cp)": ("gpt2", CONTEXT, lambda: mock.patch.object(tensor, "own_tokens", from_the_beginning)),
+    "learned positions (cp)": (
+        "gpt2",
+        CONTEXT,
+        lambda: mock.patch.object(tensor, "shard_sequence", from_the_beginning),
+    ),
     "gradients over cp": ("llama", CONTEXT, lambda: mock.patch.object(dist, REDUCE_SCATTER, keep_own)),
     "per-example norm before squaring (cp)": ("llama", CONTEXT, lambda: without_sum_before_squaring("final_norm")),
     "per-example norm before squaring (heads, cp)": (

@@ -87,7 +87,7 @@ def test_a_run_that_train_steps_ends_is_over_sooner(tmp_path: Path) -> None:
     assert standing(tmp_path / "run").outlook == "ETA 10 s"
 
 
-@pytest.mark.parametrize("settings", ["tokens = 'many'", "tokens = -1", "steps = 5", "tokens = true"])
+@pytest.mark.parametrize("config", ["tokens = 'many'", "tokens = -1", "steps = 5", "tokens = true"])
 def test_what_the_settings_do_not_say_is_left_out(tmp_path: Path, config: str) -> None:
     found = standing(write_run(tmp_path / "run", ("started", "finished"), config=config))
     assert (found.state, found.tokens) == ("finished", "")

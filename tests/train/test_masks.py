@@ -107,7 +107,7 @@ MISTAKES: dict[str, tuple[Case, Callable[[], Any]]] = {
     ),
     "copies are counted": (
         ("replicate2", "llama", "rigl"),
-        lambda: mock.patch.object(selection, "counted_once", lambda *_: True),
+        lambda: mock.patch.object(selection, "is_first_replica", lambda *_: True),
     ),
     "moments stay": (("shard2", "llama", "gradual"), lambda: mock.patch.object(masks, "MOMENTS", ())),
 }

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from megahp.config import Config, phase_at, phases_of
-from megahp.scaling.batch.plan import Progress
 from megahp.scaling.batch.policies.law import critical_batch_along
+from megahp.scaling.batch.scheduler import Progress
 
 
 def noise_forecast(config: Config, progress: Progress, noise: float | None) -> Callable[[int], float | None]:

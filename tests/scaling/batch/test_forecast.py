@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scaling.batch.plans import config
+from scaling.batch.schedulers import config
 
 from megahp.scaling.batch import Progress, noise_forecast
 

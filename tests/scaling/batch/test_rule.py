@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from scaling.batch.plans import config, run
+from scaling.batch.schedulers import config, run
 
 from megahp.config import Config, with_values
 from megahp.scaling.batch import BatchScheduler, follow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scaling.batch.plans import config, run
+from scaling.batch.schedulers import config, run
 
 from megahp.scaling.batch import BatchScheduler, runnable, unit
 

@@ -28,7 +28,7 @@ class Observation:
 
 
 class Policy:
-    """Answer what BatchPlan asks. As it stands here, it asks for nothing."""
+    """Answer what BatchScheduler asks. As it stands here, it asks for nothing."""
 
     grows = True  # False: a resumed run begins again with batch.global_batch
     measures = False  # True: it decides from the noise scale, and so at looks alone

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scaling.batch.plans import config, run
+from scaling.batch.schedulers import config, run
 
 from megahp.config import Config
 from megahp.scaling import power_laws

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from scaling.batch.plans import TOKENS, at, config, run
+from scaling.batch.schedulers import TOKENS, at, config, run
 
 from megahp.config import Config
 from megahp.scaling import schedules

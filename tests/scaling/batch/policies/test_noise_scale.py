@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from scaling.batch.plans import NOISE, TOKENS, at, config, run
+from scaling.batch.schedulers import NOISE, TOKENS, at, config, run
 
 from megahp.scaling.batch import BatchScheduler, Change, Progress
 

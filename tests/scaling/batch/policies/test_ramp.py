@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scaling.batch.plans import SAVED, config, run
+from scaling.batch.schedulers import SAVED, config, run
 
 from megahp.scaling.batch import BatchScheduler, Progress
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scaling.batch.plans import config, run
+from scaling.batch.schedulers import config, run
 
 from megahp.scaling.batch import BatchScheduler, Progress
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scaling.batch.plans import NOISE, SAVED, TOKENS, config, run
+from scaling.batch.schedulers import NOISE, SAVED, TOKENS, config, run
 
 from megahp.scaling.batch import BatchScheduler, Progress
 
