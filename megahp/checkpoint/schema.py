@@ -73,7 +73,7 @@ class Index(TypedDict):
 
 
 @with_config(STRICT)
-class Progress(TypedDict):
+class ProgressState(TypedDict):
     step: NonNegativeInt
     samples: NonNegativeInt
     tokens: NonNegativeInt
@@ -102,7 +102,7 @@ class NoiseScale(TypedDict, total=False):
 
 
 @with_config(STRICT)
-class BatchScheduler(TypedDict):
+class BatchSchedulerState(TypedDict):
     batch: PositiveInt
     length: PositiveInt
     since: NonNegativeInt | None
@@ -131,11 +131,11 @@ class DataOrder(TypedDict):
 @with_config(ConfigDict(strict=True, extra="allow"))  # further keys are for people to read
 class State(TypedDict):
     version: int
-    progress: Progress
+    progress: ProgressState
     skipped: NonNegativeInt
     updates: NonNegativeInt
     noise_scale: NoiseScale
-    batch_scheduler: BatchScheduler
+    batch_plan: BatchSchedulerState
     loss_scale: LossScale
     spikes: Annotated[dict[str, list[float]], Field(min_length=2, max_length=2)]
     wandb_id: Annotated[str, Field(pattern=r"^[\w-]{1,64}$")]

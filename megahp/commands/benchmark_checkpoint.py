@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     at_least(arguments, ranks=1, saves=2)
-    config = resolve.load(arguments.run, arguments.config).config
+    config = resolve.load(arguments.run, arguments.settings).config
     if not config.model.vocab_size:
         config = with_values(config, {"model.vocab_size": VOCABULARY})
     layout, place = fit(config.parallel, arguments.ranks), launch.world()

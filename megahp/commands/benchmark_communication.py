@@ -83,8 +83,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     sizes = [bytes_of(size) for size in arguments.sizes]
     at_least(arguments, repeats=1)
     refuse_unwritable(arguments.json, plot=arguments.plot)
-    if arguments.config and not arguments.run:
-        raise UserError(f"{' '.join(arguments.config)}: --settings go with --run RUN.toml")
+    if arguments.settings and not arguments.run:
+        raise UserError(f"{' '.join(arguments.settings)}: --settings go with --run RUN.toml")
     place = launch.world()
     if starts_ranks(arguments.ranks, place.size):
         if arguments.backend == "mpi":
@@ -154,7 +154,7 @@ def groups_wanted(arguments: argparse.Namespace, nodes: Sequence[str]) -> dict[s
     """Kinds of groups, those of the run file included. Raises UserError."""
     there = groups_of_nodes(nodes)
     if arguments.run:
-        there |= groups_of_layout(fit(resolve.load(arguments.run, arguments.config).config.parallel, len(nodes)))
+        there |= groups_of_layout(fit(resolve.load(arguments.run, arguments.settings).config.parallel, len(nodes)))
     for name in arguments.groups or ():
         if name not in there:
             raise UserError(f"--groups {name!r}: there are {', '.join(map(repr, there))}; axes of a mesh need --run")

@@ -240,7 +240,7 @@ def case_of(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> C
         "batch": {"micro_batch": arguments.micro_batch, "global_batch": global_batch},
         "train": {"dtype": dtype, "device": arguments.device, "tokens": 10**15},
     }
-    further = resolve.parse_overrides(arguments.config)
+    further = resolve.parse_overrides(arguments.settings)
     decided = {f"{section}.{key}" for section, keys in tree.items() for key in keys} | {"train.noise_scale"}
     asked = {f"{section}.{key}" for section, keys in further.items() for key in keys}
     if double := decided & asked - {"model.heads"}:

@@ -62,7 +62,7 @@ FILES = ("shard-00000.safetensors", "index.json", "state.json", "manifest.json")
 
 
 @pytest.mark.parametrize(
-    "place", ["checkpoints", NEWEST, *(f"{NEWEST}/{name}" for name in FILES if name != "index.json")]
+    "location", ["checkpoints", NEWEST, *(f"{NEWEST}/{name}" for name in FILES if name != "index.json")]
 )
 def test_it_is_told_in_one_line_and_nothing_changes(folder: Path, location: str) -> None:
     """By every command that looks for a checkpoint; the one before does not serve in its stead."""
