@@ -27,6 +27,7 @@ test: lint
 
 lint: $(READY)
 	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy
 
 test-slow: $(READY)
