@@ -1,6 +1,6 @@
 """From a run's settings to its model on the mesh: meta tensors, tensor-parallel parts, shards, drawn weights."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -36,11 +36,23 @@ class Model:
     parameters: int
 
 
-def build_model(config: Config, mesh: Mesh) -> Model:
-    """The model with its initial weights, which are the same on every layout. model.vocab_size must be set."""
+def draw_weights(model: Transformer, config: Config, device: torch.device) -> None:
+    """Allocate a stage's weights, which are on `meta`, and draw them: the same on every layout."""
+    model.to_empty(device=device)
+    initialise(model, model.table, config.parameterization.init_std, config.train.seed)
+
+
+def build_model(
+    config: Config, mesh: Mesh, fill: Callable[[Transformer, Config, torch.device], None] = draw_weights
+) -> Model:
+    """Build this rank's pipeline stages. model.vocab_size must be set. fill: allocates a stage's weights and sets
+    them."""
     whole = skeleton(config, mesh)
     cuts = cut(config)
-    stages = {number: _stage(config, mesh, cuts[number]) for number in stages_of(mesh.rank("pp"), config.parallel)}
+    stages = {}
+    for number in stages_of(mesh.rank("pp"), config.parallel):
+        stages[number] = _stage(config, mesh, cuts[number])
+        fill(stages[number], config, mesh.device)
     return Model(
         stages,
         rows(whole),
@@ -94,7 +106,7 @@ def _freeze_but(model: nn.Module, trained: Collection[nn.Module | None]) -> None
 
 
 def _stage(config: Config, mesh: Mesh, blocks: range) -> Transformer:
-    """The pipeline stage of these blocks, with its initial weights."""
+    """Lay out the pipeline stage of these blocks over the mesh, its weights still on `meta`."""
     model = skeleton(config, mesh)
     model.keep(blocks)
     master = torch.promote_types(model.dtype, torch.float32)
@@ -105,6 +117,4 @@ def _stage(config: Config, mesh: Mesh, blocks: range) -> Transformer:
     if config.compute.fp8 != "none":
         replace_products(model, config.compute.fp8, mesh.device)
     shard(model, list(model.blocks.values()), mesh, config.parallel, model.dtype, master)
-    model.to_empty(device=mesh.device)
-    initialise(model, model.table, config.parameterization.init_std, config.train.seed)
     return model

@@ -1,0 +1,303 @@
+"""Trace one optimizer step of one rank on fake tensors.
+
+The model, engine and optimizer are those that will train; weights, activations and the other ranks are not there. A
+trace therefore holds the products, bytes and collectives that will run, and the peak of what is allocated.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megahp.config import Config
+from megahp.data.loader import Batch
+from megahp.errors import UserError
+from megahp.model.build import build_model
+from megahp.model.transformer import Transformer
+from megahp.parallel.layout import AXES, fit
+from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, WITHIN_STAGE, Mesh, make_mesh
+from megahp.parallel.parameters import storage
+from megahp.scaling.batch import BatchScheduler, Progress
+from megahp.scaling.parameterization import table_of
+from megahp.train.optimizer import make_optimizer
+from megahp.train.step import Engine
+
+Phase = Literal["build", "forward", "backward", "update"]
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+ATTENTION = "_scaled_dot_product"
+# Kernels whose result is computed from nothing: only the output is written.
+COLLECTIVES = {
+    "_allgather_base_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "allreduce_": "all-reduce",
+    "all_reduce": "all-reduce",
+    "alltoall_base_": "all-to-all",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "receive",
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel call.
+
+    shape: (batch, m, n, k) of a product, (batch, heads, queries, keys, head size) of attention, else (). flops count a
+    multiply-add as two; bytes are those of all tensors read and written, each once.
+    """
+
+    name: str
+    kind: Literal["product", "attention", "memory"]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    flops: int
+    bytes: int
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective call: bytes are those of the larger of its two buffers on this rank."""
+
+    name: str
+    axes: str  # of the mesh, joined by "_"; "world" for all ranks
+    size: int  # ranks of the group
+    bytes: int
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one step of one rank computes, sends and allocates."""
+
+    kernels: Counter[Kernel]
+    collectives: Counter[Collective]
+    peak: Mapping[str, int]  # bytes at the moment of the largest sum: weights, moments, gradients, gathered, activations
+    resident: int  # bytes between steps
+
+    def flops(self, *kinds: str) -> int:
+        return sum(kernel.flops * count for kernel, count in self.kernels.items() if kernel.kind in kinds)
+
+
+def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> Trace:
+    """Trace a step of one of so many ranks. Must be called in a process without a process group.
+
+    microbatches: fewer than the step has, for a layout without pipelines, whose microbatches are alike; 0 = all. Kernels
+    and collectives are then those of the fewer. Raises UserError for a layout that these ranks cannot run.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a trace needs a process group of its own")
+    layout = fit(config.parallel, ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        mesh = make_mesh(layout, torch.device("cpu"))
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with recording(mesh, fake) as recorder:
+            _step(config, mesh, recorder, fake, microbatches)
+        return recorder.trace()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def recording(mesh: Mesh, fake: FakeTensorMode | None = None) -> Iterator[Recorder]:
+    """Record what is called and allocated in this block and in those of `Recorder.running`. Without `fake` on real
+    tensors."""
+    recorder = Recorder(mesh, fake)
+    resize = torch.UntypedStorage.resize_
+
+    def observed(store: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        resize(store, size)
+        recorder.resized(store)
+        return store
+
+    # FSDP2 frees gathered weights by resizing their storage to 0, which no dispatch mode sees
+    torch.UntypedStorage.resize_ = observed  # type: ignore[method-assign, assignment]
+    try:
+        yield recorder
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+class Recorder(TorchDispatchMode):
+    """Note every kernel, collective and allocation, in order."""
+
+    def __init__(self, mesh: Mesh, fake: FakeTensorMode | None) -> None:
+        super().__init__()
+        self.fake, self.phase, self.axes = fake, "build", _axes_of_groups(mesh)
+        self.kernels: Counter[Kernel] = Counter()
+        self.collectives: Counter[Collective] = Counter()
+        self.sizes: dict[int, int] = {}  # bytes of every storage that is alive, by a number of its own
+        self.numbers: dict[int, int] = {}  # address of a storage object -> its number
+        self.kinds: list[str] = []  # of every storage so far
+        self.changes: list[tuple[int, int]] = []  # (number, bytes more or less)
+
+    @contextmanager
+    def running(self, phase: Phase) -> Iterator[None]:
+        """Record a block of code as this phase."""
+        self.phase = phase
+        with ExitStack() as modes:
+            if self.fake:
+                modes.enter_context(self.fake)
+            modes.enter_context(self)
+            yield
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # until DTensor has made of it what runs on this rank's part
+        out = op(*args, **(kwargs or {}))
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        name = op._schema.name.partition("::")[2]
+        if name in COLLECTIVES:
+            self._collective(name, args, [*inputs, *outputs])
+        elif not _is_free(op, inputs, outputs):
+            self._kernel(name, op, inputs, outputs)
+        for tensor in outputs:
+            self._allocated(tensor, "gathered" if name in ("all_gather_copy_in", "_allgather_base_") else "")
+        return out
+
+    def resized(self, store: torch.UntypedStorage) -> None:
+        number = self.numbers.get(store._cdata)
+        if number is not None:
+            self.kinds[number] = "gathered"
+            self._change(number, store.nbytes())
+
+    def trace(self) -> Trace:
+        """Return what was recorded since the model was built, and the memory from the beginning."""
+        totals = list(accumulate(change for _, change in self.changes))
+        last = int(np.argmax(totals))
+        peak: Counter[str] = Counter()
+        for number, change in self.changes[: last + 1]:
+            peak[self.kinds[number]] += change
+        return Trace(self.kernels, self.collectives, {kind: size for kind, size in peak.items() if size}, totals[-1])
+
+    def mark(self, tensors: Iterator[Tensor] | list[Tensor], kind: str) -> None:
+        """Say of what kind these tensors' storages are."""
+        for tensor in tensors:
+            number = self.numbers.get(tensor.untyped_storage()._cdata)
+            if number is not None:
+                self.kinds[number] = kind
+
+    def _allocated(self, tensor: Tensor, kind: str) -> None:
+        store = tensor.untyped_storage()
+        number = self.numbers.get(store._cdata)
+        if number is None:
+            number = self.numbers[store._cdata] = len(self.kinds)
+            self.kinds.append(kind or {"build": "weights", "forward": "activations"}.get(self._phase(), "temporary"))
+            weakref.finalize(store, self._freed, store._cdata, number)
+            self.sizes[number] = 0
+            self._change(number, store.nbytes())
+
+    def _freed(self, address: int, number: int) -> None:
+        del self.numbers[address]
+        self._change(number, 0)
+        del self.sizes[number]
+
+    def _change(self, number: int, size: int) -> None:
+        if size != self.sizes[number]:
+            self.changes.append((number, size - self.sizes[number]))
+            self.sizes[number] = size
+
+    def _phase(self) -> Phase:
+        """Return the phase, backward wherever autograd is running, recomputation included."""
+        return "backward" if self.phase == "forward" and torch._C._current_autograd_node() is not None else self.phase
+
+    def _kernel(self, name: str, op: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        written = {id(tensor): tensor for tensor in [*inputs, *outputs]}.values()
+        size = sum(tensor.numel() * tensor.itemsize for tensor in written)
+        kind: Literal["product", "attention", "memory"] = "memory"
+        shape: tuple[int, ...] = ()
+        flops = 0
+        if name in PRODUCTS:
+            left, right = inputs[-2:]
+            batch = left.shape[0] if left.dim() == 3 else 1
+            kind, shape = "product", (batch, left.shape[-2], right.shape[-1], left.shape[-1])
+            flops = 2 * batch * shape[1] * shape[2] * shape[3]
+        elif name.startswith(ATTENTION):
+            first = 1 if "backward" in name else 0
+            query, key = inputs[first : first + 2]
+            kind, shape = "attention", (*query.shape[:3], key.shape[2], query.shape[3])
+            # two products forward; backward computes the scores again and four more
+            flops = (10 if first else 4) * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]
+        dtype = outputs[0].dtype if outputs else inputs[0].dtype
+        self.kernels[Kernel(name, kind, shape, dtype, flops, size, self._phase())] += self.phase != "build"
+
+    def _collective(self, name: str, args: Any, tensors: list[Tensor]) -> None:
+        named = [arg for arg in args if isinstance(arg, str)]  # functional collectives: the reduction, the group
+        boxed = [arg for arg in args if isinstance(arg, torch.ScriptObject)]  # others: the group, the reduction
+        axes, size = self.axes[named[-1] if named else dist.ProcessGroup.unbox(boxed[0]).group_name]
+        largest = max(tensor.numel() * tensor.itemsize for tensor in tensors)
+        if size > 1:
+            self.collectives[Collective(COLLECTIVES[name], axes, size, largest, self._phase())] += 1
+
+
+def _step(config: Config, mesh: Mesh, recorder: Recorder, fake: FakeTensorMode, microbatches: int) -> None:
+    """Build this rank's part of the model and run one step."""
+
+    def allocate(model: Transformer, config: Config, device: torch.device) -> None:
+        with recorder.running("build"):
+            model.to_empty(device=device)
+
+    model = build_model(config, mesh, allocate)
+    plan = BatchScheduler(config, mesh.layout.dp).step(Progress())
+    if plan is None:
+        raise UserError(f"train.tokens = {config.train.tokens} leave no step to plan; raise them")
+    count = plan.microbatches(mesh.layout.dp)
+    if microbatches and mesh.layout.pp == 1:
+        count = min(count, microbatches)
+    with recorder.running("build"):
+        engine = Engine(model, mesh, config.parallel)
+        optimizer = make_optimizer(
+            config.optimizer, engine.trained, engine.rows, table_of(config), mesh.group(*WITHIN_STAGE)
+        )
+        recorder.mark([storage(part) for part in optimizer.state().values()], "moments")
+    with recorder.running("forward"):
+        tokens = torch.zeros(plan.micro_batch, plan.length + 1, dtype=torch.int64)
+        documents = torch.zeros(plan.micro_batch, plan.length, dtype=torch.int32) if config.data.mask_documents else None
+        batches = [Batch(tokens, documents, np.empty(0, np.int64))] * count
+        loss = engine.forward_backward(batches, count, plan.tokens)
+        recorder.phase = "update"
+        grads = engine.gradients()
+        recorder.mark(grads, "gradients")
+        torch._foreach_norm(grads, 2, torch.float64)
+        optimizer.step(grads, plan)
+        del loss, grads, batches, tokens
+        engine.zero()
+
+
+def _axes_of_groups(mesh: Mesh) -> dict[str, tuple[str, int]]:
+    """Return the axes that each process group lies along, and its size, by the group's name."""
+    found = {dist.group.WORLD.group_name: ("world", dist.get_world_size())}  # type: ignore[union-attr]
+    several = [SHARDS, EXPERT_SHARDS, ("cp", "tp"), WITHIN_STAGE]
+    for axes in [*several, *((axis,) for axis in AXES)]:
+        group = mesh.group(*axes)
+        found[group.group_name] = ("_".join(axes), group.size())
+    if mesh.ends:
+        found[mesh.ends.group_name] = ("ends", 2)
+    return found
+
+
+def _is_free(op: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+    """Return whether a call launches no kernel: a view, an allocation, a question about a tensor."""
+    if not outputs or op._schema.name.startswith(("prim::", "profiler::", "c10d", "_c10d")):
+        return True
+    if op._schema.name.startswith(("aten::empty", "aten::new_empty")) or op.name().startswith("aten::detach"):
+        return True
+    aliases = [returned.alias_info for returned in op._schema.returns]
+    return all(alias is not None and not alias.is_write for alias in aliases)
