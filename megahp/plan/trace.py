@@ -139,7 +139,9 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh, fake: FakeTensorMode | None) -> None:
         super().__init__()
-        self.fake, self.phase, self.axes = fake, "build", _axes_of_groups(mesh)
+        self.fake, self.axes = fake, _axes_of_groups(mesh)
+        self.phase: Phase = "build"
+        self.load = 0  # tokens of each expert in one microbatch
         self.kernels: Counter[Kernel] = Counter()
         self.collectives: Counter[Collective] = Counter()
         self.sizes: dict[int, int] = {}  # bytes of every storage that is alive, by a number of its own
@@ -160,10 +162,12 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # until DTensor has made of it what runs on this rank's part
+        name = op._schema.name.partition("::")[2]
+        if name == "_local_scalar_dense" and self.fake:
+            return self._value(args[0])
         out = op(*args, **(kwargs or {}))
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        name = op._schema.name.partition("::")[2]
         if name in COLLECTIVES:
             self._collective(name, args, [*inputs, *outputs])
         elif not _is_free(op, inputs, outputs):
@@ -193,6 +197,13 @@ class Recorder(TorchDispatchMode):
             number = self.numbers.get(tensor.untyped_storage()._cdata)
             if number is not None:
                 self.kinds[number] = kind
+
+    def _value(self, scalar: Tensor) -> int:
+        """Return what the step reads of a fake number, so that shapes are those of a real step: experts chosen equally
+        often, offsets of a part in its weight (which only slices by its size), pipeline stages that agree to run."""
+        if scalar.dtype is torch.int32:
+            return 1
+        return self.load if self.phase == "forward" else 0
 
     def _allocated(self, tensor: Tensor, kind: str) -> None:
         store = tensor.untyped_storage()
@@ -267,6 +278,9 @@ def _step(config: Config, mesh: Mesh, recorder: Recorder, fake: FakeTensorMode, 
             config.optimizer, engine.trained, engine.rows, table_of(config), mesh.group(*WITHIN_STAGE)
         )
         recorder.mark([storage(part) for part in optimizer.state().values()], "moments")
+    if config.model.experts:
+        chosen = plan.micro_batch * plan.length // (mesh.layout.cp * mesh.layout.tp) * config.model.experts_per_token
+        recorder.load = chosen // config.model.experts
     with recorder.running("forward"):
         tokens = torch.zeros(plan.micro_batch, plan.length + 1, dtype=torch.int64)
         documents = torch.zeros(plan.micro_batch, plan.length, dtype=torch.int32) if config.data.mask_documents else None
