@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make train`, `make test`. All of it stays inside this folder; no root needed.
+# For newcomers: `make train`, `make test`. Everything stays inside this folder; no root needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,8 @@ $(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/*)
 train: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/quickstart/train.sh $(RUN)
 
-# Tests that neither time anything nor share a port run beside the others, and yield to them. Both are run to their ends.
+# Tests that neither time anything nor share a port run in parallel with the others, at lower priority (nice). Both
+# groups run to their ends.
 BESIDE := $(addprefix tests/,config convert data evaluate fuzz model ops recipe report scaling)
 QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
 
@@ -33,13 +34,14 @@ lint: $(READY)
 test-slow: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
 
-# These two run under the system's own python and torch, without network: its CUDA build is the one to test.
+# These two run under the system's own python and torch, without network, to test its CUDA build.
 test-gpu:
 	@$(PYTHON) -m pytest -m gpu tests/gpu
 
 TRAINING := PYTHONPATH=. $(PYTHON) tools/benchmark_training.py --device cuda --dtype bfloat16 --vocabulary 32768 --turns 5
 
-# 1B beside the baseline; then 1B, 3B and 7B, which leave no room for another. Minutes: most is drawing the weights.
+# 1B with the baseline; then 1B, 3B and 7B, which leave no memory for the baseline. Takes minutes, mostly drawing
+# weights.
 bench-gpu:
 	@PYTHONPATH=. $(PYTHON) tools/benchmark_norm.py
 	@$(TRAINING) --shape 16x2048 --sequence 2048 --micro-batch 8 --profile

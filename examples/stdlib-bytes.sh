@@ -1,5 +1,5 @@
 #!/bin/sh
-# The studies' corpus, if it is not there: Python's own standard library as bytes, 11 MB.
+# Prepare the studies' corpus if it is missing: Python's own standard library as bytes, 11 MB.
 set -eu
 data=data/stdlib/bytes
 if [ ! -e "$data.idx" ]; then

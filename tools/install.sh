@@ -1,6 +1,8 @@
 #!/bin/sh
-# Make a virtual environment with megahp, its pinned dependencies and its compiled ops.   install.sh PYTHON VENV
-# A torch >= 2.11 that PYTHON has (a CUDA build, say) is kept and used from where it is; else the pinned one is taken.
+# Make a virtual environment with megahp, its pinned dependencies and its compiled ops.
+#     install.sh PYTHON VENV
+# If PYTHON has torch >= 2.11 (a CUDA build, say), the environment uses it in place; otherwise the pinned one is
+# installed.
 set -eu
 python=$1 venv=$2
 torch=torch==2.13.0
@@ -12,7 +14,7 @@ own_packages='import sysconfig; print(sysconfig.get_path("purelib"))'
 if [ ! -x "$venv/bin/python" ]; then
     "$python" -m venv "$venv" || {
         rm -rf "$venv"
-        echo "megahp: $python cannot make a virtual environment; install python3-venv, or name another with PYTHON=..." >&2
+        echo "megahp: $python cannot make a virtual environment; install python3-venv, or set PYTHON=..." >&2
         exit 2
     }
     if "$python" -c "$has_torch" 2>/dev/null; then

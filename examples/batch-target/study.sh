@@ -1,6 +1,6 @@
 #!/bin/sh
-# What does batch growth cost, and what does it save? Loss and steps against batch.target, four seeds each; hours on two
-# cores. After the quick start, which prepares the corpus:   sh examples/batch-target/study.sh   (results: docs/log.md)
+# Measure what batch growth costs and saves: loss and steps against batch.target, four seeds each; hours on two cores.
+# Run the quick start first, which prepares the corpus.   sh examples/batch-target/study.sh   (results: docs/log.md)
 set -eu
 train() {
     name=$1 seed=$2

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Does the best learning rate stay where it is while weights are removed? Standard parameterization, muP and SmuPar at
-# density 1, 1/4 and 1/16, three seeds: 162 runs, 49 minutes of CPU, 25 on two cores. After an interruption the same
-# command goes on.   sh examples/density-transfer/study.sh   (results: docs/transfer.md)
+# Measure whether the best learning rate stays the same while weights are removed. Standard parameterization, muP and
+# SmuPar at density 1, 1/4 and 1/16, three seeds: 162 runs, 49 minutes of CPU, 25 on two cores. After an interruption
+# the same command resumes.
+#     sh examples/density-transfer/study.sh   (results: docs/transfer.md)
 set -eu
 sh examples/stdlib-bytes.sh
 megahp transfer-sweep examples/density-transfer/run.toml \

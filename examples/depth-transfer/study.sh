@@ -1,6 +1,7 @@
 #!/bin/sh
-# Does the best learning rate of a model of 2 layers serve one of 16? SP, muP, CompleteP at alpha 1/2 and 1, three seeds:
-# 240 runs, about 50 minutes of CPU. Interrupted, it goes on.      sh examples/depth-transfer/study.sh [--jobs N] [...]
+# Measure whether the best learning rate of a model of 2 layers holds for one of 16. SP, muP, CompleteP at alpha 1/2 and
+# 1, three seeds: 240 runs, about 50 minutes of CPU. After an interruption the same command resumes.
+#     sh examples/depth-transfer/study.sh [--jobs N] [...]
 # Each parameterization has the five rates around its optima, found with one seed and every other rate.
 set -eu
 sh examples/stdlib-bytes.sh

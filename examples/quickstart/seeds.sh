@@ -1,10 +1,11 @@
 #!/bin/sh
-# What growth is worth in the quick start: five seeds of its run, and of the same run with a batch that stays at 16, two at
-# a time. 40 minutes on two cores; again, it resumes.   sh examples/quickstart/seeds.sh    (after `make train`)
+# Measure what batch growth saves in the quick start: five seeds of its run, and of the same run with a constant batch
+# of 16, two at a time. 40 minutes on two cores; run again, it resumes.
+#     sh examples/quickstart/seeds.sh   (after `make train`)
 set -eu
 export OMP_NUM_THREADS=1
 for seed in 1 2 3 4 5; do
-    for largest in 16 0; do # 0 = none. One rank with microbatches of 8 can run the batches that two with 4 can
+    for largest in 16 0; do # 0 = no limit. One rank with microbatches of 8 can run the same batches as two with 4
         megahp train examples/quickstart/run.toml --resume auto batch.micro_batch=8 "batch.largest=$largest" \
             "train.seed=$seed" "log.name=seeds-$largest-$seed" log.every=20 log.tensorboard=false log.baselines=false \
             checkpoint.keep=1 &

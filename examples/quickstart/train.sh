@@ -1,5 +1,6 @@
 #!/bin/sh
-# The quick start: text every machine has -> corpus -> tokenizer -> model -> sample and report.   train.sh RUN.toml
+# Run the quick start: text that every machine has -> corpus -> tokenizer -> model -> sample and report.
+#     train.sh RUN.toml
 set -eu
 run=$1
 data=data/quickstart

@@ -201,7 +201,7 @@ def table(soaked: Soak) -> str:
             cost = f"{back['step']} | {max(0, step - 1 - back['step'])} | {back['time'] - when:.1f}"
         rows.append(f"| {fault['kind']} | {fault['rank']} | {step} | {cost} |")
     head = (
-        "| fault | rank | step | went on from step | steps lost | seconds to train again |\n|---|---|---|---|---|---|"
+        "| fault | rank | step | resumed from step | steps lost | seconds to train again |\n|---|---|---|---|---|---|"
     )
     return "\n".join([head, *rows, f"\n24 faults and {len(starts) + 1} starts in {soaked.seconds:.0f} s."])
 

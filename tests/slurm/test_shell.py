@@ -66,7 +66,7 @@ def test_an_element_of_an_array_is_queued_again_alone(site: Path, monkeypatch: p
 def test_a_refused_requeue_is_no_success(site: Path, code: int) -> None:
     stub(site, "scontrol", "exit 1")
     done = bash(f"end {code} run.toml")
-    assert done.returncode == code and "Slurm has not queued job 12 again" in done.stderr
+    assert done.returncode == code and "Slurm did not requeue job 12" in done.stderr
 
 
 def test_of_bad_nodes_those_are_left_out_that_there_are(site: Path) -> None:
@@ -87,7 +87,7 @@ def test_an_environment_that_fails_stops_the_job_at_its_line(site: Path, line: s
     number = (site / "slurm/environment.sh").read_text().splitlines().index(line) + 1
     done = bash("echo went on")
     assert done.returncode == 2 and "went on" not in done.stdout
-    assert f"megahp: line {number} of " in done.stderr and f"failed: {line}; mend it" in done.stderr
+    assert f"megahp: line {number} of " in done.stderr and f"failed: {line}; fix it" in done.stderr
 
 
 def test_what_fails_inside_of_another_s_file_is_theirs(site: Path) -> None:
