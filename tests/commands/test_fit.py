@@ -75,7 +75,11 @@ LINE = '{"parameters": 1e8, "tokens": 2e9, "loss": 3.1}'
     ("lines", "words", "told"),
     [
         ([LINE], "", ["the runs suffice for no law", "there are 1"]),
-        ([LINE], "--loss", ["a loss law needs 6 different (N, D)"]),
+        (
+            [LINE],
+            "--loss",
+            ["a loss law L(N, D) needs 6 different (N, D)", "there are 1, one of 100M parameters, one of 2B tokens"],
+        ),
         ([LINE], "--timescale --tied-exponents", ["--tied-exponents", "--loss"]),
         ([LINE], "--draws 5", ["--draws 5", "20"]),
         ([LINE], "--seed -1", ["--seed -1"]),
