@@ -59,8 +59,10 @@ def parse(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     if not name:
         parser = Parser(prog="megahp", usage="megahp COMMAND ...", epilog=f"commands:\n{LISTING}")
         parser.parse_known_args(words)  # --help
-        near = suggest(words[0], COMMANDS) if words else "megahp --help lists them"
-        parser.error(f"{' '.join(words[:2])!r} is no command; {near}")
+        if not words:
+            parser.print_help(sys.stderr)
+            parser.exit(USER_ERROR)
+        parser.error(f"{' '.join(words[:2])!r} is no command; {suggest(words[0], COMMANDS)}")
     command = import_module(f"megahp.commands.{name.replace(' ', '_').replace('-', '_')}")
     given = words[len(name.split()) :]
     parser = Parser(prog=f"megahp {name}", description=command.__doc__, is_bare=not given)

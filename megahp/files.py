@@ -80,17 +80,23 @@ def refuse_links(folder: Path) -> None:
 
 
 def open_unlinked(path: Path, mode: str, buffering: int = -1) -> IO[Any]:
-    """Open a file of a run directory for writing, UTF-8 or bytes, but never through a symbolic link. Raises UserError,
-    and OSError."""
+    """Open a file of a run directory for writing, UTF-8 or bytes, but never through a symbolic link, and no pipe, for
+    whose reader it would wait. Raises UserError, and OSError."""
 
     def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a pipe that has a reader
+            os.close(descriptor)
+            raise OSError(errno.ENXIO, "")
+        return descriptor
 
     try:
         return open(path, mode, buffering, encoding=None if "b" in mode else "utf-8", opener=opener)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UserError(f"{path} is a symbolic link, which is not written through; remove it") from None
+        if error.errno == errno.ENXIO:
+            raise UserError(f"{path} is no regular file; remove it") from None
         raise
 
 

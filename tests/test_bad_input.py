@@ -23,6 +23,9 @@ def copy_corpus(folder: Path, name: str) -> None:
         (folder / f"{name}{suffix}").write_bytes((folder / f"corpus{suffix}").read_bytes())
 
 
+NEWEST = "runs/done/checkpoints/step-00000003"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good corpus, bad ones beside it, and a finished run of three steps."""
@@ -44,6 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "runs").mkdir()
     (folder / "runs" / "file").write_text("")
     runs.train(folder, "done", "train.steps=3")
+    (folder / "runs" / "empty").mkdir()
+    (folder / "runs" / "empty" / "config.toml").write_text("")
     return folder
 
 
@@ -171,6 +176,14 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("train run.toml optimizer.momentum=0.9", ["optimizer.momentum", "needs muon"]),
         ("sample runs/nowhere", ["runs/nowhere"]),
         ("report runs/nowhere", ["runs/nowhere"]),
+        ("checkpoint verify runs/nowhere", ["runs/nowhere is neither a checkpoint nor a run directory"]),
+        (f"checkpoint ls {NEWEST}", [f"{NEWEST} is a checkpoint; name its run directory, two folders above"]),
+        (f"checkpoint prune {NEWEST} --keep 1", [f"{NEWEST} is a checkpoint"]),
+        (f"sample {NEWEST} --save", [f"and {NEWEST} is none"]),
+        *(
+            (f"{command} runs/empty", ["runs/empty is a run that has no checkpoint yet"])
+            for command in ("sample", "checkpoint verify", "checkpoint ls", "checkpoint diff runs/done")
+        ),
         ("config nowhere.toml", ["nowhere.toml"]),
     ],
 )
@@ -187,6 +200,17 @@ def test_a_mistake_is_one_line(
     assert all(word in errors for word in told), errors
     assert output == ""
     assert contents(folder) == before
+
+
+def test_a_checkpoint_is_meant_by_its_own_name_its_folder_s_and_its_run_s(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    for place in (NEWEST, "runs/done/checkpoints", "runs/done"):
+        assert main(["checkpoint", "verify", place]) == 0
+        assert f"{NEWEST}: as it was written" in capfd.readouterr().out
+    assert main(["checkpoint", "ls", "runs/done/checkpoints"]) == 0
+    assert "step-00000003" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["state.json", "index.json", "manifest.json", "shard-00000.safetensors"])

@@ -92,7 +92,7 @@ def test_a_command_that_lacks_everything_explains_itself(command: str, capsys: p
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "megahp --help lists them"),
+        ([], "usage: megahp COMMAND"),
         (["trian", "run.toml"], "'trian run.toml' is no command; did you mean train"),
         (["benchmark"], "did you mean benchmark norm"),
         (["benchmark", "norn"], "did you mean benchmark norm"),
@@ -110,6 +110,13 @@ def test_what_is_no_command_or_option_is_refused(
     else:
         code, error, told = cli.main(words), capsys.readouterr().err, "'--rank' is neither an option nor a setting"
     assert code == 2 and told in error
+
+
+def test_megahp_alone_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and not said.out and "no command" not in said.err and "  preprocess  " in said.err
 
 
 # what a command may meet that nobody caught, and whether a user gave it

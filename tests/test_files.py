@@ -89,3 +89,14 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "run/.lock").read_bytes() == b"\xce\xb7"
     (tmp_path / "linked").symlink_to(tmp_path / "run")
     refuse_links(tmp_path / "linked")  # a run directory may be kept elsewhere
+
+
+def test_nobody_waits_for_the_reader_of_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for mode in ("w", "a", "wb"):
+        with pytest.raises(UserError, match="pipe is no regular file"):
+            open_unlinked(tmp_path / "pipe", mode)
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(UserError, match="pipe is no regular file"):
+        open_unlinked(tmp_path / "pipe", "w")
+    os.close(reader)

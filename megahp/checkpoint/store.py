@@ -241,15 +241,36 @@ def first_whole(newest_first: Sequence[P]) -> P | None:
 
 
 def find(location: P) -> P:
-    """A checkpoint that was named itself, or by its run directory: then the newest. Raises UserError."""
+    """A checkpoint that was named itself, or by its run directory or the folder `checkpoints` of that: then the newest.
+    Raises UserError."""
+    if is_checkpoint(location):
+        return location
+    found = latest(folder_of(location))
+    if found is None:
+        raise UserError(f"{location} {none_in(location)}")
+    return found
+
+
+def is_checkpoint(location: Location) -> bool:
+    """Whether this is a checkpoint, damaged or not, rather than what holds some. Raises UserError."""
     if isinstance(location, Path):
         refuse_links(location)
     with reading(location / MANIFEST):
-        is_checkpoint = (location / MANIFEST).exists()
-    found = location if is_checkpoint else latest(location / "checkpoints")
-    if found is None:
-        raise UserError(f"{location} is neither a checkpoint nor a run directory that has one; name one that is")
-    return found
+        if isinstance(location, Path) and NAME.fullmatch(location.name) and location.is_dir():
+            return True  # its manifest may be what is missing
+        return (location / MANIFEST).exists()
+
+
+def folder_of(location: P) -> P:
+    """The folder of checkpoints of a run directory; that folder itself may be named too."""
+    return location if location.name == "checkpoints" and complete(location) else location / "checkpoints"
+
+
+def none_in(location: Location) -> str:
+    """Why there is no checkpoint in a place that was named, and what to name."""
+    if isinstance(location, Path) and any((location / name).exists() for name in ("config.toml", "events.jsonl")):
+        return "is a run that has no checkpoint yet; wait for its first, set checkpoint.every, or name another run"
+    return "is neither a checkpoint nor a run directory that has one; name one that is, such as runs/mine"
 
 
 def read_state(checkpoint: Location) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import megahp
 from megahp.config import Config
 from megahp.errors import UserError, masked
+from megahp.files import read_text
 
 BAD_NODES = Path("bad-nodes.txt")
 OWNER = "megahp "  # begins the comment of a job of ours; the run directory follows
@@ -76,10 +77,7 @@ class Job:
 
     def _options(self, config: Config) -> dict[str, str]:
         """Name without dashes -> value, empty for an option that takes none. Raises UserError."""
-        try:
-            bad_nodes = self.exclude.read_text().split() if self.exclude.exists() else []
-        except OSError as error:
-            raise UserError(f"--exclude {self.exclude} cannot be read ({error.strerror}); name a file") from None
+        bad_nodes = read_text(self.exclude, "--exclude", "name a file").split() if self.exclude.exists() else []
         given = {
             "job-name": re.sub(r"[^\w.+-]", "-", config.log.name),
             "comment": f"{OWNER}{config.directory.resolve()}",

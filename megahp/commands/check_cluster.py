@@ -65,7 +65,7 @@ from megahp.cluster.outliers import TOGETHER, Found, Problem, best_pairs, exclud
 from megahp.commands.arguments import positive, starts_ranks
 from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.errors import Fault, UserError
-from megahp.files import open_unlinked
+from megahp.files import open_unlinked, read_text
 
 CLOCK = struct.Struct("d")
 EXCHANGES = 10  # of clocks, on one connection
@@ -154,6 +154,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     place = launch.world()
     if place.rank == 0:  # which writes; of other nodes something else may be wrong
         refuse_unwritable(arguments.json, arguments.exclude_file)
+        bad_nodes(arguments.exclude_file)
     if starts_ranks(arguments.ranks, place.size):
         return launch.spawn(words, arguments.ranks)
     board = Board(launch.meet(place, timedelta(seconds=patience), all_of_them=False), place, patience)
@@ -397,6 +398,11 @@ def show(found: Found, problems: Sequence[Problem]) -> None:
     print(f"{len(nodes)} nodes, {len(found['ranks'])} ranks: {said}")
 
 
+def bad_nodes(file: Path | None) -> list[str]:
+    """The nodes that a list, if it is there already, leaves out. Raises UserError."""
+    return read_text(file, "--exclude-file", "name another").split() if file and file.exists() else []
+
+
 def write(arguments: argparse.Namespace, words: Sequence[str], found: Found, problems: Sequence[Problem]) -> None:
     """The JSON, and the list of nodes to be left out."""
     write_json(arguments.json, {**about(words), "found": found, "problems": [vars(problem) for problem in problems]})
@@ -404,7 +410,7 @@ def write(arguments: argparse.Namespace, words: Sequence[str], found: Found, pro
         with open_unlinked(file.with_name(f".{file.name}.lock"), "w") as lock:
             with suppress(OSError):  # file systems without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            before = file.read_text().split() if file.exists() else []
+            before = bad_nodes(file)
             fresh = file.with_name(f".{file.name}.{os.getpid()}")
             with open_unlinked(fresh, "w") as lines:
                 lines.writelines(f"{node}\n" for node in excluded(before, found, problems))

@@ -46,11 +46,15 @@ def _list_checkpoints(options: Namespace) -> int:
 
 
 def _verify_checkpoints(options: Namespace) -> int:
-    from megahp.checkpoint import complete, problems
+    from megahp.checkpoint import complete, folder_of, is_checkpoint, none_in, problems
 
-    found = 0
+    found, all_of = 0, {}
     for named in options.checkpoints:
-        for checkpoint in complete(named / "checkpoints") or [named]:
+        all_of[named] = [named] if is_checkpoint(named) else complete(folder_of(named))
+        if not all_of[named]:
+            raise UserError(f"{named} {none_in(named)}")
+    for checkpoints in all_of.values():
+        for checkpoint in checkpoints:
             wrong = problems(checkpoint)
             found += len(wrong)
             print("\n".join(f"{checkpoint}: {problem}" for problem in wrong) or f"{checkpoint}: as it was written")
@@ -85,11 +89,13 @@ def _prune_checkpoints(options: Namespace) -> int:
 
 
 def _checkpoints_of(run: "Location") -> "Location":
-    from megahp.checkpoint import complete
+    from megahp.checkpoint import complete, folder_of, is_checkpoint, none_in
 
-    if not complete(run / "checkpoints"):
-        raise UserError(f"{run} is no run directory with checkpoints; name one, such as runs/quickstart")
-    return run / "checkpoints"
+    if is_checkpoint(run):
+        raise UserError(f"{run} is a checkpoint; name its run directory, two folders above")
+    if not complete(folder := folder_of(run)):
+        raise UserError(f"{run} {none_in(run)}")
+    return folder
 
 
 def _place(name: str) -> "Location":

@@ -12,7 +12,8 @@ One tensor after another is read, converted and written: memory holds a few of t
 
 At the end both models compute logits of some real text on this machine's CPU, Hugging Face's through transformers where
 it is installed, and their largest difference is printed. Exit code 1 means that it is above 1e-5 of the largest logit,
-or that the tokenizers differ; 2 a mistake in what was given.
+that the tokenizers differ, or that nothing could be compared, and DST is there all the same; 2 a mistake in what was
+given, and no DST.
 """
 
 import argparse
@@ -77,7 +78,13 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     except Damaged as error:
         raise UserError(f"the checkpoint is damaged ({error}); convert another one") from None
     print(f"{arguments.target}: written, in files of up to {arguments.file_size:g} GB")
-    return 0 if arguments.no_check else compare(arguments, tokenizer)
+    if arguments.no_check:
+        return 0
+    try:
+        return compare(arguments, tokenizer)
+    except (UserError, Damaged) as error:  # not 2, after which nothing would be there
+        complain(f"{arguments.target} is there, and not checked: {error}")
+        return 1
 
 
 def send(arguments: argparse.Namespace, partial: Path) -> Tokenizer:

@@ -33,7 +33,10 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     from megahp.recipe.law_file import Laws, write
 
     runs, notes = fit_runs.read_runs(options.runs)
-    fits, refused = fit_runs.fit_laws(runs, options.laws, options.tied_exponents, options.draws, options.seed)
+    try:
+        fits, refused = fit_runs.fit_laws(runs, options.laws, options.tied_exponents, options.draws, options.seed)
+    except UserError as error:
+        raise UserError("\n".join([str(error), *notes])) from None  # which runs were left out, and why
     try:
         write(options.out, Laws(**{name: fitted.law for name, fitted in fits.items()}))
         if options.plot:

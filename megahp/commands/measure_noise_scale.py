@@ -275,7 +275,7 @@ def number(value: float) -> str:
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw the noise scales along the run, and the total's against the norm layers'. Raises UserError."""
-    from megahp.report.figures import PALETTE, plot_in
+    from megahp.report.figures import PALETTE, logarithmic, plot_in
 
     kinds = list(rows[0]["kinds"])
     colours = [*(PALETTE[f"run{n}"] for n in range(len(kinds) - 1)), PALETTE["ink"]]
@@ -284,7 +284,8 @@ def plot(file: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Ma
         for name, colour in zip(kinds, colours, strict=True):
             scales = [row["kinds"][name]["noise_scale"] for row in rows]
             along.plot([row["tokens"] for row in rows], scales, "o-", ms=3, color=colour, label=name)
-        along.set(yscale="log", xlabel="tokens", ylabel="noise scale, sequences")
+        logarithmic(along, 10)
+        along.set(xlabel="tokens", ylabel="noise scale, sequences")
         along.legend(frameon=False)
         norms, total = [row["smoothed"] for row in rows], [row["kinds"]["total"]["noise_scale"] for row in rows]
         against.plot(norms, total, "o", ms=4, color=PALETTE["ink"])

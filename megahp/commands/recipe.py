@@ -1,5 +1,7 @@
 """From a size, a budget or a loss to a run file, with every source."""
 
+import bisect
+import contextlib
 import json
 import sys
 from argparse import ArgumentParser, Namespace
@@ -13,11 +15,12 @@ from megahp.config import config_to_toml, get_setting, resolve
 from megahp.config.presets import PRESETS
 from megahp.data.tokenizer import load_tokenizer
 from megahp.errors import UserError
+from megahp.log.progress import human_count
 from megahp.recipe import law_file, loss_laws, pareto
 from megahp.recipe import rows as recipe_rows
 from megahp.recipe import text as recipe_text
 from megahp.recipe.recipe import PROXY, RULES, Base, Laws, Recipe, plan
-from megahp.recipe.sizing import Given
+from megahp.recipe.sizing import TPP, Given
 
 MARKED = (10, 20, 30, 50, 80, 130, 200, 320, 500, 1000)  # tokens per parameter in the Pareto plot
 # Dense bfloat16 peaks, FLOP/s.
@@ -39,7 +42,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     for name, meaning in numbers.items():
         parser.add_argument(f"--{name}", type=human_number, metavar="X", help=meaning)
     model = "of the model"
-    whole = {"batch": "sequences of every batch", "width": model, "layers": model, "gpus": "of the cluster"}
+    whole = {
+        "batch": "sequences of every batch",
+        "width": model,
+        "layers": model,
+        "gpus": "of the cluster, or ranks on CPUs",
+    }
     for name, meaning in whole.items():
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
     parser.add_argument("--gpu", metavar="NAME", help="kind of GPU, for its peak")
@@ -56,17 +64,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--pareto", type=Path, metavar="FILE.png", help="plot time against compute at --target-loss")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--out", type=Path, metavar="RUN.toml", help="write the run file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --out")
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     laws = laws_of(options.law, options.loss_law)
     if options.pareto and not options.target_loss:
         raise UserError(f"--pareto {options.pareto} is drawn at one loss; give --target-loss")
-    if options.out and options.out.exists():
-        raise UserError(f"--out {options.out} exists; choose another name, or remove it")
+    if options.out and options.out.exists() and not options.overwrite:
+        raise UserError(f"--out {options.out} exists; choose another name, or add --overwrite")
     found = plan(given_of(options), base_of(options), laws, options.out.stem if options.out else "")
     rows, notes, choices = recipe_rows.rows(found), recipe_rows.notes(found), recipe_rows.choices(found)
-    notes += advice_on(found)
+    notes += [*advice_on(found), *advice_on_machine(found)]
     if options.out:
         try:
             options.out.write_text(config_to_toml(found.run, found.resolved.origins), encoding="utf-8")
@@ -98,6 +107,29 @@ def advice_on(found: Recipe) -> list[str]:
     except UserError as error:  # training would refuse it; the settings may yet change
         return [str(error)]
     return list(advice(run, data, found.given.gpus or 1, "cpu" if run.train.device == "cpu" else "cuda"))
+
+
+def advice_on_machine(found: Recipe) -> list[str]:
+    """What this machine, where the plan is for no cluster and it has no GPU, can hardly train; and what it can."""
+    from megahp.parallel.device import cuda_wanted
+    from megahp.parallel.layout import fit
+    from megahp.train.advice import beyond_cpus
+
+    def beyond(plan: Recipe) -> str:
+        return beyond_cpus(plan.run, fit(plan.run.parallel, plan.ranks), plan.ranks)
+
+    def is_beyond(params: float) -> bool:
+        with contextlib.suppress(UserError):  # no shape is so small, or no batch fits so few tokens
+            return bool(beyond(plan(Given(params=params, tpp=found.given.tpp), found.base, found.laws)))
+        return False
+
+    if found.given.gpus or cuda_wanted(found.run) or not (why := beyond(found)):
+        return []
+    sizes = [float(f"{digit}e{power}") for power in range(5, 10) for digit in (1, 2, 3, 5)]
+    largest = sizes[max(0, bisect.bisect_left(sizes, True, key=is_beyond) - 1)]
+    tokens = f"--tpp {found.given.tpp or TPP:g}"
+    smaller = f"--params {human_count(largest)} {tokens} is about the largest that trains within a day"
+    return [f"{why}; {smaller}, and for a cluster give --gpus"]
 
 
 def draw_pareto(file: Path, target: float, laws: Laws) -> None:
@@ -155,7 +187,7 @@ def base_of(options: Namespace) -> Base:
                 tree.setdefault(section, {})[name] = get_setting(found.config, key)
         tree["model"] |= {"width": found.config.model.width, "heads": found.config.model.heads}
         tree["optimizer"] = {"lr": found.config.optimizer.lr} | tree.get("optimizer", {})
-        base = Base(options.base.name, tree, f"your run {options.base}", "yours")
+        base = Base(options.base.name, tree, f"your run {options.base}", "yours", tokens=found.config.train.tokens)
     known = PRESETS[options.preset] if options.preset else base.tree["model"]
     words = options.vocab_size
     if options.tokenizer or not (words or known.get("vocab_size")):

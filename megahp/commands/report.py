@@ -9,9 +9,12 @@ from megahp.report.page import read_runs, write_report
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
-    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first RUN)")
+    parser.add_argument(
+        "--out", type=Path, help="file to write (default: report.html in the first RUN that can be read)"
+    )
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    print(f"report: {write_report(read_runs(options.runs), options.out or options.runs[0] / 'report.html')}")
+    runs = read_runs(options.runs)
+    print(f"report: {write_report(runs, options.out or runs[0].directory / 'report.html')}")
     return 0

@@ -1,15 +1,16 @@
-"""Generate text from a run's newest checkpoint."""
+"""Generate text from a run's newest checkpoint, or from the one that is named."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from megahp.errors import UserError
 from megahp.files import open_unlinked
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run directory")
+    add("run", type=Path, metavar="RUN", help="run directory, or a checkpoint of it")
     add("--prompt", default="", help="text to go on from")
     add("--tokens", type=int, default=200, help="tokens to generate (default 200)")
     add("--temperature", type=float, default=0.8, help="0 = the likeliest token (default 0.8)")
@@ -19,8 +20,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
+    from megahp.checkpoint import is_checkpoint
     from megahp.evaluate.sample import generate
 
+    if options.save and (is_checkpoint(options.run) or options.run.name == "checkpoints"):
+        raise UserError(
+            f"--save keeps the text in a run directory, and {options.run} is none; name it, or leave it out"
+        )
     text = generate(options.run, options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
     print(text)
     if options.save:

@@ -7,6 +7,7 @@ import itertools
 import shutil
 import time
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def details(run: Path, queued: Sequence[Queued]) -> list[str]:
         for event in reversed(list(itertools.islice(newest_events(run), SHOWN))):
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
             lines.append(f"{when}  step {event['step']:,} {event['event']}: {event['reason']}")
+    if not (run / "events.jsonl").exists() and (below := [standing(each) for each in runs_below(run) if each != run]):
+        states = Counter(each.state for each in below)  # of a sweep's runs, say
+        lines.append(f"{len(below)} runs in it: {', '.join(f'{count} {state}' for state, count in states.items())}")
     if found.log:
         lines.append(f"log: {found.log}")
     return list(map(printable, lines))

@@ -43,7 +43,7 @@ import torch
 import torch.distributed as dist
 
 from megahp import launch
-from megahp.cluster.job import folder
+from megahp.cluster.job import OWNER, folder, jobs
 from megahp.commands.arguments import add_outputs, labelled, name_of, plain, positive, whole_numbers
 from megahp.commands.output import write_json
 from megahp.config import Config, LogConfig, resolve, setting_names
@@ -168,6 +168,8 @@ def so_far(cells: Sequence[Cell], last: float | None) -> list[str]:
         for value, seeds in values.items():
             losses = [loss_of(cell.directory, last) for cell in seeds if is_over(cell.directory)]
             mean = f"{np.mean(losses):.4f} " if losses else ""
+            if lost := sum(map(math.isinf, losses)):
+                mean = f"{lost} diverged "
             parts.append(f"{value:g}: {mean}({len(losses)}/{len(seeds)})")
         lines.append(f"{name}   {'   '.join(parts)}")
     return lines
@@ -186,6 +188,8 @@ def read_cells(arguments: argparse.Namespace) -> list[Cell]:
     if len(set(map(plain, variants))) < len(arguments.variants):
         mistakes.append("--variants: two have the same label; give each its own")
     words = [*arguments.overrides, *itertools.chain(*variants.values())]
+    if len(values) < 2:
+        mistakes.append(f"--grid {arguments.grid} has one value, and nothing to compare it with; give three or more")
     for name in {key, *columns, *map(name_of, words)} & set(OWN):
         mistakes.append(f"{name} is the sweep's own to set; leave it out (--seeds and --out set seeds and folder)")
     for name in {*columns} & {key, *map(name_of, words)} | {key} & set(map(name_of, arguments.overrides)):
@@ -277,16 +281,20 @@ def start_workers(command: Sequence[str], jobs: int) -> int:
 
 
 def submit(words: Sequence[str], arguments: argparse.Namespace) -> int:
-    """A job array of as many workers, by slurm/sweep.sbatch. Returns sbatch's exit code."""
+    """A job array of as many workers, by slurm/sweep.sbatch, in whose comment jobs() finds the sweep. Returns sbatch's
+    exit code. Raises UserError while the sweep has one."""
     log, script = arguments.out / "worker-%a.log", folder() / "sweep.sbatch"
-    options = [f"--array=1-{arguments.slurm}", f"--output={log}", *shlex.split(arguments.sbatch)]
+    options = [f"--array=1-{arguments.slurm}", f"--output={log}", f"--comment={OWNER}{arguments.out.resolve()}"]
+    options += shlex.split(arguments.sbatch)
     command = ["sbatch", *options, str(script), *words]
     if arguments.dry_run:
         print(shlex.join(command))
         return 0
+    if queued := jobs().get(str(arguments.out.resolve())):
+        raise UserError(f"{arguments.out} has {queued[0]}; wait for its end, or scancel it; --show shows what there is")
     arguments.out.mkdir(parents=True, exist_ok=True)
     code = subprocess.call(command, env=os.environ | {"MEGAHP_SLURM": str(script.parent)})
-    print("the same command with --show shows what there is, and trains nothing")
+    print(f"megahp status {arguments.out}; the same command with --show shows what there is, and trains nothing")
     return code
 
 
@@ -366,8 +374,11 @@ def families_of(cells: Sequence[Cell], last: float | None) -> dict[str, dict[flo
         losses = np.empty((len(values), len(seeds)))
         for cell in group:
             losses[values.index(cell.value), seeds.index(cell.seed)] = loss_of(cell.directory, last)
-        if np.isinf(losses).all(0).any():
-            raise UserError(f"{variant}, size {size:g}: every run of a seed diverged; lower --grid")
+        if lost := [seed for column, seed in enumerate(seeds) if np.isinf(losses[:, column]).all()]:
+            every = (
+                f"all {len(values)} runs of seed {lost[0]} diverged ({np.isinf(losses).sum()} of {losses.size} in all)"
+            )
+            raise UserError(f"{variant}, size {size:g}: {every}; give --grid values below {values[0]:g}")
         families.setdefault(variant, {})[size] = Curve(values, losses)
     return families
 

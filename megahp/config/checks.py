@@ -382,6 +382,15 @@ def _checkpoints(config: Config) -> Iterator[str]:
         )
 
 
+def _hang(config: Config) -> Iterator[str]:
+    """What is too short to tell a hang from a step."""
+    if 0 < config.resilience.hang_after < 1:
+        yield (
+            f"resilience.hang_after = {config.resilience.hang_after:g} would take usual steps for hangs; make it at "
+            "least 1, or 0 for never"
+        )
+
+
 def _no_path(path: str) -> str:
     """Return what is wrong with the name of a file or folder of this machine, which scripts and other programs are
     given too; "" if nothing is."""
@@ -432,5 +441,6 @@ CHECKS = (
     _weights,
     _schedule,
     _checkpoints,
+    _hang,
     _run,
 )

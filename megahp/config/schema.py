@@ -426,7 +426,10 @@ class ResilienceConfig:
         at_least=0,
     )
     hang_after: float = setting(
-        600.0, "seconds without a step after which ranks hang, and the job is ended; 0 = never", at_least=0
+        600.0,
+        "seconds without a step after which ranks hang, and the job is ended; 0 = never, else at least 1",
+        at_least=0,
+        at_most=1e9,  # clocks count nanoseconds in 63 bits
     )
     save_again: float = setting(
         60.0, "seconds for which the save at the end is tried again while it fails; then exit code 75", at_least=0

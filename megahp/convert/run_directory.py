@@ -14,6 +14,7 @@ from megahp import checkpoint
 from megahp.config import Config, ParallelConfig, config_to_toml, fixed_when, resolve, setting_names, with_values
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
+from megahp.files import LARGEST, refuse_irregular
 from megahp.model.build import skeleton
 from megahp.parallel.mesh import single_rank_mesh
 from megahp.parallel.parameters import saved
@@ -89,6 +90,8 @@ def refuse_files(arguments: argparse.Namespace) -> None:
         raise UserError(f"--file-size {arguments.file_size:g} must be above 0; 1 is usual")
     if arguments.text and not (arguments.text.is_file() and arguments.text.stat().st_size):
         raise UserError(f"--text {arguments.text} is no file that holds text; name another")
+    if arguments.text:
+        refuse_irregular(arguments.text, "--text", "name another", LARGEST)
 
 
 def limit(arguments: argparse.Namespace) -> int:

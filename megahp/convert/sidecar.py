@@ -17,7 +17,7 @@ from megahp.checkpoint.shards import ByName, in_files
 from megahp.config import Config, config_to_dict, resolve
 from megahp.convert.huggingface import Tensors, with_multipliers, without_multipliers
 from megahp.errors import UserError
-from megahp.files import is_plain, read_json
+from megahp.files import is_plain, read_json, refuse_irregular
 from megahp.model.build import longest
 from megahp.scaling.parameterization import table_of
 
@@ -143,10 +143,12 @@ def _remedy(folder: Path) -> str:
 
 
 def _opened(path: Path) -> Any:
+    remedy = "a model's folder has it, or an index of several"
     try:
+        refuse_irregular(path, "file", remedy)
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); a model's folder has it, or an index of several") from None
+        raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

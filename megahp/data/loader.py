@@ -87,9 +87,13 @@ class TrainingData:
             if phases[-1].weights[k] and dataset.document_tokens[validation].sum() > validation_length
         }
         if validation_fraction > 0 and not held_out:
+            tokens = max(int(each.document_tokens[ids].sum()) for each, (_, ids) in zip(datasets, splits, strict=True))
+            enough = 1.1 * validation_fraction * (validation_length + 1) / max(tokens, 1)
+            raised = f"raise it to about {enough:.2g}" if enough < 0.3 else "add data"
             raise UserError(
-                f"validation_fraction {validation_fraction} leaves no source {validation_length + 1} tokens of "
-                "validation documents: raise it, split the data into more documents, or set it to 0"
+                f"data.validation_fraction = {validation_fraction:g} holds out {tokens:,} tokens of a source at most, "
+                f"and one sequence is {validation_length + 1:,}: {raised}, lower data.sequence_length, split the data "
+                "into more documents, or set the fraction to 0, and train.validation_samples too"
             )
         self._validation = list(held_out.values())
         self._validation_blend = Blend([phases[-1].weights[k] for k in held_out]) if held_out else None

@@ -16,6 +16,7 @@ import numpy as np
 
 from megahp.data.indexed import IndexedDataset
 from megahp.errors import UserError
+from megahp.files import refuse_irregular
 
 # All draws are RandomState's: numpy promises that its stream never changes, which default_rng's may.
 SPLIT_SEED = 20_250_101
@@ -137,8 +138,9 @@ class SampleOrder:
 def _read_order(path: Path, size: int) -> np.ndarray | None:
     """The `size` int64 numbers stored at `path`, memory-mapped; None when it is missing or damaged."""
     try:
+        refuse_irregular(path, "order")
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (UserError, OSError, ValueError, EOFError):
         return None
     if stored.dtype != np.int64 or stored.shape != (size + 1,) or stored[-1] != _checksum(stored[:-1]):
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megahp.errors import UserError
+from megahp.files import LARGEST, refuse_irregular
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -51,8 +52,10 @@ def load_tokenizer(path: str) -> Tokenizer:
     kind = kinds.get(Path(path).suffix)
     if kind is None:
         raise UserError(f"tokenizer {path!r} is none of the known kinds: use 'bytes', a *.model or a *.json file")
-    if not Path(path).is_file():
-        raise UserError(f"tokenizer {path!r} does not exist: check the path, or train one with `megahp preprocess`")
+    remedy = "check the path, or train one with `megahp preprocess`"
+    if not Path(path).exists():
+        raise UserError(f"tokenizer {path!r} does not exist: {remedy}")
+    refuse_irregular(Path(path), "tokenizer", remedy, LARGEST)  # which the libraries would read whole
     return kind(path)
 
 

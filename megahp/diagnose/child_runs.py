@@ -9,6 +9,7 @@ from typing import IO
 
 from megahp.config import Config, config_differences, config_to_toml
 from megahp.errors import UserError
+from megahp.files import open_unlinked
 from megahp.launch import die_with_parent
 from megahp.log.metrics import newest_events
 from megahp.train.recovery import MOST_SKIPPED
@@ -36,7 +37,8 @@ def write_run_file(config: Config) -> Path:
     """These settings as a run file, beside their run directory."""
     file = Path(f"{config.directory}.toml")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(config_to_toml(config), encoding="utf-8")
+    with open_unlinked(file, "w") as out:
+        out.write(config_to_toml(config))
     return file
 
 

@@ -30,10 +30,18 @@ def show(families: Mapping[str, Family], drifts: Mapping[str, Drift]) -> None:
                 "loss": np.mean(least),
                 "scatter": np.std(least, ddof=1) if len(least) > 1 else math.nan,
             }
-            print(LINE.format(variant=variant, size=size, **numbers, edge="  at the grid's edge" * curve.at_edge))
+            wider = " and ".join(f"{value:.3g}" for value in curve.beyond)
+            remarks = [f"at the grid's edge: extend it to {wider}"] if wider else []
+            if len(curve.values) == 1:
+                remarks.append("one value, with nothing to compare")
+            if curve.diverged:
+                remarks.append(f"{curve.diverged} of {curve.losses.size} runs diverged")
+            told = f"  {'; '.join(remarks)}".rstrip()
+            print(LINE.format(variant=variant, size=size, **numbers, edge=told))
     for variant, drift in drifts.items():
-        at_edge = any(curve.at_edge for curve in families[variant].values())
-        beyond = "; an optimum is at the grid's edge, so it may be more: widen the grid" if at_edge else ""
+        more = sorted({float(f"{value:.3g}") for curve in families[variant].values() for value in curve.beyond})
+        add = ", ".join(f"{value:g}" for value in more)
+        beyond = f"; an optimum is at the grid's edge, so it may be more: add {add} to --grid" if more else ""
         slope = f"{drift.slope.value:+.2f} octaves {interval(drift.slope)} by its slope"
         spread = f"{drift.spread.value:.2f} {interval(drift.spread)} from least to largest"
         print(f"{variant}: the optimum drifts {slope}, {spread}{beyond}")

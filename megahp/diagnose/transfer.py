@@ -61,6 +61,20 @@ class Curve:
         """Whether any seed's optimum is."""
         return any(each.at_edge for each in self.optima)
 
+    @property
+    def beyond(self) -> list[float]:
+        """The next value of the grid, by its own step, at each end where a seed's optimum is."""
+        if len(self.values) < 2:
+            return []
+        ends = (self.values[0], self.values[1]), (self.values[-1], self.values[-2])
+        best = {each.value for each in self.optima if each.at_edge}
+        return [end**2 / inner for end, inner in ends if end in best]
+
+    @property
+    def diverged(self) -> int:
+        """How many runs did."""
+        return int((~np.isfinite(self.losses)).sum())
+
 
 def optimum(values: Sequence[float], losses: Sequence[float]) -> Optimum:
     """The least point of the parabola in log2 value through the best point of the grid and its two neighbours.

@@ -73,11 +73,31 @@ def meet(place: World, patience: timedelta = PATIENCE, all_of_them: bool = True)
     held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, or --ranks
     named = os.environ.get("MASTER_ADDR")
     host = LOOPBACK if all_here(place) and not held else named or _first_host(os.environ)
+    refuse_unknown(host, "MASTER_ADDR" if named else "the first host of the job")
     secret = shared_secret(all_here(place))
     store = _store(place, host, _port(os.environ), patience, place.rank == 0 and not held, secret)
     if all_of_them:
         _await_all(store, place, patience)
     return store
+
+
+def refuse_unknown(host: str, whose: str) -> None:
+    """Raise UserError for a name that this machine cannot resolve, which torch would ask for until its patience ends.
+    In a job of Slurm's, where it names a node, it may pass."""
+    try:
+        try:
+            socket.getaddrinfo(host, None)
+        except socket.gaierror:
+            time.sleep(1)  # a name server that is busy, as it is where a thousand ranks begin
+            socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, such as a label of 64 letters
+        why = error.strerror if isinstance(error, OSError) else error
+        wrong = UserError(
+            f"{whose} = {host!r}, where rank 0 is, cannot be resolved on {socket.gethostname()} ({why}); set "
+            "MASTER_ADDR to an address of that machine, or add the name to /etc/hosts"
+        )
+        wrong.may_pass = "SLURM_JOB_ID" in os.environ
+        raise wrong from None
 
 
 def _await_all(store: Store, place: World, patience: timedelta) -> None:

@@ -165,6 +165,7 @@ class LoggedRun:
     baselines: Record
     config: str
     sample: str
+    directory: Path
 
     def column(self, key: str) -> np.ndarray:
         """One number of every step, [steps]; NaN where it is null or missing."""
@@ -185,8 +186,8 @@ def read_run(directory: Path) -> LoggedRun:
     there = [place for place in places if place.exists()]
     for place in there:
         refuse_irregular(place, "file", "remove it", LARGEST)
-    texts = (place.read_text(encoding="utf-8", errors="replace") if place in there else "" for place in places)
-    run = LoggedRun(directory.resolve().name, columns, layers, events, counted, *texts)
+    config, sample = (place.read_text(encoding="utf-8", errors="replace") if place in there else "" for place in places)
+    run = LoggedRun(directory.resolve().name, columns, layers, events, counted, config, sample, directory)
     # versions before the total was logged wrote the norm layers' alone
     total, derived = run.column("noise_scale_total"), run.column("noise_scale") * _noise_to_total(run.config)
     columns["noise_scale_total"] = np.where(np.isnan(total), derived, total)

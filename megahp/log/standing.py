@@ -55,7 +55,7 @@ def runs_below(folder: Path) -> Iterator[Path]:
 def standing(run: Path, jobs: Sequence[Queued] = ()) -> Standing:
     """How a run stands; what of its files cannot be read is said in its place."""
     jobs = sorted(jobs, key=lambda job: job.state == "pending")  # the one that runs before one that waits for it
-    state = "queued" if jobs else "not begun"
+    state = _job_state(jobs) if jobs else "not begun"
     job, log = ", ".join(job.id for job in jobs), _newest_log(run)
     steps, event = list[Record](), None
     try:
@@ -91,10 +91,14 @@ def _state(run: Path, event: Record, jobs: Sequence[Queued]) -> str:
     if event["event"] == "finished":
         return "finished"
     if jobs:
-        return "queued" if jobs[0].state == "pending" else jobs[0].state
+        return _job_state(jobs)
     if event["event"] in ENDS:
         return str(event["event"])
     return "running" if _is_alive(run) else "interrupted"
+
+
+def _job_state(jobs: Sequence[Queued]) -> str:
+    return "queued" if jobs[0].state == "pending" else jobs[0].state
 
 
 def _is_alive(run: Path) -> bool:

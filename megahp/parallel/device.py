@@ -1,4 +1,6 @@
-"""The device that a rank computes on."""
+"""The device that a rank computes on, and what the machine has for it."""
+
+import os
 
 import torch
 
@@ -10,6 +12,16 @@ from megahp.launch import World, has_own_device
 def cuda_wanted(config: Config) -> bool:
     """Whether this run computes on CUDA devices."""
     return config.train.device == "cuda" or (config.train.device == "auto" and torch.cuda.is_available())
+
+
+def memory_here() -> int:
+    """Return the bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cores_here() -> int:
+    """Return the cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_devices(config: Config, ranks_here: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megahp.errors import UserError
+from megahp.log.progress import human_count
 from megahp.scaling.laws import LossLaw, PowerLaw
 from megahp.scaling.power_laws import timescale
 
@@ -78,9 +79,16 @@ def fit_loss(runs: Sequence[Trained], tied: bool = False, draws: int = DRAWS, se
     ratios = len(np.unique(np.log(points[:, 1] / points[:, 0]).round(2)))
     least = 5 - tied  # as many constants: fewer different runs fit no resample
     if len(points) <= least or sizes < 3 or counts < 3 or ratios < 2:
+        missing = [
+            *([f"{3 - sizes} more sizes, by model.width or model.layers"] if sizes < 3 else []),
+            *([f"{3 - counts} more horizons, by train.tokens"] if counts < 3 else []),
+            *([f"{least + 1 - len(points)} more pairs of both"] if len(points) <= least else []),
+            *(["runs at another number of tokens per parameter"] if ratios < 2 else []),
+        ]
+        there = f"{_listed(points[:, 0], 'parameters')}, {_listed(points[:, 1], 'tokens')}"
         raise UserError(
-            f"a loss law needs {least + 1} different (N, D) or more, of 3 sizes, 3 token counts and 2 D / N or more; "
-            f"there are {len(points)}, of {sizes}, {counts} and {ratios}: add runs"
+            f"a loss law L(N, D) needs {least + 1} different (N, D) or more, of 3 sizes, 3 horizons and 2 ratios D / N "
+            f"or more; there are {len(points)}, {there}: train {', '.join(missing)}"
         )
 
     def suffices(drawn: np.ndarray) -> bool:
@@ -146,7 +154,8 @@ def fit_critical_batch(runs: Sequence[Trained], draws: int = DRAWS, seed: int = 
         notes.append(f"{missed} targets are left out: more batch does not ask for more tokens there")
     if np.sum(found[0]) < 3:
         needs = "a critical batch needs, of one size or more, runs that reach the same losses at 3 batches or more"
-        there = f"each at 3 token counts or more; there are {len(known)} runs of one batch"
+        of = _listed([run.batch for run in known if run.batch], "tokens a batch")
+        there = f"each at 3 horizons or more; there are {len(known)} runs whose batch is constant, {of}"
         raise UserError("; ".join([f"{needs}, {there}", *notes[:3]]))
     lines = _lines(np.nan_to_num(x), np.nan_to_num(y), found)
     fit = _power_law(np.exp(np.stack([x[0], y[0]], -1)[found[0]]), lines, used, notes)
@@ -248,8 +257,10 @@ def _fit_optima(runs: Sequence[Trained], alike: Sequence[str], swept: str, over:
         points.append((getattr(group[0], over), least))
         used += len(group)
     if len({point[0] for point in points}) < 3:
-        needs = f"an optimal {swept} needs 3 sweeps of it or more, at different {over.replace('_', ' ')}"
-        there = f"each of 3 values or more around the least loss; there are {len(points)} among {len(known)} runs"
+        key = {"batch": "batch.global_batch", "timescale": "optimizer.weight_decay"}[swept]
+        needs = f"an optimal {swept} needs sweeps of {key} at 3 different {over.replace('_', ' ')} or more"
+        at = _listed([getattr(run, over) for run in known], over.replace("_", " "))
+        there = f"each of 3 values or more, the best inside; {len(points)} are found in {len(known)} runs, at {at}"
         raise UserError("; ".join([f"{needs}, {there}", *notes[:3]]))
     found = np.array(points)
     random = np.random.default_rng(seed)
@@ -352,6 +363,15 @@ def _groups(runs: Sequence[Trained], *attributes: str) -> list[list[Trained]]:
 def _best(runs: Sequence[Trained], *attributes: str) -> list[Trained]:
     """The run of least loss in each of these groups."""
     return [min(group, key=lambda run: run.loss) for group in _groups(runs, *attributes)]
+
+
+def _listed(values: Sequence[float] | np.ndarray, unit: str) -> str:
+    """The different values, or how many and their range, with their unit."""
+    found = [human_count(value) for value in sorted({float(f"{value:.3g}") for value in values})]
+    if not found:
+        return f"no {unit}"
+    listed = ", ".join(found) if len(found) < 5 else f"{found[0]} to {found[-1]}"
+    return f"{len(found)} of {listed} {unit}" if len(found) > 1 else f"one of {listed} {unit}"
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:

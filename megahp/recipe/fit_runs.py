@@ -10,6 +10,7 @@ import numpy as np
 
 from megahp.config import Config, get_setting
 from megahp.errors import UserError
+from megahp.files import read_text
 from megahp.log.events import STARTS
 from megahp.log.metrics import Record, newest_metrics, read_events
 from megahp.log.progress import human_count
@@ -43,6 +44,7 @@ KINDS = {
 COMPUTE = (*(10.0**power for power in range(18, 24)), 5.76e23, 1e24)  # FLOPs; 5.76e23 is Chinchilla's
 OF_THE_TEXT = ("data.train", "data.tokenizer", "data.sequence_length", "data.validation_fraction")
 LEAST_DRAWS = 20
+BEYOND = 1e30  # all that is counted or measured of a run, and its inverse
 NEEDED, OPTIONAL = ("parameters", "tokens", "loss"), ("batch", "lr", "weight_decay")  # of a table's objects
 
 
@@ -112,12 +114,8 @@ def _read_run(path: Path, config: Config, notes: list[str]) -> Trained:
 
 def _read_table(path: Path) -> list[Trained]:
     """One run for each line's object. Raises UserError naming file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name a run directory or a .jsonl table") from None
-    runs = []
-    for number, line in enumerate(lines, start=1):
+    runs, text = [], read_text(path, "table of runs", "name a run directory or a .jsonl table")
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             run = json.loads(line)
             if not isinstance(run, dict):
@@ -129,6 +127,9 @@ def _read_table(path: Path) -> list[Trained]:
                 zero = key == "weight_decay" and value == 0
                 if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf or zero):
                     raise ValueError(f"{key} = {json.dumps(value)} is no number above 0")
+                if not (1 / BEYOND < value < BEYOND or zero):  # products of several would leave the floats' range
+                    raise ValueError(f"{key} = {json.dumps(value)[:40]} is beyond {1 / BEYOND:g} to {BEYOND:g}")
+                run[key] = float(value)
         except ValueError as error:
             raise UserError(f"{path} line {number}: {error}; each has {', '.join(NEEDED + OPTIONAL)}") from None
         runs.append(Trained(**{"name": f"{path} line {number}", **run}))

@@ -22,6 +22,7 @@ from megahp.scaling.laws import LossLaw, PowerLaw
 from megahp.scaling.parameterization import Role, Table, table_of
 
 SAVES, LONG = 20, 1800.0  # checkpoints of a run at least; seconds between two at most
+SHARED = 8  # data-parallel ranks, at most, that a batch can be shared out over where no cluster is given
 RULES = ("power-lines", "step-law", "deepseek")
 
 
@@ -35,6 +36,7 @@ class Base:
     confidence: str
     preset: str = ""  # whose model takes the place of its own
     told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings given beside it
+    tokens: int = 0  # that it was tuned over; 0 where the laws are known at its horizon
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -228,6 +230,8 @@ def _batch_settings(
         near = nearest_multiples(unit, max(given.batch, least))
         why = f"--batch {given.batch} cannot be shared out over {ranks} data-parallel ranks"
         raise UserError(f"{why}; nearest that can be: {near}")
+    if not (given.gpus or given.batch) and wanted >= 4 * unit:  # at most a quarter from B_opt, a flat optimum
+        unit *= min(SHARED, max(2, 2 ** int(math.log2(wanted / (4 * unit)))))
     batch = max(least, round(wanted / unit) * unit)
     config: dict[str, Any] = {
         "policy": "measured" if grows else "constant",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megahp.config import resolve
+from megahp.log.progress import human_count
 from megahp.recipe import loss_laws
 from megahp.recipe.hyperparameter_laws import Choice
 from megahp.recipe.recipe import Recipe, cannot_measure, rules
@@ -23,6 +24,8 @@ COLLAPSE = ("Scaling with Collapse (Power Lines' sibling)", "verified in source 
 JOURNEY = ("The Journey Matters, arXiv 2501.12486", "schedule verified in code; closed form derived")
 BUBBLE = ("Narayanan et al., arXiv 2104.04473: idle over busy time of (interleaved) 1F1B", "secondary source: many")
 OURS = ("megahp", "judgement")
+# Factors from a base that pass unsaid, a judgement: over tokens nothing was tried, over size 2 to 16 layers.
+NEAR = {"tokens": 2.0, "parameters": 8.0}
 LEFT_OPEN = ("megahp/config/schema.py: the rule leaves it open", "default")
 
 
@@ -135,7 +138,7 @@ def _outcome(plan: Recipe) -> Iterator[Row]:
     exact = flops.training_flops(plan.run.model, plan.run.data.sequence_length) * tokens
     yield Row("FLOPs, 6 N D", 6 * weights * tokens, "6 N D", "Hoffmann et al., arXiv 2203.15556", "convention")
     yield Row("FLOPs, exact", exact, "all matrix products, half of attention; dense", *COUNTED)
-    if given.gpus:
+    if given.speed:
         told = GIVEN if given.mfu else (f"MFU of {MFU:g} assumed; measure it, or give --mfu", "assumption")
         formula = f"exact FLOPs / ({given.gpus} GPUs x {given.peak_flops:.3g} x {given.mfu or MFU:g} MFU)"
         yield Row("days", plan.seconds / 86400, formula, *told)
@@ -176,18 +179,50 @@ def notes(plan: Recipe) -> list[str]:
     ]
     if beyond := beyond_loss_law(plan):
         found.insert(0, f"loss: {beyond}; what else the laws say here is as doubtful: fit your own (megahp fit)")
-    if (batch := tokens / plan.steps) > (limit := critical(plan.least_tokens)):
-        found.append(f"batch: {batch:.3g} tokens, in the mean, are above B_crit, {limit:.3g}, to which the laws hold")
+    if (mean := tokens / plan.steps) > (limit := critical(plan.least_tokens)):
+        found.append(f"batch: {mean:.3g} tokens, in the mean, are above B_crit, {limit:.3g}, to which the laws hold")
+    wanted, batch = (
+        (choice.batch if choice else laws.optimal_batch(tokens)) / plan.run.data.sequence_length,
+        plan.run.batch,
+    )
+    if not plan.given.batch and abs(batch.global_batch / wanted - 1) > 0.05:
+        whose = f"{plan.ranks} data-parallel ranks with" if plan.given.gpus else "an even number of ranks, with"
+        can = f"{batch.global_batch}, which {whose} batch.micro_batch = {batch.micro_batch} can run"
+        found.append(f"batch: {wanted:.3g} sequences are best by {'its law' if choice else 'B_opt'}; rounded to {can}")
     if (why := cannot_measure(plan.run)) and not choice and not plan.given.batch:
         found.append(f"batch: the base has {why}, so no noise scale lets it grow; it stays at B_opt")
     if choice:
         found.append(f"{choice.rule} is for {choice.rate}; schedule, init and weight decay here are not its own")
         found += [f"{choice.rule}: {choice.outside}"] if choice.outside else []
-    elif plan.base.preset:
+    found += beyond_base(plan)
+    if plan.base.preset and not choice:
         kinds = (plan.run.model, resolve.resolve([(plan.base.name, {"model": plan.base.tree["model"]})]).config.model)
         of, on = ([kind.activation, kind.norm, kind.positions, f"bias={kind.bias}"] for kind in kinds)
         if of != on:
             found.append(f"the base was tuned on {' '.join(on)}, and {plan.base.preset} is {' '.join(of)}")
+    return found
+
+
+def beyond_base(plan: Recipe) -> list[str]:
+    """How far the run is from the user's own one that it is transferred from, where that is further than was tried."""
+    base, found = plan.base, list[str]()
+    if not base.tokens or plan.choice:
+        return found
+    tree = [(base.name, {"model": base.tree["model"]}), ("its vocabulary", {"model": base.told.get("model", {})})]
+    size = flops.parameters(resolve.resolve(tree).config.model, plan.run.data.sequence_length)
+    for what, now, then in (("tokens", plan.tokens, base.tokens), ("parameters", plan.parameters, size)):
+        if 1 / NEAR[what] <= now / then <= NEAR[what]:
+            continue
+        times = f"{now / then:,.3g} times" if now > then else f"1/{then / now:,.3g}"
+        by, tried = {
+            "tokens": ("tau_opt and B_opt", "not tried here at all"),
+            "parameters": ("the parameterization", "tried here on 2 to 16 layers of width 64 alone (docs/transfer.md)"),
+        }[what]
+        found.append(
+            f"{base.name} was tuned at {human_count(then)} {what}, and {human_count(now)} are {times} as many: "
+            f"transfer over {what} is {by}'s extrapolation, {tried}; tune a base nearer to it, or check with megahp "
+            "transfer-sweep"
+        )
     return found
 
 

@@ -57,9 +57,10 @@ def refuse_mistakes(given: Given, law: LossLaw) -> None:
         value, share = getattr(given, f.name), f.name in ("mfu", "density")
         if value is not None and not (0 < value < math.inf and (value <= 1 or not share)):
             raise UserError(f"{_option(f.name)} {value:g} must be above 0{' and at most 1' if share else ''}")
-    if given.gpus and not given.peak_flops or given.days and not given.gpus:
-        needs = "--days needs --gpus, and --gpus needs --gpu or --peak-flops"
-        raise UserError(f"{needs}; leave them out, or add what lacks")
+    if given.days and not given.speed:
+        raise UserError(f"--days {given.days:g} needs --gpus, and --gpu or --peak-flops; add them, or give --flops")
+    if given.mfu and given.gpus and not given.peak_flops:
+        raise UserError(f"--mfu {given.mfu:g} is a share of a peak; add --gpu or --peak-flops, or leave it out")
     if (given.peak_flops or given.mfu) and not given.gpus:
         raise UserError("--gpu, --peak-flops and --mfu have no effect without --gpus; add it, or leave them out")
     if given.target_loss and given.target_loss <= law.floor:

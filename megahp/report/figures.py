@@ -264,9 +264,11 @@ def note(axes: Any, text: str, at: tuple[float, float], coordinates: tuple[str, 
 
 
 def logarithmic(axes: Any, base: int) -> None:
-    """A logarithmic y axis with a handful of plain numbers."""
+    """A logarithmic y axis with a handful of plain numbers; a linear one where none that is drawn is positive."""
     from matplotlib.ticker import LogLocator, NullLocator
 
+    if not np.isfinite(axes.dataLim.minposy):
+        return
     axes.set_yscale("log", base=base, nonpositive="mask")
     low, high = axes.get_ylim()
     narrow = base == 10 and high < 30 * low

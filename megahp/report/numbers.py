@@ -27,10 +27,10 @@ def summary(run: LoggedRun) -> dict[str, str]:
         "Training time": human_duration(seconds) if seconds else "",
         "Tokens per second": shown(over(run, "tokens_per_second", np.nanmedian), human_count),
         "Peak learning rate": shown(over(run, "lr", np.nanmax), "{:.3g}".format),
-        "Global batch": change(run, "global_batch"),
+        "Global batch": change(run, "global_batch", "sequences"),
         "Serial steps saved": steps_saved(run),
         "Training time saved": time_saved(run),
-        "Noise scale": change(run, "noise_scale_total"),
+        "Gradient noise scale": change(run, "noise_scale_total", "sequences"),
     }
 
 
@@ -202,11 +202,16 @@ def against(loss: float | None, baseline: float | None) -> str:
     return f"{baseline:.4f} ({abs(loss - baseline):.4f} {side})"
 
 
-def change(run: LoggedRun, key: str) -> str:
-    """First and last number under a key."""
-    values = finite(run, key)
-    ends = dict.fromkeys(map(human_count, values[[0, -1]])) if len(values) else {}
-    return " to ".join(ends)
+def change(run: LoggedRun, key: str, of: str) -> str:
+    """The first and the last number under a key, of what, and at which steps; one number where they are the same."""
+    steps, values = run.column("step"), run.column(key)
+    known = np.flatnonzero(np.isfinite(values))
+    if not len(known):
+        return ""
+    first, last = (f"{human_count(values[i])}" for i in known[[0, -1]])
+    if first == last:
+        return f"{first} {of}"
+    return f"{first} {of} at step {steps[known[0]]:,.0f}, {last} at step {steps[known[-1]]:,.0f}"
 
 
 def steps_saved(run: LoggedRun) -> str:

@@ -10,7 +10,7 @@ from html import escape
 from itertools import cycle
 from pathlib import Path
 
-from megahp.errors import UserError
+from megahp.errors import UserError, complain, in_one_line
 from megahp.files import open_unlinked
 from megahp.log.metrics import LoggedRun, read_run
 from megahp.log.progress import human_count
@@ -19,16 +19,29 @@ from megahp.report.numbers import decayed, health, known, layer_kinds, newest_ha
 
 
 def read_runs(directories: Sequence[Path]) -> list[LoggedRun]:
-    """Read run directories; two of the same name are named by their paths. Raises UserError when one is no run, or has
-    no steps yet."""
+    """Read run directories; two of the same name are named by their paths. One of several that is no run, is damaged
+    or has no steps yet is skipped, with a warning. Raises UserError where none is left."""
     if len(directories) == 1:
-        runs = [read_run(directories[0])]
-    else:
-        with ProcessPoolExecutor(min(len(directories), os.cpu_count() or 1)) as pool:
-            runs = list(pool.map(read_run, directories))
+        return [read_run(directories[0])]
+    with ProcessPoolExecutor(min(len(directories), os.cpu_count() or 1)) as pool:
+        found = list(pool.map(_read_or_why, directories))
+    runs = [run for run in found if isinstance(run, LoggedRun)]
+    wrong = [why for why in found if isinstance(why, UserError)]
+    if not runs:
+        raise wrong[0]
+    for why in wrong:
+        complain(f"warning: skipped: {why}")
     names = Counter(run.name for run in runs)
-    pairs = zip(runs, directories, strict=True)
-    return [run if names[run.name] == 1 else replace(run, name=str(directory)) for run, directory in pairs]
+    return [run if names[run.name] == 1 else replace(run, name=str(run.directory)) for run in runs]
+
+
+def _read_or_why(directory: Path) -> LoggedRun | UserError:
+    try:
+        return read_run(directory)
+    except UserError as error:
+        return error
+    except OSError as error:
+        return UserError(f"{directory}: {in_one_line(error)}")
 
 
 def write_report(runs: Sequence[LoggedRun], out: Path) -> Path:
@@ -60,7 +73,7 @@ def page(runs: Sequence[LoggedRun]) -> str:
     heading = names if len(runs) == 1 else f"{len(runs)} runs compared"
     marks = events_to_mark(runs)
     target = "target of the batch policy" if known(runs, "batch_target") else ""
-    batch = strokes(runs, "global batch", "noise scale", target) + "In examples. Numbered lines are the events below."
+    batch = strokes(runs, "global batch", "noise scale", target) + "In sequences. Numbered lines are the events below."
     norms = strokes(runs, "one example, on average", "the whole batch")
     rates = strokes(runs, "as applied", "of a growing batch: times the root of batch over first batch")
     squares, layers = known(runs, "grad_sq_example", "grad_sq_batch"), any(run.layers for run in runs)

@@ -1,12 +1,16 @@
 """Warnings about settings that are valid but probably mistaken: a line each, before training begins."""
 
+import math
 from collections.abc import Iterator
 
 from megahp.config import Config
 from megahp.data.loader import TrainingData
 from megahp.log.progress import human_count, human_duration
 from megahp.model.build import longest
-from megahp.scaling.flops import training_flops
+from megahp.parallel.device import cores_here, memory_here
+from megahp.parallel.layout import Layout
+from megahp.scaling.flops import parameters, training_flops
+from megahp.scaling.memory import training_bytes
 
 # "training with up to 4 epochs of repeated data yields negligible changes to loss compared to having unique data"
 # (Muennighoff et al., arXiv 2305.16264, abstract)
@@ -14,6 +18,9 @@ EPOCHS = 4
 LONG = 1800.0  # seconds of training that a fault may cost
 # FLOP/s of one rank, at best: 40 % of an H100's bfloat16; a large CPU
 FASTEST = {"cuda": 4e14, "cpu": 1e12}
+# FLOP/s of one core, as is likely: 2e10 of a laptop's without bfloat16, 1e11 of a server's with it (docs/log.md)
+LIKELY = 5e10
+PATIENCE = 86_400.0  # seconds that a run on CPUs may take unsaid
 
 
 def advice(config: Config, data: TrainingData, ranks: int, device: str, begin: int = 0) -> Iterator[str]:
@@ -44,7 +51,27 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, begin: i
         )
     held_out = data.held_out(train.validation_samples)
     if 2 * held_out < train.validation_samples:
+        fraction = config.data.validation_fraction
+        enough = f"{min(0.5, fraction * train.validation_samples / held_out):.2g}" if held_out else "above 0"
         yield (
-            f"train.validation_samples = {train.validation_samples}: only {held_out} are held out; raise "
-            "data.validation_fraction, or lower it"
+            f"train.validation_samples = {train.validation_samples}: data.validation_fraction = {fraction:g} holds out "
+            f"only {held_out} sequences of {config.data.sequence_length} tokens; set it to {enough}, or "
+            f"train.validation_samples to {held_out}"
         )
+
+
+def beyond_cpus(config: Config, layout: Layout, ranks_here: int, begin: int = 0) -> str:
+    """Return what of a run on CPUs is too much for this machine, which has some of the ranks: to hold them in memory,
+    or to end within a day; "" where nothing is."""
+    ranks, cores = math.prod(layout.shape), cores_here()
+    needed, there = ranks_here * training_bytes(config, ranks // layout.dp_replicate), memory_here()
+    operations = (config.train.tokens - begin) * training_flops(config.model, longest(config))
+    seconds = operations * ranks_here / (ranks * cores * LIKELY)
+    said = []
+    if needed > there:
+        said.append(f"about {needed / 1e9:,.0f} GB of memory, of which there are {there / 1e9:,.0f},")
+    if seconds > PATIENCE:
+        said.append(f"about {seconds / 86_400:,.0f} days on {cores} cores ({LIKELY / 1e9:g} GFLOP/s each assumed)")
+    size, tokens = parameters(config.model, longest(config)), config.train.tokens
+    what = f"training {human_count(size)} parameters on {human_count(tokens)} tokens here"
+    return f"{what} takes {' and '.join(said)}" if said else ""

@@ -1,7 +1,6 @@
 """All that can be checked of a run before anything is built or written, and its data."""
 
 import math
-import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,11 @@ from megahp.files import read_json, refuse_links
 from megahp.log.wandb_log import check_wandb
 from megahp.model.build import longest
 from megahp.ops.engines import fused_adam, linear_of, norm_of
-from megahp.parallel.device import check_devices, cuda_wanted
+from megahp.parallel.device import check_devices, cuda_wanted, memory_here
 from megahp.parallel.layout import Layout
 from megahp.scaling.batch import BatchScheduler, Progress, least_batch, runnable, unit
 from megahp.scaling.flops import parameters as parameter_count
-from megahp.train.advice import advice
+from megahp.train.advice import advice, beyond_cpus
 
 
 def prepare(
@@ -68,6 +67,8 @@ def prepare(
         is_cuda = cuda_wanted(config) if ranks_here else config.train.device != "cpu"
         for line in advice(config, data, math.prod(layout.shape), "cuda" if is_cuda else "cpu", begin):
             warn(f"warning: {line}")
+        if ranks_here and not is_cuda and (beyond := beyond_cpus(config, layout, ranks_here, begin)):
+            warn(f"warning: {beyond}; make model or train.tokens smaller, or add ranks on other machines")
     return config
 
 
@@ -96,8 +97,12 @@ def check_batch(config: Config, layout: Layout, global_batch: int) -> None:
             of += ", in sequences of every length in data.lengths"
         wanted = f"below {least}" if global_batch < least else f"not a multiple of {multiple}"
         which = "batch.global_batch" if global_batch == batch.global_batch else "the global batch to go on with"
+        micro = math.gcd(batch.micro_batch, global_batch // layout.dp) if global_batch % layout.dp == 0 else 0
+        smaller = with_values(config, {"batch.micro_batch": micro}) if micro else config
+        fits = runnable(global_batch, unit(smaller, layout.dp), least_batch(smaller, layout.dp)) == (global_batch,)
         raise UserError(
             f"{which} = {global_batch} is {wanted} ({of}); nearest that can be: {', '.join(map(str, nearest))}"
+            + f"; or set batch.micro_batch={micro}" * fits
         )
 
 
@@ -119,7 +124,7 @@ def check_memory(config: Config, layout: Layout, ranks_here: int) -> None:
     are not asked: CUDA would have to be initialised before the ranks are started."""
     parameters = parameter_count(config.model, longest(config))
     share = 4 * parameters * layout.dp_replicate / math.prod(layout.shape)
-    needed, there = share * ranks_here, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = share * ranks_here, memory_here()
     if not cuda_wanted(config) and needed > there:
         raise UserError(
             f"the model's {parameters:,} parameters take at least {needed / 1e9:,.0f} GB of this machine, which has "

@@ -57,7 +57,8 @@ def compute_with_retry(
     if suspects and suspects[0].kind == WEIGHT:  # skipping will not help
         check_copies(run.engine.weights, run.engine.rows, run.mesh)
         reporter.event("broken", why, run.progress)
-        raise Fault(f"{why}; a checkpoint has it as it was, unless optimizer.lr is so large that it comes again")
+        large = "optimizer.lr or optimizer.weight_decay is so large"
+        raise Fault(f"{why}; a checkpoint has it as it was, unless {large} that it comes again")
     return step, Verdict("skip", why)
 
 

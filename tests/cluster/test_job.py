@@ -40,6 +40,14 @@ def test_what_would_be_another_line_is_refused_by_name(field: str, value: str) -
         job.render(config(), ["run.toml"])
 
 
+def test_a_list_of_bad_nodes_that_is_none_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for name in ("pipe", "binary", "."):
+        with pytest.raises(UserError, match=f"--exclude {tmp_path / name}"):
+            Job("pretrain.sbatch", 1, exclude=tmp_path / name).render(config(), ["run.toml"])
+
+
 @pytest.mark.parametrize(
     ("time", "seconds"),
     [("5", 300), ("5:30", 330), ("1:00:00", 3600), ("2-1", 176_400), ("1-1:30", 91_800), ("1-0:0:5", 86_405)],

@@ -75,7 +75,11 @@ LINE = '{"parameters": 1e8, "tokens": 2e9, "loss": 3.1}'
     ("lines", "words", "told"),
     [
         ([LINE], "", ["the runs suffice for no law", "there are 1"]),
-        ([LINE], "--loss", ["a loss law needs 6 different (N, D)"]),
+        (
+            [LINE],
+            "--loss",
+            ["a loss law L(N, D) needs 6 different (N, D)", "there are 1, one of 100M parameters, one of 2B tokens"],
+        ),
         ([LINE], "--timescale --tied-exponents", ["--tied-exponents", "--loss"]),
         ([LINE], "--draws 5", ["--draws 5", "20"]),
         ([LINE], "--seed -1", ["--seed -1"]),
@@ -85,6 +89,9 @@ LINE = '{"parameters": 1e8, "tokens": 2e9, "loss": 3.1}'
         ([LINE.replace(', "loss": 3.1', "")], "", ["runs.jsonl line 1", "loss = null"]),
         ([LINE.replace("3.1", "-1")], "", ["runs.jsonl line 1", "loss = -1 is no number above 0"]),
         ([LINE.replace("3.1", '"low"')], "", ['loss = "low"']),
+        ([LINE.replace("1e8", "1" + 31 * "0")] * 9, "--loss", ["parameters = 1000", "is beyond 1e-30 to 1e+30"]),
+        ([LINE.replace("2e9", "9" * 400)], "--loss", ["tokens = 9999", "is beyond"]),
+        ([LINE[:-1] + ', "batch": 1, "lr": 1e-300, "weight_decay": 1e-300}'], "--timescale", ["lr = 1e-300 is beyond"]),
     ],
 )
 def test_a_mistake_in_a_table_or_an_option(

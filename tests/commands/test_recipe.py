@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megahp import cli
 from megahp.config import config_to_dict, resolve
 from megahp.data.indexed import IndexedWriter
+from megahp.errors import UserError
 from megahp.exit_codes import USER_ERROR
+from megahp.parallel.layout import fit
 from megahp.recipe import law_file
 from megahp.recipe.law_file import LossLaw, PowerLaw
+from megahp.train.prepare import check_batch
 
 
 def run(words: str) -> int:
@@ -31,8 +37,9 @@ def run(words: str) -> int:
         ("--params 1e9 --width 512 --layers 8", "--params --params is too much"),
         ("--flops 1e20 --target-loss 2.5", "--flops --target-loss is too much"),
         ("--flops 1e20 --days 3 --gpus 8 --gpu H100", "--flops --flops is too much"),
-        ("--days 3 --gpu H100", "--days needs --gpus"),
-        ("--params 1e9 --gpus 8", "--gpus needs --gpu or --peak-flops"),
+        ("--days 3 --gpu H100", "--days 3 needs --gpus"),
+        ("--days 3 --gpus 8", "--days 3 needs --gpus, and --gpu or --peak-flops"),
+        ("--params 1e9 --gpus 8 --mfu 0.5", "--mfu 0.5 is a share of a peak; add --gpu"),
         ("--params 1e9 --mfu 0.5", "no effect without --gpus"),
         ("--params 1e9 --gpus 8 --gpu V200", "--gpu V200 is unknown; there are A100, H100, H200, B200"),
         ("--params 1e9 --gpus 8 --gpu H100 --peak-flops 1e15", "--gpu and --peak-flops"),
@@ -64,7 +71,7 @@ def run(words: str) -> int:
         ("--params 1e9 --base nowhere.toml", "nowhere.toml does not exist"),
         ("--params 1e9 --tokenizer nowhere.model", "nowhere.model"),
         ("--params 1e9 --pareto new.png", "give --target-loss"),
-        ("--params 1e9 --out run.toml", "--out run.toml exists"),
+        ("--params 1e9 --out run.toml", "--out run.toml exists; choose another name, or add --overwrite"),
         ("--params 1e9 --out nowhere/new.toml", "--out nowhere/new.toml cannot be written"),
         ("--target-loss 2.6 --pareto nowhere/new.png", "nowhere/new.png cannot be written"),
         ("--target-loss 2.6 --pareto new.xyz", "new.xyz cannot be drawn"),
@@ -174,10 +181,79 @@ def test_epochs_over_the_data_are_said(
         for _ in range(100):
             writer.add_document([7] * 1000)
     assert run("--params 100M --data mine --tokenizer bytes") == 0
-    assert "Note: validation_fraction 0.01 leaves no source" in capsys.readouterr().out
+    assert "data.validation_fraction = 0.01 holds out 1,000 tokens" in " ".join(capsys.readouterr().out.split())
     assert run("--params 100M --data mine --tokenizer bytes --sequence-length 512") == 0
     assert "'mine' is read 20," in " ".join(capsys.readouterr().out.split())
     assert run("--params 100M --data absent --tokenizer bytes") == 0  # to be written yet
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [("--params 100M --tpp 30", "days on"), ("--params 3e12", "GB of memory, of which there are"), ("--params 1M", "")],
+)
+def test_a_plan_beyond_this_machine_names_what_it_trains(
+    words: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def notes(words: str) -> list[str]:
+        assert run(f"{words} --vocab-size 4096 --sequence-length 256 --json") == 0
+        return [note for note in json.loads(capsys.readouterr().out)["notes"] if "for a cluster give --gpus" in note]
+
+    found = notes(words)
+    assert len(found) == bool(told) and told in "".join(found)
+    if told:
+        smaller = re.search(r"--params \S+ --tpp \d+", found[0])
+        assert smaller and notes(smaller[0]) == [] and notes(f"{words} --gpus 8 --gpu H100") == []
+
+
+def test_a_run_file_is_replaced_if_asked(tmp_path: Path) -> None:
+    out = tmp_path / "run.toml"
+    for tokens in ("1M", "2M --overwrite"):
+        assert run(f"--params 1M --tokenizer bytes --sequence-length 64 --out {out} --tokens {tokens}") == 0
+    assert resolve.load(out).config.train.tokens == 2e6
+
+
+@pytest.mark.parametrize("tokens", ["150k", "300k", "600k", "5M", "50M", "2B"])
+def test_the_batch_is_one_that_ranks_can_share(tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of them where no cluster is given, however odd B_opt is; as many as are given; and it is said."""
+    for words, ranks in (("", 2), ("--gpus 3", 3)):
+        assert run(f"--params 1M --tokens {tokens} --tokenizer bytes --sequence-length 1024 --json {words}") == 0
+        found = json.loads(capsys.readouterr().out)
+        config = resolve.from_dict(found["run"], "recipe")
+        check_batch(config, fit(config.parallel, ranks), config.batch.global_batch)
+        wanted = next(row["value"] for row in found["rows"] if row["name"] == "B_opt, sequences")
+        off = abs(config.batch.global_batch / wanted - 1)
+        assert off <= 0.26 or ranks == 3
+        assert any("rounded to" in note for note in found["notes"]) == (off > 0.05)
+
+
+def test_a_batch_that_ranks_cannot_share_names_the_microbatch_that_could() -> None:
+    config = resolve.resolve([("run.toml", {"batch": {"global_batch": 24, "micro_batch": 8}})]).config
+    with pytest.raises(UserError, match="nearest that can be: 16, 32; or set batch.micro_batch=4"):
+        check_batch(config, fit(config.parallel, 2), 24)
+    with pytest.raises(UserError, match="nearest that can be: 20, 25$"):  # which no microbatch helps
+        check_batch(replace(config, batch=replace(config.batch, micro_batch=1)), fit(config.parallel, 5), 24)
+
+
+def test_a_base_s_horizon_and_size_are_said_where_they_were_not_tried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.toml"
+    base.write_text("[model]\nwidth = 128\nlayers = 2\nheads = 2\n[train]\ntokens = 1_000_000\n")
+
+    def notes(words: str) -> list[str]:
+        assert run(f"{words} --base {base} --sequence-length 256 --json") == 0
+        return [note for note in json.loads(capsys.readouterr().out)["notes"] if "base.toml was tuned at" in note]
+
+    assert notes("--width 128 --layers 4 --tokens 1.5M") == []
+    (tokens,) = notes("--width 128 --layers 4 --tokens 20M")
+    assert "tuned at 1M tokens, and 20M are 20 times as many" in tokens and "transfer over tokens" in tokens
+    (tokens,) = notes("--width 128 --layers 4 --tokens 250k")
+    assert "are 1/4 as many" in tokens
+    (size,) = notes("--width 1024 --layers 8 --tokens 1M")
+    assert "parameters" in size and "the parameterization's extrapolation" in size
+    assert notes("--width 128 --layers 4 --tokens 20M --law step-law") == []  # which takes nothing from it
 
 
 def test_a_tuned_run_is_a_base(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from distributed import world
 from megahp import cli
 from megahp.commands import transfer_sweep
 from megahp.diagnose import child_runs
+from megahp.diagnose.curves import show
+from megahp.diagnose.transfer import Curve, drift
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "transfer_sweep.py"
 COMMAND = ["transfer-sweep"]
@@ -179,14 +181,51 @@ def test_cells_are_the_run_files_own_but_for_what_is_swept(tool: ModuleType, swe
 def test_a_job_array_runs_the_same_workers(sweep: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep(*SWEEP, "--out", "array", "--slurm", 4, "--sbatch", "--time=1:00:00 -p gpu", "--dry-run") == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("sbatch --array=1-4 --output=array/worker-%a.log --time=1:00:00 -p gpu")
+    comment = f"'--comment=megahp {Path('array').resolve()}'"
+    assert line.startswith(f"sbatch --array=1-4 --output=array/worker-%a.log {comment} --time=1:00:00 -p gpu")
     assert "slurm/sweep.sbatch " in line and "--dry-run" not in line
     assert not Path("array").exists()
+
+
+def test_a_sweep_with_a_job_array_gets_no_second_one(
+    sweep: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Queued or running; and `megahp status` shows it."""
+    (tmp_path / "squeue").write_text(
+        f"#!/bin/sh\necho '12_[1-4]|PENDING|0:00|2:00|1|(Priority)|megahp {Path.cwd()}/array'\n"
+    )
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nfalse\n")
+    for name in ("squeue", "sbatch"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert sweep(*SWEEP, "--out", "array", "--slurm", 4) == 2
+    assert "array has job 12_[1-4]: pending, 0:00 of 2:00" in capsys.readouterr().err and not Path("array").exists()
+    assert cli.main(["status"]) == 0
+    assert f"{Path('array').resolve()}\n  job 12_[1-4]: pending" in capsys.readouterr().out
+
+
+def test_edges_and_divergence_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    lowest = Curve([1.0, 2.0, 4.0], np.array([[1.0, 1.1], [2.0, 2.0], [np.inf, np.nan]]))
+    inside = Curve([1.0, 2.0, 4.0], np.array([[2.0, 2.1], [1.0, 1.0], [2.0, 2.2]]))
+    highest = Curve([1.0, 2.0, 4.0], np.array([[3.0, 3.1], [2.0, 2.0], [1.0, 1.0]]))
+    families = {"SP": {1.0: lowest, 2.0: highest}, "muP": {1.0: inside, 2.0: inside}}
+    show(families, {name: drift(family) for name, family in families.items()})
+    _, low, high, *calm, drifts, calm_too = capsys.readouterr().out.splitlines()
+    assert low.endswith("at the grid's edge: extend it to 0.5; 2 of 6 runs diverged")
+    assert high.endswith("at the grid's edge: extend it to 8") and drifts.endswith("add 0.5, 8 to --grid")
+    single = {"one": {1.0: Curve([2.0], np.array([[1.0]])), 2.0: Curve([2.0], np.array([[1.0]]))}}
+    show(single, {"one": drift(single["one"])})
+    assert capsys.readouterr().out.count("one value, with nothing to compare") == 2
+    assert not any("edge" in line or "diverged" in line for line in (*calm, calm_too))
 
 
 MISTAKES: dict[str, tuple[list[Any], str]] = {
     "no such setting": (["--grid", "optimizer.rate=1,2"], "'optimizer.rate=1,2' is no setting with values"),
     "no values": (["--grid", "optimizer.lr="], "is no setting with values"),
+    "one value": (
+        ["--grid", "optimizer.lr=0.1"],
+        "--grid optimizer.lr=0.1 has one value, and nothing to compare it with",
+    ),
     "a value twice": (["--grid", "optimizer.lr=1,1"], "each value is trained once"),
     "no number": (["--grid", "optimizer.name=adamw,muon"], "'adamw' is no positive number"),
     "one size": (["--family", "model.layers=2"], "--family gives 1 of model.layers; give one value for each size"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ def test_the_page_of_settings_is_up_to_date() -> None:
         "docs/settings.md is not what megahp/config/schema.py says; write it again: "
         "python -m megahp.config.describe > docs/settings.md"
     )
+
+
+def test_the_glossary_names_settings_that_there_are() -> None:
+    text = (Path(__file__).parents[2] / "docs/glossary.md").read_text(encoding="utf-8")
+    sections = {name.partition(".")[0] for name in setting_names()}
+    found = re.findall(r"`([a-z]+\.[a-z_]+)", text)
+    named = {name for name in found if name.partition(".")[0] in sections}
+    assert len(named) > 15 and named <= set(setting_names()), named - set(setting_names())
 
 
 def test_every_setting_is_a_row_of_five_cells() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands.test_convert import convert, needs_transformers
+from safetensors import safe_open
 
 CANARY = "from pathlib import Path\nPath({!r}).touch()\nclass LlamaForCausalLM: ...\nclass LlamaConfig: ...\n"
 HOOKS: dict[str, Any] = {
@@ -58,6 +60,28 @@ def test_weights_are_read_of_the_folder_alone(llama: Path, tmp_path: Path, name:
     (theirs / "model.safetensors.index.json").write_text(json.dumps(listing))
     code, said = imported(theirs, tmp_path / "ours")
     assert code == 2 and repr(name) in said and "no file of this folder" in said and said.count("\n") == 1, said
+
+
+@needs_transformers
+def test_what_transformers_cannot_load_is_converted_and_not_checked(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, theirs := tmp_path / "theirs")
+    (theirs / "model.safetensors").rename(theirs / "model-1.safetensors")
+    with safe_open(theirs / "model-1.safetensors", "pt") as file:
+        listing = {"weight_map": dict.fromkeys(file.keys(), "model-1.safetensors")}
+    (theirs / "model.safetensors.index.json").write_text(json.dumps(listing))  # without metadata
+    code, said = imported(theirs, tmp_path / "ours")
+    assert code == 1 and "ours is there, and not checked: transformers cannot load" in said, said
+    assert (tmp_path / "ours/checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("name", ["model", "megahp"])
+def test_nobody_waits_for_a_pipe(llama: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(llama, theirs := tmp_path / "theirs")
+    (theirs / "megahp.json").write_text("{}")
+    (theirs / f"{name}.safetensors").unlink(missing_ok=True)
+    os.mkfifo(theirs / f"{name}.safetensors")
+    code, said = imported(theirs, tmp_path / "ours")
+    assert code == 2 and f"{name}.safetensors is no regular file" in said and said.count("\n") == 1, said
 
 
 @needs_transformers

@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -158,6 +159,10 @@ def test_cache_is_used_and_a_damaged_one_is_rebuilt(dataset, tmp_path):
         path.write_bytes(bad)
         assert [t.tolist() for t, _ in epoch(order(dataset, cache), 0)] == wanted
         assert bad == good + b"\0" or path.read_bytes() == good
+    path.unlink()
+    os.mkfifo(path)  # which nobody writes to
+    assert [t.tolist() for t, _ in epoch(order(dataset, cache), 0)] == wanted
+    assert path.read_bytes() == good
 
 
 def test_cache_names_differ_with_all_they_depend_on(dataset, tmp_path):

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import random
 import sys
 
@@ -6,6 +7,7 @@ import pytest
 
 from megahp.data.tokenizer import _sample_lines, load_tokenizer, train_sentencepiece
 from megahp.errors import UserError
+from megahp.files import LARGEST
 
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("sentencepiece")
@@ -188,6 +190,13 @@ def test_unknown_tokenizers_are_named(name):
 def test_damaged_tokenizers_are_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"nonsense")
     with pytest.raises(UserError, match=name):
+        load_tokenizer(str(tmp_path / name))
+    os.truncate(tmp_path / name, LARGEST + 1)  # which a library would read whole
+    with pytest.raises(UserError, match="268,435,457 bytes"):
+        load_tokenizer(str(tmp_path / name))
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="no regular file"):
         load_tokenizer(str(tmp_path / name))
 
 

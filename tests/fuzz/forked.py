@@ -17,6 +17,15 @@ from pathlib import Path
 from megahp import cli, launch
 
 HUNG, ACCEPTED = -1, 77
+# what takes longer to import than most commands take
+PRELOADED = ["fuzz.forked", "megahp.commands.convert", "megahp.commands.train", "megahp.train.loop", "torch._dynamo"]
+PRELOADED += [
+    "megahp.evaluate.perplexity",
+    "megahp.report.page",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_svg",
+]
+PRELOADED += ["transformers.models.llama.modeling_llama", "pytest"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Ended:
 def run(folder: Path, words: list[str], seconds: float, before: Callable[[], object] | None = None) -> Ended:
     """`megahp WORDS` in a folder, after `before`, killed after so many seconds. A traceback ends in stderr."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["numpy", "torch", "torch.distributed.checkpoint", "megahp.cli"])
+    context.set_forkserver_preload(PRELOADED)
     out, err, used = (folder.parent / name for name in ("out", "err", "used"))
     used.unlink(missing_ok=True)
     process = context.Process(target=_child, args=(folder, words, before, out, err, used))
@@ -90,6 +99,21 @@ def stop_at_join() -> None:
         os._exit(ACCEPTED)
 
     launch.join = join  # type: ignore[assignment]
+
+
+def at_home() -> None:
+    """Have the command's home here."""
+    os.environ["HOME"] = os.getcwd()
+
+
+def first_of_two() -> None:
+    """Have the command be one of two ranks, which share a secret; the other does not come."""
+    at_home()
+    place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+    port = 20000 + os.getpid() % 10000
+    os.environ.update(
+        {**{name: str(value) for name, value in place.items()}, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    )
 
 
 def everything(folder: Path) -> dict[str, tuple[int, int]]:

@@ -66,8 +66,12 @@ def sort(folder: Path, one: Mutant) -> str:
         check(is_told(ended), ended)
         return "ended with its mistake"
     if ended.code == 1:  # 20 steps in a row would be its mistake; weights that break may be a device's fault
-        check("embedding.weight is not finite" in ended.err and meant.optimizer.lr > 1, ended)
+        large = max(meant.optimizer.lr, meant.optimizer.muon_lr, meant.optimizer.weight_decay)
+        check("is not finite on rank 0; a checkpoint has it as it was" in ended.err and large > 1, ended)
         return "broke its weights"
+    if ended.code == 75:  # both ask for an end before the end
+        check(meant.resilience.stop_after or meant.resilience.stop_at_batch, ended)
+        return "stopped"
     warned = all(line.startswith("megahp: warning: ") for line in ended.err.splitlines())
     check(ended.code == 0 and warned and (steps or meant.log.every > 3), ended)
     return "trained"

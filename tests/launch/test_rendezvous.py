@@ -91,6 +91,23 @@ def test_all_ranks_hear_that_the_first_has_no_store(mpi: Mpi, monkeypatch: pytes
     assert mpi.finalized == 2
 
 
+@pytest.mark.parametrize("host", ["nowhere.invalid", "x" * 64 + ".example"])
+def test_a_name_that_cannot_be_resolved_is_a_mistake_at_once(
+    host: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", host)
+    monkeypatch.setenv("MASTER_PORT", "29511")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"MASTER_ADDR = '{host}', where rank 0 is, cannot be resolved") as told:
+        meet(World(1, 2, 0, 1))
+    assert time.monotonic() - began < 30 and not told.value.may_pass and not capfd.readouterr().err
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(UserError) as told:
+        meet(World(1, 2, 0, 1))
+    assert told.value.may_pass
+
+
 def test_gloo_and_nccl_stay_on_the_loopback_interface_unless_told() -> None:
     words = "import os; from megahp import launch; launch.join(launch.World(), False)"
     words += (

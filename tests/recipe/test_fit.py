@@ -191,7 +191,9 @@ def test_an_optimum_outside_the_range_tried_is_no_optimum() -> None:
 def test_a_loss_that_only_falls_has_no_optimum() -> None:
     """Its parabola's least point may lie inside the range tried, but the least loss lies at its end."""
     runs = [replace(run, loss=2 + 0.01 / run.timescale) for run in sweeps("timescale") if run.timescale]
-    with pytest.raises(UserError, match="there are 0 among 105 runs; .* not inside the range tried"):
+    with pytest.raises(
+        UserError, match="0 are found in 105 runs, at .* tokens per parameter; .* not inside the range tried"
+    ):
         fit_timescale(runs)
 
 
@@ -217,13 +219,29 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
 @pytest.mark.parametrize(
     ("fitted", "runs", "told"),
     [
-        (fit_loss, [], "6 different (N, D) or more, of 3 sizes, 3 token counts and 2 D / N or more; there are 0"),
-        (fit_loss, grid(HOFFMANN, [1e9]), "there are 7, of 1, 7 and 7"),
-        (fit_loss, grid(HOFFMANN, ratios=[20]), "there are 8, of 8, 8 and 1"),
+        (
+            fit_loss,
+            [],
+            "6 different (N, D) or more, of 3 sizes, 3 horizons and 2 ratios D / N or more; there are 0, no parameters",
+        ),
+        (fit_loss, grid(HOFFMANN, [1e9]), "one of 1B parameters, 7 of 2B to 160B tokens: train 2 more sizes"),
+        (
+            fit_loss,
+            grid(HOFFMANN, ratios=[20]),
+            "8 of 1B to 320B tokens: train runs at another number of tokens per parameter",
+        ),
         (fit_loss, [replace(run, loss=3 + 1e-12 * run.tokens) for run in grid(HOFFMANN)], "exponents"),
-        (fit_timescale, sweeps("timescale")[::3], "3 sweeps of it or more, at different tokens per parameter"),
-        (fit_timescale, grid(HOFFMANN), "there are 0 among 0 runs; 56 runs are left out"),
-        (fit_optimal_batch, sweeps("batch", ratios=[20], sizes=[1e8, 1e9]), "there are 2 among 10 runs"),
+        (
+            fit_timescale,
+            sweeps("timescale")[::3],
+            "sweeps of optimizer.weight_decay at 3 different tokens per parameter",
+        ),
+        (fit_timescale, grid(HOFFMANN), "0 are found in 0 runs, at no tokens per parameter; 56 runs are left out"),
+        (
+            fit_optimal_batch,
+            sweeps("batch", ratios=[20], sizes=[1e8, 1e9]),
+            "2 are found in 10 runs, at 2 of 2B, 20B tokens",
+        ),
         (fit_critical_batch, batches((1e9,))[:16], "batches with 3 token counts or more: 0"),
         (fit_critical_batch, [run for run in batches() if run.batch < 2**18], "batches with 3 token counts or more: 2"),
     ],

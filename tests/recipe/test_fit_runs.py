@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,6 +88,14 @@ def test_a_folder_s_runs_are_read_but_those_that_cannot_be_used(tmp_path: Path) 
         read_runs([tmp_path / "sweep/mup/wild"])
     with pytest.raises(UserError, match="absent"):
         read_runs([tmp_path / "absent"])
+
+
+def test_a_table_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff")
+    for name in ("pipe", "binary", "absent"):
+        with pytest.raises(UserError, match=f"table of runs .*{name}.jsonl .*; name a run directory"):
+            read_runs([tmp_path / f"{name}.jsonl"])
 
 
 def test_a_run_that_train_steps_ended_counts_what_it_took(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 from report.test_page import drawn, record, report, write_run
 
@@ -81,3 +83,12 @@ def test_a_measured_batch_shows_its_bounds_and_the_drift_of_a_step(tmp_path):
     (bottom, top), height = (rate[-1, 1], rate[0, 1]), drift[-1, 1]
     assert (bottom - height) / (bottom - top) == pytest.approx(2**0.5 - 1, rel=0.02)  # the root of 2, between 1 and 2
     assert "saved" not in report(tmp_path, write_run(tmp_path / "wren", steps=30)).text
+
+
+def test_what_has_no_logarithm_draws_no_warning(tmp_path):
+    """A gradient that is 0, and noise scales below it, as of a model that an enormous multiplier has saturated."""
+    layers = {"layers.0.norm": -30.0, "layers.1.norm": 0.0}
+    nothing = {"grad_sq_example": 0.0, "grad_sq_batch": 0.0, "noise_scale": -1.0, "noise_scale_layers": layers}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report(tmp_path, write_run(tmp_path / "owl", **nothing))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def logged(steps):
     """A run of these steps."""
     keys = {key for step in steps for key in step if key != "noise_scale_layers"}
     columns = {key: np.array([step.get(key) for step in steps], np.float64) for key in keys}
-    return LoggedRun("owl", columns, {}, [], {}, "", "")
+    return LoggedRun("owl", columns, {}, [], {}, "", "", Path("owl"))
 
 
 def test_thin_keeps_the_ends_the_spikes_and_the_gaps():

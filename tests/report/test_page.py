@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from megahp import cli
 from megahp.errors import UserError
 from megahp.log.metrics import RunLog, read_run
 from megahp.report.numbers import health, summary
@@ -75,6 +76,24 @@ class Page(HTMLParser):
             self.rows[-1].append(data)
 
 
+def test_a_run_that_cannot_be_read_is_skipped(tmp_path, capsys):
+    """One line each, and the page is the others', in the folder of the first of them."""
+    write_run(tmp_path / "new", steps=0)
+    write_run(tmp_path / "torn", steps=3)
+    (tmp_path / "torn" / "metrics.jsonl").write_text('{"step": 1}\n')
+    write_run(tmp_path / "dead", steps=3)
+    (tmp_path / "dead" / "metrics.jsonl").unlink()
+    write_run(tmp_path / "owl", steps=3)
+    words = [str(tmp_path / name) for name in ("absent", "new", "torn", "dead", "owl")]
+    assert cli.main(["report", *words]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"report: {tmp_path / 'owl' / 'report.html'}\n" and not (tmp_path / "absent").exists()
+    lines = said.err.splitlines()
+    assert len(lines) == 4 and all(line.startswith("megahp: warning: skipped: ") for line in lines)
+    assert all(word in line for word, line in zip(words, lines, strict=False))
+    assert "owl" in Page(tmp_path / "owl" / "report.html").text
+
+
 def report(tmp_path, *runs):
     return Page(write_report(read_runs(runs), tmp_path / "report.html"))
 
@@ -93,8 +112,8 @@ def test_the_numbers_are_right(tmp_path):
         "Training time": "6 min 40 s",
         "Tokens per second": "4.1k",
         "Peak learning rate": "0.002",
-        "Global batch": "32",
-        "Noise scale": "57.4 to 196",  # of the whole model: 1.4 times the norm layers'
+        "Global batch": "32 sequences",
+        "Gradient noise scale": "57.4 sequences at step 1, 196 at step 100",  # 1.4 times the norm layers'
     }
 
 
@@ -196,8 +215,8 @@ def test_mistakes_are_told(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"absent/metrics\.jsonl does not exist"):
         read_runs([tmp_path / "absent"])
     with pytest.raises(UserError, match="holds no step yet"):
-        read_runs([write_run(tmp_path / "owl", steps=2), write_run(tmp_path / "new", steps=0)])
-    runs = read_runs([tmp_path / "owl"])
+        read_runs([write_run(tmp_path / "new", steps=0), tmp_path / "absent"])
+    runs = read_runs([write_run(tmp_path / "owl", steps=2)])
     with pytest.raises(UserError, match="owl cannot be written"):
         write_report(runs, tmp_path / "owl")  # a directory
     monkeypatch.setitem(sys.modules, "matplotlib", None)

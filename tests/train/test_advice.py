@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from megahp.cli import main
 from megahp.config import resolve
 from megahp.data.indexed import IndexedWriter
 from megahp.data.loader import TrainingData
-from megahp.train.advice import advice
+from megahp.parallel.device import cores_here
+from megahp.parallel.layout import Layout
+from megahp.train.advice import advice, beyond_cpus
 from megahp.train.prepare import open_data
 
 LENGTH, DOCUMENT = 16, 100  # tokens
@@ -101,9 +104,27 @@ def test_validation_that_cannot_happen(folder: Path) -> None:
     assert "train.validate_every = 126: the run has at most 125 steps" in line
     assert said(folder, "train.steps=5", "train.validate_every=6") == []  # a run that is only tried
     (line,) = said(folder, "train.validation_samples=1000")
-    assert "train.validation_samples = 1000: only 68 are held out" in line
+    assert "data.validation_fraction = 0.1 holds out only 68 sequences of 16 tokens; set it to 0.5" in line
+    (line,) = said(folder, "train.validation_samples=200")
+    enough = re.findall(r"set it to ([\d.]+), or train.validation_samples to 68", line)
+    assert said(folder, "train.validation_samples=200", f"data.validation_fraction={enough[0]}") == []
     assert said(folder, "train.validation_samples=136") == []
     assert said(folder, "train.validation_samples=0", "data.validation_fraction=0", "train.tokens=30_000") == []
+
+
+def test_what_is_too_much_for_this_machine() -> None:
+    def of(layout: Layout, here: int, **train: float) -> str:
+        model = {"vocab_size": 257, "layers": 32, "width": 4096, "heads": 32}
+        config = resolve.resolve([("run.toml", {"model": model, "train": train})]).config
+        return beyond_cpus(config, layout, here)
+
+    long = of(Layout(), 1, tokens=1e9)
+    days = float(re.findall(r"about ([\d,]+) days", long)[0].replace(",", ""))
+    operations = 1e9 * 6 * 6.5e9
+    assert days == pytest.approx(operations / (cores_here() * 5e10 * 86400), rel=0.3)
+    assert "6.4" in long and "GB of memory" in long
+    shared = of(Layout(dp_shard=10**6), 1, tokens=1e9)  # a millionth of it on each of a million machines
+    assert "memory" not in shared and "days" not in shared
 
 
 def test_launch_and_train_say_it_once(

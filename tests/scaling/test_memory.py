@@ -1,0 +1,56 @@
+"""The estimate of training's memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from corpus import write_corpus
+
+from megahp.config import resolve
+from megahp.scaling.memory import PER_PARAMETER, PROCESS, training_bytes
+
+WORDS = [
+    "model.layers=8",
+    "model.width=256",
+    "model.heads=4",
+    "model.positions=alibi",
+    "data.sequence_length=256",
+    "batch.micro_batch=16",
+    "batch.global_batch=16",
+    "train.steps=1",
+    "train.dtype=bfloat16",
+    "train.validation_samples=0",
+    "log.tensorboard=false",
+    "data.validation_fraction=0",
+    "train.device=cpu",
+]
+
+
+def test_the_parts(tmp_path: Path) -> None:
+    def of(*words: str, shards: int = 1) -> float:
+        tree = {"model": {"vocab_size": 257}}
+        overrides = resolve.parse_overrides([*WORDS, *words])
+        return training_bytes(resolve.resolve([("run.toml", tree), ("command line", overrides)]).config, shards)
+
+    whole, bias = of("model.positions=rope"), 2 * 4 * 4 * 256**2
+    assert of() == whole + bias and of("compute.recompute=full") < of()
+    assert of("model.positions=rope", "train.dtype=float32") - whole == 34 * 16 * 256 * 8 * 256
+    weights = whole - of("model.positions=rope", shards=2)
+    assert 2 * weights / PER_PARAMETER == pytest.approx(8 * 12 * 256**2, rel=0.1)
+    assert of("model.positions=rope", "parallel.cp=2") < whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in kB")
+def test_a_run_takes_about_as_much(tmp_path: Path) -> None:
+    """The peak of a real process, a few hundred MB above Python and torch."""
+    write_corpus(tmp_path / "corpus", 0.05)
+    (tmp_path / "run.toml").write_text('[data]\ntrain = ["corpus"]\n')
+    command = [sys.executable, "-m", "megahp", "train", "run.toml", *WORDS]
+    code = f"import subprocess, resource, sys; subprocess.run({command!r}, check=True, stdout=subprocess.DEVNULL); "
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
+    peak = int(subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True))
+    config = resolve.load(tmp_path / "run.toml", [*WORDS, "model.vocab_size=257"]).config
+    assert training_bytes(config) == pytest.approx(peak, rel=0.25) and peak > 1.3 * PROCESS
