@@ -21,7 +21,7 @@ FLOORS = [  # the lowest first; docs/design.md says what each room holds
     "model log checkpoint",
     "faults report",
     "train",
-    "recipe convert evaluate diagnose benchmark",
+    "recipe convert evaluate diagnose benchmark plan",
     "commands",
     "cli",
     "__main__",

@@ -18,6 +18,7 @@ COMMANDS = {
     "checkpoint": "list, verify, compare or drop checkpoints",
     "convert": "a model between megahp, Hugging Face and Megatron",
     "extend-vocabulary": "a model with rows for the tokens that a new tokenizer adds",
+    "plan": "what a run's ranks will compute, send and allocate, before it is queued",
     "launch": "check a run, and submit it to Slurm with a script of slurm/",
     "runs": "all runs below a folder, a line each",
     "status": "how runs stand, or how they ended: jobs, progress, ETA, last events",

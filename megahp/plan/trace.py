@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megahp.config import Config
+from megahp.config import Config, with_values
 from megahp.data.loader import Batch
 from megahp.errors import UserError
 from megahp.model.build import build_model
@@ -87,18 +89,55 @@ class Trace:
 
     kernels: Counter[Kernel]
     collectives: Counter[Collective]
-    peak: Mapping[str, int]  # bytes at the moment of the largest sum: weights, moments, gradients, gathered, activations
+    peak: Counter[str]  # bytes of each kind when most are allocated: weights, moments, gradients, gathered, ...
     resident: int  # bytes between steps
 
     def flops(self, *kinds: str) -> int:
         return sum(kernel.flops * count for kernel, count in self.kernels.items() if kernel.kind in kinds)
 
+    def extrapolate(self, other: Trace, steps: int) -> Trace:
+        """Return the trace that follows `other` after this many more of the steps that lead from this one to it."""
+
+        def along(before: Counter[Any], after: Counter[Any]) -> Counter[Any]:
+            return Counter({key: after[key] + steps * (after[key] - before[key]) for key in {**before, **after}})
+
+        return Trace(
+            along(self.kernels, other.kernels),
+            along(self.collectives, other.collectives),
+            along(self.peak, other.peak),
+            other.resident + steps * (other.resident - self.resident),
+        )
+
+
+def trace_step(config: Config, ranks: int, rank: int = 0) -> Trace:
+    """Trace a whole step of one of so many ranks, the sooner the more of it is alike.
+
+    Equal blocks, and the microbatches of a layout without pipelines, add the same again each: of these only two and
+    three, and one and two, are traced. (The first blocks of a FSDP2 step differ: nothing is gathered ahead of them.)
+    """
+    layout, model = fit(config.parallel, ranks), config.model
+    plan = BatchScheduler(config, layout.dp).step(Progress())
+    if plan is None:
+        raise UserError(f"train.tokens = {config.train.tokens} leave no step to plan; raise them")
+    count = plan.microbatches(layout.dp)
+    alike = layout.pp == 1 and not (model.dense_layers or config.sparsity.layers or config.compute.recompute_every > 1)
+
+    def of_depth(layers: int) -> Trace:
+        shallow = with_values(config, {"model.layers": layers})
+        if layout.pp > 1 or count <= 3:
+            return trace(shallow, ranks, rank)
+        return trace(shallow, ranks, rank, 2).extrapolate(trace(shallow, ranks, rank, 3), count - 3)
+
+    if alike and model.layers > 4:
+        return of_depth(3).extrapolate(of_depth(4), model.layers - 4)
+    return of_depth(model.layers)
+
 
 def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> Trace:
     """Trace a step of one of so many ranks. Must be called in a process without a process group.
 
-    microbatches: fewer than the step has, for a layout without pipelines, whose microbatches are alike; 0 = all. Kernels
-    and collectives are then those of the fewer. Raises UserError for a layout that these ranks cannot run.
+    microbatches: how many of the step's to run where there is no pipeline, since they are alike; 0 = all. Kernels and
+    collectives are those of these. Raises UserError for a layout that these ranks cannot run.
     """
     if dist.is_initialized():
         raise RuntimeError("a trace needs a process group of its own")
@@ -108,7 +147,7 @@ def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> T
         mesh = make_mesh(layout, torch.device("cpu"))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with recording(mesh, fake) as recorder:
-            _step(config, mesh, recorder, fake, microbatches)
+            step(config, mesh, recorder, microbatches)
         return recorder.trace()
     finally:
         dist.destroy_process_group()
@@ -126,12 +165,12 @@ def recording(mesh: Mesh, fake: FakeTensorMode | None = None) -> Iterator[Record
         recorder.resized(store)
         return store
 
-    # FSDP2 frees gathered weights by resizing their storage to 0, which no dispatch mode sees
-    torch.UntypedStorage.resize_ = observed  # type: ignore[method-assign, assignment]
-    try:
+    with ExitStack() as restored:
+        # FSDP2 frees gathered weights by resizing their storage to 0, which no dispatch mode sees
+        restored.enter_context(patch.object(torch.UntypedStorage, "resize_", observed))
+        # DTensor finds the shape of a result, once, by an operation on whole fake tensors: nothing that a rank runs
+        restored.enter_context(patch.object(ShardingPropagator, "_fake_mode_lock", recorder.pausing()))
         yield recorder
-    finally:
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
 
 class Recorder(TorchDispatchMode):
@@ -141,6 +180,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.fake, self.axes = fake, _axes_of_groups(mesh)
         self.phase: Phase = "build"
+        self.paused = False
         self.load = 0  # tokens of each expert in one microbatch
         self.kernels: Counter[Kernel] = Counter()
         self.collectives: Counter[Collective] = Counter()
@@ -148,6 +188,19 @@ class Recorder(TorchDispatchMode):
         self.numbers: dict[int, int] = {}  # address of a storage object -> its number
         self.kinds: list[str] = []  # of every storage so far
         self.changes: list[tuple[int, int]] = []  # (number, bytes more or less)
+
+    def pausing(self) -> AbstractContextManager[None]:
+        """Return a block, to be entered again and again, within which nothing is recorded."""
+        recorder = self
+
+        class Pause(AbstractContextManager[None]):
+            def __enter__(self) -> None:
+                recorder.paused = True
+
+            def __exit__(self, *error: object) -> None:
+                recorder.paused = False
+
+        return Pause()
 
     @contextmanager
     def running(self, phase: Phase) -> Iterator[None]:
@@ -166,6 +219,8 @@ class Recorder(TorchDispatchMode):
         if name == "_local_scalar_dense" and self.fake:
             return self._value(args[0])
         out = op(*args, **(kwargs or {}))
+        if self.paused:
+            return out
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if name in COLLECTIVES:
@@ -189,7 +244,7 @@ class Recorder(TorchDispatchMode):
         peak: Counter[str] = Counter()
         for number, change in self.changes[: last + 1]:
             peak[self.kinds[number]] += change
-        return Trace(self.kernels, self.collectives, {kind: size for kind, size in peak.items() if size}, totals[-1])
+        return Trace(self.kernels, self.collectives, +peak, totals[-1])
 
     def mark(self, tensors: Iterator[Tensor] | list[Tensor], kind: str) -> None:
         """Say of what kind these tensors' storages are."""
@@ -245,7 +300,9 @@ class Recorder(TorchDispatchMode):
             query, key = inputs[first : first + 2]
             kind, shape = "attention", (*query.shape[:3], key.shape[2], query.shape[3])
             # two products forward; backward computes the scores again and four more
-            flops = (10 if first else 4) * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]
+            flops = (
+                (10 if first else 4) * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]
+            )
         dtype = outputs[0].dtype if outputs else inputs[0].dtype
         self.kernels[Kernel(name, kind, shape, dtype, flops, size, self._phase())] += self.phase != "build"
 
@@ -258,7 +315,7 @@ class Recorder(TorchDispatchMode):
             self.collectives[Collective(COLLECTIVES[name], axes, size, largest, self._phase())] += 1
 
 
-def _step(config: Config, mesh: Mesh, recorder: Recorder, fake: FakeTensorMode, microbatches: int) -> None:
+def step(config: Config, mesh: Mesh, recorder: Recorder, microbatches: int = 0) -> None:
     """Build this rank's part of the model and run one step."""
 
     def allocate(model: Transformer, config: Config, device: torch.device) -> None:
@@ -283,7 +340,9 @@ def _step(config: Config, mesh: Mesh, recorder: Recorder, fake: FakeTensorMode, 
         recorder.load = chosen // config.model.experts
     with recorder.running("forward"):
         tokens = torch.zeros(plan.micro_batch, plan.length + 1, dtype=torch.int64)
-        documents = torch.zeros(plan.micro_batch, plan.length, dtype=torch.int32) if config.data.mask_documents else None
+        documents = (
+            torch.zeros(plan.micro_batch, plan.length, dtype=torch.int32) if config.data.mask_documents else None
+        )
         batches = [Batch(tokens, documents, np.empty(0, np.int64))] * count
         loss = engine.forward_backward(batches, count, plan.tokens)
         recorder.phase = "update"
@@ -296,12 +355,12 @@ def _step(config: Config, mesh: Mesh, recorder: Recorder, fake: FakeTensorMode, 
 
 
 def _axes_of_groups(mesh: Mesh) -> dict[str, tuple[str, int]]:
-    """Return the axes that each process group lies along, and its size, by the group's name."""
+    """Return the axes along which the ranks of each process group differ, and its size, by the group's name."""
     found = {dist.group.WORLD.group_name: ("world", dist.get_world_size())}  # type: ignore[union-attr]
-    several = [SHARDS, EXPERT_SHARDS, ("cp", "tp"), WITHIN_STAGE]
-    for axes in [*several, *((axis,) for axis in AXES)]:
+    for axes in (SHARDS, EXPERT_SHARDS, ("cp", "tp"), WITHIN_STAGE, *((axis,) for axis in AXES)):
         group = mesh.group(*axes)
-        found[group.group_name] = ("_".join(axes), group.size())
+        # of axes of one rank torch makes no group of its own, so that several names may mean the same
+        found[group.group_name] = ("_".join(axis for axis in axes if mesh.group(axis).size() > 1), group.size())
     if mesh.ends:
         found[mesh.ends.group_name] = ("ends", 2)
     return found

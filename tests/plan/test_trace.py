@@ -1,0 +1,122 @@
+"""A traced step against a real one, and against closed forms."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+from distributed import world
+from torch.profiler import ProfilerActivity, profile
+
+from megahp.config import Config, resolve, with_values
+from megahp.parallel.layout import fit
+from megahp.parallel.mesh import make_mesh
+from megahp.plan.trace import recording, step, trace
+from megahp.scaling.flops import training_flops
+
+RUN: dict[str, Any] = {
+    "model": {"layers": 4, "width": 256, "heads": 4, "vocab_size": 4096},
+    "data": {"train": ["none"], "sequence_length": 256},
+    "batch": {"global_batch": 8, "micro_batch": 2},
+    "train": {"tokens": 1e6, "device": "cpu"},
+}
+MIXTURE = {"model.experts": 8, "model.expert_width": 128}
+GPT = {"activation": "gelu", "norm": "layernorm", "positions": "learned", "bias": True, "tied_embeddings": True}
+CASES: dict[str, dict[str, Any]] = {
+    "shards": {},
+    "replicas": {"parallel.dp_replicate": 2, "parallel.dp_shard": 1},
+    "shards, zero 2": {"parallel.zero": 2},
+    "tp": {"parallel.tp": 2},
+    "tp, sequence": {"parallel.tp": 2, "parallel.sequence_parallel": True},
+    "pp": {"parallel.pp": 2},
+    "pp, interleaved": {"parallel.pp": 2, "parallel.schedule": "interleaved"},
+    "pp, zero bubble": {"parallel.pp": 2, "parallel.schedule": "zero-bubble"},
+    "bfloat16": {"train.dtype": "bfloat16"},
+    "recomputed": {"compute.recompute": "full"},
+    "muon": {"optimizer.name": "muon"},
+    "experts": MIXTURE,
+    "gpt-2": {f"model.{key}": value for key, value in GPT.items()},
+}
+
+
+def config_of(case: str) -> Config:
+    tree = {section: dict(values) for section, values in RUN.items()}
+    for key, value in CASES[case].items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = value
+    return resolve.resolve([("test", tree)], written=True).config
+
+
+def allocated(case: str) -> int:
+    """Return the peak of what PyTorch's allocator gives to a real step on this rank, in bytes."""
+    config = config_of(case)
+    mesh = make_mesh(fit(config.parallel, 2), torch.device("cpu"))
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, recording(mesh) as recorder:
+        step(config, mesh, recorder)
+    events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[ProcessPoolExecutor]:
+    """A process without a process group, as a trace needs."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        yield executor
+
+
+def peak(case: str, rank: int) -> int:
+    return sum(trace(config_of(case), 2, rank).peak.values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peak_memory_is_that_of_a_real_step(alone: ProcessPoolExecutor, case: str) -> None:
+    """Within 5 %. Of three real steps the least counts: gloo's threads hold copies of what they send, now and then."""
+    real = [min(tries) for tries in zip(*(world.run(2, allocated, case) for _ in range(3)), strict=True)]
+    assert [alone.submit(peak, case, rank).result() for rank in range(2)] == pytest.approx(real, rel=0.05)
+
+
+def totals(layers: int, ranks: int, **values: Any) -> dict[str, Any]:
+    """Return a trace's floating-point operations for each token, and its collectives' calls and bytes by axes."""
+    config = config_of("shards")
+    for key, value in {"model.layers": layers, **values}.items():
+        config = with_values(config, {key: value})
+    found = trace(config, ranks, 0, 1)
+    calls = Counter[tuple[str, str, str]]()
+    for collective, count in found.collectives.items():
+        calls[collective.name, collective.axes, collective.phase] += count
+    return {"products": found.flops("product"), "attention": found.flops("attention"), "calls": calls}
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_operations_are_those_of_the_closed_form(alone: ProcessPoolExecutor, layers: int) -> None:
+    """But for the logits, which are computed once more in the backward pass, and attention's scores too."""
+    found = alone.submit(totals, layers, 2).result()
+    config = with_values(config_of("shards"), {"model.layers": layers})
+    model, tokens = config.model, config.batch.micro_batch * config.data.sequence_length
+    logits = 2 * model.width * model.padded_vocab
+    expected = training_flops(model, config.data.sequence_length, causal=False) + logits
+    scores = 2 * config.data.sequence_length * model.width * layers
+    assert found["products"] + found["attention"] == tokens * (expected + scores)
+
+
+def test_collectives_of_a_sharded_step(alone: ProcessPoolExecutor) -> None:
+    """Each of the units, the blocks and the rest, is gathered twice and reduced once."""
+    calls = alone.submit(totals, 3, 2).result()["calls"]
+    data = {key: count for key, count in calls.items() if key[1] == "dp_shard"}
+    assert {(name, phase) for name, _, phase in data} == {
+        ("all-gather", "forward"),
+        ("all-gather", "backward"),
+        ("reduce-scatter", "backward"),
+    }
+    assert sorted(data.values()) == [3, 4, 4]
