@@ -262,5 +262,5 @@ def steps_of(run: Config, ranks: int) -> tuple[int, int]:
         every = run.batch.look_every if run.batch.policy == "measured" else left
         many = min(left, every - progress.step % every)
         progress = Progress(progress.step + many, progress.samples, progress.tokens + many * step.tokens)
-        plan.look(progress, forecast(progress.tokens))
+        plan.update(progress, forecast(progress.tokens))
     return progress.step, plan.batch

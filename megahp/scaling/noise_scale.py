@@ -243,7 +243,7 @@ class NoiseScale:
         blocks = {of: {k: v for k, v in vars(getattr(self, of)).items() if k != "size"} for of in ("norms", "model")}
         return {"pooled": vars(self.pooled), "layers": layers, **blocks, "examples": self.examples}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         self.pooled = Average(**state["pooled"])
         self.layers = {name: Average(**values) for name, values in state["layers"].items()}
         # checkpoints written before there were blocks have none

@@ -133,7 +133,7 @@ def test_state_restores_exactly() -> None:
         first.update({"a": 10.0}, {"a": 3.0 + step / 100}, 5.0, 8, 30)
         first.calibrate(40.0 + step, 10.0)
     second = NoiseScale(half_life=100)
-    second.restore(json.loads(json.dumps(first.state())))
+    second.load_state(json.loads(json.dumps(first.state())))
     for noise in (first, second):
         noise.update({"a": 9.0}, {"a": 2.5}, 5.0, 8, 30)
         noise.calibrate(30.0, 10.0)
@@ -264,7 +264,7 @@ def test_prior_and_calibration_are_averaged_by_what_they_are_sure_of() -> None:
     assert both and alone and alone[0] < both[0] < both[2] < alone[2]
     found = [numbers[f"noise_scale_total{end}"] for end in ("_low", "", "_high")]
     assert found == pytest.approx(both) and numbers["noise_to_total"] == pytest.approx(norms[0] / own[0])
-    noise.restore({**noise.state(), "examples": noise.examples[1:]})
+    noise.load_state({**noise.state(), "examples": noise.examples[1:]})
     numbers = noise.numbers()
     assert (numbers["noise_scale_total_low"], numbers["noise_scale_total_high"]) == pytest.approx((alone[0], alone[2]))
     assert numbers["noise_scale_total"] == 1.4 * (numbers["noise_scale"] or 0) and numbers["noise_to_total"] is None
@@ -277,7 +277,7 @@ def test_a_wrong_prior_gives_way_to_calibration() -> None:
     for seed in range(40):
         noise = calibrated(np.random.default_rng(seed), 64, 16.0, 2, noise_to_total=3.0)
         told.append(noise.numbers()["noise_scale_total_low"])
-        noise.restore({**noise.state(), "examples": []})
+        noise.load_state({**noise.state(), "examples": []})
         prior.append(noise.numbers()["noise_scale_total_low"])
     assert np.median(told) > 1.3 * np.median(prior) and (np.array(told) < 16).mean() > 0.9
 

@@ -88,9 +88,9 @@ class BatchScheduler:
         self.tokens = config.batch.global_batch * self.first_length
 
     @property
-    def sees(self) -> str:
-        """Return which of NoiseScale.numbers `look` and `aim` are to be given."""
-        return self.policy.sees
+    def noise_key(self) -> str:
+        """Return which of NoiseScale.numbers `update` and `target` are to be given."""
+        return self.policy.noise_key
 
     @property
     def batch(self) -> int:
@@ -120,9 +120,9 @@ class BatchScheduler:
             **asdict(replace(peak, lr=peak.lr * rate)),
         )
 
-    def look(self, progress: Progress, noise_scale: float | None) -> Change | None:
+    def update(self, progress: Progress, noise_scale: float | None) -> Change | None:
         """Decide, after a step, whether the next ones have a larger batch. noise_scale: that of NoiseScale.numbers
-        which the plan `sees`, in examples.
+        under `noise_key`, in examples.
 
         Under `sqrt` and `sde` betas may change only once 10 / (1 - beta2) steps are done: AdamW corrects its bias with
         the present ones.
@@ -134,7 +134,7 @@ class BatchScheduler:
         if self.rule in ("sqrt", "sde") and progress.step < 10 / (1 - self.config.optimizer.beta2):
             return None
         moment = self._observe(progress, noise_scale)
-        wanted = self.policy.wanted(moment)
+        wanted = self.policy.propose(moment)
         if wanted is None or (now := self._runnable_below(wanted)) <= self.tokens:
             return None
         before, self.tokens, self.policy.memory.since = self.tokens, now, None
@@ -148,10 +148,10 @@ class BatchScheduler:
         """Return whether the whole model's gradient of one example is to be measured after this step."""
         return self.policy.is_calibration_step(step)
 
-    def aim(self, progress: Progress, noise_scale: float | None) -> float | None:
+    def target(self, progress: Progress, noise_scale: float | None) -> float | None:
         """Return the batch, in sequences, that a policy following the critical batch would have if nothing held it
         back."""
-        return self.policy.aim(self._observe(progress, noise_scale))
+        return self.policy.target(self._observe(progress, noise_scale))
 
     def bounds(self, progress: Progress, noise_scale: float | None) -> dict[str, float]:
         """Return what holds the batch of a policy that is bounded, name -> sequences."""
@@ -180,7 +180,7 @@ class BatchScheduler:
         why = "settings or layout have changed"
         moved = [self._change(before, self.tokens, None, why)] if self.tokens != before else []
         # what was measured decides at the looks alone, or a resume would not be exact
-        looked = None if self.policy.measures else self.look(progress, None)
+        looked = None if self.policy.measures else self.update(progress, None)
         return [*moved, looked] if looked else moved
 
     def _observe(self, progress: Progress, noise_scale: float | None) -> Observation:

@@ -9,7 +9,7 @@ from megahp.scaling.laws import PowerLaw
 class Law(Policy):
     """Want a share of the critical batch, spread along the run (Power Lines, arXiv 2505.13738)."""
 
-    def aim(self, now: Observation) -> float:
+    def target(self, now: Observation) -> float:
         batch = self.config.batch
         return batch.target * critical_batch_along(batch, now.tokens) / now.length
 

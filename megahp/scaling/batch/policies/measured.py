@@ -22,14 +22,14 @@ class Measured(Policy):
     """
 
     measures = True
-    sees = "noise_scale_total_low"
+    noise_key = "noise_scale_total_low"
 
-    def aim(self, now: Observation) -> float | None:
+    def target(self, now: Observation) -> float | None:
         bounds = self.bounds(now)
         return min(bounds.values()) if bounds else None
 
-    def wanted(self, now: Observation) -> float | None:
-        aim = self.aim(now) if self.is_decision_step(now.step) else None
+    def propose(self, now: Observation) -> float | None:
+        aim = self.target(now) if self.is_decision_step(now.step) else None
         if aim is None or (left := self.config.train.tokens - now.tokens) <= 0:
             return None
         # Where the run ends before the next look, in whole steps of what is left: 1 / shape runs away, and a batch

@@ -14,11 +14,11 @@ class NoiseScale(Policy):
 
     measures = True
 
-    def aim(self, now: Observation) -> float | None:
+    def target(self, now: Observation) -> float | None:
         batch, noise = self.config.batch, now.noise_scale
         return None if noise is None else batch.target * batch.noise_to_total * noise
 
-    def wanted(self, now: Observation) -> float | None:
+    def propose(self, now: Observation) -> float | None:
         batch, train, memory = self.config.batch, self.config.train, self.memory
         if not self.is_decision_step(now.step) or now.tokens < batch.delay * train.tokens:
             return None

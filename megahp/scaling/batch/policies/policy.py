@@ -32,7 +32,7 @@ class Policy:
 
     grows = True  # False: a resumed run begins again with batch.global_batch
     measures = False  # True: it decides from the noise scale, and so at looks alone
-    sees = "noise_scale"  # which of NoiseScale.numbers it decides from
+    noise_key = "noise_scale"  # which of NoiseScale.numbers it decides from
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -47,7 +47,7 @@ class Policy:
         """Return whether the whole model's gradient of one example is to be measured after this step."""
         return False
 
-    def aim(self, now: Observation) -> float | None:
+    def target(self, now: Observation) -> float | None:
         """Return the batch wanted if nothing held it back, in sequences of the present length; None where the policy
         follows no critical batch."""
         return None
@@ -56,13 +56,13 @@ class Policy:
         """Return what holds the batch, name -> the largest one it allows in sequences of the present length."""
         return {}
 
-    def wanted(self, now: Observation) -> float | None:
+    def propose(self, now: Observation) -> float | None:
         """Return the batch wanted from here on, in tokens; None for that which there is.
 
         What is aimed at is rounded in sequences of the run's first length, as `batch.global_batch` is counted: a replay
         compares with the logs of older runs to the last bit.
         """
-        aim = self.aim(now)
+        aim = self.target(now)
         return None if aim is None else aim * now.length / self.first_length * self.first_length
 
     def rate(self, shape: float, kappa: float) -> float:

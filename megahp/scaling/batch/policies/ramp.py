@@ -6,7 +6,7 @@ from megahp.scaling.batch.policies.policy import Observation, Policy
 class Ramp(Policy):
     """Want Megatron-LM's linear ramp of batch by consumed samples (before its release 0.18)."""
 
-    def wanted(self, now: Observation) -> float | None:
+    def propose(self, now: Observation) -> float | None:
         batch, samples = self.config.batch, (now.tokens - self.memory.began) // self.first_length
         if samples > batch.ramp_samples:
             return batch.largest * self.first_length

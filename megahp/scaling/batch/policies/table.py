@@ -11,5 +11,5 @@ class Table(Policy):
         super().__init__(config)
         self.table = [(tokens, size * self.first_length) for tokens, size in parse_table(config.batch.table)]
 
-    def wanted(self, now: Observation) -> float | None:
+    def propose(self, now: Observation) -> float | None:
         return max((batch for tokens, batch in self.table if now.tokens >= tokens), default=None)

@@ -90,6 +90,6 @@ def test_state_goes_on_where_it_stopped() -> None:
         if step is None:
             break
         progress = progress.after(step)
-        seen.append((step.global_batch, plan.look(progress, at(feed, progress, plan))))
+        seen.append((step.global_batch, plan.update(progress, at(feed, progress, plan))))
         state = plan.state()
     assert seen == whole and any(change for _, change in seen)
