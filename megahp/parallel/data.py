@@ -46,7 +46,7 @@ def shard(
     _prefetch([block for block in units if block in blocks], parallel.prefetch)
 
 
-def before(model: nn.Module, last: bool, parallel: ParallelConfig) -> None:
+def prepare_pass(model: nn.Module, last: bool, parallel: ParallelConfig) -> None:
     """Prepare the next forward and backward pass, the step's last one or not: whether gradients are communicated
     after it, and whether the gathered weights are kept."""
     if isinstance(model, FSDPModule):

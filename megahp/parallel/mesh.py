@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megahp import launch
 from megahp.config import Config
-from megahp.parallel.device import cuda_wanted, device_of
+from megahp.parallel.device import device_of, uses_cuda
 from megahp.parallel.layout import AXES, Layout
 
 SHARDS = ("dp_shard", "ep", "cp")  # the axes that share out a weight between them, beside tensor parallelism
@@ -48,7 +48,7 @@ class Mesh:
     layout: Layout
     device: torch.device
     devices: DeviceMesh
-    ends: dist.ProcessGroup | None  # the first and the last rank of this rank's pipeline, if it is one of them
+    embedding_group: dist.ProcessGroup | None  # first and last rank of this rank's pipeline, if it is one of them
 
     def rank(self, axis: str) -> int:
         return self.devices.get_local_rank(axis)
@@ -95,7 +95,7 @@ class Mesh:
 def make_mesh(layout: Layout, device: torch.device) -> Mesh:
     """The mesh over the default process group, whose size must be the layout's product."""
     devices = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
-    mesh = Mesh(layout, device, devices, _ends(devices) if layout.pp > 1 else None)
+    mesh = Mesh(layout, device, devices, _embedding_group(devices) if layout.pp > 1 else None)
     for axes in (SHARDS, EXPERT_SHARDS, ("cp", "tp"), WITHIN_STAGE):
         mesh.over(*axes)  # here, since all ranks must make a group at one time, and not all have experts
     return mesh
@@ -104,11 +104,11 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
 def single_rank_mesh(config: Config) -> Mesh:
     """The mesh of this process alone, which joins a group of its own if it is in none."""
     if not dist.is_initialized():
-        launch.join(launch.World(), cuda_wanted(config))
+        launch.join(launch.World(), uses_cuda(config))
     return make_mesh(Layout(), device_of(config, launch.World()))
 
 
-def _ends(devices: DeviceMesh) -> dist.ProcessGroup | None:
+def _embedding_group(devices: DeviceMesh) -> dist.ProcessGroup | None:
     """This rank's group of the two ends of a pipeline. All ranks must make all groups, in one order."""
     mine = None
     for pipeline in devices.mesh.flatten(1).T.tolist():

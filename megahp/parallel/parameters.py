@@ -95,7 +95,7 @@ def parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if not _is_probe(name))
 
 
-def saved(model: nn.Module) -> dict[str, Tensor]:
+def model_state(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint holds of a model: weights, as they lie on the ranks, and buffers, which are equal on all."""
     tensors = (*parameters(model), *model.named_buffers())
     return {f"model.{name}": tensor.detach() for name, tensor in tensors}
@@ -186,7 +186,7 @@ def part_of(weight: Tensor, whole: Tensor) -> Tensor:
     return whole[tuple(slice(start, start + size) for start, size in zip(*extent(weight), strict=True))]
 
 
-def copied_over(weight: Tensor, row: Row) -> set[str]:
+def replicated_axes(weight: Tensor, row: Row) -> set[str]:
     """The axes along which ranks hold equal copies of their part of this weight."""
     copied = {axis for axis in AXES if axis != "pp" or row.tied}
     if isinstance(weight, DTensor):
@@ -198,7 +198,7 @@ def copied_over(weight: Tensor, row: Row) -> set[str]:
 
 def is_first_replica(weight: Tensor, row: Row, mesh: Mesh) -> bool:
     """Whether this rank's part of the weight enters a sum over all ranks: of equal copies only the first does."""
-    return mesh.is_rank0(tuple(copied_over(weight, row)))
+    return mesh.is_rank0(tuple(replicated_axes(weight, row)))
 
 
 @torch.no_grad()
@@ -207,8 +207,8 @@ def sum_gradients(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh:
     for axis in AXES:
         if (group := mesh.group(axis)).size() > 1:
             _sum([weight.grad for name, weight in weights.items() if axis in table[name].sum_over], group)
-    if mesh.ends:
-        _sum([weight.grad for name, weight in weights.items() if table[name].tied], mesh.ends)
+    if mesh.embedding_group:
+        _sum([weight.grad for name, weight in weights.items() if table[name].tied], mesh.embedding_group)
 
 
 def _sum(grads: Sequence[Tensor | None], group: dist.ProcessGroup) -> None:

@@ -17,7 +17,7 @@ from megahp.model.moe import routers
 from megahp.parallel import data as data_parallel
 from megahp.parallel.context import shard_sequence
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import is_first_replica, local, parameters, probes, saved, sum_gradients
+from megahp.parallel.parameters import is_first_replica, local, model_state, parameters, probes, sum_gradients
 from megahp.parallel.pipeline import Pipeline
 
 FIRST_SCALE = 65536.0
@@ -51,7 +51,7 @@ class Engine:
         self.weights = {name: weight for stage in self.stages for name, weight in parameters(stage)}
         self.trained = {name: weight for name, weight in self.weights.items() if self.rows[name].trained}
         # looked up now: at times the modules' own parameters are FSDP2's gathered ones, in the compute type
-        self.saved = {name: tensor for stage in self.stages for name, tensor in saved(stage).items()}
+        self.saved = {name: tensor for stage in self.stages for name, tensor in model_state(stage).items()}
         self.routers = {name: router for stage in self.stages for name, router in routers(stage).items()}
         self.probes = {name: probe for stage in self.stages for name, probe in probes(stage).items()}
         self.pipeline = Pipeline(model.stages, parallel, mesh, self.stages[0].stream) if parallel.pp > 1 else None
@@ -105,7 +105,7 @@ class Engine:
         (model,) = self.stages
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
         for index, batch in enumerate(microbatches):
-            data_parallel.before(model, index == count - 1, self.parallel)
+            data_parallel.prepare_pass(model, index == count - 1, self.parallel)
             loss = model(**self._inputs(batch)).sum() / tokens
             (loss * scale).backward()
             total += loss.detach()

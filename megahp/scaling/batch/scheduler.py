@@ -15,7 +15,7 @@ from megahp.scaling import schedules
 from megahp.scaling.batch.policies import POLICIES
 from megahp.scaling.batch.policies.policy import Observation, Policy, PolicyState
 from megahp.scaling.batch.rule import Hyperparameters, follow, rule_of
-from megahp.scaling.batch.sizes import micro_batch, unit
+from megahp.scaling.batch.sizes import batch_multiple, micro_batch
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class BatchScheduler:
     def __init__(self, config: Config, dp: int) -> None:
         self.config = config
         self.first_length = self.length = config.data.sequence_length  # length: of the noise scales seen
-        self.unit = unit(config, dp) * self.first_length
+        self.unit = batch_multiple(config, dp) * self.first_length
         self.limit = config.batch.largest * self.first_length or math.inf
         self.phases = phases_of(config.data)
         self.policy: Policy = POLICIES[config.batch.policy](config)

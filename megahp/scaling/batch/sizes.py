@@ -11,7 +11,7 @@ def micro_batch(config: Config, length: int) -> int:
     return max(1, config.batch.micro_batch * config.data.sequence_length // length)
 
 
-def unit(config: Config, dp: int) -> int:
+def batch_multiple(config: Config, dp: int) -> int:
     """Return what a global batch is a multiple of, in sequences of the run's first length.
 
     So many tokens are a whole number of microbatches on every data-parallel rank in every stage of the data, and of
@@ -23,7 +23,7 @@ def unit(config: Config, dp: int) -> int:
 
 def least_batch(config: Config, dp: int) -> int:
     """Return the smallest global batch, in sequences of the run's first length: a microbatch a pipeline rank."""
-    tokens, multiple = config.parallel.pp * max(_microbatches(config, dp)), unit(config, dp)
+    tokens, multiple = config.parallel.pp * max(_microbatches(config, dp)), batch_multiple(config, dp)
     return -(-tokens // (multiple * config.data.sequence_length)) * multiple
 
 
