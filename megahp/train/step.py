@@ -74,8 +74,6 @@ class Engine:
     def forward_backward(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float = 1.0) -> Tensor:
         """Add up the gradients of `scale` times the mean loss over `tokens` tokens of the global batch, from this
         rank's `count` microbatches. Returns this rank's part of that loss, not scaled, without waiting for it."""
-        for router in self.routers.values():
-            router.unit = scale / tokens
         if self.pipeline:
             inputs = [self._inputs(batch) for batch in microbatches]
             together = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
@@ -106,7 +104,7 @@ class Engine:
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
         for index, batch in enumerate(microbatches):
             data_parallel.prepare_pass(model, index == count - 1, self.parallel)
-            loss = model(**self._inputs(batch)).sum() / tokens
+            loss = model(**self._inputs(batch), loss_weight=scale / tokens).sum() / tokens
             (loss * scale).backward()
             total += loss.detach()
         return total
