@@ -4,10 +4,10 @@ from megahp.scaling.batch.policies.policy import Observation, Policy
 
 
 class Ramp(Policy):
-    """Want Megatron-LM's linear ramp of batch by consumed samples (before its release 0.18)."""
+    """Propose Megatron-LM's linear ramp of the batch over consumed samples (before its release 0.18)."""
 
-    def propose(self, now: Observation) -> float | None:
-        batch, samples = self.config.batch, (now.tokens - self.memory.began) // self.first_length
+    def propose(self, observed: Observation) -> float | None:
+        batch, samples = self.config.batch, (observed.tokens - self.memory.began) // self.first_length
         if samples > batch.ramp_samples:
             return batch.largest * self.first_length
         increments = (batch.largest - batch.global_batch) // batch.increment
