@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, checkpoint, create_selective_checkpoint_contexts
 
 from megahp.config import ComputeConfig
 from megahp.model.norm import LayerNorm, RMSNorm
@@ -21,7 +21,7 @@ from megahp.scaling.parameterization import Role
 
 aten = torch.ops.aten
 # What selective recomputation saves: the results that take most time to compute for a byte of memory.
-SAVED = {
+SAVED = [
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -31,7 +31,7 @@ SAVED = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._efficient_attention_forward.default,
-}
+]
 
 
 def apply_recompute_and_compile(blocks: nn.ModuleDict, compute: ComputeConfig) -> None:
@@ -57,16 +57,11 @@ def apply_recompute_and_compile(blocks: nn.ModuleDict, compute: ComputeConfig) -
     for number, block in blocks.items():
         recompute = compute.recompute if int(number) % compute.recompute_every == 0 else "none"
         if recompute == "selective":  # inside the compiler, which then sees what is to be saved
-            contexts = partial(create_selective_checkpoint_contexts, _policy)
-            block.compute = recomputed(block.compute, context_fn=contexts)
+            block.compute = recomputed(block.compute, context_fn=partial(create_selective_checkpoint_contexts, SAVED))
         if compute.compile:
             block.compute = torch.compile(block.compute)
         if recompute == "full":  # outside: torch 2.13 cannot compile it where weights are DTensors
             block.compute = recomputed(block.compute)
-
-
-def _policy(_context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def replace_norms(model: nn.Module, engine: str) -> None:

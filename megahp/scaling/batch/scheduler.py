@@ -13,7 +13,7 @@ from typing import Any
 from megahp.config import Config, phase_at, phases_of
 from megahp.scaling import schedules
 from megahp.scaling.batch.policies import POLICIES
-from megahp.scaling.batch.policies.policy import Observation, Policy, PolicyState
+from megahp.scaling.batch.policies.policy import Observation, Policy, PolicyState, Proposal
 from megahp.scaling.batch.rule import Hyperparameters, follow, rule_of
 from megahp.scaling.batch.sizes import batch_multiple, micro_batch
 
@@ -99,11 +99,12 @@ class BatchScheduler:
 
     def is_decision_step(self, step: int) -> bool:
         """Return whether the noise scale after this step can decide something, and so must be in the log."""
-        return self.policy.is_decision_step(step)
+        return self.policy.measures and step % self.config.batch.look_every == 0
 
     def is_calibration_step(self, step: int) -> bool:
         """Return whether to measure the whole model's gradient of one example after this step."""
-        return self.policy.is_calibration_step(step)
+        every = self.config.batch.calibrate_every
+        return self.policy.calibrates and every > 0 and step % every == 0
 
     def step(self, progress: Progress) -> StepPlan | None:
         """Return the next optimizer step; None when the run is over, because the horizon has no room for another batch
@@ -138,13 +139,14 @@ class BatchScheduler:
         # them. After 10 / (1 - beta2) steps that no longer matters: the correction, 1 - beta2^steps, is 1 to 5e-5.
         if self.rule in ("sqrt", "sde") and progress.step < 10 / (1 - self.config.optimizer.beta2):
             return None
-        observed = self._observe(progress, noise_scale)
-        proposed = self.policy.propose(observed)
-        if proposed is None or (tokens := self._runnable_below(proposed)) <= self.tokens:
+        if self.policy.measures and not self.is_decision_step(progress.step):
+            return None
+        proposal = self.policy.propose(self._observe(progress, noise_scale))
+        if proposal is None or (tokens := self._runnable_below(proposal.tokens)) <= self.tokens:
             return None
         before, self.tokens = self.tokens, tokens
         self.policy.memory.since = None  # the next growth is to be confirmed anew; `least` is what this one rests on
-        return self._change(before, proposed, self.policy.noise_used(observed), self.policy.reason(observed))
+        return self._change(before, proposal)
 
     def target(self, progress: Progress, noise_scale: float | None) -> float | None:
         """Return the batch, in sequences, that a policy which follows the critical batch would have if nothing limited
@@ -174,7 +176,7 @@ class BatchScheduler:
             self.tokens = max(self.tokens, above if above <= self.limit else self._runnable_below(above))
         changes = []
         if self.tokens != before:
-            changes.append(self._change(before, self.tokens, None, "settings or layout have changed"))
+            changes.append(self._change(before, Proposal(self.tokens, reason="settings or layout have changed")))
         # policies that measure decide at decision steps alone: a resume must not add one
         if not self.policy.measures and (change := self.update(progress, None)):
             changes.append(change)
@@ -192,11 +194,11 @@ class BatchScheduler:
         larger = self._runnable_below(self.tokens + self.multiple)
         return Observation(progress.step, progress.tokens, self.tokens, larger, self.length, noise_scale)
 
-    def _change(self, before: int, wanted: float, noise: float | None, why: str = "") -> Change:
-        """Return the change from a batch to the present one."""
+    def _change(self, before: int, proposal: Proposal) -> Change:
+        """Return the change from a batch to the present one, which followed from the proposal."""
         old, new = self.hyperparameters(before), self.hyperparameters(self.tokens)
-        horizon = self.config.train.tokens
-        sequences, asked = (before // self.length, self.tokens // self.length), wanted / self.length
+        horizon, noise, why = self.config.train.tokens, proposal.noise_scale, proposal.reason
+        sequences, asked = (before // self.length, self.tokens // self.length), proposal.tokens / self.length
         if not why:  # these words stand in events.jsonl, and a replay compares them
             because = f"; the smoothed noise scale stayed at {noise:.4g} examples or more" if noise else ""
             why = f"{self.config.batch.policy} asks for {asked:.4g}{because}"

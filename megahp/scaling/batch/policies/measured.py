@@ -3,7 +3,7 @@
 import math
 
 from megahp.scaling import schedules
-from megahp.scaling.batch.policies.policy import Observation, Policy
+from megahp.scaling.batch.policies.policy import Observation, Policy, Proposal
 
 
 class Measured(Policy):
@@ -21,7 +21,7 @@ class Measured(Policy):
       horizon or schedule, a layout that cannot run the old batch), the rate is limited instead.
     """
 
-    measures = True
+    measures = calibrates = True
     noise_key = "noise_scale_total_low"
 
     def bounds(self, observed: Observation) -> dict[str, float]:
@@ -40,26 +40,18 @@ class Measured(Policy):
     def target(self, observed: Observation) -> float | None:
         return min(self.bounds(observed).values(), default=None)
 
-    def propose(self, observed: Observation) -> float | None:
-        target = self.target(observed) if self.is_decision_step(observed.step) else None
-        if target is None or (left := self.config.train.tokens - observed.tokens) <= 0:
+    def propose(self, observed: Observation) -> Proposal | None:
+        bounds, left = self.bounds(observed), self.config.train.tokens - observed.tokens
+        if not bounds or left <= 0:
             return None
+        target = min(bounds.values()) * observed.length  # tokens
         # Where the run ends before the next decision, divide the rest into whole steps: 1 / shape runs away, and with a
         # batch larger than the rest, the rest would not be trained on.
-        steps = math.ceil(left / (target * observed.length))
-        return left / steps if steps <= self.config.batch.look_every + 1 else target * observed.length
-
-    def is_calibration_step(self, step: int) -> bool:
-        every = self.config.batch.calibrate_every
-        return every > 0 and step % every == 0
+        steps = math.ceil(left / target)
+        tokens = left / steps if steps <= self.config.batch.look_every + 1 else target
+        limit, other = ("noise", "stability") if bounds["noise"] < bounds["stability"] else ("stability", "noise")
+        reason = f"{limit} allows {bounds[limit]:.4g}, {other} {bounds[other]:.4g}"
+        return Proposal(tokens, observed.noise_scale, reason)
 
     def rate(self, shape: float, kappa: float) -> float:
         return min(shape, 1 / kappa)
-
-    def noise_used(self, observed: Observation) -> float | None:
-        return observed.noise_scale
-
-    def reason(self, observed: Observation) -> str:
-        noise, stability = self.bounds(observed).values()
-        bound, other = ("noise", "stability") if noise < stability else ("stability", "noise")
-        return f"{bound} allows {min(noise, stability):.4g}, {other} {max(noise, stability):.4g}"

@@ -2,7 +2,7 @@
 
 import math
 
-from megahp.scaling.batch.policies.policy import Observation, Policy
+from megahp.scaling.batch.policies.policy import Observation, Policy, Proposal
 
 
 class NoiseScale(Policy):
@@ -18,9 +18,9 @@ class NoiseScale(Policy):
         batch, noise = self.config.batch, observed.noise_scale
         return None if noise is None else batch.target * batch.noise_to_total * noise
 
-    def propose(self, observed: Observation) -> float | None:
+    def propose(self, observed: Observation) -> Proposal | None:
         batch, train, memory = self.config.batch, self.config.train, self.memory
-        if not self.is_decision_step(observed.step) or observed.tokens < batch.delay * train.tokens:
+        if observed.tokens < batch.delay * train.tokens:
             return None
 
         def batch_for(noise: float) -> float:  # in sequences of the first length, where it is rounded (Policy.propose)
@@ -38,7 +38,5 @@ class NoiseScale(Policy):
         memory.least = min(memory.least, noise)
         if observed.tokens - memory.since < train.noise_half_life * train.tokens:
             return None
-        return min(batch_for(memory.least), batch.growth * present) * self.first_length
-
-    def noise_used(self, observed: Observation) -> float | None:
-        return self.memory.least
+        tokens = min(batch_for(memory.least), batch.growth * present) * self.first_length
+        return Proposal(tokens, memory.least)

@@ -26,25 +26,27 @@ class Observation:
     noise_scale: float | None  # the one of NoiseScale.numbers under `noise_key`, in sequences of this length
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """Hold the batch a policy proposes, in tokens, and what it is based on."""
+
+    tokens: float
+    noise_scale: float | None = None  # examples; None for policies that measure nothing
+    reason: str = ""  # "" for the standard one
+
+
 class Policy:
-    """Propose nothing: the base of all policies."""
+    """Propose the target: the base of all policies, which itself has none."""
 
     grows = True  # False: a resumed run begins again with batch.global_batch
     measures = False  # True: it decides from the noise scale, and so at decision steps alone
+    calibrates = False  # True: it needs the noise scale of the whole model, with an interval
     noise_key = "noise_scale"  # which of NoiseScale.numbers it decides from
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.first_length = config.data.sequence_length
         self.memory = PolicyState()
-
-    def is_decision_step(self, step: int) -> bool:
-        """Return whether the noise scale after this step can decide something."""
-        return self.measures and step % self.config.batch.look_every == 0
-
-    def is_calibration_step(self, step: int) -> bool:
-        """Return whether to measure the whole model's gradient of one example after this step."""
-        return False
 
     def target(self, observed: Observation) -> float | None:
         """Return the batch to grow to if nothing limited growth, in sequences of the present length; None where the
@@ -55,24 +57,16 @@ class Policy:
         """Return the largest batch that each bound allows, by name, in sequences of the present length."""
         return {}
 
-    def propose(self, observed: Observation) -> float | None:
-        """Return the batch for the next steps, in tokens; None to keep the present one.
+    def propose(self, observed: Observation) -> Proposal | None:
+        """Return the batch for the next steps; None to keep the present one.
 
         The target is rounded in sequences of the run's first length, in which `batch.global_batch` is counted: a replay
         compares with the logs of older runs to the last bit.
         """
         target = self.target(observed)
-        return None if target is None else target * observed.length / self.first_length * self.first_length
+        return None if target is None else Proposal(target * observed.length / self.first_length * self.first_length)
 
     def rate(self, shape: float, kappa: float) -> float:
         """Return the share of the peak learning rate at kappa times batch.global_batch, where the schedule's share is
         `shape`."""
         return shape
-
-    def noise_used(self, observed: Observation) -> float | None:
-        """Return the noise scale that a change at this step is based on; None where the policy measures nothing."""
-        return None
-
-    def reason(self, observed: Observation) -> str:
-        """Return the reason of a change at this step; "" for the standard one."""
-        return ""

@@ -1,7 +1,7 @@
 """The policy of a batch that the user lists."""
 
 from megahp.config import Config, parse_table
-from megahp.scaling.batch.policies.policy import Observation, Policy
+from megahp.scaling.batch.policies.policy import Observation, Policy, Proposal
 
 
 class Table(Policy):
@@ -11,5 +11,6 @@ class Table(Policy):
         super().__init__(config)
         self.table = [(tokens, size * self.first_length) for tokens, size in parse_table(config.batch.table)]
 
-    def propose(self, observed: Observation) -> float | None:
-        return max((batch for tokens, batch in self.table if observed.tokens >= tokens), default=None)
+    def propose(self, observed: Observation) -> Proposal | None:
+        reached = [batch for tokens, batch in self.table if observed.tokens >= tokens]
+        return Proposal(max(reached)) if reached else None
