@@ -45,11 +45,6 @@ def estimate(sq_small: Number, sq_batch: Number, batch: int, small: int = 1) -> 
     return true_sq, (sq_small - sq_batch) / (1 / small - 1 / batch)
 
 
-def ratio(true_sq: float, noise: float) -> float | None:
-    """Return S / |G|^2 in examples; None where the averages do not make a positive number."""
-    return noise / true_sq if true_sq > 0 and noise > 0 else None
-
-
 def step_efficiency(batch: float, noise_scale: float) -> float:
     """Return eta(B) / eta_max = 1 / (1 + B_noise / B), 1/2 at B = B_noise; both arguments in the same unit.
 
@@ -77,8 +72,8 @@ class Average:
 
     @property
     def ratio(self) -> float | None:
-        """Return the smoothed noise scale in examples."""
-        return ratio(self.true_sq, self.noise)
+        """Return the smoothed noise scale in examples; None where the averages do not make a positive number."""
+        return self.noise / self.true_sq if self.true_sq > 0 and self.noise > 0 else None
 
 
 @dataclass

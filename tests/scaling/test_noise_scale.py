@@ -16,7 +16,6 @@ from megahp.scaling.noise_scale import (
     NoiseScale,
     estimate,
     interval,
-    ratio,
     step_efficiency,
 )
 
@@ -62,7 +61,7 @@ def test_a_batch_of_one_says_nothing() -> None:
 
 @pytest.mark.parametrize("pair", [(-1.0, 1.0), (0.0, 1.0), (1.0, -1.0)])
 def test_a_ratio_that_means_nothing_is_none(pair: tuple[float, float]) -> None:
-    assert ratio(*pair) is None
+    assert Average(*pair).ratio is None
 
 
 def test_step_efficiency() -> None:
