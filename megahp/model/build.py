@@ -37,15 +37,15 @@ class Model:
 def build_model(config: Config, mesh: Mesh) -> Model:
     """Return the model with its initial weights, the same on every layout. model.vocab_size must be set.
 
-    The order of a stage's steps matters:
-    1. The whole model on `meta`, which costs no memory; then what the stage does not have is deleted.
-    2. Recomputation and compilation wrap the blocks' functions, not the modules, so that FSDP2's hooks stay outside:
-       gathering and resharding are neither compiled nor recomputed.
-    3. Other engines' norms.
-    4. Tensor-parallel parts, which decide the shapes of
-    5. float8 products.
-    6. FSDP2 shards the parts over the data-parallel ranks, and sets what is prefetched, once all units are known.
-    7. Memory for the shards alone, then weights drawn into it.
+    A stage is built in this order:
+    1. The whole model on `meta`, which takes no memory, without the parts that other stages have.
+    2. Recomputation and compilation. They wrap the blocks' functions, not the modules, so FSDP2's hooks stay outside:
+       gathering and resharding are neither compiled nor, but for a block's experts, repeated by a recomputation.
+    3. Other engines' norms, in place of the op that measures.
+    4. Tensor-parallel parts as DTensors: float8 products need their shapes, and FSDP2 shards them further.
+    5. Float8 products.
+    6. FSDP2, over the data-parallel ranks; prefetching, once all of its units exist.
+    7. Memory, for this rank's shards alone, and the weights drawn into it.
     """
     whole = skeleton(config, mesh)
     compute, stages = config.compute, {}

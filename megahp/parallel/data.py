@@ -62,7 +62,11 @@ def shard(
 
 def prepare_pass(model: nn.Module, is_last: bool, parallel: ParallelConfig) -> None:
     """Decide, before one microbatch's forward and backward pass, whether its gradients are reduced and its weights
-    resharded afterwards. is_last: it is the step's last microbatch."""
+    resharded afterwards. is_last: it is the step's last microbatch.
+
+    Gradients add up on every rank and are reduced once a step, unless parallel.reduce = "every". ZeRO-1 gathers weights
+    once a step, so it keeps them until the last backward pass.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last or parallel.reduce == "every")
         model.set_reshard_after_backward(is_last or parallel.zero_level > 1)

@@ -45,7 +45,7 @@ def fail(error: Exception, may_pass: bool = False) -> None:
     raise error
 
 
-def told() -> dict[str, Any]:
+def exchanged() -> dict[str, Any]:
     rank = dist.get_rank()
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     half = halves[rank // 2]
@@ -72,7 +72,7 @@ def told() -> dict[str, Any]:
 
 
 def test_everything_arrives_everywhere_and_errors_as_they_were() -> None:
-    everywhere = world.run(RANKS, told)
+    everywhere = world.run(RANKS, exchanged)
     for rank, found in enumerate(everywhere):
         first = rank == 0
         assert found["all"] == [{"rank": n, "text": "ä" * 1000 * n, "nothing": None} for n in range(RANKS)]

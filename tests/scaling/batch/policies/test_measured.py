@@ -136,7 +136,7 @@ def test_little_is_left_untrained() -> None:
 
 @pytest.mark.parametrize("kappa", [1, 2, 8])
 def test_a_batch_that_has_grown_warms_up_again_below_the_same_drift(kappa: int) -> None:
-    """A branch, or a run with another horizon, that goes on with a grown batch: the rate is held down instead."""
+    """A branch, or a run with another horizon, that continues with a grown batch: the rate is limited instead."""
     values = {"schedule__start": TOKENS, "schedule__warmup": 0.05, "train__tokens": 2 * TOKENS}
     plan = BatchScheduler(measured(**values), 1)
     progress = Progress(500, TOKENS // 16, TOKENS)
