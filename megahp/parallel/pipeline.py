@@ -63,9 +63,9 @@ def stages_of(rank: int, parallel: ParallelConfig) -> list[int]:
 class Pipeline:
     """Run this rank's stages by a schedule. Stages exchange one tensor: the residual stream.
 
-    A stage is called with the tokens, if it is the first, else the stream; with `targets`; and with the other inputs of
-    a microbatch. The last returns the losses of its tokens. stream: maps a microbatch of tokens to a `meta` tensor of
-    the shape and dtype that the stream has between stages.
+    A stage is called with the tokens, if it is the first, else the stream; with `targets` and the other inputs of a
+    microbatch; and in training with `loss_weight`, that of a token's loss. The last returns the losses of its tokens.
+    stream: maps a microbatch of tokens to a `meta` tensor of the shape and dtype that the stream has between stages.
     """
 
     def __init__(
