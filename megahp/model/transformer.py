@@ -85,8 +85,8 @@ class Transformer(nn.Module):
             self.unembedding = ColumnParallelLinear(model.width, model.padded_vocab, False, Role.UNEMBEDDING)
 
     def keep(self, blocks: range) -> None:
-        """Delete what the pipeline stage of these blocks has not. The embedding goes with the first block; final norm
-        and unembedding, and with them the embedding if it is tied, with the last."""
+        """Delete all but the pipeline stage of these blocks. The embedding belongs to the first block; final norm and
+        unembedding, and with them a second copy of the embedding if it is tied, to the last."""
         self.is_first, self.is_last = blocks.start == 0, blocks.stop == self.model.layers
         if not self.is_first:
             self.positions = None

@@ -1,9 +1,9 @@
 """Tensor-parallel layers: Megatron's column, row and vocabulary splits, computed on local shards.
 
 Activations are [batch, sequence, width]. Between `enter` and `leave` a rank computes its heads or columns; outside,
-every rank holds the whole residual stream, or with sequence parallelism its slice of the sequence. Which gradients are
-then partial, and summed over tp, stands in each weight's Row: a split weight has the whole gradient of its part; one
-outside the products has a part of it where the sequence is split.
+every rank holds the whole residual stream, or with sequence parallelism its slice of the sequence. Each weight's Row
+declares whether its gradient is partial and summed over tp: that of a split weight is complete; that of a weight
+outside the products is partial where the sequence is split.
 """
 
 import torch
