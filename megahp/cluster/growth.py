@@ -85,7 +85,7 @@ def segments(growth: Growth, progress: Progress, state: Mapping[str, Any], noise
             strides.append((steps, step.tokens))
             # samples are nothing that a policy looks at
             progress = Progress(progress.step + steps, 0, progress.tokens + steps * step.tokens)
-            plan.look(progress, forecast(progress.tokens))
+            plan.update(progress, forecast(progress.tokens))
         if not strides:  # the run is over
             return found
         found.append(Segment(nodes, begin, strides))
@@ -98,7 +98,10 @@ def forecast_segments(config: Config, progress: Progress, noise: float | None) -
     if config.batch.policy != "noise-scale":
         return config
     law = with_values(config, {"batch.policy": "law"})
-    measured, expected = BatchScheduler(config, 1).aim(progress, noise), BatchScheduler(law, 1).aim(progress, None)
+    measured, expected = (
+        BatchScheduler(config, 1).target(progress, noise),
+        BatchScheduler(law, 1).target(progress, None),
+    )
     if not (measured and expected):
         return law
     scale, exponent = config.batch.critical_batch

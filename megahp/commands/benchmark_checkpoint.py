@@ -35,7 +35,7 @@ from megahp.benchmark.machine import machine_of
 from megahp.commands.arguments import at_least, starts_ranks
 from megahp.commands.output import write_json
 from megahp.config import CheckpointConfig, Config, resolve, with_values
-from megahp.parallel.device import cuda_wanted, device_of
+from megahp.parallel.device import device_of, uses_cuda
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.messages import on_rank0
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     check_batch(config, layout, config.batch.global_batch)
     if starts_ranks(arguments.ranks, place.size):
         return launch.spawn(words, arguments.ranks)
-    launch.join(place, cuda_wanted(config))
+    launch.join(place, uses_cuda(config))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as own:
         found = benchmark(config, layout, place, Path(on_rank0(lambda: own)), arguments.saves)
         dist.barrier()

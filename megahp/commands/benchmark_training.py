@@ -60,7 +60,7 @@ from megahp.config import Config, SparsityConfig, config_to_dict, get_setting, r
 from megahp.config.presets import PRESETS
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.errors import UserError
-from megahp.parallel.device import check_devices, cuda_wanted, device_of
+from megahp.parallel.device import check_devices, device_of, uses_cuda
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.scaling.flops import parameters, training_flops
@@ -224,7 +224,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     place = launch.world()
     if starts_ranks(arguments.ranks, place.size):
         return launch.spawn(words, arguments.ranks)
-    launch.join(place, cuda_wanted(cases[0].config))
+    launch.join(place, uses_cuda(cases[0].config))
     benchmark(arguments, cases, place, words)
     return 0
 

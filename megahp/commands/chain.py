@@ -55,8 +55,8 @@ def chain_of(options: Namespace, config: Config) -> Chain:
     before = resolve.from_dict(state["config"], "checkpoint")
     goes_on = state["batch_plan"] if saved else initial_batch_state(config, before, state, plan)
     averages = NoiseScale(1.0, config.batch.noise_to_total)
-    averages.restore(state["noise_scale"])
-    noise = averages.numbers()[plan.sees]
+    averages.load_state(state["noise_scale"])
+    noise = averages.numbers()[plan.noise_key]
     return Chain(growth, options.ranks_per_node, Progress(**state["progress"]), goes_on, noise)
 
 

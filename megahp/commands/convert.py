@@ -37,7 +37,7 @@ from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError, complain, in_one_line
 from megahp.evaluate.sample import alone
 from megahp.model.build import longest
-from megahp.parallel.parameters import saved, storage
+from megahp.parallel.parameters import model_state, storage
 from megahp.train.prepare import with_vocabulary
 
 FORMATS = ("megahp", "huggingface", "megatron", "megatron-legacy")
@@ -153,7 +153,7 @@ def our_logits(config: Config, weights: Iterable[tuple[str, Tensor]], tokens: Te
     that are not the model's."""
     dtype = "float64" if config.train.dtype == "float64" else "float32"
     model = alone(with_values(config, {"train.dtype": dtype, "train.device": "cpu"}))
-    places = saved(model)
+    places = model_state(model)
     for name, weight in fitting(weights, {name: place.shape for name, place in places.items()}):
         storage(places[name]).copy_(weight)
     return model(tokens)[..., : config.model.vocab_size]

@@ -38,7 +38,7 @@ from megahp.errors import UserError
 from megahp.log.progress import human_count, human_duration
 from megahp.model.build import build_model
 from megahp.parallel.mesh import single_rank_mesh
-from megahp.parallel.parameters import saved
+from megahp.parallel.parameters import model_state
 from megahp.scaling.batch import micro_batch
 from megahp.scaling.noise_scale import estimate
 from megahp.train.prepare import open_data
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     loader = Loader(data, mesh.device, config.data.mask_documents)
     squares, began = [], time.monotonic()
     for number, each in enumerate(places, start=1):
-        checkpoint.load(each.path, saved(model))
+        checkpoint.load(each.path, model_state(model))
         data.restore(each.data_order)
         squares.append([measure(model, microbatches(loader, each, batch)) for batch in range(arguments.batches)])
         rest = human_duration((time.monotonic() - began) / number * (len(places) - number))

@@ -85,10 +85,10 @@ def train_rank(config: Config, place: launch.World, layout: Layout, resume: bool
     """Train as one rank, and leave without tearing the process group down (launch.leave)."""
     from megahp.faults.crash import report_crash
     from megahp.faults.watchdog import patience
-    from megahp.parallel.device import cuda_wanted
+    from megahp.parallel.device import uses_cuda
     from megahp.train.loop import train
 
-    store = launch.join(place, cuda_wanted(config), patience(config.resilience.hang_after))
+    store = launch.join(place, uses_cuda(config), patience(config.resilience.hang_after))
     try:
         code = FINISHED if train(config, place, store, layout, resume) else STOPPED
         if place.rank == 0 and code == FINISHED:

@@ -56,7 +56,7 @@ from megahp.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from megahp.files import open_unlinked
 from megahp.log.metrics import newest_metrics, read_metrics
 from megahp.log.progress import human_duration
-from megahp.parallel.device import cuda_wanted
+from megahp.parallel.device import uses_cuda
 from megahp.parallel.layout import fit
 from megahp.scaling.flops import training_flops
 from megahp.train.loop import train
@@ -301,7 +301,7 @@ def submit(words: Sequence[str], arguments: argparse.Namespace) -> int:
 def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
     """Train whatever nobody else does until nothing is left, and end this process."""
     began, before, code = time.monotonic(), [cell for cell in cells if is_over(cell.directory)], 0
-    store = launch.join(launch.World(), cuda_wanted(cells[0].config)) if ranks == 1 else None
+    store = launch.join(launch.World(), uses_cuda(cells[0].config)) if ranks == 1 else None
     try:
         for cell in cells:
             with claimed(cell) as mine:

@@ -17,7 +17,7 @@ from megahp.errors import UserError
 from megahp.files import LARGEST, refuse_irregular
 from megahp.model.build import skeleton
 from megahp.parallel.mesh import single_rank_mesh
-from megahp.parallel.parameters import saved
+from megahp.parallel.parameters import model_state
 from megahp.train.prepare import with_vocabulary
 from megahp.train.run import state_of_weights
 
@@ -67,7 +67,7 @@ def shapes_of(config: Config) -> dict[str, torch.Size]:
     """Of the weights by name, of a model that is not made."""
     config = with_values(replace(config, parallel=ParallelConfig()), {"train.device": "cpu"})
     model = skeleton(config, single_rank_mesh(config))
-    return {name: weight.shape for name, weight in saved(model).items()}
+    return {name: weight.shape for name, weight in model_state(model).items()}
 
 
 def fitting(tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:

@@ -30,7 +30,7 @@ from megahp.config import (
 )
 from megahp.data.loader import Batch
 from megahp.errors import UserError
-from megahp.parallel.device import check_devices, cuda_wanted, device_of
+from megahp.parallel.device import check_devices, device_of, uses_cuda
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.parallel.messages import all_gather_json
@@ -218,7 +218,7 @@ def _outcome(config: Config, ranks: int) -> dict[str, Any]:
 def _main(run_file: str, outcome: str) -> None:
     config = resolve.load(run_file).config
     place = launch.world()
-    launch.join(place, cuda_wanted(config))
+    launch.join(place, uses_cuda(config))
     mesh = make_mesh(fit(config.parallel, place.size), device_of(config, place))
     found = train(Trial(config, mesh), STEPS)
     if place.rank == 0:

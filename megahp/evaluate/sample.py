@@ -17,7 +17,7 @@ from megahp.model.build import build_model, longest
 from megahp.model.transformer import Transformer
 from megahp.parallel.device import device_of
 from megahp.parallel.mesh import single_rank_mesh
-from megahp.parallel.parameters import saved
+from megahp.parallel.parameters import model_state
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def trained(place: Path) -> Trained:
     config = with_values(checkpoint.settings_of(path), {"train.device": "auto"})
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = alone(config)
-    checkpoint.load(path, saved(model))
+    checkpoint.load(path, model_state(model))
     return Trained(path, config, model, tokenizer, device_of(config, launch.World()))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from megahp.errors import Fault
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh
 from megahp.parallel.messages import all_gather_json
-from megahp.parallel.parameters import Row, copied_over, storage
+from megahp.parallel.parameters import Row, replicated_axes, storage
 
 SHOWN = 3  # differing weights in one message
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -20,8 +20,8 @@ def check_copies(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: 
     """Make sure that every weight is equal, to the bit, on all ranks that hold a copy of it. All ranks call it, and all
     raise Fault when it is not so on some of them, naming weights and ranks."""
     sums = {name: _sum_of_bits(weight) for name, weight in weights.items()}
-    copied = {name: copied_over(weight, table[name]) for name, weight in weights.items()}
-    groups = [(axis, mesh.group(axis)) for axis in WITHIN_STAGE] + [("pp", mesh.ends)]
+    copied = {name: replicated_axes(weight, table[name]) for name, weight in weights.items()}
+    groups = [(axis, mesh.group(axis)) for axis in WITHIN_STAGE] + [("pp", mesh.embedding_group)]
     found: list[str] = []
     for axis, group in groups:
         names = [name for name in weights if axis in copied[name]]

@@ -52,7 +52,7 @@ def _decide(
         yield from ((progress.step, change) for change in moved)
     while progress.step < until and (step := plan.step(progress)):
         progress = progress.after(step)
-        change = plan.look(progress, records.get(progress.step, {}).get(plan.sees))
+        change = plan.update(progress, records.get(progress.step, {}).get(plan.noise_key))
         after[progress.step] = progress, plan.state()
         if change:
             yield progress.step, change

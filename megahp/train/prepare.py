@@ -19,9 +19,9 @@ from megahp.files import read_json, refuse_links
 from megahp.log.wandb_log import check_wandb
 from megahp.model.build import longest
 from megahp.ops.engines import fused_adam, linear_of, norm_of
-from megahp.parallel.device import check_devices, cuda_wanted, memory_here
+from megahp.parallel.device import check_devices, memory_here, uses_cuda
 from megahp.parallel.layout import Layout
-from megahp.scaling.batch import BatchScheduler, Progress, least_batch, runnable, unit
+from megahp.scaling.batch import BatchScheduler, Progress, batch_multiple, least_batch, runnable
 from megahp.scaling.flops import parameters as parameter_count
 from megahp.train.advice import advice, beyond_cpus
 
@@ -64,7 +64,7 @@ def prepare(
     data = open_data(config)
     if warn and not (resume and saved):
         # a machine without ranks of the run, such as a login node, may lack the GPUs that its own have
-        is_cuda = cuda_wanted(config) if ranks_here else config.train.device != "cpu"
+        is_cuda = uses_cuda(config) if ranks_here else config.train.device != "cpu"
         for line in advice(config, data, math.prod(layout.shape), "cuda" if is_cuda else "cpu", begin):
             warn(f"warning: {line}")
         if ranks_here and not is_cuda and (beyond := beyond_cpus(config, layout, ranks_here, begin)):
@@ -87,7 +87,7 @@ def refuse_without_checkpoint(config: Config) -> None:
 def check_batch(config: Config, layout: Layout, global_batch: int) -> None:
     """Raise UserError when the layout cannot run a global batch, of the run's beginning or of where it goes on, in
     every stage of the data."""
-    batch, multiple, least = config.batch, unit(config, layout.dp), least_batch(config, layout.dp)
+    batch, multiple, least = config.batch, batch_multiple(config, layout.dp), least_batch(config, layout.dp)
     nearest = runnable(global_batch, multiple, least)
     if nearest != (global_batch,):
         of = f"data parallel {layout.dp} x batch.micro_batch {batch.micro_batch}"
@@ -99,7 +99,9 @@ def check_batch(config: Config, layout: Layout, global_batch: int) -> None:
         which = "batch.global_batch" if global_batch == batch.global_batch else "the global batch to go on with"
         micro = math.gcd(batch.micro_batch, global_batch // layout.dp) if global_batch % layout.dp == 0 else 0
         smaller = with_values(config, {"batch.micro_batch": micro}) if micro else config
-        fits = runnable(global_batch, unit(smaller, layout.dp), least_batch(smaller, layout.dp)) == (global_batch,)
+        fits = runnable(global_batch, batch_multiple(smaller, layout.dp), least_batch(smaller, layout.dp)) == (
+            global_batch,
+        )
         raise UserError(
             f"{which} = {global_batch} is {wanted} ({of}); nearest that can be: {', '.join(map(str, nearest))}"
             + f"; or set batch.micro_batch={micro}" * fits
@@ -125,7 +127,7 @@ def check_memory(config: Config, layout: Layout, ranks_here: int) -> None:
     parameters = parameter_count(config.model, longest(config))
     share = 4 * parameters * layout.dp_replicate / math.prod(layout.shape)
     needed, there = share * ranks_here, memory_here()
-    if not cuda_wanted(config) and needed > there:
+    if not uses_cuda(config) and needed > there:
         raise UserError(
             f"the model's {parameters:,} parameters take at least {needed / 1e9:,.0f} GB of this machine, which has "
             f"{there / 1e9:,.0f} GB; make it smaller, or divide it among more machines"
@@ -141,7 +143,7 @@ def check_engines(config: Config) -> None:
     if config.optimizer.engine == "apex":
         fused_adam()
     for key in ("compute.norms", "compute.fp8", "optimizer.engine"):
-        if (engine := get_setting(config, key)) in ("apex", "transformer-engine") and not cuda_wanted(config):
+        if (engine := get_setting(config, key)) in ("apex", "transformer-engine") and not uses_cuda(config):
             raise UserError(f"{key} = {engine!r} computes on CUDA devices alone; train on one, or leave it out")
 
 

@@ -72,7 +72,7 @@ class Reporter:
             why,
             run.progress,
             samples=run.progress.samples,
-            batch_scheduler=taken.batch_scheduler,
+            batch_plan=taken.batch_scheduler,
             changed={key: {"before": before, "now": now} for key, (before, now) in changed.items()},
             layout=vars(run.mesh.layout),
             config=config_to_dict(self.config),
@@ -165,7 +165,7 @@ def _record(
     numbers = run.noise.numbers()
     noise = numbers["noise_scale"]
     # at the step that reaches sequences of another length the policy has seen nothing of them
-    seen = numbers[run.batch_scheduler.sees] if run.batch_scheduler.length == plan.length else None
+    seen = numbers[run.batch_scheduler.noise_key] if run.batch_scheduler.length == plan.length else None
     record: Record = {
         "step": run.progress.step,
         "tokens": run.progress.tokens,
@@ -174,7 +174,7 @@ def _record(
         "lr": plan.lr,
         "weight_decay": plan.weight_decay,
         "global_batch": plan.global_batch,
-        "batch_target": run.batch_scheduler.aim(run.progress, seen),
+        "batch_target": run.batch_scheduler.target(run.progress, seen),
         "grad_norm": measured.grad_norm,
         "grad_sq_example": sum(measured.grad_sq_example.values()) if measured.grad_sq_example else None,
         "grad_sq_batch": sum(measured.grad_sq_batch.values()) if measured.grad_sq_batch else None,

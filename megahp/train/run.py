@@ -146,7 +146,7 @@ class Run(Trainer):
         self.loss_scale = LossScale(**state["loss_scale"])
         self.spikes.restore(state["spikes"])
         if self.config.train.noise_scale:
-            self.noise.restore(state["noise_scale"])
+            self.noise.load_state(state["noise_scale"])
         return state
 
     def _tensors(self) -> dict[str, torch.Tensor]:

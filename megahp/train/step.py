@@ -17,7 +17,7 @@ from megahp.model.moe import routers
 from megahp.parallel import data as data_parallel
 from megahp.parallel.context import shard_sequence
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import is_first_replica, local, parameters, probes, saved, sum_gradients
+from megahp.parallel.parameters import is_first_replica, local, model_state, parameters, probes, sum_gradients
 from megahp.parallel.pipeline import Pipeline
 
 FIRST_SCALE = 65536.0
@@ -51,7 +51,7 @@ class Engine:
         self.weights = {name: weight for stage in self.stages for name, weight in parameters(stage)}
         self.trained = {name: weight for name, weight in self.weights.items() if self.rows[name].trained}
         # looked up now: at times the modules' own parameters are FSDP2's gathered ones, in the compute type
-        self.saved = {name: tensor for stage in self.stages for name, tensor in saved(stage).items()}
+        self.saved = {name: tensor for stage in self.stages for name, tensor in model_state(stage).items()}
         self.routers = {name: router for stage in self.stages for name, router in routers(stage).items()}
         self.probes = {name: probe for stage in self.stages for name, probe in probes(stage).items()}
         self.pipeline = Pipeline(model.stages, parallel, mesh, self.stages[0].stream) if parallel.pp > 1 else None
@@ -74,8 +74,6 @@ class Engine:
     def forward_backward(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float = 1.0) -> Tensor:
         """Add up the gradients of `scale` times the mean loss over `tokens` tokens of the global batch, from this
         rank's `count` microbatches. Returns this rank's part of that loss, not scaled, without waiting for it."""
-        for router in self.routers.values():
-            router.unit = scale / tokens
         if self.pipeline:
             inputs = [self._inputs(batch) for batch in microbatches]
             together = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
@@ -105,8 +103,8 @@ class Engine:
         (model,) = self.stages
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
         for index, batch in enumerate(microbatches):
-            data_parallel.before(model, index == count - 1, self.parallel)
-            loss = model(**self._inputs(batch)).sum() / tokens
+            data_parallel.prepare_pass(model, index == count - 1, self.parallel)
+            loss = model(**self._inputs(batch), loss_weight=scale / tokens).sum() / tokens
             (loss * scale).backward()
             total += loss.detach()
         return total

@@ -103,9 +103,9 @@ class Trainer:
         self.progress = self.progress.after(plan)
         is_decision_step = self.batch_scheduler.is_decision_step(self.progress.step)
         noise = (
-            self.noise.numbers()[self.batch_scheduler.sees] if is_decision_step else None
+            self.noise.numbers()[self.batch_scheduler.noise_key] if is_decision_step else None
         )  # policies that measure see it at looks
-        change = self.batch_scheduler.look(self.progress, noise)
+        change = self.batch_scheduler.update(self.progress, noise)
         return change, self.masks.look(plan, self.progress) if updated else None
 
     def microbatches(self, loader: Loader, plan: StepPlan) -> Iterator[Batch]:

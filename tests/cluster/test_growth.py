@@ -42,7 +42,7 @@ def lives(config: Config, growth: Growth) -> list[tuple[int, int, int]]:
         plan.load_state(state, progress)
         while step := plan.step(progress):
             progress = progress.after(step)
-            plan.look(progress, forecast(progress.tokens))
+            plan.update(progress, forecast(progress.tokens))
             if stop and plan.batch >= stop:
                 break
         if progress == begin:
@@ -107,8 +107,8 @@ def test_what_was_measured_revises_what_remains() -> None:
     now = Progress(100, 400, 400 * LENGTH)
     plan = BatchScheduler(run, 1)
     for noise in (10.0, 20.0):
-        assert BatchScheduler(forecast_segments(run, now, noise), 1).aim(now, None) == pytest.approx(
-            plan.aim(now, noise)
+        assert BatchScheduler(forecast_segments(run, now, noise), 1).target(now, None) == pytest.approx(
+            plan.target(now, noise)
         )
     less, more = ([part.begin for part in segments(growth(run), now, plan.state(), noise)] for noise in (10.0, 20.0))
     assert less[1] / more[1] == pytest.approx(4, rel=0.02)  # the batch goes with the root of the tokens

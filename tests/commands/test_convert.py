@@ -36,7 +36,7 @@ from megahp.convert.tokenizers import write_tokenizer
 from megahp.data.indexed import IndexedWriter
 from megahp.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahp.evaluate.sample import alone
-from megahp.parallel.parameters import saved, storage
+from megahp.parallel.parameters import model_state, storage
 from megahp.scaling.parameterization import table_of
 from megahp.train.run import state_of_weights
 
@@ -88,7 +88,7 @@ def written(config: Config, folder: Path) -> dict[str, Tensor]:
     """A checkpoint of a model in which every weight, the vocabulary's padding too, is random."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for name, weight in saved(alone(config)).items():
+    for name, weight in model_state(alone(config)).items():
         value = storage(weight)
         if "router.bias" not in name or config.model.router_score == "sigmoid":
             value = value + torch.randn(value.shape, generator=generator) * 0.2

@@ -23,7 +23,7 @@ from megahp.errors import UserError
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import Layout
-from megahp.parallel.parameters import saved, storage
+from megahp.parallel.parameters import model_state, storage
 from megahp.scaling.parameterization import table_of
 
 needs_transformers = pytest.mark.skipif(
@@ -81,7 +81,7 @@ def settings_of(case: str, table: str, dtype: str = "float32") -> Config:
 def drawn(config: Config) -> Transformer:
     """A model in which every weight and bias is random; a router's bias where a family has one."""
     (model,), generator = build_model(config, mesh_of(Layout())).stages.values(), torch.Generator().manual_seed(1)
-    for name, weight in saved(model).items():
+    for name, weight in model_state(model).items():
         if not name.endswith("router.bias") or config.model.router_score == "sigmoid":
             storage(weight).add_(torch.randn(weight.shape, generator=generator) * 0.2)
     return model
@@ -90,7 +90,7 @@ def drawn(config: Config) -> Transformer:
 def filled(config: Config, weights: Mapping[str, Tensor]) -> Transformer:
     """A model with these weights, and no others."""
     (model,) = build_model(config, mesh_of(Layout())).stages.values()
-    named = {name.removeprefix("model."): weight for name, weight in saved(model).items()}
+    named = {name.removeprefix("model."): weight for name, weight in model_state(model).items()}
     assert named.keys() == weights.keys()
     for name, weight in named.items():
         assert weight.shape == weights[name].shape
@@ -99,7 +99,7 @@ def filled(config: Config, weights: Mapping[str, Tensor]) -> Transformer:
 
 
 def weights_of(model: Transformer) -> dict[str, Tensor]:
-    return {name.removeprefix("model."): whole(weight) for name, weight in saved(model).items()}
+    return {name.removeprefix("model."): whole(weight) for name, weight in model_state(model).items()}
 
 
 def tokens() -> Tensor:

@@ -23,7 +23,7 @@ from megahp import checkpoint, cli
 from megahp.config import resolve
 from megahp.evaluate import perplexity
 from megahp.evaluate.sample import Trained, alone, trained
-from megahp.parallel.parameters import saved, storage
+from megahp.parallel.parameters import model_state, storage
 from megahp.train.run import state_of_weights
 
 CONTEXT, EOD = 24, 256
@@ -48,7 +48,7 @@ def write_run(folder: Path, model: dict[str, Any], tokenizer: str = "bytes") -> 
     generator = torch.Generator().manual_seed(1)
     weights = {
         name: storage(weight) + 0.2 * torch.randn(storage(weight).shape, generator=generator)
-        for name, weight in saved(alone(config)).items()
+        for name, weight in model_state(alone(config)).items()
     }
     for step in (1, 2):  # the newest counts
         scaled = ((name, value * step) for name, value in weights.items())

@@ -166,7 +166,7 @@ def plainly(case: Case) -> dict[str, Any]:
             group.update(eps=plan.eps * rule.eps, betas=(plan.beta1, plan.beta2))
         optimizer.step()
         training.progress = training.progress.after(plan)
-        training.batch_scheduler.look(training.progress, None)
+        training.batch_scheduler.update(training.progress, None)
         own = changed(chosen, training.progress.tokens / chosen.train.tokens, step, weights, own, masked)
         for name, mask in own.items():
             weights[name].data.mul_(mask)
