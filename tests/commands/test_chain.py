@@ -107,4 +107,4 @@ def test_what_cannot_grow(words: tuple[str, ...], told: str, capsys: pytest.Capt
 
 def test_a_batch_to_stop_at_that_is_never_reached(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "run.toml", "resilience.stop_at_batch=4"]) == 2
-    assert "resilience.stop_at_batch = 4 is no batch that batch.policy = 'table' grows to" in capsys.readouterr().err
+    assert "resilience.stop_at_batch = 4 is not reached by growth from batch.global_batch =" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from megahp.errors import UserError
         (["model.heads=5"], ["model.heads = 5", "model.width = 256", "4"]),
         (["model.kv_heads=3"], ["model.kv_heads = 3", "2, 4"]),
         (["parallel.tp=3"], ["parallel.tp = 3", "model.kv_heads = 4", "2, 4"]),
-        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tp"]),
+        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tp = 1"]),
         (["parallel.tp=4", "parallel.sequence_parallel=true", "data.sequence_length=62"], ["62", "60, 64"]),
         (["parallel.cp=2", "data.sequence_length=62"], ["62", "multiple of 4", "parallel.cp = 2 needs", "60, 64"]),
         (
@@ -121,4 +121,4 @@ def test_many_sources_are_counted_once() -> None:
 
     sources = Sources(f"part-{i}" for i in range(3000))
     config = with_values(Config(), {"data.train": Sources((*sources, "part-7"))})
-    assert any("names 'part-7' twice" in problem for problem in checks.impossible(config))
+    assert any("names 'part-7' twice" in problem for problem in checks.find_conflicts(config))

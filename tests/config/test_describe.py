@@ -49,7 +49,7 @@ optimizer.beta2: decay of the second moment
         (
             "sparsity.layers",
             """\
-sparsity.layers: densities, one a block, in place of density
+sparsity.layers: density of each block; empty = density for all
   type       a list of numbers
   default    []
   only with  sparsity.method: "static" or "rigl"
@@ -58,7 +58,7 @@ sparsity.layers: densities, one a block, in place of density
         (
             "train.seed",
             """\
-train.seed: of the weights and of the data order
+train.seed: random seed of the initial weights and the data order
   type       a whole number
   bounds     at least 0
   default    1
@@ -78,7 +78,7 @@ def test_choices_and_counts_are_told_in_words() -> None:
 
 def test_a_section_lists_its_settings_and_no_name_lists_all() -> None:
     model = describe("model")
-    assert model.startswith("[model]  The decoder transformer.\n  preset = ")
+    assert model.startswith("[model]  The decoder-only transformer.\n  preset = ")
     assert [line.split()[0] for line in model.splitlines() if " = " in line[:30]] == list(schema.TYPES["model"])
     assert describe() == "\n\n".join(map(describe, schema.SECTIONS))
 
@@ -86,11 +86,11 @@ def test_a_section_lists_its_settings_and_no_name_lists_all() -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("model.lyers", "model.lyers is no setting; did you mean layers"),
+        ("model.lyers", "model.lyers is not a setting; did you mean layers"),
         ("btach", "btach is neither a section nor a setting; did you mean batch?"),
         ("optimiser.lr", "optimiser.lr is neither a section nor a setting; did you mean optimizer?"),
         ("lr", "lr is neither a section nor a setting; did you mean optimizer.lr?"),
-        ("zzz", "zzz is neither a section nor a setting; there are: model, parameterization, data"),
+        ("zzz", "zzz is neither a section nor a setting; choose one of: model, parameterization, data"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, told: str) -> None:
