@@ -314,7 +314,7 @@ class SparsityConfig:
     )
     every: int = dynamic_only(100, "steps between changes of the masks", at_least=1)
 
-    def drawn(self, layers: int) -> tuple[float, ...]:
+    def initial_densities(self, layers: int) -> tuple[float, ...]:
         """Return the density of each block's matrices at the start of the run."""
         if self.method in ("none", "gradual"):
             return (1.0,) * layers
