@@ -71,7 +71,9 @@ def skeleton(config: Config, mesh: Mesh) -> Transformer:
             getattr(torch, config.train.dtype),
             config.train.noise_scale,
         )
-    for block, density in zip(model.blocks.values(), config.sparsity.initial_densities(config.model.layers), strict=True):
+    for block, density in zip(
+        model.blocks.values(), config.sparsity.initial_densities(config.model.layers), strict=True
+    ):
         _say_density(block, density)
     if config.train.weights == "embeddings":
         _freeze_but(model, (model.embedding, model.unembedding))
