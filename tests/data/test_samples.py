@@ -137,7 +137,7 @@ def test_another_length_repeats_nothing_and_passes_over_less_than_a_group(long, 
     for before, now in zip(lengths, (*lengths[1:], None), strict=True):
         count = tokens // before
         seen += [int(token) for number in range(j, j + count) for token in long.sample(number, before)[0][:-1]]
-        j = long.load_state(j + count, before, now) if now else j + count
+        j = long.convert_position(j + count, before, now) if now else j + count
     used = j * lengths[-1]  # of the order, counted in tokens, with what was passed over
     assert 0 <= used - len(seen) <= (len(lengths) - 1) * long.group * 12
     assert lengths != (6, 6) or used == len(seen)
