@@ -106,12 +106,12 @@ class TrainingData:
         begins = np.array([self._begins[self._training[k].key][0] for k in source], np.int64)
         return self._checked(_gather(self._training, source, begins + j, self.length, ids, documents))
 
-    def enter(self, phase: int, sample: int) -> None:
+    def enter_phase(self, phase: int, sample: int) -> None:
         """Switch to a phase, by its index, from this global sample id on."""
         self._begin_phase(self._consumed(sample), phase, sample)
 
     def state(self, sample: int) -> dict[str, Any]:
-        """Return the position of every source at this global sample id, for `restore` and `branch`."""
+        """Return the position of every source at this global sample id, for `load_state` and `branch`."""
         return {
             "stage": self.phase,
             "first_sample": self._first_sample,
@@ -120,7 +120,7 @@ class TrainingData:
             "taken": self._consumed(sample),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of the same data. Raises UserError if it has other phases or sources."""
         if state["stage"] >= len(self.phases) or state["begins"].keys() != self._begins.keys():
             raise UserError("the checkpoint's data_order has other phases or sources than data.train; use another one")
@@ -150,7 +150,7 @@ class TrainingData:
         source, j, ids = self._windows(count)
         return self._checked(_gather(self._validation, source, j, self.phases[0].length, ids, documents=True))
 
-    def held_out(self, count: int) -> int:
+    def validation_size(self, count: int) -> int:
         """Return the number of windows of `validation(count)`."""
         return len(self._windows(count)[2]) if self._validation_blend else 0
 
@@ -241,7 +241,7 @@ class Loader:
         documents = None if batch.documents is None else batch.documents.to(self._device, non_blocking=True)
         return replace(batch, tokens=batch.tokens.to(self._device, non_blocking=True), documents=documents)
 
-    def forget(self) -> None:
+    def drop_prefetched(self) -> None:
         """Drop the prefetched batch, after waiting for the thread: the data is about to change under it."""
         if self._prefetched is not None:
             self._prefetched[1].exception()  # waits, and does not raise

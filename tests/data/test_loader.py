@@ -143,9 +143,9 @@ def tokens_of(data, first, count):
 def test_stages_change_mixture_and_length_and_repeat_nothing(sources, tmp_path):
     data = training_data(sources, tmp_path, more=[FLIP, LONG])
     seen = [tokens_of(data, 0, 25)]
-    data.enter(1, 25)
+    data.enter_phase(1, 25)
     seen.append(tokens_of(data, 25, 40))
-    data.enter(2, 65)
+    data.enter_phase(2, 65)
     seen.append(tokens_of(data, 65, 5))
     assert [part.shape for part in seen] == [(25, LENGTH), (40, LENGTH), (5, 4 * LENGTH)]
     ones = [(part[:, 0] < 1200).sum().item() for part in seen]
@@ -158,7 +158,7 @@ def test_another_mixture_passes_over_nothing(sources, tmp_path):
     """Each source's samples are, in their order, those it would have given alone."""
     data = training_data(sources, tmp_path, more=[FLIP])
     first = tokens_of(data, 0, 25)
-    data.enter(1, 25)
+    data.enter_phase(1, 25)
     rows = torch.cat([first, tokens_of(data, 25, 40)])
     for prefix, of in ((0, rows[:, 0] < 1200), (1, rows[:, 0] >= 1200)):
         alone = training_data({list(sources)[prefix]: 1.0}, tmp_path)
@@ -172,7 +172,7 @@ def test_a_restored_order_goes_on_as_if_nothing_had_been(sources, tmp_path, at):
         for i in range(first, last):
             phase = 0 if i < 25 else 1 if i < 65 else 2
             if data.phase != phase:
-                data.enter(phase, i)
+                data.enter_phase(phase, i)
             rows.append(tokens_of(data, i, 1)[0].tolist())
         return rows
 
@@ -180,7 +180,7 @@ def test_a_restored_order_goes_on_as_if_nothing_had_been(sources, tmp_path, at):
     deal(data, 0, at)
     state = json.loads(json.dumps(data.state(at)))
     again = training_data(sources, tmp_path, more=[FLIP, LONG])
-    again.restore(state)
+    again.load_state(state)
     assert deal(again, at, 69) == deal(whole, 0, 69)[at:]
 
 
@@ -214,7 +214,7 @@ def test_a_branch_enters_the_stage_its_tokens_are_in(sources, tmp_path):
 def test_validation_is_the_same_in_every_stage(sources, tmp_path):
     data = training_data(sources, tmp_path, more=[FLIP])
     before = data.validation(8).tokens
-    data.enter(1, 25)
+    data.enter_phase(1, 25)
     assert torch.equal(data.validation(8).tokens, before)
     assert (before[:, 0] < 1200).sum() == 2, "dealt by what the run ends with"
 
