@@ -75,7 +75,7 @@ def _read_json_lines(file: Path, key: str) -> Iterator[Document]:
         for number, line in enumerate(lines):
             try:
                 record = json.loads(line) if line.strip() else {key: ""}
-            except ValueError:
+            except (ValueError, RecursionError):  # the latter for a line of 1,000 nested lists
                 record = None
             # A wrong --json-key is reported at the first line, not after hours.
             if number == 0 and isinstance(record, dict) and key not in record:
