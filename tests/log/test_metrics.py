@@ -231,7 +231,7 @@ def test_what_is_no_run_directory_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be read"):
         read_metrics(tmp_path / "file")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         RunLog(tmp_path / "file")
 
 

@@ -266,7 +266,7 @@ def test_a_failed_end_is_told(log, monkeypatch):
 
 def test_a_log_that_hangs_is_not_waited_for(log, monkeypatch):
     stuck, ends = threading.Event(), threading.Event()
-    monkeypatch.setattr(wandb_log, "MOST_WAITING", 3)
+    monkeypatch.setattr(wandb_log, "MAX_QUEUED", 3)
     monkeypatch.setattr(wandb.Run, "log", lambda self, values, step: (stuck.set(), ends.wait(60)))
     log = log()
     log.metrics(record(1))
