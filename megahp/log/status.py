@@ -28,7 +28,7 @@ NEWEST = 20  # steps whose median is the speed behind the ETA
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """The status of a run, as text; "" if unknown."""
 
     run: str
@@ -52,7 +52,7 @@ def runs_below(folder: Path) -> Iterator[Path]:
             yield Path(directory)
 
 
-def standing(run: Path, jobs: Sequence[Queued] = ()) -> Standing:
+def read_status(run: Path, jobs: Sequence[Queued] = ()) -> RunStatus:
     """Return the status of a run and its jobs. If a file cannot be read, the error is the outlook."""
     jobs = sorted(jobs, key=lambda job: job.state == "pending")  # a running job before one that waits for it
     state = "queued" if jobs else "not begun"
@@ -74,19 +74,19 @@ def standing(run: Path, jobs: Sequence[Queued] = ()) -> Standing:
         elif event:
             state = "running" if _is_alive(run) else "interrupted"
         if not steps or not total:
-            return Standing(str(run), state, outlook=_ended(event), job=job, log=log)
+            return RunStatus(str(run), state, outlook=_ended(event), job=job, log=log)
         step, tokens = steps[0]["step"], steps[0]["tokens"]
         loss = next((f"{loss:.4f}" for record in steps if (loss := record.get("loss")) is not None), "-")
         numbers = f"{step:,}", f"{human_count(tokens)}/{human_count(total)}", f"{tokens / total:.0%}", loss
         outlook = _eta(steps, total, last_step) if state in ("running", "queued") else _ended(event)
-        return Standing(str(run), state, *numbers, human_count(steps[0].get("tokens_per_second")), outlook, job, log)
+        return RunStatus(str(run), state, *numbers, human_count(steps[0].get("tokens_per_second")), outlook, job, log)
     except (UserError, OSError) as error:
-        return Standing(str(run), "unreadable", outlook=str(error), job=job, log=log)
+        return RunStatus(str(run), "unreadable", outlook=str(error), job=job, log=log)
 
 
-def table(standings: Sequence[Standing]) -> str:
+def table(statuses: Sequence[RunStatus]) -> str:
     """Return a line for each run, in columns."""
-    rows = [HEADER, *([printable(getattr(each, name)) for name in COLUMNS] for each in standings)]
+    rows = [HEADER, *([printable(getattr(each, name)) for name in COLUMNS] for each in statuses)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
