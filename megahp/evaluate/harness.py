@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megahp.errors import UserError
 from megahp.evaluate.perplexity import scores, windows
-from megahp.evaluate.sample import Trained, continuation
+from megahp.evaluate.sample import TrainedModel, continuation
 from megahp.model.build import longest
 
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k"}
@@ -22,16 +22,16 @@ class Harness(TemplateLM):
     """How context and continuation become tokens is the harness's own rule; the end-of-document token stands before a
     text that has no context. Each token is predicted from as many before it as the run was trained on, or all."""
 
-    def __init__(self, origin: Trained) -> None:
+    def __init__(self, trained: TrainedModel) -> None:
         super().__init__()
-        self.origin, self.context = origin, longest(origin.config)
+        self.trained, self.context = trained, longest(trained.config)
 
     @property
     def eot_token_id(self) -> int:
-        return self.origin.tokenizer.eod
+        return self.trained.tokenizer.eod
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.origin.tokenizer.encode(string)
+        return self.trained.tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         return self._likelihoods([(before, after) for _, before, after in requests])
@@ -53,7 +53,7 @@ class Harness(TemplateLM):
             for window in windows(torch.tensor(before + after), len(before), self.context, self.context)
         ]
         sums, likeliest = [0.0] * len(pairs), [True] * len(pairs)
-        for piece, loss, hit in scores(self.origin, [window for _, window in found]):
+        for piece, loss, hit in scores(self.trained, [window for _, window in found]):
             sums[found[piece][0]] -= loss
             likeliest[found[piece][0]] &= hit
         return list(zip(sums, likeliest, strict=True))
@@ -64,11 +64,11 @@ class Harness(TemplateLM):
         if unknown := sorted(wanted.keys() - GENERATION):
             known = ", ".join(GENERATION)
             raise UserError(f"generation_kwargs {', '.join(unknown)} mean nothing here; there are {known}")
-        tokenizer, stops = self.origin.tokenizer, [word for word in wanted["until"] if word]
+        tokenizer, stops = self.trained.tokenizer, [word for word in wanted["until"] if word]
         ids = tokenizer.encode(prompt) or [tokenizer.eod]
         begin, new, text = len(tokenizer.decode(ids)), list[int](), ""
         temperature = wanted.get("temperature", 0.0) if wanted["do_sample"] else 0.0
-        following = continuation(self.origin, ids, temperature, wanted.get("top_k", 0), seed)
+        following = continuation(self.trained, ids, temperature, wanted.get("top_k", 0), seed)
         while len(new) < wanted["max_gen_toks"] and (token := next(following)) != tokenizer.eod:
             new.append(token)
             text = tokenizer.decode(ids + new)[begin:]

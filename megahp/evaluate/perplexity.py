@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megahp.errors import UserError
-from megahp.evaluate.sample import Trained
+from megahp.evaluate.sample import TrainedModel
 from megahp.log.progress import ProgressDisplay
 from megahp.model.build import longest
 
@@ -46,7 +46,7 @@ class Score:
         }
 
 
-def evaluate(origin: Trained, files: Sequence[Sequence[str]], context: int, stride: int) -> list[Score]:
+def evaluate(trained: TrainedModel, files: Sequence[Sequence[str]], context: int, stride: int) -> list[Score]:
     """The score of each file's texts, none of them empty.
 
     Each text stands alone, after an end-of-document token, from which its first token is predicted; its end is not
@@ -55,13 +55,13 @@ def evaluate(origin: Trained, files: Sequence[Sequence[str]], context: int, stri
     pieces: list[tuple[int, Window]] = []  # with the number of its file
     tokens, nats = [0] * len(files), [0.0] * len(files)
     for number, text in ((number, text) for number, file in enumerate(files) for text in file):
-        ids = torch.tensor([origin.tokenizer.eod, *origin.tokenizer.encode(text)])
+        ids = torch.tensor([trained.tokenizer.eod, *trained.tokenizer.encode(text)])
         pieces += [(number, window) for window in windows(ids, 1, context, stride)]
         tokens[number] += len(ids) - 1
-    for piece, loss, _ in scores(origin, [window for _, window in pieces]):
+    for piece, loss, _ in scores(trained, [window for _, window in pieces]):
         nats[pieces[piece][0]] += loss
     if not math.isfinite(sum(nats)):
-        raise UserError(f"{origin.path} gives losses that are not finite; evaluate an earlier checkpoint")
+        raise UserError(f"{trained.path} gives losses that are not finite; evaluate an earlier checkpoint")
     return [
         Score(len(file), tokens[number], sum(len(text.encode()) for text in file), nats[number])
         for number, file in enumerate(files)
@@ -78,10 +78,10 @@ def windows(tokens: Tensor, first: int, context: int, stride: int) -> Iterator[W
 
 
 @torch.no_grad()
-def scores(origin: Trained, pieces: Sequence[Window]) -> Iterator[tuple[int, float, bool]]:
+def scores(trained: TrainedModel, pieces: Sequence[Window]) -> Iterator[tuple[int, float, bool]]:
     """Of every window, the longest first: its number, the summed loss in nats of the tokens it scores, and whether each
     of them is the likeliest one. Shows progress on stderr."""
-    vocabulary = origin.config.model.vocab_size
+    vocabulary = trained.config.model.vocab_size
     order = sorted(range(len(pieces)), key=lambda number: -len(pieces[number].tokens))
     done, nats, start = 0, 0.0, 0
     with ProgressDisplay(sum(piece.scored for piece in pieces), stream=sys.stderr) as progress:
@@ -90,7 +90,7 @@ def scores(origin: Trained, pieces: Sequence[Window]) -> Iterator[tuple[int, flo
             size = max(1, tokens // len(pieces[order[start]].tokens))
             batch = order[start : start + size]
             start += size
-            losses, likeliest = predict(origin, [pieces[number].tokens for number in batch])
+            losses, likeliest = predict(trained, [pieces[number].tokens for number in batch])
             for number, loss, hit in zip(batch, losses, likeliest, strict=True):
                 end = len(pieces[number].tokens) - 1
                 scored = slice(end - pieces[number].scored, end)
@@ -100,21 +100,21 @@ def scores(origin: Trained, pieces: Sequence[Window]) -> Iterator[tuple[int, flo
             progress.show(done, [("loss", f"{nats / done:.4f}")])
 
 
-def predict(origin: Trained, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def predict(trained: TrainedModel, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Losses in nats, fp64, of each row's tokens but the first, and whether each is the likeliest, both [rows, longest
     row - 1]. The vocabulary's padding has no part in them. Rows may differ in length: what follows is never looked at.
     """
-    tokens = pad_sequence(list(rows), batch_first=True).to(origin.device)
-    logits = origin.model(tokens[:, :-1])[..., : origin.config.model.vocab_size]
+    tokens = pad_sequence(list(rows), batch_first=True).to(trained.device)
+    logits = trained.model(tokens[:, :-1])[..., : trained.config.model.vocab_size]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = tokens[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     return losses.double().cpu(), (logits.argmax(-1) == targets).cpu()
 
 
-def context_of(origin: Trained, given: int | None) -> int:
+def context_of(trained: TrainedModel, given: int | None) -> int:
     """Tokens to look back on: those given, or as many as the run was trained on. Raises UserError for more."""
-    most = longest(origin.config)
+    most = longest(trained.config)
     if given is not None and not 1 <= given <= most:
-        raise UserError(f"--context {given} must be 1 to {most}, the tokens {origin.path} was trained to look back on")
+        raise UserError(f"--context {given} must be 1 to {most}, the tokens {trained.path} was trained to look back on")
     return given or most

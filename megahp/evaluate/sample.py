@@ -21,7 +21,7 @@ from megahp.parallel.parameters import saved
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A checkpoint's model, on this process alone."""
 
     path: Path
@@ -31,14 +31,14 @@ class Trained:
     device: torch.device
 
 
-def trained(place: Path) -> Trained:
+def load_trained(place: Path) -> TrainedModel:
     """The model of a checkpoint, or of a run directory's newest. Raises UserError."""
     path = checkpoint.find(place)
     config = with_values(checkpoint.settings_of(path), {"train.device": "auto"})
     tokenizer = load_tokenizer(config.data.tokenizer)
-    model = alone(config)
+    model = single_rank_model(config)
     checkpoint.load(path, saved(model))
-    return Trained(path, config, model, tokenizer, device_of(config, launch.World()))
+    return TrainedModel(path, config, model, tokenizer, device_of(config, launch.World()))
 
 
 def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
@@ -48,14 +48,14 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
         raise UserError(f"{given} must all be finite and not negative")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt is not valid UTF-8; give it as text")
-    origin = trained(run)
-    eod = origin.tokenizer.eod
-    ids = origin.tokenizer.encode(prompt) or [eod]
-    ids += islice(continuation(origin, ids, temperature, top_k, seed), tokens)
-    return origin.tokenizer.decode([i for i in ids if i != eod])
+    trained = load_trained(run)
+    eod = trained.tokenizer.eod
+    ids = trained.tokenizer.encode(prompt) or [eod]
+    ids += islice(continuation(trained, ids, temperature, top_k, seed), tokens)
+    return trained.tokenizer.decode([i for i in ids if i != eod])
 
 
-def alone(config: Config) -> Transformer:
+def single_rank_model(config: Config) -> Transformer:
     """The model of these settings, with its initial weights, on this process alone."""
     config = replace(config, parallel=ParallelConfig(), compute=ComputeConfig())
     config = with_values(config, {"train.noise_scale": False})
@@ -64,16 +64,16 @@ def alone(config: Config) -> Transformer:
 
 
 @torch.no_grad()
-def continuation(origin: Trained, ids: Sequence[int], temperature: float, top_k: int, seed: int) -> Iterator[int]:
+def continuation(trained: TrainedModel, ids: Sequence[int], temperature: float, top_k: int, seed: int) -> Iterator[int]:
     """Tokens that follow these, without end, each drawn from the model's view of the last ones before it."""
     # The model looks back on as many as it was trained on; with ALiBi, which interpolates, on twice as many (what arXiv
     # 2310.13017 found to work).
-    window = longest(origin.config) * (2 if origin.config.model.positions == "alibi" else 1)
-    vocab_size = origin.tokenizer.vocab_size
-    seen = torch.tensor([ids[-window:]], device=origin.device)
-    generator = torch.Generator(origin.device).manual_seed(seed)
+    window = longest(trained.config) * (2 if trained.config.model.positions == "alibi" else 1)
+    vocab_size = trained.tokenizer.vocab_size
+    seen = torch.tensor([ids[-window:]], device=trained.device)
+    generator = torch.Generator(trained.device).manual_seed(seed)
     while True:
-        logits = origin.model(seen)[:, -1, :vocab_size].float()
+        logits = trained.model(seen)[:, -1, :vocab_size].float()
         chosen = _choose(logits, temperature, top_k, generator)
         seen = torch.cat((seen, chosen), 1)[:, -window:]
         yield int(chosen)
