@@ -1,4 +1,4 @@
-"""Text from a trained run."""
+"""Load a trained run on one process, and generate text with it."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megahp import checkpoint, launch
 from megahp.config import ComputeConfig, Config, ParallelConfig, with_values
@@ -22,7 +21,7 @@ from megahp.parallel.parameters import saved
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint's model, on this process alone."""
+    """A checkpoint's model, on a single rank."""
 
     path: Path
     config: Config
@@ -31,9 +30,9 @@ class TrainedModel:
     device: torch.device
 
 
-def load_trained(place: Path) -> TrainedModel:
-    """The model of a checkpoint, or of a run directory's newest. Raises UserError."""
-    path = checkpoint.find(place)
+def load_trained(location: Path) -> TrainedModel:
+    """Load the model of a checkpoint, or of a run directory's newest checkpoint. Raises UserError."""
+    path = checkpoint.find(location)
     config = with_values(checkpoint.settings_of(path), {"train.device": "auto"})
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = single_rank_model(config)
@@ -42,21 +41,24 @@ def load_trained(place: Path) -> TrainedModel:
 
 
 def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
-    """The prompt and what the run's newest checkpoint makes of it, on this process alone. Raises UserError."""
+    """Return the prompt and a continuation of it by the run's newest checkpoint. Raises UserError.
+
+    temperature: 0 = always the likeliest token. top_k: sample among this many likeliest tokens; 0 = all.
+    """
     if not (0 <= temperature < math.inf and tokens >= 0 and top_k >= 0 and 0 <= seed < 2**63):
         given = f"--temperature {temperature}, --tokens {tokens}, --top-k {top_k} and --seed {seed}"
-        raise UserError(f"{given} must all be finite and not negative")
+        raise UserError(f"{given} must all be finite and at least 0")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt is not valid UTF-8; give it as text")
     trained = load_trained(run)
     eod = trained.tokenizer.eod
-    ids = trained.tokenizer.encode(prompt) or [eod]
+    ids = trained.tokenizer.encode(prompt) or [eod]  # without a prompt, begin as at the start of a document
     ids += islice(continuation(trained, ids, temperature, top_k, seed), tokens)
     return trained.tokenizer.decode([i for i in ids if i != eod])
 
 
 def single_rank_model(config: Config) -> Transformer:
-    """The model of these settings, with its initial weights, on this process alone."""
+    """Build the model of these settings on a single rank, with initial weights and without any parallelism."""
     config = replace(config, parallel=ParallelConfig(), compute=ComputeConfig())
     config = with_values(config, {"train.noise_scale": False})
     (model,) = build_model(config, single_rank_mesh(config)).stages.values()
@@ -65,26 +67,21 @@ def single_rank_model(config: Config) -> Transformer:
 
 @torch.no_grad()
 def continuation(trained: TrainedModel, ids: Sequence[int], temperature: float, top_k: int, seed: int) -> Iterator[int]:
-    """Tokens that follow these, without end, each drawn from the model's view of the last ones before it."""
-    # The model looks back on as many as it was trained on; with ALiBi, which interpolates, on twice as many (what arXiv
-    # 2310.13017 found to work).
+    """Yield tokens that continue `ids`, without end, each sampled given the last tokens before it."""
+    # The context is as long as in training; with ALiBi, which extrapolates, twice as long (arXiv 2310.13017 found this
+    # to work).
     window = longest(trained.config) * (2 if trained.config.model.positions == "alibi" else 1)
     vocab_size = trained.tokenizer.vocab_size
-    seen = torch.tensor([ids[-window:]], device=trained.device)
+    context = torch.tensor([ids[-window:]], device=trained.device)
     generator = torch.Generator(trained.device).manual_seed(seed)
     while True:
-        logits = trained.model(seen)[:, -1, :vocab_size].float()
-        chosen = _choose(logits, temperature, top_k, generator)
-        seen = torch.cat((seen, chosen), 1)[:, -window:]
-        yield int(chosen)
-
-
-def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """One token id a row, [b, 1], from logits [b, v]."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature, however low, overflows
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        logits = trained.model(context)[:, -1, :vocab_size].float()
+        if temperature == 0:
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            if 0 < top_k < vocab_size:
+                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+            logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature, however low, overflows
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        context = torch.cat((context, token), 1)[:, -window:]
+        yield int(token)
