@@ -10,10 +10,10 @@ from typing import Any
 MOST_APART = 1.0  # seconds, of clocks
 DISK_SHARE = 0.25  # of the median rate, at least
 LATENCY = 5.0  # times the median's
-TOGETHER = ("join", "pairs", "all-reduce")  # stages that go on for all ranks or for none
+COLLECTIVE = ("join", "pairs", "all-reduce")  # stages that go on for all ranks or for none
 
 
-Found = Mapping[str, Sequence[Any]]  # stage -> what every rank found
+Findings = Mapping[str, Sequence[Any]]  # stage -> what every rank found
 Nodes = Sequence[str | None]  # of every rank; None of one that has not come
 
 
@@ -25,11 +25,11 @@ class Problem:
     what: str
 
 
-def verdict(found: Found, slack: float, free_gb: float, expected: Mapping[str, int]) -> list[Problem]:
+def find_problems(found: Findings, slack: float, free_gb: float, expected: Mapping[str, int]) -> list[Problem]:
     """What stands out. The findings are those of `look`; expected are Slurm's nodes and how many ranks each has."""
     nodes = [rank and rank["node"] for rank in found["ranks"]]
-    ranks, links, products = (heard(found, stage) for stage in ("ranks", "links", "gemm"))
-    free = {rank: each["free_bytes"] for rank, each in heard(found, "memory").items()}
+    ranks, links, products = (answers(found, stage) for stage in ("ranks", "links", "gemm"))
+    free = {rank: each["free_bytes"] for rank, each in answers(found, "memory").items()}
     return [
         *absent(nodes, expected),
         *silent(nodes, found),
@@ -37,12 +37,12 @@ def verdict(found: Found, slack: float, free_gb: float, expected: Mapping[str, i
         *odd_devices(nodes, ranks),
         *bad_links(nodes, links),
         *bad_clocks(nodes, links),
-        *bad_disks(nodes, heard(found, "disk"), free_gb),
+        *bad_disks(nodes, answers(found, "disk"), free_gb),
         *low(nodes, free, 1 - slack, 1e9, "GB of memory free"),
         *low(nodes, {rank: each["flops"] for rank, each in products.items()}, 1 - slack, 1e12, "TFLOP/s"),
         *wrong_products(nodes, products),
-        *bad_pairs(nodes, heard(found, "pairs"), slack),
-        *wrong_sums(heard(found, "all-reduce")),
+        *bad_pairs(nodes, answers(found, "pairs"), slack),
+        *wrong_sums(answers(found, "all-reduce")),
     ]
 
 
@@ -57,14 +57,14 @@ def absent(nodes: Nodes, expected: Mapping[str, int]) -> Iterator[Problem]:
         yield Problem(None, f"rank {', '.join(missing)} does not answer")
 
 
-def silent(nodes: Nodes, found: Found) -> Iterator[Problem]:
+def silent(nodes: Nodes, found: Findings) -> Iterator[Problem]:
     """Ranks that came, and then fell silent or failed."""
     for stage, values in found.items():
         for rank, value in enumerate(values):
             if value is None and nodes[rank]:
                 yield Problem(nodes[rank], f"rank {rank} does not answer ({stage})")
             elif value and "error" in value:
-                yield Problem(None if stage in TOGETHER else nodes[rank], f"rank {rank}, {stage}: {value['error']}")
+                yield Problem(None if stage in COLLECTIVE else nodes[rank], f"rank {rank}, {stage}: {value['error']}")
 
 
 def odd_devices(nodes: Nodes, ranks: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
@@ -79,7 +79,7 @@ def odd_devices(nodes: Nodes, ranks: Mapping[int, Mapping[str, Any]]) -> Iterato
         yield from odd(nodes, there, f"{name} {{}}, others have {{}}")
 
 
-def heard(found: Found, stage: str) -> dict[int, Any]:
+def answers(found: Findings, stage: str) -> dict[int, Any]:
     """What the ranks found that did."""
     return {rank: each for rank, each in enumerate(found.get(stage, ())) if each and "error" not in each}
 
@@ -134,14 +134,14 @@ def bad_links(nodes: Nodes, links: Mapping[int, Sequence[Mapping[str, Any]]]) ->
 
 
 def bad_clocks(nodes: Nodes, links: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Problem]:
-    offsets = offsets_of(links)
+    offsets = clock_offsets(links)
     median = statistics.median(offsets.values())
     apart = {rank: offset - median for rank, offset in offsets.items() if abs(offset - median) > MOST_APART}
     said = {rank: f"its clock is {seconds:+.1f} s from the median" for rank, seconds in apart.items()}
     yield from outvoted(nodes, offsets, said)
 
 
-def offsets_of(links: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[int, float]:
+def clock_offsets(links: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[int, float]:
     """Of the clocks of ranks that reach rank 0, from rank 0's."""
     to_first = {rank: each for rank, partners in links.items() for each in partners if each["rank"] == 0}
     return {0: 0.0} | {rank: each["offset"] for rank, each in to_first.items() if "offset" in each}
@@ -198,7 +198,7 @@ def wrong_sums(found: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
             yield Problem(None, f"all-reduce ({kind}): {each['wrong']} elements are wrong")
 
 
-def excluded(before: Collection[str], found: Found, problems: Sequence[Problem]) -> list[str]:
+def excluded(before: Collection[str], found: Findings, problems: Sequence[Problem]) -> list[str]:
     """The nodes to be left out: the bad ones, and those of before that have not proved fit since, as they do where all
     was measured and what is wrong is known."""
     proved = "gemm" in found and all(problem.node for problem in problems)

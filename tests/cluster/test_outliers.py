@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from commands.test_check_cluster import NODES, healthy, verdict
+from commands.test_check_cluster import NODES, find_problems, healthy
 
 from megahp.commands import check_cluster as tool
 
@@ -89,7 +89,7 @@ FAULTS: dict[str, tuple[Fault, set[str | None], str]] = {
 
 
 def test_nothing_stands_out_on_healthy_nodes() -> None:
-    assert verdict(tool, healthy()) == []
+    assert find_problems(tool, healthy()) == []
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -97,7 +97,7 @@ def test_a_fault_is_named_with_its_node_and_no_other(name: str, capsys: pytest.C
     plant, nodes, words = FAULTS[name]
     found = copy.deepcopy(healthy())
     plant(found)
-    problems = verdict(tool, found)
+    problems = find_problems(tool, found)
     assert {problem.node for problem in problems} == nodes
     assert any(words in problem.what for problem in problems), problems
     tool.show(found, problems)
@@ -109,7 +109,7 @@ def test_a_fault_is_named_with_its_node_and_no_other(name: str, capsys: pytest.C
 @pytest.mark.parametrize("expected", [{}, dict.fromkeys(["login", "n1"], 4)])
 def test_an_absent_rank_is_named_where_its_node_is_not_known(expected: dict[str, int]) -> None:
     found = {"ranks": [*healthy()["ranks"][:6], None, None]}
-    assert verdict(tool, found, expected) == [tool.Problem(None, "rank 6, 7 does not answer")]
+    assert find_problems(tool, found, expected) == [tool.Problem(None, "rank 6, 7 does not answer")]
 
 
 def test_two_nodes_are_not_each_others_judges() -> None:
@@ -117,13 +117,13 @@ def test_two_nodes_are_not_each_others_judges() -> None:
     two = {stage: values[:4] for stage, values in healthy().items() if stage in ("ranks", "gemm")}
     odd = copy.deepcopy(two)
     odd["gemm"][1]["checksum"] = 8
-    assert [problem.node for problem in verdict(tool, odd)] == ["n1"]
+    assert [problem.node for problem in find_problems(tool, odd)] == ["n1"]
     odd["gemm"][0]["checksum"] = 8
-    assert {problem.node for problem in verdict(tool, odd)} == {None}
+    assert {problem.node for problem in find_problems(tool, odd)} == {None}
     one_more = {stage: values[:3] for stage, values in odd.items()}  # two ranks against one are one node against one
-    assert {problem.node for problem in verdict(tool, one_more)} == {None}
+    assert {problem.node for problem in find_problems(tool, one_more)} == {None}
     for share, named in ((0.61, set()), (0.59, {"n1"})):  # the documented 40 % at --slack 0.25
         slow = copy.deepcopy(two)
         for each in slow["gemm"][:2]:
             each["flops"] *= share
-        assert {problem.node for problem in verdict(tool, slow)} == named
+        assert {problem.node for problem in find_problems(tool, slow)} == named
