@@ -83,7 +83,7 @@ def windows(tokens: Tensor, first: int, context: int, stride: int) -> Iterator[W
 
 @torch.no_grad()
 def scores(trained: TrainedModel, pieces: Sequence[Window]) -> Iterator[tuple[int, float, bool]]:
-    """Yield each window's index, the summed loss in nats of its scored tokens, and whether each of them is the likeliest.
+    """Yield each window's index, the summed loss of its scored tokens in nats, and whether all are the likeliest ones.
 
     Long windows come first: those of similar length share a batch, and a lack of memory shows at once. Shows progress
     on stderr.
