@@ -29,7 +29,7 @@ class Growth:
             sizes.append(2 * sizes[-1])
         return sizes
 
-    def wanted(self, batch: int, at_most: int | None = None) -> int:
+    def nodes_for(self, batch: int, at_most: int | None = None) -> int:
         """The most nodes, not above at_most, that a batch keeps as busy as batch.global_batch the first ones. Batches
         are in sequences of the run's first length."""
         busy = self.nodes * batch / self.config.batch.global_batch
@@ -38,7 +38,7 @@ class Growth:
 
     def stop_at(self, batch: int) -> int:
         """The next batch to want more nodes than this one does; 0 = none will."""
-        more = 2 * self.wanted(batch)
+        more = 2 * self.nodes_for(batch)
         return self.config.batch.global_batch * more // self.nodes if more <= self.largest else 0
 
     def seconds(self, parts: Sequence[Segment], nodes: int, speed: float) -> float:
@@ -73,7 +73,7 @@ def segments(growth: Growth, progress: Progress, state: Mapping[str, Any], noise
     train, forecast = config.train, noise_forecast(config, progress, noise)
     every = config.batch.look_every if config.batch.policy == "measured" else 1
     while True:
-        nodes, begin = growth.wanted(state["batch"]), progress.tokens
+        nodes, begin = growth.nodes_for(state["batch"]), progress.tokens
         plan = BatchScheduler(config, growth.dp(nodes))
         plan.load_state(state, progress)
         stop_at, strides = growth.stop_at(state["batch"]), list[tuple[int, int]]()

@@ -60,7 +60,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         if options.launcher != "srun":
             both = f"--launcher {options.launcher} with --grow"
             raise UserError(f"{both}: its jobs start one task a rank; leave one of them out")
-        nodes = chain.growth.wanted(chain.plan["batch"])  # with which the run begins, or goes on
+        nodes = chain.growth.nodes_for(chain.plan["batch"])  # with which the run begins, or goes on
         patience = math.ceil(60 * (PATIENCE if options.patience is None else options.patience))
         grown = f"nodes={options.nodes} grow={options.grow} patience={patience} chain=${{1:-$SLURM_JOB_ID}} before=$2"
         job = replace(job, script=GROWING, nodes=nodes, own=OWN_IN_CHAINS, variables=grown)
