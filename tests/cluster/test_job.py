@@ -36,7 +36,7 @@ def test_words_and_names_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("value", ["a\ntouch owned", "a\r#SBATCH --uid=0", 'a" --uid="0', "a\0b"])
 def test_what_would_be_another_line_is_refused_by_name(field: str, value: str) -> None:
     job = replace(Job("pretrain.sbatch", 1), **{field: value})
-    with pytest.raises(UserError, match=f"--{field}(=| .* is no time)"):
+    with pytest.raises(UserError, match=f"--{field}(=| .* is not a Slurm time)"):
         job.render(config(), ["run.toml"])
 
 
@@ -47,7 +47,7 @@ def test_what_would_be_another_line_is_refused_by_name(field: str, value: str) -
 def test_times_of_slurm(time: str, seconds: int) -> None:
     assert seconds_of(time) == seconds
     assert seconds_of("UNLIMITED") == 0
-    with pytest.raises(UserError, match="no time of Slurm's"):
+    with pytest.raises(UserError, match="not a Slurm time"):
         seconds_of(f"{time}h")
 
 
@@ -107,5 +107,5 @@ def test_what_a_site_refuses_can_be_left_out() -> None:
     job = Job("pretrain.sbatch", 1, without=["mem", "exclusive"])
     script = job.render(config(), ["run.toml"])
     assert "--mem" not in script and "--exclusive" not in script and "#SBATCH --requeue" in script
-    with pytest.raises(UserError, match="--without memory is no option of pretrain.sbatch; it has job-name, "):
+    with pytest.raises(UserError, match="--without memory is not an option of pretrain.sbatch; it has job-name, "):
         replace(job, without=["memory"]).render(config(), ["run.toml"])
