@@ -16,7 +16,7 @@ from megahp.errors import UserError, masked
 BAD_NODES = Path("bad-nodes.txt")
 OWNER = "megahp "  # begins the comment of our jobs; the run directory follows
 COLUMNS = "%i|%T|%M|%l|%D|%R|%k"  # of squeue; the comment, which may contain |, comes last
-OWN = ("nodes", "ntasks", "ntasks-per-node", "array", "comment", "output")  # options that megahp sets
+RESERVED = ("nodes", "ntasks", "ntasks-per-node", "array", "comment", "output")  # options that megahp sets
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Job:
     account: str | None = None
     exclude: Path = BAD_NODES
     sbatch: str = ""  # more options, as in a shell
-    own: tuple[str, ...] = OWN  # options that may not be among them
+    reserved: tuple[str, ...] = RESERVED  # options that may not be among them
     without: Collection[str] = ()  # options to remove from the script, because a site does not allow them
     variables: str = ""  # shell assignments that configure the script
 
@@ -103,7 +103,7 @@ class Job:
             if not word.startswith("--"):
                 raise UserError(f"--sbatch {self.sbatch!r}: {word!r} is not a long option; write --name=value")
             name, _, value = word.removeprefix("--").partition("=")
-            if name in self.own:
+            if name in self.reserved:
                 raise UserError(f"--sbatch {word}: megahp sets --{name} itself; remove it")
             more[name] = value
         if any(name.startswith(("gpus", "gres")) for name in more):  # two requests for GPUs would conflict
