@@ -104,7 +104,7 @@ class Job:
                 raise UserError(f"--sbatch {self.sbatch!r}: {word!r} is not a long option; write --name=value")
             name, _, value = word.removeprefix("--").partition("=")
             if name in self.reserved:
-                raise UserError(f"--sbatch {word}: megahp sets --{name} itself; remove it")
+                raise UserError(f"--sbatch {word}: megahp sets --{name} itself, from its own options; remove it")
             more[name] = value
         if any(name.startswith(("gpus", "gres")) for name in more):  # two requests for GPUs would conflict
             del given["gpus-per-node"]
