@@ -30,7 +30,7 @@ class Growth:
         return sizes
 
     def nodes_for(self, batch: int, at_most: int | None = None) -> int:
-        """Return the most nodes, up to at_most, of which a batch loads each as much as batch.global_batch loads `nodes`.
+        """Return the most nodes, up to at_most, that a batch loads as much as batch.global_batch loads `nodes`.
 
         Batches are in sequences of the run's first length.
         """

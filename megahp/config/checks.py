@@ -41,20 +41,19 @@ def find_unused(config: Config) -> Iterator[tuple[str, str]]:
         yield "checkpoint.keep_best", "checkpoint.every = 0, which saves one at the end only; it needs at least 1"
 
 
+def _not_a_divisor(key: str, value: int, whole_key: str, whole: int) -> str:
+    near = nearest_divisors(whole, value)
+    return f"{key} = {value} does not divide {whole_key} = {whole}; nearest that do: {near}"
+
+
 def _model(config: Config) -> Iterator[str]:
     model = config.model
     if model.width % model.heads and not model.head_size:
-        yield (
-            f"model.heads = {model.heads} does not divide model.width = {model.width}; "
-            f"nearest that do: {nearest_divisors(model.width, model.heads)}"
-        )
+        yield _not_a_divisor("model.heads", model.heads, "model.width", model.width)
     if model.head_size % 2 and model.positions == "rope":
         yield f"model.head_size = {model.head_size} is odd, but rope rotates pairs of dimensions; make it even"
     if model.kv_heads and model.heads % model.kv_heads:
-        yield (
-            f"model.kv_heads = {model.kv_heads} does not divide model.heads = {model.heads}; "
-            f"nearest that do: {nearest_divisors(model.heads, model.kv_heads)}"
-        )
+        yield _not_a_divisor("model.kv_heads", model.kv_heads, "model.heads", model.heads)
 
 
 def _experts(config: Config) -> Iterator[str]:
@@ -62,15 +61,10 @@ def _experts(config: Config) -> Iterator[str]:
     if not model.experts:
         return
     if model.experts_per_token > model.experts:
-        yield (
-            f"model.experts_per_token = {model.experts_per_token} is more than model.experts = {model.experts}; "
-            f"make it at most {model.experts}"
-        )
+        top_k = f"model.experts_per_token = {model.experts_per_token}"
+        yield f"{top_k} is more than model.experts = {model.experts}; make it at most {model.experts}"
     if model.experts % ep:
-        yield (
-            f"parallel.ep = {ep} does not divide model.experts = {model.experts}; "
-            f"nearest that do: {nearest_divisors(model.experts, ep)}"
-        )
+        yield _not_a_divisor("parallel.ep", ep, "model.experts", model.experts)
     if model.dense_layers >= model.layers:
         yield (
             f"model.dense_layers = {model.dense_layers} leaves no block of model.layers = {model.layers} for experts; "
@@ -108,15 +102,9 @@ def _data_parallel(config: Config) -> Iterator[str]:
     if not parallel.dp_replicate and not parallel.dp_shard:
         yield "parallel.dp_replicate and parallel.dp_shard are both 0; only one can take the remaining ranks"
     if parallel.zero_level == 1 and parallel.reduce == "every":
-        yield (
-            "parallel.reduce = 'every' works only with parallel.zero = 2 or 3, without pipelines; set "
-            "parallel.reduce=once"
-        )
+        yield "parallel.reduce = 'every' needs parallel.zero = 2 or 3, and no pipeline; set parallel.reduce=once"
     if parallel.pp > 1 and parallel.zero > 1:
-        yield (
-            f"parallel.zero = {parallel.zero} would gather weights for every microbatch, which pipelines do not "
-            "support; remove it with parallel.pp above 1"
-        )
+        yield f"parallel.zero = {parallel.zero} does not support parallel.pp = {parallel.pp}; remove one of them"
 
 
 def _pipeline(config: Config) -> Iterator[str]:
@@ -145,15 +133,9 @@ def _pipeline(config: Config) -> Iterator[str]:
     # These schedules compute the gradients of inputs and of weights in separate passes.
     split_backward = parallel.schedule in ("zero-bubble", "zbv")
     if split_backward and config.compute.recompute == "selective":
-        yield (
-            f"compute.recompute = 'selective' does not support the split backward pass of {schedule}; set "
-            "compute.recompute=full"
-        )
+        yield f"compute.recompute = 'selective' does not support {schedule}; set compute.recompute=full"
     if split_backward and config.compute.compile:
-        yield (
-            f"compute.compile = true is not verified with the split backward pass of {schedule}; remove it, or choose "
-            "another schedule"
-        )
+        yield f"compute.compile = true is not verified with {schedule}; remove it, or choose another schedule"
     if parallel.schedule == "zbv" and model.tied_embeddings:
         yield (
             f"{schedule} puts both ends of the model on one rank, where model.tied_embeddings = true would need two "
@@ -283,9 +265,7 @@ def _sparsity(config: Config) -> Iterator[str]:
     if sparsity.layers and sparsity.density != 1:
         yield f"sparsity.density = {sparsity.density:g} has no effect beside sparsity.layers; remove one of them"
     if sparsity.layers and len(sparsity.layers) != layers:
-        yield (
-            f"sparsity.layers has {len(sparsity.layers)} densities but model.layers = {layers}; give one for each block"
-        )
+        yield f"sparsity.layers has {len(sparsity.layers)} densities but model.layers = {layers}; give one per block"
     if not all(0 < density <= 1 for density in sparsity.layers):
         yield f"sparsity.layers = {list(sparsity.layers)} must all be above 0 and at most 1"
     if sparsity.method in ("gradual", "rigl") and sparsity.density == 1 and not sparsity.layers:
@@ -293,10 +273,7 @@ def _sparsity(config: Config) -> Iterator[str]:
     if sparsity.method == "gradual" and sparsity.begin >= sparsity.end:
         yield f"sparsity.begin = {sparsity.begin:g} is not before sparsity.end = {sparsity.end:g}; lower it"
     if sparsity.method == "gradual" and config.parameterization.name == "smupar":
-        yield (
-            f"parameterization.name = 'smupar' assumes a constant density, unlike {method}; "
-            "set parameterization.name=mup"
-        )
+        yield f"parameterization.name = 'smupar' needs a constant density, not {method}; set parameterization.name=mup"
     if sparsity.method == "gradual" and sparsity.end == 1:
         yield "sparsity.end = 1 leaves no steps at the final density; lower it, such as 0.75"
     if sparsity.method != "none" and config.optimizer.name == "muon":
@@ -308,10 +285,8 @@ def _sparsity(config: Config) -> Iterator[str]:
 
 def _engines(config: Config) -> Iterator[str]:
     if config.compute.norms != "megahp" and config.train.noise_scale:
-        yield (
-            f"compute.norms = {config.compute.norms!r} cannot measure the noise scale; set train.noise_scale=false, or "
-            "remove it"
-        )
+        norms = f"compute.norms = {config.compute.norms!r}"
+        yield f"{norms} cannot measure the noise scale; set train.noise_scale=false, or remove it"
     if config.optimizer.engine == "apex" and config.train.dtype == "float64":
         yield "optimizer.engine = 'apex' does not support train.dtype = 'float64'; choose another"
 
@@ -326,10 +301,8 @@ def _trained_weights(config: Config) -> Iterator[str]:
     if train.noise_scale:
         yield f"{chosen} trains no norm layers, which the noise scale is measured in; set train.noise_scale=false"
     if config.sparsity.method in ("gradual", "rigl"):
-        yield (
-            f"sparsity.method = {config.sparsity.method!r} changes weights that {chosen} freezes; set "
-            "sparsity.method=none"
-        )
+        method = f"sparsity.method = {config.sparsity.method!r}"
+        yield f"{method} changes weights that {chosen} freezes; set sparsity.method=none"
     if config.optimizer.engine == "apex" and config.parallel.pp > 1:
         yield (
             f"optimizer.engine = 'apex' needs weights on every rank, but with {chosen} and parallel.pp = "
@@ -340,17 +313,12 @@ def _trained_weights(config: Config) -> Iterator[str]:
 def _schedule(config: Config) -> Iterator[str]:
     schedule = config.schedule
     if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
-        yield (
-            f"schedule.warmup = {schedule.warmup:g} and schedule.decay = {schedule.decay:g} overlap; "
-            "let them add up to at most 1"
-        )
+        both = f"schedule.warmup = {schedule.warmup:g} and schedule.decay = {schedule.decay:g}"
+        yield f"{both} overlap; let them add up to at most 1"
     if schedule.name == "inverse-sqrt" and not schedule.warmup:
         yield "schedule.warmup = 0 gives inverse-sqrt no reference point; set it above 0, such as 0.01"
     if schedule.start and not config.train.start_from:
-        yield (
-            f"schedule.start = {schedule.start} needs a run that begins there; name its checkpoint in "
-            "train.start_from, or remove it"
-        )
+        yield f"schedule.start = {schedule.start} needs train.start_from; name the checkpoint to begin at, or remove it"
     if schedule.start >= config.train.tokens:
         yield f"schedule.start = {schedule.start} is not before its end, train.tokens = {config.train.tokens}; lower it"
 
@@ -358,16 +326,11 @@ def _schedule(config: Config) -> Iterator[str]:
 def _checkpoints(config: Config) -> Iterator[str]:
     checkpoint = config.checkpoint
     if config.resilience.spikes == "rewind" and not checkpoint.every:
-        yield (
-            "resilience.spikes = 'rewind' needs checkpoints, but checkpoint.every = 0 saves none before the end; set "
-            "checkpoint.every"
-        )
+        yield "resilience.spikes = 'rewind' needs checkpoints to return to, but checkpoint.every = 0; set it above 0"
     if checkpoint.every and checkpoint.keep_every % checkpoint.every:
-        yield (
-            f"checkpoint.keep_every = {checkpoint.keep_every} is not a multiple of checkpoint.every = "
-            f"{checkpoint.every}, so few would be kept; nearest: "
-            f"{nearest_multiples(checkpoint.every, checkpoint.keep_every)}"
-        )
+        near = nearest_multiples(checkpoint.every, checkpoint.keep_every)
+        both = f"checkpoint.keep_every = {checkpoint.keep_every} is not a multiple of checkpoint.every"
+        yield f"{both} = {checkpoint.every}, so few would be kept; nearest: {near}"
 
 
 def _run(config: Config) -> Iterator[str]:

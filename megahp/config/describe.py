@@ -4,7 +4,7 @@ python -m megahp.config.describe > docs/settings.md
 """
 
 import textwrap
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 from megahp.config.resolve import BOUNDS, KINDS, suggest, values_in_words
 from megahp.config.schema import FIELDS, SECTIONS, TYPES, fixed_when, toml_value
@@ -55,23 +55,22 @@ def _facts(key: str) -> dict[str, str]:
     section, name = key.split(".")
     metadata = FIELDS[key].metadata
     other, *values = metadata.get("only_with", ("",))
+    declared = TYPES[section][name]
+    if get_origin(declared) is Literal:
+        kind = f"one of {', '.join(map(toml_value, get_args(declared)))}"
+    elif get_origin(declared) is tuple:
+        kind = f"a list of {KINDS[get_args(declared)[0]].removeprefix('a ')}s"
+    else:
+        kind = KINDS[declared]
     facts = {
         "meaning": metadata["meaning"],
-        "type": _type_in_words(TYPES[section][name]),
+        "type": kind,
         "bounds": ", ".join(f"{bound.replace('_', ' ')} {metadata[bound]:g}" for bound in BOUNDS if bound in metadata),
         "default": toml_value(FIELDS[key].default),
         "only with": f"{other}: {values_in_words(values, toml_value)}" if other else "",
         "fixed": FIXED.get(fixed_when(key), ""),
     }
     return {what: fact for what, fact in facts.items() if fact}
-
-
-def _type_in_words(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(toml_value, get_args(kind)))}"
-    if get_origin(kind) is tuple:
-        return f"a list of {KINDS[get_args(kind)[0]].removeprefix('a ')}s"
-    return KINDS[kind]
 
 
 def _describe_section(name: str) -> str:

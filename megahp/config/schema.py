@@ -17,7 +17,7 @@ from megahp.errors import masked
 # checkpoint fits all of them.
 VOCAB_MULTIPLE = 128
 
-AT_LEAST_1, AT_LEAST_2 = range(1, sys.maxsize), range(2, sys.maxsize)  # values of another setting, for only_with
+ONE_OR_MORE, TWO_OR_MORE = range(1, sys.maxsize), range(2, sys.maxsize)  # values of another setting, for only_with
 
 
 class Constraints(TypedDict, total=False):
@@ -44,7 +44,11 @@ def setting(default: Any, meaning: str, **constraints: Unpack[Constraints]) -> A
     return field(default=default, metadata={"meaning": meaning, **constraints})
 
 
-moe_only = partial(setting, only_with=("model.experts", AT_LEAST_1))
+nonnegative = partial(setting, at_least=0)
+at_least_1 = partial(setting, at_least=1)
+positive = partial(setting, above=0)
+fraction = partial(setting, at_least=0, at_most=1)
+moe_only = partial(setting, only_with=("model.experts", ONE_OR_MORE))
 
 
 @dataclass(frozen=True)
@@ -54,36 +58,30 @@ class ModelConfig:
     fixed = "always"
 
     preset: str = setting("", "a known model shape that fills in the settings below; empty = none")
-    layers: int = setting(4, "number of transformer blocks", at_least=1)
-    width: int = setting(256, "size of the residual stream", at_least=1)
-    heads: int = setting(4, "number of query heads", at_least=1)
-    kv_heads: int = setting(0, "number of key/value heads (grouped-query attention); 0 = as many as heads", at_least=0)
-    head_size: int = setting(0, "size of one head; 0 = width / heads", at_least=0)
-    mlp_width: int = setting(
-        0, "hidden size of the MLP; 0 = 4 width, or for swiglu 8/3 width rounded up to a multiple of 64", at_least=0
-    )
+    layers: int = at_least_1(4, "number of transformer blocks")
+    width: int = at_least_1(256, "size of the residual stream")
+    heads: int = at_least_1(4, "number of query heads")
+    kv_heads: int = nonnegative(0, "number of key/value heads (grouped-query attention); 0 = as many as heads")
+    head_size: int = nonnegative(0, "size of one head; 0 = width / heads")
+    mlp_width: int = nonnegative(0, "hidden size of the MLP; 0 = 4 width, or 8/3 width rounded up to 64s for swiglu")
     activation: Literal["swiglu", "gelu", "gelu-exact", "relu2"] = setting(
         "swiglu", "MLP activation: gated SiLU, GELU (tanh approximation or exact), squared ReLU"
     )
     norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "normalization before each branch and after the blocks")
-    norm_eps: float = setting(1e-5, "added to the variance inside the norm", above=0)
+    norm_eps: float = positive(1e-5, "added to the variance inside the norm")
     positions: Literal["rope", "alibi", "learned", "none"] = setting(
         "rope", "position encoding: rotary, ALiBi, learned embeddings, or none"
     )
-    rope_theta: float = setting(
-        10000.0, "base of the rotary wavelengths", above=0, only_with=("model.positions", "rope")
-    )
+    rope_theta: float = positive(10000.0, "base of the rotary wavelengths", only_with=("model.positions", "rope"))
     bias: bool = setting(False, "add biases to linear layers and LayerNorm")
     qk_norm: bool = setting(False, "normalize queries and keys, per head")
     tied_embeddings: bool = setting(False, "share one matrix between embedding and unembedding")
-    experts: int = setting(0, "experts that replace a block's MLP (mixture of experts); 0 = dense", at_least=0)
+    experts: int = nonnegative(0, "experts that replace a block's MLP (mixture of experts); 0 = dense")
     experts_per_token: int = moe_only(2, "experts that each token is routed to (top-k)", at_least=1)
     expert_width: int = moe_only(0, "hidden size of one expert; 0 = mlp_width", at_least=0)
     shared_experts: int = moe_only(0, "additional experts that process every token, computed as one MLP", at_least=0)
     dense_layers: int = moe_only(0, "number of first blocks that keep a dense MLP", at_least=0)
-    router_score: Literal["sigmoid", "softmax"] = moe_only(
-        "sigmoid", "function from a token's router logits to expert scores"
-    )
+    router_score: Literal["sigmoid", "softmax"] = moe_only("sigmoid", "from a token's router logits to expert scores")
     router_normalize: bool = moe_only(True, "divide the scores of a token's chosen experts by their sum")
     router_scale: float = moe_only(1.0, "multiplies the sum of the chosen experts' outputs", above=0)
     balance_rate: float = moe_only(
@@ -93,8 +91,8 @@ class ModelConfig:
         fixed="never",
     )
     balance_loss: float = moe_only(0.0, "weight of the per-sequence load-balancing loss", at_least=0, fixed="never")
-    vocab_size: int = setting(
-        0, "number of token ids; 0 = the tokenizer's. The matrices are padded to a multiple of 128", at_least=0
+    vocab_size: int = nonnegative(
+        0, "number of token ids; 0 = the tokenizer's. Matrices are padded to a multiple of 128"
     )
 
     @property
@@ -119,19 +117,18 @@ class ParameterizationConfig:
     name: Literal["sp", "mup", "completep", "smupar"] = setting(
         "completep", "the rule table: standard, muP, CompleteP, SmuPar (muP for sparse weights)"
     )
-    base_width: int = setting(
+    base_width: int = at_least_1(
         256,
         "width at which the base hyperparameters were tuned",
-        at_least=1,
         only_with=("parameterization.name", "mup", "completep", "smupar"),
     )
     base_layers: int = completep_only(2, "depth at which the base hyperparameters were tuned", at_least=1)
     depth_alpha: float = completep_only(
         1.0, "CompleteP's alpha: residual branches are scaled by (layers / base_layers)^-alpha", at_least=0.5, at_most=1
     )
-    init_std: float = setting(0.02, "base standard deviation of every matrix at initialization", above=0)
-    embedding_multiplier: float = setting(1.0, "alpha_in: multiplies the embedding's output", above=0)
-    output_multiplier: float = setting(1.0, "alpha_out: multiplies the logits", above=0)
+    init_std: float = positive(0.02, "base standard deviation of every matrix at initialization")
+    embedding_multiplier: float = positive(1.0, "alpha_in: multiplies the embedding's output")
+    output_multiplier: float = positive(1.0, "alpha_out: multiplies the logits")
 
 
 @dataclass(frozen=True)
@@ -140,29 +137,21 @@ class DataConfig:
 
     fixed = "on resume"  # the files themselves may move: the data is identified by its fingerprint
 
-    train: tuple[str, ...] = setting(
-        (), "prefixes of .bin/.idx pairs, relative to the working directory", fixed="never"
-    )
-    weights: tuple[float, ...] = setting(
-        (), "sampling weight of each prefix; only ratios matter; empty = in proportion to its tokens"
-    )
+    train: tuple[str, ...] = setting((), "prefixes of .bin/.idx pairs, relative to the working folder", fixed="never")
+    weights: tuple[float, ...] = setting((), "sampling weight of each prefix; empty = in proportion to its tokens")
     mixtures: tuple[str, ...] = setting(
         (), 'later weights, as "tokens:weight,weight..." words: new weights after that many tokens; empty = no change'
     )
     tokenizer: str = setting("bytes", "SentencePiece .model, Hugging Face tokenizer .json, or bytes", fixed="never")
-    sequence_length: int = setting(256, "tokens per sample", at_least=1)
+    sequence_length: int = at_least_1(256, "tokens per sample")
     lengths: tuple[str, ...] = setting(
         (),
         'later sequence lengths, at constant tokens per step, as "tokens:length" words, such as "4.7e11:8192"; empty = '
         "no change",
     )
-    validation_fraction: float = setting(
-        0.01, "fraction of the documents held out for validation", at_least=0, at_most=0.5, fixed="always"
-    )
+    validation_fraction: float = nonnegative(0.01, "fraction of documents held out", at_most=0.5, fixed="always")
     mask_documents: bool = setting(False, "restrict attention to tokens of the same document")
-    cache: str = setting(
-        "", "folder of the sample order's index; empty = cache/ beside the first prefix", fixed="never"
-    )
+    cache: str = setting("", "folder of the sample order index; empty = cache/ beside the first prefix", fixed="never")
 
 
 wsd_only = partial(setting, only_with=("schedule.name", "wsd"))
@@ -175,18 +164,10 @@ class ScheduleConfig:
     name: Literal["decay-to-zero", "linear", "cosine", "wsd", "constant", "inverse-sqrt"] = setting(
         "decay-to-zero", "shape after warmup"
     )
-    start: int = setting(
-        0, "tokens at which the schedule begins, for a run that starts from a checkpoint", at_least=0, at_most=1e18
-    )
-    warmup: float = setting(
-        0.1, "fraction of the schedule's tokens in which it rises linearly from 0 to the peak", at_least=0, at_most=1
-    )
-    floor: float = setting(
-        0.0,
-        "final learning rate, as a fraction of the peak",
-        at_least=0,
-        at_most=1,
-        only_with=("schedule.name", "linear", "cosine", "wsd"),
+    start: int = nonnegative(0, "tokens at which the schedule begins, if a run starts from a checkpoint", at_most=1e18)
+    warmup: float = fraction(0.1, "fraction of the schedule's tokens in which it rises linearly from 0 to the peak")
+    floor: float = fraction(
+        0.0, "final learning rate, as a fraction of the peak", only_with=("schedule.name", "linear", "cosine", "wsd")
     )
     decay: float = wsd_only(0.1, "fraction of the schedule's tokens in wsd's decay", at_least=0, at_most=1)
     shape: Literal["linear", "cosine", "exponential", "minus-sqrt"] = wsd_only("minus-sqrt", "shape of wsd's decay")
@@ -203,12 +184,11 @@ class BatchConfig:
     policy: Literal["constant", "ramp", "table", "law", "noise-scale", "measured"] = setting(
         "constant", "how the global batch grows; it never shrinks"
     )
-    global_batch: int = setting(32, "sequences per optimizer step; if the batch grows, at the start", at_least=1)
-    micro_batch: int = setting(8, "sequences per forward pass of one data-parallel rank", at_least=1)
-    largest: int = setting(
+    global_batch: int = at_least_1(32, "sequences per optimizer step; if the batch grows, at the start")
+    micro_batch: int = at_least_1(8, "sequences per forward pass of one data-parallel rank")
+    largest: int = nonnegative(
         0,
         "largest global batch, in sequences; a ramp ends there; 0 = no limit",
-        at_least=0,
         only_with=("batch.policy", "ramp", "table", "law", "noise-scale", "measured"),
     )
     rule: Literal["power-lines", "sqrt", "sde", "none"] = setting(
@@ -216,36 +196,28 @@ class BatchConfig:
         "how learning rate, weight decay, betas and eps are rescaled as the batch grows; measured: sde",
         only_with=("batch.policy", "ramp", "table", "law", "noise-scale"),
     )
-    increment: int = setting(0, "sequences added at a time", at_least=0, only_with=("batch.policy", "ramp"))
-    ramp_samples: int = setting(0, "samples from start to end", at_least=0, only_with=("batch.policy", "ramp"))
+    increment: int = nonnegative(0, "sequences added at a time", only_with=("batch.policy", "ramp"))
+    ramp_samples: int = nonnegative(0, "samples from start to end", only_with=("batch.policy", "ramp"))
     table: tuple[str, ...] = setting(
         (), 'new global batches as "tokens:batch" words, such as "1e9:512"', only_with=("batch.policy", "table")
     )
-    target: float = setting(
-        0.2, "target, as a fraction of the critical batch", above=0, only_with=("batch.policy", "law", "noise-scale")
-    )
+    target: float = positive(0.2, "target batch over critical batch", only_with=("batch.policy", "law", "noise-scale"))
     critical_batch: tuple[float, ...] = setting(
         (96.4608, 0.462),
-        "(a, p) in B_crit(D) = a D^p, in tokens (megahp/scaling/power_laws.py); the measured policy uses it for "
-        "forecasts alone",
+        "(a, p) in B_crit(D) = a D^p, in tokens (megahp/scaling/power_laws.py); measured: for forecasts alone",
         only_with=("batch.policy", "law", "measured"),
     )
-    noise_share: float = setting(
+    noise_share: float = positive(
         1.0,
         "upper limit of the batch, as a fraction of the lower confidence bound of the whole model's noise scale",
-        above=0,
         only_with=("batch.policy", "measured"),
     )
     noise_to_total: float = measuring_only(
-        1.4,
-        "ratio of the whole model's noise scale to the norm layers'; the measured policy uses it until calibration is "
-        "more certain",
-        above=0,
+        1.4, "ratio of the whole model's noise scale to the norm layers'; measured: until calibration is surer", above=0
     )
-    calibrate_every: int = setting(
+    calibrate_every: int = nonnegative(
         200,
         "steps between calibrations: one example's gradient in the whole model, at most one step's time; 0 = never",
-        at_least=0,
         only_with=("batch.policy", "measured"),
     )
     look_every: int = measuring_only(
@@ -253,7 +225,7 @@ class BatchConfig:
     )
     delay: float = noise_scale_only(0.1, "fraction of train.tokens before the first change", at_least=0, at_most=1)
     hysteresis: float = noise_scale_only(
-        1.25, "grow only if the target is at least this many times the current batch", at_least=1
+        1.25, "grow only if the target is at least this many times the batch", at_least=1
     )
     growth: float = noise_scale_only(2.0, "largest factor of a single change", above=1)
 
@@ -268,14 +240,14 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = setting(
         "adamw", "update rule; muon = Muon for hidden matrices, AdamW for the rest", fixed="always"
     )
-    lr: float = setting(4e-3, "peak learning rate", above=0)
-    weight_decay: float = setting(0.1, "decoupled weight decay (multiplied by the learning rate)", at_least=0)
-    beta1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
-    beta2: float = setting(0.95, "decay of the second moment", at_least=0, below=1)
-    eps: float = setting(1e-8, "added to the square root of the second moment", above=0)
+    lr: float = positive(4e-3, "peak learning rate")
+    weight_decay: float = nonnegative(0.1, "decoupled weight decay (multiplied by the learning rate)")
+    beta1: float = nonnegative(0.9, "decay of the first moment", below=1)
+    beta2: float = nonnegative(0.95, "decay of the second moment", below=1)
+    eps: float = positive(1e-8, "added to the square root of the second moment")
     muon_lr: float = muon_only(0.02, "peak learning rate of hidden matrices, in units of spectral norm", above=0)
     momentum: float = muon_only(0.95, "decay of Muon's momentum", at_least=0, below=1)
-    clip: float = setting(1.0, "clip the global gradient norm to this; 0 = no clipping", at_least=0)
+    clip: float = nonnegative(1.0, "clip the global gradient norm to this; 0 = no clipping")
     engine: Literal["torch", "apex"] = setting("torch", "library whose fused AdamW is used")
 
 
@@ -295,10 +267,9 @@ class SparsityConfig:
         "static = a random mask for the whole run; gradual = prune more and more of the smallest weights of all "
         "matrices; rigl = start random, then repeatedly swap the smallest weights for those of largest gradient",
     )
-    density: float = setting(
+    density: float = positive(
         1.0,
         "fraction of each matrix's weights that are not masked; gradual: of all matrices together, at the end",
-        above=0,
         at_most=1,
         only_with=("sparsity.method", "static", "gradual", "rigl"),
     )
@@ -321,15 +292,15 @@ class SparsityConfig:
         return self.layers or (self.density,) * layers
 
 
-pipeline_only = partial(setting, only_with=("parallel.pp", AT_LEAST_2))
+pipeline_only = partial(setting, only_with=("parallel.pp", TWO_OR_MORE))
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """The layout over ranks. Data parallelism takes the ranks that the other axes leave."""
 
-    tp: int = setting(1, "tensor parallel: ranks that each weight matrix is split over", at_least=1)
-    pp: int = setting(1, "pipeline parallel: ranks that the blocks are distributed over", at_least=1)
+    tp: int = at_least_1(1, "tensor parallel: ranks that each weight matrix is split over")
+    pp: int = at_least_1(1, "pipeline parallel: ranks that the blocks are distributed over")
     schedule: Literal["1f1b", "interleaved", "zero-bubble", "zbv"] = pipeline_only(
         "1f1b", "order of the pipeline's forward and backward passes"
     )
@@ -337,26 +308,23 @@ class ParallelConfig:
         0, "pipeline stages per rank; 0 = the schedule's minimum: 2 for interleaved and zbv, else 1", at_least=0
     )
     split: tuple[int, ...] = pipeline_only((), "blocks of each stage, first to last; empty = balanced by cost")
-    cp: int = setting(1, "context parallel: ranks that the tokens of each sequence are split over", at_least=1)
+    cp: int = at_least_1(1, "context parallel: ranks that the tokens of each sequence are split over")
     ep: int = moe_only(1, "expert parallel: ranks, out of dp_shard, that the experts are distributed over", at_least=1)
-    dp_replicate: int = setting(1, "data-parallel replicas; 0 = all remaining ranks", at_least=0)
-    dp_shard: int = setting(0, "ranks that share one sharded replica (FSDP2); 0 = all remaining ranks", at_least=0)
+    dp_replicate: int = nonnegative(1, "data-parallel replicas; 0 = all remaining ranks")
+    dp_shard: int = nonnegative(0, "ranks that share one sharded replica (FSDP2); 0 = all remaining ranks")
     sequence_parallel: bool = setting(False, "split norms and residual stream along the sequence over tp")
-    zero: int = setting(
+    zero: int = nonnegative(
         0,
         "ZeRO level, over the dp_shard ranks: 1 = gather weights once per step and keep whole gradients until its end; "
         "2 = gather weights once per microbatch; 3 = once for its forward and once for its backward pass; 0 = 3, or 1 "
         "with pipelines. Like reduce and prefetch, without effect on a single such rank",
-        at_least=0,
         at_most=3,
     )
     reduce: Literal["once", "every"] = setting(
         "once",
         "reduce gradients over the ranks once per step, or after every microbatch (less memory, more communication)",
     )
-    prefetch: int = setting(
-        0, "blocks whose weights are gathered ahead of the one being computed; 0 = FSDP2's default", at_least=0
-    )
+    prefetch: int = nonnegative(0, "blocks to gather ahead of the one being computed; 0 = FSDP2's default")
 
     @property
     def zero_level(self) -> int:
@@ -374,7 +342,7 @@ class TrainConfig:
     """Length, precision and seed of training."""
 
     start_from: str = setting(
-        "", "checkpoint, or run directory, whose weights and progress a new run starts from; empty = from scratch"
+        "", "checkpoint or run directory whose weights and progress a new run takes; empty = none"
     )
     weights: Literal["all", "embeddings"] = setting(
         "all",
@@ -382,33 +350,27 @@ class TrainConfig:
         "gradient norm, clipping and moments then cover those only",
         fixed="on resume",
     )
-    tokens: int = setting(
-        10_000_000, "tokens after which the run ends; also the horizon of the schedules", at_least=1, at_most=1e18
-    )
-    steps: int = setting(0, "stop after this many optimizer steps, if sooner; 0 = no such limit", at_least=0)
+    tokens: int = at_least_1(10_000_000, "tokens at which run and schedules end", at_most=1e18)
+    steps: int = nonnegative(0, "stop after this many optimizer steps, if sooner; 0 = no such limit")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(
         "float32",
         "compute dtype; float16 uses loss scaling; weights and moments stay in float32 (float64 for float64)",
         fixed="always",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on; auto = cuda if available, else cpu")
-    seed: int = setting(1, "random seed of the initial weights and the data order", at_least=0, fixed="on resume")
+    seed: int = nonnegative(1, "random seed of the initial weights and the data order", fixed="on resume")
     noise_scale: bool = setting(True, "measure the gradient noise scale in the norm layers")
-    noise_half_life: float = setting(
+    noise_half_life: float = positive(
         0.02,
         "half-life of the noise scale's moving averages, as a fraction of train.tokens; its confidence interval covers "
         "three half-lives",
-        above=0,
         at_most=1,
         only_with=("train.noise_scale", True),
     )
-    validate_every: int = setting(
-        0,
-        "steps between validations; 0 = only at the end",
-        at_least=0,
-        only_with=("train.validation_samples", AT_LEAST_1),
+    validate_every: int = nonnegative(
+        0, "steps between validations; 0 = only at the end", only_with=("train.validation_samples", ONE_OR_MORE)
     )
-    validation_samples: int = setting(64, "samples per validation; 0 = no validation", at_least=0)
+    validation_samples: int = nonnegative(64, "samples per validation; 0 = no validation")
 
 
 @dataclass(frozen=True)
@@ -419,8 +381,8 @@ class ComputeConfig:
     recompute: Literal["none", "selective", "full"] = setting(
         "none", "activations recomputed in backward: none, all but matrix products (selective), or all"
     )
-    recompute_every: int = setting(
-        1, "recompute every n-th block only", at_least=1, only_with=("compute.recompute", "selective", "full")
+    recompute_every: int = at_least_1(
+        1, "recompute every n-th block only", only_with=("compute.recompute", "selective", "full")
     )
     norms: Literal["megahp", "apex", "transformer-engine"] = setting(
         "megahp", "library of the norm kernels; only megahp's measure the noise scale"
@@ -434,48 +396,38 @@ class ComputeConfig:
 class CheckpointConfig:
     """When checkpoints are saved, and which are kept."""
 
-    every: int = setting(0, "steps between checkpoints; 0 = only at the end", at_least=0)
-    keep: int = setting(2, "number of newest checkpoints to keep", at_least=1)
-    keep_every: int = setting(
-        0,
-        "also keep the checkpoints of every n-th step; 0 = none",
-        at_least=0,
-        only_with=("checkpoint.every", AT_LEAST_1),
+    every: int = nonnegative(0, "steps between checkpoints; 0 = only at the end")
+    keep: int = at_least_1(2, "number of newest checkpoints to keep")
+    keep_every: int = nonnegative(
+        0, "also keep the checkpoints of every n-th step; 0 = none", only_with=("checkpoint.every", ONE_OR_MORE)
     )
     keep_best: bool = setting(
-        False, "also keep the checkpoint of lowest validation loss", only_with=("train.validate_every", AT_LEAST_1)
+        False, "also keep the checkpoint of lowest validation loss", only_with=("train.validate_every", ONE_OR_MORE)
     )
-    remote: str = setting(
-        "", "URL of a folder that kept checkpoints are copied to, such as s3://bucket/runs/x; empty = no copies"
-    )
+    remote: str = setting("", "URL of a folder to copy kept checkpoints to, such as s3://bucket/runs/x; empty = none")
 
 
 @dataclass(frozen=True)
 class ResilienceConfig:
     """Faults and anomalies that are watched for during training, and the response to each."""
 
-    stop_after: float = setting(
-        0.0, "minutes of training after which to save and stop, so that the run can resume later; 0 = never", at_least=0
+    stop_after: float = nonnegative(
+        0.0, "minutes of training after which to stop and save, so that the run can resume; 0 = never"
     )
-    stop_at_batch: int = setting(
+    stop_at_batch: int = nonnegative(
         0,
         "stop and save, so that the run can resume on more ranks, once the global batch reaches this many sequences; "
         "0 = never",
-        at_least=0,
     )
-    hang_after: float = setting(600.0, "abort if no step finishes within this many seconds; 0 = never", at_least=0)
-    save_again: float = setting(
-        60.0, "seconds for which a failing final save is retried before exiting with code 75", at_least=0
-    )
-    check_every: int = setting(
-        50, "steps between checks of replicated weights and of the ranks' speed; 0 = only at the end", at_least=0
-    )
+    hang_after: float = nonnegative(600.0, "abort if no step finishes within this many seconds; 0 = never")
+    save_again: float = nonnegative(60.0, "seconds to retry a failing final save before exiting with code 75")
+    check_every: int = nonnegative(50, "steps between checks of replicated weights and rank speed; 0 = only at the end")
     spikes: Literal["tell", "skip", "rewind"] = setting(
         "tell",
         "response to a spike of the loss or gradient norm: log an event; skip the step; or rewind to the newest "
         "checkpoint and skip the samples since",
     )
-    spike_sigmas: float = setting(6.0, "a spike is this many standard deviations above the mean", above=0)
+    spike_sigmas: float = positive(6.0, "a spike is this many standard deviations above the mean")
     spike_window: int = setting(128, "steps over which that mean and standard deviation are computed", at_least=2)
 
 
@@ -485,12 +437,12 @@ class LogConfig:
 
     name: str = setting("run", "name of the run")
     root: str = setting("runs", "folder that holds the run directories")
-    every: int = setting(1, "steps between lines of metrics.jsonl", at_least=1)
+    every: int = at_least_1(1, "steps between lines of metrics.jsonl")
     tensorboard: bool = setting(True, "also write TensorBoard files")
     baselines: bool = setting(
         True,
         "at the end, also compute the validation loss of a unigram and a bigram model",
-        only_with=("train.validation_samples", AT_LEAST_1),
+        only_with=("train.validation_samples", ONE_OR_MORE),
     )
     wandb: Literal["off", "offline", "online"] = setting(
         "off", "also log to Weights & Biases; offline = write files for a later `wandb sync`"
