@@ -58,6 +58,7 @@ class Blend:
             if isinstance(node, int):
                 source[rows], j[rows] = node, n
                 continue
+            # Sample n goes to the first branch if the count of that branch grows from n to n + 1 samples.
             before = _share(node.fraction, n)
             first = _share(node.fraction, n + 1) > before
             stack += [(node.first, rows[first], before[first]), (node.second, rows[~first], (n - before)[~first])]

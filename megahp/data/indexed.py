@@ -144,7 +144,7 @@ class IndexedDataset:
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return ids [start, stop) of a document as stored (dtype of the file), without a copy."""
-        first, end = self._document_starts[document : document + 2]
+        first, end = self._document_starts[document : document + 2]  # its sequences lie back to back
         stop = end - first if stop is None else min(stop, end - first)
         return self._ids[first + start : first + stop]
 
@@ -159,7 +159,7 @@ def fingerprint(prefix: str) -> str:
     size = _existing(prefix, "bin").stat().st_size
     digest.update(str(size).encode())
     with open(f"{prefix}.bin", "rb") as data:
-        for stretch in range(64):
+        for stretch in range(64):  # all of it would take hours for a large corpus, at every start
             data.seek(size * stretch // 64)
             digest.update(data.read(4096))
     return digest.hexdigest()

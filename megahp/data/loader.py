@@ -75,6 +75,7 @@ class TrainingData:
             SampleOrder(dataset, training, window, seed, cache)
             for dataset, (training, _) in zip(datasets, splits, strict=True)
         ]
+        # Positions are saved by key, so that two sources of the same content could not be told apart.
         by_key = dict(zip((order.key for order in self._training), prefixes, strict=True))
         if duplicates := set(prefixes) - set(by_key.values()):
             raise UserError(
@@ -94,6 +95,7 @@ class TrainingData:
         self._validation = list(held_out.values())
         self._validation_blend = Blend([phases[-1].weights[k] for k in held_out]) if held_out else None
         self.tokens = sum(order.tokens for order in self._training)
+        # Only ratios of weights matter, so scaled weights have the same fingerprint.
         shares = [(phase.tokens, phase.length, [w / sum(phase.weights) for w in phase.weights]) for phase in phases]
         contents = [dataset.fingerprint for dataset in datasets]
         self.fingerprint = hashlib.sha256(f"{contents} {shares} {seed} {validation_fraction}".encode()).hexdigest()
@@ -255,6 +257,7 @@ class Loader:
         batch = self._data.batch(ids, self._documents)
         if self._device.type != "cuda":
             return batch
+        # Pinned, so that the copy to the GPU runs asynchronously; in this thread, since pinning takes time.
         with torch.cuda.device(self._device):
             documents = None if batch.documents is None else batch.documents.pin_memory()
             return replace(batch, tokens=batch.tokens.pin_memory(), documents=documents)

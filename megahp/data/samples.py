@@ -69,7 +69,7 @@ class SampleOrder:
     def __init__(self, dataset: IndexedDataset, documents: np.ndarray, window: int, seed: int, cache: Path) -> None:
         self.window = window
         self.tokens = int(dataset.document_tokens[documents].sum())
-        self.windows = (self.tokens - 1) // window
+        self.windows = (self.tokens - 1) // window  # one token is left for the last target of the last window
         self.group = max(1, min(GROUP, self.windows // 16))
         if self.windows < 1:
             few = f"{len(documents)} documents hold {self.tokens} tokens, fewer than the {window + 1} of one sample"
@@ -78,7 +78,7 @@ class SampleOrder:
         split = hashlib.sha256(np.ascontiguousarray(documents, np.int64).data).hexdigest()
         self._identity = f"{dataset.fingerprint} {split} {seed} {window}"
         self.key = hashlib.sha256(self._identity.encode()).hexdigest()[:32]
-        self._epoch = lru_cache(maxsize=2)(self._load_epoch)
+        self._epoch = lru_cache(maxsize=2)(self._load_epoch)  # two, since a batch may span the end of an epoch
 
     def sample(self, j: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return sample j >= 0 of the order cut into samples of `length` tokens, a divisor of the window.
@@ -127,6 +127,7 @@ class SampleOrder:
             # A 256-bit seed; hashed, so that (seed, epoch + 1) and (seed + 1, epoch) have nothing in common.
             words = np.frombuffer(hashlib.sha256(f"{self._seed} {number}".encode()).digest(), dtype="<u4")
             random = np.random.RandomState(words)
+            # Documents first, then windows: another order of the draws would be another sample order.
             documents = random.permutation(self._documents)
             ends = np.cumsum(self._dataset.document_tokens[documents])
             numbers = np.concatenate((documents, ends, random.permutation(self.windows)))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from megahp.errors import UserError
 from megahp.files import refuse_irregular
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can hold but UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def _read_json_lines(file: Path, key: str) -> Iterator[Document]:
                 has = ", ".join(record)
                 raise UserError(f"--json-key {key!r} is not in {str(file)!r}, which has {has}; choose one")
             text = record.get(key) if isinstance(record, dict) else None
-            yield Document(text if isinstance(text, str) and _is_unicode(text) else None, raw.tell() - before)
+            valid = isinstance(text, str) and not SURROGATE.search(text)
+            yield Document(text if valid else None, raw.tell() - before)
             before = raw.tell()
 
 
@@ -110,12 +113,3 @@ def _zstandard_lines(raw: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("it is truncated")
     if rest:
         yield rest
-
-
-def _is_unicode(text: str) -> bool:
-    """Return False for half a surrogate pair, which JSON can hold but UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -113,7 +113,7 @@ class HuggingFaceTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         # Encode an end-of-document string inside a text as plain text: only the preprocessor may end a document.
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps, so not len(vocabulary)
         self.eod = _first_known((vocabulary[token] for token in END_OF_DOCUMENT if token in vocabulary), path)
         self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -148,7 +148,7 @@ def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, seed:
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
-            character_coverage=0.9999,
+            character_coverage=0.9999,  # the rest falls back to bytes
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
@@ -160,9 +160,9 @@ def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, seed:
             bos_id=-1,
             pad_id=-1,
             eos_piece=END_OF_DOCUMENT[0],
-            max_sentence_length=1 << 20,
+            max_sentence_length=1 << 20,  # bytes; longer lines are ignored
             num_threads=os.cpu_count() or 1,
-            minloglevel=3,
+            minloglevel=3,  # errors only
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split("] ")[-1].split())

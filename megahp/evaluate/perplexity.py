@@ -61,7 +61,7 @@ def evaluate(trained: TrainedModel, files: Sequence[Sequence[str]], context: int
             tokens[index] += len(ids) - 1
     for piece, loss, _ in scores(trained, [window for _, window in pieces]):
         nats[pieces[piece][0]] += loss
-    if not math.isfinite(sum(nats)):
+    if not math.isfinite(sum(nats)):  # of a diverged run: a perplexity of NaN would look like a result
         raise UserError(f"{trained.path} gives losses that are not finite; evaluate an earlier checkpoint")
     return [
         Score(len(file), tokens[index], sum(len(text.encode()) for text in file), nats[index])
@@ -114,7 +114,7 @@ def predict(trained: TrainedModel, rows: Sequence[Tensor]) -> tuple[Tensor, Tens
     """
     tokens = pad_sequence(list(rows), batch_first=True).to(trained.device)
     logits = trained.model(tokens[:, :-1])[..., : trained.config.model.vocab_size]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 would round the loss
     targets = tokens[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     return losses.double().cpu(), (logits.argmax(-1) == targets).cpu()

@@ -33,6 +33,7 @@ class TrainedModel:
 def load_trained(location: Path) -> TrainedModel:
     """Load the model of a checkpoint, or of a run directory's newest checkpoint. Raises UserError."""
     path = checkpoint.find(location)
+    # A run trained with CUDA may be evaluated on a machine without.
     config = with_values(checkpoint.settings_of(path), {"train.device": "auto"})
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = single_rank_model(config)
@@ -48,6 +49,7 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
     if not (0 <= temperature < math.inf and tokens >= 0 and top_k >= 0 and 0 <= seed < 2**63):
         given = f"--temperature {temperature}, --tokens {tokens}, --top-k {top_k} and --seed {seed}"
         raise UserError(f"{given} must all be finite and at least 0")
+    # Bytes of the command line that are not UTF-8 arrive as surrogates, which no tokenizer can encode.
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt is not valid UTF-8; give it as text")
     trained = load_trained(run)
@@ -68,10 +70,10 @@ def single_rank_model(config: Config) -> Transformer:
 @torch.no_grad()
 def continuation(trained: TrainedModel, ids: Sequence[int], temperature: float, top_k: int, seed: int) -> Iterator[int]:
     """Yield tokens that continue `ids`, without end, each sampled given the last tokens before it."""
-    # The context is as long as in training; with ALiBi, which extrapolates, twice as long (arXiv 2310.13017 found this
-    # to work).
+    # The context is as long as in training; with ALiBi, which interpolates positions, twice as long (arXiv 2310.13017
+    # found this to work).
     window = longest(trained.config) * (2 if trained.config.model.positions == "alibi" else 1)
-    vocab_size = trained.tokenizer.vocab_size
+    vocab_size = trained.tokenizer.vocab_size  # the model's may be larger, but its further ids have no text
     context = torch.tensor([ids[-window:]], device=trained.device)
     generator = torch.Generator(trained.device).manual_seed(seed)
     while True:

@@ -161,6 +161,7 @@ def batch_figure(runs: Sequence[LoggedRun], marks: Sequence[Mark]) -> str:
         for number, index, event in marks:
             if (at := event["tokens"]) > span:
                 continue  # the run was rewound to before it
+            # matplotlib writes the gid as the id of a group, from which plot() makes a tooltip.
             axes.axvline(at, color=PALETTE[colour(index)], lw=0.9, alpha=0.45, gid=f"event {number}")
             if at / span - labelled > 0.018:  # any nearer and two numbers would overlap
                 annotate(axes, str(number), (at, 1), ("data", "axes fraction"), "center")

@@ -154,6 +154,7 @@ def update_shares(run: LoggedRun) -> tuple[float, np.ndarray]:
     AdamW in its dual form (`dual_coefficients`), with the logged learning rate and weight decay for all steps that a
     record stands for; a step that was skipped, or has no logged rate, made no update.
     """
+    # A step of weight decay w <- (1 - alpha) w + alpha x replaces the share alpha of the average.
     alpha = np.nan_to_num(run.column("lr") * run.column("weight_decay"))
     replaced = 1 - (1 - alpha) ** (steps_taken(run) - skipped(run))
     return dual_coefficients(replaced, np.ones(len(replaced)))
@@ -198,7 +199,7 @@ def first_to_last(run: LoggedRun, key: str) -> str:
 def steps_saved(run: LoggedRun) -> str:
     """Return the steps saved by growth, as a share of those at the initial batch; "" if the batch did not grow."""
     batch, tokens = tokens_per_step(run), token_bounds(run)
-    if not batch[-1] > 1.001 * batch[0]:
+    if not batch[-1] > 1.001 * batch[0]:  # also if either is NaN
         return ""
     constant, steps = (tokens[-1] - tokens[0]) / batch[0], steps_taken(run).sum()
     return f"{1 - steps / constant:.0%} of {constant:,.0f} steps at the initial batch"
@@ -210,6 +211,7 @@ def time_saved(run: LoggedRun) -> str:
     It is a share of the time for all tokens at the speed of the initial batch; below 0 if growth cost time.
     """
     batch, tokens, seconds = tokens_per_step(run), token_bounds(run), training_seconds(run)
+    # The speed at the initial batch is that of this run's own steps before the first growth.
     speeds = run.column("tokens_per_second")[batch <= 1.001 * batch[0]]
     if not batch[-1] > 1.001 * batch[0] or not np.isfinite(speeds).any():
         return ""

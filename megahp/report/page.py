@@ -34,7 +34,7 @@ def read_runs(directories: Sequence[Path]) -> list[LoggedRun]:
 
     Raises UserError if one is not a run directory, or has no steps yet.
     """
-    if len(directories) == 1:
+    if len(directories) == 1:  # no processes to start
         runs = [read_run(directories[0])]
     else:
         with ProcessPoolExecutor(min(len(directories), os.cpu_count() or 1)) as pool:
@@ -52,7 +52,7 @@ def write_report(runs: Sequence[LoggedRun], out: Path) -> Path:
     text, part = page(runs), out.with_suffix(".part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open_unlinked(part, "w") as file:
+        with open_unlinked(part, "w") as file:  # a browser may reload the page at any time
             file.write(text)
         os.replace(part, out)
     except OSError as error:
@@ -218,6 +218,7 @@ def events_section(runs: Sequence[LoggedRun], marks: Sequence[figures.Mark]) -> 
         cells = (number, kind, f"{event['step']:,}", tokens, when, reason)
         rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     counts = Counter(event["event"] for run in runs for event in run.events)
+    # A kind may be common in one run and drawn in another: subtract what is drawn.
     counts.subtract(event["event"] for _, _, event in marks)
     rest = ", ".join(f"{count:,} × {escape(str(event))}" for event, count in counts.items() if count > 0)
     rest = f'<p class="caption">Too many to draw: {rest}. See events.jsonl.</p>' if rest else ""
