@@ -98,10 +98,11 @@ def page(runs: Sequence[LoggedRun]) -> str:
         *(SETTINGS.format(escape(run.name), escape(run.config or "config.toml is missing.")) for run in runs),
         "<footer>Every number is in the run directory: metrics.jsonl and events.jsonl.</footer>",
     ]  # fmt: skip
+    css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{names} - megahp</title>\n<style>{LIGHT}{CSS}</style></head>\n"
+        f"<title>{names} - megahp</title>\n<style>{LIGHT}\n{css}</style></head>\n"
         "<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
 
@@ -234,56 +235,3 @@ SAMPLE = "<section><h2>Sample of {}</h2><blockquote>{}</blockquote></section>"
 SETTINGS = "<details><summary>Settings of {}</summary><pre>{}</pre></details>"  # closed until clicked
 HUES = " ".join(f"--{name}: {hue};" for name, hue in figures.PALETTE.items())
 LIGHT = f":root {{ color-scheme: light dark; --card: #ffffff; --good: #2d7a4f; {HUES} }}"
-CSS = """
-@media (prefers-color-scheme: dark) { :root { --paper: #14171c; --card: #1b1f26; --good: #6cc394;
-  --ink: #e6e8eb; --muted: #969dab; --rule: #2f353f; --accent: #f0a062; --warn: #f2857c;
-  --run0: #7fb0f0; --run1: #e296cf; --run2: #74cf9c; --run3: #d9bd62; --run4: #ad9ef5; --run5: #66c9d6; } }
-body { margin: 0; background: var(--paper); color: var(--ink); font-variant-numeric: tabular-nums;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 48px 28px 72px; }
-h1, h2 { font-family: "Iowan Old Style", "Palatino Linotype", Palatino, Georgia, serif; font-weight: 600;
-  line-height: 1.2; text-wrap: balance; overflow-wrap: anywhere; }
-h1 { font-size: 36px; margin: 0; } h2 { font-size: 20px; margin: 0; }
-.kicker { margin: 0 0 6px; color: var(--muted); font-size: 12px; letter-spacing: .09em;
-  text-transform: uppercase; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 20px; list-style: none; margin: 0 0 10px; padding: 0;
-  font-size: 14px; }
-.stroke { display: inline-block; width: 26px; margin: 0 7px 4px 0; } .stroke + .stroke { margin-left: 16px; }
-.kind { white-space: nowrap; margin-right: 14px; }
-.swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; }
-section { margin-top: 44px; min-width: 0; }
-.top { display: flex; flex-wrap: wrap; gap: 28px 44px; align-items: flex-start; margin-top: 30px; }
-.top > .scroll, .cards { flex: 1 1 400px; min-width: 0; } .cards { display: grid; gap: 14px; }
-.many > .scroll, .many > .cards { flex-basis: 100%; }
-.many > .cards { grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); }
-.health { background: var(--card); border: 1px solid var(--rule); border-left: 4px solid; border-radius: 10px;
-  padding: 18px 22px; }
-.health.good { border-left-color: var(--good); } .health.bad { border-left-color: var(--accent); }
-.health ul { list-style: none; margin: 10px 0 0; padding: 0; }
-.health li { display: grid; grid-template-columns: 24px 1fr; padding: 3px 0; }
-li.good b { color: var(--good); } li.bad b { color: var(--accent); }
-.caption { color: var(--muted); margin: 3px 0 10px; font-size: 14px; } .none { color: var(--muted); }
-figure { margin: 0; overflow-x: auto; }
-svg { width: 100%; min-width: 440px; height: auto; display: block; }
-svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif !important; }
-.pairs { display: grid; column-gap: 44px;
-  grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
-.pairs > section { display: flex; flex-direction: column; } .pairs figure { margin-top: auto; }
-.scroll { overflow-x: auto; } .tall { max-height: 380px; overflow-y: auto; margin-top: 10px; }
-table { border-collapse: collapse; width: 100%; }
-th, td { padding: 6px 14px 6px 0; text-align: left; vertical-align: top; }
-tr > * { border-bottom: 1px solid var(--rule); }
-.summary td, .summary thead th { text-align: right; padding: 6px 0 6px 22px; white-space: nowrap; }
-.summary th { font-weight: 400; color: var(--muted); white-space: nowrap; }
-.summary thead th { color: var(--ink); }
-.events { font-size: 14px; } .events th { font-weight: 400; color: var(--muted); white-space: nowrap; }
-.events thead th { position: sticky; top: 0; background: var(--paper); }
-.events td { white-space: nowrap; } .events td:last-child { white-space: normal; min-width: 220px; }
-blockquote { margin: 10px 0 0; padding: 2px 0 2px 20px; border-left: 3px solid var(--run0);
-  max-width: 72ch; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 16px/1.5 "Iowan Old Style", Palatino, Georgia, serif; }
-details { margin-top: 32px; } summary { cursor: pointer; }
-pre { overflow-x: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
-  padding: 16px 20px; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-footer { margin-top: 44px; color: var(--muted); font-size: 13px; }
-"""
