@@ -76,7 +76,7 @@ def test_a_folder_above_may_be_called_anything(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("partition", "printed", "told"),
+    ("partition", "printed", "limit"),
     [
         (None, "debug|5:00|1:00:00\nmain*|4:00|2:00\n", "4:00"),
         ("debug", "debug|5:00|1:00:00\n", "5:00"),
@@ -87,7 +87,7 @@ def test_a_folder_above_may_be_called_anything(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_a_partition_s_time_limit_leaves_room_for_the_notice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition: str | None, printed: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition: str | None, printed: str, limit: str
 ) -> None:
     """Where none is asked for; of the default partition where none is named."""
     stub = tmp_path / "sinfo"
@@ -95,8 +95,8 @@ def test_a_partition_s_time_limit_leaves_room_for_the_notice(
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     job = Job("pretrain.sbatch", 1, partition=partition)
-    if told:
-        with pytest.raises(UserError, match=f"the partition's time limit, {told}, ends .* 300 s before"):
+    if limit:
+        with pytest.raises(UserError, match=f"the partition's time limit, {limit}, ends .* 300 s before"):
             job.render(config(), ["run.toml"])
         replace(job, time="10").render(config(), ["run.toml"])
     else:

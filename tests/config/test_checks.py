@@ -84,8 +84,8 @@ from megahp.errors import UserError
 def test_impossible_settings_are_refused(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         resolve.resolve([("command line", resolve.parse_overrides(overrides))])
-    told = str(caught.value)
-    assert all(word in told for word in words), told
+    message = str(caught.value)
+    assert all(word in message for word in words), message
 
 
 def test_what_a_program_wrote_may_hold_settings_without_effect() -> None:
@@ -107,7 +107,7 @@ def test_a_default_is_never_without_effect() -> None:
         assert again.config == resolved.config
 
 
-def test_many_mistakes_are_told_in_part() -> None:
+def test_many_mistakes_are_listed_in_part() -> None:
     with pytest.raises(UserError) as caught:
         resolve.resolve([("run.toml", {"data": {f"key{i}": i for i in range(1000)}})])
     lines = str(caught.value).splitlines()

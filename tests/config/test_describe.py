@@ -1,4 +1,4 @@
-"""What is told of the settings is all there is to know of them."""
+"""Settings are described in full."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_setting_is_a_row_of_five_cells() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "told"),
+    ("key", "message"),
     [
         (
             "model.rope_theta",
@@ -66,11 +66,11 @@ train.seed: random seed of the initial weights and the data order
         ),
     ],
 )
-def test_a_setting_is_told_whole(key: str, told: str) -> None:
-    assert describe(key) == told
+def test_a_setting_is_described_in_full(key: str, message: str) -> None:
+    assert describe(key) == message
 
 
-def test_choices_and_counts_are_told_in_words() -> None:
+def test_choices_and_counts_are_described_in_words() -> None:
     assert '\n  type       one of "once", "every"\n' in describe("parallel.reduce")
     assert "\n  only with  parallel.pp: at least 2" in describe("parallel.split")
     assert "\n  only with  train.noise_scale: true" in describe("train.noise_half_life")
@@ -84,7 +84,7 @@ def test_a_section_lists_its_settings_and_no_name_lists_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("model.lyers", "model.lyers is not a setting; did you mean layers"),
         ("btach", "btach is neither a section nor a setting; did you mean batch?"),
@@ -93,7 +93,7 @@ def test_a_section_lists_its_settings_and_no_name_lists_all() -> None:
         ("zzz", "zzz is neither a section nor a setting; choose one of: model, parameterization, data"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_nearest(name: str, told: str) -> None:
-    with pytest.raises(UserError, match=told.replace("?", r"\?")) as caught:
+def test_an_unknown_name_is_answered_with_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("?", r"\?")) as caught:
         describe(name)
     assert "\n" not in str(caught.value)

@@ -41,7 +41,7 @@ def test_a_table_grows_in_tokens_and_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("1e9",), "'1e9' is not tokens:batch"),
         (("1e9:1.5",), "'1e9:1.5' is not tokens:batch"),
@@ -49,6 +49,6 @@ def test_a_table_grows_in_tokens_and_batch() -> None:
         (("1e9:64", "2e9:64"), "'2e9:64' must have a larger batch than 64"),
     ],
 )
-def test_a_wrong_word_is_named(words: tuple[str, ...], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_a_wrong_word_is_named(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         parse_table(words)

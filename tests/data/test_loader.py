@@ -154,7 +154,7 @@ def test_stages_change_mixture_and_length_and_repeat_nothing(sources, tmp_path):
     assert everything.unique().numel() == everything.numel()
 
 
-def test_another_mixture_passes_over_nothing(sources, tmp_path):
+def test_another_mixture_skips_nothing(sources, tmp_path):
     """Each source's samples are, in their order, those it would have given alone."""
     data = training_data(sources, tmp_path, more=[FLIP])
     first = tokens_of(data, 0, 25)
@@ -166,7 +166,7 @@ def test_another_mixture_passes_over_nothing(sources, tmp_path):
 
 
 @pytest.mark.parametrize("at", [0, 10, 25, 30, 64, 65, 67])
-def test_a_restored_order_goes_on_as_if_nothing_had_been(sources, tmp_path, at):
+def test_a_restored_order_continues_as_if_uninterrupted(sources, tmp_path, at):
     def deal(data, first, last):
         rows = []
         for i in range(first, last):
@@ -184,7 +184,7 @@ def test_a_restored_order_goes_on_as_if_nothing_had_been(sources, tmp_path, at):
     assert deal(again, at, 69) == deal(whole, 0, 69)[at:]
 
 
-def test_a_branch_goes_on_with_every_source_where_it_stands(sources, tmp_path):
+def test_a_branch_continues_every_source_at_its_position(sources, tmp_path):
     one, two = sources
     data = training_data({one: 1.0}, tmp_path)
     seen = [tokens_of(data, 0, 40)]

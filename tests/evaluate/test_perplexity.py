@@ -170,19 +170,19 @@ def test_a_small_vocabulary_does_not_make_a_large_batch(found: Any) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_continuation_is_scored_after_its_context(found: Any, name: str) -> None:
     """Its likelihood, and whether a model that takes the likeliest token would have written it."""
-    for nats, likeliest, wanted, is_likeliest in found[name, "continuations"]:
-        assert nats == pytest.approx(wanted, rel=1e-12) and likeliest == is_likeliest
+    for nats, likeliest, expected, is_likeliest in found[name, "continuations"]:
+        assert nats == pytest.approx(expected, rel=1e-12) and likeliest == is_likeliest
     assert [row[3] for row in found[name, "continuations"]] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_command_tells_loss_bits_and_perplexity(found: Any, name: str) -> None:
+def test_the_command_prints_loss_bits_and_perplexity(found: Any, name: str) -> None:
     code, out, err = found[name, "json"]
     assert code == 0 and "2 documents that are no valid text" in err and "163/163 tokens 100%  ETA 0 s" in err
-    told = json.loads(out)
-    assert told["checkpoint"].endswith("step-00000002") and (told["context"], told["stride"]) == (CONTEXT, 12)
+    printed = json.loads(out)
+    assert printed["checkpoint"].endswith("step-00000002") and (printed["context"], printed["stride"]) == (CONTEXT, 12)
     first, second = found[name, "command"]
-    for row, nats, size in zip(told["files"], (first, second, first + second), (52, 111, 163), strict=True):
+    for row, nats, size in zip(printed["files"], (first, second, first + second), (52, 111, 163), strict=True):
         assert row["tokens"] == row["bytes"] == size and row["loss"] == pytest.approx(nats / size, rel=1e-12)
         assert row["perplexity"] == pytest.approx(math.exp(nats / size))
         assert row["bits_per_byte"] == pytest.approx(nats / size / math.log(2))  # a token is a byte here
@@ -296,13 +296,13 @@ def test_tasks_of_the_harness(found: Any, folder: Path) -> None:
     """As a user runs them, in the real harness."""
     tasks = folder / "tasks"
     tasks.mkdir()
-    (wanted,) = world.run(1, write_tasks, tasks, folder / "rope")
+    (expected,) = world.run(1, write_tasks, tasks, folder / "rope")
     tool = [sys.executable, str(Path(__file__).parents[2] / "tools" / "evaluate_tasks.py"), str(folder / "rope")]
     done = subprocess.run([*tool, tasks, "--json", folder / "out.json"], capture_output=True, text=True)
     assert done.returncode == 0 and "bits_per_byte" in done.stdout, done.stdout + done.stderr
     results = json.loads((folder / "out.json").read_text())["results"]
-    measured = {key: results[key.split()[0]][f"{key.split()[1]},none"] for key in wanted}
-    assert measured == pytest.approx(wanted, rel=1e-9)
+    measured = {key: results[key.split()[0]][f"{key.split()[1]},none"] for key in expected}
+    assert measured == pytest.approx(expected, rel=1e-9)
     for words, message in (
         ([tasks, "--tasks", "nothing"], "--tasks nothing is not in"),
         ([folder / "rope"], "holds no tasks; name a folder"),
