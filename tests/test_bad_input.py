@@ -138,7 +138,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ('train run.toml data.mixtures=["inf:1"]', ["'inf:1'"]),
         ('train run.toml data.lengths=["5000:inf"]', ["'5000:inf'"]),
         ("train run.toml data.weights=[1e308,1e308]", ["data.weights has 2"]),
-        ('train run.toml data.train=["corpus","./corpus"]', ["'corpus'", "the same as another"]),
+        ('train run.toml data.train=["corpus","./corpus"]', ["'corpus'", "the same content as another"]),
         (
             "train run.toml log.name=done --resume auto schedule.start=9000 train.start_from=runs/x",
             ["schedule.start = 9000"],

@@ -61,7 +61,16 @@ import megahp
 from megahp import launch
 from megahp.benchmark.communication import Groups, TorchGroup, device_of_rank, greet, groups_of_nodes, pattern, timed
 from megahp.benchmark.machine import synchronize
-from megahp.cluster.outliers import TOGETHER, Found, Problem, best_pairs, excluded, heard, offsets_of, verdict
+from megahp.cluster.outliers import (
+    COLLECTIVE,
+    Findings,
+    Problem,
+    answers,
+    best_pairs,
+    clock_offsets,
+    excluded,
+    find_problems,
+)
 from megahp.commands.arguments import positive, starts_ranks
 from megahp.commands.output import about, refuse_unwritable, write_json
 from megahp.errors import Fault, UserError
@@ -160,7 +169,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     board = Board(launch.meet(place, timedelta(seconds=patience), all_of_them=False), place, patience)
     try:
         found = look(board, arguments.folder, arguments.device)
-        problems = verdict(found, slack, free_gb, launch.ranks_of_nodes(place.size))
+        problems = find_problems(found, slack, free_gb, launch.ranks_of_nodes(place.size))
         if place.rank == 0:
             write(arguments, words, found, problems)
             show(found, problems)
@@ -215,7 +224,7 @@ def look(board: Board, folder: Path, choice: str) -> dict[str, list[Any]]:
         except (OSError, RuntimeError) as error:  # of a rank that has one, the others shall know
             own = {"error": (str(error).splitlines() or [type(error).__name__])[0]}
         found[name] = board.share(name, own)
-        if None in found[name] or (name in TOGETHER and any("error" in each for each in found[name])):
+        if None in found[name] or (name in COLLECTIVE and any("error" in each for each in found[name])):
             break
     return found
 
@@ -369,15 +378,15 @@ def all_reduce(group: TorchGroup) -> dict[str, Any]:
     return {"bytes_per_second": rate, "wrong": timing.wrong}
 
 
-def show(found: Found, problems: Sequence[Problem]) -> None:
+def show(found: Findings, problems: Sequence[Problem]) -> None:
     """Print a line a rank, those of a large job that stand out: what of it was found, ? for what was not. Then what is
     wrong."""
-    memories, disks, gemms = (heard(found, stage) for stage in ("memory", "disk", "gemm"))
-    offsets, best = offsets_of(heard(found, "links")), best_pairs(heard(found, "pairs"))
+    memories, disks, gemms = (answers(found, stage) for stage in ("memory", "disk", "gemm"))
+    offsets, best = clock_offsets(answers(found, "links")), best_pairs(answers(found, "pairs"))
     layout = "{:<6}{:<14}{:<24}{:>9}{:>10}{:>12}{:>10}  {}"
     print(layout.format("rank", "node", "device", "free GB", "clock ms", "disks GB/s", "TFLOP/s", "pairs GB/s, us"))
     bad = {problem.node for problem in problems}
-    for rank, each in heard(found, "ranks").items():
+    for rank, each in answers(found, "ranks").items():
         if len(found["ranks"]) > SHOWN and each["node"] not in bad:
             continue
         device = each["versions"].get("device", "?")
@@ -388,7 +397,7 @@ def show(found: Found, problems: Sequence[Problem]) -> None:
         mine = {kind: of[rank] for kind, of in best.items() if rank in of}
         near = "; ".join(f"{kind} {rate / 1e9:.3g}, {1e6 * seconds:.0f}" for kind, (rate, seconds) in mine.items())
         print(layout.format(rank, each["node"], device, free, clock, rates, speed, near))
-    for kind, each in heard(found, "all-reduce").get(0, {}).items():
+    for kind, each in answers(found, "all-reduce").get(0, {}).items():
         print(f"all-reduce ({kind}): bus bandwidth {each['bytes_per_second'] / 1e9:.3g} GB/s")
     for problem in problems:
         print(f"BAD  {problem.node or 'somewhere'}: {problem.what}")
@@ -399,11 +408,11 @@ def show(found: Found, problems: Sequence[Problem]) -> None:
 
 
 def bad_nodes(file: Path | None) -> list[str]:
-    """The nodes that a list, if it is there already, leaves out. Raises UserError."""
+    """Return the nodes in an existing list. Raises UserError."""
     return read_text(file, "--exclude-file", "name another").split() if file and file.exists() else []
 
 
-def write(arguments: argparse.Namespace, words: Sequence[str], found: Found, problems: Sequence[Problem]) -> None:
+def write(arguments: argparse.Namespace, words: Sequence[str], found: Findings, problems: Sequence[Problem]) -> None:
     """The JSON, and the list of nodes to be left out."""
     write_json(arguments.json, {**about(words), "found": found, "problems": [vars(problem) for problem in problems]})
     if file := arguments.exclude_file:

@@ -35,7 +35,7 @@ from megahp.convert.run_directory import fitting, limit, of_checkpoint, refuse_f
 from megahp.convert.tokenizers import tokenizer_in, write_tokenizer
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError, complain, in_one_line
-from megahp.evaluate.sample import alone
+from megahp.evaluate.sample import single_rank_model
 from megahp.model.build import longest
 from megahp.parallel.parameters import model_state, storage
 from megahp.train.prepare import with_vocabulary
@@ -152,7 +152,7 @@ def our_logits(config: Config, weights: Iterable[tuple[str, Tensor]], tokens: Te
     """[1, s, vocabulary] in float32 (float64 for a model of float64) from tokens [1, s]. Raises UserError for weights
     that are not the model's."""
     dtype = "float64" if config.train.dtype == "float64" else "float32"
-    model = alone(with_values(config, {"train.dtype": dtype, "train.device": "cpu"}))
+    model = single_rank_model(with_values(config, {"train.dtype": dtype, "train.device": "cpu"}))
     places = model_state(model)
     for name, weight in fitting(weights, {name: place.shape for name, place in places.items()}):
         storage(places[name]).copy_(weight)

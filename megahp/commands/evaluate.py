@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     from megahp.evaluate.perplexity import Score, context_of, evaluate
-    from megahp.evaluate.sample import trained
+    from megahp.evaluate.sample import load_trained
 
     if options.json_key and not any(file.name.endswith(JSON_LINES) for file in options.files):
         raise UserError(f"--json-key {options.json_key!r} is for {' '.join(JSON_LINES)} files; leave it out")
@@ -38,12 +38,12 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         if not any(found):
             raise UserError(f"{file} holds no text; name another file")
         texts.append([text for text in found if text])
-    origin = trained(options.checkpoint)
-    context = context_of(origin, options.context)
+    trained = load_trained(options.checkpoint)
+    context = context_of(trained, options.context)
     stride = max(1, context // 2) if options.stride is None else options.stride
     if not 1 <= stride <= context:
         raise UserError(f"--stride {stride} must be 1 to {context}, the tokens of a window; beyond, some have none")
-    scores = evaluate(origin, texts, context, stride)
+    scores = evaluate(trained, texts, context, stride)
     if empty := [file for file, score in zip(options.files, scores, strict=True) if not score.tokens]:
         raise UserError(f"{empty[0]} holds no text that makes tokens; name another file")
     whole = Score(*map(sum, zip(*map(astuple, scores), strict=True)))
@@ -51,10 +51,10 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     rows += [("all", whole)] if len(rows) > 1 else []
     if options.json:
         told = [{"file": name} | asdict(score) | score.numbers() for name, score in rows]
-        everything = {"checkpoint": str(origin.path), "context": context, "stride": stride, "files": told}
+        everything = {"checkpoint": str(trained.path), "context": context, "stride": stride, "files": told}
         print(json.dumps(everything, indent=2))
         return 0
-    print(f"{origin.path}, windows of {context} tokens, {stride} apart")
+    print(f"{trained.path}, windows of {context} tokens, {stride} apart")
     width = max(len(name) for name, _ in rows) + 1
     print(LINE.format("", *HEADER, width=width))
     for name, score in rows:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megahp.commands.arguments import at_least
 from megahp.errors import UserError
-from megahp.evaluate.sample import trained
+from megahp.evaluate.sample import load_trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,17 +48,17 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         if name not in there:
             has = f"{arguments.folder}, which has {', '.join(there)}"
             raise UserError(f"--tasks {name} is not in {has}; choose of these")
-    origin = trained(arguments.checkpoint)
+    trained = load_trained(arguments.checkpoint)
     found = simple_evaluate(
-        Harness(origin),
+        Harness(trained),
         tasks=arguments.tasks or manager.all_subtasks,
         num_fewshot=arguments.fewshot,
         limit=arguments.limit,
         log_samples=False,
         task_manager=manager,
     )
-    print(f"{origin.path}\n{make_table(found)}")
+    print(f"{trained.path}\n{make_table(found)}")
     if arguments.json:
-        told = {"checkpoint": str(origin.path), **{key: found[key] for key in ("results", "n-shot", "n-samples")}}
+        told = {"checkpoint": str(trained.path), **{key: found[key] for key in ("results", "n-shot", "n-samples")}}
         arguments.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return 0

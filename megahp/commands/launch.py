@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megahp.cluster.job import BAD_NODES, OWN, Job, jobs, submit
+from megahp.cluster.job import BAD_NODES, RESERVED, Job, jobs, submit
 from megahp.commands.arguments import add_run_file, at_least
 from megahp.commands.chain import chain_of, outlook
 from megahp.config import resolve
@@ -18,7 +18,7 @@ from megahp.parallel.layout import fit
 SCRIPTS = {"srun": "pretrain.sbatch", "torchrun": "pretrain_torchrun.sbatch"}
 GROWING = "pretrain_growing.sbatch"
 PATIENCE = 30  # minutes
-OWN_IN_CHAINS = (*OWN, "dependency", "begin", "hold", "requeue", "no-requeue")
+RESERVED_IN_CHAINS = (*RESERVED, "dependency", "begin", "hold", "requeue", "no-requeue")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -60,10 +60,10 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         if options.launcher != "srun":
             both = f"--launcher {options.launcher} with --grow"
             raise UserError(f"{both}: its jobs start one task a rank; leave one of them out")
-        nodes = chain.growth.wanted(chain.plan["batch"])  # with which the run begins, or goes on
+        nodes = chain.growth.nodes_for(chain.plan["batch"])  # with which the run begins, or goes on
         patience = math.ceil(60 * (PATIENCE if options.patience is None else options.patience))
         grown = f"nodes={options.nodes} grow={options.grow} patience={patience} chain=${{1:-$SLURM_JOB_ID}} before=$2"
-        job = replace(job, script=GROWING, nodes=nodes, own=OWN_IN_CHAINS, variables=grown)
+        job = replace(job, script=GROWING, nodes=nodes, reserved=RESERVED_IN_CHAINS, variables=grown)
 
     from megahp.train.prepare import prepare
 

@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     squares, began = [], time.monotonic()
     for number, each in enumerate(places, start=1):
         checkpoint.load(each.path, model_state(model))
-        data.restore(each.data_order)
+        data.load_state(each.data_order)
         squares.append([measure(model, microbatches(loader, each, batch)) for batch in range(arguments.batches)])
         rest = human_duration((time.monotonic() - began) / number * (len(places) - number))
         print(f"{each.path.name} measured; {number} of {len(places)}, ETA {rest}", flush=True)

@@ -23,7 +23,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     """Print the nodes to train on now, and the batch to stop at."""
     chain = chain_of(options, resolve.load(options.run_file, options.overrides).config)
     batch = chain.plan["batch"]
-    print(chain.growth.wanted(batch, options.at_most), chain.growth.stop_at(batch))
+    print(chain.growth.nodes_for(batch, options.at_most), chain.growth.stop_at(batch))
     if options.plan:
         print(outlook(chain, None), file=sys.stderr)
     return 0

@@ -95,7 +95,8 @@ def skeleton(config: Config, mesh: Mesh) -> Transformer:
             config.train.noise_scale,
         )
     # sparsity masks the hidden matrices of blocks; routers, whose role is another, stay dense
-    for block, density in zip(model.blocks.values(), config.sparsity.drawn(config.model.layers), strict=True):
+    densities = config.sparsity.initial_densities(config.model.layers)
+    for block, density in zip(model.blocks.values(), densities, strict=True):
         for module in block.modules():
             if isinstance(module, Module):
                 hidden = {name: row for name, row in module.rows.items() if row.role is Role.HIDDEN}

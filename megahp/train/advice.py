@@ -49,7 +49,7 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, begin: i
             f"train.validate_every = {train.validate_every}: the run has at most {steps} steps, so only its end is "
             "validated; lower it"
         )
-    held_out = data.held_out(train.validation_samples)
+    held_out = data.validation_size(train.validation_samples)
     if 2 * held_out < train.validation_samples:
         fraction = config.data.validation_fraction
         enough = f"{min(0.5, fraction * train.validation_samples / held_out):.2g}" if held_out else "above 0"

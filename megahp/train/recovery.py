@@ -125,7 +125,7 @@ def rewind(run: Run, loader: Loader, reporter: Reporter, plan: StepPlan, why: st
     that does not help. (PaLM, arXiv 2204.02311, from a secondary source: 100 steps back, past 200 to 500 batches.)"""
     run.engine.zero()
     run.rewinds += 1
-    loader.forget()
+    loader.drop_prefetched()
     wait_for_save(run, reporter)
     oldest_first = broadcast_from_rank0(lambda: [path.name for path in checkpoint.complete_without_links(run.folder)])
     paths = [run.folder / name for name in oldest_first[::-1]]

@@ -95,7 +95,7 @@ class Run(Trainer):
                 f"the data of {', '.join(self.config.data.train)} is not what {path} was trained on; "
                 "restore those files, or start a new run under another log.name"
             )
-        self.data.restore(state["data_order"])
+        self.data.load_state(state["data_order"])
         self.skipped, self.wandb_id = state["skipped"], state["wandb_id"]
         return Restored(
             state["config"], state["batch_plan"], self.batch_scheduler.load_state(state["batch_plan"], self.progress)
@@ -109,7 +109,7 @@ class Run(Trainer):
         saved = resolve.from_dict(state["config"], str(path))
         anew: list[str] = []
         if state["data"] == self.data.fingerprint:
-            self.data.restore(state["data_order"])
+            self.data.load_state(state["data_order"])
         else:
             anew = self.data.branch(state["data_order"], self.progress.tokens, self.progress.samples)
         if state["data_order"]["length"] != self.data.length:
@@ -123,7 +123,7 @@ class Run(Trainer):
             return False
         if plan.length != self.data.length:
             self.reset_noise()
-        self.data.enter(plan.phase, plan.first_sample)
+        self.data.enter_phase(plan.phase, plan.first_sample)
         return True
 
     def _load(self, path: checkpoint.Location) -> dict[str, Any]:

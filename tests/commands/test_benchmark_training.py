@@ -93,7 +93,7 @@ MISTAKES = {
     ),
     "double": (["--settings", "model.vocab_size=9"], "model.vocab_size is what another option decides"),
     "noise": (["--settings", "train.noise_scale=false"], "train.noise_scale is what another option decides"),
-    "setting": (["--settings", "model.wdth=9"], "model.wdth = 9 (command line) is no setting; did you mean width"),
+    "setting": (["--settings", "model.wdth=9"], "model.wdth = 9 (command line) is not a setting; did you mean width"),
     "peak": (["--peak-tflops", "0"], "--peak-tflops 0 must be above 0"),
     "peaks": (["--peak-tflops", "9", "--dtype", "float32", "bfloat16"], "give one --dtype with it"),
     "cuda": (["--device", "cuda"], "needs a CUDA device for each of 1 ranks"),

@@ -91,8 +91,8 @@ def test_a_run_that_has_begun_goes_on_with_what_it_has_grown_to(capsys: pytest.C
         ((*GROW, "batch.policy=constant", "batch.table=[]"), "batch.policy = 'constant' never grows"),
         ((*GROW, "resilience.stop_at_batch=8"), "resilience.stop_at_batch = 8 would end the job before the run"),
         ((*GROW, "--speed", "nan"), "--speed nan goes with"),
-        ((*GROW, "--sbatch=--requeue"), "--sbatch --requeue: --requeue is set already"),
-        ((*GROW[:5], "--sbatch=--nodes=3"), "--sbatch --nodes=3: --nodes is set already"),
+        ((*GROW, "--sbatch=--requeue"), "--sbatch --requeue: megahp sets --requeue itself"),
+        ((*GROW[:5], "--sbatch=--nodes=3"), "--sbatch --nodes=3: megahp sets --nodes itself"),
         ((*GROW[:5], "--sbatch=--comment='a"), "cannot be read (No closing quotation)"),
         ((*GROW[:5], "--exclude", "."), "--exclude . cannot be read (Is a directory)"),
         ((*GROW, "parallel.dp_shard=1"), "needs 1 ranks and there are 2"),
@@ -107,4 +107,4 @@ def test_what_cannot_grow(words: tuple[str, ...], told: str, capsys: pytest.Capt
 
 def test_a_batch_to_stop_at_that_is_never_reached(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "run.toml", "resilience.stop_at_batch=4"]) == 2
-    assert "resilience.stop_at_batch = 4 is no batch that batch.policy = 'table' grows to" in capsys.readouterr().err
+    assert "resilience.stop_at_batch = 4 is not reached by growth from batch.global_batch =" in capsys.readouterr().err

@@ -74,8 +74,8 @@ def healthy() -> dict[str, list[Any]]:
     }
 
 
-def verdict(tool: ModuleType, found: dict[str, list[Any]], expected: Mapping[str, int] = EXPECTED) -> Any:
-    return tool.verdict(found, 0.25, 1.0, expected)
+def find_problems(tool: ModuleType, found: dict[str, list[Any]], expected: Mapping[str, int] = EXPECTED) -> Any:
+    return tool.find_problems(found, 0.25, 1.0, expected)
 
 
 def test_ranks_on_unlike_devices_do_nothing_together(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_ranks_on_unlike_devices_do_nothing_together(tool: ModuleType, monkeypat
     mistakes: list[str] = []
     first, second = look()
     assert list(first) == list(second) == ["ranks"]
-    assert verdict(tool, first, {}) == [tool.Problem("n1", "rank 1 is on the CPU, others on CUDA")]
+    assert find_problems(tool, first, {}) == [tool.Problem("n1", "rank 1 is on the CPU, others on CUDA")]
     mistakes.append("--folder runs is no folder")
     with pytest.raises(UserError, match="runs is no folder"):
         look()

@@ -35,7 +35,7 @@ from megahp.convert import huggingface
 from megahp.convert.tokenizers import write_tokenizer
 from megahp.data.indexed import IndexedWriter
 from megahp.data.tokenizer import load_tokenizer, train_sentencepiece
-from megahp.evaluate.sample import alone
+from megahp.evaluate.sample import single_rank_model
 from megahp.parallel.parameters import model_state, storage
 from megahp.scaling.parameterization import table_of
 from megahp.train.run import state_of_weights
@@ -88,7 +88,7 @@ def written(config: Config, folder: Path) -> dict[str, Tensor]:
     """A checkpoint of a model in which every weight, the vocabulary's padding too, is random."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for name, weight in model_state(alone(config)).items():
+    for name, weight in model_state(single_rank_model(config)).items():
         value = storage(weight)
         if "router.bias" not in name or config.model.router_score == "sigmoid":
             value = value + torch.randn(value.shape, generator=generator) * 0.2
@@ -241,9 +241,9 @@ def losses(folder: Path) -> tuple[float, float]:
     from transformers import AutoModelForCausalLM
 
     from megahp.evaluate.perplexity import evaluate
-    from megahp.evaluate.sample import trained
+    from megahp.evaluate.sample import load_trained
 
-    text, origin = "What both make of it", trained(folder / "ours")
+    text, origin = "What both make of it", load_trained(folder / "ours")
     (score,) = evaluate(origin, [[text]], 48, 24)
     ids = torch.tensor([[origin.tokenizer.eod, *origin.tokenizer.encode(text)]])
     theirs = AutoModelForCausalLM.from_pretrained(folder / "theirs")(input_ids=ids, labels=ids).loss

@@ -22,7 +22,7 @@ from torch import Tensor
 from megahp import checkpoint, cli
 from megahp.checkpoint.shards import Tensors
 from megahp.config import Config, resolve
-from megahp.evaluate.sample import alone
+from megahp.evaluate.sample import single_rank_model
 from megahp.parallel.parameters import model_state, storage
 from megahp.train.run import state_of_weights
 
@@ -80,7 +80,7 @@ def written(folder: Path, tokenizer: str, vocab_size: int, **model: Any) -> dict
     layers = [BASE, {"model": model | {"vocab_size": vocab_size}, "data": {"tokenizer": tokenizer}}]
     config = resolve.resolve([("test", layer) for layer in layers]).config
     generator = torch.Generator().manual_seed(len(str(folder)))
-    weights = {name: storage(weight) for name, weight in model_state(alone(config)).items()}
+    weights = {name: storage(weight) for name, weight in model_state(single_rank_model(config)).items()}
     tensors = {name: torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
     masks = {"mask.blocks.0.mlp.up.weight": torch.ones(3, dtype=torch.bool)}
     moments = {"exp_avg.embedding.weight": torch.ones(3)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from log.test_standing import write_run
+from log.test_status import write_run
 
 from megahp.cli import main
 

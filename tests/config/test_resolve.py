@@ -49,14 +49,14 @@ def test_the_widths_of_experts_and_mlps(tmp_path: Path, words: tuple[str, ...], 
     assert resolve.from_dict(config_to_dict(found), "again") == found
 
 
-def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once_each_with_key_value_and_remedy(tmp_path: Path) -> None:
     found = problems_of(
         tmp_path,
         '[model]\nlyers = 3\nwidth = "wide"\nbias = 1\n[train]\ndtype = "fp8"\ntokens = 0.5\n[optimser]\nlr = 1\n',
         "optimizer.lr=-1",
         "parallel.pp=0",
     )
-    told = "\n".join(found)
+    message = "\n".join(found)
     assert len(found) == 8
     for words in (
         "model.lyers = 3",
@@ -71,7 +71,7 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
         "above 0",
         "parallel.pp = 0",
     ):
-        assert words in told
+        assert words in message
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
     ],
 )
 def test_impossible_settings_are_refused(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
-    told = "\n".join(problems_of(tmp_path, "", *overrides))
-    assert all(word in told for word in words), told
+    message = "\n".join(problems_of(tmp_path, "", *overrides))
+    assert all(word in message for word in words), message
 
 
 def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
