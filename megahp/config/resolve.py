@@ -168,6 +168,8 @@ def _convert(value: Any, kind: Any) -> Any:
         raise TypeError(f"must be {KINDS[kind]}")
     if kind is float and not math.isfinite(value):
         raise TypeError("must be finite")
+    if kind is str and "\0" in value:  # most settings of text name files, and no name of one holds it
+        raise TypeError("must not contain a NUL character")
     return value
 
 

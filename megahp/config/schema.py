@@ -44,6 +44,8 @@ def setting(default: Any, meaning: str, **constraints: Unpack[Constraints]) -> A
     return field(default=default, metadata={"meaning": meaning, **constraints})
 
 
+LEAST_EPS = 1e-30  # below float32's 1e-38, at any root of kappa, it would be 0, and 0 / 0 ends a run
+
 nonnegative = partial(setting, at_least=0)
 at_least_1 = partial(setting, at_least=1)
 positive = partial(setting, above=0)
@@ -68,7 +70,7 @@ class ModelConfig:
         "swiglu", "MLP activation: gated SiLU, GELU (tanh approximation or exact), squared ReLU"
     )
     norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "normalization before each branch and after the blocks")
-    norm_eps: float = positive(1e-5, "added to the variance inside the norm")
+    norm_eps: float = setting(1e-5, "added to the variance inside the norm", at_least=LEAST_EPS)
     positions: Literal["rope", "alibi", "learned", "none"] = setting(
         "rope", "position encoding: rotary, ALiBi, learned embeddings, or none"
     )
@@ -244,7 +246,7 @@ class OptimizerConfig:
     weight_decay: float = nonnegative(0.1, "decoupled weight decay (multiplied by the learning rate)")
     beta1: float = nonnegative(0.9, "decay of the first moment", below=1)
     beta2: float = nonnegative(0.95, "decay of the second moment", below=1)
-    eps: float = positive(1e-8, "added to the square root of the second moment")
+    eps: float = setting(1e-8, "added to the square root of the second moment", at_least=LEAST_EPS)
     muon_lr: float = muon_only(0.02, "peak learning rate of hidden matrices, in units of spectral norm", above=0)
     momentum: float = muon_only(0.95, "decay of Muon's momentum", at_least=0, below=1)
     clip: float = nonnegative(1.0, "clip the global gradient norm to this; 0 = no clipping")

@@ -75,6 +75,23 @@ def test_all_problems_are_reported_at_once_each_with_key_value_and_remedy(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            '[train]\nstart_from = "a\\u0000b"\n',
+            "train.start_from = 'a\\x00b' (run.toml) must not contain a NUL character",
+        ),
+        ('[data]\ntrain = ["a\\u0000b"]\n', "must not contain a NUL character"),
+        ("[optimizer]\neps = 1e-300\n", "optimizer.eps = 1e-300 (run.toml) must be at least 1e-30"),
+        ("[model]\nnorm_eps = 1e-39\n", "model.norm_eps = 1e-39 (run.toml) must be at least 1e-30"),
+    ],
+)
+def test_values_that_nothing_can_use(tmp_path: Path, text: str, problem: str) -> None:
+    """Found by tests/fuzz: a name that no system call takes, a number that is 0 in float32."""
+    assert problem in problems_of(tmp_path, text)[0]
+
+
+@pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (["model.positions=alibi", "model.rope_theta=500"], ["model.rope_theta", "no effect", "rope"]),
