@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import io
 import json
 import os
 import pickle
@@ -211,7 +212,9 @@ def _in_another(path: Path, draw: random.Random, way: str) -> str:
     """A pickle of another value, a line of text that is one, or a number of eight bytes."""
     value, data = draw.choice(VALUES[way]), bytearray(path.read_bytes())
     if path.suffix in PICKLED or path.name in PICKLED:
-        torch.save(value, path) if draw.random() < 0.5 else path.write_bytes(pickle.dumps(value))
+        packed = io.BytesIO()
+    torch.save(value, packed) if draw.random() < 0.5 else packed.write(pickle.dumps(value))  # a name may begin with a dot
+    path.write_bytes(packed.getvalue())
         return f"a pickle of {value!r}"[:80]
     if len(data) < 8:
         return _bytes(path, draw)
