@@ -554,7 +554,7 @@ def test_memory_holds_one_file(tmp_path: Path) -> None:
         ("--from megahp --to huggingface a b train.dtype=float32", "settings are for --to megahp"),
         ("--from megahp --to huggingface a b --file-size 0", "--file-size 0 must be above 0"),
         ("--from megahp --to huggingface a b --text t --no-check", "--text t is for the check"),
-        ("--from megahp --to huggingface a b --text none", "--text none is no file that holds text"),
+        ("--from megahp --to huggingface a b --text none", "--text none is not a file with text"),
         ("--from megahp --to huggingface a b", "a is neither a checkpoint nor a run directory"),
         ("--from huggingface --to megahp a b", "a/config.json does not exist"),
         ("--from megatron --to megahp a b --tokenizer bytes", "a/common.pt cannot be read"),
@@ -600,4 +600,4 @@ def test_what_megatron_computes_and_we_do_not(tmp_path: Path, changed: dict[str,
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
     code, said = convert("megatron", "megahp", tmp_path, tmp_path / "never", "--tokenizer", "bytes")
     ((key, value),) = changed.items()
-    assert code == 2 and f"{key} = {value!r} makes another model" in said, said
+    assert code == 2 and f"{key} = {value!r} is not supported; megahp has" in said, said

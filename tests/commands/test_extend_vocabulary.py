@@ -197,7 +197,10 @@ MISTAKES = [
         "--donor {folder}/hurt/checkpoints/step-00000007",
         "damaged",
     ),
-    ("{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule zeros --text {folder}", "no file that holds"),
+    (
+        "{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule zeros --text {folder}",
+        "not a file with text",
+    ),
     ("{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule zeros --file-size 0", "--file-size 0"),
 ]
 

@@ -269,7 +269,7 @@ def with_family(family: families.Family, **changed: Any) -> Any:
 
 
 def swapped(family: families.Family, one: str, other: str) -> dict[str, str]:
-    return {**family.inside, one: family.inside[other], other: family.inside[one]}
+    return {**family.per_block, one: family.per_block[other], other: family.per_block[one]}
 
 
 def mistakes() -> Iterator[tuple[str, str, Any]]:
@@ -281,12 +281,12 @@ def mistakes() -> Iterator[tuple[str, str, Any]]:
             yield f"{case}: {name} multiplier forgotten", case, with_table(**{name: 1.0})
     yield "experts: residual multiplier forgotten", "glm4 moe", with_table(residual=1.0)
     llama, neox, mixtral = families.LLAMA, families.NEOX, families.MIXTRAL
-    backwards = {**llama.inside, "attention.qkv": " ".join(reversed(llama.inside["attention.qkv"].split()))}
-    yield "gate and up swapped", "llama", with_family(llama, inside=swapped(llama, "mlp.gate", "mlp.up"))
+    backwards = {**llama.per_block, "attention.qkv": " ".join(reversed(llama.per_block["attention.qkv"].split()))}
+    yield "gate and up swapped", "llama", with_family(llama, per_block=swapped(llama, "mlp.gate", "mlp.up"))
     experts = swapped(mixtral, "mlp.experts.gate", "mlp.experts.up")
-    yield "experts: gate and up swapped", "mixtral", with_family(mixtral, inside=experts)
-    yield "norms swapped", "llama", with_family(llama, inside=swapped(llama, "attention_norm", "mlp_norm"))
-    yield "keys and queries swapped", "llama, tied", with_family(llama, inside=backwards)
+    yield "experts: gate and up swapped", "mixtral", with_family(mixtral, per_block=experts)
+    yield "norms swapped", "llama", with_family(llama, per_block=swapped(llama, "attention_norm", "mlp_norm"))
+    yield "keys and queries swapped", "llama, tied", with_family(llama, per_block=backwards)
     yield "heads not grouped", "neox", with_family(neox, qkv="stacked")
     yield "heads grouped", "gpt2", with_family(families.GPT2, qkv="grouped")
     yield (
@@ -455,14 +455,14 @@ def test_a_model_that_they_do_not_have(model: dict[str, Any], nearest: str, need
         ({"model_type": "bert"}, "model_type = 'bert'"),
         ({"model_type": ["gpt2"]}, r"model_type = \['gpt2'\]"),
         ({"activation_function": ["gelu"]}, r"activation_function = \['gelu'\]"),
-        ({"rope_scaling": "x"}, "rope_scaling = 'x' is no table"),
+        ({"rope_scaling": "x"}, "rope_scaling = 'x' is not a table"),
         ({"n_head": "four"}, "model.heads"),
         ({"activation_function": "relu"}, "activation_function = 'relu'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
         ({"n_head": 5}, "model.heads = 5"),
         ({"n_layer": 3}, "missing, such as transformer.h.2.attn.c_attn.bias"),
-        ({"n_layer": 1}, "not of its architecture, such as transformer.h.1.attn.c_attn.bias"),
+        ({"n_layer": 1}, "do not belong to it, such as transformer.h.1.attn.c_attn.bias"),
         ({"n_layer": None}, "model.layers = 0"),
     ],
 )
