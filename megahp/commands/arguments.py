@@ -24,7 +24,7 @@ def add_outputs(parser: argparse.ArgumentParser, drawn: str) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw {drawn}: .svg, .png or .pdf")
 
 
-def positive(text: str, remedy: str) -> float:
+def parse_positive(text: str, remedy: str) -> float:
     """A finite number above 0. Raises UserError, which ends with the remedy."""
     try:
         value = float(text)
@@ -35,7 +35,7 @@ def positive(text: str, remedy: str) -> float:
     return value
 
 
-def human_number(text: str) -> float:
+def parse_number(text: str) -> float:
     """1.5e9, 300M, 1B or 20k as an option's value. Raises argparse.ArgumentTypeError."""
     power = UNITS.get(text[-1:].upper())
     try:
@@ -44,14 +44,14 @@ def human_number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number; write one such as 1.5e9, 300M or 1B") from None
 
 
-def at_least(arguments: argparse.Namespace, **least: int) -> None:
+def check_minimum(arguments: argparse.Namespace, **least: int) -> None:
     """Raise UserError for an option that is given, and is less than it may be."""
     for name, number in least.items():
         if (value := getattr(arguments, name)) is not None and value < number:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {number}")
 
 
-def shape_of(text: str, dimensions: int | None = None) -> tuple[int, ...]:
+def parse_shape(text: str, dimensions: int | None = None) -> tuple[int, ...]:
     """8x512x256 as numbers, of so many dimensions. Raises UserError."""
     sides = text.split("x")
     if not all(side.isdecimal() and int(side) for side in sides) or dimensions not in (None, len(sides)):
@@ -59,7 +59,7 @@ def shape_of(text: str, dimensions: int | None = None) -> tuple[int, ...]:
     return tuple(map(int, sides))
 
 
-def starts_ranks(ranks: int | None, size: int) -> bool:
+def must_spawn(ranks: int | None, size: int) -> bool:
     """Whether --ranks asks for ranks where a launcher has started none. Raises UserError."""
     if ranks in (None, size):
         return False
@@ -70,23 +70,23 @@ def starts_ranks(ranks: int | None, size: int) -> bool:
     return True
 
 
-def whole_numbers(text: str) -> list[int]:
+def parse_integers(text: str) -> list[int]:
     """1,2,3 as an option's value. Raises ValueError."""
     return [int(word) for word in text.split(",")]
 
 
-def name_of(word: str) -> str:
+def key_of(word: str) -> str:
     """The key of section.key=value."""
     return word.partition("=")[0]
 
 
-def labelled(text: str) -> tuple[str, list[str]]:
+def split_label(text: str) -> tuple[str, list[str]]:
     """LABEL: section.key=value ... as label and settings; without a label the settings are it."""
     label, colon, config = f"{text} ".partition(": ")
     words = shlex.split(config if colon else text)
     return label if colon else " ".join(word.partition(".")[2] for word in words) or "all", words
 
 
-def plain(text: str) -> str:
+def folder_name(text: str) -> str:
     """A name for a folder."""
     return re.sub(r"[^\w.+=-]+", "-", text).strip("-.") or "-"

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import megahp
 from megahp import checkpoint, launch
 from megahp.benchmark.machine import machine_of
-from megahp.commands.arguments import at_least, starts_ranks
+from megahp.commands.arguments import check_minimum, must_spawn
 from megahp.commands.output import write_json
 from megahp.config import CheckpointConfig, Config, resolve, with_values
 from megahp.parallel.device import cuda_wanted, device_of
@@ -59,13 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    at_least(arguments, ranks=1, saves=2)
+    check_minimum(arguments, ranks=1, saves=2)
     config = resolve.load(arguments.run, arguments.settings).config
     if not config.model.vocab_size:
         config = with_values(config, {"model.vocab_size": VOCABULARY})
     layout, place = fit(config.parallel, arguments.ranks), launch.world()
     check_batch(config, layout, config.batch.global_batch)
-    if starts_ranks(arguments.ranks, place.size):
+    if must_spawn(arguments.ranks, place.size):
         return launch.spawn(words, arguments.ranks)
     launch.join(place, cuda_wanted(config))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as own:

@@ -40,8 +40,8 @@ from megahp.benchmark.communication import (
     groups_of_nodes,
     timed,
 )
-from megahp.commands.arguments import add_outputs, at_least, starts_ranks
-from megahp.commands.output import about, refuse_unwritable, write_json
+from megahp.commands.arguments import add_outputs, check_minimum, must_spawn
+from megahp.commands.output import check_writable, provenance, write_json
 from megahp.config import resolve
 from megahp.errors import UserError, complain
 from megahp.parallel.layout import fit
@@ -81,12 +81,12 @@ class Ranks:
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Measure, print, write. Returns the exit code."""
     sizes = [bytes_of(size) for size in arguments.sizes]
-    at_least(arguments, repeats=1)
-    refuse_unwritable(arguments.json, plot=arguments.plot)
+    check_minimum(arguments, repeats=1)
+    check_writable(arguments.json, plot=arguments.plot)
     if arguments.settings and not arguments.run:
         raise UserError(f"{' '.join(arguments.settings)}: --settings go with --run RUN.toml")
     place = launch.world()
-    if starts_ranks(arguments.ranks, place.size):
+    if must_spawn(arguments.ranks, place.size):
         if arguments.backend == "mpi":
             raise UserError("--ranks starts ranks without MPI; for --backend mpi start them by mpirun")
         return launch.spawn(words, arguments.ranks)
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     rows = measure(ranks, groups_wanted(arguments, ranks.nodes), sizes, arguments)
     if ranks.rank == 0:
         found = {
-            **about(words, *["mpi4py"] * (ranks.backend == "mpi")),
+            **provenance(words, *["mpi4py"] * (ranks.backend == "mpi")),
             "backend": ranks.backend,
             "library": ranks.version,
             "nodes": ranks.nodes,

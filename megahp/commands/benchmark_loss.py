@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megahp.benchmark.machine import machine_of, synchronize
-from megahp.commands.arguments import DTYPES, at_least, shape_of
-from megahp.commands.output import refuse_unwritable, write_json
+from megahp.commands.arguments import DTYPES, check_minimum, parse_shape
+from megahp.commands.output import check_writable, write_json
 from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.mesh import Axis
 
@@ -78,9 +78,9 @@ def peak(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> int:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    at_least(arguments, turns=1)
-    refuse_unwritable(arguments.json)
-    shapes, rows = {shape: shape_of(shape, 4) for shape in arguments.shape}, list[dict]()
+    check_minimum(arguments, turns=1)
+    check_writable(arguments.json)
+    shapes, rows = {shape: parse_shape(shape, 4) for shape in arguments.shape}, list[dict]()
     print("loss   shape            dtype     forward ms backward ms both, of plain  peak MiB")
     for shape, dtype in itertools.product(arguments.shape, arguments.dtype):
         batch, length, width, vocabulary = shapes[shape]

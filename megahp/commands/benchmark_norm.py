@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megahp.benchmark.machine import machine_of, synchronize
-from megahp.commands.arguments import DTYPES, add_outputs, at_least, shape_of
-from megahp.commands.output import refuse_unwritable, write_json
+from megahp.commands.arguments import DTYPES, add_outputs, check_minimum, parse_shape
+from megahp.commands.output import check_writable, write_json
 from megahp.errors import UserError
 from megahp.ops import add_and_normalize, normalize
 from megahp.ops.engines import norm_of
@@ -239,9 +239,9 @@ def plot(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    shapes = [shape_of(shape) for shape in arguments.shape]
-    refuse_unwritable(arguments.json, plot=arguments.plot)
-    at_least(arguments, turns=1, threads=1)
+    shapes = [parse_shape(shape) for shape in arguments.shape]
+    check_writable(arguments.json, plot=arguments.plot)
+    check_minimum(arguments, turns=1, threads=1)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.device == "cpu":

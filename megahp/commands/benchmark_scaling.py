@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 
 from megahp.cluster.job import Job, jobs, submit
-from megahp.commands.arguments import add_outputs, labelled, plain
-from megahp.commands.output import about, refuse_unwritable, write_json
+from megahp.commands.arguments import add_outputs, folder_name, split_label
+from megahp.commands.output import check_writable, provenance, write_json
 from megahp.config import (
     BatchConfig,
     CheckpointConfig,
@@ -43,7 +43,7 @@ from megahp.config import (
     resolve,
     with_values,
 )
-from megahp.diagnose.child_runs import is_finished, refuse_another, train, write_run_file
+from megahp.diagnose.child_runs import check_same_config, is_finished, train, write_run_file
 from megahp.errors import UserError, complain
 from megahp.files import open_unlinked
 from megahp.log.metrics import read_metrics
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         print("; ".join(["nothing is finished yet", *(f"{file} is not written" for file in unwritten)]))
         return 0
     show(rows, emulated=not arguments.slurm)
-    write_json(arguments.json, {**about(words), "emulated": not arguments.slurm, "rows": rows})
+    write_json(arguments.json, {**provenance(words), "emulated": not arguments.slurm, "rows": rows})
     if arguments.plot:
         plot(arguments.plot, rows, emulated=not arguments.slurm)
     return 0
@@ -119,22 +119,22 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
 def read_curves(arguments: argparse.Namespace) -> Curves:
     """All points, as `megahp train` would resolve them, after all it checks before it trains. Raises UserError."""
-    nodes, labels = arguments.nodes, [label for label, _ in map(labelled, arguments.layouts)]
+    nodes, labels = arguments.nodes, [label for label, _ in map(split_label, arguments.layouts)]
     if min(*nodes, arguments.ranks_per_node) < 1:
         raise UserError(f"--nodes {nodes} and --ranks-per-node {arguments.ranks_per_node} must be at least 1")
     if len(set(nodes)) < len(nodes):
         raise UserError(f"--nodes {nodes}: each is measured once; name it once")
-    if len(set(map(plain, labels))) < len(labels):
+    if len(set(map(folder_name, labels))) < len(labels):
         raise UserError(f"--layouts: two of {', '.join(labels)} are the same; give each a label of its own")
     if not 0 <= arguments.warm_up < arguments.steps:
         raise UserError(f"--warm-up {arguments.warm_up} must be at least 0, and less than --steps {arguments.steps}")
     if arguments.sbatch and not arguments.slurm:
         raise UserError(f"--sbatch {arguments.sbatch!r} is for a job array; add --slurm")
-    refuse_unwritable(arguments.json, plot=arguments.plot)
+    check_writable(arguments.json, plot=arguments.plot)
 
     curves: Curves = {}
     for mode, text in itertools.product(arguments.modes, arguments.layouts):
-        label, words = labelled(text)
+        label, words = split_label(text)
         curves[mode, label] = []
         for number in sorted(nodes):
             try:
@@ -152,7 +152,7 @@ def point_of(arguments: argparse.Namespace, mode: str, label: str, words: Sequen
     if mode == "weak":  # whole where the first point's batch is, a multiple of ranks that grow with the nodes
         batch = batch * nodes // least
     name = f"{'' if arguments.slurm else 'emulated-'}{nodes}x{arguments.ranks_per_node}-batch-{batch}"
-    log = LogConfig(root=str(arguments.out), name=f"{plain(label)}/{name}", tensorboard=False)
+    log = LogConfig(root=str(arguments.out), name=f"{folder_name(label)}/{name}", tensorboard=False)
     own = {  # so many steps and no more, from the beginning
         "schedule.start": 0,
         "train.start_from": "",
@@ -170,7 +170,7 @@ def point_of(arguments: argparse.Namespace, mode: str, label: str, words: Sequen
             raise UserError(f"{key} = {get_setting(asked, key)!r} is the benchmark's own to set; leave it out")
     config = resolve.from_dict(config_to_dict(config), "point")
     config = prepare(config, fit(config.parallel, ranks), 0 if arguments.slurm else ranks, resume=True)
-    refuse_another(config)
+    check_same_config(config)
     return Point(label, nodes, ranks, config)
 
 

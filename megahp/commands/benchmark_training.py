@@ -54,7 +54,7 @@ from megahp import launch
 from megahp.benchmark import nanogpt
 from megahp.benchmark.machine import machine_of, synchronize
 from megahp.benchmark.time_split import DATA, profiled
-from megahp.commands.arguments import add_outputs, at_least, starts_ranks
+from megahp.commands.arguments import add_outputs, check_minimum, must_spawn
 from megahp.commands.output import write_json
 from megahp.config import Config, SparsityConfig, config_to_dict, get_setting, resolve
 from megahp.config.presets import PRESETS
@@ -210,7 +210,7 @@ class Lane:
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     numbers = ("ranks", "turns", "steps", "warm_up", "micro_batch", "sequence", "global_batch", "vocabulary")
-    at_least(arguments, **dict.fromkeys(numbers, 1))
+    check_minimum(arguments, **dict.fromkeys(numbers, 1))
     if arguments.peak_tflops is not None and not 0 < arguments.peak_tflops < math.inf:
         raise UserError(f"--peak-tflops {arguments.peak_tflops:g} must be above 0")
     if arguments.peak_tflops and len(arguments.dtype) > 1:
@@ -222,7 +222,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     each = itertools.product(arguments.shape, arguments.tp, arguments.dtype)
     cases = [case_of(arguments, *names) for names in each]
     place = launch.world()
-    if starts_ranks(arguments.ranks, place.size):
+    if must_spawn(arguments.ranks, place.size):
         return launch.spawn(words, arguments.ranks)
     launch.join(place, cuda_wanted(cases[0].config))
     benchmark(arguments, cases, place, words)

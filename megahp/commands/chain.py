@@ -30,7 +30,7 @@ class Chain:
     noise: float | None  # the noise scale that its policy sees, examples
 
 
-def chain_of(options: Namespace, config: Config) -> Chain:
+def read_chain(options: Namespace, config: Config) -> Chain:
     """From --nodes, --grow and --ranks-per-node, and the checkpoint that the run would go on from, or begin at. Raises
     UserError when it cannot grow so."""
     from megahp import checkpoint
@@ -60,7 +60,7 @@ def chain_of(options: Namespace, config: Config) -> Chain:
     return Chain(growth, options.ranks_per_node, Progress(**state["progress"]), goes_on, noise)
 
 
-def outlook(chain: Chain, speed: float | None) -> str:
+def describe_plan(chain: Chain, speed: float | None) -> str:
     """What remains of a run that grows, a line a segment, beside fixed numbers of nodes. speed: tokens a second of one
     node, by default as logged; where that is unknown, times are shares of the time on the first number of nodes."""
     from megahp.log.progress import human_count, human_duration

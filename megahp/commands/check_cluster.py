@@ -62,8 +62,8 @@ from megahp import launch
 from megahp.benchmark.communication import Groups, TorchGroup, device_of_rank, greet, groups_of_nodes, pattern, timed
 from megahp.benchmark.machine import synchronize
 from megahp.cluster.outliers import TOGETHER, Found, Problem, best_pairs, excluded, heard, offsets_of, verdict
-from megahp.commands.arguments import positive, starts_ranks
-from megahp.commands.output import about, refuse_unwritable, write_json
+from megahp.commands.arguments import must_spawn, parse_positive
+from megahp.commands.output import check_writable, provenance, write_json
 from megahp.errors import Fault, UserError
 from megahp.files import open_unlinked
 
@@ -146,15 +146,15 @@ class Clock:
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Look at all ranks, and compare. Returns 1 if a node is bad, else 0."""
-    free_gb = positive(arguments.free_gb, "no number above 0 for --free-gb")
-    patience = positive(arguments.patience, "no number above 0 for --patience")
-    slack = positive(arguments.slack, "no share above 0 and below 1 for --slack")
+    free_gb = parse_positive(arguments.free_gb, "no number above 0 for --free-gb")
+    patience = parse_positive(arguments.patience, "no number above 0 for --patience")
+    slack = parse_positive(arguments.slack, "no share above 0 and below 1 for --slack")
     if slack >= 1:
         raise UserError(f"--slack {arguments.slack} must be below 1, the share of the median that a rank may lack")
     place = launch.world()
     if place.rank == 0:  # which writes; of other nodes something else may be wrong
-        refuse_unwritable(arguments.json, arguments.exclude_file)
-    if starts_ranks(arguments.ranks, place.size):
+        check_writable(arguments.json, arguments.exclude_file)
+    if must_spawn(arguments.ranks, place.size):
         return launch.spawn(words, arguments.ranks)
     board = Board(launch.meet(place, timedelta(seconds=patience), all_of_them=False), place, patience)
     try:
@@ -399,7 +399,9 @@ def show(found: Found, problems: Sequence[Problem]) -> None:
 
 def write(arguments: argparse.Namespace, words: Sequence[str], found: Found, problems: Sequence[Problem]) -> None:
     """The JSON, and the list of nodes to be left out."""
-    write_json(arguments.json, {**about(words), "found": found, "problems": [vars(problem) for problem in problems]})
+    write_json(
+        arguments.json, {**provenance(words), "found": found, "problems": [vars(problem) for problem in problems]}
+    )
     if file := arguments.exclude_file:
         with open_unlinked(file.with_name(f".{file.name}.lock"), "w") as lock:
             with suppress(OSError):  # file systems without locks

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megahp.checkpoint.shards import Damaged, Tensors
-from megahp.commands.output import appearing
+from megahp.commands.output import atomic_folder
 from megahp.config import Config, resolve, with_values
 from megahp.convert import huggingface_folder, megatron
 from megahp.convert.run_directory import check_files, check_shapes, file_limit, find_checkpoint, write_run
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError(f"--text {arguments.text} is for the check; omit it or --no-check")
     check_files(arguments)
     try:
-        with appearing(arguments.target) as partial:
+        with atomic_folder(arguments.target) as partial:
             tokenizer = (export if formats[0] == "megahp" else import_)(arguments, partial)
     except Damaged as error:
         raise UserError(f"the checkpoint is damaged ({error}); convert another one") from None

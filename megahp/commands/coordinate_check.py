@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megahp.commands.arguments import add_outputs, at_least, positive, whole_numbers
+from megahp.commands.arguments import add_outputs, check_minimum, parse_integers, parse_positive
 from megahp.commands.output import write_json
 from megahp.config import (
     BatchConfig,
@@ -41,7 +41,7 @@ from megahp.config import (
 from megahp.data.tokenizer import load_tokenizer
 from megahp.diagnose.coordinates import activations, nonlinearity
 from megahp.diagnose.transfer import Estimate, slope
-from megahp.diagnose.verify import made_up
+from megahp.diagnose.verify import synthetic_batch
 from megahp.errors import UserError
 from megahp.parallel.mesh import Mesh, single_rank_mesh
 from megahp.train.prepare import open_data, with_vocabulary
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sizes.add_argument(f"--{kind}", metavar="N,N,...", help=f"of {key}")
     add("--lazy", action="store_true", help="the lazy-learning check, over depths")
     add("--steps", type=int, metavar="N", help="to train (default 10)")
-    add("--seeds", type=whole_numbers, default=[1, 2, 3], metavar="N,N,...", help="(default 1,2,3)")
+    add("--seeds", type=parse_integers, default=[1, 2, 3], metavar="N,N,...", help="(default 1,2,3)")
     add("--batch", type=int, default=4, metavar="B", help="sequences a step (default 4)")
     add("--data", action="store_true", help="train on the run's data, not on random tokens")
     add_outputs(parser, "it")
@@ -144,14 +144,14 @@ def read_family(arguments: argparse.Namespace) -> tuple[Config, dict[float, Conf
     """The run as it is looked at, and the same at each size, small ones first. Raises UserError."""
     kind = kind_of(arguments)
     given = getattr(arguments, kind)
-    sizes = [positive(text, "no size; give positive numbers, such as 2,4,8") for text in given.split(",")]
+    sizes = [parse_positive(text, "no size; give positive numbers, such as 2,4,8") for text in given.split(",")]
     if len(set(sizes)) < max(2, len(sizes)):
         raise UserError(f"--{kind} {given}: give two or more sizes, each once, to see a slope")
     if arguments.lazy and not arguments.depths:
         raise UserError(f"--lazy is about depth, not --{kind}; give --depths")
     if arguments.lazy and arguments.steps is not None:
         raise UserError(f"--steps {arguments.steps} has no effect with --lazy, which looks at the first; leave it out")
-    at_least(arguments, steps=1)
+    check_minimum(arguments, steps=1)
     if arguments.batch < 1:
         raise UserError(f"--batch {arguments.batch} must be at least 1 sequence")
     if len(set(arguments.seeds)) < len(arguments.seeds):
@@ -215,7 +215,7 @@ def look(config: Config, arguments: argparse.Namespace, mesh: Mesh) -> dict[tupl
     data = open_data(config) if arguments.data else None
 
     def samples(ids: np.ndarray) -> torch.Tensor:
-        return (data.batch(ids, False) if data else made_up(ids, config)).tokens
+        return (data.batch(ids, False) if data else synthetic_batch(ids, config)).tokens
 
     if arguments.lazy:
         return {("nonlinearity", "step 1"): nonlinearity(config, mesh, samples)}

@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megahp.commands.arguments import at_least
+from megahp.commands.arguments import check_minimum
 from megahp.errors import UserError
 from megahp.evaluate.sample import trained
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         from megahp.evaluate.harness import Harness
     except ImportError as error:
         raise UserError(f"tasks need the package lm-eval ({error}): pip install lm-eval") from None
-    at_least(arguments, limit=1, fewshot=0)
+    check_minimum(arguments, limit=1, fewshot=0)
     manager = TaskManager(include_path=str(arguments.folder), include_defaults=False)
     there = manager.all_tasks
     if not there:

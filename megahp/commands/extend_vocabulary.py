@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megahp.checkpoint.shards import Damaged, Tensors
-from megahp.commands.output import appearing
+from megahp.commands.output import atomic_folder
 from megahp.config import Config, config_to_dict, with_values
 from megahp.convert.run_directory import check_files, find_checkpoint, write_run
 from megahp.convert.sidecar import VOCABULARY
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     settings = config_to_dict(with_values(wider, {"data.lengths": ()}))
     try:
         rows = plan_rows(arguments, old, new)
-        with appearing(arguments.target) as partial:
+        with atomic_folder(arguments.target) as partial:
             tensors = extend(Tensors(path), wider, len(old.tokens), len(new.tokens), rows)
             write_run(arguments, partial, settings, {}, new.name, tensors)
     except Damaged as error:

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 
 from megahp import checkpoint
-from megahp.commands.arguments import add_outputs, at_least
+from megahp.commands.arguments import add_outputs, check_minimum
 from megahp.commands.output import write_json
 from megahp.config import BatchConfig, CheckpointConfig, Config, LogConfig, ScheduleConfig, config_to_dict, resolve
 from megahp.diagnose import critical_batch
-from megahp.diagnose.child_runs import diverged, is_over, refuse_another, train
+from megahp.diagnose.child_runs import check_same_config, has_diverged, is_done, train
 from megahp.errors import UserError, complain
 from megahp.log.metrics import read_run
 from megahp.log.progress import human_count, human_duration
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if code := train_all(branches, ranks):
         return code
     steps = {k: read_run(config.directory).column("loss").tolist() for k, config in branches.items()}
-    for k in [k for k, config in branches.items() if diverged(config.directory)]:
+    for k in [k for k, config in branches.items() if has_diverged(config.directory)]:
         steps[k] = [math.nan] * len(steps[k])  # its gradients may have diverged alone
     losses = {k: critical_batch.smoothed(each) for k, each in steps.items()}
     if not math.isfinite(losses[1]):
@@ -161,7 +161,7 @@ def refuse_mistakes(arguments: argparse.Namespace, origin: Origin) -> None:
         raise UserError(f"{wrong}; raise it, or leave out the largest factor")
     if not 0 <= arguments.tolerance < math.inf:
         raise UserError(f"--tolerance {arguments.tolerance:g} must be at least 0 nats per token, such as 0.01")
-    at_least(arguments, ranks=1)
+    check_minimum(arguments, ranks=1)
 
 
 def branch(origin: Origin, factor: float, end: int, out: Path) -> Config:
@@ -190,7 +190,7 @@ def checked(config: Config, ranks: int) -> Config:
     """The settings as `megahp train` will resolve them, after all it checks before it trains. Raises UserError."""
     try:
         config = resolve.from_dict(config_to_dict(config), "branch")
-        refuse_another(config)
+        check_same_config(config)
         return prepare(config, fit(config.parallel, ranks), ranks, resume=True)
     except UserError as error:
         raise UserError(f"branch {config.log.name}: {error}") from None
@@ -198,7 +198,7 @@ def checked(config: Config, ranks: int) -> Config:
 
 def train_all(branches: Mapping[float, Config], ranks: int) -> int:
     """Train the branches that have not ended. Returns the exit code of one that failed, else 0."""
-    ahead = [config for config in branches.values() if not is_over(config.directory)]
+    ahead = [config for config in branches.values() if not is_done(config.directory)]
     if already := len(branches) - len(ahead):
         print(f"{already} of {len(branches)} branches are there already", flush=True)
     began = time.monotonic()
@@ -206,7 +206,7 @@ def train_all(branches: Mapping[float, Config], ranks: int) -> int:
         name, batch, lr = config.log.name, config.batch.global_batch, config.optimizer.lr
         print(f"branch {name}: {batch:,} sequences a step, learning rate {lr:.3g}", flush=True)
         code = train(config, ranks)
-        if code and not diverged(config.directory):
+        if code and not has_diverged(config.directory):
             if code != 2:  # which has told why
                 complain(f"branch {name} ended with exit code {code}; the same command goes on")
             return code

@@ -15,7 +15,7 @@ from megahp.log.metrics import without_nan
 
 
 @contextmanager
-def appearing(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder's name to write under; it becomes the target by one rename, or vanishes if anything goes wrong."""
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -26,7 +26,7 @@ def appearing(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def refuse_unwritable(*files: Path | None, plot: Path | None = None) -> None:
+def check_writable(*files: Path | None, plot: Path | None = None) -> None:
     """Raise UserError for files that could not be written when all is measured."""
     for file in filter(None, (*files, plot)):
         if not file.parent.is_dir():
@@ -35,7 +35,7 @@ def refuse_unwritable(*files: Path | None, plot: Path | None = None) -> None:
         raise UserError(f"--plot {plot} cannot be drawn; name a .svg, .png or .pdf file")
 
 
-def about(words: Sequence[str], *packages: str) -> dict[str, Any]:
+def provenance(words: Sequence[str], *packages: str) -> dict[str, Any]:
     """When, by which command and with which versions something is measured, for a JSON file."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

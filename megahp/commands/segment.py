@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from megahp.commands.arguments import add_run_file
-from megahp.commands.chain import chain_of, outlook
+from megahp.commands.chain import describe_plan, read_chain
 from megahp.config import resolve
 
 
@@ -21,9 +21,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     """Print the nodes to train on now, and the batch to stop at."""
-    chain = chain_of(options, resolve.load(options.run_file, options.overrides).config)
+    chain = read_chain(options, resolve.load(options.run_file, options.overrides).config)
     batch = chain.plan["batch"]
     print(chain.growth.wanted(batch, options.at_most), chain.growth.stop_at(batch))
     if options.plan:
-        print(outlook(chain, None), file=sys.stderr)
+        print(describe_plan(chain, None), file=sys.stderr)
     return 0

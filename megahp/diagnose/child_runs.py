@@ -15,7 +15,7 @@ from megahp.train.recovery import MOST_SKIPPED
 from megahp.train.run import read_config
 
 
-def refuse_another(config: Config) -> None:
+def check_same_config(config: Config) -> None:
     """Raise UserError when the directory holds a branch of another measurement, not to be taken for this one."""
     if (config.directory / "config.toml").exists():
         for key, (before, now) in config_differences(read_config(config.directory), config).items():
@@ -40,9 +40,9 @@ def write_run_file(config: Config) -> Path:
     return file
 
 
-def is_over(directory: Path) -> bool:
+def is_done(directory: Path) -> bool:
     """Whether nothing is left to train."""
-    return is_finished(directory) or diverged(directory)
+    return is_finished(directory) or has_diverged(directory)
 
 
 def is_finished(directory: Path) -> bool:
@@ -51,7 +51,7 @@ def is_finished(directory: Path) -> bool:
     return there and any(event["event"] == "finished" for event in newest_events(directory))
 
 
-def diverged(directory: Path) -> bool:
+def has_diverged(directory: Path) -> bool:
     """Whether the run gave up: after so many steps in a row were skipped, or with a weight that is not finite."""
     if not (directory / "events.jsonl").exists():
         return False

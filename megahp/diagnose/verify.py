@@ -46,13 +46,13 @@ RTOL = 1e-9  # of the largest magnitude; float64 rounds to 1e-16, and a wrong su
 def verify(config: Config, ranks: int) -> list[str]:
     """What differs between a small run of this kind on so many ranks, laid out as it says, and on one: empty if nothing
     does. Each difference is one line, parameters in the model's order. Raises UserError when ranks do not fit."""
-    small = shrunk(config, fit(config.parallel, ranks))
+    small = shrink_config(config, fit(config.parallel, ranks))
     check_devices(small, ranks)
     alone = replace(small, parallel=ParallelConfig(), compute=ComputeConfig())
     return differences(_outcome(small, ranks), _outcome(alone, 1), RTOL, RTOL)
 
 
-def shrunk(config: Config, layout: Layout) -> Config:
+def shrink_config(config: Config, layout: Layout) -> Config:
     """A run of this kind, as small as its layout allows, in float64, from made-up data; without float8 and other
     engines, which know no float64."""
     model, parallel, tp = config.model, config.parallel, layout.tp
@@ -114,7 +114,7 @@ class Trial(Trainer):
         plan = self.next_step()
         assert plan is not None
         step = self.compute(self.batches(plan), plan)
-        gathered = {name: of_all_ranks(weight, weight.grad) for name, weight in self.engine.trained.items()}
+        gathered = {name: gather_shards(weight, weight.grad) for name, weight in self.engine.trained.items()}
         self.update(step, plan)
         self.advance(plan, step.measured)
         return {"measured": vars(step.measured), "grads": gathered}
@@ -123,17 +123,19 @@ class Trial(Trainer):
         """What one example, the next step's first, says of the whole model beside its norm layers."""
         plan = self.next_step()
         assert plan is not None
-        self.calibrate(made_up(np.full(plan.micro_batch, plan.first_sample), self.config, self.mesh.device), plan)
+        self.calibrate(
+            synthetic_batch(np.full(plan.micro_batch, plan.first_sample), self.config, self.mesh.device), plan
+        )
         return self.noise.examples
 
     def weights(self) -> dict[str, Tensor]:
         """The whole weights, the routers' biases and the masks, of this rank's pipeline stages."""
         saved = self.engine.saved | self.masks.state()
-        return {name.removeprefix("model."): of_all_ranks(tensor, tensor) for name, tensor in saved.items()}
+        return {name.removeprefix("model."): gather_shards(tensor, tensor) for name, tensor in saved.items()}
 
     def batches(self, plan: StepPlan) -> Iterator[Batch]:
         for ids in self.samples(plan):
-            yield made_up(ids, self.config, self.mesh.device)
+            yield synthetic_batch(ids, self.config, self.mesh.device)
 
 
 def train(trial: Trial, steps: int) -> dict[str, Any]:
@@ -144,13 +146,13 @@ def train(trial: Trial, steps: int) -> dict[str, Any]:
     outcomes += [trial.step() for _ in range(steps - 1)]
     return {
         "measured": [outcome["measured"] for outcome in outcomes],
-        "grads": of_all_stages(outcomes[0]["grads"], trial.mesh),
-        "weights": of_all_stages(trial.weights(), trial.mesh),
+        "grads": gather_stages(outcomes[0]["grads"], trial.mesh),
+        "weights": gather_stages(trial.weights(), trial.mesh),
         "calibration": calibration,
     }
 
 
-def made_up(ids: np.ndarray, config: Config, device: torch.device | str = "cpu") -> Batch:
+def synthetic_batch(ids: np.ndarray, config: Config, device: torch.device | str = "cpu") -> Batch:
     """Samples that are a function of their ids, in two documents each."""
     length = config.data.sequence_length
     tokens = np.stack([np.random.RandomState(i).randint(0, config.model.vocab_size, length + 1) for i in ids])
@@ -159,13 +161,13 @@ def made_up(ids: np.ndarray, config: Config, device: torch.device | str = "cpu")
     return Batch(torch.from_numpy(tokens).to(device), masked, ids)
 
 
-def of_all_ranks(weight: Tensor, value: Tensor | None) -> Tensor:
+def gather_shards(weight: Tensor, value: Tensor | None) -> Tensor:
     """The global tensor of a value that lies on the ranks of one pipeline stage as the weight does."""
     assert value is not None
     return whole(weight, storage(value)).cpu().clone()
 
 
-def of_all_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+def gather_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     """The tensors of all pipeline stages, on every rank."""
     group, found = mesh.group("pp"), {}
     described = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()]

@@ -13,4 +13,4 @@ def test_skipped_steps_that_are_not_in_a_row_are_not_the_end(tmp_path: Path) -> 
         rest = {"tokens": 0, "time": 0, "event": "skipped", "reason": "not finite"}
         events = [{"step": gap * n, **rest} for n in range(25)]
         (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-        assert child_runs.is_over(tmp_path) == expected
+        assert child_runs.is_done(tmp_path) == expected

@@ -18,7 +18,7 @@ from megahp.config import Config
 from megahp.data.loader import Batch
 from megahp.diagnose import example_norms
 from megahp.diagnose.example_norms import contracted, crossed, measure, scattered
-from megahp.diagnose.verify import Trial, made_up
+from megahp.diagnose.verify import Trial, synthetic_batch
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import Layout
@@ -55,7 +55,7 @@ def model_of(config: Config) -> Transformer:
 
 
 def microbatches(config: Config, size: int) -> list[Batch]:
-    return [made_up(np.arange(start, start + size), config) for start in range(0, EXAMPLES, size)]
+    return [synthetic_batch(np.arange(start, start + size), config) for start in range(0, EXAMPLES, size)]
 
 
 def reference(model: Transformer, config: Config, size: int) -> dict[str, float]:
@@ -88,7 +88,7 @@ def calibrated() -> list[tuple[float, float]]:
     plan = trial.next_step()
     assert plan
     for example in range(EXAMPLES):
-        trial.calibrate(made_up(np.full(plan.micro_batch, example), config), plan)
+        trial.calibrate(synthetic_batch(np.full(plan.micro_batch, example), config), plan)
     assert all(weight.grad is None for weight in trial.engine.weights.values())
     return trial.noise.examples
 

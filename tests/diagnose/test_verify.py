@@ -11,7 +11,7 @@ import pytest
 
 from megahp.config import resolve
 from megahp.config.presets import PRESETS
-from megahp.diagnose.verify import shrunk
+from megahp.diagnose.verify import shrink_config
 from megahp.parallel.layout import Layout, fit
 
 POLICIES = {
@@ -41,7 +41,7 @@ def test_the_small_run_is_valid(preset: str, rules: str, policy: str) -> None:
         words = (f"model.preset={preset}", f"parameterization.name={rules}", f"batch.policy={policy}")
         words += (*POLICIES[policy], *layout, *kind, 'data.train=["a"]', "model.mlp_width=256")
         config = resolve.resolve([("test", resolve.parse_overrides(words))]).config
-        small = shrunk(config, fit(config.parallel, ranks))
+        small = shrink_config(config, fit(config.parallel, ranks))
         assert small.model.layers <= 3 and small.model.width <= 64 and small.train.dtype == "float64"
         assert small.parallel == config.parallel
 
