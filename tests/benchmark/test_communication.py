@@ -26,7 +26,7 @@ class Alone:
         target.copy_(source + 2)  # rank 2's pattern
         target[-1] += 1
 
-    def over_all(self, value: float, largest: bool) -> float:
+    def reduce_world(self, value: float, largest: bool) -> float:
         return max(value, 1e-3)
 
 
@@ -39,11 +39,11 @@ class Slow(Alone):
 
 
 def test_a_changed_element_is_counted_before_and_after() -> None:
-    assert communication.timed(Alone(), "send-receive", 1200, 1).wrong == 2
+    assert communication.time_operation(Alone(), "send-receive", 1200, 1).wrong == 2
 
 
 def test_seconds_are_those_of_one_call() -> None:
-    seconds = communication.timed(Slow(), "send-receive", 1200, 3).seconds
+    seconds = communication.time_operation(Slow(), "send-receive", 1200, 3).seconds
     assert len(seconds) == 3 and all(0.01 <= each < 0.03 for each in seconds)
 
 
@@ -51,7 +51,7 @@ def slowest_and_sum() -> tuple[float, float]:
     from megahp.benchmark.communication import TorchGroup
 
     group, rank = TorchGroup([[0], [1]], torch.device("cpu"), timedelta(seconds=9)), dist.get_rank()
-    return group.over_all(rank, largest=True), group.over_all(rank + 1, largest=False)
+    return group.reduce_world(rank, largest=True), group.reduce_world(rank + 1, largest=False)
 
 
 def test_the_slowest_rank_counts() -> None:

@@ -62,7 +62,7 @@ def test_real_ranks(tmp_path: Path) -> None:
         (["--ranks", "0"], "--ranks 0 must be at least 1"),
         (["--ranks", "2", "--sizes", "3X"], "--sizes 3X is no size in bytes"),
         (["--ranks", "2", "--repeats", "0"], "--repeats 0 must be at least 1"),
-        (["--ranks", "2", "--settings", "parallel.tp=2"], "go with --run"),
+        (["--ranks", "2", "--settings", "parallel.tp=2"], "--settings need --run"),
         (["--ranks", "2", "--plot", "f.doc"], "name a .svg"),
         (["--ranks", "2", "--json", "nowhere/f.json"], "nowhere is no folder"),
         (["--ranks", "2", "--backend", "mpi"], "start them by mpirun"),

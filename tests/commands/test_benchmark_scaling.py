@@ -75,12 +75,12 @@ def test_a_point_cut_short_begins_anew_and_a_finished_one_does_not(
     (cut / "config.toml").unlink()
     capsys.readouterr()
     assert scaling(*WORDS, "1", *TRAINED) == 0
-    assert "1 points, 0 of them there already" in capsys.readouterr().out
+    assert "1 points, 0 of them already finished" in capsys.readouterr().out
     before = (cut / "metrics.jsonl").stat().st_mtime_ns
     assert scaling(*WORDS, "1", "2", *TRAINED, "--json", "found.json", "--plot", "found.svg") == 0
     assert (cut / "metrics.jsonl").stat().st_mtime_ns == before
     said = capsys.readouterr().out
-    assert "2 points, 1 of them there already" in said and "all ranks share this machine" in said
+    assert "2 points, 1 of them already finished" in said and "all ranks share this machine" in said
     found = json.loads(Path("found.json").read_text())
     assert found["emulated"] and found["versions"]["torch"] and found["command"][:3] == ["megahp", *COMMAND]
     for run, row in zip((cut, other), found["rows"], strict=True):
@@ -104,7 +104,9 @@ def test_a_point_that_fails_ends_the_measurement(
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert scaling(*WORDS, "1", "2", "--modes", "strong", "--out", "failed") == 76
     out, err = capsys.readouterr()
-    assert err == "megahp: as given, 1 nodes, 1 ranks, batch 8 ended with exit code 76; the same command goes on\n"
+    assert (
+        err == "megahp: as given, 1 nodes, 1 ranks, batch 8 ended with exit code 76; repeat the command to continue\n"
+    )
     assert "[1/2]" in out and "[2/2]" not in out
     assert (folder / "failed/as-given/emulated-1x1-batch-8/train.log").read_text() == "1 threads\n"
     monkeypatch.setattr(sys, "executable", str(trainer(folder / "idle", "exit 0")))
@@ -165,7 +167,7 @@ def test_figures_by_hand(scaling: Callable[..., int], tool: ModuleType, capsys: 
         for point in points:
             log(point.directory, seconds.get((mode, point.nodes), 1.0))
     assert scaling(*WORDS, *words, "--json", "figures.json") == 0
-    assert "5 points, 5 of them there already" in (said := capsys.readouterr().out)
+    assert "5 points, 5 of them already finished" in (said := capsys.readouterr().out)
     columns = ("mode", "nodes", "global_batch", "tokens_per_second", "speed_up", "efficiency")
     rows = json.loads(Path("figures.json").read_text())["rows"]
     assert [tuple(row[key] for key in columns) for row in rows] == [
@@ -179,7 +181,7 @@ def test_figures_by_hand(scaling: Callable[..., int], tool: ModuleType, capsys: 
     assert rows[1]["quartiles"] == [1.25, 1.25 + 0.25] and rows[1]["steps"] == 3 and "62.5%" in said
     first = curves["weak", "a"][0].directory
     (first / "events.jsonl").unlink()  # it is yet to be trained
-    rows = tool.rows_of("weak", curves["weak", "a"], 1)
+    rows = tool.make_rows("weak", curves["weak", "a"], 1)
     assert [(row["nodes"], row["speed_up"], row["efficiency"]) for row in rows] == [(4, None, None), (8, None, None)]
     tool.show(rows, emulated=False)
 
@@ -242,8 +244,8 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
     "same label": (["1", "--layouts", "a b:", "a-b:"], "two of a b, a-b are the same"),
     "plot": (["1", "--plot", "f.doc"], "name a .svg"),
     "json": (["1", "--json", "nowhere/f.json"], "nowhere is no folder"),
-    "its own": (["1", "--layouts", "a: train.steps=3"], "train.steps = 3 is the benchmark's own to set"),
-    "policy": (["1", "--layouts", "a: batch.policy=law"], "batch.policy = 'law' is the benchmark's own to set"),
+    "its own": (["1", "--layouts", "a: train.steps=3"], "train.steps = 3 is set by the benchmark"),
+    "policy": (["1", "--layouts", "a: batch.policy=law"], "batch.policy = 'law' is set by the benchmark"),
     "layout": (
         ["2", "3", "--layouts", "a: parallel.tp=2"],
         "layout a, 3 nodes: parallel: the layout dp_shard * x tp 2 needs a multiple of 2",

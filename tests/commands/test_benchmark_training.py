@@ -36,7 +36,9 @@ def test_one_rank_beside_the_baseline(tool: ModuleType, tmp_path: Path) -> None:
     out = run(*words, "--contestants", *contestants, "--settings", "compute.recompute=full")
     found = json.loads(json_file.read_text())
     assert [row["contestant"] for row in found["rows"]] == contestants
-    model = tool.case_of(cli.parse([*COMMAND, *TINY, "--contestants", "megahp"])[1], "1x64", 1, "float32").config.model
+    model = tool.resolve_case(
+        cli.parse([*COMMAND, *TINY, "--contestants", "megahp"])[1], "1x64", 1, "float32"
+    ).config.model
     for row in found["rows"]:
         assert row["tokens_per_step"] == 4 * 16 and row["parameters"] == parameters(model, 16)
         assert len(row["turns"]) == len(row["processor_turns"]) == 2
@@ -74,7 +76,7 @@ def test_layers_computed_again(tool: ModuleType) -> None:
     full, second = "compute.recompute=full", "compute.recompute_every=2"
     for words, layers in (((full,), 5), ((full, second), 3), (("compute.recompute=selective",), 0)):
         options = cli.parse([*COMMAND, *TINY, "--contestants", "megahp", "--settings", *words])[1]
-        assert tool.recomputed_layers(tool.case_of(options, "5x64", 1, "float32").config) == layers
+        assert tool.recomputed_layers(tool.resolve_case(options, "5x64", 1, "float32").config) == layers
 
 
 MISTAKES = {
@@ -86,13 +88,13 @@ MISTAKES = {
     "batch": (["--global-batch", "3"], "batch.global_batch = 3 is not a multiple of 2"),
     "layout": (["--ranks", "3", "--tp", "2"], "needs a multiple of 2 ranks and there are 3"),
     "tp": (["--tp", "0"], "parallel.tp = 0 (--tp) must be at least 1"),
-    "baseline of ranks": (["--ranks", "2", "--contestants", "nanogpt"], "the baseline is one rank's; leave it out"),
+    "baseline of ranks": (["--ranks", "2", "--contestants", "nanogpt"], "the baseline runs on one rank; omit it"),
     "another model": (
         ["--settings", "model.norm=layernorm"],
         "model.norm = 'layernorm' and the baseline has 'rmsnorm'",
     ),
-    "double": (["--settings", "model.vocab_size=9"], "model.vocab_size is what another option decides"),
-    "noise": (["--settings", "train.noise_scale=false"], "train.noise_scale is what another option decides"),
+    "double": (["--settings", "model.vocab_size=9"], "model.vocab_size is set by another option"),
+    "noise": (["--settings", "train.noise_scale=false"], "train.noise_scale is set by another option"),
     "setting": (["--settings", "model.wdth=9"], "model.wdth = 9 (command line) is no setting; did you mean width"),
     "peak": (["--peak-tflops", "0"], "--peak-tflops 0 must be above 0"),
     "peaks": (["--peak-tflops", "9", "--dtype", "float32", "bfloat16"], "give one --dtype with it"),

@@ -81,15 +81,15 @@ def verdict(tool: ModuleType, found: dict[str, list[Any]], expected: Mapping[str
 def test_ranks_on_unlike_devices_do_nothing_together(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what both lack is a mistake."""
 
-    def facts(place: Any, *_: Any) -> dict[str, Any]:
-        kind = ("cuda", "cpu")[place.rank]
-        return {"node": f"n{place.rank}", "device": kind, "versions": {"device": kind}, "mistakes": mistakes}
+    def facts(world: Any, *_: Any) -> dict[str, Any]:
+        kind = ("cuda", "cpu")[world.rank]
+        return {"node": f"n{world.rank}", "device": kind, "versions": {"device": kind}, "mistakes": mistakes}
 
     def look() -> list[dict[str, list[Any]]]:
         store = torch.distributed.HashStore()
         boards = [tool.Board(store, tool.launch.World(rank, 2, rank, 2), 9.0) for rank in range(2)]
         with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(lambda board: tool.look(board, Path(), "auto"), boards))
+            return list(pool.map(lambda board: tool.check_ranks(board, Path(), "auto"), boards))
 
     monkeypatch.setattr(tool, "facts", facts)
     mistakes: list[str] = []

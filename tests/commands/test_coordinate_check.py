@@ -109,7 +109,7 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
     "heads": (["--widths", "64,40"], "--widths 40: model.heads = 4 at model.width = 64 would not be whole"),
     "lazy in width": (["--widths", "32,64", "--lazy"], "--lazy is about depth, not --widths"),
     "lazy steps": (["--depths", "2,4", "--lazy", "--steps", "3"], "--steps 3 has no effect with --lazy"),
-    "lazy experts": (["--depths", "2,4", "--lazy", "model.experts=4"], "not at model.experts = 4"),
+    "lazy experts": (["--depths", "2,4", "--lazy", "model.experts=4"], "not model.experts = 4"),
     "steps": (["--depths", "2,4", "--steps", "0"], "--steps 0 must be at least 1"),
     "batch": (["--depths", "2,4", "--batch", "0"], "--batch 0 must be at least 1"),
     "seeds": (["--depths", "2,4", "--seeds", "1,1"], "each is measured once"),

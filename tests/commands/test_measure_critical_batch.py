@@ -147,7 +147,7 @@ def test_measured_through_the_real_command(
     before = [(directory / name).read_bytes() for directory in directories for name in written]
     assert run(*words, "--plot", tmp_path / "found.svg") == 0
     assert [(directory / name).read_bytes() for directory in directories for name in written] == before
-    assert "2 of 2 branches are there already" in capfd.readouterr().out
+    assert "2 of 2 branches are already trained" in capfd.readouterr().out
     assert "largest harmless batch, 16" in (tmp_path / "found.svg").read_text()
     assert run(*words[:-2], "--json", tmp_path / "found.json", "--tokens", 2600) == 2  # of another measurement
     (told,) = capfd.readouterr().err.splitlines()

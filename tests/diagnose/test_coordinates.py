@@ -81,7 +81,7 @@ def all_rows(folder: Path) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
         arguments = cli.parse(["coordinate-check", str(file), *words.split()])[1]
         base, family = coordinate_check.read_family(arguments)
         measured = coordinate_check.measure(family, arguments, mesh)
-        rows = coordinate_check.judged(arguments, base.parameterization, list(family), measured)
+        rows = coordinate_check.judge(arguments, base.parameterization, list(family), measured)
         found[name] = {(row["quantity"], row["when"]): row for row in rows}
     return found
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from megahp.config import Config
 from megahp.data.loader import Batch
 from megahp.diagnose import example_norms
-from megahp.diagnose.example_norms import contracted, crossed, measure, scattered
+from megahp.diagnose.example_norms import embedding_square, linear_square, measure, tied_inner_product
 from megahp.diagnose.verify import Trial, synthetic_batch
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
@@ -38,10 +38,13 @@ def mean_over_the_microbatch(logits: Tensor, targets: Tensor, reduction: str) ->
 
 # a mistake, and a model that shows it
 BUGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "the uses of a tied matrix squared apart": ("gpt2", {"crossed": lambda *_: 0.0}),
-    "the uses of a token squared apart": ("llama", {"scattered": lambda ids, grad: grad.double().square().sum()}),
-    "tokens squared apart": ("llama", {"contracted": lambda x, g: (x.square().sum(2) * g.square().sum(2)).sum()}),
-    "biases forgotten": ("gpt2", {"linear": lambda x, grad, bias: contracted(x, grad)}),
+    "the uses of a tied matrix squared apart": ("gpt2", {"tied_inner_product": lambda *_: 0.0}),
+    "the uses of a token squared apart": (
+        "llama",
+        {"embedding_square": lambda ids, grad: grad.double().square().sum()},
+    ),
+    "tokens squared apart": ("llama", {"linear_square": lambda x, g: (x.square().sum(2) * g.square().sum(2)).sum()}),
+    "biases forgotten": ("gpt2", {"layer_square": lambda x, grad, bias: linear_square(x, grad)}),
     "the loss a mean over examples": ("llama", {"F": SimpleNamespace(cross_entropy=mean_over_the_microbatch)}),
 }
 
@@ -163,7 +166,7 @@ def test_both_forms_of_the_contraction(length: int, inputs: int, outputs: int) -
     torch.manual_seed(0)
     x, grad = torch.randn(4, length, inputs).double(), torch.randn(4, length, outputs).double()
     expected = torch.einsum("bti,bto->boi", x, grad).square().sum()
-    torch.testing.assert_close(contracted(x, grad), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(linear_square(x, grad), expected, rtol=1e-12, atol=0)
 
 
 def test_a_tied_matrix_by_its_parts() -> None:
@@ -176,5 +179,7 @@ def test_a_tied_matrix_by_its_parts() -> None:
         for t in range(5):
             looked_up[b, ids[b, t]] += grad[b, t]
     unembedded = logits_grad.mT @ x
-    torch.testing.assert_close(scattered(ids, grad), looked_up.square().sum(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(crossed(ids, grad, x, logits_grad), (looked_up * unembedded).sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(embedding_square(ids, grad), looked_up.square().sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        tied_inner_product(ids, grad, x, logits_grad), (looked_up * unembedded).sum(), rtol=1e-12, atol=0
+    )
