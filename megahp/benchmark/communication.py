@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,18 +26,14 @@ REPEAT_SECONDS = 0.05  # a repeat makes as many calls as take this long, at most
 Groups = list[list[int]]  # ranks: every rank is in one of them, and all communicate at the same time
 
 
-@dataclass(frozen=True)
-class Operation:
-    """A collective over n ranks. Its size S is that of the larger of a rank's two buffers, here in elements.
+OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send-receive")
 
-    bus: bus bandwidth over S / seconds, by doc/PERFORMANCE.md of NVIDIA/nccl-tests: what a link of every rank must
-    carry at least. send-receive, which it does not define, counts what it sends.
-    """
 
-    bus: Callable[[int], float]  # of n
-    source_is_whole: bool  # S elements, else S / n
-    target_is_whole: bool
-    result: Callable[[int, int, int], Tensor]  # of rank, n and S: float32, the expected target
+def bus_factor(operation: str, ranks: int) -> float:
+    """Return bus bandwidth over size / seconds, by doc/PERFORMANCE.md of NVIDIA/nccl-tests: what a link of every rank
+    must carry at least. send-receive, which it does not define, counts what it sends."""
+    share = (ranks - 1) / ranks
+    return {"all-reduce": 2 * share, "send-receive": 1.0}.get(operation, share)
 
 
 def pattern(rank: int, begin: int, end: int) -> Tensor:
@@ -45,30 +41,27 @@ def pattern(rank: int, begin: int, end: int) -> Tensor:
     return torch.arange(begin, end).remainder(PERIOD).add(rank).to(torch.float32)
 
 
-def total(ranks: int, begin: int, end: int) -> Tensor:
-    """Return the sum of elements begin to end over the ranks."""
-    return pattern(0, begin, end) * ranks + ranks * (ranks - 1) // 2
+def expected_target(operation: str, rank: int, ranks: int, size: int) -> Tensor:
+    """Return what must be in a rank's target after an operation. size: elements of the larger of its two buffers."""
+    part = size // ranks
 
+    def summed(begin: int, end: int) -> Tensor:
+        return pattern(0, begin, end) * ranks + ranks * (ranks - 1) // 2
 
-def gathered(ranks: int, begin: int, end: int) -> Tensor:
-    """Return elements begin to end of what every rank sends, in the order of the ranks."""
-    return torch.cat([pattern(rank, begin, end) for rank in range(ranks)])
+    def gathered(begin: int, end: int) -> Tensor:
+        return torch.cat([pattern(other, begin, end) for other in range(ranks)])
 
-
-OPERATIONS = {
-    "all-reduce": Operation(lambda n: 2 * (n - 1) / n, True, True, lambda rank, n, size: total(n, 0, size)),
-    "all-gather": Operation(lambda n: (n - 1) / n, False, True, lambda rank, n, size: gathered(n, 0, size // n)),
-    "reduce-scatter": Operation(
-        lambda n: (n - 1) / n, True, False, lambda rank, n, size: total(n, rank * (size // n), (rank + 1) * (size // n))
-    ),
-    "all-to-all": Operation(
-        lambda n: (n - 1) / n,
-        True,
-        True,
-        lambda rank, n, size: gathered(n, rank * (size // n), (rank + 1) * (size // n)),
-    ),
-    "send-receive": Operation(lambda n: 1.0, True, True, lambda rank, n, size: pattern((rank - 1) % n, 0, size)),
-}
+    match operation:
+        case "all-reduce":
+            return summed(0, size)
+        case "all-gather":
+            return gathered(0, part)
+        case "reduce-scatter":
+            return summed(rank * part, (rank + 1) * part)
+        case "all-to-all":
+            return gathered(rank * part, (rank + 1) * part)
+        case _:
+            return pattern((rank - 1) % ranks, 0, size)
 
 
 class TorchGroup:
@@ -138,22 +131,22 @@ Group = TorchGroup | MpiGroup
 class Timing:
     """The measurement of one operation at one size."""
 
-    size: int  # bytes, as in Operation
+    size: int  # bytes of the larger of a rank's two buffers
     seconds: list[float]  # of one call on the slowest rank; one per repeat
     wrong: int  # elements, over all ranks, that differ from the expected
 
     def bus_bandwidth(self, operation: str, ranks: int, seconds: float) -> float:
         """Return bytes per second."""
-        return self.size / seconds * OPERATIONS[operation].bus(ranks)
+        return self.size / seconds * bus_factor(operation, ranks)
 
 
 def time_operation(group: Group, operation: str, size: int, repeats: int) -> Timing:
     """Time an operation on about `size` bytes, and check it before and after the timed calls."""
-    spec, n = OPERATIONS[operation], group.size
-    elements = max(size // (BYTES * n), 1) * n
-    source = torch.empty(elements if spec.source_is_whole else elements // n, device=group.device)
-    target = torch.empty(elements if spec.target_is_whole else elements // n, device=group.device)
-    expected = spec.result(group.rank, n, elements).to(group.device)
+    part = max(size // (BYTES * group.size), 1)
+    elements = part * group.size
+    source = torch.empty(part if operation == "all-gather" else elements, device=group.device)
+    expected = expected_target(operation, group.rank, group.size, elements).to(group.device)
+    target = torch.empty_like(expected)
 
     def count_wrong() -> int:
         source.copy_(pattern(group.rank, 0, source.numel()))

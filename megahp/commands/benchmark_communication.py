@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run", type=Path, metavar="RUN.toml", help="also measure along the axes of its mesh")
     add("--settings", nargs="+", default=[], metavar="section.key=value", help="override the file's")
     add("--groups", nargs="+", metavar="KIND", help="kinds of groups to measure (default: all)")
-    add("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS))
+    add("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
     add("--sizes", nargs="+", metavar="BYTES", default=SIZES, help=f"(default {' '.join(SIZES)})")
     add("--repeats", type=int, default=7, help="whose median counts (default 7)")
     add("--backend", choices=["auto", "gloo", "nccl", "mpi"], default="auto")

@@ -189,6 +189,7 @@ def train_all(points: Sequence[Point], dry_run: bool) -> int:
         checkpoints = point.directory / "checkpoints"
         shutil.rmtree(checkpoints, ignore_errors=True)  # of an interrupted point, whose second start would be timed
         with open_unlinked(point.directory / "train.log", "w") as log:
+            # one thread per rank: emulated nodes share this machine's cores
             code = train(point.config, point.ranks, log, OMP_NUM_THREADS="1")
         shutil.rmtree(checkpoints, ignore_errors=True)
         if code:

@@ -84,8 +84,14 @@ VOCABULARY = 4096
 POOL = 256  # distinct random samples, which are repeated
 PROFILED_STEPS = 2
 LABELS = "{shape:<12}{dtype:<9} {layout:<8}"
-NAMES = ("tokens/s", "ms", "cpu ms", "MFU", "GiB", "compute", "communication", "data", "host")
-COLUMNS = [f"{name:>{max(8, len(name)) + 1}}" for name in NAMES]
+HEADER = (
+    f"{'':<30}{'a step takes':<21}{'tokens/s':>9}{'ms':>9}{'cpu ms':>9}{'MFU':>9}{'GiB':>9}"
+    f"{'compute':>9}{'communication':>14}{'data':>9}{'host':>9}"
+)
+LINE = (
+    LABELS + "{contestant:<21}{tokens_per_second:>9,.0f}{ms:>9,.1f}{cpu_ms:>9,.1f}{mfu:>9}{gib:>9.1f}"
+    "{compute:>9.1%}{communication:>14.1%}{data:>9.1%}{host:>9.1%}"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -284,9 +290,9 @@ def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], world: launc
             print(line, flush=True)
 
     report(", ".join(f"{key} {value}" for key, value in machine.items()))
-    report(f"{'':<30}{'a step takes':<21}" + "".join(COLUMNS))
+    report(HEADER)
     for case in cases:
-        gc.collect()
+        gc.collect()  # the last case's trainers, before memory is measured
         if device.type == "cuda":
             torch.cuda.empty_cache()
         try:
@@ -297,7 +303,13 @@ def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], world: launc
             report(LABELS.format(**case.labels) + "out of memory")
             continue
         for row in case_rows:
-            report(LABELS.format(**row) + f"{row['contestant']:<21}" + format_row(row))
+            columns = {
+                "ms": 1e3 * row["seconds"],
+                "cpu_ms": 1e3 * row["processor_seconds"],
+                "mfu": "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
+                "gib": row["peak_memory"] / 2**30,
+            }
+            report(LINE.format(**row | row["split"] | columns))
             for event in row["costliest"]:
                 report("    {share:>6.1%} {ms:>9.2f} ms {calls:>6.0f} x  {name}".format(**event))
         comparisons.append(compare(case, case_rows))
@@ -456,15 +468,3 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
                 median, low, high = (100 * (cost[key] - 1) for key in ("median", "low", "high"))
                 parts.append(f"{clock}{feature.replace('_', ' ')} {median:+.1f} % [{low:+.1f}, {high:+.1f}]")
     return LABELS.format(**comparison) + "; ".join(parts)
-
-
-def format_row(row: Mapping[str, Any]) -> str:
-    values = (
-        f"{row['tokens_per_second']:,.0f}",
-        f"{1e3 * row['seconds']:,.1f}",
-        f"{1e3 * row['processor_seconds']:,.1f}",
-        "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
-        f"{row['peak_memory'] / 2**30:.1f}",
-        *(f"{row['split'][name]:.1%}" for name in ("compute", "communication", "data", "host")),
-    )
-    return "".join(f"{value:>{len(name)}}" for name, value in zip(COLUMNS, values, strict=True))

@@ -165,11 +165,11 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         return launch.spawn(words, arguments.ranks)
     board = Board(launch.meet(world, timedelta(seconds=patience), all_of_them=False), world, patience)
     try:
-        found = check_ranks(board, arguments.folder, arguments.device)
-        problems = verdict(found, slack, free_gb, launch.ranks_of_nodes(world.size))
+        results = check_ranks(board, arguments.folder, arguments.device)
+        problems = verdict(results, slack, free_gb, launch.ranks_of_nodes(world.size))
         if world.rank == 0:
-            write(arguments, words, found, problems)
-            show(found, problems)
+            write(arguments, words, results, problems)
+            show(results, problems)
     finally:
         board.close()
     return 1 if problems else 0
@@ -182,11 +182,11 @@ def check_ranks(board: Board, folder: Path, choice: str) -> dict[str, list[Any]]
     clock = ClockServer(local_host)
     own_facts = facts(world, local_host or socket.gethostname(), clock.port, folder, choice)
     ranks = board.share("ranks", own_facts)
-    found = {"ranks": ranks}
+    results = {"ranks": ranks}
     if all(rank and rank["mistakes"] for rank in ranks):
         raise UserError(ranks[0]["mistakes"][0])
     if None in ranks or any(rank["mistakes"] for rank in ranks) or len({rank["device"] for rank in ranks}) > 1:
-        return found
+        return results
     device, nodes = device_of_rank(choice, world), [rank["node"] for rank in ranks]
 
     def join() -> str:
@@ -221,10 +221,10 @@ def check_ranks(board: Board, folder: Path, choice: str) -> dict[str, list[Any]]
             result = stage()
         except (OSError, RuntimeError) as error:  # shared too, so that the others do not wait for this rank
             result = {"error": (str(error).splitlines() or [type(error).__name__])[0]}
-        found[name] = board.share(name, result)
-        if None in found[name] or (name in TOGETHER and any("error" in rank for rank in found[name])):
+        results[name] = board.share(name, result)
+        if None in results[name] or (name in TOGETHER and any("error" in rank for rank in results[name])):
             break
-    return found
+    return results
 
 
 def facts(world: launch.World, host: str, port: int, folder: Path, choice: str) -> dict[str, Any]:
@@ -378,15 +378,15 @@ def all_reduce(group: TorchGroup) -> dict[str, Any]:
     return {"bytes_per_second": rate, "wrong": timing.wrong}
 
 
-def show(found: Found, problems: Sequence[Problem]) -> None:
+def show(results: Found, problems: Sequence[Problem]) -> None:
     """Print a row per rank, ? where a result is missing, then the problems."""
-    memories, disks, gemms = (heard(found, stage) for stage in ("memory", "disk", "gemm"))
-    offsets, best = offsets_of(heard(found, "links")), best_pairs(heard(found, "pairs"))
+    memories, disks, gemms = (heard(results, stage) for stage in ("memory", "disk", "gemm"))
+    offsets, best = offsets_of(heard(results, "links")), best_pairs(heard(results, "pairs"))
     columns = "{:<6}{:<14}{:<24}{:>9}{:>10}{:>12}{:>10}  {}"
     print(columns.format("rank", "node", "device", "free GB", "clock ms", "disks GB/s", "TFLOP/s", "pairs GB/s, us"))
     bad = {problem.node for problem in problems}
-    for rank, answer in heard(found, "ranks").items():
-        if len(found["ranks"]) > SHOWN_RANKS and answer["node"] not in bad:
+    for rank, answer in heard(results, "ranks").items():
+        if len(results["ranks"]) > SHOWN_RANKS and answer["node"] not in bad:
             continue
         device = answer["versions"].get("device", "?")
         free = f"{memories[rank]['free_bytes'] / 1e9:.1f}" if rank in memories else "?"
@@ -396,20 +396,20 @@ def show(found: Found, problems: Sequence[Problem]) -> None:
         own_best = {kind: by_rank[rank] for kind, by_rank in best.items() if rank in by_rank}
         near = "; ".join(f"{kind} {rate / 1e9:.3g}, {1e6 * seconds:.0f}" for kind, (rate, seconds) in own_best.items())
         print(columns.format(rank, answer["node"], device, free, clock, rates, speed, near))
-    for kind, result in heard(found, "all-reduce").get(0, {}).items():
+    for kind, result in heard(results, "all-reduce").get(0, {}).items():
         print(f"all-reduce ({kind}): bus bandwidth {result['bytes_per_second'] / 1e9:.3g} GB/s")
     for problem in problems:
         print(f"BAD  {problem.node or 'somewhere'}: {problem.what}")
-    nodes = {rank["node"] for rank in found["ranks"] if rank}
+    nodes = {rank["node"] for rank in results["ranks"] if rank}
     named = sorted(filter(None, bad))
     summary = f"{', '.join(named)} bad" if named else "no node is bad" if not problems else "no node can be named"
-    print(f"{len(nodes)} nodes, {len(found['ranks'])} ranks: {summary}")
+    print(f"{len(nodes)} nodes, {len(results['ranks'])} ranks: {summary}")
 
 
-def write(arguments: argparse.Namespace, words: Sequence[str], found: Found, problems: Sequence[Problem]) -> None:
+def write(arguments: argparse.Namespace, words: Sequence[str], results: Found, problems: Sequence[Problem]) -> None:
     """Write the JSON, and update the list of nodes to exclude."""
     listed = [vars(problem) for problem in problems]
-    write_json(arguments.json, {**provenance(words), "found": found, "problems": listed})
+    write_json(arguments.json, {**provenance(words), "found": results, "problems": listed})
     if file := arguments.exclude_file:
         with open_unlinked(file.with_name(f".{file.name}.lock"), "w") as lock:
             with suppress(OSError):  # file systems without locks
@@ -417,5 +417,5 @@ def write(arguments: argparse.Namespace, words: Sequence[str], found: Found, pro
             before = file.read_text().split() if file.exists() else []
             fresh = file.with_name(f".{file.name}.{os.getpid()}")
             with open_unlinked(fresh, "w") as lines:
-                lines.writelines(f"{node}\n" for node in excluded(before, found, problems))
+                lines.writelines(f"{node}\n" for node in excluded(before, results, problems))
             fresh.replace(file)

@@ -173,7 +173,7 @@ def prepare_base(config: Config, arguments: argparse.Namespace) -> Config:
     tokens = 1_000_000 * arguments.batch * config.data.sequence_length  # more than the steps take
     return replace(
         config,
-        data=replace(config.data, lengths=(), mixtures=()),
+        data=replace(config.data, lengths=(), mixtures=()),  # the steps stay in one phase
         schedule=ScheduleConfig("constant", warmup=0.0),
         batch=BatchConfig(global_batch=arguments.batch, micro_batch=arguments.batch),
         parallel=ParallelConfig(),

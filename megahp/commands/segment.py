@@ -1,4 +1,4 @@
-"""For slurm/: the nodes of the next job of a chain, and the batch at which it ends."""
+"""For slurm/: print the number of nodes of a chain's next job, and the batch at which it ends."""
 
 import sys
 from argparse import ArgumentParser, Namespace
@@ -14,13 +14,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--nodes", type=int, required=True, metavar="N", help="at the first batch")
     add("--grow", type=int, required=True, metavar="N", help="at the largest")
-    add("--ranks-per-node", type=int, required=True, metavar="N", help="GPUs of a node")
-    add("--at-most", type=int, required=True, metavar="N", help="that there are")
-    add("--plan", action="store_true", help="also print, for the log, what remains")
+    add("--ranks-per-node", type=int, required=True, metavar="N", help="GPUs per node")
+    add("--at-most", type=int, required=True, metavar="N", help="available nodes")
+    add("--plan", action="store_true", help="also print the plan of what remains, to stderr")
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    """Print the nodes to train on now, and the batch to stop at."""
     chain = read_chain(options, resolve.load(options.run_file, options.overrides).config)
     batch = chain.plan["batch"]
     print(chain.growth.wanted(batch, options.at_most), chain.growth.stop_at(batch))

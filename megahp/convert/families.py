@@ -104,7 +104,7 @@ MISTRAL = replace(
     architecture="MistralForCausalLM",
     bias={},
     required={"sliding_window": None},
-    defaults={"sliding_window": 4096},
+    defaults={"sliding_window": 4096},  # what transformers assumes where config.json has no such key
     heads_divide_width=False,
 )
 QWEN2 = replace(
@@ -156,6 +156,7 @@ NEOX = Family(
         "mlp.down": "mlp.dense_4h_to_h",
     },
     bias={**dict.fromkeys(ATTENTION, "attention_bias"), **dict.fromkeys(MLP + NORMS, ALWAYS)},
+    # ours adds attention to the stream before the MLP reads it, and rotates all of a head
     required={"use_parallel_residual": False, "rotary_pct": 1.0},
     defaults={"use_parallel_residual": True, "rotary_pct": 0.25, "attention_bias": True},
     qkv="grouped",
@@ -192,6 +193,7 @@ GPT2 = Family(
     },
     bias=dict.fromkeys(LINEAR + NORMS, ALWAYS),
     required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    # transformers' default is 0.1, with which the model would train differently
     extra={"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     defaults={"tie_word_embeddings": True},
     qkv="stacked",
@@ -241,7 +243,7 @@ MIXTRAL = replace(
     per_block={
         **LLAMA.per_block,
         "mlp.router": "block_sparse_moe.gate",
-        "mlp.router.bias": "",
+        "mlp.router.bias": "",  # has none: ours must be 0
         "mlp.experts.gate": "block_sparse_moe.experts.*.w1.weight",
         "mlp.experts.up": "block_sparse_moe.experts.*.w3.weight",
         "mlp.experts.down": "block_sparse_moe.experts.*.w2.weight",
@@ -263,7 +265,7 @@ QWEN3_MOE = replace(
     per_block={
         **LLAMA.per_block,
         "mlp.router": "mlp.gate",
-        "mlp.router.bias": "",
+        "mlp.router.bias": "",  # has none: ours must be 0
         "mlp.experts.gate": "mlp.experts.*.gate_proj.weight",
         "mlp.experts.up": "mlp.experts.*.up_proj.weight",
         "mlp.experts.down": "mlp.experts.*.down_proj.weight",
@@ -293,7 +295,7 @@ GLM4_MOE = replace(
         "mlp.shared.down": "mlp.shared_experts.down_proj",
     },
     required={"attention_bias": False, "n_group": 1, "topk_group": 1, "partial_rotary_factor": 1.0},
-    extra={"num_nextn_predict_layers": 0},
+    extra={"num_nextn_predict_layers": 0},  # our model has no layer that predicts further tokens
     defaults={"partial_rotary_factor": 0.5},
 )
 # the order matters: export writes the first one that fits

@@ -75,7 +75,7 @@ def export(config: Config, weights: Weights, only: Family | None = None) -> tupl
 
 
 def import_(
-    hf_config: Mapping[str, Any], weights: Weights, family: Family | None = None
+    hf_config: Mapping[str, Any], weights: Weights, only: Family | None = None
 ) -> tuple[dict[str, dict[str, Any]], Tensors]:
     """Return the settings, as a layer for `resolve`, and our named weights of the model that config.json describes.
 
@@ -84,7 +84,7 @@ def import_(
     softmax's sum. (Zeros would dominate it where the logits of all tokens are far below 0.) Raises UserError for an
     unsupported architecture or setting of one, and for tensors that are missing or left over.
     """
-    family = family or family_of_type(hf_config.get("model_type"))
+    family = only or family_of_type(hf_config.get("model_type"))
     hf_config = {**DEFAULTS, **family.defaults, **_flatten(hf_config)}
     values = _model_settings(family, hf_config)
     data = {"sequence_length": values.pop("sequence_length")}
@@ -101,22 +101,22 @@ def import_(
     for wrong, problem in ((missing, "are missing"), (extra, "do not belong to it")):
         if wrong:
             raise UserError(f"{len(wrong)} tensors of the {family.model_type} model {problem}, such as {min(wrong)}")
-    return layer, _import_tensors(family, model, weights, names)
 
+    def tensors() -> Tensors:
+        tensor = torch.empty(0)
+        for name, module, hf_names in names:
+            parts = [weights[hf_name] for hf_name in hf_names]
+            try:  # without parts, a bias of zeros, as many as its weight, the tensor just before, has rows
+                tensor = _fuse(family, model, module, parts) if parts else tensor.new_zeros(len(tensor))
+            except RuntimeError:
+                pairs = zip(hf_names, parts, strict=True)
+                shapes = ", ".join(f"{hf_name} {list(part.shape)}" for hf_name, part in pairs)
+                problem = f"not the shapes that config.json gives the {family.model_type} model"
+                raise UserError(f"{shapes}: {problem}; get the files again") from None
+            if tensor.numel():  # shared experts are empty where a model has none
+                yield name, tensor.contiguous()
 
-def _import_tensors(
-    family: Family, model: ModelConfig, weights: Weights, names: Sequence[tuple[str, str, list[str]]]
-) -> Tensors:
-    tensor = torch.empty(0)
-    for name, module, hf_names in names:
-        parts = [weights[hf_name] for hf_name in hf_names]
-        try:  # without parts, a bias of zeros, as many as its weight, the tensor just before, has rows
-            tensor = _fuse(family, model, module, parts) if parts else tensor.new_zeros(len(tensor))
-        except RuntimeError:
-            shapes = ", ".join(f"{hf_name} {list(part.shape)}" for hf_name, part in zip(hf_names, parts, strict=True))
-            raise UserError(f"{shapes}: not the shapes that config.json gives the {family.model_type} model") from None
-        if tensor.numel():  # shared experts are empty where a model has none
-            yield name, tensor.contiguous()
+    return layer, tensors()
 
 
 def fold_multipliers(config: Config, weights: Weights) -> tuple[ModelConfig, Callable[[str], Tensor]]:

@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import EnumMeta
@@ -157,24 +157,22 @@ PICKLE = SimpleNamespace(Unpickler=Unpickler, __name__="inert")  # torch.load ex
 
 
 class Files(Mapping[str, Tensor]):
-    """Tensors by Megatron's names, one layer's at a time, fc1 split into gate and up. args: the training arguments."""
+    """Tensors by Megatron's names, one layer's at a time, fc1 split into gate and up.
 
-    folder: Path
-    args: dict[str, Any]
-    names: dict[str, Any]  # those that local layers have, where norms are modules of their own
+    args: the training arguments; entries: by the names that local layers have, where norms are modules of their own;
+    shards: an entry -> its tensors, in the order of the tensor-parallel ranks.
+    """
 
-    @property
-    def gated(self) -> bool:
-        return bool(self.args["activation"] == "silu")
-
-    def shards(self, name: str) -> list[Tensor]:
-        """Return the shards of a tensor, in the order of the tensor-parallel ranks."""
-        raise NotImplementedError
+    def __init__(
+        self, folder: Path, args: dict[str, Any], entries: Mapping[str, Any], shards: Callable[[Any], list[Tensor]]
+    ) -> None:
+        self.folder, self.args, self.entries, self.shards = folder, args, entries, shards
+        self.gated = args["activation"] == "silu"
 
     def __getitem__(self, name: str) -> Tensor:
         half = re.search(r"linear_fc1\.(gate|up)\.", name)
         with _guarded(self.folder):  # the files' own sizes and offsets may be wrong
-            parts = self.shards(name.replace(half[0], "linear_fc1.") if half else name)
+            parts = self.shards(self.entries[name.replace(half[0], "linear_fc1.") if half else name])
         if half and self.gated:  # each rank holds its own half of the gate and of up
             parts = [part.chunk(2)[half[1] == "up"] for part in parts]
         dim = next((dim for pattern, dim in SHARD_DIMS if pattern.search(name)), None)
@@ -183,7 +181,7 @@ class Files(Mapping[str, Tensor]):
         return tensor[:rows]
 
     def __iter__(self) -> Iterator[str]:
-        for name in self.names:
+        for name in self.entries:
             if "linear_fc1." in name and self.gated:
                 yield from (name.replace("linear_fc1.", f"linear_fc1.{half}.") for half in ("gate", "up"))
             else:
@@ -193,89 +191,83 @@ class Files(Mapping[str, Tensor]):
         return len(list(iter(self)))
 
 
-class Distributed(Files):
-    """The torch_dist format: DCP's files, the layers of a tensor stacked along its first dimension, in chunks."""
+def open_distributed(folder: Path, overrides: Mapping[str, Any]) -> Files:
+    """Open torch_dist: DCP's files, the layers of a tensor stacked along its first dimension, in chunks."""
+    args = _model_args(_load(folder / "common.pt"), overrides, folder)
+    entries: dict[str, tuple[str, int | None, Any]] = {}
+    storage: dict[tuple[str, tuple[int, ...]], Any] = {}  # of a chunk, by its tensor and offsets
+    with _guarded(folder / ".metadata"):
+        refuse_irregular(folder / ".metadata", "list of tensors", "copy it again", LARGEST)
+        metadata = Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
+        for index, info in metadata.storage_data.items():
+            if index.offset is not None:  # without one it is an object, not a tensor
+                storage[index.fqn, tuple(index.offset)] = info
+        for key, tensor in metadata.state_dict_metadata.items():
+            if key.startswith(("optimizer.", "rng_state", "rerun_state")) or "_extra_state" in key:
+                continue
+            stem, is_stacked = re.subn(r"^decoder\.layers\.(?!\d)", "", key)
+            for layer in range(tensor.size[0]) if is_stacked else [None]:
+                name = key if layer is None else f"decoder.layers.{layer}.{stem}"
+                entries[_local_name(name)] = (key, layer, tensor)
 
-    def __init__(self, folder: Path, overrides: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.args = _model_args(_load(folder / "common.pt"), overrides, folder)
-        self.names = {}
-        self.storage: dict[tuple[str, tuple[int, ...]], Any] = {}  # of a chunk, by its tensor and offsets
-        with _guarded(folder / ".metadata"):
-            refuse_irregular(folder / ".metadata", "list of tensors", "copy it again", LARGEST)
-            metadata = Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
-            for index, info in metadata.storage_data.items():
-                if index.offset is not None:  # without one it is an object, not a tensor
-                    self.storage[index.fqn, tuple(index.offset)] = info
-            for key, tensor in metadata.state_dict_metadata.items():
-                if key.startswith(("optimizer.", "rng_state", "rerun_state")) or "_extra_state" in key:
-                    continue
-                stem, is_stacked = re.subn(r"^decoder\.layers\.(?!\d)", "", key)
-                for layer in range(tensor.size[0]) if is_stacked else [None]:
-                    name = key if layer is None else f"decoder.layers.{layer}.{stem}"
-                    self.names[_local_name(name)] = (key, layer, tensor)
-
-    def shards(self, name: str) -> list[Tensor]:
-        key, layer, tensor = self.names[name]
-        size, dtype, filled = list(tensor.size), tensor.properties.dtype, 0
-        window = [(0, side) for side in size]
-        if layer is not None:
-            window[0] = layer, layer + 1
-        target = torch.empty([stop - start for start, stop in window], dtype=dtype)
-        for chunk in tensor.chunks:
-            ranges = list(zip(chunk.offsets, chunk.sizes, window, strict=True))
-            overlap = [(max(at, start), min(at + length, stop)) for at, length, (start, stop) in ranges]
-            if all(start < stop for start, stop in overlap):
-                source = self._read_chunk(key, tuple(chunk.offsets))
-                in_chunk = tuple(slice(a - at, b - at) for (a, b), at in zip(overlap, chunk.offsets, strict=True))
-                in_target = tuple(
-                    slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, window, strict=True)
-                )
-                target[in_target] = source[in_chunk]
-                filled += source[in_chunk].numel()
-        if filled != target.numel():
-            missing = f"only {filled:,} of {target.numel():,} values are in the files"
-            raise UserError(f"{self.folder}: {key} is incomplete: {missing}; copy it again")
-        return [target if layer is None else target[0]]
-
-    def _read_chunk(self, key: str, offsets: tuple[int, ...]) -> Tensor:
-        info = self.storage[key, offsets]
-        path = self.folder / Path(info.relative_path).name  # the name alone: a path could leave the folder
+    def read_chunk(key: str, offsets: tuple[int, ...]) -> Tensor:
+        info = storage[key, offsets]
+        path = folder / Path(info.relative_path).name  # the name alone: a path could leave the folder
         with _guarded(path):
             refuse_irregular(path, "file", "copy it again")
             with path.open("rb") as file:
                 file.seek(info.offset)
                 return torch.load(io.BytesIO(file.read(info.length)), weights_only=True)
 
+    def shards(entry: tuple[str, int | None, Any]) -> list[Tensor]:
+        key, layer, tensor = entry
+        window = [(0, side) for side in tensor.size]
+        if layer is not None:
+            window[0] = layer, layer + 1
+        starts = [start for start, _ in window]
+        target = torch.empty([stop - start for start, stop in window], dtype=tensor.properties.dtype)
+        filled = 0
+        for chunk in tensor.chunks:
+            ranges = zip(chunk.offsets, chunk.sizes, window, strict=True)
+            overlap = [(max(at, start), min(at + length, stop)) for at, length, (start, stop) in ranges]
+            if all(start < stop for start, stop in overlap):
+                in_chunk = tuple(slice(a - at, b - at) for (a, b), at in zip(overlap, chunk.offsets, strict=True))
+                in_target = tuple(slice(a - at, b - at) for (a, b), at in zip(overlap, starts, strict=True))
+                source = read_chunk(key, tuple(chunk.offsets))[in_chunk]
+                target[in_target] = source
+                filled += source.numel()
+        if filled != target.numel():
+            missing = f"only {filled:,} of {target.numel():,} values are in the files"
+            raise UserError(f"{folder}: {key} is incomplete: {missing}; copy it again")
+        return [target if layer is None else target[0]]
 
-class Legacy(Files):
-    """The torch format: a file per rank, in which layers count from the first of its pipeline stage."""
+    return Files(folder, args, entries, shards)
 
-    def __init__(self, folder: Path, overrides: Mapping[str, Any]) -> None:
-        paths = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))
-        ranks = [[int(part) for part in path.parent.name.split("_")[2:]] for path in paths]  # (tp,) or (tp, pp)
-        if not paths or max(map(len, ranks)) > 2:
-            raise UserError(f"{folder} has no mp_rank_TP or mp_rank_TP_PP of a model without experts; name another")
-        states = [_load(path) for path in paths]
-        if not all(isinstance(state, dict) and "model" in state for state in states):
-            why = "a rank has no 'model', or several (interleaved stages)"
-            raise UserError(f"{folder}: {why}; convert it to torch_dist")
-        self.folder, self.args, self.names = folder, _model_args(states[0], overrides, folder), {}
-        stages = [rank[1] if len(rank) > 1 else 0 for rank in ranks]
-        first_layer = 0
-        for stage in sorted(set(stages)):
-            models = [state["model"] for state, pp_rank in zip(states, stages, strict=True) if pp_rank == stage]
-            layers = 0
-            for name in (name for name, value in models[0].items() if isinstance(value, Tensor)):
-                global_name = name
-                if match := re.match(r"decoder\.layers\.(\d+)\.", name):
-                    layers = max(layers, int(match[1]) + 1)
-                    global_name = f"decoder.layers.{first_layer + int(match[1])}.{name[match.end() :]}"
-                self.names[_local_name(global_name)] = [model[name] for model in models]
-            first_layer += layers
 
-    def shards(self, name: str) -> list[Tensor]:
-        return self.names[name]
+def open_legacy(folder: Path, overrides: Mapping[str, Any]) -> Files:
+    """Open the torch format: a file per rank, in which layers count from the first of its pipeline stage."""
+    paths = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))
+    ranks = [[int(part) for part in path.parent.name.split("_")[2:]] for path in paths]  # (tp,) or (tp, pp)
+    if not paths or max(map(len, ranks)) > 2:
+        raise UserError(f"{folder} has no mp_rank_TP or mp_rank_TP_PP of a model without experts; name another")
+    states = [_load(path) for path in paths]
+    if not all(isinstance(state, dict) and "model" in state for state in states):
+        why = "a rank has no 'model', or several (interleaved stages)"
+        raise UserError(f"{folder}: {why}; convert it to torch_dist")
+    args, entries = _model_args(states[0], overrides, folder), {}
+    stages = [rank[1] if len(rank) > 1 else 0 for rank in ranks]
+    first_layer = 0
+    for stage in sorted(set(stages)):
+        models = [state["model"] for state, pp_rank in zip(states, stages, strict=True) if pp_rank == stage]
+        layers = 0
+        for name in (name for name, value in models[0].items() if isinstance(value, Tensor)):
+            global_name = name
+            if match := re.match(r"decoder\.layers\.(\d+)\.", name):
+                layers = max(layers, int(match[1]) + 1)
+                global_name = f"decoder.layers.{first_layer + int(match[1])}.{name[match.end() :]}"
+            entries[_local_name(global_name)] = [model[name] for model in models]
+        first_layer += layers
+    return Files(folder, args, entries, lambda tensors: tensors)
 
 
 def read(folder: Path, legacy: bool, overrides: Mapping[str, Any]) -> tuple[Mapping[str, Mapping[str, Any]], Tensors]:
@@ -284,7 +276,7 @@ def read(folder: Path, legacy: bool, overrides: Mapping[str, Any]) -> tuple[Mapp
     tracker = folder / TRACKER
     tag = read_text(tracker, "number of the newest iteration,", "copy it again").strip() if tracker.exists() else ""
     iteration = folder / (f"iter_{int(tag):07d}" if tag.isdigit() else tag)
-    files = (Legacy if legacy else Distributed)(iteration, overrides)
+    files = (open_legacy if legacy else open_distributed)(iteration, overrides)
     layer, weights = import_(files.args, files, _family(files.args["normalization"]))
     return sidecar.restore(folder, layer, weights)
 
@@ -364,6 +356,7 @@ def _model_args(state: Any, overrides: Mapping[str, Any], folder: Path) -> dict[
     """Return the model's settings under our family's keys, from the training arguments in a file's state."""
     args = dict(vars(state["args"])) if isinstance(state, dict) and isinstance(state.get("args"), Namespace) else {}
     position = args.get("position_embedding_type", "learned_absolute")
+    # Megatron's own and its fused GELU are the tanh approximation, torch's default is exact
     gelu = "gelu_new" if args.get("openai_gelu") or args.get("bias_gelu_fusion") else "gelu"
     args |= {
         "activation": "silu" if args.get("swiglu") else "relu2" if args.get("squared_relu") else gelu,
@@ -374,6 +367,7 @@ def _model_args(state: Any, overrides: Mapping[str, Any], folder: Path) -> dict[
     if not args.get("group_query_attention", False):
         args["num_query_groups"] = None  # Megatron ignores the argument then
     args |= {MEGATRON.keys[setting]: value for setting, value in overrides.items() if setting in MEGATRON.keys}
+    # the padded size where the file has no other: then the padding rows count as tokens
     args["vocab_size"] = args.get("vocab_size") or args.get("padded_vocab_size")
     required = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
     if missing := [key for key in required if not args.get(key)]:

@@ -49,25 +49,22 @@ def write_run(
     }
     tokenizer = load_tokenizer(tokenizer_name)
     partial.mkdir(parents=True)
-    if tokenizer_name != "bytes":
+    if tokenizer_name != "bytes":  # a copy, so that the run does not depend on files elsewhere
         file = f"tokenizer{Path(tokenizer_name).suffix}"
         shutil.copyfile(tokenizer_name, partial / file)
         tokenizer_name = str(arguments.target / file)
     origin, data = str(arguments.source), {"data": {"tokenizer": tokenizer_name}}
     resolved = resolve.resolve([(origin, layer), (origin, data), ("command line", overrides)])
     config = with_vocabulary(resolved.config, tokenizer)
+    one_rank = with_values(replace(config, parallel=ParallelConfig()), {"train.device": "cpu"})
+    model = skeleton(one_rank, single_rank_mesh(one_rank))  # has shapes, but no memory
+    checked = check_shapes(tensors, {name: weight.shape for name, weight in saved(model).items()})
     path = checkpoint.path(partial / "checkpoints", 0)
-    checkpoint.write(path, check_shapes(tensors, shapes_of(config)), state_of_weights(config), file_limit(arguments))
+    checkpoint.write(path, checked, state_of_weights(config), file_limit(arguments))
+    # moments and progress start anew: the next run branches from this checkpoint, rather than resuming it
     config = with_values(config, {"train.start_from": str(arguments.target)})
     (partial / "config.toml").write_text(config_to_toml(config, resolved.origins), encoding="utf-8")
     return tokenizer
-
-
-def shapes_of(config: Config) -> dict[str, torch.Size]:
-    """Return the shapes of a model's weights by name, without allocating them."""
-    config = with_values(replace(config, parallel=ParallelConfig()), {"train.device": "cpu"})
-    model = skeleton(config, single_rank_mesh(config))
-    return {name: weight.shape for name, weight in saved(model).items()}
 
 
 def check_shapes(

@@ -88,7 +88,7 @@ def restore(
     file = folder / SETTINGS
     if not file.exists():
         return layer, ((f"model.{name}", weight) for name, weight in weights)
-    remedy = _remedy(folder)
+    remedy = f"remove {file} to import the model as it is"
     sidecar, extra = read_json(file, "sidecar", REMEDY), SafetensorsFiles(folder, "megahp")
     kinds = {"config": dict, "table": dict, "tensors": list}
     if wrong := [key for key, kind in kinds.items() if not isinstance(sidecar.get(key), kind)]:
@@ -105,23 +105,22 @@ def restore(
     for key, (now, before) in pairs.items():
         if now != before:
             raise UserError(f"{folder}: {key} is {now!r} and was {before!r}; {remedy}")
-    return sidecar["config"], _restore_tensors(config, weights, extra, folder)
 
+    def tensors() -> Tensors:
+        try:
+            for short, weight in unfold_multipliers(config, weights):
+                name, mask = f"model.{short}", f"mask.{short}"
+                if f"padding.{name}" in extra:
+                    weight = torch.cat((weight[: config.model.vocab_size], extra[f"padding.{name}"]))
+                if mask in extra:
+                    if weight[~extra[mask]].any():
+                        raise UserError(f"{name} is not 0 where it is masked")
+                    yield mask, extra[mask]
+                yield name, weight
+        except (UserError, RuntimeError, IndexError) as error:  # the latter two where shapes do not match
+            raise UserError(f"{folder}: {error}; {remedy}") from None
 
-def _restore_tensors(config: Config, weights: Tensors, extra: SafetensorsFiles, folder: Path) -> Tensors:
-    """Yield a checkpoint's tensors, from weights without multipliers and a sidecar's tensors."""
-    try:
-        for short, weight in unfold_multipliers(config, weights):
-            name, mask = f"model.{short}", f"mask.{short}"
-            if f"padding.{name}" in extra:
-                weight = torch.cat((weight[: config.model.vocab_size], extra[f"padding.{name}"]))
-            if mask in extra:
-                if weight[~extra[mask]].any():
-                    raise UserError(f"{name} is not 0 where it is masked")
-                yield mask, extra[mask]
-            yield name, weight
-    except (UserError, RuntimeError, IndexError) as error:  # the latter two where shapes do not match
-        raise UserError(f"{folder}: {error}; {_remedy(folder)}") from None
+    return sidecar["config"], tensors()
 
 
 def write_safetensors(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
@@ -147,10 +146,6 @@ def write_safetensors(folder: Path, name: str, tensors: Iterable[tuple[str, Tens
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _remedy(folder: Path) -> str:
-    return f"remove {folder / SETTINGS} to import the model as it is"
 
 
 def _open(path: Path) -> Any:

@@ -42,7 +42,8 @@ def write_tokenizer(folder: Path, name: str, tokenizer: Tokenizer) -> None:
             "clean_up_tokenization_spaces": False,
             "add_bos_token": False,
             "add_eos_token": False,
-            "legacy": False,
+            "legacy": False,  # or transformers would add spaces after special tokens
+            # whether the model's own normalizer puts a space before a text
             "add_prefix_space": pieces.encode("a", out_type=str)[0].startswith(META_SPACE),
             "bos_token": None,
             "unk_token": pieces.id_to_piece(pieces.unk_id()),
@@ -121,6 +122,7 @@ def _json_tokens(name: str) -> list[bytes]:
     piece_bytes = _byte_level_bytes if "ByteLevel" in kinds else _sentencepiece_bytes
     added = {token: piece.content.encode() for token, piece in tokenizer.get_added_tokens_decoder().items()}
     vocab = tokenizer.get_vocab(with_added_tokens=True)
+    # an added token stands for its content as it is, not for encoded letters
     tokens = {token: added.get(token) or piece_bytes(piece) for piece, token in vocab.items()}
     if missing := set(range(max(tokens) + 1)) - set(tokens):
         raise UserError(f"tokenizer {name!r} has no token {min(missing)}; give it one")

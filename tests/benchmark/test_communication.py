@@ -1,4 +1,4 @@
-"""Groups of ranks and what they are timed at."""
+"""Test groups of ranks and their timing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megahp.parallel.mesh import make_mesh
 
 
 class Alone:
-    """A rank's view of three that all sent what it did, with one element changed on the way."""
+    """A group of three ranks from rank 0, in which one received element is changed."""
 
     rank, size, device = 0, 3, torch.device("cpu")
 
@@ -31,7 +31,7 @@ class Alone:
 
 
 class Slow(Alone):
-    """The same, right, and with a call that lasts."""
+    """The same without the change, and with slow calls."""
 
     def run(self, operation: str, source: torch.Tensor, target: torch.Tensor) -> None:
         time.sleep(0.01)
@@ -60,14 +60,14 @@ def test_the_slowest_rank_counts() -> None:
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2, dp_shard=2), Layout(dp_replicate=2, dp_shard=4, ep=2)])
 def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
-    found = communication.groups_of_layout(layout)
-    assert list(found) == [axis for axis, size in zip(AXES, layout.shape, strict=True) if size > 1]
+    results = communication.groups_of_layout(layout)
+    assert list(results) == [axis for axis, size in zip(AXES, layout.shape, strict=True) if size > 1]
     for rank in range(8):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
         mesh = make_mesh(layout, torch.device("cpu"))
-        mine = {axis: dist.get_process_group_ranks(mesh.group(axis)) for axis in found}
+        local = {axis: dist.get_process_group_ranks(mesh.group(axis)) for axis in results}
         dist.destroy_process_group()
-        assert {axis: next(ranks for ranks in groups if rank in ranks) for axis, groups in found.items()} == mine
+        assert {axis: next(ranks for ranks in groups if rank in ranks) for axis, groups in results.items()} == local
 
 
 def test_groups_of_nodes() -> None:

@@ -1,4 +1,4 @@
-"""The baseline that training is measured against."""
+"""Test the baseline of the training benchmark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How runs that a measurement trains have ended."""
+"""Test how child runs' ends are recognized."""
 
 from __future__ import annotations
 
