@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megahp.cluster.job import BAD_NODES, RESERVED, Job, jobs, submit
-from megahp.commands.arguments import add_run_file, at_least
-from megahp.commands.chain import chain_of, outlook
+from megahp.commands.arguments import add_run_file, check_minimum
+from megahp.commands.chain import describe_plan, read_chain
 from megahp.config import resolve
 from megahp.errors import UserError, complain
 from megahp.exit_codes import FINISHED
@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    at_least(options, nodes=1, ranks_per_node=1)
+    check_minimum(options, nodes=1, ranks_per_node=1)
     for name in ("patience", "speed"):
         if (value := getattr(options, name)) is not None and (options.grow is None or not value > 0):
             raise UserError(f"--{name} {value:g} goes with --grow N, and is above 0")
@@ -56,7 +56,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     job = Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **asked)
     chain = None
     if options.grow is not None:
-        chain = chain_of(options, config)
+        chain = read_chain(options, config)
         if options.launcher != "srun":
             both = f"--launcher {options.launcher} with --grow"
             raise UserError(f"{both}: its jobs start one task a rank; leave one of them out")
@@ -70,7 +70,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     prepare(config, fit(config.parallel, job.nodes * job.ranks_per_node), ranks_here=0, resume=True, warn=complain)
     script = job.render(config, [str(options.run_file), *options.overrides])
     if chain:
-        print(outlook(chain, options.speed), file=sys.stderr)
+        print(describe_plan(chain, options.speed), file=sys.stderr)
     if options.dry_run:
         print(script, end="")
         return FINISHED

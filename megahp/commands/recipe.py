@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megahp.commands.arguments import human_number
+from megahp.commands.arguments import parse_number
 from megahp.config import config_to_toml, get_setting, resolve
 from megahp.config.presets import PRESETS
 from megahp.data.tokenizer import load_tokenizer
@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "density": "share of the weights left after pruning between 25 and 75 %% of compute: N_avg and its loss",
     }
     for name, meaning in numbers.items():
-        parser.add_argument(f"--{name}", type=human_number, metavar="X", help=meaning)
+        parser.add_argument(f"--{name}", type=parse_number, metavar="X", help=meaning)
     model = "of the model"
     whole = {
         "batch": "sequences of every batch",

@@ -21,7 +21,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from megahp import launch
-from megahp.commands.arguments import add_run_file, starts_ranks
+from megahp.commands.arguments import add_run_file, must_spawn
 from megahp.config import Config, resolve
 from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import FAULT, FINISHED, STOPPED, USER_ERROR
@@ -50,7 +50,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
     from megahp.train.prepare import prepare, refuse_without_checkpoint
 
-    starting = starts_ranks(options.ranks, place.size)
+    starting = must_spawn(options.ranks, place.size)
     warn = None if starting or options.restarts is not None or place.rank else complain  # once, by the first rank
     config = prepare(config, layout, options.ranks or place.local_size, options.resume is not None, warn)
     if options.resume == "required":

@@ -213,8 +213,11 @@ def _in_another(path: Path, draw: random.Random, way: str) -> str:
     value, data = draw.choice(VALUES[way]), bytearray(path.read_bytes())
     if path.suffix in PICKLED or path.name in PICKLED:
         packed = io.BytesIO()
-    torch.save(value, packed) if draw.random() < 0.5 else packed.write(pickle.dumps(value))  # a name may begin with a dot
-    path.write_bytes(packed.getvalue())
+        if draw.random() < 0.5:
+            torch.save(value, packed)  # not to the path: it refuses a name that begins with a dot
+        else:
+            pickle.dump(value, packed)
+        path.write_bytes(packed.getvalue())
         return f"a pickle of {value!r}"[:80]
     if len(data) < 8:
         return _bytes(path, draw)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import world
-from distributed.training import MadeUpData, Training, made_up, settings_of, whole
+from distributed.training import MadeUpData, Training, settings_of, synthetic_batch, whole
 from torch import Tensor
 
 from megahp.model.moe import Router
@@ -142,13 +142,13 @@ def per_example(model: str) -> dict[str, tuple[float, float]]:
     for router in engine.routers.values():
         router.bias.copy_(torch.linspace(-0.3, 0.3, len(router.bias)))
     ids = np.arange(6)
-    halves = [made_up(ids[:3], training.config), made_up(ids[3:], training.config)]
+    halves = [synthetic_batch(ids[:3], training.config), synthetic_batch(ids[3:], training.config)]
     loss = engine.forward_backward(halves, 2, 6 * 16, scale=1024.0)
     measured = engine.measure(loss, engine.gradients(), 6, scale=1024.0).grad_sq_example
     looped = dict.fromkeys(measured, 0.0)
     for i in ids:
         engine.zero()
-        engine.forward_backward([made_up(ids[i : i + 1], training.config)], 1, 16)
+        engine.forward_backward([synthetic_batch(ids[i : i + 1], training.config)], 1, 16)
         for name in looped:
             looped[name] += whole(engine.weights[f"{name}.weight"].grad).square().sum().item() / len(ids)
     return {name: (measured[name], looped[name]) for name in measured}
