@@ -94,7 +94,7 @@ def test_a_started_run_continues_at_its_current_size(capsys: pytest.CaptureFixtu
         ((*GROW, "--sbatch=--requeue"), "--sbatch --requeue: megahp sets --requeue itself"),
         ((*GROW[:5], "--sbatch=--nodes=3"), "--sbatch --nodes=3: megahp sets --nodes itself"),
         ((*GROW[:5], "--sbatch=--comment='a"), "cannot be read (No closing quotation)"),
-        ((*GROW[:5], "--exclude", "."), "--exclude . cannot be read (Is a directory)"),
+        ((*GROW[:5], "--exclude", "."), "--exclude . is a folder; name a file"),
         ((*GROW, "parallel.dp_shard=1"), "needs 1 ranks and there are 2"),
         ((*GROW, "--ranks-per-node", "3"), "batch.global_batch = 4"),
     ],
