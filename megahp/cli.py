@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from megahp import launch
 from megahp.commands import COMMANDS, HIDDEN, LISTING, STARTED_AGAIN
 from megahp.config.resolve import suggest
-from megahp.errors import Fault, UserError, complain, in_one_line, is_users, masked
+from megahp.errors import Fault, UserError, complain, in_one_line, is_user_error, masked
 from megahp.exit_codes import FAULT, INTERRUPTED, USER_ERROR
 
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (OSError, RecursionError, OverflowError, UnicodeError, MemoryError) as error:
         complain(in_one_line(error))  # which this rank may have met alone
-        return FAULT if words[0] in STARTED_AGAIN and not is_users(error) else USER_ERROR
+        return FAULT if words[0] in STARTED_AGAIN and not is_user_error(error) else USER_ERROR
     except Fault as error:
         complain(error)
         return FAULT

@@ -25,7 +25,7 @@ CHOSEN = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, 
 CHOSEN |= {errno.ELOOP, errno.EROFS, errno.ENOTEMPTY, errno.ENXIO}
 
 
-def is_users(error: Exception) -> bool:
+def is_user_error(error: Exception) -> bool:
     """Return whether an error that nobody caught speaks of what a user gave, so that to start again would not help."""
     if isinstance(error, OSError):
         return error.errno in CHOSEN
@@ -39,7 +39,7 @@ REMEDIES |= {errno.EDQUOT: "make room", errno.EMFILE: "raise ulimit -n"}
 def in_one_line(error: Exception) -> str:
     """Return what an error that nobody caught says, of which file, and the remedy."""
     if isinstance(error, OSError) and error.strerror:
-        remedy = REMEDIES.get(error.errno or 0, "name another" if is_users(error) else "try again")
+        remedy = REMEDIES.get(error.errno or 0, "name another" if is_user_error(error) else "try again")
         return f"{error.filename}: {error.strerror}; {remedy}" if error.filename else f"{error.strerror}; {remedy}"
     return " ".join(f"{type(error).__name__}: {error}".split())
 

@@ -137,11 +137,11 @@ def test_what_nobody_caught_is_one_line_of_every_rank(
     command: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A fault of a machine, so that what started a run starts it again, or a mistake of a user, so that it does not."""
-    error, is_users = UNCAUGHT[told]
+    error, is_user_error = UNCAUGHT[told]
     module = import_module(f"megahp.commands.{command.split()[0]}")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(module, "run", Mock(side_effect=error))
-    assert cli.main(command.split()) == (2 if is_users or command.startswith("report") else FAULT)
+    assert cli.main(command.split()) == (2 if is_user_error or command.startswith("report") else FAULT)
     assert capsys.readouterr().err.rstrip("\n") == told.rstrip()
 
 

@@ -10,7 +10,7 @@ from megahp.checkpoint.store import (
     complete,
     complete_without_links,
     find,
-    first_whole,
+    first_valid,
     latest,
     load,
     path,

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlanner, TensorWr
 from megahp.checkpoint import schema
 from megahp.checkpoint.remote import Location, Remote
 from megahp.checkpoint.schema import Chunk
-from megahp.errors import UserError, is_users
+from megahp.errors import UserError, is_user_error
 from megahp.files import refuse_link
 from megahp.parallel.messages import gather_results, on_rank0
 
@@ -78,7 +78,7 @@ def reading(path: Location) -> Iterator[None]:
 
 def unreadable(path: Location, error: OSError) -> UnreadableError:
     why = f"{path} cannot be read ({error.strerror}); make it readable, and start again"
-    return UnreadableError(why, may_pass=not is_users(error))
+    return UnreadableError(why, may_pass=not is_user_error(error))
 
 
 def write(

@@ -228,10 +228,10 @@ def candidates(folder: Path, remote: str) -> list[Location]:
 def latest(folder: P) -> P | None:
     """The newest checkpoint whose files are all there and whose JSON is whole; None where there is no checkpoint. Its
     tensors are for `load` to check. Raises UserError when none is whole."""
-    return first_whole(complete(folder)[::-1])
+    return first_valid(complete(folder)[::-1])
 
 
-def first_whole(newest_first: Sequence[P]) -> P | None:
+def first_valid(newest_first: Sequence[P]) -> P | None:
     """As `latest`, of these."""
     whole = next((each for each in newest_first if not problems(each, shards=False)), None)
     if newest_first and not whole:

@@ -131,7 +131,7 @@ def by_torch(place: launch.World, backend: str) -> Ranks:
     nodes = all_gather_json(launch.node_name())
     name = "nccl" if device.type == "cuda" else "gloo"
     version = ".".join(map(str, torch.cuda.nccl.version())) if name == "nccl" else ""
-    return Ranks(place.rank, nodes, name, version, lambda groups: TorchGroup(groups, device, launch.PATIENCE))
+    return Ranks(place.rank, nodes, name, version, lambda groups: TorchGroup(groups, device, launch.TIMEOUT))
 
 
 def by_mpi(place: launch.World) -> Ranks:

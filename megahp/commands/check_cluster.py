@@ -116,7 +116,7 @@ class Board:
     def close(self) -> None:
         """The others stay until rank 0 is through, which leaves them time to hear what it told last: launchers end all
         ranks when one has left with an exit code, and the store goes with rank 0."""
-        launch.outlast_questions(self.place)
+        launch.keep_store_alive(self.place)
         with suppress(RuntimeError):
             self.store.set(f"through {self.place.rank}", "")
             self.store.wait(["through 0"], self.patience)
@@ -156,10 +156,10 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         refuse_unwritable(arguments.json, arguments.exclude_file)
     if starts_ranks(arguments.ranks, place.size):
         return launch.spawn(words, arguments.ranks)
-    board = Board(launch.meet(place, timedelta(seconds=patience), all_of_them=False), place, patience)
+    board = Board(launch.meet(place, timedelta(seconds=patience), wait_for_all=False), place, patience)
     try:
         found = look(board, arguments.folder, arguments.device)
-        problems = verdict(found, slack, free_gb, launch.ranks_of_nodes(place.size))
+        problems = verdict(found, slack, free_gb, launch.ranks_per_node(place.size))
         if place.rank == 0:
             write(arguments, words, found, problems)
             show(found, problems)
@@ -171,7 +171,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 def look(board: Board, folder: Path, choice: str) -> dict[str, list[Any]]:
     """All stages' findings, by stage and rank. Ends with the stage in which a rank is silent, or is not heard. Raises
     UserError for a mistake that all ranks find."""
-    place, local = board.place, launch.LOOPBACK if launch.all_here(board.place) else ""
+    place, local = board.place, launch.LOOPBACK if launch.is_single_node(board.place) else ""
     clock = Clock(local)
     ranks = board.share("ranks", facts(place, local or socket.gethostname(), clock.port, folder, choice))
     found = {"ranks": ranks}

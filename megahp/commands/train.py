@@ -84,11 +84,11 @@ def train_again_and_again(options: Namespace, config: Config, place: launch.Worl
 def train_rank(config: Config, place: launch.World, layout: Layout, resume: bool) -> int:
     """Train as one rank, and leave without tearing the process group down (launch.leave)."""
     from megahp.faults.crash import report_crash
-    from megahp.faults.watchdog import patience
+    from megahp.faults.watchdog import collective_timeout
     from megahp.parallel.device import cuda_wanted
     from megahp.train.loop import train
 
-    store = launch.join(place, cuda_wanted(config), patience(config.resilience.hang_after))
+    store = launch.join(place, cuda_wanted(config), collective_timeout(config.resilience.hang_after))
     try:
         code = FINISHED if train(config, place, store, layout, resume) else STOPPED
         if place.rank == 0 and code == FINISHED:
@@ -102,16 +102,16 @@ def train_rank(config: Config, place: launch.World, layout: Layout, resume: bool
                 print(f"no report: {error}")
     except UserError as error:
         code = FAULT if error.may_pass else USER_ERROR
-        if launch.is_first_to_tell(store, "user error"):
+        if launch.is_first_to_report(store, "user error"):
             complain(error)
-        launch.outlast_questions(place)
+        launch.keep_store_alive(place)
     except Exception as error:
-        code = USER_ERROR if launch.is_told(store, "user error") else FAULT
+        code = USER_ERROR if launch.is_reported(store, "user error") else FAULT
         if code == FAULT:
             report_crash(config.directory, place.rank, traceback.format_exc())
             if launch.is_lost_connection(error):
                 complain(Fault(f"rank {place.rank} has lost its connection to another, and ends too"))
-            elif launch.is_first_to_tell(store, "fault"):
+            elif launch.is_first_to_report(store, "fault"):
                 complain(error) if isinstance(error, Fault) else traceback.print_exc()
     launch.leave(code)
     return code

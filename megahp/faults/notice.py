@@ -9,7 +9,7 @@ import time
 from types import FrameType
 
 from megahp.exit_codes import STOPPED
-from megahp.launch import heard, is_again, is_local_rank0
+from megahp.launch import is_local_rank0, is_repeat, notice_signals
 
 
 def leave_at_notice() -> None:
@@ -34,7 +34,7 @@ def leave_at_notice() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    for number in heard():
+    for number in notice_signals():
         signal.signal(number, leave)
     threading.Thread(target=watch, name="megahp-notice", daemon=True).start()
 
@@ -48,7 +48,7 @@ class Notice:
         self.why = ""
         self.first = math.inf  # when a signal came
         self.end = began + 60 * minutes if minutes else math.inf
-        for number in heard():
+        for number in notice_signals():
             signal.signal(number, self._note)
 
     @property
@@ -59,7 +59,7 @@ class Notice:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if is_again(number, now - self.first):
+        if is_repeat(number, now - self.first):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.why, self.first = f"signal {signal.Signals(number).name}", min(now, self.first)

@@ -20,7 +20,7 @@ def until_done(start: Callable[[bool], int], run: Path, restarts: int) -> int:
     found = list[list[str]]()
     while (code := start(bool(found))) not in FINAL:
         found.append(checkpoints(run))
-        if (end := verdict(code, found, restarts, run)) is not None:
+        if (end := exit_or_restart(code, found, restarts, run)) is not None:
             return end
     return code
 
@@ -30,7 +30,7 @@ def checkpoints(run: Path) -> list[str]:
     return [path.name for path in complete(run / "checkpoints")]
 
 
-def verdict(code: int, found: Sequence[list[str]], restarts: int, run: Path) -> int | None:
+def exit_or_restart(code: int, found: Sequence[list[str]], restarts: int, run: Path) -> int | None:
     """After a fault: the exit code to end with, or None to start again. found: the run's checkpoints after each fault
     so far, this one the last."""
     same = len(list(takewhile(lambda names: names == found[-1], reversed(found))))

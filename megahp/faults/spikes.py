@@ -17,16 +17,16 @@ class Spikes:
 
     def __init__(self, config: ResilienceConfig) -> None:
         self.sigmas, self.size = config.spike_sigmas, config.spike_window
-        self.restore({"loss": [], "gradient norm": []})
+        self.load_state({"loss": [], "gradient norm": []})
 
-    def look(self, loss: float, grad_norm: float) -> str:
+    def update(self, loss: float, grad_norm: float) -> str:
         """Take in one step's. Returns what stands out, in words; empty where nothing does, or too little is known."""
         return ", ".join(filter(None, (self._take("loss", loss), self._take("gradient norm", grad_norm))))
 
     def state(self) -> dict[str, list[float]]:
         return {name: list(window) for name, window in self.windows.items()}
 
-    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+    def load_state(self, state: Mapping[str, Sequence[float]]) -> None:
         self.windows = {name: deque(values, self.size) for name, values in state.items()}
 
     def _take(self, name: str, value: float) -> str:

@@ -36,7 +36,7 @@ class Suspect:
 
 
 @contextlib.contextmanager
-def watching(stages: Mapping[int, nn.Module], samples: Sequence[np.ndarray]) -> Iterator[list[Suspect]]:
+def watch_layers(stages: Mapping[int, nn.Module], samples: Sequence[np.ndarray]) -> Iterator[list[Suspect]]:
     """Gather what is not finite on this rank while a step is computed. samples: global ids of each microbatch."""
     found: list[Suspect] = []
     rank = dist.get_rank()
@@ -70,7 +70,7 @@ def watching(stages: Mapping[int, nn.Module], samples: Sequence[np.ndarray]) -> 
             each.remove()
 
 
-def among_weights(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> list[Suspect]:
+def find_in_weights(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> list[Suspect]:
     """The weights, and the gradients, of which this rank's part is not finite."""
     rank, places = dist.get_rank(), {name: place for place, name in enumerate(weights)}
     spoilt = [name for name, weight in weights.items() if not torch.isfinite(storage(weight)).all()]
@@ -79,7 +79,7 @@ def among_weights(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor]) ->
     return found + [Suspect(GRADIENT, 0, -places[name], name, rank) for name in spoilt]
 
 
-def first_of(found: Sequence[Suspect]) -> list[Suspect]:
+def first_suspects(found: Sequence[Suspect]) -> list[Suspect]:
     """The first suspects of all ranks: the same layer's, where several ranks saw it. Equal on all ranks."""
     gathered = all_gather_json([asdict(each) for each in sorted(found)[:1]])
     suspects = sorted(Suspect(**told | {"samples": tuple(told["samples"])}) for of_rank in gathered for told in of_rank)

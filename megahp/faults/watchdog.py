@@ -39,9 +39,9 @@ OURS, THEIRS = f"{Path(megahp.__file__).parent}{os.sep}", f"{Path(dist.__file__)
 OPERATORS = torch._ops.__file__  # through which functional collectives are called
 
 
-def patience(hang_after: float) -> timedelta:
+def collective_timeout(hang_after: float) -> timedelta:
     """How long collectives wait before they fail: longer than the watchdog, which says why."""
-    return timedelta(seconds=hang_after) + launch.PATIENCE if hang_after else timedelta(days=1)
+    return timedelta(seconds=hang_after) + launch.TIMEOUT if hang_after else timedelta(days=1)
 
 
 class Watchdog:
@@ -88,7 +88,7 @@ class Watchdog:
             if now - before > ASLEEP:  # this process was stopped, by a job that Slurm suspended say, and ranks with it
                 self.since += now - before
             before = now
-            place = place_of(self.training)
+            place = stack_position(self.training)
             self.looks += 1
             self.waits += bool(place["collective"])
             if self.hang_after and time.monotonic() - self.since > self.hang_after:
@@ -102,8 +102,8 @@ class Watchdog:
         unanswered.start()
         try:
             said = self._exchange(own)
-            if launch.is_first_to_tell(self.store, "hang"):
-                print(f"megahp: {verdict(said, self.ranks, self.hang_after)}", file=sys.stderr, flush=True)
+            if launch.is_first_to_report(self.store, "hang"):
+                print(f"megahp: {hang_report(said, self.ranks, self.hang_after)}", file=sys.stderr, flush=True)
         except (RuntimeError, Fault):
             self._end_alone(own)
         os._exit(HANG)
@@ -127,7 +127,7 @@ class Watchdog:
         return said
 
 
-def place_of(thread: int) -> dict[str, str]:
+def stack_position(thread: int) -> dict[str, str]:
     """Where a thread of this process stands: the collective it is in, if it is in one, and the line of ours that
     called it."""
     frame: FrameType | None = sys._current_frames().get(thread)
@@ -150,7 +150,7 @@ def stragglers(stages: Sequence[int], busy: Sequence[float]) -> dict[int, str]:
     return found
 
 
-def verdict(said: Mapping[int, Mapping[str, Any]], ranks: int, seconds: float) -> str:
+def hang_report(said: Mapping[int, Mapping[str, Any]], ranks: int, seconds: float) -> str:
     """Who holds up the others, in one line: ranks that do not answer; else those that are in no collective; else those
     in another than most."""
     silent = [rank for rank in range(ranks) if rank not in said]

@@ -39,7 +39,7 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
 
 def _told_place(environment: Mapping[str, str]) -> World:
     # fewer ranks than tasks that srun has started: left over from where the job was submitted
-    left_over = "SLURM_STEP_ID" in environment and whole_number(environment, "WORLD_SIZE", 0) < whole_number(
+    left_over = "SLURM_STEP_ID" in environment and int_variable(environment, "WORLD_SIZE", 0) < int_variable(
         environment, "SLURM_STEP_NUM_TASKS", 0
     )
     if "WORLD_SIZE" in environment and not left_over:
@@ -47,15 +47,15 @@ def _told_place(environment: Mapping[str, str]) -> World:
             raise UserError(
                 "WORLD_SIZE is set and RANK is not; start with --ranks, torchrun, mpirun or srun, or unset it"
             )
-        rank, size, local_rank = (whole_number(environment, name, 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        rank, size, local_rank = (int_variable(environment, name, 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         tasks = _tasks_of_nodes(environment)  # enroot's hook leaves out LOCAL_WORLD_SIZE
-        here = tasks[whole_number(environment, "SLURM_NODEID")] if tasks and sum(tasks) == size else size
-        return World(rank, size, local_rank, whole_number(environment, "LOCAL_WORLD_SIZE", here))
-    if names := mpirun_names(environment):
-        return World(*(whole_number(environment, name) for name in names))
+        here = tasks[int_variable(environment, "SLURM_NODEID")] if tasks and sum(tasks) == size else size
+        return World(rank, size, local_rank, int_variable(environment, "LOCAL_WORLD_SIZE", here))
+    if names := mpirun_variables(environment):
+        return World(*(int_variable(environment, name) for name in names))
     if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
-        rank, size, local_rank, node = (whole_number(environment, name) for name in names)
+        rank, size, local_rank, node = (int_variable(environment, name) for name in names)
         return World(rank, size, local_rank, _tasks_of_nodes(environment)[node])
     if "PMI_RANK" in environment:
         raise UserError(
@@ -64,17 +64,17 @@ def _told_place(environment: Mapping[str, str]) -> World:
     return World()
 
 
-def all_here(place: World, environment: Mapping[str, str] = os.environ) -> bool:
+def is_single_node(place: World, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether all ranks are known to be on this machine, which WORLD_SIZE without LOCAL_WORLD_SIZE does not tell."""
     tasks = sum(_tasks_of_nodes(environment))
     told = "WORLD_SIZE" not in environment or "LOCAL_WORLD_SIZE" in environment or tasks == place.size
     return place.local_size == place.size and told
 
 
-def launch_of(environment: Mapping[str, str]) -> str:
+def launch_id(environment: Mapping[str, str]) -> str:
     """What the ranks of one launch know, and those of another do not: the torchrun, the mpirun, or the job step in this
     of its lives."""
-    if mpirun_names(environment):
+    if mpirun_variables(environment):
         names: tuple[str, ...] = ("PMIX_NAMESPACE",)
     elif "WORLD_SIZE" in environment:
         names = ("TORCHELASTIC_RUN_ID",)  # each torchrun counts restarts by itself
@@ -86,14 +86,14 @@ def launch_of(environment: Mapping[str, str]) -> str:
 def node_name(environment: Mapping[str, str] = os.environ) -> str:
     """What Slurm calls this machine, which is what --exclude wants, else its short host name. Under mpirun it is the
     latter, for Hydra hands its own machine's variables to all."""
-    told = "" if mpirun_names(environment) else environment.get("SLURMD_NODENAME", "")
+    told = "" if mpirun_variables(environment) else environment.get("SLURMD_NODENAME", "")
     return told or socket.gethostname().split(".")[0]
 
 
-def ranks_of_nodes(size: int, environment: Mapping[str, str] = os.environ) -> dict[str, int]:
+def ranks_per_node(size: int, environment: Mapping[str, str] = os.environ) -> dict[str, int]:
     """How many of so many ranks each node of this job step has, in Slurm's order; nothing where srun started others."""
     tasks = _tasks_of_nodes(environment)
-    hosts = hosts_of(environment.get("SLURM_STEP_NODELIST", ""))
+    hosts = expand_hostlist(environment.get("SLURM_STEP_NODELIST", ""))
     return dict(zip(hosts, tasks, strict=True)) if sum(tasks) == size and len(tasks) == len(hosts) else {}
 
 
@@ -101,7 +101,7 @@ def has_own_device(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether a rank that sees one GPU sees its own: where srun has started several tasks on this node, which
     --gpus-per-task or --gpu-bind=single show one each. If they share it after all, NCCL says so."""
     tasks = _tasks_of_nodes(environment)
-    return bool(tasks) and tasks[whole_number(environment, "SLURM_NODEID", 0)] > 1
+    return bool(tasks) and tasks[int_variable(environment, "SLURM_NODEID", 0)] > 1
 
 
 def is_local_rank0(environment: Mapping[str, str] = os.environ) -> bool:
@@ -110,7 +110,7 @@ def is_local_rank0(environment: Mapping[str, str] = os.environ) -> bool:
     return next((environment[name] for name in names if name in environment), "0") == "0"
 
 
-def whole_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+def int_variable(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     """A variable that is a number. Raises UserError."""
     if name not in environment and default is not None:
         return default
@@ -122,12 +122,12 @@ def whole_number(environment: Mapping[str, str], name: str, default: int | None 
         ) from None
 
 
-def mpirun_names(environment: Mapping[str, str]) -> tuple[str, ...] | None:
+def mpirun_variables(environment: Mapping[str, str]) -> tuple[str, ...] | None:
     """The names of the variables of the mpirun that started this process."""
     return next((names for names in (OPEN_MPI, HYDRA) if all(name in environment for name in names)), None)
 
 
-def hosts_of(nodes: str) -> list[str]:
+def expand_hostlist(nodes: str) -> list[str]:
     """The names in a node list of Slurm's: n[08-10,12],m1 -> n08 n09 n10 n12 m1."""
     found = []
     for name in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
@@ -145,5 +145,5 @@ def _numbers(ranges: str) -> list[str]:
 
 def _tasks_of_nodes(environment: Mapping[str, str]) -> list[int]:
     """How many ranks srun has started on each node of its step, 2(x3),1 -> 2 2 2 1; nothing where it was mpirun."""
-    text = "" if mpirun_names(environment) else environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    text = "" if mpirun_variables(environment) else environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]

@@ -41,11 +41,11 @@ def spawn(
 
     def pass_on(number: int, _: object) -> None:
         notices.append((time.monotonic(), number))
-        again = is_again(number, notices[-1][0] - notices[0][0])  # a rank that hangs would not take it
+        again = is_repeat(number, notices[-1][0] - notices[0][0])  # a rank that hangs would not take it
         for process in processes:
             process.send_signal(signal.SIGKILL if again else number)
 
-    before = {number: signal.signal(number, pass_on) for number in heard()}
+    before = {number: signal.signal(number, pass_on) for number in notice_signals()}
     try:
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -60,7 +60,7 @@ def spawn(
         code = _first_failure(codes)
         if not notices:
             return code
-        is_once = not any(is_again(number, when - notices[0][0]) for when, number in notices)
+        is_once = not any(is_repeat(number, when - notices[0][0]) for when, number in notices)
         if at_notice is not None and is_once and code in (128 + number for _, number in notices):
             return at_notice
         return code if code in FINAL else 128 + notices[0][1]
@@ -70,14 +70,14 @@ def spawn(
             signal.signal(number, handler)
 
 
-def heard() -> list[signal.Signals]:
+def notice_signals() -> list[signal.Signals]:
     """Return the signals that give notice, without those that whoever started this process wants ignored: a hang-up
     under nohup, ctrl-C in the background of a script."""
     theirs = (signal.SIGHUP, signal.SIGINT)
     return [number for number in NOTICES if number not in theirs or signal.getsignal(number) != signal.SIG_IGN]
 
 
-def is_again(number: int, since: float) -> bool:
+def is_repeat(number: int, since: float) -> bool:
     """Return whether a signal, so many seconds since the first notice, is a second one and not its echo."""
     return since > (SAME_KEY if number == signal.SIGINT else SAME)
 

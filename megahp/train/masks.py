@@ -75,7 +75,7 @@ class Masks:
             grads[place].mul_(self.masks[name].view(torch.uint8))  # by bool a CPU takes four times as long
 
     @torch.no_grad()
-    def look(self, plan: StepPlan, progress: Progress) -> MaskChange | None:
+    def update(self, plan: StepPlan, progress: Progress) -> MaskChange | None:
         """Change the masks, and with them weights and moments, if that is due after the step of this plan, which
         `progress` counts already."""
         if self.sparsity.method == "gradual":

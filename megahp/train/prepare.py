@@ -73,7 +73,7 @@ def prepare(
 
 def newest(config: Config) -> checkpoint.Location | None:
     """The checkpoint that a resumed run would go on from. Raises UserError."""
-    return checkpoint.first_whole(checkpoint.candidates(config.directory / "checkpoints", config.checkpoint.remote))
+    return checkpoint.first_valid(checkpoint.candidates(config.directory / "checkpoints", config.checkpoint.remote))
 
 
 def refuse_without_checkpoint(config: Config) -> None:

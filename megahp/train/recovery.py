@@ -10,7 +10,7 @@ from megahp import checkpoint
 from megahp.data.loader import Loader
 from megahp.errors import Fault, UserError
 from megahp.faults.copies import check_copies
-from megahp.faults.suspects import WEIGHT, among_weights, first_of, watching
+from megahp.faults.suspects import WEIGHT, find_in_weights, first_suspects, watch_layers
 from megahp.faults.watchdog import Watchdog
 from megahp.scaling.batch import StepPlan
 from megahp.train.reporter import Reporter
@@ -46,13 +46,13 @@ def compute_with_retry(
     if overflown or run.skipped_in_a_row:
         return step, Verdict("skip", "the gradient is not finite")
     run.engine.zero()
-    with watching(run.engine.model.stages, run.samples(plan)) as found:
+    with watch_layers(run.engine.model.stages, run.samples(plan)) as found:
         step = compute()
     if step.measured.finite:
         reporter.event("repeated", "the gradient was not finite, and is, computed again: a passing fault", run.progress)
         return step, judge_spike(run, step.measured, reporter)
     grads = dict(zip(run.engine.trained, step.grads, strict=True))
-    suspects = first_of([*found, *among_weights(run.engine.weights, grads)])
+    suspects = first_suspects([*found, *find_in_weights(run.engine.weights, grads)])
     why = "; ".join(map(str, suspects)) or "the loss is not finite"
     if suspects and suspects[0].kind == WEIGHT:  # skipping will not help
         check_copies(run.engine.weights, run.engine.rows, run.mesh)
@@ -64,7 +64,7 @@ def compute_with_retry(
 def judge_spike(run: Run, measured: Measurement, reporter: Reporter) -> Verdict:
     """What becomes of a step whose gradients are finite: where its loss or its gradient norm is a spike, what
     resilience.spikes says."""
-    spike = run.spikes.look(measured.loss, measured.grad_norm)
+    spike = run.spikes.update(measured.loss, measured.grad_norm)
     if not spike:
         return Verdict("update")
     reporter.event("spike", spike, run.progress, loss=measured.loss, grad_norm=measured.grad_norm)

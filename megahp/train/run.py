@@ -23,7 +23,7 @@ from megahp.scaling.batch import BatchScheduler, Change, Progress, StepPlan
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
 from megahp.train.prepare import initial_batch_state
-from megahp.train.step import LossScale, first_scale
+from megahp.train.step import LossScale, initial_loss_scale
 from megahp.train.trainer import Trainer
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ class Run(Trainer):
         self.saved_at = self.progress.step
         self.optimizer.updates = updates
         self.loss_scale = LossScale(**state["loss_scale"])
-        self.spikes.restore(state["spikes"])
+        self.spikes.load_state(state["spikes"])
         if self.config.train.noise_scale:
             self.noise.restore(state["noise_scale"])
         return state
@@ -162,7 +162,7 @@ def state_of_weights(config: Config) -> dict[str, Any]:
         "updates": 0,
         "noise_scale": NoiseScale(1.0).state(),
         "batch_plan": BatchScheduler(config, 1).state(),
-        "loss_scale": vars(first_scale(config.train.dtype)),
+        "loss_scale": vars(initial_loss_scale(config.train.dtype)),
         "spikes": Spikes(config.resilience).state(),
         "wandb_id": new_id(),
         "data": None,

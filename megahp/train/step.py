@@ -197,6 +197,6 @@ class LossScale:
             self.value, self.steps = self.value * 2, 0
 
 
-def first_scale(dtype: str) -> LossScale:
+def initial_loss_scale(dtype: str) -> LossScale:
     """The loss scale a run of train.dtype begins with."""
     return LossScale(FIRST_SCALE if dtype == "float16" else 1.0)

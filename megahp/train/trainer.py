@@ -15,7 +15,7 @@ from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
 from megahp.train.masks import MaskChange, Masks
 from megahp.train.optimizer import make_optimizer
-from megahp.train.step import Engine, Measurement, clip, first_scale
+from megahp.train.step import Engine, Measurement, clip, initial_loss_scale
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Trainer:
         self.masks = Masks(config, self.engine, self.optimizer)
         self.progress = Progress()
         self.batch_scheduler = BatchScheduler(config, mesh.layout.dp)
-        self.loss_scale = first_scale(config.train.dtype)
+        self.loss_scale = initial_loss_scale(config.train.dtype)
         self.reset_noise()
 
     def reset_noise(self) -> None:
@@ -106,7 +106,7 @@ class Trainer:
             self.noise.numbers()[self.batch_scheduler.sees] if is_decision_step else None
         )  # policies that measure see it at looks
         change = self.batch_scheduler.look(self.progress, noise)
-        return change, self.masks.look(plan, self.progress) if updated else None
+        return change, self.masks.update(plan, self.progress) if updated else None
 
     def microbatches(self, loader: Loader, plan: StepPlan) -> Iterator[Batch]:
         """This rank's microbatches of one step; while each computes, the one after it is read."""
