@@ -25,7 +25,7 @@ from megahp.commands.arguments import add_run_file, starts_ranks
 from megahp.config import Config, resolve
 from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import FAULT, FINISHED, STOPPED, USER_ERROR
-from megahp.faults.notice import leave_at_notice
+from megahp.faults.notice import exit_on_signals
 from megahp.log.streams import outlive_streams
 from megahp.parallel.layout import Layout, fit
 
@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace, words: Sequence[str]) -> int:
     """Check, then start ranks or be one. What needs torch is imported once the settings are known to be right."""
     outlive_streams()  # first: a pipe must not become a stream that was closed
-    leave_at_notice()
+    exit_on_signals()
     config = resolve.load(options.run_file, options.overrides).config
     place = launch.world()
     ranks = place.size if options.ranks is None else options.ranks

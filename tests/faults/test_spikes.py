@@ -58,8 +58,8 @@ def test_one_spike_does_not_hide_the_next_and_a_new_level_becomes_normal() -> No
 def test_what_is_saved_goes_on_as_if_it_had_not_been() -> None:
     one, other = Spikes(SETTINGS), Spikes(SETTINGS)
     for loss in losses(40).tolist():
-        one.look(loss, 1.0)
+        one.update(loss, 1.0)
     other.load_state(one.state())
     more = [*losses(60, seed=3).tolist(), math.pi * 1000]
-    assert [one.look(loss, 2.0) for loss in more] == [other.look(loss, 2.0) for loss in more]
+    assert [one.update(loss, 2.0) for loss in more] == [other.update(loss, 2.0) for loss in more]
     assert one.state() == other.state()
