@@ -29,7 +29,7 @@ SPANNED = {
     "ops/test_norm.py": "model/norm commands/benchmark_norm",
     "recipe/test_rows.py": "recipe/text scaling/laws",
     "report/test_page.py": "commands/report",
-    "scaling/batch/test_plan.py": "scaling/batch/policies/constant scaling/batch/policies/policy",
+    "scaling/batch/test_scheduler.py": "scaling/batch/policies/constant scaling/batch/policies/policy",
     "slurm/test_jobs.py": "commands/requeue",
     "test_bad_input.py": "commands/config commands/sample errors exit_codes train/prepare",
     "test_cli.py": "__main__",
