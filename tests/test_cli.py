@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -143,6 +144,23 @@ def test_what_nobody_caught_is_one_line_of_every_rank(
     monkeypatch.setattr(module, "run", Mock(side_effect=error))
     assert cli.main(command.split()) == (2 if is_user_error or command.startswith("report") else FAULT)
     assert capsys.readouterr().err.rstrip("\n") == told.rstrip()
+
+
+def test_log_records_are_lines_of_stderr_without_passwords(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once each, however often a command has run in this process, on the stderr of the moment; none that fails to be
+    written raises."""
+    for _ in range(2):
+        assert cli.main(["runs", "nowhere"]) == 2
+    log = logging.getLogger("megahp.launch.rendezvous")
+    capsys.readouterr()
+    log.warning("waiting for s3://me:secret@host/run")
+    assert capsys.readouterr().err == "megahp: waiting for s3://me:***@host/run\n"
+    for error in (OSError(28, "No space left on device"), ValueError("I/O operation on closed file")):
+        monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=error)))
+        log.warning("a line that nobody reads")
+        assert sys.stderr.write.called
 
 
 def test_tools_are_the_same_commands_by_path(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ranks: who a process is (environment), how they meet and leave (rendezvous), starting them here (processes)."""
+"""Ranks: who a process is (environment), how ranks meet and exit (rendezvous), starting local ones (processes)."""
 
 from megahp.launch.environment import (
     World,
