@@ -1,10 +1,10 @@
-"""The tensors of one checkpoint: safetensors files, and a JSON index that says where every chunk of every tensor lies.
-Nothing that is read, from a file or from another rank, is ever executed.
+"""The tensors of one checkpoint: safetensors files, and a JSON index of where every chunk of every tensor lies. Nothing
+that is read, from a file or from another rank, is ever executed.
 
 step-00000100/{shard-00000.safetensors, ..., index.json, state.json, manifest.json}
 
-PyTorch's DCP says which chunks a rank holds, and which bytes a rank on another layout needs. Its collectives pickle
-what they send, so ours say who writes what.
+PyTorch's DCP plans which chunks a rank holds, and which bytes a rank on another layout needs. Its collectives pickle
+what they send, so ours decide who writes what.
 """
 
 import hashlib
@@ -46,12 +46,13 @@ DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bf
 DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)}
 
 
-class Damaged(UserError):
-    """A file of a checkpoint is missing or is not what was written."""
+class DamagedError(UserError):
+    """A checkpoint, or a file of it, is missing or is not what was written. An older checkpoint may serve."""
 
 
 class UnreadableError(UserError):
-    """Something there cannot be read, so nobody knows whether it is missing, whole or damaged."""
+    """A file cannot be read, so it is not known whether it is missing, whole or damaged. No older checkpoint may serve
+    in its stead: a passing failure of a disk would lose the steps since."""
 
     def __init__(self, why: str, may_pass: bool = False) -> None:
         super().__init__(why)
@@ -59,19 +60,19 @@ class UnreadableError(UserError):
 
 
 class UploadError(UserError):
-    """A checkpoint is whole, and its copy elsewhere is not."""
+    """A checkpoint is whole on this disk, but not copied to checkpoint.remote."""
 
 
-ERRORS = (UploadError, UnreadableError, UserError, OSError)  # that ranks tell each other as they are
+ERRORS = (UploadError, UnreadableError, DamagedError, UserError, OSError)  # that keep their class between ranks
 
 
 @contextmanager
 def reading(path: Location) -> Iterator[None]:
-    """Raise Damaged where this file is missing, and UnreadableError where the system refuses to read it."""
+    """Raise DamagedError where this file is missing, and UnreadableError where the system refuses to read it."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
-        raise Damaged(f"{path.name} is missing") from None
+        raise DamagedError(f"{path.name} is missing") from None
     except OSError as error:
         raise unreadable(path, error) from None
 
@@ -81,6 +82,21 @@ def unreadable(path: Location, error: OSError) -> UnreadableError:
     return UnreadableError(why, may_pass=not is_user_error(error))
 
 
+@contextmanager
+def naming(checkpoint: Location) -> Iterator[None]:
+    """Raise a DamagedError of one of a checkpoint's files as the checkpoint's, with its name and the remedy."""
+    try:
+        yield
+    except DamagedError as error:
+        raise damaged(checkpoint, error) from None
+
+
+def damaged(checkpoint: Location, why: object) -> DamagedError:
+    return DamagedError(
+        f"checkpoint {checkpoint} is damaged ({why}); remove {checkpoint}: the one before it then serves"
+    )
+
+
 def write(
     tensors: Mapping[str, Tensor],
     folder: Path,
@@ -88,20 +104,23 @@ def write(
     publish: Callable[[], None],
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Write the tensors of a checkpoint, whatever their layout, as one of the group's ranks, which all call this. Each
-    chunk is written once, by that of its holders which has least to write. The first rank calls begin(bytes) before
-    anything is written, and publish() when all is. What fails on one rank is raised on all."""
+    """Write the tensors of a checkpoint, whatever their layout, as one of the group's ranks, which all call this.
+
+    Each chunk is written once, by the one of its holders that has least to write. Rank 0 calls begin(bytes) before
+    anything is written, and publish() after everything is. A failure on one rank is raised on all, so that none waits
+    for another and none publishes what is incomplete.
+    """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), is_coordinator=True)
     items = {_key(item): item for item in planner.create_local_plan().items}
     held = gather_results(lambda: {key: item.tensor_storage_size() for key, item in items.items()}, group, ERRORS)
 
-    def deal() -> dict[str, int]:
-        writers, size = _writers(held)
+    def assign() -> dict[str, int]:
+        writers, size = _assign_writers(held)
         begin(size)
         return writers
 
-    writers = on_rank0(deal, group, ERRORS)
+    writers = on_rank0(assign, group, ERRORS)
     rank = dist.get_rank(group)
 
     def write_own() -> list[tuple[str, dict[str, Any]]]:
@@ -121,28 +140,31 @@ def write(
 
 
 def write_shard(items: Mapping[str, WriteItem], planner: SavePlanner, path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Write chunks as one file. Returns each one's tensor and what the index says of it."""
-    parts, entries = {}, []
+    """Write chunks as one file. Returns for each the name of its tensor and its entry in the index."""
+    parts = {}
     for key, item in items.items():
         value = planner.resolve_data(item)
         assert isinstance(value, Tensor)
         parts[key] = (_data(item).chunk.offsets, value.cpu().contiguous())
-    for key, location in _write(parts, path).items():
+    entries = []
+    for key, chunk in _write(parts, path).items():
         data = _data(items[key])
-        entries.append((items[key].index.fqn, _entry(data.properties.dtype, data.size, [location])))
+        entries.append((items[key].index.fqn, _entry(data.properties.dtype, data.size, [chunk])))
     return entries
 
 
 def fill(folder: Location, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors, in place and on whatever layout they have, from a checkpoint: each rank reads what it holds.
-    Raises Damaged for what is not what was written, UnreadableError, and what DCP raises for what does not fit."""
+
+    Raises DamagedError for what is not what was written, UnreadableError, and what DCP raises for what does not fit.
+    """
     index = read_index(folder)
     chunks = {
         MetadataIndex(name, torch.Size(chunk.offsets)): chunk
         for name, tensor in index.items()
         for chunk in tensor["chunks"]
     }
-    described: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         name: TensorStorageMetadata(
             TensorProperties(dtype=DTYPES[tensor["dtype"]]),
             torch.Size(tensor["shape"]),
@@ -151,25 +173,26 @@ def fill(folder: Location, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in index.items()
     }
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(tensors), Metadata(described), is_coordinator=True)
+    planner.set_up_planner(dict(tensors), Metadata(metadata), is_coordinator=True)
 
-    def location(item: ReadItem) -> tuple[str, int]:
+    def position(item: ReadItem) -> tuple[str, int]:
         chunk = chunks[item.storage_index]
         return chunk.file, chunk.begin
 
-    for (file, _), items in groupby(sorted(planner.create_local_plan().items, key=location), location):
-        wanted = list(items)
-        chunk, name = chunks[wanted[0].storage_index], wanted[0].storage_index.fqn
+    # in the order of the files, and each chunk once: several parts of a tensor on this rank may lie in one
+    for (file, _), group in groupby(sorted(planner.create_local_plan().items, key=position), position):
+        items = list(group)
+        chunk, name = chunks[items[0].storage_index], items[0].storage_index.fqn
         values = read_chunk(folder / file, chunk, DTYPES[index[name]["dtype"]], name)
-        for item in wanted:
+        for item in items:
             target = planner.resolve_tensor(item).detach()
-            if target.dtype != values.dtype:
-                raise Damaged(f"{folder / INDEX}: {name} is of {values.dtype}, and must be of {target.dtype}")
+            if target.dtype != values.dtype:  # copy_ would convert in silence
+                raise UserError(f"{folder / INDEX}: {name} is of {values.dtype}, and must be of {target.dtype}")
             target.copy_(values[_window(item.storage_offsets, item.lengths)])
 
 
 class ByName(Mapping[str, Tensor]):
-    """Tensors by name, each read when it is asked for. index: what there is to know of each."""
+    """Tensors by name, each read from its file on access. index: metadata by name."""
 
     index: Mapping[str, Any]
 
@@ -181,94 +204,100 @@ class ByName(Mapping[str, Tensor]):
 
 
 class Tensors(ByName):
-    """The whole tensors of a checkpoint by name, each read when it is asked for, on the CPU."""
+    """The whole tensors of a checkpoint by name, each read on access, to the CPU."""
 
     def __init__(self, folder: Location) -> None:
-        self.folder, self.index = folder, read_index(folder)
+        self.folder = folder
+        with naming(folder):
+            self.index = read_index(folder)
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.index[name]
         whole = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
         for chunk in entry["chunks"]:
-            part = read_chunk(self.folder / chunk.file, chunk, whole.dtype, name)
+            with naming(self.folder):
+                part = read_chunk(self.folder / chunk.file, chunk, whole.dtype, name)
             whole[_window(chunk.offsets, chunk.shape)] = part
         return whole
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
-    """Write whole tensors, one after another, as files of `limit` bytes at most and an index."""
+    """Write whole tensors, one after another, as files of at most `limit` bytes and an index."""
     index = {}
-    for number, together in enumerate(in_files(tensors, limit)):
-        parts = {name: ([0] * tensor.dim(), tensor) for name, tensor in together.items()}
-        for name, location in _write(parts, folder / f"shard-{number:05d}.safetensors").items():
-            index[name] = _entry(together[name].dtype, together[name].shape, [location])
+    for number, group in enumerate(in_files(tensors, limit)):
+        parts = {name: ([0] * tensor.dim(), tensor) for name, tensor in group.items()}
+        for name, chunk in _write(parts, folder / f"shard-{number:05d}.safetensors").items():
+            index[name] = _entry(group[name].dtype, group[name].shape, [chunk])
     _write_index(folder, index)
 
 
 def in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors in their order, as many at a time as have `limit` bytes, or one that has more. What was given out is
+    """Yield the tensors in their order, in groups of at most `limit` bytes, or of one tensor that has more. A group is
     emptied when the next is asked for, so that only one file's tensors are in memory."""
-    together: dict[str, Tensor] = {}
+    group: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
-        if together and size + tensor.nbytes > limit:
-            yield together
-            together.clear()
+        if group and size + tensor.nbytes > limit:
+            yield group
+            group.clear()
             size = 0
-        together[name] = tensor.contiguous()
+        group[name] = tensor.contiguous()
         size += tensor.nbytes
-    yield together
+    yield group
 
 
 def read_json(path: Location) -> bytes:
-    """Return a JSON file of a checkpoint. Raises Damaged, or UnreadableError."""
+    """Return a JSON file of a checkpoint. Raises DamagedError, or UnreadableError."""
     with reading(path):
         if size_of(path) > LARGEST_JSON:
-            raise Damaged(f"{path.name} has {size_of(path):,} bytes, and {LARGEST_JSON:,} is the most")
+            raise DamagedError(f"{path.name} has {size_of(path):,} bytes, and {LARGEST_JSON:,} is the most")
         return path.read_bytes()
 
 
 def size_of(path: Location) -> int:
-    """Return a file's bytes. Raises Damaged for what is none, such as a pipe, OSError, and UserError for a link."""
+    """Return a file's size in bytes. Raises DamagedError for what is no file, such as a pipe, UserError for a link, and
+    OSError."""
     if isinstance(path, Remote):
         return path.stat().st_size
     refuse_link(path)
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
-        raise Damaged(f"{path.name} is no regular file")
+        raise DamagedError(f"{path.name} is no regular file")
     return status.st_size
 
 
 def read_index(folder: Location) -> dict[str, schema.Stored]:
-    """Return every tensor's dtype, shape and chunks. Raises Damaged unless chunks, in files of this folder, fill every
-    tensor, none of it twice."""
+    """Return every tensor's dtype, shape and chunks. Raises DamagedError unless chunks, in files of this folder, cover
+    every tensor exactly once."""
     try:
         tensors: dict[str, schema.Stored] = schema.checked(schema.INDEX, read_json(folder / INDEX))["tensors"]
         for name, tensor in tensors.items():
             _check(name, tensor)
     except ValueError as error:
-        raise Damaged(f"{folder / INDEX}: {error}") from None
+        raise DamagedError(f"{folder / INDEX}: {error}") from None
     return tensors
 
 
 def read_chunk(path: Location, chunk: Chunk, dtype: torch.dtype, name: str) -> Tensor:
-    """One chunk's values. Raises Damaged, or UnreadableError."""
+    """Return one chunk's values. Raises DamagedError, or UnreadableError."""
     with reading(path), path.open("rb") as file:
         file.seek(chunk.begin)
         data = bytearray(file.read(chunk.bytes))
+    # the manifest's SHA-256 is of what the disk gave back after writing; this sum, of what was in memory
     if len(data) != chunk.bytes or zlib.crc32(data) != chunk.crc32:
-        raise Damaged(f"{path}: the part of {name} at byte {chunk.begin} is not what was written")
+        raise DamagedError(f"{path}: the part of {name} at byte {chunk.begin} is not what was written")
     values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     return values.view(torch.Size(chunk.shape))
 
 
 def digest(path: Location) -> str:
-    """SHA-256 of a file. Raises Damaged, or UnreadableError."""
+    """Return the SHA-256 of a file. Raises DamagedError, or UnreadableError."""
     with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_synced(target: Path, text: str) -> None:
+    """Write a file that outlives a power cut, once its folder is synced too."""
     with target.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -276,7 +305,7 @@ def write_synced(target: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """See to it that a file's bytes, or a folder's entries, outlive a power cut."""
+    """Flush a file's bytes, or a folder's entries, to the disk, to outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -287,7 +316,8 @@ def _check(name: str, tensor: schema.Stored) -> None:
     if tensor["dtype"] not in DTYPES:
         raise ValueError(f"{name} is of {tensor['dtype']}, which is none of {', '.join(DTYPES)}")
     shape, size = tensor["shape"], DTYPES[tensor["dtype"]].itemsize
-    # along the axis that is cut most often each chunk has few to be compared with: those that reach beyond its begin
+    # not all pairs, which are too many on many ranks: a sweep along the axis that is cut most often compares each chunk
+    # with the earlier ones that reach beyond its start
     begins = list(zip(*(chunk.offsets for chunk in tensor["chunks"]), strict=False))
     axis = max(range(len(begins)), key=lambda axis: len(set(begins[axis])), default=0)
     near: list[Chunk] = []
@@ -297,10 +327,11 @@ def _check(name: str, tensor: schema.Stored) -> None:
         )
         if not fits or chunk.bytes != math.prod(chunk.shape) * size:
             raise ValueError(f"a part of {name} makes no sense: {chunk}")
-        near = [each for each in near if not shape or each.offsets[axis] + each.shape[axis] > chunk.offsets[axis]]
-        if chunk.bytes and any(_overlap(each, chunk) for each in near):
+        near = [other for other in near if not shape or other.offsets[axis] + other.shape[axis] > chunk.offsets[axis]]
+        if chunk.bytes and any(_overlap(other, chunk) for other in near):
             raise ValueError(f"{name} has a part twice: {chunk}")
         near.append(chunk)
+    # none overlaps and none reaches outside: they cover it if they have as many values
     if sum(math.prod(chunk.shape) for chunk in tensor["chunks"]) != math.prod(shape):
         raise ValueError(f"the parts of {name} do not make it whole")
 
@@ -311,25 +342,25 @@ def _overlap(one: Chunk, other: Chunk) -> bool:
 
 
 def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> dict[str, Chunk]:
-    """Write a safetensors file, to the disk, of parts of tensors: key -> offsets and contiguous values. Returns where
-    each lies."""
+    """Write parts of tensors (key -> offsets, contiguous values) as a safetensors file, synced. Returns the chunks."""
     save_file({key: values for key, (_, values) in parts.items()}, path)
     with suppress(OSError):  # of file systems without modes
-        path.chmod(path.parent.stat().st_mode & 0o666)  # by the umask, as its folder is; the library's own is 0600
+        path.chmod(path.parent.stat().st_mode & 0o666)  # as the umask has made its folder; the library's own is 0600
     sync(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    places = {}
+    chunks = {}
     for key, (offsets, values) in parts.items():
         data = values.reshape(-1).view(torch.uint8).numpy().data
         begin = 8 + length + header[key]["data_offsets"][0]
-        places[key] = Chunk(list(offsets), list(values.shape), path.name, begin, len(data), zlib.crc32(data))
-    return places
+        chunks[key] = Chunk(list(offsets), list(values.shape), path.name, begin, len(data), zlib.crc32(data))
+    return chunks
 
 
-def _writers(held: Sequence[Mapping[str, int]]) -> tuple[dict[str, int], int]:
-    """The rank that writes each chunk which several hold, and the bytes of all. held: every rank's chunks and bytes."""
+def _assign_writers(held: Sequence[Mapping[str, int]]) -> tuple[dict[str, int], int]:
+    """Return the rank that writes each chunk which several hold, and the bytes of all. held: every rank's chunks and
+    their bytes."""
     holders: dict[str, list[int]] = {}
     for rank, own in enumerate(held):
         for key in own:
@@ -349,14 +380,15 @@ def _data(item: WriteItem) -> TensorWriteData:
 
 
 def _key(item: WriteItem) -> str:
-    """The name of a chunk: its tensor's, with the offsets where it is a part."""
+    """Return the name of a chunk in its file: its tensor's, with the offsets where it is a part."""
     data = _data(item)
-    whole = data.chunk.sizes == data.size
-    return item.index.fqn if whole else f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}"
+    if data.chunk.sizes == data.size:
+        return item.index.fqn
+    return f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}"
 
 
 def _entry(dtype: torch.dtype, shape: Sequence[int], chunks: Sequence[Chunk]) -> dict[str, Any]:
-    """What the index says of a tensor."""
+    """Return the index's entry of a tensor."""
     return {"dtype": str(dtype), "shape": list(shape), "chunks": [asdict(chunk) for chunk in chunks]}
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megahp.checkpoint.shards import Damaged, Tensors
+from megahp.checkpoint.shards import Tensors
 from megahp.commands.output import appearing
 from megahp.config import Config, resolve, with_values
 from megahp.convert import huggingface_folder, megatron
@@ -71,11 +71,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.text and arguments.no_check:
         raise UserError(f"--text {arguments.text} is for the check; leave it or --no-check out")
     refuse_files(arguments)
-    try:
-        with appearing(arguments.target) as partial:
-            tokenizer = (send if arguments.source_format == "megahp" else take)(arguments, partial)
-    except Damaged as error:
-        raise UserError(f"the checkpoint is damaged ({error}); convert another one") from None
+    with appearing(arguments.target) as partial:
+        tokenizer = (send if arguments.source_format == "megahp" else take)(arguments, partial)
     print(f"{arguments.target}: written, in files of up to {arguments.file_size:g} GB")
     return 0 if arguments.no_check else compare(arguments, tokenizer)
 

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahp.checkpoint.shards import Damaged, Tensors
+from megahp.checkpoint.shards import Tensors
 from megahp.commands.output import appearing
 from megahp.config import Config, config_to_dict, with_values
 from megahp.convert.run_directory import of_checkpoint, refuse_files, write_run
@@ -77,13 +77,10 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     size = max(config.model.vocab_size, len(new.tokens))
     wider = with_values(config, {"model.vocab_size": size, "data.sequence_length": longest(config)})
     tree = config_to_dict(with_values(wider, {"data.lengths": ()}))
-    try:
-        beginnings = begin(arguments, old, new)
-        with appearing(arguments.target) as partial:
-            tensors = extended(Tensors(path), wider, len(old.tokens), len(new.tokens), beginnings)
-            write_run(arguments, partial, tree, {}, new.named, tensors)
-    except Damaged as error:
-        raise UserError(f"a checkpoint is damaged ({error}); name another one") from None
+    beginnings = begin(arguments, old, new)
+    with appearing(arguments.target) as partial:
+        tensors = extended(Tensors(path), wider, len(old.tokens), len(new.tokens), beginnings)
+        write_run(arguments, partial, tree, {}, new.named, tensors)
     before, now = config.model.padded_vocab, wider.model.padded_vocab
     counts = {"mean": len(beginnings.parts), "projection": len(beginnings.known)}
     counts["zeros"] = len(new.tokens) - len(old.tokens) - sum(counts.values())
