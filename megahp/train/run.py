@@ -19,6 +19,7 @@ from megahp.log.wandb_log import new_id
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh
 from megahp.parallel.messages import on_rank0
+from megahp.parallel.parameters import storage
 from megahp.scaling.batch import BatchScheduler, Change, Progress, StepPlan
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
@@ -146,6 +147,9 @@ class Run(Trainer):
         updates = state["updates"] if self.config.train.weights == trained_before else 0
         # a checkpoint without updates may hold no moments: those of converted models do not
         checkpoint.load(path, self._tensors() if updates else self.engine.saved | self.masks.state())
+        if not updates:  # at a rewind, or after a damaged checkpoint, they are not 0
+            for moments in self.optimizer.state().values():
+                storage(moments).zero_()
         self.masks.measure()
         self.progress = Progress(**state["progress"])
         self.saved_at = self.progress.step
