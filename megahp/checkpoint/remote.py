@@ -10,15 +10,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fsspec import AbstractFileSystem, url_to_fs
 
 from megahp.errors import UserError, masked
-
-
-class Size(NamedTuple):
-    st_size: int  # bytes
 
 
 @dataclass(frozen=True, order=True)
@@ -46,14 +42,15 @@ class Remote:
         with self.open("rb") as file:
             return file.read()
 
-    def stat(self) -> Size:
+    def size(self) -> int:
+        """Return a file's bytes."""
         with self._file_system() as (system, path):
-            return Size(system.info(path)["size"])
+            return system.info(path)["size"]
 
     def exists(self) -> bool:
         """Return whether there is such a file or folder. Raises OSError where that cannot be known."""
         try:
-            self.stat()
+            self.size()
         except FileNotFoundError:
             return False
         return True

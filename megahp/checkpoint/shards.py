@@ -92,9 +92,7 @@ def naming(checkpoint: Location) -> Iterator[None]:
 
 
 def damaged(checkpoint: Location, why: object) -> DamagedError:
-    return DamagedError(
-        f"checkpoint {checkpoint} is damaged ({why}); remove {checkpoint}: the one before it then serves"
-    )
+    return DamagedError(f"checkpoint {checkpoint} is damaged ({why}); remove it: the one before it then serves")
 
 
 def write(
@@ -258,7 +256,7 @@ def size_of(path: Location) -> int:
     """Return a file's size in bytes. Raises DamagedError for what is no file, such as a pipe, UserError for a link, and
     OSError."""
     if isinstance(path, Remote):
-        return path.stat().st_size
+        return path.size()
     refuse_link(path)
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):

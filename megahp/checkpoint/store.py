@@ -305,7 +305,7 @@ def load(checkpoint: Location, tensors: Mapping[str, Tensor]) -> None:
             raise
         except Exception as error:  # DCP raises many kinds
             why = f"checkpoint {checkpoint} cannot be loaded ({_cause(error)})"
-            raise UserError(f"{why}; remove {checkpoint}: the one before it then serves") from None
+            raise UserError(f"{why}; remove it: the one before it then serves") from None
 
     gather_results(read, kinds=shards.ERRORS)
 

@@ -19,7 +19,11 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a value -> t
 def check_copies(weights: Mapping[str, Tensor], rows: Mapping[str, Row], mesh: Mesh) -> None:
     """Check that every weight is equal, to the bit, on all ranks that hold a copy of it. All ranks call this, and all
     raise Fault when a copy differs anywhere, naming weights and ranks."""
-    sums = {name: _sum_of_bits(weight) for name, weight in weights.items()}
+    sums = {}
+    for name, weight in weights.items():
+        # bit patterns as integers that wrap around: unlike in a sum of floats, any one flipped bit shows
+        part = storage(weight).contiguous()
+        sums[name] = part.view(BITS[part.itemsize]).sum(dtype=torch.int64)
     copied = {name: copied_over(weight, rows[name]) for name, weight in weights.items()}
     groups = [(axis, mesh.group(axis)) for axis in WITHIN_STAGE] + [("pp", mesh.ends)]
     differing: list[str] = []
@@ -49,10 +53,3 @@ def _compare(names: list[str], sums: Tensor, group: dist.ProcessGroup) -> list[s
         where = f"rank {', '.join(map(str, others))} is not what {len(ranks) - len(others)} ranks hold"
         differing.append(f"{names[column]} on {f'ranks {ranks[0]} and {ranks[1]}' if len(ranks) == 2 else where}")
     return differing
-
-
-def _sum_of_bits(weight: Tensor) -> Tensor:
-    """Return the sum of the bit patterns of this rank's part, as integers that wrap around: int64. Any one flipped bit
-    changes it, unlike a sum of floats."""
-    part = storage(weight)
-    return part.contiguous().view(BITS[part.itemsize]).sum(dtype=torch.int64)

@@ -31,9 +31,7 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
     found = _from_launcher(environment)
     if not (0 <= found.rank < found.size and 0 <= found.local_rank < found.local_size <= found.size):
         ranks = f"rank {found.rank} of {found.size}, {found.local_rank} of {found.local_size} on this machine"
-        raise UserError(
-            f"RANK, WORLD_SIZE or what the launcher sets in their place say {ranks}; unset what is left over"
-        )
+        raise UserError(f"RANK, WORLD_SIZE or the launcher's variables say {ranks}; unset what is left over")
     return found
 
 
@@ -44,9 +42,7 @@ def _from_launcher(environment: Mapping[str, str]) -> World:
     )
     if "WORLD_SIZE" in environment and not left_over:
         if "RANK" not in environment:
-            raise UserError(
-                "WORLD_SIZE is set and RANK is not; start with --ranks, torchrun, mpirun or srun, or unset it"
-            )
+            raise UserError("WORLD_SIZE is set and RANK is not; start with --ranks, torchrun or srun, or unset it")
         rank, size, local_rank = (int_variable(environment, name, 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         tasks = _tasks_per_node(environment)  # enroot's hook does not set LOCAL_WORLD_SIZE
         local_size = tasks[int_variable(environment, "SLURM_NODEID")] if tasks and sum(tasks) == size else size
@@ -58,9 +54,8 @@ def _from_launcher(environment: Mapping[str, str]) -> World:
         rank, size, local_rank, node = (int_variable(environment, name) for name in names)
         return World(rank, size, local_rank, _tasks_per_node(environment)[node])
     if "PMI_RANK" in environment:
-        raise UserError(
-            "PMI_RANK is set and MPI_LOCALRANKID is not; set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE"
-        )
+        others = "RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
+        raise UserError(f"PMI_RANK is set and MPI_LOCALRANKID is not; set {others}")
     return World()
 
 
@@ -115,12 +110,11 @@ def int_variable(environment: Mapping[str, str], name: str, default: int | None 
     """Return a variable as an integer. Raises UserError."""
     if name not in environment and default is not None:
         return default
+    value = environment.get(name, "")
     try:
-        return int(environment[name])
-    except (KeyError, ValueError):
-        raise UserError(
-            f"{name} = {environment.get(name, '')!r} is no whole number; the launcher should set it"
-        ) from None
+        return int(value)
+    except ValueError:
+        raise UserError(f"{name} = {value!r} is no whole number; the launcher should set it") from None
 
 
 def mpirun_variables(environment: Mapping[str, str]) -> tuple[str, ...] | None:

@@ -64,7 +64,7 @@ class Masks:
     def apply(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
         """Mask the gradients of a step, in place. grads: this rank's parts, in the order of the trained weights."""
         # RigL chooses by the gradients of masked weights, which are gone after this
-        needed = self.grad_index if self.sparsity.method == "rigl" and self._is_due(plan) else {}
+        needed = self.grad_index if self.sparsity.method == "rigl" and plan.step % self.sparsity.every == 0 else {}
         self.unmasked_grads = {name: grads[index].clone() for name, index in needed.items()}
         self.cover(grads)
 
@@ -77,9 +77,10 @@ class Masks:
     def update(self, plan: StepPlan, progress: Progress) -> MaskChange | None:
         """Change the masks, and with them weights and moments, if due after the step of this plan, which is already
         counted in `progress`."""
+        values = {name: storage(weight) for name, weight in self.weights.items()}
         if self.sparsity.method == "gradual":
-            return self._prune(plan, progress)
-        return self._replace(progress) if self.unmasked_grads else None
+            return self._prune(values, plan, progress)
+        return self._replace(values, progress) if self.unmasked_grads else None
 
     def measure(self) -> None:
         """Count what the masks keep: int64 [groups], and the density of all, 1 without any."""
@@ -90,37 +91,31 @@ class Masks:
         """Return the masks for a checkpoint, laid out as the weights are."""
         return {f"mask.{name}": like(self.weights[name], mask) for name, mask in self.masks.items()}
 
-    def _is_due(self, plan: StepPlan) -> bool:
-        return plan.step % self.sparsity.every == 0
-
-    def _prune(self, plan: StepPlan, progress: Progress) -> MaskChange | None:
+    def _prune(self, values: Parts, plan: StepPlan, progress: Progress) -> MaskChange | None:
         """Mask the smallest of all weights, down to the schedule's density."""
         sparsity = self.sparsity
         span = pruning_span(sparsity.density, sparsity.begin, sparsity.end)
-        # from the end of the schedule on any step is due, so that the final density does not wait for `every`
-        if not (progress.tokens >= span[1] * self.horizon or self._is_due(plan)):
+        # from the end of the schedule on every step is due, so that the final density does not wait
+        if progress.tokens < span[1] * self.horizon and plan.step % sparsity.every:
             return None
         density = density_at(progress.tokens / self.horizon, sparsity.density, span)
         target = (self.size.double() * density).round().long()
         if target >= self.kept:
             return None
-        masks, least = self.entries.largest(self._values(), self.masks, target)
+        masks, least = self.entries.largest(values, self.masks, target)
         return self._set(masks, f"weights below {least.item():.3g} are masked", least.item())
 
-    def _replace(self, progress: Progress) -> MaskChange | None:
+    def _replace(self, values: Parts, progress: Progress) -> MaskChange | None:
         """Replace the smallest weights of each matrix by as many masked ones. Those just masked may be chosen again,
         and then stay as they were."""
         share = replaced_at(progress.tokens / self.horizon, self.sparsity.drop, self.sparsity.end)
         if share == 0:
             return None
         replaced = (self.kept.double() * share).long()
-        left, _ = self.entries.largest(self._values(), self.masks, self.kept - replaced)
+        left, _ = self.entries.largest(values, self.masks, self.kept - replaced)
         grown, _ = self.entries.largest(self.unmasked_grads, {name: ~mask for name, mask in left.items()}, replaced)
         masks = {name: mask | grown[name] for name, mask in left.items()}
         return self._set(masks, f"{share:.3g} of each matrix's weights made room for others")
-
-    def _values(self) -> Parts:
-        return {name: storage(weight) for name, weight in self.weights.items()}
 
     def _set(self, masks: Parts, reason: str, threshold: float | None = None) -> MaskChange:
         """Set the masks, and zero the weights and moments that they mask."""

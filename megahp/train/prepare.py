@@ -51,9 +51,7 @@ def prepare(
     if config.directory.exists() and not config.directory.is_dir():
         raise UserError(f"{config.directory} is a file; choose another log.name")
     if not resume and (saved or (config.directory / "metrics.jsonl").exists()):
-        raise UserError(
-            f"{saved or config.directory} already exists; pass --resume auto to continue, or choose another log.name"
-        )
+        raise UserError(f"{saved or config.directory} already exists; pass --resume auto to continue, or set log.name")
     if resume and saved:
         state = checkpoint.read_state(saved)
         refuse_changes(config, state["config"], saved, {"always", "unless dense", "on resume"})
@@ -103,15 +101,12 @@ def check_batch(config: Config, layout: Layout, global_batch: int) -> None:
 def check_resumed_batch(config: Config, layout: Layout, state: Mapping[str, Any], path: checkpoint.Location) -> None:
     """Raise UserError when the layout cannot run the batch that a checkpoint leads to, or the run would stop at once:
     resilience.stop_at_batch is reached already."""
-    scheduler, saved = BatchScheduler(config, layout.dp), state["batch_plan"]
-    scheduler.load_state(saved, Progress(**state["progress"]))
+    scheduler = BatchScheduler(config, layout.dp)
+    scheduler.load_state(state["batch_plan"], Progress(**state["progress"]))
     check_batch(config, layout, scheduler.batch)
-    stop_at = config.resilience.stop_at_batch
-    if 0 < stop_at <= saved["batch"]:
-        raise UserError(
-            f"resilience.stop_at_batch = {stop_at} is not above the batch of {path}, {saved['batch']}; raise it, or "
-            "leave it out"
-        )
+    stop_at, batch = config.resilience.stop_at_batch, state["batch_plan"]["batch"]
+    if 0 < stop_at <= batch:
+        raise UserError(f"resilience.stop_at_batch = {stop_at} is not above the batch of {path}, {batch}; raise it")
 
 
 def check_memory(config: Config, layout: Layout, local_ranks: int) -> None:

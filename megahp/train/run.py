@@ -95,10 +95,8 @@ class Run(Trainer):
         """Load a checkpoint of this run onto the current layout. Raises DamagedError, or UserError."""
         state = self._load(path)
         if state["data"] != self.data.fingerprint:
-            raise UserError(
-                f"the data of {', '.join(self.config.data.train)} is not what {path} was trained on; "
-                "restore those files, or start a new run under another log.name"
-            )
+            changed = f"the data of {', '.join(self.config.data.train)} is not what {path} was trained on"
+            raise UserError(f"{changed}; restore those files, or start a new run under another log.name")
         self.data.restore(state["data_order"])
         self.skipped, self.wandb_id = state["skipped"], state["wandb_id"]
         changes = self.batch_scheduler.load_state(state["batch_plan"], self.progress)
@@ -138,8 +136,7 @@ class Run(Trainer):
         state = broadcast_from_rank0(lambda: checkpoint.read_state(path))
         if state["table"] != self.table.to_dict():
             raise UserError(
-                f"the parameterization table of this megahp differs from the one in {path}; "
-                "resume with the version that wrote it"
+                f"{path} has another parameterization table than this megahp; use the version that wrote it"
             )
         trained_before = resolve.from_dict(state["config"], str(path)).train.weights
         # AdamW corrects the bias of all moments by one count of updates, so all must have as many updates: where other
@@ -201,6 +198,5 @@ def read_config(directory: Path) -> Config:
     """Return the resolved config of a run directory. Raises UserError."""
     refuse_links(directory)
     path = directory / "config.toml"
-    return resolve.from_dict(
-        read_toml(path, "run settings", "name a run directory, such as runs/quickstart"), str(path)
-    )
+    tree = read_toml(path, "run settings", "name a run directory, such as runs/quickstart")
+    return resolve.from_dict(tree, str(path))

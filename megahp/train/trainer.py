@@ -39,9 +39,8 @@ class Trainer:
         self.config, self.mesh = config, mesh
         self.table = table_of(config)
         self.engine = Engine(build_model(config, mesh), mesh, config.parallel)
-        self.optimizer = make_optimizer(
-            config.optimizer, self.engine.trained, self.engine.rows, self.table, mesh.group(*WITHIN_STAGE)
-        )
+        group, engine = mesh.group(*WITHIN_STAGE), self.engine
+        self.optimizer = make_optimizer(config.optimizer, engine.trained, engine.rows, self.table, group)
         self.masks = Masks(config, self.engine, self.optimizer)
         self.progress = Progress()
         self.batch_scheduler = BatchScheduler(config, mesh.layout.dp)
