@@ -3,8 +3,8 @@ that is read, from a file or from another rank, is ever executed.
 
 step-00000100/{shard-00000.safetensors, ..., index.json, state.json, manifest.json}
 
-PyTorch's DCP plans which chunks a rank holds, and which bytes a rank on another layout needs. Its collectives pickle
-what they send, so ours decide who writes what.
+A chunk is the part of a tensor that a rank holds; on another layout a rank reads the chunks that overlap its own part.
+PyTorch's DCP would do the same with collectives that pickle what they send.
 """
 
 import hashlib
@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, Metadata
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import ReadItem, SavePlanner, TensorWriteData, WriteItem
 
 from megahp.checkpoint import schema
 from megahp.checkpoint.remote import Location, Remote
@@ -39,6 +30,7 @@ from megahp.checkpoint.schema import Chunk
 from megahp.errors import UserError, is_user_error
 from megahp.files import refuse_link
 from megahp.parallel.messages import gather_results, on_rank0
+from megahp.parallel.parameters import extent, storage
 
 INDEX = "index.json"
 LARGEST_JSON = 2**31  # bytes; an index has about 150 for each chunk
@@ -97,6 +89,7 @@ def damaged(checkpoint: Location, why: object) -> DamagedError:
 
 def write(
     tensors: Mapping[str, Tensor],
+    copies: Mapping[str, Tensor],
     folder: Path,
     begin: Callable[[int], None],
     publish: Callable[[], None],
@@ -104,14 +97,13 @@ def write(
 ) -> None:
     """Write the tensors of a checkpoint, whatever their layout, as one of the group's ranks, which all call this.
 
+    copies: the values of this rank's parts, on the host; of the tensors themselves only the layout is read.
     Each chunk is written once, by the one of its holders that has least to write. Rank 0 calls begin(bytes) before
     anything is written, and publish() after everything is. A failure on one rank is raised on all, so that none waits
     for another and none publishes what is incomplete.
     """
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(tensors), is_coordinator=True)
-    items = {_key(item): item for item in planner.create_local_plan().items}
-    held = gather_results(lambda: {key: item.tensor_storage_size() for key, item in items.items()}, group, ERRORS)
+    parts = {_key(name, tensor): (name, tensor, copies[name]) for name, tensor in tensors.items()}
+    held = gather_results(lambda: {key: values.nbytes for key, (*_, values) in parts.items()}, group, ERRORS)
 
     def assign() -> dict[str, int]:
         writers, size = _assign_writers(held)
@@ -122,8 +114,8 @@ def write(
     rank = dist.get_rank(group)
 
     def write_own() -> list[tuple[str, dict[str, Any]]]:
-        own = {key: item for key, item in items.items() if writers.get(key, rank) == rank}
-        return write_shard(own, planner, folder / f"shard-{rank:05d}.safetensors") if own else []
+        own = {key: part for key, part in parts.items() if writers.get(key, rank) == rank}
+        return write_shard(own, folder / f"shard-{rank:05d}.safetensors") if own else []
 
     written = gather_results(write_own, group, ERRORS)
 
@@ -137,56 +129,36 @@ def write(
     on_rank0(finish, group, ERRORS)
 
 
-def write_shard(items: Mapping[str, WriteItem], planner: SavePlanner, path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Write chunks as one file. Returns for each the name of its tensor and its entry in the index."""
-    parts = {}
-    for key, item in items.items():
-        value = planner.resolve_data(item)
-        assert isinstance(value, Tensor)
-        parts[key] = (_data(item).chunk.offsets, value.cpu().contiguous())
-    entries = []
-    for key, chunk in _write(parts, path).items():
-        data = _data(items[key])
-        entries.append((items[key].index.fqn, _entry(data.properties.dtype, data.size, [chunk])))
-    return entries
+def write_shard(parts: Mapping[str, tuple[str, Tensor, Tensor]], path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Write parts of tensors (key -> name, tensor, values) as one file. Returns names and entries in the index."""
+    chunks = _write({key: (extent(tensor)[0], value.contiguous()) for key, (_, tensor, value) in parts.items()}, path)
+    return [(name, _entry(tensor.dtype, tensor.shape, [chunks[key]])) for key, (name, tensor, _) in parts.items()]
 
 
 def fill(folder: Location, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the tensors, in place and on whatever layout they have, from a checkpoint: each rank reads what it holds.
+    """Fill the tensors, in place and on whatever layout they have, from a checkpoint: each rank reads the chunks that
+    overlap its part.
 
-    Raises DamagedError for what is not what was written, UnreadableError, and what DCP raises for what does not fit.
+    Raises DamagedError for what is not what was written, UnreadableError, and UserError for tensors that do not fit.
     """
-    index = read_index(folder)
-    chunks = {
-        MetadataIndex(name, torch.Size(chunk.offsets)): chunk
-        for name, tensor in index.items()
-        for chunk in tensor["chunks"]
-    }
-    metadata: dict[str, Any] = {
-        name: TensorStorageMetadata(
-            TensorProperties(dtype=DTYPES[tensor["dtype"]]),
-            torch.Size(tensor["shape"]),
-            [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape)) for c in tensor["chunks"]],
-        )
-        for name, tensor in index.items()
-    }
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(tensors), Metadata(metadata), is_coordinator=True)
-
-    def position(item: ReadItem) -> tuple[str, int]:
-        chunk = chunks[item.storage_index]
-        return chunk.file, chunk.begin
-
-    # in the order of the files, and each chunk once: several parts of a tensor on this rank may lie in one
-    for (file, _), group in groupby(sorted(planner.create_local_plan().items, key=position), position):
-        items = list(group)
-        chunk, name = chunks[items[0].storage_index], items[0].storage_index.fqn
-        values = read_chunk(folder / file, chunk, DTYPES[index[name]["dtype"]], name)
-        for item in items:
-            target = planner.resolve_tensor(item).detach()
-            if target.dtype != values.dtype:  # copy_ would convert in silence
-                raise UserError(f"{folder / INDEX}: {name} is of {values.dtype}, and must be of {target.dtype}")
-            target.copy_(values[_window(item.storage_offsets, item.lengths)])
+    index, reads = read_index(folder), []
+    for name, tensor in tensors.items():
+        stored = index.get(name)
+        needed, found = f"{tensor.dtype} {list(tensor.shape)}", stored and f"{stored['dtype']} {stored['shape']}"
+        if stored is None or needed != found:
+            why = f"{name} must be {needed}, and is {found or 'not in it'}"
+            raise UserError(f"checkpoint {folder} cannot be loaded ({why}); remove it: the one before it then serves")
+        offsets, sizes = extent(tensor)
+        for chunk in stored["chunks"]:
+            starts = [max(pair) for pair in zip(offsets, chunk.offsets, strict=True)]
+            ends = [min(a + m, b + n) for a, m, b, n in zip(offsets, sizes, chunk.offsets, chunk.shape, strict=True)]
+            lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+            if all(length > 0 for length in lengths):
+                target = storage(tensor)[_window(starts, lengths, offsets)]
+                reads.append((chunk, name, target, _window(starts, lengths, chunk.offsets)))
+    # only now, when all fit; in the order of the files, which are read from front to back
+    for chunk, name, target, window in sorted(reads, key=lambda read: (read[0].file, read[0].begin)):
+        target.copy_(read_chunk(folder / chunk.file, chunk, target.dtype, name)[window])
 
 
 class ByName(Mapping[str, Tensor]):
@@ -215,7 +187,7 @@ class Tensors(ByName):
         for chunk in entry["chunks"]:
             with naming(self.folder):
                 part = read_chunk(self.folder / chunk.file, chunk, whole.dtype, name)
-            whole[_window(chunk.offsets, chunk.shape)] = part
+            whole[_window(chunk.offsets, chunk.shape, [0] * whole.dim())] = part
         return whole
 
 
@@ -372,17 +344,10 @@ def _assign_writers(held: Sequence[Mapping[str, int]]) -> tuple[dict[str, int], 
     return writers, sum(planned)
 
 
-def _data(item: WriteItem) -> TensorWriteData:
-    assert item.tensor_data is not None  # nothing but tensors is saved
-    return item.tensor_data
-
-
-def _key(item: WriteItem) -> str:
-    """Return the name of a chunk in its file: its tensor's, with the offsets where it is a part."""
-    data = _data(item)
-    if data.chunk.sizes == data.size:
-        return item.index.fqn
-    return f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}"
+def _key(name: str, tensor: Tensor) -> str:
+    """Return the name in a file of this rank's part of a tensor: the tensor's, with the offsets where it is a part."""
+    offsets, sizes = extent(tensor)
+    return name if sizes == tuple(tensor.shape) else f"{name}@{','.join(map(str, offsets))}"
 
 
 def _entry(dtype: torch.dtype, shape: Sequence[int], chunks: Sequence[Chunk]) -> dict[str, Any]:
@@ -394,5 +359,7 @@ def _write_index(folder: Path, tensors: Mapping[str, Any]) -> None:
     write_synced(folder / INDEX, json.dumps({"tensors": tensors}, indent=0))
 
 
-def _window(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))
+def _window(starts: Sequence[int], lengths: Sequence[int], offsets: Sequence[int]) -> tuple[slice, ...]:
+    """Return the slices of a region of a tensor in a part of it that begins at these offsets."""
+    begins = [start - offset for start, offset in zip(starts, offsets, strict=True)]
+    return tuple(slice(begin, begin + length) for begin, length in zip(begins, lengths, strict=True))

@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from megahp.checkpoint import schema, shards
 from megahp.checkpoint.remote import Location, Remote, location
@@ -103,10 +102,6 @@ class Store:
             if self.keep.remote:
                 copy_all(self.folder, self.target, self.keep)
 
-        def save() -> None:
-            copied = {name: _on_host(value, self.copies[name]) for name, value in tensors.items()}
-            shards.write(copied, partial, prepare, finish, self.group)
-
         # before this returns, since training changes the tensors; by hand, since DCP's staging of a hundred DTensors
         # takes ten times as long
         for name, value in tensors.items():
@@ -116,7 +111,8 @@ class Store:
             self.copies[name].copy_(part, non_blocking=True)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self.writing = self.background.submit(save)
+        arguments = tensors, self.copies, partial, prepare, finish, self.group
+        self.writing = self.background.submit(shards.write, *arguments)
 
     def wait(self) -> None:
         """Wait until the checkpoint begun is on the disk, and copied. Raises UserError, on every rank, when that
@@ -298,14 +294,8 @@ def load(checkpoint: Location, tensors: Mapping[str, Tensor]) -> None:
         raise damaged(checkpoint, why)
 
     def read() -> None:
-        try:
-            with naming(checkpoint):
-                shards.fill(checkpoint, tensors)
-        except (DamagedError, UnreadableError):
-            raise
-        except Exception as error:  # DCP raises many kinds
-            why = f"checkpoint {checkpoint} cannot be loaded ({_cause(error)})"
-            raise UserError(f"{why}; remove it: the one before it then serves") from None
+        with naming(checkpoint):
+            shards.fill(checkpoint, tensors)
 
     gather_results(read, kinds=shards.ERRORS)
 
@@ -406,12 +396,6 @@ def remove(checkpoint: Location) -> None:
     partial = checkpoint.with_name(f".partial-{checkpoint.name}")
     checkpoint.rename(partial)
     shutil.rmtree(partial)
-
-
-def _on_host(value: Tensor, copy: Tensor) -> Tensor:
-    """Return a tensor laid out as the value is, whose part is this copy. It stays on the host: DTensor.from_local would
-    move it to the mesh's devices."""
-    return DTensor(copy, value._spec, requires_grad=False) if isinstance(value, DTensor) else copy
 
 
 def _to_json(state: Mapping[str, Any]) -> str:
