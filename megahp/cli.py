@@ -75,7 +75,7 @@ def parse(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
         parser = Parser(prog="megahp", usage="megahp COMMAND ...", epilog=f"commands:\n{LISTING}")
         parser.parse_known_args(words)  # --help
         near = suggest(words[0], COMMANDS) if words else "megahp --help lists them"
-        parser.error(f"{' '.join(words[:2])!r} is no command; {near}")
+        parser.error(f"{' '.join(words[:2])!r} is not a command; {near}")
     # only the one that is called is imported: most need no torch, whose import takes seconds
     command = import_module(f"megahp.commands.{name.replace(' ', '_').replace('-', '_')}")
     given = words[len(name.split()) :]

@@ -34,7 +34,7 @@ def refuse_irregular(path: Path, what: str, remedy: str = REMEDY, largest: int |
     of more than `largest` bytes. Raises OSError, and ValueError for a NUL in the name."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise UserError(f"{what} {path} is {kind}; {remedy}")
     if largest is not None and status.st_size > largest:
         raise UserError(f"{what} {path} has {status.st_size:,} bytes, and {largest:,} is the most; {remedy}")
@@ -53,7 +53,7 @@ def read_text(path: Path, what: str, remedy: str = REMEDY) -> str:
 
 
 def is_plain(name: str) -> bool:
-    """Return whether a file name that others wrote stays in the folder it is joined to: it is no path, nor "..\"."""
+    """Return whether a file name that others wrote stays in the folder it is joined to: no path, and not its parent."""
     return "/" not in name and "\0" not in name and name not in ("", ".", "..")
 
 

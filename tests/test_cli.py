@@ -94,7 +94,7 @@ def test_a_command_that_lacks_everything_explains_itself(command: str, capsys: p
     ("words", "told"),
     [
         ([], "megahp --help lists them"),
-        (["trian", "run.toml"], "'trian run.toml' is no command; did you mean train"),
+        (["trian", "run.toml"], "'trian run.toml' is not a command; did you mean train"),
         (["benchmark"], "did you mean benchmark norm"),
         (["benchmark", "norn"], "did you mean benchmark norm"),
         (["report", "runs/x", "--colour"], "unrecognized arguments: --colour"),

@@ -232,7 +232,7 @@ def size_of(path: Location) -> int:
     refuse_link(path)
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
-        raise DamagedError(f"{path.name} is no regular file")
+        raise DamagedError(f"{path.name} is not a regular file")
     return status.st_size
 
 

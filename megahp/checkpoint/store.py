@@ -185,7 +185,7 @@ def copy(checkpoint: Path, target: Remote) -> None:
 def copies_at(remote: str) -> Remote:
     """Return the folder of the copies. Raises UserError."""
     if isinstance(run := location(remote), Path):
-        raise UserError(f"checkpoint.remote = {remote!r} is no URL; for a folder of this machine write file:///...")
+        raise UserError(f"checkpoint.remote = {remote!r} is not a URL; for a folder of this machine write file:///...")
     return run / "checkpoints"
 
 

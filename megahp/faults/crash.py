@@ -13,7 +13,7 @@ from megahp.files import open_unlinked, refuse_links
 
 
 def report_crash(directory: Path, rank: int, text: str) -> None:
-    """Append to this rank's own file, crashes/rank-00000.txt of the run directory. Failing to is no second crash."""
+    """Append to this rank's own file, crashes/rank-00000.txt of the run directory. Failure to do so is ignored."""
     head = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, {socket.gethostname()}, process {os.getpid()}, rank {rank}"
     with contextlib.suppress(OSError, UserError):
         refuse_links(directory)

@@ -89,7 +89,7 @@ class Watchdog:
         before = time.monotonic()
         while not self.stopped.wait(INTERVAL):
             now = time.monotonic()
-            if now - before > SUSPENDED:  # by Slurm say, and other ranks with it: that time is no hang
+            if now - before > SUSPENDED:  # suspended by Slurm, say, and other ranks with it: that time is not a hang
                 self.since += now - before
             before = now
             position = stack_position(self.training)

@@ -114,7 +114,7 @@ def int_variable(environment: Mapping[str, str], name: str, default: int | None 
     try:
         return int(value)
     except ValueError:
-        raise UserError(f"{name} = {value!r} is no whole number; the launcher should set it") from None
+        raise UserError(f"{name} = {value!r} is not an integer; the launcher should set it") from None
 
 
 def mpirun_variables(environment: Mapping[str, str]) -> tuple[str, ...] | None:

@@ -230,7 +230,7 @@ def _port(environment: Mapping[str, str]) -> int:
     if "MASTER_PORT" in environment:
         port = int_variable(environment, "MASTER_PORT")
         if not 0 < port < 2**16:
-            raise UserError(f"MASTER_PORT = {port} is no port; set one of 1 to {2**16 - 1}")
+            raise UserError(f"MASTER_PORT = {port} is not a port; set one of 1 to {2**16 - 1}")
         return port
     names = ("PMIX_NAMESPACE",) if mpirun_variables(environment) else ("SLURM_JOB_ID", "SLURM_STEP_ID")
     step = " ".join(environment.get(name, "") for name in names)

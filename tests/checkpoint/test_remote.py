@@ -161,7 +161,7 @@ def test_what_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for url, told in (
         ("nowhere://x", "nowhere://x.*Protocol not known"),
-        ("runs/x", "checkpoint.remote = 'runs/x' is no URL.*file:///"),
+        ("runs/x", "checkpoint.remote = 'runs/x' is not a URL.*file:///"),
         (f"file://{tmp_path}/file/x", f"file://{tmp_path}/file/x/.* cannot be read .*Not a directory.*without checkpo"),
     ):
         with pytest.raises(UserError, match=told):

@@ -147,9 +147,9 @@ def test_a_launch_is_not_another() -> None:
     [
         ({"WORLD_SIZE": "2"}, "RANK is not"),
         ({"PMI_RANK": "0"}, "MPI_LOCALRANKID is not"),
-        (TORCHRUN | {"RANK": ""}, "RANK = '' is no whole number"),
-        (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' is no whole number"),
-        (SRUN | {"SLURM_LOCALID": "x"}, "SLURM_LOCALID = 'x' is no whole number"),
+        (TORCHRUN | {"RANK": ""}, "RANK = '' is not an integer"),
+        (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' is not an integer"),
+        (SRUN | {"SLURM_LOCALID": "x"}, "SLURM_LOCALID = 'x' is not an integer"),
     ],
 )
 def test_half_an_environment_is_a_mistake(environment: dict[str, str], words: str) -> None:

@@ -43,8 +43,8 @@ def test_a_port_is_a_job_steps_own() -> None:
     ("environment", "words"),
     [
         (MPICH, "nothing names rank 0's port"),  # and another run on these machines would take the same one
-        ({"MASTER_PORT": "x"}, "MASTER_PORT = 'x' is no whole number"),
-        ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000 is no port"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT = 'x' is not an integer"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000 is not a port"),
     ],
 )
 def test_a_port_that_cannot_be(environment: dict[str, str], words: str) -> None:
