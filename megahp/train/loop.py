@@ -54,22 +54,24 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
                 watchdog.alive(run.progress.step)
                 plan = run.next_step()
                 continue
+
             measured, updated = step.measured, decision.action == "update"
             if updated:
                 run.update(step, plan)
             else:
                 skip(run, reporter, plan, measured, decision.reason)
-            del step  # frees the gradients: the next step's, or calibration's, would be allocated beside them
-            # with the weights that this step has left, on the first sample that no step has used yet
+            del step  # or its gradients would outlive engine.zero, and lie in memory beside the next ones
+            # before the step is counted: on the first sample that no step has used, with the weights as they are now
             if run.batch_scheduler.is_calibration_step(plan.step) and (example := run.example(loader, plan)):
                 run.calibrate(example, plan)
             change, mask_change = run.advance(plan, measured, updated)
             next_plan = run.next_step()
             is_last = next_plan is None
-            step_seconds = time.monotonic() - step_start  # throughput is that of training, without validation and saves
-            # Validate before saving: a checkpoint holds its validation loss, by which checkpoint.keep_best chooses.
+            step_seconds = time.monotonic() - step_start  # of training alone: validation and saves are not throughput
+
+            # validation comes before saving: a checkpoint holds its validation loss, for checkpoint.keep_best
             validation = validate(run, data) if run.is_due(config.train.validate_every, is_last) else None
-            watchdog.alive(run.progress.step)  # validation, and a save below, may take hang_after seconds each
+            watchdog.alive(run.progress.step)  # validation, and what follows, may take hang_after seconds each
             reporter.step(run, plan, measured, change, mask_change, step_seconds, validation, skipped=not updated)
             if run.is_due(config.resilience.check_every, is_last):
                 consistency_check(run, watchdog, reporter)
@@ -78,7 +80,7 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
                 run.save(validation)
             watchdog.alive(run.progress.step)
             plan = next_plan
-            # stop_requested is summed with the gradients' norms, so that all ranks stop after the same step
+            # stop_requested was all-reduced with the gradients' norms, so that all ranks stop after the same step
             if measured.stop_requested or run.is_outgrown:
                 break
 
