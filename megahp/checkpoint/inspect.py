@@ -35,7 +35,7 @@ def differences(one: Location, other: Location) -> Iterator[str]:
     for key, before in states[0]["progress"].items():
         if before != states[1]["progress"][key]:
             yield f"{key}: {before:,} and {states[1]['progress'][key]:,}"
-    first, second = Tensors(one), Tensors(other)
+    first, second = Tensors(one), Tensors(other)  # read one by one: only two tensors are in memory
     for name in dict.fromkeys((*first, *second)):
         if name not in first or name not in second:
             yield f"{name} is in {one if name in first else other} only"

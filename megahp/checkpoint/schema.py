@@ -18,6 +18,7 @@ from typing_extensions import NotRequired, Required, TypedDict  # noqa: UP035 - 
 
 from megahp.files import is_plain
 
+# strict: "3" is no number and 0.5 no count; forbid: a key that nobody knows is not silently without effect
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -128,7 +129,7 @@ class DataOrder(TypedDict):
     taken: Counts
 
 
-@with_config(ConfigDict(strict=True, extra="allow"))  # further keys are for people to read
+@with_config(ConfigDict(strict=True, extra="allow"))  # other keys, such as versions, are for people to read
 class State(TypedDict):
     version: int
     progress: ProgressState

@@ -33,7 +33,7 @@ from megahp.parallel.messages import gather_results, on_rank0
 from megahp.parallel.parameters import extent, storage
 
 INDEX = "index.json"
-LARGEST_JSON = 2**31  # bytes; an index has about 150 for each chunk
+LARGEST_JSON = 2**31  # bytes, before memory runs out on a file that is none; an index has about 150 for each chunk
 DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)}
 
@@ -110,6 +110,7 @@ def write(
         begin(size)
         return writers
 
+    # before anybody writes: begin() has made the folder, and found room
     writers = on_rank0(assign, group, ERRORS)
     rank = dist.get_rank(group)
 
@@ -313,7 +314,7 @@ def _overlap(one: Chunk, other: Chunk) -> bool:
 
 def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> dict[str, Chunk]:
     """Write parts of tensors (key -> offsets, contiguous values) as a safetensors file, synced. Returns the chunks."""
-    save_file({key: values for key, (_, values) in parts.items()}, path)
+    save_file({key: values for key, (_, values) in parts.items()}, path)  # which does not tell where the bytes lie
     with suppress(OSError):  # of file systems without modes
         path.chmod(path.parent.stat().st_mode & 0o666)  # as the umask has made its folder; the library's own is 0600
     sync(path)

@@ -177,7 +177,7 @@ def copy(checkpoint: Path, target: Remote) -> None:
     manifest = checkpoint / MANIFEST
     if (target / MANIFEST).exists() and (target / MANIFEST).read_bytes() == manifest.read_bytes():
         return
-    remove(target)
+    remove(target)  # its manifest first, or old and new files would be one checkpoint for a moment
     target.put([checkpoint / name for name in read_manifest(checkpoint)])
     target.put([manifest])
 
@@ -254,7 +254,7 @@ def find(location: P) -> P:
     """Return the checkpoint at a path that is one, or is a run directory: then its newest. Raises UserError."""
     if isinstance(location, Path):
         refuse_links(location)
-    with reading(location / MANIFEST):
+    with reading(location / MANIFEST):  # it may be in a folder that cannot be entered
         is_checkpoint = (location / MANIFEST).exists()
     found = location if is_checkpoint else latest(location / "checkpoints")
     if found is None:
@@ -271,6 +271,7 @@ def read_state(checkpoint: Location) -> dict[str, Any]:
         state = json.loads(read_json(checkpoint / "state.json"))
         for migrate in MIGRATIONS[state["version"] - OLDEST :]:
             state = migrate(state)
+        # as JSON again: strict types treat Python's own objects otherwise
         return schema.checked(schema.STATE, json.dumps(state))
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         why = str(error) if isinstance(error, ValueError) else repr(error)
@@ -313,7 +314,7 @@ def problems(checkpoint: Location, rank: int = 0, ranks: int = 1, shards: bool =
     found = []
     for number, (name, entry) in enumerate(files.items()):
         file = checkpoint / name
-        is_read = shards and number % ranks == rank or name.endswith(".json")
+        is_read = shards and number % ranks == rank or name.endswith(".json")  # small, and used by all
         try:
             with reading(file):
                 size = size_of(file)
@@ -325,7 +326,7 @@ def problems(checkpoint: Location, rank: int = 0, ranks: int = 1, shards: bool =
             found.append(str(error))
     if found or not shards or rank:
         return found
-    # whole files, but is each part of a tensor in one of them? A manifest may list anything
+    # whole files, but is each part of a tensor in one of them? Whoever has written the manifest may have listed any
     if INDEX not in files:
         return [f"{MANIFEST} does not list {INDEX}"]
     try:
@@ -358,6 +359,7 @@ def read_manifest(checkpoint: Location) -> dict[str, schema.Entry]:
     except ValueError as error:
         raise DamagedError(f"{MANIFEST} is not what was written ({error})") from None
     version, files = manifest["version"], manifest["files"]
+    # as text, so that every byte of it counts
     if text != _sealed(files, version).encode():
         raise DamagedError(f"{MANIFEST} is not what was written")
     if not OLDEST <= version <= VERSION:
@@ -371,6 +373,7 @@ def read_manifest(checkpoint: Location) -> dict[str, schema.Entry]:
 def superseded(folder: P, newest: P, keep: CheckpointConfig) -> list[P]:
     """Return what need not be kept beside a checkpoint that was just published: older ones, except the newest
     keep.keep, those at every keep.keep_every steps, and with keep.keep_best the one of least validation loss."""
+    # not those with higher steps: they were refused or rewound, and are replaced when their step comes again
     older = [each for each in complete_without_links(folder) if each.name <= newest.name]
     kept = set(older[-keep.keep :])
     if keep.keep_every:
