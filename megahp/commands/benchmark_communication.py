@@ -130,7 +130,7 @@ def join_torch(world: launch.World, backend: str) -> Ranks:
     nodes = all_gather_json(launch.node_name())
     name = "nccl" if device.type == "cuda" else "gloo"
     version = ".".join(map(str, torch.cuda.nccl.version())) if name == "nccl" else ""
-    return Ranks(world.rank, nodes, name, version, lambda groups: TorchGroup(groups, device, launch.PATIENCE))
+    return Ranks(world.rank, nodes, name, version, lambda groups: TorchGroup(groups, device, launch.TIMEOUT))
 
 
 def join_mpi(world: launch.World) -> Ranks:

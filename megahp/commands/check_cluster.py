@@ -134,7 +134,7 @@ class Board:
     def close(self) -> None:
         """Wait for rank 0 to finish, which waits until others have read its last values: launchers end all ranks when
         one exits with an error, and the store ends with rank 0."""
-        launch.outlast_questions(self.world)
+        launch.keep_store_alive(self.world)
         with suppress(RuntimeError):
             self.store.set(f"through {self.world.rank}", "")
             self.store.wait(["through 0"], self.patience)
@@ -173,10 +173,10 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         bad_nodes(arguments.exclude_file)  # or what was measured would be lost to a bad list
     if must_spawn(arguments.ranks, world.size):
         return launch.spawn(words, arguments.ranks)
-    board = Board(launch.meet(world, timedelta(seconds=patience), all_of_them=False), world, patience)
+    board = Board(launch.meet(world, timedelta(seconds=patience), wait_for_all=False), world, patience)
     try:
         results = check_ranks(board, arguments.folder, arguments.device)
-        problems = find_problems(results, slack, free_gb, launch.ranks_of_nodes(world.size))
+        problems = find_problems(results, slack, free_gb, launch.ranks_per_node(world.size))
         if world.rank == 0:
             write(arguments, words, results, problems)
             show(results, problems)
@@ -188,7 +188,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 def check_ranks(board: Board, folder: Path, choice: str) -> dict[str, list[Any]]:
     """Return all results, by stage and rank, up to a stage in which a rank is silent or a collective one failed. Raises
     UserError for invalid input, which all ranks find."""
-    world, local_host = board.world, launch.LOOPBACK if launch.all_here(board.world) else ""
+    world, local_host = board.world, launch.LOOPBACK if launch.is_single_node(board.world) else ""
     clock = ClockServer(local_host)
     own_facts = facts(world, local_host or socket.gethostname(), clock.port, folder, choice)
     ranks = board.share("ranks", own_facts)

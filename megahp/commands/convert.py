@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megahp.checkpoint.shards import Damaged, Tensors
+from megahp.checkpoint.shards import Tensors
 from megahp.commands.output import atomic_folder
 from megahp.config import Config, resolve, with_values
 from megahp.convert import huggingface_folder, megatron
@@ -71,17 +71,14 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.text and arguments.no_check:
         raise UserError(f"--text {arguments.text} is for the check; omit it or --no-check")
     check_files(arguments)
-    try:
-        with atomic_folder(arguments.target) as partial:
-            tokenizer = (export if formats[0] == "megahp" else import_)(arguments, partial)
-    except Damaged as error:
-        raise UserError(f"the checkpoint is damaged ({error}); convert another one") from None
+    with atomic_folder(arguments.target) as partial:
+        tokenizer = (export if formats[0] == "megahp" else import_)(arguments, partial)
     print(f"{arguments.target}: written, in files of up to {arguments.file_size:g} GB")
     if arguments.no_check:
         return 0
     try:
         return compare(arguments, tokenizer)
-    except (UserError, Damaged) as error:  # not 2, after which nothing would be there
+    except UserError as error:  # not 2, after which there is no output
         complain(f"{arguments.target} is there, and not checked: {error}")
         return 1
 

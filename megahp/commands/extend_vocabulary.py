@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahp.checkpoint.shards import Damaged, Tensors
+from megahp.checkpoint.shards import Tensors
 from megahp.commands.output import atomic_folder
 from megahp.config import Config, config_to_dict, with_values
 from megahp.convert.run_directory import check_files, find_checkpoint, write_run
@@ -76,13 +76,10 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     size = max(config.model.vocab_size, len(new.tokens))
     wider = with_values(config, {"model.vocab_size": size, "data.sequence_length": longest(config)})
     settings = config_to_dict(with_values(wider, {"data.lengths": ()}))
-    try:
-        rows = plan_rows(arguments, old, new)
-        with atomic_folder(arguments.target) as partial:
-            tensors = extend(Tensors(path), wider, len(old.tokens), len(new.tokens), rows)
-            write_run(arguments, partial, settings, {}, new.name, tensors)
-    except Damaged as error:
-        raise UserError(f"a checkpoint is damaged ({error}); name another one") from None
+    rows = plan_rows(arguments, old, new)
+    with atomic_folder(arguments.target) as partial:
+        tensors = extend(Tensors(path), wider, len(old.tokens), len(new.tokens), rows)
+        write_run(arguments, partial, settings, {}, new.name, tensors)
     counts = {"mean": len(rows.parts), "projection": len(rows.donated)}
     counts["zeros"] = len(new.tokens) - len(old.tokens) - sum(counts.values())
     rules = ", ".join(f"{count:,} by {rule}" for rule, count in counts.items() if count)

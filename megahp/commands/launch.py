@@ -67,7 +67,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
     from megahp.train.prepare import prepare
 
-    prepare(config, fit(config.parallel, job.nodes * job.ranks_per_node), ranks_here=0, resume=True, warn=complain)
+    prepare(config, fit(config.parallel, job.nodes * job.ranks_per_node), local_ranks=0, resume=True, warn=complain)
     script = job.render(config, [str(options.run_file), *options.overrides])
     if chain:
         print(describe_plan(chain, options.speed), file=sys.stderr)

@@ -22,7 +22,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     if options.code in (FINISHED, USER_ERROR, NO_PROGRESS):
         return options.code
 
-    from megahp.faults.relaunch import checkpoints, verdict
+    from megahp.faults.relaunch import checkpoints, exit_or_restart
     from megahp.log.metrics import RunLog, newest_metrics, read_events
 
     run = resolve.load(options.run_file, options.overrides).config.directory
@@ -37,7 +37,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     requeued = [event for event in events if event["event"] == "requeued" and event.get("job") == options.job]
     # events of older versions have no "fault"
     faults = [event.get("checkpoints", []) for event in requeued if event.get("fault", event.get("code") != STOPPED)]
-    end = verdict(options.code, [*faults, fields["checkpoints"]], options.restarts, run) if is_fault else None
+    end = exit_or_restart(options.code, [*faults, fields["checkpoints"]], options.restarts, run) if is_fault else None
     if end is None:
         log.event("requeued", f"exit code {options.code}", **fields, fault=is_fault, **last)
     log.close()

@@ -54,7 +54,9 @@ def test_without_slurm_progress_is_shown(squeue: Path, capsys: pytest.CaptureFix
         assert "finished" in said.out and "100/1k" in said.out and said.err == ""
     (run / "slurm").mkdir()
     assert main(["status", str(run)]) == 0
-    assert capsys.readouterr().err.startswith("megahp: Slurm cannot be asked, so jobs are left out: squeue is not installed")
+    assert capsys.readouterr().err.startswith(
+        "megahp: Slurm cannot be asked, so jobs are left out: squeue is not installed"
+    )
     answer(squeue, FAILS)
     for words in (["runs"], ["status"], ["status", str(run)]):
         assert main(words) == 0

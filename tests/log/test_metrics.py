@@ -150,14 +150,14 @@ def test_what_stands_beside_a_log_is_no_pipe(tmp_path, name):
     (tmp_path / "events.jsonl").touch()
     assert len(read_run(tmp_path).column("loss")) == 1
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match=f"{name} is no regular file"):
+    with pytest.raises(UserError, match=f"{name} is not a regular file"):
         read_run(tmp_path)
 
 
 def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     for read in (read_metrics, read_run, lambda path: next(newest_metrics(path))):
-        with pytest.raises(UserError, match=r"metrics\.jsonl is no regular file"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl is not a regular file"):
             read(tmp_path)
 
 
