@@ -81,7 +81,7 @@ def test_recomputed_layers(tool: ModuleType) -> None:
 
 MISTAKES = {
     "shape": (["--shape", "big"], "--shape big is neither LAYERSxWIDTH, such as 4x256, nor one of: debug"),
-    "heads": (["--shape", "1x130"], "model.head_size = 65 is odd, and rope turns pairs; make it even"),
+    "heads": (["--shape", "1x130"], "model.head_size = 65 is odd, but rope rotates pairs of dimensions; make it even"),
     "turns": (["--turns", "0"], "--turns 0 must be at least 1"),
     "global batch": (["--global-batch", "0"], "--global-batch 0 must be at least 1"),
     "dtype": (["--dtype", "fp8"], "train.dtype = 'fp8' (options) must be one of: float32"),
@@ -95,7 +95,7 @@ MISTAKES = {
     ),
     "double": (["--settings", "model.vocab_size=9"], "model.vocab_size is set by another option"),
     "noise": (["--settings", "train.noise_scale=false"], "train.noise_scale is set by another option"),
-    "setting": (["--settings", "model.wdth=9"], "model.wdth = 9 (command line) is no setting; did you mean width"),
+    "setting": (["--settings", "model.wdth=9"], "model.wdth = 9 (command line) is not a setting; did you mean width"),
     "peak": (["--peak-tflops", "0"], "--peak-tflops 0 must be above 0"),
     "peaks": (["--peak-tflops", "9", "--dtype", "float32", "bfloat16"], "give one --dtype with it"),
     "cuda": (["--device", "cuda"], "needs a CUDA device for each of 1 ranks"),
