@@ -1,4 +1,4 @@
-// What the bindings of the norm ops share, whatever the device: logical shapes, accumulation types, checks.
+// Shared by the bindings of the norm ops on all devices: logical shapes, accumulation types, checks.
 #pragma once
 
 #include <cstdint>

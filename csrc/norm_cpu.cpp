@@ -28,7 +28,7 @@ using torch::stable::contiguous;
 using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
-// Sums a row is added up in at a time, which hides the latency of an addition.
+// Independent partial sums of a row, which hide the latency of an addition.
 constexpr int kSums = 4;
 #define MEGAHP_INLINE [[gnu::always_inline]] inline
 #define MEGAHP_LAMBDA __attribute__((always_inline))
@@ -39,7 +39,7 @@ namespace baseline {
 #undef MEGAHP_VECTOR_BYTES
 }  // namespace baseline
 
-// The instruction sets beyond the one the compiler is told to target. Which one serves is seen when the object loads.
+// Instruction sets beyond the compiler's target. Which one is used is decided when the object loads.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -61,7 +61,7 @@ namespace avx512 {
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
 
-// The best there is, or what torch's own variable ATEN_CPU_CAPABILITY asks for if there is that.
+// The best one available, or the one that torch's variable ATEN_CPU_CAPABILITY asks for, if available.
 InstructionSet best_instruction_set() {
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string_view asked = variable ? variable : "";
@@ -82,23 +82,23 @@ const InstructionSet kInstructionSet = best_instruction_set();
 #define MEGAHP_BEST(...) (&baseline::__VA_ARGS__)
 #endif
 
-// Rows of one example whose gradients are summed in one go, and columns of which squares are: fixed, so that no
-// result depends on the threads.
+// Rows of one example whose gradients are summed together, and columns whose squares are: fixed, so that no result
+// depends on the number of threads.
 constexpr int64_t kChunk = 64;
 constexpr int64_t kColumns = 256;
 
-// How many units of work are worth waking a thread for.
+// Units of work that are worth waking a thread for.
 int64_t grain(int64_t elements_of_one) { return std::max<int64_t>(1, 32768 / elements_of_one); }
 
 Tensor prepared(const Tensor& weight, ScalarType dtype) {
   return contiguous(weight.scalar_type() == dtype ? weight : torch::stable::to(weight, dtype));
 }
 
-// RMSNorm (not centered) has neither mean nor bias, and the stream is only there where a branch is added to x. Other
-// tensors stand in the place of those that are missing; the row functions do not touch them.
+// RMSNorm (not centered) has neither mean nor bias, and there is a stream only where a branch is added to x. Other
+// tensors are passed in place of missing ones; the row functions do not touch them.
 
-// `probe` and `group` are the backward's. A string is taken as the handle it comes as: its conversion to std::string
-// leaks one string a call (torch 2.13, ToImpl<std::string>).
+// `probe` and `group` matter to the backward alone. A string is taken as an opaque handle, since its conversion to
+// std::string leaks one string a call (torch 2.13, ToImpl<std::string>).
 std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& input, const Optional& added, double alpha, const Tensor& weight,
                                         const Optional& bias, const Optional&, bool centered, double eps,
                                         StringHandle group) {
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& input, const Optional& add
 }
 
 // partial [examples, parts, width] -> the gradient, [width] or by example, and the sum of squares, which `squares`
-// is made of or grows by.
+// is set to or increased by.
 template <class A>
 Tensor sum_examples(const Tensor& partial, bool by_example, A& squares) {
   const int64_t examples = partial.size(0), parts = partial.size(1), width = partial.size(2);

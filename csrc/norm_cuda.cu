@@ -9,7 +9,7 @@
 #include "norm.h"
 #include "norm_kernels.cuh"
 
-// In torch's headers only under USE_CUDA; so declared, this file compiles against those of a CPU build too.
+// Torch's headers declare it only under USE_CUDA; declared here, this file compiles against a CPU build's headers too.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace megahp {
@@ -21,11 +21,11 @@ using torch::stable::new_zeros;
 
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // told here, and not by whoever asks next
+  cudaGetLastError();  // clear the error, or the next call that checks would report it
   STD_TORCH_CHECK(false, "norm: CUDA says: ", cudaGetErrorString(error));
 }
 
-// The device of a tensor, current for as long as this lives, and the stream that is current on it.
+// Makes a tensor's device current for its own lifetime, and holds the current stream of that device.
 struct Device {
   explicit Device(const Tensor& x) : guard(x.get_device_index()), index(x.get_device_index()) {
     void* current = nullptr;
@@ -50,7 +50,7 @@ struct Launch {
   dim3 block;
   size_t shared;  // dynamic shared memory in bytes
 
-  // Above 48 KiB, shared memory has to be asked for by name.
+  // More than 48 KiB of shared memory must be requested explicitly.
   void allow_shared() const {
     if (shared > 48 * 1024)
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
@@ -66,7 +66,7 @@ struct Launch {
   }
 };
 
-// Threads for a row of so many vectors, and as many rows side by side as make a block of some 256 threads.
+// Threads for a row of this many vectors, and the rows side by side that make a block of about 256 threads.
 dim3 block_of(int64_t vectors, int64_t of_a_thread) {
   const int64_t needed = divided_up(vectors, of_a_thread);
   unsigned x = 1;
@@ -156,9 +156,9 @@ void check_device(const Tensor& tensor, const Tensor& x) {
   STD_TORCH_CHECK(tensor.device() == x.device(), "norm: all tensors must be on the device of x");
 }
 
-// Other tensors stand in the place of an input that is missing; what the kernels are given for it is null.
+// Other tensors are passed in place of a missing input; the kernels get null for it.
 
-// `probe` and `group` are the backward's; why `group` is a handle stands in norm_cpu.cpp.
+// `probe` and `group` matter to the backward alone; norm_cpu.cpp says why `group` is a handle.
 std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& input, const Optional& added, double alpha, const Tensor& weight,
                                         const Optional& bias, const Optional&, bool centered, double eps,
                                         StringHandle group) {

@@ -1,6 +1,8 @@
-"""The `megahp` command: finds the file of a command in megahp/commands, and says what goes wrong in one line."""
+"""The `megahp` command: finds a subcommand's file in megahp/commands, and reports what goes wrong in one line."""
 
 import argparse
+import contextlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -11,13 +13,13 @@ from typing import Any, NoReturn
 from megahp import launch
 from megahp.commands import COMMANDS, HIDDEN, LISTING, STARTED_AGAIN
 from megahp.config.resolve import suggest
-from megahp.errors import Fault, UserError, complain, in_one_line, is_users, masked
+from megahp.errors import Fault, UserError, complain, in_one_line, is_user_error, masked
 from megahp.exit_codes import FAULT, INTERRUPTED, USER_ERROR
 
 
 class Parser(argparse.ArgumentParser):
-    """No abbreviations: an option that is not spelled out is a mistake, not a guess. A command without any word that
-    needs some explains itself."""
+    """No abbreviations: an option that is not spelled out is a mistake, not a guess. A command that is called without
+    the arguments it needs prints its help."""
 
     def __init__(self, is_bare: bool = False, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -30,22 +32,35 @@ class Parser(argparse.ArgumentParser):
         super().error(masked(message))
 
 
+class LogHandler(logging.Handler):
+    """Prints the package's log records to stderr as errors are. A stderr that is closed or full ends nothing.
+
+    logging.StreamHandler would keep the stderr of its creation; training replaces it (megahp/log/streams.py).
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            complain(self.format(record))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0, 2 for a user's mistake, told in one line."""
+    """Run one command. Returns its exit code (megahp/exit_codes.py)."""
+    if not (log := logging.getLogger("megahp")).handlers:  # by an earlier call in this process
+        log.addHandler(LogHandler())
     words = sys.argv[1:] if arguments is None else list(arguments)
     command, options = parse(words)
     try:
         return command.run(options, words)
     except UserError as error:
-        if launch.is_local_rank0():  # what is found before the ranks meet, all of them find
+        if launch.is_local_rank0():  # what is wrong before the ranks meet, all of them find
             complain(error)
         return FAULT if error.may_pass and words[0] in STARTED_AGAIN else USER_ERROR
     except BrokenPipeError:  # of `megahp runs | head`, which has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it exits
         return 0
     except (OSError, RecursionError, OverflowError, UnicodeError, MemoryError) as error:
-        complain(in_one_line(error))  # which this rank may have met alone
-        return FAULT if words[0] in STARTED_AGAIN and not is_users(error) else USER_ERROR
+        complain(in_one_line(error))  # on any rank: it may be the only one to meet it
+        return FAULT if words[0] in STARTED_AGAIN and not is_user_error(error) else USER_ERROR
     except Fault as error:
         complain(error)
         return FAULT
@@ -54,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
-    """The command that is called, and its options. Ends the process where there is no such command."""
+    """Return the module of the command, and its options. Exits where there is no such command."""
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in (*COMMANDS, *HIDDEN)), "")
     if not name:
         parser = Parser(prog="megahp", usage="megahp COMMAND ...", epilog=f"commands:\n{LISTING}")
@@ -62,7 +77,8 @@ def parse(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
         if not words:
             parser.print_help(sys.stderr)
             parser.exit(USER_ERROR)
-        parser.error(f"{' '.join(words[:2])!r} is no command; {suggest(words[0], COMMANDS)}")
+        parser.error(f"{' '.join(words[:2])!r} is not a command; {suggest(words[0], COMMANDS)}")
+    # only the one that is called is imported: most need no torch, whose import takes seconds
     command = import_module(f"megahp.commands.{name.replace(' ', '_').replace('-', '_')}")
     given = words[len(name.split()) :]
     parser = Parser(prog=f"megahp {name}", description=command.__doc__, is_bare=not given)

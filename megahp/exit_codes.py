@@ -1,15 +1,15 @@
-"""What the exit code of `megahp` says (docs/faults.md)."""
+"""Exit codes of `megahp` (docs/faults.md)."""
 
 import signal
 
 FINISHED = 0
-FAULT = 1  # of a machine or of megahp: the run may go on from its last checkpoint
-USER_ERROR = 2  # a mistake in what the user gave, told in one line: starting again would not help
-STOPPED = 75  # told to leave, or its end could not be saved: to be gone on with from the newest checkpoint
-HANG = 76  # no step for resilience.hang_after seconds: as after a fault
-NO_PROGRESS = 93  # relaunched again and again without a new checkpoint: somebody must look
+FAULT = 1  # of a machine or of megahp: the run may resume from its last checkpoint
+USER_ERROR = 2  # bad input, reported in one line: a restart would not help
+STOPPED = 75  # asked to stop, or the last step could not be saved: to be resumed from the newest checkpoint
+HANG = 76  # no step for resilience.hang_after seconds: treated as a fault
+NO_PROGRESS = 93  # restarted several times without a new checkpoint: needs a person
 INTERRUPTED = 130  # by ctrl-C; 128 + any other signal that ended a rank
 
-# told to leave before we could listen
+# ended by a signal that asks to stop, before a handler was installed
 ENDED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP))
-FINAL = (FINISHED, USER_ERROR, STOPPED, INTERRUPTED, *ENDED)  # after which a relaunch is not ours to make
+FINAL = (FINISHED, USER_ERROR, STOPPED, INTERRUPTED, *ENDED)  # after which a run is not restarted

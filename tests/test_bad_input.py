@@ -105,7 +105,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("train run.toml parallel.tp=3", ["parallel.tp = 3", "model.kv_heads = 4", "2, 4"]),
         ("train run.toml parallel.tp=4 --ranks 6", ["tp 4", "multiple of 4 ranks", "nearest: 4, 8"]),
         ("train run.toml batch.global_batch=5", ["batch.global_batch = 5", "nearest", "4, 6"]),
-        ("train run.toml batch.global_batch=2 --ranks 4", ["batch.global_batch = 2", "nearest that can be: 8"]),
+        ("train run.toml batch.global_batch=2 --ranks 4", ["batch.global_batch = 2", "nearest valid: 8"]),
         ("train run.toml train.device=cuda", ["train.device", "CUDA", "cpu"]),
         ("train run.toml data.train=[]", ["data.train", "megahp preprocess"]),
         ('train run.toml data.train=["nowhere"]', ["nowhere"]),
@@ -138,7 +138,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ('train run.toml data.mixtures=["inf:1"]', ["'inf:1'"]),
         ('train run.toml data.lengths=["5000:inf"]', ["'5000:inf'"]),
         ("train run.toml data.weights=[1e308,1e308]", ["data.weights has 2"]),
-        ('train run.toml data.train=["corpus","./corpus"]', ["'corpus'", "the same as another"]),
+        ('train run.toml data.train=["corpus","./corpus"]', ["'corpus'", "the same content as another"]),
         (
             "train run.toml log.name=done --resume auto schedule.start=9000 train.start_from=runs/x",
             ["schedule.start = 9000"],

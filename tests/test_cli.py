@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -93,7 +94,7 @@ def test_a_command_that_lacks_everything_explains_itself(command: str, capsys: p
     ("words", "told"),
     [
         ([], "usage: megahp COMMAND"),
-        (["trian", "run.toml"], "'trian run.toml' is no command; did you mean train"),
+        (["trian", "run.toml"], "'trian run.toml' is not a command; did you mean train"),
         (["benchmark"], "did you mean benchmark norm"),
         (["benchmark", "norn"], "did you mean benchmark norm"),
         (["report", "runs/x", "--colour"], "unrecognized arguments: --colour"),
@@ -144,12 +145,29 @@ def test_what_nobody_caught_is_one_line_of_every_rank(
     command: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A fault of a machine, so that what started a run starts it again, or a mistake of a user, so that it does not."""
-    error, is_users = UNCAUGHT[told]
+    error, is_user_error = UNCAUGHT[told]
     module = import_module(f"megahp.commands.{command.split()[0]}")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(module, "run", Mock(side_effect=error))
-    assert cli.main(command.split()) == (2 if is_users or command.startswith("report") else FAULT)
+    assert cli.main(command.split()) == (2 if is_user_error or command.startswith("report") else FAULT)
     assert capsys.readouterr().err.rstrip("\n") == told.rstrip()
+
+
+def test_log_records_are_lines_of_stderr_without_passwords(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once each, however often a command has run in this process, on the stderr of the moment; none that fails to be
+    written raises."""
+    for _ in range(2):
+        assert cli.main(["runs", "nowhere"]) == 2
+    log = logging.getLogger("megahp.launch.rendezvous")
+    capsys.readouterr()
+    log.warning("waiting for s3://me:secret@host/run")
+    assert capsys.readouterr().err == "megahp: waiting for s3://me:***@host/run\n"
+    for error in (OSError(28, "No space left on device"), ValueError("I/O operation on closed file")):
+        monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=error)))
+        log.warning("a line that nobody reads")
+        assert sys.stderr.write.called
 
 
 def test_tools_are_the_same_commands_by_path(tmp_path: Path) -> None:

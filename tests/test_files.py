@@ -47,7 +47,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         file.truncate(LARGEST + 1)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name, told in {
-        "pipe": "no regular file",
+        "pipe": "not a regular file",
         "large": "268,435,457 bytes",
         "loop": "Too many levels|does not exist",
         ".": "a folder",
@@ -59,7 +59,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=told) as raised:
             read_text(tmp_path / name, "thing")
         assert "\n" not in str(raised.value)
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         read_text(Path("/dev/zero"), "thing")
 
 

@@ -1,4 +1,4 @@
-"""Where something is measured, and waiting for what it does."""
+"""Describe the machine of a measurement, and wait for its device."""
 
 import platform
 from pathlib import Path
@@ -8,18 +8,18 @@ import torch
 
 
 def machine_of(device: torch.device) -> dict[str, Any]:
-    """Where this was measured."""
+    """Return the device's name, the number of CPU threads and torch's version."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()  # Arm's name no model
+    lines = Path("/proc/cpuinfo").read_text().splitlines()  # has no model name on Arm
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return f"{next(models, platform.machine())} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the kernels that were started on a GPU."""
+    """Wait for the kernels queued on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

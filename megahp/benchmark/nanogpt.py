@@ -1,8 +1,8 @@
-"""The plain PyTorch baseline of `megahp benchmark training`: a Llama-like model and its steps, written as nanoGPT is.
+"""The plain PyTorch baseline of `megahp benchmark training`: a Llama-like model in nanoGPT's style.
 
-Of megahp's default shape (RMSNorm, rotary positions, SwiGLU, untied embeddings, no biases), trained as nanoGPT trains:
-float32 weights, the forward pass under autocast, F.scaled_dot_product_attention, F.cross_entropy over whole logits,
-gradients clipped to 1, fused AdamW. No distributed code.
+It has megahp's default architecture (RMSNorm, rotary positions, SwiGLU, untied embeddings, no biases) and trains as
+nanoGPT does: float32 weights, the forward pass under autocast, F.scaled_dot_product_attention, F.cross_entropy over
+whole logits, gradients clipped to 1, fused AdamW. No distributed code.
 """
 
 import torch
@@ -13,7 +13,7 @@ from megahp.config import ModelConfig, OptimizerConfig
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [batch, heads, length, head_size]."""
+    """Apply rotary positions to x [batch, heads, length, head_size]."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -86,7 +86,7 @@ class GPT(nn.Module):
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """nanoGPT's: matrices decay, vectors do not."""
+    """Make nanoGPT's AdamW: matrices decay, vectors do not."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},

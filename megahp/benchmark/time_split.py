@@ -1,9 +1,9 @@
-"""Where the time of a step goes, from torch.profiler: compute, communication, data, host.
+"""Split the time of a step, from torch.profiler: compute, communication, data, host.
 
-On a CPU: data = the loader is waited for; compute = an operator runs, its dispatch and allocations with it;
-communication = gloo is at work, waiting for other ranks too, and no operator runs; host = the rest, which is Python and
-autograd. On CUDA: compute = a kernel or copy runs; communication = only NCCL's kernels do, waiting for other ranks too;
-data = the device is idle or receives a batch, and the loader is waited for; host = it is idle for another reason.
+On a CPU: data = waiting for the loader; compute = an operator runs, with its dispatch and allocations; communication =
+gloo works, or waits for other ranks, and no operator runs; host = the rest: Python and autograd. On CUDA: compute = a
+kernel or copy runs; communication = only NCCL's kernels run, or wait for other ranks; data = the device only
+receives a batch, or is idle while the loader is waited for; host = it is idle for another reason.
 """
 
 import math
@@ -21,32 +21,35 @@ COSTLIEST = 10
 Spans = list[tuple[float, float]]  # begin and end, microseconds
 
 
-def profiled(
+def profile_steps(
     run: Callable[[], float], steps: int, device: torch.device
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Shares of the time of so many steps, and the costliest operators (on CUDA kernels), by the time that is their
-    own. run: makes the steps and returns the seconds of one."""
+    """Return the split of some steps' time, and their costliest operators (on CUDA kernels) by self time.
+
+    run: takes these steps and returns the mean seconds of one.
+    """
     cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as seen:
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
         seconds = run() * steps
-    events: Sequence[Any] = seen.events() or ()
+    events: Sequence[Any] = profiler.events() or ()
     split = split_of(cuda_spans(events) if cuda else cpu_spans(events), 1e6 * seconds)
-    own_time = "self_device_time_total" if cuda else "self_cpu_time_total"
-    averages = [(getattr(each, own_time), each) for each in seen.key_averages() if is_on(each, cuda)]
-    averages.sort(key=lambda pair: pair[0], reverse=True)
+    self_time = "self_device_time_total" if cuda else "self_cpu_time_total"
+    operators = [(getattr(event, self_time), event) for event in profiler.key_averages() if is_on_device(event, cuda)]
+    operators.sort(key=lambda pair: pair[0], reverse=True)
     return split, [
-        {"name": each.key[:100], "calls": each.count / steps, "ms": own / 1e3 / steps, "share": own / 1e6 / seconds}
-        for own, each in averages[:COSTLIEST]
+        {"name": event.key[:100], "calls": event.count / steps, "ms": us / 1e3 / steps, "share": us / 1e6 / seconds}
+        for us, event in operators[:COSTLIEST]
     ]
 
 
-def is_on(event: Any, cuda: bool) -> bool:
-    """Whether an event took place on the device, and is no range that encloses others."""
+def is_on_device(event: Any, cuda: bool) -> bool:
+    """Return whether an event ran on the device; ranges, which enclose other events, do not count."""
     return (event.device_type == DeviceType.CUDA) == cuda and not event.is_user_annotation
 
 
 def cpu_spans(events: Sequence[Any]) -> dict[str, Spans]:
-    """When what was going on; where several things were, the first named counts. gloo runs behind the main thread."""
+    """Return the spans of each kind of work; where they overlap, the first kind counts, since gloo runs in threads
+    behind the main one."""
     return {
         "data": spans_of(event for event in events if event.name == DATA),
         "compute": spans_of(event for event in events if event.name.startswith(OPERATORS)),
@@ -55,8 +58,8 @@ def cpu_spans(events: Sequence[Any]) -> dict[str, Spans]:
 
 
 def cuda_spans(events: Sequence[Any]) -> dict[str, Spans]:
-    """The same of a device, whose kernels run behind the host."""
-    kernels = [event for event in events if is_on(event, cuda=True)]
+    """Return the same for a GPU, whose kernels run behind the host: waiting for data only counts while it is idle."""
+    kernels = [event for event in events if is_on_device(event, cuda=True)]
     batches = [event for event in kernels if event.name.startswith("Memcpy HtoD")]
     nccl = [event for event in kernels if event.name.startswith(COMMUNICATION)]
     waiting = [event for event in events if event.device_type == DeviceType.CPU and event.name == DATA]
@@ -73,18 +76,18 @@ def spans_of(events: Iterable[Any]) -> Spans:
 
 
 def split_of(spans: Mapping[str, Spans], total: float) -> dict[str, float]:
-    """The share of a total time that each kind of spans covers and none named before it does; host is the rest."""
+    """Return the share of a total time that each kind covers and no kind before it does; host is the rest."""
     shares: dict[str, float] = {}
-    together: Spans = []
-    for name, these in spans.items():
-        before = covered(together)
-        together = together + these
-        shares[name] = (covered(together) - before) / total
-    return {**shares, "host": max(0.0, 1 - covered(together) / total)}
+    union: Spans = []
+    for kind, kind_spans in spans.items():
+        before = covered(union)
+        union = union + kind_spans
+        shares[kind] = (covered(union) - before) / total
+    return {**shares, "host": max(0.0, 1 - covered(union) / total)}
 
 
 def covered(spans: Spans) -> float:
-    """Length of the union."""
+    """Return the length of the union of spans."""
     length, reached = 0.0, -math.inf
     for begin, end in sorted(spans):
         length += max(0.0, end - max(begin, reached))

@@ -1,16 +1,14 @@
 """Checkpoints of whole runs, on any layout."""
 
 from megahp.checkpoint.remote import Location, location, url_of
-from megahp.checkpoint.shards import UnreadableError
+from megahp.checkpoint.shards import DamagedError, UnreadableError, UploadError
 from megahp.checkpoint.store import (
-    DamagedError,
     Store,
-    UploadError,
     candidates,
     complete,
     complete_without_links,
     find,
-    first_whole,
+    first_valid,
     folder_of,
     is_checkpoint,
     latest,

@@ -1,4 +1,4 @@
-"""What a person asks of checkpoints: what there is, whether it is whole, how two differ."""
+"""Listing a run's checkpoints, and comparing two of them."""
 
 from collections.abc import Iterator
 
@@ -12,22 +12,22 @@ HEADER = f"{'checkpoint':<15}{'step':>10}{'tokens':>16}{'validation':>12}{'MB':>
 
 
 def listing(folder: Location) -> Iterator[str]:
-    """A table of a run's checkpoints, oldest first."""
+    """Yield the lines of a table of a run's checkpoints, oldest first."""
     yield HEADER
     for checkpoint in complete(folder):
-        if wrong := problems(checkpoint, shards=False):
-            yield f"{checkpoint.name:<15}damaged: {wrong[0]}"
+        if found := problems(checkpoint, shards=False):
+            yield f"{checkpoint.name:<15}damaged: {found[0]}"
             continue
         state = read_state(checkpoint)
         layout = ", ".join(f"{axis} {size}" for axis, size in state["layout"].items() if size > 1) or "one rank"
         size = sum(entry["bytes"] for entry in read_manifest(checkpoint).values()) / 1e6
         loss = state.get("validation_loss")
-        shown = {"loss": "-" if loss is None else f"{loss:.4f}", "size": f"{size:,.1f}", "layout": layout}
-        yield LINE.format(name=checkpoint.name, **state["progress"], **shown)
+        columns = {"loss": "-" if loss is None else f"{loss:.4f}", "size": f"{size:,.1f}", "layout": layout}
+        yield LINE.format(name=checkpoint.name, **state["progress"], **columns)
 
 
 def differences(one: Location, other: Location) -> Iterator[str]:
-    """How two checkpoints differ: settings, progress, and every tensor's largest difference."""
+    """Yield how two checkpoints differ: settings, progress, and every tensor's largest difference."""
     states = read_state(one), read_state(other)
     configs = [resolve.from_dict(state["config"], "checkpoint") for state in states]
     for key, (before, now) in config_differences(*configs).items():
@@ -35,12 +35,12 @@ def differences(one: Location, other: Location) -> Iterator[str]:
     for key, before in states[0]["progress"].items():
         if before != states[1]["progress"][key]:
             yield f"{key}: {before:,} and {states[1]['progress'][key]:,}"
-    ours, theirs = Tensors(one), Tensors(other)
-    for name in dict.fromkeys((*ours, *theirs)):
-        if name not in ours or name not in theirs:
-            yield f"{name} is in {one if name in ours else other} alone"
+    first, second = Tensors(one), Tensors(other)  # read one by one: only two tensors are in memory
+    for name in dict.fromkeys((*first, *second)):
+        if name not in first or name not in second:
+            yield f"{name} is in {one if name in first else other} only"
             continue
-        a, b = ours[name], theirs[name]
+        a, b = first[name], second[name]
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             yield f"{name}: {list(a.shape)} {a.dtype} and {list(b.shape)} {b.dtype}"
         elif not a.equal(b):

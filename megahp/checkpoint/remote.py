@@ -1,5 +1,5 @@
-"""Folders that are not on this machine's file system, through fsspec: as much of pathlib as reading, listing and
-dropping checkpoints takes, so that what is written for a Path serves for an s3://bucket/runs/x too."""
+"""Remote folders, through fsspec: the part of pathlib's interface that reading, listing and removing checkpoints needs,
+so that code for a Path works on s3://bucket/runs/x too."""
 
 from __future__ import annotations
 
@@ -10,20 +10,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fsspec import AbstractFileSystem, url_to_fs
 
 from megahp.errors import UserError, masked
 
 
-class Size(NamedTuple):
-    st_size: int  # bytes
-
-
 @dataclass(frozen=True, order=True)
 class Remote:
-    """A file or folder by its URL. What goes wrong there is an OSError, whatever that file system raises."""
+    """A file or folder by its URL. Its methods raise OSError, whatever the file system's library raises."""
 
     url: str
 
@@ -39,30 +35,31 @@ class Remote:
 
     @contextmanager
     def open(self, mode: str) -> Iterator[Any]:
-        with self._reached() as (system, path), system.open(path, mode) as file:
+        with self._file_system() as (system, path), system.open(path, mode) as file:
             yield file
 
     def read_bytes(self) -> bytes:
         with self.open("rb") as file:
             return file.read()
 
-    def stat(self) -> Size:
-        with self._reached() as (system, path):
-            return Size(system.info(path)["size"])
+    def size(self) -> int:
+        """Return a file's bytes."""
+        with self._file_system() as (system, path):
+            return system.info(path)["size"]
 
     def exists(self) -> bool:
-        """Whether there is such a file or folder. Raises OSError where nobody can tell."""
+        """Return whether there is such a file or folder. Raises OSError where that cannot be known."""
         try:
-            self.stat()
+            self.size()
         except FileNotFoundError:
             return False
         return True
 
     def glob(self, pattern: str) -> list[Remote]:
-        """The folder's entries whose names match; none where there is no such folder."""
+        """Return the folder's entries whose names match; none where there is no such folder."""
         try:
-            with self._reached() as (system, path):
-                system.invalidate_cache()
+            with self._file_system() as (system, path):
+                system.invalidate_cache()  # another machine may have written there since
                 names = [Remote(each).name for each in system.ls(path, detail=False)]
         except FileNotFoundError:
             return []
@@ -70,22 +67,22 @@ class Remote:
 
     def put(self, files: Sequence[Path]) -> None:
         """Copy files into this folder."""
-        with self._reached() as (system, path):
+        with self._file_system() as (system, path):
             system.makedirs(path, exist_ok=True)
             system.put([str(file) for file in files], [f"{path}/{file.name}" for file in files])
 
     def remove(self) -> None:
-        """Drop a file, or a folder with all that is in it, if there is one."""
-        with suppress(FileNotFoundError), self._reached() as (system, path):
+        """Remove a file, or a folder with everything in it, if there is one."""
+        with suppress(FileNotFoundError), self._file_system() as (system, path):
             system.rm(path, recursive=True)
 
     @contextmanager
-    def _reached(self) -> Iterator[tuple[AbstractFileSystem, str]]:
+    def _file_system(self) -> Iterator[tuple[AbstractFileSystem, str]]:
         try:
             yield url_to_fs(self.url)
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.url) from None
-        except Exception as error:  # each file system raises its own kinds
+        except Exception as error:  # each library raises its own classes
             why = str(error).strip().split("\n")[0] or type(error).__name__
             raise OSError(errno.EIO, why, self.url) from error
 
@@ -94,25 +91,25 @@ Location = Path | Remote
 
 
 def location(name: str) -> Location:
-    """A path, or a URL of a file system that is installed. Raises UserError for one that is not."""
+    """Return a path, or a URL's Remote. Raises UserError where its file system is not installed or cannot be
+    reached."""
     if "://" not in name:
         return Path(name)
-    if ":***@" in name:
+    if ":***@" in name:  # copied from a log or a checkpoint's config, where passwords are masked
         raise UserError(f"{name} lacks the password, which no file of a run keeps; write the whole URL in the run file")
     try:
         url_to_fs(name)
     except (ImportError, ValueError) as error:
         why = f"{name} cannot be opened by fsspec ({error})"
         raise UserError(f"{why}; install what it needs, or name another") from None
-    except Exception as error:  # of file systems that connect at once, each its own kinds
-        found = UserError(
-            f"{name} cannot be reached ({str(error) or type(error).__name__}); try again, or name another"
-        )
-        found.may_pass = True
-        raise found from None
+    except Exception as error:  # of file systems that connect at once, each its own classes
+        why = f"{name} cannot be reached ({str(error) or type(error).__name__})"
+        unreachable = UserError(f"{why}; try again, or name another")
+        unreachable.may_pass = True
+        raise unreachable from None
     return Remote(name)
 
 
 def url_of(location: Location) -> str:
-    """Return what `location` makes the same of again, passwords included: for other ranks, never for a log."""
+    """Return the name from which `location` makes the same, passwords included: for other ranks, never for a log."""
     return location.url if isinstance(location, Remote) else str(location)

@@ -1,5 +1,5 @@
-"""The JSON files of a checkpoint as types. A seal proves that a file is as its writer left it, not that the writer was
-megahp: everything read from one is checked against these before it is used."""
+"""Types of a checkpoint's JSON files. A matching manifest proves that a file is as its writer left it, not that the
+writer was megahp: everything read is validated against these types before it is used."""
 
 from typing import Annotated, Any
 
@@ -18,11 +18,12 @@ from typing_extensions import NotRequired, Required, TypedDict  # noqa: UP035 - 
 
 from megahp.files import is_plain
 
+# strict: "3" is no number and 0.5 no count; forbid: a key that nobody knows is not silently without effect
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 def _plain(name: str) -> str:
-    """Return the name of a file that lies in the folder itself."""
+    """Return a file name without a path. Raises ValueError for others."""
     if not is_plain(name):
         raise ValueError("names a file outside the checkpoint")
     return name
@@ -33,7 +34,7 @@ FileName = Annotated[str, AfterValidator(_plain), Field(pattern=r"^[\x20-\x7e]{1
 
 @with_config(STRICT)
 class Entry(TypedDict):
-    """What the manifest says of a file."""
+    """The manifest's entry of a file."""
 
     bytes: NonNegativeInt
     sha256: str
@@ -41,7 +42,7 @@ class Entry(TypedDict):
 
 @dataclass(frozen=True, config=STRICT)
 class Chunk:
-    """Where a part of a tensor lies."""
+    """A part of a tensor, and where it is stored."""
 
     offsets: list[NonNegativeInt]  # of the part in the tensor
     shape: list[NonNegativeInt]
@@ -53,7 +54,7 @@ class Chunk:
 
 @with_config(STRICT)
 class Stored(TypedDict):
-    """What the index says of a tensor."""
+    """The index's entry of a tensor."""
 
     dtype: str
     shape: list[NonNegativeInt]
@@ -128,7 +129,7 @@ class DataOrder(TypedDict):
     taken: Counts
 
 
-@with_config(ConfigDict(strict=True, extra="allow"))  # further keys are for people to read
+@with_config(ConfigDict(strict=True, extra="allow"))  # other keys, such as versions, are for people to read
 class State(TypedDict):
     version: int
     progress: ProgressState
@@ -151,10 +152,10 @@ MANIFEST, INDEX, STATE = TypeAdapter(Manifest), TypeAdapter(Index), TypeAdapter(
 
 
 def checked(adapter: TypeAdapter[Any], text: str | bytes) -> Any:
-    """Return JSON as the adapter's type. Raises ValueError saying in one line what is wrong where."""
+    """Parse JSON as the adapter's type. Raises ValueError with one line that says what is wrong where."""
     try:
         return adapter.validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
+        where = ".".join(map(str, first["loc"])) or "the document"
         raise ValueError(f"{where} = {repr(first['input'])[:60]}: {first['msg']}") from None

@@ -1,10 +1,10 @@
-"""The tensors of one checkpoint: safetensors files, and a JSON index that says where every chunk of every tensor lies.
-Nothing that is read, from a file or from another rank, is ever executed.
+"""The tensors of one checkpoint: safetensors files, and a JSON index of where every chunk of every tensor lies. Nothing
+that is read, from a file or from another rank, is ever executed.
 
 step-00000100/{shard-00000.safetensors, ..., index.json, state.json, manifest.json}
 
-PyTorch's DCP says which chunks a rank holds, and which bytes a rank on another layout needs. Its collectives pickle
-what they send, so ours say who writes what.
+A chunk is the part of a tensor that a rank holds; on another layout a rank reads the chunks that overlap its own part.
+PyTorch's DCP would do the same with collectives that pickle what they send.
 """
 
 import hashlib
@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +23,28 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, Metadata
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import ReadItem, SavePlanner, TensorWriteData, WriteItem
 
 from megahp.checkpoint import schema
 from megahp.checkpoint.remote import Location, Remote
 from megahp.checkpoint.schema import Chunk
-from megahp.errors import UserError, is_users
+from megahp.errors import UserError, is_user_error
 from megahp.files import refuse_link
 from megahp.parallel.messages import gather_results, on_rank0
+from megahp.parallel.parameters import extent, storage
 
 INDEX = "index.json"
-LARGEST_JSON = 2**31  # bytes; an index has about 150 for each chunk
+LARGEST_JSON = 2**31  # bytes, before memory runs out on a file that is none; an index has about 150 for each chunk
 DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)}
 
 
-class Damaged(UserError):
-    """A file of a checkpoint is missing or is not what was written."""
+class DamagedError(UserError):
+    """A checkpoint, or a file of it, is missing or is not what was written. An older checkpoint may serve."""
 
 
 class UnreadableError(UserError):
-    """Something there cannot be read, so nobody knows whether it is missing, whole or damaged."""
+    """A file cannot be read, so it is not known whether it is missing, whole or damaged. No older checkpoint may serve
+    in its stead: a passing failure of a disk would lose the steps since."""
 
     def __init__(self, why: str, may_pass: bool = False) -> None:
         super().__init__(why)
@@ -59,54 +52,71 @@ class UnreadableError(UserError):
 
 
 class UploadError(UserError):
-    """A checkpoint is whole, and its copy elsewhere is not."""
+    """A checkpoint is whole on this disk, but not copied to checkpoint.remote."""
 
 
-ERRORS = (UploadError, UnreadableError, UserError, OSError)  # that ranks tell each other as they are
+ERRORS = (UploadError, UnreadableError, DamagedError, UserError, OSError)  # that keep their class between ranks
 
 
 @contextmanager
 def reading(path: Location) -> Iterator[None]:
-    """Raise Damaged where this file is missing, and UnreadableError where the system refuses to read it."""
+    """Raise DamagedError where this file is missing, and UnreadableError where the system refuses to read it."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
-        raise Damaged(f"{path.name} is missing") from None
+        raise DamagedError(f"{path.name} is missing") from None
     except OSError as error:
         raise unreadable(path, error) from None
 
 
 def unreadable(path: Location, error: OSError) -> UnreadableError:
     why = f"{path} cannot be read ({error.strerror}); make it readable, and start again"
-    return UnreadableError(why, may_pass=not is_users(error))
+    return UnreadableError(why, may_pass=not is_user_error(error))
+
+
+@contextmanager
+def naming(checkpoint: Location) -> Iterator[None]:
+    """Raise a DamagedError of one of a checkpoint's files as the checkpoint's, with its name and the remedy."""
+    try:
+        yield
+    except DamagedError as error:
+        raise damaged(checkpoint, error) from None
+
+
+def damaged(checkpoint: Location, why: object) -> DamagedError:
+    return DamagedError(f"checkpoint {checkpoint} is damaged ({why}); remove it: the one before it then serves")
 
 
 def write(
     tensors: Mapping[str, Tensor],
+    copies: Mapping[str, Tensor],
     folder: Path,
     begin: Callable[[int], None],
     publish: Callable[[], None],
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Write the tensors of a checkpoint, whatever their layout, as one of the group's ranks, which all call this. Each
-    chunk is written once, by that of its holders which has least to write. The first rank calls begin(bytes) before
-    anything is written, and publish() when all is. What fails on one rank is raised on all."""
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(tensors), is_coordinator=True)
-    items = {_key(item): item for item in planner.create_local_plan().items}
-    held = gather_results(lambda: {key: item.tensor_storage_size() for key, item in items.items()}, group, ERRORS)
+    """Write the tensors of a checkpoint, whatever their layout, as one of the group's ranks, which all call this.
 
-    def deal() -> dict[str, int]:
-        writers, size = _writers(held)
+    copies: the values of this rank's parts, on the host; of the tensors themselves only the layout is read.
+    Each chunk is written once, by the one of its holders that has least to write. Rank 0 calls begin(bytes) before
+    anything is written, and publish() after everything is. A failure on one rank is raised on all, so that none waits
+    for another and none publishes what is incomplete.
+    """
+    parts = {_key(name, tensor): (name, tensor, copies[name]) for name, tensor in tensors.items()}
+    held = gather_results(lambda: {key: values.nbytes for key, (*_, values) in parts.items()}, group, ERRORS)
+
+    def assign() -> dict[str, int]:
+        writers, size = _assign_writers(held)
         begin(size)
         return writers
 
-    writers = on_rank0(deal, group, ERRORS)
+    # before anybody writes: begin() has made the folder, and found room
+    writers = on_rank0(assign, group, ERRORS)
     rank = dist.get_rank(group)
 
     def write_own() -> list[tuple[str, dict[str, Any]]]:
-        own = {key: item for key, item in items.items() if writers.get(key, rank) == rank}
-        return write_shard(own, planner, folder / f"shard-{rank:05d}.safetensors") if own else []
+        own = {key: part for key, part in parts.items() if writers.get(key, rank) == rank}
+        return write_shard(own, folder / f"shard-{rank:05d}.safetensors") if own else []
 
     written = gather_results(write_own, group, ERRORS)
 
@@ -120,56 +130,40 @@ def write(
     on_rank0(finish, group, ERRORS)
 
 
-def write_shard(items: Mapping[str, WriteItem], planner: SavePlanner, path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Write chunks as one file. Returns each one's tensor and what the index says of it."""
-    parts, entries = {}, []
-    for key, item in items.items():
-        value = planner.resolve_data(item)
-        assert isinstance(value, Tensor)
-        parts[key] = (_data(item).chunk.offsets, value.cpu().contiguous())
-    for key, location in _write(parts, path).items():
-        data = _data(items[key])
-        entries.append((items[key].index.fqn, _entry(data.properties.dtype, data.size, [location])))
-    return entries
+def write_shard(parts: Mapping[str, tuple[str, Tensor, Tensor]], path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Write parts of tensors (key -> name, tensor, values) as one file. Returns names and entries in the index."""
+    chunks = _write({key: (extent(tensor)[0], value.contiguous()) for key, (_, tensor, value) in parts.items()}, path)
+    return [(name, _entry(tensor.dtype, tensor.shape, [chunks[key]])) for key, (name, tensor, _) in parts.items()]
 
 
 def fill(folder: Location, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the tensors, in place and on whatever layout they have, from a checkpoint: each rank reads what it holds.
-    Raises Damaged for what is not what was written, UnreadableError, and what DCP raises for what does not fit."""
-    index = read_index(folder)
-    chunks = {
-        MetadataIndex(name, torch.Size(chunk.offsets)): chunk
-        for name, tensor in index.items()
-        for chunk in tensor["chunks"]
-    }
-    described: dict[str, Any] = {
-        name: TensorStorageMetadata(
-            TensorProperties(dtype=DTYPES[tensor["dtype"]]),
-            torch.Size(tensor["shape"]),
-            [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape)) for c in tensor["chunks"]],
-        )
-        for name, tensor in index.items()
-    }
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(tensors), Metadata(described), is_coordinator=True)
+    """Fill the tensors, in place and on whatever layout they have, from a checkpoint: each rank reads the chunks that
+    overlap its part.
 
-    def location(item: ReadItem) -> tuple[str, int]:
-        chunk = chunks[item.storage_index]
-        return chunk.file, chunk.begin
-
-    for (file, _), items in groupby(sorted(planner.create_local_plan().items, key=location), location):
-        wanted = list(items)
-        chunk, name = chunks[wanted[0].storage_index], wanted[0].storage_index.fqn
-        values = read_chunk(folder / file, chunk, DTYPES[index[name]["dtype"]], name)
-        for item in wanted:
-            target = planner.resolve_tensor(item).detach()
-            if target.dtype != values.dtype:
-                raise Damaged(f"{folder / INDEX}: {name} is of {values.dtype}, and must be of {target.dtype}")
-            target.copy_(values[_window(item.storage_offsets, item.lengths)])
+    Raises DamagedError for what is not what was written, UnreadableError, and UserError for tensors that do not fit.
+    """
+    index, reads = read_index(folder), []
+    for name, tensor in tensors.items():
+        stored = index.get(name)
+        needed, found = f"{tensor.dtype} {list(tensor.shape)}", stored and f"{stored['dtype']} {stored['shape']}"
+        if stored is None or needed != found:
+            why = f"{name} must be {needed}, and is {found or 'not in it'}"
+            raise UserError(f"checkpoint {folder} cannot be loaded ({why}); remove it: the one before it then serves")
+        offsets, sizes = extent(tensor)
+        for chunk in stored["chunks"]:
+            starts = [max(pair) for pair in zip(offsets, chunk.offsets, strict=True)]
+            ends = [min(a + m, b + n) for a, m, b, n in zip(offsets, sizes, chunk.offsets, chunk.shape, strict=True)]
+            lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+            if all(length > 0 for length in lengths):
+                target = storage(tensor)[_window(starts, lengths, offsets)]
+                reads.append((chunk, name, target, _window(starts, lengths, chunk.offsets)))
+    # only now, when all fit; in the order of the files, which are read from front to back
+    for chunk, name, target, window in sorted(reads, key=lambda read: (read[0].file, read[0].begin)):
+        target.copy_(read_chunk(folder / chunk.file, chunk, target.dtype, name)[window])
 
 
 class ByName(Mapping[str, Tensor]):
-    """Tensors by name, each read when it is asked for. index: what there is to know of each."""
+    """Tensors by name, each read from its file on access. index: metadata by name."""
 
     index: Mapping[str, Any]
 
@@ -181,94 +175,100 @@ class ByName(Mapping[str, Tensor]):
 
 
 class Tensors(ByName):
-    """The whole tensors of a checkpoint by name, each read when it is asked for, on the CPU."""
+    """The whole tensors of a checkpoint by name, each read on access, to the CPU."""
 
     def __init__(self, folder: Location) -> None:
-        self.folder, self.index = folder, read_index(folder)
+        self.folder = folder
+        with naming(folder):
+            self.index = read_index(folder)
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.index[name]
         whole = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
         for chunk in entry["chunks"]:
-            part = read_chunk(self.folder / chunk.file, chunk, whole.dtype, name)
-            whole[_window(chunk.offsets, chunk.shape)] = part
+            with naming(self.folder):
+                part = read_chunk(self.folder / chunk.file, chunk, whole.dtype, name)
+            whole[_window(chunk.offsets, chunk.shape, [0] * whole.dim())] = part
         return whole
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
-    """Write whole tensors, one after another, as files of `limit` bytes at most and an index."""
+    """Write whole tensors, one after another, as files of at most `limit` bytes and an index."""
     index = {}
-    for number, together in enumerate(in_files(tensors, limit)):
-        parts = {name: ([0] * tensor.dim(), tensor) for name, tensor in together.items()}
-        for name, location in _write(parts, folder / f"shard-{number:05d}.safetensors").items():
-            index[name] = _entry(together[name].dtype, together[name].shape, [location])
+    for number, group in enumerate(in_files(tensors, limit)):
+        parts = {name: ([0] * tensor.dim(), tensor) for name, tensor in group.items()}
+        for name, chunk in _write(parts, folder / f"shard-{number:05d}.safetensors").items():
+            index[name] = _entry(group[name].dtype, group[name].shape, [chunk])
     _write_index(folder, index)
 
 
 def in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors in their order, as many at a time as have `limit` bytes, or one that has more. What was given out is
+    """Yield the tensors in their order, in groups of at most `limit` bytes, or of one tensor that has more. A group is
     emptied when the next is asked for, so that only one file's tensors are in memory."""
-    together: dict[str, Tensor] = {}
+    group: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
-        if together and size + tensor.nbytes > limit:
-            yield together
-            together.clear()
+        if group and size + tensor.nbytes > limit:
+            yield group
+            group.clear()
             size = 0
-        together[name] = tensor.contiguous()
+        group[name] = tensor.contiguous()
         size += tensor.nbytes
-    yield together
+    yield group
 
 
 def read_json(path: Location) -> bytes:
-    """Return a JSON file of a checkpoint. Raises Damaged, or UnreadableError."""
+    """Return a JSON file of a checkpoint. Raises DamagedError, or UnreadableError."""
     with reading(path):
         if size_of(path) > LARGEST_JSON:
-            raise Damaged(f"{path.name} has {size_of(path):,} bytes, and {LARGEST_JSON:,} is the most")
+            raise DamagedError(f"{path.name} has {size_of(path):,} bytes, and {LARGEST_JSON:,} is the most")
         return path.read_bytes()
 
 
 def size_of(path: Location) -> int:
-    """Return a file's bytes. Raises Damaged for what is none, such as a pipe, OSError, and UserError for a link."""
+    """Return a file's size in bytes. Raises DamagedError for what is no file, such as a pipe, UserError for a link, and
+    OSError."""
     if isinstance(path, Remote):
-        return path.stat().st_size
+        return path.size()
     refuse_link(path)
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
-        raise Damaged(f"{path.name} is no regular file")
+        raise DamagedError(f"{path.name} is not a regular file")
     return status.st_size
 
 
 def read_index(folder: Location) -> dict[str, schema.Stored]:
-    """Return every tensor's dtype, shape and chunks. Raises Damaged unless chunks, in files of this folder, fill every
-    tensor, none of it twice."""
+    """Return every tensor's dtype, shape and chunks. Raises DamagedError unless chunks, in files of this folder, cover
+    every tensor exactly once."""
     try:
         tensors: dict[str, schema.Stored] = schema.checked(schema.INDEX, read_json(folder / INDEX))["tensors"]
         for name, tensor in tensors.items():
             _check(name, tensor)
     except ValueError as error:
-        raise Damaged(f"{folder / INDEX}: {error}") from None
+        raise DamagedError(f"{folder / INDEX}: {error}") from None
     return tensors
 
 
 def read_chunk(path: Location, chunk: Chunk, dtype: torch.dtype, name: str) -> Tensor:
-    """One chunk's values. Raises Damaged, or UnreadableError."""
+    """Return one chunk's values. Raises DamagedError, or UnreadableError."""
     with reading(path), path.open("rb") as file:
         file.seek(chunk.begin)
         data = bytearray(file.read(chunk.bytes))
+    # the manifest's SHA-256 is of what the disk gave back after writing; this sum, of what was in memory
     if len(data) != chunk.bytes or zlib.crc32(data) != chunk.crc32:
-        raise Damaged(f"{path}: the part of {name} at byte {chunk.begin} is not what was written")
+        raise DamagedError(f"{path}: the part of {name} at byte {chunk.begin} is not what was written")
     values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     return values.view(torch.Size(chunk.shape))
 
 
 def digest(path: Location) -> str:
-    """SHA-256 of a file. Raises Damaged, or UnreadableError."""
+    """Return the SHA-256 of a file. Raises DamagedError, or UnreadableError."""
     with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_synced(target: Path, text: str) -> None:
+    """Write a file that outlives a power cut, once its folder is synced too."""
     with target.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -276,7 +276,7 @@ def write_synced(target: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """See to it that a file's bytes, or a folder's entries, outlive a power cut."""
+    """Flush a file's bytes, or a folder's entries, to the disk, to outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -287,7 +287,8 @@ def _check(name: str, tensor: schema.Stored) -> None:
     if tensor["dtype"] not in DTYPES:
         raise ValueError(f"{name} is of {tensor['dtype']}, which is none of {', '.join(DTYPES)}")
     shape, size = tensor["shape"], DTYPES[tensor["dtype"]].itemsize
-    # along the axis that is cut most often each chunk has few to be compared with: those that reach beyond its begin
+    # not all pairs, which are too many on many ranks: a sweep along the axis that is cut most often compares each chunk
+    # with the earlier ones that reach beyond its start
     begins = list(zip(*(chunk.offsets for chunk in tensor["chunks"]), strict=False))
     axis = max(range(len(begins)), key=lambda axis: len(set(begins[axis])), default=0)
     near: list[Chunk] = []
@@ -297,10 +298,11 @@ def _check(name: str, tensor: schema.Stored) -> None:
         )
         if not fits or chunk.bytes != math.prod(chunk.shape) * size:
             raise ValueError(f"a part of {name} makes no sense: {chunk}")
-        near = [each for each in near if not shape or each.offsets[axis] + each.shape[axis] > chunk.offsets[axis]]
-        if chunk.bytes and any(_overlap(each, chunk) for each in near):
+        near = [other for other in near if not shape or other.offsets[axis] + other.shape[axis] > chunk.offsets[axis]]
+        if chunk.bytes and any(_overlap(other, chunk) for other in near):
             raise ValueError(f"{name} has a part twice: {chunk}")
         near.append(chunk)
+    # none overlaps and none reaches outside: they cover it if they have as many values
     if sum(math.prod(chunk.shape) for chunk in tensor["chunks"]) != math.prod(shape):
         raise ValueError(f"the parts of {name} do not make it whole")
 
@@ -311,25 +313,25 @@ def _overlap(one: Chunk, other: Chunk) -> bool:
 
 
 def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> dict[str, Chunk]:
-    """Write a safetensors file, to the disk, of parts of tensors: key -> offsets and contiguous values. Returns where
-    each lies."""
-    save_file({key: values for key, (_, values) in parts.items()}, path)
+    """Write parts of tensors (key -> offsets, contiguous values) as a safetensors file, synced. Returns the chunks."""
+    save_file({key: values for key, (_, values) in parts.items()}, path)  # which does not tell where the bytes lie
     with suppress(OSError):  # of file systems without modes
-        path.chmod(path.parent.stat().st_mode & 0o666)  # by the umask, as its folder is; the library's own is 0600
+        path.chmod(path.parent.stat().st_mode & 0o666)  # as the umask has made its folder; the library's own is 0600
     sync(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    places = {}
+    chunks = {}
     for key, (offsets, values) in parts.items():
         data = values.reshape(-1).view(torch.uint8).numpy().data
         begin = 8 + length + header[key]["data_offsets"][0]
-        places[key] = Chunk(list(offsets), list(values.shape), path.name, begin, len(data), zlib.crc32(data))
-    return places
+        chunks[key] = Chunk(list(offsets), list(values.shape), path.name, begin, len(data), zlib.crc32(data))
+    return chunks
 
 
-def _writers(held: Sequence[Mapping[str, int]]) -> tuple[dict[str, int], int]:
-    """The rank that writes each chunk which several hold, and the bytes of all. held: every rank's chunks and bytes."""
+def _assign_writers(held: Sequence[Mapping[str, int]]) -> tuple[dict[str, int], int]:
+    """Return the rank that writes each chunk which several hold, and the bytes of all. held: every rank's chunks and
+    their bytes."""
     holders: dict[str, list[int]] = {}
     for rank, own in enumerate(held):
         for key in own:
@@ -343,20 +345,14 @@ def _writers(held: Sequence[Mapping[str, int]]) -> tuple[dict[str, int], int]:
     return writers, sum(planned)
 
 
-def _data(item: WriteItem) -> TensorWriteData:
-    assert item.tensor_data is not None  # nothing but tensors is saved
-    return item.tensor_data
-
-
-def _key(item: WriteItem) -> str:
-    """The name of a chunk: its tensor's, with the offsets where it is a part."""
-    data = _data(item)
-    whole = data.chunk.sizes == data.size
-    return item.index.fqn if whole else f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}"
+def _key(name: str, tensor: Tensor) -> str:
+    """Return the name in a file of this rank's part of a tensor: the tensor's, with the offsets where it is a part."""
+    offsets, sizes = extent(tensor)
+    return name if sizes == tuple(tensor.shape) else f"{name}@{','.join(map(str, offsets))}"
 
 
 def _entry(dtype: torch.dtype, shape: Sequence[int], chunks: Sequence[Chunk]) -> dict[str, Any]:
-    """What the index says of a tensor."""
+    """Return the index's entry of a tensor."""
     return {"dtype": str(dtype), "shape": list(shape), "chunks": [asdict(chunk) for chunk in chunks]}
 
 
@@ -364,5 +360,7 @@ def _write_index(folder: Path, tensors: Mapping[str, Any]) -> None:
     write_synced(folder / INDEX, json.dumps({"tensors": tensors}, indent=0))
 
 
-def _window(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))
+def _window(starts: Sequence[int], lengths: Sequence[int], offsets: Sequence[int]) -> tuple[slice, ...]:
+    """Return the slices of a region of a tensor in a part of it that begins at these offsets."""
+    begins = [start - offset for start, offset in zip(starts, offsets, strict=True)]
+    return tuple(slice(begin, begin + length) for begin, length in zip(begins, lengths, strict=True))

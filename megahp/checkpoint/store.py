@@ -1,10 +1,15 @@
-"""A folder of checkpoints: written in the background, visible by one rename when every byte is on the disk and
-accounted for, refused by file when a byte has changed, dropped when newer ones serve.
+"""A folder of checkpoints: written in the background, visible by one rename once every byte is on the disk and listed,
+refused by file when a byte has changed, removed when newer ones serve.
 
 checkpoints/step-00000100/{shard-00000.safetensors, ..., index.json, state.json, manifest.json}
 
 The manifest holds the size and the SHA-256 of every file, and its own; nothing is loaded from a folder that does not
-agree with its manifest. A run's checkpoint.remote gets copies, the manifest last.
+match its manifest. A run's checkpoint.remote gets copies, the manifest last.
+
+The order of writing is what keeps them safe. Each file is synced after it is written: tensors, index, state. The
+manifest, written last, lists what the disk gives back of them. Then the folder is synced, renamed, and its parent
+synced. So whatever kills the writer, a folder that is named step-* is whole, and one that is named .partial-* is
+nothing.
 """
 
 import hashlib
@@ -20,16 +25,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from megahp.checkpoint import schema, shards
 from megahp.checkpoint.remote import Location, Remote, location
 from megahp.checkpoint.shards import (
     INDEX,
-    Damaged,
+    DamagedError,
     UnreadableError,
     UploadError,
+    damaged,
     digest,
+    naming,
     read_index,
     read_json,
     reading,
@@ -47,12 +53,12 @@ from megahp.parallel.parameters import storage
 
 
 def _with_spikes(state: dict[str, Any]) -> dict[str, Any]:
-    """Version 4 holds the window that spikes stand out of."""
+    """Add the window of spikes, which version 4 has."""
     return state | {"spikes": {"loss": [], "gradient norm": []}}
 
 
 OLDEST = 3  # before it the index was a pickle, which is not read
-# what makes the state of the oldest version one of the next, then that one, ...; files stay as they are
+# the first turns a state of the oldest version into one of the next, and so on; files are not rewritten
 MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_with_spikes,)
 VERSION = OLDEST + len(MIGRATIONS)
 MANIFEST = "manifest.json"
@@ -60,51 +66,44 @@ NAME = re.compile(r"step-\d{8}")
 P = TypeVar("P", Path, Remote, Location)
 
 
-class DamagedError(UserError):
-    """A checkpoint is not what was written; another may be."""
-
-
 class Store:
     """The checkpoints of a run. Every rank makes one, and calls its methods in the same order."""
 
     def __init__(self, folder: Path, keep: CheckpointConfig) -> None:
         self.folder, self.keep = folder, keep
-        # the background's own, so that its messages never meet the training's; and copying takes its time
-        patience = timedelta(days=1)
-        self.group = dist.new_group(backend="gloo", timeout=patience) if dist.get_world_size() > 1 else None
+        # the background's own group, so that its messages never meet the training's; copying to a remote takes its time
+        timeout = timedelta(days=1)
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
         self.background = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
-        self.copies: dict[str, Tensor] = {}
+        self.copies: dict[str, Tensor] = {}  # on the host, kept from save to save: fresh memory takes longer to fill
         self.target = folder
 
     def begin(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Copy tensors and state, and write them as a checkpoint in the background, after the one before it.
+        """Copy tensors and state, and write them as a checkpoint in the background.
 
-        state is JSON. Raises UserError, on every rank, when the one before could not be written.
+        state is JSON. Raises UserError, on every rank, when the checkpoint before could not be written.
         """
-        self.wait()
+        self.wait()  # one at a time: they share the copies and the group
         self.target = path(self.folder, step)
-        partial, said = self.folder / f".partial-{step:08d}", _in_words(state)
+        partial, state_json = self.folder / f".partial-{step:08d}", _to_json(state)
 
         def prepare(size: int) -> None:
-            for unfinished in self.folder.glob(".partial-*"):
+            for unfinished in self.folder.glob(".partial-*"):  # of a process that was killed
                 shutil.rmtree(unfinished)
             partial.mkdir(parents=True)
-            if (free := shutil.disk_usage(self.folder).free) < size:
+            if (free := shutil.disk_usage(self.folder).free) < size:  # now, not after minutes of writing
                 raise OSError(f"it takes {size:,} bytes and {free:,} are free")
 
         def finish() -> None:
-            publish(partial, self.target, said)
-            for dropped in superseded(self.folder, self.target, self.keep):
-                remove(dropped)
+            publish(partial, self.target, state_json)
+            for old in superseded(self.folder, self.target, self.keep):  # only once a newer one is published
+                remove(old)
             if self.keep.remote:
                 copy_all(self.folder, self.target, self.keep)
 
-        def save() -> None:
-            copied = {name: _on_host(value, self.copies[name]) for name, value in tensors.items()}
-            shards.write(copied, partial, prepare, finish, self.group)
-
-        # by hand, since DCP's staging of a hundred DTensors takes ten times as long as the copies; so does fresh memory
+        # before this returns, since training changes the tensors; by hand, since DCP's staging of a hundred DTensors
+        # takes ten times as long
         for name, value in tensors.items():
             part = storage(value)
             if name not in self.copies:
@@ -112,11 +111,12 @@ class Store:
             self.copies[name].copy_(part, non_blocking=True)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self.writing = self.background.submit(save)
+        arguments = tensors, self.copies, partial, prepare, finish, self.group
+        self.writing = self.background.submit(shards.write, *arguments)
 
     def wait(self) -> None:
-        """Until what was begun is on the disk, and copied. Raises UserError, on every rank, when that failed; the
-        checkpoints before it are untouched."""
+        """Wait until the checkpoint begun is on the disk, and copied. Raises UserError, on every rank, when that
+        failed; the checkpoints before it are untouched."""
         if self.writing is None:
             return
         try:
@@ -129,66 +129,73 @@ class Store:
 
 
 def write(target: Path, tensors: Iterable[tuple[str, Tensor]], state: Mapping[str, Any], limit: int) -> None:
-    """Write a checkpoint from this process alone, in files of `limit` bytes, of tensors that need not all be in memory
-    at a time."""
+    """Write a checkpoint from this process alone, in files of at most `limit` bytes, of tensors that need not all be in
+    memory at a time."""
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write_tensors(partial, tensors, limit)
-    publish(partial, target, _in_words(state))
+    publish(partial, target, _to_json(state))
 
 
 def publish(partial: Path, target: Path, state: str) -> None:
-    """Give a folder that holds the tensors all else that makes a checkpoint, last of all its name."""
+    """Make a folder that holds the tensors a checkpoint: add state and manifest, then rename it.
+
+    All its files are on the disk before it has the name under which it is loaded, and the name itself is on the disk
+    when this returns: the caller removes older checkpoints then.
+    """
     write_synced(partial / "state.json", state)
     write_manifest(partial)
-    if target.exists():  # of the same step, damaged or gone back before; but nothing that nobody could look at is lost
-        problems(target, shards=False)
+    if target.exists():  # of the same step: damaged, or from before a restart at an older one
+        problems(target, shards=False)  # raises where it cannot be read: it may be whole, and is not removed
         remove(target)
     partial.rename(target)
     sync(target.parent)
 
 
 def copy_all(folder: Path, newest: Path, keep: CheckpointConfig) -> None:
-    """Copy the checkpoints that keep.remote has not, or has otherwise, and drop there what need not be kept beside the
-    newest. Raises UserError."""
-    there = copies_at(keep.remote)
+    """Copy the checkpoints that keep.remote lacks, or has in another version, and remove there what need not be kept
+    beside the newest. Raises UserError."""
+    remote = copies_at(keep.remote)
     try:
         for checkpoint in complete_without_links(folder):
             if not problems(checkpoint, shards=False):
-                copy(checkpoint, there / checkpoint.name)
-        for dropped in superseded(there, there / newest.name, keep):
-            remove(dropped)
+                copy(checkpoint, remote / checkpoint.name)
+        for old in superseded(remote, remote / newest.name, keep):
+            remove(old)
     except (OSError, UnreadableError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         why = f"{newest} is whole, but not copied to checkpoint.remote = {keep.remote!r} ({cause})"
-        raise UploadError(f"{why}; that is tried again after the next one") from None
+        raise UploadError(f"{why}; this is retried with the next one") from None
 
 
 def copy(checkpoint: Path, target: Remote) -> None:
-    """Make the target this checkpoint; it is one when its manifest comes, last. Raises OSError."""
+    """Copy a checkpoint, unless it is there. Raises OSError.
+
+    Remote file systems have no rename of folders: a folder is a checkpoint once it has a manifest, which is put last.
+    """
     manifest = checkpoint / MANIFEST
     if (target / MANIFEST).exists() and (target / MANIFEST).read_bytes() == manifest.read_bytes():
         return
-    remove(target)
+    remove(target)  # its manifest first, or old and new files would be one checkpoint for a moment
     target.put([checkpoint / name for name in read_manifest(checkpoint)])
     target.put([manifest])
 
 
 def copies_at(remote: str) -> Remote:
-    """The folder of the copies. Raises UserError."""
+    """Return the folder of the copies. Raises UserError."""
     if isinstance(run := location(remote), Path):
-        raise UserError(f"checkpoint.remote = {remote!r} is no URL; for a folder of this machine write file:///...")
+        raise UserError(f"checkpoint.remote = {remote!r} is not a URL; for a folder of this machine write file:///...")
     return run / "checkpoints"
 
 
 def path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after this step lies, once complete."""
+    """Return where the checkpoint after this step lies, once complete."""
     return folder / f"step-{step:08d}"
 
 
 def complete(folder: P) -> list[P]:
-    """A run's complete checkpoints, damaged or not, oldest first; none where there is no such folder. Raises
+    """Return a run's complete checkpoints, damaged or not, oldest first; none where there is no such folder. Raises
     UnreadableError where that cannot be known, UserError for a symbolic link in the place of one."""
     if isinstance(folder, Path):
         refuse_link(folder)
@@ -199,11 +206,11 @@ def complete(folder: P) -> list[P]:
 
 
 def complete_without_links(folder: P) -> list[P]:
-    """As `complete`, links passed over: a running training is not ended by one that somebody has made."""
+    """As `complete`, but ignore links: a training that is running is not ended by one that somebody has made."""
     try:
-        each_there = folder.iterdir() if isinstance(folder, Path) else folder.glob("step-*")
-        found: list[P] = sorted((each for each in each_there if NAME.fullmatch(each.name)), key=lambda each: each.name)
-        # elsewhere folders are not renamed, the manifest comes last
+        entries = folder.iterdir() if isinstance(folder, Path) else folder.glob("step-*")
+        found: list[P] = sorted((each for each in entries if NAME.fullmatch(each.name)), key=lambda each: each.name)
+        # a remote folder gets its manifest last, a local one its name
         return [
             each for each in found if (not each.is_symlink() if isinstance(each, Path) else (each / MANIFEST).exists())
         ]
@@ -214,30 +221,33 @@ def complete_without_links(folder: P) -> list[P]:
 
 
 def candidates(folder: Path, remote: str) -> list[Location]:
-    """What a run may go on from, newest first, copies at its checkpoint.remote (empty = none) among them. Raises
-    UserError."""
+    """Return the checkpoints that a run may resume from, newest first, with the copies at checkpoint.remote (empty =
+    none). Raises UserError."""
     try:
         copies = complete(copies_at(remote)) if remote else []
     except UnreadableError as error:
-        why = f"{error}, or without checkpoint.remote to go on from {folder} alone"
+        why = f"{error}, or without checkpoint.remote to resume from {folder} alone"
         raise UnreadableError(why, error.may_pass) from None
     found: list[Location] = [*copies, *complete(folder)]
     return sorted(found, key=lambda each: each.name)[::-1]  # a copy after its original
 
 
 def latest(folder: P) -> P | None:
-    """The newest checkpoint whose files are all there and whose JSON is whole; None where there is no checkpoint. Its
-    tensors are for `load` to check. Raises UserError when none is whole."""
-    return first_whole(complete(folder)[::-1])
+    """Return the newest checkpoint whose files all exist and whose JSON is whole; None where there is no checkpoint.
+    `load` checks the tensors. Raises UserError when all are damaged."""
+    return first_valid(complete(folder)[::-1])
 
 
-def first_whole(newest_first: Sequence[P]) -> P | None:
+def first_valid(newest_first: Sequence[P]) -> P | None:
     """As `latest`, of these."""
-    whole = next((each for each in newest_first if not problems(each, shards=False)), None)
-    if newest_first and not whole:
-        newest, why = newest_first[0], problems(newest_first[0], shards=False)[0]
-        raise UserError(f"checkpoint {newest} is damaged ({why}), and so are all before it; restore one from a copy")
-    return whole
+    why = ""
+    for checkpoint in newest_first:
+        if not (found := problems(checkpoint, shards=False)):
+            return checkpoint
+        why = why or f"checkpoint {checkpoint} is damaged ({found[0]})"
+    if why:
+        raise UserError(f"{why}, and so are all before it; restore one from a copy")
+    return None
 
 
 def find(location: P) -> P:
@@ -274,64 +284,58 @@ def none_in(location: Location) -> str:
 
 
 def read_state(checkpoint: Location) -> dict[str, Any]:
-    """The JSON part, as this version has it. Raises DamagedError if it is not what was written, UserError for a version
-    that is not read."""
-    if wrong := problems(checkpoint, shards=False):
-        raise DamagedError(f"checkpoint {checkpoint} is damaged ({wrong[0]}); {_remedy(checkpoint)}")
+    """Return the JSON state, brought up to this version. Raises DamagedError if it is not what was written, UserError
+    for a version that is not supported."""
+    if found := problems(checkpoint, shards=False):
+        raise damaged(checkpoint, found[0])
     try:
         state = json.loads(read_json(checkpoint / "state.json"))
         for migrate in MIGRATIONS[state["version"] - OLDEST :]:
             state = migrate(state)
+        # as JSON again: strict types treat Python's own objects otherwise
         return schema.checked(schema.STATE, json.dumps(state))
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         why = str(error) if isinstance(error, ValueError) else repr(error)
-        raise DamagedError(f"{checkpoint / 'state.json'} is damaged ({why}); {_remedy(checkpoint)}") from None
+        raise damaged(checkpoint, f"state.json: {why}") from None
 
 
 def settings_of(checkpoint: Location) -> Config:
-    """The settings it was written under. Raises DamagedError, or UserError."""
+    """Return the config that it was written under. Raises DamagedError, or UserError."""
     return resolve.from_dict(read_state(checkpoint)["config"], str(checkpoint))
 
 
 def load(checkpoint: Location, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the tensors, in place and on whatever layout they have. All ranks read, and check every file between them,
-    before a tensor is touched. Raises DamagedError naming what is wrong, or UserError."""
-    if wrong := check(checkpoint):
-        raise DamagedError(f"checkpoint {checkpoint} is damaged ({wrong[0]}); {_remedy(checkpoint)}")
+    """Fill the tensors, in place and on whatever layout they have, as one of the ranks, which all call this.
+
+    The ranks share out the files and compare every byte with the manifest before a tensor is touched. Raises
+    DamagedError, on all ranks, for what is wrong on one: some tensors are filled by then, if it is a chunk's checksum.
+    Raises UnreadableError, or UserError for what does not fit.
+    """
+    found = gather_results(lambda: problems(checkpoint, dist.get_rank(), dist.get_world_size()), kinds=shards.ERRORS)
+    if why := on_rank0(lambda: next((problem for of_rank in found for problem in of_rank), "")):
+        raise damaged(checkpoint, why)
 
     def read() -> None:
-        try:
+        with naming(checkpoint):
             shards.fill(checkpoint, tensors)
-        except UnreadableError:
-            raise
-        except Exception as error:  # DCP raises many kinds
-            why = f"checkpoint {checkpoint} cannot be loaded ({_cause(error)}); {_remedy(checkpoint)}"
-            raise UserError(why) from None
 
     gather_results(read, kinds=shards.ERRORS)
 
 
-def check(checkpoint: Location) -> list[str]:
-    """What is wrong with a checkpoint's files, found by all ranks together: each reads its share of them. Raises
-    UnreadableError, on all ranks, where one of them cannot."""
-    mine = gather_results(lambda: problems(checkpoint, dist.get_rank(), dist.get_world_size()), kinds=shards.ERRORS)
-    return on_rank0(lambda: list(dict.fromkeys(problem for of_rank in mine for problem in of_rank)))
-
-
 def problems(checkpoint: Location, rank: int = 0, ranks: int = 1, shards: bool = True) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line each: nothing may be missing, longer, shorter or changed.
-    Raises UnreadableError for what cannot be looked at.
+    """Return what is wrong with the files of a checkpoint, one line each: missing, longer, shorter or changed. Raises
+    UnreadableError for what cannot be read.
 
-    Every rank-th of `ranks` files is read; without `shards` the tensors' files are only measured.
+    Every rank-th of `ranks` files is read; without `shards` only the sizes of the tensors' files are compared.
     """
     try:
         files = read_manifest(checkpoint)
-    except Damaged as error:
+    except DamagedError as error:
         return [str(error)]
     found = []
     for number, (name, entry) in enumerate(files.items()):
         file = checkpoint / name
-        is_read = shards and number % ranks == rank or name.endswith(".json")
+        is_read = shards and number % ranks == rank or name.endswith(".json")  # small, and used by all
         try:
             with reading(file):
                 size = size_of(file)
@@ -339,18 +343,16 @@ def problems(checkpoint: Location, rank: int = 0, ranks: int = 1, shards: bool =
                 found.append(f"{name} has {size:,} bytes and was written with {entry['bytes']:,}")
             elif is_read and digest(file) != entry["sha256"]:
                 found.append(f"{name} is not what was written")
-        except Damaged as error:
+        except DamagedError as error:
             found.append(str(error))
-    return found if found or not shards or rank else _misplaced(checkpoint, files)
-
-
-def _misplaced(checkpoint: Location, files: Mapping[str, schema.Entry]) -> list[str]:
-    """Return the tensors of which a part is not in a listed file, one line each."""
+    if found or not shards or rank:
+        return found
+    # whole files, but is each part of a tensor in one of them? Whoever has written the manifest may have listed any
     if INDEX not in files:
         return [f"{MANIFEST} does not list {INDEX}"]
     try:
         index = read_index(checkpoint)
-    except Damaged as error:
+    except DamagedError as error:
         return [str(error)]
     return [
         f"a part of {name} is not in the files that {MANIFEST} lists: {chunk}"
@@ -361,35 +363,38 @@ def _misplaced(checkpoint: Location, files: Mapping[str, schema.Entry]) -> list[
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """List every file of a folder; the list ends with its own digest."""
+    """List every file of a folder, with a digest of the list itself."""
     files = sorted(checkpoint.iterdir())
+    # of what the disk gives back, not of what was in memory
     entries = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in files}
     write_synced(checkpoint / MANIFEST, _sealed(entries, VERSION))
     sync(checkpoint)
 
 
 def read_manifest(checkpoint: Location) -> dict[str, schema.Entry]:
-    """Name -> bytes and sha256. Raises Damaged unless every byte of it is as written, UserError for a version that is
-    not read, UnreadableError."""
+    """Return the manifest: name -> bytes and sha256. Raises DamagedError unless every byte of it is as written,
+    UserError for a version that is not supported, UnreadableError."""
     text = read_json(checkpoint / MANIFEST)
     try:
         manifest = schema.checked(schema.MANIFEST, text)
     except ValueError as error:
-        raise Damaged(f"{MANIFEST} is not what was written ({error})") from None
+        raise DamagedError(f"{MANIFEST} is not what was written ({error})") from None
     version, files = manifest["version"], manifest["files"]
+    # as text, so that every byte of it counts
     if text != _sealed(files, version).encode():
-        raise Damaged(f"{MANIFEST} is not what was written")
+        raise DamagedError(f"{MANIFEST} is not what was written")
     if not OLDEST <= version <= VERSION:
         why = f"checkpoint {checkpoint} is of version {version} and this megahp reads {OLDEST} to {VERSION}"
         raise UserError(f"{why}; read it with the one that wrote it, or a newer one")
     if "state.json" not in files:
-        raise Damaged(f"{MANIFEST} does not list state.json")
+        raise DamagedError(f"{MANIFEST} does not list state.json")
     return files
 
 
 def superseded(folder: P, newest: P, keep: CheckpointConfig) -> list[P]:
-    """What need not be kept beside a checkpoint that was just published: all older ones but the newest few, those at
-    every so many steps, and the one of least validation loss."""
+    """Return what need not be kept beside a checkpoint that was just published: older ones, except the newest
+    keep.keep, those at every keep.keep_every steps, and with keep.keep_best the one of least validation loss."""
+    # not those with higher steps: they were refused or rewound, and are replaced when their step comes again
     older = [each for each in complete_without_links(folder) if each.name <= newest.name]
     kept = set(older[-keep.keep :])
     if keep.keep_every:
@@ -399,7 +404,7 @@ def superseded(folder: P, newest: P, keep: CheckpointConfig) -> list[P]:
         for each in older:
             try:
                 losses[each] = _validation_loss(each)
-            except UnreadableError:  # which may be the best
+            except UnreadableError:  # it may be the best
                 kept.add(each)
         known = {each: loss for each, loss in losses.items() if loss is not None}
         kept |= {min(known, key=lambda each: known[each])} if known else set()
@@ -407,32 +412,26 @@ def superseded(folder: P, newest: P, keep: CheckpointConfig) -> list[P]:
 
 
 def remove(checkpoint: Location) -> None:
-    """Drop a checkpoint; one that is half gone is none."""
+    """Remove a checkpoint. First it loses what makes it one, its manifest or name, so that half of it is none."""
     if isinstance(checkpoint, Remote):
         (checkpoint / MANIFEST).remove()
         checkpoint.remove()
         return
-    going = checkpoint.with_name(f".partial-{checkpoint.name}")
-    checkpoint.rename(going)
-    shutil.rmtree(going)
+    partial = checkpoint.with_name(f".partial-{checkpoint.name}")
+    checkpoint.rename(partial)
+    shutil.rmtree(partial)
 
 
-def _on_host(value: Tensor, copy: Tensor) -> Tensor:
-    """A tensor laid out as the value is, whose part is this copy, where it is: DTensor.from_local would move it to the
-    mesh's devices."""
-    return DTensor(copy, value._spec, requires_grad=False) if isinstance(value, DTensor) else copy
-
-
-def _in_words(state: Mapping[str, Any]) -> str:
+def _to_json(state: Mapping[str, Any]) -> str:
     return json.dumps({"version": VERSION, **state}, indent=1)
 
 
 def _validation_loss(checkpoint: Location) -> float | None:
-    """Return that of a checkpoint, None where it has none or is damaged. Raises UnreadableError."""
+    """Return a checkpoint's validation loss, None where it has none or is damaged. Raises UnreadableError."""
     try:
         loss = json.loads(read_json(checkpoint / "state.json"))["validation_loss"]
         return loss if isinstance(loss, float) else None
-    except (Damaged, ValueError, TypeError, KeyError, RecursionError):
+    except (DamagedError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
@@ -443,10 +442,6 @@ def _sealed(files: Mapping[str, Any], version: int) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """Why it failed, in one line."""
+    """Return why it failed, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _remedy(checkpoint: Location) -> str:
-    return f"remove {checkpoint}: the one before it then serves"

@@ -1,4 +1,4 @@
-"""Growth: the batch plan turned into segments of a run on more and more nodes, so that each node's load stays."""
+"""Growth: divide a run into segments on more and more nodes, so that the load of a node stays as the batch grows."""
 
 from __future__ import annotations
 
@@ -9,41 +9,45 @@ from typing import Any
 from megahp.config import Config, with_values
 from megahp.scaling.batch import BatchScheduler, Progress, least_batch, noise_forecast
 
-STRIDES = 2000  # the steps left are foretold in so many strides at least
+STRIDES = 2000  # the remaining steps are simulated in at least this many strides of equal steps: a run has millions
 
 
 @dataclass(frozen=True)
 class Growth:
-    """The nodes of a run: so many at batch.global_batch, twice as many whenever the batch has doubled."""
+    """The nodes of a run: `nodes` at batch.global_batch, and twice as many whenever the batch has doubled."""
 
     config: Config
     nodes: int
-    largest: int  # number of nodes
+    largest: int  # most nodes
     dp: Callable[[int], int]  # number of nodes -> data-parallel ranks
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers of nodes, ascending."""
+        """The numbers of nodes, ascending."""
         sizes = [self.nodes]
         while 2 * sizes[-1] <= self.largest:
             sizes.append(2 * sizes[-1])
         return sizes
 
-    def wanted(self, batch: int, at_most: int | None = None) -> int:
-        """The most nodes, not above at_most, that a batch keeps as busy as batch.global_batch the first ones. Batches
-        are in sequences of the run's first length."""
+    def nodes_for(self, batch: int, at_most: int | None = None) -> int:
+        """Return the most nodes, up to at_most, that a batch loads as much as batch.global_batch loads `nodes`.
+
+        Batches are in sequences of the run's first length.
+        """
         busy = self.nodes * batch / self.config.batch.global_batch
         limit = busy if at_most is None else min(busy, at_most)
         return max((size for size in self.sizes if size <= limit), default=self.nodes)
 
     def stop_at(self, batch: int) -> int:
-        """The next batch to want more nodes than this one does; 0 = none will."""
-        more = 2 * self.wanted(batch)
+        """Return the next batch that needs more nodes than this one; 0 = none."""
+        more = 2 * self.nodes_for(batch)
         return self.config.batch.global_batch * more // self.nodes if more <= self.largest else 0
 
     def seconds(self, parts: Sequence[Segment], nodes: int, speed: float) -> float:
-        """Of these segments, all on one number of nodes, each of which takes speed tokens a second however many there
-        are. A step takes no less than that of the smallest batch that the nodes can share."""
+        """Return the duration of these segments, all on this number of nodes, each at `speed` tokens per second.
+
+        A step takes at least as long as one of the smallest batch that the nodes can share.
+        """
         least = least_batch(self.config, self.dp(nodes)) * self.config.data.sequence_length
         return sum(steps * max(tokens, least) for part in parts for steps, tokens in part.strides) / (speed * nodes)
 
@@ -58,22 +62,25 @@ class Segment:
 
     @property
     def steps(self) -> int:
+        """Optimizer steps."""
         return sum(steps for steps, _ in self.strides)
 
     @property
     def end(self) -> int:
-        """Tokens."""
+        """Tokens of the run at its end."""
         return self.begin + sum(steps * tokens for steps, tokens in self.strides)
 
 
 def segments(growth: Growth, progress: Progress, state: Mapping[str, Any], noise: float | None) -> list[Segment]:
-    """What remains of a run. state: of its batch plan; noise: the noise scale that its policy sees, examples, None
-    where it is not known."""
-    config, found = forecast_segments(growth.config, progress, noise), list[Segment]()
+    """Return the remaining segments of a run, by simulating its batch scheduler.
+
+    state: of the batch scheduler. noise: the noise scale that its policy sees, examples; None if unknown.
+    """
+    config, result = forecast_segments(growth.config, progress, noise), list[Segment]()
     train, forecast = config.train, noise_forecast(config, progress, noise)
     every = config.batch.look_every if config.batch.policy == "measured" else 1
     while True:
-        nodes, begin = growth.wanted(state["batch"]), progress.tokens
+        nodes, begin = growth.nodes_for(state["batch"]), progress.tokens
         plan = BatchScheduler(config, growth.dp(nodes))
         plan.load_state(state, progress)
         stop_at, strides = growth.stop_at(state["batch"]), list[tuple[int, int]]()
@@ -81,24 +88,29 @@ def segments(growth: Growth, progress: Progress, state: Mapping[str, Any], noise
             left = (train.tokens - progress.tokens) // step.tokens
             left = min(left, train.steps - progress.step) if train.steps else left
             steps = max(1, left // STRIDES)
-            steps = min(left, steps - (progress.step + steps) % -every)  # on to the next look
+            steps = min(left, steps - (progress.step + steps) % -every)  # to the next step at which the policy decides
             strides.append((steps, step.tokens))
-            # samples are nothing that a policy looks at
+            # Samples stay 0: no policy depends on them.
             progress = Progress(progress.step + steps, 0, progress.tokens + steps * step.tokens)
-            plan.look(progress, forecast(progress.tokens))
+            plan.update(progress, forecast(progress.tokens))
         if not strides:  # the run is over
-            return found
-        found.append(Segment(nodes, begin, strides))
+            return result
+        result.append(Segment(nodes, begin, strides))
         state = plan.state()
 
 
 def forecast_segments(config: Config, progress: Progress, noise: float | None) -> Config:
-    """Settings whose batch depends on tokens and, for `measured`, on the forecast noise scale alone: for the policy
-    noise-scale those of the law, as high as the noise scale is now."""
+    """Return settings whose batch can be forecast: from tokens and, for `measured`, the forecast noise scale alone.
+
+    The policy noise-scale is replaced by the law, scaled to the noise scale of now.
+    """
     if config.batch.policy != "noise-scale":
         return config
     law = with_values(config, {"batch.policy": "law"})
-    measured, expected = BatchScheduler(config, 1).aim(progress, noise), BatchScheduler(law, 1).aim(progress, None)
+    measured, expected = (
+        BatchScheduler(config, 1).target(progress, noise),
+        BatchScheduler(law, 1).target(progress, None),
+    )
     if not (measured and expected):
         return law
     scale, exponent = config.batch.critical_batch

@@ -1,4 +1,4 @@
-"""What stands out among the findings of `megahp check-cluster`, and which node's fault it is."""
+"""Find outliers in the measurements of `megahp check-cluster`, and the node at fault."""
 
 import math
 import statistics
@@ -7,112 +7,146 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MOST_APART = 1.0  # seconds, of clocks
-DISK_SHARE = 0.25  # of the median rate, at least
-LATENCY = 5.0  # times the median's
-TOGETHER = ("join", "pairs", "all-reduce")  # stages that go on for all ranks or for none
+MAX_CLOCK_OFFSET = 1.0  # seconds from the median
+MIN_DISK_RATE = 0.25  # of the median rate
+MAX_LATENCY = 5.0  # times the median
+COLLECTIVE = ("join", "pairs", "all-reduce")  # stages in which one rank's failure fails others
 
-
-Found = Mapping[str, Sequence[Any]]  # stage -> what every rank found
-Nodes = Sequence[str | None]  # of every rank; None of one that has not come
+Findings = Mapping[str, Sequence[Any]]  # stage -> what every rank found
+Nodes = Sequence[str | None]  # of every rank; None if it never answered
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it should be; the node it is the fault of, unless that cannot be told."""
+    """Something wrong, and the node at fault; None if that is unknown."""
 
     node: str | None
     what: str
 
 
-def verdict(found: Found, slack: float, free_gb: float, expected: Mapping[str, int]) -> list[Problem]:
-    """What stands out. The findings are those of `look`; expected are Slurm's nodes and how many ranks each has."""
+def find_problems(found: Findings, slack: float, free_gb: float, expected: Mapping[str, int]) -> list[Problem]:
+    """Return all problems.
+
+    found: the findings of `look` in the command. slack: how far below the median a rank's speed or memory may be, as a
+    share. free_gb: required disk space. expected: Slurm's nodes, and the number of ranks on each.
+    """
     nodes = [rank and rank["node"] for rank in found["ranks"]]
-    ranks, links, products = (heard(found, stage) for stage in ("ranks", "links", "gemm"))
-    free = {rank: each["free_bytes"] for rank, each in heard(found, "memory").items()}
+    ranks, links, products = (answers(found, stage) for stage in ("ranks", "links", "gemm"))
+    free = {rank: memory["free_bytes"] for rank, memory in answers(found, "memory").items()}
+    flops = {rank: product["flops"] for rank, product in products.items()}
     return [
-        *absent(nodes, expected),
-        *silent(nodes, found),
-        *dict.fromkeys(Problem(nodes[rank], what) for rank, each in ranks.items() for what in each["mistakes"]),
-        *odd_devices(nodes, ranks),
-        *bad_links(nodes, links),
-        *bad_clocks(nodes, links),
-        *bad_disks(nodes, heard(found, "disk"), free_gb),
-        *low(nodes, free, 1 - slack, 1e9, "GB of memory free"),
-        *low(nodes, {rank: each["flops"] for rank, each in products.items()}, 1 - slack, 1e12, "TFLOP/s"),
-        *wrong_products(nodes, products),
-        *bad_pairs(nodes, heard(found, "pairs"), slack),
-        *wrong_sums(heard(found, "all-reduce")),
+        *_silent(nodes, found, expected),
+        *dict.fromkeys(Problem(nodes[rank], what) for rank, facts in ranks.items() for what in facts["mistakes"]),
+        *_odd_devices(nodes, ranks),
+        *_bad_links(nodes, links),
+        *_bad_clocks(nodes, links),
+        *_bad_disks(nodes, answers(found, "disk"), free_gb),
+        *_low(nodes, free, 1 - slack, 1e9, "GB of memory free"),
+        *_low(nodes, flops, 1 - slack, 1e12, "TFLOP/s"),
+        *_wrong_products(nodes, products),
+        *_bad_pairs(nodes, answers(found, "pairs"), slack),
+        *(
+            Problem(None, f"all-reduce ({kind}): {result['wrong']} elements are wrong")
+            for kind, result in answers(found, "all-reduce").get(0, {}).items()
+            if result["wrong"]
+        ),
     ]
 
 
-def absent(nodes: Nodes, expected: Mapping[str, int]) -> Iterator[Problem]:
-    """Nodes of Slurm's from which fewer ranks have come than it has started there; else ranks that have not come."""
-    missing, here = [str(rank) for rank, node in enumerate(nodes) if node is None], Counter(nodes)
+def answers(found: Findings, stage: str) -> dict[int, Any]:
+    """Return the findings of the ranks that answered in a stage without an error."""
+    return {rank: answer for rank, answer in enumerate(found.get(stage, ())) if answer and "error" not in answer}
+
+
+def excluded(before: Collection[str], found: Findings, problems: Sequence[Problem]) -> list[str]:
+    """Return the nodes to exclude: the bad ones, and those excluded before that did not prove fit since.
+
+    They prove fit if everything was measured and every problem has a known node.
+    """
+    proved = "gemm" in found and all(problem.node for problem in problems)
+    fit = {rank["node"] for rank in found["ranks"]} if proved else set()
+    return sorted({*before} - fit | {problem.node for problem in problems if problem.node})
+
+
+def clock_offsets(links: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[int, float]:
+    """Return the clock offsets, from rank 0's, of ranks that reach rank 0, in seconds."""
+    to_rank0 = {rank: link for rank, partners in links.items() for link in partners if link["rank"] == 0}
+    return {0: 0.0} | {rank: link["offset"] for rank, link in to_rank0.items() if "offset" in link}
+
+
+def best_pairs(found: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, dict[int, tuple[float, float]]]:
+    """Return, by kind of pair and rank, the bytes per second of its fastest pair, and the lowest latency in seconds.
+
+    The best counts, since a slow neighbour slows down all of its pairs.
+    """
+    best: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
+    for rank, pairs in found.items():
+        for pair in pairs:
+            rate, seconds = best[pair["kind"]].get(rank, (0.0, math.inf))
+            best[pair["kind"]][rank] = max(rate, pair["bytes_per_second"]), min(seconds, pair["seconds"])
+    return best
+
+
+def _silent(nodes: Nodes, found: Findings, expected: Mapping[str, int]) -> Iterator[Problem]:
+    """Yield ranks that never answered, by Slurm's nodes if these are known, and ranks that fell silent or failed."""
+    missing, present = [str(rank) for rank, node in enumerate(nodes) if node is None], Counter(nodes)
     if missing and {*filter(None, nodes)} <= expected.keys():
         for node, ranks in expected.items():
-            if here[node] < ranks:
-                yield Problem(node, f"{ranks - here[node]} of its {ranks} ranks do not answer")
+            if present[node] < ranks:
+                yield Problem(node, f"{ranks - present[node]} of its {ranks} ranks do not answer")
     elif missing:
         yield Problem(None, f"rank {', '.join(missing)} does not answer")
-
-
-def silent(nodes: Nodes, found: Found) -> Iterator[Problem]:
-    """Ranks that came, and then fell silent or failed."""
     for stage, values in found.items():
         for rank, value in enumerate(values):
             if value is None and nodes[rank]:
                 yield Problem(nodes[rank], f"rank {rank} does not answer ({stage})")
             elif value and "error" in value:
-                yield Problem(None if stage in TOGETHER else nodes[rank], f"rank {rank}, {stage}: {value['error']}")
+                yield Problem(None if stage in COLLECTIVE else nodes[rank], f"rank {rank}, {stage}: {value['error']}")
 
 
-def odd_devices(nodes: Nodes, ranks: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
-    """Ranks that have no CUDA device where others have; where there are none such, those with odd versions."""
-    on_the_cpu = [rank for rank, each in ranks.items() if each["device"] == "cpu"]
-    if on_the_cpu and "cuda" in {each["device"] for each in ranks.values()}:
-        for rank in on_the_cpu:
+def _odd_devices(nodes: Nodes, ranks: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
+    """Yield ranks without a CUDA device if others have one; otherwise those with odd versions."""
+    on_cpu = [rank for rank, facts in ranks.items() if facts["device"] == "cpu"]
+    if on_cpu and any(facts["device"] == "cuda" for facts in ranks.values()):
+        for rank in on_cpu:
             yield Problem(nodes[rank], f"rank {rank} is on the CPU, others on CUDA")
         return
-    for name in dict.fromkeys(name for each in ranks.values() for name in each["versions"]):
-        there = {rank: each["versions"][name] for rank, each in ranks.items() if name in each["versions"]}
-        yield from odd(nodes, there, f"{name} {{}}, others have {{}}")
+    for name in dict.fromkeys(name for facts in ranks.values() for name in facts["versions"]):
+        versions = {rank: facts["versions"][name] for rank, facts in ranks.items() if name in facts["versions"]}
+        yield from _odd(nodes, versions, f"{name} {{}}, others have {{}}")
 
 
-def heard(found: Found, stage: str) -> dict[int, Any]:
-    """What the ranks found that did."""
-    return {rank: each for rank, each in enumerate(found.get(stage, ())) if each and "error" not in each}
-
-
-def low(nodes: Nodes, values: Mapping[int, float], share: float, unit: float, of: str) -> Iterator[Problem]:
-    """Ranks whose value is less than this share of the median."""
+def _low(nodes: Nodes, values: Mapping[int, float], share: float, unit: float, of: str) -> Iterator[Problem]:
+    """Yield ranks whose value is below this share of the median."""
     median = statistics.median(values.values()) if values else 0.0
     for rank, value in values.items():
         if value < share * median:
             yield Problem(nodes[rank], f"rank {rank}: {value / unit:.3g} {of}, the median is {median / unit:.3g}")
 
 
-def odd(nodes: Nodes, values: Mapping[int, Any], what: str) -> Iterator[Problem]:
-    """Ranks whose value is not that of most."""
-    usual = Counter(values.values()).most_common(1)[0][0] if values else None
-    others = {rank: what.format(value, usual) for rank, value in values.items() if value != usual}
-    yield from outvoted(nodes, values, others)
+def _odd(nodes: Nodes, values: Mapping[int, Any], what: str) -> Iterator[Problem]:
+    """Yield ranks whose value differs from the most common one. what: a format of (value, common value)."""
+    common = Counter(values.values()).most_common(1)[0][0] if values else None
+    odd = {rank: what.format(value, common) for rank, value in values.items() if value != common}
+    yield from _outvoted(nodes, values, odd)
 
 
-def outvoted(nodes: Nodes, asked: Collection[int], odd: Mapping[int, str]) -> Iterator[Problem]:
-    """The odd ones of the ranks that were asked; nobody's fault unless more than half of the nodes have a rank that is
-    not odd."""
-    view = {nodes[rank] for rank in asked if rank not in odd}
-    told = len(view) > len({nodes[rank] for rank in asked}) / 2
+def _outvoted(nodes: Nodes, asked: Collection[int], odd: Mapping[int, str]) -> Iterator[Problem]:
+    """Yield the odd ones of the ranks asked; the node at fault is known only if a majority of nodes has a normal rank.
+
+    Nodes vote, not ranks: the ranks of one node share its faults.
+    """
+    normal = {nodes[rank] for rank in asked if rank not in odd}
+    majority = len(normal) > len({nodes[rank] for rank in asked}) / 2
     for rank, what in odd.items():
-        if told:
+        if majority:
             yield Problem(nodes[rank], f"rank {rank}: {what}")
         else:
             yield Problem(None, f"rank {rank} on {nodes[rank]}: {what}; which node is at fault cannot be told")
 
 
-def bad_links(nodes: Nodes, links: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Problem]:
-    """A node most of whose connections with others fail, whoever began them, or one within it."""
+def _bad_links(nodes: Nodes, links: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Problem]:
+    """Yield nodes most of whose connections with others fail, in either direction, or any connection within them."""
     total, failed, errors = Counter[str](), Counter[str](), defaultdict(list)
     for rank, partners in links.items():
         for partner in partners:
@@ -133,74 +167,49 @@ def bad_links(nodes: Nodes, links: Mapping[int, Sequence[Mapping[str, Any]]]) ->
         yield Problem(None, next(iter(errors.values()))[0])
 
 
-def bad_clocks(nodes: Nodes, links: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Problem]:
-    offsets = offsets_of(links)
+def _bad_clocks(nodes: Nodes, links: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Problem]:
+    """Yield ranks whose clock is far from the median."""
+    offsets = clock_offsets(links)
     median = statistics.median(offsets.values())
-    apart = {rank: offset - median for rank, offset in offsets.items() if abs(offset - median) > MOST_APART}
-    said = {rank: f"its clock is {seconds:+.1f} s from the median" for rank, seconds in apart.items()}
-    yield from outvoted(nodes, offsets, said)
+    apart = {rank: offset - median for rank, offset in offsets.items() if abs(offset - median) > MAX_CLOCK_OFFSET}
+    odd = {rank: f"its clock is {seconds:+.1f} s from the median" for rank, seconds in apart.items()}
+    yield from _outvoted(nodes, offsets, odd)
 
 
-def offsets_of(links: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[int, float]:
-    """Of the clocks of ranks that reach rank 0, from rank 0's."""
-    to_first = {rank: each for rank, partners in links.items() for each in partners if each["rank"] == 0}
-    return {0: 0.0} | {rank: each["offset"] for rank, each in to_first.items() if "offset" in each}
+def _bad_disks(nodes: Nodes, disks: Mapping[int, Mapping[str, Any]], free_gb: float) -> Iterator[Problem]:
+    """Yield ranks with a full or slow disk, for each folder that was measured."""
+    for folder in dict.fromkeys(folder for folders in disks.values() for folder in folders):
+        measured = {rank: folders[folder] for rank, folders in disks.items() if folder in folders}
+        for rank, disk in measured.items():
+            if disk["free_bytes"] < free_gb * 1e9:
+                what = f"{folder}: {disk['free_bytes'] / 1e9:.1f} GB free, of {free_gb:g} required"
+                yield Problem(nodes[rank], what)
+        rates = {rank: disk["bytes_per_second"] for rank, disk in measured.items()}
+        yield from _low(nodes, rates, MIN_DISK_RATE, 1e9, f"GB/s written to {folder}")
 
 
-def bad_disks(nodes: Nodes, disks: Mapping[int, Mapping[str, Any]], free_gb: float) -> Iterator[Problem]:
-    for place in dict.fromkeys(place for each in disks.values() for place in each):
-        there = {rank: each[place] for rank, each in disks.items() if place in each}
-        for rank, each in there.items():
-            if each["free_bytes"] < free_gb * 1e9:
-                yield Problem(nodes[rank], f"{place}: {each['free_bytes'] / 1e9:.1f} GB free, of {free_gb:g} wanted")
-        rates = {rank: each["bytes_per_second"] for rank, each in there.items()}
-        yield from low(nodes, rates, DISK_SHARE, 1e9, f"GB/s written to {place}")
+def _wrong_products(nodes: Nodes, products: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
+    """Yield ranks whose matrix product is wrong, or right within tolerance but not bit-equal to the others'."""
+    for rank, product in products.items():
+        if product["wrong"]:
+            yield Problem(nodes[rank], f"rank {rank}: {product['wrong']} rows of a matrix product are wrong")
+    checksums = {rank: product["checksum"] for rank, product in products.items() if not product["wrong"]}
+    yield from _odd(nodes, checksums, "a matrix product is not bit-equal to that of others")
 
 
-def wrong_products(nodes: Nodes, products: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
-    for rank, each in products.items():
-        if each["wrong"]:
-            yield Problem(nodes[rank], f"rank {rank}: {each['wrong']} rows of a matrix product are wrong")
-    right = {rank: each["checksum"] for rank, each in products.items() if not each["wrong"]}
-    yield from odd(nodes, right, "a matrix product is not, bit for bit, that of others")
-
-
-def bad_pairs(nodes: Nodes, found: Mapping[int, Sequence[Mapping[str, Any]]], slack: float) -> Iterator[Problem]:
+def _bad_pairs(nodes: Nodes, found: Mapping[int, Sequence[Mapping[str, Any]]], slack: float) -> Iterator[Problem]:
+    """Yield ranks with a low bandwidth or high latency, and both nodes of a pair that changed a message."""
     for kind, best in best_pairs(found).items():
         rates = {rank: rate for rank, (rate, _) in best.items()}
-        yield from low(nodes, rates, 1 - slack, 1e9, f"GB/s at best with a neighbour ({kind})")
+        yield from _low(nodes, rates, 1 - slack, 1e9, f"GB/s at best with a neighbour ({kind})")
         median = statistics.median(seconds for _, seconds in best.values())
         for rank, (_, seconds) in best.items():
-            if seconds > LATENCY * median:
+            if seconds > MAX_LATENCY * median:
                 what = f"{1e6 * seconds:.0f} us for 8 bytes ({kind}), the median is {1e6 * median:.0f}"
                 yield Problem(nodes[rank], f"rank {rank}: {what}")
-    for rank, each in found.items():
-        for pair in each:
+    for rank, pairs in found.items():
+        for pair in pairs:
             if pair["wrong"]:
-                what = f"what rank {pair['with']} sent rank {rank} arrived changed, in {pair['wrong']} elements"
+                what = f"a message from rank {pair['with']} to rank {rank} changed, in {pair['wrong']} elements"
                 yield Problem(nodes[rank], what)
                 yield Problem(nodes[pair["with"]], what)
-
-
-def best_pairs(found: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, dict[int, tuple[float, float]]]:
-    """By kind and rank: bytes a second of its fastest pair, and seconds of its quickest."""
-    best: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
-    for rank, each in found.items():
-        for pair in each:
-            rate, seconds = best[pair["kind"]].get(rank, (0.0, math.inf))
-            best[pair["kind"]][rank] = max(rate, pair["bytes_per_second"]), min(seconds, pair["seconds"])
-    return best
-
-
-def wrong_sums(found: Mapping[int, Mapping[str, Any]]) -> Iterator[Problem]:
-    for kind, each in found.get(0, {}).items():
-        if each["wrong"]:
-            yield Problem(None, f"all-reduce ({kind}): {each['wrong']} elements are wrong")
-
-
-def excluded(before: Collection[str], found: Found, problems: Sequence[Problem]) -> list[str]:
-    """The nodes to be left out: the bad ones, and those of before that have not proved fit since, as they do where all
-    was measured and what is wrong is known."""
-    proved = "gemm" in found and all(problem.node for problem in problems)
-    fit = {rank["node"] for rank in found["ranks"]} if proved else set()
-    return sorted({*before} - fit | {problem.node for problem in problems if problem.node})

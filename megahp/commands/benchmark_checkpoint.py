@@ -1,20 +1,20 @@
-"""What a checkpoint costs: how long training stands still for it, and how much of the disk's speed it uses.
+"""Measure what a checkpoint costs: how long training stands still, and how much of the disk's speed is used.
 
     megahp benchmark checkpoint [RUN.toml] [--ranks N] [--saves 15] [--folder DIR] [--json FILE]
         [--settings section.key=value ...]
 
-The model is the run file's (default: the quick start's, with 4,096 tokens in its vocabulary), with random weights, the
-optimizer's moments and no data. Medians over the saves, the first, a warm-up, not counted:
+The model is the run file's (default: the quick start's, with a vocabulary of 4,096), with random weights, the
+optimizer's moments and no data. You see medians over the saves; the first, a warm-up, does not count:
 
-    stall   what training waits for: copies of all tensors, and the hand-over to the background
-    save    the same until every byte is on the disk, listed and published: what a synchronous save would take
-    load    of all files checked and all tensors filled, from the page cache and with the cache dropped first
-    verify  of `megahp checkpoint verify`, in processor time of one core
-    disk    the same bytes written plainly, one file a rank, and synced; and read back, from the cache and without it
+    stall   what training waits for: copies of all tensors, and the start of the background save
+    save    the same until every byte is on disk, listed and published: what a synchronous save would take
+    load    check all files and fill all tensors, from the page cache and with the cache dropped first
+    verify  `megahp checkpoint verify`, in processor time of one core
+    disk    the same bytes written to one file per rank and synced; and read back, from the cache and without it
 
-Speeds are in MB/s of the tensors' bytes, all ranks' together; a share is of the disk's own. Save, load and disk take
-turns, so that a busy machine slows them alike. The cache is dropped by posix_fadvise, as far as the system heeds it.
-Exit code 2 means a mistake in what was given.
+Speeds are in MB/s of the tensors' bytes, of all ranks together; a share is of the disk's own. Save, load and disk take
+turns, so that other load on the machine slows them alike. The cache is dropped by posix_fadvise, as far as the system
+obeys it. Exit code 2: invalid input.
 """
 
 import argparse
@@ -32,10 +32,10 @@ import torch.distributed as dist
 import megahp
 from megahp import checkpoint, launch
 from megahp.benchmark.machine import machine_of
-from megahp.commands.arguments import at_least, starts_ranks
+from megahp.commands.arguments import check_minimum, must_spawn
 from megahp.commands.output import write_json
 from megahp.config import CheckpointConfig, Config, resolve, with_values
-from megahp.parallel.device import cuda_wanted, device_of
+from megahp.parallel.device import device_of, uses_cuda
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.messages import on_rank0
@@ -44,8 +44,9 @@ from megahp.train.run import state_of_weights
 from megahp.train.trainer import Trainer
 
 QUICKSTART = Path(megahp.__file__).parents[1] / "examples/quickstart/run.toml"  # of a checkout
-VOCABULARY = 4096  # that of the quick start's tokenizer
+VOCABULARY = 4096  # the quick start's tokenizer's
 TARGET = 0.1  # of the time of a synchronous save
+OF_DISK = {"save": "disk write", "load": "disk read", "load, cache dropped": "disk read, cache dropped"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,39 +55,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=int, default=1, help="on this machine")
     add("--saves", type=int, default=15, help="turns")
     add("--folder", type=Path, help="on the disk to be measured (default: that of temporary files)")
-    add("--json", type=Path, metavar="FILE", help="write everything measured here too")
-    add("--settings", nargs="+", default=[], metavar="section.key=value", help="of the model")
+    add("--json", type=Path, metavar="FILE", help="also write all results here")
+    add("--settings", nargs="+", default=[], metavar="section.key=value", help="the model's")
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    at_least(arguments, ranks=1, saves=2)
+    check_minimum(arguments, ranks=1, saves=2)
     config = resolve.load(arguments.run, arguments.settings).config
     if not config.model.vocab_size:
         config = with_values(config, {"model.vocab_size": VOCABULARY})
-    layout, place = fit(config.parallel, arguments.ranks), launch.world()
+    layout, world = fit(config.parallel, arguments.ranks), launch.world()
     check_batch(config, layout, config.batch.global_batch)
-    if starts_ranks(arguments.ranks, place.size):
+    if must_spawn(arguments.ranks, world.size):
         return launch.spawn(words, arguments.ranks)
-    launch.join(place, cuda_wanted(config))
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as own:
-        found = benchmark(config, layout, place, Path(on_rank0(lambda: own)), arguments.saves)
+    launch.join(world, uses_cuda(config))
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as local_folder:
+        folder = Path(on_rank0(lambda: local_folder))  # all ranks use rank 0's
+        results = benchmark(config, layout, world, folder, arguments.saves)
         dist.barrier()
-    if place.rank == 0:
-        show(found)
-        write_json(arguments.json, {**found, "command": ["megahp", *words]})
+    if world.rank == 0:
+        show(results)
+        write_json(arguments.json, {**results, "command": ["megahp", *words]})
     return 0
 
 
-def benchmark(config: Config, layout: Layout, place: launch.World, folder: Path, saves: int) -> dict[str, Any]:
-    """Everything measured, as one of the ranks."""
-    device = device_of(config, place)
+def benchmark(config: Config, layout: Layout, world: launch.World, folder: Path, saves: int) -> dict[str, Any]:
+    """Return all results, as one of the ranks."""
+    device = device_of(config, world)
     trainer = Trainer(config, make_mesh(layout, device))
     tensors = trainer.engine.saved | trainer.optimizer.state()
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     store = checkpoint.Store(folder / "checkpoints", CheckpointConfig(keep=1))
     state = state_of_weights(config)
-    plain, part = folder / "plain" / str(place.rank), os.urandom(size // place.size)
-    plain.parent.mkdir(exist_ok=True)
+    file, data = folder / "plain" / str(world.rank), os.urandom(size // world.size)
+    file.parent.mkdir(exist_ok=True)
     turns: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> None:
@@ -99,17 +101,17 @@ def benchmark(config: Config, layout: Layout, place: launch.World, folder: Path,
         saved = checkpoint.path(folder / "checkpoints", step)
         timed("stall", partial(store.begin, step, tensors, state))
         timed("rest of save", store.wait)
-        timed("disk write", partial(write, plain, part))
+        timed("disk write", partial(write, file, data))
         timed("load", partial(checkpoint.load, saved, tensors))
-        timed("disk read", plain.read_bytes)
+        timed("disk read", file.read_bytes)
         drop_cache(saved)
         timed("load, cache dropped", partial(checkpoint.load, saved, tensors))
-        drop_cache(plain.parent)
-        timed("disk read, cache dropped", plain.read_bytes)
+        drop_cache(file.parent)
+        timed("disk read, cache dropped", file.read_bytes)
         timed("verify", partial(checkpoint.problems, saved), time.process_time)
     turns["save"] = [sum(parts) for parts in zip(turns["stall"], turns.pop("rest of save"), strict=True)]
-    medians = {name: statistics.median(several[1:]) for name, several in turns.items()}
-    machine = {**machine_of(device), "ranks": place.size, "load": round(os.getloadavg()[0], 1)}
+    medians = {name: statistics.median(seconds[1:]) for name, seconds in turns.items()}
+    machine = {**machine_of(device), "ranks": world.size, "load": round(os.getloadavg()[0], 1)}
     return {"machine": machine, "bytes": size, "tensors": len(tensors), "seconds": medians, "turns": turns}
 
 
@@ -121,24 +123,22 @@ def write(target: Path, data: bytes) -> None:
 
 
 def drop_cache(folder: Path) -> None:
-    """Ask the system to forget what it holds in memory of a folder's files, which are on the disk."""
+    """Ask the system to drop a folder's files, which are synced, from the page cache."""
     for file in folder.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
-def show(found: Mapping[str, Any]) -> None:
-    """Print medians, speeds, shares and the verdict."""
-    seconds, megabytes = found["seconds"], found["bytes"] / 1e6
-    disk = {"save": "disk write", "load": "disk read", "load, cache dropped": "disk read, cache dropped"}
-    print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
-    print(f"{megabytes:,.1f} MB in {found['tensors']} tensors")
+def show(results: Mapping[str, Any]) -> None:
+    """Print medians, speeds, shares and whether the target is met."""
+    seconds, turns, megabytes = results["seconds"], results["turns"], results["bytes"] / 1e6
+    print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
+    print(f"{megabytes:,.1f} MB in {results['tensors']} tensors")
     print(f"{'':<26}{'ms':>9}{'MB/s':>9}{'of the disk':>13}")
     for name, median in seconds.items():
-        share = f"{seconds[disk[name]] / median:.0%}" if name in disk else ""
+        share = f"{seconds[OF_DISK[name]] / median:.0%}" if name in OF_DISK else ""
         print(f"{name:<26}{1e3 * median:>9.1f}{megabytes / median:>9,.0f}{share:>13}")
-    pairs = zip(found["turns"]["stall"][1:], found["turns"]["save"][1:], strict=True)
-    ratio = statistics.median(stall / save for stall, save in pairs)
+    ratio = statistics.median(stall / save for stall, save in list(zip(turns["stall"], turns["save"], strict=True))[1:])
     met = "met" if ratio <= TARGET else "not met"
     print(f"stall / synchronous save, median of the turns: {ratio:.3f}; target {TARGET}, {met}")

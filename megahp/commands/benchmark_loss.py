@@ -1,11 +1,12 @@
-"""Time and peak memory of the loss in slices of the vocabulary against the loss from whole logits.
+"""Time and peak memory of the loss in slices of the vocabulary, against the loss from whole logits.
 
     megahp benchmark loss [--device cuda] [--shape 8x512x256x50304 ...] [--dtype bfloat16 ...] [--json F]
 
 A shape is batch x length x width x vocabulary; weights are fp32. `plain` is F.cross_entropy of F.linear. The two take
-turns, so that a busy machine slows them alike; medians of the turns are printed, and the median of ours over plain's
-in each turn. With one thread on the CPU (OMP_NUM_THREADS=1) it is CPU time, which other work lengthens little. `peak`
-is what forward and backward hold at most beyond their inputs, gradients included, as torch's allocators count it.
+turns, so that other load on the machine slows them alike; you see the medians of the turns, and the median of the ratio
+to plain within each turn. With one thread on the CPU (OMP_NUM_THREADS=1) it is CPU time, which other load hardly
+affects. `peak` is the most that forward and backward allocate beyond their inputs, gradients included, as torch's
+allocators count it.
 """
 
 import argparse
@@ -22,8 +23,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megahp.benchmark.machine import machine_of, synchronize
-from megahp.commands.arguments import DTYPES, at_least, shape_of
-from megahp.commands.output import refuse_unwritable, write_json
+from megahp.commands.arguments import DTYPES, check_minimum, parse_shape
+from megahp.commands.output import check_writable, write_json
 from megahp.parallel.cross_entropy import linear_cross_entropy
 from megahp.parallel.mesh import Axis
 
@@ -38,19 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shape", nargs="+", default=["8x512x256x50304"])
     add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     add("--turns", type=int, default=7)
-    add("--json", type=Path, help="write the rows and the machine here too")
+    add("--json", type=Path, help="also write the rows and the machine here")
 
 
-def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logits = F.linear(x, weight.to(x.dtype)).float()
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
 
 
-LOSSES: dict[str, Loss] = {"ours": partial(linear_cross_entropy, axis=ALONE), "plain": plain}
+LOSSES: dict[str, Loss] = {"ours": partial(linear_cross_entropy, axis=ALONE), "plain": plain_loss}
 
 
 def timed(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Seconds of one forward and one backward."""
+    """Return the seconds of one forward and one backward pass."""
     clock = time.perf_counter if x.is_cuda or torch.get_num_threads() > 1 else time.process_time
     x.grad = weight.grad = None
     synchronize(x.device)
@@ -64,13 +65,14 @@ def timed(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[float
 
 
 def peak(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> int:
-    """Bytes that one forward and backward hold at most beyond what was held before."""
+    """Return the most bytes that one forward and backward pass allocate."""
     x.grad = weight.grad = None
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         timed(loss, x, weight, targets)
         return torch.cuda.max_memory_allocated() - before
+    # the CPU has no allocator statistics: add up the allocations and frees that the profiler records
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         timed(loss, x, weight, targets)
     events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -78,9 +80,10 @@ def peak(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> int:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    at_least(arguments, turns=1)
-    refuse_unwritable(arguments.json)
-    shapes, rows = {shape: shape_of(shape, 4) for shape in arguments.shape}, list[dict]()
+    check_minimum(arguments, turns=1)
+    check_writable(arguments.json)
+    shapes = {shape: parse_shape(shape, 4) for shape in arguments.shape}
+    rows = []
     print("loss   shape            dtype     forward ms backward ms both, of plain  peak MiB")
     for shape, dtype in itertools.product(arguments.shape, arguments.dtype):
         batch, length, width, vocabulary = shapes[shape]
@@ -92,14 +95,14 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
             for name, loss in LOSSES.items():
                 times[name].append(timed(loss, x, weight, targets))
         for name, loss in LOSSES.items():
-            counted = list(zip(times[name], times["plain"], strict=True))[1:]  # without the first turn, a warm-up
+            turns = list(zip(times[name], times["plain"], strict=True))[1:]  # the first turn is a warm-up
             row = {
                 "loss": name,
                 "shape": shape,
                 "dtype": dtype,
-                "forward ms": 1e3 * statistics.median(forward for (forward, _), _ in counted),
-                "backward ms": 1e3 * statistics.median(backward for (_, backward), _ in counted),
-                "both, of plain": statistics.median(sum(own) / sum(other) for own, other in counted),
+                "forward ms": 1e3 * statistics.median(forward for (forward, _), _ in turns),
+                "backward ms": 1e3 * statistics.median(backward for (_, backward), _ in turns),
+                "both, of plain": statistics.median(sum(seconds) / sum(plain) for seconds, plain in turns),
                 "peak MiB": peak(loss, x, weight, targets) / 2**20,
             }
             rows.append(row)

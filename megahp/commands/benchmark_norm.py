@@ -1,18 +1,19 @@
-"""Time of the norm ops against torch.nn.functional, eager and compiled, and the kernels of others that are installed.
+"""Time the norm ops against torch.nn.functional, eager and compiled, and the norm kernels of installed engines.
 
     megahp benchmark norm [--device cuda] [--shape 8x512x256 ...] [--dtype bfloat16 ...] [--json F] [--plot F]
 
-Passes: `forward`; `backward`; `measured`, the backward that gives the per-example gradient norms too, which the peers
-do not. The `add_` ops are the fused residual addition; those without such an op add first. GB/s counts what an op must
-move if each tensor is touched once, for N rows of D elements of b bytes:
+You see a line per op and pass: each candidate's ms, GB/s, and ours over each peer's time. Passes: `forward`;
+`backward`, in which `measured` also computes the per-example gradient norms, which the peers do not. The `add_` ops are
+the fused residual addition; peers, which have no such op, add first. GB/s counts what an op must move if each tensor is
+touched once, for N rows of D elements of b bytes:
 
     forward 2 N D b (x, y), backward 3 N D b (dy, x, dx);
     with the addition 4 N D b (x, branch, stream, y) and 4 N D b (dy, dstream, stream, dx).
 
-`copy` is the share of the bandwidth of a copy (2 bytes moved for each byte) as large as the op's tensors, or a quarter
-of a GiB if that is larger, in the same turns. All candidates take turns, so that a busy machine slows them alike, and
-the median of the turns counts. On the CPU freed memory is kept in the process: page faults, which all pay alike, would
-hide the kernels. Liger, quack, apex and Transformer Engine run on CUDA alone and are left out where not importable.
+`copy` is the share of the bandwidth of a copy (2 bytes moved per byte) as large as the op's tensors, and at least a
+quarter of a GiB, in the same turns. All candidates take turns, so that other load on the machine slows them alike, and
+the median of the turns counts. On the CPU freed memory is kept in the process: page faults, which cost all of them the
+same, would hide the kernels. apex and te (Transformer Engine) run on CUDA only and are skipped where not installed.
 """
 
 import argparse
@@ -23,7 +24,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,17 +31,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megahp.benchmark.machine import machine_of, synchronize
-from megahp.commands.arguments import DTYPES, add_outputs, at_least, shape_of
-from megahp.commands.output import refuse_unwritable, write_json
+from megahp.commands.arguments import DTYPES, add_outputs, check_minimum, parse_shape
+from megahp.commands.output import check_writable, plot_bars, write_json
 from megahp.errors import UserError
 from megahp.ops import add_and_normalize, normalize
 from megahp.ops.engines import norm_of
 
-Norm = Callable[..., Any]  # x -> y; where a branch is added, x, branch -> stream, y
+Norm = Callable[..., Any]  # x -> y; with the addition x, branch -> stream, y
 Work = Callable[[], object]
 OPS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
 EPS = 1e-5
-PACKAGES = ("liger-kernel", "quack-kernels", "apex", "transformer-engine", "triton")
+ENGINES = {"apex": "apex", "te": "transformer-engine"}  # peer -> its name in compute.norms
+PEERS = ("torch", "compiled", *ENGINES)
+PACKAGES = ("apex", "transformer-engine", "triton")
+CALLS = 5  # per timing, so that the launch of a GPU's kernels, or of a tiny op, is hidden
+COPY_BYTES = 2**28  # at least: more than any cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,136 +54,117 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--op", nargs="+", default=OPS, choices=OPS)
     add("--shape", nargs="+", default=["1x33x7", "8x512x256", "8x1024x1024", "4x2048x4096"])
     add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
-    add("--peer", nargs="*", default=list(PEERS), choices=list(PEERS))
-    add("--threads", type=int, help="of the CPU; torch's own choice by default")
+    add("--peer", nargs="*", default=list(PEERS), choices=PEERS)
+    add("--threads", type=int, help="of the CPU (default: torch's)")
     add("--turns", type=int, default=11)
     add_outputs(parser, "the shares of the copy's bandwidth")
 
 
-def ours(added: bool, weight: Tensor, bias: Tensor | None, probe: Tensor | None) -> Norm:
-    how: dict[str, Any] = {"bias": bias, "probe": probe, "centered": bias is not None, "eps": EPS}
+def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    shapes = [parse_shape(shape) for shape in arguments.shape]
+    check_writable(arguments.json, plot=arguments.plot)
+    check_minimum(arguments, turns=1, threads=1)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.device == "cpu":
+        keep_freed_memory()
+
+    installed = {
+        package.name.lower().replace("_", "-"): package.version for package in importlib.metadata.distributions()
+    }
+    machine = {
+        **machine_of(torch.device(arguments.device)),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        **{name: installed[name] for name in PACKAGES if name in installed},
+    }
+    print(machine)
+    rows = []
+    for shape, dtype, op in itertools.product(shapes, arguments.dtype, arguments.op):
+        for row in measure(op, shape, dtype, arguments):
+            rows.append(row)
+            print(table_row(row), flush=True)
+    write_json(arguments.json, {"machine": machine, "rows": rows})
+    if arguments.plot:
+        groups = ["{op} {pass} {shape} {dtype}".format(**row) for row in rows]
+        names = dict.fromkeys(name for row in rows for name in row["ms"])
+        series = {
+            name: {index: row["share of copy"][name] for index, row in enumerate(rows) if name in row["ms"]}
+            for name in names
+        }
+        plot_bars(arguments.plot, groups, series, "share of a large copy's bandwidth", line=1)
+    return 0
+
+
+def keep_freed_memory() -> None:
+    """Have glibc neither map memory for large tensors nor return any (M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc only
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)
+
+
+def our_norm(added: bool, weight: Tensor, bias: Tensor | None, probe: Tensor | None) -> Norm:
+    options: dict[str, Any] = {"bias": bias, "probe": probe, "centered": bias is not None, "eps": EPS}
     if added:
-        return lambda x, branch: add_and_normalize(x, branch, 1.0, weight, **how)
-    return lambda x: normalize(x, weight, **how)
+        return lambda x, branch: add_and_normalize(x, branch, 1.0, weight, **options)
+    return lambda x: normalize(x, weight, **options)
 
 
-def of_torch(weight: Tensor, bias: Tensor | None) -> Norm:
+def norm_without_addition(peer: str, weight: Tensor, bias: Tensor | None) -> Norm:
+    if peer in ENGINES:
+        norm = norm_of(ENGINES[peer], "rmsnorm" if bias is None else "layernorm")
+        return lambda x: norm(x, weight, bias, EPS)
     if bias is None:
         return lambda x: F.rms_norm(x, weight.shape, weight, EPS)
     return lambda x: F.layer_norm(x, weight.shape, weight, bias, EPS)
 
 
-def of_liger(weight: Tensor, bias: Tensor | None) -> Norm:
-    from liger_kernel.transformers import functional
+def peer_norm(peer: str, added: bool, weight: Tensor, bias: Tensor | None) -> Norm:
+    """Return a peer's op. Raises ImportError or UserError where it is not installed."""
+    norm = norm_without_addition(peer, weight, bias)
 
-    if bias is None:
-        return lambda x: functional.liger_rms_norm(x, weight, EPS)
-    return lambda x: functional.liger_layer_norm(x, weight, bias, EPS)
-
-
-def of_quack(weight: Tensor, bias: Tensor | None) -> Norm:
-    from quack.rmsnorm import rmsnorm
-
-    if bias is not None:
-        raise ImportError("quack's layer_norm has no backward")
-    return lambda x: rmsnorm(x, weight, eps=EPS)
-
-
-def of_engine(engine: str, weight: Tensor, bias: Tensor | None) -> Norm:
-    """As megahp's `compute.norms` calls it."""
-    norm = norm_of(engine, "rmsnorm" if bias is None else "layernorm")
-    return lambda x: norm(x, weight, bias, EPS)
-
-
-PEERS: dict[str, Callable[[Tensor, Tensor | None], Norm]] = {
-    "torch": of_torch,
-    "compiled": of_torch,
-    "liger": of_liger,
-    "quack": of_quack,
-    "apex": partial(of_engine, "apex"),
-    "te": partial(of_engine, "transformer-engine"),
-}
-
-
-def theirs(peer: str, added: bool, weight: Tensor, bias: Tensor | None) -> Norm:
-    """A peer's op. Raises ImportError or UserError where it is not installed."""
-    norm = PEERS[peer](weight, bias)
-    if peer == "liger" and added and bias is None:
-        from liger_kernel.transformers import functional
-
-        return lambda x, branch: functional.liger_fused_add_rms_norm(x, branch, weight, EPS)[::-1]
-
-    def both(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    def add_then_norm(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         stream = x + branch
         return stream, norm(stream)
 
-    op = both if added else norm
+    op = add_then_norm if added else norm
     return torch.compile(op, fullgraph=True, dynamic=False) if peer == "compiled" else op
 
 
-def candidates(added: bool, weight: Tensor, bias: Tensor | None, probe: Tensor, peers: list[str]) -> dict[str, Norm]:
-    torch._dynamo.reset()
-    norms = {"ours": ours(added, weight, bias, None), "measured": ours(added, weight, bias, probe)}
-    for peer in peers:
-        try:
-            norms[peer] = theirs(peer, added, weight, bias)
-        except (ImportError, UserError):
-            continue
-    return norms
-
-
-def backward(norm: Norm, inputs: list[Tensor], wanted: list[Tensor], dys: list[Tensor]) -> Work:
-    y = norm(*inputs)
-    outputs = [y] if isinstance(y, Tensor) else list(y)
-    return lambda: torch.autograd.grad(outputs, wanted, dys, retain_graph=True, allow_unused=True)
-
-
-def seconds(work: Work, device: torch.device) -> float:
-    """Time of one call; of several on a GPU, whose launches are not to be seen, and of a tiny op."""
-    work()
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(5):
-        work()
-    synchronize(device)
-    return (time.perf_counter() - start) / 5
-
-
-def in_turns(works: dict[str, Work], device: torch.device, turns: int) -> dict[str, float]:
-    """The median time of each work in milliseconds; the first turn, a warm-up, is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(turns + 1):
-        for name, work in works.items():
-            times[name].append(seconds(work, device))
-    return {name: 1e3 * statistics.median(several[1:]) for name, several in times.items()}
-
-
 def measure(op: str, shape: tuple[int, ...], dtype: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row of results for the forward and one for the backward."""
+    """Yield a row for the forward pass and one for the backward pass."""
     added = op.startswith("add")
-    draw = partial(torch.randn, dtype=getattr(torch, dtype), device=arguments.device)
+    device = torch.device(arguments.device)
+    draw = partial(torch.randn, dtype=getattr(torch, dtype), device=device)
     inputs, dys = ([draw(shape, requires_grad=needed) for _ in range(1 + added)] for needed in (True, False))
     weight = draw(shape[-1], requires_grad=True)
     bias = None if op.endswith("rms_norm") else draw(shape[-1], requires_grad=True)
-    probe = torch.zeros((), device=arguments.device, requires_grad=True)
-    wanted = [*inputs, weight] + ([] if bias is None else [bias])
-    norms = candidates(added, weight, bias, probe, arguments.peer)
+    probe = torch.zeros((), device=device, requires_grad=True)
+    parameters = [*inputs, weight] + ([] if bias is None else [bias])
+
+    torch._dynamo.reset()  # cases share a code object, of which dynamo compiles no more than recompile_limit versions
+    norms = {"ours": our_norm(added, weight, bias, None), "measured": our_norm(added, weight, bias, probe)}
+    for peer in arguments.peer:
+        try:
+            norms[peer] = peer_norm(peer, added, weight, bias)
+        except (ImportError, UserError):
+            continue
+
     size_of_x = inputs[0].nbytes
-    source = draw(max(size_of_x, 2**28) // inputs[0].itemsize)
+    source = draw(max(size_of_x, COPY_BYTES) // inputs[0].itemsize)
     target = torch.empty_like(source)
-    works: dict[str, dict[str, Work]] = {
+    passes: dict[str, dict[str, Work]] = {
         "forward": {name: partial(norm, *inputs) for name, norm in norms.items() if name != "measured"},
         "backward": {
-            name: backward(norm, inputs, wanted + [probe] * (name == "measured"), dys) for name, norm in norms.items()
+            name: backward(norm, inputs, parameters + [probe] * (name == "measured"), dys)
+            for name, norm in norms.items()
         },
     }
-    for direction, several in works.items():
-        milliseconds = in_turns(
-            {**several, "copy": lambda: target.copy_(source)}, torch.device(arguments.device), arguments.turns
-        )
+    for direction, works in passes.items():
+        milliseconds = time_in_turns({**works, "copy": lambda: target.copy_(source)}, device, arguments.turns)
         copy = 2 * source.nbytes / milliseconds.pop("copy") / 1e6
         moved = size_of_x * (4 if added else 2 if direction == "forward" else 3)
-        speeds = {name: moved / time / 1e6 for name, time in milliseconds.items()}
+        speeds = {name: moved / ms / 1e6 for name, ms in milliseconds.items()}
         yield {
             "op": op,
             "pass": direction,
@@ -193,67 +178,32 @@ def measure(op: str, shape: tuple[int, ...], dtype: str, arguments: argparse.Nam
         }
 
 
+def backward(norm: Norm, inputs: list[Tensor], parameters: list[Tensor], dys: list[Tensor]) -> Work:
+    y = norm(*inputs)
+    outputs = [y] if isinstance(y, Tensor) else list(y)
+    return lambda: torch.autograd.grad(outputs, parameters, dys, retain_graph=True, allow_unused=True)
+
+
+def time_in_turns(works: dict[str, Work], device: torch.device, turns: int) -> dict[str, float]:
+    """Return the median time of one call of each work in milliseconds; the first turn, a warm-up, does not count."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(turns + 1):
+        for name, work in works.items():
+            work()
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                work()
+            synchronize(device)
+            times[name].append((time.perf_counter() - start) / CALLS)
+    return {name: 1e3 * statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
 def table_row(row: dict[str, Any]) -> str:
-    best = "measured" if row["pass"] == "backward" else "ours"
-    milliseconds, speed, share = row["ms"], row["GB/s"][best], row["share of copy"][best]
-    times = "  ".join(f"{name} {time:.3f}" for name, time in milliseconds.items())
-    peers = {name: time for name, time in milliseconds.items() if name in PEERS}
-    ratios = ", ".join(f"{milliseconds[best] / time:.2f} of {name}" for name, time in peers.items())
-    what = "{op:<14} {pass:<8} {shape:<12} {dtype:<8}".format(**row)
-    return f"{what} {times} ms | {speed:.1f} GB/s, copy {share:.0%} | {ratios}"
-
-
-def machine(device: str) -> dict[str, Any]:
-    installed = {found.name.lower().replace("_", "-"): found.version for found in importlib.metadata.distributions()}
-    versions = {name: installed[name] for name in PACKAGES if name in installed}
-    return {**machine_of(torch.device(device)), "cpu": torch.backends.cpu.get_cpu_capability(), **versions}
-
-
-def keep_freed_memory() -> None:
-    """glibc: no memory by mmap, none given back (M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, 2**31 - 1)
-
-
-def plot(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw the share of the copy's bandwidth, a group of bars for each row. Raises UserError."""
-    from megahp.report.figures import PALETTE, colour, plot_in
-
-    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
-    with plot_in(file, 9, 1 + 0.14 * len(rows) * len(names)) as figure:
-        axes = figure.add_subplot()
-        for number, name in enumerate(names):
-            there = [place for place, row in enumerate(rows) if name in row["ms"]]
-            places = [place + 0.8 * number / len(names) for place in there]
-            shares = [rows[place]["share of copy"][name] for place in there]
-            bars: dict[str, Any] = {"color": PALETTE[colour(number)], "hatch": "//" if number > 5 else None}
-            axes.barh(places, shares, 0.8 / len(names), align="edge", label=name, **bars)
-        labels = ["{op} {pass} {shape} {dtype}".format(**row) for row in rows]
-        axes.set_yticks([place + 0.4 for place in range(len(rows))], labels)
-        axes.invert_yaxis()
-        axes.axvline(1, color=PALETTE["ink"], linewidth=0.5)
-        axes.set_xlabel("share of a large copy's bandwidth")
-        axes.legend(frameon=False)
-
-
-def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    shapes = [shape_of(shape) for shape in arguments.shape]
-    refuse_unwritable(arguments.json, plot=arguments.plot)
-    at_least(arguments, turns=1, threads=1)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    if arguments.device == "cpu":
-        keep_freed_memory()
-
-    about, rows = machine(arguments.device), []
-    print(about)
-    for shape, dtype, op in itertools.product(shapes, arguments.dtype, arguments.op):
-        for row in measure(op, shape, dtype, arguments):
-            rows.append(row)
-            print(table_row(row), flush=True)
-    write_json(arguments.json, {"machine": about, "rows": rows})
-    if arguments.plot:
-        plot(arguments.plot, rows)
-    return 0
+    """Format a row; in the backward pass, ours is the measured one."""
+    ours = "measured" if row["pass"] == "backward" else "ours"
+    milliseconds = row["ms"]
+    times = "  ".join(f"{name} {ms:.3f}" for name, ms in milliseconds.items())
+    ratios = ", ".join(f"{milliseconds[ours] / ms:.2f} of {name}" for name, ms in milliseconds.items() if name in PEERS)
+    labels = "{op:<14} {pass:<8} {shape:<12} {dtype:<8}".format(**row)
+    return f"{labels} {times} ms | {row['GB/s'][ours]:.1f} GB/s, copy {row['share of copy'][ours]:.0%} | {ratios}"

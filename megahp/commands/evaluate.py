@@ -1,4 +1,9 @@
-"""Loss, bits per byte and perplexity of text files under a checkpoint."""
+"""Measure loss, bits per byte and perplexity of text files under a checkpoint.
+
+    megahp evaluate runs/mine held_out.txt other.jsonl.zst [--context N] [--stride N] [--json]
+
+You see a row per file, and one of all. A file of JSON lines has a document per line, any other file is one document.
+"""
 
 import json
 import sys
@@ -16,7 +21,7 @@ HEADER = ("tokens", "bytes", "nats/token", "bits/byte", "perplexity")
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: then its newest")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: its newest")
     add("files", type=Path, nargs="+", metavar="FILE", help="text, or .jsonl(.gz|.zst)")
     add("--json-key", metavar="KEY", help="field of the text in JSON lines (default text)")
     add("--context", type=int, metavar="N", help="tokens of a window (default: a training sample's)")
@@ -26,39 +31,39 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     from megahp.evaluate.perplexity import Score, context_of, evaluate
-    from megahp.evaluate.sample import trained
+    from megahp.evaluate.sample import load_trained
 
     if options.json_key and not any(file.name.endswith(JSON_LINES) for file in options.files):
-        raise UserError(f"--json-key {options.json_key!r} is for {' '.join(JSON_LINES)} files; leave it out")
+        raise UserError(f"--json-key {options.json_key!r} is for {' '.join(JSON_LINES)} files; omit it")
     texts = []
     for file in options.files:
-        found = [document.text for document in read_documents([file], options.json_key or "text")]
-        if unreadable := found.count(None):
+        documents = [document.text for document in read_documents([file], options.json_key or "text")]
+        if unreadable := documents.count(None):
             print(f"{file}: skipped {unreadable} documents that are no valid text", file=sys.stderr)
-        if not any(found):
+        if not any(documents):
             raise UserError(f"{file} holds no text; name another file")
-        texts.append([text for text in found if text])
-    origin = trained(options.checkpoint)
-    context = context_of(origin, options.context)
+        texts.append([text for text in documents if text])
+    trained = load_trained(options.checkpoint)
+    context = context_of(trained, options.context)
     stride = max(1, context // 2) if options.stride is None else options.stride
     if not 1 <= stride <= context:
-        raise UserError(f"--stride {stride} must be 1 to {context}, the tokens of a window; beyond, some have none")
-    scores = evaluate(origin, texts, context, stride)
+        raise UserError(f"--stride {stride} must be 1 to {context}, the tokens of a window; a larger one skips tokens")
+    scores = evaluate(trained, texts, context, stride)
     if empty := [file for file, score in zip(options.files, scores, strict=True) if not score.tokens]:
         raise UserError(f"{empty[0]} holds no text that makes tokens; name another file")
-    whole = Score(*map(sum, zip(*map(astuple, scores), strict=True)))
     rows = [(str(file), score) for file, score in zip(options.files, scores, strict=True)]
-    rows += [("all", whole)] if len(rows) > 1 else []
+    if len(rows) > 1:
+        rows.append(("all", Score(*map(sum, zip(*map(astuple, scores), strict=True)))))
     if options.json:
-        told = [{"file": name} | asdict(score) | score.numbers() for name, score in rows]
-        everything = {"checkpoint": str(origin.path), "context": context, "stride": stride, "files": told}
-        print(json.dumps(everything, indent=2))
+        files = [{"file": name} | asdict(score) | score.numbers() for name, score in rows]
+        results = {"checkpoint": str(trained.path), "context": context, "stride": stride, "files": files}
+        print(json.dumps(results, indent=2))
         return 0
-    print(f"{origin.path}, windows of {context} tokens, {stride} apart")
+    print(f"{trained.path}, windows of {context} tokens, {stride} apart")
     width = max(len(name) for name, _ in rows) + 1
     print(LINE.format("", *HEADER, width=width))
     for name, score in rows:
         loss, bits, perplexity = score.numbers().values()
-        numbers = (f"{score.tokens:,}", f"{score.bytes:,}", f"{loss:.4f}", f"{bits:.4f}", f"{perplexity:.6g}")
-        print(LINE.format(name, *numbers, width=width))
+        columns = (f"{score.tokens:,}", f"{score.bytes:,}", f"{loss:.4f}", f"{bits:.4f}", f"{perplexity:.6g}")
+        print(LINE.format(name, *columns, width=width))
     return 0

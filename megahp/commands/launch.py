@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megahp.cluster.job import BAD_NODES, OWN, Job, jobs, submit
-from megahp.commands.arguments import add_run_file, at_least
-from megahp.commands.chain import chain_of, outlook
+from megahp.cluster.job import BAD_NODES, RESERVED, Job, jobs, submit
+from megahp.commands.arguments import add_run_file, check_minimum
+from megahp.commands.chain import describe_plan, read_chain
 from megahp.config import resolve
 from megahp.errors import UserError, complain
 from megahp.exit_codes import FINISHED
@@ -18,7 +18,7 @@ from megahp.parallel.layout import fit
 SCRIPTS = {"srun": "pretrain.sbatch", "torchrun": "pretrain_torchrun.sbatch"}
 GROWING = "pretrain_growing.sbatch"
 PATIENCE = 30  # minutes
-OWN_IN_CHAINS = (*OWN, "dependency", "begin", "hold", "requeue", "no-requeue")
+RESERVED_IN_CHAINS = (*RESERVED, "dependency", "begin", "hold", "requeue", "no-requeue")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    at_least(options, nodes=1, ranks_per_node=1)
+    check_minimum(options, nodes=1, ranks_per_node=1)
     for name in ("patience", "speed"):
         if (value := getattr(options, name)) is not None and (options.grow is None or not value > 0):
             raise UserError(f"--{name} {value:g} goes with --grow N, and is above 0")
@@ -56,21 +56,21 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     job = Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **asked)
     chain = None
     if options.grow is not None:
-        chain = chain_of(options, config)
+        chain = read_chain(options, config)
         if options.launcher != "srun":
             both = f"--launcher {options.launcher} with --grow"
             raise UserError(f"{both}: its jobs start one task a rank; leave one of them out")
-        nodes = chain.growth.wanted(chain.plan["batch"])  # with which the run begins, or goes on
+        nodes = chain.growth.nodes_for(chain.plan["batch"])  # with which the run begins, or goes on
         patience = math.ceil(60 * (PATIENCE if options.patience is None else options.patience))
         grown = f"nodes={options.nodes} grow={options.grow} patience={patience} chain=${{1:-$SLURM_JOB_ID}} before=$2"
-        job = replace(job, script=GROWING, nodes=nodes, own=OWN_IN_CHAINS, variables=grown)
+        job = replace(job, script=GROWING, nodes=nodes, reserved=RESERVED_IN_CHAINS, variables=grown)
 
     from megahp.train.prepare import prepare
 
-    prepare(config, fit(config.parallel, job.nodes * job.ranks_per_node), ranks_here=0, resume=True, warn=complain)
+    prepare(config, fit(config.parallel, job.nodes * job.ranks_per_node), local_ranks=0, resume=True, warn=complain)
     script = job.render(config, [str(options.run_file), *options.overrides])
     if chain:
-        print(outlook(chain, options.speed), file=sys.stderr)
+        print(describe_plan(chain, options.speed), file=sys.stderr)
     if options.dry_run:
         print(script, end="")
         return FINISHED

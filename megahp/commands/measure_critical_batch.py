@@ -1,19 +1,18 @@
-"""The critical batch at a checkpoint, measured by branched training (Merrill et al., arXiv 2505.23971).
+"""Measure the critical batch at a checkpoint by branched training (Merrill et al., arXiv 2505.23971).
 
     megahp measure critical-batch runs/first --factors 1 2 4 8 --tokens 2e9 [--tolerance 0.01] [--ranks N]
         [--out FOLDER] [--json FILE] [--plot FILE]
 
-For every factor k a run goes on from the checkpoint (or a run directory's newest), on the same data, at k times the
-batch and sqrt(k) times the learning rate it has there, which both stay; weight decay, betas and eps are as they are
-there. All train the same tokens, rounded down to steps of the largest batch. The critical batch is k* times the batch:
-k* is the largest factor whose loss, smoothed over its last few steps, is at most the tolerance (nats per token) above
-that of every smaller one.
+For every factor k a branch continues from the checkpoint (or a run directory's newest), on the same data, at k times
+the batch and sqrt(k) times the learning rate there, both constant; weight decay, betas and eps are those at the
+checkpoint. All branches train the same tokens, rounded down to steps of the largest batch. You see a table, and the
+critical batch: k* times the batch, where k* is the largest factor whose loss, smoothed over its last few steps, is at
+most the tolerance (nats per token) above that of every smaller factor.
 
 The branches are runs of `megahp train`, one after another on this machine; start it where the run was started, since
-its data may be named from there. After an interruption the same command goes on: a branch that has ended is not trained
-again. One that diverges is harmful. +- in the table is what the noise of single steps leaves in a smoothed loss (one
-standard deviation). Exit code 2 means a mistake in what was given; what can be checked is checked before anything is
-trained.
+its data may have a relative path. After an interruption repeat the command to continue: a branch that has ended is not
+trained again. One that diverges is harmful. +- in the table is the standard deviation of a smoothed loss from the noise
+of single steps. Exit code 2: invalid input, which is reported before anything is trained where possible.
 """
 
 import argparse
@@ -27,11 +26,11 @@ from typing import Any
 import torch
 
 from megahp import checkpoint
-from megahp.commands.arguments import add_outputs, at_least
+from megahp.commands.arguments import add_outputs, check_minimum
 from megahp.commands.output import write_json
 from megahp.config import BatchConfig, CheckpointConfig, Config, LogConfig, ScheduleConfig, config_to_dict, resolve
 from megahp.diagnose import critical_batch
-from megahp.diagnose.child_runs import diverged, is_over, refuse_another, train
+from megahp.diagnose.child_runs import check_same_config, has_diverged, is_done, train
 from megahp.errors import UserError, complain
 from megahp.log.metrics import read_run
 from megahp.log.progress import human_count, human_duration
@@ -40,63 +39,64 @@ from megahp.scaling.batch import Hyperparameters, follow, rule_of
 from megahp.scaling.schedules import fraction
 from megahp.train.prepare import prepare
 
-LEAST_STEPS = 5  # of the largest batch: the first step's loss then is a sixteenth of the smoothed one
+MIN_STEPS = 5  # of the largest batch: the first step then has a weight of 1/16 in the smoothed loss
 HEADER = f"factor {'batch':>9}{'tokens':>9}{'lr':>11}{'steps':>9}{'loss':>9}{'+-':>8}{'limit':>9}  harmless"
-LINE = "{factor:<7g}{batch:>9,}{tokens:>9}{lr:>11.2e}{steps:>9,}{loss:>9.4f}{scatter:>8.4f}{limit:>9.4f}  {found}"
+LINE = "{factor:<7g}{batch:>9,}{tokens:>9}{lr:>11.2e}{steps:>9,}{loss:>9.4f}{scatter:>8.4f}{limit:>9.4f}  {answer}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: its newest one")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: its newest")
     add("--factors", type=float, nargs="+", default=[1, 2, 4, 8], metavar="K", help="of the batch")
-    add("--tokens", type=float, required=True, metavar="T", help="each branch trains (the paper: 2e9)")
+    add("--tokens", type=float, required=True, metavar="T", help="that each branch trains (the paper: 2e9)")
     add("--tolerance", type=float, default=critical_batch.TOLERANCE, metavar="NATS", help="per token")
     add("--ranks", type=int, metavar="N", help="of each branch (default: as many as at the checkpoint)")
-    add("--out", type=Path, metavar="FOLDER", help="holds the branches (default: beside the run)")
+    add("--out", type=Path, metavar="FOLDER", help="of the branches (default: beside the run)")
     add_outputs(parser, "the losses")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the branches begin."""
+    """The start of all branches."""
 
     path: Path  # the checkpoint
     config: Config  # of the run that wrote it
-    ranks: int  # it was written by
-    tokens: int  # done
+    ranks: int  # that wrote it
+    tokens: int  # trained
     batch: int  # sequences of data.sequence_length
-    values: Hyperparameters  # as they are there: with the batch rule, and lr with the schedule
+    values: Hyperparameters  # there: scaled by the batch rule, and lr by the schedule
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Check, train the branches, compare. Returns the exit code of a branch that failed, else 0."""
     origin = read_origin(arguments.checkpoint)
     ranks = origin.ranks if arguments.ranks is None else arguments.ranks
-    refuse_mistakes(arguments, origin)
-    run = origin.config.log
-    out = arguments.out or Path(run.root) / f"{run.name}-critical-batch" / origin.path.name
+    check_options(arguments, origin)
+    log = origin.config.log
+    out = arguments.out or Path(log.root) / f"{log.name}-critical-batch" / origin.path.name
     length = origin.config.data.sequence_length
-    # whole steps of the largest batch, so that branches whose batches divide it end at one point
+    # whole steps of the largest batch, so that branches whose batches divide it end at the same token
     step = round(max(arguments.factors) * origin.batch) * length
     end = origin.tokens + int(arguments.tokens) // step * step
     branches = {k: checked(branch(origin, k, end, out.resolve()), ranks) for k in sorted(arguments.factors)}
     if code := train_all(branches, ranks):
         return code
-    steps = {k: read_run(config.directory).column("loss").tolist() for k, config in branches.items()}
-    for k in [k for k, config in branches.items() if diverged(config.directory)]:
-        steps[k] = [math.nan] * len(steps[k])  # its gradients may have diverged alone
-    losses = {k: critical_batch.smoothed(each) for k, each in steps.items()}
+    losses_of_steps = {k: read_run(config.directory).column("loss").tolist() for k, config in branches.items()}
+    for k, config in branches.items():
+        if has_diverged(config.directory):  # even if its losses are finite: its gradients may not have been
+            losses_of_steps[k] = [math.nan] * len(losses_of_steps[k])
+    losses = {k: critical_batch.smoothed(steps) for k, steps in losses_of_steps.items()}
     if not math.isfinite(losses[1]):
         raise UserError(f"{branches[1].directory}, at the batch of {origin.path}, diverged; measure at another one")
-    rows = [  # loss: smoothed, nats per token; limit: the most it may be; scatter: its noise
+    rows = [  # losses in nats per token; limit: the highest harmless one
         {
             "factor": k,
             "batch": config.batch.global_batch,
             "batch_tokens": config.batch.global_batch * length,
             "lr": config.optimizer.lr,
-            "steps": len(steps[k]),
+            "steps": len(losses_of_steps[k]),
             "loss": losses[k],
-            "scatter": critical_batch.scatter(steps[k]),
+            "scatter": critical_batch.scatter(losses_of_steps[k]),
             "limit": critical_batch.limit(losses, k, arguments.tolerance),
             "harmless": critical_batch.harmless(losses, k, arguments.tolerance),
         }
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     star = critical_batch.largest_harmless(losses, arguments.tolerance)
     show(rows, origin, star, arguments.tolerance)
     critical = round(star * origin.batch)
-    found = {
+    results = {
         "checkpoint": str(origin.path),
         "tokens": origin.tokens,
         "branch_tokens": end - origin.tokens,
@@ -119,78 +119,80 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         "rows": rows,
         "machine": {"ranks": ranks, "torch": torch.__version__},
     }
-    write_json(arguments.json, found)
+    write_json(arguments.json, results)
     if arguments.plot:
         plot(arguments.plot, rows, star, arguments.tolerance)
     return 0
 
 
-def read_origin(place: Path) -> Origin:
-    """The batch and the hyperparameters at a checkpoint. Raises UserError."""
-    path = checkpoint.find(place).resolve()
+def read_origin(location: Path) -> Origin:
+    """Return the batch and the hyperparameters at a checkpoint. Raises UserError."""
+    path = checkpoint.find(location).resolve()
     state = checkpoint.read_state(path)
     config = resolve.from_dict(state["config"], str(path))
     tokens, batch = state["progress"]["tokens"], state["batch_plan"]["batch"]
     values = follow(rule_of(config.batch), config.optimizer, batch / config.batch.global_batch)
-    rate = fraction(config.schedule, tokens, config.train.tokens)
-    if rate == 0:
+    multiplier = fraction(config.schedule, tokens, config.train.tokens)
+    if multiplier == 0:
         after = f"after {tokens} of train.tokens = {config.train.tokens}"
-        under = f"under schedule.name = {config.schedule.name!r}"
-        raise UserError(f"at {path} the learning rate is 0, {after} {under}; name an earlier checkpoint")
+        schedule = f"with schedule.name = {config.schedule.name!r}"
+        raise UserError(f"at {path} the learning rate is 0, {after} {schedule}; name an earlier checkpoint")
     ranks = math.prod(Layout(**state["layout"]).shape)
-    return Origin(path, config, ranks, tokens, batch, replace(values, lr=values.lr * rate))
+    return Origin(path, config, ranks, tokens, batch, replace(values, lr=values.lr * multiplier))
 
 
-def refuse_mistakes(arguments: argparse.Namespace, origin: Origin) -> None:
-    """Raise UserError for options that cannot be meant."""
-    factors, given = arguments.factors, " ".join(f"{factor:g}" for factor in arguments.factors)
+def check_options(arguments: argparse.Namespace, origin: Origin) -> None:
+    """Raise UserError for invalid options."""
+    factors, text = arguments.factors, " ".join(f"{factor:g}" for factor in arguments.factors)
     if not all(1 <= factor < math.inf for factor in factors):
-        raise UserError(f"--factors {given}: each must be at least 1, and finite")
+        raise UserError(f"--factors {text}: each must be at least 1, and finite")
     if len(set(factors)) < len(factors):
-        raise UserError(f"--factors {given}: each is trained once; name it once")
+        raise UserError(f"--factors {text}: each is trained once; name it once")
     if 1 not in factors:
-        raise UserError(f"--factors {given}: 1 is missing, against which the others are measured; add it")
+        raise UserError(f"--factors {text}: 1 is missing, the reference for the others; add it")
     for factor in factors:
         if not math.isclose(factor * origin.batch, round(factor * origin.batch)):
             batch = f"{factor:g} x {origin.batch} sequences, the batch at {origin.path}"
-            raise UserError(f"--factors {given}: {batch}, is not whole; change the factor")
-    least = LEAST_STEPS * round(max(factors) * origin.batch) * origin.config.data.sequence_length
-    if not least <= arguments.tokens < math.inf:
-        steps = f"{LEAST_STEPS} steps of {max(factors):g} x {origin.batch} sequences"
-        wrong = f"--tokens {arguments.tokens:g} must be at least {least}, {steps}"
-        raise UserError(f"{wrong}; raise it, or leave out the largest factor")
+            raise UserError(f"--factors {text}: {batch}, is not whole; change the factor")
+    minimum = MIN_STEPS * round(max(factors) * origin.batch) * origin.config.data.sequence_length
+    if not minimum <= arguments.tokens < math.inf:
+        steps = f"{MIN_STEPS} steps of {max(factors):g} x {origin.batch} sequences"
+        few = f"--tokens {arguments.tokens:g} must be at least {minimum}, {steps}"
+        raise UserError(f"{few}; raise it, or omit the largest factor")
     if not 0 <= arguments.tolerance < math.inf:
         raise UserError(f"--tolerance {arguments.tolerance:g} must be at least 0 nats per token, such as 0.01")
-    at_least(arguments, ranks=1)
+    check_minimum(arguments, ranks=1)
 
 
 def branch(origin: Origin, factor: float, end: int, out: Path) -> Config:
-    """The settings of one branch, unchecked. Schedule, batch, checkpoints and log begin at their defaults, since what
-    belongs to another schedule or policy is refused beside these."""
-    before = origin.config
-    lr, train = origin.values.lr * math.sqrt(factor), replace(before.train, start_from=str(origin.path), tokens=end)
+    """Return the config of one branch, unchecked.
 
-    optimizer = replace(before.optimizer, **asdict(replace(origin.values, lr=lr)))
-    if optimizer.name == "muon":  # whose rate is a multiple of the plan's
-        optimizer = replace(optimizer, muon_lr=before.optimizer.muon_lr * lr / before.optimizer.lr)
+    Schedule, batch, checkpoint and log start from their defaults, because settings of another schedule or policy would
+    be refused.
+    """
+    config = origin.config
+    lr = origin.values.lr * math.sqrt(factor)
+    optimizer = replace(config.optimizer, **asdict(replace(origin.values, lr=lr)))
+    if optimizer.name == "muon":  # its rate keeps its ratio to lr
+        optimizer = replace(optimizer, muon_lr=config.optimizer.muon_lr * lr / config.optimizer.lr)
+    train = replace(config.train, start_from=str(origin.path), tokens=end, steps=0)
+    global_batch, micro_batch = round(factor * origin.batch), config.batch.micro_batch
     return replace(
-        before,
+        config,
         schedule=ScheduleConfig(name="constant", start=origin.tokens, warmup=0.0),
-        batch=BatchConfig(
-            policy="constant", global_batch=round(factor * origin.batch), micro_batch=before.batch.micro_batch
-        ),
+        batch=BatchConfig(policy="constant", global_batch=global_batch, micro_batch=micro_batch),
         optimizer=optimizer,
-        train=replace(train, steps=0, validate_every=0, validation_samples=0),
+        train=replace(train, validate_every=0, validation_samples=0),
         checkpoint=CheckpointConfig(every=0, keep=1),
         log=LogConfig(root=str(out), name=f"k-{factor:g}", every=1, tensorboard=False),
     )
 
 
 def checked(config: Config, ranks: int) -> Config:
-    """The settings as `megahp train` will resolve them, after all it checks before it trains. Raises UserError."""
+    """Return the config as `megahp train` will resolve it, after all of its checks. Raises UserError."""
     try:
         config = resolve.from_dict(config_to_dict(config), "branch")
-        refuse_another(config)
+        check_same_config(config)
         return prepare(config, fit(config.parallel, ranks), ranks, resume=True)
     except UserError as error:
         raise UserError(f"branch {config.log.name}: {error}") from None
@@ -198,34 +200,34 @@ def checked(config: Config, ranks: int) -> Config:
 
 def train_all(branches: Mapping[float, Config], ranks: int) -> int:
     """Train the branches that have not ended. Returns the exit code of one that failed, else 0."""
-    ahead = [config for config in branches.values() if not is_over(config.directory)]
-    if already := len(branches) - len(ahead):
-        print(f"{already} of {len(branches)} branches are there already", flush=True)
+    missing = [config for config in branches.values() if not is_done(config.directory)]
+    if done := len(branches) - len(missing):
+        print(f"{done} of {len(branches)} branches are already trained", flush=True)
     began = time.monotonic()
-    for number, config in enumerate(ahead, start=1):
+    for number, config in enumerate(missing, start=1):
         name, batch, lr = config.log.name, config.batch.global_batch, config.optimizer.lr
         print(f"branch {name}: {batch:,} sequences a step, learning rate {lr:.3g}", flush=True)
         code = train(config, ranks)
-        if code and not diverged(config.directory):
-            if code != 2:  # which has told why
-                complain(f"branch {name} ended with exit code {code}; the same command goes on")
+        if code and not has_diverged(config.directory):
+            if code != 2:  # invalid input, which the run itself has reported
+                complain(f"branch {name} ended with exit code {code}; repeat the command to continue")
             return code
-        rest = human_duration((time.monotonic() - began) / number * (len(ahead) - number))
-        how = "diverged, which is harmful" if code else "done"
-        print(f"branch {name} {how}; {number} of {len(ahead)}, ETA {rest}", flush=True)
+        eta = human_duration((time.monotonic() - began) / number * (len(missing) - number))
+        outcome = "diverged, which is harmful" if code else "done"
+        print(f"branch {name} {outcome}; {number} of {len(missing)}, ETA {eta}", flush=True)
     return 0
 
 
 def show(rows: Sequence[Mapping[str, Any]], origin: Origin, star: float, tolerance: float) -> None:
-    """Print the table, whether it can be told from noise, and what was found, in a sentence."""
+    """Print the table, a warning where noise exceeds the tolerance, and the result in a sentence."""
     print(HEADER)
-    for each in rows:
-        found = "yes" if each["harmless"] else "no"
-        print(LINE.format(**each, tokens=human_count(each["batch_tokens"]), found=found))
-    noisiest = max(each["scatter"] for each in rows if math.isfinite(each["scatter"]))
+    for row in rows:
+        answer = "yes" if row["harmless"] else "no"
+        print(LINE.format(**row, tokens=human_count(row["batch_tokens"]), answer=answer))
+    noisiest = max(row["scatter"] for row in rows if math.isfinite(row["scatter"]))
     if noisiest > tolerance:
         more = f"scatter by up to {noisiest:.2g}, more than --tolerance {tolerance:g}"
-        print(f"the smoothed losses {more}: what follows may be chance; raise it")
+        print(f"the smoothed losses {more}: the result may be chance; raise it")
     batch, length = round(star * origin.batch), origin.config.data.sequence_length
     size = f"{star:g} x {origin.batch:,} = {batch:,} sequences ({human_count(batch * length)} tokens)"
     if star == rows[-1]["factor"]:
@@ -236,18 +238,18 @@ def show(rows: Sequence[Mapping[str, Any]], origin: Origin, star: float, toleran
 
 
 def plot(file: Path, rows: Sequence[Mapping[str, Any]], star: float, tolerance: float) -> None:
-    """Draw the loss of each branch against its batch, and the most it may lose. Raises UserError."""
+    """Draw each branch's loss against its batch, and the highest harmless loss. Raises UserError."""
     from megahp.report.figures import PALETTE, plot_in
 
-    batches, losses, limits = ([each[key] for each in rows] for key in ("batch", "loss", "limit"))
+    batches, losses, limits = ([row[key] for row in rows] for key in ("batch", "loss", "limit"))
     with plot_in(file, 5, 3) as figure:
         axes = figure.add_subplot()
         axes.plot(batches, losses, "o-", color=PALETTE["run0"], label="smoothed loss")
-        highest = f"least of the smaller + {tolerance:g}"
-        axes.plot(batches[1:], limits[1:], color=PALETTE["accent"], ls=(0, (3, 1.3)), label=highest)
-        critical = next(each["batch"] for each in rows if each["factor"] == star)
+        label = f"least of the smaller + {tolerance:g}"
+        axes.plot(batches[1:], limits[1:], color=PALETTE["accent"], ls=(0, (3, 1.3)), label=label)
+        critical = next(row["batch"] for row in rows if row["factor"] == star)
         axes.axvline(critical, color=PALETTE["muted"], lw=1, label=f"largest harmless batch, {critical:,}")
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
-        axes.set(xlabel="sequences a step", ylabel="nats per token")
+        axes.set(xlabel="sequences per step", ylabel="nats per token")
         axes.legend(frameon=False)

@@ -1,11 +1,11 @@
-"""Turn text into tokenized documents: PREFIX.bin, PREFIX.idx (Megatron-LM's format) and PREFIX.json.
+"""Tokenize text into PREFIX.bin and PREFIX.idx (Megatron-LM's format), with a description in PREFIX.json.
 
     megahp preprocess --input corpus/ --output data/code --tokenizer data/code.model \\
         --train-sentencepiece 4096
 
-Input is any mix of text files (one document each), JSON lines (one document a line; .jsonl, .jsonl.gz,
-.jsonl.zst) and folders of such files. The output depends on the input and the tokenizer only, not on
---workers.
+Input is any mix of text files (one document each), JSON lines (one document per line; .jsonl, .jsonl.gz, .jsonl.zst)
+and folders of such files. You see the progress, then documents, tokens and speed. The output depends only on the input
+and the tokenizer, not on --workers.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from megahp.data.texts import Document, find_files, read_documents
 from megahp.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megahp.errors import UserError
 
-CHUNK_CHARACTERS = 1 << 20
-PIECE_CHARACTERS = 1 << 18
-Chunk = list[Document]
+CHUNK_CHARACTERS = 1 << 20  # of the documents that a worker gets at a time
+PIECE_CHARACTERS = 1 << 18  # of a document that are tokenized at a time
 SECONDS_BETWEEN_LINES = 30
+Chunk = list[Document]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", required=True, metavar="TOK", help="'bytes', a *.model or a *.json file")
     add("--train-sentencepiece", type=int, metavar="VOCAB", help="train --tokenizer on the input if it does not exist")
     add("--json-key", default="text", metavar="KEY", help="field of the text in JSON lines")
-    add("--extensions", nargs="+", default=[".py", ".rst", ".txt"], help="files taken from folders")
-    add("--exclude", nargs="+", default=[], metavar="NAME", help="folders passed over inside folders")
+    add("--extensions", nargs="+", default=[".py", ".rst", ".txt"], help="of files to read from folders")
+    add("--exclude", nargs="+", default=[], metavar="NAME", help="folders to skip inside folders")
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, metavar="N", help="processes (default: cores, %(default)s)")
     add("--no-eod", action="store_true", help="do not end documents with the end-of-document token")
@@ -55,21 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of a chunk of documents.
+    """The tokens of a chunk of documents."""
 
-    ids: int32, all documents back to back. lengths: tokens of each document. size: UTF-8 bytes of their text.
-    skipped: documents that are no valid text. consumed: input bytes the chunk stands for.
-    """
-
-    ids: np.ndarray
-    lengths: list[int]
-    size: int
-    skipped: int
-    consumed: int
+    ids: np.ndarray  # int32, all documents concatenated
+    lengths: list[int]  # tokens of each document
+    size: int  # UTF-8 bytes of their text
+    skipped: int  # documents that are no valid text
+    consumed: int  # input bytes
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    """Check, train the tokenizer if asked to, tokenize, report."""
     for name in (f"{arguments.output}.bin", f"{arguments.output}.idx", f"{arguments.output}.json"):
         if Path(name).exists() and not arguments.overwrite:
             raise UserError(f"--output {name!r} exists: choose another or add --overwrite")
@@ -84,7 +79,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         print(f"trained {arguments.tokenizer} in {time.monotonic() - started:.1f} s")
     tokenizer = load_tokenizer(arguments.tokenizer)
     started = time.monotonic()
-    tally = _tokenize(files, tokenizer, arguments)
+    tally = tokenize(files, tokenizer, arguments)
     description = {
         "tokenizer": arguments.tokenizer,
         "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -93,85 +88,49 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         "documents": tally["documents"],
         "tokens": tally["tokens"],
     }
-    unfinished = Path(f"{arguments.output}.json.{uuid.uuid4().hex}.tmp")
-    unfinished.write_text(json.dumps(description, indent=2) + "\n")
-    unfinished.replace(f"{arguments.output}.json")
+    partial_file = Path(f"{arguments.output}.json.{uuid.uuid4().hex}.tmp")
+    partial_file.write_text(json.dumps(description, indent=2) + "\n")
+    partial_file.replace(f"{arguments.output}.json")
     megabytes, seconds = tally["size"] / 1e6, time.monotonic() - started
-    told = f"{tally['documents']} documents, {tally['tokens']} tokens, {megabytes:.1f} MB of text, {seconds:.1f} s"
+    counts = f"{tally['documents']} documents, {tally['tokens']} tokens, {megabytes:.1f} MB of text, {seconds:.1f} s"
     rates = f"({megabytes / seconds:.1f} MB/s), {tally['tokens'] / tally['size']:.3f} tokens/byte"
-    print(f"{arguments.output}: {told} {rates}")
+    print(f"{arguments.output}: {counts} {rates}")
     if tally["skipped"]:
         print(f"{arguments.output}: skipped {tally['skipped']} documents that are no valid text")
     return 0
 
 
-def encode_chunk(tokenizer_path: str, append_eod: bool, chunk: list[Document]) -> Encoded:
-    """Tokenize a chunk; this is what a worker process runs. Empty documents vanish."""
-    tokenizer = _tokenizer(tokenizer_path)
-    ending = np.array([tokenizer.eod] if append_eod else [], np.int32)
-    ids: list[np.ndarray] = []
-    size = 0
-    for document in chunk:
-        if document.text:
-            pieces = [np.array(tokenizer.encode(piece), np.int32) for piece in _pieces(document.text)]
-            ids.append(np.concatenate([*pieces, ending]))
-            size += len(document.text.encode())
-    skipped = sum(document.text is None for document in chunk)
-    consumed = sum(document.consumed for document in chunk)
-    return Encoded(np.concatenate([np.empty(0, np.int32), *ids]), [len(i) for i in ids], size, skipped, consumed)
+def tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Namespace) -> Counter[str]:
+    """Read, encode and write in parallel and in order; memory holds a few chunks per worker.
 
-
-_tokenizer = lru_cache(maxsize=1)(load_tokenizer)
-
-
-def _tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Namespace) -> Counter[str]:
-    """Read, encode and write, all at once and in order; memory holds a few chunks for each worker. Returns what was
-    written: documents, tokens, bytes of text (size), documents skipped."""
+    Returns what was written: documents, tokens, bytes of text (size), documents skipped.
+    """
     tally = Counter[str]()
-    chunks = _chunks(read_documents(files, arguments.json_key))
+    chunks = make_chunks(read_documents(files, arguments.json_key))
     encode = partial(encode_chunk, arguments.tokenizer, not arguments.no_eod)
     with (
         IndexedWriter(arguments.output, tokenizer.vocab_size, arguments.overwrite) as writer,
-        _progress(sum(file.stat().st_size for file in files)) as advance,
+        show_progress(sum(file.stat().st_size for file in files)) as advance,
     ):
-        for encoded in _in_order(encode, chunks, arguments.workers):
+        for encoded in map_in_order(encode, chunks, arguments.workers):
             for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]) if encoded.lengths else []:
                 writer.add_document(ids)
             tally.update(documents=len(encoded.lengths), tokens=len(encoded.ids))
             tally.update(size=encoded.size, skipped=encoded.skipped)
             advance(encoded.consumed)
-        if tally["documents"] == 0:
-            raise UserError(
-                f"--input {' '.join(arguments.input)} holds no text ({tally['skipped']} unreadable): check it"
-            )
+        if tally["documents"] == 0:  # raised inside, so that the writer discards its files
+            unreadable = f"({tally['skipped']} unreadable)"
+            raise UserError(f"--input {' '.join(arguments.input)} holds no text {unreadable}: check it")
     return tally
 
 
-def _in_order(encode: Callable[[Chunk], Encoded], chunks: Iterable[Chunk], workers: int) -> Iterator[Encoded]:
-    """`encode` of each chunk, in order, by that many processes, with a few chunks in flight."""
-    if workers == 1:
-        yield from map(encode, chunks)
-        return
-    pending: deque[Future[Encoded]] = deque()
-    try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for chunk in chunks:
-                pending.append(pool.submit(encode, chunk))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(f"a worker of --workers {workers} died, probably out of memory: use fewer") from error
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups of about CHUNK_CHARACTERS."""
-    chunk: list[Document] = []
+def make_chunks(documents: Iterable[Document]) -> Iterator[Chunk]:
+    """Group documents into chunks of about CHUNK_CHARACTERS."""
+    chunk: Chunk = []
     characters = 0
     for document in documents:
         chunk.append(document)
-        characters += len(document.text or "") + 64
+        characters += len(document.text or "") + 64  # or a chunk of empty documents would have no end
         if characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -179,10 +138,29 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """`text`, cut after a newline every PIECE_CHARACTERS or so: tokenizers need many times a text's memory.
+load_tokenizer_once = lru_cache(maxsize=1)(load_tokenizer)  # per worker process
 
-    The tokens are those of the whole text where no token spans a newline, as in a tokenizer trained here.
+
+def encode_chunk(tokenizer_path: str, append_eod: bool, chunk: Chunk) -> Encoded:
+    """Tokenize a chunk, in a worker process. Empty documents are dropped."""
+    tokenizer = load_tokenizer_once(tokenizer_path)
+    ending = np.array([tokenizer.eod] if append_eod else [], np.int32)
+    ids: list[np.ndarray] = []
+    size = 0
+    for document in chunk:
+        if document.text:
+            pieces = [np.array(tokenizer.encode(piece), np.int32) for piece in split_text(document.text)]
+            ids.append(np.concatenate([*pieces, ending]))
+            size += len(document.text.encode())
+    skipped = sum(document.text is None for document in chunk)
+    consumed = sum(document.consumed for document in chunk)
+    return Encoded(np.concatenate([np.empty(0, np.int32), *ids]), [len(i) for i in ids], size, skipped, consumed)
+
+
+def split_text(text: str) -> Iterator[str]:
+    """Cut a text after a newline about every PIECE_CHARACTERS: tokenizers need many times a text's memory.
+
+    The tokens are those of the whole text if no token spans a newline, as in a tokenizer trained here.
     """
     start = 0
     while start < len(text):
@@ -192,35 +170,50 @@ def _pieces(text: str) -> Iterator[str]:
         start = stop
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Yields what to call with the bytes done: a bar on a terminal, else a line now and then."""
-    if not (sys.stderr.isatty() and importlib.util.find_spec("rich")):
-        yield _lines(total)
+def map_in_order(encode: Callable[[Chunk], Encoded], chunks: Iterable[Chunk], workers: int) -> Iterator[Encoded]:
+    """Map `encode` over the chunks, in order, in worker processes, with a few chunks in flight."""
+    if workers == 1:
+        yield from map(encode, chunks)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    pending: deque[Future[Encoded]] = deque()
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for chunk in chunks:
+                pending.append(pool.submit(encode, chunk))
+                if len(pending) > 2 * workers:  # bounds memory
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(f"a worker of --workers {workers} died, probably out of memory: use fewer") from error
 
-    columns = ("tokenizing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("tokenizing", total=total)
-        yield lambda consumed: bar.advance(task, consumed)
 
+@contextmanager
+def show_progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the bytes read: it updates a bar on a terminal, else prints a line now and then."""
+    if sys.stderr.isatty() and importlib.util.find_spec("rich"):
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-def _lines(total: int) -> Callable[[int], None]:
-    started = told = time.monotonic()
+        columns = ("tokenizing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("tokenizing", total=total)
+            yield lambda consumed: bar.advance(task, consumed)
+        return
+
+    started = printed = time.monotonic()
     done = 0
 
     def advance(consumed: int) -> None:
-        nonlocal told, done
+        nonlocal printed, done
         done += consumed
         now = time.monotonic()
-        if now - told < SECONDS_BETWEEN_LINES:
+        if now - printed < SECONDS_BETWEEN_LINES:
             return
-        told = now
+        printed = now
         speed = done / (now - started)
         left = (total - done) / speed if speed else float("inf")
         amount = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"
         print(f"tokenizing: {amount}, {speed / 1e6:.1f} MB/s, {left:.0f} s left", file=sys.stderr)
 
-    return advance
+    yield advance

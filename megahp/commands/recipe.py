@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megahp.commands.arguments import human_number
+from megahp.commands.arguments import parse_number
 from megahp.config import config_to_toml, get_setting, resolve
 from megahp.config.presets import PRESETS
 from megahp.data.tokenizer import load_tokenizer
@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "density": "share of the weights left after pruning between 25 and 75 %% of compute: N_avg and its loss",
     }
     for name, meaning in numbers.items():
-        parser.add_argument(f"--{name}", type=human_number, metavar="X", help=meaning)
+        parser.add_argument(f"--{name}", type=parse_number, metavar="X", help=meaning)
     model = "of the model"
     whole = {
         "batch": "sequences of every batch",
@@ -111,7 +111,7 @@ def advice_on(found: Recipe) -> list[str]:
 
 def advice_on_machine(found: Recipe) -> list[str]:
     """What this machine, where the plan is for no cluster and it has no GPU, can hardly train; and what it can."""
-    from megahp.parallel.device import cuda_wanted
+    from megahp.parallel.device import uses_cuda
     from megahp.parallel.layout import fit
     from megahp.train.advice import beyond_cpus
 
@@ -123,7 +123,7 @@ def advice_on_machine(found: Recipe) -> list[str]:
             return bool(beyond(plan(Given(params=params, tpp=found.given.tpp), found.base, found.laws)))
         return False
 
-    if found.given.gpus or cuda_wanted(found.run) or not (why := beyond(found)):
+    if found.given.gpus or uses_cuda(found.run) or not (why := beyond(found)):
         return []
     sizes = [float(f"{digit}e{power}") for power in range(5, 10) for digit in (1, 2, 3, 5)]
     largest = sizes[max(0, bisect.bisect_left(sizes, True, key=is_beyond) - 1)]

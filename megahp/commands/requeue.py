@@ -1,4 +1,4 @@
-"""For slurm/: exit 0 where a job is to be queued again after CODE."""
+"""For slurm/: exit with 0 if a job must be queued again after its training ended with exit code CODE."""
 
 import os
 from argparse import ArgumentParser, Namespace
@@ -18,26 +18,27 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    """Decide, and log it in the run's events."""
+    """Decide, and log a requeue in the run's events."""
     if options.code in (FINISHED, USER_ERROR, NO_PROGRESS):
         return options.code
 
-    from megahp.faults.relaunch import checkpoints, verdict
+    from megahp.faults.relaunch import checkpoints, exit_or_restart
     from megahp.log.metrics import RunLog, newest_metrics, read_events
 
     run = resolve.load(options.run_file, options.overrides).config.directory
     log = RunLog(run)
-    told = {"code": options.code, "job": options.job, "checkpoints": checkpoints(run)}
+    fields = {"code": options.code, "job": options.job, "checkpoints": checkpoints(run)}
     last = {key: step[key] for step in islice(newest_metrics(run), 1) for key in ("step", "tokens")}
     events = read_events(run)
     ends = [event for event in events if event["event"] in ("stopped", "requeued")][-1:]
-    # a life whose end could not be saved counts as a fault: another would train the same steps again
+    # a stop whose save failed counts as a fault: the next job would train the same steps again
     is_lost = options.code == STOPPED and any(event.get("saved") is False for event in ends)
     is_fault = is_lost or options.code not in (STOPPED, *ENDED)
-    before = [event for event in events if event["event"] == "requeued" and event.get("job") == options.job]
-    found = [event.get("checkpoints", []) for event in before if event.get("fault", event.get("code") != STOPPED)]
-    end = verdict(options.code, [*found, told["checkpoints"]], options.restarts, run) if is_fault else None
+    requeued = [event for event in events if event["event"] == "requeued" and event.get("job") == options.job]
+    # events of older versions have no "fault"
+    faults = [event.get("checkpoints", []) for event in requeued if event.get("fault", event.get("code") != STOPPED)]
+    end = exit_or_restart(options.code, [*faults, fields["checkpoints"]], options.restarts, run) if is_fault else None
     if end is None:
-        log.event("requeued", f"exit code {options.code}", **told, fault=is_fault, **last)
+        log.event("requeued", f"exit code {options.code}", **fields, fault=is_fault, **last)
     log.close()
     return FINISHED if end is None else end

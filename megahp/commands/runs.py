@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megahp.commands.status import jobs_of
 from megahp.errors import UserError
-from megahp.log.standing import runs_below, standing, table
+from megahp.log.status import read_status, runs_below, table
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -21,5 +21,5 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     runs += [Path(run) for run in jobs if Path(run).is_relative_to(here) and Path(run) not in known]
     if not runs:
         raise UserError(f"{options.folder} holds no runs; name the folder that does (log.root)")
-    print(table([standing(run, jobs.get(str(run.resolve()), ())) for run in runs]))
+    print(table([read_status(run, jobs.get(str(run.resolve()), ())) for run in runs]))
     return 0

@@ -1,11 +1,11 @@
-"""For slurm/: the nodes of the next job of a chain, and the batch at which it ends."""
+"""For slurm/: print the number of nodes of a chain's next job, and the batch at which it ends."""
 
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from megahp.commands.arguments import add_run_file
-from megahp.commands.chain import chain_of, outlook
+from megahp.commands.chain import describe_plan, read_chain
 from megahp.config import resolve
 
 
@@ -14,16 +14,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--nodes", type=int, required=True, metavar="N", help="at the first batch")
     add("--grow", type=int, required=True, metavar="N", help="at the largest")
-    add("--ranks-per-node", type=int, required=True, metavar="N", help="GPUs of a node")
-    add("--at-most", type=int, required=True, metavar="N", help="that there are")
-    add("--plan", action="store_true", help="also print, for the log, what remains")
+    add("--ranks-per-node", type=int, required=True, metavar="N", help="GPUs per node")
+    add("--at-most", type=int, required=True, metavar="N", help="available nodes")
+    add("--plan", action="store_true", help="also print the plan of what remains, to stderr")
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    """Print the nodes to train on now, and the batch to stop at."""
-    chain = chain_of(options, resolve.load(options.run_file, options.overrides).config)
+    chain = read_chain(options, resolve.load(options.run_file, options.overrides).config)
     batch = chain.plan["batch"]
-    print(chain.growth.wanted(batch, options.at_most), chain.growth.stop_at(batch))
+    print(chain.growth.nodes_for(batch, options.at_most), chain.growth.stop_at(batch))
     if options.plan:
-        print(outlook(chain, None), file=sys.stderr)
+        print(describe_plan(chain, None), file=sys.stderr)
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from megahp.cluster.job import Queued, jobs
 from megahp.errors import UserError, complain
 from megahp.log.metrics import newest_events
-from megahp.log.standing import printable, runs_below, standing, table
+from megahp.log.status import printable, read_status, runs_below, table
 
 SHOWN = 3  # events
 HERE = Path("runs")
@@ -36,7 +36,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     for run in runs:
         print("\n  ".join([str(run), *details(run, queued.get(str(run.resolve()), ()))]))
     if ended:
-        print(table([standing(run) for run in ended]))
+        print(table([read_status(run) for run in ended]))
     return 0
 
 
@@ -52,14 +52,16 @@ def jobs_of(runs: Sequence[Path]) -> dict[str, list[Queued]]:
 
 def details(run: Path, queued: Sequence[Queued]) -> list[str]:
     """A run in words, a line each: jobs, progress, last events, newest log."""
-    found = standing(run, queued)
+    found = read_status(run, queued)
     progress = f"step {found.step}, loss {found.loss}, {found.tokens} tokens {found.share}, {found.speed} tok/s, "
     lines = [*map(str, queued), f"{found.state}: {progress if found.step else ''}{found.outlook}".rstrip(" :,")]
     if found.state != "unreadable" and (run / "events.jsonl").exists():
         for event in reversed(list(itertools.islice(newest_events(run), SHOWN))):
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
             lines.append(f"{when}  step {event['step']:,} {event['event']}: {event['reason']}")
-    if not (run / "events.jsonl").exists() and (below := [standing(each) for each in runs_below(run) if each != run]):
+    if not (run / "events.jsonl").exists() and (
+        below := [read_status(each) for each in runs_below(run) if each != run]
+    ):
         states = Counter(each.state for each in below)  # of a sweep's runs, say
         lines.append(f"{len(below)} runs in it: {', '.join(f'{count} {state}' for state, count in states.items())}")
     if found.log:

@@ -21,11 +21,11 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from megahp import launch
-from megahp.commands.arguments import add_run_file, starts_ranks
+from megahp.commands.arguments import add_run_file, must_spawn
 from megahp.config import Config, resolve
 from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import FAULT, FINISHED, STOPPED, USER_ERROR
-from megahp.faults.notice import leave_at_notice
+from megahp.faults.notice import exit_on_signals
 from megahp.log.streams import outlive_streams
 from megahp.parallel.layout import Layout, fit
 
@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace, words: Sequence[str]) -> int:
     """Check, then start ranks or be one. What needs torch is imported once the settings are known to be right."""
     outlive_streams()  # first: a pipe must not become a stream that was closed
-    leave_at_notice()
+    exit_on_signals()
     config = resolve.load(options.run_file, options.overrides).config
     place = launch.world()
     ranks = place.size if options.ranks is None else options.ranks
@@ -50,7 +50,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
     from megahp.train.prepare import prepare, refuse_without_checkpoint
 
-    starting = starts_ranks(options.ranks, place.size)
+    starting = must_spawn(options.ranks, place.size)
     warn = None if starting or options.restarts is not None or place.rank else complain  # once, by the first rank
     config = prepare(config, layout, options.ranks or place.local_size, options.resume is not None, warn)
     if options.resume == "required":
@@ -84,11 +84,11 @@ def train_again_and_again(options: Namespace, config: Config, place: launch.Worl
 def train_rank(config: Config, place: launch.World, layout: Layout, resume: bool) -> int:
     """Train as one rank, and leave without tearing the process group down (launch.leave)."""
     from megahp.faults.crash import report_crash
-    from megahp.faults.watchdog import patience
-    from megahp.parallel.device import cuda_wanted
+    from megahp.faults.watchdog import collective_timeout
+    from megahp.parallel.device import uses_cuda
     from megahp.train.loop import train
 
-    store = launch.join(place, cuda_wanted(config), patience(config.resilience.hang_after))
+    store = launch.join(place, uses_cuda(config), collective_timeout(config.resilience.hang_after))
     try:
         code = FINISHED if train(config, place, store, layout, resume) else STOPPED
         if place.rank == 0 and code == FINISHED:
@@ -102,16 +102,16 @@ def train_rank(config: Config, place: launch.World, layout: Layout, resume: bool
                 print(f"no report: {error}")
     except UserError as error:
         code = FAULT if error.may_pass else USER_ERROR
-        if launch.is_first_to_tell(store, "user error"):
+        if launch.is_first_to_report(store, "user error"):
             complain(error)
-        launch.outlast_questions(place)
+        launch.keep_store_alive(place)
     except Exception as error:
-        code = USER_ERROR if launch.is_told(store, "user error") else FAULT
+        code = USER_ERROR if launch.is_reported(store, "user error") else FAULT
         if code == FAULT:
             report_crash(config.directory, place.rank, traceback.format_exc())
             if launch.is_lost_connection(error):
                 complain(Fault(f"rank {place.rank} has lost its connection to another, and ends too"))
-            elif launch.is_first_to_tell(store, "fault"):
+            elif launch.is_first_to_report(store, "fault"):
                 complain(error) if isinstance(error, Fault) else traceback.print_exc()
     launch.leave(code)
     return code

@@ -44,11 +44,11 @@ import torch.distributed as dist
 
 from megahp import launch
 from megahp.cluster.job import OWNER, folder, jobs
-from megahp.commands.arguments import add_outputs, labelled, name_of, plain, positive, whole_numbers
+from megahp.commands.arguments import add_outputs, folder_name, key_of, parse_integers, parse_positive, split_label
 from megahp.commands.output import write_json
 from megahp.config import Config, LogConfig, resolve, setting_names
 from megahp.diagnose import child_runs
-from megahp.diagnose.child_runs import diverged, is_over, refuse_another
+from megahp.diagnose.child_runs import check_same_config, has_diverged, is_done
 from megahp.diagnose.curves import plot, show, tables
 from megahp.diagnose.transfer import Curve, drift
 from megahp.errors import Fault, UserError, complain
@@ -56,7 +56,7 @@ from megahp.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from megahp.files import open_unlinked
 from megahp.log.metrics import newest_metrics, read_metrics
 from megahp.log.progress import human_duration
-from megahp.parallel.device import cuda_wanted
+from megahp.parallel.device import uses_cuda
 from megahp.parallel.layout import fit
 from megahp.scaling.flops import training_flops
 from megahp.train.loop import train
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grid", required=True, metavar="KEY=V,V,...", help="the setting whose optimum is sought")
     add("--family", required=True, nargs="+", metavar="KEY=V,V,...", help="the sizes, and what goes with each")
     add("--variants", nargs="+", default=[""], metavar="SETTINGS", help="'LABEL: section.key=value ...' each")
-    add("--seeds", type=whole_numbers, default=[1, 2, 3], metavar="N,N,...", help="(default 1,2,3)")
+    add("--seeds", type=parse_integers, default=[1, 2, 3], metavar="N,N,...", help="(default 1,2,3)")
     add("--out", type=Path, required=True, metavar="FOLDER", help="holds the runs")
     add("--last", type=float, metavar="SHARE", help="compare training losses, of the last share of the steps")
     add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="workers here (default: one a core)")
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.worker:
         return work(cells, arguments.ranks, arguments.last)
     cells = cells if arguments.show else checked(cells, arguments)
-    ahead = [cell for cell in cells if not is_over(cell.directory)]
+    ahead = [cell for cell in cells if not is_done(cell.directory)]
     print(f"{len(cells)} cells, {len(cells) - len(ahead)} of them there already", flush=True)
     if arguments.show and ahead:
         print("\n".join(so_far(cells, arguments.last)))
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     command = [sys.executable, "-m", "megahp", *own, "--worker"]
     if ahead and (code := start_workers(command, min(arguments.jobs, len(ahead)))):
         return code
-    if others := [cell for cell in ahead if not is_over(cell.directory)]:
+    if others := [cell for cell in ahead if not is_done(cell.directory)]:
         which = f"{others[0]} and {len(others) - 1} more"
         raise UserError(f"{which} are with other workers; come back when these have ended")
     families = families_of(cells, arguments.last)
@@ -143,8 +143,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     last = arguments.last
     found = {
         "run": str(arguments.run),
-        "grid": name_of(arguments.grid),
-        "family": name_of(arguments.family[0]),
+        "grid": key_of(arguments.grid),
+        "family": key_of(arguments.family[0]),
         "seeds": arguments.seeds,
         "loss": "of the last validation" if last is None else f"mean of training over the last {last:g} of the steps",
         "torch": torch.__version__,
@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     }
     write_json(arguments.json, found)
     if arguments.plot:
-        plot(arguments.plot, families, name_of(arguments.grid), name_of(arguments.family[0]))
+        plot(arguments.plot, families, key_of(arguments.grid), key_of(arguments.family[0]))
     return 0
 
 
@@ -166,7 +166,7 @@ def so_far(cells: Sequence[Cell], last: float | None) -> list[str]:
     for name, values in groups.items():
         parts = []
         for value, seeds in values.items():
-            losses = [loss_of(cell.directory, last) for cell in seeds if is_over(cell.directory)]
+            losses = [loss_of(cell.directory, last) for cell in seeds if is_done(cell.directory)]
             mean = f"{np.mean(losses):.4f} " if losses else ""
             if lost := sum(map(math.isinf, losses)):
                 mean = f"{lost} diverged "
@@ -179,20 +179,20 @@ def read_cells(arguments: argparse.Namespace) -> list[Cell]:
     """Every combination, resolved. Raises UserError, telling all that is wrong with any of them."""
     key, values = listed(arguments.grid)
     columns = dict(map(listed, arguments.family))
-    variants = dict(map(labelled, arguments.variants))
+    variants = dict(map(split_label, arguments.variants))
     mistakes = []
     counts = {name: len(values) for name, values in columns.items()}
     if len(set(counts.values())) > 1 or min(counts.values()) < 2:
         given = ", ".join(f"{count} of {name}" for name, count in counts.items())
         mistakes.append(f"--family gives {given}; give one value for each size, and two sizes or more")
-    if len(set(map(plain, variants))) < len(arguments.variants):
+    if len(set(map(folder_name, variants))) < len(arguments.variants):
         mistakes.append("--variants: two have the same label; give each its own")
     words = [*arguments.overrides, *itertools.chain(*variants.values())]
     if len(values) < 2:
         mistakes.append(f"--grid {arguments.grid} has one value, and nothing to compare it with; give three or more")
-    for name in {key, *columns, *map(name_of, words)} & set(OWN):
+    for name in {key, *columns, *map(key_of, words)} & set(OWN):
         mistakes.append(f"{name} is the sweep's own to set; leave it out (--seeds and --out set seeds and folder)")
-    for name in {*columns} & {key, *map(name_of, words)} | {key} & set(map(name_of, arguments.overrides)):
+    for name in {*columns} & {key, *map(key_of, words)} | {key} & set(map(key_of, arguments.overrides)):
         mistakes.append(f"{name} is given twice, once by --family or --grid; leave one out")
     for option in ("jobs", "ranks", "slurm"):
         if getattr(arguments, option) is not None and getattr(arguments, option) < 1:
@@ -207,19 +207,21 @@ def read_cells(arguments: argparse.Namespace) -> list[Cell]:
         raise UserError("\n".join(mistakes))
     cells, problems = [], dict[str, str]()
     for label, words in variants.items():
-        own = [listed(word)[1] for word in words if name_of(word) == key]
-        others = [word for word in words if name_of(word) != key]
+        own = [listed(word)[1] for word in words if key_of(word) == key]
+        others = [word for word in words if key_of(word) != key]
         members = zip(*columns.values(), strict=True)  # the settings of each member of the family
         for member, value, seed in itertools.product(members, *own or [values], arguments.seeds):
             row = [f"{name}={text}" for name, text in zip(columns, member, strict=True)]
-            name = "/".join(map(plain, (label, member[0], value, str(seed))))
+            name = "/".join(map(folder_name, (label, member[0], value, str(seed))))
             try:
                 words = [*arguments.overrides, *others, *row, f"{key}={value}", f"train.seed={seed}"]
                 config = resolve.load(arguments.run, words).config
                 baselines = not config.train.validation_samples  # the setting means nothing without any
                 log = LogConfig(name=name, root=str(arguments.out), tensorboard=False, baselines=baselines)
                 config = replace(config, checkpoint=replace(config.checkpoint, keep=1), log=log)
-                size, at = (positive(text, NO_NUMBER) for text in (member[0], value))  # which alone have a logarithm
+                size, at = (
+                    parse_positive(text, NO_NUMBER) for text in (member[0], value)
+                )  # which alone have a logarithm
                 cells.append(Cell(label, size, at, seed, config))
             except UserError as error:
                 problems.setdefault(str(error), f"{label}, size {member[0]}, {value}, seed {seed}")
@@ -253,7 +255,7 @@ def checked(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[Cell]:
                 raise UserError("train.validation_samples = 0 leaves no loss to compare; raise it, or give --last 0.1")
             layout = fit(cell.config.parallel, arguments.ranks)
             config = prepare(cell.config, layout, arguments.ranks, resume=True)
-            refuse_another(config)
+            check_same_config(config)
             ready.append(replace(cell, config=config))
         except UserError as error:
             problems.setdefault(str(error), str(cell))
@@ -300,15 +302,15 @@ def submit(words: Sequence[str], arguments: argparse.Namespace) -> int:
 
 def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
     """Train whatever nobody else does until nothing is left, and end this process."""
-    began, before, code = time.monotonic(), [cell for cell in cells if is_over(cell.directory)], 0
-    store = launch.join(launch.World(), cuda_wanted(cells[0].config)) if ranks == 1 else None
+    began, before, code = time.monotonic(), [cell for cell in cells if is_done(cell.directory)], 0
+    store = launch.join(launch.World(), uses_cuda(cells[0].config)) if ranks == 1 else None
     try:
         for cell in cells:
             with claimed(cell) as mine:
-                if not mine or is_over(cell.directory):
+                if not mine or is_done(cell.directory):
                     continue
                 seconds = train_cell(cell, ranks, store)
-            over = [cell for cell in cells if is_over(cell.directory)]
+            over = [cell for cell in cells if is_done(cell.directory)]
             share = (work_of(over) - work_of(before)) / (work_of(cells) - work_of(before))
             eta = human_duration((time.monotonic() - began) * (1 / share - 1))
             loss = loss_of(cell.directory, last)
@@ -350,12 +352,12 @@ def train_cell(cell: Cell, ranks: int, store: dist.Store | None) -> float:
                 config = prepare(cell.config, layout, 1, resume=True)
                 finished = train(config, launch.World(), store, layout, resume=True)
             except (UserError, Fault):
-                if not diverged(cell.directory):
+                if not has_diverged(cell.directory):
                     raise
                 finished = True
         if not finished:
             raise Told(f"{cell} was told to leave; the same command goes on")
-    elif (code := child_runs.train(cell.config, ranks)) and not diverged(cell.directory):
+    elif (code := child_runs.train(cell.config, ranks)) and not has_diverged(cell.directory):
         raise UserError(f"{cell} ended with exit code {code}; the same command goes on")
     shutil.rmtree(cell.directory / "checkpoints", ignore_errors=True)
     gc.collect()  # a model is a circle of references, and the next one needs the room
@@ -391,4 +393,4 @@ def loss_of(directory: Path, last: float | None) -> float:
         steps = read_metrics(directory)
         losses = [step.get("loss") for step in steps[-math.ceil(last * len(steps)) :]]
     known = [loss for loss in losses if loss is not None]
-    return math.inf if diverged(directory) or len(known) < max(1, len(losses)) else float(np.mean(known))
+    return math.inf if has_diverged(directory) or len(known) < max(1, len(losses)) else float(np.mean(known))

@@ -1,4 +1,10 @@
-"""Check that a run's layout trains the same model as one rank: a small one takes a few steps on both."""
+"""Check that a run's layout trains the same model as one rank: a small one takes a few steps on both.
+
+    megahp verify-layout run.toml parallel.tp=2 parallel.pp=2 --ranks 4
+
+You see a line per difference in loss, gradients, norms or weights, the first parameters first, or that there is none.
+Exit code 1: they differ; 2: invalid input.
+"""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -6,7 +12,7 @@ from collections.abc import Sequence
 from megahp.commands.arguments import add_run_file
 from megahp.config import resolve
 
-SHOWN = 20  # differences between layouts, the first parameters first
+MAX_LINES = 20  # of differences
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -17,11 +23,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace, words: Sequence[str]) -> int:
     config = resolve.load(options.run_file, options.overrides).config
 
-    from megahp.diagnose.verify import verify  # and with it torch, for settings that are right
+    from megahp.diagnose.verify import verify  # imports torch: only for valid settings
 
-    found = verify(config, options.ranks)
-    for difference in found[:SHOWN]:
+    differences = verify(config, options.ranks)
+    for difference in differences[:MAX_LINES]:
         print(difference)
-    verdict = f"{len(found)} differences" if found else "the same model: loss, gradients, norms and weights agree"
-    print(f"{verdict}, on {options.ranks} ranks and on one")
-    return 1 if found else 0
+    same = "the same model: loss, gradients, norms and weights agree"
+    result = f"{len(differences)} differences" if differences else same
+    print(f"{result}, on {options.ranks} ranks and on one")
+    return 1 if differences else 0

@@ -1,6 +1,7 @@
-"""The settings of a run: what there is (schema), from files and words to a checked tree (resolve), what cannot run
-together (checks), known shapes (presets), "tokens:value" words (words)."""
+"""The settings of a run: definitions (schema), loading and checking (resolve), cross-field validation (checks), model
+presets (presets), settings that change during the run (phases)."""
 
+from megahp.config.phases import Phase, parse_table, phase_at, phases_of
 from megahp.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -21,4 +22,3 @@ from megahp.config.schema import (
     setting_names,
     with_values,
 )
-from megahp.config.words import Phase, parse_table, phase_at, phases_of

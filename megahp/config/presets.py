@@ -1,4 +1,4 @@
-"""Known model shapes: what `model.preset` fills in. A setting given in the run file or on the command line wins."""
+"""Known model shapes, which `model.preset` fills in. Settings given in the run file or on the command line win."""
 
 _LLAMA = {"activation": "swiglu", "norm": "rmsnorm", "positions": "rope", "bias": False, "tied_embeddings": False}
 _GPT2 = {"activation": "gelu", "norm": "layernorm", "positions": "learned", "bias": True, "tied_embeddings": True}

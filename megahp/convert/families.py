@@ -1,4 +1,4 @@
-"""Hugging Face's architectures as rows of a table: which of our settings each has, by which keys, and its names for our
+"""A table of Hugging Face architectures: for each, its config.json key of each of our settings and its names for our
 weights.
 """
 
@@ -16,58 +16,52 @@ NORMS = ("attention_norm", "mlp_norm", "final_norm")
 EXPERTS = ("mlp.experts.gate", "mlp.experts.up", "mlp.experts.down")
 ALWAYS = ""
 UNGATED = ("gelu", "gelu-exact", "relu2")
-ACTIVATIONS = {  # theirs -> ours; of two for the same the last is written
+ACTIVATIONS = {  # Hugging Face name -> ours; where two mean the same, export writes the last
     "silu": "swiglu",
     "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",
     "gelu": "gelu-exact",
     "relu2": "relu2",
 }
-ABSENT: dict[str, Any] = {  # what keys mean that configurations leave out; None: what follows from the others
+DEFAULTS: dict[str, Any] = {  # of keys that a config.json may omit; None: derived from other settings
     **dict.fromkeys(("num_key_value_heads", "head_dim", "n_inner"), None),
     **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), False),
     **dict.fromkeys(("rope_theta", "rotary_emb_base"), 10000.0),
     "layer_norm_epsilon": 1e-5,
 }
-IDLE = ("preset", "balance_rate", "balance_loss")  # settings of no consequence for logits
+WITHOUT_EFFECT = ("preset", "balance_rate", "balance_loss")  # settings that do not change logits
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. A setting that has neither a key nor values here is what it is where nothing is said of it: its
-    default, or what follows from the others.
+    """One architecture. A setting with neither a key nor values has its default, or what derives from other settings.
 
-    Names are those of modules: their weights and, if any, biases are meant; those of experts' weights, with * for their
-    numbers, and of routers' biases are whole. Modules that our model has not are passed over. Queries, keys and values
-    lie in three matrices "apart", or in one, one after the other "stacked", or "grouped" by heads as ours.
+    Names are those of modules and stand for weight and bias. Names of experts' weights, with * for the expert's index,
+    and of the router's bias are full names of tensors. Modules that our model does not have are skipped.
     """
 
     model_type: str
     architecture: str
     keys: Mapping[str, str]  # our setting -> its key
-    values: Mapping[str, tuple[Any, ...]]  # our setting -> those it can have; only one where there is no key
-    outside: Mapping[str, str]  # our module -> its module
-    blocks: str  # where its blocks are
-    inside: Mapping[str, str]  # our module in a block -> its modules
+    values: Mapping[str, tuple[Any, ...]]  # our setting -> its possible values; a single one where there is no key
+    top_level: Mapping[str, str]  # our module -> its module
+    block_prefix: str
+    per_block: Mapping[str, str]  # our module in a block -> its modules, space-separated
     bias: Mapping[str, str] = field(default_factory=dict)  # our module -> the key that gives it a bias, or ALWAYS
-    needs: Mapping[str, Any] = field(default_factory=dict)  # values without which it computes something else
-    writes: Mapping[str, Any] = field(default_factory=dict)  # values that we give, and others are as good
-    absent: Mapping[str, Any] = field(default_factory=dict)  # as ABSENT, where it differs
-    qkv: str = "apart"
+    required: Mapping[str, Any] = field(default_factory=dict)  # with other values it computes something else
+    extra: Mapping[str, Any] = field(default_factory=dict)  # written on export; other values are accepted
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # overrides DEFAULTS
+    # three matrices ("separate"), or one: all queries, then keys, then values ("stacked"), or by KV head ("grouped")
+    qkv: str = "separate"
     transposed: bool = False  # matrices are [inputs, outputs]
-    whole_heads: bool = True  # heads must divide the width
+    heads_divide_width: bool = True
 
     @property
     def bias_keys(self) -> set[str]:
         return set(self.bias.values()) - {ALWAYS}
 
-    @property
-    def always_biased(self) -> bool:
-        """Whether it has biases where we may have none."""
-        return ALWAYS in self.bias.values()
-
     def biased(self, hf_config: Mapping[str, Any]) -> list[str]:
-        """The modules that have biases."""
+        """Return the modules that have biases."""
         return [module for module, key in self.bias.items() if key == ALWAYS or hf_config[key]]
 
 
@@ -89,9 +83,9 @@ LLAMA = Family(
         "sequence_length": "max_position_embeddings",
     },
     values={"norm": ("rmsnorm",), "positions": ("rope",), "activation": ("swiglu",)},
-    outside={"embedding": "model.embed_tokens", "final_norm": "model.norm", "unembedding": "lm_head"},
-    blocks="model.layers",
-    inside={
+    top_level={"embedding": "model.embed_tokens", "final_norm": "model.norm", "unembedding": "lm_head"},
+    block_prefix="model.layers",
+    per_block={
         "attention_norm": "input_layernorm",
         "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
         "attention.query_norm": "self_attn.q_norm",
@@ -109,16 +103,16 @@ MISTRAL = replace(
     model_type="mistral",
     architecture="MistralForCausalLM",
     bias={},
-    needs={"sliding_window": None},
-    absent={"sliding_window": 4096},
-    whole_heads=False,
+    required={"sliding_window": None},
+    defaults={"sliding_window": 4096},  # what transformers assumes where config.json has no such key
+    heads_divide_width=False,
 )
 QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     bias={"attention.qkv": ALWAYS},
-    needs={"use_sliding_window": False},
+    required={"use_sliding_window": False},
 )
 QWEN3 = replace(
     QWEN2,
@@ -126,7 +120,7 @@ QWEN3 = replace(
     architecture="Qwen3ForCausalLM",
     values={**LLAMA.values, "qk_norm": (True,)},
     bias=dict.fromkeys(ATTENTION, "attention_bias"),
-    whole_heads=False,
+    heads_divide_width=False,
 )
 ARCEE = replace(
     LLAMA, model_type="arcee", architecture="ArceeForCausalLM", values={**LLAMA.values, "activation": UNGATED}
@@ -137,10 +131,10 @@ STARCODER2 = replace(
     architecture="Starcoder2ForCausalLM",
     keys={**LLAMA.keys, "norm_eps": "norm_epsilon"},
     values={**ARCEE.values, "norm": ("layernorm",)},
-    inside={**ARCEE.inside, "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
+    per_block={**ARCEE.per_block, "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
     bias={**dict.fromkeys(LINEAR, "use_bias"), **dict.fromkeys(NORMS, ALWAYS)},
-    needs={"sliding_window": None},
-    absent={"use_bias": True, "tie_word_embeddings": True},
+    required={"sliding_window": None},
+    defaults={"use_bias": True, "tie_word_embeddings": True},
 )
 NEOX = Family(
     "gpt_neox",
@@ -151,9 +145,9 @@ NEOX = Family(
         "rope_theta": "rotary_emb_base",
     },
     values=STARCODER2.values,
-    outside={"embedding": "gpt_neox.embed_in", "final_norm": "gpt_neox.final_layer_norm", "unembedding": "embed_out"},
-    blocks="gpt_neox.layers",
-    inside={
+    top_level={"embedding": "gpt_neox.embed_in", "final_norm": "gpt_neox.final_layer_norm", "unembedding": "embed_out"},
+    block_prefix="gpt_neox.layers",
+    per_block={
         "attention_norm": "input_layernorm",
         "attention.qkv": "attention.query_key_value",
         "attention.out": "attention.dense",
@@ -162,8 +156,9 @@ NEOX = Family(
         "mlp.down": "mlp.dense_4h_to_h",
     },
     bias={**dict.fromkeys(ATTENTION, "attention_bias"), **dict.fromkeys(MLP + NORMS, ALWAYS)},
-    needs={"use_parallel_residual": False, "rotary_pct": 1.0},
-    absent={"use_parallel_residual": True, "rotary_pct": 0.25, "attention_bias": True},
+    # ours adds attention to the stream before the MLP reads it, and rotates all of a head
+    required={"use_parallel_residual": False, "rotary_pct": 1.0},
+    defaults={"use_parallel_residual": True, "rotary_pct": 0.25, "attention_bias": True},
     qkv="grouped",
 )
 GPT2 = Family(
@@ -181,14 +176,14 @@ GPT2 = Family(
         "sequence_length": "n_positions",
     },
     values={"norm": ("layernorm",), "positions": ("learned",), "activation": UNGATED},
-    outside={
+    top_level={
         "embedding": "transformer.wte",
         "positions": "transformer.wpe",
         "final_norm": "transformer.ln_f",
         "unembedding": "lm_head",
     },
-    blocks="transformer.h",
-    inside={
+    block_prefix="transformer.h",
+    per_block={
         "attention_norm": "ln_1",
         "attention.qkv": "attn.c_attn",
         "attention.out": "attn.c_proj",
@@ -197,9 +192,10 @@ GPT2 = Family(
         "mlp.down": "mlp.c_proj",
     },
     bias=dict.fromkeys(LINEAR + NORMS, ALWAYS),
-    needs={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
-    writes={"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
-    absent={"tie_word_embeddings": True},
+    required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    # transformers' default is 0.1, with which the model would train differently
+    extra={"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    defaults={"tie_word_embeddings": True},
     qkv="stacked",
     transposed=True,
 )
@@ -216,9 +212,9 @@ MPT = Family(
         "sequence_length": "max_seq_len",
     },
     values={"norm": ("layernorm",), "positions": ("alibi",), "activation": ("gelu-exact",)},
-    outside={"embedding": "transformer.wte", "final_norm": "transformer.norm_f", "unembedding": "lm_head"},
-    blocks="transformer.blocks",
-    inside={
+    top_level={"embedding": "transformer.wte", "final_norm": "transformer.norm_f", "unembedding": "lm_head"},
+    block_prefix="transformer.blocks",
+    per_block={
         "attention_norm": "norm_1",
         "attention.qkv": "attn.Wqkv",
         "attention.out": "attn.out_proj",
@@ -226,11 +222,11 @@ MPT = Family(
         "mlp.up": "ffn.up_proj",
         "mlp.down": "ffn.down_proj",
     },
-    needs={
+    required={
         "no_bias": True,
         "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None, "softmax_scale": None, "qk_ln": False},
     },
-    absent={"tie_word_embeddings": True},
+    defaults={"tie_word_embeddings": True},
     qkv="stacked",
 )
 MIXTRAL = replace(
@@ -244,15 +240,15 @@ MIXTRAL = replace(
         "experts_per_token": "num_experts_per_tok",
     },
     values={**LLAMA.values, "router_score": ("softmax",)},
-    inside={
-        **LLAMA.inside,
+    per_block={
+        **LLAMA.per_block,
         "mlp.router": "block_sparse_moe.gate",
-        "mlp.router.bias": "",
+        "mlp.router.bias": "",  # has none: ours must be 0
         "mlp.experts.gate": "block_sparse_moe.experts.*.w1.weight",
         "mlp.experts.up": "block_sparse_moe.experts.*.w3.weight",
         "mlp.experts.down": "block_sparse_moe.experts.*.w2.weight",
     },
-    absent={},
+    defaults={},
 )
 QWEN3_MOE = replace(
     QWEN3,
@@ -266,16 +262,16 @@ QWEN3_MOE = replace(
         "router_normalize": "norm_topk_prob",
     },
     values={**QWEN3.values, "router_score": ("softmax",)},
-    inside={
-        **LLAMA.inside,
+    per_block={
+        **LLAMA.per_block,
         "mlp.router": "mlp.gate",
-        "mlp.router.bias": "",
+        "mlp.router.bias": "",  # has none: ours must be 0
         "mlp.experts.gate": "mlp.experts.*.gate_proj.weight",
         "mlp.experts.up": "mlp.experts.*.up_proj.weight",
         "mlp.experts.down": "mlp.experts.*.down_proj.weight",
     },
     bias={},
-    needs={"use_sliding_window": False, "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    required={"use_sliding_window": False, "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
 )
 GLM4_MOE = replace(
     QWEN3_MOE,
@@ -291,43 +287,49 @@ GLM4_MOE = replace(
         "qk_norm": "use_qk_norm",
     },
     values={**LLAMA.values, "router_score": ("sigmoid",)},
-    inside={
-        **QWEN3_MOE.inside,
+    per_block={
+        **QWEN3_MOE.per_block,
         "mlp.router.bias": "mlp.gate.e_score_correction_bias",
         "mlp.shared.gate": "mlp.shared_experts.gate_proj",
         "mlp.shared.up": "mlp.shared_experts.up_proj",
         "mlp.shared.down": "mlp.shared_experts.down_proj",
     },
-    needs={"attention_bias": False, "n_group": 1, "topk_group": 1, "partial_rotary_factor": 1.0},
-    writes={"num_nextn_predict_layers": 0},
-    absent={"partial_rotary_factor": 0.5},
+    required={"attention_bias": False, "n_group": 1, "topk_group": 1, "partial_rotary_factor": 1.0},
+    extra={"num_nextn_predict_layers": 0},  # our model has no layer that predicts further tokens
+    defaults={"partial_rotary_factor": 0.5},
 )
-# of those that fit the first is written
+# the order matters: export writes the first one that fits
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, NEOX, STARCODER2, GPT2, MPT, MIXTRAL, QWEN3_MOE, GLM4_MOE)
 
 
-def family_of(model: ModelConfig, only: Family | None = None) -> Family:
-    """The first family that has the model; only: the one that must. Raises UserError with what the nearest would need:
-    one of its positions, if there is any."""
-    found = [(_misfits(family, model), family) for family in ((only,) if only else FAMILIES)]
-    lacking, family = min(found, key=lambda pair: (model.positions not in pair[1].values["positions"], len(pair[0])))
-    if lacking:
+def find_family(model: ModelConfig, only: Family | None = None) -> Family:
+    """Return the first family that can represent the model, among all of them or `only` one.
+
+    Raises UserError with what the nearest would need: the one with the fewest mismatches, of those that have the
+    model's positions if any does.
+    """
+    candidates = [(_mismatches(family, model), family) for family in ((only,) if only else FAMILIES)]
+
+    def distance(candidate: tuple[list[str], Family]) -> tuple[bool, int]:
+        return model.positions not in candidate[1].values["positions"], len(candidate[0])
+
+    missing, family = min(candidates, key=distance)
+    if missing:
         nearest = f"Hugging Face has no architecture of this model; {family.architecture}, the nearest,"
-        raise UserError(f"{family.architecture if only else nearest} needs {' and '.join(lacking)}")
+        raise UserError(f"{family.architecture if only else nearest} needs {' and '.join(missing)}")
     return family
 
 
-def family_named(model_type: object) -> Family:
-    """The family that a config.json names. Raises UserError."""
+def family_of_type(model_type: object) -> Family:
+    """Return the family that a config.json names. Raises UserError."""
     known = {family.model_type: family for family in FAMILIES}
     if not isinstance(model_type, str) or model_type not in known:
-        raise UserError(f"config.json: model_type = {model_type!r} is not known; there are: {', '.join(known)}")
+        raise UserError(f"config.json: model_type = {model_type!r} is not supported; choose from: {', '.join(known)}")
     return known[model_type]
 
 
-def has(model: ModelConfig, module: str, layer: int = 0) -> bool:
-    """Whether our model has such a module, in this layer if it is one of a block."""
-    dense = layer < model.layers - model.expert_layers
+def has_module(model: ModelConfig, module: str, layer: int = 0) -> bool:
+    """Return whether our model has this module; layer: the block's index, for a module of a block."""
     if module == "unembedding":
         return not model.tied_embeddings
     if module == "positions":
@@ -336,32 +338,33 @@ def has(model: ModelConfig, module: str, layer: int = 0) -> bool:
         return model.qk_norm
     if module.endswith(".gate") and model.activation != "swiglu":
         return False
-    return not module.startswith("mlp.") or dense == (module in MLP)
+    is_dense = layer < model.layers - model.expert_layers  # dense layers come first
+    return not module.startswith("mlp.") or is_dense == (module in MLP)
 
 
 def has_bias(model: ModelConfig, module: str) -> bool:
-    """Whether a module of ours has a bias where model.bias is true."""
+    """Return whether a module of ours has a bias when model.bias is true."""
     return module in LINEAR or (module in NORMS and model.norm == "layernorm")
 
 
-def _misfits(family: Family, model: ModelConfig) -> list[str]:
-    """What the family would need of a model to have it."""
+def _mismatches(family: Family, model: ModelConfig) -> list[str]:
+    """Return the settings, as a text each, that the family would need to represent the model."""
     derived = {
         "kv_heads": model.heads,
         "head_size": model.width // model.heads,
         "mlp_width": model.expert_width or 4 * model.width,
     }
-    without_a_word = {name: (value,) for name, value in {**vars(ModelConfig()), **derived}.items()}
-    anything = {name: (getattr(model, name),) for name in (*IDLE, "bias", *family.keys) if hasattr(model, name)}
-    found = [
+    unmentioned = {name: (value,) for name, value in {**vars(ModelConfig()), **derived}.items()}
+    free = {name: (getattr(model, name),) for name in (*WITHOUT_EFFECT, "bias", *family.keys) if hasattr(model, name)}
+    mismatches = [
         f"model.{name} = {' or '.join(map(repr, allowed))}, not {getattr(model, name)!r}"
-        for name, allowed in {**without_a_word, **anything, **family.values}.items()
+        for name, allowed in {**unmentioned, **free, **family.values}.items()
         if getattr(model, name) not in allowed
     ]
     if "experts" in family.keys and not model.experts:
-        found.append("model.experts of at least 1, not 0")
-    if model.bias and any(has_bias(model, module) and module not in family.bias for module in family.inside):
-        found.append("model.bias = False, not True")
-    if family.whole_heads and model.width % model.heads:
-        found.append(f"model.heads = {model.heads} to divide model.width = {model.width}")
-    return found
+        mismatches.append("model.experts of at least 1, not 0")
+    if model.bias and any(has_bias(model, module) and module not in family.bias for module in family.per_block):
+        mismatches.append("model.bias = False, not True")
+    if family.heads_divide_width and model.width % model.heads:
+        mismatches.append(f"model.heads = {model.heads} to divide model.width = {model.width}")
+    return mismatches

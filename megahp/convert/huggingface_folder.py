@@ -1,4 +1,4 @@
-"""A model's folder as Hugging Face has it, read and written a tensor at a time."""
+"""Read and write a Hugging Face model's folder, a tensor at a time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,39 +8,45 @@ from torch import Tensor
 
 from megahp.config import Config
 from megahp.convert import sidecar
-from megahp.convert.huggingface import OLDER, Tensors, export, import_
-from megahp.convert.sidecar import MODELS, Files, Weights, write_files, write_json
+from megahp.convert.huggingface import OLD_KEYS, Tensors, export, import_
+from megahp.convert.sidecar import REMEDY, ModelWeights, SafetensorsFiles, write_json, write_safetensors
 from megahp.files import read_json
 
 
 def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], eod: int, limit: int) -> None:
-    """Write the model of a checkpoint whose tensors have these names, in files of `limit` bytes. eod: the token that
-    ends a document. Raises UserError where no architecture has the model."""
-    hf_config, exported = export(config, Weights(tensors))
+    """Write the model of a checkpoint's tensors, in files of up to `limit` bytes. eod: the end-of-document token.
+
+    Raises UserError where no architecture can represent the model.
+    """
+    hf_config, exported = export(config, ModelWeights(tensors))
     folder.mkdir(parents=True)
-    write_files(folder, "model", exported, limit)
+    write_safetensors(folder, "model", exported, limit)
     sidecar.write(folder, config, tensors, limit)
-    ends = {"bos_token_id": None, "eos_token_id": eod}
-    write_json(folder / "generation_config.json", ends)
-    write_json(folder / "config.json", hf_config | ends)
+    special_tokens = {"bos_token_id": None, "eos_token_id": eod}
+    write_json(folder / "generation_config.json", special_tokens)
+    write_json(folder / "config.json", hf_config | special_tokens)
 
 
 def read(folder: Path) -> tuple[Mapping[str, Mapping[str, Any]], Tensors]:
-    """Settings, as a layer for `resolve`, and the tensors of a checkpoint by name. Raises UserError."""
-    layer, weights = import_(read_json(folder / "config.json", "model settings", MODELS), Files(folder, "model"))
-    return sidecar.restored(folder, layer, weights)
+    """Return the settings, as a layer for `resolve`, and the named tensors of a checkpoint. Raises UserError."""
+    hf_config = read_json(folder / "config.json", "model settings", REMEDY)
+    layer, weights = import_(hf_config, SafetensorsFiles(folder, "model"))
+    return sidecar.restore(folder, layer, weights)
 
 
-def link_without_code(folder: Path, bare: Path) -> None:
-    """Link a folder's weights into another, beside what its config.json says of the model. What has transformers import
-    or fetch something stays behind: classes (auto_map), kernels (_attn_implementation), quantizers, adapters."""
+def link_without_code(folder: Path, target: Path) -> None:
+    """Link a folder's weights into another, beside a config.json that only describes the model.
+
+    Keys that have transformers import or download something are dropped: classes (auto_map), kernels
+    (_attn_implementation), quantizers, adapters.
+    """
     from transformers import AutoConfig
 
-    found = read_json(folder / "config.json", "model settings", MODELS)
-    its = AutoConfig.for_model(found["model_type"])
-    known = {"architectures", *its.to_dict(), *its.attribute_map, *its.attribute_map.values(), *OLDER, *OLDER.values()}
-    known |= {"rope_scaling", "torch_dtype"}  # to older versions of transformers
-    kept = {key: value for key, value in found.items() if key in known and not key.startswith("_")}
-    write_json(bare / "config.json", kept)
+    hf_config = read_json(folder / "config.json", "model settings", REMEDY)
+    known = AutoConfig.for_model(hf_config["model_type"])
+    keys = {"architectures", *known.to_dict(), *known.attribute_map, *known.attribute_map.values()}
+    keys |= {*OLD_KEYS, *OLD_KEYS.values(), "rope_scaling", "torch_dtype"}  # of older versions of transformers
+    kept = {key: value for key, value in hf_config.items() if key in keys and not key.startswith("_")}
+    write_json(target / "config.json", kept)
     for file in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
-        (bare / file.name).symlink_to(file.resolve())
+        (target / file.name).symlink_to(file.resolve())

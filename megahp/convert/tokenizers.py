@@ -1,4 +1,4 @@
-"""Tokenizers in others' formats, and what each of a tokenizer's tokens adds to a text."""
+"""Read and write tokenizers in Hugging Face's formats, and list the bytes that each token stands for."""
 
 import json
 import re
@@ -13,115 +13,130 @@ from megahp.data.tokenizer import END_OF_DOCUMENT, META_SPACE, Tokenizer, load_t
 from megahp.errors import UserError
 
 
-def tokenizer_in(folder: Path, named: str) -> str:
-    """The tokenizer of a folder of theirs; named: the one we once wrote it from. Raises UserError."""
-    if named == "bytes":
-        return named
-    found = [file for file in (folder / "tokenizer.json", folder / "tokenizer.model") if file.exists()]
-    alike = [file for file in found if file.suffix == Path(named).suffix]
-    if not found:
+def find_tokenizer(folder: Path, original: str) -> str:
+    """Return the tokenizer of a Hugging Face folder. original: the one it was exported from, whose format is
+    preferred. Raises UserError."""
+    if original == "bytes":
+        return original
+    files = [file for file in (folder / "tokenizer.json", folder / "tokenizer.model") if file.exists()]
+    if not files:
         raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model; name a tokenizer by --tokenizer")
-    return str((alike or found)[0])
+    same_format = [file for file in files if file.suffix == Path(original).suffix]
+    return str((same_format or files)[0])
 
 
-def write_tokenizer(folder: Path, named: str, tokenizer: Tokenizer) -> None:
-    """Have transformers make the same tokens of a text."""
-    file = folder / f"tokenizer{'.json' if named == 'bytes' else Path(named).suffix}"
-    told: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if named == "bytes":
+def write_tokenizer(folder: Path, name: str, tokenizer: Tokenizer) -> None:
+    """Write tokenizer files with which transformers encodes a text to the same tokens."""
+    file = folder / f"tokenizer{'.json' if name == 'bytes' else Path(name).suffix}"
+    tokenizer_config: dict[str, Any]
+    if name == "bytes":
         file.write_text(json.dumps(bytes_tokenizer(tokenizer.eod)), encoding="utf-8")
     else:
-        shutil.copyfile(named, file)
+        shutil.copyfile(name, file)
     if file.suffix == ".model":
         from sentencepiece import SentencePieceProcessor
 
-        pieces = SentencePieceProcessor(model_file=named)
-        told |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": False, "legacy": False}
-        told |= {"add_prefix_space": pieces.encode("a", out_type=str)[0].startswith(META_SPACE), "bos_token": None}
-        told |= {"unk_token": pieces.id_to_piece(pieces.unk_id()), "eos_token": pieces.id_to_piece(tokenizer.eod)}
+        pieces = SentencePieceProcessor(model_file=name)
+        tokenizer_config = {
+            "tokenizer_class": "LlamaTokenizer",
+            "clean_up_tokenization_spaces": False,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "legacy": False,  # or transformers would add spaces after special tokens
+            # whether the model's own normalizer puts a space before a text
+            "add_prefix_space": pieces.encode("a", out_type=str)[0].startswith(META_SPACE),
+            "bos_token": None,
+            "unk_token": pieces.id_to_piece(pieces.unk_id()),
+            "eos_token": pieces.id_to_piece(tokenizer.eod),
+        }
     else:
-        from tokenizers import Tokenizer as Fast
+        from tokenizers import Tokenizer as FastTokenizer
 
-        told["eos_token"] = Fast.from_file(str(file)).id_to_token(tokenizer.eod)
-    write_json(folder / "tokenizer_config.json", told)
+        tokenizer_config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": FastTokenizer.from_file(str(file)).id_to_token(tokenizer.eod),
+        }
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
 
 
 def bytes_tokenizer(eod: int) -> dict[str, Any]:
-    """tokenizer.json of our bytes: a byte-level BPE without merges."""
-    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    """Return the tokenizer.json of our bytes: a byte-level BPE without merges."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
         "added_tokens": [{"id": eod, "content": END_OF_DOCUMENT[0], "special": True, **flags}],
-        "pre_tokenizer": plain,
-        "decoder": plain,
-        "model": {"type": "BPE", "vocab": BYTES, "merges": []},
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": BYTE_OF_LETTER, "merges": []},
     }
 
 
 def byte_letters() -> dict[int, str]:
-    """The letter of each byte in byte-level tokenizers: one that cannot be shown has a letter above 255, as GPT-2 has
-    it."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = {byte: chr(byte) for byte in shown}
+    """Return the letter of each byte in byte-level tokenizers: bytes that cannot be printed have one above 255, as in
+    GPT-2."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = {byte: chr(byte) for byte in printable}
     return letters | {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in letters)}
 
 
-BYTES = {letter: byte for byte, letter in byte_letters().items()}
+BYTE_OF_LETTER = {letter: byte for byte, letter in byte_letters().items()}
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer, and what each of its tokens adds to a text."""
+    """A tokenizer, and the bytes of each of its tokens."""
 
-    named: str
+    name: str
     tokenizer: Tokenizer
     tokens: Sequence[bytes]
 
 
-def vocabulary(named: str) -> Vocabulary:
-    """A tokenizer's. Raises UserError."""
-    tokenizer = load_tokenizer(named)
-    if named == "bytes":
-        return Vocabulary(named, tokenizer, [*(bytes([byte]) for byte in range(256)), END_OF_DOCUMENT[0].encode()])
-    if not named.endswith(".model"):
-        return Vocabulary(named, tokenizer, _of_json(named))
+def load_vocabulary(name: str) -> Vocabulary:
+    """Load a tokenizer and its vocabulary. Raises UserError."""
+    tokenizer = load_tokenizer(name)
+    if name == "bytes":
+        return Vocabulary(name, tokenizer, [*(bytes([byte]) for byte in range(256)), END_OF_DOCUMENT[0].encode()])
+    if not name.endswith(".model"):
+        return Vocabulary(name, tokenizer, _json_tokens(name))
     from sentencepiece import SentencePieceProcessor
 
-    pieces = SentencePieceProcessor(model_file=named)
-    return Vocabulary(named, tokenizer, [_spelled(pieces.id_to_piece(each)) for each in range(pieces.vocab_size())])
+    pieces = SentencePieceProcessor(model_file=name)
+    tokens = [_sentencepiece_bytes(pieces.id_to_piece(token)) for token in range(pieces.vocab_size())]
+    return Vocabulary(name, tokenizer, tokens)
 
 
-def _of_json(named: str) -> list[bytes]:
-    """Of Hugging Face's: byte-level, or with SentencePiece's spaces and bytes."""
+def _json_tokens(name: str) -> list[bytes]:
+    """Return the tokens of a tokenizer.json: byte-level, or with SentencePiece's spaces and bytes."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(named)
+    tokenizer = Tokenizer.from_file(name)
     decoder = json.loads(tokenizer.to_str())["decoder"] or {"type": None}
     kinds = {part["type"] for part in (decoder, *decoder.get("decoders", ()))}
     if not kinds & {"ByteLevel", "Metaspace", "ByteFallback"}:
         raise UserError(
-            f"tokenizer {named!r} has the decoder {decoder['type']!r}, by which its tokens' bytes are not known; name "
-            "one that is byte-level, or as SentencePiece's"
+            f"tokenizer {name!r} has the decoder {decoder['type']!r}, which does not tell its tokens' bytes; name one "
+            "that is byte-level, or like SentencePiece's"
         )
-    spelled = _of_letters if "ByteLevel" in kinds else _spelled
-    added = {number: token.content.encode() for number, token in tokenizer.get_added_tokens_decoder().items()}
+    piece_bytes = _byte_level_bytes if "ByteLevel" in kinds else _sentencepiece_bytes
+    added = {token: piece.content.encode() for token, piece in tokenizer.get_added_tokens_decoder().items()}
     vocab = tokenizer.get_vocab(with_added_tokens=True)
-    tokens = {number: added.get(number) or spelled(piece) for piece, number in vocab.items()}
-    if lacking := set(range(max(tokens) + 1)) - set(tokens):
-        raise UserError(f"tokenizer {named!r} has no token {min(lacking)}; give it one")
-    return [tokens[number] for number in sorted(tokens)]
+    # an added token stands for its content as it is, not for encoded letters
+    tokens = {token: added.get(token) or piece_bytes(piece) for piece, token in vocab.items()}
+    if missing := set(range(max(tokens) + 1)) - set(tokens):
+        raise UserError(f"tokenizer {name!r} has no token {min(missing)}; give it one")
+    return [tokens[token] for token in sorted(tokens)]
 
 
-def _of_letters(piece: str) -> bytes:
-    """The bytes of a byte-level tokenizer's name of a token. Raises UserError."""
-    if strange := set(piece) - set(BYTES):
-        raise UserError(f"the byte-level token {piece!r} has {min(strange)!r}, which stands for no byte; name it anew")
-    return bytes(BYTES[letter] for letter in piece)
+def _byte_level_bytes(piece: str) -> bytes:
+    """Return the bytes of a byte-level tokenizer's piece. Raises UserError."""
+    if unknown := set(piece) - set(BYTE_OF_LETTER):
+        raise UserError(f"the byte-level token {piece!r} has {min(unknown)!r}, which stands for no byte; rename it")
+    return bytes(BYTE_OF_LETTER[letter] for letter in piece)
 
 
-def _spelled(piece: str) -> bytes:
-    """The bytes of SentencePiece's name of a token."""
+def _sentencepiece_bytes(piece: str) -> bytes:
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):
         return bytes.fromhex(piece[3:5])
     return piece.replace(META_SPACE, " ").encode()

@@ -18,15 +18,14 @@ We write one sequence per document and read any number.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import struct
 import uuid
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,27 +36,27 @@ MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes of a write buffer, and entries of an index processed at a time, to bound memory
 
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype Megatron stores ids of such a vocabulary in: uint16 below 65,500, int32 from there."""
+    """Return the dtype in which Megatron stores ids of this vocabulary: uint16 below 65,500, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65_500 else np.int32)
 
 
 class IndexedWriter:
     """Writes documents one by one; both files appear under their names when the `with` block succeeds.
 
-    Memory is 4 bytes per document. Nothing is left behind when the block raises. Raises UserError where the
-    files exist already and `overwrite` is not asked for.
+    Memory is 4 bytes per document. Nothing is left behind when the block raises. Raises UserError if the files exist
+    and `overwrite` is false.
     """
 
     def __init__(self, prefix: str, vocab_size: int, overwrite: bool = False) -> None:
         self._prefix, self._vocab_size, self._dtype = prefix, vocab_size, token_dtype(vocab_size)
         self._lengths = array("i")
-        self._output, self._finishing = _output(prefix, overwrite), ExitStack()
+        self._output = self._open(overwrite)
 
     def add_document(self, ids: Ids) -> None:
         """Append one document of `ids` (integers in [0, vocab_size), else UserError)."""
@@ -65,25 +64,55 @@ class IndexedWriter:
         if wide.size and not 0 <= wide.min() <= wide.max() < self._vocab_size:
             raise UserError(
                 f"{self._prefix!r}: document {len(self._lengths)} has ids {wide.min()} to {wide.max()}, "
-                f"outside a vocabulary of {self._vocab_size}: give the vocab_size of the tokenizer"
+                f"outside a vocabulary of {self._vocab_size}; give the vocab_size of the tokenizer"
             )
         if wide.size > np.iinfo(np.int32).max:
-            raise UserError(f"{self._prefix!r}: a document has {wide.size} tokens: cut it below 2^31")
+            raise UserError(f"{self._prefix!r}: a document has {wide.size} tokens; split it below 2^31")
         self._bin.write(wide.astype(self._dtype).data)
         self._lengths.append(wide.size)
 
     def __enter__(self) -> IndexedWriter:
-        self._bin, self._idx = self._finishing.enter_context(self._output)
-        self._finishing.push(self._write_index)
-        return self
+        return self._output.__enter__()
 
     def __exit__(self, *raised: Any) -> None:
-        self._finishing.__exit__(*raised)
+        self._output.__exit__(*raised)
 
-    def _write_index(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None:
-            lengths = np.array(self._lengths, np.int32)
-            _write_index(self._idx, self._dtype, lengths, np.arange(len(lengths) + 1, dtype=np.int64))
+    @contextmanager
+    def _open(self, overwrite: bool) -> Iterator[IndexedWriter]:
+        """Open temporary files, which are renamed on success and removed on failure."""
+        names = [Path(f"{self._prefix}.{suffix}") for suffix in ("bin", "idx")]
+        unfinished = [name.with_name(f"{name.name}.{uuid.uuid4().hex}.tmp") for name in names]
+        for name in names:
+            if name.exists() and not overwrite:
+                raise UserError(f"output {str(name)!r} exists; choose another or pass --overwrite")
+        try:
+            names[0].parent.mkdir(parents=True, exist_ok=True)
+            with open(unfinished[0], "wb", BLOCK) as self._bin, open(unfinished[1], "wb", BLOCK) as idx:
+                yield self
+                for part in _index(self._dtype, np.array(self._lengths, np.int32)):
+                    idx.write(part)
+            # An old index beside new data could pass as valid, so it is removed first and the new one comes last.
+            names[1].unlink(missing_ok=True)
+            for file, name in zip(unfinished, names, strict=True):
+                file.replace(name)
+        except OSError as error:
+            why = f"output {self._prefix!r} cannot be written ({error})"
+            raise UserError(f"{why}; free some space or choose another") from error
+        finally:
+            for file in unfinished:
+                file.unlink(missing_ok=True)
+
+
+def _index(dtype: np.dtype[Any], lengths: np.ndarray) -> Iterator[bytes | memoryview]:
+    """Yield the content of .idx for documents of one sequence each. lengths: int32 [documents], in tokens."""
+    yield HEADER.pack(MAGIC, 1, CODES[dtype], len(lengths), len(lengths) + 1)
+    yield lengths.astype("<i4", copy=False).data
+    offset = 0
+    for block in _blocks(len(lengths)):
+        ends = offset + np.cumsum(lengths[block], dtype=np.int64)
+        yield ((ends - lengths[block]) * dtype.itemsize).astype("<i8").data
+        offset = int(ends[-1])
+    yield np.arange(len(lengths) + 1, dtype="<i8").data
 
 
 class IndexedDataset:
@@ -93,25 +122,19 @@ class IndexedDataset:
     document_index: int64 [D], first sequence of each document, closed by S.
     document_tokens: int64 [documents].
 
-    Raises UserError, naming the file, when either file is missing or they do not fit together.
+    Raises UserError, naming the file, if either file is missing or they do not fit together.
     """
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         idx, bin_ = _existing(prefix, "idx"), _existing(prefix, "bin")
-        self.dtype, sequences, entries = _read_header(idx)
-        self.lengths = _map(idx, np.int32, HEADER.size, sequences)
-        pointers = _map(idx, np.int64, HEADER.size + 4 * sequences, sequences)
-        self.document_index = _map(idx, np.int64, HEADER.size + 12 * sequences, entries)
-        _check_layout(idx, self.lengths, pointers, self.document_index, self.dtype.itemsize)
+        self.dtype, self.lengths, offsets, self.document_index = _read_index(idx)
         size, expected = bin_.stat().st_size, int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
         if size != expected:
-            raise _corrupt(bin_, f"it has {size} bytes where the index describes {expected}")
-
-        self.documents = entries - 1
+            raise _corrupt(bin_, f"it has {size} bytes but the index describes {expected}")
+        self.documents = len(self.document_index) - 1
         self._ids = _map(bin_, self.dtype, 0, size // self.dtype.itemsize)
-        ends = np.append(pointers, size)
-        self._document_starts = ends[self.document_index] // self.dtype.itemsize
+        self._document_starts = np.append(offsets, size)[self.document_index] // self.dtype.itemsize
         self.document_tokens = np.diff(self._document_starts)
 
     @cached_property
@@ -120,82 +143,33 @@ class IndexedDataset:
         return fingerprint(self.prefix)
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Ids [start, stop) of a document, as stored (dtype of the file), without a copy."""
-        first, end = self._document_starts[document : document + 2]
+        """Return ids [start, stop) of a document as stored (dtype of the file), without a copy."""
+        first, end = self._document_starts[document : document + 2]  # its sequences lie back to back
         stop = end - first if stop is None else min(stop, end - first)
         return self._ids[first + start : first + stop]
 
 
-def merge(prefixes: Sequence[str], out: str, overwrite: bool = False) -> None:
-    """Write the documents of all `prefixes`, in order, under `out`. Raises UserError where dtypes differ."""
-    datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    if not datasets:
-        raise UserError(f"nothing to merge into {out!r}: name at least one prefix")
-    for dataset in datasets:
-        if dataset.dtype != datasets[0].dtype:
-            differ = f"{dataset.prefix!r} holds {dataset.dtype} and {prefixes[0]!r} {datasets[0].dtype}"
-            raise UserError(f"{differ}: merge only files of one tokenizer")
-    shifts = np.cumsum([0] + [len(dataset.lengths) for dataset in datasets])
-    index = [dataset.document_index[:-1] + shift for dataset, shift in zip(datasets, shifts, strict=False)]
-    lengths = np.concatenate([dataset.lengths for dataset in datasets])
-    with _output(out, overwrite) as (bin_, idx):
-        for prefix in prefixes:
-            with open(f"{prefix}.bin", "rb") as part:
-                shutil.copyfileobj(part, bin_, BLOCK)
-        _write_index(idx, datasets[0].dtype, lengths, np.concatenate([*index, shifts[-1:]]))
-
-
 def fingerprint(prefix: str) -> str:
-    """A hash of the index, the size of the data and 64 stretches of 4 KiB of it.
+    """Return a hash of the index, the size of the data, and 64 evenly spaced stretches of 4 KiB of it.
 
-    The same files have it under any path; it tells one corpus from another, not whether every bit is sound.
+    Equal files have equal fingerprints under any path. It distinguishes corpora; it does not verify every byte.
     """
     with open(_existing(prefix, "idx"), "rb") as idx:
         digest = hashlib.file_digest(idx, "sha256")
     size = _existing(prefix, "bin").stat().st_size
     digest.update(str(size).encode())
     with open(f"{prefix}.bin", "rb") as data:
-        for stretch in range(64):
+        for stretch in range(64):  # all of it would take hours for a large corpus, at every start
             data.seek(size * stretch // 64)
             digest.update(data.read(4096))
     return digest.hexdigest()
 
 
-@contextmanager
-def _output(prefix: str, overwrite: bool) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Yields the two files, .bin and .idx, which get their names on success and vanish on failure."""
-    names = [Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx")]
-    unfinished = [name.with_name(f"{name.name}.{uuid.uuid4().hex}.tmp") for name in names]
-    for name in names:
-        if name.exists() and not overwrite:
-            raise UserError(f"output {str(name)!r} exists: choose another or ask for --overwrite")
-    try:
-        names[0].parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished[0], "wb", BLOCK) as bin_, open(unfinished[1], "wb", BLOCK) as idx:
-            yield bin_, idx
-        # An old index beside new data could pass for good: it goes first, the new one comes last.
-        names[1].unlink(missing_ok=True)
-        for file, name in zip(unfinished, names, strict=True):
-            file.replace(name)
-    except OSError as error:
-        raise UserError(f"output {prefix!r} cannot be written ({error}): make room or choose another") from error
-    finally:
-        for file in unfinished:
-            file.unlink(missing_ok=True)
+def _read_index(idx: Path) -> tuple[np.dtype[Any], np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ids' dtype, and sequence lengths, byte offsets and document index, memory-mapped. Raises UserError.
 
-
-def _write_index(idx: IO[bytes], dtype: np.dtype[Any], lengths: np.ndarray, document_index: np.ndarray) -> None:
-    idx.write(HEADER.pack(MAGIC, 1, CODES[dtype], len(lengths), len(document_index)))
-    idx.write(lengths.astype("<i4", copy=False).data)
-    offset = 0
-    for block in _blocks(len(lengths)):
-        ends = offset + np.cumsum(lengths[block], dtype=np.int64)
-        idx.write(((ends - lengths[block]) * dtype.itemsize).astype("<i8").data)
-        offset = int(ends[-1])
-    idx.write(document_index.astype("<i8", copy=False).data)
-
-
-def _read_header(idx: Path) -> tuple[np.dtype[Any], int, int]:
+    Everything is checked here: a wrong offset would otherwise train silently on other tokens.
+    """
     size = idx.stat().st_size
     if size < HEADER.size:
         raise _corrupt(idx, f"it has {size} bytes, fewer than a header")
@@ -206,32 +180,31 @@ def _read_header(idx: Path) -> tuple[np.dtype[Any], int, int]:
     if version != 1:
         raise _corrupt(idx, f"its version is {version} instead of 1")
     if code not in DTYPES:
-        raise _corrupt(idx, f"its dtype code {code} is no integer type")
+        raise _corrupt(idx, f"its dtype code {code} is not an integer type")
     expected = HEADER.size + 12 * sequences + 8 * entries
-    if size not in (expected, expected + sequences):
-        raise _corrupt(idx, f"it has {size} bytes where {sequences} sequences need {expected}")
+    if size not in (expected, expected + sequences):  # the latter with modes
+        raise _corrupt(idx, f"it has {size} bytes but {sequences} sequences need {expected}")
     if entries < 1:
         raise _corrupt(idx, "its document index is empty")
-    return np.dtype(DTYPES[code]), sequences, entries
 
-
-def _check_layout(
-    idx: Path, lengths: np.ndarray, pointers: np.ndarray, document_index: np.ndarray, itemsize: int
-) -> None:
-    if document_index[0] != 0 or document_index[-1] != len(lengths):
-        raise _corrupt(idx, f"its document index does not run from 0 to {len(lengths)}")
-    for block in _blocks(len(document_index)):
+    dtype = np.dtype(DTYPES[code])
+    lengths = _map(idx, np.int32, HEADER.size, sequences)
+    offsets = _map(idx, np.int64, HEADER.size + 4 * sequences, sequences)
+    document_index = _map(idx, np.int64, HEADER.size + 12 * sequences, entries)
+    if document_index[0] != 0 or document_index[-1] != sequences:
+        raise _corrupt(idx, f"its document index does not run from 0 to {sequences}")
+    for block in _blocks(entries):
         if (np.diff(document_index[block.start : block.stop + 1]) < 0).any():
-            raise _corrupt(idx, "its document index goes backwards")
+            raise _corrupt(idx, "its document index is not ascending")
     offset = 0
-    for block in _blocks(len(lengths)):
+    for block in _blocks(sequences):
         if lengths[block].min() < 0:
             raise _corrupt(idx, "a sequence has a negative length")
-        ends = offset + np.cumsum(lengths[block], dtype=np.int64) * itemsize
-        starts = np.concatenate([[offset], ends[:-1]])
-        if (pointers[block] != starts).any():
+        ends = offset + np.cumsum(lengths[block], dtype=np.int64) * dtype.itemsize
+        if (offsets[block] != np.concatenate([[offset], ends[:-1]])).any():
             raise _corrupt(idx, "its sequences do not lie back to back")
         offset = int(ends[-1])
+    return dtype, lengths, offsets, document_index
 
 
 def _blocks(length: int) -> Iterator[slice]:
@@ -239,7 +212,7 @@ def _blocks(length: int) -> Iterator[slice]:
 
 
 def _map(path: Path, dtype: npt.DTypeLike, offset: int, length: int) -> np.ndarray:
-    if length == 0:
+    if length == 0:  # mmap refuses an empty range
         return np.empty(0, dtype)
     little_endian = np.dtype(dtype).newbyteorder("<")
     return np.memmap(path, little_endian, mode="r", offset=offset, shape=(length,)).view(np.ndarray)
@@ -248,10 +221,9 @@ def _map(path: Path, dtype: npt.DTypeLike, offset: int, length: int) -> np.ndarr
 def _existing(prefix: str, suffix: str) -> Path:
     path = Path(f"{prefix}.{suffix}")
     if not path.is_file():
-        remedy = "check the prefix, or write it with preprocess_data.py"
-        raise UserError(f"data file {str(path)!r} does not exist: {remedy}")
+        raise UserError(f"data file {str(path)!r} does not exist; check the prefix, or write it with megahp preprocess")
     return path
 
 
 def _corrupt(path: Path, reason: str) -> UserError:
-    return UserError(f"data file {str(path)!r} is corrupt, {reason}: write it again with preprocess_data.py")
+    return UserError(f"data file {str(path)!r} is corrupt, {reason}; write it again with megahp preprocess")

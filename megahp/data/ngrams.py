@@ -1,4 +1,4 @@
-"""What counting alone predicts: the unigram and bigram losses a language model has to beat."""
+"""Unigram and bigram baselines: the validation losses of models that only count."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ if TYPE_CHECKING:
 def unigram_and_bigram(
     train_chunks: Iterable[np.ndarray], validation: np.ndarray | torch.Tensor, vocab_size: int
 ) -> tuple[float, float]:
-    """Cross-entropies, in nats per token, of the validation targets under two models of the training tokens.
+    """Return the cross-entropies, in nats per token, of the validation targets under unigram and bigram models.
 
-    train_chunks: integers [S + 1] or [n, S + 1]; each row is a stretch of text, its first token only a
-    context.
+    train_chunks: integers [S + 1] or [n, S + 1]; each row is a stretch of text, whose first token is only a context.
     validation: int64 [n, S + 1]; the targets are all but the first column.
 
-    The unigram model adds one to every count. The bigram model is interpolated Kneser-Ney with one
-    discount, n1 / (n1 + 2 n2), estimated from the counts of counts. Memory grows with the distinct bigrams,
-    not with the square of the vocabulary.
+    The unigram model adds one to every count. The bigram model is interpolated Kneser-Ney with the modified discounts
+    of Chen and Goodman. Memory grows with the distinct bigrams, not with the square of the vocabulary.
     """
     pairs, counts = count_bigrams(train_chunks, vocab_size)
     rows = np.asarray(validation, dtype=np.int64)
@@ -34,45 +32,50 @@ def unigram_and_bigram(
 
 
 def count_bigrams(chunks: Iterable[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct bigrams, as ascending int64 context * vocab_size + target, and how often each occurs."""
+    """Return the distinct bigrams, as ascending int64 context * vocab_size + target, and their counts."""
     pairs, counts = np.empty(0, np.int64), np.empty(0, np.int64)
-    waiting: list[tuple[np.ndarray, np.ndarray]] = []
+    pending: list[tuple[np.ndarray, np.ndarray]] = []
     for chunk in chunks:
         wide = np.asarray(chunk, dtype=np.int64)
-        waiting.append(np.unique(wide[..., :-1] * vocab_size + wide[..., 1:], return_counts=True))
-        # Merging only when as much waits as is merged keeps the whole near linear.
-        if sum(len(keys) for keys, _ in waiting) > len(pairs):
-            pairs, counts = _merged([(pairs, counts), *waiting])
-            waiting = []
-    return _merged([(pairs, counts), *waiting])
+        pending.append(np.unique(wide[..., :-1] * vocab_size + wide[..., 1:], return_counts=True))
+        # Merging only when the pending bigrams outnumber the merged ones keeps the total cost near linear.
+        if sum(len(keys) for keys, _ in pending) > len(pairs):
+            pairs, counts = _merge([(pairs, counts), *pending])
+            pending = []
+    return _merge([(pairs, counts), *pending])
 
 
 def kneser_ney(
     pairs: np.ndarray, counts: np.ndarray, vocab_size: int, contexts: np.ndarray, targets: np.ndarray
 ) -> np.ndarray:
-    """Probability of each target after its context, float64 [n].
+    """Return the probability of each target after its context, float64 [n].
 
-    What the discounts take from a context's bigrams goes to the tokens by the number of contexts each
-    follows; what they take from those numbers is spread evenly. A context never seen leaves all to them.
+    The mass that discounting takes from a context's bigrams is distributed over tokens by the number of contexts that
+    each follows (the lower-order model); what discounting takes from those numbers is spread evenly. After an unseen
+    context, the lower-order model predicts alone.
     """
-    followed = np.bincount(pairs % vocab_size, minlength=vocab_size)
-    taken = _taken(followed)
-    spread = (taken.sum() if len(pairs) else 1) / vocab_size
-    lower = (followed - taken + spread) / max(len(pairs), 1)
+    followed = np.bincount(pairs % vocab_size, minlength=vocab_size)  # contexts before each token
+    discounts = _discounts(followed)
+    spread = (discounts.sum() if len(pairs) else 1) / vocab_size
+    lower = (followed - discounts + spread) / max(len(pairs), 1)
 
-    taken = _taken(counts)
+    discounts = _discounts(counts)
     totals = np.bincount(pairs // vocab_size, weights=counts, minlength=vocab_size)[contexts]
-    freed = np.bincount(pairs // vocab_size, weights=taken, minlength=vocab_size)[contexts]
-    kept = _lookup(pairs, counts - taken, contexts * vocab_size + targets)
+    freed = np.bincount(pairs // vocab_size, weights=discounts, minlength=vocab_size)[contexts]
+    kept = np.zeros(len(targets), np.int64)
+    if len(pairs):
+        keys = contexts * vocab_size + targets
+        index = np.minimum(np.searchsorted(pairs, keys), len(pairs) - 1)
+        kept = np.where(pairs[index] == keys, (counts - discounts)[index], 0)
     known = np.maximum(totals, 1)
     return kept / known + np.where(totals > 0, freed / known, 1) * lower[targets]
 
 
-def _taken(counts: np.ndarray) -> np.ndarray:
-    """What each count is discounted by: 0 for 0, D1, D2, D3 from 3 on (Chen and Goodman's estimates).
+def _discounts(counts: np.ndarray) -> np.ndarray:
+    """Return the discount of each count: 0 for 0, D1 for 1, D2 for 2, D3 from 3 on (Chen and Goodman's estimates).
 
-    The estimates need many counts; few can drive them to an edge, where an unseen or a once-seen event
-    would get nothing, so they are kept off it.
+    With few counts the estimates can reach the edges 0 and k, where an unseen or a once-seen event would get no
+    probability, so they are clipped to stay 0.1 inside.
     """
     n = np.bincount(np.minimum(counts, 5), minlength=6)
     y = n[1] / max(n[1] + 2 * n[2], 1)
@@ -80,15 +83,7 @@ def _taken(counts: np.ndarray) -> np.ndarray:
     return np.array([0.0, *discounts])[np.minimum(counts, 3)]
 
 
-def _merged(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    pairs, place = np.unique(np.concatenate([keys for keys, _ in parts]), return_inverse=True)
-    counts = np.bincount(place, weights=np.concatenate([count for _, count in parts]), minlength=len(pairs))
+def _merge(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    pairs, index = np.unique(np.concatenate([keys for keys, _ in parts]), return_inverse=True)
+    counts = np.bincount(index, weights=np.concatenate([count for _, count in parts]), minlength=len(pairs))
     return pairs, counts.astype(np.int64)
-
-
-def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, 0 where `keys` (ascending) has none."""
-    if len(keys) == 0:
-        return np.zeros(len(wanted), np.int64)
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[place] == wanted, values[place], 0)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, SentencePiece, Hugging Face `tokenizers`."""
+"""Convert text to token ids and back: bytes, SentencePiece, Hugging Face `tokenizers`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
-# SentencePiece stores a space as this character, so the character itself has to travel as its three bytes.
+# SentencePiece stores a space as this character, so the character itself must be encoded as its three bytes.
 META_SPACE = "\u2581"
 
-TRAINING_CHARACTERS = 24_000_000
+TRAINING_CHARACTERS = 24_000_000  # of text, at most, that SentencePiece is trained on
 
 
 class Tokenizer(Protocol):
@@ -33,18 +33,18 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without begin or end tokens."""
+        """Return the ids of `text`, without begin or end tokens."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; end-of-document ids contribute nothing."""
+        """Return the text of `ids`, ignoring end-of-document ids."""
         ...
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer at `path`: "bytes", a SentencePiece `*.model` or a Hugging Face `*.json`.
+    """Load the tokenizer at `path`: "bytes", a SentencePiece `*.model` or a Hugging Face `*.json`.
 
-    Raises UserError when the file is missing, damaged, of another kind, or has no end-of-document token.
+    Raises UserError if the file is missing, damaged, of another kind, or has no end-of-document token.
     """
     if path == "bytes":
         return ByteTokenizer()
@@ -60,7 +60,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8, and one end-of-document id."""
+    """The 256 byte values of UTF-8 text, and one end-of-document id."""
 
     vocab_size = 257
     eod = 256
@@ -81,14 +81,15 @@ class SentencePieceTokenizer:
         try:
             self._processor: SentencePieceProcessor = sentencepiece.SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"tokenizer {path!r} is not a SentencePiece model: train or download it again") from error
+            raise UserError(f"tokenizer {path!r} is not a SentencePiece model; train or download it again") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.eod: int = self._processor.eos_id()
         unknown, to_id = self._processor.unk_id(), self._processor.piece_to_id
         if self.eod < 0:
             self.eod = _first_known((i for i in map(to_id, END_OF_DOCUMENT) if i != unknown), path)
         self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        # The byte pieces of META_SPACE; empty where the model lacks them or puts a space before a text.
+        # The byte pieces of META_SPACE; empty if the model has none, or prepends a space to a text: that space would
+        # then come before every part that encode() cuts out.
         ids = [to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
         prepends = self._processor.encode("a", out_type=str)[0].startswith(META_SPACE)
         self._meta_space = [] if prepends or unknown in ids else ids
@@ -111,11 +112,11 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"tokenizer {path!r} is not a Hugging Face tokenizer.json: download it again") from error
+            raise UserError(f"tokenizer {path!r} is not a Hugging Face tokenizer.json; download it again") from error
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        # An end-of-document string inside a text is text: only the preprocessor may end a document.
+        # Encode an end-of-document string inside a text as plain text: only the preprocessor may end a document.
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps, so not len(vocabulary)
         self.eod = _first_known((vocabulary[token] for token in END_OF_DOCUMENT if token in vocabulary), path)
         self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -127,28 +128,20 @@ class HuggingFaceTokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0) -> None:
-    """Train a BPE model that loses nothing and write it to `path`, atomically.
+    """Train a lossless BPE model and write it to `path`, atomically.
 
-    Spaces, tabs and newlines are kept as they are, digits stand alone, what is rare falls back to bytes,
-    and "\\n" is a token of its own: no other token contains a newline. Texts of any size are sampled evenly
-    to TRAINING_CHARACTERS. Raises UserError for a file that is there already, no text, or a `vocab_size`
-    the text cannot fill or that cannot hold the characters.
+    Whitespace is kept as it is, every digit is a token, rare characters fall back to bytes, and "\\n" is a token of its
+    own: no other token contains a newline. Texts of any size are sampled evenly to TRAINING_CHARACTERS. Raises
+    UserError for an existing file, no text, or a `vocab_size` that the text cannot fill or that cannot hold the
+    characters.
     """
     if path.exists():
-        raise UserError(f"tokenizer {str(path)!r} exists: remove it or train to another path")
+        raise UserError(f"tokenizer {str(path)!r} exists; remove it or train to another path")
     if path.suffix != ".model":
-        raise UserError(f"tokenizer {str(path)!r} is to be trained by SentencePiece: give it a name ending in .model")
+        raise UserError(f"tokenizer {str(path)!r} is trained by SentencePiece; give it a name ending in .model")
     lines = _sample_lines(texts, TRAINING_CHARACTERS, seed)
     if not lines:
-        raise UserError(f"tokenizer {str(path)!r} cannot be trained: the input holds no text")
-    model = _train_model(lines, path, vocab_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    unfinished.write_bytes(model)
-    unfinished.replace(path)
-
-
-def _train_model(lines: list[str], path: Path, vocab_size: int) -> bytes:
+        raise UserError(f"tokenizer {str(path)!r} cannot be trained, the input holds no text; see --extensions")
     sentencepiece = _import("sentencepiece")
     model = io.BytesIO()
     try:
@@ -158,7 +151,7 @@ def _train_model(lines: list[str], path: Path, vocab_size: int) -> bytes:
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
-            character_coverage=0.9999,
+            character_coverage=0.9999,  # the rest falls back to bytes
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
@@ -170,18 +163,24 @@ def _train_model(lines: list[str], path: Path, vocab_size: int) -> bytes:
             bos_id=-1,
             pad_id=-1,
             eos_piece=END_OF_DOCUMENT[0],
-            max_sentence_length=1 << 20,
+            max_sentence_length=1 << 20,  # bytes; longer lines are ignored
             num_threads=os.cpu_count() or 1,
-            minloglevel=3,
+            minloglevel=3,  # errors only
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split("] ")[-1].split())
         raise UserError(f"tokenizer {str(path)!r} with {vocab_size} pieces cannot be trained: {reason}") from error
-    return model.getvalue()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    unfinished.write_bytes(model.getvalue())
+    unfinished.replace(path)
 
 
 def _sample_lines(texts: Iterable[str], characters: int, seed: int) -> list[str]:
-    """The lines of `texts`, thinned evenly (each kept with the same probability) to at most `characters`."""
+    """Return a uniform random sample of the lines of `texts`, of at most `characters` in all.
+
+    Memory stays bounded: whenever the sample overflows, half of it is dropped, and the probability of new lines halved.
+    """
     random_ = random.Random(seed)
     kept: list[str] = []
     size, probability = 0, 1.0
@@ -200,11 +199,11 @@ def _sample_lines(texts: Iterable[str], characters: int, seed: int) -> list[str]
 def _first_known(ids: Iterable[int], path: str) -> int:
     for i in ids:
         return i
-    raise UserError(f"tokenizer {path!r} has no end-of-document token: add one of {', '.join(END_OF_DOCUMENT)}")
+    raise UserError(f"tokenizer {path!r} has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT)}")
 
 
 def _import(package: str) -> Any:
     try:
         return __import__(package)
     except ImportError as error:
-        raise UserError(f"this tokenizer needs the package {package!r}: pip install {package}") from error
+        raise UserError(f"this tokenizer needs the package {package!r}; pip install {package}") from error

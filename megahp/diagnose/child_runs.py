@@ -1,4 +1,4 @@
-"""Runs that a measurement trains by the real command, as processes of its own, and how they ended."""
+"""Training runs that a measurement starts as child processes with `megahp train`, and how they ended."""
 
 import itertools
 import os
@@ -16,25 +16,27 @@ from megahp.train.recovery import MOST_SKIPPED
 from megahp.train.run import read_config
 
 
-def refuse_another(config: Config) -> None:
-    """Raise UserError when the directory holds a branch of another measurement, not to be taken for this one."""
+def check_same_config(config: Config) -> None:
+    """Raise UserError when the directory holds a run with another config, which must not be mistaken for this one."""
     if (config.directory / "config.toml").exists():
         for key, (before, now) in config_differences(read_config(config.directory), config).items():
             trained = f"{config.directory} was trained with {key} = {before!r}"
             raise UserError(f"{trained}, not {now!r}; name another --out")
 
 
-def train(config: Config, ranks: int, said: IO[str] | None = None, **environment: str) -> int:
-    """Begin, or go on with, one branch through the real command, in an environment that has this too; what it says goes
-    into a file, if there is one. Returns its exit code. It does not outlive this process."""
+def train(config: Config, ranks: int, output: IO[str] | None = None, **environment: str) -> int:
+    """Start or resume one run with `megahp train`. Returns its exit code; the run ends with this process.
+
+    output: receives what it prints; environment: added to this process's.
+    """
     file = write_run_file(config)
     command = [sys.executable, "-m", "megahp", "train", str(file), "--ranks", str(ranks), "--resume", "auto"]
-    code = subprocess.call(command, stdout=said, env=os.environ | environment, preexec_fn=die_with_parent)
-    return 128 - code if code < 0 else code
+    code = subprocess.call(command, stdout=output, env=os.environ | environment, preexec_fn=die_with_parent)
+    return 128 - code if code < 0 else code  # a signal's number is negative here; shells add 128
 
 
 def write_run_file(config: Config) -> Path:
-    """These settings as a run file, beside their run directory."""
+    """Write the config as a run file beside its run directory, and return its path."""
     file = Path(f"{config.directory}.toml")
     file.parent.mkdir(parents=True, exist_ok=True)
     with open_unlinked(file, "w") as out:
@@ -42,19 +44,19 @@ def write_run_file(config: Config) -> Path:
     return file
 
 
-def is_over(directory: Path) -> bool:
-    """Whether nothing is left to train."""
-    return is_finished(directory) or diverged(directory)
+def is_done(directory: Path) -> bool:
+    """Return whether nothing is left to train."""
+    return is_finished(directory) or has_diverged(directory)
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether the run took all of its steps."""
-    there = (directory / "events.jsonl").exists()
-    return there and any(event["event"] == "finished" for event in newest_events(directory))
+    """Return whether the run took all of its steps."""
+    has_events = (directory / "events.jsonl").exists()
+    return has_events and any(event["event"] == "finished" for event in newest_events(directory))
 
 
-def diverged(directory: Path) -> bool:
-    """Whether the run gave up: after so many steps in a row were skipped, or with a weight that is not finite."""
+def has_diverged(directory: Path) -> bool:
+    """Return whether the run gave up: too many steps in a row were skipped, or a weight is not finite."""
     if not (directory / "events.jsonl").exists():
         return False
     newest = list(itertools.islice(newest_events(directory), MOST_SKIPPED))

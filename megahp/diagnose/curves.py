@@ -1,4 +1,4 @@
-"""What a sweep found, shown: tables, JSON, a plot. `megahp transfer-sweep` is the command."""
+"""Show the results of `megahp transfer-sweep`: a table, JSON, a plot."""
 
 import math
 from collections.abc import Mapping
@@ -13,54 +13,56 @@ from megahp.diagnose.transfer import Curve, Drift, Estimate
 HEADER = f"{'variant':<20}{'size':>8}{'optimum':>12}{'octaves':>9}{'loss':>9}{'+-':>8}"
 LINE = "{variant:<20}{size:>8g}{optimum:>12.4g}{octaves:>+9.2f}{loss:>9.4f}{scatter:>8.4f}{edge}"
 
-Family = Mapping[float, Curve]  # by size, small ones first
+Family = Mapping[float, Curve]  # by size, smallest first
 
 
 def show(families: Mapping[str, Family], drifts: Mapping[str, Drift]) -> None:
-    """Print a line a curve, and the drift of each variant. loss: at the optimum; +-: one standard deviation of it over
-    the seeds; octaves: from the smallest size's optimum."""
+    """Print a line per curve, and the drift of each variant.
+
+    octaves: from the smallest size's optimum; loss: at the optimum; +-: its standard deviation over the seeds.
+    """
     print(HEADER)
     for variant, family in families.items():
         first = next(iter(family.values()))
         for size, curve in family.items():
-            least = [each.loss for each in curve.optima]
-            numbers = {
+            losses = [seed.loss for seed in curve.optima]
+            columns = {
+                "variant": variant,
+                "size": size,
                 "optimum": curve.optimum,
                 "octaves": math.log2(curve.optimum / first.optimum),
-                "loss": np.mean(least),
-                "scatter": np.std(least, ddof=1) if len(least) > 1 else math.nan,
+                "loss": np.mean(losses),
+                "scatter": np.std(losses, ddof=1) if len(losses) > 1 else math.nan,
             }
             wider = " and ".join(f"{value:.3g}" for value in curve.beyond)
-            remarks = [f"at the grid's edge: extend it to {wider}"] if wider else []
+            notes = [f"at the grid's edge: extend it to {wider}"] if wider else []
             if len(curve.values) == 1:
-                remarks.append("one value, with nothing to compare")
+                notes.append("one value, with nothing to compare")
             if curve.diverged:
-                remarks.append(f"{curve.diverged} of {curve.losses.size} runs diverged")
-            told = f"  {'; '.join(remarks)}".rstrip()
-            print(LINE.format(variant=variant, size=size, **numbers, edge=told))
+                notes.append(f"{curve.diverged} of {curve.losses.size} runs diverged")
+            print(LINE.format(**columns, edge=f"  {'; '.join(notes)}".rstrip()))
     for variant, drift in drifts.items():
         more = sorted({float(f"{value:.3g}") for curve in families[variant].values() for value in curve.beyond})
         add = ", ".join(f"{value:g}" for value in more)
-        beyond = f"; an optimum is at the grid's edge, so it may be more: add {add} to --grid" if more else ""
+        note = f"; an optimum is at the grid's edge, so it may be more: add {add} to --grid" if more else ""
         slope = f"{drift.slope.value:+.2f} octaves {interval(drift.slope)} by its slope"
         spread = f"{drift.spread.value:.2f} {interval(drift.spread)} from least to largest"
-        print(f"{variant}: the optimum drifts {slope}, {spread}{beyond}")
+        print(f"{variant}: the optimum drifts {slope}, {spread}{note}")
 
 
-def interval(found: Estimate) -> str:
-    """Its interval, in words where there is none."""
-    return f"[{found.low:.2f}, {found.high:.2f}]" if math.isfinite(found.low) else "(one seed: no interval)"
+def interval(estimate: Estimate) -> str:
+    return f"[{estimate.low:.2f}, {estimate.high:.2f}]" if math.isfinite(estimate.low) else "(one seed: no interval)"
 
 
 def tables(families: Mapping[str, Family]) -> list[dict[str, Any]]:
-    """Everything the tables say of the curves, and every loss, for a JSON file."""
+    """Return the curves with every loss, for a JSON file."""
     return [
         {
             "variant": variant,
             "size": size,
             "values": curve.values,
             "losses": curve.losses.tolist(),
-            "optima": [asdict(each) for each in curve.optima],
+            "optima": [asdict(seed) for seed in curve.optima],
             "optimum": curve.optimum,
         }
         for variant, family in families.items()
@@ -69,14 +71,15 @@ def tables(families: Mapping[str, Family]) -> list[dict[str, Any]]:
 
 
 def plot(file: Path, families: Mapping[str, Family], key: str, size_key: str) -> None:
-    """Loss against the grid: a panel a variant, a colour a size, a ring at each seed's optimum. Raises UserError."""
+    """Draw loss against the grid: a panel per variant, a colour per size, a ring at each seed's optimum. Raises
+    UserError."""
     from megahp.report.figures import logarithmic_x, plot_in
 
     sizes = sorted({size for family in families.values() for size in family})
     curves = [curve for family in families.values() for curve in family.values()]
-    # the losses that are shown: the better half of every curve, or one that explodes would flatten the others
-    known = [curve.losses[np.isfinite(curve.losses)] for curve in curves]
-    low, high = min(losses.min() for losses in known), max(np.median(losses) for losses in known)
+    # show the better half of every curve: the losses of one that explodes would flatten the others
+    finite = [curve.losses[np.isfinite(curve.losses)] for curve in curves]
+    low, high = min(losses.min() for losses in finite), max(np.median(losses) for losses in finite)
     with plot_in(file, 2.3 * len(families) + 1.2, 2.9) as figure:
         from matplotlib import colormaps
 
@@ -84,12 +87,13 @@ def plot(file: Path, families: Mapping[str, Family], key: str, size_key: str) ->
         panels = figure.subplots(1, len(families), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (variant, family) in zip(panels, families.items(), strict=True):
             for size, curve in family.items():
-                ends = np.isfinite(curve.losses).all(1)  # as far as all seeds do: their mean, and their range as a band
-                at, losses, hue = np.array(curve.values)[ends], curve.losses[ends], hues[size]
+                # the seeds' mean, and their range as a band, where all of them are finite
+                shown = np.isfinite(curve.losses).all(1)
+                at, losses, hue = np.array(curve.values)[shown], curve.losses[shown], hues[size]
                 axes.plot(at, losses.mean(1), ".-", color=hue, label=f"{size:g}")
                 axes.fill_between(at, losses.min(1), losses.max(1), color=hue, alpha=0.2, lw=0)
-                for each in curve.optima:
-                    axes.plot(each.value, each.loss, "o", color=hue, ms=5, mfc="none", zorder=4)
+                for seed in curve.optima:
+                    axes.plot(seed.value, seed.loss, "o", color=hue, ms=5, mfc="none", zorder=4)
             axes.set_title(variant, fontsize=8.5)
             axes.set_xlabel(key)
         values = sorted({value for curve in curves for value in curve.values})

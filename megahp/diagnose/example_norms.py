@@ -1,9 +1,8 @@
-"""The squared norms of every example's gradient, of every weight, exactly, out of backward passes over many examples.
+"""The exact squared norm of every example's gradient in every weight, from backward passes over many examples.
 
-What a layer's weights gain from one example is known from the layer's input and from the gradient of its output, both
-of which an ordinary backward pass has (Gray et al., arXiv 2411.00999). The model is training's own, whole on one rank;
-but its logits are held, and so are the gradients of all layers' outputs. A diagnosis: training measures norm layers
-alone, at no cost.
+What one example adds to a layer's gradient follows from the layer's input and the gradient of its output, which an
+ordinary backward pass has (Gray et al., arXiv 2411.00999). The model is training's own, on one rank, but its logits and
+the gradients of all layers' outputs are kept in memory. A diagnosis: training measures norm layers only, at no cost.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,13 +20,16 @@ from megahp.model.transformer import Transformer
 from megahp.parallel.parameters import local, parameters, probes
 from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 
-Seen = Mapping[str, tuple[Tensor, Tensor]]  # layer -> what it was given [b, t, ...], what it gave [b, t, ...]
+Recorded = Mapping[str, tuple[Tensor, Tensor]]  # layer -> its input [b, t, ...] and output [b, t, ...]
 
 
 @dataclass(frozen=True)
 class Squares:
-    """Mean squared gradient norms of one batch, layer -> number, over the layer's weight and bias. Gradients are of
-    losses in nats per token, an example's own its mean over its tokens; of a tied matrix both uses are one gradient."""
+    """Mean squared gradient norms of one batch, by layer, over its weight and bias.
+
+    Gradients are of losses in nats per token, an example's loss being the mean over its tokens; the gradient of a tied
+    matrix is the sum over both uses.
+    """
 
     example: dict[str, float]  # mean_b ||g_b||^2
     micro: dict[str, float]  # mean over microbatches of the squared norm of their mean gradient
@@ -35,9 +37,11 @@ class Squares:
 
 
 def measure(model: Transformer, microbatches: Iterable[Batch]) -> Squares:
-    """The squares of one batch, given as microbatches of equally many examples. The model computes in float32 or
-    float64, without recomputation; its weights stay as they are, gradients are left at None. Raises ValueError for a
-    model with experts, over which an example's tokens are scattered."""
+    """Measure one batch, given as microbatches of equally many examples.
+
+    The model computes in float32 or float64, without recomputation; weights do not change, gradients end as None.
+    Raises ValueError for a model with experts, whose layers receive an example's tokens scattered.
+    """
     if model.model.experts:
         raise ValueError("per-example gradients of experts cannot be measured")
     examples = count = 0
@@ -64,35 +68,37 @@ def measure(model: Transformer, microbatches: Iterable[Batch]) -> Squares:
 
 
 def backward(model: Transformer, batch: Batch) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """One backward pass from the sum of the examples' losses: sum_b ||g_b||^2 by layer, and every weight's gradient,
-    sum_b g_b. Gradients there are, are forgotten."""
+    """Return sum_b ||g_b||^2 by layer, and every weight's gradient sum_b g_b, of the sum of the examples' losses.
+
+    Existing gradients are dropped.
+    """
     model.zero_grad()
     targets = batch.tokens[:, 1:]
-    with _watched(model) as seen:
+    with _recorded(model) as recorded:
         logits = model(batch.tokens[:, :-1], documents=batch.documents)
     logits.retain_grad()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     losses.mean(1).sum().backward()
     with torch.no_grad():
-        squares = {layer: square.item() for layer, square in _squares(model, seen, logits)}
+        squares = {layer: square.item() for layer, square in _squares(model, recorded, logits)}
         grads = {name: local(weight.grad) for name, weight in parameters(model)}  # type: ignore[arg-type]
-    assert squares.keys() == {_layer(name) for name in grads}  # no weight is left out
+    assert squares.keys() == {_layer(name) for name in grads}  # every weight is counted
     return squares, grads
 
 
 @contextmanager
-def _watched(model: Transformer) -> Iterator[Seen]:
-    """While open, what layers are given and what they give is kept, and a backward pass will leave its gradient."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+def _recorded(model: Transformer) -> Iterator[Recorded]:
+    """Record layers' inputs and outputs while open; a backward pass will leave the outputs' gradients."""
+    recorded: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(name: str, _: object, given: tuple[Any, ...], gave: Tensor) -> None:
-        gave.retain_grad()
-        seen[name] = given[0].detach(), gave
+    def record(name: str, _: object, inputs: tuple[Any, ...], output: Tensor) -> None:
+        output.retain_grad()
+        recorded[name] = inputs[0].detach(), output
 
-    watched = {"embedding": model.embedding, "final_norm": model.final_norm, **_linear_layers(model)}
-    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in watched.items()]
+    layers = {"embedding": model.embedding, "final_norm": model.final_norm, **_linear_layers(model)}
+    hooks = [layer.register_forward_hook(partial(record, name)) for name, layer in layers.items()]
     try:
-        yield seen
+        yield recorded
     finally:
         for hook in hooks:
             hook.remove()
@@ -103,33 +109,33 @@ def _linear_layers(model: Transformer) -> dict[str, ColumnParallelLinear | RowPa
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def _squares(model: Transformer, seen: Seen, logits: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Layer, sum_b ||g_b||^2."""
-    ids, embedded = seen["embedding"]
+def _squares(model: Transformer, recorded: Recorded, logits: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield each layer and its sum_b ||g_b||^2."""
+    ids, embedded = recorded["embedding"]
     grad = _grad(embedded)
-    square = scattered(ids, grad)
-    if model.unembedding is None:
-        x = seen["final_norm"][1].detach() * model.table.logits
-        square = square + contracted(x, _grad(logits)) + 2 * crossed(ids, grad, x, _grad(logits))
+    square = embedding_square(ids, grad)
+    if model.unembedding is None:  # tied: ||e + u||^2 = ||e||^2 + ||u||^2 + 2 <e, u>
+        x = recorded["final_norm"][1].detach() * model.table.logits
+        square = square + linear_square(x, _grad(logits)) + 2 * tied_inner_product(ids, grad, x, _grad(logits))
     yield "embedding", square
-    if model.positions:  # of which an example uses each row once, and adds it to a token's
+    if model.positions:  # an example uses each row once, and adds it to the token's embedding
         yield "positions", _squared(grad)
     yield from ((norm, _grad(probe)) for norm, probe in probes(model).items())
     for name, layer in _linear_layers(model).items():
-        x, y = seen[name]
-        yield name, linear(x, _grad(y), "bias" in layer.rows)
+        x, y = recorded[name]
+        yield name, layer_square(x, _grad(y), "bias" in layer.rows)
 
 
-def linear(x: Tensor, grad: Tensor, bias: bool) -> Tensor:
-    """`contracted`, and the same of the bias, if there is one: its gradient is the sum over tokens."""
-    return contracted(x, grad) + _squared(grad.sum(1)) if bias else contracted(x, grad)
+def layer_square(x: Tensor, grad: Tensor, bias: bool) -> Tensor:
+    """Return `linear_square`, plus the bias's if there is one: its gradient is the sum over tokens."""
+    return linear_square(x, grad) + _squared(grad.sum(1)) if bias else linear_square(x, grad)
 
 
-def contracted(x: Tensor, grad: Tensor) -> Tensor:
-    """sum_b ||G_b^T A_b||^2, a linear layer's, from its inputs A [b, t, i] and its outputs' gradients G [b, t, o].
+def linear_square(x: Tensor, grad: Tensor) -> Tensor:
+    """Return sum_b ||G_b^T A_b||^2 of a matrix, from its inputs A [b, t, i] and its outputs' gradients G [b, t, o].
 
-    Either those products themselves, 2 t i o operations an example, or sum_st (A A^T)_st (G G^T)_st, 2 t^2 (i + o)
-    (Gray et al., whose second form is Li et al.'s), whichever are fewer; the fewer also hold less.
+    Either by these products, 2 t i o operations per example, or as sum_st (A A^T)_st (G G^T)_st, 2 t^2 (i + o)
+    (Gray et al., whose second form is Li et al.'s), whichever takes fewer; that one also needs less memory.
     """
     (length, inputs), outputs = x.shape[1:], grad.shape[2]
     if length * (inputs + outputs) < inputs * outputs:
@@ -137,17 +143,19 @@ def contracted(x: Tensor, grad: Tensor) -> Tensor:
     return _squared(grad.mT @ x)
 
 
-def scattered(ids: Tensor, grad: Tensor) -> Tensor:
-    """sum_b of the squared norm of an embedding's gradient, from ids [b, t] and the gradients of what was looked up
-    [b, t, d]: those of an id that an example holds more than once are one row's, and add up before they are squared."""
-    apart = ids + (ids.max() + 1) * torch.arange(len(ids), device=ids.device)[:, None]
-    rows, places = apart.unique(return_inverse=True)
-    return _squared(grad.new_zeros(len(rows), grad.shape[2]).index_add_(0, places.flatten(), grad.flatten(0, 1)))
+def embedding_square(ids: Tensor, grad: Tensor) -> Tensor:
+    """Return sum_b of the squared norm of an embedding's gradient, from ids [b, t] and outputs' gradients [b, t, d].
+
+    Gradients of an id that an example holds more than once belong to one row: they are summed before they are squared.
+    """
+    distinct = ids + (ids.max() + 1) * torch.arange(len(ids), device=ids.device)[:, None]  # by example
+    rows, index = distinct.unique(return_inverse=True)
+    return _squared(grad.new_zeros(len(rows), grad.shape[2]).index_add_(0, index.flatten(), grad.flatten(0, 1)))
 
 
-def crossed(ids: Tensor, grad: Tensor, x: Tensor, logits_grad: Tensor) -> Tensor:
-    """sum_b of the inner product of a tied matrix's two gradients, the embedding's (as in `scattered`) and the
-    unembedding's, from its inputs [b, t, d] and the gradients of its logits [b, t, vocabulary]."""
+def tied_inner_product(ids: Tensor, grad: Tensor, x: Tensor, logits_grad: Tensor) -> Tensor:
+    """Return sum_b of the inner product of a tied matrix's two gradients: the embedding's, as in `embedding_square`,
+    and the unembedding's, from its inputs x [b, t, d] and the gradients of the logits [b, t, vocabulary]."""
     at_ids = logits_grad.gather(2, ids[:, None].expand(-1, ids.shape[1], -1))  # [b, t, s]: at token t, of the s-th's id
     return (x @ grad.mT).mul_(at_ids).sum(dtype=torch.float64)
 
@@ -162,7 +170,7 @@ def _grad(x: Tensor) -> Tensor:
 
 
 def _by_layer(grads: Mapping[str, Tensor]) -> dict[str, float]:
-    """Squared norms of the gradients of each layer's parameters together."""
+    """Return the squared norm of the gradients of each layer's parameters together."""
     squares: dict[str, float] = {}
     norms = torch.stack(torch._foreach_norm(list(grads.values()), 2, torch.float64))
     for name, norm in zip(grads, norms.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""A trained run as EleutherAI's lm-evaluation-harness (0.4.13) sees a model: what its tasks ask for."""
+"""Adapt a trained run to the model interface of EleutherAI's lm-evaluation-harness (0.4.13)."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from tqdm import tqdm
 
 from megahp.errors import UserError
 from megahp.evaluate.perplexity import scores, windows
-from megahp.evaluate.sample import Trained, continuation
+from megahp.evaluate.sample import TrainedModel, continuation
 from megahp.model.build import longest
 
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k"}
 
 
 class Harness(TemplateLM):
-    """How context and continuation become tokens is the harness's own rule; the end-of-document token stands before a
-    text that has no context. Each token is predicted from as many before it as the run was trained on, or all."""
+    """A trained run as a model of the harness.
 
-    def __init__(self, origin: Trained) -> None:
+    The harness's own rule splits a text into tokens of context and continuation; a text without context comes after an
+    end-of-document token. Each token is predicted from as many tokens before it as in training, or from all.
+    """
+
+    def __init__(self, trained: TrainedModel) -> None:
         super().__init__()
-        self.origin, self.context = origin, longest(origin.config)
+        self.trained, self.context = trained, longest(trained.config)
 
     @property
     def eot_token_id(self) -> int:
-        return self.origin.tokenizer.eod
+        return self.trained.tokenizer.eod
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.origin.tokenizer.encode(string)
+        return self.trained.tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         return self._likelihoods([(before, after) for _, before, after in requests])
@@ -41,36 +44,38 @@ class Harness(TemplateLM):
         return [likelihood for likelihood, _ in self._likelihoods([([self.eot_token_id], text) for text in texts])]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        rows = tqdm(requests, desc="generating", disable=disable_tqdm)
-        return [self._generate(request.args[0], request.args[1], seed) for seed, request in enumerate(rows)]
+        progress = tqdm(requests, desc="generating", disable=disable_tqdm)
+        return [self._generate(request.args[0], request.args[1], seed) for seed, request in enumerate(progress)]
 
     def _likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Of each pair: the log-likelihood of its second part after its first, and whether each token of it is the
-        likeliest one."""
-        found = [
-            (number, window)
-            for number, (before, after) in enumerate(pairs)
+        """Return, for each (context, continuation), the continuation's log-likelihood and whether greedy decoding would
+        produce it."""
+        pieces = [
+            (index, window)
+            for index, (before, after) in enumerate(pairs)
             for window in windows(torch.tensor(before + after), len(before), self.context, self.context)
         ]
         sums, likeliest = [0.0] * len(pairs), [True] * len(pairs)
-        for piece, loss, hit in scores(self.origin, [window for _, window in found]):
-            sums[found[piece][0]] -= loss
-            likeliest[found[piece][0]] &= hit
+        for piece, loss, hit in scores(self.trained, [window for _, window in pieces]):
+            sums[pieces[piece][0]] -= loss
+            likeliest[pieces[piece][0]] &= hit
         return list(zip(sums, likeliest, strict=True))
 
     def _generate(self, prompt: str, options: dict[str, Any], seed: int) -> str:
-        """What follows the prompt, up to a stop word, the end of a document or max_gen_toks tokens (default 256)."""
-        wanted = dict(normalize_gen_kwargs(options))
-        if unknown := sorted(wanted.keys() - GENERATION):
-            known = ", ".join(GENERATION)
-            raise UserError(f"generation_kwargs {', '.join(unknown)} mean nothing here; there are {known}")
-        tokenizer, stops = self.origin.tokenizer, [word for word in wanted["until"] if word]
+        """Return the continuation of a prompt, up to a stop word, an end of document or max_gen_toks tokens (default
+        256)."""
+        settings = dict(normalize_gen_kwargs(options))
+        if unknown := sorted(settings.keys() - GENERATION):
+            known = ", ".join(sorted(GENERATION))
+            raise UserError(f"generation_kwargs {', '.join(unknown)} are not supported; use only {known}")
+        tokenizer, stops = self.trained.tokenizer, [word for word in settings["until"] if word]
         ids = tokenizer.encode(prompt) or [tokenizer.eod]
         begin, new, text = len(tokenizer.decode(ids)), list[int](), ""
-        temperature = wanted.get("temperature", 0.0) if wanted["do_sample"] else 0.0
-        following = continuation(self.origin, ids, temperature, wanted.get("top_k", 0), seed)
-        while len(new) < wanted["max_gen_toks"] and (token := next(following)) != tokenizer.eod:
+        temperature = settings.get("temperature", 0.0) if settings["do_sample"] else 0.0
+        following = continuation(self.trained, ids, temperature, settings.get("top_k", 0), seed)
+        while len(new) < settings["max_gen_toks"] and (token := next(following)) != tokenizer.eod:
             new.append(token)
+            # Decode the whole: a token alone may be part of a character, or its text depend on the one before.
             text = tokenizer.decode(ids + new)[begin:]
             if any(stop in text for stop in stops):
                 break

@@ -1,4 +1,4 @@
-"""Text from a trained run."""
+"""Load a trained run on one process, and generate text with it."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megahp import checkpoint, launch
 from megahp.config import ComputeConfig, Config, ParallelConfig, with_values
@@ -17,12 +16,12 @@ from megahp.model.build import build_model, longest
 from megahp.model.transformer import Transformer
 from megahp.parallel.device import device_of
 from megahp.parallel.mesh import single_rank_mesh
-from megahp.parallel.parameters import saved
+from megahp.parallel.parameters import model_state
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A checkpoint's model, on this process alone."""
+class TrainedModel:
+    """A checkpoint's model, on a single rank."""
 
     path: Path
     config: Config
@@ -31,32 +30,37 @@ class Trained:
     device: torch.device
 
 
-def trained(place: Path) -> Trained:
-    """The model of a checkpoint, or of a run directory's newest. Raises UserError."""
-    path = checkpoint.find(place)
+def load_trained(location: Path) -> TrainedModel:
+    """Load the model of a checkpoint, or of a run directory's newest checkpoint. Raises UserError."""
+    path = checkpoint.find(location)
+    # A run trained with CUDA may be evaluated on a machine without.
     config = with_values(checkpoint.settings_of(path), {"train.device": "auto"})
     tokenizer = load_tokenizer(config.data.tokenizer)
-    model = alone(config)
-    checkpoint.load(path, saved(model))
-    return Trained(path, config, model, tokenizer, device_of(config, launch.World()))
+    model = single_rank_model(config)
+    checkpoint.load(path, model_state(model))
+    return TrainedModel(path, config, model, tokenizer, device_of(config, launch.World()))
 
 
 def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
-    """The prompt and what the run's newest checkpoint makes of it, on this process alone. Raises UserError."""
+    """Return the prompt and a continuation of it by the run's newest checkpoint. Raises UserError.
+
+    temperature: 0 = always the likeliest token. top_k: sample among this many likeliest tokens; 0 = all.
+    """
     if not (0 <= temperature < math.inf and tokens >= 0 and top_k >= 0 and 0 <= seed < 2**63):
         given = f"--temperature {temperature}, --tokens {tokens}, --top-k {top_k} and --seed {seed}"
-        raise UserError(f"{given} must all be finite and not negative")
+        raise UserError(f"{given} must all be finite and at least 0")
+    # Bytes of the command line that are not UTF-8 arrive as surrogates, which no tokenizer can encode.
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt is not valid UTF-8; give it as text")
-    origin = trained(run)
-    eod = origin.tokenizer.eod
-    ids = origin.tokenizer.encode(prompt) or [eod]
-    ids += islice(continuation(origin, ids, temperature, top_k, seed), tokens)
-    return origin.tokenizer.decode([i for i in ids if i != eod])
+    trained = load_trained(run)
+    eod = trained.tokenizer.eod
+    ids = trained.tokenizer.encode(prompt) or [eod]  # without a prompt, begin as at the start of a document
+    ids += islice(continuation(trained, ids, temperature, top_k, seed), tokens)
+    return trained.tokenizer.decode([i for i in ids if i != eod])
 
 
-def alone(config: Config) -> Transformer:
-    """The model of these settings, with its initial weights, on this process alone."""
+def single_rank_model(config: Config) -> Transformer:
+    """Build the model of these settings on a single rank, with initial weights and without any parallelism."""
     config = replace(config, parallel=ParallelConfig(), compute=ComputeConfig())
     config = with_values(config, {"train.noise_scale": False})
     (model,) = build_model(config, single_rank_mesh(config)).stages.values()
@@ -64,27 +68,22 @@ def alone(config: Config) -> Transformer:
 
 
 @torch.no_grad()
-def continuation(origin: Trained, ids: Sequence[int], temperature: float, top_k: int, seed: int) -> Iterator[int]:
-    """Tokens that follow these, without end, each drawn from the model's view of the last ones before it."""
-    # The model looks back on as many as it was trained on; with ALiBi, which interpolates, on twice as many (what arXiv
-    # 2310.13017 found to work).
-    window = longest(origin.config) * (2 if origin.config.model.positions == "alibi" else 1)
-    vocab_size = origin.tokenizer.vocab_size
-    seen = torch.tensor([ids[-window:]], device=origin.device)
-    generator = torch.Generator(origin.device).manual_seed(seed)
+def continuation(trained: TrainedModel, ids: Sequence[int], temperature: float, top_k: int, seed: int) -> Iterator[int]:
+    """Yield tokens that continue `ids`, without end, each sampled given the last tokens before it."""
+    # The context is as long as in training; with ALiBi, which interpolates positions, twice as long (arXiv 2310.13017
+    # found this to work).
+    window = longest(trained.config) * (2 if trained.config.model.positions == "alibi" else 1)
+    vocab_size = trained.tokenizer.vocab_size  # the model's may be larger, but its further ids have no text
+    context = torch.tensor([ids[-window:]], device=trained.device)
+    generator = torch.Generator(trained.device).manual_seed(seed)
     while True:
-        logits = origin.model(seen)[:, -1, :vocab_size].float()
-        chosen = _choose(logits, temperature, top_k, generator)
-        seen = torch.cat((seen, chosen), 1)[:, -window:]
-        yield int(chosen)
-
-
-def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """One token id a row, [b, 1], from logits [b, v]."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature, however low, overflows
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        logits = trained.model(context)[:, -1, :vocab_size].float()
+        if temperature == 0:
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            if 0 < top_k < vocab_size:
+                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+            logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature, however low, overflows
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        context = torch.cat((context, token), 1)[:, -window:]
+        yield int(token)

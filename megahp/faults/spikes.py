@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient stands out from those before."""
+"""Spikes: steps whose loss or gradient norm stands out from those before."""
 
 import math
 from collections import deque
@@ -17,23 +17,23 @@ class Spikes:
 
     def __init__(self, config: ResilienceConfig) -> None:
         self.sigmas, self.size = config.spike_sigmas, config.spike_window
-        self.restore({"loss": [], "gradient norm": []})
+        self.load_state({"loss": [], "gradient norm": []})
 
-    def look(self, loss: float, grad_norm: float) -> str:
-        """Take in one step's. Returns what stands out, in words; empty where nothing does, or too little is known."""
-        return ", ".join(filter(None, (self._take("loss", loss), self._take("gradient norm", grad_norm))))
+    def update(self, loss: float, grad_norm: float) -> str:
+        """Add a step. Returns what stands out, for a log; empty where nothing does or the window is not yet full."""
+        spikes = []
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            window, limit = self.windows[name], math.inf
+            if len(window) == self.size:
+                mean = math.fsum(window) / self.size
+                limit = mean + self.sigmas * math.sqrt(math.fsum((x - mean) ** 2 for x in window) / self.size)
+            window.append(min(value, limit))
+            if value > limit:
+                spikes.append(f"{name} {value:.4g} is above {limit:.4g}")
+        return ", ".join(spikes)
 
     def state(self) -> dict[str, list[float]]:
         return {name: list(window) for name, window in self.windows.items()}
 
-    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+    def load_state(self, state: Mapping[str, Sequence[float]]) -> None:
         self.windows = {name: deque(values, self.size) for name, values in state.items()}
-
-    def _take(self, name: str, value: float) -> str:
-        window = self.windows[name]
-        limit = math.inf
-        if len(window) == self.size:
-            mean = math.fsum(window) / self.size
-            limit = mean + self.sigmas * math.sqrt(math.fsum((one - mean) ** 2 for one in window) / self.size)
-        window.append(min(value, limit))
-        return f"{name} {value:.4g} is above {limit:.4g}" if value > limit else ""

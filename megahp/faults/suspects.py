@@ -1,4 +1,4 @@
-"""Where numbers stopped being finite: found by doing the step again, and looking at what every layer gives."""
+"""Locating numbers that are not finite, by repeating a step and checking what every layer computes."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,17 +15,17 @@ from megahp.parallel.messages import all_gather_json
 from megahp.parallel.parameters import storage
 
 KINDS = ("weight", "output of", "gradient at the output of", "gradient of")
-WEIGHT, OUTPUT, BEFORE, GRADIENT = range(len(KINDS))
+WEIGHT, OUTPUT, OUTPUT_GRADIENT, GRADIENT = range(len(KINDS))
 
 
 @dataclass(frozen=True, order=True)
 class Suspect:
-    """Something not finite on one rank. The least is the first to look at: a weight, else the first layer's output,
-    else the last layer's gradient; of the first microbatch."""
+    """Something not finite on one rank, ordered by how near it is to the cause: a weight, else the first layer's
+    output, else the last layer's gradient, in the first microbatch."""
 
     kind: int  # of KINDS
     microbatch: int
-    place: int  # along the pass
+    position: int  # along the pass: negative, from the last layer on, in the backward pass
     layer: str
     rank: int
     samples: tuple[int, ...] = ()  # global ids
@@ -36,59 +36,63 @@ class Suspect:
 
 
 @contextlib.contextmanager
-def watching(stages: Mapping[int, nn.Module], samples: Sequence[np.ndarray]) -> Iterator[list[Suspect]]:
-    """Gather what is not finite on this rank while a step is computed. samples: global ids of each microbatch."""
+def watch_layers(stages: Mapping[int, nn.Module], samples: Sequence[np.ndarray]) -> Iterator[list[Suspect]]:
+    """Yield a list that collects what is not finite on this rank while a step is computed.
+
+    samples: global ids of each microbatch.
+    """
     found: list[Suspect] = []
     rank = dist.get_rank()
 
-    def note(kind: int, depth: int, name: str, microbatch: int, value: Tensor) -> None:
-        wrong = ~torch.isfinite(value.detach()).flatten(1).all(1)
-        if wrong.any():
-            ids = samples[microbatch][wrong.cpu().numpy()].tolist()
-            found.append(Suspect(kind, microbatch, depth if kind == OUTPUT else -depth, name, rank, tuple(ids)))
+    def check(kind: int, position: int, name: str, microbatch: int, value: Tensor) -> None:
+        is_bad = ~torch.isfinite(value.detach()).flatten(1).all(1)
+        if is_bad.any():
+            ids = samples[microbatch][is_bad.cpu().numpy()].tolist()
+            found.append(Suspect(kind, microbatch, position, name, rank, tuple(ids)))
 
     def hook(depth: int, name: str) -> Callable[..., None]:
-        microbatches = count()  # every schedule takes them in order
+        microbatches = count()  # counted in forward passes: every schedule takes microbatches in order
 
-        def look(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        def check_output(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             microbatch = next(microbatches)
-            note(OUTPUT, depth, name, microbatch, output)
+            check(OUTPUT, depth, name, microbatch, output)
             if output.requires_grad:
-                output.register_hook(lambda gradient: note(BEFORE, depth, name, microbatch, gradient))
+                output.register_hook(lambda gradient: check(OUTPUT_GRADIENT, -depth, name, microbatch, gradient))
 
-        return look
+        return check_output
 
-    hooks = [
+    handles = [
         layer.register_forward_hook(hook(depth, name))
         for number, stage in stages.items()
-        for depth, (name, layer) in enumerate(_layers(stage), start=number << 20)
+        for depth, (name, layer) in enumerate(_layers(stage), start=number << 20)  # stages one after another
     ]
     try:
         yield found
     finally:
-        for each in hooks:
-            each.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def among_weights(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> list[Suspect]:
-    """The weights, and the gradients, of which this rank's part is not finite."""
-    rank, places = dist.get_rank(), {name: place for place, name in enumerate(weights)}
-    spoilt = [name for name, weight in weights.items() if not torch.isfinite(storage(weight)).all()]
-    found = [Suspect(WEIGHT, 0, places[name], name, rank) for name in spoilt]
-    spoilt = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
-    return found + [Suspect(GRADIENT, 0, -places[name], name, rank) for name in spoilt]
+def find_in_weights(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> list[Suspect]:
+    """Return the weights, and the gradients, of which this rank's part is not finite."""
+    rank, positions = dist.get_rank(), {name: position for position, name in enumerate(weights)}
+    bad_weights = [name for name, weight in weights.items() if not torch.isfinite(storage(weight)).all()]
+    bad_grads = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
+    return [Suspect(WEIGHT, 0, positions[name], name, rank) for name in bad_weights] + [
+        Suspect(GRADIENT, 0, -positions[name], name, rank) for name in bad_grads
+    ]
 
 
-def first_of(found: Sequence[Suspect]) -> list[Suspect]:
-    """The first suspects of all ranks: the same layer's, where several ranks saw it. Equal on all ranks."""
-    gathered = all_gather_json([asdict(each) for each in sorted(found)[:1]])
-    suspects = sorted(Suspect(**told | {"samples": tuple(told["samples"])}) for of_rank in gathered for told in of_rank)
+def first_suspects(found: Sequence[Suspect]) -> list[Suspect]:
+    """Return the first suspect of all ranks, and those of other ranks in the same layer. Equal on all ranks."""
+    gathered = all_gather_json([asdict(suspect) for suspect in sorted(found)[:1]])
+    suspects = sorted(Suspect(**each | {"samples": tuple(each["samples"])}) for of_rank in gathered for each in of_rank)
     return [each for each in suspects if (each.kind, each.layer) == (suspects[0].kind, suspects[0].layer)]
 
 
 def _layers(stage: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of a pipeline stage by name, in the order of the forward pass; last the stage itself, which gives the
-    losses."""
+    """Yield the layers of a pipeline stage by name, in the order of the forward pass; last the stage itself, which
+    returns the losses."""
     for name, module in stage.named_children():
         if isinstance(module, nn.ModuleDict):
             yield from ((f"{name}.{number}", block) for number, block in module.items())

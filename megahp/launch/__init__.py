@@ -1,15 +1,23 @@
-"""Ranks: who a process is (environment), how they meet and leave (rendezvous), starting them here (processes)."""
+"""Ranks: who a process is (environment), how ranks meet and exit (rendezvous), starting local ones (processes)."""
 
-from megahp.launch.environment import World, all_here, has_own_device, is_local_rank0, node_name, ranks_of_nodes, world
-from megahp.launch.processes import die_with_parent, heard, is_again, spawn
+from megahp.launch.environment import (
+    World,
+    has_own_device,
+    is_local_rank0,
+    is_single_node,
+    node_name,
+    ranks_per_node,
+    world,
+)
+from megahp.launch.processes import die_with_parent, is_repeat, notice_signals, spawn
 from megahp.launch.rendezvous import (
     LOOPBACK,
-    PATIENCE,
-    is_first_to_tell,
+    TIMEOUT,
+    is_first_to_report,
     is_lost_connection,
-    is_told,
+    is_reported,
     join,
+    keep_store_alive,
     leave,
     meet,
-    outlast_questions,
 )

@@ -1,6 +1,7 @@
-"""Ranks as processes of this machine: started, told of an end that is near, ended."""
+"""Ranks as processes of this machine: starting them, passing signals on, ending them."""
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -13,19 +14,23 @@ from megahp.exit_codes import FINAL
 from megahp.launch.rendezvous import LOOPBACK, SECONDS_TO_EXPLAIN, local_store
 from megahp.launch.secret import VARIABLE
 
-# of an end: scancel's and `kill`'s; Slurm's --signal=USR1@120; a closed terminal's; ctrl-C
+logger = logging.getLogger(__name__)
+
+# signals that ask to stop: scancel's and `kill`'s; Slurm's --signal=USR1@120; a closed terminal's; ctrl-C
 NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-SAME = 5.0  # seconds within which a second signal is the first one's echo, from a launcher or a process group
-SAME_KEY = 0.5  # of ctrl-C, which a person presses again to end at once
+ECHO = 5.0  # seconds within which a second signal is the first one again, passed on by a launcher or a process group
+KEY_ECHO = 0.5  # of ctrl-C, which a person presses again to end at once
 PR_SET_PDEATHSIG = 1
 
 
 def spawn(
     arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", "megahp"), at_notice: int | None = None
 ) -> int:
-    """Run `python PROGRAM ARGUMENTS` as so many local ranks. Returns 0, or the first failing rank's exit code;
-    the others are ended then, since a rank without its peers can only hang. Signals that give notice are passed on;
-    at_notice: returned where one has ended a rank that did not yet listen, if not its exit code."""
+    """Run `python PROGRAM ARGUMENTS` as `ranks` local ranks. Returns 0, or the first failing rank's exit code; the
+    others are ended then, since a rank without its peers can only hang. Signals that ask to stop are passed on.
+
+    at_notice: returned instead where such a signal has ended a rank before it had a handler.
+    """
     store = local_store()  # held here, on a port the system picks, so that two runs never want the same one
     common = os.environ | {
         VARIABLE: token_hex(32),
@@ -41,69 +46,66 @@ def spawn(
 
     def pass_on(number: int, _: object) -> None:
         notices.append((time.monotonic(), number))
-        again = is_again(number, notices[-1][0] - notices[0][0])  # a rank that hangs would not take it
-        for process in processes:
-            process.send_signal(signal.SIGKILL if again else number)
+        is_final = is_repeat(number, notices[-1][0] - notices[0][0])
+        for process in processes:  # a rank that hangs would not react to the signal itself
+            process.send_signal(signal.SIGKILL if is_final else number)
 
-    before = {number: signal.signal(number, pass_on) for number in heard()}
+    before = {number: signal.signal(number, pass_on) for number in notice_signals()}
     try:
         for rank in range(ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=common | place, preexec_fn=die_with_parent))
-        for _, number in notices[:1]:  # which came while some were not yet there
+            environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=environment, preexec_fn=die_with_parent))
+        for _, number in notices[:1]:  # it came before some were started
             for process in processes:
                 process.send_signal(number)
         codes: list[int | None] = [None]
         while None in codes and not any(codes):
             time.sleep(0.05)
             codes = [process.poll() for process in processes]
-        code = _first_failure(codes)
+        code = exit_code(codes)
         if not notices:
             return code
-        is_once = not any(is_again(number, when - notices[0][0]) for when, number in notices)
+        is_once = not any(is_repeat(number, when - notices[0][0]) for when, number in notices)
         if at_notice is not None and is_once and code in (128 + number for _, number in notices):
             return at_notice
         return code if code in FINAL else 128 + notices[0][1]
     finally:
-        _end(processes)
+        # let them end by themselves; what they write is whole or is not there, so that killing is safe
+        deadline = time.monotonic() + SECONDS_TO_EXPLAIN
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def heard() -> list[signal.Signals]:
-    """Return the signals that give notice, without those that whoever started this process wants ignored: a hang-up
-    under nohup, ctrl-C in the background of a script."""
-    theirs = (signal.SIGHUP, signal.SIGINT)
-    return [number for number in NOTICES if number not in theirs or signal.getsignal(number) != signal.SIG_IGN]
+def notice_signals() -> list[signal.Signals]:
+    """Return the signals that ask to stop, without those that this process was started to ignore: a hang-up under
+    nohup, ctrl-C in the background of a script."""
+    ignorable = (signal.SIGHUP, signal.SIGINT)
+    return [number for number in NOTICES if number not in ignorable or signal.getsignal(number) != signal.SIG_IGN]
 
 
-def is_again(number: int, since: float) -> bool:
-    """Return whether a signal, so many seconds since the first notice, is a second one and not its echo."""
-    return since > (SAME_KEY if number == signal.SIGINT else SAME)
+def is_repeat(number: int, since: float) -> bool:
+    """Return whether a signal that comes `since` seconds after the first is a second request, and not its echo."""
+    return since > (KEY_ECHO if number == signal.SIGINT else ECHO)
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this process when the one that started it is killed, which could not end it itself."""
+    """Ask Linux to end this process when its parent is killed, which then cannot end it itself."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _first_failure(returncodes: Sequence[int | None]) -> int:
-    """The exit code of these ranks together: that of one that was ended by a signal, which is told, before others'."""
-    for rank, code in enumerate(returncodes):
+def exit_code(codes: Sequence[int | None]) -> int:
+    """Return the exit code of these ranks together: 128 + signal if a signal has ended one, which the others' failures
+    follow from, else the first that is not 0."""
+    for rank, code in enumerate(codes):
         if code and code < 0:
             why = ", as Linux does where memory runs out (see dmesg)" if -code == signal.SIGKILL else ""
-            print(f"megahp: rank {rank} was ended by {signal.Signals(-code).name}{why}", file=sys.stderr, flush=True)
+            logger.error(f"rank {rank} was ended by {signal.Signals(-code).name}{why}")
             return 128 - code
-    return next((code for code in returncodes if code), 0)
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End the ranks that do not end by themselves. What they write is whole or is not there."""
-    deadline = time.monotonic() + SECONDS_TO_EXPLAIN
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    return next((code for code in codes if code), 0)

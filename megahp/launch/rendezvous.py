@@ -1,9 +1,10 @@
-"""Ranks meet, tell each other what went wrong, and leave cleanly."""
+"""Rendezvous: ranks meet at a store, report errors to each other there, and exit without hanging one another."""
 
 from __future__ import annotations
 
 import hmac
 import json
+import logging
 import os
 import socket
 import sys
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megahp.errors import Fault, UserError
 from megahp.exit_codes import FINISHED, STOPPED
-from megahp.launch.environment import World, all_here, hosts_of, launch_of, mpirun_names, whole_number
+from megahp.launch.environment import World, expand_hostlist, int_variable, is_single_node, launch_id, mpirun_variables
 from megahp.launch.secret import shared_secret
 
 if TYPE_CHECKING:
@@ -26,177 +27,178 @@ if TYPE_CHECKING:
 
     from megahp.launch.signed_store import SignedStore
 
-SECONDS_TO_EXPLAIN = 2.0  # how long the ranks are left alone once one has failed, to say why
-QUIET = 10.0  # seconds for which ranks wait for each other without a word
-PATIENCE = timedelta(minutes=10)  # of ranks that wait for each other
+logger = logging.getLogger(__name__)
+
+SECONDS_TO_EXPLAIN = 2.0  # that the ranks are left to log why, once one has failed
+QUIET = 10.0  # seconds that ranks wait for each other before they log it
+TIMEOUT = timedelta(minutes=10)  # of ranks that wait for each other
 LOOPBACK, INTERFACE = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"  # of this machine alone
-MESSAGE = 4096  # bytes that MPI sends
+MESSAGE = 4096  # bytes that are broadcast by MPI
 PORTS = (20000, 12768)  # the first, and how many: below those that Linux gives to outgoing connections
 
 
-def join(place: World, cuda: bool, patience: timedelta = PATIENCE, store: Store | None = None) -> Store:
-    """Initialise the default process group: gloo for CPU tensors, NCCL for CUDA's, whose collectives fail after waiting
-    for so long. Returns the store the ranks share, the given one if they have met.
+def join(world: World, cuda: bool, timeout: timedelta = TIMEOUT, store: Store | None = None) -> Store:
+    """Initialise the default process group: gloo for CPU tensors, NCCL for CUDA's, with this timeout of collectives.
+    Returns the store the ranks share: the given one, if they have met.
 
-    Raises UserError when what the launcher tells does not lead to the first rank, Fault when nobody answers there.
+    Raises UserError when the environment does not lead to rank 0, Fault when nobody answers there.
     """
     import torch.distributed as dist
 
-    store = store or meet(place)
-    if all_here(place):
-        for library in ("GLOO", "NCCL"):  # which would listen on the network's
+    store = store or meet(world)
+    if is_single_node(world):
+        for library in ("GLOO", "NCCL"):  # which would listen on the network's interface
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", INTERFACE)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=patience)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     except dist.DistNetworkError as error:
         why = str(error).splitlines()[0]
-        raise Fault(f"rank {place.rank} has lost its connection to rank 0's store while joining: {why}") from None
-    weakref.finalize(dist.group.WORLD, lambda _: None, store)  # the group keeps the half that is C++ alone
+        raise Fault(f"rank {world.rank} has lost its connection to rank 0's store while joining: {why}") from None
+    # the group holds the C++ half of the store alone; SignedStore's Python half must live as long
+    weakref.finalize(dist.group.WORLD, lambda _: None, store)
     return store
 
 
-def meet(place: World, patience: timedelta = PATIENCE, all_of_them: bool = True) -> Store:
-    """The store the ranks share, which the first one holds, or the torchrun or --ranks that started them. The first one
-    waits there for all of them, unless it is to find out who does not come.
+def meet(world: World, timeout: timedelta = TIMEOUT, wait_for_all: bool = True) -> Store:
+    """Return the store the ranks share, which rank 0 holds, or the torchrun or --ranks that started them. Rank 0 waits
+    there for all of them, unless it is to find out which do not come.
 
-    MASTER_ADDR and MASTER_PORT name its place; else MPI tells it; else it follows from Slurm's or Open MPI's variables.
-    Where all ranks are on this machine it listens to no network. What it holds is signed with the ranks' secret.
-    Raises UserError or Fault, as join() does.
+    MASTER_ADDR and MASTER_PORT name its address; else MPI broadcasts it; else it follows from Slurm's or Open MPI's
+    variables. Where all ranks are on this machine it listens to no network. Its values are signed with the ranks'
+    secret. Raises UserError or Fault, as join() does.
     """
     import torch.distributed as dist
 
-    if place.size == 1:
+    if world.size == 1:
         return dist.HashStore()
-    if "MASTER_ADDR" not in os.environ and (store := _meet_by_mpi(place, patience)):
-        return store  # by which all have met
-    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, or --ranks
+    if "MASTER_ADDR" not in os.environ and (store := _meet_by_mpi(world, timeout)):
+        return store  # the broadcast was a barrier
+    is_held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, or --ranks
     named = os.environ.get("MASTER_ADDR")
-    host = LOOPBACK if all_here(place) and not held else named or _first_host(os.environ)
+    host = LOOPBACK if is_single_node(world) and not is_held else named or _first_host(os.environ)
     refuse_unknown(host, "MASTER_ADDR" if named else "the first host of the job")
-    secret = shared_secret(all_here(place))
-    store = _store(place, host, _port(os.environ), patience, place.rank == 0 and not held, secret)
-    if all_of_them:
-        _await_all(store, place, patience)
+    secret = shared_secret(is_single_node(world))
+    store = _store(world, host, _port(os.environ), timeout, world.rank == 0 and not is_held, secret)
+    if not wait_for_all:
+        return store
+    store.set(f"here {world.rank}", "")
+    if world.rank:
+        store.check(["here 0"])  # raises Fault where secrets differ, as rank 0's checks do there
+        return store
+    start, reports = time.monotonic(), 0
+    missing = set(range(1, world.size))
+    while missing := {rank for rank in missing if not store.check([f"here {rank}"])}:
+        waited = time.monotonic() - start
+        who = f"{len(missing)} of {world.size} ranks: {', '.join(map(str, sorted(missing)[:8]))}"
+        if waited > timeout.total_seconds():
+            raise Fault(f"after {waited:.0f} s still waiting for {who}")
+        if waited > QUIET * (6 * reports + 1):  # after 10 s, then once a minute
+            logger.warning(f"waiting for {who}")
+            reports += 1
+        time.sleep(0.1)
     return store
 
 
-def refuse_unknown(host: str, whose: str) -> None:
-    """Raise UserError for a name that this machine cannot resolve, which torch would ask for until its patience ends.
-    In a job of Slurm's, where it names a node, it may pass."""
+def refuse_unknown(host: str, source: str) -> None:
+    """Raise UserError for a name that this machine cannot resolve: torch would retry it until its timeout. In a job of
+    Slurm's, where it names a node, the error may be transient."""
     try:
         try:
             socket.getaddrinfo(host, None)
         except socket.gaierror:
-            time.sleep(1)  # a name server that is busy, as it is where a thousand ranks begin
+            time.sleep(1)  # name servers are busy where a thousand ranks start
             socket.getaddrinfo(host, None)
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, such as a label of 64 letters
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a name at all, such as a label of 64 letters
         why = error.strerror if isinstance(error, OSError) else error
-        wrong = UserError(
-            f"{whose} = {host!r}, where rank 0 is, cannot be resolved on {socket.gethostname()} ({why}); set "
+        unknown = UserError(
+            f"{source} = {host!r}, where rank 0 is, cannot be resolved on {socket.gethostname()} ({why}); set "
             "MASTER_ADDR to an address of that machine, or add the name to /etc/hosts"
         )
-        wrong.may_pass = "SLURM_JOB_ID" in os.environ
-        raise wrong from None
+        unknown.may_pass = "SLURM_JOB_ID" in os.environ
+        raise unknown from None
 
 
-def _await_all(store: Store, place: World, patience: timedelta) -> None:
-    """Say that this rank is here; the first one waits for all, and says within QUIET seconds who is missing. Raises
-    Fault, on both sides of it where secrets differ."""
-    store.set(f"here {place.rank}", "")
-    if place.rank:
-        store.check(["here 0"])
-        return
-    began, told = time.monotonic(), 0
-    missing = set(range(1, place.size))
-    while missing := {rank for rank in missing if not store.check([f"here {rank}"])}:
-        waited = time.monotonic() - began
-        who = f"{len(missing)} of {place.size} ranks: {', '.join(map(str, sorted(missing)[:8]))}"
-        if waited > patience.total_seconds():
-            raise Fault(f"after {waited:.0f} s there are still missing {who}")
-        if waited > QUIET * (6 * told + 1):
-            print(f"megahp: waiting for {who}", file=sys.stderr, flush=True)
-            told += 1
-        time.sleep(0.1)
-
-
-def local_store(port: int = 0, patience: timedelta = PATIENCE) -> TCPStore:
-    """A store that this process holds, for ranks of this machine alone: a socket of its own would listen to all
-    networks. Raises OSError where the port (0 = any) is taken."""
+def local_store(port: int = 0, timeout: timedelta = TIMEOUT) -> TCPStore:
+    """Return a store that this process holds, for ranks of this machine alone. Raises OSError where the port (0 = any)
+    is taken."""
     from torch.distributed import TCPStore
 
-    listener = socket.create_server((LOOPBACK, port))
+    listener = socket.create_server((LOOPBACK, port))  # a socket of TCPStore's own would listen to all networks
     port = listener.getsockname()[1]
-    return TCPStore(LOOPBACK, port, None, True, patience, wait_for_workers=False, master_listen_fd=listener.detach())
+    return TCPStore(LOOPBACK, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def _store(place: World, host: str, port: int, patience: timedelta, holds: bool, common: bytes) -> SignedStore:
-    """One end of the store at this address, signed with the ranks' common secret. Raises Fault where nobody answers
-    there."""
+def _store(world: World, host: str, port: int, timeout: timedelta, holds: bool, secret: bytes) -> SignedStore:
+    """Return one end of the store at this address, signed with the ranks' secret. Raises Fault where nobody answers."""
     import torch.distributed as dist
 
     from megahp.launch.signed_store import SignedStore
 
     where = f"{host}:{port} (MASTER_ADDR:MASTER_PORT)"
-    words = f"megahp: rank {place.rank} is waiting for rank 0 at {where}"
-    waiting = threading.Timer(QUIET, lambda: print(words, file=sys.stderr, flush=True))
+    # TCPStore says nothing while it tries to connect
+    waiting = threading.Timer(QUIET, logger.warning, [f"rank {world.rank} is waiting for rank 0 at {where}"])
     waiting.daemon = True
     waiting.start()
     try:
         if holds and host == LOOPBACK:
-            store = local_store(port, patience)
+            store = local_store(port, timeout)
         else:
-            store = dist.TCPStore(host, port, place.size, holds, patience, wait_for_workers=False)
+            store = dist.TCPStore(host, port, world.size, holds, timeout, wait_for_workers=False)
     except (OSError, dist.DistNetworkError, dist.DistStoreError) as error:
-        raise Fault(f"rank {place.rank} does not meet the others at {where}: {str(error).splitlines()[0]}") from None
+        raise Fault(f"rank {world.rank} cannot reach the others at {where}: {str(error).splitlines()[0]}") from None
     finally:
         waiting.cancel()
-    return SignedStore(store, hmac.digest(common, launch_of(os.environ).encode(), "sha256"))
+    # with the launch's id in the key, what an earlier launch has left on the same port is refused
+    return SignedStore(store, hmac.digest(secret, launch_id(os.environ).encode(), "sha256"))
 
 
-def _meet_by_mpi(place: World, patience: timedelta) -> Store | None:
-    """The first rank's store, its address, a free port and a secret told by MPI; None where mpi4py is not there, or is
-    of another MPI than mpirun and sees one rank. MPI is finalized at once, so that a rank may end in any way later.
-    Raises Fault on all ranks where the first has no store."""
-    if not mpirun_names(os.environ):
+def _meet_by_mpi(world: World, timeout: timedelta) -> Store | None:
+    """Return rank 0's store, after its address, a free port and a secret were broadcast by MPI; None where mpi4py is
+    not there, or is of another MPI than mpirun and sees one rank. Raises Fault on all ranks where rank 0 has no store.
+
+    MPI is finalized at once, so that a rank may end in any way later.
+    """
+    if not mpirun_variables(os.environ):
         return None
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):  # not installed; no MPI library found
         return None
     store: SignedStore | None = None
-    told: dict[str, Any] = {}
+    sent: dict[str, Any] = {}
     try:
-        if MPI.COMM_WORLD.size != place.size:
+        if MPI.COMM_WORLD.size != world.size:
             return None
-        if place.rank == 0:
-            host, common = LOOPBACK if all_here(place) else socket.gethostname(), token_hex(32)
+        if world.rank == 0:
+            host, secret = LOOPBACK if is_single_node(world) else socket.gethostname(), token_hex(32)
             try:
-                store = _store(place, host, 0, patience, True, common.encode())
-                told = {"host": host, "port": store.store.port, "secret": common}
+                store = _store(world, host, 0, timeout, True, secret.encode())
+                sent = {"host": host, "port": store.store.port, "secret": secret}
             except Fault as fault:
-                told = {"fault": str(fault)[: MESSAGE // 2]}
-        message = bytearray(json.dumps(told).encode().ljust(MESSAGE))  # mpi4py pickles what is no buffer
+                sent = {"fault": str(fault)[: MESSAGE // 2]}
+        message = bytearray(json.dumps(sent).encode().ljust(MESSAGE))  # a buffer: mpi4py would pickle anything else
         MPI.COMM_WORLD.Bcast(message)
-        heard = json.loads(message)
-        if "fault" in heard:
-            raise Fault(heard["fault"])
-        return store or _store(place, heard["host"], heard["port"], patience, False, heard["secret"].encode())
+        received = json.loads(message)
+        if "fault" in received:
+            raise Fault(received["fault"])
+        secret = received["secret"].encode()
+        return store or _store(world, received["host"], received["port"], timeout, False, secret)
     finally:
         MPI.Finalize()
 
 
-def is_first_to_tell(store: Store, what: str) -> bool:
-    """Whether no other rank has told this before: one line is enough for what all ranks meet."""
-    own = token_hex(8)
+def is_first_to_report(store: Store, what: str) -> bool:
+    """Return whether no other rank has reported this before: one line is enough for what all ranks meet."""
+    claim = token_hex(8)
     try:
-        return store.compare_set(f"told {what}", "", own) == own.encode()
-    except (RuntimeError, Fault):  # the store has gone with the rank that held it; a stranger has told
+        return store.compare_set(f"told {what}", "", claim) == claim.encode()
+    except (RuntimeError, Fault):  # the store is gone with the rank that held it; or a stranger has set it
         return True
 
 
-def is_told(store: Store, what: str) -> bool:
-    """Whether some rank has told this, or is about to: then this rank's failure is its echo."""
+def is_reported(store: Store, what: str) -> bool:
+    """Return whether another rank has reported this, or is about to: then this rank's failure follows from it."""
     time.sleep(SECONDS_TO_EXPLAIN / 4)
     try:
         return store.check([f"told {what}"])
@@ -204,14 +206,14 @@ def is_told(store: Store, what: str) -> bool:
         return False
 
 
-def outlast_questions(place: World) -> None:
-    """Let the first rank, which may hold the store, stay until the others have asked it what was told."""
-    if place.rank == 0 and place.size > 1:
+def keep_store_alive(world: World) -> None:
+    """Let rank 0, which may hold the store, stay until the others have asked it what was reported."""
+    if world.rank == 0 and world.size > 1:
         time.sleep(SECONDS_TO_EXPLAIN / 2)
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether a collective failed since another rank has gone, in gloo's or NCCL's words."""
+    """Return whether a collective failed because another rank is gone, by gloo's or NCCL's words."""
     from torch.distributed import DistBackendError
 
     return isinstance(error, DistBackendError) or "gloo/transport" in str(error)
@@ -222,33 +224,34 @@ def leave(code: int) -> NoReturn:
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_initialized():
         sys.exit(code)
-    if code in (FINISHED, STOPPED):  # a launcher ends all when one is gone with another code
+    if code in (FINISHED, STOPPED):  # launchers end all ranks once one has exited with another code
         dist.barrier()
-    sys.stdout.flush()
+    sys.stdout.flush()  # os._exit does not
     sys.stderr.flush()
     os._exit(code)
 
 
 def _first_host(environment: Mapping[str, str]) -> str:
-    """Where rank 0 is: on the first of Slurm's node list: n[3-5,9],m1 -> n3."""
-    nodes = hosts_of(environment.get("SLURM_STEP_NODELIST", ""))
-    if mpirun_names(environment) or not nodes:
+    """Return rank 0's host, the first of Slurm's hostlist: n[3-5,9],m1 -> n3."""
+    hosts = expand_hostlist(environment.get("SLURM_STEP_NODELIST", ""))
+    if mpirun_variables(environment) or not hosts:
         raise UserError(
-            "MASTER_ADDR is not set and nothing else names the first rank's host; start with --ranks, torchrun or "
-            "srun; under mpirun install mpi4py for its MPI, or set MASTER_ADDR and MASTER_PORT for all ranks"
+            "MASTER_ADDR is not set and nothing else names rank 0's host; start with --ranks, torchrun or srun; under "
+            "mpirun install mpi4py for its MPI, or set MASTER_ADDR and MASTER_PORT for all ranks"
         )
-    return nodes[0]
+    return hosts[0]
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    """MASTER_PORT; else the same on all ranks of an mpirun or a job step, very likely another for any other."""
+    """Return MASTER_PORT; else one that all ranks of an mpirun or a job step derive alike, and that others very likely
+    do not."""
     if "MASTER_PORT" in environment:
-        port = whole_number(environment, "MASTER_PORT")
+        port = int_variable(environment, "MASTER_PORT")
         if not 0 < port < 2**16:
-            raise UserError(f"MASTER_PORT = {port} is no port; take one of 1 to {2**16 - 1}")
+            raise UserError(f"MASTER_PORT = {port} is not a port; set one of 1 to {2**16 - 1}")
         return port
-    names = ("PMIX_NAMESPACE",) if mpirun_names(environment) else ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    names = ("PMIX_NAMESPACE",) if mpirun_variables(environment) else ("SLURM_JOB_ID", "SLURM_STEP_ID")
     step = " ".join(environment.get(name, "") for name in names)
     if not step.strip():
-        raise UserError("nothing names the first rank's port; set MASTER_ADDR and MASTER_PORT for all ranks")
+        raise UserError("nothing names rank 0's port; set MASTER_ADDR and MASTER_PORT for all ranks")
     return PORTS[0] + zlib.crc32(step.encode()) % PORTS[1]

@@ -1,4 +1,4 @@
-"""A store of which the values are signed: PyTorch's TCPStore serves whoever connects."""
+"""A store whose values are signed, since PyTorch's TCPStore serves anyone who connects."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ SIZE = 32  # bytes of a signature
 
 
 class SignedStore(dist.Store):
-    """Another store, whose values carry an HMAC-SHA256 of key and value. What a stranger has set is refused.
+    """Wraps a store so that its values carry an HMAC-SHA256 of key and value. What a stranger has set is refused.
 
-    Not signed are counters (`add`) and whether a key is there (`wait`): a stranger can make ranks wait, or not wait.
+    Not signed are counters (`add`) and whether a key exists (`wait`): a stranger can make ranks wait, or not wait.
     """
 
     def __init__(self, store: dist.Store, key: bytes) -> None:
         super().__init__()
-        self.store: Any = store  # whose annotations know no bytes
+        self.store: Any = store  # Any: its annotations lack bytes
         self.key = key
-        self.clones: list[SignedStore] = []  # of which C++ may hold its half alone
+        self.clones: list[SignedStore] = []  # kept alive: C++ may hold its own half alone
 
     def set(self, key: str, value: str | bytes) -> None:
         self.store.set(key, self._signed(key, value))
 
     def get(self, key: str) -> bytes:
-        """Raises Fault for a value that is not signed, or with another secret."""
+        """Return a value. Raises Fault for one that is not signed, or with another secret."""
         return self._verified(key, self.store.get(key))
 
     def compare_set(self, key: str, expected_value: str | bytes, desired_value: str | bytes) -> bytes:
         expected = self._signed(key, expected_value) if expected_value else b""
-        found = self.store.compare_set(key, expected, self._signed(key, desired_value))
-        return self._verified(key, found)
+        return self._verified(key, self.store.compare_set(key, expected, self._signed(key, desired_value)))
 
     def check(self, keys: list[str]) -> bool:
-        """Whether all are there. Raises Fault, as `get` does."""
+        """Return whether all keys exist. Raises Fault, as `get` does."""
         return self.store.check(keys) and all(self.get(key) is not None for key in keys)
 
     def set_timeout(self, timeout: timedelta) -> None:
@@ -56,7 +55,7 @@ class SignedStore(dist.Store):
         return self.store.delete_key(key)
 
     def clone(self) -> SignedStore:
-        """A connection of its own."""
+        """Return a store with a connection of its own."""
         self.clones.append(SignedStore(self.store.clone(), self.key))
         return self.clones[-1]
 
@@ -64,8 +63,8 @@ class SignedStore(dist.Store):
         data = value.encode() if isinstance(value, str) else bytes(value)
         return data + self._signature(key, data)
 
-    def _verified(self, key: str, found: bytes) -> bytes:
-        data, signature = found[:-SIZE], found[-SIZE:]
+    def _verified(self, key: str, signed: bytes) -> bytes:
+        data, signature = signed[:-SIZE], signed[-SIZE:]
         if not hmac.compare_digest(signature, self._signature(key, data)):
             raise Fault(
                 f"{key!r} in the ranks' store is not signed with this run's secret: it is a stranger's, or left from "
@@ -74,5 +73,5 @@ class SignedStore(dist.Store):
         return data
 
     def _signature(self, key: str, data: bytes) -> bytes:
-        name = key.encode()
+        name = key.encode()  # with its length before it, or another key and value could have the same bytes
         return hmac.digest(self.key, len(name).to_bytes(8, "big") + name + data, "sha256")

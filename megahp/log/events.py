@@ -1,4 +1,4 @@
-"""Names of events that decide how a log is read."""
+"""Groups of event names that decide how a log is read."""
 
-GONE_BACK = ("resumed", "rewound")  # to a checkpoint of the run's own
-STARTS = ("started", "branched", *GONE_BACK)  # events after which a batch plan goes on
+GONE_BACK = ("resumed", "rewound")  # events that return to a checkpoint of the same run
+STARTS = ("started", "branched", *GONE_BACK)  # events after which training begins or continues

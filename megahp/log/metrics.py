@@ -1,33 +1,33 @@
-"""What a run writes down as it goes, and how it is read back.
+"""Write a run's metrics and events, and read them back.
 
-A run directory holds `metrics.jsonl`, one object for every logged step, and `events.jsonl`, one object for
-every event (a batch change, a resume, a skipped step). Both are append-only plain text, so that `tail -f`,
-`jq` and a report work while the run is going, and a `kill -9` costs at most the line being written.
+A run directory holds `metrics.jsonl`, one object per logged step, and `events.jsonl`, one object per event (a batch
+change, a resume, a skipped step). Both are append-only plain text, so that `tail -f`, `jq` and a report work during the
+run, and a `kill -9` costs at most the line being written.
 
 A metrics object has, in this order, the keys
     step, tokens, samples        counted since the start of the run, the step included
     loss                         nats per token, the mean over the global batch
     lr, weight_decay, global_batch
-    batch_target                 sequences the policy aims at now, before its limits; null where at nothing
-    grad_norm                    null beside `"skipped": true` where it was not finite
+    batch_target                 sequences that the policy aims at, before its limits; null if it has no target
+    grad_norm                    null beside `"skipped": true` if it was not finite
     grad_sq_example              mean ||g_b||^2 over the examples of the batch
     grad_sq_batch                ||G||^2 of the batch's mean gradient
-    noise_scale                  of the norm layers, examples, smoothed; null where it means nothing
+    noise_scale                  of the norm layers, examples, smoothed; null if undefined
     noise_scale_total            the whole model's: noise_scale x batch.noise_to_total, averaged with calibration
-    noise_scale_total_low, _high its 95 % interval over the newest blocks of steps; null where unknown or infinite
-    noise_to_total               the whole model's over the norm layers' by calibration; null before
+    noise_scale_total_low, _high its 95 % interval over the newest blocks of steps; null if unknown or infinite
+    noise_to_total               ratio of the whole model's to the norm layers', by calibration; null before
     noise_scale_tokens           noise_scale in tokens
     noise_scale_layers           {norm layer: examples or null}
     tokens_per_second, step_seconds
-of a measured batch
+with the measured batch policy
     batch_bound_noise, batch_bound_stability    the largest batch that each allows, sequences
-of a mixture of experts, {router: number},
-    expert_load_max              tokens of the fullest expert over those of the mean one
-    expert_load_cv               standard deviation of the experts' tokens over their mean
-    balance_loss                 the mean over sequences; 1 where they are balanced
-of sparse weights
-    density                      share of the entries of the masked matrices that are not masked
-and where it is known `validation_loss`.
+with mixture of experts, {router: number},
+    expert_load_max              tokens of the most loaded expert over the mean
+    expert_load_cv               standard deviation of the experts' tokens over the mean
+    balance_loss                 the mean over sequences; 1 if balanced
+with sparse weights
+    density                      fraction of the entries of masked matrices that are not masked
+and after a validation `validation_loss`.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -53,7 +53,7 @@ Record = dict[str, Any]
 LARGEST = 2**34  # bytes of a log: at some 3,000 a step of 24 layers, 5 million steps
 NUMERIC = {int, float, bool, type(None)}
 LAYERS = b'"noise_scale_layers": {'
-CHUNK = 256  # lines that are parsed at a time
+CHUNK = 256  # lines parsed at a time
 BLOCK, LONGEST = 2**16, 2**24  # bytes: of a read from the end, of a line
 END_OF_TIME = 253_402_300_799  # the year 9999, in seconds since 1970
 
@@ -62,57 +62,59 @@ class RunLog:
     """Writes one run's metrics and events; one process writes, usually rank 0."""
 
     def __init__(self, directory: Path, tensorboard: bool = False):
-        """Open, or create, the logs in `directory`; UserError when TensorBoard is asked for and missing."""
+        """Open, or create, the logs in `directory`. Raises UserError if TensorBoard is requested but missing."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{directory} cannot be made ({error.strerror}); name another one") from None
+            raise UserError(f"{directory} cannot be created ({error.strerror}); name another one") from None
         self.directory = directory
-        self.lost = False  # whether something could not be written
+        self.lost = False  # whether anything could not be written
         self.tensorboard = tensorboard
         self.step = 0
         self.tokens = 0
         self._open()
 
     def metrics(self, record: Record) -> None:
-        """Write one step; numbers must be Python's own, which are written so that they read back exactly."""
+        """Write one step. Numbers must be Python's own: json writes these so that they read back exactly."""
         record = without_nan(record)
         self.step, self.tokens = record["step"], record["tokens"]
-        with self._sparing():
+        with self._tolerate_write_errors():
             self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
             if self._board:
                 for name, value in _scalars(record):
                     self._board.add_scalar(name, value, self.step)
 
     def event(self, event: str, reason: str, **inputs: Any) -> None:
-        """Write one event, what led to it in `inputs`.
+        """Write one event, with what led to it in `inputs`.
 
-        It is dated with the last logged step and tokens unless `inputs` says `step=` and `tokens=`, and with
-        the wall clock in seconds since 1970.
+        It is dated by the last logged step and tokens, unless `inputs` has `step=` and `tokens=`, and by the wall clock
+        in seconds since 1970.
         """
         when = {"step": self.step, "tokens": self.tokens, "time": time.time()}
         record = without_nan({**when, "event": event, "reason": reason, **inputs})
-        with self._sparing():
+        with self._tolerate_write_errors():
             self._events.write(masked(json.dumps(record, allow_nan=False)) + "\n")
             if self._board:
                 self._board.add_text(event, reason, record["step"])
 
     def resume(self, step: int) -> None:
-        """Forget the metrics after `step`, the step the run goes on from (0: from the beginning).
+        """Remove the metrics after `step`, from which the run resumes (0: the start): those steps will be logged again.
 
-        The steps after it will be taken, and logged, again. Events stay: they did happen. Lines that a crash
-        left torn are dropped from both.
+        Events stay: they did happen. Lines that a crash truncated are removed from both files.
         """
         self.close()
-        metrics = self.directory / "metrics.jsonl"
-        last = _rewrite(metrics, lambda record: _are_steps([record]) and record["step"] <= step)
+        last = _rewrite(
+            self.directory / "metrics.jsonl", lambda record: _are_steps([record]) and record["step"] <= step
+        )
         _rewrite(self.directory / "events.jsonl", lambda record: True)
         self.step, self.tokens = (last["step"], last["tokens"]) if last else (0, 0)
         self._open(purge_step=step + 1)
 
     def begin_again(self) -> Path | None:
-        """Begin with empty metrics. Those of a run whose checkpoints are gone are kept beside them, under the next free
-        number, and their file is returned. Events stay: they did happen, and restarts are counted by them."""
+        """Start with empty metrics. Return the file that the old ones were moved to, under the next free number.
+
+        The old ones belong to a run whose checkpoints are gone. Events stay: restarts are counted by them.
+        """
         metrics, kept = self.directory / "metrics.jsonl", None
         if metrics.stat().st_size:
             numbered = (metrics.with_stem(f"metrics-{number}") for number in itertools.count(1))
@@ -122,14 +124,14 @@ class RunLog:
         return kept
 
     def close(self) -> None:
-        """Close the files; TensorBoard's last scalars are on disk only after this."""
+        """Close the files; only then are TensorBoard's last scalars on disk."""
         for file in filter(None, (self._metrics, self._events, self._board)):
-            with self._sparing():
+            with self._tolerate_write_errors():
                 file.close()
 
     @contextlib.contextmanager
-    def _sparing(self) -> Iterator[None]:
-        """Go on without what cannot be written, having said so once: a full disk is no reason to stop training."""
+    def _tolerate_write_errors(self) -> Iterator[None]:
+        """Report the first write error and ignore the others: a full disk is no reason to stop training."""
         try:
             yield
         except OSError as error:
@@ -138,24 +140,26 @@ class RunLog:
             self.lost = True
 
     def _open(self, purge_step: int | None = None) -> None:
-        self._metrics = _appending(self.directory / "metrics.jsonl")
-        self._events = _appending(self.directory / "events.jsonl")
+        # Line buffered, so that a line is with the operating system, and survives kill -9, as soon as it is complete.
+        self._metrics = open_unlinked(self.directory / "metrics.jsonl", "a", buffering=1)
+        self._events = open_unlinked(self.directory / "events.jsonl", "a", buffering=1)
         self._board: Any = None
         if self.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError("TensorBoard was asked for and is missing; pip install tensorboard") from None
+                raise UserError("log.tensorboard = true, but tensorboard is missing; pip install tensorboard") from None
             self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=purge_step)
 
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """A run directory, read: at least one step, and what else there is.
+    """A run directory as read: at least one step, and what else exists.
 
-    `columns` holds every number that was logged, [steps] in float64, NaN where it is null or missing; `layers` the
-    newest noise_scale_layers. `baselines` may hold `unigram` and `bigram` (nats per token); `config` and `sample` are
-    the texts of config.toml and sample.txt, empty where there is none.
+    columns: every number that was logged, [steps] in float64, NaN if null or missing.
+    layers: the newest noise_scale_layers.
+    baselines: may hold `unigram` and `bigram`, nats per token.
+    config, sample: texts of config.toml and sample.txt, empty if missing.
     """
 
     name: str
@@ -168,34 +172,34 @@ class LoggedRun:
     directory: Path
 
     def column(self, key: str) -> np.ndarray:
-        """One number of every step, [steps]; NaN where it is null or missing."""
+        """Return one number of every step, [steps]; NaN if null or missing."""
         return self.columns.get(key, np.full(len(self.columns["step"]), np.nan))
 
 
 def read_run(directory: Path) -> LoggedRun:
-    """Read a run directory; UserError when it is none, is damaged, or has no steps yet."""
+    """Read a run directory. Raises UserError if it is none, is damaged, or has no steps yet."""
     refuse_links(directory)
     columns, layers = _read_columns(directory / "metrics.jsonl")
     if not columns:
         raise UserError(f"{directory}/metrics.jsonl holds no step yet; wait for the first one to be logged")
-    events, baselines = read_events(directory), directory / "baselines.json"
-    counted = read_json(baselines, "baselines", "write it again, or remove it") if baselines.exists() else {}
-    if not _are_numbers([counted]):
-        raise UserError(f"{baselines} holds something other than numbers; write it again, or remove it")
-    places = (directory / "config.toml", directory / "sample.txt")
-    there = [place for place in places if place.exists()]
-    for place in there:
-        refuse_irregular(place, "file", "remove it", LARGEST)
-    config, sample = (place.read_text(encoding="utf-8", errors="replace") if place in there else "" for place in places)
-    run = LoggedRun(directory.resolve().name, columns, layers, events, counted, config, sample, directory)
-    # versions before the total was logged wrote the norm layers' alone
+    events, path = read_events(directory), directory / "baselines.json"
+    baselines = read_json(path, "baselines", "write it again, or remove it") if path.exists() else {}
+    if not _are_numbers([baselines]):
+        raise UserError(f"{path} holds something other than numbers; write it again, or remove it")
+    texts = ["", ""]
+    for number, path in enumerate((directory / "config.toml", directory / "sample.txt")):
+        if path.exists():
+            refuse_irregular(path, "file", "remove it", LARGEST)
+            texts[number] = path.read_text(encoding="utf-8", errors="replace")
+    run = LoggedRun(directory.resolve().name, columns, layers, events, baselines, texts[0], texts[1], directory)
+    # Logs of versions before noise_scale_total hold the norm layers' noise scale alone.
     total, derived = run.column("noise_scale_total"), run.column("noise_scale") * _noise_to_total(run.config)
     columns["noise_scale_total"] = np.where(np.isnan(total), derived, total)
     return run
 
 
 def _noise_to_total(text: str) -> float:
-    """Return batch.noise_to_total of a config.toml; its default where that says nothing."""
+    """Return batch.noise_to_total of a config.toml, or else the setting's default."""
     try:
         return float(tomllib.loads(text)["batch"]["noise_to_total"])
     except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError):
@@ -203,86 +207,87 @@ def _noise_to_total(text: str) -> float:
 
 
 def read_metrics(directory: Path) -> list[Record]:
-    """Return every step a run logged, in order. Raises UserError when the file is missing."""
+    """Return every step a run logged, in order. Raises UserError if the file is missing."""
     return list(itertools.chain.from_iterable(_read(directory / "metrics.jsonl", _are_steps)))
 
 
 def read_events(directory: Path) -> list[Record]:
-    """Return the events of a run, in order. Raises UserError when the file is missing."""
+    """Return the events of a run, in order. Raises UserError if the file is missing."""
     return list(itertools.chain.from_iterable(_read(directory / "events.jsonl", _are_events)))
 
 
 def newest_metrics(directory: Path) -> Iterator[Record]:
-    """Yield the steps a run logged, the newest first, reading no more of the file than is asked for."""
+    """Yield the steps a run logged, newest first, reading only as much of the file as is consumed."""
     return _read_backwards(directory / "metrics.jsonl", _are_steps)
 
 
 def newest_events(directory: Path) -> Iterator[Record]:
-    """Yield the events of a run, the newest first, reading no more of the file than is asked for."""
+    """Yield the events of a run, newest first, reading only as much of the file as is consumed."""
     return _read_backwards(directory / "events.jsonl", _are_events)
 
 
 def _read(
-    path: Path, are_right: Callable[[list[Any]], bool], text_of: Callable[[bytes], bytes] = bytes
+    path: Path, are_valid: Callable[[list[Any]], bool], preprocess: Callable[[bytes], bytes] = bytes
 ) -> Iterator[list[Record]]:
-    """Yield the objects of a log, in order, some at a time. Lines that are no such objects are skipped, and counted on
-    stderr.
+    """Yield the objects of a log, in order and in chunks. Invalid lines are skipped, and counted on stderr.
 
-    text_of: what of a line is read.
+    preprocess: applied to each line before it is parsed.
     """
     damaged, number, lines = list[int](), 0, [b""]
     with _opened(path) as file:
         rest = iter(lambda: file.readline(LONGEST), b"")
         while chunk := list(itertools.islice(rest, CHUNK)):
-            lines, found = chunk, _parse_all(list(map(text_of, chunk)))
-            if not are_right(found):
-                damaged += [number + place for place, one in enumerate(found, start=1) if not are_right([one])]
-                found = [one for one in found if are_right([one])]
+            lines, records = chunk, _parse_all(list(map(preprocess, chunk)))
+            if not are_valid(records):
+                damaged += [number + i for i, record in enumerate(records, start=1) if not are_valid([record])]
+                records = [record for record in records if are_valid([record])]
             number += len(lines)
-            yield found
+            yield records
     if damaged and damaged[-1] == number and not lines[-1].endswith(b"\n"):
-        damaged.pop()  # torn by a crash, or still being written
+        damaged.pop()  # truncated by a crash, or still being written
     if damaged:
-        _say(f"{path}: skipped {len(damaged):,} damaged line{'s' * (len(damaged) > 1)}, the first is line {damaged[0]}")
+        _warn(
+            f"{path}: skipped {len(damaged):,} damaged line{'s' * (len(damaged) > 1)}, the first is line {damaged[0]}"
+        )
 
 
-def _read_backwards(path: Path, are_right: Callable[[list[Any]], bool]) -> Iterator[Record]:
+def _read_backwards(path: Path, are_valid: Callable[[list[Any]], bool]) -> Iterator[Record]:
     """Yield the objects of a log, the last first."""
     with _opened(path) as file:
         position, rest = file.seek(0, os.SEEK_END), b""
         is_last = True
         while position:
-            size = min(max(BLOCK, len(rest)), position)  # twice as much for a line that is longer
+            size = min(max(BLOCK, len(rest)), position)  # doubles what is held while a line has not ended
             if size > LONGEST:
                 raise UserError(f"{path} holds a line of more than {LONGEST:,} bytes; remove it")
             position = file.seek(position - size)
             rest, *lines = (file.read(size) + rest).split(b"\n")
             for line in reversed([rest, *lines] if position == 0 else lines):
                 record = _parse(line)
-                if record is not None and are_right([record]):
+                if record is not None and are_valid([record]):
                     yield record
                 elif not is_last:  # a last line without its end is still being written
-                    _say(f"{path}: skipped damaged lines")
+                    _warn(f"{path}: skipped damaged lines")
                 is_last = False
 
 
 def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], Record]:
-    """Return every number of every step as a column, and the newest noise scales of layers.
+    """Return every number of every step as a column, and the newest noise_scale_layers.
 
-    Objects inside a step, most of a line and of no use but at the end, are cut out before it is parsed.
+    Objects inside a step, which make up most of a line and are needed at the end only, are cut out before parsing.
     """
-    nested = b"{}"
+    newest_layers = b"{}"
 
-    def flat(line: bytes) -> bytes:
-        nonlocal nested
+    def cut_objects(line: bytes) -> bytes:
+        nonlocal newest_layers
         if LAYERS in line:
-            nested = line
+            newest_layers = line
         while (start := line.find(b": {")) >= 0 and (end := line.find(b"}", start)) >= 0:
             line = line[:start] + b": null" + line[end + 1 :]
         return line
 
     parts, count = list[tuple[int, dict[str, np.ndarray]]](), 0
-    for chunk in _read(path, _are_steps, flat):
+    for chunk in _read(path, _are_steps, cut_objects):
         keys = dict.fromkeys(itertools.chain.from_iterable(chunk))
         parts.append((count, {key: np.array([step.get(key) for step in chunk], dtype=np.float64) for key in keys}))
         count += len(chunk)
@@ -290,12 +295,12 @@ def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], Record]:
     for start, part in parts:
         for key, values in part.items():
             columns.setdefault(key, np.full(count, np.nan))[start : start + len(values)] = values
-    return columns, (_parse(nested) or {}).get("noise_scale_layers") or {}
+    return columns, (_parse(newest_layers) or {}).get("noise_scale_layers") or {}
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, to be read: of a pipe nobody knows when it ends. Raises UserError."""
+    """Open a log for reading. Raises UserError, also for anything but a regular file: a pipe might never end."""
     try:
         refuse_irregular(path, "log", "move it away", LARGEST)
         with open(path, "rb") as file:
@@ -306,29 +311,27 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
 
 
-@functools.cache  # once, however often a log is read
-def _say(text: str) -> None:
-    complain(text)
+_warn = functools.cache(complain)  # once per message, however often a log is read
 
 
-def _refuse(constant: str) -> float:
+def _reject_constant(constant: str) -> float:
     raise ValueError(f"{constant} is not JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=_refuse)  # without NaN and Infinity, which are not JSON
+DECODER = json.JSONDecoder(parse_constant=_reject_constant)  # refuses NaN and Infinity, which are not JSON
 
 
 def _parse_all(lines: list[bytes]) -> list[Any]:
-    """What is on each line: parsed at once, which is quicker, or one by one where a line is damaged."""
+    """Parse lines in one call, which is faster, or one by one if a line is damaged."""
     try:
-        found = DECODER.decode(f"[{','.join(map(bytes.decode, lines))}]")
+        records = DECODER.decode(f"[{','.join(map(bytes.decode, lines))}]")
     except (ValueError, RecursionError):
-        found = []
-    return found if len(found) == len(lines) else list(map(_parse, lines))
+        records = []
+    return records if len(records) == len(lines) else list(map(_parse, lines))
 
 
 def _parse(line: bytes) -> Record | None:
-    """The object on a line, or None; a torn line never parses, for an object ends with its own brace."""
+    """Return the object on a line, or None. A truncated line never parses, since an object ends with its own brace."""
     try:
         record = DECODER.decode(line.decode())
     except (ValueError, RecursionError):
@@ -337,7 +340,7 @@ def _parse(line: bytes) -> Record | None:
 
 
 def _are_steps(records: list[Any]) -> bool:
-    """Whether these are objects with a step and tokens, and otherwise numbers: checked at once, which is quicker."""
+    """Return whether all are objects with a step and tokens, and numbers otherwise. One call for many is faster."""
     try:
         values = list(itertools.chain.from_iterable(map(dict.values, records)))
         return _are_counts([record[key] for record in records for key in ("step", "tokens")]) and _are_numbers(values)
@@ -346,7 +349,7 @@ def _are_steps(records: list[Any]) -> bool:
 
 
 def _are_events(records: list[Any]) -> bool:
-    """Whether these are objects with an event, its reason, step and tokens, and a time."""
+    """Return whether all are objects with an event, its reason, step and tokens, and a time."""
     try:
         counts = [record[key] for record in records for key in ("step", "tokens")]
         words = {type(record[key]) for record in records for key in ("event", "reason")}
@@ -361,7 +364,7 @@ def _are_counts(values: list[Any]) -> bool:
 
 
 def _are_numbers(values: list[Any]) -> bool:
-    """Whether these are finite numbers, true, false, null, and objects of such."""
+    """Return whether all are finite numbers, true, false, null, or objects of such."""
     kinds = {*map(type, values)}
     if dict in kinds:
         nested = [inner for value in values if type(value) is dict for inner in value.values()]
@@ -369,25 +372,20 @@ def _are_numbers(values: list[Any]) -> bool:
         if not _are_numbers(nested):
             return False
     try:
-        return kinds <= NUMERIC and math.isfinite(sum(filter(None, values)))
-    except OverflowError:  # a whole number that is no float
+        return kinds <= NUMERIC and math.isfinite(sum(filter(None, values)))  # one NaN or infinity makes the sum one
+    except OverflowError:  # an integer too large for a float
         return False
 
 
-def _appending(path: Path) -> IO[str]:
-    # Line buffered: a line is with the operating system as soon as it is complete.
-    return open_unlinked(path, "a", buffering=1)
-
-
 def _rewrite(path: Path, keep: Callable[[Record], bool]) -> Record | None:
-    """Keep the lines whose object passes, byte for byte, in one atomic step; returns the last such object."""
+    """Keep the lines whose object passes, byte for byte, in one atomic step. Return the last such object."""
     part, last = path.with_suffix(".part"), None
     refuse_irregular(path, "log", "move it away", LARGEST)
     with open(path, "rb") as old, open_unlinked(part, "wb") as new:
         for line in old:
             record = _parse(line)
             if record is not None and keep(record):
-                new.write(line.rstrip(b"\n") + b"\n")  # a whole object may lack its newline alone
+                new.write(line.rstrip(b"\n") + b"\n")  # the last object may lack its newline
                 last = record
         new.flush()
         os.fsync(new.fileno())
@@ -396,7 +394,7 @@ def _rewrite(path: Path, keep: Callable[[Record], bool]) -> Record | None:
 
 
 def without_nan(value: Any) -> Any:
-    """The value with null for NaN and infinity, which JSON does not have."""
+    """Return the value with NaN and infinity, which JSON does not have, replaced by None."""
     if isinstance(value, dict):
         return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -405,6 +403,7 @@ def without_nan(value: Any) -> Any:
 
 
 def _scalars(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a record and their names for TensorBoard, those of nested objects as parent/child."""
     for key, value in record.items():
         if isinstance(value, dict):
             yield from _scalars(value, f"{prefix}{key}/")

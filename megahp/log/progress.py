@@ -1,4 +1,4 @@
-"""How far a run has come: a bar on a terminal, a line now and then in a log file."""
+"""Progress of a run: a bar on a terminal, plain lines at intervals elsewhere."""
 
 import math
 import sys
@@ -8,60 +8,91 @@ from typing import Any, TextIO
 
 from megahp.log.metrics import Record
 
+Fields = list[tuple[str, str]]  # (name, value)
+
 
 class ProgressDisplay:
     """Shows the steps of a run as they are logged.
 
-        with Progress(total_tokens, done_tokens) as progress:
+        with ProgressDisplay(total_tokens, done_tokens) as progress:
             progress.update(record)
             progress.message("global batch 64 -> 128")
 
-    On a terminal, with rich installed, that is a bar with the newest numbers beneath it. Everywhere else, in
-    Slurm's logs above all, it is a plain line for the first step, the last, and one in between every `every`
-    seconds: a bar redrawn in a file is unreadable.
+    On a terminal, with rich installed, that is a bar with the newest numbers beneath it. Everywhere else, in Slurm's
+    logs above all, it is a plain line for the first step, the last, and one in between every `every` seconds: a bar
+    redrawn in a file is unreadable.
 
-    Both go to stdout: progress is what the command is there to say, and stderr stays free for what went
-    wrong, so that Slurm's `--error` file is empty after a good run.
+    Both go to stdout: progress is the command's normal output, and stderr is for what went wrong, so that Slurm's
+    `--error` file is empty after a good run.
     """
 
     def __init__(self, total_tokens: int, done_tokens: int = 0, stream: TextIO | None = None, every: float = 10.0):
         self.total_tokens, self.done_tokens, self.every = total_tokens, done_tokens, every
         self.stream = sys.stdout if stream is None else stream
+        # The rate behind the ETA is measured by the clock over the last hundred updates, so that pauses for validation
+        # and checkpoints count, and a change of the global batch soon shows.
+        self._past: deque[tuple[float, int]] = deque(maxlen=100)
+        self._bar: Any = None
+        self._line, self._next_line = "", 0.0  # the newest line if not printed yet; when the next one is due
 
     def __enter__(self) -> "ProgressDisplay":
-        # The rate behind the ETA is taken from the clock, over the last hundred updates, so that pauses for
-        # evaluation and checkpoints count and a change of the global batch is soon followed.
-        self._past = deque([(time.monotonic(), self.done_tokens)], maxlen=100)
-        console = _terminal(self.stream)
-        self._display: _Bar | _Lines = (
-            _Bar(console, self.total_tokens, self.done_tokens) if console else _Lines(self.stream, self.every)
-        )
+        self._past.append((time.monotonic(), self.done_tokens))
+        self._bar = _make_bar(self.stream)
+        if self._bar:
+            fields = {"done": "starting", "eta": "-", "numbers": []}
+            self._task = self._bar.add_task("", total=self.total_tokens, completed=self.done_tokens, **fields)
+            self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._display.close()
+        if self._bar:
+            self._bar.stop()
+        elif self._line:
+            self.message(self._line)
 
     def update(self, record: Record) -> None:
         """Show one metrics object (see `megahp.log.metrics`)."""
-        self.show(record["tokens"], _fields(record))
 
-    def show(self, tokens: int, fields: list[tuple[str, str]]) -> None:
-        """Show that so many tokens are done, and whatever else is known, as names and values."""
+        def number(key: str, form: str) -> str:
+            value = record.get(key)
+            return "-" if value is None else format(value, form)
+
+        fields = [
+            ("step", number("step", ",")),
+            ("loss", "skipped" if record.get("skipped") else number("loss", ".4f")),
+            ("lr", number("lr", ".2e")),
+            ("batch", number("global_batch", ",")),
+            ("noise", human_count(record.get("noise_scale_total"))),
+            ("tok/s", human_count(record.get("tokens_per_second"))),
+        ]
+        self.show(record["tokens"], fields)
+
+    def show(self, tokens: int, fields: Fields) -> None:
+        """Show the number of tokens done, the ETA, and the fields."""
         self._past.append((time.monotonic(), tokens))
         (before, first), (now, last) = self._past[0], self._past[-1]
         left = (self.total_tokens - last) * (now - before)
         eta = human_duration(left / (last - first)) if last > first and now > before else "-"
         share = 100 * tokens / self.total_tokens if self.total_tokens else 100.0
         done = f"{human_count(tokens)}/{human_count(self.total_tokens)} tokens {share:3.0f}%"
-        self._display.show(tokens, done, eta, fields)
+        if self._bar:
+            self._bar.update(self._task, completed=tokens, done=done, eta=eta, numbers=fields)
+            return
+        self._line = "  ".join([*(f"{name} {value}" for name, value in fields), done, f"ETA {eta}"])
+        if now >= self._next_line:
+            self.message(self._line)
+            self._line, self._next_line = "", now + self.every
 
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar."""
-        self._display.message(text)
+        if self._bar:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self.stream, flush=True)
 
 
 def human_count(number: float | None) -> str:
-    """Three significant digits and a unit: 850, 12.3k, 4.56M, 1.2B; "-" for None and NaN."""
+    """Return three significant digits and a unit: 850, 12.3k, 4.56M, 1.2B; "-" for None and NaN."""
     if number is None or not math.isfinite(number):
         return "-"
     for unit in ("", "k", "M", "B"):
@@ -72,7 +103,7 @@ def human_count(number: float | None) -> str:
 
 
 def human_duration(seconds: float) -> str:
-    """The two largest units that matter: 45 s, 2 min 13 s, 5 h 04 min, 3 d 7 h; "-" for what is not finite."""
+    """Return the two largest units that matter: 45 s, 2 min 13 s, 5 h 04 min, 3 d 7 h; "-" if not finite."""
     if not math.isfinite(seconds):
         return "-"
     whole = max(0, round(seconds))
@@ -85,84 +116,25 @@ def human_duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
-def _fields(record: Record) -> list[tuple[str, str]]:
-    def number(key: str, form: str) -> str:
-        value = record.get(key)
-        return "-" if value is None else format(value, form)
-
-    return [
-        ("step", number("step", ",")),
-        ("loss", "skipped" if record.get("skipped") else number("loss", ".4f")),
-        ("lr", number("lr", ".2e")),
-        ("batch", number("global_batch", ",")),
-        ("noise", human_count(record.get("noise_scale_total"))),
-        ("tok/s", human_count(record.get("tokens_per_second"))),
-    ]
-
-
-def _terminal(stream: TextIO) -> Any:
-    """A rich console where a line can be redrawn, else None."""
+def _make_bar(stream: TextIO) -> Any:
+    """Return a rich progress bar with a second line for numbers; None if the stream cannot redraw a line."""
     if not stream.isatty():
         return None
     try:
         from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.text import Text
     except ImportError:
         return None
+
+    class Bar(Progress):
+        def get_renderables(self) -> Any:
+            yield from super().get_renderables()
+            for task in self.tasks:
+                pairs = [part for name, value in task.fields["numbers"] for part in ((f"{name} ", "dim"), f"{value}  ")]
+                yield Text.assemble(*pairs, no_wrap=True, overflow="ellipsis")
+
     console = Console(file=stream)
-    return None if console.is_dumb_terminal else console
-
-
-class _Lines:
-    def __init__(self, stream: TextIO, every: float):
-        self.stream, self.every, self.next_time = stream, every, 0.0
-        self.waiting: str | None = None  # the newest line, while it has not been printed
-
-    def show(self, tokens: int, done: str, eta: str, fields: list[tuple[str, str]]) -> None:
-        self.waiting = "  ".join([*(f"{name} {value}" for name, value in fields), done, f"ETA {eta}"])
-        if time.monotonic() >= self.next_time:
-            self.close()
-            self.next_time = time.monotonic() + self.every
-
-    def message(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
-
-    def close(self) -> None:
-        if self.waiting is not None:
-            self.message(self.waiting)
-            self.waiting = None
-
-
-class _Bar:
-    def __init__(self, console: Any, total_tokens: int, done_tokens: int):
-        from rich.live import Live
-        from rich.progress_bar import ProgressBar
-
-        self.done, self.eta = "starting", "-"
-        self.fields: list[tuple[str, str]] = []
-        self.bar = ProgressBar(total=total_tokens, completed=done_tokens)
-        # Live also puts whatever else is printed meanwhile, warnings for instance, above the bar.
-        self.live = Live(console=console, get_renderable=self.render, refresh_per_second=4)
-        self.live.start()
-
-    def render(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        top = Table.grid(expand=True, padding=(0, 1))
-        top.add_column(no_wrap=True)
-        top.add_column(ratio=1)
-        top.add_column(no_wrap=True)
-        top.add_row(self.done, self.bar, Text.assemble(("ETA ", "dim"), self.eta))
-        pairs = [part for name, value in self.fields for part in ((f"{name} ", "dim"), f"{value}  ")]
-        return Group(top, Text.assemble(*pairs, no_wrap=True, overflow="ellipsis"))
-
-    def show(self, tokens: int, done: str, eta: str, fields: list[tuple[str, str]]) -> None:
-        self.done, self.eta, self.fields = done, eta, fields
-        self.bar.update(completed=tokens)
-
-    def message(self, text: str) -> None:
-        self.live.console.print(text, markup=False, highlight=False)
-
-    def close(self) -> None:
-        self.live.stop()
+    columns = TextColumn("{task.fields[done]}"), BarColumn(None), TextColumn("[dim]ETA[/] {task.fields[eta]}")
+    # While it runs, rich also prints whatever else goes to stdout and stderr, such as warnings, above the bar.
+    return None if console.is_dumb_terminal else Bar(*columns, console=console, refresh_per_second=4, expand=True)

@@ -1,4 +1,4 @@
-"""A run's batch decisions, made again from its log: they depend on progress and the logged noise scale alone."""
+"""Replay a run's batch decisions from its log: they depend only on progress and the logged noise scale."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from megahp.scaling.batch import BatchScheduler, Change, Progress
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay found: the changes it made, and where they are not what the log says."""
+    """The batch changes of a replay, and where they differ from the log."""
 
-    changes: list[tuple[int, Change]]  # step it was decided after, decision
+    changes: list[tuple[int, Change]]  # (step after which it was decided, decision)
     differences: list[str]
 
 
 def replay(run: Path) -> Replayed:
-    """Decide again, from the start and every resume, each change of the batch. Raises UserError for a damaged log."""
+    """Repeat each decision on the batch, from the start and every resume. Raises UserError for a damaged log."""
     changes: list[tuple[int, Change]] = []
-    after: dict[int, tuple[Progress, dict[str, Any]]] = {}
+    after: dict[int, tuple[Progress, dict[str, Any]]] = {}  # step -> progress and scheduler state after it
     try:
         events, records = read_events(run), {record["step"]: record for record in read_metrics(run)}
         starts = [event for event in events if event["event"] in STARTS]
@@ -42,24 +42,25 @@ def replay(run: Path) -> Replayed:
 def _decide(
     start: Record, until: int, records: Mapping[int, Record], after: dict[int, tuple[Progress, dict[str, Any]]]
 ) -> Iterator[tuple[int, Change]]:
-    """The changes between one start and the step the next one went on from; `after` gathers the state of each step."""
+    """Yield the changes from one start to the step that the next continues from; add each step's state to `after`."""
     config = resolve.from_dict(start["config"], "events.jsonl")
     plan = BatchScheduler(config, Layout(**start["layout"]).dp)
     progress = Progress(start["step"], start["samples"], start["tokens"])
     if start["event"] != "started":
-        own = after.get(progress.step) if start["event"] in GONE_BACK else None
-        moved = plan.load_state(own[1] if own else start["batch_plan"], progress)
+        # Resume from the replay's own state, not the logged one, which would hide any difference before the resume.
+        replayed = after.get(progress.step) if start["event"] in GONE_BACK else None
+        moved = plan.load_state(replayed[1] if replayed else start["batch_plan"], progress)
         yield from ((progress.step, change) for change in moved)
     while progress.step < until and (step := plan.step(progress)):
         progress = progress.after(step)
-        change = plan.look(progress, records.get(progress.step, {}).get(plan.sees))
+        change = plan.update(progress, records.get(progress.step, {}).get(plan.noise_key))
         after[progress.step] = progress, plan.state()
         if change:
             yield progress.step, change
 
 
 def _stands(step: int, start: Record) -> bool:
-    """Whether a change after this step is part of the run that goes on with this start."""
+    """Return whether a change after this step is still part of the run after this start."""
     return start["event"] in GONE_BACK and step <= start["step"]
 
 
@@ -69,7 +70,8 @@ def _differences(
     events: Sequence[Record],
     records: Mapping[int, Record],
 ) -> Iterator[str]:
-    logged: dict[tuple[int, int], Record] = {}  # by step and batch before, without those that a later start undid
+    """Yield, as text, every decision in which log and replay differ, and the first step whose tokens do."""
+    logged: dict[tuple[int, int], Record] = {}  # (step, batch before), without those that a later start undid
     for event in events:
         if event["event"] in STARTS:
             logged = {key: change for key, change in logged.items() if _stands(key[0], event)}
@@ -77,12 +79,13 @@ def _differences(
             logged[event["step"], event["before"]] = event
     decided = {(step, change.before): change for step, change in changes}
     for key in sorted(logged.keys() | decided.keys()):
-        step, told, made = key[0], logged.get(key), decided.get(key)
-        if made is None or told is None:
-            yield f"step {step}: the log has {'a' if told else 'no'} change and the replay {'one' if made else 'none'}"
-        elif any(told[key] != value for key, value in made.to_dict().items()):
-            yield f"step {step}: the log has {told['before']} -> {told['now']}, the replay {made.before} -> {made.now}"
+        step, entry, change = key[0], logged.get(key), decided.get(key)
+        if entry is None or change is None:
+            yield f"step {step}: {'a' if entry else 'no'} change in the log, {'one' if change else 'none'} replayed"
+        elif any(entry[name] != value for name, value in change.to_dict().items()):
+            was = f"{entry['before']} -> {entry['now']}"
+            yield f"step {step}: {was} in the log, {change.before} -> {change.now} in the replay"
     for step, record in records.items():
         if step in after and after[step][0].tokens != record["tokens"]:
-            yield f"step {step}: the log has {record['tokens']} tokens, the replay {after[step][0].tokens}"
+            yield f"step {step}: {record['tokens']} tokens in the log, {after[step][0].tokens} in the replay"
             return

@@ -1,4 +1,4 @@
-"""Standard streams that training does not end with: a closed terminal, a full disk, a reader that has gone."""
+"""Standard streams whose failure does not end training: a closed terminal, a full disk, a reader that has exited."""
 
 import contextlib
 import errno
@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)
+TRANSIENT = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)
 
 
-class Sparing:
-    """A text stream that drops what cannot be written: a line while a disk is full, all once nobody can read it."""
+class TolerantStream:
+    """A text stream that drops what cannot be written: single lines while a disk is full, all after any other error."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -20,31 +20,31 @@ class Sparing:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._spare(lambda: self._stream.write(text))
-        if "\n" in text:  # here, where a failure can be caught, and not at the end of the process
+        self._tolerate(lambda: self._stream.write(text))
+        if "\n" in text:  # so that a failure is caught here, and does not end the process at its exit
             self.flush()
         return len(text)
 
     def flush(self) -> None:
-        self._spare(lambda: self._stream.flush())
+        self._tolerate(lambda: self._stream.flush())
 
-    def _spare(self, act: Callable[[], Any]) -> None:
+    def _tolerate(self, write: Callable[[], Any]) -> None:
         try:
-            act()
-        except (OSError, ValueError) as error:  # ValueError: closed
-            if not isinstance(error, OSError) or error.errno not in PASSING:
+            write()
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            if not isinstance(error, OSError) or error.errno not in TRANSIENT:
                 self._stream = open(os.devnull, "w")  # noqa: SIM115
 
 
 def outlive_streams() -> None:
-    """From here on let nothing that is printed end this process."""
-    for descriptor in (0, 1, 2):  # one that is closed would become the first file that is opened
+    """Make stdout and stderr tolerant, so that nothing printed from here on can end this process."""
+    for descriptor in (0, 1, 2):  # the next file to be opened would get the number of a closed one, and the output
         try:
             os.fstat(descriptor)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
-        with contextlib.suppress(AttributeError):  # one that a caller has put there
+        with contextlib.suppress(AttributeError):  # a caller's replacement may not be a TextIOWrapper
             stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, Sparing(stream))
+        setattr(sys, name, TolerantStream(stream))

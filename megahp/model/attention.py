@@ -18,10 +18,10 @@ from megahp.scaling.parameterization import Role
 
 @dataclass(frozen=True)
 class Positions:
-    """What every block's attention needs to know of a batch's positions; computed once a forward pass."""
+    """Hold what every block's attention needs to know of a batch's positions; computed once a forward pass."""
 
-    rotary: tuple[Tensor, Tensor] | None  # cos, sin: [length, head_size / 2]
-    biases: tuple[Tensor | None, ...]  # added to the logits, one a span of the rank's tokens; None = causal mask only
+    rotary: tuple[Tensor, Tensor] | None  # cos, sin: [s, head_size / 2]
+    biases: tuple[Tensor | None, ...]  # added to the logits, one for each of the rank's spans; None = causal mask only
 
 
 class Attention(nn.Module):
@@ -39,43 +39,53 @@ class Attention(nn.Module):
         self.qkv = ColumnParallelLinear(model.width, model.kv_heads * sum(group), model.bias, fused=group)
         self.out = RowParallelLinear(model.heads * model.head_size, model.width, model.bias, axis)
         self.query_norm = self.key_norm = None
-        if model.qk_norm:  # one gain for all heads, and the heads lie on all tp ranks
+        if model.qk_norm:
+            # one gain for all heads, which are spread over tp: so its gradient is summed over tp, always
             self.query_norm, self.key_norm = (
                 RMSNorm(model.head_size, model.norm_eps, Role.NORM, ("tp",), axis.heads, probe=probe) for _ in range(2)
             )
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
-        qkv = self.qkv(enter(x, self.axis)).unflatten(-1, (-1, self.queries + 2, self.head_size))
+        # s: the rank's tokens, length / cp; with sequence parallelism x is [b, s / tp, width]
+        qkv = self.qkv(enter(x, self.axis))  # [b, s, kv_heads / tp * (queries + 2) * head_size]
+        qkv = qkv.unflatten(-1, (-1, self.queries + 2, self.head_size))  # [b, s, kv_heads / tp, queries + 2, head_size]
         query, key, value = qkv.split((self.queries, 1, 1), -2)
-        query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)  # [b, s, heads, head_size]
+        query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)  # [b, s, (kv) heads / tp, head_size]
         if self.query_norm and self.key_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if positions.rotary:
             query, key = rotate(query, *positions.rotary), rotate(key, *positions.rotary)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key, value = (
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+        )  # [b, heads, s, head_size]
         if self.axis.context.size == 1:
             mixed = attend(query, key, value, positions.biases[0], self.scale)
         else:
+            # after norm and rotary, so that every rank does these for its own tokens alone; one collective for both
             keys, values = gather_sequence(torch.cat((key, value), -1), 2, self.axis.context).chunk(2, -1)
             mixed = attend_by_span(query, keys, values, positions.biases, self.scale, self.axis.context)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(mixed.transpose(1, 2).flatten(2))  # [b, s, heads / tp * head_size] -> [b, s (/ tp), width]
 
 
 def attend_by_span(
     query: Tensor, keys: Tensor, values: Tensor, biases: Sequence[Tensor | None], scale: float, context: Axis
 ) -> Tensor:
-    """Causal attention of the rank's own queries [b, heads, s/cp, size] over whole sequences [b, kv heads, s, size]:
-    of each of its spans over no more than the keys up to the span's end."""
-    own = spans(keys.shape[2], context)
+    """Return causal attention of the rank's queries [b, heads, s/cp, size] over whole sequences [b, kv heads, s, size].
+
+    Each span attends to the keys up to its own end alone; later ones are masked anyway.
+    """
+    local = spans(keys.shape[2], context)
     mixed = [
         attend(part, keys[:, :, : span.stop], values[:, :, : span.stop], bias, scale)
-        for part, span, bias in zip(query.chunk(len(own), 2), own, biases, strict=True)
+        for part, span, bias in zip(query.chunk(len(local), 2), local, biases, strict=True)
     ]
     return torch.cat(mixed, 2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attention of [b, heads, queries, size] over [b, kv heads, keys, size], causal where there is no bias."""
+    """Return attention of [b, heads, queries, size] over [b, kv heads, keys, size], causal where there is no bias."""
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
     )

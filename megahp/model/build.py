@@ -1,14 +1,13 @@
-"""From a run's settings to its model on the mesh: meta tensors, tensor-parallel parts, shards, drawn weights."""
+"""Build a run's model on the mesh: meta tensors, tensor-parallel parts, shards, drawn weights."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
-from torch import nn
 
 from megahp.config import Config, phases_of
-from megahp.model.compute import arrange, replace_norms, replace_products
+from megahp.model.compute import apply_recompute_and_compile, replace_norms, replace_products
 from megahp.model.moe import routers
 from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
@@ -21,23 +20,23 @@ from megahp.scaling.parameterization import Role, table_of
 
 
 def longest(config: Config) -> int:
-    """Tokens of the longest sequence the run trains on."""
-    return max(stage.length for stage in phases_of(config.data))
+    """Return the tokens of the longest sequence the run trains on."""
+    return max(phase.length for phase in phases_of(config.data))
 
 
 @dataclass(frozen=True)
 class Model:
-    """What this rank holds of a model, and what there is in all of it."""
+    """Hold this rank's stages of a model, and what the whole model consists of."""
 
-    stages: dict[int, Transformer]  # pipeline stages, by number; without pipelines there is one, the whole
+    stages: dict[int, Transformer]  # pipeline stages by number; without pipelines one, the whole model
     rows: dict[str, Row]
-    probes: dict[str, int]  # norms that measure, and routers -> how many numbers
+    probes: dict[str, int]  # norms that measure, and routers -> numbers in their probes
     routers: list[str]
     parameters: int
 
 
 def draw_weights(model: Transformer, config: Config, device: torch.device) -> None:
-    """Allocate a stage's weights, which are on `meta`, and draw them: the same on every layout."""
+    """Allocate this rank's shards of a stage on `meta`, and draw their weights: the same on every layout."""
     model.to_empty(device=device)
     initialise(model, model.table, config.parameterization.init_std, config.train.seed)
 
@@ -45,14 +44,34 @@ def draw_weights(model: Transformer, config: Config, device: torch.device) -> No
 def build_model(
     config: Config, mesh: Mesh, fill: Callable[[Transformer, Config, torch.device], None] = draw_weights
 ) -> Model:
-    """Build this rank's pipeline stages. model.vocab_size must be set. fill: allocates a stage's weights and sets
-    them."""
+    """Return the model, by default with its initial weights. model.vocab_size must be set.
+
+    A stage is built in this order:
+    1. The whole model on `meta`, which takes no memory, without the parts that other stages have.
+    2. Recomputation and compilation. They wrap the blocks' functions, not the modules, so FSDP2's hooks stay outside:
+       gathering and resharding are neither compiled nor, but for a block's experts, repeated by a recomputation.
+    3. Other engines' norms, in place of the op that measures.
+    4. Tensor-parallel parts as DTensors: float8 products need their shapes, and FSDP2 shards them further.
+    5. Float8 products.
+    6. FSDP2, over the data-parallel ranks; prefetching, once all of its units exist.
+    7. Memory, for this rank's shards alone, and the weights drawn into it (`fill`; a plan allocates nothing real).
+    """
     whole = skeleton(config, mesh)
-    cuts = cut(config)
-    stages = {}
+    compute, stages = config.compute, {}
+    cuts = stage_blocks(config)
     for number in stages_of(mesh.rank("pp"), config.parallel):
-        stages[number] = _stage(config, mesh, cuts[number])
-        fill(stages[number], config, mesh.device)
+        model = skeleton(config, mesh)
+        model.keep(cuts[number])
+        master = torch.promote_types(model.dtype, torch.float32)
+        apply_recompute_and_compile(model.blocks, compute)
+        if compute.norms != "megahp":
+            replace_norms(model, compute.norms)
+        distribute(model, mesh, master)
+        if compute.fp8 != "none":
+            replace_products(model, compute.fp8, mesh.device)
+        shard(model, list(model.blocks.values()), mesh, config.parallel, model.dtype, master)
+        fill(model, config, mesh.device)
+        stages[number] = model
     return Model(
         stages,
         rows(whole),
@@ -62,8 +81,8 @@ def build_model(
     )
 
 
-def cut(config: Config) -> list[range]:
-    """The blocks of each pipeline stage, first to last."""
+def stage_blocks(config: Config) -> list[range]:
+    """Return the blocks of each pipeline stage, first to last: parallel.split, or the split of least cost."""
     model, parallel = config.model, config.parallel
     if not parallel.split:
         return split(layer_costs(model, config.data.sequence_length), parallel.pp * parallel.local_stages)
@@ -72,7 +91,7 @@ def cut(config: Config) -> list[range]:
 
 
 def skeleton(config: Config, mesh: Mesh) -> Transformer:
-    """The whole model on `meta`."""
+    """Return the whole model on `meta`, its rows completed by what the run's settings say of density and training."""
     axis = mesh.tensor_axis(config.parallel.sequence_parallel)
     with torch.device("meta"):
         model = Transformer(
@@ -83,38 +102,15 @@ def skeleton(config: Config, mesh: Mesh) -> Transformer:
             getattr(torch, config.train.dtype),
             config.train.noise_scale,
         )
-    for block, density in zip(model.blocks.values(), config.sparsity.drawn(config.model.layers), strict=True):
-        _say_density(block, density)
+    # sparsity masks the hidden matrices of blocks; routers, whose role is another, stay dense
+    densities = config.sparsity.initial_densities(config.model.layers)
+    for block, density in zip(model.blocks.values(), densities, strict=True):
+        for module in block.modules():
+            if isinstance(module, Module):
+                hidden = {name: row for name, row in module.rows.items() if row.role is Role.HIDDEN}
+                module.rows |= {name: replace(row, density=density) for name, row in hidden.items()}
     if config.train.weights == "embeddings":
-        _freeze_but(model, (model.embedding, model.unembedding))
-    return model
-
-
-def _say_density(block: nn.Module, density: float) -> None:
-    """Have the rows of a block's matrices, the router's aside, tell their density."""
-    for module in block.modules():
-        if isinstance(module, Module):
-            hidden = {name: row for name, row in module.rows.items() if row.role is Role.HIDDEN}
-            module.rows |= {name: replace(row, density=density) for name, row in hidden.items()}
-
-
-def _freeze_but(model: nn.Module, trained: Collection[nn.Module | None]) -> None:
-    """Have the rows of all other modules tell that they stay as they are."""
-    for module in model.modules():
-        if isinstance(module, Module) and module not in trained:
-            module.rows = {name: replace(row, trained=False) for name, row in module.rows.items()}
-
-
-def _stage(config: Config, mesh: Mesh, blocks: range) -> Transformer:
-    """Lay out the pipeline stage of these blocks over the mesh, its weights still on `meta`."""
-    model = skeleton(config, mesh)
-    model.keep(blocks)
-    master = torch.promote_types(model.dtype, torch.float32)
-    arrange(model.blocks, config.compute)
-    if config.compute.norms != "megahp":
-        replace_norms(model, config.compute.norms)
-    distribute(model, mesh, master)
-    if config.compute.fp8 != "none":
-        replace_products(model, config.compute.fp8, mesh.device)
-    shard(model, list(model.blocks.values()), mesh, config.parallel, model.dtype, master)
+        for module in model.modules():
+            if isinstance(module, Module) and module not in (model.embedding, model.unembedding):
+                module.rows = {name: replace(row, trained=False) for name, row in module.rows.items()}
     return model

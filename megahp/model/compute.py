@@ -1,7 +1,7 @@
-"""How blocks are computed: compiled, with activations computed again in the backward pass, by other engines.
+"""How blocks are computed: compiled, with activations recomputed in the backward pass, by other engines.
 
-Nothing of it but float8 changes what they compute, and since it stays inside a block's forward pass, hooks, names and
-shards are as they were.
+Float8 alone changes what they compute. All of it stays inside a block's forward pass, so that hooks, names and shards
+are as they were.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, checkpoint, create_selective_checkpoint_contexts
 
 from megahp.config import ComputeConfig
 from megahp.model.norm import LayerNorm, RMSNorm
@@ -20,8 +20,8 @@ from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from megahp.scaling.parameterization import Role
 
 aten = torch.ops.aten
-# What selective recomputation keeps: the operations that cost most for a byte of their result.
-KEPT = {
+# What selective recomputation saves: the results that take most time to compute for a byte of memory.
+SAVED = [
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -31,20 +31,33 @@ KEPT = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._efficient_attention_forward.default,
-}
-
-# FSDP2's marks for the profiler: experts, a unit inside a block, make more of them when they are computed again.
-SAC_IGNORED_OPS.add(torch.ops.profiler._record_function_enter_new.default)
-SAC_IGNORED_OPS.add(torch.ops.profiler._record_function_exit._RecordFunction)
+]
 
 
-def arrange(blocks: nn.ModuleDict, compute: ComputeConfig) -> None:
-    """Set every block's `compute` as the settings say. The blocks stand under their numbers in the whole model."""
+def apply_recompute_and_compile(blocks: nn.ModuleDict, compute: ComputeConfig) -> None:
+    """Wrap every block's `compute`. Blocks are listed by their numbers in the whole model, so that a pipeline stage
+    recomputes the same ones as the whole model would.
+
+    (Selective recomputation of Korthikanti et al., arXiv 2205.05198, saves all but the attention scores, which fused
+    attention never makes; ours saves `SAVED`.)
+    """
+
+    def recomputed(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+        # nothing in a block is random, so there is no random state to restore
+        return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
+
+    if compute.recompute == "selective":
+        # FSDP2's profiler marks: experts, a unit inside a block, emit more of them in the recomputation than in the
+        # forward pass, which torch would take for another computation
+        profiler = torch.ops.profiler
+        SAC_IGNORED_OPS.update(
+            (profiler._record_function_enter_new.default, profiler._record_function_exit._RecordFunction)
+        )
     block: Any
     for number, block in blocks.items():
         recompute = compute.recompute if int(number) % compute.recompute_every == 0 else "none"
-        if recompute == "selective":  # inside, where the compiler can keep what is to be kept
-            block.compute = recomputed(block.compute, context_fn=partial(create_selective_checkpoint_contexts, _keep))
+        if recompute == "selective":  # inside the compiler, which then sees what is to be saved
+            block.compute = recomputed(block.compute, context_fn=partial(create_selective_checkpoint_contexts, SAVED))
         if compute.compile:
             block.compute = torch.compile(block.compute)
         if recompute == "full":  # outside: torch 2.13 cannot compile it where weights are DTensors
@@ -52,30 +65,18 @@ def arrange(blocks: nn.ModuleDict, compute: ComputeConfig) -> None:
 
 
 def replace_norms(model: nn.Module, engine: str) -> None:
-    """Let another engine compute the norms of a model that measures nothing. Raises UserError."""
+    """Compute the norms of a model without probes by another engine. Raises UserError."""
     for module in model.modules():
         if isinstance(module, RMSNorm | LayerNorm):
             module.engine = norm_of(engine, "rmsnorm" if isinstance(module, RMSNorm) else "layernorm")
 
 
 def replace_products(model: nn.Module, engine: str, device: torch.device) -> None:
-    """Let an engine multiply by the hidden matrices in float8: not by embedding or unembedding. The model's weights are
-    this tp rank's parts, on any device; it will compute on this one. Raises UserError."""
-    linear = cache(partial(linear_of, engine, device))  # one for all blocks, or each would be compiled anew
+    """Multiply by the hidden matrices in float8, but not by embedding, unembedding and router. Raises UserError.
+
+    The model's weights are this tp rank's parts, on any device; it will compute on the one given.
+    """
+    linear = cache(partial(linear_of, engine, device))  # one for all blocks: each would be compiled anew
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.rows["weight"].role is Role.HIDDEN:
             module.linear = linear(*storage(module.weight).shape)
-
-
-def recomputed(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    """The function, keeping for its backward pass nothing but its inputs, and what `context_fn` says if there is one.
-
-    (Selective recomputation of Korthikanti et al., arXiv 2205.05198, keeps all but the attention scores, which fused
-    attention does not make; ours keeps `KEPT`.)
-    """
-    # nothing in a block is random, so there is no random state to restore
-    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
-
-
-def _keep(_context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

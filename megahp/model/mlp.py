@@ -20,12 +20,13 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(hidden, model.width, model.bias, axis)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = enter(x, self.axis)
-        return self.down(activate(self.activation, self.up(x), self.gate(x) if self.activation == "swiglu" else None))
+        x = enter(x, self.axis)  # [b, s, width] on every tp rank
+        hidden = activate(self.activation, self.up(x), self.gate(x) if self.activation == "swiglu" else None)
+        return self.down(hidden)  # [b, s, hidden / tp] -> [b, s (/ tp), width]
 
 
 def activate(kind: str, up: Tensor, gate: Tensor | None = None) -> Tensor:
-    """The hidden layer of an MLP from its products, of which only SwiGLU has two."""
+    """Return the hidden layer of an MLP from its products; only SwiGLU has a gate."""
     if gate is not None:
         return F.silu(gate) * up
     if kind == "relu2":

@@ -11,10 +11,11 @@ from megahp.scaling.parameterization import Role
 
 
 class _Norm(Module):
-    """`probe.grad` accumulates sum_b ||dL/d(weight, bias)_b||^2 over the examples b of every backward pass.
+    """Normalize the last dimension of x [batch, ..., size].
 
-    `group` holds the ranks an example's tokens, or the uses of the weight, are spread over: there the per-example
-    gradients are summed before they are squared. Without one the norm is a plain module for one process.
+    `probe.grad` accumulates sum_b ||dL/d(weight, bias)_b||^2 over the examples b of every backward pass. `group` holds
+    the ranks that an example's tokens, or the uses of the weight, are spread over: per-example gradients are summed
+    over it before they are squared. None: the norm is a plain module of one process.
     """
 
     centered: bool
@@ -31,31 +32,30 @@ class _Norm(Module):
     ) -> None:
         super().__init__()
         self.eps = eps
+        # by name, which a torch op can take as an argument and a compiled graph can hold
         self.group = group.group_name if group and group.size() > 1 else ""
         self.parameter("weight", (size,), Row(role, sum_over=sum_over, start=1.0))
         if bias:
             self.parameter("bias", (size,), Row(role, sum_over=sum_over, start=0.0))
+        # a parameter, not a plain leaf, which would lose its gradient under zero-bubble schedules
         self.register_parameter("probe", nn.Parameter(torch.zeros(())) if probe else None)
-        self.engine: Norm | None = None  # in place of ours; it measures nothing
+        self.engine: Norm | None = None  # computes in place of our op, and measures nothing
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = local(self.weight), self._bias()
+        weight, bias = local(self.weight), local(self.bias) if "bias" in self.rows else None
         if self.engine:
             return self.engine(x, weight, bias, self.eps)
         return ops.normalize(x, weight, bias, self.probe, centered=self.centered, eps=self.eps, group=self.group)
 
     def add(self, x: Tensor, branch: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        """x + alpha branch, and its norm."""
+        """Return x + alpha branch, and its norm, in one pass over memory."""
         if self.engine:
             stream = torch.add(x, branch, alpha=alpha)
             return stream, self(stream)
-        weight, bias, probe = local(self.weight), self._bias(), self.probe
+        weight, bias = local(self.weight), local(self.bias) if "bias" in self.rows else None
         return ops.add_and_normalize(
-            x, branch, alpha, weight, bias, probe, centered=self.centered, eps=self.eps, group=self.group
+            x, branch, alpha, weight, bias, self.probe, centered=self.centered, eps=self.eps, group=self.group
         )
-
-    def _bias(self) -> Tensor | None:
-        return local(self.bias) if "bias" in self.rows else None
 
 
 class RMSNorm(_Norm):

@@ -1,4 +1,8 @@
-"""The decoder: embedding, blocks, final norm, unembedding. Forward multipliers come from the parameterization table."""
+"""The decoder: embedding, blocks, final norm, unembedding. Forward multipliers come from the parameterization table.
+
+Shapes: b sequences of a microbatch; s tokens of each on this rank, length / cp; r = s on the residual stream, s / tp
+with sequence parallelism.
+"""
 
 from collections.abc import Callable
 
@@ -21,46 +25,47 @@ from megahp.scaling.parameterization import Role, Table
 
 
 def make_norm(model: ModelConfig, role: Role, axis: TensorAxis, probe: bool) -> RMSNorm | LayerNorm:
-    """A norm over the residual stream, which sequence parallelism spreads over tp."""
-    common = (model.width, model.norm_eps, role, axis.spread, axis.tokens)
+    """Return a norm of the residual stream, whose tokens sequence parallelism splits over tp."""
+    common = (model.width, model.norm_eps, role, axis.sum_over, axis.tokens)
     if model.norm == "rmsnorm":
         return RMSNorm(*common, probe=probe)
     return LayerNorm(*common, bias=model.bias, probe=probe)
 
 
 class Block(nn.Module):
-    """x + r attention(norm(x)), then x + r mlp(norm(x)), r the table's residual multiplier; not dense: with experts.
+    """x + r attention(norm(x)), then x + r mlp(norm(x)), r the table's residual multiplier. [b, r, width] -> the same.
 
-    `compute` does it; megahp/model/compute.py may compile it, or have parts of it computed again in the backward pass.
+    The MLP of a block that is not dense is a mixture of experts. `compute` is `branches`, or what
+    megahp/model/compute.py makes of it: compiled, or recomputed in the backward pass.
     """
 
     def __init__(self, model: ModelConfig, table: Table, axis: TensorAxis, probe: bool, dense: bool) -> None:
         super().__init__()
         self.residual = table.residual
-        self.compute: Callable[[Tensor, Positions], Tensor] = self.branches
+        self.compute: Callable[[Tensor, Positions, Tensor], Tensor] = self.branches
         self.attention_norm = make_norm(model, Role.NORM, axis, probe)
         self.attention = Attention(model, table.attention, axis, probe)
         self.mlp_norm = make_norm(model, Role.NORM, axis, probe)
         self.mlp = MLP(model, model.mlp_width, axis) if dense else MoE(model, axis)
 
-    def forward(self, x: Tensor, positions: Positions) -> Tensor:
-        return self.compute(x, positions)
+    def forward(self, x: Tensor, positions: Positions, loss_weight: Tensor) -> Tensor:
+        return self.compute(x, positions, loss_weight)
 
-    def branches(self, x: Tensor, positions: Positions) -> Tensor:
+    def branches(self, x: Tensor, positions: Positions, loss_weight: Tensor) -> Tensor:
         branch = self.attention(self.attention_norm(x), positions)
-        x, normal = self.mlp_norm.add(x, branch, self.residual)
-        # The next norm would take this addition too, but then blocks, and pipeline stages, would exchange two tensors.
-        return torch.add(x, self.mlp(normal), alpha=self.residual)
+        x, normal = self.mlp_norm.add(x, branch, self.residual)  # x += r branch and its norm, in one pass over memory
+        branch = self.mlp(normal, loss_weight) if isinstance(self.mlp, MoE) else self.mlp(normal)
+        # the next block's norm would take this addition too, but then blocks, and stages, would exchange two tensors
+        return torch.add(x, branch, alpha=self.residual)
 
 
 class Transformer(nn.Module):
-    """tokens [b, s] -> per-token losses [b, s] in nats when targets [b, s] are given, else logits [b, s, vocab / tp].
-    As a pipeline stage that is not the first it takes the residual stream instead of tokens, and one that is not the
-    last returns it.
+    """Return per-token losses [b, s] in nats of tokens [b, s] with targets [b, s], else logits [b, s, vocabulary / tp].
 
-    documents [b, s] number the document of each token, where attention must not cross documents. Under context
-    parallelism tokens and targets are the rank's own, [b, s/cp], and documents those of whole sequences. longest: the
-    most tokens it is trained on; ALiBi is interpolated beyond.
+    As a pipeline stage that is not the first it takes the residual stream [b, r, width] instead of tokens; one that is
+    not the last returns it. documents [b, length]: the document of each token of the whole sequences, where attention
+    must not cross documents. loss_weight: the gradient that a token's loss will get, which balance losses of experts
+    need to be in proportion. longest: the most tokens trained on; ALiBi is interpolated beyond.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Transformer(nn.Module):
         self.embedding = VocabParallelEmbedding(model.padded_vocab, model.width, axis, model.tied_embeddings)
         self.positions = PositionEmbedding(longest, model.width, axis) if model.positions == "learned" else None
         dense = model.layers - model.expert_layers
+        # by their numbers in the whole model, so that names of weights are the same in every stage
         self.blocks = nn.ModuleDict({str(n): Block(model, table, axis, probe, n < dense) for n in range(model.layers)})
         self.final_norm = make_norm(model, Role.FINAL_NORM, axis, probe)
         self.unembedding = None
@@ -79,8 +85,8 @@ class Transformer(nn.Module):
             self.unembedding = ColumnParallelLinear(model.width, model.padded_vocab, False, Role.UNEMBEDDING)
 
     def keep(self, blocks: range) -> None:
-        """Become the pipeline stage of these blocks. The embedding goes with the first block; final norm and
-        unembedding, and with them the embedding if it is tied, go with the last."""
+        """Delete all but the pipeline stage of these blocks. The embedding belongs to the first block; final norm and
+        unembedding, and with them a second copy of the embedding if it is tied, to the last."""
         self.is_first, self.is_last = blocks.start == 0, blocks.stop == self.model.layers
         if not self.is_first:
             self.positions = None
@@ -88,44 +94,49 @@ class Transformer(nn.Module):
                 del self.embedding
         if not self.is_last:
             del self.final_norm, self.unembedding
-        for number in set(map(str, range(self.model.layers))) - set(map(str, blocks)):
-            del self.blocks[number]
+        for number in range(self.model.layers):
+            if number not in blocks:
+                del self.blocks[str(number)]
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        length = x.shape[1] * self.axis.context.size * (1 if self.is_first else self._split)
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, documents: Tensor | None = None, loss_weight: float = 0.0
+    ) -> Tensor:
+        length = x.shape[1] * self.axis.context.size * (1 if self.is_first else self._stream_shards)  # whole sequences'
         positions = self._positions(length, x.device, documents)
         if self.is_first:
-            x = self.embedding(x, self.dtype)
+            x = self.embedding(x, self.dtype)  # [b, s] -> [b, r, width]
             if self.positions:
                 x = x + self.positions(length, self.dtype)
             x = x * self.table.embedding
+        # as a tensor, since compiled blocks would be compiled again for another float; on the CPU, where it is read
+        weight = torch.tensor(loss_weight, dtype=torch.float64, device="cpu")
         for block in self.blocks.values():
-            x = block(x, positions)
+            x = block(x, positions, weight)  # [b, r, width]
         if not self.is_last:
             return x
-        x = enter(self.final_norm(x), self.axis) * self.table.logits
+        x = enter(self.final_norm(x), self.axis) * self.table.logits  # [b, r, width] -> [b, s, width]
         if targets is not None:
             return linear_cross_entropy(x, local((self.unembedding or self.embedding).weight), targets, self.axis)
         return self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
 
     def stream(self, tokens: Tensor) -> Tensor:
-        """What a stage gives to the next for these tokens, on `meta`: [b, s or s/tp, width]."""
-        length = tokens.shape[1] // self._split
+        """Return what a stage sends to the next for these tokens [b, s], on `meta`: [b, r, width]."""
+        length = tokens.shape[1] // self._stream_shards
         return torch.empty(len(tokens), length, self.model.width, dtype=self.dtype, device="meta")
 
     @property
-    def _split(self) -> int:
-        """Ranks that share out the residual stream of a rank's tokens."""
+    def _stream_shards(self) -> int:
+        """Return the number of tp ranks that the residual stream of s tokens is split over."""
         return self.axis.size if self.axis.sequence_parallel else 1
 
     def _positions(self, length: int, device: torch.device, documents: Tensor | None) -> Positions:
+        """Return what attention needs of the rank's positions in sequences of `length` tokens."""
         model, context = self.model, self.axis.context
-        turns = slopes = None
+        angles = slopes = None
         if model.positions == "rope":
-            own = shard_sequence(torch.arange(length, device=device), 0, context)
-            turns = rotary(own, model.head_size, model.rope_theta)
+            local_positions = shard_sequence(torch.arange(length, device=device), 0, context)
+            angles = rotary(local_positions, model.head_size, model.rope_theta)
         if model.positions == "alibi":
-            heads = alibi_slopes(model.heads, length / self.longest).chunk(self.axis.size)[self.axis.rank]
-            slopes = heads.to(device)
+            slopes = alibi_slopes(model.heads, length / self.longest).chunk(self.axis.size)[self.axis.rank].to(device)
         biases = (attention_bias(span, slopes, documents, self.dtype) for span in spans(length, context))
-        return Positions(turns, tuple(biases))
+        return Positions(angles, tuple(biases))

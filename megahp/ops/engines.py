@@ -1,5 +1,8 @@
-"""What other engines compute for those who have them: norms, without the noise scale, float8 products, AdamW.
-Thin adapters; those of apex and Transformer Engine are tested by contract alone, neither has been run with megahp."""
+"""Thin adapters to optional engines: norms (which then do not measure the noise scale), float8 products, AdamW.
+
+Those of apex and Transformer Engine are tested against their documented interfaces alone; neither has been run with
+megahp.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,66 +20,75 @@ from megahp.errors import UserError
 Norm = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
 # x [..., K], weight [N, K], bias [N] or None -> x W^T (+ b) [..., N], all of one dtype
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Context = Callable[[], AbstractContextManager[Any]]  # in which a layer is to be called
 
-APEX = ("apex", "build it from github.com/NVIDIA/apex")
+APEX = ("apex", "build it from github.com/NVIDIA/apex")  # the package of that name on PyPI is another project
 TRANSFORMER_ENGINE = ("transformer-engine", "pip install transformer-engine[pytorch]")
 
 
 def norm_of(engine: str, kind: str) -> Norm:
-    """The rmsnorm or layernorm of apex or transformer-engine. Raises UserError when the engine is not installed."""
-    return _apex(kind) if engine == "apex" else _transformer_engine(kind)
-
-
-def _apex(kind: str) -> Norm:
-    """NVIDIA's apex; the package of that name on PyPI is another project, and has no such module."""
-    module = _installed("compute.norms", *APEX, "apex.normalization.fused_layer_norm")
-    if kind == "rmsnorm":
-        return lambda x, weight, _, eps: module.fused_rms_norm_affine(x, weight.to(x.dtype), weight.shape, eps)
-    return lambda x, weight, bias, eps: module.fused_layer_norm_affine(
-        x, weight.to(x.dtype), _or_zeros(bias, weight).to(x.dtype), weight.shape, eps
-    )
-
-
-def _transformer_engine(kind: str) -> Norm:
-    """Its modules, called with our weights in the place of their own."""
-    module = _installed("compute.norms", *TRANSFORMER_ENGINE, "transformer_engine.pytorch")
-    made: dict[Any, Any] = {}
+    """Return the rmsnorm or layernorm of apex or transformer-engine. Raises UserError when it is not installed."""
+    if engine == "apex":
+        apex = _import("compute.norms", *APEX, "apex.normalization.fused_layer_norm")
+        if kind == "rmsnorm":
+            return lambda x, weight, _, eps: apex.fused_rms_norm_affine(x, weight.to(x.dtype), weight.shape, eps)
+        return lambda x, weight, bias, eps: apex.fused_layer_norm_affine(
+            x, weight.to(x.dtype), _or_zeros(bias, weight).to(x.dtype), weight.shape, eps
+        )
+    te = _import("compute.norms", *TRANSFORMER_ENGINE, "transformer_engine.pytorch")
+    layers: dict[Any, Any] = {}
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        # its modules, without parameters of their own, called with our weights
         key = (weight.shape[0], eps)
-        if key not in made:
-            made[key] = (module.RMSNorm if kind == "rmsnorm" else module.LayerNorm)(*key, device="meta")
+        if key not in layers:
+            layers[key] = (te.RMSNorm if kind == "rmsnorm" else te.LayerNorm)(*key, device="meta")
         weights = {"weight": weight.to(x.dtype)}
         if kind == "layernorm":
             weights["bias"] = _or_zeros(bias, weight).to(x.dtype)
-        return functional_call(made[key], weights, (x,))
+        return functional_call(layers[key], weights, (x,))
 
     return norm
 
 
 def _or_zeros(bias: Tensor | None, weight: Tensor) -> Tensor:
+    """Return the bias; both engines' LayerNorms need one."""
     return weight.new_zeros(weight.shape) if bias is None else bias
 
 
 def fused_adam() -> Any:
-    """apex's FusedAdam, the class. Raises UserError when apex, or its CUDA part, is not installed."""
-    _installed("optimizer.engine", *APEX, "amp_C")
-    return _installed("optimizer.engine", *APEX, "apex.optimizers").FusedAdam
+    """Return apex's class FusedAdam. Raises UserError when apex, or its CUDA part, is not installed."""
+    _import("optimizer.engine", *APEX, "amp_C")
+    return _import("optimizer.engine", *APEX, "apex.optimizers").FusedAdam
 
 
 def linear_of(engine: str, device: torch.device, outputs: int, inputs: int) -> Linear:
-    """A linear layer whose three products multiply float8: x and W in E4M3, the output's gradient in E5M2, summed in
-    fp32 and given back in x's type (Micikevicius et al., arXiv 2209.05433). Raises UserError when torchao or
-    transformer-engine is not installed.
+    """Return a linear layer whose three products multiply float8: x and W in E4M3, the output's gradient in E5M2,
+    summed in fp32 and returned in x's dtype (Micikevicius et al., arXiv 2209.05433).
 
-    A tensor is scaled by what brings its largest magnitude of the moment into range, rounded down to a power of two.
-    Such a scale leaves an element's digits as they are, so that they are rounded alike under any scale (but for those
-    2^-14 of the largest and smaller; gradients, 2^-29), and the same on every layout and in every microbatch: a tp
-    rank's part of x, W or dy is scaled by its own largest magnitude without asking the others'.
+    A tensor is scaled by what brings its present largest magnitude into range, rounded down to a power of two. Such a
+    scale leaves an element's digits as they are, so that they are rounded alike under any scale (except those below
+    2^-14 of the largest; for gradients, 2^-29), and the same on every layout and in every microbatch: a tp rank's part
+    of x, W or dy is scaled by its own largest magnitude, without a collective.
+
+    Raises UserError when torchao or transformer-engine is not installed.
     """
-    build = _float8_of_torchao if engine == "torchao" else _float8_of_transformer_engine
-    layer, context = build(device, outputs, inputs)
+    layer: nn.Module
+    context: Callable[[], AbstractContextManager[Any]]
+    if engine == "torchao":
+        float8 = _import("compute.fp8", "torchao", "pip install torchao", "torchao.float8")
+        # GPUs without float8 products emulate them; on CPUs torch itself does
+        emulate = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+        config = float8.Float8LinearConfig(emulate=emulate, round_scales_to_power_of_2=True)
+        layer = nn.Linear(inputs, outputs, bias=False, device="meta")
+        layer, context = float8.convert_to_float8_training(layer, config=config), nullcontext
+    else:
+        te = _import("compute.fp8", *TRANSFORMER_ENGINE, "transformer_engine.pytorch")
+        recipes = _import("compute.fp8", *TRANSFORMER_ENGINE, "transformer_engine.common.recipe")
+        recipe = recipes.Float8CurrentScaling()
+        for tensor in ("fwd_inp", "fwd_weight", "bwd_grad"):
+            setattr(recipe, f"fp8_quant_{tensor}", recipes.QParams(power_2_scale=True))
+        layer = te.Linear(inputs, outputs, bias=False, device="meta")
+        context = partial(te.autocast, enabled=True, recipe=recipe)
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with context():
@@ -86,27 +98,12 @@ def linear_of(engine: str, device: torch.device, outputs: int, inputs: int) -> L
     return linear
 
 
-def _float8_of_torchao(device: torch.device, outputs: int, inputs: int) -> tuple[nn.Module, Context]:
-    """Emulated on GPUs that cannot multiply float8; on CPUs torch does that itself."""
-    float8 = _installed("compute.fp8", "torchao", "pip install torchao", "torchao.float8")
-    emulate = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
-    config = float8.Float8LinearConfig(emulate=emulate, round_scales_to_power_of_2=True)
-    layer = nn.Linear(inputs, outputs, bias=False, device="meta")
-    return float8.convert_to_float8_training(layer, config=config), nullcontext
-
-
-def _float8_of_transformer_engine(_: torch.device, outputs: int, inputs: int) -> tuple[nn.Module, Context]:
-    engine = _installed("compute.fp8", *TRANSFORMER_ENGINE, "transformer_engine.pytorch")
-    recipes = _installed("compute.fp8", *TRANSFORMER_ENGINE, "transformer_engine.common.recipe")
-    recipe = recipes.Float8CurrentScaling()
-    for tensor in ("fwd_inp", "fwd_weight", "bwd_grad"):
-        setattr(recipe, f"fp8_quant_{tensor}", recipes.QParams(power_2_scale=True))
-    layer = engine.Linear(inputs, outputs, bias=False, device="meta")
-    return layer, partial(engine.autocast, enabled=True, recipe=recipe)
-
-
-def _installed(setting: str, engine: str, remedy: str, module: str) -> Any:
+def _import(setting: str, engine: str, remedy: str, module: str) -> Any:
     try:
         return import_module(module)
-    except (ImportError, RuntimeError, OSError) as error:  # or only half of it is, or its libraries are not
+    except (
+        ImportError,
+        RuntimeError,
+        OSError,
+    ) as error:  # also if only a part of it, or of its libraries, is installed
         raise UserError(f"{setting} = {engine!r} is not installed ({error}); {remedy}, or leave it out") from None

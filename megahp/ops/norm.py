@@ -1,17 +1,17 @@
 """RMSNorm and LayerNorm whose backward also measures the per-example gradient norm.
 
-For an input [B, ..., D], whose first dimension counts examples, the backward of a norm holds the weight
-gradient of every example, [B, D], before it sums them into the weight's gradient. Their squares, summed,
-leave as the gradient of an extra zero scalar input, the ``probe``:
+For an input [B, ..., D], whose first dimension counts examples, the backward of a norm has the weight's gradient for
+every example, [B, D], before it sums them. The sum of their squares is returned as the gradient of an extra zero scalar
+input, the ``probe``:
 
     probe.grad += sum_b ||dL/dweight_b||^2 + sum_b ||dL/dbias_b||^2
 
-Autograd thereby accumulates them over microbatches, recomputation and pipeline schedules. (Gray et al.,
-"Normalization Layer Per-Example Gradients are Sufficient to Predict Gradient Noise Scale in Transformers",
-arXiv 2411.00999.)
+So autograd accumulates them over microbatches, recomputation and pipeline schedules, without hooks or global state.
+(Gray et al., "Normalization Layer Per-Example Gradients are Sufficient to Predict Gradient Noise Scale in
+Transformers", arXiv 2411.00999)
 
-The functions ending in ``_reference`` are the ops in plain PyTorch. They serve every device; the C++ kernels
-of ``csrc/``, where built, replace them on theirs.
+The functions ending in ``_reference`` are the ops in plain PyTorch, for every device; the kernels of ``csrc/``, where
+built, replace them on theirs.
 """
 
 import math
@@ -34,7 +34,7 @@ def normalize(
     eps: float,
     group: str = "",
 ) -> Tensor:
-    """LayerNorm, or RMSNorm if not centered, over the last dimension.
+    """Return the LayerNorm of x, or the RMSNorm if not centered, over the last dimension.
 
         centered: y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias     (Ba et al., arXiv 1607.06450)
         else:     y = x / sqrt(mean(x^2) + eps) * weight     (Zhang and Sennrich, arXiv 1910.07467)
@@ -42,21 +42,21 @@ def normalize(
     Args:
         x: [B, ..., D], of B examples; float32, float64, bfloat16 or float16.
         weight: [D], of any floating dtype.
-        bias: as the weight, and None for none; an RMSNorm has none.
+        bias: like the weight, or None; an RMSNorm has none.
         probe: a zero scalar whose gradient becomes sum_b ||dL/dweight_b||^2 + sum_b ||dL/dbias_b||^2; None to measure
             nothing.
         centered: whether the mean is subtracted.
         eps: added to the mean square.
-        group: name of the process group over which the rows of each example are split, as under sequence
-            parallelism; "" for none. For the probe, the per-example gradients are summed over it before they
-            are squared; the gradients of weight and bias remain the sums over this rank's rows.
+        group: name of the process group over which the rows of each example are split, as under sequence parallelism;
+            "" for none. For the probe, the per-example gradients are summed over it before they are squared; the
+            gradients of weight and bias remain the sums over this rank's rows.
 
     Returns:
         y, of the shape and dtype of x. Statistics and sums are float32, float64 for float64 x.
 
     Raises:
         RuntimeError: x is not of a floating dtype or has an empty last dimension, the weight or bias is not [D], or
-            there is a bias but not a center; and on a second differentiation, which there is not.
+            there is a bias but x is not centered; and on a second differentiation, which is not supported.
     """
     return torch.ops.megahp.norm(x, None, 1.0, weight, bias, probe, centered, eps, group)[1]
 
@@ -73,16 +73,16 @@ def add_and_normalize(
     eps: float,
     group: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """The residual stream x + alpha branch and what :func:`normalize` makes of it, in one pass over memory.
+    """Return the residual stream x + alpha branch, and its norm as by :func:`normalize`, in one pass over memory.
 
     Args:
         x: [B, ..., D], the residual stream so far.
-        branch: what is added to it, of the shape and dtype of x.
+        branch: added to it; of the shape and dtype of x.
         alpha: the branch's multiplier.
         weight, bias, probe, centered, eps, group: those of :func:`normalize`.
 
     Returns:
-        The new stream, rounded to the dtype of x, and the norm of what was rounded; both like x.
+        The new stream, rounded to the dtype of x, and the norm of the rounded stream; both like x.
 
     Raises:
         RuntimeError: as :func:`normalize`, and where the branch is not like x.
@@ -90,7 +90,7 @@ def add_and_normalize(
     return torch.ops.megahp.norm(x, branch, alpha, weight, bias, probe, centered, eps, group)[:2]
 
 
-# The ops in plain PyTorch. `probe` and `group` are the backward's business.
+# The ops in plain PyTorch. `probe` and `group` matter to the backward alone.
 
 
 def norm_reference(
@@ -104,9 +104,10 @@ def norm_reference(
     eps: float,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The stream x + alpha branch, like x; y, like x; and the statistics in the accumulation dtype: mean and rstd
-    [2, B, ...] if centered, else rstd [1, B, ...]. Without a branch the stream, which would be x, is empty, [0]: an op
-    may not return its input.
+    """Return the stream x + alpha branch, like x; y, like x; and the statistics in the accumulation dtype: mean and
+    rstd [2, B, ...] if centered, else rstd [1, B, ...].
+
+    Without a branch the stream, which would be x, is empty, [0]: an op may not return its input.
     """
     _check_forward(x, branch, weight, bias, centered)
     stream = x.new_empty(0) if branch is None else torch.add(x.contiguous(), branch.contiguous(), alpha=alpha)
@@ -133,25 +134,23 @@ def norm_backward_reference(
     by_example: bool,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx like x, the gradients of weight and bias (without one empty, [0]), and the sum over examples of their squared
-    norms, a scalar.
+    """Return dx like x, the gradients of weight and bias (without one empty, [0]), and the sum over examples of their
+    squared norms, a scalar; the last three in the accumulation dtype.
 
     x is what was normalized: the stream, where a branch was added. With n = (x - mean) rstd and g = dy weight:
-    dx = (g - mean(g) - n mean(g n)) rstd + dstream, where an RMSNorm has neither of the first two means; over b's rows,
+    dx = (g - mean(g) - n mean(g n)) rstd + dstream, where an RMSNorm has neither mean nor mean(g); over b's rows,
     dweight_b = sum of dy n and dbias_b = sum of dy. `by_example` leaves the sum over examples to the caller, who must
-    sum over other ranks before squaring: dweight and dbias are then [B, D], not [D], and the scalar 0. All three are of
-    the accumulation dtype.
+    sum over other ranks before squaring: dweight and dbias are then [B, D], not [D], and the scalar 0.
     """
     _check_backward(dy, dstream, x, weight, statistics, centered, bias)
-    rows = _widened(x)
+    rows, gradient = _widened(x), _widened(dy)
     if centered:
         rows = rows - statistics[0].unsqueeze(-1)
-    scale = statistics[-1].unsqueeze(-1)
-    normal = rows * scale
-    gradient = _widened(dy)
+    rstd = statistics[-1].unsqueeze(-1)
+    normal = rows * rstd
     g = gradient * _widened(weight)
     deviation = g - g.mean(-1, keepdim=True) if centered else g
-    dx = (deviation - normal * (g * normal).mean(-1, keepdim=True)) * scale
+    dx = (deviation - normal * (g * normal).mean(-1, keepdim=True)) * rstd
     if dstream is not None:
         dx = dx + dstream
     dweight, squares = _sum_examples(_sum_by_example(gradient * normal), by_example)
@@ -170,68 +169,56 @@ def _widened(x: Tensor) -> Tensor:
     return x.contiguous().to(_accumulation_dtype(x))
 
 
-def _inverse_root(mean_square: Tensor) -> Tensor:
-    return mean_square.rsqrt()
-
-
 def _examples(x: Tensor) -> int:
     return x.shape[0] if x.dim() > 1 else 1
 
 
+def _inverse_root(mean_square: Tensor) -> Tensor:
+    return mean_square.rsqrt()
+
+
 def _sum_by_example(terms: Tensor) -> Tensor:
-    """[B, ..., D] to [B, D]."""
+    """Sum over the rows of each example: [B, ..., D] -> [B, D]."""
     return terms.reshape(_examples(terms), math.prod(terms.shape[1:-1]), terms.shape[-1]).sum(1)
 
 
 def _sum_examples(gradients: Tensor, by_example: bool) -> tuple[Tensor, Tensor]:
-    """[B, D] to [D] and the sum of squares of what was summed; or, by example, as it is and 0."""
+    """Return the sum over examples, [B, D] -> [D], and the sum of their squares; by example, the input and 0."""
     if by_example:
         return gradients, gradients.new_zeros(())
     return gradients.sum(0), gradients.square().sum()
 
 
 def _check_forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, centered: bool) -> None:
-    _check_input(x, weight)
-    _check_center(centered, bias is not None)
-    if bias is not None:
-        _check_input(x, bias)
-    if branch is not None:
-        _check_like(branch, x, "branch")
+    torch._check(x.is_floating_point(), lambda: f"norm: x must be floating point, not {x.dtype}")
+    torch._check(x.dim() >= 1 and x.shape[-1] >= 1, lambda: "norm: x must be [..., D] with D >= 1")
+    torch._check(
+        all(vector is None or vector.shape == x.shape[-1:] for vector in (weight, bias)),
+        lambda: f"norm: weight and bias must be [D] with D = {x.shape[-1]}, the last dimension of x",
+    )
+    torch._check(centered or bias is None, lambda: "norm: a norm that is not centered has no bias")
+    _check_like(x, branch=branch)
 
 
 def _check_backward(
     dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, statistics: Tensor, centered: bool, bias: bool
 ) -> None:
-    _check_input(x, weight)
-    _check_center(centered, bias)
-    _check_like(dy, x, "dy")
-    if dstream is not None:
-        _check_like(dstream, x, "dstream")
+    _check_forward(x, None, weight, weight if bias else None, centered)
+    _check_like(x, dy=dy, dstream=dstream)
     torch._check(
         statistics.shape == (1 + centered, *x.shape[:-1]) and statistics.dtype == _accumulation_dtype(x),
         lambda: "norm backward: the statistics must be those the forward returned for x",
     )
 
 
-def _check_input(x: Tensor, weight: Tensor) -> None:
-    torch._check(x.is_floating_point(), lambda: f"norm: x must be floating point, not {x.dtype}")
-    torch._check(x.dim() >= 1 and x.shape[-1] >= 1, lambda: "norm: x must be [..., D] with D >= 1")
-    torch._check(
-        weight.dim() == 1 and weight.shape[0] == x.shape[-1],
-        lambda: f"norm: weight and bias must be [D] with D = {x.shape[-1]}, the last dimension of x",
-    )
+def _check_like(x: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None:
+            torch._check(other.shape == x.shape, lambda name=name: f"norm: {name} and x must have the same shape")
+            torch._check(other.dtype == x.dtype, lambda name=name: f"norm: {name} and x must have the same dtype")
 
 
-def _check_center(centered: bool, bias: bool) -> None:
-    torch._check(centered or not bias, lambda: "norm: a norm that is not centered has no bias")
-
-
-def _check_like(other: Tensor, x: Tensor, name: str) -> None:
-    torch._check(other.shape == x.shape, lambda: f"norm: {name} and x must have the same shape")
-    torch._check(other.dtype == x.dtype, lambda: f"norm: {name} and x must have the same dtype")
-
-
-# What the compiler needs to know: shapes and dtypes.
+# Shapes and dtypes of the results, for the compiler.
 
 
 def _norm_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,12 +236,11 @@ def _norm_backward_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), dweight, dbias, statistics.new_empty(())
 
 
-# Autograd.
-
-
 class _Differentiable(torch.autograd.Function):
-    """The forward op with gradients. What torch.library.register_autograd would make of it takes time by the square of
-    the number of arguments, here nine (torch 2.13: fill_defaults asks the schema for all of them once for each).
+    """Give the forward op its gradients.
+
+    torch.library.register_autograd would take time by the square of the number of arguments, here nine (torch 2.13:
+    fill_defaults asks the schema for all of them once for each).
     """
 
     @staticmethod
@@ -262,7 +248,7 @@ class _Differentiable(torch.autograd.Function):
         x, branch, ctx.alpha, weight, bias, probe, ctx.centered, _, ctx.group = inputs
         stream, y, statistics = _below_autograd(*inputs)
         ctx.mark_non_differentiable(statistics, *([stream] if branch is None else []))
-        # Outputs nobody differentiates come to the backward as None, not as zeros to be made and read.
+        # gradients of outputs that nothing uses come to the backward as None, not as zeros to be made and read
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if branch is None else stream, weight, statistics)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -271,12 +257,24 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dstream: Tensor | None, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        _, needs_branch, *_ = ctx.needs_input_grad
-        dx, dweight, dbias, squares = _differentiated(ctx, dstream, dy)
+        _, needs_branch, _, _, _, needs_probe, _, _, _ = ctx.needs_input_grad
+        dx, dweight, dbias, dprobe = dstream, None, None, None
+        if dy is not None:
+            x, weight, statistics = ctx.saved_tensors
+            by_example, has_bias = bool(needs_probe and ctx.group), ctx.bias_dtype is not None
+            dx, dweight, dbias, squares = torch.ops.megahp.norm_backward(
+                dy, dstream, x, weight, statistics, ctx.centered, by_example, has_bias
+            )
+            if by_example:  # each rank of the group has a part of every example: sum first, then square
+                parts = torch.stack([dweight, dbias] if has_bias else [dweight])
+                squares = collectives.all_reduce(parts, "sum", ctx.group).square().sum()
+                dweight, dbias = dweight.sum(0), dbias.sum(0)
+            dweight, dbias = dweight.to(weight.dtype), dbias.to(ctx.bias_dtype) if has_bias else None
+            dprobe = squares.to(ctx.probe_dtype) if needs_probe else None
         dbranch = dx if needs_branch else None
         if dbranch is not None and ctx.alpha != 1:
             dbranch = ctx.alpha * dbranch
-        return dx, dbranch, None, dweight, dbias, squares, None, None, None
+        return dx, dbranch, None, dweight, dbias, dprobe, None, None, None
 
 
 def _norm_autograd(*inputs: Any) -> tuple[Tensor, ...]:
@@ -288,29 +286,11 @@ def _below_autograd(*inputs: Any) -> tuple[Tensor, ...]:
         return torch.ops.megahp.norm(*inputs)
 
 
-def _differentiated(ctx: Any, dstream: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of what was normalized, of weight, bias and probe."""
-    if dy is None:
-        return dstream, None, None, None
-    x, weight, statistics = ctx.saved_tensors
-    *_, needs_probe, _, _, _ = ctx.needs_input_grad
-    by_example, biased = bool(needs_probe and ctx.group), ctx.bias_dtype is not None
-    dx, dweight, dbias, squares = torch.ops.megahp.norm_backward(
-        dy, dstream, x, weight, statistics, ctx.centered, by_example, biased
-    )
-    if by_example:  # of examples that lie in parts on the ranks of the group
-        parts = torch.stack([dweight, dbias] if biased else [dweight])
-        squares = collectives.all_reduce(parts, "sum", ctx.group).square().sum()
-        dweight, dbias = dweight.sum(0), dbias.sum(0) if biased else None
-    dbias = dbias.to(ctx.bias_dtype) if biased else None
-    return dx, dweight.to(weight.dtype), dbias, squares.to(ctx.probe_dtype) if needs_probe else None
-
-
 def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError("megahp's norms have no second derivative")
 
 
-# Registration: the schemas, and what serves them.
+# Registration: the schemas and their implementations.
 
 
 def _register(schema: str, reference: Any, fake: Any) -> None:

@@ -1,6 +1,15 @@
-"""Collectives with their adjoints: each pair stands together, named by what it does to an activation.
+"""Collectives and their adjoints, in pairs, named after what the forward pass does to an activation.
 
-Every function is the identity on a group of one. Sums are sums: nothing here averages.
+| forward | adjoint |
+|---|---|
+| `copy_to`: identity | all-reduce |
+| `sum_from`: all-reduce | identity |
+| `gather_from`: all-gather | reduce-scatter |
+| `sum_scatter`: reduce-scatter | all-gather |
+| `exchange`: all-to-all | all-to-all the other way |
+
+Each is the identity on a group of one rank. All sum and none averages: losses are divided by the tokens of the whole
+global batch before the backward pass, so a sum over ranks is the gradient already.
 """
 
 from collections.abc import Sequence
@@ -12,20 +21,21 @@ from torch import Tensor
 from torch.autograd import Function
 
 Group = dist.ProcessGroup
-# torch 2.13 gave these two new names, and warns at each use of the old
+# torch 2.13 renamed these two and warns at each use of the old names
 gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """A new tensor: x reduced over the group. Not differentiable."""
+    """Return x reduced over the group, in a new tensor. Not differentiable."""
     y = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(y, op, group)
     return y
 
 
 def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
-    """The ranks' x, concatenated along dim. Not differentiable."""
+    """Return the ranks' x concatenated along dim. Not differentiable."""
+    # the collective concatenates along dimension 0 alone, and wants contiguous memory
     x = x.movedim(dim, 0).contiguous()
     y = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
     gather_into(y, x, group)
@@ -33,7 +43,7 @@ def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's slice along dim of x summed over the group. Not differentiable."""
+    """Return this rank's slice along dim of the sum of x over the group. Not differentiable."""
     x = x.movedim(dim, 0).contiguous()
     y = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     reduce_scatter_into(y, x, group=group)
@@ -41,7 +51,7 @@ def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
-    """So many rows of x, from its first on, sent to each rank, for so many received from each. Not differentiable."""
+    """Send sent[r] consecutive rows of x to each rank r and return the received[r] rows of each. Not differentiable."""
     y = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(y, x.contiguous(), received, sent, group)
     return y
@@ -102,25 +112,25 @@ class _Exchange(Function):
 
 
 def copy_to(x: Tensor, group: Group) -> Tensor:
-    """Identity; the gradient is summed over the group, whose ranks each use x for a part of the work."""
+    """Return x, of which each rank computes a part of the result; the gradient is summed over the group."""
     return x if group.size() == 1 else _Copy.apply(x, group)
 
 
 def sum_from(x: Tensor, group: Group) -> Tensor:
-    """Sum of the ranks' parts; the gradient goes to every part unchanged."""
+    """Return the sum of the ranks' partial results; each gets the gradient unchanged."""
     return x if group.size() == 1 else _Sum.apply(x, group)
 
 
 def gather_from(x: Tensor, dim: int, group: Group) -> Tensor:
-    """The ranks' slices put together along dim; the gradient is summed and sliced again."""
+    """Return the ranks' slices concatenated along dim; the gradient is summed and sliced again."""
     return x if group.size() == 1 else _Gather.apply(x, dim, group)
 
 
 def sum_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's slice along dim of the sum of the parts; the gradient is put together again."""
+    """Return this rank's slice along dim of the sum of the partial results; the gradient is gathered."""
     return x if group.size() == 1 else _SumScatter.apply(x, dim, group)
 
 
 def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
-    """`all_to_all`; the rows' gradients go back to where they came from."""
+    """Exchange rows as `all_to_all` does; their gradients return to the ranks that sent them."""
     return x if group.size() == 1 else _Exchange.apply(x, sent, received, group)

@@ -1,7 +1,7 @@
-"""Context parallelism: the cp ranks share out the tokens of every sequence, and gather its keys and values.
+"""Context parallelism: every sequence is sharded over the cp ranks, which gather its keys and values.
 
-A sequence is cut into 2 cp chunks; rank r holds the r-th from either end. Under causal attention each chunk costs more
-than the one before, so two such cost as much on any rank. (Llama 3, arXiv 2407.21783, section 3.3.2, does the same.)
+A sequence is split into 2 cp chunks; rank r holds the r-th from either end. Under causal attention a chunk costs more
+than the one before it, and the two costs add up to the same on every rank. (Llama 3, arXiv 2407.21783, section 3.3.2.)
 """
 
 import torch
@@ -12,7 +12,7 @@ from megahp.parallel.mesh import Axis
 
 
 def spans(length: int, context: Axis) -> list[slice]:
-    """Where this rank's tokens lie in a sequence of this length, a multiple of 2 cp; from first to last."""
+    """Return the spans of this rank's tokens in a sequence, first to last. length: a multiple of 2 cp."""
     if context.size == 1:
         return [slice(0, length)]
     chunk = length // (2 * context.size)
@@ -21,7 +21,7 @@ def spans(length: int, context: Axis) -> list[slice]:
 
 
 def shard_sequence(x: Tensor, dim: int, context: Axis) -> Tensor:
-    """This rank's tokens of x, which holds whole sequences along dim."""
+    """Return this rank's tokens of x, which holds whole sequences along dim."""
     if context.size == 1:
         return x
     chunks = x.chunk(2 * context.size, dim)
@@ -29,11 +29,12 @@ def shard_sequence(x: Tensor, dim: int, context: Axis) -> Tensor:
 
 
 def gather_sequence(x: Tensor, dim: int, context: Axis) -> Tensor:
-    """Whole sequences along dim, of which x holds this rank's tokens; the gradient is summed and shared out again."""
+    """Return whole sequences along dim from the ranks' tokens x; the gradient is summed and sharded again."""
     return x if context.size == 1 else restore_order(gather_from(x, dim, context.group), dim, context.size)
 
 
 def restore_order(x: Tensor, dim: int, size: int) -> Tensor:
-    """The tokens of `size` ranks, which stand along dim one rank's after the other's, in the order of the sequence."""
-    chunks = x.chunk(2 * size, dim)  # by turns one from the front and one, going backwards, from the end
+    """Reorder the tokens of `size` ranks, concatenated along dim rank by rank, into the order of the sequence."""
+    # even chunks ascend from the front of the sequence; odd ones descend from its end
+    chunks = x.chunk(2 * size, dim)
     return torch.cat((*chunks[::2], *chunks[::-2]), dim)

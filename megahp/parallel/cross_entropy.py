@@ -1,4 +1,4 @@
-"""The loss that never holds its logits: unembedding and cross-entropy in one, a slice of the vocabulary at a time."""
+"""Unembedding and cross-entropy in one, a slice of the vocabulary at a time, so that the logits are never all held."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,25 +13,25 @@ from torch.autograd.function import once_differentiable
 from megahp.parallel.collectives import all_reduce
 from megahp.parallel.mesh import Axis
 
-LOGITS_AT_ONCE = 2**21  # 8 MiB of fp32, which a CPU's cache holds (docs/benchmarks/loss.md)
+LOGITS_AT_ONCE = 2**21  # 8 MiB of fp32, which fits a CPU's cache (measured: docs/benchmarks/loss.md)
 
 
-@torch.compiler.disable  # traced, backward's logits are found to equal forward's, and all of them are kept
+@torch.compiler.disable  # compiled, forward's and backward's logits would be merged, and all of them kept
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis) -> Tensor:
-    """Per-token losses in nats, log sum exp(x W^T) - (x W^T)[target], that never hold x W^T.
+    """Return per-token losses in nats, log sum exp(x W^T) - (x W^T)[target], without ever holding x W^T.
 
     Args:
         x: [..., width], whole on every tp rank (from `enter`, whose adjoint sums the ranks' gradients); fp64, fp32,
             bf16 or fp16.
         weight: [vocabulary / tp, width], this rank's rows, of any floating dtype; multiplied in x's.
         targets: [...], int64 in 0 .. vocabulary, which is not checked.
-        axis: the ranks that share out the vocabulary.
+        axis: the ranks that the vocabulary is split over.
 
     Returns:
         Losses [...], and so all sums, in fp32; in fp64 for fp64 x. Can be differentiated once.
     """
     losses = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), axis)
-    return losses.view_as(targets).clone()  # FSDP2 hooks on to a module's output, which therefore is no view
+    return losses.view_as(targets).clone()  # FSDP2 hooks on to a module's output, which must not be a view
 
 
 class _LinearCrossEntropy(Function):
@@ -44,8 +44,8 @@ class _LinearCrossEntropy(Function):
     token, are not known before backward.
 
     Slices are of the vocabulary, not of the tokens: a row of the weight's gradient is then one product over all tokens,
-    as in the plain path, and there is no [vocabulary, width] in fp32 to add slices up in. Only x's gradient is a sum
-    over slices, in fp32. Ranks meet twice in forward and not at all in backward, however many slices there are.
+    as in the plain path, and needs no [vocabulary, width] accumulator in fp32. Only x's gradient is a sum over slices,
+    in fp32. Ranks communicate twice in forward and not at all in backward, however many slices there are.
     """
 
     @staticmethod
@@ -53,15 +53,14 @@ class _LinearCrossEntropy(Function):
         targets = targets - axis.rank * len(weight)
         largest = x.new_full(targets.shape, -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))
         total, target_logit = torch.zeros_like(largest), torch.zeros_like(largest)
-        for start, rows in _slices(weight, x):
+        for _, rows, index, is_target in _slices(x, weight, targets):
             logits = F.linear(x, rows).to(total.dtype)
-            index, here = _find(targets, start, len(rows))
-            target_logit = logits.gather(1, index).squeeze(1).where(here, target_logit)
+            target_logit = logits.gather(1, index).squeeze(1).where(is_target, target_logit)
             before, largest = largest, largest.maximum(logits.amax(1))
             total = total * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
-        if axis.size > 1:
-            own, largest = largest, all_reduce(largest, axis.group, dist.ReduceOp.MAX)
-            total, target_logit = all_reduce(torch.stack((total * (own - largest).exp(), target_logit)), axis.group)
+        if axis.size > 1:  # the maximum must be known to all before the sums, which are relative to it, can be added
+            before, largest = largest, all_reduce(largest, axis.group, dist.ReduceOp.MAX)
+            total, target_logit = all_reduce(torch.stack((total * (before - largest).exp(), target_logit)), axis.group)
         ctx.save_for_backward(x, weight, targets, largest, total)
         return total.log() - (target_logit - largest)
 
@@ -71,31 +70,29 @@ class _LinearCrossEntropy(Function):
         x, weight, targets, largest, total = ctx.saved_tensors
         scale = (grads[0] / total)[:, None]
         grad_x, grad_weight = torch.zeros_like(x, dtype=total.dtype), torch.empty_like(weight)
-        for start, rows in _slices(weight, x):
-            logits = F.linear(x, rows).to(total.dtype)
-            grad = logits.sub_(largest[:, None]).exp_().mul_(scale)
-            index, here = _find(targets, start, len(rows))
-            grad = grad.scatter_add_(1, index, -grads[0].where(here, 0)[:, None]).to(x.dtype)
+        for start, rows, index, is_target in _slices(x, weight, targets):
+            # d loss / d logits = softmax - one-hot(target)
+            grad = F.linear(x, rows).to(total.dtype).sub_(largest[:, None]).exp_().mul_(scale)
+            grad = grad.scatter_add_(1, index, -grads[0].where(is_target, 0)[:, None]).to(x.dtype)
             grad_x += grad @ rows
             grad_weight[start : start + len(rows)] = grad.T @ x
         return grad_x.to(x.dtype), grad_weight, None, None
 
 
-def _slices(weight: Tensor, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The first row's number and the rows, in x's dtype, of one slice of the weight after the other."""
+def _slices(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Yield slices of the weight: its first row's index; the rows in x's dtype; the position of each target in them,
+    [n, 1], 0 where it is in another slice; and whether it is in this one, [n]."""
     size = rows_at_once(*x.shape)
     for start in range(0, len(weight), size):
-        yield start, weight[start : start + size].to(x.dtype)
+        rows, index = weight[start : start + size].to(x.dtype), targets - start
+        is_target = (index >= 0) & (index < len(rows))
+        yield start, rows, index.where(is_target, 0)[:, None], is_target
 
 
 def rows_at_once(tokens: int, width: int) -> int:
-    """Rows of the vocabulary whose logits are held at a time. At least `width`: then the logits are as large as x's
-    gradient, and adding to that, once a slice, takes little beside the products."""
+    """Return the number of vocabulary rows whose logits are held at a time.
+
+    At least `width`: the logits are then as large as x's gradient, and adding to that once a slice costs little beside
+    the products.
+    """
     return max(width, LOGITS_AT_ONCE // max(tokens, 1))
-
-
-def _find(targets: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """Where each target stands among `count` rows from `start`, [n, 1], or 0; and whether it is there, [n]."""
-    index = targets - start
-    here = (index >= 0) & (index < count)
-    return index.where(here, 0)[:, None], here

@@ -21,60 +21,62 @@ def shard(
     compute: torch.dtype,
     master: torch.dtype,
 ) -> None:
-    """Shard the parameters over the data- and context-parallel ranks: one unit a block, one for the rest, and one for
-    a block's experts, of which other such ranks hold the same. Where there is one such rank nothing is done.
+    """Shard the parameters over the data- and context-parallel ranks; do nothing where there is one such rank.
 
-    Weights are gathered in the compute type and gradients reduced in the master type. Probes are scalars and cannot
-    be sharded; they stay out of it.
+    FSDP2 gathers and reduces unit by unit: a block's experts, the rest of a block, and what is outside the blocks.
+    Weights are gathered in the compute dtype, gradients reduced in the master dtype.
     """
     if mesh.layout.dp * mesh.layout.cp == 1:
         return
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
-    ignored = set(probes(model).values())
-    # a zero-bubble schedule finds no gradients of weights that were gathered twice for one microbatch
-    sharded = partial(fully_shard, mp_policy=policy, reshard_after_forward=parallel.zero_level == 3)
-    of_experts, of_rest = mesh.fsdp(EXPERT_SHARDS), mesh.fsdp()
-    for experts in _experts(model):
-        sharded(experts, mesh=of_experts, shard_placement_fn=partial(_even, of_experts.shape[-1]))
+    # Pipelines do not reshard after forward (zero_level is then 1): under zero-bubble schedules, weights gathered twice
+    # for a microbatch would get no gradients, silently.
+    shard_unit = partial(fully_shard, mp_policy=policy, reshard_after_forward=parallel.zero_level == 3)
+    expert_mesh, rest_mesh = mesh.fsdp(EXPERT_SHARDS), mesh.fsdp()
+    shards = expert_mesh.shape[-1]
+
+    def divisible(weight: nn.Parameter) -> Shard:
+        """Return a dimension that the shards divide: there may be fewer experts than shards."""
+        return Shard(next((dim for dim, size in enumerate(storage(weight).shape) if size % shards == 0), 0))
+
+    # Inside out: a module takes the parameters that no module inside it has taken. Experts come first because the ranks
+    # along ep hold different ones, so their shards and their sums leave that axis out.
+    for module in model.modules():
+        if any(row.experts for row in getattr(module, "rows", {}).values()):
+            shard_unit(module, mesh=expert_mesh, shard_placement_fn=divisible)
+    ignored = set(probes(model).values())  # scalars, which FSDP2 cannot shard
     for module in (*blocks, model):
-        sharded(module, mesh=of_rest, ignored_params=ignored)
-    units = _units(model)
-    for unit in units:
-        # the loss is divided by the global batch already; on gloo the factor alone would still average
+        shard_unit(module, mesh=rest_mesh, ignored_params=ignored)
+    for unit in fsdp_units(model):
+        # A sum, since the loss is divided by the tokens of the global batch already. Both calls are needed: on gloo a
+        # factor of 1 alone would still average.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    _prefetch([block for block in units if block in blocks], parallel.prefetch)
+    if count := parallel.prefetch:
+        # without this FSDP2 gathers one block ahead, and only once it is certain to be next
+        sharded = [unit for unit in fsdp_units(model) if unit in blocks]
+        for index, unit in enumerate(sharded):
+            unit.set_modules_to_forward_prefetch(sharded[index + 1 : index + 1 + count])
+            unit.set_modules_to_backward_prefetch(sharded[max(0, index - count) : index][::-1])
 
 
-def before(model: nn.Module, last: bool, parallel: ParallelConfig) -> None:
-    """Prepare the next forward and backward pass, the step's last one or not: whether gradients are communicated
-    after it, and whether the gathered weights are kept."""
+def prepare_pass(model: nn.Module, is_last: bool, parallel: ParallelConfig) -> None:
+    """Decide, before one microbatch's forward and backward pass, whether its gradients are reduced and its weights
+    resharded afterwards. is_last: it is the step's last microbatch.
+
+    Gradients add up on every rank and are reduced once a step, unless parallel.reduce = "every". ZeRO-1 gathers weights
+    once a step, so it keeps them until the last backward pass.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or parallel.reduce == "every")
-        model.set_reshard_after_backward(last or parallel.zero_level > 1)
+        model.set_requires_gradient_sync(is_last or parallel.reduce == "every")
+        model.set_reshard_after_backward(is_last or parallel.zero_level > 1)
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of whatever weights are gathered."""
-    for unit in _units(model):
+    """Free the gathered weights."""
+    for unit in fsdp_units(model):
         unit.reshard()
 
 
-def _prefetch(units: list[FSDPModule], count: int) -> None:
-    """Gather so many blocks ahead of the one that computes; FSDP2 itself takes one when its turn is certain."""
-    for index, unit in enumerate(units if count else []):
-        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + count])
-        unit.set_modules_to_backward_prefetch(units[max(0, index - count) : index][::-1])
-
-
-def _experts(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if any(row.experts for row in getattr(module, "rows", {}).values())]
-
-
-def _even(shards: int, weight: nn.Parameter) -> Shard:
-    """The first dimension that the shards divide, since there may be fewer experts than shards."""
-    return Shard(next((dim for dim, size in enumerate(storage(weight).shape) if size % shards == 0), 0))
-
-
-def _units(model: nn.Module) -> list[FSDPModule]:
+def fsdp_units(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -9,8 +9,8 @@ from megahp.errors import UserError
 from megahp.launch import World, has_own_device
 
 
-def cuda_wanted(config: Config) -> bool:
-    """Whether this run computes on CUDA devices."""
+def uses_cuda(config: Config) -> bool:
+    """Return whether this run computes on CUDA devices."""
     return config.train.device == "cuda" or (config.train.device == "auto" and torch.cuda.is_available())
 
 
@@ -24,21 +24,22 @@ def cores_here() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_devices(config: Config, ranks_here: int) -> None:
-    """Raise UserError when this machine has fewer CUDA devices than the run would use on it."""
+def check_devices(config: Config, local_ranks: int) -> None:
+    """Raise UserError when this machine has fewer CUDA devices than ranks."""
     devices = torch.cuda.device_count()
-    if cuda_wanted(config) and devices < ranks_here and not (devices == 1 and has_own_device()):
+    # a launcher may show each rank its own device alone: then every rank counts one
+    if uses_cuda(config) and devices < local_ranks and not (devices == 1 and has_own_device()):
         raise UserError(
-            f"train.device = {config.train.device!r} needs a CUDA device for each of {ranks_here} ranks and this "
+            f"train.device = {config.train.device!r} needs a CUDA device for each of {local_ranks} ranks and this "
             f"machine has {devices}; start fewer ranks, or set train.device=cpu"
         )
 
 
-def device_of(config: Config, place: World) -> torch.device:
-    """This rank's device. Ranks on CPUs share the machine's cores between them."""
-    if cuda_wanted(config):
-        number = 0 if torch.cuda.device_count() == 1 and has_own_device() else place.local_rank
-        torch.cuda.set_device(number)
-        return torch.device("cuda", number)
-    torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
+def device_of(config: Config, world: World) -> torch.device:
+    """Return this rank's device, and make it torch's current one; on CPUs, divide the cores among the local ranks."""
+    if uses_cuda(config):
+        index = 0 if torch.cuda.device_count() == 1 and has_own_device() else world.local_rank
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
     return torch.device("cpu")

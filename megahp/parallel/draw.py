@@ -1,4 +1,4 @@
-"""Drawing weights and masks: the same bits on every layout and device, from (seed, name, block of rows)."""
+"""Drawing weights and masks from (seed, name, block of rows): the same bits on every layout and device."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from megahp.parallel.parameters import extent, parameters, probes, rows, storage
 from megahp.scaling.parameterization import Table
 
-ROWS_PER_DRAW = 256  # a rank draws whole blocks of so many rows, and only those it holds a part of
+# A rank draws every block of which it holds a part, so a small number wastes less; each costs a hash and a generator.
+ROWS_PER_DRAW = 256
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, table: Table, init_std: float, seed: int) -> None:
-    """Draw every parameter in place: the same bits on every layout and device, from (seed, name, block of rows).
-    Buffers start at 0."""
+    """Draw every parameter in place. Biases and gains get their constants; probes and buffers start at 0."""
     by_name = rows(model)
     for name, weight in parameters(model):
         row, part = by_name[name], storage(weight)
@@ -30,7 +30,7 @@ def initialise(model: nn.Module, table: Table, init_std: float, seed: int) -> No
 
 
 def draw_mask(name: str, weight: Tensor, density: float, seed: int) -> Tensor:
-    """This rank's part of a bool mask laid out as the weight is, each entry true with probability `density`."""
+    """Return this rank's part of a bool mask sharded like the weight, each entry true with probability `density`."""
     if density == 1:
         return torch.ones_like(storage(weight), dtype=torch.bool)
     uniform = _draw(f"{name}.mask", weight.shape, *extent(weight), seed, "random")
@@ -40,11 +40,13 @@ def draw_mask(name: str, weight: Tensor, density: float, seed: int) -> Tensor:
 def _draw(
     name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], seed: int, distribution: str
 ) -> Tensor:
-    """This window of the matrix of this name, whose other rows are not drawn. Of several matrices each has a name of
-    its own. distribution: as numpy's generators call it, standard_normal or random (uniform in [0, 1))."""
+    """Return a window of the tensor of this name, fp32 on the CPU, drawing only the blocks of rows it touches.
+
+    distribution: a method of numpy's generators: standard_normal, or random (uniform in [0, 1)).
+    """
     if 0 in sizes:
         return torch.empty(*sizes)
-    if len(shape) > 2:
+    if len(shape) > 2:  # a stack of matrices, such as experts: each has a name of its own, whatever ep deals it to
         numbers = range(offsets[0], offsets[0] + sizes[0])
         windows = [_draw(f"{name}.{n}", shape[1:], offsets[1:], sizes[1:], seed, distribution) for n in numbers]
         return torch.stack(windows)

@@ -1,6 +1,6 @@
-"""Expert parallelism: tokens travel to the ranks that hold their experts, and what these make of them travels back.
+"""Expert parallelism: tokens travel to the ranks that hold their experts, and the results travel back.
 
-No token is dropped, whatever the load, and every sum is in an order of its own, so results are the same at each run.
+No token is dropped, whatever the load, and every sum has a fixed order, so that repeated runs agree to the last bit.
 """
 
 from collections.abc import Callable
@@ -17,40 +17,44 @@ Experts = Callable[[Tensor, list[int]], Tensor]
 
 
 def apply_experts(experts: Experts, x: Tensor, chosen: Tensor, load: Tensor, axis: Axis) -> Tensor:
-    """What each token's experts make of it.
+    """Return the outputs of each token's experts, [n, k, width].
 
     Args:
-        experts: of rows [m, width], in the order of this rank's experts, and how many rows each one has (which may be
-            none), makes [m, width].
+        experts: maps rows [m, width], sorted by this rank's experts, and the number of rows of each (which may be 0) to
+            [m, width].
         x: tokens [n, width] of any floating dtype.
-        chosen: [n, k], int64: numbers of each token's experts, of all there are.
-        load: [experts], int64: how often each is in `chosen`.
-        axis: the ranks the experts are dealt to in equal runs.
-
-    Returns:
-        [n, k, width].
+        chosen: [n, k], int64: global indices of each token's experts.
+        load: [experts], int64: how often each occurs in `chosen`.
+        axis: the ranks, each of which holds experts / ranks consecutive ones.
     """
+    # stable, or equal indices could come in another order on another device
     order = chosen.flatten().argsort(stable=True)
-    rows = _rearrange(x, order, copies=chosen.shape[1])
-    out = _elsewhere(experts, rows, load, axis) if axis.size > 1 else experts(rows, load.tolist())
-    return _rearrange(out, _inverse(order)).unflatten(0, chosen.shape)
+    rows = _Permute.apply(x, order, chosen.shape[1])  # [n k, width], sorted by expert
+    out = experts(rows, load.tolist()) if axis.size == 1 else _exchange_and_apply(experts, rows, load, axis)
+    return _Permute.apply(out, _inverse(order), 1).unflatten(0, chosen.shape)
 
 
-def _elsewhere(experts: Experts, rows: Tensor, load: Tensor, axis: Axis) -> Tensor:
-    """The same of rows sorted by expert, each computed on the rank that holds it."""
-    sent = load.unflatten(0, (axis.size, -1))  # by rank, by its experts
-    received = all_to_all(sent, [1] * axis.size, [1] * axis.size, axis.group)  # from each rank, for this one's experts
-    by_rank, from_rank = torch.stack((sent, received)).tolist()  # one wait for the device, before anything is queued
-    there, here = [sum(counts) for counts in by_rank], [sum(counts) for counts in from_rank]
-    arrived = exchange(rows, there, here, axis.group)  # from one rank after the other, each sorted by expert
-    numbers = torch.arange(received.shape[1], device=rows.device).repeat(axis.size)
-    order = numbers.repeat_interleave(received.flatten(), output_size=sum(here)).argsort(stable=True)
-    out = experts(_rearrange(arrived, order), [sum(counts) for counts in zip(*from_rank, strict=True)])
-    return exchange(_rearrange(out, _inverse(order)), here, there, axis.group)
+def _exchange_and_apply(experts: Experts, rows: Tensor, load: Tensor, axis: Axis) -> Tensor:
+    """Return the experts' outputs of rows sorted by expert, each computed on the rank that holds its expert."""
+    sent = load.unflatten(0, (axis.size, -1))  # [rank, its expert]
+    received = all_to_all(sent, [1] * axis.size, [1] * axis.size, axis.group)  # [source rank, local expert]
+    # the host must know the sizes: one wait for the device, before anything is queued behind it
+    sent_counts, received_counts = torch.stack((sent, received)).tolist()
+    outgoing, incoming = [sum(counts) for counts in sent_counts], [sum(counts) for counts in received_counts]
+    arrived = exchange(rows, outgoing, incoming, axis.group)  # by source rank, of each sorted by expert
+    # the experts want all ranks' rows of one expert together; those of one rank stay in order
+    local_experts = torch.arange(received.shape[1], device=rows.device).repeat(axis.size)
+    order = local_experts.repeat_interleave(received.flatten(), output_size=sum(incoming)).argsort(stable=True)
+    counts = [sum(counts) for counts in zip(*received_counts, strict=True)]
+    out = _Permute.apply(experts(_Permute.apply(arrived, order, 1), counts), _inverse(order), 1)
+    return exchange(out, incoming, outgoing, axis.group)
 
 
-class _Rearrange(Function):
-    """x[order // copies]. An index's own gradient would add up a row's copies in any order."""
+class _Permute(Function):
+    """x[order // copies]: the rows of x [n, width], repeated `copies` times each, in this order [n copies].
+
+    The gradient of torch's own indexing would add up the copies of a row in any order, not the same in each run.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, copies: int) -> Tensor:
@@ -64,11 +68,6 @@ class _Rearrange(Function):
         return grads[0][_inverse(order)].unflatten(0, (-1, ctx.copies)).sum(1), None, None
 
 
-def _rearrange(x: Tensor, order: Tensor, copies: int = 1) -> Tensor:
-    """Rows of x [n, width], of which there are first made so many copies each, in this order [n copies]."""
-    return _Rearrange.apply(x, order, copies)
-
-
 def _inverse(order: Tensor) -> Tensor:
-    """The order that undoes this one."""
+    """Return the permutation that undoes `order`."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

@@ -1,4 +1,4 @@
-"""The device mesh: every group of ranks the model, the optimizer and the checkpoints talk over."""
+"""The device mesh: every process group that the model, the optimizer and the checkpoints communicate over."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megahp import launch
 from megahp.config import Config
-from megahp.parallel.device import cuda_wanted, device_of
+from megahp.parallel.device import device_of, uses_cuda
 from megahp.parallel.layout import AXES, Layout
 
-SHARDS = ("dp_shard", "ep", "cp")  # the axes that share out a weight between them, beside tensor parallelism
+SHARDS = ("dp_shard", "ep", "cp")  # the axes that FSDP2 shards a weight over
+EXPERT_SHARDS = ("dp_shard", "cp")  # and an expert's: ranks along ep hold other experts
 WITHIN_STAGE = ("dp_replicate", "dp_shard", "ep", "cp", "tp")  # the axes of one pipeline stage
-EXPERT_SHARDS = ("dp_shard", "cp")  # and an expert's, which lies on one rank along ep
 
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's place on one axis of the mesh."""
+    """Hold this rank's position on one axis of the mesh."""
 
     size: int
     rank: int
@@ -27,39 +27,36 @@ class Axis:
 
 @dataclass(frozen=True)
 class TensorAxis(Axis):
-    """This rank's place on the tensor-parallel axis, and on the others that layers need to know of."""
+    """Hold this rank's position on the tensor-parallel axis, and what else layers need of the mesh."""
 
     sequence_parallel: bool
-    tokens: dist.ProcessGroup  # the ranks an example's tokens lie on outside the matrix products
-    heads: dist.ProcessGroup  # the ranks its tokens and heads lie on inside attention
+    tokens: dist.ProcessGroup  # ranks that share an example's tokens outside the matrix products
+    heads: dist.ProcessGroup  # ranks that share its tokens and heads inside attention
     context: Axis
     experts: Axis
 
     @property
-    def spread(self) -> tuple[str, ...]:
-        """Axes besides the data-parallel ones over which a weight outside the matrix products has its uses."""
+    def sum_over(self) -> tuple[str, ...]:
+        """Return the axes, besides the data-parallel ones, that sum the gradient of a weight outside the matrix
+        products. Without sequence parallelism every tp rank sees all tokens, and has the whole gradient."""
         return ("tp",) if self.sequence_parallel else ()
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """A layout laid over the ranks of the default process group."""
+    """Lay a layout over the ranks of the default process group."""
 
     layout: Layout
     device: torch.device
     devices: DeviceMesh
-    ends: dist.ProcessGroup | None  # the first and the last rank of this rank's pipeline, if it is one of them
+    embedding_group: dist.ProcessGroup | None  # first and last rank of this rank's pipeline, if it is one of them
 
     def rank(self, axis: str) -> int:
         return self.devices.get_local_rank(axis)
 
-    def over(self, *axes: str) -> DeviceMesh:
-        """One axis over all ranks along these two or more, adjacent or not."""
-        return self.devices[axes]._flatten()
-
     def group(self, *axes: str) -> dist.ProcessGroup:
-        """This rank's group of the ranks that differ along these axes alone."""
-        return self.over(*axes).get_group() if len(axes) > 1 else self.devices.get_group(axes[0])
+        """Return this rank's group of the ranks that differ along these axes alone."""
+        return self.devices[axes]._flatten().get_group() if len(axes) > 1 else self.devices.get_group(axes[0])
 
     def axis(self, axis: str) -> Axis:
         return Axis(self.group(axis).size(), self.rank(axis), self.group(axis))
@@ -76,43 +73,41 @@ class Mesh:
 
     @property
     def data_rank(self) -> int:
-        """0 .. dp-1: which part of every global batch is this rank's."""
+        """Return which part of every global batch this rank reads, 0 .. dp-1."""
         shard = self.rank("dp_shard") * self.layout.ep + self.rank("ep")
         return self.rank("dp_replicate") * self.layout.dp_shard + shard
 
     def fsdp(self, shards: tuple[str, ...] = SHARDS) -> DeviceMesh:
-        """The mesh FSDP2 shards over: one axis, or replicas x shards (HSDP)."""
-        flat = self.over(*shards)
+        """Return the mesh FSDP2 shards over: one axis, or replicas x shards (HSDP)."""
+        flat = self.devices[shards]._flatten()
         if self.layout.dp_replicate == 1:
             return flat
         return DeviceMesh._concatenate([self.devices["dp_replicate"], flat])
 
     def is_rank0(self, axes: tuple[str, ...]) -> bool:
-        """Whether this rank speaks for all ranks along these axes, where they hold the same value."""
+        """Return whether this rank is the first along these axes: of ranks with equal values only it enters a sum."""
         return all(self.rank(axis) == 0 for axis in axes)
 
 
 def make_mesh(layout: Layout, device: torch.device) -> Mesh:
-    """The mesh over the default process group, whose size must be the layout's product."""
+    """Return the mesh over the default process group, whose size must be the layout's product."""
     devices = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
-    mesh = Mesh(layout, device, devices, _ends(devices) if layout.pp > 1 else None)
+    # Making a group is a collective of all ranks, in one order. So all groups are made here: later, only the stages
+    # with experts would ask for theirs, and the others would not be there.
     for axes in (SHARDS, EXPERT_SHARDS, ("cp", "tp"), WITHIN_STAGE):
-        mesh.over(*axes)  # here, since all ranks must make a group at one time, and not all have experts
-    return mesh
+        devices[axes]._flatten()
+    embedding_group = None
+    if layout.pp > 1:
+        for pipeline in devices.mesh.flatten(1).T.tolist():
+            ends = [pipeline[0], pipeline[-1]]
+            group = dist.new_group(ends)
+            if dist.get_rank() in ends:
+                embedding_group = group
+    return Mesh(layout, device, devices, embedding_group)
 
 
 def single_rank_mesh(config: Config) -> Mesh:
-    """The mesh of this process alone, which joins a group of its own if it is in none."""
+    """Return the mesh of this process alone; it joins a process group of its own if it is in none."""
     if not dist.is_initialized():
-        launch.join(launch.World(), cuda_wanted(config))
+        launch.join(launch.World(), uses_cuda(config))
     return make_mesh(Layout(), device_of(config, launch.World()))
-
-
-def _ends(devices: DeviceMesh) -> dist.ProcessGroup | None:
-    """This rank's group of the two ends of a pipeline. All ranks must make all groups, in one order."""
-    mine = None
-    for pipeline in devices.mesh.flatten(1).T.tolist():
-        group = dist.new_group([pipeline[0], pipeline[-1]])
-        if dist.get_rank() in (pipeline[0], pipeline[-1]):
-            mine = group
-    return mine

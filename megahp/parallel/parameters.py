@@ -1,7 +1,16 @@
-"""What a parameter *is*, in one declarative row, and everything that only needs the row: where it lies on the mesh,
-over which axes its gradient is summed, who counts it in a norm.
+"""What a parameter *is*, in one declarative Row, and everything that needs the Row alone: where the weight lies on the
+mesh, over which axes its gradient is summed, which rank counts it in a norm.
 
 Weights are DTensors on the `tp` mesh (FSDP2 adds the data-parallel axes); the forward pass computes on `local(weight)`.
+
+A gradient is complete once it is summed over every axis along which ranks compute different terms of the loss with the
+same entries of the weight:
+- the data-parallel axes and cp, since ranks have different tokens: FSDP2's reduce-scatter does that;
+- the axes of `Row.sum_over`: `sum_gradients`;
+- the two copies of a tied weight under pipelines, one for the embedding and one for the unembedding: `sum_gradients`.
+Other axes need nothing: a weight split over tp or ep has the whole gradient of its part, and where all ranks compute
+the same from an input they share, `collectives.copy_to` has summed the input's gradient. All are sums, not means, since
+each rank's loss is divided by the tokens of the whole global batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,32 +25,33 @@ from megahp.parallel.layout import AXES
 from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, Mesh
 from megahp.scaling.parameterization import Role
 
-FLATTENED = {"_".join(axes): axes for axes in (SHARDS, EXPERT_SHARDS)}  # the name DeviceMesh gives them as one
+FLATTENED = {"_".join(axes): axes for axes in (SHARDS, EXPERT_SHARDS)}  # DeviceMesh's name of axes flattened into one
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a parameter is, beside its name and global shape."""
+    """Hold what a parameter is, beside its name and global shape."""
 
     role: Role
     tp_dim: int | None = None  # the dimension split over tp; None = every tp rank holds all of it
     experts: bool = False  # one matrix for each expert along dimension 0, which is split over ep
-    sum_over: tuple[str, ...] = ()  # besides data parallelism, the axes its gradient is summed over; for a norm
-    # weight also before its per-example gradients are squared: an example's tokens or the weight's uses lie there
-    start: float | None = None  # a constant to start from; None = drawn at random
+    # Axes, besides the data-parallel ones, that its gradient is summed over. A norm's per-example gradients are summed
+    # over them before they are squared: an example's tokens, or the uses of the weight, are spread over their ranks.
+    sum_over: tuple[str, ...] = ()
+    start: float | None = None  # constant initial value; None = drawn at random
     tied: bool = False  # the last pipeline stage has a copy too, whose gradient is summed with the first's
-    # rows of the matrices that lie together in each of its equal groups of rows, if several
+    # rows of each of several matrices that are interleaved, group by group, along dimension 0 (Megatron's qkv)
     fused: tuple[int, ...] = ()
-    density: float = 1.0  # share of its entries that are drawn; the others are masked, 0
-    trained: bool = True  # or it stays as it is, and has no gradient
+    density: float = 1.0  # share of the entries that are not masked (0)
+    trained: bool = True  # False: constant, without a gradient
 
     @property
     def split(self) -> dict[str, int | None]:
-        """The axes of the mesh it is laid over -> the dimension that each splits, if any."""
+        """Return the mesh axes of the weight's DTensor -> the dimension that each splits, None for copies."""
         return {"ep": 0, "tp": self.tp_dim} if self.experts else {"tp": self.tp_dim}
 
     def matrices(self, whole: Tensor) -> list[Tensor]:
-        """The matrices a whole weight is made of, each [rows, columns], from first to last."""
+        """Split a whole weight into the matrices it is made of, each [rows, columns]."""
         if self.experts:
             return list(whole)
         if not self.fused:
@@ -49,7 +59,7 @@ class Row:
         return [part.flatten(0, 1) for part in whole.unflatten(0, (-1, sum(self.fused))).split(self.fused, 1)]
 
     def fuse(self, matrices: Sequence[Tensor]) -> Tensor:
-        """The inverse of `matrices`."""
+        """Invert `matrices`."""
         if self.experts:
             return torch.stack(tuple(matrices))
         if not self.fused:
@@ -59,10 +69,10 @@ class Row:
 
 
 class Module(nn.Module):
-    """A module that says of each of its own parameters what it is: rows[name].
+    """Describe each of its own parameters by a Row, rows[name].
 
-    Parameters are made in their global shape; a model is built on `meta`, then made real by `distribute` and
-    `initialise`, so that no rank ever holds more than its part.
+    Parameters are created in their global shape; a model is built on `meta`, then `distribute` and `initialise` make it
+    real, so that no rank ever holds more than its part.
     """
 
     weight: nn.Parameter
@@ -80,7 +90,7 @@ class Module(nn.Module):
 
 
 def rows(model: nn.Module) -> dict[str, Row]:
-    """Fully qualified name -> row, for every parameter but the probes. A tied weight stands once."""
+    """Return fully qualified name -> row of every parameter but the probes. A tied weight is listed once."""
     table = {}
     for prefix, module in model.named_modules():
         if isinstance(module, Module):
@@ -91,36 +101,30 @@ def rows(model: nn.Module) -> dict[str, Row]:
 
 
 def parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The weights by name: all parameters but the probes."""
-    return ((name, p) for name, p in model.named_parameters() if not _is_probe(name))
+    """Return the weights by name: all parameters but the probes."""
+    return ((name, p) for name, p in model.named_parameters() if name.rpartition(".")[2] != "probe")
 
 
-def saved(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: weights, as they lie on the ranks, and buffers, which are equal on all."""
+def probes(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return router, or norm if the noise scale is measured -> its probe, whose gradient is the measurement."""
+    return {name.rpartition(".")[0]: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "probe"}
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint holds of a model: weights, sharded, and buffers, which are equal on all ranks."""
     tensors = (*parameters(model), *model.named_buffers())
     return {f"model.{name}": tensor.detach() for name, tensor in tensors}
 
 
-def probes(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name of the norm, if the noise scale is measured, or router -> its probe, whose gradient is what it measures."""
-    return {name.removesuffix(".probe"): p for name, p in model.named_parameters() if _is_probe(name)}
-
-
-def local(weight: Tensor) -> Tensor:
-    """This rank's part of a weight, inside autograd. The weight may also be a plain tensor."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
 def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
-    """Replace each global `meta` parameter by a `meta` DTensor of this rank's part, as its row says.
+    """Replace each global `meta` parameter by a `meta` DTensor whose local part is split as its row says.
 
-    dtype is that of the master weights, and of the probes.
+    dtype: of the master weights and the probes.
     """
     for module in model.modules():
         for name, row in getattr(module, "rows", {}).items():
-            shape = list(getattr(module, name).shape)
-            stride = getattr(module, name).stride()
-            part = list(shape)
+            weight = getattr(module, name)
+            part = list(weight.shape)
             for axis, dim in row.split.items():
                 if dim is not None:
                     part[dim] //= getattr(mesh.layout, axis)
@@ -129,16 +133,26 @@ def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
                 mesh.devices[tuple(row.split)],
                 [Replicate() if dim is None else Shard(dim) for dim in row.split.values()],
                 run_check=False,
-                shape=torch.Size(shape),
-                stride=stride,
+                shape=weight.shape,
+                stride=weight.stride(),
             )
             setattr(module, name, nn.Parameter(shard, requires_grad=row.trained))
     for probe in probes(model).values():
         probe.data = probe.data.to(dtype)
 
 
+def local(weight: Tensor) -> Tensor:
+    """Return this rank's part of a weight, inside autograd. A plain tensor is its own part."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def storage(weight: Tensor) -> Tensor:
+    """Return the plain tensor that stores this rank's part of a weight, outside autograd."""
+    return local(weight.detach())
+
+
 def extent(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offsets and sizes, in the global weight, of the part this rank stores."""
+    """Return offsets and sizes, in the global weight, of the part this rank stores."""
     if not isinstance(weight, DTensor):
         return (0,) * weight.dim(), tuple(weight.shape)
     (chunk,) = weight.__create_chunk_list__()
@@ -146,21 +160,20 @@ def extent(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def indices(weight: Tensor) -> Tensor:
-    """Where in the global weight, row by row, the entries of this rank's part stand: int64, as the part is laid out."""
+    """Return the flat index in the global weight of each entry of this rank's part: int64, of the part's shape."""
     index = torch.zeros((), dtype=torch.int64, device=weight.device)
     for start, size, whole in zip(*extent(weight), weight.shape, strict=True):
         index = index[..., None] * whole + torch.arange(start, start + size, device=weight.device)
     return index
 
 
-def storage(weight: Tensor) -> Tensor:
-    """The plain tensor a weight is stored in on this rank, outside autograd."""
-    weight = weight.detach()
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+def part_of(weight: Tensor, whole: Tensor) -> Tensor:
+    """Return this rank's part of a global tensor that is to be sharded like the weight."""
+    return whole[tuple(slice(start, start + size) for start, size in zip(*extent(weight), strict=True))]
 
 
 def like(weight: Tensor, part: Tensor) -> Tensor:
-    """A tensor laid out over the ranks as the weight is, from this rank's part of it."""
+    """Return a tensor sharded like the weight, from this rank's part of it."""
     if not isinstance(weight, DTensor):
         return part
     return DTensor.from_local(
@@ -169,56 +182,47 @@ def like(weight: Tensor, part: Tensor) -> Tensor:
 
 
 def whole(weight: Tensor, part: Tensor) -> Tensor:
-    """The global tensor, on every rank, from the ranks' parts laid out as the weight is. A collective."""
+    """Gather the global tensor, on every rank, from the ranks' parts, sharded like the weight. A collective."""
     if not isinstance(weight, DTensor):
         return part
     mesh, shape, stride = weight.device_mesh, weight.shape, weight.stride()
     left = [Replicate() if mesh.size(axis) == 1 else placed for axis, placed in enumerate(weight.placements)]
-    laid_out = DTensor.from_local(part, mesh, left, run_check=False, shape=shape, stride=stride)
+    gathered = DTensor.from_local(part, mesh, left, run_check=False, shape=shape, stride=stride)
     for axis in range(mesh.ndim):  # data-parallel axes first: they split what tensor parallelism had left
         left[axis] = Replicate()
-        laid_out = laid_out.redistribute(placements=left)
-    return laid_out.to_local()
+        gathered = gathered.redistribute(placements=left)
+    return gathered.to_local()
 
 
-def part_of(weight: Tensor, whole: Tensor) -> Tensor:
-    """This rank's part of a global tensor that is to lie as the weight does."""
-    return whole[tuple(slice(start, start + size) for start, size in zip(*extent(weight), strict=True))]
-
-
-def copied_over(weight: Tensor, row: Row) -> set[str]:
-    """The axes along which ranks hold equal copies of their part of this weight."""
-    copied = {axis for axis in AXES if axis != "pp" or row.tied}
+def replicated_axes(weight: Tensor, row: Row) -> set[str]:
+    """Return the axes along which ranks hold equal copies of their part of this weight."""
+    axes = {axis for axis in AXES if axis != "pp" or row.tied}
     if isinstance(weight, DTensor):
         for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True):
-            if not placement.is_replicate():  # FSDP2 has a kind of shard that says it is none
-                copied -= set(FLATTENED.get(name, (name,)))
-    return copied
+            if not placement.is_replicate():  # not is_shard(), which FSDP2's own kind of shard denies
+                axes -= set(FLATTENED.get(name, (name,)))
+    return axes
 
 
 def is_first_replica(weight: Tensor, row: Row, mesh: Mesh) -> bool:
-    """Whether this rank's part of the weight enters a sum over all ranks: of equal copies only the first does."""
-    return mesh.is_rank0(tuple(copied_over(weight, row)))
+    """Return whether this rank's part of the weight enters sums over all ranks: of equal copies only the first does."""
+    return mesh.is_rank0(tuple(replicated_axes(weight, row)))
 
 
 @torch.no_grad()
 def sum_gradients(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:
-    """Sum each gradient over its row's axes, with one collective an axis. Data parallelism has been summed by FSDP2."""
-    for axis in AXES:
-        if (group := mesh.group(axis)).size() > 1:
-            _sum([weight.grad for name, weight in weights.items() if axis in table[name].sum_over], group)
-    if mesh.ends:
-        _sum([weight.grad for name, weight in weights.items() if table[name].tied], mesh.ends)
+    """Complete the gradients in place: sum each over its row's axes, and a tied weight's over its two copies.
 
-
-def _sum(grads: Sequence[Tensor | None], group: dist.ProcessGroup) -> None:
-    """Sum each over the group, in place, with one collective."""
-    if parts := [local(grad) for grad in grads if grad is not None]:
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        dist.all_reduce(flat, group=group)
-        sums = flat.split([part.numel() for part in parts])
-        torch._foreach_copy_(parts, [total.view_as(part) for total, part in zip(sums, parts, strict=True)])
-
-
-def _is_probe(name: str) -> bool:
-    return name.rpartition(".")[2] == "probe"
+    To be called after FSDP2's reduction, before which `grad` is not there. One collective an axis, of all its gradients
+    in one flat tensor: there are many small ones, norms above all.
+    """
+    sums = [(mesh.group(axis), [name for name in weights if axis in table[name].sum_over]) for axis in AXES]
+    if mesh.embedding_group:
+        sums.append((mesh.embedding_group, [name for name in weights if table[name].tied]))
+    for group, names in sums:
+        parts = [local(grad) for name in names if (grad := weights[name].grad) is not None]
+        if group.size() > 1 and parts:
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            dist.all_reduce(flat, group=group)
+            totals = flat.split([part.numel() for part in parts])
+            torch._foreach_copy_(parts, [total.view_as(part) for total, part in zip(totals, parts, strict=True)])

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: which blocks make a stage, which stages are whose, and PyTorch's schedules over them."""
+"""Pipeline parallelism: the blocks of each stage, the stages of each rank, and PyTorch's schedules over them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,8 +26,10 @@ SCHEDULES: dict[str, Any] = {
 
 
 def split(costs: Sequence[float], parts: int) -> list[range]:
-    """Consecutive items in so many non-empty parts, whose costliest is as cheap as can be. Raises ValueError for more
-    parts than items."""
+    """Split consecutive items into non-empty parts so that the costliest part is as cheap as possible.
+
+    Dynamic programming over the end of each part. Raises ValueError for more parts than items.
+    """
     if parts > len(costs):
         raise ValueError(f"{len(costs)} items cannot make {parts} parts")
     sums = [0.0]
@@ -48,21 +50,22 @@ def split(costs: Sequence[float], parts: int) -> list[range]:
 
 
 def owner(stage: int, parallel: ParallelConfig) -> int:
-    """The pipeline rank of a stage: in turn, or for zbv down and back up again."""
+    """Return the pipeline rank of a stage: round robin, or for zbv down the ranks and back up."""
     lap, rank = divmod(stage, parallel.pp)
     return parallel.pp - 1 - rank if parallel.schedule == "zbv" and lap % 2 else rank
 
 
 def stages_of(rank: int, parallel: ParallelConfig) -> list[int]:
-    """The stages of a pipeline rank, ascending."""
+    """Return the stages of a pipeline rank, ascending."""
     return [stage for stage in range(parallel.pp * parallel.local_stages) if owner(stage, parallel) == rank]
 
 
 class Pipeline:
-    """This rank's stages, run by a schedule. What goes from stage to stage is one tensor: the residual stream.
+    """Run this rank's stages by a schedule. Stages exchange one tensor: the residual stream.
 
-    A stage is called with the tokens, if it is the first, or the stream, and with `targets` and what else a microbatch
-    has; the last returns the losses of its tokens. stream: the shape a microbatch of tokens has between stages.
+    A stage is called with the tokens, if it is the first, else the stream; with `targets` and the other inputs of a
+    microbatch; and in training with `loss_weight`, that of a token's loss. The last returns the losses of its tokens.
+    stream: maps a microbatch of tokens to a `meta` tensor of the shape and dtype that the stream has between stages.
     """
 
     def __init__(
@@ -70,58 +73,69 @@ class Pipeline:
     ) -> None:
         self.stages, self.parallel, self.mesh, self.stream = stages, parallel, mesh, stream
         self.last = parallel.pp * parallel.local_stages - 1
-        self.weight = 1.0  # of a token's loss in the step's
-        self.shape: tuple[int, torch.Size] | None = None  # what the schedule at hand is for
-        self.schedule: Any = None
+        self.schedules: dict[tuple[int, torch.Size], Any] = {}  # the newest alone, by microbatches and their shape
 
-    def forward_backward(self, tokens: Tensor, weight: float, count: int, **others: Tensor) -> Tensor:
+    def forward_backward(self, tokens: Tensor, weight: float, count: int, **others: Any) -> Tensor:
         """Add up the gradients of `weight` times the sum of all tokens' losses over `count` microbatches.
 
-        tokens, and `targets` among the others: int64 [count * micro batch, length]. Returns that sum where the last
-        stage is, 0 elsewhere, in fp64.
+        tokens, and `targets` among the others: int64 [count * micro batch, length]. Returns that sum on the rank of the
+        last stage, 0 elsewhere, in fp64.
         """
-        self.weight = weight
         losses: list[Tensor] = []
-        first = [tokens] if 0 in self.stages else []
-        schedule = self._schedule(count, tokens)
-        schedule.step(*first, target=others["targets"], losses=losses, return_outputs=False, **others)
+        self._schedule(count, tokens).step(
+            *([tokens] if 0 in self.stages else []),
+            # A schedule hands its loss function a part of `target` for every microbatch. The stages compute the losses
+            # from `targets` themselves; what the loss function lacks is the weight, which a growing batch changes.
+            target=torch.full((count,), weight, dtype=torch.float64),
+            losses=losses,
+            return_outputs=False,
+            loss_weight=weight,
+            **others,
+        )
         return sum(
             (loss.detach().double() for loss in losses), torch.zeros((), dtype=torch.float64, device=tokens.device)
         )
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, **others: Tensor) -> Tensor | None:
-        """The last stage's losses of one microbatch, where it is; None elsewhere."""
-        x, group, mine = tokens, self.mesh.group("pp"), self.mesh.rank("pp")
+        """Return the losses of one microbatch on the rank of the last stage, None elsewhere."""
+        x, group, rank = tokens, self.mesh.group("pp"), self.mesh.rank("pp")
         for number, stage in self.stages.items():
-            if number > 0 and (source := owner(number - 1, self.parallel)) != mine:
+            if number > 0 and (source := owner(number - 1, self.parallel)) != rank:
                 x = torch.empty_like(self.stream(tokens), device=tokens.device)
                 dist.recv(x, group=group, group_src=source)
             x = stage(x, **others)
-            if number < self.last and (target := owner(number + 1, self.parallel)) != mine:
+            if number < self.last and (target := owner(number + 1, self.parallel)) != rank:
                 dist.send(x.contiguous(), group=group, group_dst=target)
         return x if self.last in self.stages else None
 
     def _schedule(self, count: int, tokens: Tensor) -> Any:
-        """PyTorch's schedule for so many microbatches of this shape; it can serve no other."""
-        one = tokens.chunk(count)[0].to("meta")
-        if self.shape != (count, one.shape):
-            stream = self.stream(one).requires_grad_()
-            losses = torch.empty_like(one, dtype=torch.promote_types(stream.dtype, torch.float32), requires_grad=True)
-            made = [
+        """Return PyTorch's schedule for this many microbatches of this shape, which are fixed when it is built."""
+        microbatch = tokens.chunk(count)[0].to("meta")
+        key = (count, microbatch.shape)
+        if key not in self.schedules:
+            # with the shapes of inputs and outputs given, stages need no trial run to infer them
+            stream = self.stream(microbatch).requires_grad_()
+            dtype = torch.promote_types(stream.dtype, torch.float32)
+            losses = torch.empty_like(microbatch, dtype=dtype, requires_grad=True)
+            stages = [
                 PipelineStage(
                     stage,
                     number,
                     self.last + 1,
                     self.mesh.device,
-                    input_args=one if number == 0 else stream,
+                    input_args=microbatch if number == 0 else stream,
                     output_args=losses if number == self.last else stream,
                     group=self.mesh.group("pp"),
                 )
                 for number, stage in self.stages.items()
             ]
             kind = SCHEDULES[self.parallel.schedule]
-            of = made[0] if kind is Schedule1F1B else made
-            self.schedule = kind(of, count, loss_fn=lambda losses, _: losses.sum() * self.weight, scale_grads=False)
-            self.shape = count, one.shape
-        return self.schedule
+            schedule = kind(
+                stages[0] if kind is Schedule1F1B else stages,
+                count,
+                loss_fn=lambda losses, weight: losses.sum() * weight.item(),
+                scale_grads=False,  # torch would divide by the microbatches; the weight has done it
+            )
+            self.schedules = {key: schedule}  # the old one goes, and with it its receive buffers
+        return self.schedules[key]

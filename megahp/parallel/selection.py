@@ -1,4 +1,4 @@
-"""Choosing the largest entries of weights that lie on the ranks: exactly so many, and the same ones on every layout."""
+"""Choosing the largest entries of sharded weights: an exact number of them, the same ones on every layout."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,14 +9,15 @@ from torch import Tensor
 from megahp.parallel.mesh import Mesh
 from megahp.parallel.parameters import Row, indices, is_first_replica
 
-INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}  # the same bits: of positive floats in their order
-Parts = dict[str, Tensor]  # this rank's parts of tensors laid out as weights are, by name of the weight
+# The bits of a float that is not negative, read as an integer, keep its order: so a bisection by bits is exact.
+INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+Parts = dict[str, Tensor]  # this rank's parts of tensors sharded like weights, by name of the weight
 
 
 class Entries:
-    """The entries of some weights, in one group or each weight's in its own.
+    """Count and choose among the entries of some weights, in one group or a group for each weight.
 
-    names: of the weights of all pipeline stages; weights: this rank's of them. All ranks must call a method together.
+    names: the weights of all pipeline stages; weights: this rank's of them. Methods are collectives of all ranks.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class Entries:
         self.counted = {name: is_first_replica(weight, rows[name], mesh) for name, weight in weights.items()}
 
     def count(self, chosen: Parts) -> Tensor:
-        """How many are true in each group, over all ranks: bool parts -> int64 [groups]."""
+        """Return the number of true entries in each group over all ranks: bool parts -> int64 [groups]."""
         counts = torch.zeros(self.groups, dtype=torch.int64, device=self.device)
         for name, part in chosen.items():
             counts[self.group[name]] += part.sum() * self.counted[name]
@@ -37,32 +38,36 @@ class Entries:
             dist.all_reduce(counts)
         return counts
 
-    def largest(self, values: Parts, among: Parts, wanted: Tensor) -> tuple[Parts, Tensor]:
-        """Masks of the `wanted` (int64 [groups]) entries of each group with the largest magnitudes, of equal ones the
-        first, among some (bool), which must be as many at least; and the least of these magnitudes, [groups]."""
+    def largest(self, values: Parts, among: Parts, counts: Tensor) -> tuple[Parts, Tensor]:
+        """Choose the entries of each group with the largest magnitudes; of equal ones, the first.
+
+        Args:
+            values: fp32 or fp64.
+            among: bool, the candidates; at least `counts` of them.
+            counts: int64 [groups], how many to choose.
+
+        Returns:
+            Masks, and the smallest magnitude chosen in each group, [groups].
+        """
         dtype = next(iter(values.values())).dtype
         kind = INTEGERS[dtype]
         keys = {name: value.abs().view(kind).masked_fill_(~among[name], -1) for name, value in values.items()}
-        least = self._least(keys, wanted)
-        above = {name: key > least[self.group[name]] for name, key in keys.items()}
-        equal = {name: key == least[self.group[name]] for name, key in keys.items()}
-        rest = wanted - self.count(above)
-        if (self.count(equal) > rest).any():
-            equal = self._first(equal, rest)
-        return {name: above[name] | equal[name] for name in keys}, least.to(kind).view(dtype)
+        bound = self._bisect(keys, counts)
+        above = {name: key > bound[self.group[name]] for name, key in keys.items()}
+        equal = {name: key == bound[self.group[name]] for name, key in keys.items()}
+        rest = counts - self.count(above)
+        if (self.count(equal) > rest).any():  # ties: take the first by index in the weight, then by weight
+            order = {name: indices(w) * len(self.number) + self.number[name] for name, w in self.weights.items()}
+            ranks = {name: torch.where(equal[name], 2**62 - index, -1) for name, index in order.items()}
+            last = self._bisect(ranks, rest)
+            equal = {name: key >= last[self.group[name]] for name, key in ranks.items()}
+        return {name: above[name] | equal[name] for name in keys}, bound.to(kind).view(dtype)
 
-    def _first(self, among: Parts, wanted: Tensor) -> Parts:
-        """The first `wanted` of each group: by index in the weight, then by weight."""
-        order = {name: indices(weight) * len(self.number) + self.number[name] for name, weight in self.weights.items()}
-        keys = {name: torch.where(among[name], 2**62 - place, -1) for name, place in order.items()}
-        least = self._least(keys, wanted)
-        return {name: key >= least[self.group[name]] for name, key in keys.items()}
-
-    def _least(self, keys: Parts, wanted: Tensor) -> Tensor:
-        """The largest bound of each group (int64 [groups]) that `wanted` of its keys, integers, reach: bit by bit."""
-        least = torch.zeros_like(wanted)
+    def _bisect(self, keys: Parts, counts: Tensor) -> Tensor:
+        """Return the largest bound of each group, int64 [groups], that `counts` of its integer keys reach."""
+        bound = torch.zeros_like(counts)
         for bit in reversed(range(torch.iinfo(next(iter(keys.values())).dtype).bits - 1)):
-            higher = least + 2**bit
+            higher = bound + 2**bit
             reached = self.count({name: key >= higher[self.group[name]] for name, key in keys.items()})
-            least = torch.where(reached >= wanted, higher, least)
-        return least
+            bound = torch.where(reached >= counts, higher, bound)
+        return bound

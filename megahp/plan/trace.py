@@ -142,6 +142,8 @@ def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> T
     if dist.is_initialized():
         raise RuntimeError("a trace needs a process group of its own")
     layout = fit(config.parallel, ranks)
+    if layout.cp > 1:  # CausalBias, a subclass of Tensor, cannot be made under a dispatch mode
+        raise UserError(f"parallel.cp = {layout.cp} cannot be planned yet; plan the run with parallel.cp=1")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         mesh = make_mesh(layout, torch.device("cpu"))
@@ -282,7 +284,7 @@ class Recorder(TorchDispatchMode):
 
     def _phase(self) -> Phase:
         """Return the phase, backward wherever autograd is running, recomputation included."""
-        return "backward" if self.phase == "forward" and torch._C._current_autograd_node() is not None else self.phase
+        return "backward" if self.phase == "forward" and torch._C._current_graph_task_id() != -1 else self.phase
 
     def _kernel(self, name: str, op: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         written = {id(tensor): tensor for tensor in [*inputs, *outputs]}.values()
@@ -361,8 +363,8 @@ def _axes_of_groups(mesh: Mesh) -> dict[str, tuple[str, int]]:
         group = mesh.group(*axes)
         # of axes of one rank torch makes no group of its own, so that several names may mean the same
         found[group.group_name] = ("_".join(axis for axis in axes if mesh.group(axis).size() > 1), group.size())
-    if mesh.ends:
-        found[mesh.ends.group_name] = ("ends", 2)
+    if mesh.embedding_group:
+        found[mesh.embedding_group.group_name] = ("ends", 2)
     return found
 
 

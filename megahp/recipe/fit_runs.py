@@ -14,7 +14,7 @@ from megahp.files import read_text
 from megahp.log.events import STARTS
 from megahp.log.metrics import Record, newest_metrics, read_events
 from megahp.log.progress import human_count
-from megahp.log.standing import runs_below
+from megahp.log.status import runs_below
 from megahp.model.build import longest
 from megahp.recipe import fit
 from megahp.recipe.fit import Fit, Trained

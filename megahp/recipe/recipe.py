@@ -223,7 +223,7 @@ def _batch_settings(
     grows = not (given.batch or choice or cannot_measure(run))
     wanted = given.batch or (choice.batch if choice else laws.optimal_batch(tokens)) / length
     laid = with_values(run, {"batch.micro_batch": micro})
-    unit, least = sizes.unit(laid, ranks), sizes.least_batch(laid, ranks)
+    unit, least = sizes.batch_multiple(laid, ranks), sizes.least_batch(laid, ranks)
     if micro > 1 and (wanted % unit if given.batch else wanted < 4 * unit):
         return _batch_settings(run, given, laws, choice, n, ranks, micro // 2)
     if given.batch and (given.batch % unit or given.batch < least):
@@ -266,5 +266,5 @@ def steps_of(run: Config, ranks: int) -> tuple[int, int]:
         every = run.batch.look_every if run.batch.policy == "measured" else left
         many = min(left, every - progress.step % every)
         progress = Progress(progress.step + many, progress.samples, progress.tokens + many * step.tokens)
-        plan.look(progress, forecast(progress.tokens))
+        plan.update(progress, forecast(progress.tokens))
     return progress.step, plan.batch

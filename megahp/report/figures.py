@@ -1,8 +1,8 @@
 """The figures of a report, as inline SVG.
 
-Everything is drawn in the colours of `PALETTE`, which become the CSS variables of the page, so that one
-drawing is right in light and in dark. A run keeps its colour in every figure; a second quantity in the same
-figure is dashed. Text stays text: it can be searched, copied and read aloud.
+Everything is drawn in the colours of `PALETTE`, which become the CSS variables of the page, so that one drawing works
+in light and dark mode. A run has the same colour in every figure; a second quantity in the same figure is dashed. Text
+stays text: it can be searched, copied and read aloud.
 """
 
 import html
@@ -19,15 +19,15 @@ from megahp.errors import UserError
 from megahp.log.metrics import LoggedRun, Record
 from megahp.log.progress import human_count
 from megahp.report.numbers import (
-    course,
-    decayed,
-    known,
+    has_weight_decay,
     layer_kinds,
     layer_points,
-    missed,
+    recorded,
+    skipped,
     thin,
     token_bounds,
     tokens_per_step,
+    trend,
     update_density,
 )
 
@@ -44,7 +44,7 @@ PALETTE = {
 STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "text.color": PALETTE["ink"],
-    "text.parse_math": False,  # a $ in a name or a reason is a $
+    "text.parse_math": False,  # a $ in a name or a reason is no formula
     **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), PALETTE["muted"]),
     **dict.fromkeys(("axes.edgecolor", "grid.color"), PALETTE["rule"]),
     **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
@@ -55,58 +55,71 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.5,
     "lines.solid_capstyle": "round",
 }
-MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # drawn, and written in a caption
-Mark = tuple[int, int, Record]  # number in the table of events, run, event
+MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # in the figure, and in its caption
+DOTTED = (0, (1, 2))
+Mark = tuple[int, int, Record]  # (number in the table of events, index of the run, event)
 
 
 def colour(run: int) -> str:
-    """The name in `PALETTE` of a run's colour; they repeat after six."""
+    """Return the name in `PALETTE` of a run's colour; they repeat after six."""
     return f"run{run % len(RUNS)}"
 
 
 def loss_figure(runs: Sequence[LoggedRun]) -> str:
-    """Loss against tokens: every step faint, their smoothed course, validation points, baselines."""
+    """Draw loss against tokens: every step faintly, the trend, validations, skipped steps and baselines."""
 
     def draw(axes: Any) -> None:
         ticks = {"color": PALETTE["warn"], "ms": 9, "mew": 1.5, "clip_on": False}
         for index, run in enumerate(runs):
             hue, tokens, validation = PALETTE[colour(index)], run.column("tokens"), run.column("validation_loss")
-            trend(axes, run, "loss", hue)
-            # An open circle for every validation, and a tick on the x axis for every step that was not taken.
+            draw_trend(axes, run, "loss", hue)
+            # An open circle for every validation, and a tick on the x axis for every skipped step.
             points = thin(tokens[np.isfinite(validation)], validation[np.isfinite(validation)])
             axes.plot(*points, "o", color=hue, ms=5, mew=1.4, mfc=PALETTE["paper"], zorder=4)
-            at = tokens[missed(run)]
-            if len(at):  # an empty line that is not clipped would still be given room
+            at = tokens[skipped(run)]
+            if len(at):  # even an empty line, if not clipped, would take up space in the layout
                 axes.plot(*thin(at, np.zeros(len(at))), "|", transform=axes.get_xaxis_transform(), **ticks)
-        baselines(axes, runs)
+        draw_baselines(axes, runs)
         axes.set_ylabel("nats per token")
 
     return plot(draw, runs, "Loss against tokens", 10, 4.2)
 
 
-def baselines(axes: Any, runs: Sequence[LoggedRun]) -> None:
-    """A dotted line for every unigram and bigram baseline; one above the axis is only named."""
-    found = {(kind, run.baselines.get(kind)) for run in runs for kind in ("unigram", "bigram")}
-    levels = sorted((level, kind) for kind, level in found if level is not None)
+def draw_baselines(axes: Any, runs: Sequence[LoggedRun]) -> None:
+    """Fit the y axis, and draw a dotted line for every unigram and bigram baseline; one above the axis is only named.
+
+    The axis covers 97 % of the steps and the bigram baselines: the initial fall would flatten all the rest.
+    """
+    losses = {(kind, run.baselines.get(kind)) for run in runs for kind in ("unigram", "bigram")}
+    levels = sorted((level, kind) for kind, level in losses if level is not None)
     bigrams = [level for level, kind in levels if kind == "bigram"]
-    top = focus(axes, [run.column("loss") for run in runs], bigrams)
-    above = ", ".join(f"{kind} {level:.2f}" for level, kind in levels if level > top)
-    note(axes, f"{above} ↑" if above else "", (1, 1), ("axes fraction", "axes fraction"), "right")
+    low, high = axes.get_ylim()
+    columns = [run.column("loss") for run in runs]
+    tops = [np.nanpercentile(loss, 97) for loss in columns if np.isfinite(loss).any()]
+    high = max([min(high, 1.05 * max(tops, default=high)), *(1.03 * level for level in bigrams)])
+    low = min([low, *bigrams])
+    axes.set_ylim(low - 0.04 * (high - low), high)
+
+    above = ", ".join(f"{kind} {level:.2f}" for level, kind in levels if level > high)
+    annotate(axes, f"{above} ↑" if above else "", (1, 1), ("axes fraction", "axes fraction"), "right")
     for level, kind in levels:
-        if level <= top:
-            axes.axhline(level, color=PALETTE["muted"], lw=1, ls=(0, (1, 2)))
-            note(axes, f"{kind} {level:.2f}", (1, level), ("axes fraction", "data"), "right")
+        if level <= high:
+            axes.axhline(level, color=PALETTE["muted"], lw=1, ls=DOTTED)
+            annotate(axes, f"{kind} {level:.2f}", (1, level), ("axes fraction", "data"), "right")
 
 
 def learning_rate_figure(runs: Sequence[LoggedRun]) -> str:
-    """Learning rate against tokens; of a batch that grows also the drift of a step over what it is at the first."""
+    """Draw learning rate against tokens; for a growing batch also times the square root of its growth, dashed.
+
+    The latter is the drift of a step, relative to the initial batch.
+    """
 
     def draw(axes: Any) -> None:
         for index, run in enumerate(runs):
             tokens, batch = run.column("tokens"), tokens_per_step(run)
             axes.plot(*thin(tokens, run.column("lr")), color=PALETTE[colour(index)])
             if batch[-1] > 1.001 * batch[0]:
-                axes.plot(*thin(tokens, run.column("lr") * np.sqrt(batch / batch[0])), **second(index, runs))
+                axes.plot(*thin(tokens, run.column("lr") * np.sqrt(batch / batch[0])), **dashed(index, runs))
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
 
@@ -114,11 +127,11 @@ def learning_rate_figure(runs: Sequence[LoggedRun]) -> str:
 
 
 def throughput_figure(runs: Sequence[LoggedRun]) -> str:
-    """Tokens per second against tokens."""
+    """Draw tokens per second against tokens."""
 
     def draw(axes: Any) -> None:
         for index, run in enumerate(runs):
-            trend(axes, run, "tokens_per_second", PALETTE[colour(index)])
+            draw_trend(axes, run, "tokens_per_second", PALETTE[colour(index)])
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: human_count(value))
 
@@ -126,29 +139,32 @@ def throughput_figure(runs: Sequence[LoggedRun]) -> str:
 
 
 def batch_figure(runs: Sequence[LoggedRun], marks: Sequence[Mark]) -> str:
-    """Global batch, its target and the noise scale; the events as upright lines, numbered as in their table."""
+    """Draw global batch, its target and the noise scale; events as vertical lines, numbered as in their table."""
 
     def draw(axes: Any) -> None:
         for index, run in enumerate(runs):
             tokens, hue = run.column("tokens"), PALETTE[colour(index)]
             axes.plot(*stairs(run, run.column("global_batch")), color=hue, ds="steps-pre")
-            axes.plot(*thin(tokens, run.column("noise_scale_total")), **second(index, runs))
-            for bound in ("batch_bound_noise", "batch_bound_stability"):
-                if known([run], bound):
-                    axes.plot(*thin(tokens, run.column(bound)), color=PALETTE["muted"], lw=0.8)
-                    name_last(axes, bound.rpartition("_")[2], tokens, run.column(bound))
-            if known([run], "batch_target"):
+            axes.plot(*thin(tokens, run.column("noise_scale_total")), **dashed(index, runs))
+            for key in ("batch_bound_noise", "batch_bound_stability"):
+                bound = run.column(key)
+                if len(known := np.flatnonzero(np.isfinite(bound))):
+                    axes.plot(*thin(tokens, bound), color=PALETTE["muted"], lw=0.8)
+                    at = known[3 * len(known) // 4]  # named at three quarters of its length
+                    annotate(axes, key.rpartition("_")[2], (tokens[at], bound[at]), ("data", "data"), "right")
+            if recorded([run], "batch_target"):
                 axes.plot(*thin(tokens, run.column("batch_target")), color=hue, ls=(0, (1, 1.2)), lw=1.6)
         logarithmic(axes, 2)
-        fit(axes, columns(runs, "global_batch"), columns(runs, "noise_scale_total", "batch_target"))
+        fit_batch_axis(axes, runs)
         span = max(run.column("tokens")[-1] for run in runs) or 1
         labelled = -1.0
         for number, index, event in marks:
             if (at := event["tokens"]) > span:
-                continue  # the run went back to before it
+                continue  # the run was rewound to before it
+            # matplotlib writes the gid as the id of a group, from which plot() makes a tooltip.
             axes.axvline(at, color=PALETTE[colour(index)], lw=0.9, alpha=0.45, gid=f"event {number}")
-            if at / span - labelled > 0.018:  # nearer than this, two numbers would touch
-                note(axes, str(number), (at, 1), ("data", "axes fraction"), "center")
+            if at / span - labelled > 0.018:  # any nearer and two numbers would overlap
+                annotate(axes, str(number), (at, 1), ("data", "axes fraction"), "center")
                 labelled = at / span
         axes.set_ylabel("examples")
 
@@ -156,15 +172,33 @@ def batch_figure(runs: Sequence[LoggedRun], marks: Sequence[Mark]) -> str:
     return plot(draw, runs, "Global batch and noise scale against tokens", 10, 3.4, reasons)
 
 
+def fit_batch_axis(axes: Any, runs: Sequence[LoggedRun]) -> None:
+    """Fit a logarithmic y axis to all batches, and to an octave around the middle 90 % of noise scales and targets.
+
+    Estimates from a run's first steps may be wrong by orders of magnitude, and would flatten all the rest.
+    """
+    bounds: list[float] = []
+    for run in runs:
+        for key in ("global_batch", "noise_scale_total", "batch_target"):
+            values = run.column(key)
+            values = values[values > 0]
+            if len(values) and key == "global_batch":
+                bounds += [values.min() / 1.2, values.max() * 1.2]
+            elif len(values):
+                bounds += list(np.percentile(values, [5, 95]) * (0.5, 2))
+    if bounds:
+        axes.set_ylim(min(bounds), max(bounds))
+
+
 def weights_figure(runs: Sequence[LoggedRun]) -> str:
-    """How much of the weights each update makes up, per token, over that in an even average of them all."""
+    """Draw the share of each update in the final weights, per token, relative to an even average of all updates."""
 
     def draw(axes: Any) -> None:
         for index, run in enumerate(runs):
-            if decayed(run):
+            if has_weight_decay(run):
                 axes.plot(*stairs(run, update_density(run)), color=PALETTE[colour(index)], ds="steps-pre")
-        axes.axhline(1, color=PALETTE["muted"], lw=1, ls=(0, (1, 2)))
-        note(axes, "even average", (1, 1), ("axes fraction", "data"), "right")
+        axes.axhline(1, color=PALETTE["muted"], lw=1, ls=DOTTED)
+        annotate(axes, "even average", (1, 1), ("axes fraction", "data"), "right")
         axes.set_ylim(bottom=0)
         axes.set_ylabel("times an even average")
 
@@ -172,20 +206,20 @@ def weights_figure(runs: Sequence[LoggedRun]) -> str:
 
 
 def gradient_figure(runs: Sequence[LoggedRun]) -> str:
-    """The mean squared gradient norm of one example, and the squared norm of the batch's mean gradient."""
+    """Draw the mean squared gradient norm of single examples, and the squared norm of the batch's mean gradient."""
 
     def draw(axes: Any) -> None:
         for index, run in enumerate(runs):
             tokens = run.column("tokens")
-            axes.plot(*course(tokens, run.column("grad_sq_example")), color=PALETTE[colour(index)])
-            axes.plot(*course(tokens, run.column("grad_sq_batch")), **second(index, runs))
+            axes.plot(*trend(tokens, run.column("grad_sq_example")), color=PALETTE[colour(index)])
+            axes.plot(*trend(tokens, run.column("grad_sq_batch")), **dashed(index, runs))
         logarithmic(axes, 10)
 
     return plot(draw, runs, "Squared gradient norms against tokens", 5, 2.7)
 
 
 def layer_figure(runs: Sequence[LoggedRun]) -> str:
-    """The last noise scale of every norm layer over depth, a marker for each kind of norm."""
+    """Draw the newest noise scale of every norm layer over depth, with a marker for each kind of norm."""
 
     def draw(axes: Any) -> None:
         for number, kind in enumerate(layer_kinds(runs)):
@@ -202,83 +236,46 @@ def layer_figure(runs: Sequence[LoggedRun]) -> str:
     return plot(draw, [], "Noise scale of each norm layer over depth", 5, 2.7)
 
 
-def trend(axes: Any, run: LoggedRun, key: str, hue: str) -> None:
-    """Every point as a faint line, and their course over 2 % of the run as a clear one."""
+def draw_trend(axes: Any, run: LoggedRun, key: str, hue: str) -> None:
+    """Draw every point as a faint line, and their mean over 2 % of the run as a clear one."""
     x, y = run.column("tokens"), run.column(key)
     if len(x) >= 100:
         axes.plot(*thin(x, y), color=hue, lw=0.7, alpha=0.28)
-    axes.plot(*course(x, y), color=hue, marker="." if len(x) < 30 else None, zorder=3)
+    axes.plot(*trend(x, y), color=hue, marker="." if len(x) < 30 else None, zorder=3)
 
 
 def stairs(run: LoggedRun, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points of a "steps-pre" line: a record's value is that of all its tokens since the record before it."""
+    """Return the points of a "steps-pre" line: a record's value holds for all its tokens since the previous record."""
     return thin(token_bounds(run), np.append(values[0], values))
 
 
-def second(index: int, runs: Sequence[LoggedRun]) -> dict[str, Any]:
-    """The line style of a figure's second quantity."""
+def dashed(index: int, runs: Sequence[LoggedRun]) -> dict[str, Any]:
+    """Return the line style of a figure's second quantity."""
     return {"color": PALETTE["accent" if len(runs) == 1 else colour(index)], "ls": (0, (3, 1.3)), "lw": 1.3}
 
 
-def focus(axes: Any, losses: Sequence[np.ndarray], levels: Sequence[float]) -> float:
-    """Fit the y axis to the levels and to 97 % of the steps, or the first fall would flatten all the rest.
-
-    Returns its upper end.
-    """
-    low, high = axes.get_ylim()
-    tops = [np.nanpercentile(loss, 97) for loss in losses if np.isfinite(loss).any()]
-    high = max([min(high, 1.05 * max(tops, default=high)), *(1.03 * level for level in levels)])
-    low = min([low, *levels])
-    axes.set_ylim(low - 0.04 * (high - low), high)
-    return high
-
-
-def columns(runs: Sequence[LoggedRun], *keys: str) -> list[np.ndarray]:
-    """The positive numbers of every run under every key, where there are any."""
-    found = (run.column(key) for run in runs for key in keys)
-    return [values[values > 0] for values in found if (values > 0).any()]
-
-
-def fit(axes: Any, exact: Sequence[np.ndarray], rough: Sequence[np.ndarray]) -> None:
-    """Fit a logarithmic y axis to all of `exact` and an octave around the middle 90 % of `rough`.
-
-    Estimates from a run's first steps may be wrong by orders of magnitude, and would flatten all the rest.
-    """
-    bounds = [bound for values in exact for bound in (values.min() / 1.2, values.max() * 1.2)]
-    bounds += [bound for values in rough for bound in np.percentile(values, [5, 95]) * (0.5, 2)]
-    if bounds:
-        axes.set_ylim(min(bounds), max(bounds))
-
-
-def name_last(axes: Any, text: str, x: np.ndarray, y: np.ndarray) -> None:
-    """Name a line at three quarters of its length, where it is known."""
-    if len(there := np.flatnonzero(np.isfinite(y))):
-        place = there[3 * len(there) // 4]
-        note(axes, text, (x[place], y[place]), ("data", "data"), "right")
-
-
-def note(axes: Any, text: str, at: tuple[float, float], coordinates: tuple[str, str], align: str) -> None:
-    """A quiet word just above a point."""
+def annotate(axes: Any, text: str, at: tuple[float, float], coordinates: tuple[str, str], align: str) -> None:
+    """Write a muted label just above a point."""
     style = {"ha": align, "color": PALETTE["muted"]}
     axes.annotate(text, at, xycoords=coordinates, xytext=(0, 3), textcoords="offset points", **style)
 
 
 def logarithmic(axes: Any, base: int) -> None:
-    """A logarithmic y axis with a handful of plain numbers; a linear one where none that is drawn is positive."""
+    """Make the y axis logarithmic, with a handful of plain numbers; linear if nothing drawn is positive."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     if not np.isfinite(axes.dataLim.minposy):
         return
     axes.set_yscale("log", base=base, nonpositive="mask")
     low, high = axes.get_ylim()
-    narrow = base == 10 and high < 30 * low
+    narrow = base == 10 and high < 30 * low  # powers of ten alone would give one or two ticks
     axes.yaxis.set_major_locator(LogLocator(base, subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1000 else human_count(value))
 
 
 def logarithmic_x(axes: Any, values: Sequence[float], labels: Sequence[str]) -> None:
-    """A logarithmic x axis with ticks at these values alone."""
+    """Make the x axis logarithmic, with ticks at these values only."""
     from matplotlib.ticker import NullLocator
 
     axes.set_xscale("log")
@@ -294,7 +291,11 @@ def plot(
     height: float,
     tooltips: dict[str, str] | None = None,
 ) -> str:
-    """One figure of width x height inches as SVG; its x axis is the tokens of `runs`, if there are any."""
+    """Return one figure of width x height inches as SVG. The x axis is the tokens of `runs`, if there are any.
+
+    tooltips: gid of a drawn element -> text.
+    """
+    # Without a salt of its own matplotlib would draw random ids, and the same run would not give the same page.
     with _styled("a report", width, height, {"svg.hashsalt": title}) as figure:
         axes = figure.add_subplot()
         axes.grid(axis="x", visible=False)
@@ -305,12 +306,23 @@ def plot(
         draw(axes)
         drawing = io.StringIO()
         figure.savefig(drawing, format="svg")
-    return for_page(drawing.getvalue(), title, tooltips or {})
+    svg = drawing.getvalue()
+    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    titled = {f'<g id="{gid}">': f"<g><title>{html.escape(text)}</title>" for gid, text in (tooltips or {}).items()}
+    svg = re.sub(r'<g id="[^"]*">', lambda group: titled.get(group[0], group[0]), svg)
+    svg = re.sub(r'(<\w+) id="[\w.]+_\d+"', r"\1", svg)  # each figure has an axes_1, but ids on a page must be unique
+    for name, value in PALETTE.items():
+        svg = svg.replace(value, f"var(--{name})")
+    return svg
 
 
 @contextmanager
 def _styled(what: str, width: float, height: float, style: dict[Any, Any]) -> Iterator[Any]:
-    """A figure of so many inches in the report's style, with what `style` changes. what: for whom. Raises UserError."""
+    """Yield a figure of width x height inches in the report's style, updated by `style`. what: for the error.
+
+    Raises UserError if matplotlib is missing.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -322,8 +334,7 @@ def _styled(what: str, width: float, height: float, style: dict[Any, Any]) -> It
 
 @contextmanager
 def plot_in(file: Path, width: float, height: float) -> Iterator[Any]:
-    """A figure of so many inches in the report's style, to be drawn on, and then written to a tool's or a command's
-    file. Raises UserError."""
+    """Yield a figure of width x height inches in the report's style, to be drawn on, then save it. Raises UserError."""
     with _styled(str(file), width, height, {"figure.facecolor": PALETTE["paper"]}) as figure:
         yield figure
         try:
@@ -332,15 +343,3 @@ def plot_in(file: Path, width: float, height: float) -> Iterator[Any]:
             raise UserError(f"{file} cannot be drawn ({error}); name a .svg, .png or .pdf file") from None
         except OSError as error:
             raise UserError(f"{file} cannot be written ({error.strerror}); name another file") from None
-
-
-def for_page(svg: str, title: str, tooltips: dict[str, str]) -> str:
-    """The drawing without its own header, named for a screen reader, in the page's colours, with tooltips."""
-    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    told = {f'<g id="{gid}">': f"<g><title>{html.escape(text)}</title>" for gid, text in tooltips.items()}
-    svg = re.sub(r'<g id="[^"]*">', lambda group: told.get(group[0], group[0]), svg)
-    svg = re.sub(r'(<\w+) id="[\w.]+_\d+"', r"\1", svg)  # each figure has an axes_1, and a page may have one
-    for name, value in PALETTE.items():
-        svg = svg.replace(value, f"var(--{name})")
-    return svg

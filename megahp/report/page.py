@@ -1,4 +1,4 @@
-"""One page that says how a run went, or several runs side by side; and the same in a few lines of text."""
+"""The report: one HTML page about a run, or several runs compared, and a summary of a few lines of text."""
 
 import os
 from collections import Counter
@@ -15,27 +15,41 @@ from megahp.files import open_unlinked
 from megahp.log.metrics import LoggedRun, read_run
 from megahp.log.progress import human_count
 from megahp.report import figures
-from megahp.report.numbers import decayed, health, known, layer_kinds, newest_half, skipped, summary, update_shares
+from megahp.report.numbers import (
+    has_weight_decay,
+    health,
+    layer_kinds,
+    newest_half,
+    recorded,
+    skipped,
+    summary,
+    update_shares,
+)
+
+COMMON = 30  # events of one kind; more of them would hide all others in the figure
 
 
 def read_runs(directories: Sequence[Path]) -> list[LoggedRun]:
-    """Read run directories; two of the same name are named by their paths. One of several that is no run, is damaged
-    or has no steps yet is skipped, with a warning. Raises UserError where none is left."""
-    if len(directories) == 1:
+    """Read run directories, in parallel; runs of the same name are named by their paths.
+
+    Of several, one that is not a run, is damaged or has no steps yet is skipped with a warning. Raises UserError if
+    none remains.
+    """
+    if len(directories) == 1:  # no processes to start, nothing to skip
         return [read_run(directories[0])]
     with ProcessPoolExecutor(min(len(directories), os.cpu_count() or 1)) as pool:
-        found = list(pool.map(_read_or_why, directories))
-    runs = [run for run in found if isinstance(run, LoggedRun)]
-    wrong = [why for why in found if isinstance(why, UserError)]
+        results = list(pool.map(_run_or_error, directories))
+    runs = [run for run in results if isinstance(run, LoggedRun)]
+    errors = [error for error in results if isinstance(error, UserError)]
     if not runs:
-        raise wrong[0]
-    for why in wrong:
-        complain(f"warning: skipped: {why}")
+        raise errors[0]
+    for error in errors:
+        complain(f"warning: skipped: {error}")
     names = Counter(run.name for run in runs)
     return [run if names[run.name] == 1 else replace(run, name=str(run.directory)) for run in runs]
 
 
-def _read_or_why(directory: Path) -> LoggedRun | UserError:
+def _run_or_error(directory: Path) -> LoggedRun | UserError:
     try:
         return read_run(directory)
     except UserError as error:
@@ -45,12 +59,14 @@ def _read_or_why(directory: Path) -> LoggedRun | UserError:
 
 
 def write_report(runs: Sequence[LoggedRun], out: Path) -> Path:
-    """Write a page about one run, or several overlaid, to the file `out`, and return it. The page needs no network and
-    no other file. Raises UserError."""
+    """Write the page about one run, or several overlaid, to the file `out`, and return it. Raises UserError.
+
+    The page needs no network and no other file.
+    """
     text, part = page(runs), out.with_suffix(".part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open_unlinked(part, "w") as file:
+        with open_unlinked(part, "w") as file:  # a browser may reload the page at any time
             file.write(text)
         os.replace(part, out)
     except OSError as error:
@@ -59,79 +75,78 @@ def write_report(runs: Sequence[LoggedRun], out: Path) -> Path:
 
 
 def text_summary(run: LoggedRun) -> str:
-    """The summary of one run for a terminal."""
+    """Return the summary of one run for a terminal."""
     rows = {label: value for label, value in summary(run).items() if value}
     width = max(map(len, rows))
     lines = [f"{label:<{width}}  {value}" for label, value in rows.items()]
-    checks = [f"{'ok  ' if good else 'LOOK'}  {text}" for good, text in health(run)]
+    checks = [f"{'ok  ' if passed else 'WARN'}  {text}" for passed, text in health(run)]
     return "\n".join([run.name, "", *lines, "", *checks])
 
 
 def page(runs: Sequence[LoggedRun]) -> str:
-    """The whole page, as HTML."""
+    """Return the whole page as HTML."""
     names = escape(", ".join(run.name for run in runs))
     heading = names if len(runs) == 1 else f"{len(runs)} runs compared"
     marks = events_to_mark(runs)
-    target = "target of the batch policy" if known(runs, "batch_target") else ""
-    batch = strokes(runs, "global batch", "noise scale", target) + "In sequences. Numbered lines are the events below."
-    norms = strokes(runs, "one example, on average", "the whole batch")
-    rates = strokes(runs, "as applied", "of a growing batch: times the root of batch over first batch")
-    squares, layers = known(runs, "grad_sq_example", "grad_sq_batch"), any(run.layers for run in runs)
+    target = "target of the batch policy" if recorded(runs, "batch_target") else ""
+    batch = line_key(runs, "global batch", "noise scale", target) + "In sequences. Numbered lines are the events below."
+    norms = line_key(runs, "mean over single examples", "the batch's mean gradient")
+    rates = line_key(runs, "learning rate", "of a growing batch: times sqrt(batch / initial batch)")
+    squares, layers = recorded(runs, "grad_sq_example", "grad_sq_batch"), any(run.layers for run in runs)
     parts = [
         f'<header><p class="kicker">megahp run report</p><h1>{heading}</h1></header>',
-        f'<section class="top{" many" if len(runs) > 1 else ""}">{table_of(runs)}{health_of(runs)}</section>',
-        section(runs, "Loss", loss_caption(runs), known(runs, "loss", "validation_loss"), figures.loss_figure),
-        section(runs, "Batch size and noise scale", batch, known(runs, "global_batch", "noise_scale_total"),
+        f'<section class="top{" many" if len(runs) > 1 else ""}">{summary_table(runs)}{health_cards(runs)}</section>',
+        section(runs, "Loss", loss_caption(runs), recorded(runs, "loss", "validation_loss"), figures.loss_figure),
+        section(runs, "Batch size and noise scale", batch, recorded(runs, "global_batch", "noise_scale_total"),
                 lambda runs: figures.batch_figure(runs, marks)),
-        events_of(runs, marks),
-        section(runs, "What the weights are made of", weights_caption(runs), known(runs, "weight_decay"), weights_of),
+        events_section(runs, marks),
+        section(runs, "Updates in the weights", weights_caption(runs), recorded(runs, "weight_decay"), weights_of),
         '<div class="pairs">',
-        section(runs, "Learning rate", rates, known(runs, "lr"), figures.learning_rate_figure),
-        section(runs, "Throughput", "Tokens per second.", known(runs, "tokens_per_second"), figures.throughput_figure),
+        section(runs, "Learning rate", rates, recorded(runs, "lr"), figures.learning_rate_figure),
+        section(runs, "Throughput", "Tokens per second.", recorded(runs, "tokens_per_second"),
+                figures.throughput_figure),
         section(runs, "Squared gradient norm", norms, squares, figures.gradient_figure),
-        section(runs, "Noise scale by layer", kinds_of(runs), layers, figures.layer_figure),
+        section(runs, "Noise scale by layer", layers_caption(runs), layers, figures.layer_figure),
         "</div>",
         *(SAMPLE.format(escape(run.name), escape(run.sample)) for run in runs if run.sample),
         *(SETTINGS.format(escape(run.name), escape(run.config or "config.toml is missing.")) for run in runs),
         "<footer>Every number is in the run directory: metrics.jsonl and events.jsonl.</footer>",
     ]  # fmt: skip
+    css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{names} - megahp</title>\n<style>{LIGHT}{CSS}</style></head>\n"
+        f"<title>{names} - megahp</title>\n<style>{LIGHT}\n{css}</style></head>\n"
         "<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
 
 
-def legend_of(runs: Sequence[LoggedRun]) -> str:
-    """Which colour is which run; there is nothing to tell apart in one."""
-    if len(runs) == 1:
-        return ""
-    items = (f"<li>{swatch(index)}{escape(run.name)}</li>" for index, run in enumerate(runs))
-    return f'<ul class="legend">{"".join(items)}</ul>'
+def section(
+    runs: Sequence[LoggedRun], title: str, caption: str, is_recorded: bool, figure: Callable[[Sequence[LoggedRun]], str]
+) -> str:
+    """Return a figure under its heading, caption and legend, or a note that there is nothing to draw."""
+    drawing = figure(runs) if is_recorded else '<p class="none">Not recorded.</p>'
+    legend = "".join(f"<li>{swatch(index)}{escape(run.name)}</li>" for index, run in enumerate(runs))
+    legend = f'<ul class="legend">{legend}</ul>' if len(runs) > 1 else ""
+    heading = f'<h2>{title}</h2><p class="caption">{caption}</p>{legend}'
+    return f"<section>{heading}<figure>{drawing}</figure></section>"
 
 
 def swatch(index: int) -> str:
+    """Return a patch of a run's colour."""
     return f'<span class="swatch" style="background:var(--{figures.colour(index)})"></span>'
 
 
-def strokes(runs: Sequence[LoggedRun], solid: str, dashed: str, dotted: str = "") -> str:
-    """Which quantity is the solid line, which the dashed and, if there is one, which the dotted."""
+def line_key(runs: Sequence[LoggedRun], solid: str, dashed: str, dotted: str = "") -> str:
+    """Return the key of a figure's line styles; no dotted line if it has no name."""
     first, second = ("run0", "accent") if len(runs) == 1 else ("muted", "muted")
     lines = [("solid", first, solid), ("dashed", second, dashed), ("dotted", first, dotted)]
     form = '<span class="stroke" style="border-top:2px {} var(--{})"></span>{}'
     return "".join(form.format(*line) for line in lines if line[-1]) + ". "
 
 
-def kinds_of(runs: Sequence[LoggedRun]) -> str:
-    """Which marker is which kind of norm layer."""
-    marked = zip(layer_kinds(runs), cycle(figures.MARKERS), strict=False)
-    kinds = "".join(f'<span class="kind">{written} {escape(kind)}</span> ' for kind, (_, written) in marked)
-    return f"At the last step. {kinds}"
-
-
-def table_of(runs: Sequence[LoggedRun]) -> str:
-    """The summary: a row a quantity, a column a run; rows that no run knows are left out."""
+def summary_table(runs: Sequence[LoggedRun]) -> str:
+    """Return the summary, a row per quantity and a column per run, without rows that no run knows."""
     columns = [summary(run) for run in runs]
     rows = [label for label in columns[0] if any(column[label] for column in columns)]
     names = (f'<th scope="col">{swatch(index)}{escape(run.name)}</th>' for index, run in enumerate(runs))
@@ -143,49 +158,47 @@ def table_of(runs: Sequence[LoggedRun]) -> str:
     return f'<div class="scroll"><table class="summary">{head}<tbody>{body}</tbody></table></div>'
 
 
-def health_of(runs: Sequence[LoggedRun]) -> str:
-    """The verdict on each run, and the checks it rests on."""
+def health_cards(runs: Sequence[LoggedRun]) -> str:
+    """Return a card per run: whether it looks healthy, and the checks behind that."""
     cards = []
     for index, run in enumerate(runs):
         checks = health(run)
-        bad = sum(not good for good, _ in checks)
-        verdict = f"Worth a look: {bad} of {len(checks)} checks" if bad else "Looks healthy"
+        failed = sum(not passed for passed, _ in checks)
+        verdict = f"Needs attention: {failed} of {len(checks)} checks failed" if failed else "Looks healthy"
         name = f"{swatch(index)}{escape(run.name)}: " if len(runs) > 1 else ""
         items = ""
-        for good, text in checks:
-            kind, sign = ("good", "✓") if good else ("bad", "!")
+        for passed, text in checks:
+            kind, sign = ("good", "✓") if passed else ("bad", "!")
             items += f'<li class="{kind}"><b>{sign}</b><span>{escape(text)}</span></li>'
-        kind = "bad" if bad else "good"
-        cards.append(f'<div class="health {kind}"><h2>{name}{verdict}</h2><ul>{items}</ul></div>')
+        cards.append(
+            f'<div class="health {"bad" if failed else "good"}"><h2>{name}{verdict}</h2><ul>{items}</ul></div>'
+        )
     return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def section(
-    runs: Sequence[LoggedRun], title: str, caption: str, recorded: bool, figure: Callable[[Sequence[LoggedRun]], str]
-) -> str:
-    """A figure under its heading, or a word that there is nothing to draw."""
-    drawing = figure(runs) if recorded else '<p class="none">Not recorded.</p>'
-    heading = f'<h2>{title}</h2><p class="caption">{caption}</p>{legend_of(runs)}'
-    return f"<section>{heading}<figure>{drawing}</figure></section>"
 
 
 def loss_caption(runs: Sequence[LoggedRun]) -> str:
     parts = ["Faint: every logged step. Line: the mean over 2 % of the run."]
-    if known(runs, "validation_loss"):
-        parts.append("Dots: validation.")
-    if any(skipped(run) for run in runs):
+    if recorded(runs, "validation_loss"):
+        parts.append("Circles: validation.")
+    if any(skipped(run).any() for run in runs):
         parts.append("Red ticks: skipped steps.")
     return " ".join(parts)
 
 
+def layers_caption(runs: Sequence[LoggedRun]) -> str:
+    marked = zip(layer_kinds(runs), cycle(figures.MARKERS), strict=False)
+    kinds = "".join(f'<span class="kind">{written} {escape(kind)}</span> ' for kind, (_, written) in marked)
+    return f"At the last step. {kinds}"
+
+
 def weights_caption(runs: Sequence[LoggedRun]) -> str:
-    """What the dual form of AdamW says, and its two numbers for each run."""
+    """Return what the dual form of AdamW says, and its two numbers for each run."""
     parts = [
-        "Weight decay makes the weights an average of all updates: how much each counts in it at the end, relative to "
-        "an even average. For hidden matrices under muP, or CompleteP at alpha = 1."
+        "With weight decay the final weights are an average of all updates. The line shows how much each update counts "
+        "in it, relative to an even average; for hidden matrices under muP, or CompleteP at alpha = 1."
     ]
     for index, run in enumerate(runs):
-        if decayed(run):
+        if has_weight_decay(run):
             name = f"{swatch(index)}{escape(run.name)}: " if len(runs) > 1 else ""
             first, shares = update_shares(run)
             newest = f"half of the rest from the last {100 * newest_half(run, shares):.0f} % of the tokens"
@@ -194,24 +207,24 @@ def weights_caption(runs: Sequence[LoggedRun]) -> str:
 
 
 def weights_of(runs: Sequence[LoggedRun]) -> str:
-    """Which updates the weights are made of, or that they are no average."""
-    if any(map(decayed, runs)):
+    """Return the figure of updates in the weights, or a note if no weights decayed."""
+    if any(map(has_weight_decay, runs)):
         return figures.weights_figure(runs)
     return '<p class="none">Weight decay is 0: the weights are a sum of all updates, not an average.</p>'
 
 
 def events_to_mark(runs: Sequence[LoggedRun]) -> list[figures.Mark]:
-    """The events to draw, numbered along the tokens; a kind that happens all the time would hide the rest."""
+    """Return the events to draw, numbered in the order of tokens, without kinds that are common."""
     marks = []
     for index, run in enumerate(runs):
-        often = Counter(event["event"] for event in run.events)
-        marks += [(index, event) for event in run.events if often[event["event"]] <= 30]
+        counts = Counter(event["event"] for event in run.events)
+        marks += [(index, event) for event in run.events if counts[event["event"]] <= COMMON]
     marks.sort(key=lambda mark: mark[1]["tokens"])
     return [(number, index, event) for number, (index, event) in enumerate(marks, start=1)]
 
 
-def events_of(runs: Sequence[LoggedRun], marks: Sequence[figures.Mark]) -> str:
-    """The events that are drawn, each with its number, and how many there are of the others."""
+def events_section(runs: Sequence[LoggedRun], marks: Sequence[figures.Mark]) -> str:
+    """Return the table of drawn events, each with its number, and the counts of all others."""
     rows = ""
     for number, index, event in marks:
         kind = (swatch(index) if len(runs) > 1 else "") + escape(str(event["event"]))
@@ -219,10 +232,11 @@ def events_of(runs: Sequence[LoggedRun], marks: Sequence[figures.Mark]) -> str:
         reason, tokens = escape(str(event["reason"])), human_count(event["tokens"])
         cells = (number, kind, f"{event['step']:,}", tokens, when, reason)
         rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    often = Counter(event["event"] for run in runs for event in run.events)
-    often.subtract(event["event"] for _, _, event in marks)
-    rest = ", ".join(f"{number:,} × {escape(str(event))}" for event, number in often.items() if number > 0)
-    rest = f'<p class="caption">Not drawn, for there are many: {rest}. See events.jsonl.</p>' if rest else ""
+    counts = Counter(event["event"] for run in runs for event in run.events)
+    # A kind may be common in one run and drawn in another: subtract what is drawn.
+    counts.subtract(event["event"] for _, _, event in marks)
+    rest = ", ".join(f"{count:,} × {escape(str(event))}" for event, count in counts.items() if count > 0)
+    rest = f'<p class="caption">Too many to draw: {rest}. See events.jsonl.</p>' if rest else ""
     if not marks:
         return f"<section><h2>Events</h2>{rest or '<p class=none>None.</p>'}</section>"
     labels = ("#", "Event", "Step", "Tokens", "Time (UTC)", "Reason")
@@ -232,59 +246,6 @@ def events_of(runs: Sequence[LoggedRun], marks: Sequence[figures.Mark]) -> str:
 
 
 SAMPLE = "<section><h2>Sample of {}</h2><blockquote>{}</blockquote></section>"
-SETTINGS = "<details><summary>Settings of {}</summary><pre>{}</pre></details>"  # folded
+SETTINGS = "<details><summary>Settings of {}</summary><pre>{}</pre></details>"  # closed until clicked
 HUES = " ".join(f"--{name}: {hue};" for name, hue in figures.PALETTE.items())
 LIGHT = f":root {{ color-scheme: light dark; --card: #ffffff; --good: #2d7a4f; {HUES} }}"
-CSS = """
-@media (prefers-color-scheme: dark) { :root { --paper: #14171c; --card: #1b1f26; --good: #6cc394;
-  --ink: #e6e8eb; --muted: #969dab; --rule: #2f353f; --accent: #f0a062; --warn: #f2857c;
-  --run0: #7fb0f0; --run1: #e296cf; --run2: #74cf9c; --run3: #d9bd62; --run4: #ad9ef5; --run5: #66c9d6; } }
-body { margin: 0; background: var(--paper); color: var(--ink); font-variant-numeric: tabular-nums;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 48px 28px 72px; }
-h1, h2 { font-family: "Iowan Old Style", "Palatino Linotype", Palatino, Georgia, serif; font-weight: 600;
-  line-height: 1.2; text-wrap: balance; overflow-wrap: anywhere; }
-h1 { font-size: 36px; margin: 0; } h2 { font-size: 20px; margin: 0; }
-.kicker { margin: 0 0 6px; color: var(--muted); font-size: 12px; letter-spacing: .09em;
-  text-transform: uppercase; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 20px; list-style: none; margin: 0 0 10px; padding: 0;
-  font-size: 14px; }
-.stroke { display: inline-block; width: 26px; margin: 0 7px 4px 0; } .stroke + .stroke { margin-left: 16px; }
-.kind { white-space: nowrap; margin-right: 14px; }
-.swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; }
-section { margin-top: 44px; min-width: 0; }
-.top { display: flex; flex-wrap: wrap; gap: 28px 44px; align-items: flex-start; margin-top: 30px; }
-.top > .scroll, .cards { flex: 1 1 400px; min-width: 0; } .cards { display: grid; gap: 14px; }
-.many > .scroll, .many > .cards { flex-basis: 100%; }
-.many > .cards { grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); }
-.health { background: var(--card); border: 1px solid var(--rule); border-left: 4px solid; border-radius: 10px;
-  padding: 18px 22px; }
-.health.good { border-left-color: var(--good); } .health.bad { border-left-color: var(--accent); }
-.health ul { list-style: none; margin: 10px 0 0; padding: 0; }
-.health li { display: grid; grid-template-columns: 24px 1fr; padding: 3px 0; }
-li.good b { color: var(--good); } li.bad b { color: var(--accent); }
-.caption { color: var(--muted); margin: 3px 0 10px; font-size: 14px; } .none { color: var(--muted); }
-figure { margin: 0; overflow-x: auto; }
-svg { width: 100%; min-width: 440px; height: auto; display: block; }
-svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif !important; }
-.pairs { display: grid; column-gap: 44px;
-  grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
-.pairs > section { display: flex; flex-direction: column; } .pairs figure { margin-top: auto; }
-.scroll { overflow-x: auto; } .tall { max-height: 380px; overflow-y: auto; margin-top: 10px; }
-table { border-collapse: collapse; width: 100%; }
-th, td { padding: 6px 14px 6px 0; text-align: left; vertical-align: top; }
-tr > * { border-bottom: 1px solid var(--rule); }
-.summary td, .summary thead th { text-align: right; padding: 6px 0 6px 22px; white-space: nowrap; }
-.summary th { font-weight: 400; color: var(--muted); white-space: nowrap; }
-.summary thead th { color: var(--ink); }
-.events { font-size: 14px; } .events th { font-weight: 400; color: var(--muted); white-space: nowrap; }
-.events thead th { position: sticky; top: 0; background: var(--paper); }
-.events td { white-space: nowrap; } .events td:last-child { white-space: normal; min-width: 220px; }
-blockquote { margin: 10px 0 0; padding: 2px 0 2px 20px; border-left: 3px solid var(--run0);
-  max-width: 72ch; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 16px/1.5 "Iowan Old Style", Palatino, Georgia, serif; }
-details { margin-top: 32px; } summary { cursor: pointer; }
-pre { overflow-x: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
-  padding: 16px 20px; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-footer { margin-top: 44px; color: var(--muted); font-size: 13px; }
-"""

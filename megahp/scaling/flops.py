@@ -1,19 +1,19 @@
 """Parameters and floating-point operations of the decoder, in closed form.
 
-Counted are matrix products, a multiply-add as two operations, a backward pass as two forward ones: projections, MLP
-(or the router and the experts that a token passes), unembedding (of the padded vocabulary, which is what is multiplied)
-and attention's two products. Not counted are look-ups, norms, softmax, activations, positions, the loss, and the
-update. (Narayanan et al., arXiv 2104.04473; Korthikanti et al., arXiv 2205.05198.)
+Matrix products count, a multiply-add as two operations, a backward pass as two forward ones: projections, MLP (or
+the router and a token's experts), unembedding (of the padded vocabulary, since that is multiplied) and attention's two
+products. Lookups, norms, softmax, activations, positions, the loss and the update do not. (Narayanan et al.,
+arXiv 2104.04473; Korthikanti et al., arXiv 2205.05198)
 
 `causal` counts half of attention's products, those below the diagonal, as Megatron-LM does today; without it all of
-them, as in those papers, PaLM, nanoGPT and torchtitan. So utilisations of the two kinds are not comparable.
+them count, as in those papers, PaLM, nanoGPT and torchtitan. So utilisations of the two kinds are not comparable.
 """
 
 from megahp.config import ModelConfig
 
 
 def parameters(model: ModelConfig, longest: int) -> int:
-    """Number of weights; longest: positions of a learned embedding. model: resolved, with its vocabulary."""
+    """Return the number of weights. longest: positions of a learned embedding. model: resolved, with its vocabulary."""
     norm = model.width * (2 if model.norm == "layernorm" and model.bias else 1)
     block = 2 * norm
     if model.bias:
@@ -27,10 +27,10 @@ def parameters(model: ModelConfig, longest: int) -> int:
 
 
 def training_flops(model: ModelConfig, length: int, causal: bool = True, recomputed_layers: int = 0) -> float:
-    """Operations of one token's forward and backward pass, in sequences of `length` tokens.
+    """Return the operations of one token's forward and backward pass, in sequences of `length` tokens.
 
-    With no recomputed layers these are model FLOPs, whose share of the peak is MFU. Each layer that runs forward a
-    second time in the backward pass adds that (of all layers the mean): hardware FLOPs, and HFU.
+    With no recomputed layers these are model FLOPs, whose share of the peak is MFU. Each layer that is recomputed in
+    the backward pass adds a forward pass (the mean layer's): hardware FLOPs, and HFU.
     """
     products = sum(_layers(model, length, causal))
     logits = 2 * model.width * model.padded_vocab
@@ -38,27 +38,30 @@ def training_flops(model: ModelConfig, length: int, causal: bool = True, recompu
 
 
 def layer_costs(model: ModelConfig, length: int) -> list[float]:
-    """Operations of one token's forward pass in each layer, in sequences of `length` tokens; the unembedding's, forward
-    and once more in the backward pass of a loss that keeps no logits, are the last layer's."""
+    """Return the operations of one token's forward pass in each layer, for splitting layers over pipeline stages.
+
+    The last layer's include the unembedding's. They count 4/3 times: the loss keeps no logits and computes them again
+    in the backward pass, so a whole step does 4 of its products for 3 of a layer's.
+    """
     layers, logits = _layers(model, length), 2 * model.width * model.padded_vocab
     return [*layers[:-1], layers[-1] + 4 / 3 * logits]
 
 
-def pipeline_bubble(stages: int, microbatches: int, stages_per_rank: int = 1) -> float:
-    """Idle over busy time of 1F1B on so many pipeline ranks, interleaved where each has several stages: (p-1) / (v m).
+def pipeline_bubble(ranks: int, microbatches: int, stages_per_rank: int = 1) -> float:
+    """Return idle over busy time of 1F1B on p pipeline ranks, interleaved with v stages a rank: (p-1) / (v m).
     (Narayanan et al., arXiv 2104.04473, section 2.2)"""
-    return (stages - 1) / (stages_per_rank * microbatches)
+    return (ranks - 1) / (stages_per_rank * microbatches)
 
 
 def _layers(model: ModelConfig, length: int, causal: bool = True) -> list[float]:
-    """Operations of one token's forward pass in each layer."""
-    attended = length / 2 if causal else length  # keys a query meets, on average
+    """Return the operations of one token's forward pass in each layer."""
+    attended = length / 2 if causal else length  # keys of a query, on average
     products = 2 * attended * model.heads * model.head_size
     return [2 * (matrices + products) for matrices in _matrices(model, model.experts_per_token)]
 
 
 def _matrices(model: ModelConfig, experts: int) -> list[int]:
-    """Weights of each layer's matrices, so many experts and the shared ones counted."""
+    """Return the number of weights in each layer's matrices, counting this many experts and the shared ones."""
     attention = 2 * (model.heads + model.kv_heads) * model.head_size
     dense = attention + _mlp_matrices(model) * model.mlp_width
     routed = _mlp_matrices(model) * (experts + model.shared_experts) * model.expert_width

@@ -1,7 +1,8 @@
-"""What a scaling law is: its constants, where they come from, how sure we are of them, and the range they were fitted
-on. Laws fitted by `megahp fit` keep their bootstrap draws, so that whatever is read from them has an interval.
+"""The forms of scaling laws: constants, their sources, our confidence in them, and the range they were fitted on.
 
-The laws themselves stand in power_laws.py and loss_laws.py; a law file holds a user's own.
+Laws fitted by `megahp fit` keep their bootstrap draws, so that every value read from them has an interval.
+
+The laws themselves are in power_laws.py and recipe/loss_laws.py; a law file holds a user's own.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-INTERVAL = (0.1, 0.9)  # quantiles of the bootstrap draws that an interval reaches from and to
+INTERVAL = (0.1, 0.9)  # quantiles of the bootstrap draws that an interval spans
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class PowerLaw:
         return self.scale * x**self.exponent
 
     def interval(self, x: float) -> tuple[float, float] | None:
-        """Of y at x; None where the law has no draws."""
+        """Return the interval of y at x; None where the law has no draws."""
         return _quantiles([scale * x**exponent for scale, exponent in self.draws])
 
 
@@ -60,25 +61,27 @@ class LossLaw:
         return self.floor, self.a, self.b, self.alpha, self.beta
 
     def interval(self, parameters: float, tokens: float) -> tuple[float, float] | None:
-        """Of L(N, D); None where the law has no draws."""
+        """Return the interval of L(N, D); None where the law has no draws."""
         return _quantiles([loss(parameters, tokens, *draw) for draw in self.draws])
 
     def optimum(self, flops: float) -> tuple[float, float]:
-        """(N, D) of least loss with 6 N D = flops. N = G (C/6)^(beta / (alpha + beta)), G = (alpha a / (beta b))^(1 /
-        (alpha + beta)). (Hoffmann et al., eq. 4)"""
+        """Return (N, D) of least loss with 6 N D = flops.
+
+        N = G (C/6)^(beta / (alpha + beta)), G = (alpha a / (beta b))^(1 / (alpha + beta)). (Hoffmann et al., eq. 4)
+        """
         both = self.alpha + self.beta
         parameters = (self.alpha * self.a / (self.beta * self.b)) ** (1 / both) * (flops / 6) ** (self.beta / both)
         return parameters, flops / 6 / parameters
 
 
 def loss(parameters: Any, tokens: Any, floor: float, a: float, b: float, alpha: float, beta: float) -> Any:
-    """floor + a / N^alpha + b / D^beta; of numbers or arrays."""
+    """Return floor + a / N^alpha + b / D^beta, of numbers or arrays."""
     return floor + a / parameters**alpha + b / tokens**beta
 
 
 def increasing_root(function: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """x in [low, high], both above 0, where an increasing function reaches the target, by bisection of log x."""
-    for _ in range(200):
+    """Return x in [low, high], both above 0, where an increasing function reaches the target, by bisection of log x."""
+    for _ in range(200):  # halves log(high / low) until a float cannot be halved further
         middle = math.sqrt(low * high)
         low, high = (middle, high) if function(middle) < target else (low, middle)
     return high

@@ -1,5 +1,5 @@
-"""Parameterizations as filled-in tables: how init, learning rate, weight decay, eps and forward multipliers of each
-role follow from the width multiplier m_N, the depth multiplier m_L and the density multiplier m_rho.
+"""Parameterizations as tables: how init, learning rate, weight decay, eps and forward multipliers of each role follow
+from the width multiplier m_N, the depth multiplier m_L and the density multiplier m_rho.
 
 No other file contains a scaling exponent. Sources: SP, muP and depth-alpha columns of CompleteP (arXiv 2505.01618)
 Table 1; SmuPar (arXiv 2405.15743), which is muP with density factors, of a base that is dense.
@@ -15,7 +15,7 @@ from megahp.config import Config, ParameterizationConfig
 
 
 class Role(StrEnum):
-    """What a parameter does, which is all the table needs to know of it."""
+    """Name what a parameter does; the table needs nothing else of it."""
 
     EMBEDDING = "embedding"  # token and position embeddings: fan-in does not grow with width
     HIDDEN = "hidden"  # matrices between width-sized spaces
@@ -28,7 +28,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Rule:
-    """Multipliers of the base hyperparameters for one role. A vector has no init_std: gains start at 1, biases at 0."""
+    """Hold one role's multipliers of the base hyperparameters. Vectors have no init_std: they start at 1 or 0."""
 
     init_std: float = 1.0
     lr: float = 1.0
@@ -39,7 +39,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Table:
-    """One parameterization filled in for one model."""
+    """Hold one parameterization filled in for one model."""
 
     name: str
     rules: Mapping[Role, Rule]
@@ -49,10 +49,10 @@ class Table:
     attention: float  # softmax scale
 
     def rule(self, role: Role, density: float = 1.0) -> Rule:
-        """The rule of a weight, of which this share is not masked.
+        """Return the rule of a weight. density: the share of it that is not masked, m_rho.
 
-        A sum over fewer inputs is smaller by the root of m_rho, and what an update adds to it by m_rho: SmuPar makes
-        up for both. Weight decay it leaves alone, so lr x weight_decay grows as 1/m_rho. (arXiv 2405.15743, table 1)
+        A sum over fewer inputs is smaller by sqrt(m_rho), and an update's part of it by m_rho: SmuPar compensates for
+        both. Weight decay stays, so lr x weight_decay grows as 1/m_rho. (arXiv 2405.15743, table 1)
         """
         rule = self.rules[role]
         if self.name != "smupar" or role is not Role.HIDDEN:
@@ -64,7 +64,8 @@ class Table:
 
 
 def spectral_scale(fan_out: int, fan_in: int) -> float:
-    """Spectral norm of an update that moves a hidden matrix's outputs as much at any width: sqrt(fan_out / fan_in).
+    """Return the spectral norm of an update that moves a hidden matrix's outputs as much at any width:
+    sqrt(fan_out / fan_in).
 
     (A spectral condition for feature learning, arXiv 2310.17813, condition 1; from memory, unverified. For AdamW, whose
     updates have entries of about 1, it gives muP's 1 / fan_in.) That depth enters as for AdamW, since both updates have
@@ -73,13 +74,14 @@ def spectral_scale(fan_out: int, fan_in: int) -> float:
     return math.sqrt(fan_out / fan_in)
 
 
-def table_of(run: Config) -> Table:
-    """The table for this run's model."""
-    return fill_in(run.parameterization, run.model.width, run.model.layers, run.model.head_size)
+def table_of(config: Config) -> Table:
+    """Return the table for this run's model."""
+    model = config.model
+    return fill_in(config.parameterization, model.width, model.layers, model.head_size)
 
 
 def fill_in(rules: ParameterizationConfig, width: int, layers: int, head_size: int) -> Table:
-    """The table for a model of this width, depth and head size.
+    """Return the table for a model of this width, depth and head size.
 
     muP and CompleteP scale the attention logits by 1/head_size, SP by its root. AdamW's eps is scaled in the
     residual blocks only, as in the paper's Table 1 (its authors' code scales every group's; at eps <= 1e-12 the

@@ -1,8 +1,8 @@
-"""Power laws of Power Lines (arXiv 2505.13738). Its text was not read in full: the constants below come from two or
-three independent secondary sources that agree, and can be overridden wherever they are used.
+"""The power laws of Power Lines (arXiv 2505.13738).
 
-Batches are in tokens here; the paper counts sequences of 2,048 tokens. That the laws hold in tokens at other sequence
-lengths is an assumption.
+Its text was not read in full: the constants come from two or three independent secondary sources that agree, and can
+be overridden wherever they are used. Batches are in tokens here; the paper counts sequences of 2,048 tokens. That the
+laws hold in tokens at other sequence lengths is an assumption, unverified.
 """
 
 from megahp.scaling.laws import PowerLaw, increasing_root
@@ -20,23 +20,29 @@ CRITICAL_BATCH = PowerLaw(PAPER_SEQUENCE * 0.0471, 0.462, f"{_PAPER}, eq. 5", _A
 
 
 def timescale(lr: float, weight_decay: float, batch: float, tokens: float) -> float:
-    """tau = B / (eta lambda D): the share of the run AdamW averages over. lr: the peak, as applied to hidden weights;
-    batch and tokens in the same unit. (eq. 2)"""
+    """Return tau = B / (eta lambda D), the share of the run AdamW averages over. (eq. 2)
+
+    lr: the peak, as applied to hidden weights; batch and tokens in the same unit.
+    """
     return batch / (lr * weight_decay * tokens)
 
 
 def optimal_weight_decay(lr: float, batch: float, tokens: float, parameters: float, law: PowerLaw = TAU) -> float:
-    """lambda_opt = B / (eta D tau_opt(D / N)); batch and tokens in tokens. (eq. 4)"""
+    """Return lambda_opt = B / (eta D tau_opt(D / N)); batch and tokens in tokens. (eq. 4)"""
     return batch / (lr * tokens * law(tokens / parameters))
 
 
 def critical_batch_along(tokens: float, law: PowerLaw = CRITICAL_BATCH) -> float:
-    """(1 + p) a t^p in tokens, after t tokens: the critical batch of whole runs spread along one, so that its mean over
-    the run is B_crit(D)."""
+    """Return (1 + p) a t^p in tokens, after t tokens: the critical batch a D^p of whole runs spread along one.
+
+    Its mean over a run of D tokens is a D^p.
+    """
     return (1 + law.exponent) * law(tokens) if tokens else 0.0
 
 
 def least_tokens(tokens: float, batch: float, law: PowerLaw = CRITICAL_BATCH) -> float:
-    """D_min of a run of D tokens at batch B (tokens): the solution of D = D_min (1 + B / B_crit(D_min)), by bisection.
-    (eq. 6; the left side grows with D_min, so there is one)"""
+    """Return D_min of a run of D tokens at batch B (tokens): the solution of D = D_min (1 + B / B_crit(D_min)).
+
+    There is one, since the right side grows with D_min. (eq. 6)
+    """
     return increasing_root(lambda least: least * (1 + batch / law(least)), tokens, 1e-9 * tokens, tokens)

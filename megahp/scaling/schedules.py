@@ -1,5 +1,4 @@
-"""Learning-rate schedules: the fraction of the peak at a point of the run, counted in tokens; and what a schedule means
-for AdamW read as an average of its updates."""
+"""Learning-rate schedules over tokens, and what one means for AdamW read as an average of its updates."""
 
 import math
 
@@ -9,11 +8,12 @@ from megahp.config import ScheduleConfig
 
 
 def fraction(schedule: ScheduleConfig, tokens: float, horizon: float) -> float:
-    """Fraction of the peak learning rate after `tokens` of `horizon` tokens: a linear rise from 0, then the schedule.
+    """Return the fraction of the peak learning rate after `tokens` of `horizon` tokens: a linear warm-up from 0, then
+    the schedule.
 
     decay-to-zero falls linearly to exactly 0 (D2Z, arXiv 2502.15938); linear and cosine to their floor; wsd stays at 1
-    and decays at the end (MiniCPM, arXiv 2404.06395, with Megatron-LM's shapes); inverse-sqrt goes on as
-    sqrt(warm-up / tokens). One that starts later is over the tokens from there to the horizon.
+    and decays at the end (MiniCPM, arXiv 2404.06395, with Megatron-LM's shapes); inverse-sqrt is
+    sqrt(warm-up / tokens). A schedule with a start covers the tokens from there to the horizon.
     """
     tokens, horizon = max(0.0, tokens - schedule.start), horizon - schedule.start
     warmup = schedule.warmup * horizon
@@ -36,7 +36,7 @@ def fraction(schedule: ScheduleConfig, tokens: float, horizon: float) -> float:
 
 
 def _decay(schedule: ScheduleConfig, tokens: float, horizon: float) -> float:
-    """From 1, where the decay begins, to 0 at the horizon."""
+    """Return wsd's decay: 1 where it begins, 0 at the horizon."""
     length = schedule.decay * horizon
     done = min(1.0, max(0.0, (tokens - (horizon - length)) / length)) if length else float(tokens >= horizon)
     match schedule.shape:
@@ -55,11 +55,11 @@ def _cosine(done: float) -> float:
 
 
 def dual_coefficients(lr: np.ndarray, weight_decay: np.ndarray) -> tuple[float, np.ndarray]:
-    """AdamW as an exponential average: the weights after T steps are `first` times the initial ones plus the sum over
-    steps i of c_i x_i, with x_i = -m_i / (lambda_i (sqrt(v_i) + eps)) the update that step i asks for.
+    """Return AdamW's coefficients as an exponential average of its updates: (first, c [T]), which add up to 1.
 
-    lr, weight_decay: [T], those applied at each step. Returns (first, c [T]), which add up to 1.
-    c_i = alpha_i prod_{j > i} (1 - alpha_j), alpha = lr weight_decay (D2Z, arXiv 2502.15938, section 3).
+    The weights after T steps are `first` times the initial ones plus the sum over steps i of c_i x_i, with
+    x_i = -m_i / (lambda_i (sqrt(v_i) + eps)) the update of step i; c_i = alpha_i prod_{j > i} (1 - alpha_j), alpha = lr
+    weight_decay (D2Z, arXiv 2502.15938, section 3). lr, weight_decay: [T], those applied at each step.
     """
     alpha = np.asarray(lr, dtype=np.float64) * np.asarray(weight_decay, dtype=np.float64)
     kept = np.append(np.cumprod((1 - alpha)[::-1])[::-1], 1.0)

@@ -1,4 +1,4 @@
-"""Warnings about settings that are valid but probably mistaken: a line each, before training begins."""
+"""Warnings about settings that are valid but probably mistaken, one line each, before training begins."""
 
 import math
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from megahp.scaling.memory import training_bytes
 # "training with up to 4 epochs of repeated data yields negligible changes to loss compared to having unique data"
 # (Muennighoff et al., arXiv 2305.16264, abstract)
 EPOCHS = 4
-LONG = 1800.0  # seconds of training that a fault may cost
-# FLOP/s of one rank, at best: 40 % of an H100's bfloat16; a large CPU
+LONG = 1800.0  # seconds of training that a fault may cost without a warning
+# FLOP/s of one rank, at best, so that the time is underestimated: 40 % of an H100's bfloat16; a large CPU
 FASTEST = {"cuda": 4e14, "cpu": 1e12}
 # FLOP/s of one core, as is likely: 2e10 of a laptop's without bfloat16, 1e11 of a server's with it (docs/log.md)
 LIKELY = 5e10
@@ -24,9 +24,10 @@ PATIENCE = 86_400.0  # seconds that a run on CPUs may take unsaid
 
 
 def advice(config: Config, data: TrainingData, ranks: int, device: str, begin: int = 0) -> Iterator[str]:
-    """Find what is likely a mistake. device: cuda or cpu; begin: tokens of the checkpoint it starts from."""
+    """Yield a warning for each setting that is likely a mistake. device: cuda or cpu; begin: tokens of the checkpoint
+    that the run starts from."""
     train, batch = config.train, config.batch.global_batch * config.data.sequence_length
-    steps = (train.tokens - begin) // batch  # at most: a batch grows, and never shrinks
+    steps = (train.tokens - begin) // batch  # an upper bound: a batch may grow, and never shrinks
     end = min(train.tokens, begin + train.steps * batch) if train.steps else train.tokens
     epochs = data.epochs(begin, end)
     prefix, most = max(epochs.items(), key=lambda pair: pair[1])
@@ -49,7 +50,7 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, begin: i
             f"train.validate_every = {train.validate_every}: the run has at most {steps} steps, so only its end is "
             "validated; lower it"
         )
-    held_out = data.held_out(train.validation_samples)
+    held_out = data.validation_size(train.validation_samples)
     if 2 * held_out < train.validation_samples:
         fraction = config.data.validation_fraction
         enough = f"{min(0.5, fraction * train.validation_samples / held_out):.2g}" if held_out else "above 0"

@@ -1,4 +1,4 @@
-"""Training, from the first line to the last: each thing a step does is a line of `train`, in order."""
+"""The training loop: every step of training is a line of `train`, in order."""
 
 import time
 from functools import partial
@@ -15,7 +15,7 @@ from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch import StepPlan
 from megahp.train.prepare import open_data
-from megahp.train.recovery import check, compute_with_retry, rewind, save_at_end, skip, wait_for_save
+from megahp.train.recovery import compute_with_retry, consistency_check, rewind, save_at_end, skip, wait_for_save
 from megahp.train.reporter import Reporter
 from megahp.train.run import Run, is_rank0
 from megahp.train.start import start
@@ -23,77 +23,86 @@ from megahp.train.trainer import Step
 from megahp.train.validation import baselines, validate
 
 
-def train(config: Config, place: World, store: dist.Store, layout: Layout, resume: bool) -> bool:
-    """Run, or go on with, the run of these prepared settings, as one of its ranks. Returns whether it is finished:
-    False when it was told to leave before, or its end could not be saved."""
-    began = time.monotonic()
-    mesh = make_mesh(layout, device_of(config, place))
-    reporter = Reporter(config)
+def train(config: Config, world: World, store: dist.Store, layout: Layout, resume: bool) -> bool:
+    """Train a prepared config as one of its ranks, from the newest checkpoint if resuming.
+
+    Returns whether the run is finished: False when it was stopped early, or its last step could not be saved.
+    """
+    start_time = time.monotonic()
+    mesh = make_mesh(layout, device_of(config, world))
+    reporter = Reporter(config)  # locks the run directory: a second run on it ends here, before a model is built
     data = open_data(config)
     loader = Loader(data, mesh.device, config.data.mask_documents)
     run = Run(config, mesh, data)
     start(run, reporter, resume)
-    dist.barrier()  # or a signal would end the first rank, which has begun the logs, and be noted by the others
-    notice = Notice(config.resilience.stop_after, began)
+    # So far a signal ends a rank at once, later it is only noted so that the step can end and be saved. All ranks must
+    # switch together: otherwise a signal could end rank 0 while the others note it and wait for rank 0.
+    dist.barrier()
+    notice = Notice(config.resilience.stop_after, start_time)
 
     plan = run.next_step()
-    watchdog = Watchdog(store, config.resilience.hang_after, config.directory)
     validation = None
-    with reporter.showing(run.progress), watchdog:
+    watchdog = Watchdog(store, config.resilience.hang_after, config.directory)
+    with reporter.display_progress(run.progress), watchdog:
         while plan:
-            began = time.monotonic()
+            step_start = time.monotonic()
             if run.enter_phase(plan):
                 reporter.phase(run, plan)
-            step, verdict = compute_with_retry(partial(compute, run, loader, plan, notice.given), run, plan, reporter)
-            if verdict.action == "rewind":
-                rewind(run, loader, reporter, plan, verdict.reason)
+            step, decision = compute_with_retry(partial(compute, run, loader, plan, notice.given), run, plan, reporter)
+            if decision.action == "rewind":
+                rewind(run, loader, reporter, plan, decision.reason)
                 watchdog.alive(run.progress.step)
                 plan = run.next_step()
                 continue
-            updated, measured = verdict.action == "update", step.measured
+
+            measured, updated = step.measured, decision.action == "update"
             if updated:
                 run.update(step, plan)
-                run.skipped_in_a_row = 0
             else:
-                skip(run, reporter, plan, measured, verdict.reason)
-            del step  # or its gradients would lie in memory beside the next one's
+                skip(run, reporter, plan, measured, decision.reason)
+            del step  # or its gradients would outlive engine.zero, and lie in memory beside the next ones
+            # before the step is counted: on the first sample that no step has used, with the weights as they are now
             if run.batch_scheduler.is_calibration_step(plan.step) and (example := run.example(loader, plan)):
                 run.calibrate(example, plan)
-            change, masked = run.advance(plan, measured, updated)
-            following = run.next_step()
-            seconds, over = time.monotonic() - began, following is None
-            validation = validate(run, data) if run.is_due(config.train.validate_every, over) else None
-            watchdog.alive(run.progress.step)
-            reporter.step(run, plan, measured, change, masked, seconds, validation, skipped=not updated)
-            if run.is_due(config.resilience.check_every, over):
-                check(run, watchdog, reporter)
-            if run.is_due(config.checkpoint.every, over):
-                wait_for_save(run, reporter)
+            change, mask_change = run.advance(plan, measured, updated)
+            next_plan = run.next_step()
+            is_last = next_plan is None
+            step_seconds = time.monotonic() - step_start  # of training alone: validation and saves are not throughput
+
+            # validation comes before saving: a checkpoint holds its validation loss, for checkpoint.keep_best
+            validation = validate(run, data) if run.is_due(config.train.validate_every, is_last) else None
+            watchdog.alive(run.progress.step)  # validation, and what follows, may take hang_after seconds each
+            reporter.step(run, plan, measured, change, mask_change, step_seconds, validation, skipped=not updated)
+            if run.is_due(config.resilience.check_every, is_last):
+                consistency_check(run, watchdog, reporter)
+            if run.is_due(config.checkpoint.every, is_last):
+                wait_for_save(run, reporter)  # one save at a time; that the last one failed does not end training
                 run.save(validation)
             watchdog.alive(run.progress.step)
-            plan = following
+            plan = next_plan
+            # stop_requested was all-reduced with the gradients' norms, so that all ranks stop after the same step
             if measured.stop_requested or run.is_outgrown:
                 break
 
     loader.close()
     is_saved = save_at_end(run, reporter, validation)
-    if plan or not is_saved:
-        why = why_stopped(run, notice) if is_saved else "the newest checkpoint is older than the last step"
-        reporter.event("stopped", why, run.progress, saved=is_saved)
-    else:
+    if plan is None and is_saved:
         if is_rank0() and config.log.baselines and config.train.validation_samples:
             reporter.baselines(*baselines(config, data))
         reporter.event("finished", "the token budget or train.steps is reached", run.progress, skipped=run.skipped)
+    else:
+        reason = stop_reason(run, notice) if is_saved else "the newest checkpoint is older than the last step"
+        reporter.event("stopped", reason, run.progress, saved=is_saved)
     reporter.close()
     return plan is None and is_saved
 
 
 def compute(run: Run, loader: Loader, plan: StepPlan, stop_requested: bool) -> Step:
-    """One step's gradients from the run's own data: forward, backward, measured."""
+    """Compute one step's gradients on the run's own data. A module-level function, so that tests can inject faults."""
     return run.compute(run.microbatches(loader, plan), plan, stop_requested)
 
 
-def why_stopped(run: Run, notice: Notice) -> str:
+def stop_reason(run: Run, notice: Notice) -> str:
     if run.is_outgrown:
         return f"the global batch has grown to resilience.stop_at_batch = {run.config.resilience.stop_at_batch}"
-    return notice.why or "another rank was told to leave"
+    return notice.reason or "another rank was asked to stop"

@@ -1,6 +1,6 @@
-"""Sparse weights: which of the blocks' matrices' weights are zero, and stay so.
+"""Sparse weights: which entries of the blocks' matrices are zero, and stay so.
 
-A mask works on gradients alone, before their norms are taken. A masked weight begins at 0, and with a gradient and
+A mask works on gradients alone, before their norms are measured. A masked weight begins at 0, and with a gradient and
 moments of 0 AdamW leaves it there (its decay is a share of 0), so neither the forward pass nor the update knows of
 masks, and what is computed is the network of W o M: norms, clipping and moments are those of its weights.
 """
@@ -24,7 +24,7 @@ from megahp.train.step import Engine
 
 @dataclass(frozen=True)
 class MaskChange:
-    """What was done to the masks; densities are those of all masked matrices together."""
+    """A change of the masks; densities are those of all masked matrices together."""
 
     reason: str
     before: float
@@ -36,10 +36,10 @@ class Masks:
     """This rank's parts of the masks, bool, laid out as their weights are: the same masks on every layout.
 
     static: each entry is drawn, independently of all others, for the whole run. (SmuPar, arXiv 2405.15743, section 3)
-    gradual: of all matrices' weights together the smallest go, and never come back: so many at each change as a
-    geometric schedule says. (The Journey Matters, arXiv 2501.12486)
-    rigl: drawn, then at each change a share of each matrix's weights, the smallest, go, and as many come, from 0, whose
-    gradients are the largest; experts' matrices count as one. (RigL, arXiv 1911.11134)
+    gradual: of all matrices' weights together the smallest are masked for good, as many at each change as a geometric
+    schedule says. (The Journey Matters, arXiv 2501.12486)
+    rigl: drawn, then at each change a share of each matrix's weights, the smallest, are masked, and as many others,
+    whose gradients are the largest, unmasked, from 0; experts' matrices count as one. (RigL, arXiv 1911.11134)
     """
 
     @torch.no_grad()
@@ -48,88 +48,82 @@ class Masks:
         hidden = [name for name, row in engine.rows.items() if row.role is Role.HIDDEN]
         names = hidden if self.sparsity.method != "none" else []
         self.weights = {name: weight for name, weight in engine.weights.items() if name in names}
-        self.places = {name: place for place, name in enumerate(engine.trained) if name in names}
-        together = self.sparsity.method == "gradual"
-        self.entries = Entries(names, self.weights, engine.rows, engine.mesh, together)
+        self.grad_index = {name: index for index, name in enumerate(engine.trained) if name in names}
+        in_one_group = self.sparsity.method == "gradual"
+        self.entries = Entries(names, self.weights, engine.rows, engine.mesh, in_one_group)
         self.masks = {
             name: draw_mask(name, weight, engine.rows[name].density, config.train.seed)
             for name, weight in self.weights.items()
         }
-        self.unmasked: Parts = {}  # gradients that a change is to be made from
+        self.unmasked_grads: Parts = {}  # of this step, if a RigL change follows it
         for name, weight in self.weights.items():
             storage(weight).mul_(self.masks[name])
         self.size = self.entries.count({name: torch.ones_like(mask) for name, mask in self.masks.items()})
         self.measure()
 
     def apply(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
-        """Make the gradients of masked weights 0, in place. grads: this rank's parts, in the order of the trained
-        weights."""
-        own = {name: grads[place] for name, place in self.places.items()}
-        decide = self.sparsity.method == "rigl" and self._due(plan)
-        self.unmasked = {name: grad.clone() for name, grad in own.items()} if decide else {}
+        """Mask the gradients of a step, in place. grads: this rank's parts, in the order of the trained weights."""
+        # RigL chooses by the gradients of masked weights, which are gone after this
+        needed = self.grad_index if self.sparsity.method == "rigl" and plan.step % self.sparsity.every == 0 else {}
+        self.unmasked_grads = {name: grads[index].clone() for name, index in needed.items()}
         self.cover(grads)
 
     def cover(self, grads: Sequence[Tensor]) -> None:
-        """Make the gradients of masked weights 0, in place, and decide nothing by them."""
-        for name, place in self.places.items():
-            grads[place].mul_(self.masks[name].view(torch.uint8))  # by bool a CPU takes four times as long
+        """Mask gradients, in place, that no change of the masks depends on."""
+        for name, index in self.grad_index.items():
+            grads[index].mul_(self.masks[name].view(torch.uint8))  # multiplying by bool takes a CPU four times as long
 
     @torch.no_grad()
-    def look(self, plan: StepPlan, progress: Progress) -> MaskChange | None:
-        """Change the masks, and with them weights and moments, if that is due after the step of this plan, which
-        `progress` counts already."""
+    def update(self, plan: StepPlan, progress: Progress) -> MaskChange | None:
+        """Change the masks, and with them weights and moments, if due after the step of this plan, which is already
+        counted in `progress`."""
+        values = {name: storage(weight) for name, weight in self.weights.items()}
         if self.sparsity.method == "gradual":
-            return self._prune(plan, progress)
-        return self._replace(progress) if self.unmasked else None
+            return self._prune(values, plan, progress)
+        return self._replace(values, progress) if self.unmasked_grads else None
 
     def measure(self) -> None:
-        """Take stock of the masks: what they keep, int64 [groups], and the density of all, 1 without any."""
+        """Count what the masks keep: int64 [groups], and the density of all, 1 without any."""
         self.kept = self.entries.count(self.masks)
         self.density = (self.kept.sum() / self.size.sum().double()).nan_to_num(1.0).item()
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of them, laid out as the weights are."""
+        """Return the masks for a checkpoint, laid out as the weights are."""
         return {f"mask.{name}": like(self.weights[name], mask) for name, mask in self.masks.items()}
 
-    def _due(self, plan: StepPlan) -> bool:
-        return plan.step % self.sparsity.every == 0
-
-    def _prune(self, plan: StepPlan, progress: Progress) -> MaskChange | None:
-        """Mask the smallest of all weights, if the schedule has fallen below what they are."""
+    def _prune(self, values: Parts, plan: StepPlan, progress: Progress) -> MaskChange | None:
+        """Mask the smallest of all weights, down to the schedule's density."""
         sparsity = self.sparsity
         span = pruning_span(sparsity.density, sparsity.begin, sparsity.end)
-        if not (progress.tokens >= span[1] * self.horizon or self._due(plan)):
+        # from the end of the schedule on every step is due, so that the final density does not wait
+        if progress.tokens < span[1] * self.horizon and plan.step % sparsity.every:
             return None
-        wanted = (
-            (self.size.double() * density_at(progress.tokens / self.horizon, sparsity.density, span)).round().long()
-        )
-        if wanted >= self.kept:
+        density = density_at(progress.tokens / self.horizon, sparsity.density, span)
+        target = (self.size.double() * density).round().long()
+        if target >= self.kept:
             return None
-        masks, least = self.entries.largest(self._values(), self.masks, wanted)
-        return self._become(masks, f"weights below {least.item():.3g} are masked", least.item())
+        masks, least = self.entries.largest(values, self.masks, target)
+        return self._set(masks, f"weights below {least.item():.3g} are masked", least.item())
 
-    def _replace(self, progress: Progress) -> MaskChange | None:
-        """Exchange the smallest weights of each matrix for as many others; those dropped just now may be among them,
+    def _replace(self, values: Parts, progress: Progress) -> MaskChange | None:
+        """Replace the smallest weights of each matrix by as many masked ones. Those just masked may be chosen again,
         and then stay as they were."""
         share = replaced_at(progress.tokens / self.horizon, self.sparsity.drop, self.sparsity.end)
         if share == 0:
             return None
-        changing = (self.kept.double() * share).long()
-        left, _ = self.entries.largest(self._values(), self.masks, self.kept - changing)
-        grown, _ = self.entries.largest(self.unmasked, {name: ~mask for name, mask in left.items()}, changing)
+        replaced = (self.kept.double() * share).long()
+        left, _ = self.entries.largest(values, self.masks, self.kept - replaced)
+        grown, _ = self.entries.largest(self.unmasked_grads, {name: ~mask for name, mask in left.items()}, replaced)
         masks = {name: mask | grown[name] for name, mask in left.items()}
-        return self._become(masks, f"{share:.3g} of each matrix's weights made room for others")
+        return self._set(masks, f"{share:.3g} of each matrix's weights made room for others")
 
-    def _values(self) -> Parts:
-        return {name: storage(weight) for name, weight in self.weights.items()}
-
-    def _become(self, masks: Parts, why: str, threshold: float | None = None) -> MaskChange:
-        """Take other masks, which make weights and moments 0."""
+    def _set(self, masks: Parts, reason: str, threshold: float | None = None) -> MaskChange:
+        """Set the masks, and zero the weights and moments that they mask."""
         before, moments = self.density, self.optimizer.state()
         for name, mask in self.masks.items():
             mask.copy_(masks[name])
             for tensor in (self.weights[name], *(moments[f"{moment}.{name}"] for moment in MOMENTS)):
                 storage(tensor).mul_(mask)
         self.measure()
-        self.unmasked = {}
-        return MaskChange(why, before, self.density, threshold)
+        self.unmasked_grads = {}
+        return MaskChange(reason, before, self.density, threshold)

@@ -1,4 +1,4 @@
-"""The update rules, on this rank's parts of the weights, with each weight's multipliers from the table."""
+"""AdamW and Muon on this rank's parts of the weights, with multipliers from the parameterization table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -14,7 +14,8 @@ from megahp.scaling.batch import StepPlan
 from megahp.scaling.parameterization import Role, Rule, Table, spectral_scale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # K. Jordan's quintic: slope as steep at 0 as singular values near 1 allow
+# K. Jordan's quintic: as steep at 0 as singular values near 1 allow, so that small ones grow in few iterations
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
@@ -24,10 +25,10 @@ class Optimizer(Protocol):
     updates: int  # made so far
 
     def step(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
-        """One update from this rank's parts of the gradients, in the order of the weights."""
+        """Make one update from this rank's parts of the gradients, in the order of the weights."""
 
     def state(self) -> dict[str, Tensor]:
-        """What it remembers of every weight, laid out as the weight is, under flat names: moment.weight."""
+        """Return the moments of every weight, laid out as the weight is, under flat names: moment.weight."""
 
 
 def make_optimizer(
@@ -37,7 +38,7 @@ def make_optimizer(
     table: Table,
     group: dist.ProcessGroup,
 ) -> Optimizer:
-    """The update rule that is asked for. group: the ranks that hold these weights, or parts or copies of them."""
+    """Make the configured optimizer. group: the ranks that hold these weights, or parts or copies of them."""
     if config.name == "muon":
         return Muon(config, weights, rows, table, group)
     return ADAMW[config.engine](weights, rows, table)
@@ -54,23 +55,23 @@ class AdamW:
         parts = [storage(weight) for weight in weights.values()]
         self.moments = [[torch.zeros_like(part) for part in parts] for _ in MOMENTS]
         by_rule: dict[Rule, list[int]] = {}
-        for place, name in enumerate(weights):
-            by_rule.setdefault(table.rule(rows[name].role, rows[name].density), []).append(place)
-        self.groups = [
-            (rule, places, [[tensors[place] for place in places] for tensors in (parts, *self.moments)])
-            for rule, places in by_rule.items()
+        for index, name in enumerate(weights):
+            by_rule.setdefault(table.rule(rows[name].role, rows[name].density), []).append(index)
+        self.groups = [  # of weights with the same rates: rule, indices, and their parts and moments
+            (rule, indices, [[tensors[index] for index in indices] for tensors in (parts, *self.moments)])
+            for rule, indices in by_rule.items()
         ]
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
         self.updates += 1
-        if not grads:
+        if not grads:  # a pipeline stage without trained weights
             return
-        count = torch.full((), float(self.updates), device=grads[0].device)  # the kernel reads it there
-        for rule, places, (parts, exp_avg, exp_avg_sq) in self.groups:
-            torch._fused_adamw_(  # torch.optim would sort the lists by type, and count every weight's steps
+        count = torch.full((), float(self.updates), device=grads[0].device)  # the kernel reads it on the device
+        for rule, indices, (parts, exp_avg, exp_avg_sq) in self.groups:
+            torch._fused_adamw_(  # torch.optim.AdamW would sort the lists by type and count each weight's steps, a step
                 parts,
-                [grads[place] for place in places],
+                [grads[index] for index in indices],
                 exp_avg,
                 exp_avg_sq,
                 [],
@@ -91,21 +92,22 @@ class AdamW:
 
 
 class ApexAdamW(AdamW):
-    """The same by apex's FusedAdam, which is to use our moments and our count of updates."""
+    """The same by apex's FusedAdam, made to use our moments and our count of updates, so that a run may change engines
+    at a checkpoint."""
 
     def __init__(self, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table) -> None:
         super().__init__(weights, rows, table)
         params = [[nn.Parameter(part) for part in parts] for _, _, (parts, *_) in self.groups]
         self.fused = fused_adam()([{"params": parts} for parts in params], adam_w_mode=True)
         for parts, (_, _, (_, *moments)) in zip(params, self.groups, strict=True):
-            for part, *mine in zip(parts, *moments, strict=True):
-                self.fused.state[part] = dict(zip(MOMENTS, mine, strict=True))
+            for part, *part_moments in zip(parts, *moments, strict=True):
+                self.fused.state[part] = dict(zip(MOMENTS, part_moments, strict=True))
 
     def step(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
-        for group, (rule, places, _) in zip(self.fused.param_groups, self.groups, strict=True):
-            group.update(_rates(rule, plan), betas=(plan.beta1, plan.beta2), step=self.updates)
-            for part, place in zip(group["params"], places, strict=True):
-                part.grad = grads[place]
+        for group, (rule, indices, _) in zip(self.fused.param_groups, self.groups, strict=True):
+            group.update(_rates(rule, plan), betas=(plan.beta1, plan.beta2), step=self.updates)  # apex adds 1 to step
+            for part, index in zip(group["params"], indices, strict=True):
+                part.grad = grads[index]
         self.fused.step()
         self.fused.zero_grad()
         self.updates += 1
@@ -115,7 +117,7 @@ ADAMW = {"torch": AdamW, "apex": ApexAdamW}
 
 
 def _rates(rule: Rule, plan: StepPlan) -> dict[str, Any]:
-    """What of AdamW the table scales by role."""
+    """Return AdamW's rates, which the table scales by role."""
     return {"lr": plan.lr * rule.lr, "weight_decay": plan.weight_decay * rule.weight_decay, "eps": plan.eps * rule.eps}
 
 
@@ -127,7 +129,7 @@ class Muon:
     `ratio` times the plan's, which carries schedule and batch rule. It decays as AdamW would have it decay, so tau
     means the same for every weight.
 
-    The matrices are dealt to the ranks: each is gathered, orthogonalised by one rank and sent out again, and every rank
+    The matrices are dealt to the ranks: each is gathered, orthogonalised by one rank and broadcast, and every rank
     keeps its part. So every layout computes the same update, and a rank holds three whole matrices at most (those of a
     layer's experts count as one).
     """
@@ -170,18 +172,18 @@ class Muon:
         self.adamw.updates = count
 
     def _update(self, names: Sequence[str], grads: Mapping[str, Tensor], plan: StepPlan) -> None:
-        """Update so many matrices at most as there are ranks, the n-th orthogonalised by rank n."""
-        mine = torch.empty(0)
+        """Update at most as many matrices as there are ranks, the n-th orthogonalised by rank n."""
+        own_update = torch.empty(0)
         for rank, name in enumerate(names):
             momentum = self.momentum[name].lerp_(grads[name], 1 - self.decay)
             gathered = whole(self.hidden[name], grads[name].lerp(momentum, self.decay))
             if rank == self.group.rank():
                 matrices = self.rows[name].matrices(gathered)
                 scaled = [spectral_scale(*matrix.shape) * orthogonal(matrix) for matrix in matrices]
-                mine = self.rows[name].fuse(scaled).contiguous()
+                own_update = self.rows[name].fuse(scaled).contiguous()
         for rank, name in enumerate(names):
             weight = self.hidden[name]
-            update = mine if rank == self.group.rank() else gathered.new_empty(weight.shape)
+            update = own_update if rank == self.group.rank() else gathered.new_empty(weight.shape)
             dist.broadcast(update, group=self.group, group_src=rank)
             part = storage(weight)
             part.mul_(1 - plan.lr * self.rule.lr * plan.weight_decay * self.rule.weight_decay)
@@ -189,12 +191,12 @@ class Muon:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of the matrix U S V^T, by five Newton-Schulz iterations: its singular values come to lie between
-    about 0.7 and 1.2. [m, n] -> [m, n]."""
+    """Return about U V^T of the matrix U S V^T, by five Newton-Schulz iterations: its singular values come to lie
+    between about 0.7 and 1.2. [m, n] -> [m, n]."""
     a, b, c = NEWTON_SCHULZ
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller of the two Gram matrices
     x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)  # or the norm of a small matrix would underflow
-    x = x / x.norm().clamp(min=1)  # at least 1, but for zeros
+    x = x / x.norm().clamp(min=1)  # at least 1 by the line before, unless all are 0
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x

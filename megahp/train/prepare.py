@@ -1,4 +1,4 @@
-"""All that can be checked of a run before anything is built or written, and its data."""
+"""Checks of a run before anything is built or written, and opening its data."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -19,22 +19,23 @@ from megahp.files import read_json, refuse_links
 from megahp.log.wandb_log import check_wandb
 from megahp.model.build import longest
 from megahp.ops.engines import fused_adam, linear_of, norm_of
-from megahp.parallel.device import check_devices, cuda_wanted, memory_here
+from megahp.parallel.device import check_devices, memory_here, uses_cuda
 from megahp.parallel.layout import Layout
-from megahp.scaling.batch import BatchScheduler, Progress, least_batch, runnable, unit
+from megahp.scaling.batch import BatchScheduler, Progress, batch_multiple, least_batch, runnable
 from megahp.scaling.flops import parameters as parameter_count
 from megahp.train.advice import advice, beyond_cpus
 
 
 def prepare(
-    config: Config, layout: Layout, ranks_here: int, resume: bool, warn: Callable[[str], None] | None = None
+    config: Config, layout: Layout, local_ranks: int, resume: bool, warn: Callable[[str], None] | None = None
 ) -> Config:
-    """Check, before anything is built or written, all that can be checked: batch and layout, tokenizer, run directory,
-    and on resume that the run is the same one. Returns the settings with the vocabulary filled in. Raises UserError.
+    """Check, before anything is built or written, all that can be checked: devices, batch and layout, tokenizer, run
+    directory, and on resume that the run is the same one. Returns the config with the vocabulary filled in. Raises
+    UserError.
 
-    warn: is told, of a run that begins, what is likely a mistake.
+    local_ranks: on this machine, 0 on one that only submits the run; warn: called with each warning about a new run.
     """
-    check_devices(config, ranks_here)
+    check_devices(config, local_ranks)
     check_engines(config)
     if config.log.wandb != "off":
         check_wandb()
@@ -43,15 +44,13 @@ def prepare(
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_tokenizer(config, tokenizer)
     config = with_vocabulary(config, tokenizer)
-    check_memory(config, layout, ranks_here)
-    refuse_links(config.directory)
-    saved, begin = newest(config), 0
+    check_memory(config, layout, local_ranks)
+    refuse_links(config.directory)  # before the first look inside, which would follow them
+    saved, start_tokens = newest(config), 0
     if config.directory.exists() and not config.directory.is_dir():
         raise UserError(f"{config.directory} is a file; choose another log.name")
     if not resume and (saved or (config.directory / "metrics.jsonl").exists()):
-        raise UserError(
-            f"{saved or config.directory} is there already; go on with --resume auto, or choose another log.name"
-        )
+        raise UserError(f"{saved or config.directory} already exists; pass --resume auto to continue, or set log.name")
     if resume and saved:
         state = checkpoint.read_state(saved)
         refuse_changes(config, state["config"], saved, {"always", "unless dense", "on resume"})
@@ -60,34 +59,34 @@ def prepare(
     else:
         check_batch(config, layout, config.batch.global_batch)
         if config.train.start_from:
-            begin = check_start(config, layout, checkpoint.find(checkpoint.location(config.train.start_from)))
+            start_tokens = check_start(config, layout, checkpoint.find(checkpoint.location(config.train.start_from)))
     data = open_data(config)
     if warn and not (resume and saved):
-        # a machine without ranks of the run, such as a login node, may lack the GPUs that its own have
-        is_cuda = cuda_wanted(config) if ranks_here else config.train.device != "cpu"
-        for line in advice(config, data, math.prod(layout.shape), "cuda" if is_cuda else "cpu", begin):
+        # a machine without ranks of the run, such as a login node, may lack the GPUs that the run's machines have
+        is_cuda = uses_cuda(config) if local_ranks else config.train.device != "cpu"
+        for line in advice(config, data, math.prod(layout.shape), "cuda" if is_cuda else "cpu", start_tokens):
             warn(f"warning: {line}")
-        if ranks_here and not is_cuda and (beyond := beyond_cpus(config, layout, ranks_here, begin)):
-            warn(f"warning: {beyond}; make model or train.tokens smaller, or add ranks on other machines")
+        if local_ranks and not is_cuda and (problem := beyond_cpus(config, layout, local_ranks, start_tokens)):
+            warn(f"warning: {problem}; make model or train.tokens smaller, or add ranks on other machines")
     return config
 
 
 def newest(config: Config) -> checkpoint.Location | None:
-    """The checkpoint that a resumed run would go on from. Raises UserError."""
-    return checkpoint.first_whole(checkpoint.candidates(config.directory / "checkpoints", config.checkpoint.remote))
+    """Return the checkpoint that the run would resume from. Raises UserError."""
+    return checkpoint.first_valid(checkpoint.candidates(config.directory / "checkpoints", config.checkpoint.remote))
 
 
 def refuse_without_checkpoint(config: Config) -> None:
-    """Raise UserError when there is nothing to go on from."""
+    """Raise UserError when there is nothing to resume from."""
     if newest(config) is None:
         folder = config.directory / "checkpoints"
-        raise UserError(f"{folder} holds no checkpoint to go on from; begin anew with --resume auto, or restore one")
+        raise UserError(f"{folder} holds no checkpoint to resume from; start anew with --resume auto, or restore one")
 
 
 def check_batch(config: Config, layout: Layout, global_batch: int) -> None:
-    """Raise UserError when the layout cannot run a global batch, of the run's beginning or of where it goes on, in
-    every stage of the data."""
-    batch, multiple, least = config.batch, unit(config, layout.dp), least_batch(config, layout.dp)
+    """Raise UserError when the layout cannot run this global batch, that of a new run or of one that is resumed, in
+    every phase of the data."""
+    batch, multiple, least = config.batch, batch_multiple(config, layout.dp), least_batch(config, layout.dp)
     nearest = runnable(global_batch, multiple, least)
     if nearest != (global_batch,):
         of = f"data parallel {layout.dp} x batch.micro_batch {batch.micro_batch}"
@@ -95,45 +94,42 @@ def check_batch(config: Config, layout: Layout, global_batch: int) -> None:
             of += f", {layout.pp} pipeline stages kept busy by the {config.parallel.schedule} schedule"
         if phases_of(config.data)[1:]:
             of += ", in sequences of every length in data.lengths"
-        wanted = f"below {least}" if global_batch < least else f"not a multiple of {multiple}"
-        which = "batch.global_batch" if global_batch == batch.global_batch else "the global batch to go on with"
+        problem = f"below {least}" if global_batch < least else f"not a multiple of {multiple}"
+        which = "batch.global_batch" if global_batch == batch.global_batch else "the checkpoint's global batch"
         micro = math.gcd(batch.micro_batch, global_batch // layout.dp) if global_batch % layout.dp == 0 else 0
         smaller = with_values(config, {"batch.micro_batch": micro}) if micro else config
-        fits = runnable(global_batch, unit(smaller, layout.dp), least_batch(smaller, layout.dp)) == (global_batch,)
-        raise UserError(
-            f"{which} = {global_batch} is {wanted} ({of}); nearest that can be: {', '.join(map(str, nearest))}"
-            + f"; or set batch.micro_batch={micro}" * fits
-        )
+        limits = batch_multiple(smaller, layout.dp), least_batch(smaller, layout.dp)
+        remedy = f"; or set batch.micro_batch={micro}" if runnable(global_batch, *limits) == (global_batch,) else ""
+        near = ", ".join(map(str, nearest))
+        raise UserError(f"{which} = {global_batch} is {problem} ({of}); nearest valid: {near}{remedy}")
 
 
 def check_resumed_batch(config: Config, layout: Layout, state: Mapping[str, Any], path: checkpoint.Location) -> None:
-    """Raise UserError when the layout cannot run what becomes of a checkpoint's batch, or would soon be left again."""
-    plan, saved = BatchScheduler(config, layout.dp), state["batch_plan"]
-    plan.load_state(saved, Progress(**state["progress"]))
-    check_batch(config, layout, plan.batch)
-    stop_at = config.resilience.stop_at_batch
-    if 0 < stop_at <= saved["batch"]:
-        raise UserError(
-            f"resilience.stop_at_batch = {stop_at} is not above the batch of {path}, {saved['batch']}; raise it, or "
-            "leave it out"
-        )
+    """Raise UserError when the layout cannot run the batch that a checkpoint leads to, or the run would stop at once:
+    resilience.stop_at_batch is reached already."""
+    scheduler = BatchScheduler(config, layout.dp)
+    scheduler.load_state(state["batch_plan"], Progress(**state["progress"]))
+    check_batch(config, layout, scheduler.batch)
+    stop_at, batch = config.resilience.stop_at_batch, state["batch_plan"]["batch"]
+    if 0 < stop_at <= batch:
+        raise UserError(f"resilience.stop_at_batch = {stop_at} is not above the batch of {path}, {batch}; raise it")
 
 
-def check_memory(config: Config, layout: Layout, ranks_here: int) -> None:
-    """Raise UserError when this machine cannot even hold its ranks' shares of the weights, in 4 bytes each. GPUs
-    are not asked: CUDA would have to be initialised before the ranks are started."""
+def check_memory(config: Config, layout: Layout, local_ranks: int) -> None:
+    """Raise UserError when this machine's memory cannot even hold its ranks' shares of the weights, 4 bytes each. GPUs'
+    memory is not checked: CUDA would have to be initialised before the ranks are started."""
     parameters = parameter_count(config.model, longest(config))
     share = 4 * parameters * layout.dp_replicate / math.prod(layout.shape)
-    needed, there = share * ranks_here, memory_here()
-    if not cuda_wanted(config) and needed > there:
+    needed, memory = share * local_ranks, memory_here()
+    if not uses_cuda(config) and needed > memory:
         raise UserError(
             f"the model's {parameters:,} parameters take at least {needed / 1e9:,.0f} GB of this machine, which has "
-            f"{there / 1e9:,.0f} GB; make it smaller, or divide it among more machines"
+            f"{memory / 1e9:,.0f} GB; make it smaller, or shard it over more machines"
         )
 
 
 def check_engines(config: Config) -> None:
-    """Raise UserError when an engine that is asked for is not installed, or cannot compute on the run's device."""
+    """Raise UserError when a configured engine is not installed, or cannot compute on the run's device."""
     if config.compute.norms != "megahp":
         norm_of(config.compute.norms, config.model.norm)
     if config.compute.fp8 != "none":
@@ -141,106 +137,104 @@ def check_engines(config: Config) -> None:
     if config.optimizer.engine == "apex":
         fused_adam()
     for key in ("compute.norms", "compute.fp8", "optimizer.engine"):
-        if (engine := get_setting(config, key)) in ("apex", "transformer-engine") and not cuda_wanted(config):
-            raise UserError(f"{key} = {engine!r} computes on CUDA devices alone; train on one, or leave it out")
+        if (engine := get_setting(config, key)) in ("apex", "transformer-engine") and not uses_cuda(config):
+            raise UserError(f"{key} = {engine!r} computes on CUDA devices only; train on one, or remove it")
 
 
 def check_start(config: Config, layout: Layout, path: checkpoint.Location) -> int:
-    """Return the tokens that a checkpoint has seen. Raises UserError when a new run cannot go on from it."""
+    """Return the tokens that a checkpoint was trained on. Raises UserError when this run cannot start from it."""
     state = checkpoint.read_state(path)
-    # a sparse run may become dense, what was masked then trained from 0 on (MediSwift, arXiv 2403.00952)
+    # a sparse run may become dense: what was masked is then trained, from 0 (MediSwift, arXiv 2403.00952)
     sparse = config.sparsity.method != "none"
     refuse_changes(config, state["config"], path, {"always", "unless dense"} if sparse else {"always"})
     saved, progress = resolve.from_dict(state["config"], str(path)), Progress(**state["progress"])
     if config.model.positions == "learned" and longest(config) != longest(saved):
         raise UserError(
-            f"model.positions = 'learned' holds {longest(saved)} positions in {path}, and the longest sequence would "
-            f"be {longest(config)}; keep that length"
+            f"model.positions = 'learned': {path} holds {longest(saved)} positions, and the longest sequence is "
+            f"{longest(config)}; set it to {longest(saved)}"
         )
     check_schedule(config, progress.tokens, path)
-    plan = BatchScheduler(config, layout.dp)
-    plan.load_state(initial_batch_state(config, saved, state, plan), progress)
-    if plan.step(progress) is None:
+    scheduler = BatchScheduler(config, layout.dp)
+    scheduler.load_state(initial_batch_state(config, saved, state, scheduler), progress)
+    if scheduler.step(progress) is None:
         train = config.train
         raise UserError(
             f"train.tokens = {train.tokens} and train.steps = {train.steps} leave no step after the {progress.tokens} "
-            f"tokens and {progress.step} steps of {path}, which count as this run's own; raise them"
+            f"tokens and {progress.step} steps of {path}, which count towards this run's; raise them"
         )
     return progress.tokens
 
 
 def check_schedule(config: Config, tokens: int, path: checkpoint.Location) -> None:
-    """Raise UserError when the schedule would begin only after this checkpoint."""
+    """Raise UserError when the schedule starts only after this checkpoint."""
     if config.schedule.start > tokens:
         raise UserError(
-            f"schedule.start = {config.schedule.start} is beyond the {tokens} tokens of {path}, where the run goes "
-            f"on; set schedule.start={tokens} for a schedule that begins there"
+            f"schedule.start = {config.schedule.start} is beyond the {tokens} tokens of {path}, from which the run "
+            f"continues; set schedule.start={tokens} for a schedule that starts there"
         )
 
 
 def initial_batch_state(
-    config: Config, saved: Config, state: Mapping[str, Any], plan: BatchScheduler
+    config: Config, saved: Config, state: Mapping[str, Any], scheduler: BatchScheduler
 ) -> dict[str, Any]:
-    """The state a branch's batch plan begins in: the checkpoint's, where nothing of [batch] has changed, or its own."""
-    same = (saved.batch, saved.data.sequence_length) == (config.batch, config.data.sequence_length)
-    return state["batch_plan"] if same else {**plan.state(), "began": state["progress"]["tokens"]}
+    """Return the state in which a branch's batch scheduler starts: the checkpoint's, where [batch] and the sequence
+    length are as before, else a new one's."""
+    is_same = (saved.batch, saved.data.sequence_length) == (config.batch, config.data.sequence_length)
+    return state["batch_plan"] if is_same else {**scheduler.state(), "began": state["progress"]["tokens"]}
 
 
 def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise UserError when the data says it was written with another tokenizer than the run's."""
+    """Raise UserError when data was written with another tokenizer than the run's, by the .json beside it."""
     for prefix in config.data.train:
-        side = Path(f"{prefix}.json")
-        if side.exists() and _fingerprint_in(side) != tokenizer.fingerprint:
+        sidecar, remedy = Path(f"{prefix}.json"), "preprocess again, or remove it"
+        if not sidecar.exists():  # other tools write none
+            continue
+        fingerprint = read_json(sidecar, "description of data", remedy).get("tokenizer_fingerprint")
+        if not isinstance(fingerprint, str):
+            raise UserError(f"{sidecar} holds no tokenizer_fingerprint; {remedy}")
+        if fingerprint != tokenizer.fingerprint:
             raise UserError(
                 f"data.tokenizer = {config.data.tokenizer!r} is not the one {prefix} was written with, "
-                f"according to {side}; name that one, or preprocess again"
+                f"according to {sidecar}; name that one, or preprocess again"
             )
 
 
-def _fingerprint_in(side: Path) -> str:
-    remedy = "preprocess again, or remove it"
-    found = read_json(side, "description of data", remedy).get("tokenizer_fingerprint")
-    if not isinstance(found, str):
-        raise UserError(f"{side} holds no tokenizer_fingerprint; {remedy}")
-    return found
-
-
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """model.vocab_size from the tokenizer where it is 0. Raises UserError when it is too small for the tokenizer."""
+    """Fill in model.vocab_size from the tokenizer if it is 0. Raises UserError when it is too small for it."""
     if config.model.vocab_size == 0:
         return with_values(config, {"model.vocab_size": tokenizer.vocab_size})
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size = {config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
-            f"data.tokenizer = {config.data.tokenizer!r}; leave it out to take the tokenizer's"
+            f"data.tokenizer = {config.data.tokenizer!r}; remove it to use the tokenizer's"
         )
     return config
 
 
 def changes(config: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
-    """Settings whose value differs from the saved one: key -> (saved, now)."""
+    """Return the settings whose value differs from the saved one: key -> (saved, now)."""
     return config_differences(resolve.from_dict(saved, "checkpoint"), config)
 
 
 def refuse_changes(
     config: Config, saved: Mapping[str, Mapping[str, Any]], path: checkpoint.Location, fixed: Collection[str]
 ) -> None:
-    """Raise UserError when a setting differs that is fixed in one of these ways: see megahp/config/schema.py."""
+    """Raise UserError when a setting differs that is fixed in one of these ways (megahp/config/schema.py: fixed)."""
     for key, (before, now) in changes(config, saved).items():
         if fixed_when(key) in fixed:
-            elsewhere = ", or start a new run under another log.name" if "on resume" in fixed else ""
-            raise UserError(f"{key} = {now!r} but {path} was trained with {before!r}; set it back{elsewhere}")
+            or_new = ", or start a new run under another log.name" if "on resume" in fixed else ""
+            raise UserError(f"{key} = {now!r} but {path} was trained with {before!r}; set it back{or_new}")
 
 
 def open_data(config: Config) -> TrainingData:
-    """The run's data, memory-mapped. Raises UserError for missing or damaged files."""
+    """Open the run's data, memory-mapped. Raises UserError for missing or damaged files."""
     data = config.data
     datasets = [IndexedDataset(prefix) for prefix in data.train]
     tokens = {dataset.prefix: int(dataset.lengths.sum(dtype=np.int64)) for dataset in datasets}
     for prefix, count in tokens.items():
         if count == 0:
-            raise UserError(f"data {prefix!r} holds no tokens; leave it out of data.train, or preprocess again")
+            raise UserError(f"data {prefix!r} holds no tokens; remove it from data.train, or preprocess again")
     by_tokens = tuple(map(float, tokens.values()))
-    along = [replace(phase, weights=phase.weights or by_tokens) for phase in phases_of(data)]
+    phases = [replace(phase, weights=phase.weights or by_tokens) for phase in phases_of(data)]
     cache = Path(data.cache) if data.cache else Path(data.train[0]).parent / "cache"
-    return TrainingData(datasets, along, config.train.seed, data.validation_fraction, cache, config.model.vocab_size)
+    return TrainingData(datasets, phases, config.train.seed, data.validation_fraction, cache, config.model.vocab_size)

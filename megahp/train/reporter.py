@@ -1,4 +1,4 @@
-"""What a run tells the world: its directory, its logs, its progress display. Only the first rank speaks."""
+"""What a run writes and shows: its directory, logs and progress display. Only rank 0 does."""
 
 import contextlib
 import fcntl
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,7 @@ from megahp.train.step import Measurement
 
 
 class Reporter:
-    """Writes the run directory and shows progress, on the first rank; the others' calls do nothing.
+    """Writes the run directory and shows progress, on rank 0; on other ranks its methods do nothing.
 
     Raises UserError when another process writes there, or nobody can.
     """
@@ -37,8 +38,8 @@ class Reporter:
         self.lock = _lock(config.directory) if is_rank0() else None
 
     @contextlib.contextmanager
-    def showing(self, progress: Progress) -> Any:
-        """A progress display for the time of training."""
+    def display_progress(self, progress: Progress) -> Iterator[None]:
+        """Show a progress display during training."""
         if self.log is None:
             yield
             return
@@ -46,44 +47,45 @@ class Reporter:
             with ProgressDisplay(self.config.train.tokens, progress.tokens) as self.display:
                 yield
         except BaseException:
-            self.close()  # what is logged arrives, whatever ends the run
+            self.close()  # what is buffered for TensorBoard and W&B arrives, whatever ends the run
             raise
         finally:
             self.display = None
 
-    def event(self, event: str, why: str, progress: Progress, **inputs: Any) -> None:
-        """Log something that happened, and why, and show it. TensorBoard and W&B get the words too, masked here."""
-        why = masked(why)
+    def event(self, event: str, reason: str, progress: Progress, /, **details: Any) -> None:
+        """Log and show an event. TensorBoard and W&B get the reason too, with passwords masked here."""
+        reason = masked(reason)
         if self.log:
-            details = {"step": progress.step, "tokens": progress.tokens, **inputs}
-            self.log.event(event, **{"reason": why, **details})
-            self.say(f"{event}: {why}")
+            # details may hold a reason of their own, as a Change does: that one is logged
+            self.log.event(event, **{"reason": reason, "step": progress.step, "tokens": progress.tokens, **details})
+            self.message(f"{event}: {reason}")
         if self.wandb:
-            self.wandb.event(event, why, progress.step)
+            self.wandb.event(event, reason, progress.step)
 
-    def began(self, event: str, why: str, run: Run, taken: Restored) -> None:
-        """Log a start (event: started, branched, resumed, rewound), with all that decides what follows, so that it can
-        be replayed. Steps logged beyond a checkpoint of the run's own will be taken again, so their lines go."""
+    def start(self, event: str, reason: str, run: Run, restored: Restored) -> None:
+        """Log a start (event: started, branched, resumed, rewound), with everything that decides what follows, so that
+        it can be replayed."""
+        # steps logged beyond a checkpoint of the run's own are about to be repeated, so their lines are dropped
         if kept := self._open(run, run.progress.step if event in GONE_BACK else None):
-            why = f"{why}; what was logged before it, by a run without a checkpoint left, is kept in {kept.name}"
-        changed = changes(run.config, taken.config) if taken.config else {}
+            reason = f"{reason}; what was logged before it, by a run without a checkpoint left, is kept in {kept.name}"
+        changed = changes(run.config, restored.config) if restored.config else {}
         self.event(
             event,
-            why,
+            reason,
             run.progress,
             samples=run.progress.samples,
-            batch_scheduler=taken.batch_scheduler,
+            batch_plan=restored.batch_scheduler,
             changed={key: {"before": before, "now": now} for key, (before, now) in changed.items()},
             layout=vars(run.mesh.layout),
             config=config_to_dict(self.config),
         )
 
     def phase(self, run: Run, plan: StepPlan) -> None:
-        """Log that another stage of the data begins."""
+        """Log that a new phase of the data begins."""
         weights = run.data.phases[plan.phase].weights
         shares = ", ".join(f"{weight / sum(weights):.3g}" for weight in weights)
-        reads = f"batches of {plan.global_batch} sequences of {plan.length} tokens, the sources' shares {shares}"
-        self.event("stage", reads, run.progress, stage=plan.phase, length=plan.length, weights=weights)
+        reason = f"batches of {plan.global_batch} sequences of {plan.length} tokens, the sources' shares {shares}"
+        self.event("stage", reason, run.progress, stage=plan.phase, length=plan.length, weights=weights)
 
     def step(
         self,
@@ -91,21 +93,21 @@ class Reporter:
         plan: StepPlan,
         measured: Measurement,
         change: Change | None,
-        masked: MaskChange | None,
+        mask_change: MaskChange | None,
         seconds: float,
         validation: float | None,
         skipped: bool,
     ) -> None:
-        """Log and show one step, if it is one of those logged, and what it changed."""
+        """Log and show a step, if it is due, and what it changed."""
         step = run.progress.step
-        due = (
+        is_due = (
             step % self.config.log.every == 0
-            or run.batch_scheduler.is_decision_step(step)
+            or run.batch_scheduler.is_decision_step(step)  # or `megahp replay` could not make its decision again
             or change
-            or masked
+            or mask_change
             or validation is not None
         )
-        if self.log and due:
+        if self.log and is_due:
             record = _record(run, plan, measured, seconds, validation, skipped)
             self.log.metrics(record)
             if self.wandb:
@@ -114,18 +116,18 @@ class Reporter:
                 self.display.update(record)
         if change:
             self.event("batch", change.reason, run.progress, **change.to_dict())
-        if masked:
-            self.event("masks", masked.reason, run.progress, **vars(masked))
+        if mask_change:
+            self.event("masks", mask_change.reason, run.progress, **vars(mask_change))
 
-    def say(self, text: str) -> None:
-        """Show a line."""
+    def message(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one. To stdout: it is what the command is run for."""
         if self.display:
             self.display.message(masked(text))
         elif self.log:
             print(masked(text), flush=True)
 
     def baselines(self, unigram: float, bigram: float) -> None:
-        """Keep what the simplest models lose on the same validation tokens, in nats per token."""
+        """Write baselines.json: the n-gram models' losses on the validation samples, nats per token."""
         if self.log:
             _write(self.config.directory / "baselines.json", json.dumps({"unigram": unigram, "bigram": bigram}))
 
@@ -136,9 +138,11 @@ class Reporter:
             self.log.close()
 
     def _open(self, run: Run, step: int | None) -> Path | None:
-        """Begin to write, after all that could refuse the run. step: what was logged beyond it is taken back; None
-        where the run begins. Returns the file that older metrics are kept in."""
-        if self.log:
+        """Open the logs, after everything that could refuse the run. Returns the file that older metrics are kept in.
+
+        step: metrics beyond it are dropped; None for a new run.
+        """
+        if self.log:  # a rewind
             self.log.resume(step or 0)
             return None
         if not self.lock:
@@ -155,17 +159,18 @@ class Reporter:
             raise UserError(f"{directory} cannot be written ({error.strerror}); make it writable") from None
         if (log := self.config.log).wandb != "off":
             config = config_to_dict(self.config)
-            self.wandb = WandbLog(log.wandb, log.wandb_project, log.name, directory, run.wandb_id, config, self.say)
+            self.wandb = WandbLog(log.wandb, log.wandb_project, log.name, directory, run.wandb_id, config, self.message)
         return kept
 
 
 def _record(
     run: Run, plan: StepPlan, measured: Measurement, seconds: float, validation: float | None, skipped: bool
 ) -> Record:
+    """Return the metrics of a step, as a line of metrics.jsonl holds them."""
     numbers = run.noise.numbers()
     noise = numbers["noise_scale"]
-    # at the step that reaches sequences of another length the policy has seen nothing of them
-    seen = numbers[run.batch_scheduler.sees] if run.batch_scheduler.length == plan.length else None
+    # after the last step of a phase the scheduler is at the next one's length, of which nothing was measured yet
+    seen = numbers[run.batch_scheduler.noise_key] if run.batch_scheduler.length == plan.length else None
     record: Record = {
         "step": run.progress.step,
         "tokens": run.progress.tokens,
@@ -174,7 +179,7 @@ def _record(
         "lr": plan.lr,
         "weight_decay": plan.weight_decay,
         "global_batch": plan.global_batch,
-        "batch_target": run.batch_scheduler.aim(run.progress, seen),
+        "batch_target": run.batch_scheduler.target(run.progress, seen),
         "grad_norm": measured.grad_norm,
         "grad_sq_example": sum(measured.grad_sq_example.values()) if measured.grad_sq_example else None,
         "grad_sq_batch": sum(measured.grad_sq_batch.values()) if measured.grad_sq_batch else None,
@@ -202,11 +207,11 @@ def _record(
 
 
 def _lock(directory: Path) -> IO[str]:
-    """A lock on the run directory that ends with this process."""
+    """Lock the run directory until this process ends, in whatever way. Raises UserError when it is locked."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         refuse_links(directory)
-        file = open_unlinked(directory / ".lock", "a+")
+        file = open_unlinked(directory / ".lock", "a+")  # not "w": it must not lose its owner's name yet
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror}); choose another log.root") from None
     try:
@@ -225,7 +230,7 @@ def _lock(directory: Path) -> IO[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a small file in one step, so that a reader or a crash never meets half of it."""
+    """Replace a small file by one rename, so that a reader or a crash never meets half of it."""
     part = path.with_suffix(path.suffix + ".part")
     with open_unlinked(part, "w") as file:
         file.write(text)

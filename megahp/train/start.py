@@ -1,4 +1,4 @@
-"""Where a run begins: at its newest sound checkpoint, at another run's, or at the beginning."""
+"""Where training starts: at the run's newest valid checkpoint, at another run's, or from scratch."""
 
 from collections.abc import Sequence
 
@@ -9,30 +9,33 @@ from megahp.train.run import Restored, Run, broadcast_from_rank0
 
 
 def start(run: Run, reporter: Reporter, resume: bool) -> None:
-    """Begin at the newest checkpoint if resuming and there is one, else where train.start_from says, else at the
-    beginning."""
-    found = broadcast_from_rank0(lambda: checkpoints_to_start_from(run, resume))
-    if found is None:
-        reporter.began(
-            "started",
-            f"a new run of {run.engine.model.parameters:,} parameters",
-            run,
-            Restored(None, run.batch_scheduler.state()),
-        )
+    """Start at the run's newest checkpoint if resuming and there is one, else at train.start_from, else from scratch,
+    and log it."""
+    event, paths = broadcast_from_rank0(lambda: checkpoints_to_start_from(run, resume))
+    if event == "started":
+        reason = f"a new run of {run.engine.model.parameters:,} parameters"
+        reporter.start(event, reason, run, Restored(None, run.batch_scheduler.state()))
         return
-    event, paths = found[0], [checkpoint.location(path) for path in found[1]]
-    path, taken, refused = go_back(run, paths) if event == "resumed" else (paths[0], run.branch(paths[0]), [])
-    anew = f"; {', '.join(taken.anew)} read from the beginning" if taken.anew else ""
-    reporter.began(event, f"from {path}{anew}", run, taken)
+    newest_first = [checkpoint.location(path) for path in paths]
+    refused: list[str] = []
+    if event == "resumed":
+        path, restored, refused = restore_newest(run, newest_first)
+    else:
+        path, restored = newest_first[0], run.branch(newest_first[0])
+    sources = f"; {', '.join(restored.restarted_sources)} read from the beginning" if restored.restarted_sources else ""
+    reporter.start(event, f"from {path}{sources}", run, restored)
     for why in refused:
         reporter.event("refused", why, run.progress)
-    for change in taken.changes:
+    for change in restored.changes:
         reporter.event("batch", change.reason, run.progress, **change.to_dict())
 
 
-def go_back(run: Run, newest_first: Sequence[checkpoint.Location]) -> tuple[checkpoint.Location, Restored, list[str]]:
-    """Restore the newest checkpoint that is as it was written. Returns it, what was taken over, and why newer ones were
-    refused. Raises UserError when there is none."""
+def restore_newest(
+    run: Run, newest_first: Sequence[checkpoint.Location]
+) -> tuple[checkpoint.Location, Restored, list[str]]:
+    """Restore the newest checkpoint that is not damaged. Returns it, the state restored, and why newer ones were
+    refused. Raises UserError when all are damaged, and at once when one cannot be read: it may be whole, and an older
+    one in its place would lose steps."""
     refused: list[str] = []
     for path in newest_first:
         try:
@@ -42,9 +45,10 @@ def go_back(run: Run, newest_first: Sequence[checkpoint.Location]) -> tuple[chec
     raise UserError("; ".join(refused))
 
 
-def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[str]] | None:
-    """The event a start is, and the checkpoints that serve, the best first. Raises UserError."""
-    if resume and (own := checkpoint.candidates(run.folder, run.config.checkpoint.remote)):
-        return "resumed", list(map(checkpoint.url_of, own))
-    origin = run.config.train.start_from
-    return ("branched", [checkpoint.url_of(checkpoint.find(checkpoint.location(origin)))]) if origin else None
+def checkpoints_to_start_from(run: Run, resume: bool) -> tuple[str, list[str]]:
+    """Return the event that a start is, and the URLs of the checkpoints to try, newest first. Raises UserError."""
+    if resume and (found := checkpoint.candidates(run.folder, run.config.checkpoint.remote)):
+        return "resumed", list(map(checkpoint.url_of, found))
+    if origin := run.config.train.start_from:
+        return "branched", [checkpoint.url_of(checkpoint.find(checkpoint.location(origin)))]
+    return "started", []

@@ -1,5 +1,5 @@
-"""One optimizer step's mathematics: forward and backward over microbatches, then everything a step needs to know
-about its gradients in one collective and one transfer to the host."""
+"""The mathematics of one optimizer step: forward and backward over microbatches, then one all-reduce and one transfer
+to the host for everything a step measures."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from megahp.model.moe import routers
 from megahp.parallel import data as data_parallel
 from megahp.parallel.context import shard_sequence
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import is_first_replica, local, parameters, probes, saved, sum_gradients
+from megahp.parallel.parameters import is_first_replica, local, model_state, parameters, probes, sum_gradients
 from megahp.parallel.pipeline import Pipeline
 
 FIRST_SCALE = 65536.0
@@ -26,10 +26,10 @@ SCALE_GROWS_AFTER = 2000  # steps
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one step's gradients say, equal on all ranks."""
+    """What was measured of one step and its gradients, equal on all ranks."""
 
     loss: float  # nats per token, mean over the global batch
-    stop_requested: bool  # whether some rank has been told to leave
+    stop_requested: bool  # on any rank
     grad_norm: float  # of the whole gradient of the trained weights
     grad_sq_example: dict[str, float]  # norm layer -> mean_b ||g_b||^2 over its weight and bias
     grad_sq_batch: dict[str, float]  # norm layer -> ||G||^2 over its weight and bias
@@ -50,45 +50,57 @@ class Engine:
         self.rows = model.rows
         self.weights = {name: weight for stage in self.stages for name, weight in parameters(stage)}
         self.trained = {name: weight for name, weight in self.weights.items() if self.rows[name].trained}
-        # looked up now: at times the modules' own parameters are FSDP2's gathered ones, in the compute type
-        self.saved = {name: tensor for stage in self.stages for name, tensor in saved(stage).items()}
+        # collected once, here: during a step the modules' own parameters are FSDP2's gathered ones, in the compute type
+        self.saved = {name: tensor for stage in self.stages for name, tensor in model_state(stage).items()}
         self.routers = {name: router for stage in self.stages for name, router in routers(stage).items()}
         self.probes = {name: probe for stage in self.stages for name, probe in probes(stage).items()}
         self.pipeline = Pipeline(model.stages, parallel, mesh, self.stages[0].stream) if parallel.pp > 1 else None
-        # what a step measures over all stages, name -> how many numbers; and where this rank's stand among them
+
+        # All that a step measures travels as one float64 vector, through one all-reduce over all ranks: the loss, the
+        # stop flag, every probe and every weight's squared norm, of all pipeline stages. A rank adds its numbers at
+        # `self.slots`, times `self.contributes`: 1, or 0 where it holds a copy of what another rank adds.
         probe_sizes = {f"{name}.probe": size for name, size in model.probes.items()}
         sizes = {"loss": 1, "stop_requested": 1, **probe_sizes, **dict.fromkeys(self.rows, 1)}
         ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
-        self.total = sum(sizes.values())
-        own = {"loss": mesh.is_rank0(("tp",)), "stop_requested": True}
-        # of ranks with the same value only the first counts. A router's is, as a loss, of the rank's tokens, before tp
-        # splits them; a norm's has been summed over the ranks an example lies on
-        copies = {name: ("tp",) if name in self.routers else ("cp", "tp") for name in self.probes}
-        own |= {f"{name}.probe": mesh.is_rank0(axes) for name, axes in copies.items()}
-        own |= {name: is_first_replica(weight, self.rows[name], mesh) for name, weight in self.trained.items()}
-        places = [torch.arange(ends[name] - sizes[name], ends[name]) for name in own]
-        self.places = torch.cat(places).to(mesh.device)
-        counted = [float(counts) for name, counts in own.items() for _ in range(sizes[name])]
-        self.counted = torch.tensor(counted, dtype=torch.float64, device=mesh.device)
+        self.num_slots = sum(sizes.values())
+        contributes = {"loss": mesh.is_rank0(("tp",)), "stop_requested": True}
+        for name in self.probes:
+            # a router's probe, as the loss, is of this rank's tokens, which are the same on all tp ranks; a norm's has
+            # been summed over tp and cp, where an example's tokens lie
+            copied_over = ("tp",) if name in self.routers else ("cp", "tp")
+            contributes[f"{name}.probe"] = mesh.is_rank0(copied_over)
+        for name, weight in self.trained.items():
+            contributes[name] = is_first_replica(weight, self.rows[name], mesh)
+        slots = [torch.arange(ends[name] - sizes[name], ends[name]) for name in contributes]
+        self.slots = torch.cat(slots).to(mesh.device)
+        factors = [float(counts) for name, counts in contributes.items() for _ in range(sizes[name])]
+        self.contributes = torch.tensor(factors, dtype=torch.float64, device=mesh.device)
 
     def forward_backward(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float = 1.0) -> Tensor:
-        """Add up the gradients of `scale` times the mean loss over `tokens` tokens of the global batch, from this
-        rank's `count` microbatches. Returns this rank's part of that loss, not scaled, without waiting for it."""
-        for router in self.routers.values():
-            router.unit = scale / tokens
+        """Add the gradients of `scale` times the mean loss over `tokens` tokens of the global batch, from this rank's
+        `count` microbatches. Returns this rank's part of that loss, unscaled, on the device: nothing waits for it."""
         if self.pipeline:
             inputs = [self._inputs(batch) for batch in microbatches]
-            together = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
-            total = self.pipeline.forward_backward(together.pop("x"), scale / tokens, count, **together) / scale
+            merged = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
+            total = self.pipeline.forward_backward(merged.pop("x"), scale / tokens, count, **merged) / scale
         else:
-            total = self._accumulate(microbatches, count, tokens, scale)
+            (model,) = self.stages
+            total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
+            for index, batch in enumerate(microbatches):
+                data_parallel.prepare_pass(model, index == count - 1, self.parallel)
+                # divided by the tokens of the global batch, not of this microbatch: accumulation and data parallelism
+                # then are plain sums, and gradients do not depend on how a batch is divided
+                loss = model(**self._inputs(batch), loss_weight=scale / tokens).sum() / tokens
+                (loss * scale).backward()
+                total += loss.detach()
+        # after the last backward pass, once for all microbatches: a tied weight's copies need FSDP's reduction first
         sum_gradients(self.trained, self.rows, self.mesh)
         return total
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, counted: Tensor) -> Tensor:
-        """Sum of the token losses of the rows that are counted (bool [n]), on the last pipeline stage; 0 elsewhere.
-        Does not wait for it."""
+        """Return the sum of the token losses of the counted rows (bool [n]), on the last pipeline stage; 0 elsewhere.
+        Nothing waits for it."""
         inputs = self._inputs(batch)
         losses = self.pipeline.forward(inputs.pop("x"), **inputs) if self.pipeline else self.stages[0](**inputs)
         if losses is None:
@@ -96,23 +108,13 @@ class Engine:
         return (losses.double().sum(1) * counted.to(losses.device)).sum()
 
     def reshard(self) -> None:
-        """Let go of the weights that forward passes without a backward pass have gathered."""
+        """Free the weights that forward passes without a backward pass have gathered."""
         for stage in self.stages:
             data_parallel.reshard(stage)
 
-    def _accumulate(self, microbatches: Iterable[Batch], count: int, tokens: int, scale: float) -> Tensor:
-        """Forward and backward of one microbatch after the other, by a model that is whole on this rank."""
-        (model,) = self.stages
-        total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
-        for index, batch in enumerate(microbatches):
-            data_parallel.before(model, index == count - 1, self.parallel)
-            loss = model(**self._inputs(batch)).sum() / tokens
-            (loss * scale).backward()
-            total += loss.detach()
-        return total
-
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What the model takes of a batch: this rank's tokens and targets, and the documents of the whole sequences."""
+        """Return the model's inputs: this rank's tokens and targets, and the documents of the whole sequences, which
+        attention compares with those of other ranks' keys."""
         context = self.stages[0].axis.context
         inputs = {
             "x": shard_sequence(batch.tokens[:, :-1], 1, context),
@@ -120,17 +122,20 @@ class Engine:
         }
         return inputs if batch.documents is None else {**inputs, "documents": batch.documents}
 
-    @torch.no_grad()  # without autograd a DTensor's part is an attribute; a detour through it takes 40 times as long
+    @torch.no_grad()  # or autograd would record to_local(), which takes 40 times as long as reading the local tensor
     def gradients(self) -> list[Tensor]:
-        """This rank's parts of the gradients, in the order of the trained weights; a pipeline stage may have none."""
+        """Return this rank's parts of the gradients, in the order of `trained`; a pipeline stage may have none."""
         return [local(weight.grad) for weight in self.trained.values()]  # type: ignore[arg-type]
 
     @torch.no_grad()
     def measure(
         self, loss: Tensor, grads: list[Tensor], batch: int, scale: float = 1.0, stop_requested: bool = False
     ) -> Measurement:
-        """Reduce loss, squared gradient norms and probes of one step of `batch` sequences over all ranks and bring them
-        to the host, the scale of the gradients taken out. told: whether this rank has been told to leave."""
+        """Reduce loss, squared gradient norms, probes and stop flag of one step over all ranks, and bring them to the
+        host, unscaled. Waits for the device, once.
+
+        loss, grads: this rank's parts; batch: sequences of the global batch; scale: of the gradients.
+        """
         measured = [
             loss[None],
             loss.new_tensor([stop_requested]),
@@ -138,58 +143,58 @@ class Engine:
         ]
         if grads:
             measured.append(torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square())
-        values = torch.zeros(self.total, dtype=torch.float64, device=loss.device)
-        values[self.places] = torch.cat(measured) * self.counted
+        values = torch.zeros(self.num_slots, dtype=torch.float64, device=loss.device)
+        values[self.slots] = torch.cat(measured) * self.contributes
         dist.all_reduce(values)
-        numbers = iter(values.tolist())
-        loss_value, anybody_told = next(numbers), next(numbers) > 0
+        numbers = iter(values.tolist())  # in the order of the slots
+        loss_value, stop_count = next(numbers), next(numbers)
         probed = {name: list(islice(numbers, size)) for name, size in self.model.probes.items()}
         routed = {name: probed.pop(name) for name in self.model.routers}
+        # both are quadratic in the gradients, and so in their scale; a router's probe counts, and has none
         examples = {name: square / scale**2 for name, (square,) in probed.items()}
-        batches = {name: square / scale**2 for name, square in zip(self.rows, numbers, strict=True)}
+        squares = {name: square / scale**2 for name, square in zip(self.rows, numbers, strict=True)}
         return Measurement(
             loss=loss_value,
-            stop_requested=anybody_told,
-            grad_norm=math.sqrt(sum(batches.values())),  # nan or inf passes through
+            stop_requested=stop_count > 0,
+            grad_norm=math.sqrt(sum(squares.values())),  # nan or inf passes through
             # the probes hold sum_b ||g_b / B||^2, since the loss is a mean over the batch
             grad_sq_example={name: batch * square for name, square in examples.items()},
-            grad_sq_batch={name: batches[f"{name}.weight"] + batches.get(f"{name}.bias", 0.0) for name in examples},
+            grad_sq_batch={name: squares[f"{name}.weight"] + squares.get(f"{name}.bias", 0.0) for name in examples},
             load={name: torch.tensor(part[:-1]) for name, part in routed.items()},
             balance_loss={name: part[-1] / batch for name, part in routed.items()},
         )
 
     def rebalance(self, load: Mapping[str, Tensor]) -> None:
-        """Make routers choose differently after a step that measured this load."""
+        """Move the routers' biases against this load, measured in a step."""
         if self.routers:
-            loads = torch.stack([load[name] for name in self.routers]).to(self.mesh.device)
-            for router, own in zip(self.routers.values(), loads, strict=True):
-                router.rebalance(own)
+            loads = torch.stack([load[name] for name in self.routers]).to(self.mesh.device)  # one transfer for all
+            for router, router_load in zip(self.routers.values(), loads, strict=True):
+                router.rebalance(router_load)
 
     def zero(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients, those of the probes too."""
         for parameter in (*self.weights.values(), *self.probes.values()):
             parameter.grad = None
 
 
-def clip(grads: list[Tensor], norm: float, largest: float, scale: float = 1.0) -> None:
-    """Take the scale out of the gradients, in place, and bring them down to the largest global norm (0 = any), if
-    theirs, without the scale, is above it."""
-    factor = (largest / norm if largest and norm > largest else 1.0) / scale
+def clip(grads: list[Tensor], norm: float, max_norm: float, scale: float = 1.0) -> None:
+    """Unscale the gradients in place, and bring their global norm down to max_norm (0 = any). norm: of the unscaled."""
+    factor = (max_norm / norm if max_norm and norm > max_norm else 1.0) / scale
     if factor != 1 and grads:
         torch._foreach_mul_(grads, factor)
 
 
 @dataclass
 class LossScale:
-    """What the loss is multiplied by, so that no gradient vanishes in float16: halved when one overflows, doubled after
-    so many steps in which none did. (Micikevicius et al., arXiv 1710.03740, section 3.2; torch's GradScaler has the
-    same numbers.) It stays 1 for other types."""
+    """The factor on the loss that keeps small gradients from vanishing in float16: halved when one overflows, doubled
+    after SCALE_GROWS_AFTER steps without. It stays 1 for other types. (Micikevicius et al., arXiv 1710.03740, section
+    3.2; the numbers are torch's GradScaler's.)"""
 
     value: float = 1.0
     steps: int = 0  # since the last change
 
     def update(self, finite: bool) -> None:
-        """Take in whether a step's gradients were finite."""
+        """Adjust the scale after a step whose gradients were finite, or not."""
         self.steps += 1
         if not finite:
             self.value, self.steps = self.value / 2, 0
@@ -197,6 +202,6 @@ class LossScale:
             self.value, self.steps = self.value * 2, 0
 
 
-def first_scale(dtype: str) -> LossScale:
-    """The loss scale a run of train.dtype begins with."""
+def initial_loss_scale(dtype: str) -> LossScale:
+    """Return the loss scale that a run of train.dtype begins with."""
     return LossScale(FIRST_SCALE if dtype == "float16" else 1.0)

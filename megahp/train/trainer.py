@@ -1,4 +1,4 @@
-"""The optimizer step, as training, verification and benchmarks take it: compute, and update."""
+"""The optimizer step as training, verification and benchmarks share it: compute gradients, update weights, advance."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
 from megahp.train.masks import MaskChange, Masks
 from megahp.train.optimizer import make_optimizer
-from megahp.train.step import Engine, Measurement, clip, first_scale
+from megahp.train.step import Engine, Measurement, clip, initial_loss_scale
 
 
 @dataclass(frozen=True)
 class Step:
-    """This rank's parts of one step's gradients, in the order of the trained weights, and what they say."""
+    """This rank's parts of one step's gradients, in the order of the trained weights, and what was measured of them."""
 
     grads: list[Tensor]
     measured: Measurement
 
 
 class Trainer:
-    """A model and everything that decides its next step: optimizer, masks, batch plan, averages, progress.
+    """A model and everything that decides its next step: optimizer, masks, batch scheduler, averages, progress.
 
     while plan := trainer.next_step():
         step = trainer.compute(batches, plan)
@@ -39,31 +39,33 @@ class Trainer:
         self.config, self.mesh = config, mesh
         self.table = table_of(config)
         self.engine = Engine(build_model(config, mesh), mesh, config.parallel)
-        self.optimizer = make_optimizer(
-            config.optimizer, self.engine.trained, self.engine.rows, self.table, mesh.group(*WITHIN_STAGE)
-        )
+        group, engine = mesh.group(*WITHIN_STAGE), self.engine
+        self.optimizer = make_optimizer(config.optimizer, engine.trained, engine.rows, self.table, group)
         self.masks = Masks(config, self.engine, self.optimizer)
         self.progress = Progress()
         self.batch_scheduler = BatchScheduler(config, mesh.layout.dp)
-        self.loss_scale = first_scale(config.train.dtype)
+        self.loss_scale = initial_loss_scale(config.train.dtype)
         self.reset_noise()
 
     def reset_noise(self) -> None:
-        """Begin the averages again: an example has become another thing."""
+        """Start the averages of the noise scale anew, as needed where the sequence length changes: an example is a
+        sequence, so the noise scales of two lengths must not be averaged."""
         half_life = self.config.train.noise_half_life * self.config.train.tokens
         self.noise = NoiseScale(half_life, self.config.batch.noise_to_total)
 
     def next_step(self) -> StepPlan | None:
-        """The plan of the next step; None when the run is over."""
+        """Return the plan of the next step, or None when the run is over."""
         return self.batch_scheduler.step(self.progress)
 
     def compute(self, batches: Iterable[Batch], plan: StepPlan, stop_requested: bool = False) -> Step:
-        """One step's gradients, from this rank's microbatches, and what they say on all ranks. told: whether this rank
-        has been told to leave."""
+        """Compute one step's gradients from this rank's microbatches, and measure them over all ranks.
+
+        stop_requested: whether this rank was asked to stop, which the same all-reduce makes known to all.
+        """
         scale = self.loss_scale.value
         loss = self.engine.forward_backward(batches, plan.microbatches(self.mesh.layout.dp), plan.tokens, scale)
         grads = self.engine.gradients()
-        self.masks.apply(grads, plan)
+        self.masks.apply(grads, plan)  # before norms are measured: those of masked weights do not count
         return Step(grads, self.engine.measure(loss, grads, plan.global_batch, scale, stop_requested))
 
     def update(self, step: Step, plan: StepPlan) -> None:
@@ -83,7 +85,7 @@ class Trainer:
         layout, in microbatches of the shape that every step has.
         """
         dp, scale = self.mesh.layout.dp, self.loss_scale.value
-        count = plan.microbatches(dp) if self.mesh.layout.pp > 1 else 1  # a pipeline's schedule is for as many
+        count = plan.microbatches(dp) if self.mesh.layout.pp > 1 else 1  # a pipeline's schedule is built for that many
         copies = count * plan.micro_batch * dp
         self.engine.zero()
         loss = self.engine.forward_backward([example] * count, count, copies * plan.length, scale)
@@ -96,38 +98,37 @@ class Trainer:
     def advance(
         self, plan: StepPlan, measured: Measurement, updated: bool = True
     ) -> tuple[Change | None, MaskChange | None]:
-        """Count the step, and decide what the next one's batch and masks are. Returns what has changed."""
+        """Count the step, and decide the next one's batch and masks. Returns the changes."""
         if self.config.train.dtype == "float16":
             self.loss_scale.update(measured.finite)
         self.engine.zero()
         self.progress = self.progress.after(plan)
+        # policies that measure are given the noise scale at decision steps alone: only those are sure to be logged, and
+        # `megahp replay` makes each decision again from the log
         is_decision_step = self.batch_scheduler.is_decision_step(self.progress.step)
-        noise = (
-            self.noise.numbers()[self.batch_scheduler.sees] if is_decision_step else None
-        )  # policies that measure see it at looks
-        change = self.batch_scheduler.look(self.progress, noise)
-        return change, self.masks.look(plan, self.progress) if updated else None
+        noise_scale = self.noise.numbers()[self.batch_scheduler.noise_key] if is_decision_step else None
+        change = self.batch_scheduler.update(self.progress, noise_scale)
+        return change, self.masks.update(plan, self.progress) if updated else None
 
     def microbatches(self, loader: Loader, plan: StepPlan) -> Iterator[Batch]:
-        """This rank's microbatches of one step; while each computes, the one after it is read."""
+        """Yield this rank's microbatches of one step; while each computes, the next one is read."""
         ids = self.samples(plan)
-        following = self.batch_scheduler.step(
-            self.progress.after(plan)
-        )  # unless the batch grows: then it is read in vain
-        if following and following.phase != plan.phase:
-            following = None  # its data is not yet entered
-        ahead = [*ids[1:], self.samples(following)[0] if following else None]
-        for now, then in zip(ids, ahead, strict=True):
-            yield loader.take(now, then)
+        # the next step's first microbatch is read ahead too; should the batch grow, that read is wasted
+        next_plan = self.batch_scheduler.step(self.progress.after(plan))
+        if next_plan and next_plan.phase != plan.phase:
+            next_plan = None  # its data is entered only after this step
+        ahead = [*ids[1:], self.samples(next_plan)[0] if next_plan else None]
+        for current, following in zip(ids, ahead, strict=True):
+            yield loader.take(current, following)
 
     def example(self, loader: Loader, plan: StepPlan) -> Batch | None:
-        """A microbatch of copies of the first sample after the step of this plan; None where the data ends there."""
-        following = self.batch_scheduler.step(self.progress.after(plan))
-        if following is None or following.phase != plan.phase:
+        """Return a microbatch of copies of the first sample after the step of this plan; None where the phase ends."""
+        next_plan = self.batch_scheduler.step(self.progress.after(plan))
+        if next_plan is None or next_plan.phase != plan.phase:
             return None
-        return loader.take(np.full(plan.micro_batch, following.first_sample), self.samples(following)[0])
+        return loader.take(np.full(plan.micro_batch, next_plan.first_sample), self.samples(next_plan)[0])
 
     def samples(self, plan: StepPlan) -> list[np.ndarray]:
-        """The ids of this rank's samples, an array a microbatch."""
+        """Return the ids of this rank's samples, an int64 array a microbatch."""
         ranks = self.mesh.data_rank, self.mesh.layout.dp
         return rank_samples(plan.first_sample, plan.global_batch, plan.micro_batch, *ranks)

@@ -1,4 +1,4 @@
-"""Groups of ranks and what they are timed at."""
+"""Test groups of ranks and their timing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megahp.parallel.mesh import make_mesh
 
 
 class Alone:
-    """A rank's view of three that all sent what it did, with one element changed on the way."""
+    """A group of three ranks from rank 0, in which one received element is changed."""
 
     rank, size, device = 0, 3, torch.device("cpu")
 
@@ -26,12 +26,12 @@ class Alone:
         target.copy_(source + 2)  # rank 2's pattern
         target[-1] += 1
 
-    def over_all(self, value: float, largest: bool) -> float:
+    def reduce_world(self, value: float, largest: bool) -> float:
         return max(value, 1e-3)
 
 
 class Slow(Alone):
-    """The same, right, and with a call that lasts."""
+    """The same without the change, and with slow calls."""
 
     def run(self, operation: str, source: torch.Tensor, target: torch.Tensor) -> None:
         time.sleep(0.01)
@@ -39,11 +39,11 @@ class Slow(Alone):
 
 
 def test_a_changed_element_is_counted_before_and_after() -> None:
-    assert communication.timed(Alone(), "send-receive", 1200, 1).wrong == 2
+    assert communication.time_operation(Alone(), "send-receive", 1200, 1).wrong == 2
 
 
 def test_seconds_are_those_of_one_call() -> None:
-    seconds = communication.timed(Slow(), "send-receive", 1200, 3).seconds
+    seconds = communication.time_operation(Slow(), "send-receive", 1200, 3).seconds
     assert len(seconds) == 3 and all(0.01 <= each < 0.03 for each in seconds)
 
 
@@ -51,7 +51,7 @@ def slowest_and_sum() -> tuple[float, float]:
     from megahp.benchmark.communication import TorchGroup
 
     group, rank = TorchGroup([[0], [1]], torch.device("cpu"), timedelta(seconds=9)), dist.get_rank()
-    return group.over_all(rank, largest=True), group.over_all(rank + 1, largest=False)
+    return group.reduce_world(rank, largest=True), group.reduce_world(rank + 1, largest=False)
 
 
 def test_the_slowest_rank_counts() -> None:
@@ -60,14 +60,14 @@ def test_the_slowest_rank_counts() -> None:
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2, dp_shard=2), Layout(dp_replicate=2, dp_shard=4, ep=2)])
 def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
-    found = communication.groups_of_layout(layout)
-    assert list(found) == [axis for axis, size in zip(AXES, layout.shape, strict=True) if size > 1]
+    results = communication.groups_of_layout(layout)
+    assert list(results) == [axis for axis, size in zip(AXES, layout.shape, strict=True) if size > 1]
     for rank in range(8):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
         mesh = make_mesh(layout, torch.device("cpu"))
-        mine = {axis: dist.get_process_group_ranks(mesh.group(axis)) for axis in found}
+        local = {axis: dist.get_process_group_ranks(mesh.group(axis)) for axis in results}
         dist.destroy_process_group()
-        assert {axis: next(ranks for ranks in groups if rank in ranks) for axis, groups in found.items()} == mine
+        assert {axis: next(ranks for ranks in groups if rank in ranks) for axis, groups in results.items()} == local
 
 
 def test_groups_of_nodes() -> None:

@@ -1,4 +1,4 @@
-"""The baseline that training is measured against."""
+"""Test the baseline of the training benchmark."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from megahp.scaling.flops import parameters
 
 def test_the_baseline_has_as_many_weights() -> None:
     options = cli.parse([*COMMAND, *TINY, "--contestants", "nanogpt"])[1]
-    config = tool.case_of(options, "2x128", 1, "float32").config
+    config = tool.resolve_case(options, "2x128", 1, "float32").config
     model = tool.nanogpt.GPT(config.model, 16)
     assert sum(weight.numel() for weight in model.parameters()) == parameters(config.model, 16)

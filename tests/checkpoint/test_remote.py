@@ -161,7 +161,7 @@ def test_what_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for url, told in (
         ("nowhere://x", "nowhere://x.*Protocol not known"),
-        ("runs/x", "checkpoint.remote = 'runs/x' is no URL.*file:///"),
+        ("runs/x", "checkpoint.remote = 'runs/x' is not a URL.*file:///"),
         (f"file://{tmp_path}/file/x", f"file://{tmp_path}/file/x/.* cannot be read .*Not a directory.*without checkpo"),
     ):
         with pytest.raises(UserError, match=told):
@@ -192,7 +192,10 @@ def test_commands_take_urls(
 
     monkeypatch.chdir(tmp_path)
     refused = megahp_alone(tmp_path, f"train run.toml log.name=another checkpoint.remote={there}")
-    assert refused.code == 2 and f"{there}/checkpoints/step-00000040 is there already" in refused.err
+    assert (
+        refused.code == 2
+        and f"{there}/checkpoints/step-00000040 already exists; pass --resume auto to continue" in refused.err
+    )
     found = list(differences(*(checkpoint.find(each) for each in (tmp_path / "runs/undisturbed", Remote(there)))))
     assert [line for line in found if not line.startswith(("log.name", "checkpoint.remote"))] == []
     assert main(["checkpoint", "ls", there]) == 0

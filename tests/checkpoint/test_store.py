@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -62,6 +63,23 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
     assert checkpoint.problems(path) == []
     assert all(torch.equal(value, tensors(3)[name]) for name, value in loaded(path).items())
+
+
+@pytest.mark.parametrize(
+    ("name", "needed", "why"),
+    [
+        ("model.matrix", torch.zeros(5, 7), "model.matrix must be torch.float32 [5, 7], and is torch.float32 [7, 5]"),
+        ("model.half", torch.zeros(6), "model.half must be torch.float32 [6], and is torch.bfloat16 [6]"),
+        ("model.other", torch.zeros(2), "model.other must be torch.float32 [2], and is not in it"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named_and_none_is_touched(
+    tmp_path: Path, name: str, needed: torch.Tensor, why: str
+) -> None:
+    path, scalar = save(tmp_path, 3), torch.zeros((), dtype=torch.float64)
+    with pytest.raises(UserError, match=re.escape(f"cannot be loaded ({why})")) as raised:
+        checkpoint.load(path, {"model.scalar": scalar, name: needed})
+    assert not isinstance(raised.value, checkpoint.DamagedError) and not scalar
 
 
 def test_the_shards_are_safetensors_that_the_library_reads(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_log_without_checkpoints_is_kept_beside_the_new_one(folder: Path) -> N
         shutil.rmtree(run / "checkpoints")
         before = everything(run)
         (done,) = megahp(folder, "train run.toml log.name=gone --resume required train.steps=3")
-        assert done.code == 2 and "holds no checkpoint to go on from" in done.err and everything(run) == before
+        assert done.code == 2 and "holds no checkpoint to resume from" in done.err and everything(run) == before
         runs.train(folder, "gone", "--resume", "auto", *SHORT)
         assert (run / f"metrics-{number}.jsonl").read_bytes() == logs[-1]
         assert [record["step"] for record in read_metrics(run)] == [1, 2, 3]

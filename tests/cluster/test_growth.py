@@ -37,12 +37,12 @@ def lives(config: Config, growth: Growth) -> list[tuple[int, int, int]]:
     found, progress, state = [], Progress(), {**BatchScheduler(config, 1).state()}
     forecast = noise_forecast(config, progress, None)
     while True:
-        nodes, stop = growth.wanted(state["batch"]), growth.stop_at(state["batch"])
+        nodes, stop = growth.nodes_for(state["batch"]), growth.stop_at(state["batch"])
         plan, begin = BatchScheduler(config, growth.dp(nodes)), progress
         plan.load_state(state, progress)
         while step := plan.step(progress):
             progress = progress.after(step)
-            plan.look(progress, forecast(progress.tokens))
+            plan.update(progress, forecast(progress.tokens))
             if stop and plan.batch >= stop:
                 break
         if progress == begin:
@@ -79,12 +79,12 @@ def test_the_load_of_a_node_stays(nodes: int, largest: int) -> None:
     """Between that of the first batch and twice that, until there are no more nodes to be had."""
     found = growth(config(**TABLE), nodes, largest)
     for batch in range(4, 200):
-        wanted, stop = found.wanted(batch), found.stop_at(batch)
-        load = (batch / wanted) / (4 / nodes)
-        assert load >= 1 and (load < 2 or 2 * wanted > largest)
-        assert stop == 0 if 2 * wanted > largest else stop == 4 * 2 * wanted / nodes > batch
-        assert found.wanted(batch, at_most=largest // 2) == min(
-            wanted, max(n for n in found.sizes if n <= largest // 2)
+        needed, stop = found.nodes_for(batch), found.stop_at(batch)
+        load = (batch / needed) / (4 / nodes)
+        assert load >= 1 and (load < 2 or 2 * needed > largest)
+        assert stop == 0 if 2 * needed > largest else stop == 4 * 2 * needed / nodes > batch
+        assert found.nodes_for(batch, at_most=largest // 2) == min(
+            needed, max(n for n in found.sizes if n <= largest // 2)
         )
 
 
@@ -107,8 +107,8 @@ def test_what_was_measured_revises_what_remains() -> None:
     now = Progress(100, 400, 400 * LENGTH)
     plan = BatchScheduler(run, 1)
     for noise in (10.0, 20.0):
-        assert BatchScheduler(forecast_segments(run, now, noise), 1).aim(now, None) == pytest.approx(
-            plan.aim(now, noise)
+        assert BatchScheduler(forecast_segments(run, now, noise), 1).target(now, None) == pytest.approx(
+            plan.target(now, noise)
         )
     less, more = ([part.begin for part in segments(growth(run), now, plan.state(), noise)] for noise in (10.0, 20.0))
     assert less[1] / more[1] == pytest.approx(4, rel=0.02)  # the batch goes with the root of the tokens

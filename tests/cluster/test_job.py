@@ -36,7 +36,7 @@ def test_words_and_names_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("value", ["a\ntouch owned", "a\r#SBATCH --uid=0", 'a" --uid="0', "a\0b"])
 def test_what_would_be_another_line_is_refused_by_name(field: str, value: str) -> None:
     job = replace(Job("pretrain.sbatch", 1), **{field: value})
-    with pytest.raises(UserError, match=f"--{field}(=| .* is no time)"):
+    with pytest.raises(UserError, match=f"--{field}(=| .* is not a Slurm time)"):
         job.render(config(), ["run.toml"])
 
 
@@ -55,7 +55,7 @@ def test_a_list_of_bad_nodes_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_times_of_slurm(time: str, seconds: int) -> None:
     assert seconds_of(time) == seconds
     assert seconds_of("UNLIMITED") == 0
-    with pytest.raises(UserError, match="no time of Slurm's"):
+    with pytest.raises(UserError, match="not a Slurm time"):
         seconds_of(f"{time}h")
 
 
@@ -84,7 +84,7 @@ def test_a_folder_above_may_be_called_anything(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("partition", "printed", "told"),
+    ("partition", "printed", "limit"),
     [
         (None, "debug|5:00|1:00:00\nmain*|4:00|2:00\n", "4:00"),
         ("debug", "debug|5:00|1:00:00\n", "5:00"),
@@ -95,7 +95,7 @@ def test_a_folder_above_may_be_called_anything(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_a_partition_s_time_limit_leaves_room_for_the_notice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition: str | None, printed: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition: str | None, printed: str, limit: str
 ) -> None:
     """Where none is asked for; of the default partition where none is named."""
     stub = tmp_path / "sinfo"
@@ -103,8 +103,8 @@ def test_a_partition_s_time_limit_leaves_room_for_the_notice(
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     job = Job("pretrain.sbatch", 1, partition=partition)
-    if told:
-        with pytest.raises(UserError, match=f"the partition's time limit, {told}, ends .* 300 s before"):
+    if limit:
+        with pytest.raises(UserError, match=f"the partition's time limit, {limit}, ends .* 300 s before"):
             job.render(config(), ["run.toml"])
         replace(job, time="10").render(config(), ["run.toml"])
     else:
@@ -115,5 +115,5 @@ def test_what_a_site_refuses_can_be_left_out() -> None:
     job = Job("pretrain.sbatch", 1, without=["mem", "exclusive"])
     script = job.render(config(), ["run.toml"])
     assert "--mem" not in script and "--exclusive" not in script and "#SBATCH --requeue" in script
-    with pytest.raises(UserError, match="--without memory is no option of pretrain.sbatch; it has job-name, "):
+    with pytest.raises(UserError, match="--without memory is not an option of pretrain.sbatch; it has job-name, "):
         replace(job, without=["memory"]).render(config(), ["run.toml"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from commands.test_check_cluster import NODES, healthy, verdict
+from commands.test_check_cluster import NODES, find_problems, healthy
 
 from megahp.commands import check_cluster as tool
 
@@ -45,12 +45,12 @@ FAULTS: dict[str, tuple[Fault, set[str | None], str]] = {
         {"n1"},
         "rank 0: its clock is +61.0 s",
     ),
-    "room": (lambda f: f["disk"][2]["/tmp"].update(free_bytes=5e8), {"n2"}, "0.5 GB free, of 1 wanted"),
+    "room": (lambda f: f["disk"][2]["/tmp"].update(free_bytes=5e8), {"n2"}, "0.5 GB free, of 1 required"),
     "disk": (lambda f: f["disk"][6]["/tmp"].update(bytes_per_second=1e8), {"n4"}, "0.1 GB/s written to /tmp"),
     "broken disk": (lambda f: f["disk"].__setitem__(2, {"error": "Read-only"}), {"n2"}, "rank 2, disk: Read-only"),
     "slow device": (lambda f: f["gemm"][7].update(flops=5e14), {"n4"}, "rank 7: 500 TFLOP/s, the median is 900"),
     "wrong product": (lambda f: f["gemm"][1].update(wrong=1, checksum=8), {"n1"}, "1 rows of a matrix product are wr"),
-    "other bits": (lambda f: f["gemm"][1].update(checksum=8), {"n1"}, "not, bit for bit, that of others"),
+    "other bits": (lambda f: f["gemm"][1].update(checksum=8), {"n1"}, "not bit-equal to that of others"),
     "versions, two and two": (
         lambda f: [each["versions"].update(torch="2.11") for each in f["ranks"][:4]],
         {None},
@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[Fault, set[str | None], str]] = {
     "slow link": (lambda f: slow_pairs(f, 4, "between nodes", "bytes_per_second", 0.5), {"n3"}, "rank 4: 0.5 GB/s"),
     "slow link within": (lambda f: slow_pairs(f, 4, "node", "bytes_per_second", 0.5), {"n3"}, "(node)"),
     "late link": (lambda f: slow_pairs(f, 4, "between nodes", "seconds", 9), {"n3"}, "45 us for 8 bytes"),
-    "changed message": (lambda f: f["pairs"][2][0].update(wrong=3), {"n2"}, "sent rank 2 arrived changed, in 3"),
+    "changed message": (lambda f: f["pairs"][2][0].update(wrong=3), {"n2"}, "to rank 2 changed, in 3"),
     "wrong sum": (lambda f: f["all-reduce"][0]["world"].update(wrong=3), {None}, "all-reduce (world): 3 elements"),
     "silent": (lambda f: f["gemm"].__setitem__(5, None), {"n3"}, "rank 5 does not answer (gemm)"),
     "absent": (lambda f: f["ranks"].__setitem__(5, None), {"n3"}, "1 of its 2 ranks do not answer"),
@@ -89,7 +89,7 @@ FAULTS: dict[str, tuple[Fault, set[str | None], str]] = {
 
 
 def test_nothing_stands_out_on_healthy_nodes() -> None:
-    assert verdict(tool, healthy()) == []
+    assert find_problems(tool, healthy()) == []
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -97,7 +97,7 @@ def test_a_fault_is_named_with_its_node_and_no_other(name: str, capsys: pytest.C
     plant, nodes, words = FAULTS[name]
     found = copy.deepcopy(healthy())
     plant(found)
-    problems = verdict(tool, found)
+    problems = find_problems(tool, found)
     assert {problem.node for problem in problems} == nodes
     assert any(words in problem.what for problem in problems), problems
     tool.show(found, problems)
@@ -109,7 +109,7 @@ def test_a_fault_is_named_with_its_node_and_no_other(name: str, capsys: pytest.C
 @pytest.mark.parametrize("expected", [{}, dict.fromkeys(["login", "n1"], 4)])
 def test_an_absent_rank_is_named_where_its_node_is_not_known(expected: dict[str, int]) -> None:
     found = {"ranks": [*healthy()["ranks"][:6], None, None]}
-    assert verdict(tool, found, expected) == [tool.Problem(None, "rank 6, 7 does not answer")]
+    assert find_problems(tool, found, expected) == [tool.Problem(None, "rank 6, 7 does not answer")]
 
 
 def test_two_nodes_are_not_each_others_judges() -> None:
@@ -117,13 +117,13 @@ def test_two_nodes_are_not_each_others_judges() -> None:
     two = {stage: values[:4] for stage, values in healthy().items() if stage in ("ranks", "gemm")}
     odd = copy.deepcopy(two)
     odd["gemm"][1]["checksum"] = 8
-    assert [problem.node for problem in verdict(tool, odd)] == ["n1"]
+    assert [problem.node for problem in find_problems(tool, odd)] == ["n1"]
     odd["gemm"][0]["checksum"] = 8
-    assert {problem.node for problem in verdict(tool, odd)} == {None}
+    assert {problem.node for problem in find_problems(tool, odd)} == {None}
     one_more = {stage: values[:3] for stage, values in odd.items()}  # two ranks against one are one node against one
-    assert {problem.node for problem in verdict(tool, one_more)} == {None}
+    assert {problem.node for problem in find_problems(tool, one_more)} == {None}
     for share, named in ((0.61, set()), (0.59, {"n1"})):  # the documented 40 % at --slack 0.25
         slow = copy.deepcopy(two)
         for each in slow["gemm"][:2]:
             each["flops"] *= share
-        assert {problem.node for problem in verdict(tool, slow)} == named
+        assert {problem.node for problem in find_problems(tool, slow)} == named

@@ -1,4 +1,4 @@
-"""The checkpoint benchmark: what its figures are of, and mistakes."""
+"""Test the checkpoint benchmark: its figures, and invalid input."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ def test_two_ranks_on_a_small_model(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), *words, "--settings", *config]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
+    results = json.loads((tmp_path / "found.json").read_text())
     weights = 2 * 256 * 32 + 4 * 32 * 32 + 3 * 32 * 128 + 3 * 32
-    assert found["bytes"] == 3 * 4 * weights and found["machine"]["ranks"] == 2
-    assert all(0 < stall < save for stall, save in zip(found["turns"]["stall"], found["turns"]["save"], strict=True))
-    assert all(len(turns) == 3 for turns in found["turns"].values())
+    assert results["bytes"] == 3 * 4 * weights and results["machine"]["ranks"] == 2
+    assert all(
+        0 < stall < save for stall, save in zip(results["turns"]["stall"], results["turns"]["save"], strict=True)
+    )
+    assert all(len(turns) == 3 for turns in results["turns"].values())
     assert "stall / synchronous save" in done.stdout
     assert [each.name for each in tmp_path.iterdir()] == ["found.json"]  # it clears away what it wrote
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [(["--saves", "1"], "--saves 1 must be at least 2"), (["nowhere.toml"], "nowhere.toml does not exist")],
 )
-def test_a_mistake_is_told(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_input(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*COMMAND, *words]) == 2
-    assert re.search(told, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""The benchmark of communication: figures by the definition, wrong results noticed, groups as the mesh has them."""
+"""Test the communication benchmark: figures by definition, wrong results, the mesh's groups."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ FACTORS = {
 
 
 def test_real_ranks(tmp_path: Path) -> None:
-    """Four: every operation in the world, and along both axes of a run's mesh."""
+    """Four ranks: every operation in the world, and along both axes of a run's mesh."""
     (tmp_path / "run.toml").write_text(RUN)
     words = "--ranks 4 --run run.toml --groups world node tp --sizes 1K 256K --repeats 2 --json f.json --plot f.svg"
     command = [sys.executable, str(SCRIPT), *words.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "f.json").read_text())
-    assert found["backend"] == "gloo" and len(found["nodes"]) == 4
-    rows = found["rows"]
+    results = json.loads((tmp_path / "f.json").read_text())
+    assert results["backend"] == "gloo" and len(results["nodes"]) == 4
+    rows = results["rows"]
     cases = [(row["group"], row["groups"], row["operation"], row["bytes"]) for row in rows]
     assert cases == [
         (name, groups, operation, size)
@@ -62,7 +62,7 @@ def test_real_ranks(tmp_path: Path) -> None:
         (["--ranks", "0"], "--ranks 0 must be at least 1"),
         (["--ranks", "2", "--sizes", "3X"], "--sizes 3X is no size in bytes"),
         (["--ranks", "2", "--repeats", "0"], "--repeats 0 must be at least 1"),
-        (["--ranks", "2", "--settings", "parallel.tp=2"], "go with --run"),
+        (["--ranks", "2", "--settings", "parallel.tp=2"], "--settings need --run"),
         (["--ranks", "2", "--plot", "f.doc"], "name a .svg"),
         (["--ranks", "2", "--json", "nowhere/f.json"], "nowhere is no folder"),
         (["--ranks", "2", "--backend", "mpi"], "start them by mpirun"),

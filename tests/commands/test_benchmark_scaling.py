@@ -1,4 +1,4 @@
-"""The benchmark of scaling: its points, two really trained and one of them again, figures by hand, and mistakes."""
+"""Test the scaling benchmark: its points, two of them really trained, figures by hand, and invalid input."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def curves_of(tool: ModuleType, *words: str) -> Mapping[tuple[str, str], Sequenc
     return tool.read_curves(cli.parse([*COMMAND, *WORDS, *words])[1])
 
 
-def test_a_point_cut_short_begins_anew_and_a_finished_one_does_not(
+def test_an_interrupted_point_restarts_and_a_finished_one_does_not(
     scaling: Callable[..., int], tool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     point, second = curves_of(tool, "1", "2", *TRAINED)["strong", "as given"]
@@ -75,15 +75,15 @@ def test_a_point_cut_short_begins_anew_and_a_finished_one_does_not(
     (cut / "config.toml").unlink()
     capsys.readouterr()
     assert scaling(*WORDS, "1", *TRAINED) == 0
-    assert "1 points, 0 of them there already" in capsys.readouterr().out
+    assert "1 points, 0 of them already finished" in capsys.readouterr().out
     before = (cut / "metrics.jsonl").stat().st_mtime_ns
     assert scaling(*WORDS, "1", "2", *TRAINED, "--json", "found.json", "--plot", "found.svg") == 0
     assert (cut / "metrics.jsonl").stat().st_mtime_ns == before
-    said = capsys.readouterr().out
-    assert "2 points, 1 of them there already" in said and "all ranks share this machine" in said
-    found = json.loads(Path("found.json").read_text())
-    assert found["emulated"] and found["versions"]["torch"] and found["command"][:3] == ["megahp", *COMMAND]
-    for run, row in zip((cut, other), found["rows"], strict=True):
+    printed = capsys.readouterr().out
+    assert "2 points, 1 of them already finished" in printed and "all ranks share this machine" in printed
+    results = json.loads(Path("found.json").read_text())
+    assert results["emulated"] and results["versions"]["torch"] and results["command"][:3] == ["megahp", *COMMAND]
+    for run, row in zip((cut, other), results["rows"], strict=True):
         steps = read_metrics(run)
         assert [step["step"] for step in steps] == [1, 2, 3, 4, 5] and not (run / "checkpoints").exists()
         assert row["seconds"] == pytest.approx(np.median([step["step_seconds"] for step in steps[1:]]))
@@ -92,19 +92,21 @@ def test_a_point_cut_short_begins_anew_and_a_finished_one_does_not(
             "started",
             "finished",
         ] and "validation_loss" not in steps[-1]
-    assert found["rows"][1]["run"] == str(other) and read_events(other)[0]["layout"]["dp_shard"] == 2
+    assert results["rows"][1]["run"] == str(other) and read_events(other)[0]["layout"]["dp_shard"] == 2
     assert Path("found.svg").stat().st_size > 1000
 
 
 def test_a_point_that_fails_ends_the_measurement(
     scaling: Callable[..., int], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With its exit code, the first time; trainings get one thread a rank. What has not finished is not written."""
+    """The first failure ends it with its exit code; runs get one thread per rank; unfinished points are not written."""
     monkeypatch.setattr(sys, "executable", str(trainer(folder / "failing", "echo $OMP_NUM_THREADS threads; exit 76")))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert scaling(*WORDS, "1", "2", "--modes", "strong", "--out", "failed") == 76
     out, err = capsys.readouterr()
-    assert err == "megahp: as given, 1 nodes, 1 ranks, batch 8 ended with exit code 76; the same command goes on\n"
+    assert (
+        err == "megahp: as given, 1 nodes, 1 ranks, batch 8 ended with exit code 76; repeat the command to continue\n"
+    )
     assert "[1/2]" in out and "[2/2]" not in out
     assert (folder / "failed/as-given/emulated-1x1-batch-8/train.log").read_text() == "1 threads\n"
     monkeypatch.setattr(sys, "executable", str(trainer(folder / "idle", "exit 0")))
@@ -115,14 +117,14 @@ def test_a_point_that_fails_ends_the_measurement(
 
 
 def trainer(file: Path, command: str) -> Path:
-    """In the place of Python, for trainings."""
+    """Stand in for Python when runs are started."""
     file.write_text(f"#!/bin/sh\n{command}\n")
     file.chmod(0o755)
     return file
 
 
 def test_no_training_outlives_the_measurement(folder: Path) -> None:
-    """Which is told to end in the midst of one."""
+    """The measurement is terminated while a run trains."""
     begin = "import sys; sys.executable = sys.argv.pop(1); from megahp.cli import main; sys.exit(main(sys.argv[1:]))"
     sleeper = trainer(folder / "sleeper", "echo $$ >pid; exec sleep 99")
     command = [sys.executable, "-c", begin, str(sleeper), *COMMAND, *WORDS, "1", "--modes", "strong", "--out", "ended"]
@@ -151,8 +153,8 @@ def test_a_point_of_another_measurement_is_refused(
     point.directory.mkdir(parents=True)
     child_runs.write_run_file(point.config).rename(point.directory / "config.toml")
     assert scaling(*WORDS, "1", "--out", "other", "--steps", "6", "--dry-run") == 2
-    said = capsys.readouterr().err
-    assert "was trained with train.steps = 5, not 6; name another --out" in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "was trained with train.steps = 5, not 6; name another --out" in printed and printed.count("\n") == 1
 
 
 def test_figures_by_hand(scaling: Callable[..., int], tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +167,7 @@ def test_figures_by_hand(scaling: Callable[..., int], tool: ModuleType, capsys: 
         for point in points:
             log(point.directory, seconds.get((mode, point.nodes), 1.0))
     assert scaling(*WORDS, *words, "--json", "figures.json") == 0
-    assert "5 points, 5 of them there already" in (said := capsys.readouterr().out)
+    assert "5 points, 5 of them already finished" in (printed := capsys.readouterr().out)
     columns = ("mode", "nodes", "global_batch", "tokens_per_second", "speed_up", "efficiency")
     rows = json.loads(Path("figures.json").read_text())["rows"]
     assert [tuple(row[key] for key in columns) for row in rows] == [
@@ -176,16 +178,16 @@ def test_figures_by_hand(scaling: Callable[..., int], tool: ModuleType, capsys: 
         ("strong", 4, 8, 160.0, 1.25, 0.625),
         ("strong", 8, 8, 256.0, 2.0, 0.5),
     ]
-    assert rows[1]["quartiles"] == [1.25, 1.25 + 0.25] and rows[1]["steps"] == 3 and "62.5%" in said
+    assert rows[1]["quartiles"] == [1.25, 1.25 + 0.25] and rows[1]["steps"] == 3 and "62.5%" in printed
     first = curves["weak", "a"][0].directory
     (first / "events.jsonl").unlink()  # it is yet to be trained
-    rows = tool.rows_of("weak", curves["weak", "a"], 1)
+    rows = tool.make_rows("weak", curves["weak", "a"], 1)
     assert [(row["nodes"], row["speed_up"], row["efficiency"]) for row in rows] == [(4, None, None), (8, None, None)]
     tool.show(rows, emulated=False)
 
 
 def log(run: Path, seconds: float) -> None:
-    """A run whose median step is of so many seconds, its warm-up and a skipped step apart."""
+    """Log a run whose median step takes `seconds`, except for its warm-up and a skipped step."""
     steps = [{"step_seconds": 99.0}, *({"step_seconds": seconds + more} for more in (0.0, 0.5, 0.0))]
     steps.append({"step_seconds": 0.01, "skipped": True})
     log = RunLog(run)
@@ -210,7 +212,7 @@ def test_points_are_the_run_files_own_but_for_what_is_measured(scaling: Callable
 
 
 def test_job_arrays(scaling: Callable[..., int], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An array for each number of nodes, the largest first, without the nodes that are named as bad."""
+    """One array per number of nodes, the largest first, without bad nodes."""
     (folder / "bad-nodes.txt").write_text("n7\n")
     words = ["1", "2", "--ranks-per-node", "2", "--out", "array", "--slurm", "--dry-run"]
     words.append("--sbatch=--time=9 --qos=high")
@@ -242,8 +244,8 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
     "same label": (["1", "--layouts", "a b:", "a-b:"], "two of a b, a-b are the same"),
     "plot": (["1", "--plot", "f.doc"], "name a .svg"),
     "json": (["1", "--json", "nowhere/f.json"], "nowhere is no folder"),
-    "its own": (["1", "--layouts", "a: train.steps=3"], "train.steps = 3 is the benchmark's own to set"),
-    "policy": (["1", "--layouts", "a: batch.policy=law"], "batch.policy = 'law' is the benchmark's own to set"),
+    "its own": (["1", "--layouts", "a: train.steps=3"], "train.steps = 3 is set by the benchmark"),
+    "policy": (["1", "--layouts", "a: batch.policy=law"], "batch.policy = 'law' is set by the benchmark"),
     "layout": (
         ["2", "3", "--layouts", "a: parallel.tp=2"],
         "layout a, 3 nodes: parallel: the layout dp_shard * x tp 2 needs a multiple of 2",
@@ -256,10 +258,15 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("words", "told"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_told_before_anything_is_trained(
-    scaling: Callable[..., int], capsys: pytest.CaptureFixture[str], words: list[Any], told: str
+@pytest.mark.parametrize(("words", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_invalid_input_is_reported_before_anything_is_trained(
+    scaling: Callable[..., int], capsys: pytest.CaptureFixture[str], words: list[Any], message: str
 ) -> None:
     assert scaling(*WORDS, *words, "--out", "mistaken") == 2
-    said = capsys.readouterr().err
-    assert said.startswith("megahp: ") and told in said and said.count("\n") == 1 and not Path("mistaken").exists()
+    printed = capsys.readouterr().err
+    assert (
+        printed.startswith("megahp: ")
+        and message in printed
+        and printed.count("\n") == 1
+        and not Path("mistaken").exists()
+    )

@@ -1,4 +1,4 @@
-"""The training benchmark: what it promises in its JSON, layouts, the baseline's shape, the split of time, mistakes."""
+"""Test the training benchmark: its JSON, layouts, the baseline's shape, the split of time, invalid input."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ def test_one_rank_beside_the_baseline(tool: ModuleType, tmp_path: Path) -> None:
     contestants = ["megahp", "megahp-without-noise", "nanogpt"]  # compiling takes longer than all of this
     words = ["--global-batch", "4", "--peak-tflops", "0.5", "--profile", "--json", str(json_file), "--plot", str(plot)]
     out = run(*words, "--contestants", *contestants, "--settings", "compute.recompute=full")
-    found = json.loads(json_file.read_text())
-    assert [row["contestant"] for row in found["rows"]] == contestants
-    model = tool.case_of(cli.parse([*COMMAND, *TINY, "--contestants", "megahp"])[1], "1x64", 1, "float32").config.model
-    for row in found["rows"]:
+    results = json.loads(json_file.read_text())
+    assert [row["contestant"] for row in results["rows"]] == contestants
+    model = tool.resolve_case(
+        cli.parse([*COMMAND, *TINY, "--contestants", "megahp"])[1], "1x64", 1, "float32"
+    ).config.model
+    for row in results["rows"]:
         assert row["tokens_per_step"] == 4 * 16 and row["parameters"] == parameters(model, 16)
         assert len(row["turns"]) == len(row["processor_turns"]) == 2
         assert min(row["turns"]) <= row["seconds"] <= max(row["turns"])
@@ -51,49 +53,49 @@ def test_one_rank_beside_the_baseline(tool: ModuleType, tmp_path: Path) -> None:
         assert list(row["split"]) == ["data", "compute", "communication", "host"] and row["split"]["compute"] > 0
         assert len(row["costliest"]) == 10 and row["costliest"][0]["name"] in out
         assert 2**26 < row["peak_memory"] < 2**36
-    (comparison,) = found["comparisons"]
+    (comparison,) = results["comparisons"]
     assert comparison["baseline"] == "nanogpt" and comparison["speedup"]["low"] <= comparison["speedup"]["median"]
-    ours, quiet, theirs = (row["turns"] for row in found["rows"])
+    ours, quiet, theirs = (row["turns"] for row in results["rows"])
     assert comparison["speedup"]["median"] == pytest.approx((theirs[0] / ours[0] + theirs[1] / ours[1]) / 2)
     assert comparison["noise_scale"]["median"] == pytest.approx((ours[0] / quiet[0] + ours[1] / quiet[1]) / 2)
-    assert found["settings"][0]["model"]["width"] == 64 and found["machine"]["threads"] == 1
+    assert results["settings"][0]["model"]["width"] == 64 and results["machine"]["threads"] == 1
     assert "nanogpt" in plot.read_text() and "geometric mean of 1" in out
 
 
 def test_every_layout_of_several_ranks(tmp_path: Path) -> None:
     run("--ranks", "2", "--tp", "1", "2", "--json", str(tmp_path / "found.json"), "--settings", "model.heads=2")
-    found = json.loads((tmp_path / "found.json").read_text())
-    rows = {(row["layout"], row["contestant"]): row for row in found["rows"]}
+    results = json.loads((tmp_path / "found.json").read_text())
+    rows = {(row["layout"], row["contestant"]): row for row in results["rows"]}
     assert [layout for layout, _ in rows] == ["tp1dp2", "tp1dp2", "tp2dp1", "tp2dp1"]
     assert [row["tokens_per_step"] for row in rows.values()] == [64, 64, 32, 32]
     assert all(row["split"]["communication"] > 0 and row["mfu"] is None for row in rows.values())
-    assert "speedup" not in found["comparisons"][0]
+    assert "speedup" not in results["comparisons"][0]
 
 
-def test_layers_computed_again(tool: ModuleType) -> None:
+def test_recomputed_layers(tool: ModuleType) -> None:
     full, second = "compute.recompute=full", "compute.recompute_every=2"
     for words, layers in (((full,), 5), ((full, second), 3), (("compute.recompute=selective",), 0)):
         options = cli.parse([*COMMAND, *TINY, "--contestants", "megahp", "--settings", *words])[1]
-        assert tool.recomputed_layers(tool.case_of(options, "5x64", 1, "float32").config) == layers
+        assert tool.recomputed_layers(tool.resolve_case(options, "5x64", 1, "float32").config) == layers
 
 
 MISTAKES = {
     "shape": (["--shape", "big"], "--shape big is neither LAYERSxWIDTH, such as 4x256, nor one of: debug"),
-    "heads": (["--shape", "1x130"], "model.head_size = 65 is odd, and rope turns pairs; make it even"),
+    "heads": (["--shape", "1x130"], "model.head_size = 65 is odd, but rope rotates pairs of dimensions; make it even"),
     "turns": (["--turns", "0"], "--turns 0 must be at least 1"),
     "global batch": (["--global-batch", "0"], "--global-batch 0 must be at least 1"),
     "dtype": (["--dtype", "fp8"], "train.dtype = 'fp8' (options) must be one of: float32"),
     "batch": (["--global-batch", "3"], "batch.global_batch = 3 is not a multiple of 2"),
     "layout": (["--ranks", "3", "--tp", "2"], "needs a multiple of 2 ranks and there are 3"),
     "tp": (["--tp", "0"], "parallel.tp = 0 (--tp) must be at least 1"),
-    "baseline of ranks": (["--ranks", "2", "--contestants", "nanogpt"], "the baseline is one rank's; leave it out"),
+    "baseline of ranks": (["--ranks", "2", "--contestants", "nanogpt"], "the baseline runs on one rank; omit it"),
     "another model": (
         ["--settings", "model.norm=layernorm"],
         "model.norm = 'layernorm' and the baseline has 'rmsnorm'",
     ),
-    "double": (["--settings", "model.vocab_size=9"], "model.vocab_size is what another option decides"),
-    "noise": (["--settings", "train.noise_scale=false"], "train.noise_scale is what another option decides"),
-    "setting": (["--settings", "model.wdth=9"], "model.wdth = 9 (command line) is no setting; did you mean width"),
+    "double": (["--settings", "model.vocab_size=9"], "model.vocab_size is set by another option"),
+    "noise": (["--settings", "train.noise_scale=false"], "train.noise_scale is set by another option"),
+    "setting": (["--settings", "model.wdth=9"], "model.wdth = 9 (command line) is not a setting; did you mean width"),
     "peak": (["--peak-tflops", "0"], "--peak-tflops 0 must be above 0"),
     "peaks": (["--peak-tflops", "9", "--dtype", "float32", "bfloat16"], "give one --dtype with it"),
     "cuda": (["--device", "cuda"], "needs a CUDA device for each of 1 ranks"),
@@ -101,7 +103,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("words", "expected"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_one_line(
+def test_invalid_input_is_reported_in_one_line(
     tool: ModuleType, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
 ) -> None:
     assert cli.main([*COMMAND, *TINY, *words]) == 2

@@ -1,4 +1,4 @@
-"""`megahp launch --grow`: the plan it prints, the script it would submit, and what it refuses. No Slurm is needed."""
+"""Test `megahp launch --grow`: its plan, the script it would submit, invalid input. Needs no Slurm."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_without_a_speed_it_is_shares(capsys: pytest.CaptureFixture[str]) -> Non
     assert "growing to 4 45% 100%" in " ".join(plan.split()) and "patience=30 chain" in script
 
 
-def test_a_run_that_has_begun_goes_on_with_what_it_has_grown_to(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_started_run_continues_at_its_current_size(capsys: pytest.CaptureFixture[str]) -> None:
     """Its batch of 8 keeps two nodes busy; its speed is the logged one."""
     words = ("train", "run.toml", "resilience.stop_at_batch=8", "log.tensorboard=false")
     assert subprocess.run([sys.executable, "-m", "megahp", *words], capture_output=True).returncode == STOPPED
@@ -81,7 +81,7 @@ def test_a_run_that_has_begun_goes_on_with_what_it_has_grown_to(capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ((*GROW[:5], "--speed", "3"), "--speed 3 goes with --grow"),
         ((*GROW[:5], "--patience", "3"), "--patience 3 goes with --grow"),
@@ -91,20 +91,20 @@ def test_a_run_that_has_begun_goes_on_with_what_it_has_grown_to(capsys: pytest.C
         ((*GROW, "batch.policy=constant", "batch.table=[]"), "batch.policy = 'constant' never grows"),
         ((*GROW, "resilience.stop_at_batch=8"), "resilience.stop_at_batch = 8 would end the job before the run"),
         ((*GROW, "--speed", "nan"), "--speed nan goes with"),
-        ((*GROW, "--sbatch=--requeue"), "--sbatch --requeue: --requeue is set already"),
-        ((*GROW[:5], "--sbatch=--nodes=3"), "--sbatch --nodes=3: --nodes is set already"),
+        ((*GROW, "--sbatch=--requeue"), "--sbatch --requeue: megahp sets --requeue itself"),
+        ((*GROW[:5], "--sbatch=--nodes=3"), "--sbatch --nodes=3: megahp sets --nodes itself"),
         ((*GROW[:5], "--sbatch=--comment='a"), "cannot be read (No closing quotation)"),
-        ((*GROW[:5], "--exclude", "."), "--exclude . cannot be read (Is a directory)"),
+        ((*GROW[:5], "--exclude", "."), "--exclude . is a folder; name a file"),
         ((*GROW, "parallel.dp_shard=1"), "needs 1 ranks and there are 2"),
         ((*GROW, "--ranks-per-node", "3"), "batch.global_batch = 4"),
     ],
 )
-def test_what_cannot_grow(words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_grow(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(list(words)) == 2
-    said = capsys.readouterr()
-    assert told in said.err and said.err.splitlines()[-1].startswith("megahp: ") and not said.out
+    output = capsys.readouterr()
+    assert message in output.err and output.err.splitlines()[-1].startswith("megahp: ") and not output.out
 
 
 def test_a_batch_to_stop_at_that_is_never_reached(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "run.toml", "resilience.stop_at_batch=4"]) == 2
-    assert "resilience.stop_at_batch = 4 is no batch that batch.policy = 'table' grows to" in capsys.readouterr().err
+    assert "resilience.stop_at_batch = 4 is not reached by growth from batch.global_batch =" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The check of a cluster: each kind of fault is named, and nothing else; a rank that really is slow is found."""
+"""Test the cluster check: each kind of fault is named, and nothing else; a really slow rank is found."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SLOW = 1  # rank
 
 
 def healthy() -> dict[str, list[Any]]:
-    """Findings of four nodes of two ranks, all much alike."""
+    """Return the results of four healthy nodes with two ranks each."""
     size = len(NODES)
     pairs = [
         [
@@ -74,35 +74,35 @@ def healthy() -> dict[str, list[Any]]:
     }
 
 
-def verdict(tool: ModuleType, found: dict[str, list[Any]], expected: Mapping[str, int] = EXPECTED) -> Any:
-    return tool.verdict(found, 0.25, 1.0, expected)
+def find_problems(tool: ModuleType, results: dict[str, list[Any]], expected: Mapping[str, int] = EXPECTED) -> Any:
+    return tool.find_problems(results, 0.25, 1.0, expected)
 
 
 def test_ranks_on_unlike_devices_do_nothing_together(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what both lack is a mistake."""
+    """What all ranks lack is invalid input."""
 
-    def facts(place: Any, *_: Any) -> dict[str, Any]:
-        kind = ("cuda", "cpu")[place.rank]
-        return {"node": f"n{place.rank}", "device": kind, "versions": {"device": kind}, "mistakes": mistakes}
+    def facts(world: Any, *_: Any) -> dict[str, Any]:
+        kind = ("cuda", "cpu")[world.rank]
+        return {"node": f"n{world.rank}", "device": kind, "versions": {"device": kind}, "mistakes": mistakes}
 
     def look() -> list[dict[str, list[Any]]]:
         store = torch.distributed.HashStore()
         boards = [tool.Board(store, tool.launch.World(rank, 2, rank, 2), 9.0) for rank in range(2)]
         with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(lambda board: tool.look(board, Path(), "auto"), boards))
+            return list(pool.map(lambda board: tool.check_ranks(board, Path(), "auto"), boards))
 
     monkeypatch.setattr(tool, "facts", facts)
     mistakes: list[str] = []
     first, second = look()
     assert list(first) == list(second) == ["ranks"]
-    assert verdict(tool, first, {}) == [tool.Problem("n1", "rank 1 is on the CPU, others on CUDA")]
+    assert find_problems(tool, first, {}) == [tool.Problem("n1", "rank 1 is on the CPU, others on CUDA")]
     mistakes.append("--folder runs is no folder")
     with pytest.raises(UserError, match="runs is no folder"):
         look()
 
 
 def test_the_list_of_bad_nodes_is_kept(tool: ModuleType) -> None:
-    """A node that has proved fit leaves it; others stay, as all do where not all was measured or is known."""
+    """Nodes found fit are removed; all stay where a stage is missing or a fault has no node."""
     bad, unknown, before = tool.Problem("n3", ""), tool.Problem(None, ""), ["n2", "n9"]
     assert tool.excluded(before, healthy(), [bad]) == ["n3", "n9"]
     assert tool.excluded(before, healthy(), [bad, unknown]) == ["n2", "n3", "n9"]
@@ -110,7 +110,7 @@ def test_the_list_of_bad_nodes_is_kept(tool: ModuleType) -> None:
 
 
 def test_lists_of_several_checks_are_one(tool: ModuleType, tmp_path: Path) -> None:
-    """Of eight checks at the same time, on nodes of their own."""
+    """Eight checks at the same time, each on its own nodes."""
     file, pool = tmp_path / "bad.txt", ThreadPoolExecutor(8)
     arguments = cli.parse([*COMMAND, "--exclude-file", str(file)])[1]
     bad = [[tool.Problem(f"n{number}", "")] for number in range(8)]
@@ -143,7 +143,7 @@ def test_a_wrong_product_is_seen(tool: ModuleType, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_slow_rank_is_named(tmp_path: Path, tool: ModuleType) -> None:
-    """Three real ranks, one of them stopped for 19 twentieths of the time while all multiply matrices."""
+    """Three real ranks, one of them stopped for 19/20 of the time while all multiply matrices."""
     (tmp_path / "bad.txt").write_text("n9\n")
     words = ["--ranks", "3", "--slack", "0.6", "--json", "found.json", "--exclude-file", "bad.txt"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SLURMD_NODENAME": "n1"}
@@ -164,24 +164,26 @@ def test_a_slow_rank_is_named(tmp_path: Path, tool: ModuleType) -> None:
     assert out.count("\nrank  node") == 1 and f"\n{SLOW}     n1            {platform.machine()} " in out
     everything = json.loads((tmp_path / "found.json").read_text())
     assert everything["command"][:2] == ["megahp", *COMMAND] and everything["versions"]["torch"]
-    found = everything["found"]
-    assert [[link["rank"] for link in links] for links in found["links"]] == [[1, 2], [0, 2], [0, 1]]
-    assert all(abs(link["offset"]) < 0.1 for links in found["links"] for link in links)
-    assert [sorted(disks) for disks in found["disk"]] == [sorted({str(tmp_path), tempfile.gettempdir()}), [], []]
-    assert all(disk["bytes_per_second"] > 1e6 for disk in found["disk"][0].values())
-    assert all(0 < memory["free_bytes"] < memory["total_bytes"] for memory in found["memory"])
-    products = found["gemm"]
+    results = everything["found"]
+    assert [[link["rank"] for link in links] for links in results["links"]] == [[1, 2], [0, 2], [0, 1]]
+    assert all(abs(link["offset"]) < 0.1 for links in results["links"] for link in links)
+    assert [sorted(disks) for disks in results["disk"]] == [sorted({str(tmp_path), tempfile.gettempdir()}), [], []]
+    assert all(disk["bytes_per_second"] > 1e6 for disk in results["disk"][0].values())
+    assert all(0 < memory["free_bytes"] < memory["total_bytes"] for memory in results["memory"])
+    products = results["gemm"]
     assert min(products, key=lambda each: each["flops"]) == products[SLOW]
     assert len({each["checksum"] for each in products}) == 1
-    pairs = [pair for pairs in found["pairs"] for pair in pairs]
-    assert [[pair["with"] for pair in pairs] for pairs in found["pairs"]] == [[1, 2], [0, 2], [1, 0]]
+    pairs = [pair for pairs in results["pairs"] for pair in pairs]
+    assert [[pair["with"] for pair in pairs] for pairs in results["pairs"]] == [[1, 2], [0, 2], [1, 0]]
     assert all(pair["wrong"] == 0 and 1e-7 < pair["seconds"] < 0.1 for pair in pairs)
     assert all(1e-4 < tool.MESSAGE["cpu"] / pair["bytes_per_second"] < 1 for pair in pairs)
-    assert [list(each) for each in found["all-reduce"]] == [["world"]] * 3  # of which the only node's would be the same
+    assert [list(each) for each in results["all-reduce"]] == [
+        ["world"]
+    ] * 3  # of which the only node's would be the same
 
 
 def test_nodes_that_do_not_come_or_lack_the_folder_are_named(tmp_path: Path) -> None:
-    """Two real ranks of three that srun is said to have started, the second of which has no folder."""
+    """Two real ranks of the three that srun claims to have started; the second has no folder."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "1(x3)"}
@@ -199,10 +201,10 @@ def test_nodes_that_do_not_come_or_lack_the_folder_are_named(tmp_path: Path) -> 
         own = {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank), "SLURMD_NODENAME": f"n{rank + 1}"}
         environment = os.environ | step | own
         ranks.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True))
-    said = [rank.communicate(timeout=60)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [1, 1] and not said[1]
-    assert "BAD  n3: 1 of its 1 ranks do not answer\nBAD  n2: --folder runs is no folder" in said[0]
-    assert "2 nodes, 3 ranks: n2, n3 bad" in said[0]
+    output = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1] and not output[1]
+    assert "BAD  n3: 1 of its 1 ranks do not answer\nBAD  n2: --folder runs is no folder" in output[0]
+    assert "2 nodes, 3 ranks: n2, n3 bad" in output[0]
     assert (tmp_path / "0" / "bad.txt").read_text() == "n2\nn3\n"
 
 
@@ -241,6 +243,6 @@ def throttle(pid: int, over: threading.Event) -> None:
         (["--exclude-file", "/dev/zero"], "--exclude-file /dev/zero is no regular file"),
     ],
 )
-def test_mistakes(words: list[str], mistake: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_input(words: list[str], mistake: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*COMMAND, *words]) == 2
     assert mistake in capsys.readouterr().err

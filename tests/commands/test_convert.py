@@ -1,4 +1,4 @@
-"""Models from one format to another by the real command, in real files; transformers is the reference for its own."""
+"""Convert real files by the real command; transformers is the reference for its own format."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from megahp.convert import huggingface
 from megahp.convert.tokenizers import write_tokenizer
 from megahp.data.indexed import IndexedWriter
 from megahp.data.tokenizer import load_tokenizer, train_sentencepiece
-from megahp.evaluate.sample import alone
-from megahp.parallel.parameters import saved, storage
+from megahp.evaluate.sample import single_rank_model
+from megahp.parallel.parameters import model_state, storage
 from megahp.scaling.parameterization import table_of
 from megahp.train.run import state_of_weights
 
@@ -71,11 +71,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def convert(source: str, target: str, *words: object) -> tuple[int, str]:
-    """The command's exit code, and what it says."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    """Return the command's exit code and output."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         code = cli.main(["convert", "--from", source, "--to", target, *map(str, words)])
-    return code, said.getvalue()
+    return code, output.getvalue()
 
 
 def settings_of(table: str, model: dict[str, Any], **more: Any) -> Config:
@@ -85,10 +85,10 @@ def settings_of(table: str, model: dict[str, Any], **more: Any) -> Config:
 
 @torch.no_grad()
 def written(config: Config, folder: Path) -> dict[str, Tensor]:
-    """A checkpoint of a model in which every weight, the vocabulary's padding too, is random."""
+    """Write a checkpoint of random weights, including the vocabulary's padding."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for name, weight in saved(alone(config)).items():
+    for name, weight in model_state(single_rank_model(config)).items():
         value = storage(weight)
         if "router.bias" not in name or config.model.router_score == "sigmoid":
             value = value + torch.randn(value.shape, generator=generator) * 0.2
@@ -102,7 +102,7 @@ def written(config: Config, folder: Path) -> dict[str, Tensor]:
 
 
 def ulps(one: Tensor, other: Tensor) -> float:
-    """The largest difference, in units of the last place of the smaller of two values."""
+    """Return the largest difference, in units in the last place of the smaller value."""
     if one.dtype == torch.bool or one.equal(other):
         return 0.0 if one.equal(other) else torch.inf
     least = torch.minimum(one.abs(), other.abs())
@@ -113,13 +113,13 @@ def ulps(one: Tensor, other: Tensor) -> float:
 def there_and_back(table: str, model: dict[str, Any], folder: Path, **more: Any) -> dict[str, Any]:
     config = settings_of(table, model, **more)
     before = written(config, folder / "ours")
-    there = convert("megahp", "huggingface", folder / "ours", folder / "theirs")
+    exported = convert("megahp", "huggingface", folder / "ours", folder / "theirs")
     back = convert("huggingface", "megahp", folder / "theirs", folder / "back")
     path = checkpoint.find(folder / "back")
     after, state = Tensors(path), checkpoint.read_state(path)
     return {
-        "codes": (there[0], back[0]),
-        "said": there[1] + back[1],
+        "codes": (exported[0], back[0]),
+        "said": exported[1] + back[1],
         "same names": set(before) == set(after),
         "ulps": max(ulps(before[name], after[name]) for name in before),
         "problems": checkpoint.problems(path),
@@ -131,32 +131,32 @@ def there_and_back(table: str, model: dict[str, Any], folder: Path, **more: Any)
 
 
 def of_transformers(folder: Path) -> dict[str, tuple[int, str]]:
-    """Folders that transformers itself wrote, with no sidecar, and in other types."""
+    """Import folders that transformers itself wrote, without a sidecar, and in other dtypes."""
     from transformers import AutoModelForCausalLM
 
-    found = {}
+    results = {}
     for name in ("llama", "gpt2", "neox"):
         theirs = AutoModelForCausalLM.from_pretrained(folder / name / "theirs")
         theirs.to(torch.bfloat16 if name == "llama" else torch.float32)
         theirs.save_pretrained(folder / name / "saved", max_shard_size="20KB")
         shutil.copy(folder / name / "theirs" / "tokenizer.json", folder / name / "saved")
         assert (folder / name / "saved" / "model.safetensors.index.json").exists()
-        found[name] = convert("huggingface", "megahp", folder / name / "saved", folder / name / "of theirs")
-    return found
+        results[name] = convert("huggingface", "megahp", folder / name / "saved", folder / name / "of theirs")
+    return results
 
 
 def sharded(folder: Path) -> dict[str, Any]:
-    """Small files, and a SentencePiece tokenizer."""
+    """Convert in small files, with a SentencePiece tokenizer."""
     text = Path(contextlib.__file__).read_text()
     train_sentencepiece([text], folder / "own.model", 400)
     config = settings_of("any", {**GQA, "vocab_size": 420}, data={"tokenizer": str(folder / "own.model")})
     before = written(config, folder / "ours")
-    there = convert("megahp", "huggingface", folder / "ours", folder / "theirs", "--file-size", 3e-5)
+    exported = convert("megahp", "huggingface", folder / "ours", folder / "theirs", "--file-size", 3e-5)
     back = convert("huggingface", "megahp", folder / "theirs", folder / "back", "--file-size", 3e-5)
     sizes = [file.stat().st_size for file in (folder / "theirs").glob("model-*.safetensors")]
     after = Tensors(checkpoint.find(folder / "back"))
     return {
-        "codes": (there[0], back[0]),
+        "codes": (exported[0], back[0]),
         "files": len(sizes),
         "small": sum(size < 3.1e4 for size in sizes),  # but those of one tensor that is larger
         "ulps": max(ulps(before[name], after[name]) for name in before),
@@ -165,7 +165,7 @@ def sharded(folder: Path) -> dict[str, Any]:
 
 
 def forgotten(folder: Path) -> tuple[int, str]:
-    """A multiplier that is not folded in is seen."""
+    """Export without folding a multiplier: the check must fail."""
     config = settings_of("any", GQA)
     written(config, folder / "ours")
     patch = mock.patch.object(huggingface, "table_of", lambda config: replace(table_of(config), residual=1.0))
@@ -174,10 +174,10 @@ def forgotten(folder: Path) -> tuple[int, str]:
 
 
 def touched(folder: Path) -> dict[str, str]:
-    """What is said where a folder is no longer what was written."""
+    """Return the errors for folders that were changed after the export."""
     from safetensors.torch import load_file, save_file
 
-    said = {}
+    output = {}
     for what, file, change in (
         ("masked", "model.safetensors", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(1)),
         ("missing", "model.safetensors", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")),
@@ -187,32 +187,32 @@ def touched(folder: Path) -> dict[str, str]:
         tensors = load_file(copy / file)
         change(tensors)
         save_file(tensors, copy / file)
-        said[what] = convert("huggingface", "megahp", copy, folder / "never")[1]
+        output[what] = convert("huggingface", "megahp", copy, folder / "never")[1]
     copy = shutil.copytree(folder / "sparse" / "theirs", folder / "theta")
     hf_config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**hf_config, "rope_theta": 77.0}))
-    said["theta"] = convert("huggingface", "megahp", copy, folder / "never")[1]
+    output["theta"] = convert("huggingface", "megahp", copy, folder / "never")[1]
     words = "huggingface", "megahp", folder / "sparse" / "theirs", folder / "never", "model.layers=3", "--no-check"
-    said["layers"] = convert(*words)[1]
+    output["layers"] = convert(*words)[1]
     copy = shutil.copytree(folder / "llama" / "theirs", folder / "heads")
     hf_config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**hf_config, "num_key_value_heads": 4}))
     (copy / "megahp.json").unlink()
-    said["heads"] = convert("huggingface", "megahp", copy, folder / "never", "--no-check")[1]
+    output["heads"] = convert("huggingface", "megahp", copy, folder / "never", "--no-check")[1]
     with (folder / "llama" / "theirs" / "model.safetensors").open("r+b") as whole:
         whole.truncate(5000)
-    said["cut"] = convert("huggingface", "megahp", folder / "llama" / "theirs", folder / "never")[1]
+    output["cut"] = convert("huggingface", "megahp", folder / "llama" / "theirs", folder / "never")[1]
     shard = next(checkpoint.find(folder / "gpt2" / "ours").glob("shard*"))
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
     shard.write_bytes(data)
-    said["flipped"] = convert("megahp", "huggingface", folder / "gpt2" / "ours", folder / "never")[1]
+    output["flipped"] = convert("megahp", "huggingface", folder / "gpt2" / "ours", folder / "never")[1]
     assert not (folder / "never").exists() and not list(folder.glob(".partial*"))
-    return said
+    return output
 
 
 def gone_on(folder: Path) -> dict[str, Any]:
-    """One step of a run, and a sample, from an imported model."""
+    """Train a step, and sample, from an imported model."""
     from megahp.evaluate.sample import generate
 
     with IndexedWriter(str(folder / "corpus"), 257) as writer:
@@ -237,13 +237,13 @@ def gone_on(folder: Path) -> dict[str, Any]:
 
 
 def losses(folder: Path) -> tuple[float, float]:
-    """Of a text, in nats per token: ours, and transformers' own of the model it was sent as."""
+    """Return a text's loss in nats per token: ours, and transformers' of the exported model."""
     from transformers import AutoModelForCausalLM
 
     from megahp.evaluate.perplexity import evaluate
-    from megahp.evaluate.sample import trained
+    from megahp.evaluate.sample import load_trained
 
-    text, origin = "What both make of it", trained(folder / "ours")
+    text, origin = "What both make of it", load_trained(folder / "ours")
     (score,) = evaluate(origin, [[text]], 48, 24)
     ids = torch.tensor([[origin.tokenizer.eod, *origin.tokenizer.encode(text)]])
     theirs = AutoModelForCausalLM.from_pretrained(folder / "theirs")(input_ids=ids, labels=ids).loss
@@ -251,22 +251,22 @@ def losses(folder: Path) -> tuple[float, float]:
 
 
 def both_ways(form: str, table: str, model: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A model of ours as Megatron's, and ours again."""
+    """Export a model to Megatron's format, and import it again."""
     before = written(settings_of(table, model), folder / "ours")
-    there = convert("megahp", form, folder / "ours", folder / "theirs")
+    exported = convert("megahp", form, folder / "ours", folder / "theirs")
     more = ["--allow-pickle"] if form == "megatron-legacy" else []
     back = convert(form, "megahp", folder / "theirs", folder / "back", "--tokenizer", "bytes", *more)
-    assert (there[0], back[0]) == (0, 0), there[1] + back[1]
+    assert (exported[0], back[0]) == (0, 0), exported[1] + back[1]
     after = Tensors(checkpoint.find(folder / "back"))
     return {"names": set(before) == set(after), "ulps": max(ulps(before[name], after[name]) for name in before)}
 
 
 class Stranger:
-    """Of a module that a reader may not have."""
+    """A class that a reader may not have."""
 
 
 def parallel(folder: Path) -> dict[str, Any]:
-    """Megatron's files by hand from our weights: of 2 x 2 ranks, in Transformer Engine's names, and stacked by DCP."""
+    """Write Megatron's files by hand from our weights: 2 x 2 ranks, Transformer Engine's names, stacked by DCP."""
     from torch.distributed import checkpoint as dcp
 
     config = settings_of("sp", {**GQA, "bias": True, "rope_theta": 10000.0})
@@ -276,7 +276,7 @@ def parallel(folder: Path) -> dict[str, Any]:
     products |= {"mlp.linear_fc2": "mlp.down", "gate": "mlp.gate", "up": "mlp.up"}
 
     def layer(number: int, rank: int | None) -> dict[str, Tensor]:
-        """A rank's part, or all, of a layer."""
+        """Return a rank's shard of a layer, or the whole."""
         made = {}
         for kind in ("weight", "bias"):
             for theirs, name in products.items():
@@ -318,24 +318,24 @@ def parallel(folder: Path) -> dict[str, Any]:
     dcp.save(stacked, storage_writer=dcp.FileSystemWriter(folder / "dist" / "iter_0000005"))
     torch.save({"args": args, "iteration": 5}, folder / "dist" / "iter_0000005" / "common.pt")
     (folder / "dist" / "latest_checkpointed_iteration.txt").write_text("5")
-    found = {}
+    results = {}
     for form, place, *more in (("megatron-legacy", "legacy", "--allow-pickle"), ("megatron", "dist")):
         words = [folder / place, folder / f"{place} back", "model.vocab_size=384", "--tokenizer", "bytes", *more]
-        code, said = convert(form, "megahp", *words)
-        assert code == 0, said
+        code, output = convert(form, "megahp", *words)
+        assert code == 0, output
         after = Tensors(checkpoint.find(folder / f"{place} back"))
-        found[place] = set(after) == {f"model.{name}" for name in ours} and all(
+        results[place] = set(after) == {f"model.{name}" for name in ours} and all(
             after[f"model.{name}"].equal(value) for name, value in ours.items()
         )
     for rank in (folder / "legacy").glob("iter_*/mp_rank_01_*"):
         shutil.rmtree(rank)
     words = [folder / "legacy", folder / "never", "model.vocab_size=384", "--tokenizer", "bytes", "--allow-pickle"]
-    found["a rank alone"] = convert("megatron-legacy", "megahp", *words, "--no-check")
+    results["a rank alone"] = convert("megatron-legacy", "megahp", *words, "--no-check")
     convert("megahp", "megatron", folder / "ours", folder / "sent", "--file-size", 3e-5)
     empty = {name: torch.zeros_like(value) for name, value in stacked.items() if "optimizer" not in name}
     dcp.load(empty, storage_reader=dcp.FileSystemReader(folder / "sent" / "release"))
-    found["read by DCP"] = all(value.equal(stacked[name]) for name, value in empty.items())
-    return found
+    results["read by DCP"] = all(value.equal(stacked[name]) for name, value in empty.items())
+    return results
 
 
 class Malicious:
@@ -347,8 +347,8 @@ class Malicious:
 
 
 def malicious(folder: Path) -> dict[str, tuple[bool, int]]:
-    """Whether a pickle was executed, by where it was planted, and the exit code."""
-    found, mark = {}, folder / "executed"
+    """Return, for each file with a malicious pickle, whether it was executed, and the exit code."""
+    results, mark = {}, folder / "executed"
     config = settings_of("sp", GQA)
     written(config, folder / "ours")
     for form, file in (
@@ -368,10 +368,10 @@ def malicious(folder: Path) -> dict[str, tuple[bool, int]]:
             torch.save({**state, "more": Malicious(mark)}, theirs / file)
         more = ["--allow-pickle"] if form == "megatron-legacy" else []
         code, _ = convert(form, "megahp", theirs, folder / f"{theirs.name} back", "--tokenizer", "bytes", *more)
-        found[file] = mark.exists(), code
+        results[file] = mark.exists(), code
     torch.load(theirs / file, weights_only=False)
     assert mark.exists()  # by torch.load as it is
-    return found
+    return results
 
 
 MEGATRON: dict[str, tuple[str, dict[str, Any]]] = {
@@ -389,34 +389,34 @@ def everything(folder: Path) -> dict[str, Any]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    found: dict[str, Any] = {case: there_and_back(*CASES[case], folder / case) for case in CASES}
-    found["sparse"] = there_and_back("smupar", GQA, folder / "sparse", **SPARSE)
-    found["gone on"] = gone_on(folder)
-    found["losses"] = losses(folder / "llama")
-    found["of transformers"] = of_transformers(folder)
-    found["sharded"] = sharded(folder / "sharded")
-    found["forgotten"] = forgotten(folder / "forgotten")
+    results: dict[str, Any] = {case: there_and_back(*CASES[case], folder / case) for case in CASES}
+    results["sparse"] = there_and_back("smupar", GQA, folder / "sparse", **SPARSE)
+    results["gone on"] = gone_on(folder)
+    results["losses"] = losses(folder / "llama")
+    results["of transformers"] = of_transformers(folder)
+    results["sharded"] = sharded(folder / "sharded")
+    results["forgotten"] = forgotten(folder / "forgotten")
     with mock.patch("importlib.util.find_spec", lambda name: None):
-        found["alone"] = there_and_back("any", GQA, folder / "alone")
-    found["touched"] = touched(folder)
-    found["megatron"] = {
+        results["alone"] = there_and_back("any", GQA, folder / "alone")
+    results["touched"] = touched(folder)
+    results["megatron"] = {
         (case, form): both_ways(form, *MEGATRON[case], folder / f"{case} {form}") for case in MEGATRON for form in FORMS
     }
-    found["parallel"] = parallel(folder / "parallel")
-    found["malicious"] = malicious(folder / "malicious")
-    return found
+    results["parallel"] = parallel(folder / "parallel")
+    results["malicious"] = malicious(folder / "malicious")
+    return results
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return world.run_afresh(1, everything, tmp_path_factory.mktemp("convert"))[0]
 
 
 @needs_transformers
 @pytest.mark.parametrize("case", [*CASES, "sparse", "alone"])
-def test_there_and_back(found: Any, case: str) -> None:
-    """Equal to the bit where no multiplier rounds, else to the last place; and both ways the logits are the same."""
-    result = found[case]
+def test_there_and_back(results: Any, case: str) -> None:
+    """Bitwise equal where no multiplier rounds, else within an ulp; the logits are the same both ways."""
+    result = results[case]
     through = "its own import" if case == "alone" else "transformers"
     assert result["said"].count(f"through megahp and {through}") == 2, result["said"]
     assert result["codes"] == (0, 0) and result["problems"] == []
@@ -426,27 +426,27 @@ def test_there_and_back(found: Any, case: str) -> None:
 
 
 @needs_transformers
-def test_a_run_goes_on_from_an_import(found: Any) -> None:
-    """From its weights, and from moments of 0: after one step they are those of one gradient."""
-    result = found["gone on"]
+def test_training_continues_from_an_import(results: Any) -> None:
+    """Training starts from its weights and moments of 0: after one step these are of one gradient."""
+    result = results["gone on"]
     assert result["weights"] < 1e-9 and result["gradients"] > 0 and result["moments"]
     assert result["sample"].startswith("import os")
 
 
 @needs_transformers
-def test_the_loss_is_transformers_own(found: Any) -> None:
-    ours, theirs = found["losses"]
+def test_the_loss_is_transformers_own(results: Any) -> None:
+    ours, theirs = results["losses"]
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 @needs_transformers
-def test_what_transformers_wrote(found: Any) -> None:
-    assert {name: code for name, (code, _) in found["of transformers"].items()} == {"llama": 0, "gpt2": 0, "neox": 0}
+def test_what_transformers_wrote(results: Any) -> None:
+    assert {name: code for name, (code, _) in results["of transformers"].items()} == {"llama": 0, "gpt2": 0, "neox": 0}
 
 
 @needs_transformers
-def test_several_files_and_sentencepiece(found: Any) -> None:
-    result = found["sharded"]
+def test_several_files_and_sentencepiece(results: Any) -> None:
+    result = results["sharded"]
     one, other = result.pop("tokenizers")
     assert one == other
     assert result["codes"] == (0, 0) and 0 < result["ulps"] <= 1
@@ -454,9 +454,9 @@ def test_several_files_and_sentencepiece(found: Any) -> None:
 
 
 @needs_transformers
-def test_another_model_is_an_error(found: Any) -> None:
-    code, said = found["forgotten"]
-    assert code == 1 and "is another model" in said
+def test_another_model_is_an_error(results: Any) -> None:
+    code, output = results["forgotten"]
+    assert code == 1 and "is another model" in output
 
 
 @needs_transformers
@@ -473,32 +473,32 @@ def test_another_model_is_an_error(found: Any) -> None:
         ("flipped", "is damaged"),
     ],
 )
-def test_a_changed_folder_is_refused(found: Any, what: str, words: str) -> None:
-    said = found["touched"][what]
-    assert words in said and said.startswith("megahp: ") and said.count("\n") == 1, said
+def test_a_changed_folder_is_refused(results: Any, what: str, words: str) -> None:
+    output = results["touched"][what]
+    assert words in output and output.startswith("megahp: ") and output.count("\n") == 1, output
 
 
 @needs_transformers
 @pytest.mark.parametrize("case", MEGATRON)
 @pytest.mark.parametrize("form", FORMS)
-def test_megatron_and_back(found: Any, case: str, form: str) -> None:
-    result = found["megatron"][case, form]
+def test_megatron_and_back(results: Any, case: str, form: str) -> None:
+    result = results["megatron"][case, form]
     assert result["names"]
     assert (0 < result["ulps"] <= 1) if MEGATRON[case][0] == "any" else result["ulps"] == 0
 
 
 @needs_transformers
-def test_megatrons_layout(found: Any) -> None:
-    """Parts of two tensor-parallel ranks and two stages, and DCP's own files, are our weights; ours are DCP's."""
-    code, said = found["parallel"].pop("a rank alone")
-    assert code == 2 and "model.embedding.weight of shape [192, 32] is not its [384, 32]" in said, said
-    assert found["parallel"] == {"legacy": True, "dist": True, "read by DCP": True}
+def test_megatrons_layout(results: Any) -> None:
+    """Shards of 2 tp x 2 pp ranks, and DCP's own files, are read as our weights; DCP reads ours."""
+    code, output = results["parallel"].pop("a rank alone")
+    assert code == 2 and "model.embedding.weight of shape [192, 32] is not its [384, 32]" in output, output
+    assert results["parallel"] == {"legacy": True, "dist": True, "read by DCP": True}
 
 
 @needs_transformers
-def test_no_pickle_is_executed(found: Any) -> None:
-    """What a file only carries beside the model is passed over; one that is nothing else cannot be read."""
-    codes = {place: code for place, (executed, code) in found["malicious"].items() if not executed}
+def test_no_pickle_is_executed(results: Any) -> None:
+    """Objects beside the model are ignored; a file that is nothing else cannot be read."""
+    codes = {place: code for place, (executed, code) in results["malicious"].items() if not executed}
     assert codes == {
         "release/common.pt": 0,
         "release/.metadata": 2,
@@ -539,11 +539,11 @@ print(size, peak() - before, peak())
 
 
 def test_memory_holds_one_file(tmp_path: Path) -> None:
-    """Of a model of 240 MB, in files of 10: it takes little more than the writing of one, twice, as bytes too."""
-    told = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    size, more, _ = map(float, told.stdout.splitlines()[-1].split())
-    assert size > 200 and more < 60, told.stdout
+    """A model of 240 MB in files of 10 MB takes little more memory than two files."""
+    done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    size, more, _ = map(float, done.stdout.splitlines()[-1].split())
+    assert size > 200 and more < 60, done.stdout
 
 
 @pytest.mark.parametrize(
@@ -554,7 +554,7 @@ def test_memory_holds_one_file(tmp_path: Path) -> None:
         ("--from megahp --to huggingface a b train.dtype=float32", "settings are for --to megahp"),
         ("--from megahp --to huggingface a b --file-size 0", "--file-size 0 must be above 0"),
         ("--from megahp --to huggingface a b --text t --no-check", "--text t is for the check"),
-        ("--from megahp --to huggingface a b --text none", "--text none is no file that holds text"),
+        ("--from megahp --to huggingface a b --text none", "--text none is not a file with text"),
         ("--from megahp --to huggingface a b", "a is neither a checkpoint nor a run directory"),
         ("--from huggingface --to megahp a b", "a/config.json does not exist"),
         ("--from megatron --to megahp a b --tokenizer bytes", "a/common.pt cannot be read"),
@@ -563,11 +563,11 @@ def test_memory_holds_one_file(tmp_path: Path) -> None:
         ("--from megatron --to megahp a b --allow-pickle", "--allow-pickle is for --from megatron-legacy"),
     ],
 )
-def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, why: str) -> None:
+def test_invalid_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, why: str) -> None:
     monkeypatch.chdir(tmp_path)
     source, target, *more = words.replace("--from ", "").replace("--to ", "").split()
-    code, said = convert(source, target, *more)
-    assert code == 2 and why in said and said.count("\n") == 1, said
+    code, output = convert(source, target, *more)
+    assert code == 2 and why in output and output.count("\n") == 1, output
 
 
 def test_the_end_of_document_of_any_tokenizer(tmp_path: Path) -> None:
@@ -598,6 +598,6 @@ def test_what_megatron_computes_and_we_do_not(tmp_path: Path, changed: dict[str,
     args |= {"vocab_size": 300, "max_position_embeddings": 48, "kv_channels": 8, "add_bias_linear": False}
     torch.save({"args": Namespace(**args, **changed)}, tmp_path / "common.pt")
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
-    code, said = convert("megatron", "megahp", tmp_path, tmp_path / "never", "--tokenizer", "bytes")
+    code, output = convert("megatron", "megahp", tmp_path, tmp_path / "never", "--tokenizer", "bytes")
     ((key, value),) = changed.items()
-    assert code == 2 and f"{key} = {value!r} makes another model" in said, said
+    assert code == 2 and f"{key} = {value!r} is not supported; megahp has" in output, output

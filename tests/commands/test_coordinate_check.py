@@ -1,4 +1,4 @@
-"""The coordinate check as a command: a small one on the run's data, and mistakes. What it finds: tests/model."""
+"""Test the coordinate check as a command: a small one on the run's data, and invalid input."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def test_a_check_on_the_runs_own_data(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("fails: stream (init)")
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["sizes"] == [2, 4] and found["parameterization"]["name"] == "sp"
-    (low, high), stream = np.mean(found["measured"]["stream init"], 1), found["slopes"][0]
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert results["sizes"] == [2, 4] and results["parameterization"]["name"] == "sp"
+    (low, high), stream = np.mean(results["measured"]["stream init"], 1), results["slopes"][0]
     assert stream["slope"] == pytest.approx(np.log2(high / low)) and stream["needed"] == [-0.6, 0.1]
     assert (tmp_path / "found.svg").stat().st_size > 1000
 
@@ -75,7 +75,7 @@ def test_a_width_scales_all_that_belongs_to_it(tool: ModuleType, tmp_path: Path)
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_the_relative_distance_is_that_of_the_second_order(activation: str) -> None:
-    """Against the Jacobian by finite differences; a tenth of the step is a tenth of the distance."""
+    """Compare with finite differences; a tenth of the step has a tenth of the distance."""
     random = torch.Generator().manual_seed(1)
     names = ("up.weight", "down.weight") + ("gate.weight",) * (activation == "swiglu")
     shapes = {"up.weight": (12, 8), "gate.weight": (12, 8), "down.weight": (8, 12)}
@@ -109,7 +109,7 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
     "heads": (["--widths", "64,40"], "--widths 40: model.heads = 4 at model.width = 64 would not be whole"),
     "lazy in width": (["--widths", "32,64", "--lazy"], "--lazy is about depth, not --widths"),
     "lazy steps": (["--depths", "2,4", "--lazy", "--steps", "3"], "--steps 3 has no effect with --lazy"),
-    "lazy experts": (["--depths", "2,4", "--lazy", "model.experts=4"], "not at model.experts = 4"),
+    "lazy experts": (["--depths", "2,4", "--lazy", "model.experts=4"], "not model.experts = 4"),
     "steps": (["--depths", "2,4", "--steps", "0"], "--steps 0 must be at least 1"),
     "batch": (["--depths", "2,4", "--batch", "0"], "--batch 0 must be at least 1"),
     "seeds": (["--depths", "2,4", "--seeds", "1,1"], "each is measured once"),
@@ -120,10 +120,10 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("words", "told"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_told_before_anything_is_trained(
-    check: Callable[..., int], capsys: pytest.CaptureFixture[str], words: list[Any], told: str
+@pytest.mark.parametrize(("words", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_invalid_input_is_reported_before_anything_is_trained(
+    check: Callable[..., int], capsys: pytest.CaptureFixture[str], words: list[Any], message: str
 ) -> None:
     assert check(*words) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("megahp: ") and told in said
+    output = capsys.readouterr().err
+    assert output.startswith("megahp: ") and message in output

@@ -1,4 +1,4 @@
-"""Larger vocabularies by the real command: rows against numpy and SentencePiece itself, old tokens untouched."""
+"""Extend vocabularies by the real command: rows against numpy and SentencePiece, old tokens unchanged."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from torch import Tensor
 from megahp import checkpoint, cli
 from megahp.checkpoint.shards import Tensors
 from megahp.config import Config, resolve
-from megahp.evaluate.sample import alone
-from megahp.parallel.parameters import saved, storage
+from megahp.evaluate.sample import single_rank_model
+from megahp.parallel.parameters import model_state, storage
 from megahp.train.run import state_of_weights
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "extend_vocabulary.py"
@@ -76,11 +76,11 @@ def sentencepiece(path: Path, more: tuple[str, ...], prefix: bool, byte_fallback
 
 @torch.no_grad()
 def written(folder: Path, tokenizer: str, vocab_size: int, **model: Any) -> dict[str, Tensor]:
-    """A checkpoint in which every weight, the vocabulary's padding too, is random."""
+    """Write a checkpoint of random weights, including the vocabulary's padding."""
     layers = [BASE, {"model": model | {"vocab_size": vocab_size}, "data": {"tokenizer": tokenizer}}]
     config = resolve.resolve([("test", layer) for layer in layers]).config
     generator = torch.Generator().manual_seed(len(str(folder)))
-    weights = {name: storage(weight) for name, weight in saved(alone(config)).items()}
+    weights = {name: storage(weight) for name, weight in model_state(single_rank_model(config)).items()}
     tensors = {name: torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
     masks = {"mask.blocks.0.mlp.up.weight": torch.ones(3, dtype=torch.bool)}
     moments = {"exp_avg.embedding.weight": torch.ones(3)}
@@ -103,22 +103,22 @@ def logits(folder: Path, ids: list[int]) -> Tensor:
 
 
 def extend(*words: object) -> tuple[int, str]:
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         code = cli.main([*COMMAND, *map(str, words)])
-    return code, said.getvalue()
+    return code, output.getvalue()
 
 
 def everything(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def case(name: str, before: Mapping[str, Tensor], *words: object) -> None:
-        code, said = extend(*words)
-        assert code == 0, said
+        code, output = extend(*words)
+        assert code == 0, output
         path = checkpoint.find(words[1])
         assert not checkpoint.problems(path)
-        found[name] = {"before": before, "after": dict(Tensors(path).items()), "said": said}
-        found[name]["settings"] = settings_in(words[1])
+        results[name] = {"before": before, "after": dict(Tensors(path).items()), "said": output}
+        results[name]["settings"] = settings_in(words[1])
 
     small, wide = byte_level(folder / "small.json", 3), byte_level(folder / "wide.json", len(MERGES), ("<|user|>",))
     of_bytes = written(folder / "bytes", "bytes", 257, tied_embeddings=True)
@@ -133,14 +133,14 @@ def everything(folder: Path) -> dict[str, Any]:
     donor = written(folder / "donor", byte_level(folder / "donor.json", 10, shift=SHIFT), 267, width=24)
     words = ("--tokenizer", wide, "--rule", "projection", "--donor", folder / "donor", "--file-size", 1e-5)
     case("small, projection", of_small, folder / "small", folder / "e", *words)
-    found["small, projection"]["donor"] = donor
+    results["small, projection"]["donor"] = donor
     for kind, prefix in (("plain", False), ("prefix", True)):
         pieces = ("▁contextlibs", "ings", "▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁", "ключ", "returns", "selfs", "thes")
         old = sentencepiece(folder / f"{kind}.model", (), prefix)
         new = sentencepiece(folder / f"{kind} wide.model", pieces, prefix)
         before = written(folder / kind, old, 420)
         case(kind, before, folder / kind, folder / f"{kind} wide", "--tokenizer", new, "--rule", "mean")
-        found[kind]["files"] = old, new
+        results[kind]["files"] = old, new
     written(folder / "ended", byte_level(folder / "ended.json", 0, eod="</s>"), 257)
     byte_level(folder / "ended_twice.json", 0, ("<|endoftext|>",), eod="</s>")
     written(folder / "fat", wide, 269, width=256)
@@ -152,15 +152,15 @@ def everything(folder: Path) -> dict[str, Any]:
     written(folder / "hurt", "bytes", 257)
     (checkpoint.find(folder / "hurt") / "index.json").write_text("{")
     ids = list(b"the thing is in there")
-    found["logits"] = [logits(folder / place, ids) for place in ("small", "b", "c", "e")]
-    found["trained"] = trained(folder, folder / "b")
-    found["mistakes"] = {words: extend(*words.format(folder=folder).split()) for words, _ in MISTAKES}
-    found["left over"] = [path.name for path in folder.glob("*never*")]
-    return found
+    results["logits"] = [logits(folder / place, ids) for place in ("small", "b", "c", "e")]
+    results["trained"] = trained(folder, folder / "b")
+    results["mistakes"] = {words: extend(*words.format(folder=folder).split()) for words, _ in MISTAKES}
+    results["left over"] = [path.name for path in folder.glob("*never*")]
+    return results
 
 
 def trained(folder: Path, begun: Path) -> dict[str, Tensor]:
-    """After a step of the embeddings alone, from the run file that was written."""
+    """Train the embeddings for a step from the written run file."""
     write_corpus(folder / "corpus", 0.02)
     (folder / "corpus.json").unlink(missing_ok=True)
     words = f"data.train=['{folder}/corpus'] log.root={folder} log.name=stage log.tensorboard=false train.steps=1"
@@ -197,13 +197,16 @@ MISTAKES = [
         "--donor {folder}/hurt/checkpoints/step-00000007",
         "damaged",
     ),
-    ("{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule zeros --text {folder}", "no file that holds"),
+    (
+        "{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule zeros --text {folder}",
+        "not a file with text",
+    ),
     ("{folder}/small {folder}/never --tokenizer {folder}/wide.json --rule zeros --file-size 0", "--file-size 0"),
 ]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, tool: ModuleType) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory, tool: ModuleType) -> dict[str, Any]:
     return world.run(1, everything, tmp_path_factory.mktemp("vocabulary"))[0]
 
 
@@ -211,7 +214,7 @@ MATRICES = ("model.embedding.weight", "model.unembedding.weight")
 
 
 def rows(case: dict[str, Any], name: str, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """The old matrix, and the rows from `first` on of the new."""
+    """Return the old matrix, and the new one's rows from `first`."""
     return case["before"][name].double().numpy(), case["after"][name].double().numpy()[first:]
 
 
@@ -225,9 +228,9 @@ def rows(case: dict[str, Any], name: str, first: int) -> tuple[np.ndarray, np.nd
         ("prefix", 420, 427, 512),
     ],
 )
-def test_all_else_is_as_it_was(found: Any, case: str, first: int, vocabulary: int, padded: int) -> None:
-    """Old rows and padding, other weights and masks, to the bit; no moments; new padding is the old tokens' mean."""
-    before, after, config = (found[case][key] for key in ("before", "after", "settings"))
+def test_all_else_is_as_it_was(results: Any, case: str, first: int, vocabulary: int, padded: int) -> None:
+    """Old rows and padding, other weights and masks are bitwise equal; no moments; new padding is the mean."""
+    before, after, config = (results[case][key] for key in ("before", "after", "settings"))
     assert before.keys() == after.keys()
     for name, value in before.items():
         if name not in MATRICES:
@@ -237,16 +240,18 @@ def test_all_else_is_as_it_was(found: Any, case: str, first: int, vocabulary: in
         assert after[name][vocabulary : len(value)].equal(value[vocabulary:])
         new_padding = after[name][max(vocabulary, len(value)) :].double().numpy()
         np.testing.assert_allclose(
-            new_padding, np.broadcast_to(rows(found[case], name, 0)[0][:first].mean(0), new_padding.shape), atol=1e-6
+            new_padding, np.broadcast_to(rows(results[case], name, 0)[0][:first].mean(0), new_padding.shape), atol=1e-6
         )
     assert (config.model.vocab_size, config.data.sequence_length, config.data.lengths) == (vocabulary, 48, ())
 
 
-def test_mean_of_bytes(found: Any) -> None:
+def test_mean_of_bytes(results: Any) -> None:
     new = [b"th", b"the", b" the", b"in", b" in", b"  ", "é".encode(), b"ing", b" ing", b" \xd0", b"er", b"<|user|>"]
-    old, after = rows(found["bytes, mean"], MATRICES[0], 257)
+    old, after = rows(results["bytes, mean"], MATRICES[0], 257)
     np.testing.assert_allclose(after[: len(new)], [old[list(token)].mean(0) for token in new], atol=1e-6)
-    assert "tokens per byte, 1 before" in found["bytes, mean"]["said"] and "12 by mean" in found["bytes, mean"]["said"]
+    assert (
+        "tokens per byte, 1 before" in results["bytes, mean"]["said"] and "12 by mean" in results["bytes, mean"]["said"]
+    )
 
 
 # as `tokenizers` itself cuts them: 257 to 259 are th, the, Ġthe
@@ -255,29 +260,29 @@ PARTS.append(list(b"<|user|>"))
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_mean_of_tokens(found: Any, name: str) -> None:
-    old, after = rows(found["small, mean"], name, 260)
+def test_mean_of_tokens(results: Any, name: str) -> None:
+    old, after = rows(results["small, mean"], name, 260)
     np.testing.assert_allclose(after[: len(PARTS)], [old[part].mean(0) for part in PARTS], atol=1e-6)
-    assert not found["small, zeros"]["after"][name][260:269].any()
+    assert not results["small, zeros"]["after"][name][260:269].any()
 
 
 @pytest.mark.parametrize("kind", ["plain", "prefix"])
-def test_mean_of_sentencepieces(found: Any, kind: str) -> None:
-    """As SentencePiece itself cuts them where it neither adds nor drops a space."""
-    old_file, new_file = found[kind]["files"]
+def test_mean_of_sentencepieces(results: Any, kind: str) -> None:
+    """Compare with SentencePiece's own split, where it neither adds nor drops a space."""
+    old_file, new_file = results[kind]["files"]
     proto = sentencepiece_model_pb2.ModelProto.FromString(Path(old_file).read_bytes())
     proto.normalizer_spec.add_dummy_prefix = False
     pieces = SentencePieceProcessor(model_proto=proto.SerializeToString())
     added = [SentencePieceProcessor(model_file=new_file).id_to_piece(number) for number in range(420, 427)]
-    old, after = rows(found[kind], MATRICES[1], 420)
-    wanted = [old[pieces.encode(piece.replace("▁", " "))].mean(0) for piece in added]
-    np.testing.assert_allclose(after[:7], wanted, atol=1e-6)
+    old, after = rows(results[kind], MATRICES[1], 420)
+    expected = [old[pieces.encode(piece.replace("▁", " "))].mean(0) for piece in added]
+    np.testing.assert_allclose(after[:7], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_projection_is_least_squares(found: Any, name: str) -> None:
-    """By normal equations. The donor has the merges but the last, and not the special token."""
-    case = found["small, projection"]
+def test_projection_is_least_squares(results: Any, name: str) -> None:
+    """Compare with normal equations. The donor lacks the last merge and the special token."""
+    case = results["small, projection"]
     old, after = rows(case, name, 260)
     donor = case["donor"][name].double().numpy()[(np.arange(267) + SHIFT) % 267]
     shared, ours = donor[:260], old[:260]
@@ -287,19 +292,19 @@ def test_projection_is_least_squares(found: Any, name: str) -> None:
     assert "7 by projection" in case["said"] and "2 by mean" in case["said"]
 
 
-def test_old_tokens_keep_their_logits(found: Any) -> None:
-    before, *after = found["logits"]
+def test_old_tokens_keep_their_logits(results: Any) -> None:
+    before, *after = results["logits"]
     assert all(each[..., :260].equal(before) for each in after)
 
 
-def test_its_run_file_trains_embeddings_alone(found: Any) -> None:
-    before, after = found["small, mean"]["after"], found["trained"]
+def test_its_run_file_trains_embeddings_alone(results: Any) -> None:
+    before, after = results["small, mean"]["after"], results["trained"]
     weights = {name for name in before if name.startswith("model.")}
     assert {name for name in weights if not before[name].equal(after[name])} == set(MATRICES)
 
 
 @pytest.mark.parametrize(("words", "why"), MISTAKES)
-def test_mistakes(found: Any, words: str, why: str) -> None:
-    code, said = found["mistakes"][words]
-    assert code == 2 and said.startswith("megahp: ") and len(said.splitlines()) == 1 and why in said, said
-    assert found["left over"] == []
+def test_invalid_input(results: Any, words: str, why: str) -> None:
+    code, output = results["mistakes"][words]
+    assert code == 2 and output.startswith("megahp: ") and len(output.splitlines()) == 1 and why in output, output
+    assert results["left over"] == []

@@ -1,4 +1,4 @@
-"""The branched measurement of the critical batch: its branches, one through the real command, and mistakes."""
+"""Test the critical batch by branched training: its branches, one real measurement, and invalid input."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ FRACTION = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 128 / 4608))
 
 @pytest.fixture(scope="module")
 def folder(folder: Path) -> Path:
-    """Holds a run of six steps."""
+    """Return a folder with a run of six steps."""
     runs.train(folder, "run")
     return folder
 
@@ -101,7 +101,7 @@ def test_a_branch_of_any_run_is_one_that_can_be_trained(tool: ModuleType, tree: 
 
 
 def test_a_doubled_batch_has_sqrt_2_times_the_learning_rate(tool: ModuleType) -> None:
-    """check 35; muon's hidden matrices too, whose rate is a multiple of the other one."""
+    """Check 35; Muon's rate keeps its ratio."""
     origin = origin_of(tool, {"optimizer": {"name": "muon", "lr": 4e-3, "muon_lr": 0.02}})
     one, two = (tool.branch(origin, k, 20_000_000, Path("out")).optimizer for k in (1, 2))
     assert one.lr == 2e-3 and two.lr == math.sqrt(2) * 2e-3
@@ -130,34 +130,34 @@ def test_measured_through_the_real_command(
     assert not any("validation_loss" in record for record in one + two)
     assert [event["event"] for event in read_events(directories[1])] == ["branched", "finished"]
 
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["checkpoint"] == str(folder / "runs/run/checkpoints/step-00000006")
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert results["checkpoint"] == str(folder / "runs/run/checkpoints/step-00000006")
     expected = {"tokens": DONE, "branch_tokens": 1280, "tolerance": 9, "batch": 8, "sequence_length": 16}
     expected |= {"factor": 2, "critical_batch": 16, "critical_batch_tokens": 256, "lower_bound": True}
-    assert {key: found[key] for key in expected} == expected
+    assert {key: results[key] for key in expected} == expected
     average = two[0]["loss"]
     for record in two[1:]:
         average = (average + record["loss"]) / 2
     row = {"factor": 2, "batch": 16, "batch_tokens": 256, "lr": large, "steps": 5, "loss": average, "harmless": True}
-    row |= {"limit": found["rows"][0]["loss"] + 9, "scatter": scatter([record["loss"] for record in two])}
-    assert found["rows"][1] == row
-    assert found["rows"][0]["limit"] is None and found["machine"]["ranks"] == 1
+    row |= {"limit": results["rows"][0]["loss"] + 9, "scatter": scatter([record["loss"] for record in two])}
+    assert results["rows"][1] == row
+    assert results["rows"][0]["limit"] is None and results["machine"]["ranks"] == 1
 
     written = ("metrics.jsonl", "events.jsonl")
     before = [(directory / name).read_bytes() for directory in directories for name in written]
     assert run(*words, "--plot", tmp_path / "found.svg") == 0
     assert [(directory / name).read_bytes() for directory in directories for name in written] == before
-    assert "2 of 2 branches are there already" in capfd.readouterr().out
+    assert "2 of 2 branches are already trained" in capfd.readouterr().out
     assert "largest harmless batch, 16" in (tmp_path / "found.svg").read_text()
     assert run(*words[:-2], "--json", tmp_path / "found.json", "--tokens", 2600) == 2  # of another measurement
-    (told,) = capfd.readouterr().err.splitlines()
-    assert "train.tokens = 1920, not 3200; name another --out" in told
+    (message,) = capfd.readouterr().err.splitlines()
+    assert "train.tokens = 1920, not 3200; name another --out" in message
     assert run(*words, "--plot", tmp_path / "found.txt2") == 2
     assert "name a .svg" in capfd.readouterr().err
 
 
 def pretend(losses: dict[int, list[float]], codes: dict[int, int], diverged: int = 0) -> Callable[..., int]:
-    """A `train` that writes down these losses of a branch, of its batch over 8, and ends with this exit code."""
+    """Return a stand-in for `train` that logs a branch's losses, by its factor, and returns an exit code."""
 
     def train(config: Config, ranks: int) -> int:
         factor, directory = config.batch.global_batch // 8, config.directory
@@ -180,7 +180,7 @@ def pretend(losses: dict[int, list[float]], codes: dict[int, int], diverged: int
 def test_a_branch_that_diverges_is_harmful_and_over(
     run: Callable[..., int], tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Though its losses, at weights that are no longer updated, are finite and lower."""
+    """Even if its losses, at weights that are no longer updated, are finite and lower."""
     losses = {1: [3.0, 3.0], 2: [3.5, 3.0], 4: [2.0] * 19}
     monkeypatch.setattr(tool, "train", pretend(losses, {4: 2}, diverged=4))
     words = ["runs/run", "--factors", 1, 2, 4, "--tokens", 5000, "--out", tmp_path / "out", "--tolerance", 0.25]
@@ -189,10 +189,10 @@ def test_a_branch_that_diverges_is_harmful_and_over(
     assert "branch k-4 diverged" in out and "chance" not in out
     assert out.splitlines()[-1] == "critical batch at 640 tokens: 2 x 8 = 16 sequences (256 tokens)"
     assert run(*words, "--json", tmp_path / "found.json", "--plot", tmp_path / "found.png") == 0  # none trained again
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert [row["loss"] for row in found["rows"]] == [3.0, 3.25, None]
-    assert [row["harmless"] for row in found["rows"]] == [True, True, False]
-    assert found["factor"] == 2 and not found["lower_bound"]
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert [row["loss"] for row in results["rows"]] == [3.0, 3.25, None]
+    assert [row["harmless"] for row in results["rows"]] == [True, True, False]
+    assert results["factor"] == 2 and not results["lower_bound"]
     capsys.readouterr()
     assert run(*words, "--tolerance", 0.2) == 0
     *_, note, sentence = capsys.readouterr().out.splitlines()
@@ -235,7 +235,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("words", "expected"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_one_line_and_train_nothing(
+def test_invalid_input_is_reported_in_one_line_and_trains_nothing(
     run: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[Any], expected: str
 ) -> None:
     assert run(*words, "--out", tmp_path / "out") == 2

@@ -1,4 +1,4 @@
-"""The noise scale of all layers at a run's checkpoints: what the run's own next step measured, and mistakes."""
+"""Test the noise scale at a run's checkpoints: against the run's own next step, and invalid input."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ KINDS = ["embedding", "norms", "attention", "mlp", "unembedding", "total"]
 
 @pytest.fixture(scope="module")
 def folder(folder: Path) -> Path:
-    """Holds a run of six steps, its checkpoints after every second, and what the command found at them."""
+    """Return a folder with a run of six steps, a checkpoint every second one, and the command's results."""
     runs.train(folder, "run")
     words = ["runs/run", "--batches", "3", "--json", "found.json", "--plot", "found.svg"]
     (folder / "out").write_text(command([sys.executable, str(SCRIPT), *words], folder))
@@ -63,16 +63,16 @@ def command(words: list[str], folder: Path) -> str:
 
 
 def test_the_first_batch_is_the_step_that_the_run_took_next(folder: Path) -> None:
-    """Weights, data, what an example is and what the loss is a mean of, for the norm layers and for the total."""
+    """Weights, data, examples and the loss's normalization agree, for the norm layers and for the total."""
     steps = read_metrics(folder / "runs/run")
-    found = json.loads((folder / "found.json").read_text())["checkpoints"]
-    assert [(row["tokens"], row["batch"], row["micro_batch"]) for row in found] == [
+    results = json.loads((folder / "found.json").read_text())["checkpoints"]
+    assert [(row["tokens"], row["batch"], row["micro_batch"]) for row in results] == [
         (128, 4, 2),
         (320, 8, 2),
         (576, 8, 2),
     ]
-    assert [row["smoothed"] for row in found] == [step["noise_scale"] for step in steps[1::2]]
-    for row, step in zip(found[:2], (steps[2], steps[4]), strict=True):
+    assert [row["smoothed"] for row in results] == [step["noise_scale"] for step in steps[1::2]]
+    for row, step in zip(results[:2], (steps[2], steps[4]), strict=True):
         first = row["batches"][0]
         norms = [layer for layer in first["example"] if layer.endswith("norm")]
         assert sum(first["example"][norm] for norm in norms) == pytest.approx(step["grad_sq_example"], rel=1e-5)
@@ -82,8 +82,8 @@ def test_the_first_batch_is_the_step_that_the_run_took_next(folder: Path) -> Non
 
 
 def test_what_is_told_follows_from_the_batches(folder: Path) -> None:
-    found = json.loads((folder / "found.json").read_text())
-    for row in found["checkpoints"]:
+    results = json.loads((folder / "found.json").read_text())
+    for row in results["checkpoints"]:
         assert list(row["kinds"]) == KINDS
         example, micro, batch = (
             np.array([sum(each[key].values()) for each in row["batches"]]) for key in ("example", "micro", "batch")
@@ -97,7 +97,7 @@ def test_what_is_told_follows_from_the_batches(folder: Path) -> None:
         by_ranks = row["data_parallel"]
         assert by_ranks["noise"] == pytest.approx(estimate(micro.mean(), batch.mean(), row["batch"], 2)[1])
         assert abs(by_ranks["apart"]) < 10  # t of two degrees of freedom
-    assert list(found["comparison"]) == ["norms, in training", *KINDS[:-1]]
+    assert list(results["comparison"]) == ["norms, in training", *KINDS[:-1]]
     out = (folder / "out").read_text()
     assert "step-00000002 measured; 1 of 3, ETA" in out and "after 320 tokens: batches of 8 x 16 tokens" in out
     assert "total from microbatches of 2: S" in out
@@ -117,15 +117,15 @@ def test_a_factor_is_found_again(tool: ModuleType) -> None:
     exact[..., 0] += 0.05 * random.normal(size=(8, 16, 3))
     exact[..., 1] *= 1 + 0.05 * random.normal(size=(8, 16, 3))
     smoothed = np.stack((np.full(8, 0.1), 0.1 * 0.5 * scale), -1)
-    found = tool.compare(smoothed, exact, ["norms", "mlp", "total"])
-    assert found["norms, in training"]["slope"] == pytest.approx(2.8, rel=0.05)
-    assert found["norms, in training"]["r"] > 0.98
-    low, high = found["norms"]["slope_interval"]
-    assert 1.3 < low < 1.4 < high < 1.5 and low < found["norms"]["slope"] < high
-    assert found["norms"]["r_interval"][0] > 0.98 > 0.9 > found["mlp"]["r"] > found["mlp"]["r_interval"][0]
+    results = tool.compare(smoothed, exact, ["norms", "mlp", "total"])
+    assert results["norms, in training"]["slope"] == pytest.approx(2.8, rel=0.05)
+    assert results["norms, in training"]["r"] > 0.98
+    low, high = results["norms"]["slope_interval"]
+    assert 1.3 < low < 1.4 < high < 1.5 and low < results["norms"]["slope"] < high
+    assert results["norms"]["r_interval"][0] > 0.98 > 0.9 > results["mlp"]["r"] > results["mlp"]["r_interval"][0]
     exact[..., 0] -= 1  # of either sign
-    found = tool.compare(smoothed, exact, ["norms", "mlp", "total"])
-    assert np.isnan(found["norms"]["slope_interval"]).all()
+    results = tool.compare(smoothed, exact, ["norms", "mlp", "total"])
+    assert np.isnan(results["norms"]["slope_interval"]).all()
 
 
 def test_the_kinds_of_layers(tool: ModuleType) -> None:
@@ -149,20 +149,20 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
 
 @pytest.fixture
 def run(tool: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., str]:
-    """What a call that fails tells, in one line, before it measures."""
+    """Return a function that runs the command and returns its one-line error."""
     monkeypatch.chdir(folder)
 
-    def told(*words: Any) -> str:
+    def error_of(*words: Any) -> str:
         assert cli.main([*COMMAND, *map(str, words)]) == 2
         out, error = capfd.readouterr()
         assert out == "" and error.startswith("megahp: ") and error.count("\n") == 1
         return error
 
-    return told
+    return error_of
 
 
 @pytest.mark.parametrize(("words", "expected"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_one_line(run: Callable[..., str], words: list[Any], expected: str) -> None:
+def test_invalid_input_is_reported_in_one_line(run: Callable[..., str], words: list[Any], expected: str) -> None:
     assert expected in run(*words)
 
 

@@ -30,7 +30,7 @@ def run(tool, tmp_path):
 
 
 def documents(prefix, tokenizer="bytes", eod=True):
-    """The texts under a prefix, after checking how each ends."""
+    """Return the texts of an output prefix, after checking how each ends."""
     tokenizer = load_tokenizer(str(tokenizer))
     dataset = IndexedDataset(str(prefix))
     rows = [dataset.tokens(d).tolist() for d in range(dataset.documents)]
@@ -69,7 +69,7 @@ def test_a_text_file_is_one_document_kept_to_the_byte(run, tmp_path, capsys):
 
 
 def zstandard_frames(data):
-    """Two frames, as `zstd` run on two files and `cat` leave them."""
+    """Compress into two frames, as `zstd` on two files and `cat` would."""
     return zstandard.compress(data[:70]) + zstandard.compress(data[70:])
 
 
@@ -106,16 +106,8 @@ def test_a_folder_is_read_in_sorted_order_by_extension(run, tmp_path, capsys):
 
 
 def test_bad_json_lines_are_skipped_and_counted(run, tmp_path, capsys):
-    bad = [
-        b"{broken\n",
-        b'{"text": null}\n',
-        b'{"text": "\\ud800"}\n',
-        b"\xff\n",
-        b"[1]\n",
-        b'{"other": 1}\n',
-        b"\n",
-        b"[" * 100_000 + b"\n",
-    ]
+    bad = [b"{broken\n", b'{"text": null}\n', b'{"text": "\\ud800"}\n', b"\xff\n", b"[1]\n", b'{"other": 1}\n', b"\n"]
+    bad.append(b"[" * 100_000 + b"\n")  # deeper than the parser goes
     (tmp_path / "d.jsonl").write_bytes(json_lines(["first"]) + b"".join(bad) + json_lines(["last"]))
     assert run(tmp_path / "d.jsonl") == 0
     assert documents(tmp_path / "out") == ["first", "last"]
@@ -141,9 +133,9 @@ def test_long_documents_are_encoded_in_pieces_with_the_same_tokens(run, tool, tm
     monkeypatch.setattr(tool, "PIECE_CHARACTERS", 500)
     assert run(folder, tokenizer=model, output="pieces") == 0
     assert (tmp_path / "whole.bin").read_bytes() == (tmp_path / "pieces.bin").read_bytes()
-    pieces = list(tool._pieces("line of text\n" * 500))
+    pieces = list(tool.split_text("line of text\n" * 500))
     assert len(pieces) > 5 and all(piece.endswith("\n") for piece in pieces)
-    assert list(tool._pieces("x" * 1700)) == ["x" * 1000, "x" * 700]
+    assert list(tool.split_text("x" * 1700)) == ["x" * 1000, "x" * 700]
 
 
 def test_reading_is_never_far_ahead_of_writing(tool, monkeypatch):
@@ -155,7 +147,7 @@ def test_reading_is_never_far_ahead_of_writing(tool, monkeypatch):
             yield [tool.Document(str(k), 1)]
 
     encode = tool.partial(tool.encode_chunk, "bytes", True)
-    for done, encoded in enumerate(tool._in_order(encode, chunks(), workers=2)):
+    for done, encoded in enumerate(tool.map_in_order(encode, chunks(), workers=2)):
         assert encoded.ids.tolist() == [*str(done).encode(), 256]
         assert len(read) <= done + 1 + 4
 
@@ -190,7 +182,7 @@ def refused(run, capsys, *arguments, **options):
     return error
 
 
-def test_mistakes_are_told_in_a_line_and_write_nothing(run, tmp_path, capsys):
+def test_invalid_input_is_reported_in_one_line_and_writes_nothing(run, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "d.jsonl").write_bytes(json_lines(["x"], "content"))
@@ -219,11 +211,11 @@ def test_existing_output_is_kept_unless_asked(run, tmp_path, capsys):
     assert documents(tmp_path / "out") == ["new"]
 
 
-def test_progress_is_told_in_lines_now_and_then(tool, monkeypatch, capsys):
+def test_progress_is_printed_in_lines(tool, monkeypatch, capsys):
     clock = iter([0.0, 10.0, 40.0, 50.0])
     monkeypatch.setattr(tool.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with tool._progress(10_000_000) as advance:
+    with tool.show_progress(10_000_000) as advance:
         for _ in range(3):
             advance(2_000_000)
     assert sys.stderr.getvalue() == "tokenizing: 4 of 10 MB, 0.1 MB/s, 60 s left\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from log.test_standing import write_run
+from log.test_status import write_run
 
 from megahp.cli import main
 
@@ -54,7 +54,9 @@ def test_without_slurm_progress_is_shown(squeue: Path, capsys: pytest.CaptureFix
         assert "finished" in said.out and "100/1k" in said.out and said.err == ""
     (run / "slurm").mkdir()
     assert main(["status", str(run)]) == 0
-    assert capsys.readouterr().err.startswith("megahp: Slurm cannot be asked, so jobs are left out: squeue is not on")
+    assert capsys.readouterr().err.startswith(
+        "megahp: Slurm cannot be asked, so jobs are left out: squeue is not installed"
+    )
     answer(squeue, FAILS)
     for words in (["runs"], ["status"], ["status", str(run)]):
         assert main(words) == 0

@@ -90,7 +90,7 @@ def test_looking_at_a_sweep_trains_nothing(
 def test_a_sweep_goes_on_where_it_was_interrupted(
     sweep: Callable[..., int], interrupted: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ended = [path for path in interrupted.rglob("events.jsonl") if child_runs.is_over(path.parent)]
+    ended = [path for path in interrupted.rglob("events.jsonl") if child_runs.is_done(path.parent)]
     written = {path: path.stat().st_mtime_ns for path in ended}
     assert 1 <= len(ended) < 6
     assert sweep(*SWEEP, "--out", "swept", "--jobs", 1, "--json", "found.json", "--plot", "found.svg") == 0

@@ -1,4 +1,4 @@
-"""What is told of the settings is all there is to know of them."""
+"""Settings are described in full."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_setting_is_a_row_of_five_cells() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "told"),
+    ("key", "message"),
     [
         (
             "model.rope_theta",
@@ -58,7 +58,7 @@ optimizer.beta2: decay of the second moment
         (
             "sparsity.layers",
             """\
-sparsity.layers: densities, one a block, in place of density
+sparsity.layers: density of each block; empty = density for all
   type       a list of numbers
   default    []
   only with  sparsity.method: "static" or "rigl"
@@ -67,7 +67,7 @@ sparsity.layers: densities, one a block, in place of density
         (
             "train.seed",
             """\
-train.seed: of the weights and of the data order
+train.seed: random seed of the initial weights and the data order
   type       a whole number
   bounds     at least 0
   default    1
@@ -75,11 +75,11 @@ train.seed: of the weights and of the data order
         ),
     ],
 )
-def test_a_setting_is_told_whole(key: str, told: str) -> None:
-    assert describe(key) == told
+def test_a_setting_is_described_in_full(key: str, message: str) -> None:
+    assert describe(key) == message
 
 
-def test_choices_and_counts_are_told_in_words() -> None:
+def test_choices_and_counts_are_described_in_words() -> None:
     assert '\n  type       one of "once", "every"\n' in describe("parallel.reduce")
     assert "\n  only with  parallel.pp: at least 2" in describe("parallel.split")
     assert "\n  only with  train.noise_scale: true" in describe("train.noise_half_life")
@@ -87,22 +87,22 @@ def test_choices_and_counts_are_told_in_words() -> None:
 
 def test_a_section_lists_its_settings_and_no_name_lists_all() -> None:
     model = describe("model")
-    assert model.startswith("[model]  The decoder transformer.\n  preset = ")
+    assert model.startswith("[model]  The decoder-only transformer.\n  preset = ")
     assert [line.split()[0] for line in model.splitlines() if " = " in line[:30]] == list(schema.TYPES["model"])
     assert describe() == "\n\n".join(map(describe, schema.SECTIONS))
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
-        ("model.lyers", "model.lyers is no setting; did you mean layers"),
+        ("model.lyers", "model.lyers is not a setting; did you mean layers"),
         ("btach", "btach is neither a section nor a setting; did you mean batch?"),
         ("optimiser.lr", "optimiser.lr is neither a section nor a setting; did you mean optimizer?"),
         ("lr", "lr is neither a section nor a setting; did you mean optimizer.lr?"),
-        ("zzz", "zzz is neither a section nor a setting; there are: model, parameterization, data"),
+        ("zzz", "zzz is neither a section nor a setting; choose one of: model, parameterization, data"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_nearest(name: str, told: str) -> None:
-    with pytest.raises(UserError, match=told.replace("?", r"\?")) as caught:
+def test_an_unknown_name_is_answered_with_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("?", r"\?")) as caught:
         describe(name)
     assert "\n" not in str(caught.value)

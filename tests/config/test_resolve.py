@@ -49,14 +49,14 @@ def test_the_widths_of_experts_and_mlps(tmp_path: Path, words: tuple[str, ...], 
     assert resolve.from_dict(config_to_dict(found), "again") == found
 
 
-def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once_each_with_key_value_and_remedy(tmp_path: Path) -> None:
     found = problems_of(
         tmp_path,
         '[model]\nlyers = 3\nwidth = "wide"\nbias = 1\n[train]\ndtype = "fp8"\ntokens = 0.5\n[optimser]\nlr = 1\n',
         "optimizer.lr=-1",
         "parallel.pp=0",
     )
-    told = "\n".join(found)
+    message = "\n".join(found)
     assert len(found) == 8
     for words in (
         "model.lyers = 3",
@@ -71,7 +71,24 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
         "above 0",
         "parallel.pp = 0",
     ):
-        assert words in told
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            '[train]\nstart_from = "a\\u0000b"\n',
+            "train.start_from = 'a\\x00b' (run.toml) must not contain a NUL character",
+        ),
+        ('[data]\ntrain = ["a\\u0000b"]\n', "must not contain a NUL character"),
+        ("[optimizer]\neps = 1e-300\n", "optimizer.eps = 1e-300 (run.toml) must be at least 1e-30"),
+        ("[model]\nnorm_eps = 1e-39\n", "model.norm_eps = 1e-39 (run.toml) must be at least 1e-30"),
+    ],
+)
+def test_values_that_nothing_can_use(tmp_path: Path, text: str, problem: str) -> None:
+    """Found by tests/fuzz: a name that no system call takes, a number that is 0 in float32."""
+    assert problem in problems_of(tmp_path, text)[0]
 
 
 @pytest.mark.parametrize(
@@ -87,8 +104,8 @@ def test_all_problems_are_told_at_once_each_with_key_value_and_remedy(tmp_path: 
     ],
 )
 def test_impossible_settings_are_refused(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
-    told = "\n".join(problems_of(tmp_path, "", *overrides))
-    assert all(word in told for word in words), told
+    message = "\n".join(problems_of(tmp_path, "", *overrides))
+    assert all(word in message for word in words), message
 
 
 def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models as transformers has them: its own code is the reference, reading and writing real files."""
+"""Convert to and from transformers: its own code is the reference, reading and writing real files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megahp.errors import UserError
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import Layout
-from megahp.parallel.parameters import saved, storage
+from megahp.parallel.parameters import model_state, storage
 from megahp.scaling.parameterization import table_of
 
 needs_transformers = pytest.mark.skipif(
@@ -79,18 +79,18 @@ def settings_of(case: str, table: str, dtype: str = "float32") -> Config:
 
 
 def drawn(config: Config) -> Transformer:
-    """A model in which every weight and bias is random; a router's bias where a family has one."""
+    """Return a model with random weights and biases; a router's bias where a family has one."""
     (model,), generator = build_model(config, mesh_of(Layout())).stages.values(), torch.Generator().manual_seed(1)
-    for name, weight in saved(model).items():
+    for name, weight in model_state(model).items():
         if not name.endswith("router.bias") or config.model.router_score == "sigmoid":
             storage(weight).add_(torch.randn(weight.shape, generator=generator) * 0.2)
     return model
 
 
 def filled(config: Config, weights: Mapping[str, Tensor]) -> Transformer:
-    """A model with these weights, and no others."""
+    """Return a model with exactly these weights."""
     (model,) = build_model(config, mesh_of(Layout())).stages.values()
-    named = {name.removeprefix("model."): weight for name, weight in saved(model).items()}
+    named = {name.removeprefix("model."): weight for name, weight in model_state(model).items()}
     assert named.keys() == weights.keys()
     for name, weight in named.items():
         assert weight.shape == weights[name].shape
@@ -99,7 +99,7 @@ def filled(config: Config, weights: Mapping[str, Tensor]) -> Transformer:
 
 
 def weights_of(model: Transformer) -> dict[str, Tensor]:
-    return {name.removeprefix("model."): whole(weight) for name, weight in saved(model).items()}
+    return {name.removeprefix("model."): whole(weight) for name, weight in model_state(model).items()}
 
 
 def tokens() -> Tensor:
@@ -122,31 +122,31 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def loaded(folder: Path) -> Any:
-    """What transformers makes of a folder, every tensor in its place."""
+    """Load a folder in transformers; no tensor may be missing or left over."""
     from transformers import AutoModelForCausalLM
 
-    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(told.values()), told
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
     return model
 
 
 @torch.no_grad()
 def difference(model: Transformer, theirs: Any) -> float:
-    """Of their logits from ours, over the largest."""
+    """Return the largest difference of the logits, over the largest logit."""
     ours, logits = model(tokens())[..., :120], theirs(tokens()).logits
     assert ours.dtype == logits.dtype and ours.shape == logits.shape
     return ((ours - logits).abs().max() / logits.abs().max()).item()
 
 
 def exported(config: Config, folder: Path) -> float:
-    """How far transformers is from our model."""
+    """Return the difference between our model and transformers' of its export."""
     model = drawn(config)
     hf_config, tensors = huggingface.export(config, weights_of(model))
     return difference(model, loaded(write(folder, hf_config, dict(tensors))))
 
 
 def there_and_back(case: str, folder: Path) -> dict[str, Any]:
-    """A model of ours in their hands, written by them, and ours again."""
+    """Export a model, have transformers save it, and import it again."""
     config = settings_of(case, "sp")
     before = weights_of(drawn(config))
     hf_config, tensors = huggingface.export(config, before)
@@ -165,7 +165,7 @@ def there_and_back(case: str, folder: Path) -> dict[str, Any]:
 
 
 def imported(folder: Path) -> tuple[Transformer, tuple[Config, dict[str, Tensor]]]:
-    """The model of a folder in our hands, and its settings and weights."""
+    """Import a folder. Returns the model, its config and weights."""
     layer, tensors = huggingface.import_(*read(folder))
     run = {"data": BASE["data"], "train": BASE["train"]}
     config, weights = resolve.resolve([("test", run), ("config.json", layer)]).config, dict(tensors)
@@ -181,7 +181,7 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def some_biases(folder: Path) -> dict[str, float]:
-    """Models of theirs in which only some modules have biases, in our hands."""
+    """Import models in which only some modules have biases."""
     import transformers
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -206,19 +206,19 @@ def some_biases(folder: Path) -> dict[str, float]:
             rope_parameters={"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 1.0},
         ),
     }
-    found = {}
+    results = {}
     for name, chosen in configs.items():
         theirs = transformers.AutoModelForCausalLM.from_config(chosen)
         with torch.no_grad():
             for weight in theirs.parameters():
                 weight.normal_(std=0.2)
         theirs.save_pretrained(folder / name)
-        found[name] = difference(imported(folder / name)[0], theirs)
-    return found
+        results[name] = difference(imported(folder / name)[0], theirs)
+    return results
 
 
 def first_gpt2(folder: Path) -> float:
-    """A file as GPT-2's first was: names without their stem, a mask among the tensors, keys left out."""
+    """Import a file like the first GPT-2's: names without prefix, a mask among the tensors, missing keys."""
     model = drawn(settings_of("gpt2", "sp"))
     hf_config, tensors = huggingface.export(settings_of("gpt2", "sp"), weights_of(model))
     old = {name.removeprefix("transformer."): tensor for name, tensor in tensors}
@@ -230,17 +230,17 @@ def first_gpt2(folder: Path) -> float:
 
 
 def lost_bias() -> str:
-    """What is said of a router's bias that a family has no place for."""
+    """Return the error for a router's bias that the family does not have."""
     config = settings_of("mixtral", "sp")
     weights = weights_of(drawn(config))
     weights["blocks.1.mlp.router.bias"][3] = 0.1
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         dict(huggingface.export(config, weights)[1])
-    return str(told.value)
+    return str(error.value)
 
 
 def padding() -> dict[str, float]:
-    """How much of the probability the padding takes where all logits are about -60: as imported, and as zeros."""
+    """Return the padding's probability where all logits are about -60: as imported, and as zeros."""
     model = drawn(settings_of("gpt2", "sp"))
     weights = weights_of(model)
     shift = torch.ones(32)
@@ -249,18 +249,18 @@ def padding() -> dict[str, float]:
     hf_config, tensors = huggingface.export(settings_of("gpt2", "sp"), weights)
     _, pairs = huggingface.import_(hf_config, dict(tensors))
     weights = dict(pairs)
-    found = {}
+    results = {}
     for name in ("mean", "zeros"):
         with torch.no_grad():
             logits = filled(settings_of("gpt2", "sp"), weights)(tokens())
         assert logits[..., :120].amax() < -30
-        found[name] = logits.softmax(-1)[..., 120:].sum(-1).amax().item()
+        results[name] = logits.softmax(-1)[..., 120:].sum(-1).amax().item()
         weights["embedding.weight"][120:] = 0
-    return found
+    return results
 
 
 def with_table(**changed: float) -> Any:
-    """The multipliers as folded into the weights, some of them forgotten."""
+    """Patch the multipliers that are folded into the weights."""
     return mock.patch.object(huggingface, "table_of", lambda config: replace(table_of(config), **changed))
 
 
@@ -269,11 +269,11 @@ def with_family(family: families.Family, **changed: Any) -> Any:
 
 
 def swapped(family: families.Family, one: str, other: str) -> dict[str, str]:
-    return {**family.inside, one: family.inside[other], other: family.inside[one]}
+    return {**family.per_block, one: family.per_block[other], other: family.per_block[one]}
 
 
 def mistakes() -> Iterator[tuple[str, str, Any]]:
-    """(what, case, the patch that makes it)."""
+    """Yield a description, a case, and the patch that makes the mistake."""
     for case in ("llama", "qwen3", "gpt2"):
         size = settings_of(case, "sp").model.head_size
         yield f"{case}: attention's multiplier forgotten", case, with_table(attention=size**-0.5)
@@ -281,12 +281,12 @@ def mistakes() -> Iterator[tuple[str, str, Any]]:
             yield f"{case}: {name} multiplier forgotten", case, with_table(**{name: 1.0})
     yield "experts: residual multiplier forgotten", "glm4 moe", with_table(residual=1.0)
     llama, neox, mixtral = families.LLAMA, families.NEOX, families.MIXTRAL
-    backwards = {**llama.inside, "attention.qkv": " ".join(reversed(llama.inside["attention.qkv"].split()))}
-    yield "gate and up swapped", "llama", with_family(llama, inside=swapped(llama, "mlp.gate", "mlp.up"))
+    backwards = {**llama.per_block, "attention.qkv": " ".join(reversed(llama.per_block["attention.qkv"].split()))}
+    yield "gate and up swapped", "llama", with_family(llama, per_block=swapped(llama, "mlp.gate", "mlp.up"))
     experts = swapped(mixtral, "mlp.experts.gate", "mlp.experts.up")
-    yield "experts: gate and up swapped", "mixtral", with_family(mixtral, inside=experts)
-    yield "norms swapped", "llama", with_family(llama, inside=swapped(llama, "attention_norm", "mlp_norm"))
-    yield "keys and queries swapped", "llama, tied", with_family(llama, inside=backwards)
+    yield "experts: gate and up swapped", "mixtral", with_family(mixtral, per_block=experts)
+    yield "norms swapped", "llama", with_family(llama, per_block=swapped(llama, "attention_norm", "mlp_norm"))
+    yield "keys and queries swapped", "llama, tied", with_family(llama, per_block=backwards)
     yield "heads not grouped", "neox", with_family(neox, qkv="stacked")
     yield "heads grouped", "gpt2", with_family(families.GPT2, qkv="grouped")
     yield (
@@ -327,51 +327,51 @@ def everything(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return world.run_afresh(1, everything, tmp_path_factory.mktemp("huggingface"))[0]
 
 
 @needs_transformers
-def test_transformers_computes_our_logits(found: Any) -> None:
-    far = {case: by for case, by in found["one way"].items() if not by <= RTOL}
+def test_transformers_computes_our_logits(results: Any) -> None:
+    far = {case: by for case, by in results["one way"].items() if not by <= RTOL}
     assert not far
-    assert found["float64"] < 1e-14
+    assert results["float64"] < 1e-14
 
 
 @needs_transformers
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back(found: Any, case: str) -> None:
-    """SP's weights are the same to the bit; a bias that one side lacks is zeros on the other."""
-    result = found["both ways"][case]
+def test_there_and_back(results: Any, case: str) -> None:
+    """SP's weights are bitwise equal; a bias that one side lacks is zeros on the other."""
+    result = results["both ways"][case]
     assert result.pop("difference") <= RTOL
     assert result == {"type": CASES[case][0], "weights": True, "only zeros besides": True, "again": True}
 
 
 @needs_transformers
-def test_their_models_are_ours(found: Any) -> None:
-    assert {name: by for name, by in found["some biases"].items() if not by <= RTOL} == {}
-    assert found["first gpt2"] <= RTOL
+def test_their_models_are_ours(results: Any) -> None:
+    assert {name: by for name, by in results["some biases"].items() if not by <= RTOL} == {}
+    assert results["first gpt2"] <= RTOL
 
 
 @needs_transformers
-def test_padding_takes_no_probability(found: Any) -> None:
-    assert found["padding"]["mean"] <= 8 / 128
-    assert found["padding"]["zeros"] > 0.99
+def test_padding_takes_no_probability(results: Any) -> None:
+    assert results["padding"]["mean"] <= 8 / 128
+    assert results["padding"]["zeros"] > 0.99
 
 
 @needs_transformers
-def test_a_bias_is_not_lost(found: Any) -> None:
-    assert found["lost bias"].startswith("blocks.1.mlp.router.bias is not 0, and MixtralForCausalLM")
+def test_a_bias_is_not_lost(results: Any) -> None:
+    assert results["lost bias"].startswith("blocks.1.mlp.router.bias is not 0, and MixtralForCausalLM")
 
 
 @needs_transformers
-def test_mistakes_are_seen(found: Any) -> None:
-    assert {name: by for name, by in found["planted"].items() if not by > 4 * RTOL} == {}
-    assert len(found["planted"]) == 23
+def test_mistakes_are_seen(results: Any) -> None:
+    assert {name: by for name, by in results["planted"].items() if not by > 4 * RTOL} == {}
+    assert len(results["planted"]) == 23
 
 
 class Counted(Mapping[str, Tensor]):
-    """Weights that tell when they are looked up."""
+    """Weights that record their lookups."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights, self.looked_up = weights, list[str]()
@@ -388,7 +388,7 @@ class Counted(Mapping[str, Tensor]):
 
 
 def plain_gpt2() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A GPT-2 of theirs, by export from empty weights."""
+    """Return the export of a small GPT-2."""
     config = settings_of("gpt2", "sp")
     shapes = {"attention.qkv": (96, 32), "attention.out": (32, 32), "mlp.up": (48, 32), "mlp.down": (32, 48)}
     shapes |= {"embedding": (128, 32), "positions": (16, 32), "final_norm": (32,)}
@@ -404,7 +404,7 @@ def plain_gpt2() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def test_one_tensor_at_a_time() -> None:
-    """So a model need not fit into memory."""
+    """Tensors are read one at a time, so that a model need not fit into memory."""
     hf_config, tensors = plain_gpt2()
     weights = Counted(tensors)
     _, ours = huggingface.import_(hf_config, weights)
@@ -443,10 +443,10 @@ def test_one_tensor_at_a_time() -> None:
 )
 def test_a_model_that_they_do_not_have(model: dict[str, Any], nearest: str, needs: str) -> None:
     config = resolve.resolve([("test", BASE), ("test", {"model": model})]).config
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         huggingface.export(config, {})
     words = f"Hugging Face has no architecture of this model; {nearest}, the nearest, needs {needs}"
-    assert str(told.value) == words
+    assert str(error.value) == words
 
 
 @pytest.mark.parametrize(
@@ -455,14 +455,14 @@ def test_a_model_that_they_do_not_have(model: dict[str, Any], nearest: str, need
         ({"model_type": "bert"}, "model_type = 'bert'"),
         ({"model_type": ["gpt2"]}, r"model_type = \['gpt2'\]"),
         ({"activation_function": ["gelu"]}, r"activation_function = \['gelu'\]"),
-        ({"rope_scaling": "x"}, "rope_scaling = 'x' is no table"),
+        ({"rope_scaling": "x"}, "rope_scaling = 'x' is not a table"),
         ({"n_head": "four"}, "model.heads"),
         ({"activation_function": "relu"}, "activation_function = 'relu'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
         ({"n_head": 5}, "model.heads = 5"),
         ({"n_layer": 3}, "missing, such as transformer.h.2.attn.c_attn.bias"),
-        ({"n_layer": 1}, "not of its architecture, such as transformer.h.1.attn.c_attn.bias"),
+        ({"n_layer": 1}, "do not belong to it, such as transformer.h.1.attn.c_attn.bias"),
         ({"n_layer": None}, "model.layers = 0"),
     ],
 )
@@ -495,7 +495,7 @@ def test_a_configuration_that_is_not_whole() -> None:
 
 
 def test_other_attention_in_a_table_of_a_table() -> None:
-    """MPT keeps its attention's settings in a table, of which others may say more, or nothing."""
+    """MPT has its attention's settings in a table, which may have more keys, or be missing."""
     config = resolve.resolve([("test", BASE), ("test", {"model": MPT})]).config
     hf_config, _ = huggingface.export(config, {})
     for attention, fits in ((None, True), ({"attn_impl": "torch"}, True), ({"clip_qkv": 8}, False)):

@@ -1,4 +1,4 @@
-"""Folders that others wrote: what is no setting of the model, and no weight in the folder, is not looked at."""
+"""Folders from elsewhere: nothing but the model's settings, and weights in the folder, is read."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_no_code_or_kernel_of_a_folder_is_run(llama: Path, tmp_path: Path) -> No
     config = json.loads((theirs / "config.json").read_text())
     (theirs / "config.json").write_text(json.dumps(config | HOOKS))
     (theirs / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/model", "peft_type": "LORA"}')
-    code, said = imported(theirs, tmp_path / "ours")
-    assert code == 0 and "through megahp and transformers" in said, said
+    code, output = imported(theirs, tmp_path / "ours")
+    assert code == 0 and "through megahp and transformers" in output, output
     assert not canary.exists()
 
 
@@ -58,8 +58,8 @@ def test_weights_are_read_of_the_folder_alone(llama: Path, tmp_path: Path, name:
     (theirs / "model.safetensors").rename(tmp_path / "secret.safetensors")
     listing = {"weight_map": {"model.norm.weight": name}}
     (theirs / "model.safetensors.index.json").write_text(json.dumps(listing))
-    code, said = imported(theirs, tmp_path / "ours")
-    assert code == 2 and repr(name) in said and "no file of this folder" in said and said.count("\n") == 1, said
+    code, output = imported(theirs, tmp_path / "ours")
+    assert code == 2 and repr(name) in output and "no file of this folder" in output and output.count("\n") == 1, output
 
 
 @needs_transformers
@@ -93,5 +93,5 @@ def test_what_stands_beside_a_model_is_checked(llama: Path, tmp_path: Path, text
     shutil.copytree(llama, theirs)
     shutil.copy(llama / "model.safetensors", theirs / "megahp.safetensors")
     (theirs / "megahp.json").write_text(text)
-    code, said = imported(theirs, tmp_path / "ours")
-    assert code == 2 and "megahp.json" in said and said.count("\n") == 1, said
+    code, output = imported(theirs, tmp_path / "ours")
+    assert code == 2 and "megahp.json" in output and output.count("\n") == 1, output

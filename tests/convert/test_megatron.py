@@ -1,4 +1,4 @@
-"""Megatron-Core itself, from pip, reads what we write, and we read what it writes, to the same logits."""
+"""Megatron-Core itself, from pip, reads our files, and we read its, with the same logits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def without_gpu() -> None:
 
 
 def of_args(args: Namespace) -> Any:
-    """Its model of a checkpoint's arguments, as its own training script would make it, with random weights."""
+    """Build Megatron's model from a checkpoint's args, as its training script does, with random weights."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -77,33 +77,33 @@ def of_args(args: Namespace) -> Any:
 
 @torch.no_grad()
 def difference(theirs: Any, ours: Path) -> float:
-    """Of the logits, over our largest."""
+    """Return the largest difference of the logits, over our largest."""
     config = resolve.from_dict(checkpoint.read_state(ours)["config"], str(ours))
-    mine = our_logits(config, weights_of(Tensors(ours).items()), TOKENS)
+    local = our_logits(config, weights_of(Tensors(ours).items()), TOKENS)
     later = torch.ones(1, 1, 40, 40).triu(1) > 0
     logits = theirs(TOKENS, torch.arange(40)[None], later)[..., : config.model.vocab_size]
-    return ((mine - logits).abs().max() / mine.abs().max()).item()
+    return ((local - logits).abs().max() / local.abs().max()).item()
 
 
 def both_ways(folder: Path) -> dict[str, float]:
     from megatron.core import dist_checkpointing
 
     without_gpu()
-    found = {}
+    results = {}
     for name, (table, model) in CASES.items():
         place = folder / name
         convert_test.written(convert_test.settings_of(table, model), place / "ours")
         for form in ("megatron", "megatron-legacy"):
-            said = convert_test.convert("megahp", form, place / "ours", place / form, "--no-check")
-            assert said[0] == 0, said[1]
+            output = convert_test.convert("megahp", form, place / "ours", place / form, "--no-check")
+            assert output[0] == 0, output[1]
         legacy = torch.load(place / "megatron-legacy/release/mp_rank_00/model_optim_rng.pt", weights_only=False)
         theirs = of_args(legacy["args"])
         theirs.load_state_dict(legacy["model"])
-        found[f"{name}: reads our legacy file"] = difference(theirs, checkpoint.find(place / "ours"))
+        results[f"{name}: reads our legacy file"] = difference(theirs, checkpoint.find(place / "ours"))
         theirs = of_args(legacy["args"])
-        wanted = {"model": theirs.sharded_state_dict()}
-        theirs.load_state_dict(dist_checkpointing.load(wanted, str(place / "megatron/release"))["model"])
-        found[f"{name}: reads our torch_dist"] = difference(theirs, checkpoint.find(place / "ours"))
+        expected = {"model": theirs.sharded_state_dict()}
+        theirs.load_state_dict(dist_checkpointing.load(expected, str(place / "megatron/release"))["model"])
+        results[f"{name}: reads our torch_dist"] = difference(theirs, checkpoint.find(place / "ours"))
 
         theirs = of_args(legacy["args"])  # its own random weights
         shaken(theirs.parameters())
@@ -112,23 +112,23 @@ def both_ways(folder: Path) -> dict[str, float]:
         dist_checkpointing.save(state, str(place / "saved/iter_0000007"))
         (place / "saved/latest_checkpointed_iteration.txt").write_text("7")
         words = [place / "saved", place / "back", "--tokenizer", "bytes"]
-        said = convert_test.convert("megatron", "megahp", *words)
-        assert said[0] == 0, said[1]
-        found[f"{name}: its torch_dist is read"] = difference(theirs, checkpoint.find(place / "back"))
+        output = convert_test.convert("megatron", "megahp", *words)
+        assert output[0] == 0, output[1]
+        results[f"{name}: its torch_dist is read"] = difference(theirs, checkpoint.find(place / "back"))
     for process in multiprocessing.active_children():  # its writers' queue, which nobody else would end
         process.terminate()
-    return found
+    return results
 
 
 @torch.no_grad()
 def shaken(parameters: Any) -> None:
-    """So that norms and biases are not ones and zeros."""
+    """Add noise, so that norms and biases are not ones and zeros."""
     generator = torch.Generator().manual_seed(2)
     for parameter in parameters:
         parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
 def test_megatron_core_and_we_read_each_other(tmp_path: Path) -> None:
-    (found,) = world.run_afresh(1, both_ways, tmp_path)
-    assert len(found) == 3 * len(CASES)
-    assert all(0 < off < 1e-5 for off in found.values()), found
+    (results,) = world.run_afresh(1, both_ways, tmp_path)
+    assert len(results) == 3 * len(CASES)
+    assert all(0 < off < 1e-5 for off in results.values()), results

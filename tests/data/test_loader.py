@@ -145,9 +145,9 @@ def tokens_of(data, first, count):
 def test_stages_change_mixture_and_length_and_repeat_nothing(sources, tmp_path):
     data = training_data(sources, tmp_path, more=[FLIP, LONG])
     seen = [tokens_of(data, 0, 25)]
-    data.enter(1, 25)
+    data.enter_phase(1, 25)
     seen.append(tokens_of(data, 25, 40))
-    data.enter(2, 65)
+    data.enter_phase(2, 65)
     seen.append(tokens_of(data, 65, 5))
     assert [part.shape for part in seen] == [(25, LENGTH), (40, LENGTH), (5, 4 * LENGTH)]
     ones = [(part[:, 0] < 1200).sum().item() for part in seen]
@@ -156,11 +156,11 @@ def test_stages_change_mixture_and_length_and_repeat_nothing(sources, tmp_path):
     assert everything.unique().numel() == everything.numel()
 
 
-def test_another_mixture_passes_over_nothing(sources, tmp_path):
+def test_another_mixture_skips_nothing(sources, tmp_path):
     """Each source's samples are, in their order, those it would have given alone."""
     data = training_data(sources, tmp_path, more=[FLIP])
     first = tokens_of(data, 0, 25)
-    data.enter(1, 25)
+    data.enter_phase(1, 25)
     rows = torch.cat([first, tokens_of(data, 25, 40)])
     for prefix, of in ((0, rows[:, 0] < 1200), (1, rows[:, 0] >= 1200)):
         alone = training_data({list(sources)[prefix]: 1.0}, tmp_path)
@@ -168,13 +168,13 @@ def test_another_mixture_passes_over_nothing(sources, tmp_path):
 
 
 @pytest.mark.parametrize("at", [0, 10, 25, 30, 64, 65, 67])
-def test_a_restored_order_goes_on_as_if_nothing_had_been(sources, tmp_path, at):
+def test_a_restored_order_continues_as_if_uninterrupted(sources, tmp_path, at):
     def deal(data, first, last):
         rows = []
         for i in range(first, last):
             phase = 0 if i < 25 else 1 if i < 65 else 2
             if data.phase != phase:
-                data.enter(phase, i)
+                data.enter_phase(phase, i)
             rows.append(tokens_of(data, i, 1)[0].tolist())
         return rows
 
@@ -182,11 +182,11 @@ def test_a_restored_order_goes_on_as_if_nothing_had_been(sources, tmp_path, at):
     deal(data, 0, at)
     state = json.loads(json.dumps(data.state(at)))
     again = training_data(sources, tmp_path, more=[FLIP, LONG])
-    again.restore(state)
+    again.load_state(state)
     assert deal(again, at, 69) == deal(whole, 0, 69)[at:]
 
 
-def test_a_branch_goes_on_with_every_source_where_it_stands(sources, tmp_path):
+def test_a_branch_continues_every_source_at_its_position(sources, tmp_path):
     one, two = sources
     data = training_data({one: 1.0}, tmp_path)
     seen = [tokens_of(data, 0, 40)]
@@ -216,7 +216,7 @@ def test_a_branch_enters_the_stage_its_tokens_are_in(sources, tmp_path):
 def test_validation_is_the_same_in_every_stage(sources, tmp_path):
     data = training_data(sources, tmp_path, more=[FLIP])
     before = data.validation(8).tokens
-    data.enter(1, 25)
+    data.enter_phase(1, 25)
     assert torch.equal(data.validation(8).tokens, before)
     assert (before[:, 0] < 1200).sum() == 2, "dealt by what the run ends with"
 

@@ -133,12 +133,12 @@ def test_parts_of_a_window_are_far_apart(long):
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 255, 256, 257, 500, 769, 800, 801, 1700])
 @pytest.mark.parametrize("lengths", [(3, 12), (12, 3), (3, 6, 12), (12, 4, 12), (6, 6), (3, 1)])
-def test_another_length_repeats_nothing_and_passes_over_less_than_a_group(long, taken, lengths):
+def test_another_length_repeats_nothing_and_skips_less_than_a_group(long, taken, lengths):
     seen, tokens, j = [], taken * 3, 0
     for before, now in zip(lengths, (*lengths[1:], None), strict=True):
         count = tokens // before
         seen += [int(token) for number in range(j, j + count) for token in long.sample(number, before)[0][:-1]]
-        j = long.load_state(j + count, before, now) if now else j + count
+        j = long.convert_position(j + count, before, now) if now else j + count
     used = j * lengths[-1]  # of the order, counted in tokens, with what was passed over
     assert 0 <= used - len(seen) <= (len(lengths) - 1) * long.group * 12
     assert lengths != (6, 6) or used == len(seen)
@@ -149,7 +149,7 @@ def test_another_length_repeats_nothing_and_passes_over_less_than_a_group(long, 
 
 def test_cache_is_used_and_a_damaged_one_is_rebuilt(dataset, tmp_path):
     cache = tmp_path / "c"
-    wanted = [t.tolist() for t, _ in epoch(order(dataset, cache), 0)]
+    expected = [t.tolist() for t, _ in epoch(order(dataset, cache), 0)]
     (path,) = cache.iterdir()
     good = path.read_bytes()
     order(dataset, cache).sample(0, LENGTH)
@@ -157,11 +157,11 @@ def test_cache_is_used_and_a_damaged_one_is_rebuilt(dataset, tmp_path):
     flipped = good[:-30] + bytes([good[-30] ^ 1]) + good[-29:]
     for bad in (b"", good[:50], good[:-8], good + b"\0", flipped, b"\0" * len(good)):
         path.write_bytes(bad)
-        assert [t.tolist() for t, _ in epoch(order(dataset, cache), 0)] == wanted
+        assert [t.tolist() for t, _ in epoch(order(dataset, cache), 0)] == expected
         assert bad == good + b"\0" or path.read_bytes() == good
     path.unlink()
     os.mkfifo(path)  # which nobody writes to
-    assert [t.tolist() for t, _ in epoch(order(dataset, cache), 0)] == wanted
+    assert [t.tolist() for t, _ in epoch(order(dataset, cache), 0)] == expected
     assert path.read_bytes() == good
 
 

@@ -168,7 +168,7 @@ def test_one_line_longer_than_the_sample_is_kept():
         (["ab"], 10, "10 pieces cannot"),
     ],
 )
-def test_training_that_cannot_work_is_told_in_a_line(tmp_path, texts, vocab_size, reason):
+def test_training_that_cannot_work_is_one_line(tmp_path, texts, vocab_size, reason):
     with pytest.raises(UserError, match=reason) as error:
         train_sentencepiece(texts, tmp_path / "bad.model", vocab_size)
     assert "bad.model" in str(error.value) and "\n" not in str(error.value)

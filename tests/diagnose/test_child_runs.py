@@ -1,4 +1,4 @@
-"""How runs that a measurement trains have ended."""
+"""Test how child runs' ends are recognized."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_skipped_steps_that_are_not_in_a_row_are_not_the_end(tmp_path: Path) -> 
         rest = {"tokens": 0, "time": 0, "event": "skipped", "reason": "not finite"}
         events = [{"step": gap * n, **rest} for n in range(25)]
         (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-        assert child_runs.is_over(tmp_path) == expected
+        assert child_runs.is_done(tmp_path) == expected
 
 
 def test_a_run_file_is_written_through_no_link(tmp_path: Path) -> None:

@@ -74,58 +74,58 @@ FAILING = {
 
 
 def all_rows(folder: Path) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
-    """What the tool says of every case: quantity and when -> slope, prediction, verdict."""
-    mesh, file, found = mesh_of(Layout()), folder / "run.toml", {}
+    """Run every case: quantity and when -> slope, prediction, whether it passed."""
+    mesh, file, results = mesh_of(Layout()), folder / "run.toml", {}
     file.write_text(RUN)
     for name, words in CASES.items():
         arguments = cli.parse(["coordinate-check", str(file), *words.split()])[1]
         base, family = coordinate_check.read_family(arguments)
         measured = coordinate_check.measure(family, arguments, mesh)
-        rows = coordinate_check.judged(arguments, base.parameterization, list(family), measured)
-        found[name] = {(row["quantity"], row["when"]): row for row in rows}
-    return found
+        rows = coordinate_check.judge(arguments, base.parameterization, list(family), measured)
+        results[name] = {(row["quantity"], row["when"]): row for row in rows}
+    return results
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
     return world.run(1, all_rows, tmp_path_factory.mktemp("check"))[0]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_check_fails_where_theory_says_it_must_and_passes_elsewhere(found: Any, case: str) -> None:
-    assert {key for key, row in found[case].items() if not row["passed"]} == FAILING.get(case, set())
+def test_a_check_fails_where_theory_says_it_must_and_passes_elsewhere(results: Any, case: str) -> None:
+    assert {key for key, row in results[case].items() if not row["passed"]} == FAILING.get(case, set())
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_slopes_at_init_are_those_of_theory(found: Any, case: str) -> None:
+def test_slopes_at_init_are_those_of_theory(results: Any, case: str) -> None:
     """Checks 9, 11, 13, 14: within a tenth, SP's stream in width apart, since its branches are no single matrix."""
-    predicted = {key: row for key, row in found[case].items() if key[1] != "after" and row["predicted"] is not None}
+    predicted = {key: row for key, row in results[case].items() if key[1] != "after" and row["predicted"] is not None}
     for (quantity, _), row in predicted.items():
         assert row["slope"] == pytest.approx(row["predicted"], abs=0.25 if row["predicted"] == 1 else 0.1), quantity
 
 
-def test_depth_after_ten_steps(found: Any) -> None:
+def test_depth_after_ten_steps(results: Any) -> None:
     """Check 10: flat at both alphas, growing without a multiplier."""
-    stream = {case: rows["stream", "after"]["slope"] for case, rows in found.items() if case.startswith("depth")}
+    stream = {case: rows["stream", "after"]["slope"] for case, rows in results.items() if case.startswith("depth")}
     assert 0.8 < stream["depth, SP"] < 1.6
     assert abs(stream["depth, alpha 1/2"]) < 0.2 and abs(stream["depth, alpha 1"]) < 0.2
 
 
 @pytest.mark.parametrize("case", ["width, muP", "width, Muon"])
-def test_width_after_ten_steps(found: Any, case: str) -> None:
+def test_width_after_ten_steps(results: Any, case: str) -> None:
     """Check 13. An update of spectral norm sqrt(fan_out / fan_in), which is Muon's, moves activations as much at every
     width, with no 1/m_N."""
-    assert all(abs(found[case][quantity, "after"]["slope"]) < 0.1 for quantity in ("stream", "mlp"))
+    assert all(abs(results[case][quantity, "after"]["slope"]) < 0.1 for quantity in ("stream", "mlp"))
 
 
-def test_an_unscaled_learning_rate_makes_everything_grow_with_width(found: Any) -> None:
+def test_an_unscaled_learning_rate_makes_everything_grow_with_width(results: Any) -> None:
     """Check 13."""
-    rows = found["width, SP"]
+    rows = results["width, SP"]
     assert rows["mlp", "after"]["slope"] - rows["mlp", "init"]["slope"] > 0.1 and rows["stream", "after"]["slope"] > 1
 
 
-def test_intervals_hold_their_slopes(found: Any) -> None:
-    for row in (row for rows in found.values() for row in rows.values()):
+def test_intervals_hold_their_slopes(results: Any) -> None:
+    for row in (row for rows in results.values() for row in rows.values()):
         low, high = row["interval"]
         assert low <= row["slope"] <= high and high - low < 0.5
 
@@ -137,7 +137,7 @@ def of_a_run(rules: str) -> Config:
 
 
 def moved_in_a_step(rules: str) -> float:
-    """Norm of the change of the first MLP's matrix, after one step of AdamW."""
+    """Return the norm of the first MLP matrix's change in one step of AdamW."""
     training = Training(of_a_run(rules))
     before = training.weights()["blocks.0.mlp.up.weight"].clone()
     training.step()
@@ -145,7 +145,7 @@ def moved_in_a_step(rules: str) -> float:
 
 
 def slopes_of_updates() -> list[float]:
-    """In depth, at alpha 1/2 and 1."""
+    """Return the slopes in depth, at alpha 1/2 and 1."""
     return [
         math.log(deep / shallow) / math.log(16)
         for rules in (f"{COMPLETEP} parameterization.depth_alpha=0.5", COMPLETEP)

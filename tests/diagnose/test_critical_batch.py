@@ -1,4 +1,4 @@
-"""The rule for the critical batch, on losses made up for it."""
+"""Test the rule for the critical batch on synthetic losses."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CASES = {
 
 @pytest.mark.parametrize(("losses", "expected"), CASES.values(), ids=CASES)
 def test_the_rule(losses: list[float], expected: float) -> None:
-    """check 35."""
+    """Check 35."""
     table = dict(zip((1.0, 2.0, 4.0, 8.0), losses, strict=True))
     assert largest_harmless(table, tolerance=0.01) == expected
     assert largest_harmless(dict(reversed(table.items())), tolerance=0.01) == expected

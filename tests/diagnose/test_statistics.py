@@ -1,4 +1,4 @@
-"""Slopes, correlations and bootstrap intervals."""
+"""Test slopes, correlations and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_slope_and_correlation() -> None:
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    """Of means over batches at one place, and over places that differ too."""
+    """For means over batches at one checkpoint, and over checkpoints that differ."""
     random = np.random.default_rng(2)
     for spread in (0.0, 1.0):
         held = []

@@ -1,4 +1,4 @@
-"""verify-layout: whatever a run is, its small one is a valid run, and what a layout does wrong is named."""
+"""Test verify-layout: every run's small one is valid, and differences are named."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from megahp.config import resolve
 from megahp.config.presets import PRESETS
-from megahp.diagnose.verify import shrunk
+from megahp.diagnose.verify import shrink_config
 from megahp.parallel.layout import Layout, fit
 
 POLICIES = {
@@ -41,7 +41,7 @@ def test_the_small_run_is_valid(preset: str, rules: str, policy: str) -> None:
         words = (f"model.preset={preset}", f"parameterization.name={rules}", f"batch.policy={policy}")
         words += (*POLICIES[policy], *layout, *kind, 'data.train=["a"]', "model.mlp_width=256")
         config = resolve.resolve([("test", resolve.parse_overrides(words))]).config
-        small = shrunk(config, fit(config.parallel, ranks))
+        small = shrink_config(config, fit(config.parallel, ranks))
         assert small.model.layers <= 3 and small.model.width <= 64 and small.train.dtype == "float64"
         assert small.parallel == config.parallel
 
@@ -52,11 +52,11 @@ def test_the_layout_is_the_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("break_it", "code", "told"),
+    ("break_it", "code", "message"),
     [("", 0, "the same model"), ("tensor.leave = lambda x, axis: x", 1, "gradient embedding.weight")],
 )
-def test_the_command_names_what_differs(tmp_path: Path, break_it: str, code: int, told: str) -> None:
-    """The command, its ranks started with a module that breaks megahp, or does not."""
+def test_the_command_names_what_differs(tmp_path: Path, break_it: str, code: int, message: str) -> None:
+    """Run the command, optionally with a module in its ranks that breaks megahp."""
     (tmp_path / "run.toml").write_text('[model]\nlayers = 2\nwidth = 32\nheads = 4\n[data]\ntrain = ["a"]\n')
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nif 'megahp.diagnose.verify' in sys.orig_argv:\n"
@@ -71,4 +71,4 @@ def test_the_command_names_what_differs(tmp_path: Path, break_it: str, code: int
         timeout=300,
     )
     assert done.returncode == code, done.stdout + done.stderr
-    assert told in done.stdout
+    assert message in done.stdout

@@ -14,7 +14,7 @@ from distributed.test_layouts import EIGHT, FULL, LAYOUTS
 from distributed.training import Training, settings_of
 from megahp import checkpoint
 from megahp.config import CheckpointConfig
-from megahp.diagnose.verify import made_up, of_all_stages
+from megahp.diagnose.verify import gather_stages, synthetic_batch
 from megahp.parallel.parameters import storage
 
 BLOCKS = "model.layers=4"
@@ -54,7 +54,7 @@ def relay(model: str, folder: str) -> dict[str, Any]:
         store.wait()
         before = training
     assert before
-    return {"losses": losses, "weights": of_all_stages(before.weights(), before.mesh)}
+    return {"losses": losses, "weights": gather_stages(before.weights(), before.mesh)}
 
 
 def stay(model: str) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def what_is_saved_after_a_validation() -> list[tuple[torch.dtype, bool]]:
     config = settings_of("llama", "train.dtype=bfloat16", "parallel.zero=1", "batch.micro_batch=4")
     training = Training(config)
     before = {name: storage(value).clone() for name, value in training.engine.saved.items()}
-    training.engine.evaluate(made_up(np.arange(4), config), torch.ones(4, dtype=torch.bool))
+    training.engine.evaluate(synthetic_batch(np.arange(4), config), torch.ones(4, dtype=torch.bool))
     gathered = {weight.dtype for weight in training.engine.stages[0].parameters() if weight.dim()}
     assert torch.bfloat16 in gathered  # or this would test nothing
     after = {name: storage(value) for name, value in training.engine.saved.items()}

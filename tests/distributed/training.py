@@ -12,7 +12,7 @@ import torch
 from megahp.config import Config, resolve
 from megahp.data.loader import Batch
 from megahp.diagnose import verify
-from megahp.diagnose.verify import Trial, made_up, of_all_ranks, of_all_stages
+from megahp.diagnose.verify import Trial, gather_shards, gather_stages, synthetic_batch
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.train.validation import validate
@@ -87,21 +87,21 @@ class MadeUpData:
         self.config = config
 
     def validation(self, count: int) -> Batch:
-        return made_up(np.arange(1000, 1005), self.config)
+        return synthetic_batch(np.arange(1000, 1005), self.config)
 
 
 def train(config: Config, steps: int) -> dict[str, Any]:
     """What the trial's `train` tells, and the validation loss after it; where not all weights are trained, those that
     it began with too."""
     training = Training(config)
-    drawn = of_all_stages(training.weights(), training.mesh) if config.train.weights != "all" else None
+    drawn = gather_stages(training.weights(), training.mesh) if config.train.weights != "all" else None
     found = verify.train(training, steps) | {"drawn": drawn}
     return found | {"validation": validate(training, MadeUpData(config))}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The global tensor, on every rank."""
-    return of_all_ranks(tensor, tensor)
+    return gather_shards(tensor, tensor)
 
 
 def train_cases(cases: Mapping[str, tuple[Config, int]]) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from torch.distributed import device_mesh
 
 
 def run(ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
-    """What `function(*arguments)` returned on each of so many ranks. A rank's exception fails the test."""
+    """Return what `function(*arguments)` returned on each rank. A rank's exception fails the test."""
     world = _lasting(ranks)
     if world.broken:
         _lasting.cache_clear()

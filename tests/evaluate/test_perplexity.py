@@ -22,8 +22,8 @@ from torch import Tensor
 from megahp import checkpoint, cli
 from megahp.config import resolve
 from megahp.evaluate import perplexity
-from megahp.evaluate.sample import Trained, alone, trained
-from megahp.parallel.parameters import saved, storage
+from megahp.evaluate.sample import TrainedModel, load_trained, single_rank_model
+from megahp.parallel.parameters import model_state, storage
 from megahp.train.run import state_of_weights
 
 CONTEXT, EOD = 24, 256
@@ -48,7 +48,7 @@ def write_run(folder: Path, model: dict[str, Any], tokenizer: str = "bytes") -> 
     generator = torch.Generator().manual_seed(1)
     weights = {
         name: storage(weight) + 0.2 * torch.randn(storage(weight).shape, generator=generator)
-        for name, weight in saved(alone(config)).items()
+        for name, weight in model_state(single_rank_model(config)).items()
     }
     for step in (1, 2):  # the newest counts
         scaled = ((name, value * step) for name, value in weights.items())
@@ -56,12 +56,12 @@ def write_run(folder: Path, model: dict[str, Any], tokenizer: str = "bytes") -> 
 
 
 @torch.no_grad()
-def after(origin: Trained, ids: Sequence[int]) -> Tensor:
+def after(trained: TrainedModel, ids: Sequence[int]) -> Tensor:
     """Log-probabilities of the token that follows these, [vocabulary]."""
-    return origin.model(torch.tensor([ids]))[0, -1, :300].log_softmax(0)
+    return trained.model(torch.tensor([ids]))[0, -1, :300].log_softmax(0)
 
 
-def one_by_one(origin: Trained, ids: Sequence[int], first: int, context: int, stride: int) -> tuple[float, bool]:
+def one_by_one(trained: TrainedModel, ids: Sequence[int], first: int, context: int, stride: int) -> tuple[float, bool]:
     """Sum of -log p of ids[first:], a forward pass each, and whether each is the likeliest. From token `context` on, a
     window begins every `stride` tokens, and the last where it is full."""
     total, likeliest, ends = 0.0, True, max(context + 1, first + stride)
@@ -69,7 +69,7 @@ def one_by_one(origin: Trained, ids: Sequence[int], first: int, context: int, st
         while number >= ends:
             ends += stride
         begin = max(0, min(ends, len(ids)) - context - 1)
-        found = after(origin, ids[begin:number])
+        found = after(trained, ids[begin:number])
         total -= found[ids[number]].item()
         likeliest &= found.argmax().item() == ids[number]
     return total, likeliest
@@ -94,22 +94,22 @@ def scored(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, model in MODELS.items():
         write_run(folder / name, model)
-        origin = trained(folder / name)
+        trained = load_trained(folder / name)
         reference = {
-            (context, stride): [one_by_one(origin, [EOD, *text.encode()], 1, context, stride)[0] for text in TEXTS]
+            (context, stride): [one_by_one(trained, [EOD, *text.encode()], 1, context, stride)[0] for text in TEXTS]
             for context, stride in ((CONTEXT, CONTEXT), (CONTEXT, 12), (CONTEXT, 1), (10, 7))
         }
         for (context, stride), nats in reference.items():
-            scores = perplexity.evaluate(origin, [TEXTS[:2], TEXTS[2:]], context, stride)
+            scores = perplexity.evaluate(trained, [TEXTS[:2], TEXTS[2:]], context, stride)
             found[name, context, stride] = scores, [sum(nats[:2]), sum(nats[2:])]
         own = [*b"Go on"]
         for _ in range(30):
-            own.append(int(after(origin, own[-CONTEXT:]).argmax()))
+            own.append(int(after(trained, own[-CONTEXT:]).argmax()))
         pairs = [(own[:25], 5), ([*b"Go on and on"], 5), (own, 34), ([*own[:9], *b"now", *own[9:20]], 15)]
         pieces = [next(perplexity.windows(torch.tensor(ids), first, CONTEXT, CONTEXT)) for ids, first in pairs]
-        likelihoods = {number: found for number, *found in perplexity.scores(origin, pieces)}
+        likelihoods = {number: found for number, *found in perplexity.scores(trained, pieces)}
         found[name, "continuations"] = [
-            (*likelihoods[n], *one_by_one(origin, *pair, CONTEXT, CONTEXT)) for n, pair in enumerate(pairs)
+            (*likelihoods[n], *one_by_one(trained, *pair, CONTEXT, CONTEXT)) for n, pair in enumerate(pairs)
         ]
         found[name, "command"] = sum(reference[CONTEXT, 12][:3]), reference[CONTEXT, 12][3]
         files = [folder / "some.jsonl.zst", folder / "long.txt", "--json-key", "body"]
@@ -123,7 +123,7 @@ def scored(folder: Path) -> dict[str, Any]:
     write_run(folder / "stripping", {}, str(folder / "stripping.model"))
     (folder / "spaces.txt").write_text("   \n \n")
     run = folder / "rope"
-    found["widest batch"] = widest_batch(trained(run))
+    found["widest batch"] = widest_batch(load_trained(run))
     found["mistakes"] = {
         "stride": said("evaluate", run, folder / "long.txt", "--stride", "25"),
         "context": said("evaluate", run, folder / "long.txt", "--context", "25"),
@@ -136,11 +136,11 @@ def scored(folder: Path) -> dict[str, Any]:
     return found
 
 
-def widest_batch(origin: Trained) -> int:
+def widest_batch(trained: TrainedModel) -> int:
     """Tokens the model is given at once, of a text of more than are good for its memory."""
     seen: list[int] = []
-    with origin.model.register_forward_pre_hook(lambda _, tokens: seen.append(tokens[0].numel())):
-        perplexity.evaluate(origin, [["a" * 20_000]], CONTEXT, CONTEXT)
+    with trained.model.register_forward_pre_hook(lambda _, tokens: seen.append(tokens[0].numel())):
+        perplexity.evaluate(trained, [["a" * 20_000]], CONTEXT, CONTEXT)
     return max(seen)
 
 
@@ -170,19 +170,19 @@ def test_a_small_vocabulary_does_not_make_a_large_batch(found: Any) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_continuation_is_scored_after_its_context(found: Any, name: str) -> None:
     """Its likelihood, and whether a model that takes the likeliest token would have written it."""
-    for nats, likeliest, wanted, is_likeliest in found[name, "continuations"]:
-        assert nats == pytest.approx(wanted, rel=1e-12) and likeliest == is_likeliest
+    for nats, likeliest, expected, is_likeliest in found[name, "continuations"]:
+        assert nats == pytest.approx(expected, rel=1e-12) and likeliest == is_likeliest
     assert [row[3] for row in found[name, "continuations"]] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_command_tells_loss_bits_and_perplexity(found: Any, name: str) -> None:
+def test_the_command_prints_loss_bits_and_perplexity(found: Any, name: str) -> None:
     code, out, err = found[name, "json"]
     assert code == 0 and "2 documents that are no valid text" in err and "163/163 tokens 100%  ETA 0 s" in err
-    told = json.loads(out)
-    assert told["checkpoint"].endswith("step-00000002") and (told["context"], told["stride"]) == (CONTEXT, 12)
+    printed = json.loads(out)
+    assert printed["checkpoint"].endswith("step-00000002") and (printed["context"], printed["stride"]) == (CONTEXT, 12)
     first, second = found[name, "command"]
-    for row, nats, size in zip(told["files"], (first, second, first + second), (52, 111, 163), strict=True):
+    for row, nats, size in zip(printed["files"], (first, second, first + second), (52, 111, 163), strict=True):
         assert row["tokens"] == row["bytes"] == size and row["loss"] == pytest.approx(nats / size, rel=1e-12)
         assert row["perplexity"] == pytest.approx(math.exp(nats / size))
         assert row["bits_per_byte"] == pytest.approx(nats / size / math.log(2))  # a token is a byte here
@@ -249,19 +249,19 @@ metric_list: [{metric: exact_match}]
 
 def write_tasks(folder: Path, run: Path) -> dict[str, float]:
     """The tasks, and what they must measure, by a forward pass a token."""
-    origin = trained(run)
+    trained = load_trained(run)
 
     def likelihood(before: str, text: str) -> tuple[float, bool]:
         head, tail = list(before.encode()) or [EOD], list(text.encode())
         if before.endswith(" "):  # the harness counts it to the continuation
             head, tail = head[:-1], head[-1:] + tail
-        nats, likeliest = one_by_one(origin, head + tail, len(head), CONTEXT, CONTEXT)
+        nats, likeliest = one_by_one(trained, head + tail, len(head), CONTEXT, CONTEXT)
         return -nats, likeliest
 
     def greedy(prompt: str) -> str:
         ids = list(prompt.encode())
         for _ in range(6):
-            ids.append(int(after(origin, ids[-CONTEXT:])[:257].argmax()))
+            ids.append(int(after(trained, ids[-CONTEXT:])[:257].argmax()))
         return bytes(ids[len(prompt) :]).decode(errors="replace")
 
     choices = [[likelihood(question, choice)[0] for choice in few] for question, few, _ in QUESTIONS]
@@ -296,13 +296,13 @@ def test_tasks_of_the_harness(found: Any, folder: Path) -> None:
     """As a user runs them, in the real harness."""
     tasks = folder / "tasks"
     tasks.mkdir()
-    (wanted,) = world.run(1, write_tasks, tasks, folder / "rope")
+    (expected,) = world.run(1, write_tasks, tasks, folder / "rope")
     tool = [sys.executable, str(Path(__file__).parents[2] / "tools" / "evaluate_tasks.py"), str(folder / "rope")]
     done = subprocess.run([*tool, tasks, "--json", folder / "out.json"], capture_output=True, text=True)
     assert done.returncode == 0 and "bits_per_byte" in done.stdout, done.stdout + done.stderr
     results = json.loads((folder / "out.json").read_text())["results"]
-    measured = {key: results[key.split()[0]][f"{key.split()[1]},none"] for key in wanted}
-    assert measured == pytest.approx(wanted, rel=1e-9)
+    measured = {key: results[key.split()[0]][f"{key.split()[1]},none"] for key in expected}
+    assert measured == pytest.approx(expected, rel=1e-9)
     for words, message in (
         ([tasks, "--tasks", "nothing"], "--tasks nothing is not in"),
         ([folder / "rope"], "holds no tasks; name a folder"),

@@ -266,7 +266,7 @@ def test_a_rank_that_waits_for_others_says_so_and_leaves_too(folder: Path, rank:
     assert line == f"megahp: {waits[rank]}\n"
     started.send_signal(signal.SIGUSR1)
     said, _ = started.communicate(timeout=5)
-    assert started.returncode == 75 and ("told to leave by SIGUSR1" in said) == (rank == 0), said
+    assert started.returncode == 75 and ("stopped by SIGUSR1" in said) == (rank == 0), said
 
 
 def test_a_suspended_job_goes_on(folder: Path) -> None:

@@ -12,7 +12,7 @@ from distributed.training import Training, settings_of
 from megahp.data.loader import rank_samples
 from megahp.errors import Fault
 from megahp.faults.copies import check_copies
-from megahp.faults.suspects import Suspect, among_weights, first_of, watching
+from megahp.faults.suspects import Suspect, find_in_weights, first_suspects, watch_layers
 from megahp.parallel.parameters import storage
 
 LAYOUTS = {
@@ -63,14 +63,14 @@ def found_on(layout: tuple[str, ...], where: str) -> list[Suspect]:
     hooks = spoil(training, where)
     rank, ranks = training.mesh.data_rank, training.mesh.layout.dp
     samples = rank_samples(plan.first_sample, plan.global_batch, plan.micro_batch, rank, ranks)
-    with watching(training.engine.model.stages, samples) as found:
+    with watch_layers(training.engine.model.stages, samples) as found:
         training.engine.forward_backward(
             training.batches(plan), plan.microbatches(training.mesh.layout.dp), plan.tokens
         )
     for each in hooks:
         each.remove()
     grads = dict(zip(training.engine.trained, training.engine.gradients(), strict=True))
-    return first_of([*found, *among_weights(training.engine.weights, grads)])
+    return first_suspects([*found, *find_in_weights(training.engine.weights, grads)])
 
 
 def come_apart(model: str, layout: tuple[str, ...]) -> dict[str, str]:

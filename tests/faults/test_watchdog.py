@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megahp.faults.watchdog import place_of, stragglers, verdict
+from megahp.faults.watchdog import hang_report, stack_position, stragglers
 
 
 def at(step: int = 7, collective: str = "all_reduce", line: str = "train/step.py:140 measure") -> dict[str, Any]:
@@ -32,7 +32,7 @@ def at(step: int = 7, collective: str = "all_reduce", line: str = "train/step.py
     ],
 )
 def test_the_rank_that_holds_up_the_others_is_named(said: dict[int, Any], blamed: str) -> None:
-    assert verdict(said, 4, 30.0).startswith(f"no step for 30 s: {blamed}")
+    assert hang_report(said, 4, 30.0).startswith(f"no step for 30 s: {blamed}")
 
 
 def test_a_rank_is_slow_beside_those_of_its_own_stage() -> None:
@@ -57,6 +57,6 @@ def test_a_thread_in_a_collective_is_seen_there() -> None:
     thread.start()
     waiting.wait()
     time.sleep(0.3)
-    assert place_of(thread_seen["id"])["collective"] == "store_based_barrier"
-    assert place_of(threading.get_ident())["collective"] == ""
+    assert stack_position(thread_seen["id"])["collective"] == "store_based_barrier"
+    assert stack_position(threading.get_ident())["collective"] == ""
     thread.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import io
 import json
 import os
 import pickle
@@ -135,7 +136,7 @@ def _hostile(path: Path, draw: random.Random) -> str:
     elif how == "nul":
         path.write_bytes(b"\0" * 3000)
     elif how == "long":
-        path.write_bytes(b'"' + b"a" * (1 << 24))
+        path.write_bytes(b'"' + b"a" * (1 << 21))  # as a text it is valid, and evaluated within 30 s
     elif how == "encoded":
         path.write_bytes(text.decode("latin-1").encode(draw.choice(("utf-16", "utf-32", "utf-8-sig"))))
     else:
@@ -211,7 +212,12 @@ def _in_another(path: Path, draw: random.Random, way: str) -> str:
     """A pickle of another value, a line of text that is one, or a number of eight bytes."""
     value, data = draw.choice(VALUES[way]), bytearray(path.read_bytes())
     if path.suffix in PICKLED or path.name in PICKLED:
-        torch.save(value, path) if draw.random() < 0.5 else path.write_bytes(pickle.dumps(value))
+        packed = io.BytesIO()
+        if draw.random() < 0.5:
+            torch.save(value, packed)  # not to the path: it refuses a name that begins with a dot
+        else:
+            pickle.dump(value, packed)
+        path.write_bytes(packed.getvalue())
         return f"a pickle of {value!r}"[:80]
     if len(data) < 8:
         return _bytes(path, draw)

@@ -80,6 +80,7 @@ def test_it_replays(resumed: Path) -> None:
 def test_its_origin_is_branched_from_again(folder: Path) -> None:
     runs.train(folder, "again", *BRANCH)
     agree(read_metrics(folder / "runs/again"), read_metrics(folder / "expected"))
+    assert [change.now for _, change in replay(folder / "runs/again").changes] == [6, 8, 12, 18]
 
 
 def run(folder: Path, *words: str) -> int:

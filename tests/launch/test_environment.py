@@ -7,8 +7,8 @@ import socket
 import pytest
 
 from megahp.errors import UserError
-from megahp.launch import World, all_here, has_own_device, is_local_rank0, node_name, ranks_of_nodes, world
-from megahp.launch.environment import launch_of
+from megahp.launch import World, has_own_device, is_local_rank0, is_single_node, node_name, ranks_per_node, world
+from megahp.launch.environment import launch_id
 from megahp.launch.rendezvous import _first_host
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -110,7 +110,7 @@ ONE_NODE = {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0", "SLURM_LOCALI
     ],
 )
 def test_ranks_are_known_to_be_on_one_machine(environment: dict[str, str]) -> None:
-    assert all_here(world(environment), environment)
+    assert is_single_node(world(environment), environment)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_ranks_are_known_to_be_on_one_machine(environment: dict[str, str]) -> No
     ],
 )
 def test_ranks_may_be_on_several(environment: dict[str, str]) -> None:
-    assert not all_here(world(environment), environment)
+    assert not is_single_node(world(environment), environment)
 
 
 def test_a_launch_is_not_another() -> None:
@@ -135,11 +135,11 @@ def test_a_launch_is_not_another() -> None:
     others = [step | {"SLURM_JOB_ID": "8"}, step | {"SLURM_STEP_ID": "1"}, step | {"SLURM_RESTART_COUNT": "1"}]
     others += [torchrun, torchrun | {"TORCHELASTIC_RUN_ID": "b"}]
     others += [OPEN_MPI, OPEN_MPI | {"PMIX_NAMESPACE": "2"}, step]
-    assert len({launch_of(each) for each in others}) == len(others)
-    assert launch_of(step) == launch_of(step | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"})
-    assert launch_of(torchrun) == launch_of(torchrun | SRUN | {"SLURM_JOB_ID": "7"})  # of which ssh knows nothing
-    assert launch_of(torchrun) == launch_of(torchrun | {"TORCHELASTIC_RESTART_COUNT": "1"})  # which each agent counts
-    assert launch_of(OPEN_MPI) == launch_of(DAEMON | OPEN_MPI)
+    assert len({launch_id(each) for each in others}) == len(others)
+    assert launch_id(step) == launch_id(step | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"})
+    assert launch_id(torchrun) == launch_id(torchrun | SRUN | {"SLURM_JOB_ID": "7"})  # of which ssh knows nothing
+    assert launch_id(torchrun) == launch_id(torchrun | {"TORCHELASTIC_RESTART_COUNT": "1"})  # which each agent counts
+    assert launch_id(OPEN_MPI) == launch_id(DAEMON | OPEN_MPI)
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_a_launch_is_not_another() -> None:
     [
         ({"WORLD_SIZE": "2"}, "RANK is not"),
         ({"PMI_RANK": "0"}, "MPI_LOCALRANKID is not"),
-        (TORCHRUN | {"RANK": ""}, "RANK = '' is no whole number"),
-        (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' is no whole number"),
-        (SRUN | {"SLURM_LOCALID": "x"}, "SLURM_LOCALID = 'x' is no whole number"),
+        (TORCHRUN | {"RANK": ""}, "RANK = '' is not an integer"),
+        (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' is not an integer"),
+        (SRUN | {"SLURM_LOCALID": "x"}, "SLURM_LOCALID = 'x' is not an integer"),
     ],
 )
 def test_half_an_environment_is_a_mistake(environment: dict[str, str], words: str) -> None:
@@ -171,8 +171,8 @@ def test_a_node_list_is_spelled_out(nodes: str, names: list[str]) -> None:
     assert _first_host({"SLURM_STEP_NODELIST": nodes}) == names[0]
     count = len(names)
     step = {"SLURM_STEP_NODELIST": nodes, "SLURM_STEP_TASKS_PER_NODE": f"2(x{count})"}
-    assert ranks_of_nodes(2 * count, step) == dict.fromkeys(names, 2)
-    assert ranks_of_nodes(3 * count, step) == ranks_of_nodes(2 * count, step | OPEN_MPI) == {}
+    assert ranks_per_node(2 * count, step) == dict.fromkeys(names, 2)
+    assert ranks_per_node(3 * count, step) == ranks_per_node(2 * count, step | OPEN_MPI) == {}
 
 
 def test_a_node_is_called_what_slurm_calls_it() -> None:

@@ -42,9 +42,9 @@ def test_a_port_is_a_job_steps_own() -> None:
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        (MPICH, "nothing names the first rank's port"),  # and another run on these machines would take the same one
-        ({"MASTER_PORT": "x"}, "MASTER_PORT = 'x' is no whole number"),
-        ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000 is no port"),
+        (MPICH, "nothing names rank 0's port"),  # and another run on these machines would take the same one
+        ({"MASTER_PORT": "x"}, "MASTER_PORT = 'x' is not an integer"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000 is not a port"),
     ],
 )
 def test_a_port_that_cannot_be(environment: dict[str, str], words: str) -> None:
@@ -86,7 +86,7 @@ def test_mpi_tells_where_the_first_rank_is(mpi: Mpi) -> None:
 def test_all_ranks_hear_that_the_first_has_no_store(mpi: Mpi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "nowhere.invalid")
     for rank in range(2):
-        with pytest.raises(Fault, match="rank 0 does not meet the others at nowhere.invalid"):
+        with pytest.raises(Fault, match="rank 0 cannot reach the others at nowhere.invalid"):
             meet(World(rank, 2, 0, 1), timedelta(seconds=0.2))
     assert mpi.finalized == 2
 

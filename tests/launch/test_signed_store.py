@@ -23,7 +23,7 @@ KEY = b"a secret of the ranks"
 @pytest.fixture
 def stranger() -> dist.TCPStore:
     """A connection to a store, which it holds, without the key."""
-    return local_store(patience=timedelta(seconds=20))
+    return local_store(timeout=timedelta(seconds=20))
 
 
 @pytest.fixture

@@ -150,14 +150,14 @@ def test_what_stands_beside_a_log_is_no_pipe(tmp_path, name):
     (tmp_path / "events.jsonl").touch()
     assert len(read_run(tmp_path).column("loss")) == 1
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match=f"{name} is no regular file"):
+    with pytest.raises(UserError, match=f"{name} is not a regular file"):
         read_run(tmp_path)
 
 
 def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     for read in (read_metrics, read_run, lambda path: next(newest_metrics(path))):
-        with pytest.raises(UserError, match=r"metrics\.jsonl is no regular file"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl is not a regular file"):
             read(tmp_path)
 
 
@@ -213,7 +213,7 @@ def test_tensorboard_gets_every_step_once_through_a_resume(tmp_path):
     assert "noise_scale" not in events.Tags()["scalars"]
 
 
-def test_missing_tensorboard_is_told_with_its_remedy(tmp_path, monkeypatch):
+def test_missing_tensorboard_is_reported_with_its_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     RunLog(tmp_path)
     with pytest.raises(UserError, match="pip install tensorboard"):
@@ -231,7 +231,7 @@ def test_what_is_no_run_directory_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be read"):
         read_metrics(tmp_path / "file")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         RunLog(tmp_path / "file")
 
 

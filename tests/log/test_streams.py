@@ -14,7 +14,7 @@ from corpus import write_corpus
 from train.test_run import RUN
 
 from megahp import checkpoint
-from megahp.log.streams import Sparing
+from megahp.log.streams import TolerantStream
 
 # what stands behind the command in a shell
 STREAMS = {
@@ -63,7 +63,7 @@ def test_a_log_without_steps_ends_no_good_run(folder: Path) -> None:
 
 def test_what_was_written_before_a_failure_stays(tmp_path: Path) -> None:
     with open(tmp_path / "file", "w") as file:
-        stream = Sparing(file)
+        stream = TolerantStream(file)
         print("one", file=stream)
         full = mock.Mock(side_effect=[OSError(errno.ENOSPC, "full"), None])
         with mock.patch.object(stream, "_stream", mock.Mock(write=full)):

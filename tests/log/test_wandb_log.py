@@ -36,7 +36,7 @@ from megahp.log import wandb_log
 
 mode, directory, wandb_log.START_SECONDS, wandb_log.CLOSE_SECONDS = *sys.argv[1:3], *map(float, sys.argv[3:])
 began = time.monotonic()
-log = wandb_log.WandbLog(mode, "mine", "name", Path(directory), "id", {}, lambda text: print("told:", text))
+log = wandb_log.WandbLog(mode, "mine", "name", Path(directory), "id", {}, lambda text: print("reports:", text))
 for step in range(1, 4):
     log.metrics({"step": step, "tokens": 512 * step, "loss": 4 - step / 4})
 print("waited:", time.monotonic() - began < 2)
@@ -112,7 +112,7 @@ def history(session):
 
 
 def rank(mode, directory, environment=None, start=30.0, close=10.0):
-    """What a rank printed as {word: text}, all told lines in a list, and its stderr."""
+    """What a rank printed as {word: text}, all reported lines in a list, and its stderr."""
     (directory / "rank.py").write_text(RANK)  # a file, so that there is code to upload
     done = subprocess.run(
         [sys.executable, "rank.py", mode, str(directory), str(start), str(close)],
@@ -127,7 +127,7 @@ def rank(mode, directory, environment=None, start=30.0, close=10.0):
 
 def printed(text):
     lines = [line.split(": ", 1) for line in text.splitlines()]
-    return {line[0]: line[1] for line in lines}, [line[1] for line in lines if line[0] == "told"]
+    return {line[0]: line[1] for line in lines}, [line[1] for line in lines if line[0] == "reports"]
 
 
 def shown_on(terminal):
@@ -175,7 +175,7 @@ def test_a_long_log_is_whole(log, tmp_path):
     assert log.lines == []
 
 
-def test_a_resumed_run_goes_on_under_its_id(log, tmp_path):
+def test_a_resumed_run_continues_under_its_id(log, tmp_path):
     run_id = new_id()
     for steps in ((1, 2), (3, 4)):
         session = log(run_id)
@@ -198,8 +198,8 @@ def test_a_resumed_run_goes_on_under_its_id(log, tmp_path):
     ],
 )
 def test_a_rank_that_leaves_after_close_has_all_on_disk(tmp_path, environment):
-    words, told, errors = rank("offline", tmp_path, environment)
-    assert (told, errors) == ([], "")
+    words, reports, errors = rank("offline", tmp_path, environment)
+    assert (reports, errors) == ([], "")
     (session,) = sessions(tmp_path)
     assert [row["loss"] for row in history(session)] == [3.75, 3.5, 3.25]
     run = run_of(session)
@@ -211,8 +211,8 @@ def test_a_rank_that_leaves_after_close_has_all_on_disk(tmp_path, environment):
     ("start", "close", "named"), [(2.0, 10.0, "connection refused"), (30.0, 1.0, "not done after 1 s")]
 )
 def test_an_unreachable_host_costs_one_line(tmp_path, start, close, named):
-    words, told, errors = rank("online", tmp_path, UNREACHABLE, start, close)
-    assert len(told) == 1 and named in told[0] and "metrics.jsonl" in told[0]
+    words, reports, errors = rank("online", tmp_path, UNREACHABLE, start, close)
+    assert len(reports) == 1 and named in reports[0] and "metrics.jsonl" in reports[0]
     assert errors == ""
     assert words["waited"] == "True"
     assert float(words["took"]) < 15
@@ -229,9 +229,9 @@ def test_a_missing_key_is_not_asked_for(tmp_path):
         assert done.wait(timeout=30) == 0
     finally:
         done.kill()
-    words, told = printed(shown_on(master))
-    assert set(words) == {"told", "waited", "took"}
-    assert len(told) == 1 and "No API key" in told[0] and "metrics.jsonl" in told[0]
+    words, reports = printed(shown_on(master))
+    assert set(words) == {"reports", "waited", "took"}
+    assert len(reports) == 1 and "No API key" in reports[0] and "metrics.jsonl" in reports[0]
     assert float(words["took"]) < 15
 
 
@@ -256,7 +256,7 @@ def test_a_log_that_raises_is_left_out(log, monkeypatch):
     assert "RuntimeError" in line and "metrics.jsonl" in line and "\n" not in line
 
 
-def test_a_failed_end_is_told(log, monkeypatch):
+def test_a_failed_end_is_reported(log, monkeypatch):
     monkeypatch.setattr(wandb.Run, "finish", lambda self: sys.exit(3))
     log = log()
     log.metrics(record(1))
@@ -266,7 +266,7 @@ def test_a_failed_end_is_told(log, monkeypatch):
 
 def test_a_log_that_hangs_is_not_waited_for(log, monkeypatch):
     stuck, ends = threading.Event(), threading.Event()
-    monkeypatch.setattr(wandb_log, "MOST_WAITING", 3)
+    monkeypatch.setattr(wandb_log, "MAX_QUEUED", 3)
     monkeypatch.setattr(wandb.Run, "log", lambda self, values, step: (stuck.set(), ends.wait(60)))
     log = log()
     log.metrics(record(1))

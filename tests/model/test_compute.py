@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+import torch
 from distributed import world
 from distributed.training import Training, differences, settings_of, train_cases
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 F64 = "train.dtype=float64"
@@ -56,6 +60,31 @@ def outcomes() -> dict[str, Any]:
 @pytest.mark.parametrize("way", [name for ways in WAYS.values() for name in ways])
 def test_trains_the_same_model(outcomes: dict[str, Any], way: str) -> None:
     assert differences(outcomes[way], outcomes[model_of(way)], 1e-10, 1e-10) == []
+
+
+def compilations_of_growing_batches() -> int:
+    """Of a model with experts, forward and backward under two weights of a token's loss."""
+    training = Training(settings_of("moe", COMPILE))
+    (model,) = training.engine.stages
+    x = torch.zeros(2, 16, dtype=torch.int64)
+    for weight in (0.5, 0.25, 0.125):
+        model(x, targets=x, loss_weight=weight).sum().backward()
+        if weight == 0.5:
+            first = counters["frames"]["total"]
+    return counters["frames"]["total"] - first
+
+
+def test_another_weight_of_the_loss_compiles_nothing_anew() -> None:
+    """The weight changes with the batch and with float16's loss scale."""
+    assert world.run_afresh(1, compilations_of_growing_batches) == [0]
+
+
+def test_importing_changes_nothing_of_torch() -> None:
+    code = (
+        "from torch.utils.checkpoint import SAC_IGNORED_OPS as ignored; before = set(ignored);"
+        "import megahp.model.build; assert ignored == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def flops_of_a_step() -> dict[str, int]:

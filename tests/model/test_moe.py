@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import world
-from distributed.training import MadeUpData, Training, made_up, settings_of, whole
+from distributed.training import MadeUpData, Training, settings_of, synthetic_batch, whole
 from torch import Tensor
 
 from megahp.model.moe import Router
@@ -78,7 +78,7 @@ def both_layers(family: str, favoured: bool) -> dict[str, tuple[Tensor, Tensor]]
     generator = torch.Generator().manual_seed(3)
     if family == "deepseek-v3":
         layer.router.bias.copy_(torch.randn(layer.router.bias.shape, generator=generator) / 10)
-    unit = layer.router.unit = 0.37
+    unit = 0.37
     x = torch.randn(3, 7, 32, generator=generator, dtype=torch.float64)
     if favoured:  # the router sees one direction, in which all tokens lie
         layer.router.weight.data.to_local().copy_(
@@ -92,7 +92,7 @@ def both_layers(family: str, favoured: bool) -> dict[str, tuple[Tensor, Tensor]]
     plain, balance = plain_moe(family, theirs, w, layer.router.coefficient)
     torch.set_default_dtype(torch.float32)
     ours = x.clone().requires_grad_()
-    y = layer(ours)
+    y = layer(ours, torch.tensor(unit, dtype=torch.float64))
     cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64)
     (y * cotangent).sum().backward()
     ((plain * cotangent).sum() + unit * balance).backward()
@@ -113,16 +113,16 @@ def bias_of_no_weight() -> dict[str, Any]:
     router = Router(chosen.model, make_mesh(Layout(), torch.device("cpu")).tensor_axis(False))
     torch.nn.init.normal_(router.weight)
     x = torch.randn(2, 9, 32)
-    before = router(x)
+    before = router(x, torch.zeros(()))
     router.bias.fill_(0.25)  # the same for all moves nothing
-    same = router(x)
+    same = router(x, torch.zeros(()))
     router.bias.zero_()
     seen = []
     for load in ([9.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0], [0.0, 5.0, 5.0, 2.0]):
         router.rebalance(torch.tensor(load))
         seen.append(router.bias.tolist())
     router.bias.copy_(torch.tensor([-1.0, 0.0, 0.0, 0.0]))
-    return {"before": before, "same": same, "biases": seen, "without the first": router(x)}
+    return {"before": before, "same": same, "biases": seen, "without the first": router(x, torch.zeros(()))}
 
 
 def counts() -> dict[str, Any]:
@@ -142,13 +142,13 @@ def per_example(model: str) -> dict[str, tuple[float, float]]:
     for router in engine.routers.values():
         router.bias.copy_(torch.linspace(-0.3, 0.3, len(router.bias)))
     ids = np.arange(6)
-    halves = [made_up(ids[:3], training.config), made_up(ids[3:], training.config)]
+    halves = [synthetic_batch(ids[:3], training.config), synthetic_batch(ids[3:], training.config)]
     loss = engine.forward_backward(halves, 2, 6 * 16, scale=1024.0)
     measured = engine.measure(loss, engine.gradients(), 6, scale=1024.0).grad_sq_example
     looped = dict.fromkeys(measured, 0.0)
     for i in ids:
         engine.zero()
-        engine.forward_backward([made_up(ids[i : i + 1], training.config)], 1, 16)
+        engine.forward_backward([synthetic_batch(ids[i : i + 1], training.config)], 1, 16)
         for name in looped:
             looped[name] += whole(engine.weights[f"{name}.weight"].grad).square().sum().item() / len(ids)
     return {name: (measured[name], looped[name]) for name in measured}
@@ -181,9 +181,8 @@ def sequence_in_parts(layout: Layout) -> dict[str, Tensor]:
     axis = make_mesh(layout, torch.device("cpu")).tensor_axis(False)
     router = Router(settings_of("moe-loss").model, axis).double()
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
-    router.unit = 0.5
     x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    weights, _, _ = router(x.chunk(axis.context.size, 1)[axis.context.rank])
+    weights, _, _ = router(x.chunk(axis.context.size, 1)[axis.context.rank], torch.tensor(0.5))
     weights.square().sum().backward()
     torch.distributed.all_reduce(router.weight.grad)
     torch.distributed.all_reduce(router.probe.grad)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from distributed import world
-from distributed.training import Training, made_up, mesh_of, settings_of
+from distributed.training import Training, mesh_of, settings_of, synthetic_batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -167,7 +167,7 @@ def largest_of_a_step(model: str) -> int:
     """Elements of the largest tensor in forward and backward of 128 tokens at a vocabulary of 4096 and width 32."""
     config = settings_of(model, "model.vocab_size=4096", "batch.micro_batch=8")
     training = Training(config)
-    batch = made_up(training.samples(training.next_step())[0], config)
+    batch = synthetic_batch(training.samples(training.next_step())[0], config)
     with in_slices_of(512), Largest() as largest:
         training.engine.forward_backward([batch], 1, 128)
     return largest.numel

@@ -45,7 +45,7 @@ def fail(error: Exception, may_pass: bool = False) -> None:
     raise error
 
 
-def told() -> dict[str, Any]:
+def exchanged() -> dict[str, Any]:
     rank = dist.get_rank()
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     half = halves[rank // 2]
@@ -72,7 +72,7 @@ def told() -> dict[str, Any]:
 
 
 def test_everything_arrives_everywhere_and_errors_as_they_were() -> None:
-    everywhere = world.run(RANKS, told)
+    everywhere = world.run(RANKS, exchanged)
     for rank, found in enumerate(everywhere):
         first = rank == 0
         assert found["all"] == [{"rank": n, "text": "ä" * 1000 * n, "nothing": None} for n in range(RANKS)]
@@ -92,8 +92,8 @@ def test_everything_arrives_everywhere_and_errors_as_they_were() -> None:
     "sent", [pickle.dumps(1), b"{", b"\xff", b"[" * 100_000], ids=["pickle", "cut", "no text", "deep"]
 )
 def test_what_is_no_json_is_refused_by_rank(sent: bytes) -> None:
-    with pytest.raises(Fault, match="rank 3 of its group has sent what is no JSON"):
-        messages._decoded(torch.frombuffer(bytearray(sent), dtype=torch.uint8), 3)
+    with pytest.raises(Fault, match="rank 3 of its group sent invalid JSON"):
+        messages._decode(torch.frombuffer(bytearray(sent), dtype=torch.uint8), 3)
 
 
 def trained_and_saved(folder: str) -> list[str]:

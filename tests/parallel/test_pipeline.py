@@ -9,7 +9,7 @@ import pytest
 
 from megahp.config import Config, ParallelConfig, resolve
 from megahp.parallel.pipeline import owner, split, stages_of
-from megahp.scaling.batch import least_batch, runnable, unit
+from megahp.scaling.batch import batch_multiple, least_batch, runnable
 
 
 def test_the_split_is_the_best_there_is() -> None:
@@ -70,7 +70,7 @@ def settings_of(*words: str) -> Config:
 )
 def test_which_batches_a_pipeline_runs(words: tuple[str, ...], dp: int, expected: tuple[int, int]) -> None:
     config = settings_of(*words)
-    assert (unit(config, dp), least_batch(config, dp)) == expected
+    assert (batch_multiple(config, dp), least_batch(config, dp)) == expected
 
 
 def test_the_nearest_batch_is_never_below_the_least() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from megahp.config import Config, resolve, with_values
 from megahp.parallel.layout import fit
 from megahp.parallel.mesh import make_mesh
-from megahp.plan.trace import recording, step, trace
+from megahp.plan.trace import recording, step, trace, trace_step
 from megahp.scaling.flops import training_flops
 
 RUN: dict[str, Any] = {
@@ -119,4 +123,29 @@ def test_collectives_of_a_sharded_step(alone: ProcessPoolExecutor) -> None:
         ("all-gather", "backward"),
         ("reduce-scatter", "backward"),
     }
-    assert sorted(data.values()) == [3, 4, 4]
+    assert list(data.values()) == [4, 4, 4]
+
+
+def test_what_is_alike_is_traced_once(alone: ProcessPoolExecutor) -> None:
+    """Six blocks and five microbatches by those of four and three."""
+    config = with_values(config_of("shards"), {"model.layers": 6, "batch.global_batch": 20})
+    whole, extrapolated = alone.submit(trace, config, 2).result(), alone.submit(trace_step, config, 2).result()
+    assert whole.flops("product", "attention") == extrapolated.flops("product", "attention")
+    assert whole.collectives == extrapolated.collectives
+    assert sum(extrapolated.peak.values()) == pytest.approx(sum(whole.peak.values()), rel=0.001)
+    assert extrapolated.resident == pytest.approx(whole.resident, rel=0.001)
+    assert alone.submit(trace, config, 2).result() == whole  # nothing that DTensor remembers is missing
+
+
+def test_the_command(tmp_path: Path) -> None:
+    run = "[model]\nvocab_size = 4096\nlayers = 4\n[data]\ntrain = ['none']\n[parallel]\npp = 2\ntp = 2\n"
+    (tmp_path / "run.toml").write_text(run)
+    command = [sys.executable, "-m", "megahp", "plan", "run.toml", "--ranks"]
+    done = subprocess.run([*command, "8", "--json", "plan.json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("8 ranks: pp 2 x dp_shard 2 x tp 2\npipeline rank 0\n  peak memory")
+    found = json.loads((tmp_path / "plan.json").read_text())["ranks"]
+    assert [each["rank"] for each in found] == [0, 4] and found[0]["kernels"] and found[1]["collectives"]
+    for words, problem in ((["6"], "needs a multiple of 4 ranks"), (["8", "parallel.cp=2"], "cannot be planned yet")):
+        done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and problem in done.stderr and done.stderr.count("\n") == 1

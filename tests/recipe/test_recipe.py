@@ -87,7 +87,7 @@ def test_steps_are_those_the_batch_plan_takes(given: dict[str, float]) -> None:
     forecast = noise_forecast(found.run, progress, None)
     while step := batches.step(progress):
         progress = progress.after(step)
-        batches.look(progress, forecast(progress.tokens))
+        batches.update(progress, forecast(progress.tokens))
     assert steps_of(found.run, found.ranks) == (found.steps, found.last_batch) == (progress.step, batches.batch)
     assert found.run.batch.global_batch % (found.ranks * found.run.batch.micro_batch) == 0
 

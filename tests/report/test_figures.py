@@ -74,7 +74,7 @@ def test_a_measured_batch_shows_its_bounds_and_the_drift_of_a_step(tmp_path):
         log.metrics(record(step, **values, **bounds, noise_scale_total=200.0))
     log.close()
     page = report(tmp_path, tmp_path / "owl")
-    assert "33% of 60 at the first batch throughout" in page.text  # 40 steps for the tokens of 60
+    assert "33% of 60 steps at the initial batch" in page.text  # 40 steps for the tokens of 60
     source = page.source[page.source.index("Global batch and noise scale") :]
     assert ">noise</text>" in source and ">stability</text>" in source
     (drift,) = [points for style, points in drawn(page, "Learning rate") if "stroke-dasharray" in style]

@@ -11,7 +11,6 @@ from report.test_page import drawn, record, report, write_run
 
 from megahp.log.metrics import LoggedRun, RunLog, read_run
 from megahp.report.numbers import (
-    course,
     health,
     layer_points,
     newest_half,
@@ -20,6 +19,7 @@ from megahp.report.numbers import (
     thin,
     time_saved,
     training_seconds,
+    trend,
     update_density,
     update_shares,
 )
@@ -57,12 +57,12 @@ def test_the_course_of_a_long_run_is_that_of_all_its_steps():
     x = np.arange(100_000.0)
     y = np.sin(x / 9000) + np.random.default_rng(0).normal(scale=0.1, size=len(x))
     y[30_000:36_000] = np.nan
-    at, values = course(x, y)
+    at, values = trend(x, y)
     whole = np.interp(at, x, smooth(y, 2000))
     inside = np.isfinite(whole) & (at > 2000) & (at < 98_000)
     assert len(at) == 2000 and np.isnan(values[(at > 30_100) & (at < 35_900)]).all()
     assert values[inside] == pytest.approx(whole[inside], abs=0.01)
-    assert course(x[:50], x[:50])[1].tolist() == x[:50].tolist()
+    assert trend(x[:50], x[:50])[1].tolist() == x[:50].tolist()
 
 
 def test_layers_lie_at_their_depth():
@@ -72,7 +72,7 @@ def test_layers_lie_at_their_depth():
 
 
 def test_what_growth_saved_in_steps_and_in_time():
-    """Against the first batch throughout: 100 steps of 8 and 50 of 16, which take half as long by the token."""
+    """Against the initial batch throughout: 100 steps of 8 and 50 of 16, which take half as long by the token."""
     steps, tokens = [], 0
     for step in range(1, 151):
         batch = 8 if step <= 100 else 16
@@ -81,8 +81,8 @@ def test_what_growth_saved_in_steps_and_in_time():
         seconds = batch * 100 / speed
         steps.append(record(step, tokens=tokens, global_batch=batch, tokens_per_second=speed, step_seconds=seconds))
     grown = logged(steps)
-    assert steps_saved(grown) == "25% of 200 at the first batch throughout"
-    assert time_saved(grown) == "25% of 6 min 40 s at the first batch's speed"
+    assert steps_saved(grown) == "25% of 200 steps at the initial batch"
+    assert time_saved(grown) == "25% of 6 min 40 s at the initial batch's speed"
     constant = logged(steps[:100])
     assert steps_saved(constant) == time_saved(constant) == ""
 
@@ -99,12 +99,12 @@ def test_health_sees_what_is_wrong():
         "Loss went from 5.00 to 6.00.",
         "Loss ends 3.00 nats above its lowest level: look for a spike or a jump.",
         "3 of 3 logged steps were skipped: gradient not finite.",
-        "Global batch is 2.00 times the whole model's noise scale: in SGD's quadratic picture a step makes 67 % of the "
-        "progress an infinite batch would, from more examples than the gradient needs.",
+        "Global batch is 2.00 times the whole model's noise scale: in a quadratic model of SGD, a step makes 67 % of "
+        "the progress that an infinite batch would make, but averages more examples than the gradient needs.",
     }
     assert checks(7.0, 5.0, baselines={"unigram": 7.0, "bigram": 4.5})[0] == (
         False,
-        "Loss is 0.50 nats above the bigram baseline: the model knows less than which token follows which.",
+        "Loss is 0.50 nats above the bigram baseline: the model has not learned which token follows which.",
     )
     stale = checks(5.0, 3.0, 9.0, baselines={"unigram": 7.0}, validation_loss=3.0)[0]
     assert stale[0] is False and stale[1].startswith("Loss is 2.00 nats above the unigram baseline")

@@ -211,7 +211,7 @@ def drawn(page, label):
     return [(line["style"], at) for line, at in zip(lines, points, strict=True) if "var(--rule)" not in line["style"]]
 
 
-def test_mistakes_are_told(tmp_path, monkeypatch):
+def test_mistakes_are_reported(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"absent/metrics\.jsonl does not exist"):
         read_runs([tmp_path / "absent"])
     with pytest.raises(UserError, match="holds no step yet"):

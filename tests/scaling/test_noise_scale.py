@@ -16,7 +16,6 @@ from megahp.scaling.noise_scale import (
     NoiseScale,
     estimate,
     interval,
-    ratio,
     step_efficiency,
 )
 
@@ -62,7 +61,7 @@ def test_a_batch_of_one_says_nothing() -> None:
 
 @pytest.mark.parametrize("pair", [(-1.0, 1.0), (0.0, 1.0), (1.0, -1.0)])
 def test_a_ratio_that_means_nothing_is_none(pair: tuple[float, float]) -> None:
-    assert ratio(*pair) is None
+    assert Average(*pair).ratio is None
 
 
 def test_step_efficiency() -> None:
@@ -133,7 +132,7 @@ def test_state_restores_exactly() -> None:
         first.update({"a": 10.0}, {"a": 3.0 + step / 100}, 5.0, 8, 30)
         first.calibrate(40.0 + step, 10.0)
     second = NoiseScale(half_life=100)
-    second.restore(json.loads(json.dumps(first.state())))
+    second.load_state(json.loads(json.dumps(first.state())))
     for noise in (first, second):
         noise.update({"a": 9.0}, {"a": 2.5}, 5.0, 8, 30)
         noise.calibrate(30.0, 10.0)
@@ -144,9 +143,9 @@ def test_state_restores_exactly() -> None:
 def blocks_of(
     random: np.random.Generator, batch: int, truth: float, steps: int, tails: float, wild: tuple[float, int] = (1.0, 1)
 ) -> Blocks:
-    """Full blocks of so many steps each. Per-example gradients have a covariance spectrum of 1 / k over 60 entries, the
+    """Full blocks of `steps` steps each. Per-example gradients have a covariance spectrum of 1 / k over 60 entries, the
     true noise scale, and sizes that vary from example to example (tails: of their logarithm). wild: in one step of the
-    ninth block, one example's gradient (1), or all of them as copies of it (0), so many times as large."""
+    ninth block, one example's gradient (1), or all of them as copies of it (0), times this factor."""
     spectrum = 1 / np.arange(1, 61)
     spectrum /= spectrum.sum()
     mean = random.normal(size=60) * np.sqrt(spectrum)
@@ -191,7 +190,7 @@ def test_the_interval_holds_the_truth(batch: int, truth: float, steps: int, tail
 @pytest.mark.parametrize(("batch", "steps", "most"), [(8, 6, 1.2), (32, 1, 1.2), (32, 4, 1.1)])
 @pytest.mark.parametrize("wild", [(10.0, 1), (30.0, 1), (1000.0, 1), (30.0, 0), (1000.0, 0)], ids=str)
 def test_one_wild_example_or_batch_moves_little(batch: int, steps: int, most: float, wild: tuple[float, int]) -> None:
-    """One example's gradient so many times as large, or, with 0, one batch of one example repeated and so large: over
+    """One example's gradient, or, with 0, one batch of copies of one example, times a factor: over
     40 runs the interval's lower end is hardly higher for it, and seldom above the truth."""
     calm = [ends(blocks_of(np.random.default_rng(seed), batch, 50.0, steps, 0.4)) for seed in range(40)]
     found = [ends(blocks_of(np.random.default_rng(seed), batch, 50.0, steps, 0.4, wild)) for seed in range(40)]
@@ -205,9 +204,9 @@ def test_one_wild_example_or_batch_moves_little(batch: int, steps: int, most: fl
 def calibrated(
     random: np.random.Generator, batch: int, truth: float, steps: int, drift: float = 0.0, noise_to_total: float = 1.4
 ) -> NoiseScale:
-    """Full blocks of so many steps of a model of 400 entries, 160 of them norm layers that make a hundredth of S and
+    """Full blocks of `steps` steps of a model of 400 entries, 160 of them norm layers that make a hundredth of S and
     have a noise scale of truth / noise_to_total, and a single gradient a block, whose ratio scatters by a
-    fifth and falls by so many e-folds meanwhile."""
+    fifth and falls by `drift` e-folds meanwhile."""
     of_norms = np.arange(400) < 160
     spread, mean = np.where(of_norms, 0.01 / 160, 0.99 / 240), random.normal(size=400)
     share = 0.01 * noise_to_total / truth
@@ -244,9 +243,9 @@ def test_the_whole_models_interval_holds_the_truth(batch: int, truth: float, ste
     assert 0.90 <= held <= 0.97
     assert holding([ends(noise.model) for noise in made], truth) < held - 0.03
     both = [noise.numbers() for noise in made]  # averaged with the prior, which is right here
-    told = [(each["noise_scale_total_low"], each["noise_scale_total_high"] or np.inf) for each in both]
-    assert sum((low or 0) <= truth <= high for low, high in told) / runs >= 0.93
-    assert sum((low or 0) > truth for low, _ in told) / runs < 0.05
+    ends_of = [(each["noise_scale_total_low"], each["noise_scale_total_high"] or np.inf) for each in both]
+    assert sum((low or 0) <= truth <= high for low, high in ends_of) / runs >= 0.93
+    assert sum((low or 0) > truth for low, _ in ends_of) / runs < 0.05
 
 
 def holding(intervals: Sequence[tuple[float, float, float] | None], truth: float) -> float:
@@ -264,22 +263,22 @@ def test_prior_and_calibration_are_averaged_by_what_they_are_sure_of() -> None:
     assert both and alone and alone[0] < both[0] < both[2] < alone[2]
     found = [numbers[f"noise_scale_total{end}"] for end in ("_low", "", "_high")]
     assert found == pytest.approx(both) and numbers["noise_to_total"] == pytest.approx(norms[0] / own[0])
-    noise.restore({**noise.state(), "examples": noise.examples[1:]})
+    noise.load_state({**noise.state(), "examples": noise.examples[1:]})
     numbers = noise.numbers()
     assert (numbers["noise_scale_total_low"], numbers["noise_scale_total_high"]) == pytest.approx((alone[0], alone[2]))
     assert numbers["noise_scale_total"] == 1.4 * (numbers["noise_scale"] or 0) and numbers["noise_to_total"] is None
 
 
 def test_a_wrong_prior_gives_way_to_calibration() -> None:
-    """A model whose norms' noise scale is not a 1.4th of its own but a third: the lower end told is below the truth in
-    most runs, and far above what the prior tells."""
-    told, prior = [], []
+    """A model whose norms' noise scale is not a 1.4th of its own but a third: the lower end is below the truth in most
+    runs, and far above the prior's."""
+    lows, prior = [], []
     for seed in range(40):
         noise = calibrated(np.random.default_rng(seed), 64, 16.0, 2, noise_to_total=3.0)
-        told.append(noise.numbers()["noise_scale_total_low"])
-        noise.restore({**noise.state(), "examples": []})
+        lows.append(noise.numbers()["noise_scale_total_low"])
+        noise.load_state({**noise.state(), "examples": []})
         prior.append(noise.numbers()["noise_scale_total_low"])
-    assert np.median(told) > 1.3 * np.median(prior) and (np.array(told) < 16).mean() > 0.9
+    assert np.median(lows) > 1.3 * np.median(prior) and (np.array(lows) < 16).mean() > 0.9
 
 
 def test_the_interval_is_unknown_at_first_and_open_above_where_the_gradient_may_be_zero() -> None:

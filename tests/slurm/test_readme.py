@@ -55,4 +55,4 @@ def test_every_command_of_the_section(tmp_path: Path) -> None:
         for name in ("local-0", "local-1", "local-2", "run", "grown"):
             assert "finished" in run("megahp", "status", f"runs/{name}")
         found = run("bash", "-c", commands()[-1])
-        assert "3 points, 3 of them there already" in found
+        assert "3 points, 3 of them already finished" in found

@@ -25,9 +25,9 @@ def test_arrays_of_points(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: p
     two, one = re.findall(r"job (\d+): (\d) points on (\d) nodes", said())
     assert (two[1:], one[1:]) == (("2", "2"), ("1", "1"))  # where both begin weak and strong scaling are one point
     again = said()
-    assert "3 points, 0 of them there already" in again and f"job {two[0]}" in again and "points on" not in again
+    assert "3 points, 0 of them already finished" in again and f"job {two[0]}" in again and "points on" not in again
     assert [site.cluster.finished(job) for job in (two[0], one[0])] == ["COMPLETED"] * 2, site.said()
-    assert "3 points, 3 of them there already" in said()
+    assert "3 points, 3 of them already finished" in said()
     found = json.loads((site.folder / "found.json").read_text())
     rows = [(row["mode"], row["nodes"], row["global_batch"], row["steps"]) for row in found["rows"]]
     assert rows == [("weak", 1, 4, 3), ("weak", 2, 8, 3), ("strong", 1, 4, 3), ("strong", 2, 4, 3)]

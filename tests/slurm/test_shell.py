@@ -114,7 +114,7 @@ def test_the_number_of_a_job_in_what_sbatch_prints(site: Path, text: str) -> Non
     if PRINTED[text]:
         assert submit("#!/bin/bash\n") == PRINTED[text]
     else:
-        with pytest.raises(UserError, match="no number of a job"):
+        with pytest.raises(UserError, match="instead of a job id"):
             submit("#!/bin/bash\n")
 
 

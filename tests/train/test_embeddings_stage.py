@@ -55,7 +55,7 @@ def both_ways(model: str) -> dict[str, Any]:
         optimizer.param_groups[0].update(lr=plan.lr, weight_decay=plan.weight_decay, betas=(plan.beta1, plan.beta2))
         optimizer.step()
         plain.progress = plain.progress.after(plan)
-        plain.batch_scheduler.look(plain.progress, None)
+        plain.batch_scheduler.update(plain.progress, None)
         theirs.append((total, norm.item()))
     return {
         "ours": [(each["loss"], each["grad_norm"]) for each in ours],

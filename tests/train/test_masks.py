@@ -73,14 +73,14 @@ def train_case(case: Case) -> dict[str, Any]:
 
 
 def without_masking(self: masks.Masks, grads: Sequence[Tensor], plan: Any) -> None:
-    self.unmasked = {}
+    self.unmasked_grads = {}
 
 
 def of_masked_gradients(self: masks.Masks, grads: Sequence[Tensor], plan: Any) -> None:
-    for name, place in self.places.items():
+    for name, place in self.grad_index.items():
         grads[place].mul_(self.masks[name])
     decide = plan.step % self.sparsity.every == 0
-    self.unmasked = {name: grads[place].clone() for name, place in self.places.items() if decide}
+    self.unmasked_grads = {name: grads[place].clone() for name, place in self.grad_index.items() if decide}
 
 
 def drawn_by_each_rank(name: str, weight: Tensor, density: float, seed: int) -> Tensor:
@@ -166,7 +166,7 @@ def plainly(case: Case) -> dict[str, Any]:
             group.update(eps=plan.eps * rule.eps, betas=(plan.beta1, plan.beta2))
         optimizer.step()
         training.progress = training.progress.after(plan)
-        training.batch_scheduler.look(training.progress, None)
+        training.batch_scheduler.update(training.progress, None)
         own = changed(chosen, training.progress.tokens / chosen.train.tokens, step, weights, own, masked)
         for name, mask in own.items():
             weights[name].data.mul_(mask)

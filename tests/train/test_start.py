@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from distributed import world
 from distributed.runs import train
 from train.test_run import copy_of, losses, metrics, numbers
 
+from megahp.checkpoint.store import write_manifest
+from megahp.config import resolve
 from megahp.data.indexed import IndexedWriter
+from megahp.data.loader import Loader
+from megahp.data.tokenizer import load_tokenizer
 from megahp.log.metrics import read_events
 from megahp.log.replay import replay
+from megahp.parallel.mesh import single_rank_mesh
+from megahp.parallel.parameters import storage
+from megahp.train.prepare import open_data, with_vocabulary
+from megahp.train.run import Run
 
 RUN = """
 [model]
@@ -202,6 +212,68 @@ def test_rows_of_a_run_without_checkpoint_do_not_stay_before_a_branch(
     assert [record["step"] for record in metrics(folder, "again")] == [9, 10, 11, 12]
     replayed = replay(folder / "runs/again")  # the first life's growth at step 4 is undone, the branch's comes at once
     assert replayed.differences == [] and [(step, c.now) for step, c in replayed.changes] == [(8, 16)]
+
+
+def moments_after_restoring(folder: Path) -> list[float]:
+    """The largest moments of a run that has trained, and then returns to a checkpoint from before its first update."""
+    with contextlib.chdir(folder):
+        config = resolve.load(Path("run.toml"), ["log.name=rewinding"]).config
+        config = with_vocabulary(config, load_tokenizer(config.data.tokenizer))
+        data = open_data(config)
+        run = Run(config, single_rank_mesh(config), data)
+        run.save(None)
+        run.store.wait()
+        loader, found = Loader(data, run.mesh.device, False), []
+        plan = run.next_step()
+        assert plan
+        step = run.compute(run.microbatches(loader, plan), plan)
+        run.update(step, plan)
+        run.advance(plan, step.measured)
+        for _ in range(2):
+            found.append(max(storage(moments).abs().max().item() for moments in run.optimizer.state().values()))
+            run.restore(run.folder / "step-00000000")
+        assert run.optimizer.updates == 0
+        return found
+
+
+def test_moments_are_zero_again_before_the_first_update(folder: Path) -> None:
+    ((before, after),) = world.run(1, moments_after_restoring, folder)
+    assert before > 0 and after == 0
+
+
+def spoil_a_chunk(checkpoint: Path, shard: str) -> None:
+    """Change a value's bit in a shard, as memory may before it is written, and seal what is there: no file differs from
+    the manifest, one chunk from its own checksum."""
+    content = bytearray((checkpoint / shard).read_bytes())
+    content[-1] ^= 4
+    (checkpoint / shard).write_bytes(content)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_damaged_chunk_is_refused_and_an_older_checkpoint_serves(
+    folder: Path, stable: list[dict[str, Any]], ranks: int
+) -> None:
+    """On all ranks, whichever has met it, and after some tensors were filled from the damaged one."""
+    name = copy_of(folder, "stable", f"spoilt{ranks}")
+    layout = ("--ranks", str(ranks))
+    if ranks > 1:  # files of two ranks, of which one spoils its own
+        shutil.rmtree(folder / "runs" / name)
+        train(folder, name, *layout, "parallel.dp_shard=2")
+    checkpoints = sorted((folder / "runs" / name / "checkpoints").glob("step-*"))
+    whole = numbers(folder, name)
+    for later in checkpoints[30:]:
+        shutil.rmtree(later)
+    for spoilt in checkpoints[28:30]:
+        spoil_a_chunk(spoilt, f"shard-{ranks - 1:05d}.safetensors")
+    train(folder, name, "--resume", "auto", *layout)
+    refused = [event["reason"] for event in read_events(folder / "runs" / name) if event["event"] == "refused"]
+    assert len(refused) == 2 and all("is damaged" in why and "is not what was written" in why for why in refused)
+    assert "step-00000030" in refused[0] and "step-00000029" in refused[1]
+    assert numbers(folder, name) == whole
+    if ranks == 1:
+        assert whole == stable
 
 
 @pytest.mark.parametrize("offset", [-1, 0, 1])

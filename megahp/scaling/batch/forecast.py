@@ -1,4 +1,4 @@
-"""The noise scale that a run is expected to have, for plans of a batch that follows it."""
+"""The noise scale that a run is expected to have, for planning a batch that follows it."""
 
 from collections.abc import Callable
 
@@ -8,16 +8,18 @@ from megahp.scaling.batch.scheduler import Progress
 
 
 def noise_forecast(config: Config, progress: Progress, noise: float | None) -> Callable[[int], float | None]:
-    """Return the noise scale that the policy `measured` will see after so many tokens, in sequences of the length at
-    that moment: the critical batch by Power Lines' law, spread along the run, and as high as the noise scale is now,
-    where that is known. Other policies see none."""
-    batch, along = config.batch, phases_of(config.data)
+    """Return a function of tokens: the noise scale that the policy `measured` will see, in sequences of that moment's
+    length.
+
+    It is Power Lines' critical batch, spread along the run, times what the present noise scale is of it, where that is
+    known. Other policies get None.
+    """
+    batch, phases = config.batch, phases_of(config.data)
     if batch.policy != "measured":
         return lambda tokens: None
 
     def by_law(tokens: int) -> float:
-        length = along[phase_at(along, tokens)].length
-        return critical_batch_along(batch, tokens) / length
+        return critical_batch_along(batch, tokens) / phases[phase_at(phases, tokens)].length
 
-    measured = noise / by_law(progress.tokens) if noise and progress.tokens else 1.0
-    return lambda tokens: measured * by_law(tokens)
+    factor = noise / by_law(progress.tokens) if noise and progress.tokens else 1.0
+    return lambda tokens: factor * by_law(tokens)

@@ -1,4 +1,4 @@
-"""What the optimizer's hyperparameters become when the batch changes."""
+"""How the optimizer's hyperparameters follow the batch."""
 
 import math
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Hyperparameters:
 
 
 def rule_of(batch: BatchConfig) -> str:
-    """Return the rule that hyperparameters follow: sde, on which `measured` rests, or else the user's."""
+    """Return the rule that hyperparameters follow: `measured` rests on sde; for other policies the user chooses."""
     return "sde" if batch.policy == "measured" else batch.rule
 
 
@@ -35,7 +35,7 @@ def follow(rule: str, optimizer: OptimizerConfig, kappa: float) -> Hyperparamete
     power-lines: weight decay times kappa, so that tau stays (arXiv 2505.13738). sqrt: learning rate and weight decay
     times sqrt(kappa), beta2 to max(beta2^kappa, 0.9), eps over sqrt(kappa). sde: the same, and beta1 to beta1^kappa, so
     that both moments average over as many tokens as before: to first order the square-root scaling rule of Malladi et
-    al. (arXiv 2205.10287), which has 1 - kappa (1 - beta); the floor of beta2 is ours. none: nothing.
+    al. (arXiv 2205.10287), which has 1 - kappa (1 - beta). none: nothing.
     """
     lr, decay, beta1, beta2, eps = (
         getattr(optimizer, name) for name in ("lr", "weight_decay", "beta1", "beta2", "eps")
@@ -45,5 +45,7 @@ def follow(rule: str, optimizer: OptimizerConfig, kappa: float) -> Hyperparamete
     if rule in ("sqrt", "sde"):
         root = math.sqrt(kappa)
         momentum = beta1**kappa if rule == "sde" else beta1
+        # The floor is ours: without one the second moment of a large kappa is a single gradient's. A floor of 0.6 was
+        # no clear gain (docs/log.md). A beta2 that is set below it stays.
         return Hyperparameters(lr * root, decay * root, momentum, max(beta2**kappa, min(beta2, 0.9)), eps / root)
     return Hyperparameters(lr, decay, beta1, beta2, eps)

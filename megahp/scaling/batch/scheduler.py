@@ -1,6 +1,6 @@
-"""The batch plan: what one optimizer step does, as a function of the run's progress and of the measured noise scale.
+"""The plan of the batch: what one optimizer step does, from the run's progress and the measured noise scale.
 
-A change of the global batch is one event at a step boundary. It never shrinks, and is always one the layout runs.
+The global batch changes at a step boundary, in one event. It never shrinks, and is always one that the layout can run.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 from megahp.config import Config, phase_at, phases_of
 from megahp.scaling import schedules
 from megahp.scaling.batch.policies import POLICIES
-from megahp.scaling.batch.policies.policy import Observation, Policy, PolicyState
+from megahp.scaling.batch.policies.policy import Observation, Policy, PolicyState, Proposal
 from megahp.scaling.batch.rule import Hyperparameters, follow, rule_of
-from megahp.scaling.batch.sizes import micro_batch, unit
+from megahp.scaling.batch.sizes import batch_multiple, micro_batch
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Hold how far a run is. Only samples and tokens decide what comes next."""
+    """Hold how far a run is. What comes next depends on samples and tokens alone."""
 
     step: int = 0
     samples: int = 0
@@ -59,7 +59,7 @@ class Change:
     before: int
     now: int
     wanted: float
-    noise_scale: float | None  # examples, what the policy went by; None for those that measure nothing
+    noise_scale: float | None  # examples, the one the policy used; None for policies that measure nothing
     reason: str
     hyperparameters_before: Hyperparameters
     hyperparameters_now: Hyperparameters
@@ -80,7 +80,7 @@ class BatchScheduler:
     def __init__(self, config: Config, dp: int) -> None:
         self.config = config
         self.first_length = self.length = config.data.sequence_length  # length: of the noise scales seen
-        self.unit = unit(config, dp) * self.first_length
+        self.multiple = batch_multiple(config, dp) * self.first_length
         self.limit = config.batch.largest * self.first_length or math.inf
         self.phases = phases_of(config.data)
         self.policy: Policy = POLICIES[config.batch.policy](config)
@@ -88,24 +88,32 @@ class BatchScheduler:
         self.tokens = config.batch.global_batch * self.first_length
 
     @property
-    def sees(self) -> str:
-        """Return which of NoiseScale.numbers `look` and `aim` are to be given."""
-        return self.policy.sees
-
-    @property
     def batch(self) -> int:
         """Return the batch in sequences of the run's first length."""
         return self.tokens // self.first_length
 
+    @property
+    def noise_key(self) -> str:
+        """Return which of NoiseScale.numbers `update`, `target` and `bounds` take."""
+        return self.policy.noise_key
+
+    def is_decision_step(self, step: int) -> bool:
+        """Return whether the noise scale after this step can decide something, and so must be in the log."""
+        return self.policy.measures and step % self.config.batch.look_every == 0
+
+    def is_calibration_step(self, step: int) -> bool:
+        """Return whether to measure the whole model's gradient of one example after this step."""
+        every = self.config.batch.calibrate_every
+        return self.policy.calibrates and every > 0 and step % every == 0
+
     def step(self, progress: Progress) -> StepPlan | None:
-        """Return the next optimizer step, or None when the run is over: the horizon has no room for another batch, or
-        train.steps are done. The learning rate is the schedule's at the middle of the step's tokens, so that its mean
-        over a linear schedule does not depend on the batch."""
+        """Return the next optimizer step; None when the run is over, because the horizon has no room for another batch
+        or train.steps are done."""
         train, tokens = self.config.train, self.tokens
         if (train.steps and progress.step >= train.steps) or progress.tokens + tokens > train.tokens:
             return None
+        # at the middle of the step's tokens, so that the mean rate of a linear schedule does not depend on the batch
         shape = schedules.fraction(self.config.schedule, progress.tokens + tokens / 2, train.tokens)
-        rate = self.policy.rate(shape, self.kappa(tokens))
         peak = self.hyperparameters(tokens)
         phase = phase_at(self.phases, progress.tokens)
         length = self.phases[phase].length
@@ -117,87 +125,83 @@ class BatchScheduler:
             global_batch=tokens // length,
             micro_batch=micro_batch(self.config, length),
             tokens=tokens,
-            **asdict(replace(peak, lr=peak.lr * rate)),
+            **asdict(replace(peak, lr=peak.lr * self.policy.rate(shape, self._kappa(tokens)))),
         )
 
-    def look(self, progress: Progress, noise_scale: float | None) -> Change | None:
-        """Decide, after a step, whether the next ones have a larger batch. noise_scale: that of NoiseScale.numbers
-        which the plan `sees`, in examples.
-
-        Under `sqrt` and `sde` betas may change only once 10 / (1 - beta2) steps are done: AdamW corrects its bias with
-        the present ones.
-        """
+    def update(self, progress: Progress, noise_scale: float | None) -> Change | None:
+        """Decide, after a step, whether the next ones have a larger batch. noise_scale: the one of NoiseScale.numbers
+        under `noise_key`, in examples; None where it is unknown or no decision is due."""
         length = self.phases[phase_at(self.phases, progress.tokens)].length
-        if length != self.length:  # an example is another thing from here on
+        if length != self.length:  # what was measured on examples of another length no longer counts
             self.length, noise_scale = length, None
             self.policy.memory.since = self.policy.memory.least = None
+        # These rules change the betas, and AdamW corrects its bias by the present ones, as if all steps before had had
+        # them. After 10 / (1 - beta2) steps that no longer matters: the correction, 1 - beta2^steps, is 1 to 5e-5.
         if self.rule in ("sqrt", "sde") and progress.step < 10 / (1 - self.config.optimizer.beta2):
             return None
-        moment = self._observe(progress, noise_scale)
-        wanted = self.policy.wanted(moment)
-        if wanted is None or (now := self._runnable_below(wanted)) <= self.tokens:
+        if self.policy.measures and not self.is_decision_step(progress.step):
             return None
-        before, self.tokens, self.policy.memory.since = self.tokens, now, None
-        return self._change(before, wanted, self.policy.noise(moment), self.policy.why(moment))
+        proposal = self.policy.propose(self._observe(progress, noise_scale))
+        if proposal is None or (tokens := self._runnable_below(proposal.tokens)) <= self.tokens:
+            return None
+        before, self.tokens = self.tokens, tokens
+        self.policy.memory.since = None  # the next growth is to be confirmed anew; `least` is what this one rests on
+        return self._change(before, proposal)
 
-    def is_decision_step(self, step: int) -> bool:
-        """Return whether the noise scale after this step can decide something, and so must be in the log."""
-        return self.policy.is_decision_step(step)
-
-    def is_calibration_step(self, step: int) -> bool:
-        """Return whether the whole model's gradient of one example is to be measured after this step."""
-        return self.policy.is_calibration_step(step)
-
-    def aim(self, progress: Progress, noise_scale: float | None) -> float | None:
-        """Return the batch, in sequences, that a policy following the critical batch would have if nothing held it
-        back."""
-        return self.policy.aim(self._observe(progress, noise_scale))
+    def target(self, progress: Progress, noise_scale: float | None) -> float | None:
+        """Return the batch, in sequences, that a policy which follows the critical batch would have if nothing limited
+        its growth."""
+        return self.policy.target(self._observe(progress, noise_scale))
 
     def bounds(self, progress: Progress, noise_scale: float | None) -> dict[str, float]:
-        """Return what holds the batch of a policy that is bounded, name -> sequences."""
+        """Return the bounds of a policy that has some, name -> sequences."""
         return self.policy.bounds(self._observe(progress, noise_scale))
 
     def hyperparameters(self, tokens: int) -> Hyperparameters:
-        """Return the optimizer's base values at a global batch of so many tokens."""
-        return follow(self.rule, self.config.optimizer, self.kappa(tokens))
-
-    def kappa(self, tokens: int) -> float:
-        """Return a global batch of so many tokens over the one that the optimizer's settings are for."""
-        return tokens / (self.config.batch.global_batch * self.first_length)
+        """Return the optimizer's base values at a global batch of this many tokens."""
+        return follow(self.rule, self.config.optimizer, self._kappa(tokens))
 
     def state(self) -> dict[str, Any]:
         return {"batch": self.batch, "length": self.length, **asdict(self.policy.memory)}
 
     def load_state(self, state: Mapping[str, Any], progress: Progress) -> list[Change]:
-        """Become what a state says, as far as settings and layout allow: a batch that this layout cannot run becomes
-        the next one that it can. Return what that changed, and what the policy changes at once."""
+        """Load a state as far as settings and layout allow: a batch that this layout cannot run becomes the next larger
+        one, or the next smaller where that is above the limit. Return the change this made, and the one the policy
+        makes at once."""
         self.length = state["length"]
         self.policy.memory = PolicyState(state["since"], state["least"], state["began"])
         before = state["batch"] * self.first_length
         if self.policy.grows:
-            above = -(-before // self.unit) * self.unit
+            above = -(-before // self.multiple) * self.multiple
             self.tokens = max(self.tokens, above if above <= self.limit else self._runnable_below(above))
-        why = "settings or layout have changed"
-        moved = [self._change(before, self.tokens, None, why)] if self.tokens != before else []
-        # what was measured decides at the looks alone, or a resume would not be exact
-        looked = None if self.policy.measures else self.look(progress, None)
-        return [*moved, looked] if looked else moved
+        changes = []
+        if self.tokens != before:
+            changes.append(self._change(before, Proposal(self.tokens, reason="settings or layout have changed")))
+        # policies that measure decide at decision steps alone: a resume must not add one
+        if not self.policy.measures and (change := self.update(progress, None)):
+            changes.append(change)
+        return changes
+
+    def _kappa(self, tokens: int) -> float:
+        """Return the ratio of a global batch of this many tokens to the one the optimizer's settings are for."""
+        return tokens / (self.config.batch.global_batch * self.first_length)
+
+    def _runnable_below(self, tokens: float) -> int:
+        """Return the largest batch the layout can run that is above neither these tokens nor the limit."""
+        return int(min(tokens, self.limit) // self.multiple) * self.multiple
 
     def _observe(self, progress: Progress, noise_scale: float | None) -> Observation:
-        larger = self._runnable_below(self.tokens + self.unit)
+        larger = self._runnable_below(self.tokens + self.multiple)
         return Observation(progress.step, progress.tokens, self.tokens, larger, self.length, noise_scale)
 
-    def _runnable_below(self, wanted: float) -> int:
-        """Return the largest batch the layout runs that is neither above what is wanted nor above the limit."""
-        return int(min(wanted, self.limit) // self.unit) * self.unit
-
-    def _change(self, before: int, wanted: float, noise: float | None, why: str = "") -> Change:
-        """Return the change from a batch to the present one."""
+    def _change(self, before: int, proposal: Proposal) -> Change:
+        """Return the change from a batch to the present one, which followed from the proposal."""
         old, new = self.hyperparameters(before), self.hyperparameters(self.tokens)
-        horizon = self.config.train.tokens
-        taus = old.timescale(before, horizon), new.timescale(self.tokens, horizon)
-        sequences, asked = (before // self.length, self.tokens // self.length), wanted / self.length
-        because = f"; the smoothed noise scale stayed at {noise:.4g} examples or more" if noise else ""
-        why = why or f"{self.config.batch.policy} asks for {asked:.4g}{because}"
+        horizon, noise, why = self.config.train.tokens, proposal.noise_scale, proposal.reason
+        sequences, asked = (before // self.length, self.tokens // self.length), proposal.tokens / self.length
+        if not why:  # these words stand in events.jsonl, and a replay compares them
+            because = f"; the smoothed noise scale stayed at {noise:.4g} examples or more" if noise else ""
+            why = f"{self.config.batch.policy} asks for {asked:.4g}{because}"
         reason = f"global batch {sequences[0]} -> {sequences[1]}: {why}"
+        taus = old.timescale(before, horizon), new.timescale(self.tokens, horizon)
         return Change(*sequences, asked, noise, reason, old, new, *taus)

@@ -36,7 +36,7 @@ def run(plan: BatchScheduler, noise: Sequence[float | None] = (None,)) -> list[t
     progress, seen = Progress(), []
     while step := plan.step(progress):
         before, progress = progress, progress.after(step)
-        seen.append((before, step.global_batch, plan.look(progress, at(noise, progress, plan))))
+        seen.append((before, step.global_batch, plan.update(progress, at(noise, progress, plan))))
     return seen
 
 

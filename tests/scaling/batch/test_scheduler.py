@@ -58,7 +58,7 @@ def test_sqrt_waits_until_beta2_may_change() -> None:
 
 @pytest.mark.parametrize(("largest", "expected"), [(64, 16), (15, 8), (16, 16)])
 def test_a_state_moves_to_a_layout_that_cannot_run_its_batch(largest: int, expected: int) -> None:
-    """Up, or where that would exceed the limit down; and it is told."""
+    """Up, or where that would exceed the limit down; and the change says why."""
     plan = BatchScheduler(config(8, 4, tokens=TOKENS, **{**NOISE, "batch__largest": largest}), 2)
     (change,) = plan.load_state(SAVED, Progress(50, 400, 6400))
     assert (change.before, change.now, plan.batch) == (12, expected, expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scaling.batch.schedulers import config, run
 
-from megahp.scaling.batch import BatchScheduler, runnable, unit
+from megahp.scaling.batch import BatchScheduler, batch_multiple, runnable
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,11 @@ def test_runnable_names_the_nearest_batches(batch: int, dp: int, micro: int, exp
 def test_a_batch_is_one_that_every_length_can_run() -> None:
     """With microbatches of one sequence, four times the length needs four times the tokens."""
     chosen = config(8, 1, data__lengths=("640:64",))
-    assert (unit(chosen, 2), unit(config(8, 4, data__lengths=("640:64",)), 2), unit(config(8, 1), 2)) == (8, 8, 2)
+    assert (
+        batch_multiple(chosen, 2),
+        batch_multiple(config(8, 4, data__lengths=("640:64",)), 2),
+        batch_multiple(config(8, 1), 2),
+    ) == (8, 8, 2)
     plan = BatchScheduler(chosen, 2)
     sizes = [(before.tokens, size) for before, size, _ in run(plan)]
     assert sizes[:6] == [(128 * k, 8 if k < 5 else 2) for k in range(6)]

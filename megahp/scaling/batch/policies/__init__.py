@@ -1,4 +1,4 @@
-"""The policies by name: each says which batch it wants; BatchScheduler rounds it to what the layout can run."""
+"""The policies by name. Each proposes a batch; BatchScheduler rounds it to what the layout can run."""
 
 from megahp.scaling.batch.policies.constant import Constant
 from megahp.scaling.batch.policies.law import Law

@@ -7,15 +7,15 @@ from megahp.scaling.laws import PowerLaw
 
 
 class Law(Policy):
-    """Want a share of the critical batch, spread along the run (Power Lines, arXiv 2505.13738)."""
+    """Target a share of the critical batch, spread along the run (Power Lines, arXiv 2505.13738)."""
 
-    def aim(self, now: Observation) -> float:
+    def target(self, observed: Observation) -> float:
         batch = self.config.batch
-        return batch.target * critical_batch_along(batch, now.tokens) / now.length
+        return batch.target * critical_batch_along(batch, observed.tokens) / observed.length
 
 
 def critical_batch_along(batch: BatchConfig, tokens: float) -> float:
-    """Return batch.critical_batch, a law of whole runs, spread along one: tokens after so many tokens."""
+    """Return batch.critical_batch, a law of whole runs, spread along one: in tokens, after this many tokens."""
     scale, exponent = batch.critical_batch
     law = PowerLaw(scale, exponent, "batch.critical_batch", "given")
     return power_laws.critical_batch_along(tokens, law)

@@ -2,41 +2,41 @@
 
 import math
 
-from megahp.scaling.batch.policies.policy import Observation, Policy
+from megahp.scaling.batch.policies.policy import Observation, Policy, Proposal
 
 
 class NoiseScale(Policy):
-    """Want a share of the least noise scale seen, once it has asked for enough growth during one half-life without a
-    break.
+    """Propose a share of the least noise scale seen, once it has asked for enough growth during one half-life of the
+    averages without a break.
 
-    A spike shorter than the half-life therefore grows nothing. A value that is unknown asks for nothing.
+    So a spike shorter than the half-life grows nothing. An unknown value asks for nothing.
     """
 
     measures = True
 
-    def aim(self, now: Observation) -> float | None:
-        batch, noise = self.config.batch, now.noise_scale
+    def target(self, observed: Observation) -> float | None:
+        batch, noise = self.config.batch, observed.noise_scale
         return None if noise is None else batch.target * batch.noise_to_total * noise
 
-    def wanted(self, now: Observation) -> float | None:
+    def propose(self, observed: Observation) -> Proposal | None:
         batch, train, memory = self.config.batch, self.config.train, self.memory
-        if not self.is_decision_step(now.step) or now.tokens < batch.delay * train.tokens:
+        if observed.tokens < batch.delay * train.tokens:
             return None
-        noise = now.noise_scale if now.noise_scale is not None and math.isfinite(now.noise_scale) else 0.0
-        asked, present = self._asked(noise, now.length), now.batch // self.first_length
-        if asked < batch.hysteresis * present or asked * self.first_length < now.larger or now.larger <= now.batch:
+
+        def batch_for(noise: float) -> float:  # in sequences of the first length, where it is rounded (Policy.propose)
+            return batch.target * batch.noise_to_total * noise * observed.length / self.first_length
+
+        noise = observed.noise_scale
+        noise = noise if noise is not None and math.isfinite(noise) else 0.0
+        present, asked = observed.batch // self.first_length, batch_for(noise)
+        enough = asked >= batch.hysteresis * present and asked * self.first_length >= observed.larger
+        if not enough or observed.larger <= observed.batch:
             memory.since = memory.least = None
             return None
         if memory.since is None or memory.least is None:
-            memory.since, memory.least = now.tokens, noise
+            memory.since, memory.least = observed.tokens, noise
         memory.least = min(memory.least, noise)
-        if now.tokens - memory.since < train.noise_half_life * train.tokens:
+        if observed.tokens - memory.since < train.noise_half_life * train.tokens:
             return None
-        return min(self._asked(memory.least, now.length), batch.growth * present) * self.first_length
-
-    def noise(self, now: Observation) -> float | None:
-        return self.memory.least
-
-    def _asked(self, noise: float, length: int) -> float:
-        """Return what is aimed at in sequences of the run's first length, where it is rounded (see Policy.wanted)."""
-        return self.config.batch.target * self.config.batch.noise_to_total * noise * length / self.first_length
+        tokens = min(batch_for(memory.least), batch.growth * present) * self.first_length
+        return Proposal(tokens, memory.least)

@@ -24,5 +24,5 @@ def test_the_law_is_the_papers_unless_the_run_has_its_own() -> None:
     paper = power_laws.CRITICAL_BATCH
     assert Config().batch.critical_batch == pytest.approx((paper.scale, paper.exponent), rel=1e-12)
     values = {"batch__policy": "law", "batch__target": 0.5, "batch__critical_batch": (3.0, 0.5)}
-    asked = BatchScheduler(config(8, **values), 1).aim(Progress(tokens=400), None)
+    asked = BatchScheduler(config(8, **values), 1).target(Progress(tokens=400), None)
     assert asked == pytest.approx(0.5 * 1.5 * 3 * 400**0.5 / 16)

@@ -81,7 +81,7 @@ def test_the_drift_of_a_step_never_exceeds_its_peak() -> None:
     while step := plan.step(progress):
         drifts.append(step.lr * math.sqrt(step.global_batch))
         progress = progress.after(step)
-        plan.look(progress, 1e6)
+        plan.update(progress, 1e6)
     peak = plan.config.optimizer.lr * math.sqrt(8)
     assert max(drifts) <= peak
     # a constant batch, whose drift falls with the rate, is above three quarters for 30 % of its steps
@@ -136,7 +136,7 @@ def test_little_is_left_untrained() -> None:
 
 @pytest.mark.parametrize("kappa", [1, 2, 8])
 def test_a_batch_that_has_grown_warms_up_again_below_the_same_drift(kappa: int) -> None:
-    """A branch, or a run with another horizon, that goes on with a grown batch: the rate is held down instead."""
+    """A branch, or a run with another horizon, that continues with a grown batch: the rate is limited instead."""
     values = {"schedule__start": TOKENS, "schedule__warmup": 0.05, "train__tokens": 2 * TOKENS}
     plan = BatchScheduler(measured(**values), 1)
     progress = Progress(500, TOKENS // 16, TOKENS)
@@ -145,7 +145,7 @@ def test_a_batch_that_has_grown_warms_up_again_below_the_same_drift(kappa: int) 
     while step := plan.step(progress):
         drifts.append(step.lr * math.sqrt(step.global_batch))
         progress = progress.after(step)
-        plan.look(progress, 1e6)
+        plan.update(progress, 1e6)
     peak = plan.config.optimizer.lr * math.sqrt(8)
     assert max(drifts) <= peak * (1 + 1e-12) and max(drifts) > 0.98 * peak
 
@@ -160,6 +160,6 @@ def test_bounds_are_tokens_whatever_the_length() -> None:
     while step := plan.step(found):
         found = found.after(step)
         ends.append(found.tokens)
-        plan.look(found, at(feed, found, plan))
+        plan.update(found, at(feed, found, plan))
     assert len(same) <= len(ends) < 1.08 * len(same)  # a unit is four times as large in the second half
     assert plan.tokens > 6 * 8 * 16

@@ -61,7 +61,7 @@ def test_a_step_longer_than_the_half_life_grows() -> None:
 
 
 def test_an_unknown_noise_scale_confirms_nothing() -> None:
-    """Two looks at a spike, a half-life apart, with nothing known between them."""
+    """Two decisions at a spike, a half-life apart, with unknown values between them."""
     feed = [3.0] * 200 + [1e3] + [None] * 22 + [1e3] + [3.0] * 776
     assert max(size for _, size, _ in noise_run(feed)) == 4
 
@@ -90,6 +90,6 @@ def test_state_goes_on_where_it_stopped() -> None:
         if step is None:
             break
         progress = progress.after(step)
-        seen.append((step.global_batch, plan.look(progress, at(feed, progress, plan))))
+        seen.append((step.global_batch, plan.update(progress, at(feed, progress, plan))))
         state = plan.state()
     assert seen == whole and any(change for _, change in seen)

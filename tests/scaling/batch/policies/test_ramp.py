@@ -25,5 +25,5 @@ def test_a_ramp_begins_where_its_plan_does() -> None:
     while step := late.step(progress):
         progress = progress.after(step)
         sizes.append(step.global_batch)
-        late.look(progress, None)
+        late.update(progress, None)
     assert sizes == whole and set(sizes) == {4, 6, 8}

@@ -27,5 +27,5 @@ def test_a_linear_ramp_of_accumulation_is_a_table() -> None:
     steps = run(plan)
     sizes = [size for _, size, _ in steps]
     assert (sizes[0], sizes[-1], sizes) == (2, 14, sorted(sizes))
-    change = plan.look(Progress(len(sizes), sum(sizes), tokens), None)
+    change = plan.update(Progress(len(sizes), sum(sizes), tokens), None)
     assert change is not None and change.now == 15

@@ -10,7 +10,7 @@ from megahp.config import Phase, parse_table, phase_at, phases_of
 from megahp.config.schema import DataConfig
 
 
-def test_lengths_and_mixtures_make_stages_together() -> None:
+def test_lengths_and_mixtures_make_phases_together() -> None:
     data = DataConfig(sequence_length=256, lengths=("100:512",), weights=(1.0, 0.0), mixtures=("50:0.5,0.5", "100:0,1"))
     expected = [Phase(0, 256, (1.0, 0.0)), Phase(50, 256, (0.5, 0.5)), Phase(100, 512, (0.0, 1.0))]
     assert phases_of(data) == expected
@@ -28,11 +28,11 @@ class Asked(float):
 
 
 def test_many_lengths_are_looked_up_and_not_searched() -> None:
-    along = phases_of(DataConfig(sequence_length=256, lengths=tuple(f"{i}:256" for i in range(1, 3000))))
-    assert len(along) == 3000
+    phases = phases_of(DataConfig(sequence_length=256, lengths=tuple(f"{i}:256" for i in range(1, 3000))))
+    assert len(phases) == 3000
     for tokens in (0, 1, 2999, 10**9):
-        assert phase_at(along, tokens) == [stage.tokens <= tokens for stage in along].count(True) - 1
-    assert phase_at([replace(stage, tokens=Asked(stage.tokens)) for stage in along], 1500) == 1500
+        assert phase_at(phases, tokens) == [phase.tokens <= tokens for phase in phases].count(True) - 1
+    assert phase_at([replace(phase, tokens=Asked(phase.tokens)) for phase in phases], 1500) == 1500
     assert 0 < Asked.times <= 13
 
 
@@ -41,7 +41,7 @@ def test_a_table_grows_in_tokens_and_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("1e9",), "'1e9' is not tokens:batch"),
         (("1e9:1.5",), "'1e9:1.5' is not tokens:batch"),
@@ -49,6 +49,6 @@ def test_a_table_grows_in_tokens_and_batch() -> None:
         (("1e9:64", "2e9:64"), "'2e9:64' must have a larger batch than 64"),
     ],
 )
-def test_a_wrong_word_is_named(words: tuple[str, ...], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_a_wrong_word_is_named(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         parse_table(words)

@@ -1,4 +1,4 @@
-"""How a run stands, or how it ended: from the ends of its logs, its lock and its jobs."""
+"""The status of a run: its progress, or how it ended, from the ends of its logs, its lock and its jobs."""
 
 import contextlib
 import fcntl
@@ -19,43 +19,44 @@ from megahp.log.events import STARTS
 from megahp.log.metrics import Record, newest_events, newest_metrics
 from megahp.log.progress import human_count, human_duration
 
-OWN = {"checkpoints", "crashes", "slurm", "tensorboard", "wandb"}  # folders of a run that hold no other runs
+RUN_FOLDERS = {"checkpoints", "crashes", "slurm", "tensorboard", "wandb"}  # of a run directory: hold no other runs
 ENDS = ("finished", "stopped", "broken")  # events after which a run does not train
-SILENT = 600  # seconds without a line after which a run of another machine is taken to have ended
+SILENT = 600  # seconds without a new line after which a run on another machine counts as interrupted
 HEADER = ("RUN", "STATE", "STEP", "TOKENS", "SHARE", "LOSS", "JOB", "LOG", "ETA, OR END")
 COLUMNS = ("run", "state", "step", "tokens", "share", "loss", "job", "log", "outlook")
-NEWEST = 20  # steps, of which the median is a run's speed
+NEWEST = 20  # steps whose median is the speed behind the ETA
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A run, as a line or a few words can show it; "" where something is not known."""
+class RunStatus:
+    """The status of a run, as text; "" if unknown."""
 
     run: str
-    state: str  # queued, running, finished, stopped, broken, interrupted, not begun, unreadable; or as Slurm calls it
+    state: str  # queued, running, finished, stopped, broken, interrupted, not begun, unreadable; or a state of Slurm's
     step: str = ""
     tokens: str = ""  # done/planned
     share: str = ""  # of them
     loss: str = ""
-    speed: str = ""
-    outlook: str = ""  # the ETA; of a run that is over when, and why
+    speed: str = ""  # tokens per second
+    outlook: str = ""  # the ETA, or when and why the run ended
     job: str = ""
-    log: str = ""  # the newest file of what its ranks said
+    log: str = ""  # the newest file of its ranks' output
 
 
 def runs_below(folder: Path) -> Iterator[Path]:
-    """Yield every run directory in a folder, in order; it may be one itself."""
+    """Yield every run directory in a folder, and the folder itself if it is one, in order."""
     for directory, inner, files in os.walk(folder):
-        is_run = "events.jsonl" in files or inner == ["slurm"]  # of a job that has not come to train
-        inner[:] = sorted(set(inner) - OWN if is_run else inner)
+        is_run = "events.jsonl" in files or inner == ["slurm"]  # the latter of a job that has not begun to train
+        inner[:] = sorted(set(inner) - RUN_FOLDERS if is_run else inner)  # os.walk descends into what remains
         if is_run:
             yield Path(directory)
 
 
-def standing(run: Path, jobs: Sequence[Queued] = ()) -> Standing:
-    """How a run stands; what of its files cannot be read is said in its place."""
-    jobs = sorted(jobs, key=lambda job: job.state == "pending")  # the one that runs before one that waits for it
-    state = _job_state(jobs) if jobs else "not begun"
+def read_status(run: Path, jobs: Sequence[Queued] = ()) -> RunStatus:
+    """Return the status of a run and its jobs. If a file cannot be read, the error is the outlook."""
+    jobs = sorted(jobs, key=lambda job: job.state == "pending")  # a running job before one that waits for it
+    job_state = ("queued" if jobs[0].state == "pending" else jobs[0].state) if jobs else ""
+    state = job_state or "not begun"
     job, log = ", ".join(job.id for job in jobs), _newest_log(run)
     steps, event = list[Record](), None
     try:
@@ -65,48 +66,39 @@ def standing(run: Path, jobs: Sequence[Queued] = ()) -> Standing:
             event = next((event for event in newest_events(run) if event["event"] in (*ENDS, *STARTS)), None)
         if (run / "metrics.jsonl").exists():
             steps = list(itertools.islice(newest_metrics(run), NEWEST))
-        if event:
-            state = _state(run, event, jobs)
+        if event and event["event"] == "finished":
+            state = "finished"
+        elif event and jobs:
+            state = job_state
+        elif event and event["event"] in ENDS:
+            state = str(event["event"])
+        elif event:
+            state = "running" if _is_alive(run) else "interrupted"
         if not steps or not total:
-            return Standing(str(run), state, outlook=_ended(event), job=job, log=log)
+            return RunStatus(str(run), state, outlook=_ended(event), job=job, log=log)
         step, tokens = steps[0]["step"], steps[0]["tokens"]
-        loss = next((f"{loss:.4f}" for each in steps if (loss := each.get("loss")) is not None), "-")
+        loss = next((f"{loss:.4f}" for record in steps if (loss := record.get("loss")) is not None), "-")
         numbers = f"{step:,}", f"{human_count(tokens)}/{human_count(total)}", f"{tokens / total:.0%}", loss
         outlook = _eta(steps, total, last_step) if state in ("running", "queued") else _ended(event)
-        return Standing(str(run), state, *numbers, human_count(steps[0].get("tokens_per_second")), outlook, job, log)
+        return RunStatus(str(run), state, *numbers, human_count(steps[0].get("tokens_per_second")), outlook, job, log)
     except (UserError, OSError) as error:
-        return Standing(str(run), "unreadable", outlook=str(error), job=job, log=log)
+        return RunStatus(str(run), "unreadable", outlook=str(error), job=job, log=log)
 
 
-def table(standings: Sequence[Standing]) -> str:
+def table(statuses: Sequence[RunStatus]) -> str:
     """Return a line for each run, in columns."""
-    rows = [HEADER, *([printable(getattr(each, name)) for name in COLUMNS] for each in standings)]
+    rows = [HEADER, *([printable(getattr(each, name)) for name in COLUMNS] for each in statuses)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _state(run: Path, event: Record, jobs: Sequence[Queued]) -> str:
-    """In a word, of a run whose newest start or end is this event."""
-    if event["event"] == "finished":
-        return "finished"
-    if jobs:
-        return _job_state(jobs)
-    if event["event"] in ENDS:
-        return str(event["event"])
-    return "running" if _is_alive(run) else "interrupted"
-
-
-def _job_state(jobs: Sequence[Queued]) -> str:
-    return "queued" if jobs[0].state == "pending" else jobs[0].state
-
-
 def _is_alive(run: Path) -> bool:
-    """Whether the process that holds the run's lock lives; on another machine, whether it has lately logged a line."""
+    """Return whether the process that holds the run's lock is alive; on another machine, whether it logged lately."""
     lock = run / ".lock"
     owner = re.match(r"process (\d+) on (\S+?)(,|$)", read_text(lock, "lock")) if lock.exists() else None
     if owner and owner[2] == socket.gethostname():
-        with open(lock) as file, contextlib.suppress(OSError):  # of file systems without locks
+        with open(lock) as file, contextlib.suppress(OSError):  # file systems without locks: ask for the process
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return False
@@ -118,20 +110,23 @@ def _is_alive(run: Path) -> bool:
 
 
 def _horizon(run: Path) -> tuple[int, int]:
-    """train.tokens and train.steps, 0 where config.toml, which another version may have written, does not say."""
+    """Return train.tokens and train.steps of config.toml, 0 if unknown: another version may have written the file."""
     if not (run / "config.toml").exists():
         return 0, 0
     train = read_toml(run / "config.toml", "run file").get("train")
-    found = [train.get(key) if isinstance(train, dict) else 0 for key in ("tokens", "steps")]
-    tokens, steps = (value if type(value) is int and 0 < value < 2**63 else 0 for value in found)
+    values = [train.get(key) if isinstance(train, dict) else 0 for key in ("tokens", "steps")]
+    tokens, steps = (value if type(value) is int and 0 < value < 2**63 else 0 for value in values)
     return tokens, steps
 
 
 def _eta(newest: Sequence[Record], total: int, last_step: int) -> str:
-    known = [each for each in newest if each.get("tokens_per_second") and each.get("step_seconds")]
-    if not known:
+    """Return the ETA from the median speed of the newest steps, for the horizon in tokens or steps that comes first."""
+    timed = [record for record in newest if record.get("tokens_per_second") and record.get("step_seconds")]
+    if not timed:
         return ""
-    speed, seconds = (statistics.median(each[key] for each in known) for key in ("tokens_per_second", "step_seconds"))
+    speed, seconds = (
+        statistics.median(record[key] for record in timed) for key in ("tokens_per_second", "step_seconds")
+    )
     left = (total - newest[0]["tokens"]) / speed
     if last_step:
         left = min(left, (last_step - newest[0]["step"]) * seconds)
@@ -139,7 +134,7 @@ def _eta(newest: Sequence[Record], total: int, last_step: int) -> str:
 
 
 def _ended(event: Record | None) -> str:
-    """When the newest start or end was, and an end's reason."""
+    """Return when the newest start or end was, and the reason of an end."""
     if event is None:
         return ""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
@@ -149,13 +144,13 @@ def _ended(event: Record | None) -> str:
 
 
 def printable(text: str) -> str:
-    """A text that others wrote, on one line of a terminal, which it cannot command."""
+    """Return untrusted text as one line without control characters, which could command a terminal."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _newest_log(run: Path) -> str:
     logs = [*run.glob("slurm/*.out"), *run.glob("crashes/*.txt")]
     logs = [log for log in logs if not log.name.startswith("patience-")]  # of a job that only waits for nodes
-    with contextlib.suppress(OSError):  # one that has just gone
+    with contextlib.suppress(OSError):  # a file that was just removed
         return str(max(logs, key=lambda path: path.lstat().st_mtime, default=""))
     return ""

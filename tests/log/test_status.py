@@ -1,4 +1,4 @@
-"""How a run stands, by what it left."""
+"""The status of a run, from what it left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from megahp.cluster.job import Queued
 from megahp.log import metrics
 from megahp.log.metrics import RunLog
-from megahp.log.standing import SILENT, Standing, runs_below, standing, table
+from megahp.log.status import SILENT, RunStatus, read_status, runs_below, table
 
 RUNNING, PENDING = Queued("12", "running", "1:00 of 2:00, 1 nodes n1"), Queued("13", "pending", "")
 
@@ -55,10 +55,10 @@ def in_utc(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_events_and_jobs_decide(
     tmp_path: Path, events: Sequence[str], jobs: Sequence[Queued], state: str, outlook: str
 ) -> None:
-    found = standing(write_run(tmp_path / "run", events), jobs)
+    found = read_status(write_run(tmp_path / "run", events), jobs)
     numbers = "10", "100/1k", "10%", "3.0000", "5"
     ids = ", ".join(job.id for job in sorted(jobs, key=lambda job: job.id))
-    assert found == Standing(str(tmp_path / "run"), state, *numbers, outlook, ids)
+    assert found == RunStatus(str(tmp_path / "run"), state, *numbers, outlook, ids)
 
 
 def test_without_a_job_the_process_that_holds_the_lock_decides(tmp_path: Path) -> None:
@@ -66,9 +66,9 @@ def test_without_a_job_the_process_that_holds_the_lock_decides(tmp_path: Path) -
     (run / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}, Slurm job 7")
     with (run / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert standing(run).state == "running"
-    assert standing(run).state == "interrupted"  # whoever has its number now
-    assert standing(run).outlook == "started 1970-01-01 00:00"
+        assert read_status(run).state == "running"
+    assert read_status(run).state == "interrupted"  # whoever has its number now
+    assert read_status(run).outlook == "started 1970-01-01 00:00"
 
 
 @pytest.mark.parametrize("lock", ["process 1 on elsewhere", "process 1", "nonsense", None])
@@ -76,42 +76,42 @@ def test_of_another_machine_s_process_silence_decides(tmp_path: Path, lock: str 
     run = write_run(tmp_path / "run")
     if lock:
         (run / ".lock").write_text(lock)
-    assert standing(run).state == "running"
+    assert read_status(run).state == "running"
     for name in ("metrics.jsonl", "events.jsonl"):
         os.utime(run / name, (0, time.time() - SILENT - 1))
-    assert standing(run).state == "interrupted"
+    assert read_status(run).state == "interrupted"
 
 
 def test_a_run_that_train_steps_ends_is_over_sooner(tmp_path: Path) -> None:
     (write_run(tmp_path / "run", config="tokens = 1_000\nsteps = 15") / ".lock").touch()
-    assert standing(tmp_path / "run").outlook == "ETA 10 s"
+    assert read_status(tmp_path / "run").outlook == "ETA 10 s"
 
 
 @pytest.mark.parametrize("config", ["tokens = 'many'", "tokens = -1", "steps = 5", "tokens = true"])
 def test_what_the_settings_do_not_say_is_left_out(tmp_path: Path, config: str) -> None:
-    found = standing(write_run(tmp_path / "run", ("started", "finished"), config=config))
+    found = read_status(write_run(tmp_path / "run", ("started", "finished"), config=config))
     assert (found.state, found.tokens) == ("finished", "")
 
 
 def test_a_run_that_cannot_be_read_is_a_line_too(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "config.toml").write_text("[train")
-    assert standing(run).state == "unreadable" and "config.toml is not valid TOML" in standing(run).outlook
+    assert read_status(run).state == "unreadable" and "config.toml is not valid TOML" in read_status(run).outlook
     (run / "config.toml").unlink()
     (run / "config.toml").symlink_to("/etc/passwd")
-    assert standing(run).state == "unreadable" and "config.toml is a symbolic link" in standing(run).outlook
+    assert read_status(run).state == "unreadable" and "config.toml is a symbolic link" in read_status(run).outlook
     (tmp_path / "new").mkdir()
-    assert standing(tmp_path / "new") == Standing(str(tmp_path / "new"), "not begun")
-    assert standing(tmp_path / "new", [PENDING]).state == "queued"
+    assert read_status(tmp_path / "new") == RunStatus(str(tmp_path / "new"), "not begun")
+    assert read_status(tmp_path / "new", [PENDING]).state == "queued"
 
 
 def test_what_others_wrote_does_not_command_a_terminal(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ("started",))
     RunLog(run).event("stopped", "\x1b[2J\nmegahp: all is well", time=0)
-    assert table([standing(run)]).splitlines()[1].endswith("1970-01-01 00:00  [2J megahp: all is well")
+    assert table([read_status(run)]).splitlines()[1].endswith("1970-01-01 00:00  [2J megahp: all is well")
     (tmp_path / "runs").mkdir()
     run.rename(tmp_path / b"runs/\xff".decode(errors="surrogateescape"))
-    assert table([standing(each) for each in runs_below(tmp_path / "runs")]).isascii()
+    assert table([read_status(each) for each in runs_below(tmp_path / "runs")]).isascii()
 
 
 def test_a_skipped_step_does_not_hide_the_loss_and_the_newest_log_is_named(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_skipped_step_does_not_hide_the_loss_and_the_newest_log_is_named(tmp_p
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).touch()
         os.utime(run / name, (0, age))
-    found = standing(run)
+    found = read_status(run)
     assert (found.step, found.loss, found.speed, found.log) == ("11", "3.0000", "-", str(run / "slurm/1.out"))
 
 
@@ -138,7 +138,8 @@ def test_all_runs_below_a_folder_are_found(tmp_path: Path) -> None:
 
 
 def test_a_table_stands_in_columns() -> None:
-    rows = table([Standing("a", "running", step="1,234", outlook="ETA 3 s"), Standing("longer", "queued")]).splitlines()
+    statuses = [RunStatus("a", "running", step="1,234", outlook="ETA 3 s"), RunStatus("longer", "queued")]
+    rows = table(statuses).splitlines()
     assert [row.index(text) for row, text in zip(rows, ("STATE", "running", "queued"), strict=True)] == [8, 8, 8]
     assert rows[0].index("ETA, OR END") == rows[1].index("ETA 3 s") and rows[2] == "longer  queued"
 
@@ -146,4 +147,4 @@ def test_a_table_stands_in_columns() -> None:
 def test_of_a_long_log_only_the_end_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, parsed, parse = write_run(tmp_path / "run", steps=2000), list[bytes](), metrics._parse
     monkeypatch.setattr(metrics, "_parse", lambda line: parsed.append(line) or parse(line))
-    assert standing(run).step == "2,000" and len(parsed) < 30
+    assert read_status(run).step == "2,000" and len(parsed) < 30

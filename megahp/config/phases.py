@@ -1,0 +1,73 @@
+"""Settings that change during the run: lists of "tokens:value" words, each value in effect from that many tokens on."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megahp.config.schema import DataConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the run with one sequence length and one mixture of sources."""
+
+    tokens: float  # of the run, at which the phase begins
+    length: int  # tokens per sample
+    weights: tuple[float, ...]  # one per source, 0 = unused in this phase; empty = in proportion to their tokens
+
+
+def phases_of(data: DataConfig) -> list[Phase]:
+    """Return the phases of the data, the first from 0 tokens on. Raises ValueError naming the wrong word."""
+
+    def parse_weights(text: str) -> tuple[float, ...]:
+        return tuple(map(float, text.split(",")))
+
+    lengths = [(0.0, data.sequence_length)]
+    lengths += _parse_words(data.lengths, _parse_whole, "tokens:length, such as 4.7e11:8192")
+    mixtures = [(0.0, data.weights)]
+    mixtures += _parse_words(data.mixtures, parse_weights, "tokens:weights, such as 1e9:0.7,0.3")
+    begins = sorted({tokens for tokens, _ in (*lengths, *mixtures)})
+    return [Phase(tokens, _value_at(lengths, tokens), _value_at(mixtures, tokens)) for tokens in begins]
+
+
+def phase_at(phases: Sequence[Phase], tokens: int) -> int:
+    """Return the index of the phase of a step that begins after this many tokens."""
+    return bisect_right(phases, float(tokens), key=lambda phase: phase.tokens) - 1
+
+
+def parse_table(words: tuple[str, ...]) -> list[tuple[float, int]]:
+    """Return (tokens, batch) pairs, ascending in both. Raises ValueError naming the wrong word."""
+    pairs = _parse_words(words, _parse_whole, "tokens:batch, such as 1e9:512")
+    for word, (_, before), (_, batch) in zip(words[1:], pairs, pairs[1:], strict=False):
+        if batch <= before:
+            raise ValueError(f"{word!r} must have a larger batch than {before}")
+    return pairs
+
+
+def _parse_words(words: tuple[str, ...], parse: Callable[[str], Any], form: str) -> list[tuple[float, Any]]:
+    pairs: list[tuple[float, Any]] = []
+    last = 0.0
+    for word in words:
+        text, _, value = word.partition(":")
+        try:
+            tokens, parsed = float(text), parse(value)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{word!r} is not {form}") from None
+        if not last < tokens < math.inf:
+            raise ValueError(f"{word!r} must come after {last:g} tokens")
+        pairs.append((tokens, parsed))
+        last = tokens
+    return pairs
+
+
+def _parse_whole(text: str) -> int:
+    if not (value := float(text)).is_integer():
+        raise ValueError
+    return int(value)
+
+
+def _value_at(pairs: list[tuple[float, Any]], tokens: float) -> Any:
+    """Return the value in effect at this many tokens."""
+    return pairs[bisect_right(pairs, tokens, key=lambda pair: pair[0]) - 1][1]
