@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
 
-from megahp import launch
+from megahp import __version__, launch
 from megahp.commands import COMMANDS, HIDDEN, LISTING, STARTED_AGAIN
 from megahp.config.resolve import suggest
 from megahp.errors import Fault, UserError, complain, in_one_line, is_user_error, masked
@@ -73,7 +73,8 @@ def parse(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in (*COMMANDS, *HIDDEN)), "")
     if not name:
         parser = Parser(prog="megahp", usage="megahp COMMAND ...", epilog=f"commands:\n{LISTING}")
-        parser.parse_known_args(words)  # --help
+        parser.add_argument("--version", action="version", version=f"megahp {__version__}")
+        parser.parse_known_args(words)  # --help, --version
         if not words:
             parser.print_help(sys.stderr)
             parser.exit(USER_ERROR)

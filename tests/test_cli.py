@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 
 import megahp
-from megahp import cli
+from megahp import __version__, cli
 from megahp.commands import COMMANDS, HIDDEN
 from megahp.exit_codes import FAULT
 
@@ -88,6 +88,10 @@ def test_a_command_that_lacks_everything_explains_itself(command: str, capsys: p
             assert len(said.err.splitlines()) < 45
     else:
         assert command != "train"
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(["--version"], capsys)[:2] == (0, f"megahp {__version__}\n")
 
 
 @pytest.mark.parametrize(
