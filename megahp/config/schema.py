@@ -444,7 +444,7 @@ class LogConfig:
     name: str = setting("run", "name of the run")
     root: str = setting("runs", "folder that holds the run directories")
     every: int = at_least_1(1, "steps between lines of metrics.jsonl")
-    tensorboard: bool = setting(True, "also write TensorBoard files")
+    tensorboard: bool = setting(False, "also write TensorBoard files (needs the package tensorboard)")
     baselines: bool = setting(
         True,
         "at the end, also compute the validation loss of a unigram and a bigram model",
