@@ -30,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     from megahp.recipe import fit_runs
-    from megahp.recipe.law_file import Laws, write
+    from megahp.recipe.law_file import LawFile, write
 
     runs, notes = fit_runs.read_runs(options.runs)
     try:
@@ -38,7 +38,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     except UserError as error:
         raise UserError("\n".join([str(error), *notes])) from None  # which runs were left out, and why
     try:
-        write(options.out, Laws(**{name: fitted.law for name, fitted in fits.items()}))
+        write(options.out, LawFile(**{name: fitted.law for name, fitted in fits.items()}))
         if options.plot:
             fit_runs.plot(options.plot, fits)
     except OSError as error:

@@ -19,7 +19,7 @@ from megahp.log.progress import human_count
 from megahp.recipe import law_file, loss_laws, pareto
 from megahp.recipe import rows as recipe_rows
 from megahp.recipe import text as recipe_text
-from megahp.recipe.recipe import PROXY, RULES, Base, Laws, Recipe, plan
+from megahp.recipe.recipe import PROXY, RULES, Base, Laws, Recipe, make_recipe
 from megahp.recipe.sizing import TPP, Given
 
 MARKED = (10, 20, 30, 50, 80, 130, 200, 320, 500, 1000)  # tokens per parameter in the Pareto plot
@@ -73,7 +73,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         raise UserError(f"--pareto {options.pareto} is drawn at one loss; give --target-loss")
     if options.out and options.out.exists() and not options.overwrite:
         raise UserError(f"--out {options.out} exists; choose another name, or add --overwrite")
-    found = plan(given_of(options), base_of(options), laws, options.out.stem if options.out else "")
+    found = make_recipe(given_of(options), base_of(options), laws, options.out.stem if options.out else "")
     rows, notes, choices = recipe_rows.rows(found), recipe_rows.notes(found), recipe_rows.choices(found)
     notes += [*advice_on(found), *advice_on_machine(found)]
     if options.out:
@@ -115,12 +115,12 @@ def advice_on_machine(found: Recipe) -> list[str]:
     from megahp.parallel.layout import fit
     from megahp.train.advice import beyond_cpus
 
-    def beyond(plan: Recipe) -> str:
-        return beyond_cpus(plan.run, fit(plan.run.parallel, plan.ranks), plan.ranks)
+    def beyond(recipe: Recipe) -> str:
+        return beyond_cpus(recipe.run, fit(recipe.run.parallel, recipe.ranks), recipe.ranks)
 
     def is_beyond(params: float) -> bool:
         with contextlib.suppress(UserError):  # no shape is so small, or no batch fits so few tokens
-            return bool(beyond(plan(Given(params=params, tpp=found.given.tpp), found.base, found.laws)))
+            return bool(beyond(make_recipe(Given(params=params, tpp=found.given.tpp), found.base, found.laws)))
         return False
 
     if found.given.gpus or cuda_wanted(found.run) or not (why := beyond(found)):
@@ -193,11 +193,11 @@ def base_of(options: Namespace) -> Base:
     if options.tokenizer or not (words or known.get("vocab_size")):
         words = load_tokenizer(options.tokenizer or base.get("data", "tokenizer")).vocab_size
     data = {"train": options.data, "tokenizer": options.tokenizer, "sequence_length": options.sequence_length}
-    told: dict[str, dict[str, Any]] = {
+    overrides: dict[str, dict[str, Any]] = {
         "model": {} if words is None else {"vocab_size": words},
         "data": {key: value for key, value in data.items() if value is not None},
     }
-    return replace(base, told=told, preset=options.preset or "")
+    return replace(base, overrides=overrides, preset=options.preset or "")
 
 
 def laws_of(law: str, loss_law: str | None) -> Laws:

@@ -25,7 +25,7 @@ DRAWS, SEED = 200, 1
 
 
 @dataclass(frozen=True)
-class Trained:
+class FinishedRun:
     """A finished run. What is None is not known, or did not stay as it was: such a run serves only the other laws."""
 
     name: str
@@ -67,7 +67,7 @@ class Fit:
         return 1 - float(np.mean(self.residuals**2) / np.var(np.log(self.points[:, -1])))
 
 
-def fit_loss(runs: Sequence[Trained], tied: bool = False, draws: int = DRAWS, seed: int = SEED) -> Fit:
+def fit_loss(runs: Sequence[FinishedRun], tied: bool = False, draws: int = DRAWS, seed: int = SEED) -> Fit:
     """L(N, D) = E + A / N^alpha + B / D^beta through the best run at each (N, D); tied: with alpha = beta.
 
     Minimises sum Huber(ln L(N, D) - ln loss) from many starts (Hoffmann et al., eq. 3; tied: Gadre et al., arXiv
@@ -110,7 +110,7 @@ def fit_loss(runs: Sequence[Trained], tied: bool = False, draws: int = DRAWS, se
     return _sure(LossLaw(floor, a, b, alpha, beta, source, "", *ranges, others), points)
 
 
-def fit_timescale(runs: Sequence[Trained], draws: int = DRAWS, seed: int = SEED) -> Fit:
+def fit_timescale(runs: Sequence[FinishedRun], draws: int = DRAWS, seed: int = SEED) -> Fit:
     """tau_opt(TPP): at each (N, D, B) the optimum over tau, and a power law through them.
 
     (Power Lines, arXiv 2505.13738, eq. 3.) At one batch, which changes the loss by itself; of several runs at one tau,
@@ -119,7 +119,7 @@ def fit_timescale(runs: Sequence[Trained], draws: int = DRAWS, seed: int = SEED)
     return _fit_optima(runs, ("parameters", "tokens", "batch"), "timescale", "tokens_per_parameter", draws, seed)
 
 
-def fit_optimal_batch(runs: Sequence[Trained], draws: int = DRAWS, seed: int = SEED) -> Fit:
+def fit_optimal_batch(runs: Sequence[FinishedRun], draws: int = DRAWS, seed: int = SEED) -> Fit:
     """B_opt(D) in tokens: at each (N, D) the optimum over the batch, and a power law through them.
 
     (Power Lines, eq. 5.) Of several runs at one batch the best counts, since each has a weight decay of its own. Raises
@@ -128,7 +128,7 @@ def fit_optimal_batch(runs: Sequence[Trained], draws: int = DRAWS, seed: int = S
     return _fit_optima(runs, ("parameters", "tokens"), "batch", "tokens", draws, seed)
 
 
-def fit_critical_batch(runs: Sequence[Trained], draws: int = DRAWS, seed: int = SEED) -> Fit:
+def fit_critical_batch(runs: Sequence[FinishedRun], draws: int = DRAWS, seed: int = SEED) -> Fit:
     """B_crit(D_min) in tokens, by interpolation, which asks nothing of schedule or optimizer.
 
     Of each N and B, L_B(D) = E + c D^-beta through the best run at each D, read where it meets target losses inside
@@ -241,7 +241,7 @@ def _residuals(fits: np.ndarray, logs: np.ndarray, target: np.ndarray, weights: 
     return total - target, np.concatenate([shares, -logs * shares[..., 1:]], -1), costs
 
 
-def _fit_optima(runs: Sequence[Trained], alike: Sequence[str], swept: str, over: str, draws: int, seed: int) -> Fit:
+def _fit_optima(runs: Sequence[FinishedRun], alike: Sequence[str], swept: str, over: str, draws: int, seed: int) -> Fit:
     """The power law of the optima of one attribute over another. Runs that are alike in others have one optimum; the
     bootstrap draws optima."""
     known, notes = _known(runs, swept)
@@ -280,7 +280,7 @@ def _parabola(x: Sequence[float], losses: Sequence[float]) -> float:
     return math.exp(least)
 
 
-def _iso_loss(curves: Sequence[Sequence[Trained]]) -> tuple[np.ndarray, np.ndarray]:
+def _iso_loss(curves: Sequence[Sequence[FinishedRun]]) -> tuple[np.ndarray, np.ndarray]:
     """Batches [batches], and the tokens at which each meets the target losses [batches, targets]. Raises ValueError."""
     if len(curves) < 3:
         raise ValueError(f"batches with 3 token counts or more: {len(curves)}; left out")
@@ -352,15 +352,15 @@ def _resamples(
     return np.array(found, dtype=float).reshape(draws, count)
 
 
-def _groups(runs: Sequence[Trained], *attributes: str) -> list[list[Trained]]:
+def _groups(runs: Sequence[FinishedRun], *attributes: str) -> list[list[FinishedRun]]:
     """The runs that agree in these to six digits, in their order."""
-    found: dict[Any, list[Trained]] = {}
+    found: dict[Any, list[FinishedRun]] = {}
     for run in runs:
         found.setdefault(tuple(float(f"{getattr(run, name):.6g}") for name in attributes), []).append(run)
     return [found[each] for each in sorted(found)]
 
 
-def _best(runs: Sequence[Trained], *attributes: str) -> list[Trained]:
+def _best(runs: Sequence[FinishedRun], *attributes: str) -> list[FinishedRun]:
     """The run of least loss in each of these groups."""
     return [min(group, key=lambda run: run.loss) for group in _groups(runs, *attributes)]
 
@@ -378,7 +378,7 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     return float(values.min()), float(values.max())
 
 
-def _known(runs: Sequence[Trained], attribute: str) -> tuple[list[Trained], list[str]]:
+def _known(runs: Sequence[FinishedRun], attribute: str) -> tuple[list[FinishedRun], list[str]]:
     """The runs of which it is known, and a note about the others."""
     known = [run for run in runs if getattr(run, attribute)]
     missing = len(runs) - len(known)

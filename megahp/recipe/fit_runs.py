@@ -17,7 +17,7 @@ from megahp.log.progress import human_count
 from megahp.log.standing import runs_below
 from megahp.model.build import longest
 from megahp.recipe import fit
-from megahp.recipe.fit import Fit, Trained
+from megahp.recipe.fit import FinishedRun, Fit
 from megahp.scaling import flops
 from megahp.scaling.laws import INTERVAL, LossLaw
 from megahp.scaling.parameterization import Role, table_of
@@ -48,10 +48,10 @@ BEYOND = 1e30  # all that is counted or measured of a run, and its inverse
 NEEDED, OPTIONAL = ("parameters", "tokens", "loss"), ("batch", "lr", "weight_decay")  # of a table's objects
 
 
-def read_runs(paths: Sequence[Path]) -> tuple[list[Trained], list[str]]:
+def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
     """The runs of run directories, of folders that hold some, such as a sweep's, and of .jsonl tables; and notes about
     them. Raises UserError for a run that cannot be used; one that a folder merely holds is left out, with a note."""
-    runs: list[Trained] = []
+    runs: list[FinishedRun] = []
     notes: list[str] = []
     trees: list[Config] = []
 
@@ -77,7 +77,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Trained], list[str]]:
     return runs, notes
 
 
-def _read_run(path: Path, config: Config, notes: list[str]) -> Trained:
+def _read_run(path: Path, config: Config, notes: list[str]) -> FinishedRun:
     """A run directory's run, of as many tokens as it was planned for, which it keeps to within a batch, or as it took
     until train.steps."""
     last, events = next(newest_metrics(path), None), [event["event"] for event in read_events(path)]
@@ -109,10 +109,10 @@ def _read_run(path: Path, config: Config, notes: list[str]) -> Trained:
     elif optimizer.name != "adamw":
         notes.append(f"{path}: tau is AdamW's, not {optimizer.name}'s; it does not serve the timescale's law")
         values = {"batch": batch}
-    return Trained(str(path), flops.parameters(config.model, longest(config)), tokens, loss, **values)
+    return FinishedRun(str(path), flops.parameters(config.model, longest(config)), tokens, loss, **values)
 
 
-def _read_table(path: Path) -> list[Trained]:
+def _read_table(path: Path) -> list[FinishedRun]:
     """One run for each line's object. Raises UserError naming file and line."""
     runs, text = [], read_text(path, "table of runs", "name a run directory or a .jsonl table")
     for number, line in enumerate(text.splitlines(), start=1):
@@ -132,12 +132,12 @@ def _read_table(path: Path) -> list[Trained]:
                 run[key] = float(value)
         except ValueError as error:
             raise UserError(f"{path} line {number}: {error}; each has {', '.join(NEEDED + OPTIONAL)}") from None
-        runs.append(Trained(**{"name": f"{path} line {number}", **run}))
+        runs.append(FinishedRun(**{"name": f"{path} line {number}", **run}))
     return runs
 
 
 def fit_laws(
-    runs: Sequence[Trained], asked: Sequence[str] | None, tied: bool, draws: int, seed: int
+    runs: Sequence[FinishedRun], asked: Sequence[str] | None, tied: bool, draws: int, seed: int
 ) -> tuple[dict[str, Fit], list[str]]:
     """The laws asked for, or, where none is, all the runs suffice for; and why others were not fitted. Raises UserError
     for a law asked for that cannot be fitted, or where none can."""

@@ -19,7 +19,7 @@ _ABOVE_0 = ("scale", "a", "b", "alpha", "beta")
 
 
 @dataclass(frozen=True)
-class Laws:
+class LawFile:
     """The laws of one file; None where it has none."""
 
     loss: LossLaw | None = None  # nats per token of (parameters, tokens)
@@ -28,22 +28,22 @@ class Laws:
     critical_batch: PowerLaw | None = None  # tokens of a batch, of D_min
 
 
-def write(path: Path, laws: Laws) -> None:
+def write(path: Path, laws: LawFile) -> None:
     """The file of these laws, whatever it held before."""
-    lines = ["# Laws fitted by megahp fit; megahp recipe takes them with --law and --loss-law."]
+    lines = ["# LawFile fitted by megahp fit; megahp recipe takes them with --law and --loss-law."]
     for name in KINDS:
         if law := getattr(laws, name):
             lines += ["", f"[{name}]", *(f"{f.name} = {toml_value(getattr(law, f.name))}" for f in fields(law))]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def read(path: Path) -> Laws:
+def read(path: Path) -> LawFile:
     """Raises UserError naming what is no law file, an unknown section, or a law's unknown, missing or wrong fields."""
     tree = read_toml(path, "law file")
     if unknown := [name for name in tree if name not in KINDS] or ([] if tree else ["nothing"]):
         raise UserError(f"law file {path} holds {', '.join(unknown)}; its sections are {', '.join(KINDS)}")
     try:
-        return Laws(**{name: _law(name, section) for name, section in tree.items()})
+        return LawFile(**{name: _law(name, section) for name, section in tree.items()})
     except ValueError as error:
         raise UserError(f"law file {path}: {error}") from None
 

@@ -35,16 +35,16 @@ class Base:
     source: str
     confidence: str
     preset: str = ""  # whose model takes the place of its own
-    told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings given beside it
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings given beside it
     tokens: int = 0  # that it was tuned over; 0 where the laws are known at its horizon
 
     @property
     def model(self) -> Mapping[str, Any]:
-        return {**({"preset": self.preset} if self.preset else self.tree["model"]), **self.told.get("model", {})}
+        return {**({"preset": self.preset} if self.preset else self.tree["model"]), **self.overrides.get("model", {})}
 
     def get(self, section: str, key: str) -> Any:
         """The value it gives or leaves to the default."""
-        given = {**self.tree.get(section, {}), **self.told.get(section, {})}
+        given = {**self.tree.get(section, {}), **self.overrides.get(section, {})}
         return given.get(key, get_setting(Config(), f"{section}.{key}"))
 
 
@@ -129,7 +129,7 @@ class Recipe:
         return power_laws.least_tokens(self.tokens, self.tokens / self.steps, self.laws.critical_batch)
 
 
-def plan(given: Given, base: Base, laws: Laws, name: str = "") -> Recipe:
+def make_recipe(given: Given, base: Base, laws: Laws, name: str = "") -> Recipe:
     """The plan of a run of this name, by default its size. Raises UserError for what is no plan, or one that no run
     file can hold."""
     refuse_mistakes(given, laws.loss)
@@ -212,7 +212,7 @@ def _tree(
     if choice:
         kept["parameterization"], plan["parameterization"] = {}, {"name": "sp"}
         kept["optimizer"], plan["optimizer"] = {}, {"lr": choice.lr}
-    return [(base.name, kept), ("command line", dict(base.told)), ("megahp recipe", plan)]
+    return [(base.name, kept), ("command line", dict(base.overrides)), ("megahp recipe", plan)]
 
 
 def _batch_settings(

@@ -4,12 +4,12 @@ import textwrap
 from collections.abc import Sequence
 
 from megahp.recipe.hyperparameter_laws import Choice
-from megahp.recipe.rows import Row
+from megahp.recipe.rows import RecipeRow
 
 COLUMNS = 120
 
 
-def table(rows: Sequence[Row], notes: Sequence[str]) -> str:
+def table(rows: Sequence[RecipeRow], notes: Sequence[str]) -> str:
     sources = list(dict.fromkeys((row.source, row.confidence) for row in rows))
     lines = []
     for row in rows:

@@ -13,13 +13,13 @@ from recipe.test_fit import BESIROGLU, SIZES, grid, sweeps
 
 from megahp.cli import main
 from megahp.recipe import law_file
-from megahp.recipe.fit import Trained
+from megahp.recipe.fit import FinishedRun
 from megahp.scaling.power_laws import TAU
 
 ROOT = Path(__file__).parents[2]
 
 
-def write_table(path: Path, runs: Sequence[Trained]) -> Path:
+def write_table(path: Path, runs: Sequence[FinishedRun]) -> Path:
     rows = [{key: value for key, value in asdict(run).items() if key != "name"} for run in runs]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -111,7 +111,7 @@ def test_a_law_file_takes_the_place_of_power_lines(tmp_path: Path, capsys: pytes
     critical = PowerLaw(40.0, 0.5, "my runs", "fitted", fitted=(1e6, 1e12), draws=((39.0, 0.5), (41.0, 0.5)))
     tau = PowerLaw(0.5, -0.3, "my decays", "fitted")
     loss = LossLaw(1.5, 300.0, 900.0, 0.33, 0.33, "my losses", "fitted", draws=((1.4, 300.0, 900.0, 0.33, 0.33),) * 9)
-    law_file.write(tmp_path / "laws.toml", law_file.Laws(loss=loss, timescale=tau, critical_batch=critical))
+    law_file.write(tmp_path / "laws.toml", law_file.LawFile(loss=loss, timescale=tau, critical_batch=critical))
     out = tmp_path / "run.toml"
     assert run(f"--params 1e9 --law {tmp_path / 'laws.toml'} --json --out {out}") == 0
     printed = json.loads(capsys.readouterr().out)
@@ -126,7 +126,7 @@ def test_a_law_file_takes_the_place_of_power_lines(tmp_path: Path, capsys: pytes
     timescale = batch / (rows["peak LR, hidden matrices"]["value"] * decay * written.train.tokens)
     assert timescale == pytest.approx(0.5 * rows["tokens per parameter"]["value"] ** -0.3)
     assert json.loads(json.dumps(config_to_dict(written))) == printed["run"]
-    law_file.write(tmp_path / "loss.toml", law_file.Laws(loss=loss))
+    law_file.write(tmp_path / "loss.toml", law_file.LawFile(loss=loss))
     for words in ("", f"--loss-law {tmp_path / 'loss.toml'}"):  # as docs/fit.md names one file twice
         assert run(f"--params 1e9 --law {tmp_path / 'loss.toml'} --json {words}") == 0
         rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
