@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -68,17 +69,30 @@ def words_of(line: str) -> list[object]:
     return [pytest.approx(float(word), rel=0.01) if re.fullmatch(r"[\d.]+", word) else word for word in line.split()]
 
 
+def test_without_scipy_one_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = write_table(tmp_path / "runs.jsonl", grid(BESIROGLU))
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert main(["fit", str(table), "--out", str(tmp_path / "law.toml")]) == 2
+    error = capsys.readouterr().err
+    assert error == "megahp: megahp fit needs scipy, which is not installed; pip install 'megahp[fit]'\n"
+
+
 LINE = '{"parameters": 1e8, "tokens": 2e9, "loss": 3.1}'
 
 
 @pytest.mark.parametrize(
     ("lines", "words", "told"),
     [
-        ([LINE], "", ["the runs suffice for no law", "there are 1"]),
+        ([LINE], "", ["the runs suffice for no law", "given 1"]),
         (
             [LINE],
             "--loss",
-            ["a loss law L(N, D) needs 6 different (N, D)", "there are 1, one of 100M parameters, one of 2B tokens"],
+            [
+                "a loss law L(N, D) needs at least 6 different (N, D)",
+                "given 1, one of 100M parameters, one of 2B tokens",
+            ],
         ),
         ([LINE], "--timescale --tied-exponents", ["--tied-exponents", "--loss"]),
         ([LINE], "--draws 5", ["--draws 5", "20"]),

@@ -184,7 +184,7 @@ def test_runs_of_unknown_or_mixed_batch_are_left_out() -> None:
     unknown = [replace(run, batch=None, loss=9.0) for run in runs]
     found = fit_timescale(runs + unknown)
     assert found.law(40) == pytest.approx(TAU(40), rel=1e-6)
-    assert found.notes == [f"{len(runs)} runs are left out: they have no one timescale"]
+    assert found.notes == [f"{len(runs)} runs are skipped: they have no one timescale"]
 
 
 def test_an_optimum_outside_the_range_tried_is_no_optimum() -> None:
@@ -199,7 +199,7 @@ def test_a_loss_that_only_falls_has_no_optimum() -> None:
     """Its parabola's least point may lie inside the range tried, but the least loss lies at its end."""
     runs = [replace(run, loss=2 + 0.01 / run.timescale) for run in sweeps("timescale") if run.timescale]
     with pytest.raises(
-        UserError, match="0 are found in 105 runs, at .* tokens per parameter; .* not inside the range tried"
+        UserError, match="0 such among 105 runs, at .* tokens per parameter; .* not inside the range tried"
     ):
         fit_timescale(runs)
 
@@ -229,7 +229,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         (
             fit_loss,
             [],
-            "6 different (N, D) or more, of 3 sizes, 3 horizons and 2 ratios D / N or more; there are 0, no parameters",
+            "at least 6 different (N, D), of 3 sizes, 3 horizons and 2 ratios D / N; given 0, no parameters",
         ),
         (fit_loss, grid(HOFFMANN, [1e9]), "one of 1B parameters, 7 of 2B to 160B tokens: train 2 more sizes"),
         (
@@ -243,11 +243,11 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
             sweeps("timescale")[::3],
             "sweeps of optimizer.weight_decay at 3 different tokens per parameter",
         ),
-        (fit_timescale, grid(HOFFMANN), "0 are found in 0 runs, at no tokens per parameter; 56 runs are left out"),
+        (fit_timescale, grid(HOFFMANN), "0 such among 0 runs, at no tokens per parameter; 56 runs are skipped"),
         (
             fit_optimal_batch,
             sweeps("batch", ratios=[20], sizes=[1e8, 1e9]),
-            "2 are found in 10 runs, at 2 of 2B, 20B tokens",
+            "2 such among 10 runs, at 2 of 2B, 20B tokens",
         ),
         (fit_critical_batch, batches((1e9,))[:16], "batches with 3 token counts or more: 0"),
         (fit_critical_batch, [run for run in batches() if run.batch < 2**18], "batches with 3 token counts or more: 2"),
