@@ -85,7 +85,7 @@ LINE = '{"parameters": 1e8, "tokens": 2e9, "loss": 3.1}'
 @pytest.mark.parametrize(
     ("lines", "words", "told"),
     [
-        ([LINE], "", ["the runs suffice for no law", "given 1"]),
+        ([LINE], "", ["the runs do not suffice for any law", "given 1"]),
         (
             [LINE],
             "--loss",
@@ -101,11 +101,15 @@ LINE = '{"parameters": 1e8, "tokens": 2e9, "loss": 3.1}'
         ([LINE, "[]"], "", ["runs.jsonl line 2", "not a JSON object"]),
         ([LINE.replace("loss", "los")], "", ["runs.jsonl line 1", "los is unknown"]),
         ([LINE.replace(', "loss": 3.1', "")], "", ["runs.jsonl line 1", "loss = null"]),
-        ([LINE.replace("3.1", "-1")], "", ["runs.jsonl line 1", "loss = -1 is no number above 0"]),
+        ([LINE.replace("3.1", "-1")], "", ["runs.jsonl line 1", "loss = -1 is not a number above 0"]),
         ([LINE.replace("3.1", '"low"')], "", ['loss = "low"']),
-        ([LINE.replace("1e8", "1" + 31 * "0")] * 9, "--loss", ["parameters = 1000", "is beyond 1e-30 to 1e+30"]),
-        ([LINE.replace("2e9", "9" * 400)], "--loss", ["tokens = 9999", "is beyond"]),
-        ([LINE[:-1] + ', "batch": 1, "lr": 1e-300, "weight_decay": 1e-300}'], "--timescale", ["lr = 1e-300 is beyond"]),
+        ([LINE.replace("1e8", "1" + 31 * "0")] * 9, "--loss", ["parameters = 1000", "is not within 1e-30 to 1e+30"]),
+        ([LINE.replace("2e9", "9" * 400)], "--loss", ["tokens = 9999", "is not within"]),
+        (
+            [LINE[:-1] + ', "batch": 1, "lr": 1e-300, "weight_decay": 1e-300}'],
+            "--timescale",
+            ["lr = 1e-300 is not within"],
+        ),
     ],
 )
 def test_a_mistake_in_a_table_or_an_option(
