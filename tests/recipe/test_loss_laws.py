@@ -74,5 +74,7 @@ def test_laws_by_name_and_from_files(tmp_path) -> None:
     assert loss_laws.interval(mine, 4.0, 4.0)[0] == (2.0, 2.0)
     with pytest.raises(UserError, match=r"tau.toml has no \[loss\]"):
         loss_laws.named(str(tmp_path / "tau.toml"))
-    with pytest.raises(UserError, match="--loss-law hofman is no law .* did you mean hoffmann.* besiroglu, gadre"):
+    with pytest.raises(
+        UserError, match="--loss-law hofman is neither a law .* did you mean hoffmann.* besiroglu, gadre"
+    ):
         loss_laws.named("hofman")
