@@ -52,7 +52,7 @@ def _size(recipe: Recipe) -> Iterator[RecipeRow]:
     by_loss = "L(" in size
     yield RecipeRow("parameters", recipe.parameters, f"{size}; exact, with embeddings", *(loss if by_loss else GIVEN))
     yield RecipeRow(
-        "tokens", recipe.tokens, tokens, *(OURS if "nothing else" in tokens else loss if "L(" in tokens else GIVEN)
+        "tokens", recipe.tokens, tokens, *(OURS if "the default" in tokens else loss if "L(" in tokens else GIVEN)
     )
     yield RecipeRow("tokens per parameter", recipe.tokens / recipe.parameters, "D / N", *COUNTED)
     ratio = f"width / layers near {RATIO(recipe.outside_embeddings):.3g}; size near the wanted one"

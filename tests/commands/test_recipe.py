@@ -60,10 +60,7 @@ def run(words: str) -> int:
         ("--flops 1e20 --density 0.5", "--density needs a given size and data"),
         ("--params 1e9 --batch 0", "--batch 0 must be above 0"),
         ("--params 1e9 --batch 30 --gpus 8 --gpu H100", "--batch 30 cannot be shared out over 8 data-parallel ranks"),
-        (
-            "--params 1e9 --width 1000",
-            "--width 1000 is not a multiple of the head size 64; nearest that are: 960, 1024",
-        ),
+        ("--params 1e9 --width 1000", "--width 1000 is not a multiple of the head size 64; the nearest are 960, 1024"),
         ("--params 1e5", "no shape has about 1e+05 parameters"),
         ("--params 1e9 --vocab-size 0", "--vocab-size 0 must be above 0"),
         ("--preset lama --tpp 20", "--preset lama is unknown"),
