@@ -59,7 +59,7 @@ def run(words: str) -> int:
         ("--params 1e9 --density 1.5", "--density 1.5 must be above 0 and at most 1"),
         ("--flops 1e20 --density 0.5", "--density needs a given size and data"),
         ("--params 1e9 --batch 0", "--batch 0 must be above 0"),
-        ("--params 1e9 --batch 30 --gpus 8 --gpu H100", "--batch 30 cannot be shared out over 8 data-parallel ranks"),
+        ("--params 1e9 --batch 30 --gpus 8 --gpu H100", "--batch 30 cannot be divided over 8 data-parallel ranks"),
         ("--params 1e9 --width 1000", "--width 1000 is not a multiple of the head size 64; the nearest are 960, 1024"),
         ("--params 1e5", "no shape has about 1e+05 parameters"),
         ("--params 1e9 --vocab-size 0", "--vocab-size 0 must be above 0"),
@@ -93,8 +93,8 @@ def test_a_mistake_is_one_line(
     ("section", "told"),
     [
         ("[parameterization]\nname = 'sp'", "transfers nothing"),
-        ("[model]\nexperts = 4", "laws here are of dense models"),
-        ("[sparsity]\nmethod = 'static'\ndensity = 0.5", "laws here are of dense models"),
+        ("[model]\nexperts = 4", "laws are of dense models"),
+        ("[sparsity]\nmethod = 'static'\ndensity = 0.5", "laws are of dense models"),
     ],
 )
 def test_a_base_must_transfer(section: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

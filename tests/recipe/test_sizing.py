@@ -69,5 +69,5 @@ def test_a_preset_s_proportions_are_kept_at_another_size() -> None:
 
 def test_gpus_that_the_layout_cannot_use_are_refused() -> None:
     piped = replace(PROXY, tree={**PROXY.tree, "parallel": {"pp": 4}})
-    with pytest.raises(UserError, match="--gpus 6 is no multiple of the 4 .* 4, 8"):
+    with pytest.raises(UserError, match="--gpus 6 is not a multiple of tp x pp x cp = 4 .* 4, 8"):
         make_recipe(Given(params=1e9, tokens=2e10, gpus=6, peak_flops=1e15), piped, LAWS)
