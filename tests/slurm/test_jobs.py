@@ -123,7 +123,7 @@ def test_one_task_a_rank(site: Site) -> None:
 def test_status_of_jobs(site: Site) -> None:
     assert megahp("status", "runs/nothing") == (
         2,
-        "megahp: runs/nothing is no run directory; name one, such as runs/mine\n",
+        "megahp: runs/nothing is not a run directory; name one, such as runs/mine\n",
     )
     code, said = megahp("status")  # the cancelled job's end is yet to come, others may have theirs behind them
     assert code == 0 and f"{site.folder}/runs/cancelled\n" in said and f"  job {site.jobs['cancelled']}: " in said
