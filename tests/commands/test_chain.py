@@ -83,9 +83,9 @@ def test_a_run_that_has_begun_goes_on_with_what_it_has_grown_to(capsys: pytest.C
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ((*GROW[:5], "--speed", "3"), "--speed 3 goes with --grow"),
-        ((*GROW[:5], "--patience", "3"), "--patience 3 goes with --grow"),
-        ((*GROW, "--patience", "0"), "--patience 0 goes with --grow N, and is above 0"),
+        ((*GROW[:5], "--speed", "3"), "--speed 3 must be above 0, and needs --grow N"),
+        ((*GROW[:5], "--patience", "3"), "--patience 3 must be above 0, and needs --grow N"),
+        ((*GROW, "--patience", "0"), "--patience 0 must be above 0, and needs --grow N"),
         ((*GROW[:-1], "1"), "--grow 1 is less than twice --nodes 1"),
         ((*GROW, "--launcher", "torchrun"), "--launcher torchrun with --grow"),
         ((*GROW, "batch.policy=constant", "batch.table=[]"), "batch.policy = 'constant' never grows"),
