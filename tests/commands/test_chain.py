@@ -90,7 +90,7 @@ def test_a_run_that_has_begun_goes_on_with_what_it_has_grown_to(capsys: pytest.C
         ((*GROW, "--launcher", "torchrun"), "--launcher torchrun with --grow"),
         ((*GROW, "batch.policy=constant", "batch.table=[]"), "batch.policy = 'constant' never grows"),
         ((*GROW, "resilience.stop_at_batch=8"), "resilience.stop_at_batch = 8 would end the job before the run"),
-        ((*GROW, "--speed", "nan"), "--speed nan goes with"),
+        ((*GROW, "--speed", "nan"), "--speed nan must be above 0"),
         ((*GROW, "--sbatch=--requeue"), "--sbatch --requeue: --requeue is set already"),
         ((*GROW[:5], "--sbatch=--nodes=3"), "--sbatch --nodes=3: --nodes is set already"),
         ((*GROW[:5], "--sbatch=--comment='a"), "cannot be read (No closing quotation)"),
