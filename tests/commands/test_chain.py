@@ -94,7 +94,7 @@ def test_a_run_that_has_begun_goes_on_with_what_it_has_grown_to(capsys: pytest.C
         ((*GROW, "--sbatch=--requeue"), "--sbatch --requeue: --requeue is set already"),
         ((*GROW[:5], "--sbatch=--nodes=3"), "--sbatch --nodes=3: --nodes is set already"),
         ((*GROW[:5], "--sbatch=--comment='a"), "cannot be read (No closing quotation)"),
-        ((*GROW[:5], "--exclude", "."), "--exclude . cannot be read (Is a directory)"),
+        ((*GROW[:5], "--exclude", "."), "--exclude . is a folder; name a file"),
         ((*GROW, "parallel.dp_shard=1"), "needs 1 ranks and there are 2"),
         ((*GROW, "--ranks-per-node", "3"), "batch.global_batch = 4"),
     ],
