@@ -29,22 +29,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--time", metavar="TIME", help="time limit of one job, D-HH:MM:SS; at its end the job is queued again")
     add("--partition", metavar="NAME", help="Slurm partition")
     add("--account", metavar="NAME", help="Slurm account")
-    add(
-        "--exclude",
-        type=Path,
-        default=BAD_NODES,
-        metavar="FILE",
-        help=f"list of nodes not to use (default {BAD_NODES})",
-    )
-    add(
-        "--sbatch", default="", metavar="OPTIONS", help="more options of sbatch, such as '--qos=high --signal=USR1@600'"
-    )
-    add(
-        "--without",
-        default="",
-        metavar="NAMES",
-        help="remove options of the script that the site refuses: mem,exclusive",
-    )
+    add("--exclude", type=Path, default=BAD_NODES, metavar="FILE", help=f"nodes to avoid (default {BAD_NODES})")
+    add("--sbatch", default="", metavar="OPTIONS", help="for sbatch, such as '--qos=high --signal=USR1@600'")
+    add("--without", default="", metavar="NAMES", help="script options that the site refuses: mem,exclusive")
     add("--launcher", choices=SCRIPTS, default="srun", help="one srun task per rank, or one torchrun per node")
     add("--grow", type=int, metavar="N", help="double the nodes as the batch grows, up to N: docs/slurm.md")
     patience = f"minutes to wait for more nodes before continuing on the current number (default {PATIENCE})"

@@ -71,20 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run", type=Path, metavar="RUN.toml")
     add("overrides", nargs="*", metavar="section.key=value", help="override the file's settings, in every cell")
     add("--grid", required=True, metavar="KEY=V,V,...", help="the setting whose optimum is sought")
-    add(
-        "--family",
-        required=True,
-        nargs="+",
-        metavar="KEY=V,V,...",
-        help="the sizes, and settings that change with them",
-    )
-    add(
-        "--variants",
-        nargs="+",
-        default=[""],
-        metavar="SETTINGS",
-        help="parameterizations to compare, each 'LABEL: section.key=value ...'",
-    )
+    add("--family", required=True, nargs="+", metavar="KEY=V,V,...", help="the sizes, and settings that go with each")
+    add("--variants", nargs="+", default=[""], metavar="SETTINGS", help="each 'LABEL: section.key=value ...'")
     add("--seeds", type=whole_numbers, default=[1, 2, 3], metavar="N,N,...", help="(default 1,2,3)")
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder of the runs")
     add("--last", type=float, metavar="SHARE", help="compare training losses, over the last share of the steps")
@@ -93,11 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slurm", type=int, metavar="N", help="submit a job array of N workers instead")
     add("--sbatch", default="", metavar="OPTIONS", help="for the job array, such as '--time=2:00:00 --gpus=1'")
     add("--dry-run", action="store_true", help="check, and print what would be trained or submitted")
-    add(
-        "--show",
-        action="store_true",
-        help="train nothing: print the losses so far, and the analysis once all are complete",
-    )
+    add("--show", action="store_true", help="train nothing: print losses, and the analysis if complete")
     add_outputs(parser, "loss against the grid's value")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
 
@@ -156,14 +140,13 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     families = read_curves(cells, options.last)
     drifts = {variant: drift(family) for variant, family in families.items()}
     show(families, drifts)
+    last = options.last
     report = {
         "run": str(options.run),
         "grid": name_of(options.grid),
         "family": name_of(options.family[0]),
         "seeds": options.seeds,
-        "loss": "of the last validation"
-        if options.last is None
-        else f"mean of training over the last {options.last:g} of the steps",
+        "loss": "of the last validation" if last is None else f"mean of training over the last {last:g} of the steps",
         "torch": torch.__version__,
         "curves": tables(families),
         "drifts": {variant: asdict(drift) for variant, drift in drifts.items()},
@@ -320,7 +303,8 @@ def submit(words: Sequence[str], options: argparse.Namespace) -> int:
 
 def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
     """Train cells that no other worker has claimed until none is left, and end this process."""
-    started, before, code = time.monotonic(), [cell for cell in cells if is_over(cell.directory)], 0
+    started, code = time.monotonic(), 0
+    total = sum(cell.operations for cell in cells if not is_over(cell.directory))
     store = launch.join(launch.World(), cuda_wanted(cells[0].config)) if ranks == 1 else None
     try:
         for cell in cells:
@@ -328,13 +312,14 @@ def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
                 if not is_claimed or is_over(cell.directory):
                     continue
                 seconds = train_cell(cell, ranks, store)
-            over = [cell for cell in cells if is_over(cell.directory)]
-            share = (total_operations(over) - total_operations(before)) / (
-                total_operations(cells) - total_operations(before)
-            )
+            missing = [cell for cell in cells if not is_over(cell.directory)]
+            share = 1 - sum(cell.operations for cell in missing) / total  # of other workers' cells too
             eta = human_duration((time.monotonic() - started) * (1 / share - 1))
             loss = final_loss(cell.directory, last)
-            print(f"[{len(over)}/{len(cells)}] {cell}: loss {loss:.4f}, {seconds:.1f} s; ETA {eta}", flush=True)
+            print(
+                f"[{len(cells) - len(missing)}/{len(cells)}] {cell}: loss {loss:.4f}, {seconds:.1f} s; ETA {eta}",
+                flush=True,
+            )
     except UserError as error:
         complain(error)
         code = STOPPED if isinstance(error, StopRequested) else USER_ERROR
@@ -342,10 +327,6 @@ def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
         code = INTERRUPTED
     launch.leave(code)
     return code
-
-
-def total_operations(cells: Sequence[Cell]) -> float:
-    return sum(cell.operations for cell in cells)
 
 
 @contextlib.contextmanager
