@@ -207,10 +207,10 @@ def read_cells(options: argparse.Namespace) -> list[Cell]:
         raise UserError("\n".join(mistakes))
     cells, problems = [], dict[str, str]()
     for label, words in variants.items():
-        own = [read_values(word)[1] for word in words if name_of(word) == key]
+        override = [read_values(word)[1] for word in words if name_of(word) == key]
         others = [word for word in words if name_of(word) != key]
         members = zip(*columns.values(), strict=True)
-        for member, value, seed in itertools.product(members, *own or [values], options.seeds):
+        for member, value, seed in itertools.product(members, *override or [values], options.seeds):
             row = [f"{name}={text}" for name, text in zip(columns, member, strict=True)]
             name = "/".join(map(plain, (label, member[0], value, str(seed))))
             try:
@@ -268,8 +268,8 @@ def start_workers(command: Sequence[str], jobs: int) -> int:
     workers = []
     try:
         for job in range(jobs):
-            own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": visible[job % len(visible)]}
-            workers.append(subprocess.Popen(command, env=os.environ | own))
+            settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": visible[job % len(visible)]}
+            workers.append(subprocess.Popen(command, env=os.environ | settings))
         codes = [worker.wait() for worker in workers]
     finally:
         for worker in workers:

@@ -57,22 +57,20 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
     notes: list[str] = []
     configs: list[Config] = []
 
-    def add(run: Path) -> None:
-        config = read_config(run)
-        runs.append(_read_run(run, config, notes))
-        configs.append(config)
-
     for path in paths:
         if path.suffix == ".jsonl":
             runs += _read_table(path)
-        elif (path / "config.toml").exists() or not (below := list(runs_below(path))):
-            add(path)
-        else:
-            for run in below:
-                try:
-                    add(run)
-                except UserError as error:
-                    notes.append(f"skipped: {error}")
+            continue
+        below = [] if (path / "config.toml").exists() else list(runs_below(path))
+        for directory in below or [path]:
+            try:
+                config = read_config(directory)
+                runs.append(_read_run(directory, config, notes))
+                configs.append(config)
+            except UserError as error:
+                if not below:
+                    raise
+                notes.append(f"skipped: {error}")
     for key in TEXT_SETTINGS:
         if len({get_setting(config, key) for config in configs}) > 1:
             notes.append(f"the runs differ in {key}, so their losses may not compare")

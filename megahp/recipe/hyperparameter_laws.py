@@ -7,8 +7,6 @@ learning rates are the peak's as applied to hidden matrices.
 import math
 from dataclasses import dataclass
 
-from megahp.scaling.laws import PowerLaw
-
 SP = "AdamW, standard parameterization"
 
 
@@ -40,19 +38,16 @@ def step_law(hidden: float, tokens: float) -> Choice:
     return Choice("step-law", lr, SP, batch, None, None, source, confidence, beyond)
 
 
-DEEPSEEK_LR = PowerLaw(0.3118, -0.1250, "DeepSeek LLM, arXiv 2401.02954", "secondary source")
-DEEPSEEK_BATCH = PowerLaw(0.2920, 0.3271, "DeepSeek LLM, arXiv 2401.02954", "secondary source")
-
-
 def deepseek(flops: float) -> Choice:
     """Return eta = 0.3118 C^-0.125 and B = 0.292 C^0.3271.
 
     flops: C, of training without the embeddings, with all of attention, not the causal half. (DeepSeek LLM, arXiv
     2401.02954, a secondary source; its range of C: unverified)
     """
-    lr, batch = DEEPSEEK_LR(flops), DEEPSEEK_BATCH(flops)
+    lr, batch = 0.3118 * flops**-0.1250, 0.2920 * flops**0.3271
+    source, confidence = "DeepSeek LLM, arXiv 2401.02954", "secondary source"
     beyond = "" if 1e17 <= flops <= 2e19 else "fitted on 1e17 to 2e19 FLOPs (from memory, unverified)"
-    return Choice("deepseek", lr, SP, batch, None, None, DEEPSEEK_LR.source, DEEPSEEK_LR.confidence, beyond)
+    return Choice("deepseek", lr, SP, batch, None, None, source, confidence, beyond)
 
 
 def nanochat(tokens: float) -> Choice:
