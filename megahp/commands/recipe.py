@@ -58,9 +58,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     words.add_argument("--tokenizer", metavar="FILE", help="tokenizer of the data; sets the vocabulary size")
     words.add_argument("--vocab-size", type=int, metavar="N", help="number of token ids")
     parser.add_argument(
-        "--law",
-        default="power-lines",
-        help="laws of learning rate and batch: a name or a law file (default power-lines)",
+        "--law", default="power-lines", help="rate and batch: a name, or a law file (default power-lines)"
     )
     parser.add_argument("--loss-law", metavar="LAW", help="loss law: a name or a law file (default besiroglu)")
     parser.add_argument("--compare", action="store_true", help="print what other rules choose")

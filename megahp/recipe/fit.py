@@ -78,13 +78,13 @@ def fit_loss(runs: Sequence[FinishedRun], tied: bool = False, draws: int = DRAWS
     sizes, horizons = (len(np.unique(points[:, axis])) for axis in (0, 1))
     ratios = len(np.unique(np.log(points[:, 1] / points[:, 0]).round(2)))
     constants = 5 - tied  # one run more, so that a resample without one of them still determines the law
-    if len(points) <= constants or sizes < 3 or horizons < 3 or ratios < 2:
-        missing = [
-            *([f"{3 - sizes} more sizes, by model.width or model.layers"] if sizes < 3 else []),
-            *([f"{3 - horizons} more horizons, by train.tokens"] if horizons < 3 else []),
-            *([f"{constants + 1 - len(points)} more pairs of both"] if len(points) <= constants else []),
-            *(["runs at another number of tokens per parameter"] if ratios < 2 else []),
-        ]
+    shortages = [
+        (3 - sizes, f"{3 - sizes} more sizes, by model.width or model.layers"),
+        (3 - horizons, f"{3 - horizons} more horizons, by train.tokens"),
+        (constants + 1 - len(points), f"{constants + 1 - len(points)} more pairs of both"),
+        (2 - ratios, "runs at another number of tokens per parameter"),
+    ]
+    if missing := [what for count, what in shortages if count > 0]:
         given = f"{_listed(points[:, 0], 'parameters')}, {_listed(points[:, 1], 'tokens')}"
         raise UserError(
             f"a loss law L(N, D) needs at least {constants + 1} different (N, D), of 3 sizes, 3 horizons and 2 ratios "
