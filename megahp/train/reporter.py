@@ -72,7 +72,7 @@ class Reporter:
             why,
             run.progress,
             samples=run.progress.samples,
-            batch_scheduler=taken.batch_scheduler,
+            batch_plan=taken.batch_scheduler,  # the key in events.jsonl, which replay reads
             changed={key: {"before": before, "now": now} for key, (before, now) in changed.items()},
             layout=vars(run.mesh.layout),
             config=config_to_dict(self.config),
