@@ -59,10 +59,8 @@ def details(run: Path, queued: Sequence[Queued]) -> list[str]:
         for event in reversed(list(itertools.islice(newest_events(run), EVENTS))):
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
             lines.append(f"{when}  step {event['step']:,} {event['event']}: {event['reason']}")
-    if not (run / "events.jsonl").exists() and (
-        below := [standing(inner) for inner in runs_below(run) if inner != run]
-    ):
-        states = Counter(inner.state for inner in below)  # the run is a folder of runs, such as a sweep's
+    if not (run / "events.jsonl").exists() and (below := [inner for inner in runs_below(run) if inner != run]):
+        states = Counter(standing(inner).state for inner in below)  # it is a folder of runs, such as a sweep's
         lines.append(f"{len(below)} runs in it: {', '.join(f'{count} {state}' for state, count in states.items())}")
     if now.log:
         lines.append(f"log: {now.log}")
