@@ -224,10 +224,8 @@ def _fit_optima(runs: Sequence[FinishedRun], alike: Sequence[str], swept: str, o
         optima.append((getattr(group[0], over), least))
         used += len(group)
     if len({x for x, _ in optima}) < 3:
-        key, unit = (
-            {"batch": "batch.global_batch", "timescale": "optimizer.weight_decay"}[swept],
-            over.replace("_", " "),
-        )
+        key = {"batch": "batch.global_batch", "timescale": "optimizer.weight_decay"}[swept]
+        unit = over.replace("_", " ")
         needs = f"an optimal {swept} needs sweeps of {key} at 3 different {unit} or more"
         at = _listed([getattr(run, over) for run in known], unit)
         given = f"each of 3 values or more, the best inside; {len(optima)} such among {len(known)} runs, at {at}"
