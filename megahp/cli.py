@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from megahp import __version__, launch
-from megahp.commands import COMMANDS, HIDDEN, LISTING, STARTED_AGAIN
+from megahp.commands import COMMANDS, HIDDEN, LISTING, RESTARTED
 from megahp.config.resolve import suggest
 from megahp.errors import Fault, UserError, complain, in_one_line, is_user_error, masked
 from megahp.exit_codes import FAULT, INTERRUPTED, USER_ERROR
@@ -54,13 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if launch.is_local_rank0():  # what is wrong before the ranks meet, all of them find
             complain(error)
-        return FAULT if error.may_pass and words[0] in STARTED_AGAIN else USER_ERROR
+        return FAULT if error.may_pass and words[0] in RESTARTED else USER_ERROR
     except BrokenPipeError:  # of `megahp runs | head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it exits
         return 0
     except (OSError, RecursionError, OverflowError, UnicodeError, MemoryError) as error:
         complain(in_one_line(error))  # on any rank: it may be the only one to meet it
-        return FAULT if words[0] in STARTED_AGAIN and not is_user_error(error) else USER_ERROR
+        return FAULT if words[0] in RESTARTED and not is_user_error(error) else USER_ERROR
     except Fault as error:
         complain(error)
         return FAULT

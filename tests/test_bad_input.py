@@ -179,7 +179,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("checkpoint verify runs/nowhere", ["runs/nowhere is neither a checkpoint nor a run directory"]),
         (f"checkpoint ls {NEWEST}", [f"{NEWEST} is a checkpoint; name its run directory, two folders above"]),
         (f"checkpoint prune {NEWEST} --keep 1", [f"{NEWEST} is a checkpoint"]),
-        (f"sample {NEWEST} --save", [f"and {NEWEST} is none"]),
+        (f"sample {NEWEST} --save", [f"which {NEWEST} is not"]),
         *(
             (f"{command} runs/empty", ["runs/empty is a run that has no checkpoint yet"])
             for command in ("sample", "checkpoint verify", "checkpoint ls", "checkpoint diff runs/done")

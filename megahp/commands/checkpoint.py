@@ -1,4 +1,4 @@
-"""Checkpoints: what there is, whether it is whole, how two differ, and dropping some."""
+"""List, verify, compare and delete checkpoints."""
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
@@ -13,24 +13,26 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    listing = actions.add_parser("ls", help="what a run has")
-    listing.add_argument("run", type=_place, metavar="RUN", help="run directory, or its URL")
+    listing = actions.add_parser("ls", help="list the checkpoints of a run")
+    listing.add_argument("run", type=_location, metavar="RUN", help="run directory, or its URL")
     listing.set_defaults(action=_list_checkpoints)
 
-    several: dict[str, Any] = {"type": _place, "metavar": "CHECKPOINT"}
-    verify = actions.add_parser("verify", help="read every byte, and compare it with what was written")
-    verify.add_argument("checkpoints", nargs="+", help="or a run: then all of its; or a URL", **several)
+    several: dict[str, Any] = {"type": _location, "metavar": "CHECKPOINT"}
+    verify = actions.add_parser("verify", help="read every byte, and compare it with its checksum")
+    verify.add_argument("checkpoints", nargs="+", help="or a run, for all of its checkpoints; or a URL", **several)
     verify.set_defaults(action=_verify_checkpoints)
 
-    diff = actions.add_parser("diff", help="how two differ: settings, progress, tensors")
-    diff.add_argument("checkpoints", nargs=2, help="or a run: then its newest; or a URL", **several)
+    diff = actions.add_parser("diff", help="compare two: settings, progress, tensors")
+    diff.add_argument("checkpoints", nargs=2, help="or a run, for its newest checkpoint; or a URL", **several)
     diff.set_defaults(action=_compare_checkpoints)
 
-    prune = actions.add_parser("prune", help="drop what need not be kept")
-    prune.add_argument("run", type=_place, metavar="RUN", help="run directory, or its URL")
-    prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many of the newest stay")
-    prune.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="those at every so many steps too")
-    prune.add_argument("--keep-best", action="store_true", help="that of least validation loss too")
+    prune = actions.add_parser("prune", help="delete old checkpoints")
+    prune.add_argument("run", type=_location, metavar="RUN", help="run directory, or its URL")
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="keep the newest N")
+    prune.add_argument(
+        "--keep-every", type=int, default=0, metavar="STEPS", help="keep those at multiples of STEPS too"
+    )
+    prune.add_argument("--keep-best", action="store_true", help="keep the one of least validation loss too")
     prune.set_defaults(action=_prune_checkpoints)
 
 
@@ -48,28 +50,29 @@ def _list_checkpoints(options: Namespace) -> int:
 def _verify_checkpoints(options: Namespace) -> int:
     from megahp.checkpoint import complete, folder_of, is_checkpoint, none_in, problems
 
-    found, all_of = 0, {}
-    for named in options.checkpoints:
-        all_of[named] = [named] if is_checkpoint(named) else complete(folder_of(named))
-        if not all_of[named]:
+    checkpoints = []
+    for named in options.checkpoints:  # all names are checked before a byte is read
+        inside = [named] if is_checkpoint(named) else complete(folder_of(named))
+        if not inside:
             raise UserError(f"{named} {none_in(named)}")
-    for checkpoints in all_of.values():
-        for checkpoint in checkpoints:
-            wrong = problems(checkpoint)
-            found += len(wrong)
-            print("\n".join(f"{checkpoint}: {problem}" for problem in wrong) or f"{checkpoint}: as it was written")
-    return 1 if found else 0
+        checkpoints += inside
+    code = 0
+    for checkpoint in dict.fromkeys(checkpoints):
+        damage = problems(checkpoint)
+        print("\n".join(f"{checkpoint}: {problem}" for problem in damage) or f"{checkpoint}: as it was written")
+        code = 1 if damage else code
+    return code
 
 
 def _compare_checkpoints(options: Namespace) -> int:
     from megahp.checkpoint import find
     from megahp.checkpoint.inspect import differences
 
-    found = 0
+    code = 0
     for line in differences(*map(find, options.checkpoints)):
         print(line)
-        found = 1
-    return found
+        code = 1
+    return code
 
 
 def _prune_checkpoints(options: Namespace) -> int:
@@ -80,11 +83,12 @@ def _prune_checkpoints(options: Namespace) -> int:
     folder = _checkpoints_of(options.run)
     keep = CheckpointConfig(keep=options.keep, keep_every=options.keep_every, keep_best=options.keep_best)
     newest = latest(folder)
-    if newest and (wrong := problems(newest)):
-        raise UserError(f"{newest} is damaged ({wrong[0]}), and older ones may have to serve; nothing is dropped")
+    # Deleting older ones could leave a run with a damaged checkpoint only.
+    if newest and (damage := problems(newest)):
+        raise UserError(f"{newest} is damaged ({damage[0]}), so an older one may be needed; nothing was deleted")
     for checkpoint in superseded(folder, newest, keep) if newest else []:
         remove(checkpoint)
-        print(f"{checkpoint} dropped")
+        print(f"{checkpoint} deleted")
     return 0
 
 
@@ -98,7 +102,7 @@ def _checkpoints_of(run: "Location") -> "Location":
     return folder
 
 
-def _place(name: str) -> "Location":
+def _location(name: str) -> "Location":
     from megahp.checkpoint import location
 
     try:

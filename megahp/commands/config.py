@@ -1,4 +1,4 @@
-"""Print every setting of a run and where its value comes from; or, of every setting there is, what is known of it."""
+"""Print every setting of a run and where its value comes from, or describe settings."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from megahp.errors import UserError
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run_file", type=Path, nargs="?", metavar="RUN.toml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the file's settings")
     parser.add_argument(
-        "--describe", nargs="?", const="", metavar="SECTION|KEY", help="tell type, bounds, default and meaning"
+        "--describe", nargs="?", const="", metavar="SECTION|KEY", help="print type, bounds, default and meaning"
     )
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     if (options.run_file is None) == (options.describe is None):
-        raise UserError("name RUN.toml, or --describe [SECTION|KEY], one of the two")
+        raise UserError("give either RUN.toml or --describe [SECTION|KEY]")
     if options.describe is not None:
         print(describe(options.describe))
         return 0

@@ -17,7 +17,7 @@ from megahp.parallel.layout import fit
 
 SCRIPTS = {"srun": "pretrain.sbatch", "torchrun": "pretrain_torchrun.sbatch"}
 GROWING = "pretrain_growing.sbatch"
-PATIENCE = 30  # minutes
+PATIENCE = 30  # minutes, the default of --patience
 RESERVED_IN_CHAINS = (*RESERVED, "dependency", "begin", "hold", "requeue", "no-requeue")
 
 
@@ -25,44 +25,46 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_run_file(parser)
     add = parser.add_argument
     add("--nodes", type=int, required=True, metavar="N", help="nodes of the job")
-    add("--ranks-per-node", type=int, default=1, metavar="N", help="GPUs of a node (default 1)")
-    add("--time", metavar="TIME", help="limit of one job, D-HH:MM:SS; it is queued again there")
-    add("--partition", metavar="NAME", help="to submit to")
-    add("--account", metavar="NAME", help="to charge")
-    add("--exclude", type=Path, default=BAD_NODES, metavar="FILE", help=f"(default {BAD_NODES})")
-    add("--sbatch", default="", metavar="OPTIONS", help="more, such as '--qos=high --signal=USR1@600'")
-    add("--without", default="", metavar="NAMES", help="options of the script that the site refuses: mem,exclusive")
-    add("--launcher", choices=SCRIPTS, default="srun", help="one task a rank, or one torchrun a node")
-    add("--grow", type=int, metavar="N", help="as the batch grows, twice the nodes, up to N: docs/slurm.md")
-    patience = f"how long more nodes are waited for before the run goes on on as many (default {PATIENCE})"
+    add("--ranks-per-node", type=int, default=1, metavar="N", help="ranks of a node, one a GPU (default 1)")
+    add("--time", metavar="TIME", help="time limit of one job, D-HH:MM:SS; at its end the job is queued again")
+    add("--partition", metavar="NAME", help="Slurm partition")
+    add("--account", metavar="NAME", help="Slurm account")
+    add("--exclude", type=Path, default=BAD_NODES, metavar="FILE", help=f"nodes to avoid (default {BAD_NODES})")
+    add("--sbatch", default="", metavar="OPTIONS", help="for sbatch, such as '--qos=high --signal=USR1@600'")
+    add("--without", default="", metavar="NAMES", help="script options that the site refuses: mem,exclusive")
+    add("--launcher", choices=SCRIPTS, default="srun", help="one srun task per rank, or one torchrun per node")
+    add("--grow", type=int, metavar="N", help="double the nodes as the batch grows, up to N: docs/slurm.md")
+    patience = f"minutes to wait for more nodes before continuing on the current number (default {PATIENCE})"
     add("--patience", type=float, metavar="MINUTES", help=f"with --grow: {patience}")
-    speed = "with --grow: tokens a second of one node, for the plan (default: as logged)"
+    speed = "with --grow: tokens per second of one node, for the forecast (default: as logged)"
     add("--speed", type=float, metavar="X", help=speed)
-    add("--dry-run", action="store_true", help="print the script, and submit nothing")
+    add("--dry-run", action="store_true", help="print the script, do not submit it")
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     check_minimum(options, nodes=1, ranks_per_node=1)
     for name in ("patience", "speed"):
         if (value := getattr(options, name)) is not None and (options.grow is None or not value > 0):
-            raise UserError(f"--{name} {value:g} goes with --grow N, and is above 0")
+            raise UserError(f"--{name} {value:g} must be above 0, and needs --grow N")
     config = resolve.load(options.run_file, options.overrides).config
     if config.resilience.stop_at_batch:
         early = f"resilience.stop_at_batch = {config.resilience.stop_at_batch} would end the job before the run"
-        raise UserError(f"{early}; leave it out, and give --grow N for more nodes as the batch grows")
-    asked = {name: getattr(options, name) for name in ("time", "partition", "account", "exclude", "sbatch")}
+        raise UserError(f"{early}; remove it, and give --grow N for more nodes as the batch grows")
+    job_options = {name: getattr(options, name) for name in ("time", "partition", "account", "exclude", "sbatch")}
     tasks = options.ranks_per_node if options.launcher == "srun" else 1
-    asked["without"] = [name for name in options.without.split(",") if name]
-    job = Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **asked)
+    job_options["without"] = [name for name in options.without.split(",") if name]
+    job = Job(SCRIPTS[options.launcher], options.nodes, options.ranks_per_node, tasks, **job_options)
     chain = None
     if options.grow is not None:
         chain = read_chain(options, config)
         if options.launcher != "srun":
             both = f"--launcher {options.launcher} with --grow"
-            raise UserError(f"{both}: its jobs start one task a rank; leave one of them out")
-        nodes = chain.growth.nodes_for(chain.plan["batch"])  # with which the run begins, or goes on
+            raise UserError(f"{both}: growing jobs start one task per rank; remove one of the two")
+        nodes = chain.growth.nodes_for(chain.plan["batch"])  # of the batch the run starts or resumes with
         patience = math.ceil(60 * (PATIENCE if options.patience is None else options.patience))
-        grown = f"nodes={options.nodes} grow={options.grow} patience={patience} chain=${{1:-$SLURM_JOB_ID}} before=$2"
+        # The script submits its own successor: $1 is the chain's first job, $2 the job before.
+        grown = f"nodes={options.nodes} grow={options.grow} patience={patience}"
+        grown += " chain=${1:-$SLURM_JOB_ID} before=$2"
         job = replace(job, script=GROWING, nodes=nodes, reserved=RESERVED_IN_CHAINS, variables=grown)
 
     from megahp.train.prepare import prepare
@@ -75,8 +77,8 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         print(script, end="")
         return FINISHED
     if (queued := jobs().get(str(config.directory.resolve()))) and "--dependency" not in options.sbatch:
-        behind = "--sbatch=--dependency=singleton"
-        raise UserError(f"{config.directory} has {queued[0]}; wait for its end, scancel it, or queue with {behind}")
+        remedy = "wait for its end, scancel it, or queue behind it with --sbatch=--dependency=singleton"
+        raise UserError(f"{config.directory} has {queued[0]}; {remedy}")
     (config.directory / "slurm").mkdir(parents=True, exist_ok=True)
     print(f"job {submit(script)}; megahp status {config.directory}")
     return FINISHED

@@ -1,4 +1,4 @@
-"""Decide a run's batch changes again from its log, and compare."""
+"""Repeat a run's batch decisions from its log, and compare."""
 
 import sys
 from argparse import ArgumentParser, Namespace
@@ -17,7 +17,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     for step, change in replayed.changes:
         print(f"step {step:,}: {change.reason}")
     for difference in replayed.differences:
-        print(f"not as logged: {difference}", file=sys.stderr)
+        print(f"differs from the log: {difference}", file=sys.stderr)
     if not replayed.differences:
         print(f"{len(replayed.changes)} changes of the global batch, each as logged")
     return 1 if replayed.differences else 0

@@ -9,9 +9,7 @@ from megahp.report.page import read_runs, write_report
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
-    parser.add_argument(
-        "--out", type=Path, help="file to write (default: report.html in the first RUN that can be read)"
-    )
+    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first readable RUN)")
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:

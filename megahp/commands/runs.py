@@ -1,4 +1,4 @@
-"""All runs below a folder, a line each: state, step, tokens, loss, job, ETA or how it ended, newest log file."""
+"""List all runs in a folder: state, step, tokens, loss, job, ETA or how it ended, newest log file."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -15,11 +15,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     if not options.folder.is_dir():
-        raise UserError(f"{options.folder} is no folder; name the one that holds your runs (log.root)")
-    runs, here = list(runs_below(options.folder)), options.folder.resolve()
+        raise UserError(f"{options.folder} is not a folder; name the one that holds your runs (log.root)")
+    runs, folder = list(runs_below(options.folder)), options.folder.resolve()
     jobs, known = jobs_of(runs), {run.resolve() for run in runs}
-    runs += [Path(run) for run in jobs if Path(run).is_relative_to(here) and Path(run) not in known]
+    # A queued job has no run directory yet.
+    runs += [Path(run) for run in jobs if Path(run).is_relative_to(folder) and Path(run) not in known]
     if not runs:
-        raise UserError(f"{options.folder} holds no runs; name the folder that does (log.root)")
+        raise UserError(f"{options.folder} holds no runs; name a folder that does (log.root)")
     print(table([read_status(run, jobs.get(str(run.resolve()), ())) for run in runs]))
     return 0

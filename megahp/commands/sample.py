@@ -1,4 +1,4 @@
-"""Generate text from a run's newest checkpoint, or from the one that is named."""
+"""Generate text from a run's newest checkpoint, or from a given one."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from megahp.files import open_unlinked
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run directory, or a checkpoint of it")
-    add("--prompt", default="", help="text to go on from")
+    add("--prompt", default="", help="text to continue")
     add("--tokens", type=int, default=200, help="tokens to generate (default 200)")
-    add("--temperature", type=float, default=0.8, help="0 = the likeliest token (default 0.8)")
-    add("--top-k", type=int, default=50, help="choose among so many likeliest tokens; 0 = all (default 50)")
-    add("--seed", type=int, default=1, help="of the choices (default 1)")
-    add("--save", action="store_true", help="keep it in the run directory, for the report")
+    add("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default 0.8)")
+    add("--top-k", type=int, default=50, help="sample from the k likeliest tokens; 0 = all (default 50)")
+    add("--seed", type=int, default=1, help="of the sampling (default 1)")
+    add("--save", action="store_true", help="write the text to RUN/sample.txt, for the report")
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
@@ -25,7 +25,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
     if options.save and (is_checkpoint(options.run) or options.run.name == "checkpoints"):
         raise UserError(
-            f"--save keeps the text in a run directory, and {options.run} is none; name it, or leave it out"
+            f"--save writes into a run directory, which {options.run} is not; name the run, or remove --save"
         )
     text = generate(options.run, options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
     print(text)

@@ -1,10 +1,10 @@
-"""Train the run of a TOML file, on the ranks a launcher has started or on ranks of its own.
+"""Train the run of a TOML file, on the ranks of a launcher or on ranks started here.
 
     megahp train run.toml                               on one rank
     megahp train run.toml optimizer.lr=2e-3 --ranks 2   with another setting, on two
-    megahp train run.toml --ranks 2 --resume auto       go on from the newest checkpoint
+    megahp train run.toml --ranks 2 --resume auto       resume from the newest checkpoint
 
-The file names tokenized text, as `megahp preprocess` writes it, and what is not to be as by default:
+The file names tokenized text, as `megahp preprocess` writes it, and the settings that differ from their defaults:
 
     [data]
     train = ["data/mine"]
@@ -33,84 +33,87 @@ from megahp.parallel.layout import Layout, fit
 def add_arguments(parser: ArgumentParser) -> None:
     add_run_file(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
-    load_state = "go on from the newest checkpoint: auto = if there is one, else begin; required = or refuse"
-    parser.add_argument("--resume", choices=("auto", "required"), help=load_state)
-    again = "after a fault start the ranks again, up to so many times"
-    parser.add_argument("--restarts", type=int, metavar="N", help=again)
+    resume = "resume from the newest checkpoint; without one auto = start anew, required = fail"
+    parser.add_argument("--resume", choices=("auto", "required"), help=resume)
+    parser.add_argument("--restarts", type=int, metavar="N", help="restart the ranks after a fault, at most N times")
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    """Check, then start ranks or be one. What needs torch is imported once the settings are known to be right."""
-    outlive_streams()  # first: a pipe must not become a stream that was closed
+    """Check the run, then start ranks or train as one. torch is imported only once the settings are valid."""
+    outlive_streams()  # first: the next pipe opened must not get the number of a closed stdout or stderr
     exit_on_signals()
     config = resolve.load(options.run_file, options.overrides).config
-    place = launch.world()
-    ranks = place.size if options.ranks is None else options.ranks
+    world = launch.world()
+    ranks = world.size if options.ranks is None else options.ranks
     layout = fit(config.parallel, ranks)
 
     from megahp.train.prepare import prepare, refuse_without_checkpoint
 
-    starting = must_spawn(options.ranks, place.size)
-    warn = None if starting or options.restarts is not None or place.rank else complain  # once, by the first rank
-    config = prepare(config, layout, options.ranks or place.local_size, options.resume is not None, warn)
+    starting = must_spawn(options.ranks, world.size)
+    # Once: the ranks started here check again.
+    warn = None if starting or options.restarts is not None or world.rank else complain
+    config = prepare(config, layout, options.ranks or world.local_size, options.resume is not None, warn)
     if options.resume == "required":
         refuse_without_checkpoint(config)
     if options.restarts is not None:
-        return train_again_and_again(options, config, place)
+        return train_with_restarts(options, config, world)
     if starting:
         return launch.spawn(words, ranks, at_notice=STOPPED)
-    return train_rank(config, place, layout, options.resume is not None)
+    return train_rank(config, world, layout, options.resume is not None)
 
 
-def train_again_and_again(options: Namespace, config: Config, place: launch.World) -> int:
-    """Start ranks, and after a fault again."""
+def train_with_restarts(options: Namespace, config: Config, world: launch.World) -> int:
+    """Start ranks, and restart them after a fault. Returns the exit code of the last start."""
     from megahp.faults.relaunch import until_done
 
-    if not options.ranks or place.size > 1 or options.restarts < 0:
-        wanted = f"--restarts {options.restarts} goes with --ranks N, and is at least 0"
-        raise UserError(f"{wanted}; under srun and torchrun the job is started again by whatever started it")
+    if not options.ranks or world.size > 1 or options.restarts < 0:
+        raise UserError(
+            f"--restarts {options.restarts} must be at least 0, and needs --ranks N; under srun and torchrun the "
+            "launcher restarts the job"
+        )
     arguments = ["train", str(options.run_file), *options.overrides]
-    minutes, began = config.resilience.stop_after, time.monotonic()
+    minutes, started = config.resilience.stop_after, time.monotonic()
 
     def start(resume: bool) -> int:
         words = ["--resume", "auto"] if resume or options.resume else []
-        if minutes:  # what is left of them
-            words.append(f"resilience.stop_after={max(minutes - (time.monotonic() - began) / 60, 0.001)!r}")
+        if minutes:  # stop_after limits all starts together
+            words.append(f"resilience.stop_after={max(minutes - (time.monotonic() - started) / 60, 0.001)!r}")
         return launch.spawn([*arguments, *words], options.ranks, at_notice=STOPPED)
 
     return until_done(start, config.directory, options.restarts)
 
 
-def train_rank(config: Config, place: launch.World, layout: Layout, resume: bool) -> int:
-    """Train as one rank, and leave without tearing the process group down (launch.leave)."""
+def train_rank(config: Config, world: launch.World, layout: Layout, resume: bool) -> int:
+    """Train as one rank, and exit without tearing down the process group (launch.leave)."""
     from megahp.faults.crash import report_crash
     from megahp.faults.watchdog import collective_timeout
     from megahp.parallel.device import uses_cuda
     from megahp.train.loop import train
 
-    store = launch.join(place, uses_cuda(config), collective_timeout(config.resilience.hang_after))
+    store = launch.join(world, uses_cuda(config), collective_timeout(config.resilience.hang_after))
     try:
-        code = FINISHED if train(config, place, store, layout, resume) else STOPPED
-        if place.rank == 0 and code == FINISHED:
+        code = FINISHED if train(config, world, store, layout, resume) else STOPPED
+        if world.rank == 0 and code == FINISHED:
             from megahp.report.page import read_runs, text_summary, write_report
 
             try:
                 runs = read_runs([config.directory])
                 print(text_summary(runs[0]))
                 print(f"report: {write_report(runs, config.directory / 'report.html')}")
-            except (UserError, OSError) as error:  # where nothing can be told of it the run is still a finished one
+            except (UserError, OSError) as error:  # the run has finished all the same
                 print(f"no report: {error}")
     except UserError as error:
         code = FAULT if error.may_pass else USER_ERROR
         if launch.is_first_to_report(store, "user error"):
             complain(error)
-        launch.keep_store_alive(place)
+        launch.keep_store_alive(world)
     except Exception as error:
+        # A rank that exits for a user error breaks the collectives of the others; only the first cause is reported.
         code = USER_ERROR if launch.is_reported(store, "user error") else FAULT
         if code == FAULT:
-            report_crash(config.directory, place.rank, traceback.format_exc())
+            report_crash(config.directory, world.rank, traceback.format_exc())
             if launch.is_lost_connection(error):
-                complain(Fault(f"rank {place.rank} has lost its connection to another, and ends too"))
+                complain(Fault(f"rank {world.rank} lost its connection to a peer; exiting"))
             elif launch.is_first_to_report(store, "fault"):
                 complain(error) if isinstance(error, Fault) else traceback.print_exc()
     launch.leave(code)

@@ -1,4 +1,4 @@
-"""`megahp fit`: from run directories and tables of runs to laws, and what is printed and drawn of them."""
+"""Read finished runs for `megahp fit`, fit the laws they suffice for, and print and plot these."""
 
 import json
 import math
@@ -17,15 +17,15 @@ from megahp.log.progress import human_count
 from megahp.log.status import runs_below
 from megahp.model.build import longest
 from megahp.recipe import fit
-from megahp.recipe.fit import Fit, Trained
+from megahp.recipe.fit import FinishedRun, Fit
 from megahp.scaling import flops
 from megahp.scaling.laws import INTERVAL, LossLaw
 from megahp.scaling.parameterization import Role, table_of
 from megahp.train.run import read_config
 
 
-class Kind(NamedTuple):
-    """One kind of law: how it is fitted, and how it and its axes are written."""
+class LawKind(NamedTuple):
+    """How one kind of law is fitted and displayed."""
 
     fit: Callable[..., Fit]
     formula: str
@@ -34,119 +34,122 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "loss": Kind(fit.fit_loss, "L(N, D) = E + A / N^alpha + B / D^beta", "tokens D", "nats per token"),
-    "timescale": Kind(fit.fit_timescale, "tau_opt = scale (D / N)^exponent", "tokens per parameter", "optimal tau"),
-    "optimal_batch": Kind(fit.fit_optimal_batch, "B_opt = scale D^exponent", "tokens D", "optimal batch, tokens"),
-    "critical_batch": Kind(
+    "loss": LawKind(fit.fit_loss, "L(N, D) = E + A / N^alpha + B / D^beta", "tokens D", "nats per token"),
+    "timescale": LawKind(fit.fit_timescale, "tau_opt = scale (D / N)^exponent", "tokens per parameter", "optimal tau"),
+    "optimal_batch": LawKind(fit.fit_optimal_batch, "B_opt = scale D^exponent", "tokens D", "optimal batch, tokens"),
+    "critical_batch": LawKind(
         fit.fit_critical_batch, "B_crit = scale D_min^exponent", "tokens D_min", "critical batch, tokens"
     ),
 }
 COMPUTE = (*(10.0**power for power in range(18, 24)), 5.76e23, 1e24)  # FLOPs; 5.76e23 is Chinchilla's
-OF_THE_TEXT = ("data.train", "data.tokenizer", "data.sequence_length", "data.validation_fraction")
-LEAST_DRAWS = 20
-BEYOND = 1e30  # all that is counted or measured of a run, and its inverse
-NEEDED, OPTIONAL = ("parameters", "tokens", "loss"), ("batch", "lr", "weight_decay")  # of a table's objects
+TEXT_SETTINGS = ("data.train", "data.tokenizer", "data.sequence_length", "data.validation_fraction")
+MIN_DRAWS = 20  # an 80 % interval of fewer is its two extremes
+BEYOND = 1e30  # a table's largest value, and 1 / BEYOND its smallest: products of several must stay floats
+REQUIRED, OPTIONAL = ("parameters", "tokens", "loss"), ("batch", "lr", "weight_decay")  # keys of a table's objects
 
 
-def read_runs(paths: Sequence[Path]) -> tuple[list[Trained], list[str]]:
-    """The runs of run directories, of folders that hold some, such as a sweep's, and of .jsonl tables; and notes about
-    them. Raises UserError for a run that cannot be used; one that a folder merely holds is left out, with a note."""
-    runs: list[Trained] = []
+def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
+    """Read run directories, folders that hold some, such as a sweep's, and .jsonl tables; return runs and notes.
+
+    Raises UserError for a run that cannot be used; in a folder of runs it is skipped, with a note.
+    """
+    runs: list[FinishedRun] = []
     notes: list[str] = []
-    trees: list[Config] = []
-
-    def add(run: Path) -> None:
-        config = read_config(run)
-        runs.append(_read_run(run, config, notes))
-        trees.append(config)
+    configs: list[Config] = []
 
     for path in paths:
         if path.suffix == ".jsonl":
             runs += _read_table(path)
-        elif (path / "config.toml").exists() or not (below := list(runs_below(path))):
-            add(path)
-        else:
-            for run in below:
-                try:
-                    add(run)
-                except UserError as error:
-                    notes.append(f"left out: {error}")
-    for key in OF_THE_TEXT:
-        if len({get_setting(config, key) for config in trees}) > 1:
+            continue
+        below = [] if (path / "config.toml").exists() else list(runs_below(path))
+        for directory in below or [path]:
+            try:
+                config = read_config(directory)
+                runs.append(_read_run(directory, config, notes))
+                configs.append(config)
+            except UserError as error:
+                if not below:
+                    raise
+                notes.append(f"skipped: {error}")
+    for key in TEXT_SETTINGS:
+        if len({get_setting(config, key) for config in configs}) > 1:
             notes.append(f"the runs differ in {key}, so their losses may not compare")
     return runs, notes
 
 
-def _read_run(path: Path, config: Config, notes: list[str]) -> Trained:
-    """A run directory's run, of as many tokens as it was planned for, which it keeps to within a batch, or as it took
-    until train.steps."""
+def _read_run(path: Path, config: Config, notes: list[str]) -> FinishedRun:
+    """Read a run directory. Its tokens are train.tokens, reached to within a batch, or those until train.steps."""
     last, events = next(newest_metrics(path), None), [event["event"] for event in read_events(path)]
     if last is None:
-        raise UserError(f"{path} has logged no step; train it, or leave it out")
+        raise UserError(f"{path} has logged no step; train it, or remove it from the list")
     batch, tokens = config.batch.global_batch * config.data.sequence_length, config.train.tokens
     ended = next((event for event in reversed(events) if event in ("finished", *STARTS)), None)
     is_short = last["tokens"] + (last.get("global_batch") or 0) * longest(config) <= tokens
     is_cut = is_short and 0 < config.train.steps <= last["step"]
     if ended != "finished" or is_short and not is_cut:
-        done = f"{last['tokens']} of train.tokens = {tokens} are done"
-        raise UserError(f"{path} has not ended: {done}; finish it, or leave it out")
+        done = f"{last['tokens']} of train.tokens = {tokens} are trained"
+        raise UserError(f"{path} has not ended: {done}; resume it, or remove it from the list")
     if is_cut:
         notes.append(
-            f"{path} ended by train.steps = {config.train.steps}, its learning rate that of {tokens} tokens; it "
-            f"counts as a run of the {last['tokens']} it took"
+            f"{path} ended by train.steps = {config.train.steps}, with the schedule of {tokens} tokens; it counts as a "
+            f"run of the {last['tokens']} tokens it trained on"
         )
         tokens = last["tokens"]
     if (loss := last.get("validation_loss")) is None:
-        raise UserError(f"{path} has no validation loss at its end; set train.validation_samples, or leave it out")
+        raise UserError(
+            f"{path} has no validation loss at its end; set train.validation_samples, or remove it from the list"
+        )
     if config.sparsity.method != "none":
-        raise UserError(f"{path} is sparse, and the laws are of dense models; leave it out")
+        raise UserError(f"{path} is sparse, and the laws are of dense models; remove it from the list")
     rule, optimizer = table_of(config).rules[Role.HIDDEN], config.optimizer
     hidden = {"lr": optimizer.lr * rule.lr, "weight_decay": optimizer.weight_decay * rule.weight_decay}
     values = {"batch": batch, **hidden}
     if not {"batch", "branched"}.isdisjoint(events):
-        notes.append(f"{path}: its batch changes, or it starts from another run; it serves the loss law alone")
+        notes.append(f"{path}: its batch changes, or it starts from another run; it is used for the loss law only")
         values = {}
     elif optimizer.name != "adamw":
-        notes.append(f"{path}: tau is AdamW's, not {optimizer.name}'s; it does not serve the timescale's law")
+        notes.append(f"{path}: tau is AdamW's, not {optimizer.name}'s; it is not used for the timescale law")
         values = {"batch": batch}
-    return Trained(str(path), flops.parameters(config.model, longest(config)), tokens, loss, **values)
+    return FinishedRun(str(path), flops.parameters(config.model, longest(config)), tokens, loss, **values)
 
 
-def _read_table(path: Path) -> list[Trained]:
-    """One run for each line's object. Raises UserError naming file and line."""
+def _read_table(path: Path) -> list[FinishedRun]:
+    """Read one run from each line's JSON object. Raises UserError naming file and line."""
     runs, text = [], read_text(path, "table of runs", "name a run directory or a .jsonl table")
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             run = json.loads(line)
             if not isinstance(run, dict):
                 raise ValueError("not a JSON object")
-            if unknown := run.keys() - {*NEEDED, *OPTIONAL, "name"}:
+            if unknown := run.keys() - {*REQUIRED, *OPTIONAL, "name"}:
                 raise ValueError(f"{', '.join(sorted(unknown))} is unknown")
-            for key in (*NEEDED, *(key for key in OPTIONAL if run.get(key) is not None)):
+            for key in (*REQUIRED, *(key for key in OPTIONAL if run.get(key) is not None)):
                 value = run.get(key)
                 zero = key == "weight_decay" and value == 0
                 if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf or zero):
-                    raise ValueError(f"{key} = {json.dumps(value)} is no number above 0")
-                if not (1 / BEYOND < value < BEYOND or zero):  # products of several would leave the floats' range
-                    raise ValueError(f"{key} = {json.dumps(value)[:40]} is beyond {1 / BEYOND:g} to {BEYOND:g}")
+                    raise ValueError(f"{key} = {json.dumps(value)} is not a number above 0")
+                if not (1 / BEYOND < value < BEYOND or zero):
+                    raise ValueError(f"{key} = {json.dumps(value)[:40]} is not within {1 / BEYOND:g} to {BEYOND:g}")
                 run[key] = float(value)
         except ValueError as error:
-            raise UserError(f"{path} line {number}: {error}; each has {', '.join(NEEDED + OPTIONAL)}") from None
-        runs.append(Trained(**{"name": f"{path} line {number}", **run}))
+            raise UserError(f"{path} line {number}: {error}; an object has {', '.join(REQUIRED + OPTIONAL)}") from None
+        runs.append(FinishedRun(**{"name": f"{path} line {number}", **run}))
     return runs
 
 
 def fit_laws(
-    runs: Sequence[Trained], asked: Sequence[str] | None, tied: bool, draws: int, seed: int
+    runs: Sequence[FinishedRun], asked: Sequence[str] | None, tied: bool, draws: int, seed: int
 ) -> tuple[dict[str, Fit], list[str]]:
-    """The laws asked for, or, where none is, all the runs suffice for; and why others were not fitted. Raises UserError
-    for a law asked for that cannot be fitted, or where none can."""
-    if draws < LEAST_DRAWS:
-        raise UserError(f"--draws {draws} give no interval; make them at least {LEAST_DRAWS}")
+    """Fit the laws asked for, or by default all that the runs suffice for; return them, and why others were not fitted.
+
+    Raises UserError for a law asked for that cannot be fitted, or if none can.
+    """
+    if draws < MIN_DRAWS:
+        raise UserError(f"--draws {draws} are too few for an interval; give at least {MIN_DRAWS}")
     if seed < 0:
         raise UserError(f"--seed {seed} must be at least 0")
     if tied and asked and "loss" not in asked:
-        raise UserError("--tied-exponents is for the loss law; ask for --loss too, or leave it out")
+        raise UserError("--tied-exponents is for the loss law; add --loss, or remove it")
     fits, refused = {}, []
     for name in asked or KINDS:
         options = {"tied": tied} if name == "loss" else {}
@@ -157,12 +160,12 @@ def fit_laws(
                 raise
             refused.append(f"not fitted: {error}")
     if not fits:
-        raise UserError("\n".join(["the runs suffice for no law", *refused]))
+        raise UserError("\n".join(["the runs do not suffice for any law", *refused]))
     return fits, refused
 
 
 def summary(name: str, fitted: Fit) -> Record:
-    """What there is to say of one law."""
+    """Return what `megahp fit` prints about one law, for JSON."""
     law, kind, more = fitted.law, KINDS[name], {}
     if isinstance(law, LossLaw):
         constants = dict(zip(("E", "A", "B", "alpha", "beta"), law.constants, strict=True))
@@ -183,9 +186,9 @@ def summary(name: str, fitted: Fit) -> Record:
 
 
 def optimal(law: LossLaw, compute: float) -> Record:
-    """The run of least loss at 6 N D FLOPs, and whether it lies within what the law was fitted on."""
+    """Return the run of least loss at 6 N D FLOPs, and whether N and D are within the range the law was fitted on."""
     parameters, tokens = law.optimum(compute)
-    floor, a, b, alpha, beta = np.array(law.draws).T  # all at once
+    floor, a, b, alpha, beta = np.array(law.draws).T  # a law of arrays: all draws at once
     drawn = LossLaw(floor, a, b, alpha, beta, "", "").optimum(compute)
     inside = law.parameters[0] <= parameters <= law.parameters[1] and law.tokens[0] <= tokens <= law.tokens[1]
     return {
@@ -200,10 +203,10 @@ def optimal(law: LossLaw, compute: float) -> Record:
     }
 
 
-def text(found: Mapping[str, Record], notes: Sequence[str]) -> str:
-    """The laws as a person reads them."""
+def text(laws: Mapping[str, Record], notes: Sequence[str]) -> str:
+    """Format the summaries of laws, by name, for the terminal."""
     lines = []
-    for name, law in found.items():
+    for name, law in laws.items():
         lines += [f"{name}: {law['formula']}", f"  {law['source']}; {law['confidence']}"]
         for constant, value in law["constants"].items():
             low, high = law["intervals"][constant]
@@ -225,7 +228,7 @@ def text(found: Mapping[str, Record], notes: Sequence[str]) -> str:
 
 
 def plot(file: Path, fits: Mapping[str, Fit]) -> None:
-    """Draw each law with its points, and its residuals beside it. Raises UserError."""
+    """Plot each law with its points, and its residuals beside it. Raises UserError."""
     from megahp.report.figures import plot_in
 
     with plot_in(file, 8, 2.9 * len(fits)) as figure:
@@ -234,7 +237,7 @@ def plot(file: Path, fits: Mapping[str, Fit]) -> None:
 
 
 def _draw(name: str, fitted: Fit, left: Any, right: Any) -> None:
-    """Points and law, of a loss law a line for each N, and beside them the residuals."""
+    """Plot points and law, for a loss law a line per N, on the left axes, and residuals on the right."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     from megahp.report.figures import PALETTE, colour
@@ -244,14 +247,14 @@ def _draw(name: str, fitted: Fit, left: Any, right: Any) -> None:
     for index, size in enumerate(np.unique(sizes)):
         of_size, hue = sizes == size, PALETTE[colour(index)]
         x, y = points[of_size, -2:].T
-        along = np.geomspace(x.min(), x.max())
-        law = fitted.law(size, along) if name == "loss" else fitted.law(along)
+        grid = np.geomspace(x.min(), x.max())
+        law = fitted.law(size, grid) if name == "loss" else fitted.law(grid)
         left.plot(x, y, "o", color=hue, ms=4)
-        left.plot(along, law, color=hue, lw=1, label=f"N = {human_count(size)}")
+        left.plot(grid, law, color=hue, lw=1, label=f"N = {human_count(size)}")
         right.plot(x, residuals[of_size], "o", color=hue, ms=4)
     left.set(xscale="log", yscale="linear" if name == "loss" else "log", xlabel=KINDS[name].x, ylabel=KINDS[name].y)
     left.set_title(f"{name}, {fitted.law.source}")
-    right.set(xscale="log", xlabel=KINDS[name].x, ylabel="found over law, %", title=f"R^2 {fitted.r_squared:.4f}")
+    right.set(xscale="log", xlabel=KINDS[name].x, ylabel="measured over law, %", title=f"R^2 {fitted.r_squared:.4f}")
     right.axhline(0, color=PALETTE["muted"], lw=1)
     for axis in [left.xaxis, right.xaxis] + [left.yaxis] * (name != "loss"):
         axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter())

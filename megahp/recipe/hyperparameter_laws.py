@@ -1,31 +1,36 @@
-"""Other people's rules for learning rate and batch, as they are: each for its own parameterization, optimizer and
-schedule, so none is mixed with another. Batches in tokens, rates at the peak and as applied to hidden matrices."""
+"""Published rules for learning rate and batch, unchanged: Step Law, DeepSeek, nanochat, OLMo's ladder.
+
+Each was tuned for one parameterization, optimizer and schedule, so none is mixed with another. Batches are in tokens,
+learning rates are the peak's as applied to hidden matrices.
+"""
 
 import math
 from dataclasses import dataclass
-
-from megahp.scaling.laws import PowerLaw
 
 SP = "AdamW, standard parameterization"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one rule would choose for a run; None where it says nothing."""
+    """The hyperparameters that one rule gives for a run; None: the rule does not say."""
 
     rule: str
     lr: float
-    rate: str  # what kind of rate that is
+    rate: str  # the optimizer and parameterization that lr is for
     batch: float  # tokens
     weight_decay: float | None
     beta2: float | None
     source: str
     confidence: str
-    outside: str = ""  # how the run is outside the range the rule was fitted on
+    outside: str = ""  # how the run exceeds the range the rule was fitted on; "" if it does not
 
 
 def step_law(hidden: float, tokens: float) -> Choice:
-    """eta = 1.79 N^-0.713 D^0.307 and B = 0.58 D^0.571, N without embeddings. (arXiv 2503.04715)"""
+    """Return eta = 1.79 N^-0.713 D^0.307 and B = 0.58 D^0.571, N without embeddings.
+
+    (Step Law, arXiv 2503.04715; several secondary sources, and the authors' released data; N without embeddings:
+    unverified)
+    """
     lr, batch = 1.79 * hidden**-0.713 * tokens**0.307, 0.58 * tokens**0.571
     source = "Step Law, arXiv 2503.04715; N without embeddings from memory, unverified"
     confidence = "secondary source: several; verified in data: step-law/steplaw"
@@ -33,21 +38,25 @@ def step_law(hidden: float, tokens: float) -> Choice:
     return Choice("step-law", lr, SP, batch, None, None, source, confidence, beyond)
 
 
-DEEPSEEK_LR = PowerLaw(0.3118, -0.1250, "DeepSeek LLM, arXiv 2401.02954", "secondary source")
-DEEPSEEK_BATCH = PowerLaw(0.2920, 0.3271, "DeepSeek LLM, arXiv 2401.02954", "secondary source")
-
-
 def deepseek(flops: float) -> Choice:
-    """eta = 0.3118 C^-0.125 and B = 0.292 C^0.3271, C the training operations of all but the embeddings, all of
-    attention counted. (arXiv 2401.02954)"""
-    lr, batch = DEEPSEEK_LR(flops), DEEPSEEK_BATCH(flops)
+    """Return eta = 0.3118 C^-0.125 and B = 0.292 C^0.3271.
+
+    flops: C, of training without the embeddings, with all of attention, not the causal half. (DeepSeek LLM, arXiv
+    2401.02954, a secondary source; its range of C: unverified)
+    """
+    lr, batch = 0.3118 * flops**-0.1250, 0.2920 * flops**0.3271
+    source, confidence = "DeepSeek LLM, arXiv 2401.02954", "secondary source"
     beyond = "" if 1e17 <= flops <= 2e19 else "fitted on 1e17 to 2e19 FLOPs (from memory, unverified)"
-    return Choice("deepseek", lr, SP, batch, None, None, DEEPSEEK_LR.source, DEEPSEEK_LR.confidence, beyond)
+    return Choice("deepseek", lr, SP, batch, None, None, source, confidence, beyond)
 
 
 def nanochat(tokens: float) -> Choice:
-    """B = 2^19 (D / D_12)^0.383 to a power of two; rates grow as its root; lambda keeps B / (eta lambda D). D_12 is 12
-    tokens for each of the 110.1 M matrix weights of nanochat's model of depth 12."""
+    """Return B = 2^19 (D / D_12)^0.383, rounded to a power of two, eta growing as its root, and lambda so that B / (eta
+    lambda D) is constant.
+
+    D_12 is 12 tokens for each of the 110.1 M matrix weights of nanochat's model of depth 12. (karpathy/nanochat,
+    scripts/base_train.py, verified in code; the 110.1 M: a secondary source)
+    """
     at_depth_12, reference = 12 * 110.1e6, 2**19
     batch = 2 ** round(math.log2(reference * (tokens / at_depth_12) ** 0.383))
     root = math.sqrt(batch / reference)
@@ -58,7 +67,10 @@ def nanochat(tokens: float) -> Choice:
 
 
 def olmo_ladder(hidden: float) -> Choice:
-    """eta = 0.0047 (N / 108e6)^(-1/3) / 2 and B = 2048 x 160 (N / 108e6)^(2/3), whatever the tokens."""
+    """Return eta = 0.0047 (N / 108e6)^(-1/3) / 2 and B = 2048 x 160 (N / 108e6)^(2/3), whatever the tokens.
+
+    (allenai/OLMo-core's model ladder, verified in code; that N is without embeddings: unverified)
+    """
     ratio = hidden / 108e6
     lr, batch = 0.0047 * ratio ** (-1 / 3) / 2, 2048 * 160 * ratio ** (2 / 3)
     beta2 = 0.95 if batch >= 524_288 else 0.99

@@ -1,6 +1,6 @@
-"""A law file: the laws that `megahp fit` found in a user's own runs, as TOML, which `megahp recipe` takes by name.
+"""Law files: the laws that `megahp fit` fitted to a user's own runs, as TOML, for `megahp recipe --law`.
 
-Its sections are [loss], [timescale], [optimal_batch] and [critical_batch], those that could be fitted; each holds every
+The sections are [loss], [timescale], [optimal_batch] and [critical_batch], those that could be fitted; each holds every
 field of its law, draws included. Batches and their laws are in tokens.
 """
 
@@ -19,8 +19,8 @@ _ABOVE_0 = ("scale", "a", "b", "alpha", "beta")
 
 
 @dataclass(frozen=True)
-class Laws:
-    """The laws of one file; None where it has none."""
+class LawFile:
+    """The laws of one file; None: not fitted."""
 
     loss: LossLaw | None = None  # nats per token of (parameters, tokens)
     timescale: PowerLaw | None = None  # tau_opt of tokens per parameter
@@ -28,28 +28,29 @@ class Laws:
     critical_batch: PowerLaw | None = None  # tokens of a batch, of D_min
 
 
-def write(path: Path, laws: Laws) -> None:
-    """The file of these laws, whatever it held before."""
-    lines = ["# Laws fitted by megahp fit; megahp recipe takes them with --law and --loss-law."]
+def write(path: Path, laws: LawFile) -> None:
+    """Write the laws to the file, replacing it."""
+    lines = ["# LawFile fitted by megahp fit; megahp recipe takes them with --law and --loss-law."]
     for name in KINDS:
         if law := getattr(laws, name):
             lines += ["", f"[{name}]", *(f"{f.name} = {toml_value(getattr(law, f.name))}" for f in fields(law))]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def read(path: Path) -> Laws:
-    """Raises UserError naming what is no law file, an unknown section, or a law's unknown, missing or wrong fields."""
+def read(path: Path) -> LawFile:
+    """Read a law file. Raises UserError for an unknown section, and for unknown, missing or wrong fields of a law."""
     tree = read_toml(path, "law file")
-    if unknown := [name for name in tree if name not in KINDS] or ([] if tree else ["nothing"]):
-        raise UserError(f"law file {path} holds {', '.join(unknown)}; its sections are {', '.join(KINDS)}")
+    if not tree or (tree.keys() - KINDS):
+        wrong = ", ".join(name for name in tree if name not in KINDS) or "nothing"
+        raise UserError(f"law file {path} holds {wrong}; its sections are {', '.join(KINDS)}")
     try:
-        return Laws(**{name: _law(name, section) for name, section in tree.items()})
+        return LawFile(**{name: _law(name, section) for name, section in tree.items()})
     except ValueError as error:
         raise UserError(f"law file {path}: {error}") from None
 
 
 def _law(name: str, section: Any) -> Any:
-    """One section's law. Raises ValueError."""
+    """Build the law of one section. Raises ValueError."""
     kind = KINDS[name]
     types = get_type_hints(kind)
     if not isinstance(section, dict) or section.keys() != types.keys():
@@ -69,7 +70,7 @@ def _law(name: str, section: Any) -> Any:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """The value in a field's type. Raises TypeError saying what it must be."""
+    """Check a TOML value against a field's type, and convert it. Raises TypeError naming the type."""
     if get_origin(kind) is tuple:
         items = get_args(kind)
         if not isinstance(value, list):

@@ -202,7 +202,7 @@ def test_commands_take_urls(
     assert main(["checkpoint", "verify", there]) == 0
     assert main(["checkpoint", "prune", there, "--keep", "1"]) == 0
     assert len(checkpoint.complete(Remote(there) / "checkpoints")) == 1
-    assert f"{there}/checkpoints/step-00000035 dropped" in capsys.readouterr().out
+    assert f"{there}/checkpoints/step-00000035 deleted" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main(["checkpoint", "verify", "nowhere://x"])
     assert "nowhere://x cannot be opened" in capsys.readouterr().err

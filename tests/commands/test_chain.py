@@ -83,14 +83,14 @@ def test_a_started_run_continues_at_its_current_size(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((*GROW[:5], "--speed", "3"), "--speed 3 goes with --grow"),
-        ((*GROW[:5], "--patience", "3"), "--patience 3 goes with --grow"),
-        ((*GROW, "--patience", "0"), "--patience 0 goes with --grow N, and is above 0"),
+        ((*GROW[:5], "--speed", "3"), "--speed 3 must be above 0, and needs --grow N"),
+        ((*GROW[:5], "--patience", "3"), "--patience 3 must be above 0, and needs --grow N"),
+        ((*GROW, "--patience", "0"), "--patience 0 must be above 0, and needs --grow N"),
         ((*GROW[:-1], "1"), "--grow 1 is less than twice --nodes 1"),
         ((*GROW, "--launcher", "torchrun"), "--launcher torchrun with --grow"),
         ((*GROW, "batch.policy=constant", "batch.table=[]"), "batch.policy = 'constant' never grows"),
         ((*GROW, "resilience.stop_at_batch=8"), "resilience.stop_at_batch = 8 would end the job before the run"),
-        ((*GROW, "--speed", "nan"), "--speed nan goes with"),
+        ((*GROW, "--speed", "nan"), "--speed nan must be above 0"),
         ((*GROW, "--sbatch=--requeue"), "--sbatch --requeue: megahp sets --requeue itself"),
         ((*GROW[:5], "--sbatch=--nodes=3"), "--sbatch --nodes=3: megahp sets --nodes itself"),
         ((*GROW[:5], "--sbatch=--comment='a"), "cannot be read (No closing quotation)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,13 +14,13 @@ from recipe.test_fit import BESIROGLU, SIZES, grid, sweeps
 
 from megahp.cli import main
 from megahp.recipe import law_file
-from megahp.recipe.fit import Trained
+from megahp.recipe.fit import FinishedRun
 from megahp.scaling.power_laws import TAU
 
 ROOT = Path(__file__).parents[2]
 
 
-def write_table(path: Path, runs: Sequence[Trained]) -> Path:
+def write_table(path: Path, runs: Sequence[FinishedRun]) -> Path:
     rows = [{key: value for key, value in asdict(run).items() if key != "name"} for run in runs]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -68,17 +69,30 @@ def words_of(line: str) -> list[object]:
     return [pytest.approx(float(word), rel=0.01) if re.fullmatch(r"[\d.]+", word) else word for word in line.split()]
 
 
+def test_without_scipy_one_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = write_table(tmp_path / "runs.jsonl", grid(BESIROGLU))
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert main(["fit", str(table), "--out", str(tmp_path / "law.toml")]) == 2
+    error = capsys.readouterr().err
+    assert error == "megahp: megahp fit needs scipy, which is not installed; pip install 'megahp[fit]'\n"
+
+
 LINE = '{"parameters": 1e8, "tokens": 2e9, "loss": 3.1}'
 
 
 @pytest.mark.parametrize(
     ("lines", "words", "told"),
     [
-        ([LINE], "", ["the runs suffice for no law", "there are 1"]),
+        ([LINE], "", ["the runs do not suffice for any law", "given 1"]),
         (
             [LINE],
             "--loss",
-            ["a loss law L(N, D) needs 6 different (N, D)", "there are 1, one of 100M parameters, one of 2B tokens"],
+            [
+                "a loss law L(N, D) needs at least 6 different (N, D)",
+                "given 1, one of 100M parameters, one of 2B tokens",
+            ],
         ),
         ([LINE], "--timescale --tied-exponents", ["--tied-exponents", "--loss"]),
         ([LINE], "--draws 5", ["--draws 5", "20"]),
@@ -87,11 +101,15 @@ LINE = '{"parameters": 1e8, "tokens": 2e9, "loss": 3.1}'
         ([LINE, "[]"], "", ["runs.jsonl line 2", "not a JSON object"]),
         ([LINE.replace("loss", "los")], "", ["runs.jsonl line 1", "los is unknown"]),
         ([LINE.replace(', "loss": 3.1', "")], "", ["runs.jsonl line 1", "loss = null"]),
-        ([LINE.replace("3.1", "-1")], "", ["runs.jsonl line 1", "loss = -1 is no number above 0"]),
+        ([LINE.replace("3.1", "-1")], "", ["runs.jsonl line 1", "loss = -1 is not a number above 0"]),
         ([LINE.replace("3.1", '"low"')], "", ['loss = "low"']),
-        ([LINE.replace("1e8", "1" + 31 * "0")] * 9, "--loss", ["parameters = 1000", "is beyond 1e-30 to 1e+30"]),
-        ([LINE.replace("2e9", "9" * 400)], "--loss", ["tokens = 9999", "is beyond"]),
-        ([LINE[:-1] + ', "batch": 1, "lr": 1e-300, "weight_decay": 1e-300}'], "--timescale", ["lr = 1e-300 is beyond"]),
+        ([LINE.replace("1e8", "1" + 31 * "0")] * 9, "--loss", ["parameters = 1000", "is not within 1e-30 to 1e+30"]),
+        ([LINE.replace("2e9", "9" * 400)], "--loss", ["tokens = 9999", "is not within"]),
+        (
+            [LINE[:-1] + ', "batch": 1, "lr": 1e-300, "weight_decay": 1e-300}'],
+            "--timescale",
+            ["lr = 1e-300 is not within"],
+        ),
     ],
 )
 def test_a_mistake_in_a_table_or_an_option(

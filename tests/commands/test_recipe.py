@@ -41,7 +41,7 @@ def run(words: str) -> int:
         ("--days 3 --gpus 8", "--days 3 needs --gpus, and --gpu or --peak-flops"),
         ("--params 1e9 --gpus 8 --mfu 0.5", "--mfu 0.5 is a share of a peak; add --gpu"),
         ("--params 1e9 --mfu 0.5", "no effect without --gpus"),
-        ("--params 1e9 --gpus 8 --gpu V200", "--gpu V200 is unknown; there are A100, H100, H200, B200"),
+        ("--params 1e9 --gpus 8 --gpu V200", "--gpu V200 is unknown; choose from A100, H100, H200, B200"),
         ("--params 1e9 --gpus 8 --gpu H100 --peak-flops 1e15", "--gpu and --peak-flops"),
         ("--target-loss 1.8", "--target-loss 1.8 is not above 1.817, the floor of the loss law"),
         ("--target-loss 11", "--target-loss 11 is not below ln 50257 = 10.82"),
@@ -51,23 +51,20 @@ def run(words: str) -> int:
         ("--target-loss 2 --tokens 1e8", "--target-loss 2 is not reached with these tokens"),
         ("--params 1e9 --tokens 1000", "train.tokens = 1000 is less than one batch"),
         ("--params 1e9 --tokens 1e6 --batch 4096", "train.tokens = 1000000 is less than one batch of 4096 x 2048"),
-        ("--params 1e9 --law steplaw", "--law steplaw is no law and no law file; did you mean step-law?"),
-        ("--params 1e9 --loss-law kaplan", "there are: hoffmann-rounded, hoffmann, besiroglu, gadre"),
+        ("--params 1e9 --law steplaw", "--law steplaw is neither a law nor a law file; did you mean step-law?"),
+        ("--params 1e9 --loss-law kaplan", "the laws are: hoffmann-rounded, hoffmann, besiroglu, gadre"),
         ("--params -1", "--params -1 must be above 0"),
         ("--params nan --tokens 1e9", "--params nan must be above 0"),
         ("--params 1e9 --tokens inf", "--tokens inf must be above 0"),
         ("--params 1e9 --density 1.5", "--density 1.5 must be above 0 and at most 1"),
         ("--flops 1e20 --density 0.5", "--density needs a given size and data"),
         ("--params 1e9 --batch 0", "--batch 0 must be above 0"),
-        ("--params 1e9 --batch 30 --gpus 8 --gpu H100", "--batch 30 cannot be shared out over 8 data-parallel ranks"),
-        (
-            "--params 1e9 --width 1000",
-            "--width 1000 is not a multiple of the head size 64; nearest that are: 960, 1024",
-        ),
+        ("--params 1e9 --batch 30 --gpus 8 --gpu H100", "--batch 30 cannot be divided over 8 data-parallel ranks"),
+        ("--params 1e9 --width 1000", "--width 1000 is not a multiple of the head size 64; the nearest are 960, 1024"),
         ("--params 1e5", "no shape has about 1e+05 parameters"),
         ("--params 1e9 --vocab-size 0", "--vocab-size 0 must be above 0"),
         ("--preset lama --tpp 20", "--preset lama is unknown"),
-        ("--preset llama-2-7b --tpp 20 --width 512", "leave out --width and --layers"),
+        ("--preset llama-2-7b --tpp 20 --width 512", "remove --width and --layers"),
         ("--params 1e9 --base nowhere.toml", "nowhere.toml does not exist"),
         ("--params 1e9 --tokenizer nowhere.model", "nowhere.model"),
         ("--params 1e9 --pareto new.png", "give --target-loss"),
@@ -96,8 +93,8 @@ def test_a_mistake_is_one_line(
     ("section", "told"),
     [
         ("[parameterization]\nname = 'sp'", "transfers nothing"),
-        ("[model]\nexperts = 4", "laws here are of dense models"),
-        ("[sparsity]\nmethod = 'static'\ndensity = 0.5", "laws here are of dense models"),
+        ("[model]\nexperts = 4", "laws are of dense models"),
+        ("[sparsity]\nmethod = 'static'\ndensity = 0.5", "laws are of dense models"),
     ],
 )
 def test_a_base_must_transfer(section: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +108,7 @@ def test_a_law_file_takes_the_place_of_power_lines(tmp_path: Path, capsys: pytes
     critical = PowerLaw(40.0, 0.5, "my runs", "fitted", fitted=(1e6, 1e12), draws=((39.0, 0.5), (41.0, 0.5)))
     tau = PowerLaw(0.5, -0.3, "my decays", "fitted")
     loss = LossLaw(1.5, 300.0, 900.0, 0.33, 0.33, "my losses", "fitted", draws=((1.4, 300.0, 900.0, 0.33, 0.33),) * 9)
-    law_file.write(tmp_path / "laws.toml", law_file.Laws(loss=loss, timescale=tau, critical_batch=critical))
+    law_file.write(tmp_path / "laws.toml", law_file.LawFile(loss=loss, timescale=tau, critical_batch=critical))
     out = tmp_path / "run.toml"
     assert run(f"--params 1e9 --law {tmp_path / 'laws.toml'} --json --out {out}") == 0
     printed = json.loads(capsys.readouterr().out)
@@ -126,7 +123,7 @@ def test_a_law_file_takes_the_place_of_power_lines(tmp_path: Path, capsys: pytes
     timescale = batch / (rows["peak LR, hidden matrices"]["value"] * decay * written.train.tokens)
     assert timescale == pytest.approx(0.5 * rows["tokens per parameter"]["value"] ** -0.3)
     assert json.loads(json.dumps(config_to_dict(written))) == printed["run"]
-    law_file.write(tmp_path / "loss.toml", law_file.Laws(loss=loss))
+    law_file.write(tmp_path / "loss.toml", law_file.LawFile(loss=loss))
     for words in ("", f"--loss-law {tmp_path / 'loss.toml'}"):  # as docs/fit.md names one file twice
         assert run(f"--params 1e9 --law {tmp_path / 'loss.toml'} --json {words}") == 0
         rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
@@ -230,9 +227,9 @@ def test_the_batch_is_one_that_ranks_can_share(tokens: str, tmp_path: Path, caps
 
 def test_a_batch_that_ranks_cannot_share_names_the_microbatch_that_could() -> None:
     config = resolve.resolve([("run.toml", {"batch": {"global_batch": 24, "micro_batch": 8}})]).config
-    with pytest.raises(UserError, match="nearest that can be: 16, 32; or set batch.micro_batch=4"):
+    with pytest.raises(UserError, match="nearest valid: 16, 32; or set batch.micro_batch=4"):
         check_batch(config, fit(config.parallel, 2), 24)
-    with pytest.raises(UserError, match="nearest that can be: 20, 25$"):  # which no microbatch helps
+    with pytest.raises(UserError, match="nearest valid: 20, 25$"):  # which no microbatch helps
         check_batch(replace(config, batch=replace(config.batch, micro_batch=1)), fit(config.parallel, 5), 24)
 
 

@@ -55,7 +55,7 @@ def test_without_slurm_progress_is_shown(squeue: Path, capsys: pytest.CaptureFix
     (run / "slurm").mkdir()
     assert main(["status", str(run)]) == 0
     assert capsys.readouterr().err.startswith(
-        "megahp: Slurm cannot be asked, so jobs are left out: squeue is not installed"
+        "megahp: Slurm does not answer, so jobs are not shown: squeue is not installed"
     )
     answer(squeue, FAILS)
     for words in (["runs"], ["status"], ["status", str(run)]):
@@ -82,10 +82,10 @@ def test_status_tells_more_of_the_runs_of_jobs(squeue: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["runs"], "runs is no folder"),
+        (["runs"], "runs is not a folder"),
         (["runs", "bin"], "bin holds no runs"),
-        (["status"], "runs holds no runs, and no job of yours"),
-        (["status", "absent"], "absent is no run directory"),
+        (["status"], "runs holds no runs, and you have no job of megahp launch"),
+        (["status", "absent"], "absent is not a run directory"),
     ],
 )
 def test_where_there_is_nothing(squeue: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

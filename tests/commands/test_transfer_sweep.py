@@ -157,7 +157,7 @@ def test_what_another_worker_still_trains_is_not_taken_for_missing(
     shutil.rmtree(last.directory)
     with tool.claimed(last):
         assert sweep(*words, "--jobs", 1) == 2
-    assert f"megahp: {last} and 0 more are with other workers" in capsys.readouterr().err
+    assert f"megahp: {last} and 0 more are being trained by other workers" in capsys.readouterr().err
 
 
 def test_cells_are_the_run_files_own_but_for_what_is_swept(tool: ModuleType, sweep: Callable[..., int]) -> None:
@@ -220,28 +220,28 @@ def test_edges_and_divergence_are_said(capsys: pytest.CaptureFixture[str]) -> No
 
 
 MISTAKES: dict[str, tuple[list[Any], str]] = {
-    "no such setting": (["--grid", "optimizer.rate=1,2"], "'optimizer.rate=1,2' is no setting with values"),
-    "no values": (["--grid", "optimizer.lr="], "is no setting with values"),
+    "no such setting": (["--grid", "optimizer.rate=1,2"], "'optimizer.rate=1,2' is not a setting with values"),
+    "no values": (["--grid", "optimizer.lr="], "is not a setting with values"),
     "one value": (
         ["--grid", "optimizer.lr=0.1"],
         "--grid optimizer.lr=0.1 has one value, and nothing to compare it with",
     ),
-    "a value twice": (["--grid", "optimizer.lr=1,1"], "each value is trained once"),
-    "no number": (["--grid", "optimizer.name=adamw,muon"], "'adamw' is no positive number"),
+    "a value twice": (["--grid", "optimizer.lr=1,1"], "has a value twice"),
+    "no number": (["--grid", "optimizer.name=adamw,muon"], "'adamw' is not a positive number"),
     "one size": (["--family", "model.layers=2"], "--family gives 1 of model.layers; give one value for each size"),
     "uneven": (["--family", "model.width=32,64", "model.heads=4"], "gives 2 of model.width, 1 of model.heads"),
     "grid in family": (["--grid", "model.layers=1,2"], "model.layers is given twice"),
     "given to all": (["--variants", "A: model.layers=3"], "model.layers is given twice"),
     "same label": (["--variants", "A: model.width=32", "A: model.width=64"], "two have the same label"),
-    "its own": (["--variants", "A: train.seed=3"], "train.seed is the sweep's own to set"),
-    "seeds": (["--seeds", "1,1"], "--seeds [1, 1]: each is trained once"),
+    "its own": (["--variants", "A: train.seed=3"], "train.seed is set by the sweep"),
+    "seeds": (["--seeds", "1,1"], "--seeds [1, 1] has a seed twice"),
     "jobs": (["--jobs", "0"], "--jobs 0 must be at least 1"),
     "share": (["--last", "2"], "--last 2 must be a share"),
     "sbatch alone": (["--sbatch", "-p gpu"], "add --slurm N"),
     "impossible": (["--family", "model.width=32,63"], "model.width = 63"),
     "idle": (["--variants", "A: parameterization.name=sp parameterization.base_layers=4"], "has no effect with"),
     "batch": (["--family", "batch.global_batch=4,6"], "batch.global_batch = 6 is not a multiple of 4"),
-    "no validation": (["--variants", "A: train.validation_samples=0"], "give --last"),
+    "no validation": (["--variants", "A: train.validation_samples=0"], "add --last"),
 }
 
 

@@ -25,7 +25,7 @@ from tokenizers import models
 from megahp.convert.tokenizers import bytes_tokenizer
 from megahp.data.tokenizer import train_sentencepiece
 from megahp.errors import UserError
-from megahp.recipe.law_file import Laws, write
+from megahp.recipe.law_file import LawFile, write
 from megahp.scaling.laws import PowerLaw
 
 CPU = 2.0  # seconds above what the command takes with good files
@@ -141,7 +141,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "wider.json").write_text(json.dumps(wider))
     write(
         folder / "law.toml",
-        Laws(
+        LawFile(
             timescale=PowerLaw(1.0, -0.5, "test", "unverified"), optimal_batch=PowerLaw(1.0, 0.4, "test", "unverified")
         ),
     )

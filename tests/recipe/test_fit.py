@@ -12,7 +12,7 @@ import torch
 
 from megahp.errors import UserError
 from megahp.recipe import fit
-from megahp.recipe.fit import Trained, fit_critical_batch, fit_loss, fit_optimal_batch, fit_timescale
+from megahp.recipe.fit import FinishedRun, fit_critical_batch, fit_loss, fit_optimal_batch, fit_timescale
 from megahp.scaling.laws import LossLaw, PowerLaw
 from megahp.scaling.power_laws import CRITICAL_BATCH, OPTIMAL_BATCH, TAU, least_tokens
 
@@ -23,33 +23,33 @@ SIZES, RATIOS = np.geomspace(5e7, 1.6e10, 8).tolist(), (2, 5, 10, 20, 40, 80, 16
 CHINCHILLA = 5.76e23
 
 
-def noisy(runs: Sequence[Trained], noise: float, seed: int = 0) -> list[Trained]:
+def noisy(runs: Sequence[FinishedRun], noise: float, seed: int = 0) -> list[FinishedRun]:
     """The runs with so much noise in ln loss."""
     factors = np.exp(noise * np.random.default_rng(seed).standard_normal(len(runs)))
     return [replace(run, loss=run.loss * factor) for run, factor in zip(runs, factors.tolist(), strict=True)]
 
 
-def grid(law: LossLaw, sizes: Sequence[float] = SIZES, ratios: Sequence[float] = RATIOS) -> list[Trained]:
-    return [Trained("", n, n * ratio, law(n, n * ratio)) for n in sizes for ratio in ratios]
+def grid(law: LossLaw, sizes: Sequence[float] = SIZES, ratios: Sequence[float] = RATIOS) -> list[FinishedRun]:
+    return [FinishedRun("", n, n * ratio, law(n, n * ratio)) for n in sizes for ratio in ratios]
 
 
-def sweeps(vary: str, sizes: Sequence[float] = (1e8, 3e8, 1e9), ratios: Sequence[float] = RATIOS) -> list[Trained]:
+def sweeps(vary: str, sizes: Sequence[float] = (1e8, 3e8, 1e9), ratios: Sequence[float] = RATIOS) -> list[FinishedRun]:
     """Five runs an octave apart, not centred, in weight decay or batch around the optimum at each (N, D)."""
     runs = []
     for n, ratio, octaves in [(n, ratio, octaves) for n in sizes for ratio in ratios for octaves in range(-2, 3)]:
         tokens, off = n * ratio, 1.3 * 2.0**octaves
         batch = OPTIMAL_BATCH(tokens) * (off if vary == "batch" else 1)
         decay = batch / (1e-3 * tokens * TAU(ratio) * (off if vary == "timescale" else 1))
-        runs.append(Trained("", n, tokens, BESIROGLU(n, tokens) + 0.02 * math.log(off) ** 2, batch, 1e-3, decay))
+        runs.append(FinishedRun("", n, tokens, BESIROGLU(n, tokens) + 0.02 * math.log(off) ** 2, batch, 1e-3, decay))
     return runs
 
 
-def batches(sizes: Sequence[float] = (1e8, 3e8, 1e9)) -> list[Trained]:
+def batches(sizes: Sequence[float] = (1e8, 3e8, 1e9)) -> list[FinishedRun]:
     """Runs whose loss is that of D_min tokens, at eight batches and six token counts."""
     plans = [
         (n, n * ratio, 2.0**power) for n in sizes for ratio in (10, 20, 40, 80, 160, 320) for power in range(16, 24)
     ]
-    return [Trained("", n, d, BESIROGLU(n, least_tokens(d, batch)), batch) for n, d, batch in plans]
+    return [FinishedRun("", n, d, BESIROGLU(n, least_tokens(d, batch)), batch) for n, d, batch in plans]
 
 
 @pytest.mark.parametrize(("law", "ratio"), [(HOFFMANN, 92.6), (BESIROGLU, 18.4)])
@@ -142,7 +142,9 @@ def test_tied_exponents() -> None:
     ],
     ids=["timescale", "optimal batch", "critical batch"],
 )
-def test_power_laws_come_back(fitted: Callable[..., fit.Fit], law: PowerLaw, runs: list[Trained], noise: float) -> None:
+def test_power_laws_come_back(
+    fitted: Callable[..., fit.Fit], law: PowerLaw, runs: list[FinishedRun], noise: float
+) -> None:
     """Exponent and predictions within 2 % over the fitted range; scale, which is at x = 1, hangs on the exponent."""
     found = fitted(noisy(runs, noise)).law
     assert found.exponent == pytest.approx(law.exponent, rel=0.02)
@@ -168,16 +170,21 @@ def test_runs_of_unknown_or_mixed_batch_are_left_out() -> None:
     """Sweeps at two batches are two sweeps; without a batch a run serves the loss law alone."""
     runs = sweeps("timescale")
     larger = [
-        Trained("", run.parameters, run.tokens, 3 + math.log(1.7 * run.timescale / TAU(run.tokens_per_parameter)) ** 2,
-                4 * run.batch, 1e-3, 4 / 1.7 * run.weight_decay)
-        for run in runs if run.timescale
-    ]  # fmt: skip
+        replace(
+            run,
+            loss=3 + math.log(1.7 * run.timescale / TAU(run.tokens_per_parameter)) ** 2,
+            batch=4 * run.batch,
+            weight_decay=4 / 1.7 * run.weight_decay,
+        )
+        for run in runs
+        if run.timescale
+    ]
     both = fit_timescale(runs + larger).law
     assert both.exponent == pytest.approx(TAU.exponent, rel=1e-6) and both.source == f"fitted to {2 * len(runs)} runs"
     unknown = [replace(run, batch=None, loss=9.0) for run in runs]
     found = fit_timescale(runs + unknown)
     assert found.law(40) == pytest.approx(TAU(40), rel=1e-6)
-    assert found.notes == [f"{len(runs)} runs are left out: they have no one timescale"]
+    assert found.notes == [f"{len(runs)} runs are skipped: they have no one timescale"]
 
 
 def test_an_optimum_outside_the_range_tried_is_no_optimum() -> None:
@@ -192,7 +199,7 @@ def test_a_loss_that_only_falls_has_no_optimum() -> None:
     """Its parabola's least point may lie inside the range tried, but the least loss lies at its end."""
     runs = [replace(run, loss=2 + 0.01 / run.timescale) for run in sweeps("timescale") if run.timescale]
     with pytest.raises(
-        UserError, match="0 are found in 105 runs, at .* tokens per parameter; .* not inside the range tried"
+        UserError, match="0 such among 105 runs, at .* tokens per parameter; .* not inside the range tried"
     ):
         fit_timescale(runs)
 
@@ -222,7 +229,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         (
             fit_loss,
             [],
-            "6 different (N, D) or more, of 3 sizes, 3 horizons and 2 ratios D / N or more; there are 0, no parameters",
+            "at least 6 different (N, D), of 3 sizes, 3 horizons and 2 ratios D / N; given 0, no parameters",
         ),
         (fit_loss, grid(HOFFMANN, [1e9]), "one of 1B parameters, 7 of 2B to 160B tokens: train 2 more sizes"),
         (
@@ -236,17 +243,17 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
             sweeps("timescale")[::3],
             "sweeps of optimizer.weight_decay at 3 different tokens per parameter",
         ),
-        (fit_timescale, grid(HOFFMANN), "0 are found in 0 runs, at no tokens per parameter; 56 runs are left out"),
+        (fit_timescale, grid(HOFFMANN), "0 such among 0 runs, at no tokens per parameter; 56 runs are skipped"),
         (
             fit_optimal_batch,
             sweeps("batch", ratios=[20], sizes=[1e8, 1e9]),
-            "2 are found in 10 runs, at 2 of 2B, 20B tokens",
+            "2 such among 10 runs, at 2 of 2B, 20B tokens",
         ),
         (fit_critical_batch, batches((1e9,))[:16], "batches with 3 token counts or more: 0"),
         (fit_critical_batch, [run for run in batches() if run.batch < 2**18], "batches with 3 token counts or more: 2"),
     ],
 )
-def test_too_few_runs(fitted: Callable[..., fit.Fit], runs: list[Trained], told: str) -> None:
+def test_too_few_runs(fitted: Callable[..., fit.Fit], runs: list[FinishedRun], told: str) -> None:
     with pytest.raises(UserError) as error:
         fitted(runs, draws=20)
     assert told in str(error.value)

@@ -60,7 +60,7 @@ def test_run_directories(tmp_path: Path) -> None:
     [
         (("started",), {}, "has not ended"),
         (("started", "finished", "resumed"), {}, "has not ended"),
-        (("started", "finished"), {"tokens": 5000}, "has not ended: 5000 of train.tokens = 10000000"),
+        (("started", "finished"), {"tokens": 5000}, "has not ended: 5000 of train.tokens = 10000000 are trained"),
         (("started", "finished"), {"validation_loss": None}, "no validation loss"),
     ],
 )
@@ -82,8 +82,8 @@ def test_a_folder_s_runs_are_read_but_those_that_cannot_be_used(tmp_path: Path) 
     (tmp_path / "sweep/mup/new/events.jsonl").touch()
     runs, notes = read_runs([tmp_path / "sweep"])
     assert [run.tokens for run in runs] == [10_000_000, 20_000_000]
-    assert "left out" in notes[0] and "new/config.toml" in notes[0]
-    assert "left out" in notes[1] and "wild has not ended" in notes[1] and len(notes) == 2
+    assert "skipped" in notes[0] and "new/config.toml" in notes[0]
+    assert "skipped" in notes[1] and "wild has not ended" in notes[1] and len(notes) == 2
     with pytest.raises(UserError, match="wild has not ended"):
         read_runs([tmp_path / "sweep/mup/wild"])
     with pytest.raises(UserError, match="absent"):

@@ -6,7 +6,7 @@ import pytest
 
 from megahp.errors import UserError
 from megahp.recipe import law_file
-from megahp.recipe.law_file import Laws
+from megahp.recipe.law_file import LawFile
 from megahp.scaling import power_laws
 from megahp.scaling.laws import LossLaw
 
@@ -30,7 +30,7 @@ def _written(tmp_path, laws):
 
 def test_what_is_written_is_read_back(tmp_path):
     drawn = replace(power_laws.CRITICAL_BATCH, scale=np.float64(96.5), draws=((np.float64(90.0), 0.46), (100.0, 0.47)))
-    for laws in (Laws(loss=LOSS), Laws(LOSS, power_laws.TAU, power_laws.OPTIMAL_BATCH, drawn)):
+    for laws in (LawFile(loss=LOSS), LawFile(LOSS, power_laws.TAU, power_laws.OPTIMAL_BATCH, drawn)):
         assert law_file.read(_written(tmp_path, laws)) == laws
 
 
@@ -50,7 +50,7 @@ def test_what_is_written_is_read_back(tmp_path):
     ],
 )
 def test_a_wrong_law_file_is_one_error(tmp_path, old, new, words):
-    path = _written(tmp_path, Laws(loss=LOSS))
+    path = _written(tmp_path, LawFile(loss=LOSS))
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new), encoding="utf-8")
@@ -62,10 +62,10 @@ def test_no_law_file_and_an_empty_one(tmp_path):
     with pytest.raises(UserError, match=r"no\.toml does not exist"):
         law_file.read(tmp_path / "no.toml")
     with pytest.raises(UserError, match="holds nothing"):
-        law_file.read(_written(tmp_path, Laws()))
+        law_file.read(_written(tmp_path, LawFile()))
 
 
 def test_a_critical_batch_that_falls_is_no_law(tmp_path):
-    path = _written(tmp_path, Laws(critical_batch=law_file.PowerLaw(40.0, -0.4, "mine", "fitted")))
+    path = _written(tmp_path, LawFile(critical_batch=law_file.PowerLaw(40.0, -0.4, "mine", "fitted")))
     with pytest.raises(UserError, match=r"critical_batch\.exponent = -0\.4 must be above 0 and below 1"):
         law_file.read(path)

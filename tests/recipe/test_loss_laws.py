@@ -7,7 +7,7 @@ import pytest
 
 from megahp.errors import UserError
 from megahp.recipe import law_file, loss_laws
-from megahp.recipe.law_file import Laws
+from megahp.recipe.law_file import LawFile
 from megahp.recipe.loss_laws import LOSS_LAWS
 
 
@@ -67,12 +67,14 @@ def test_the_over_training_law_is_the_least_squares_fit_of_the_released_runs() -
 
 def test_laws_by_name_and_from_files(tmp_path) -> None:
     mine = law_file.LossLaw(1.0, 1.0, 1.0, 0.5, 0.5, "mine", "fitted", draws=((1.0, 1.0, 1.0, 0.5, 0.5),) * 3)
-    law_file.write(tmp_path / "loss.toml", Laws(loss=mine))
-    law_file.write(tmp_path / "tau.toml", Laws(timescale=law_file.PowerLaw(1.0, -0.5, "mine", "fitted")))
+    law_file.write(tmp_path / "loss.toml", LawFile(loss=mine))
+    law_file.write(tmp_path / "tau.toml", LawFile(timescale=law_file.PowerLaw(1.0, -0.5, "mine", "fitted")))
     assert loss_laws.named("hoffmann") is LOSS_LAWS["hoffmann"]
     assert loss_laws.named(str(tmp_path / "loss.toml")) == mine
     assert loss_laws.interval(mine, 4.0, 4.0)[0] == (2.0, 2.0)
     with pytest.raises(UserError, match=r"tau.toml has no \[loss\]"):
         loss_laws.named(str(tmp_path / "tau.toml"))
-    with pytest.raises(UserError, match="--loss-law hofman is no law .* did you mean hoffmann.* besiroglu, gadre"):
+    with pytest.raises(
+        UserError, match="--loss-law hofman is neither a law .* did you mean hoffmann.* besiroglu, gadre"
+    ):
         loss_laws.named("hofman")

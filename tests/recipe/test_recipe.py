@@ -9,7 +9,7 @@ import pytest
 
 from megahp.recipe import rows as recipe_rows
 from megahp.recipe.loss_laws import LOSS_LAWS
-from megahp.recipe.recipe import PROXY, Laws, Recipe, plan, steps_of
+from megahp.recipe.recipe import PROXY, Laws, Recipe, make_recipe, steps_of
 from megahp.recipe.sizing import Given
 from megahp.scaling import power_laws
 from megahp.scaling.batch import BatchScheduler, Progress, noise_forecast
@@ -19,7 +19,7 @@ LAWS = Laws(LOSS_LAWS["besiroglu"])
 
 
 def of(laws: Laws = LAWS, preset: str = "", **given: float) -> Recipe:
-    return plan(Given(**given), replace(PROXY, preset=preset), laws)
+    return make_recipe(Given(**given), replace(PROXY, preset=preset), laws)
 
 
 def value(found: Recipe, name: str) -> float | str:
@@ -108,7 +108,7 @@ def test_calibration_takes_half_a_percent_of_the_time_at_most() -> None:
     found = of(params=6e8).run.batch
     assert 1 < found.calibrate_every == math.ceil(200 * found.micro_batch / found.global_batch) < 200
     tree = {**PROXY.tree, "parallel": {"pp": 2}}
-    piped = plan(Given(params=6e8, gpus=2, peak_flops=1e15), replace(PROXY, tree=tree), LAWS)
+    piped = make_recipe(Given(params=6e8, gpus=2, peak_flops=1e15), replace(PROXY, tree=tree), LAWS)
     assert piped.run.batch.calibrate_every == 200
 
 
@@ -121,7 +121,7 @@ def test_calibration_takes_half_a_percent_of_the_time_at_most() -> None:
 )
 def test_a_base_that_cannot_measure_keeps_its_batch(base: dict[str, dict[str, object]], why: str) -> None:
     tree = {name: {**PROXY.tree.get(name, {}), **base.get(name, {})} for name in {**PROXY.tree, **base}}
-    found = plan(Given(params=5e7), replace(PROXY, tree=tree), LAWS)
+    found = make_recipe(Given(params=5e7), replace(PROXY, tree=tree), LAWS)
     assert found.run.batch.policy == "constant" and found.last_batch == found.run.batch.global_batch
     assert found.run.batch.global_batch * 2048 == pytest.approx(power_laws.OPTIMAL_BATCH(found.tokens), rel=0.1)
     assert any(why in note for note in recipe_rows.notes(found))

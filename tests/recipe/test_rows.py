@@ -12,7 +12,7 @@ from megahp.config import config_to_dict, resolve
 from megahp.recipe import rows as recipe_rows
 from megahp.recipe import text as recipe_text
 from megahp.recipe.loss_laws import LOSS_LAWS
-from megahp.recipe.recipe import PROXY, Laws, plan
+from megahp.recipe.recipe import PROXY, Laws, make_recipe
 from megahp.recipe.sizing import Given
 
 
@@ -64,7 +64,7 @@ def test_a_density_of_1_is_a_dense_plan() -> None:
 def test_a_base_with_a_pipeline_tells_its_bubble() -> None:
     """Eight ranks, one of data parallelism, and a batch of so many microbatches of one sequence."""
     piped = replace(PROXY, tree={**PROXY.tree, "parallel": {"pp": 8}})
-    found = plan(Given(params=1e9, tokens=2e10, batch=64, gpus=8, peak_flops=1e15), piped, LAWS)
+    found = make_recipe(Given(params=1e9, tokens=2e10, batch=64, gpus=8, peak_flops=1e15), piped, LAWS)
     microbatches = 64 // found.run.batch.micro_batch
     assert value(found, "pipeline bubble") == f"{7 / microbatches:.1%}"
     assert "pipeline bubble" not in [row.name for row in recipe_rows.rows(of(params=1e9))]

@@ -10,7 +10,7 @@ from recipe.test_recipe import LAWS, of, value
 from megahp.config import resolve
 from megahp.errors import UserError
 from megahp.recipe.loss_laws import LOSS_LAWS
-from megahp.recipe.recipe import PROXY, Laws, plan
+from megahp.recipe.recipe import PROXY, Laws, make_recipe
 from megahp.recipe.sizing import Given
 
 
@@ -62,12 +62,12 @@ def test_shapes_have_the_size_and_completep_s_ratio(wanted: float) -> None:
 
 
 def test_a_preset_s_proportions_are_kept_at_another_size() -> None:
-    llama = replace(PROXY, told={"model": {"width": 512, "heads": 8, "kv_heads": 2, "mlp_width": 1792}})
-    model = plan(Given(params=3e8), llama, LAWS).run.model
+    llama = replace(PROXY, overrides={"model": {"width": 512, "heads": 8, "kv_heads": 2, "mlp_width": 1792}})
+    model = make_recipe(Given(params=3e8), llama, LAWS).run.model
     assert model.heads == 4 * model.kv_heads and model.mlp_width == pytest.approx(3.5 * model.width, abs=32)
 
 
 def test_gpus_that_the_layout_cannot_use_are_refused() -> None:
     piped = replace(PROXY, tree={**PROXY.tree, "parallel": {"pp": 4}})
-    with pytest.raises(UserError, match="--gpus 6 is no multiple of the 4 .* 4, 8"):
-        plan(Given(params=1e9, tokens=2e10, gpus=6, peak_flops=1e15), piped, LAWS)
+    with pytest.raises(UserError, match="--gpus 6 is not a multiple of tp x pp x cp = 4 .* 4, 8"):
+        make_recipe(Given(params=1e9, tokens=2e10, gpus=6, peak_flops=1e15), piped, LAWS)

@@ -106,7 +106,7 @@ def test_told_at_the_time_limit_and_queued_again(site: Site) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", "/nonexistent")
         code, said = megahp("status", "runs/limited")
-        assert code == 0 and "finished: step" in said and said.count("Slurm cannot be asked") == 1
+        assert code == 0 and "finished: step" in said and said.count("Slurm does not answer") == 1
         code, said = megahp("runs")
         assert code == 0 and re.search(rf"^runs/limited +finished +{STEPS} ", said, re.MULTILINE)
 
@@ -123,7 +123,7 @@ def test_one_task_a_rank(site: Site) -> None:
 def test_status_of_jobs(site: Site) -> None:
     assert megahp("status", "runs/nothing") == (
         2,
-        "megahp: runs/nothing is no run directory; name one, such as runs/mine\n",
+        "megahp: runs/nothing is not a run directory; name one, such as runs/mine\n",
     )
     code, said = megahp("status")  # the cancelled job's end is yet to come, others may have theirs behind them
     assert code == 0 and f"{site.folder}/runs/cancelled\n" in said and f"  job {site.jobs['cancelled']}: " in said
