@@ -1,15 +1,15 @@
 """A folder of checkpoints: written in the background, visible by one rename once every byte is on the disk and listed,
-refused by file when a byte has changed, removed when newer ones serve.
+refused, with the file named, when a byte has changed, and removed when newer ones serve.
 
 checkpoints/step-00000100/{shard-00000.safetensors, ..., index.json, state.json, manifest.json}
 
-The manifest holds the size and the SHA-256 of every file, and its own; nothing is loaded from a folder that does not
-match its manifest. A run's checkpoint.remote gets copies, the manifest last.
+The manifest holds the size and the SHA-256 of every file, and its own; `load` compares every
+byte with it before a weight is touched. A run's checkpoint.remote gets copies, the manifest last.
 
 The order of writing is what keeps them safe. Each file is synced after it is written: tensors, index, state. The
 manifest, written last, lists what the disk gives back of them. Then the folder is synced, renamed, and its parent
 synced. So whatever kills the writer, a folder that is named step-* is whole, and one that is named .partial-* is
-nothing.
+ignored.
 """
 
 import hashlib
@@ -206,7 +206,7 @@ def complete(folder: P) -> list[P]:
 
 
 def complete_without_links(folder: P) -> list[P]:
-    """As `complete`, but ignore links: a training that is running is not ended by one that somebody has made."""
+    """Return what `complete` returns, but skip links: one that somebody makes must not end a run that is training."""
     try:
         entries = folder.iterdir() if isinstance(folder, Path) else folder.glob("step-*")
         found: list[P] = sorted((each for each in entries if NAME.fullmatch(each.name)), key=lambda each: each.name)
@@ -239,7 +239,7 @@ def latest(folder: P) -> P | None:
 
 
 def first_valid(newest_first: Sequence[P]) -> P | None:
-    """As `latest`, of these."""
+    """Return what `latest` returns, among these checkpoints."""
     why = ""
     for checkpoint in newest_first:
         if not (found := problems(checkpoint, shards=False)):
@@ -251,8 +251,8 @@ def first_valid(newest_first: Sequence[P]) -> P | None:
 
 
 def find(location: P) -> P:
-    """A checkpoint that was named itself, or by its run directory or the folder `checkpoints` of that: then the newest.
-    Raises UserError."""
+    """Return the checkpoint at this location, or the newest one of the run directory, or of its folder `checkpoints`,
+    that it names. Raises UserError."""
     if is_checkpoint(location):
         return location
     found = latest(folder_of(location))
@@ -262,7 +262,7 @@ def find(location: P) -> P:
 
 
 def is_checkpoint(location: Location) -> bool:
-    """Whether this is a checkpoint, damaged or not, rather than what holds some. Raises UserError."""
+    """Return whether this is a checkpoint, damaged or not, rather than a folder of checkpoints. Raises UserError."""
     if isinstance(location, Path):
         refuse_links(location)
     with reading(location / MANIFEST):
@@ -272,12 +272,12 @@ def is_checkpoint(location: Location) -> bool:
 
 
 def folder_of(location: P) -> P:
-    """The folder of checkpoints of a run directory; that folder itself may be named too."""
+    """Return the folder of checkpoints of a run directory, or the folder itself if it is one."""
     return location if location.name == "checkpoints" and complete(location) else location / "checkpoints"
 
 
 def none_in(location: Location) -> str:
-    """Why there is no checkpoint in a place that was named, and what to name."""
+    """Return why this location has no checkpoint, and what to name instead."""
     if isinstance(location, Path) and any((location / name).exists() for name in ("config.toml", "events.jsonl")):
         return "is a run that has no checkpoint yet; wait for its first, set checkpoint.every, or name another run"
     return "is neither a checkpoint nor a run directory that has one; name one that is, such as runs/mine"
@@ -326,7 +326,8 @@ def problems(checkpoint: Location, rank: int = 0, ranks: int = 1, shards: bool =
     """Return what is wrong with the files of a checkpoint, one line each: missing, longer, shorter or changed. Raises
     UnreadableError for what cannot be read.
 
-    Every rank-th of `ranks` files is read; without `shards` only the sizes of the tensors' files are compared.
+    The tensors' files are divided over `ranks` ranks; every rank reads the JSON files. Without `shards` only the sizes
+    of the tensors' files are compared.
     """
     try:
         files = read_manifest(checkpoint)

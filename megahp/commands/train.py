@@ -39,7 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    """Check the run, then start ranks or train as one. torch is imported only once the settings are valid."""
+    """Check the settings; start ranks, or train in this process as one rank. torch is imported only then."""
     outlive_streams()  # first: the next pipe opened must not get the number of a closed stdout or stderr
     exit_on_signals()
     config = resolve.load(options.run_file, options.overrides).config
@@ -50,7 +50,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     from megahp.train.prepare import prepare, refuse_without_checkpoint
 
     starting = must_spawn(options.ranks, world.size)
-    # Once: the ranks started here check again.
+    # Warnings are printed by one process only; started ranks repeat the checks.
     warn = None if starting or options.restarts is not None or world.rank else complain
     config = prepare(config, layout, options.ranks or world.local_size, options.resume is not None, warn)
     if options.resume == "required":

@@ -254,7 +254,7 @@ class Loader:
         self._prefetched = None
 
     def close(self) -> None:
-        """Stop the background thread and drop its result."""
+        """Stop the background thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _gather(self, ids: np.ndarray) -> Batch:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SECONDS_TO_EXPLAIN = 2.0  # that the ranks are left to log why, once one has failed
+SECONDS_TO_EXPLAIN = 2.0  # that the other ranks get to report the cause, after one has failed
 QUIET = 10.0  # seconds that ranks wait for each other before they log it
 TIMEOUT = timedelta(minutes=10)  # of ranks that wait for each other
 LOOPBACK, INTERFACE = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"  # of this machine alone
@@ -224,7 +224,7 @@ def leave(code: int) -> NoReturn:
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_initialized():
         sys.exit(code)
-    if code in (FINISHED, STOPPED):  # launchers end all ranks once one has exited with another code
+    if code in (FINISHED, STOPPED):  # wait for the others: rank 0 may hold the store that they still use
         dist.barrier()
     sys.stdout.flush()  # os._exit does not
     sys.stderr.flush()

@@ -33,7 +33,7 @@ def make_norm(model: ModelConfig, role: Role, axis: TensorAxis, probe: bool) -> 
 
 
 class Block(nn.Module):
-    """x + r attention(norm(x)), then x + r mlp(norm(x)), r the table's residual multiplier. [b, r, width] -> the same.
+    """x + a attention(norm(x)), then x + a mlp(norm(x)), a the table's residual multiplier. [b, r, width] -> the same.
 
     The MLP of a block that is not dense is a mixture of experts. `compute` is `branches`, or what
     megahp/model/compute.py makes of it: compiled, or recomputed in the backward pass.
@@ -60,12 +60,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Return per-token losses [b, s] in nats of tokens [b, s] with targets [b, s], else logits [b, s, vocabulary / tp].
+    """The decoder, or a pipeline stage of it.
+
+    `forward` takes tokens [b, s], and returns the losses of their targets [b, s], in nats per token; without targets
+    logits [b, s, vocabulary / tp].
 
     As a pipeline stage that is not the first it takes the residual stream [b, r, width] instead of tokens; one that is
     not the last returns it. documents [b, length]: the document of each token of the whole sequences, where attention
-    must not cross documents. loss_weight: the gradient that a token's loss will get, which balance losses of experts
-    need to be in proportion. longest: the most tokens trained on; ALiBi is interpolated beyond.
+    must not cross documents. loss_weight: the gradient that a token's loss will get, by which the experts'
+    balance losses are scaled. longest: the most tokens trained on; ALiBi is interpolated beyond.
     """
 
     def __init__(

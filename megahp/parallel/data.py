@@ -36,7 +36,7 @@ def shard(
     shards = expert_mesh.shape[-1]
 
     def divisible(weight: nn.Parameter) -> Shard:
-        """Return a dimension that the shards divide: there may be fewer experts than shards."""
+        """Return the first dimension that the shards divide, as a placement: experts may be fewer than shards."""
         return Shard(next((dim for dim, size in enumerate(storage(weight).shape) if size % shards == 0), 0))
 
     # Inside out: a module takes the parameters that no module inside it has taken. Experts come first because the ranks

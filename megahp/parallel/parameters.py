@@ -59,7 +59,7 @@ class Row:
         return [part.flatten(0, 1) for part in whole.unflatten(0, (-1, sum(self.fused))).split(self.fused, 1)]
 
     def fuse(self, matrices: Sequence[Tensor]) -> Tensor:
-        """Invert `matrices`."""
+        """Join matrices into one weight, the opposite of `matrices`."""
         if self.experts:
             return torch.stack(tuple(matrices))
         if not self.fused:
@@ -106,7 +106,8 @@ def parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def probes(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return router, or norm if the noise scale is measured -> its probe, whose gradient is the measurement."""
+    """Return the probes by module name: every router's, and every norm's if the noise scale is measured. A probe's
+    gradient is the measurement."""
     return {name.rpartition(".")[0]: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "probe"}
 
 

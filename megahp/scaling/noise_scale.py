@@ -80,14 +80,15 @@ class Average:
 class Blocks:
     """Estimate the noise scale, with an interval, over the newest BLOCKS blocks of steps: no single step decides.
 
-    A block holds sums over its steps, by which `estimate`, weighted by examples, is linear in the ratio of
-    mean_b ||g_b||^2 to what was added in its place: |G|^2 = batch - ratio x small and S = ratio x large - batch. A
-    block keeps the ratio known when it was full, since that drifts; blocks from before any was known take the first.
+    A block holds sums over its steps: `batch` of ||G||^2, `small` and `large` of the per-example squares, each weighted
+    so that |G|^2 = batch - ratio x small and S = ratio x large - batch, by `estimate`. The ratio is that of the model's
+    mean_b ||g_b||^2 to what was added in its place. A block keeps the ratio known when it was closed, because it
+    drifts; blocks from before any was known take the first one.
     Over blocks, 1 / noise scale = r = sum |G|^2 / sum S. A block is weighted down until it is no longer an outlier, by
     its mean S (one wild example) and by its residual |G|^2 - r S (one wild batch).
     """
 
-    size: float  # tokens of a block; a step that has more is a block of its own
+    size: float  # tokens of a block; the step that reaches it closes the block
     closed: list[list[float]] = field(default_factory=list)  # [batch, small, large, examples, ratio or 0], oldest first
     open: list[float] = field(default_factory=lambda: [0.0] * 4)
     tokens: int = 0  # of the open block
@@ -95,7 +96,7 @@ class Blocks:
     def add(self, sq_example: float, sq_batch: float, batch: int, tokens: int, ratio: float = 1.0) -> None:
         """Add one step over a batch of at least 2; skip it if it is not finite.
 
-        sq_example: mean_b ||g_b||^2, or what that is `ratio` times (0 = unknown). sq_batch: ||G||^2.
+        sq_example: mean_b ||g_b||^2 divided by `ratio` (0: not known yet). sq_batch: ||G||^2.
         """
         if not (math.isfinite(sq_example) and math.isfinite(sq_batch)):
             return
@@ -170,9 +171,10 @@ def huber_weights(deviations: Sequence[float]) -> list[float]:
 def present_ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return the ratio of sums extrapolated to the newest pair, and the relative standard error of that of all pairs.
 
-    The ratio drifts as a model learns, by half within a third of a run: that of the newer half of the pairs lags by a
-    quarter of them, and the halves differ by two quarters' drift. The extrapolation doubles the error of the mean; but
-    each block takes the ratio of its time, and over the blocks the error of the mean is what remains.
+    The ratio drifts as a model learns, by half within a third of a run. The newer half of the pairs has the ratio at
+    three quarters of the way; the halves lie two quarters apart, so the square root of their quotient is the missing
+    quarter's drift. Extrapolating doubles the error of one ratio. Each block takes the ratio of its own time, so that
+    over all blocks the error of the mean remains, which is the one returned.
     """
     half = len(pairs) // 2
     (old, _), (new, _), (mean, error) = map(ratio_of_sums, (pairs[:half], pairs[half:], pairs))

@@ -35,8 +35,8 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
     loader = Loader(data, mesh.device, config.data.mask_documents)
     run = Run(config, mesh, data)
     start(run, reporter, resume)
-    # So far a signal ends a rank at once, later it is only noted so that the step can end and be saved. All ranks must
-    # switch together: otherwise a signal could end rank 0 while the others note it and wait for rank 0.
+    # Until here a signal ends the process. From here on it is recorded, and the step is finished and saved. All ranks
+    # must switch together: otherwise a signal could end rank 0 while the others record it and wait for rank 0.
     dist.barrier()
     notice = Notice(config.resilience.stop_after, start_time)
 
@@ -61,13 +61,13 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
             else:
                 skip(run, reporter, plan, measured, decision.reason)
             del step  # or its gradients would outlive engine.zero, and lie in memory beside the next ones
-            # before the step is counted: on the first sample that no step has used, with the weights as they are now
+            # Calibrate before `advance`, on the first unused sample, with the updated weights.
             if run.batch_scheduler.is_calibration_step(plan.step) and (example := run.example(loader, plan)):
                 run.calibrate(example, plan)
             change, mask_change = run.advance(plan, measured, updated)
             next_plan = run.next_step()
             is_last = next_plan is None
-            step_seconds = time.monotonic() - step_start  # of training alone: validation and saves are not throughput
+            step_seconds = time.monotonic() - step_start  # without validation, checks and saves
 
             # validation comes before saving: a checkpoint holds its validation loss, for checkpoint.keep_best
             validation = validate(run, data) if run.is_due(config.train.validate_every, is_last) else None

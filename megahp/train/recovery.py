@@ -36,7 +36,7 @@ def compute_with_retry(
     compute: Callable[[], Step], run: Run, plan: StepPlan, reporter: Reporter
 ) -> tuple[Step, Decision]:
     """Compute a step's gradients, and retry once, with every layer watched, if they are not finite: a transient fault
-    leaves no trace then, a lasting one is located. Raises Fault when a weight is not finite."""
+    then costs one retry and changes no number, a lasting one is located. Raises Fault when a weight is not finite."""
     step = compute()
     if step.measured.finite:
         return step, decide_on_spike(run, step.measured, reporter)
@@ -58,7 +58,7 @@ def compute_with_retry(
         check_copies(run.engine.weights, run.engine.rows, run.mesh)  # raises where another rank's copy is finite
         reporter.event("broken", reason, run.progress)
         remedy = "resume, with a lower optimizer.lr or optimizer.weight_decay if this recurs"
-        raise Fault(f"{reason}; the last checkpoint has it finite: {remedy}")
+        raise Fault(f"{reason}; an older checkpoint may have it finite: {remedy}")
     return step, Decision("skip", reason)
 
 

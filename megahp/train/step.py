@@ -187,8 +187,8 @@ def clip(grads: list[Tensor], norm: float, max_norm: float, scale: float = 1.0) 
 @dataclass
 class LossScale:
     """The factor on the loss that keeps small gradients from vanishing in float16: halved when one overflows, doubled
-    after SCALE_GROWS_AFTER steps without. It stays 1 for other types. (Micikevicius et al., arXiv 1710.03740, section
-    3.2; the numbers are torch's GradScaler's.)"""
+    after SCALE_GROWS_AFTER steps without. The trainer updates it for float16 only. (Micikevicius et al., arXiv
+    1710.03740, section 3.2; the numbers are torch's GradScaler's.)"""
 
     value: float = 1.0
     steps: int = 0  # since the last change

@@ -1,6 +1,7 @@
 """The plan of the batch: what one optimizer step does, from the run's progress and the measured noise scale.
 
-The global batch changes at a step boundary, in one event. It never shrinks, and is always one that the layout can run.
+The global batch changes at a step boundary, in one event. It is always one that the layout can run, and never shrinks
+within one start: a resume may lower it, to `batch.largest` or to that of another policy.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megahp.scaling.batch.sizes import batch_multiple, micro_batch
 
 @dataclass(frozen=True)
 class Progress:
-    """Hold how far a run is. What comes next depends on samples and tokens alone."""
+    """How far a run is. Schedules and data follow samples and tokens; train.steps and decision steps follow `step`."""
 
     step: int = 0
     samples: int = 0
@@ -32,7 +33,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Hold one optimizer step: its samples, how they are divided, and the base hyperparameters it uses."""
+    """One optimizer step: its samples, how they are divided, and its hyperparameters before the table's multipliers."""
 
     step: int  # 1 for the first
     phase: int  # of the data
@@ -53,7 +54,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Change:
-    """Hold a change of the global batch: the decision, and everything it was made from. Batches are in sequences of the
+    """A change of the global batch: the decision, and everything it was made from. Batches are in sequences of the
     length at the time."""
 
     before: int

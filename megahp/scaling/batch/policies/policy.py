@@ -7,7 +7,8 @@ from megahp.config import Config
 
 @dataclass
 class PolicyState:
-    """Hold what a policy remembers. NoiseScale alone changes `since` and `least`; others keep a checkpoint's."""
+    """What a policy remembers, and a checkpoint keeps. Of the policies only the one called noise-scale sets `since` and
+    `least`; the scheduler clears them when the batch grows or the sequence length changes."""
 
     since: int | None = None  # tokens since which the noise scale has asked for more, without a break
     least: float | None = None  # the least noise scale since then
@@ -16,7 +17,7 @@ class PolicyState:
 
 @dataclass(frozen=True)
 class Observation:
-    """Hold what a policy decides from after a step."""
+    """What a policy decides from after a step."""
 
     step: int
     tokens: int  # of the run
@@ -28,7 +29,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Hold the batch a policy proposes, in tokens, and what it is based on."""
+    """The batch that a policy proposes, in tokens, and what it is based on."""
 
     tokens: float
     noise_scale: float | None = None  # examples; None for policies that measure nothing
@@ -36,7 +37,12 @@ class Proposal:
 
 
 class Policy:
-    """Propose the target: the base of all policies, which itself has none."""
+    """Decide the batch of the next steps.
+
+    A policy is a subclass in a file of its own, with a line in POLICIES and a name in `batch.policy`
+    (config/schema.py). It overrides `target` (sequences), or `propose` (tokens) where it needs more than a target;
+    BatchScheduler rounds the proposal to what the layout can run.
+    """
 
     grows = True  # False: a resumed run begins again with batch.global_batch
     measures = False  # True: it decides from the noise scale, and so at decision steps alone
