@@ -104,17 +104,17 @@ def train_rank(config: Config, world: launch.World, layout: Layout, resume: bool
                 print(f"no report: {error}")
     except UserError as error:
         code = FAULT if error.may_pass else USER_ERROR
-        if launch.is_first_to_report(store, "user error"):
+        if launch.claim_report(store, "user error"):
             complain(error)
         launch.keep_store_alive(world)
     except Exception as error:
         # A rank that exits for a user error breaks the collectives of the others; only the first cause is reported.
-        code = USER_ERROR if launch.is_reported(store, "user error") else FAULT
+        code = USER_ERROR if launch.was_reported(store, "user error") else FAULT
         if code == FAULT:
             report_crash(config.directory, world.rank, traceback.format_exc())
             if launch.is_lost_connection(error):
                 complain(Fault(f"rank {world.rank} lost its connection to a peer; exiting"))
-            elif launch.is_first_to_report(store, "fault"):
+            elif launch.claim_report(store, "fault"):
                 complain(error) if isinstance(error, Fault) else traceback.print_exc()
     launch.leave(code)
     return code

@@ -12,7 +12,7 @@ from megahp.errors import UserError
 from megahp.files import open_unlinked
 from megahp.launch import die_with_parent
 from megahp.log.metrics import newest_events
-from megahp.train.recovery import MOST_SKIPPED
+from megahp.train.recovery import MAX_SKIPPED_IN_A_ROW
 from megahp.train.run import read_config
 
 
@@ -59,8 +59,8 @@ def has_diverged(directory: Path) -> bool:
     """Return whether the run gave up: too many steps in a row were skipped, or a weight is not finite."""
     if not (directory / "events.jsonl").exists():
         return False
-    newest = list(itertools.islice(newest_events(directory), MOST_SKIPPED))
+    newest = list(itertools.islice(newest_events(directory), MAX_SKIPPED_IN_A_ROW))
     if newest and newest[0]["event"] == "broken":
         return True
     skipped = [event["step"] for event in newest if event["event"] == "skipped"]
-    return len(skipped) == MOST_SKIPPED and skipped[0] - skipped[-1] == MOST_SKIPPED - 1
+    return len(skipped) == MAX_SKIPPED_IN_A_ROW and skipped[0] - skipped[-1] == MAX_SKIPPED_IN_A_ROW - 1

@@ -111,7 +111,7 @@ class Watchdog:
                     if rank not in reports and self.store.check([f"hang {rank}"]):
                         reports[rank] = json.loads(self.store.get(f"hang {rank}"))
                 time.sleep(INTERVAL / 2)
-            if launch.is_first_to_report(self.store, "hang"):
+            if launch.claim_report(self.store, "hang"):
                 logger.error(hang_report(reports, self.ranks, self.hang_after))
         except (RuntimeError, Fault):
             self._exit_alone(position)

@@ -13,11 +13,11 @@ from megahp.launch.processes import die_with_parent, is_repeat, notice_signals, 
 from megahp.launch.rendezvous import (
     LOOPBACK,
     TIMEOUT,
-    is_first_to_report,
+    claim_report,
     is_lost_connection,
-    is_reported,
     join,
     keep_store_alive,
     leave,
     meet,
+    was_reported,
 )

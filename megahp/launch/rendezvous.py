@@ -188,7 +188,7 @@ def _meet_by_mpi(world: World, timeout: timedelta) -> Store | None:
         MPI.Finalize()
 
 
-def is_first_to_report(store: Store, what: str) -> bool:
+def claim_report(store: Store, what: str) -> bool:
     """Return whether no other rank has reported this before: one line is enough for what all ranks meet."""
     claim = token_hex(8)
     try:
@@ -197,7 +197,7 @@ def is_first_to_report(store: Store, what: str) -> bool:
         return True
 
 
-def is_reported(store: Store, what: str) -> bool:
+def was_reported(store: Store, what: str) -> bool:
     """Return whether another rank has reported this, or is about to: then this rank's failure follows from it."""
     time.sleep(SECONDS_TO_EXPLAIN / 4)
     try:

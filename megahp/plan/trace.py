@@ -36,8 +36,8 @@ from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, WITHIN_STAGE, Mesh, make
 from megahp.parallel.parameters import storage
 from megahp.scaling.batch import BatchScheduler, Progress
 from megahp.scaling.parameterization import table_of
+from megahp.train.engine import Engine
 from megahp.train.optimizer import make_optimizer
-from megahp.train.step import Engine
 
 Phase = Literal["build", "forward", "backward", "update"]
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -119,7 +119,7 @@ def trace_step(config: Config, ranks: int, rank: int = 0) -> Trace:
     plan = BatchScheduler(config, layout.dp).step(Progress())
     if plan is None:
         raise UserError(f"train.tokens = {config.train.tokens} leave no step to plan; raise them")
-    count = plan.microbatches(layout.dp)
+    count = plan.num_microbatches(layout.dp)
     alike = layout.pp == 1 and not (model.dense_layers or config.sparsity.layers or config.compute.recompute_every > 1)
 
     def of_depth(layers: int) -> Trace:
@@ -328,7 +328,7 @@ def step(config: Config, mesh: Mesh, recorder: Recorder, microbatches: int = 0) 
     plan = BatchScheduler(config, mesh.layout.dp).step(Progress())
     if plan is None:
         raise UserError(f"train.tokens = {config.train.tokens} leave no step to plan; raise them")
-    count = plan.microbatches(mesh.layout.dp)
+    count = plan.num_microbatches(mesh.layout.dp)
     if microbatches and mesh.layout.pp == 1:
         count = min(count, microbatches)
     with recorder.running("build"):

@@ -18,8 +18,8 @@ from megahp.parallel.selection import Entries, Parts
 from megahp.scaling.batch import Progress, StepPlan
 from megahp.scaling.parameterization import Role
 from megahp.scaling.sparsity import density_at, pruning_span, replaced_at
+from megahp.train.engine import Engine
 from megahp.train.optimizer import MOMENTS, Optimizer
-from megahp.train.step import Engine
 
 
 @dataclass(frozen=True)

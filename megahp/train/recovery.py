@@ -13,15 +13,15 @@ from megahp.faults.copies import check_copies
 from megahp.faults.suspects import WEIGHT, find_in_weights, first_suspects, watch_layers
 from megahp.faults.watchdog import Watchdog
 from megahp.scaling.batch import StepPlan
+from megahp.train.engine import Measurement
 from megahp.train.reporter import Reporter
 from megahp.train.run import Run, broadcast_from_rank0
 from megahp.train.start import restore_newest
-from megahp.train.step import Measurement
 from megahp.train.trainer import Step
 
-BETWEEN_SAVES = 2.0  # seconds between attempts to save the last step
-MOST_SKIPPED = 20  # skipped steps in a row, which end a run
-MOST_REWINDS = 3  # rewinds without a checkpoint in between; one more ends a run
+SAVE_RETRY_SECONDS = 2.0  # seconds between attempts to save the last step
+MAX_SKIPPED_IN_A_ROW = 20  # skipped steps in a row, which end a run
+MAX_REWINDS = 3  # rewinds without a checkpoint in between; one more ends a run
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ def decide_on_spike(run: Run, measured: Measurement, reporter: Reporter) -> Deci
 
 
 def skip(run: Run, reporter: Reporter, plan: StepPlan, measured: Measurement, reason: str) -> None:
-    """Count and log a step without an update. Raises UserError after MOST_SKIPPED in a row."""
+    """Count and log a step without an update. Raises UserError after MAX_SKIPPED_IN_A_ROW in a row."""
     run.skipped += 1
     run.skipped_in_a_row += 1
     samples = [plan.first_sample, plan.first_sample + plan.global_batch - 1]
     scale = run.loss_scale.value
     reporter.event("skipped", reason, run.progress, loss=measured.loss, loss_scale=scale, samples=samples)
-    if run.skipped_in_a_row == MOST_SKIPPED:
+    if run.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
         raise UserError(
-            f"{MOST_SKIPPED} steps in a row were skipped, the last one, {plan.step}, because {reason}, with "
+            f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, the last one, {plan.step}, because {reason}, with "
             f"optimizer.lr = {run.config.optimizer.lr:g}; lower it and resume from the last checkpoint"
         )
 
@@ -115,12 +115,12 @@ def save_at_end(run: Run, reporter: Reporter, validation: float | None) -> bool:
             run.saved_at = -1
         if broadcast_from_rank0(lambda: time.monotonic() >= end):  # one clock decides: save is a collective
             return False
-        time.sleep(BETWEEN_SAVES)
+        time.sleep(SAVE_RETRY_SECONDS)
 
 
 def rewind(run: Run, loader: Loader, reporter: Reporter, plan: StepPlan, reason: str) -> None:
     """Return to the newest checkpoint, and continue with the samples after this step's, so that those that led to the
-    spike are passed over. Raises UserError without a checkpoint, or after MOST_REWINDS.
+    spike are passed over. Raises UserError without a checkpoint, or after MAX_REWINDS.
 
     (PaLM, arXiv 2204.02311, from a secondary source: 100 steps back, past 200 to 500 batches.)
     """
@@ -130,8 +130,8 @@ def rewind(run: Run, loader: Loader, reporter: Reporter, plan: StepPlan, reason:
     wait_for_save(run, reporter)  # its checkpoint is the newest
     names = broadcast_from_rank0(lambda: [path.name for path in checkpoint.complete_without_links(run.folder)])
     newest_first = [run.folder / name for name in reversed(names)]
-    if not newest_first or run.rewinds > MOST_REWINDS:
-        why = f"and {MOST_REWINDS} rewinds did not help" if newest_first else "and no checkpoint could be written"
+    if not newest_first or run.rewinds > MAX_REWINDS:
+        why = f"and {MAX_REWINDS} rewinds did not help" if newest_first else "and no checkpoint could be written"
         raise UserError(
             f"{reason} at step {plan.step}, {why}; lower optimizer.lr = {run.config.optimizer.lr:g}, or set "
             "resilience.spikes=skip"

@@ -18,10 +18,10 @@ from megahp.log.metrics import Record, RunLog
 from megahp.log.progress import ProgressDisplay
 from megahp.log.wandb_log import WandbLog
 from megahp.scaling.batch import Change, Progress, StepPlan
+from megahp.train.engine import Measurement
 from megahp.train.masks import MaskChange
 from megahp.train.prepare import changes
 from megahp.train.run import Restored, Run, is_rank0
-from megahp.train.step import Measurement
 
 
 class Reporter:

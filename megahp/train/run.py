@@ -23,8 +23,8 @@ from megahp.parallel.parameters import storage
 from megahp.scaling.batch import BatchScheduler, Change, Progress, StepPlan
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
+from megahp.train.engine import LossScale, initial_loss_scale
 from megahp.train.prepare import initial_batch_state
-from megahp.train.step import LossScale, initial_loss_scale
 from megahp.train.trainer import Step, Trainer
 
 T = TypeVar("T")

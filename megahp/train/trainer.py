@@ -13,9 +13,9 @@ from megahp.parallel.mesh import WITHIN_STAGE, Mesh
 from megahp.scaling.batch import BatchScheduler, Change, Progress, StepPlan
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import table_of
+from megahp.train.engine import Engine, Measurement, clip, initial_loss_scale
 from megahp.train.masks import MaskChange, Masks
 from megahp.train.optimizer import make_optimizer
-from megahp.train.step import Engine, Measurement, clip, initial_loss_scale
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Trainer:
         stop_requested: whether this rank was asked to stop, which the same all-reduce makes known to all.
         """
         scale = self.loss_scale.value
-        loss = self.engine.forward_backward(batches, plan.microbatches(self.mesh.layout.dp), plan.tokens, scale)
+        loss = self.engine.forward_backward(batches, plan.num_microbatches(self.mesh.layout.dp), plan.tokens, scale)
         grads = self.engine.gradients()
         self.masks.apply(grads, plan)  # before norms are measured: those of masked weights do not count
         return Step(grads, self.engine.measure(loss, grads, plan.global_batch, scale, stop_requested))
@@ -85,7 +85,9 @@ class Trainer:
         layout, in microbatches of the shape that every step has.
         """
         dp, scale = self.mesh.layout.dp, self.loss_scale.value
-        count = plan.microbatches(dp) if self.mesh.layout.pp > 1 else 1  # a pipeline's schedule is built for that many
+        count = (
+            plan.num_microbatches(dp) if self.mesh.layout.pp > 1 else 1
+        )  # a pipeline's schedule is built for that many
         copies = count * plan.micro_batch * dp
         self.engine.zero()
         loss = self.engine.forward_backward([example] * count, count, copies * plan.length, scale)

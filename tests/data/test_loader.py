@@ -42,7 +42,7 @@ def test_no_sample_is_repeated_or_skipped_when_batch_and_layout_change() -> None
             numbers = plan.first_sample, plan.global_batch, plan.micro_batch
             ids = [rank_samples(*numbers, rank, dp) for rank in range(dp)]
             assert {len(part) for parts in ids for part in parts} == {micro}
-            assert {len(parts) for parts in ids} == {plan.microbatches(dp)}
+            assert {len(parts) for parts in ids} == {plan.num_microbatches(dp)}
             seen.append(np.sort(np.concatenate([part for parts in ids for part in parts])))
             progress = progress.after(plan)
     assert np.array_equal(np.concatenate(seen), np.arange(progress.samples))

@@ -23,7 +23,7 @@ from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import Layout
 from megahp.parallel.parameters import local, parameters, storage
-from megahp.train.step import Engine
+from megahp.train.engine import Engine
 
 EXAMPLES = 8
 SPLITS = (1, 2, 4, 8)  # examples of a microbatch

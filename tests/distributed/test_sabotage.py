@@ -20,7 +20,7 @@ from megahp.model import positions, transformer
 from megahp.model.moe import Experts, Router
 from megahp.parallel import collectives, context, cross_entropy, parameters, tensor
 from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, Axis, Mesh
-from megahp.train.step import Engine
+from megahp.train.engine import Engine
 
 SPLIT = ("parallel.tp=2", "parallel.sequence_parallel=true")
 PLAIN = ("parallel.tp=2",)
@@ -230,7 +230,7 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
     "loss, norms and probes over all ranks": (
         "llama",
         (),
-        lambda: mock.patch("megahp.train.step.dist.all_reduce", lambda *_, **__: None),
+        lambda: mock.patch("megahp.train.engine.dist.all_reduce", lambda *_, **__: None),
     ),
     "weights counted once": ("llama", PLAIN, counting_copies),
     "gradients over shards": ("llama", (), lambda: mock.patch.object(dist, REDUCE_SCATTER, keep_own)),

@@ -65,7 +65,7 @@ def found_on(layout: tuple[str, ...], where: str) -> list[Suspect]:
     samples = rank_samples(plan.first_sample, plan.global_batch, plan.micro_batch, rank, ranks)
     with watch_layers(training.engine.model.stages, samples) as found:
         training.engine.forward_backward(
-            training.batches(plan), plan.microbatches(training.mesh.layout.dp), plan.tokens
+            training.batches(plan), plan.num_microbatches(training.mesh.layout.dp), plan.tokens
         )
     for each in hooks:
         each.remove()

@@ -48,7 +48,8 @@ class StepPlan:
     beta2: float
     eps: float
 
-    def microbatches(self, dp: int) -> int:
+    def num_microbatches(self, dp: int) -> int:
+        """Return the microbatches of one of `dp` data-parallel ranks."""
         return self.global_batch // (dp * self.micro_batch)
 
 

@@ -42,7 +42,7 @@ def test_btlm_changes_its_length_at_equal_tokens_per_step() -> None:
     progress, lengths = Progress(), {2048: 0, 8192: 0}
     while step := plan.step(progress):
         assert (step.global_batch, step.tokens) == (1920 * 2048 // step.length, 3_932_160)
-        assert step.micro_batch * step.length == 8 * 2048 and step.microbatches(4) == 60
+        assert step.micro_batch * step.length == 8 * 2048 and step.num_microbatches(4) == 60
         lengths[step.length] += step.tokens
         progress, last = progress.after(step), step
     assert [round(tokens / 1e7) for tokens in lengths.values()] == [47079, 15693]

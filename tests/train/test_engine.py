@@ -9,7 +9,7 @@ import torch
 from distributed import world
 from distributed.training import Training, settings_of
 
-from megahp.train.step import LossScale, clip
+from megahp.train.engine import LossScale, clip
 
 
 def half_precision() -> dict[str, Any]:
