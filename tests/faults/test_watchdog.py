@@ -29,7 +29,7 @@ def at(step: int = 7, collective: str = "all_reduce", line: str = "train/engine.
         ({0: at(), 1: at(), 2: at(), 3: at(line="x.py:1 f")}, "rank 3 was in all_reduce, called at x.py:1 f"),
         (
             {0: at(), 1: at(), 2: at(6), 3: at()},
-            "rank 2 was in all_reduce, called at train/engine.py:140 measure, after",
+            "rank 2 was in all_reduce, called at train/step.py:140 measure, after",
         ),
         ({0: at(), 1: at(), 2: at(), 3: at()}, "rank 0, 1, 2, 3 in all_reduce"),  # the network itself
     ],
