@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megahp.faults.watchdog import hang_report, stack_position, stragglers
 
 
-def at(step: int = 7, collective: str = "all_reduce", line: str = "train/engine.py:140 measure") -> dict[str, Any]:
+def at(step: int = 7, collective: str = "all_reduce", line: str = "engine.py:140 measure") -> dict[str, Any]:
     return {"step": step, "collective": collective, "line": line}
 
 
@@ -27,10 +27,7 @@ def at(step: int = 7, collective: str = "all_reduce", line: str = "train/engine.
             "rank 1 was in no collective",
         ),
         ({0: at(), 1: at(), 2: at(), 3: at(line="x.py:1 f")}, "rank 3 was in all_reduce, called at x.py:1 f"),
-        (
-            {0: at(), 1: at(), 2: at(6), 3: at()},
-            "rank 2 was in all_reduce, called at train/step.py:140 measure, after",
-        ),
+        ({0: at(), 1: at(), 2: at(6), 3: at()}, "rank 2 was in all_reduce, called at engine.py:140 measure, after"),
         ({0: at(), 1: at(), 2: at(), 3: at()}, "rank 0, 1, 2, 3 in all_reduce"),  # the network itself
     ],
 )
