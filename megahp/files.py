@@ -96,7 +96,7 @@ def open_unlinked(path: Path, mode: str, buffering: int = -1) -> IO[Any]:
         if error.errno == errno.ELOOP:
             raise UserError(f"{path} is a symbolic link, which is not written through; remove it") from None
         if error.errno == errno.ENXIO:
-            raise UserError(f"{path} is no regular file; remove it") from None
+            raise UserError(f"{path} is not a regular file; remove it") from None
         raise
 
 

@@ -94,9 +94,9 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
 def test_nobody_waits_for_the_reader_of_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for mode in ("w", "a", "wb"):
-        with pytest.raises(UserError, match="pipe is no regular file"):
+        with pytest.raises(UserError, match="pipe is not a regular file"):
             open_unlinked(tmp_path / "pipe", mode)
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    with pytest.raises(UserError, match="pipe is no regular file"):
+    with pytest.raises(UserError, match="pipe is not a regular file"):
         open_unlinked(tmp_path / "pipe", "w")
     os.close(reader)

@@ -240,7 +240,7 @@ def throttle(pid: int, over: threading.Event) -> None:
         (["--patience", "soon"], "'soon' is no number above 0 for --patience"),
         (["--folder", "nowhere"], "--folder nowhere is no folder"),
         (["--exclude-file", "nowhere/bad.txt"], "nowhere is no folder"),
-        (["--exclude-file", "/dev/zero"], "--exclude-file /dev/zero is no regular file"),
+        (["--exclude-file", "/dev/zero"], "--exclude-file /dev/zero is not a regular file"),
     ],
 )
 def test_invalid_input(words: list[str], mistake: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

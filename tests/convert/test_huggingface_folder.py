@@ -81,7 +81,7 @@ def test_nobody_waits_for_a_pipe(llama: Path, tmp_path: Path, name: str) -> None
     (theirs / f"{name}.safetensors").unlink(missing_ok=True)
     os.mkfifo(theirs / f"{name}.safetensors")
     code, said = imported(theirs, tmp_path / "ours")
-    assert code == 2 and f"{name}.safetensors is no regular file" in said and said.count("\n") == 1, said
+    assert code == 2 and f"{name}.safetensors is not a regular file" in said and said.count("\n") == 1, said
 
 
 @needs_transformers

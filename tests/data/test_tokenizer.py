@@ -196,7 +196,7 @@ def test_damaged_tokenizers_are_named(tmp_path, name):
         load_tokenizer(str(tmp_path / name))
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         load_tokenizer(str(tmp_path / name))
 
 

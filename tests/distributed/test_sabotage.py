@@ -125,7 +125,7 @@ def counting_examples_twice() -> Iterator[None]:
 
     def crippled(self: Training, *arguments: Any) -> None:
         init(self, *arguments)
-        self.engine.counted[1 : 1 + len(self.engine.probes)] = 1
+        self.engine.contributes[1 : 1 + len(self.engine.probes)] = 1
 
     with mock.patch.object(Training, "__init__", crippled):
         yield
@@ -148,7 +148,7 @@ def counting_copies() -> Iterator[None]:
 
     def crippled(self: Training, *arguments: Any) -> None:
         init(self, *arguments)
-        self.engine.counted[-len(self.engine.weights) :] = 1
+        self.engine.contributes[-len(self.engine.weights) :] = 1
 
     with mock.patch.object(Training, "__init__", crippled):
         yield

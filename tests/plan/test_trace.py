@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import world
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megahp.config import Config, resolve, with_values
 from megahp.parallel.layout import fit
@@ -57,14 +59,24 @@ def config_of(case: str) -> Config:
     return resolve.resolve([("test", tree)], written=True).config
 
 
+def without_others(case: str, rank: int) -> int:
+    """Return `allocated` of a rank whose collectives do nothing: gloo's threads free what they have sent at moments of
+    their own, by which the peaks of two real ranks differ from run to run (docs/plan.md)."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    try:
+        return allocated(case)
+    finally:
+        dist.destroy_process_group()
+
+
 def allocated(case: str) -> int:
-    """Return the peak of what PyTorch's allocator gives to a real step on this rank, in bytes."""
+    """Return the peak of what PyTorch's allocator gives to a step on real tensors, in bytes."""
     config = config_of(case)
     mesh = make_mesh(fit(config.parallel, 2), torch.device("cpu"))
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, recording(mesh) as recorder:
         step(config, mesh, recorder)
-    events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
@@ -85,9 +97,13 @@ def peak(case: str, rank: int) -> int:
 
 @pytest.mark.parametrize("case", CASES)
 def test_peak_memory_is_that_of_a_real_step(alone: ProcessPoolExecutor, case: str) -> None:
-    """Within 5 %. Of three real steps the least counts: gloo's threads hold copies of what they send, now and then."""
-    real = [min(tries) for tries in zip(*(world.run(2, allocated, case) for _ in range(3)), strict=True)]
-    assert [alone.submit(peak, case, rank).result() for rank in range(2)] == pytest.approx(real, rel=0.05)
+    """Within 5 %; most are equal to the byte."""
+    traced = [alone.submit(peak, case, rank).result() for rank in range(2)]
+    if case.startswith("pp"):  # whose ranks agree on shapes before a step
+        real = world.run(2, allocated, case)
+    else:
+        real = [alone.submit(without_others, case, rank).result() for rank in range(2)]
+    assert traced == pytest.approx(real, rel=0.05)
 
 
 def totals(layers: int, ranks: int, **values: Any) -> dict[str, Any]:
