@@ -28,14 +28,13 @@ from torch import Tensor
 
 from megahp.checkpoint.shards import Tensors
 from megahp.commands.output import atomic_folder
-from megahp.config import Config, resolve, with_values
+from megahp.config import Config, longest, resolve, with_values
 from megahp.convert import huggingface_folder, megatron
 from megahp.convert.run_directory import check_files, check_shapes, file_limit, find_checkpoint, write_run
 from megahp.convert.tokenizers import find_tokenizer, write_tokenizer
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError, complain, in_one_line
 from megahp.evaluate.sample import single_rank_model
-from megahp.model.build import longest
 from megahp.parallel.parameters import model_state, storage
 from megahp.train.prepare import with_vocabulary
 

@@ -34,12 +34,11 @@ from torch import Tensor
 
 from megahp.checkpoint.shards import Tensors
 from megahp.commands.output import atomic_folder
-from megahp.config import Config, config_to_dict, with_values
+from megahp.config import Config, config_to_dict, longest, with_values
 from megahp.convert.run_directory import check_files, find_checkpoint, write_run
 from megahp.convert.sidecar import VOCABULARY
 from megahp.convert.tokenizers import Vocabulary, load_vocabulary
 from megahp.errors import UserError
-from megahp.model.build import longest
 
 MIN_SHARED = 2  # tokens per dimension of the donor: as many as dimensions fit any map, which says nothing of others
 

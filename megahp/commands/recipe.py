@@ -22,7 +22,7 @@ from megahp.recipe import text as recipe_text
 from megahp.recipe.recipe import PROXY, RULES, Base, Laws, Recipe, make_recipe
 from megahp.recipe.sizing import TPP, Given
 
-MARKED = (10, 20, 30, 50, 80, 130, 200, 320, 500, 1000)  # tokens per parameter split_label in the Pareto plot
+MARKED = (10, 20, 30, 50, 80, 130, 200, 320, 500, 1000)  # tokens per parameter labelled in the Pareto plot
 # Dense bfloat16 peaks, FLOP/s.
 GPUS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
@@ -133,7 +133,7 @@ def advice_on_machine(recipe: Recipe) -> list[str]:
 
 
 def plot_pareto(file: Path, target: float, laws: Laws) -> None:
-    """Plot time against compute at a loss, split_label with tokens per parameter. Raises UserError."""
+    """Plot time against compute at a loss, labelled with tokens per parameter. Raises UserError."""
     from megahp.report.figures import PALETTE, plot_in
 
     frontier, hue = pareto.frontier(target, laws.loss, laws.critical_batch), PALETTE["run0"]

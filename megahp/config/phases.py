@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megahp.config.schema import DataConfig
+from megahp.config.schema import Config, DataConfig
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ def phases_of(data: DataConfig) -> list[Phase]:
     mixtures += _parse_words(data.mixtures, parse_weights, "tokens:weights, such as 1e9:0.7,0.3")
     begins = sorted({tokens for tokens, _ in (*lengths, *mixtures)})
     return [Phase(tokens, _value_at(lengths, tokens), _value_at(mixtures, tokens)) for tokens in begins]
+
+
+def longest(config: Config) -> int:
+    """Return the tokens of the longest sequence the run trains on."""
+    return max(phase.length for phase in phases_of(config.data))
 
 
 def phase_at(phases: Sequence[Phase], tokens: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megahp.config import Config, ModelConfig, resolve
+from megahp.config import Config, ModelConfig, longest, resolve
 from megahp.convert.families import (
     ACTIVATIONS,
     ALWAYS,
@@ -25,7 +25,6 @@ from megahp.convert.families import (
     has_module,
 )
 from megahp.errors import UserError
-from megahp.model.build import longest
 from megahp.parallel.parameters import Row
 from megahp.scaling.parameterization import Role, table_of
 

@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megahp.checkpoint.shards import ByName, in_files
-from megahp.config import Config, config_to_dict, resolve
+from megahp.config import Config, config_to_dict, longest, resolve
 from megahp.convert.huggingface import Tensors, fold_multipliers, unfold_multipliers
 from megahp.errors import UserError
 from megahp.files import is_plain, read_json, refuse_irregular
-from megahp.model.build import longest
 from megahp.scaling.parameterization import table_of
 
 REMEDY = "name a model's folder that has it"  # where one of its files is missing or wrong

@@ -10,10 +10,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
+from megahp.config import longest
 from megahp.errors import UserError
 from megahp.evaluate.perplexity import scores, windows
 from megahp.evaluate.sample import TrainedModel, continuation
-from megahp.model.build import longest
 
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k"}
 

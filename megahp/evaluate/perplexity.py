@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from megahp.config import longest
 from megahp.errors import UserError
 from megahp.evaluate.sample import TrainedModel
 from megahp.log.progress import ProgressDisplay
-from megahp.model.build import longest
 
 MAX_LOGITS = 2**27  # per forward pass: 512 MiB of fp32
 MAX_TOKENS = 2**14  # per forward pass: with a small vocabulary the activations of the blocks dominate

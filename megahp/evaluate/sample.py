@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from megahp import checkpoint, launch
-from megahp.config import ComputeConfig, Config, ParallelConfig, with_values
+from megahp.config import ComputeConfig, Config, ParallelConfig, longest, with_values
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
-from megahp.model.build import build_model, longest
+from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
 from megahp.parallel.device import device_of
 from megahp.parallel.mesh import single_rank_mesh

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from megahp.config import Config, phases_of
+from megahp.config import Config, longest
 from megahp.model.compute import apply_recompute_and_compile, replace_norms, replace_products
 from megahp.model.moe import routers
 from megahp.model.transformer import Transformer
@@ -17,11 +17,6 @@ from megahp.parallel.parameters import Module, Row, distribute, parameters, prob
 from megahp.parallel.pipeline import split, stages_of
 from megahp.scaling.flops import layer_costs
 from megahp.scaling.parameterization import Role, table_of
-
-
-def longest(config: Config) -> int:
-    """Return the tokens of the longest sequence the run trains on."""
-    return max(phase.length for phase in phases_of(config.data))
 
 
 @dataclass(frozen=True)

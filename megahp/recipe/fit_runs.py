@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megahp.config import Config, get_setting
+from megahp.config import Config, get_setting, longest
 from megahp.errors import UserError
 from megahp.files import read_text
 from megahp.log.events import STARTS
 from megahp.log.metrics import Record, newest_metrics, read_events
 from megahp.log.progress import human_count
 from megahp.log.status import runs_below
-from megahp.model.build import longest
 from megahp.recipe import fit
 from megahp.recipe.fit import FinishedRun, Fit
 from megahp.scaling import flops

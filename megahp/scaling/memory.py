@@ -1,6 +1,6 @@
 """About how much memory training takes: an estimate to warn by, not a bound."""
 
-from megahp.config import Config, phases_of
+from megahp.config import Config, longest
 from megahp.scaling.flops import parameters
 
 PROCESS = 4e8  # bytes of Python and torch
@@ -13,12 +13,14 @@ PER_ACTIVATION = 34
 
 
 def training_bytes(config: Config, shards: int = 1) -> float:
-    """Return the peak of one rank that holds one of so many shards of the model, in bytes; recomputed blocks count as
-    nothing. settings: resolved, with their vocabulary."""
-    model, longest = config.model, max(stage.length for stage in phases_of(config.data))
-    weights = parameters(model, longest) / shards
+    """Return the peak of a rank that holds one shard of the model, in bytes; recomputed blocks count as nothing.
+
+    config: resolved, with its vocabulary. `megahp plan` traces what this estimates, in seconds rather than at once.
+    """
+    model, length = config.model, longest(config)
+    weights = parameters(model, length) / shards
     tokens = config.batch.micro_batch * config.data.sequence_length / (config.parallel.cp * config.parallel.tp)
     layers = model.layers / config.parallel.pp * (config.compute.recompute == "none")
     wide = PER_ACTIVATION * {"float32": 2, "float64": 4}.get(config.train.dtype, 1)
-    bias = 2 * 4 * model.heads * longest**2 if model.positions == "alibi" else 0  # distances by slope, and masked
+    bias = 2 * 4 * model.heads * length**2 if model.positions == "alibi" else 0  # distances by slope, and masked
     return PROCESS + PER_PARAMETER * weights + wide * tokens * layers * model.width + bias

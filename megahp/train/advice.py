@@ -3,10 +3,9 @@
 import math
 from collections.abc import Iterator
 
-from megahp.config import Config
+from megahp.config import Config, longest
 from megahp.data.loader import TrainingData
 from megahp.log.progress import human_count, human_duration
-from megahp.model.build import longest
 from megahp.parallel.device import cores_here, memory_here
 from megahp.parallel.layout import Layout
 from megahp.scaling.flops import parameters, training_flops

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 
 from megahp import checkpoint
-from megahp.config import Config, config_differences, fixed_when, get_setting, phases_of, resolve, with_values
+from megahp.config import Config, config_differences, fixed_when, get_setting, longest, phases_of, resolve, with_values
 from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import TrainingData
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.files import read_json, refuse_links
 from megahp.log.wandb_log import check_wandb
-from megahp.model.build import longest
 from megahp.ops.engines import fused_adam, linear_of, norm_of
 from megahp.parallel.device import check_devices, memory_here, uses_cuda
 from megahp.parallel.layout import Layout
