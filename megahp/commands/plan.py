@@ -4,7 +4,7 @@
 
 The step is the product's own, on tensors without contents: one rank of each pipeline stage is built and stepped as on a
 cluster, on this machine and within seconds. Peak memory is what PyTorch allocates, without the CUDA context, NCCL's
-buffers and fragmentation; it is exact for CPU ranks (tests/plan), and has not been compared with a GPU's.
+buffers and fragmentation; it is within 5 % for CPU ranks (tests/plan), and has not been compared with a GPU's.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     if not config.model.vocab_size:
         raise UserError("model.vocab_size = 0 is the tokenizer's, which a plan does not read; set it, e.g. 32000")
 
-    from megahp.parallel.layout import AXES, fit  # and with it torch, for settings that are right
+    from megahp.parallel.layout import AXES, fit  # imported late, with torch: only for valid settings
     from megahp.plan.trace import trace_step
 
     layout = fit(config.parallel, options.ranks)
@@ -50,9 +50,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         print(f"  between steps   {step.resident / 2**30:.2f} GiB")
         products, attention = step.flops("product") / 1e12, step.flops("attention") / 1e12
         moved = sum(each.bytes * count for each, count in step.kernels.items() if each.kind == "memory")
-        print(
-            f"  a step          {products:,.2f} TFLOP in products, {attention:,.2f} in attention (all scores counted)"
-        )
+        print(f"  a step          {products:,.3g} TFLOP in products, {attention:,.3g} in attention, all scores counted")
         print(f"                  {moved / 2**30:,.1f} GiB read and written by all other kernels")
         sent: dict[tuple[str, str], list[int]] = {}
         for each, count in step.collectives.items():

@@ -6,9 +6,10 @@ trace therefore holds the products, bytes and collectives that will run, and the
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -34,7 +35,7 @@ from megahp.model.transformer import Transformer
 from megahp.parallel.layout import AXES, fit
 from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, WITHIN_STAGE, Mesh, make_mesh
 from megahp.parallel.parameters import storage
-from megahp.scaling.batch import BatchScheduler, Progress
+from megahp.scaling.batch import BatchScheduler, Progress, StepPlan
 from megahp.scaling.parameterization import table_of
 from megahp.train.engine import Engine
 from megahp.train.optimizer import make_optimizer
@@ -42,7 +43,6 @@ from megahp.train.optimizer import make_optimizer
 Phase = Literal["build", "forward", "backward", "update"]
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 ATTENTION = "_scaled_dot_product"
-# Kernels whose result is computed from nothing: only the output is written.
 COLLECTIVES = {
     "_allgather_base_": "all-gather",
     "_reduce_scatter_base_": "reduce-scatter",
@@ -110,16 +110,14 @@ class Trace:
 
 
 def trace_step(config: Config, ranks: int, rank: int = 0) -> Trace:
-    """Trace a whole step of one of so many ranks, the sooner the more of it is alike.
+    """Trace a whole step of one rank, the equal parts of it only as often as needed.
 
-    Equal blocks, and the microbatches of a layout without pipelines, add the same again each: of these only two and
-    three, and one and two, are traced. (The first blocks of a FSDP2 step differ: nothing is gathered ahead of them.)
+    Every further block that equals the others, and every further microbatch outside a pipeline, adds the same again, so
+    three and four blocks, and two and three microbatches, say what many take. Not fewer: the first and the last of
+    either differ from those between, since FSDP2 gathers nothing ahead of the first, and reduces after the last.
     """
     layout, model = fit(config.parallel, ranks), config.model
-    plan = BatchScheduler(config, layout.dp).step(Progress())
-    if plan is None:
-        raise UserError(f"train.tokens = {config.train.tokens} leave no step to plan; raise them")
-    count = plan.num_microbatches(layout.dp)
+    count = first_step(config, layout.dp).num_microbatches(layout.dp)
     alike = layout.pp == 1 and not (model.dense_layers or config.sparsity.layers or config.compute.recompute_every > 1)
 
     def of_depth(layers: int) -> Trace:
@@ -133,8 +131,16 @@ def trace_step(config: Config, ranks: int, rank: int = 0) -> Trace:
     return of_depth(model.layers)
 
 
+def first_step(config: Config, dp: int) -> StepPlan:
+    """Return the plan of the first step. Raises UserError where train.tokens have no room for one."""
+    plan = BatchScheduler(config, dp).step(Progress())
+    if plan is None:
+        raise UserError(f"train.tokens = {config.train.tokens} leaves no step to plan; raise it")
+    return plan
+
+
 def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> Trace:
-    """Trace a step of one of so many ranks. Must be called in a process without a process group.
+    """Trace a step of one of the ranks. Must be called in a process without a process group.
 
     microbatches: how many of the step's to run where there is no pipeline, since they are alike; 0 = all. Kernels and
     collectives are those of these. Raises UserError for a layout that these ranks cannot run.
@@ -176,7 +182,7 @@ def recording(mesh: Mesh, fake: FakeTensorMode | None = None) -> Iterator[Record
 
 
 class Recorder(TorchDispatchMode):
-    """Note every kernel, collective and allocation, in order."""
+    """Records every kernel, collective and allocation, in order."""
 
     def __init__(self, mesh: Mesh, fake: FakeTensorMode | None) -> None:
         super().__init__()
@@ -227,7 +233,7 @@ class Recorder(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if name in COLLECTIVES:
             self._collective(name, args, [*inputs, *outputs])
-        elif not _is_free(op, inputs, outputs):
+        elif not _is_free(op, outputs):
             self._kernel(name, op, inputs, outputs)
         for tensor in outputs:
             self._allocated(tensor, "gathered" if name in ("all_gather_copy_in", "_allgather_base_") else "")
@@ -248,8 +254,8 @@ class Recorder(TorchDispatchMode):
             peak[self.kinds[number]] += change
         return Trace(self.kernels, self.collectives, +peak, totals[-1])
 
-    def mark(self, tensors: Iterator[Tensor] | list[Tensor], kind: str) -> None:
-        """Say of what kind these tensors' storages are."""
+    def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Set the kind of these tensors' storages."""
         for tensor in tensors:
             number = self.numbers.get(tensor.untyped_storage()._cdata)
             if number is not None:
@@ -287,8 +293,8 @@ class Recorder(TorchDispatchMode):
         return "backward" if self.phase == "forward" and torch._C._current_graph_task_id() != -1 else self.phase
 
     def _kernel(self, name: str, op: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        written = {id(tensor): tensor for tensor in [*inputs, *outputs]}.values()
-        size = sum(tensor.numel() * tensor.itemsize for tensor in written)
+        tensors = {id(tensor): tensor for tensor in [*inputs, *outputs]}.values()  # one written in place counts once
+        size = sum(tensor.nbytes for tensor in tensors)
         kind: Literal["product", "attention", "memory"] = "memory"
         shape: tuple[int, ...] = ()
         flops = 0
@@ -296,15 +302,13 @@ class Recorder(TorchDispatchMode):
             left, right = inputs[-2:]
             batch = left.shape[0] if left.dim() == 3 else 1
             kind, shape = "product", (batch, left.shape[-2], right.shape[-1], left.shape[-1])
-            flops = 2 * batch * shape[1] * shape[2] * shape[3]
+            flops = 2 * math.prod(shape)
         elif name.startswith(ATTENTION):
             first = 1 if "backward" in name else 0
             query, key = inputs[first : first + 2]
             kind, shape = "attention", (*query.shape[:3], key.shape[2], query.shape[3])
-            # two products forward; backward computes the scores again and four more
-            flops = (
-                (10 if first else 4) * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]
-            )
+            products = 5 if first else 2  # backward computes the scores again, and four products more
+            flops = 2 * products * math.prod(shape)
         dtype = outputs[0].dtype if outputs else inputs[0].dtype
         self.kernels[Kernel(name, kind, shape, dtype, flops, size, self._phase())] += self.phase != "build"
 
@@ -312,7 +316,7 @@ class Recorder(TorchDispatchMode):
         named = [arg for arg in args if isinstance(arg, str)]  # functional collectives: the reduction, the group
         boxed = [arg for arg in args if isinstance(arg, torch.ScriptObject)]  # others: the group, the reduction
         axes, size = self.axes[named[-1] if named else dist.ProcessGroup.unbox(boxed[0]).group_name]
-        largest = max(tensor.numel() * tensor.itemsize for tensor in tensors)
+        largest = max(tensor.nbytes for tensor in tensors)
         if size > 1:
             self.collectives[Collective(COLLECTIVES[name], axes, size, largest, self._phase())] += 1
 
@@ -325,9 +329,7 @@ def step(config: Config, mesh: Mesh, recorder: Recorder, microbatches: int = 0) 
             model.to_empty(device=device)
 
     model = build_model(config, mesh, allocate)
-    plan = BatchScheduler(config, mesh.layout.dp).step(Progress())
-    if plan is None:
-        raise UserError(f"train.tokens = {config.train.tokens} leave no step to plan; raise them")
+    plan = first_step(config, mesh.layout.dp)
     count = plan.num_microbatches(mesh.layout.dp)
     if microbatches and mesh.layout.pp == 1:
         count = min(count, microbatches)
@@ -336,15 +338,13 @@ def step(config: Config, mesh: Mesh, recorder: Recorder, microbatches: int = 0) 
         optimizer = make_optimizer(
             config.optimizer, engine.trained, engine.rows, table_of(config), mesh.group(*WITHIN_STAGE)
         )
-        recorder.mark([storage(part) for part in optimizer.state().values()], "moments")
+        recorder.mark(map(storage, optimizer.state().values()), "moments")
     if config.model.experts:
         chosen = plan.micro_batch * plan.length // (mesh.layout.cp * mesh.layout.tp) * config.model.experts_per_token
         recorder.load = chosen // config.model.experts
     with recorder.running("forward"):
         tokens = torch.zeros(plan.micro_batch, plan.length + 1, dtype=torch.int64)
-        documents = (
-            torch.zeros(plan.micro_batch, plan.length, dtype=torch.int32) if config.data.mask_documents else None
-        )
+        documents = tokens[:, 1:].int() if config.data.mask_documents else None
         batches = [Batch(tokens, documents, np.empty(0, np.int64))] * count
         loss = engine.forward_backward(batches, count, plan.tokens)
         recorder.phase = "update"
@@ -368,7 +368,7 @@ def _axes_of_groups(mesh: Mesh) -> dict[str, tuple[str, int]]:
     return found
 
 
-def _is_free(op: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+def _is_free(op: Any, outputs: list[Tensor]) -> bool:
     """Return whether a call launches no kernel: a view, an allocation, a question about a tensor."""
     if not outputs or op._schema.name.startswith(("prim::", "profiler::", "c10d", "_c10d")):
         return True
