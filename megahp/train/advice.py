@@ -17,9 +17,9 @@ EPOCHS = 4
 LONG = 1800.0  # seconds of training that a fault may cost without a warning
 # FLOP/s of one rank, at best, so that the time is underestimated: 40 % of an H100's bfloat16; a large CPU
 FASTEST = {"cuda": 4e14, "cpu": 1e12}
-# FLOP/s of one core, as is likely: 2e10 of a laptop's without bfloat16, 1e11 of a server's with it (docs/log.md)
+# FLOP/s of one core: a guess between a server's with bfloat16, measured at 1e11, and a laptop's (docs/log.md)
 LIKELY = 5e10
-PATIENCE = 86_400.0  # seconds that a run on CPUs may take unsaid
+PATIENCE = 86_400.0  # seconds that a run on CPUs may take without a warning
 
 
 def advice(config: Config, data: TrainingData, ranks: int, device: str, begin: int = 0) -> Iterator[str]:
@@ -61,17 +61,17 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, begin: i
 
 
 def beyond_cpus(config: Config, layout: Layout, ranks_here: int, begin: int = 0) -> str:
-    """Return what of a run on CPUs is too much for this machine, which has some of the ranks: to hold them in memory,
-    or to end within a day; "" where nothing is."""
+    """Return a warning that this machine cannot hold its ranks of a CPU run in memory, or that the run takes more than
+    a day; "" if neither."""
     ranks, cores = math.prod(layout.shape), cores_here()
-    needed, there = ranks_here * training_bytes(config, ranks // layout.dp_replicate), memory_here()
+    needed, memory = ranks_here * training_bytes(config, ranks // layout.dp_replicate), memory_here()
     operations = (config.train.tokens - begin) * training_flops(config.model, longest(config))
     seconds = operations * ranks_here / (ranks * cores * LIKELY)
-    said = []
-    if needed > there:
-        said.append(f"about {needed / 1e9:,.0f} GB of memory, of which there are {there / 1e9:,.0f},")
+    takes = []
+    if needed > memory:
+        takes.append(f"about {needed / 1e9:,.0f} GB of memory, of which there are {memory / 1e9:,.0f},")
     if seconds > PATIENCE:
-        said.append(f"about {seconds / 86_400:,.0f} days on {cores} cores ({LIKELY / 1e9:g} GFLOP/s each assumed)")
+        takes.append(f"about {seconds / 86_400:,.0f} days on {cores} cores ({LIKELY / 1e9:g} GFLOP/s each assumed)")
     size, tokens = parameters(config.model, longest(config)), config.train.tokens
     what = f"training {human_count(size)} parameters on {human_count(tokens)} tokens here"
-    return f"{what} takes {' and '.join(said)}" if said else ""
+    return f"{what} takes {' and '.join(takes)}" if takes else ""
