@@ -74,7 +74,7 @@ class Reporter:
             reason,
             run.progress,
             samples=run.progress.samples,
-            batch_plan=restored.batch_scheduler,
+            batch_plan=restored.batch_state,
             changed={key: {"before": before, "now": now} for key, (before, now) in changed.items()},
             layout=vars(run.mesh.layout),
             config=config_to_dict(self.config),

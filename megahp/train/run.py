@@ -35,7 +35,7 @@ class Restored:
     """State restored at start."""
 
     config: Mapping[str, Mapping[str, Any]] | None  # of the run that wrote the checkpoint; None without a checkpoint
-    batch_scheduler: Mapping[str, Any]  # the state that the batch scheduler was given
+    batch_state: Mapping[str, Any]  # what the batch scheduler was given
     changes: Sequence[Change] = ()  # of the batch, which that state led to at once
     restarted_sources: Sequence[str] = ()  # data that is read from its beginning
 
