@@ -121,6 +121,13 @@ Counts = dict[str, Annotated[list[NonNegativeInt], Field(min_length=2, max_lengt
 
 
 @with_config(STRICT)
+class Source(TypedDict):
+    fingerprint: str
+    index: str
+    stretches: str
+
+
+@with_config(STRICT)
 class DataOrder(TypedDict):
     stage: NonNegativeInt
     first_sample: NonNegativeInt
@@ -141,6 +148,7 @@ class State(TypedDict):
     spikes: Annotated[dict[str, list[float]], Field(min_length=2, max_length=2)]
     wandb_id: Annotated[str, Field(pattern=r"^[\w-]{1,64}$")]
     data: str | None
+    sources: NotRequired[list[Source]]  # not in older ones
     data_order: DataOrder
     table: dict[str, Any]
     layout: dict[str, PositiveInt]

@@ -14,6 +14,7 @@ ignored.
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -431,7 +432,7 @@ def _validation_loss(checkpoint: Location) -> float | None:
     """Return a checkpoint's validation loss, None where it has none or is damaged. Raises UnreadableError."""
     try:
         loss = json.loads(read_json(checkpoint / "state.json"))["validation_loss"]
-        return loss if isinstance(loss, float) else None
+        return loss if isinstance(loss, float) and math.isfinite(loss) else None  # or min() would keep a NaN
     except (DamagedError, ValueError, TypeError, KeyError, RecursionError):
         return None
 

@@ -1,7 +1,7 @@
 """The settings of a run: definitions (schema), loading and checking (resolve), cross-field validation (checks), model
-presets (presets), settings that change during the run (phases)."""
+presets (presets), settings that are lists of words (phases)."""
 
-from megahp.config.phases import Phase, longest, parse_table, phase_at, phases_of
+from megahp.config.phases import Phase, longest, parse_skip, parse_table, parse_validation, phase_at, phases_of
 from megahp.config.schema import (
     BatchConfig,
     CheckpointConfig,

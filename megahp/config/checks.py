@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from megahp.config.phases import parse_table, phases_of
+from megahp.config.phases import parse_skip, parse_table, parse_validation, phases_of
 from megahp.config.schema import VOCAB_MULTIPLE, Config
 from megahp.errors import nearest_divisors, nearest_multiples
 
@@ -327,6 +327,12 @@ def _checkpoints(config: Config) -> Iterator[str]:
     checkpoint = config.checkpoint
     if config.resilience.spikes == "rewind" and not checkpoint.every:
         yield "resilience.spikes = 'rewind' needs checkpoints to return to, but checkpoint.every = 0; set it above 0"
+    every, validated = checkpoint.every, config.train.validate_every
+    if checkpoint.keep_best and every and validated and every % validated and validated % every:
+        yield (
+            f"checkpoint.keep_best = true needs checkpoints with a validation, but checkpoint.every = {every} and "
+            f"train.validate_every = {validated} seldom meet; set train.validate_every={every}"
+        )
     if checkpoint.every and checkpoint.keep_every % checkpoint.every:
         near = nearest_multiples(checkpoint.every, checkpoint.keep_every)
         both = f"checkpoint.keep_every = {checkpoint.keep_every} is not a multiple of checkpoint.every"
@@ -348,8 +354,19 @@ def _run(config: Config) -> Iterator[str]:
         yield f"log.name = {log.name!r} is not a folder inside log.root; choose one such as first"
     paths = [("log.name", log.name), ("log.root", log.root), ("data.tokenizer", data.tokenizer)]
     paths += [("data.cache", data.cache), *(("data.train", prefix) for prefix in data.train)]
+    sets: dict[str, str] = {}
+    try:
+        sets = parse_validation(data)
+        paths += [("data.validation", prefix) for prefix in sets.values()]
+    except ValueError as error:
+        yield f"data.validation: {error}"
+    try:
+        if unknown := sorted(parse_skip(data.skip).keys() - {"", *data.train, *sets.values()}):
+            yield f"data.skip names {unknown[0]!r}, which data.train does not; write the prefix as there"
+    except ValueError as error:
+        yield f"data.skip: {error}"
     yield from (f"{key} = {path!r} {problem}" for key, path in paths if (problem := _path_problem(path)))
-    if train.validation_samples and not data.validation_fraction:
+    if train.validation_samples and not data.validation_fraction and not data.validation:
         yield (
             f"train.validation_samples = {train.validation_samples} needs held-out documents, but "
             "data.validation_fraction = 0; raise it, or set train.validation_samples=0"

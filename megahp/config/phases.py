@@ -1,4 +1,5 @@
-"""Settings that change during the run: lists of "tokens:value" words, each value in effect from that many tokens on."""
+"""Settings that are lists of words: "tokens:value", each value in effect from that many tokens of the run on; parts of
+the data to leave out; named sets."""
 
 import math
 from bisect import bisect_right
@@ -49,6 +50,34 @@ def parse_table(words: tuple[str, ...]) -> list[tuple[float, int]]:
         if batch <= before:
             raise ValueError(f"{word!r} must have a larger batch than {before}")
     return pairs
+
+
+def parse_skip(words: tuple[str, ...]) -> dict[str, list[range]]:
+    """Return the documents of each prefix, and under "" the samples, of data.skip. Raises ValueError naming the wrong
+    word."""
+    skipped: dict[str, list[range]] = {}
+    for word in words:
+        prefix, _, numbers = word.rpartition(":")
+        first, _, last = numbers.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+            raise ValueError(f"{word!r} is not prefix:document, prefix:first-last, sample or first-last")
+        skipped.setdefault(prefix, []).append(range(int(first), int(last or first) + 1))
+    return skipped
+
+
+def parse_validation(data: DataConfig) -> dict[str, str]:
+    """Return the prefix of each set of data.validation. Raises ValueError naming the wrong word."""
+    sets: dict[str, str] = {}
+    for word in data.validation:
+        name, _, prefix = word.partition(":")
+        if not (name and prefix):
+            raise ValueError(f"{word!r} is not name:prefix")
+        if name in sets or name in data.train:
+            raise ValueError(f"{word!r} has the name of another set or source; choose another")
+        if prefix in data.train:
+            raise ValueError(f"{word!r} is trained on; hold out other data")
+        sets[name] = prefix
+    return sets
 
 
 def _parse_words(words: tuple[str, ...], parse: Callable[[str], Any], form: str) -> list[tuple[float, Any]]:

@@ -152,7 +152,25 @@ class DataConfig:
         "no change",
     )
     validation_fraction: float = nonnegative(0.01, "fraction of documents held out", at_most=0.5, fixed="always")
+    validation: tuple[str, ...] = setting(
+        (),
+        'further sets to validate on, as "name:prefix" words, such as "wiki:data/wiki-held-out"; empty = none',
+        fixed="never",
+        only_with=("train.validation_samples", ONE_OR_MORE),
+    )
     mask_documents: bool = setting(False, "restrict attention to tokens of the same document")
+    wrong_samples: Literal["refuse", "skip"] = setting(
+        "refuse",
+        "response to ids outside the vocabulary: end the run, before it begins if possible; or log an event, and read "
+        "the next sample of that source twice instead",
+        fixed="never",
+    )
+    skip: tuple[str, ...] = setting(
+        (),
+        'what is left out, with the next sample of its source read twice instead: documents as "prefix:number" or '
+        '"prefix:first-last" words, counted from 0, and samples as "number" or "first-last"; empty = nothing',
+        fixed="never",
+    )
     cache: str = setting("", "folder of the sample order index; empty = cache/ beside the first prefix", fixed="never")
 
 
@@ -372,7 +390,12 @@ class TrainConfig:
     validate_every: int = nonnegative(
         0, "steps between validations; 0 = only at the end", only_with=("train.validation_samples", ONE_OR_MORE)
     )
-    validation_samples: int = nonnegative(64, "samples per validation; 0 = no validation")
+    validate_first: bool = setting(
+        False, "also validate before the first step", only_with=("train.validation_samples", ONE_OR_MORE)
+    )
+    validation_samples: int = nonnegative(
+        64, "samples per validation, of each source by its weight, and of each further set; 0 = no validation"
+    )
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,14 @@ We write one sequence per document and read any number.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import uuid
+import weakref
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-BLOCK = 1 << 20  # bytes of a write buffer, and entries of an index processed at a time, to bound memory
+BLOCK = 1 << 20  # bytes of a write buffer, and entries of an index or ids processed at a time, to bound memory
+STRETCHES, STRETCH = 64, 4096  # of the data in a fingerprint, and bytes of each
 
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 
@@ -46,16 +49,24 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size < 65_500 else np.int32)
 
 
+class UnreadableDataError(UserError):
+    """Data that the system does not read now, and perhaps later."""
+
+    may_pass = True
+
+
 class IndexedWriter:
     """Writes documents one by one; both files appear under their names when the `with` block succeeds.
 
-    Memory is 4 bytes per document. Nothing is left behind when the block raises. Raises UserError if the files exist
-    and `overwrite` is false.
+    largest: the largest id written, -1 before the first; it belongs into the description, where it spares every run a
+    scan of the data. Memory is 4 bytes per document. Nothing is left behind when the block raises. Raises UserError if
+    the files exist and `overwrite` is false.
     """
 
     def __init__(self, prefix: str, vocab_size: int, overwrite: bool = False) -> None:
         self._prefix, self._vocab_size, self._dtype = prefix, vocab_size, token_dtype(vocab_size)
         self._lengths = array("i")
+        self.largest = -1
         self._output = self._open(overwrite)
 
     def add_document(self, ids: Ids) -> None:
@@ -68,6 +79,7 @@ class IndexedWriter:
             )
         if wide.size > np.iinfo(np.int32).max:
             raise UserError(f"{self._prefix!r}: a document has {wide.size} tokens; split it below 2^31")
+        self.largest = max(self.largest, wide.max(initial=-1).item())
         self._bin.write(wide.astype(self._dtype).data)
         self._lengths.append(wide.size)
 
@@ -115,54 +127,110 @@ def _index(dtype: np.dtype[Any], lengths: np.ndarray) -> Iterator[bytes | memory
     yield np.arange(len(lengths) + 1, dtype="<i8").data
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What tells corpora apart: equal files have an equal one under any path. It does not cover every byte.
+
+    fingerprint: hash of the index, the size of the data, and 64 evenly spaced stretches of 4 KiB of it.
+    index: hash of the index alone.
+    stretches: 4 hexadecimal digits of a hash of each stretch, cut so that none overlaps the next.
+    """
+
+    fingerprint: str
+    index: str
+    stretches: str
+
+    def is_mended(self, before: Mapping[str, str]) -> bool:
+        """Return whether this is the corpus of an older identity, equal or with some tokens replaced: the same index,
+        and half of the stretches at least."""
+        equal = sum(a == b for a, b in zip(*map(_quarters, (self.stretches, before["stretches"])), strict=False))
+        return self.index == before["index"] and 2 * equal >= STRETCHES
+
+
 class IndexedDataset:
-    """The documents under `prefix`, memory-mapped.
+    """The documents under `prefix`; the index is memory-mapped, ids are read as they are asked for.
 
     lengths: int32 [S], tokens of each sequence.
     document_index: int64 [D], first sequence of each document, closed by S.
     document_tokens: int64 [documents].
+    fingerprint: that of `identity`, or of an older identity which a run knows the corpus by.
 
     Raises UserError, naming the file, if either file is missing or they do not fit together.
     """
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
-        idx, bin_ = _existing(prefix, "idx"), _existing(prefix, "bin")
-        self.dtype, self.lengths, offsets, self.document_index = _read_index(idx)
-        size, expected = bin_.stat().st_size, int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
+        idx, self._bin = _existing(prefix, "idx"), _existing(prefix, "bin")
+        try:
+            # Not mapped: a disk that fails, or a file cut short, would then end the process without a word.
+            self._descriptor = os.open(self._bin, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+            size = self._bin.stat().st_size
+            self.identity = self._identify(idx, size)  # reads all of the index, before it is mapped
+            self.dtype, self.lengths, offsets, self.document_index = _read_index(idx)
+        except OSError as error:
+            raise _unreadable(Path(error.filename or self._bin), error) from error
+        expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
         if size != expected:
-            raise _corrupt(bin_, f"it has {size} bytes but the index describes {expected}")
+            raise _corrupt(self._bin, f"it has {size} bytes but the index describes {expected}")
+        self.fingerprint = self.identity.fingerprint
         self.documents = len(self.document_index) - 1
-        self._ids = _map(bin_, self.dtype, 0, size // self.dtype.itemsize)
         self._document_starts = np.append(offsets, size)[self.document_index] // self.dtype.itemsize
         self.document_tokens = np.diff(self._document_starts)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """See `fingerprint`."""
-        return fingerprint(self.prefix)
-
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return ids [start, stop) of a document as stored (dtype of the file), without a copy."""
-        first, end = self._document_starts[document : document + 2]  # its sequences lie back to back
+        """Return ids [start, stop) of a document as stored (dtype of the file). Raises UserError."""
+        first, end = map(int, self._document_starts[document : document + 2])  # its sequences lie back to back
         stop = end - first if stop is None else min(stop, end - first)
-        return self._ids[first + start : first + stop]
+        return self._read(first + start, max(start, stop) - start)
+
+    def outside(self, vocab_size: int, most: int) -> np.ndarray:
+        """Return the first documents, up to `most` (int64, ascending), that hold an id outside [0, vocab_size), by a
+        scan of all data. Raises UserError."""
+        found, total = list[int](), int(self._document_starts[-1])
+        for first in range(0, total, BLOCK):
+            ids = self._read(first, min(BLOCK, total - first))
+            if ids.min() < 0 or ids.max() >= vocab_size:
+                places = first + np.flatnonzero((ids < 0) | (ids >= vocab_size))
+                documents = np.unique(np.searchsorted(self._document_starts, places, side="right") - 1)
+                found += [document for document in documents.tolist() if document not in found[-1:]]
+            if len(found) >= most:
+                break
+        return np.array(found[:most], np.int64)
+
+    @property
+    def modified(self) -> int:
+        """When the data was last written, in nanoseconds since 1970."""
+        return self._bin.stat().st_mtime_ns
+
+    def _read(self, first: int, count: int) -> np.ndarray:
+        """Return `count` ids from place `first` of the data on."""
+        start, size, content = first * self.dtype.itemsize, count * self.dtype.itemsize, b""
+        try:  # one read ends at 2 GiB
+            while part := os.pread(self._descriptor, size - len(content), start + len(content)):
+                content += part
+        except OSError as error:
+            document = np.searchsorted(self._document_starts, first, side="right") - 1
+            raise _unreadable(self._bin, error, f"document {document} of ") from error
+        if len(content) < size:
+            raise _corrupt(self._bin, f"it has fewer than the {start + size} bytes that it had when it was opened")
+        return np.frombuffer(content, self.dtype.newbyteorder("<")).astype(self.dtype, copy=False)
+
+    def _identify(self, idx: Path, size: int) -> Identity:
+        """Return the identity of these files. Raises OSError."""
+        with open(idx, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        index, stretches = digest.hexdigest(), ""
+        digest.update(str(size).encode())
+        for stretch in range(STRETCHES):  # all of it would take hours for a large corpus, at every start
+            content = os.pread(self._descriptor, STRETCH, size * stretch // STRETCHES)
+            digest.update(content)
+            stretches += hashlib.sha256(content[: max(1, size // STRETCHES)]).hexdigest()[:4]
+        return Identity(digest.hexdigest(), index, stretches)
 
 
-def fingerprint(prefix: str) -> str:
-    """Return a hash of the index, the size of the data, and 64 evenly spaced stretches of 4 KiB of it.
-
-    Equal files have equal fingerprints under any path. It distinguishes corpora; it does not verify every byte.
-    """
-    with open(_existing(prefix, "idx"), "rb") as idx:
-        digest = hashlib.file_digest(idx, "sha256")
-    size = _existing(prefix, "bin").stat().st_size
-    digest.update(str(size).encode())
-    with open(f"{prefix}.bin", "rb") as data:
-        for stretch in range(64):  # all of it would take hours for a large corpus, at every start
-            data.seek(size * stretch // 64)
-            digest.update(data.read(4096))
-    return digest.hexdigest()
+def _quarters(stretches: str) -> list[str]:
+    return [stretches[place : place + 4] for place in range(0, len(stretches), 4)]
 
 
 def _read_index(idx: Path) -> tuple[np.dtype[Any], np.ndarray, np.ndarray, np.ndarray]:
@@ -223,6 +291,11 @@ def _existing(prefix: str, suffix: str) -> Path:
     if not path.is_file():
         raise UserError(f"data file {str(path)!r} does not exist; check the prefix, or write it with megahp preprocess")
     return path
+
+
+def _unreadable(path: Path, error: OSError, part: str = "") -> UserError:
+    remedy = "try again, copy the file from elsewhere, or leave the document out with data.skip"
+    return UnreadableDataError(f"{part}data file {str(path)!r} cannot be read ({error.strerror}); {remedy}")
 
 
 def _corrupt(path: Path, reason: str) -> UserError:

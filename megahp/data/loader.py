@@ -2,9 +2,12 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from bisect import bisect
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from megahp.config import Phase, phase_at
 from megahp.data.blend import Blend
 from megahp.data.indexed import IndexedDataset
-from megahp.data.samples import SampleOrder, split_documents
+from megahp.data.samples import Sample, SampleOrder, split_documents
 from megahp.errors import UserError
 
 VALIDATION_SEED = 0  # the same in every run, so that runs of several seeds are validated on the same windows
@@ -27,11 +30,25 @@ class Batch:
     tokens: int64 [n, sequence_length + 1]; all but the last column are inputs, all but the first targets.
     documents: int32 [n, sequence_length], index of each input's document, from 0 on in each row; or None.
     ids: int64 [n], global sample ids (in validation, indices of validation windows).
+    wrong: for each sample in whose place another one of its source stands, since an id is outside the vocabulary,
+    which id and where.
     """
 
     tokens: torch.Tensor
     documents: torch.Tensor | None
     ids: np.ndarray
+    wrong: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class ValidationSamples:
+    """What a validation loss is the mean over.
+
+    groups: bool [n], the rows of `batch` that are of a group; "" is the mixture, whose loss stands for the run's.
+    """
+
+    batch: Batch
+    groups: Mapping[str, np.ndarray]
 
 
 def rank_samples(first: int, global_batch: int, micro_batch: int, rank: int, ranks: int) -> list[np.ndarray]:
@@ -48,13 +65,14 @@ class TrainingData:
     datasets: one tokenized corpus each.
     phases: mixture (weights, one per corpus) and sample length over the run; each length divides the longest.
     Validation uses the last phase's mixture and the first one's length throughout, so that losses stay comparable.
+    skip: documents of each prefix, and under "" global sample ids, that are left out: the next sample of the source
+    comes twice instead, and no other sample changes.
+    sets: further corpora to validate on, by name.
     tokens: training tokens of all sources, each counted once.
     fingerprint: changes with the data, phases, seed or split, but not with a path.
 
-    Within a phase sample i is a function of (data, seed, i); each source continues where the previous phase left it.
-
-    Raises UserError for bad weights or fractions, for sources too small for a sample, and, when they are read, for
-    tokens outside the vocabulary.
+    Within a phase sample i is a function of (data, seed, skip, i); each source continues where the previous phase left
+    it. Raises UserError for bad weights or fractions, and for sources too small for a sample.
     """
 
     def __init__(
@@ -65,52 +83,83 @@ class TrainingData:
         validation_fraction: float,
         cache: Path,
         vocab_size: int = 1 << 62,
+        skip: Mapping[str, Container[int]] | None = None,
+        sets: Mapping[str, IndexedDataset] | None = None,
     ) -> None:
+        self._skip, self._seed, self._fraction = skip or {}, seed, validation_fraction
+        self.datasets, self.phases = datasets, phases
         prefixes = self._prefixes = [dataset.prefix for dataset in datasets]
-        self.phases, self._vocab_size = phases, vocab_size
         self._blends = [Blend(phase.weights) for phase in phases]
         splits = [split_documents(dataset.documents, validation_fraction) for dataset in datasets]
-        window, validation_length = max(phase.length for phase in phases), phases[0].length
-        self._training = [
-            SampleOrder(dataset, training, window, seed, cache)
-            for dataset, (training, _) in zip(datasets, splits, strict=True)
-        ]
+        window, length = max(phase.length for phase in phases), phases[0].length
+
+        def order(dataset: IndexedDataset, documents: np.ndarray, window: int, seed: int) -> SampleOrder:
+            skipped = self._skip.get(dataset.prefix, ())
+            return SampleOrder(dataset, documents, window, seed, cache, vocab_size, skipped)
+
+        sources = list(zip(datasets, splits, strict=True))
+        self._training = [order(dataset, training, window, seed) for dataset, (training, _) in sources]
         # Positions are saved by key, so that two sources of the same content could not be told apart.
         by_key = dict(zip((order.key for order in self._training), prefixes, strict=True))
         if duplicates := set(prefixes) - set(by_key.values()):
             raise UserError(
                 f"data {min(duplicates)!r} has the same content as another prefix; name one of them, with their weight"
             )
-        # A source whose validation documents cannot fill one window is not part of validation.
-        held_out = {
-            k: SampleOrder(dataset, validation, validation_length, VALIDATION_SEED, cache)
-            for k, (dataset, (_, validation)) in enumerate(zip(datasets, splits, strict=True))
-            if phases[-1].weights[k] and dataset.document_tokens[validation].sum() > validation_length
+        self._held_out_tokens = [int(dataset.document_tokens[ids].sum()) for dataset, (_, ids) in sources]
+        self._validation = {
+            k: order(dataset, validation, length, VALIDATION_SEED)
+            for k, (dataset, (_, validation)) in enumerate(sources)
+            if phases[-1].weights[k] and self._held_out_tokens[k] > length
         }
-        if validation_fraction > 0 and not held_out:
-            tokens = max(int(each.document_tokens[ids].sum()) for each, (_, ids) in zip(datasets, splits, strict=True))
-            enough = 1.1 * validation_fraction * (validation_length + 1) / max(tokens, 1)
-            raised = f"raise it to about {enough:.2g}" if enough < 0.3 else "add data"
+        if validation_fraction > 0 and not self._validation:
+            tokens = max(self._held_out_tokens)
             raise UserError(
                 f"data.validation_fraction = {validation_fraction:g} holds out {tokens:,} tokens of a source at most, "
-                f"and one sequence is {validation_length + 1:,}: {raised}, lower data.sequence_length, split the data "
-                "into more documents, or set the fraction to 0, and train.validation_samples too"
+                f"and one sequence is {length + 1:,}: {self._larger_fraction(tokens, length + 1)}, lower "
+                "data.sequence_length, split the data into more documents, or set the fraction to 0, and "
+                "train.validation_samples too"
             )
-        self._validation = list(held_out.values())
-        self._validation_blend = Blend([phases[-1].weights[k] for k in held_out]) if held_out else None
+        self._sets = {
+            name: order(dataset, np.arange(dataset.documents), length, VALIDATION_SEED)
+            for name, dataset in (sets or {}).items()
+        }
         self.tokens = sum(order.tokens for order in self._training)
-        # Only ratios of weights matter, so scaled weights have the same fingerprint.
-        shares = [(phase.tokens, phase.length, [w / sum(phase.weights) for w in phase.weights]) for phase in phases]
-        contents = [dataset.fingerprint for dataset in datasets]
-        self.fingerprint = hashlib.sha256(f"{contents} {shares} {seed} {validation_fraction}".encode()).hexdigest()
         self.phase = self._first_sample = 0
         self._begins = {order.key: (0, phases[0].length) for order in self._training}
+
+    @property
+    def fingerprint(self) -> str:
+        # Only ratios of weights matter, so scaled weights have the same fingerprint.
+        shares = [
+            (phase.tokens, phase.length, [w / sum(phase.weights) for w in phase.weights]) for phase in self.phases
+        ]
+        contents = [dataset.fingerprint for dataset in self.datasets]
+        return hashlib.sha256(f"{contents} {shares} {self._seed} {self._fraction}".encode()).hexdigest()
+
+    def identities(self) -> list[dict[str, str]]:
+        """Return what the sources are recognized by, in their order, for `recognize`."""
+        return [asdict(replace(each.identity, fingerprint=each.fingerprint)) for each in self.datasets]
+
+    def recognize(self, saved: Sequence[Mapping[str, str]]) -> list[str]:
+        """Give sources whose files were mended since their identities were saved the fingerprints that they had, so
+        that positions and orders are found. Returns their prefixes."""
+        mended = []
+        for dataset in self.datasets:
+            before = next((each for each in saved if dataset.identity.is_mended(each)), None)
+            if before and before["fingerprint"] != dataset.fingerprint:
+                dataset.fingerprint = before["fingerprint"]
+                mended.append(dataset.prefix)
+        return mended
 
     def batch(self, ids: np.ndarray, documents: bool) -> Batch:
         """Return the training samples with these global ids (int64 [n]), of the current phase, on the CPU."""
         source, j = self._blends[self.phase].locate(ids - self._first_sample)
-        begins = np.array([self._begins[self._training[k].key][0] for k in source], np.int64)
-        return self._checked(_gather(self._training, source, begins + j, self.length, ids, documents))
+        skipped = self._skip.get("", ())
+        samples = [
+            self._training[k].sample(self._begins[self._training[k].key][0] + number + (i in skipped), self.length)
+            for k, number, i in zip(source, j, ids.tolist(), strict=True)
+        ]
+        return _stack(samples, ids, documents)
 
     def enter_phase(self, phase: int, sample: int) -> None:
         """Switch to a phase, by its index, from this global sample id on."""
@@ -145,20 +194,48 @@ class TrainingData:
         sources = zip(self._prefixes, self._training, strict=True)
         return [prefix for prefix, order in sources if order.key not in consumed]
 
-    def validation(self, count: int) -> Batch:
-        """Return up to `count` windows of the validation documents, blended by weight, the same for every seed.
+    def validation(self, count: int) -> ValidationSamples:
+        """Return `count` windows of the validation documents, of each source as many as its weight says, and `count` of
+        each named set; the same for every training seed.
 
-        A smaller count is a prefix of a larger one as long as no source runs out; no window comes twice. Raises
-        UserError if nothing is held out.
+        A smaller count is a prefix of a larger one; no window comes twice. The groups are the mixture, each of its
+        sources if there are several, and each set; without documents held out, the mixture is all sets together.
+        Raises UserError for a source or set that has fewer, and for ids outside the vocabulary.
         """
-        if self._validation_blend is None:
+        if not self._validation and not self._sets:
             raise UserError("validation_fraction is 0, so there is nothing to validate on; set it above 0")
-        source, j, ids = self._windows(count)
-        return self._checked(_gather(self._validation, source, j, self.phases[0].length, ids, documents=True))
+        rows: list[tuple[str, Sample]] = []
+        if self._validation:
+            self.validation_quotas(count)
+            source, j = Blend(self.phases[-1].weights).locate(np.arange(count))
+            windows = {k: self._windows(self._validation[k], source.tolist().count(k)) for k in set(source.tolist())}
+            rows += [(self._prefixes[k], windows[k][number]) for k, number in zip(source, j, strict=True)]
+        mixture = len(rows)
+        for name, order in self._sets.items():
+            rows += [(name, sample) for sample in self._windows(order, count, f" (data.validation: {name})")]
+        names = np.array([name for name, _ in rows])
+        groups = {name: names == name for name in dict.fromkeys(names.tolist())}
+        main = np.arange(len(rows)) < (mixture or len(rows))
+        batch = _stack([sample for _, sample in rows], np.arange(len(rows)), documents=True)
+        return ValidationSamples(batch, {"": main, **groups} if len(groups) > 1 else {"": main})
 
-    def validation_size(self, count: int) -> int:
-        """Return the number of windows of `validation(count)`."""
-        return len(self._windows(count)[2]) if self._validation_blend else 0
+    def validation_quotas(self, count: int) -> dict[str, int]:
+        """Return how many of `count` held-out windows are of each source. Raises UserError where one has fewer."""
+        blend = Blend(self.phases[-1].weights)
+        held_out = [order.windows if (order := self._validation.get(k)) else 0 for k in range(len(self._prefixes))]
+        quotas = blend.counts(count)
+        lacking = [(quota / max(have, 0.5), k) for k, (quota, have) in enumerate(zip(quotas, held_out, strict=True))]
+        ratio, k = max(lacking)
+        if ratio > 1:
+            fits = bisect(range(1, count), 0, key=lambda n: any(map(operator.gt, blend.counts(n), held_out)))
+            fewer = f"set it to {fits}, or " if fits else ""
+            needed = (quotas[k] + 1) * self.phases[0].length
+            raise UserError(
+                f"train.validation_samples = {count} takes {quotas[k]} sequences of {self._prefixes[k]!r} by its weight"
+                f", and data.validation_fraction = {self._fraction:g} holds out only {held_out[k]}; {fewer}"
+                f"{self._larger_fraction(self._held_out_tokens[k], needed)}"
+            )
+        return dict(zip(self._prefixes, quotas, strict=True))
 
     def epochs(self, begin: float, end: float) -> dict[str, float]:
         """Return how many epochs of each prefix a run reads from `begin` to `end`, in tokens."""
@@ -170,18 +247,30 @@ class TrainingData:
                 epochs[prefix] += span * weight / order.tokens
         return epochs
 
+    def epochs_read(self, sample: int) -> dict[str, float]:
+        """Return how many epochs of each prefix were read before this global sample id."""
+        taken, orders = self._consumed(sample), zip(self._prefixes, self._training, strict=True)
+        return {prefix: math.prod(taken[order.key]) / order.tokens for prefix, order in orders}
+
     @property
     def length(self) -> int:
         """Tokens per sample in the current phase."""
         return self.phases[self.phase].length
 
-    def _windows(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return source, index within it, and id of up to `count` validation windows: those of the blend that exist."""
-        assert self._validation_blend
-        ids = np.arange(count)
-        source, j = self._validation_blend.locate(ids)
-        exists = j < np.array([order.windows for order in self._validation])[source]
-        return source[exists], j[exists], ids[exists]
+    def _windows(self, order: SampleOrder, count: int, of: str = "") -> list[Sample]:
+        """Return the first `count` windows of an order of validation documents. Raises UserError if it has fewer."""
+        windows = list(islice(order.samples(0, order.window, order.windows), count))
+        if len(windows) < count:
+            raise UserError(
+                f"train.validation_samples = {count}, but data {order.prefix!r}{of} has {len(windows)} sequences of "
+                f"{order.window} tokens to validate on; set it to at most {len(windows)}, or add data"
+            )
+        return windows
+
+    def _larger_fraction(self, tokens: int, needed: int) -> str:
+        """Return the remedy where data.validation_fraction holds out fewer tokens than needed."""
+        enough = 1.1 * self._fraction * needed / max(tokens, 1)
+        return f"raise it to about {enough:.2g}" if enough < 0.3 else "add data"
 
     def _begin_phase(self, consumed: Mapping[str, tuple[int, int]], phase: int, sample: int) -> None:
         """Begin a phase, converting the positions of its sources to its sample length.
@@ -201,17 +290,6 @@ class TrainingData:
             order.key: (self._begins[order.key][0] + count, self.length)
             for order, count in zip(self._training, counts, strict=True)
         }
-
-    def _checked(self, batch: Batch) -> Batch:
-        """Return the batch. Raises UserError if a token is outside the vocabulary.
-
-        An embedding that is split over ranks would not notice: each rank takes the token for another rank's.
-        """
-        wrong = batch.tokens[(batch.tokens < 0) | (batch.tokens >= self._vocab_size)]
-        if len(wrong):
-            why = f"the data holds token {wrong[0].item()} but the vocabulary ends at {self._vocab_size}"
-            raise UserError(f"{why}; name the tokenizer it was written with, or set model.vocab_size")
-        return batch
 
     def training_chunks(self, limit: int) -> Iterator[np.ndarray]:
         """Yield samples of the current phase, int64 [n, length + 1], from its first on, up to `limit` tokens or one
@@ -267,12 +345,9 @@ class Loader:
             return replace(batch, tokens=batch.tokens.pin_memory(), documents=documents)
 
 
-def _gather(
-    orders: Sequence[SampleOrder], source: np.ndarray, j: np.ndarray, length: int, ids: np.ndarray, documents: bool
-) -> Batch:
-    """Return sample j[i] of source[i] in row i."""
-    tokens = np.empty((len(ids), length + 1), np.int64)
-    indices = np.empty((len(ids), length), np.int32)
-    for row, (k, number) in enumerate(zip(source, j, strict=True)):
-        tokens[row], indices[row] = orders[k].sample(number, length)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(indices) if documents else None, ids)
+def _stack(samples: Sequence[Sample], ids: np.ndarray, documents: bool) -> Batch:
+    """Return the batch of these samples, one per row."""
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+    indices = torch.from_numpy(np.stack([sample.documents for sample in samples])) if documents else None
+    wrong = [f"sample {i}: {sample.wrong[0]}" for i, sample in zip(ids, samples, strict=True) if sample.wrong]
+    return Batch(tokens, indices, ids, wrong)

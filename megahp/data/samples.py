@@ -8,9 +8,11 @@ on the ranks or on the batch, so any of them may change during the run.
 import hashlib
 import uuid
 import zlib
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,10 +56,24 @@ class _Epoch:
     windows: np.ndarray
 
 
+class Sample(NamedTuple):
+    """One sample, and what was wrong with those that were left out before it.
+
+    tokens: int64 [length + 1].
+    documents: int32 [length], for each input token the index of its document within the sample, from 0 on.
+    wrong: for each sample left out because of an id outside the vocabulary, which.
+    """
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    wrong: Sequence[str]
+
+
 class SampleOrder:
     """The samples of `documents` (ids, int64) of one dataset, over any number of epochs.
 
     window: tokens that are shuffled as a unit, and the maximum length of a sample.
+    skip: documents, by id, none of whose tokens is read.
     windows: number of them per epoch; up to `window` tokens at the end of the stream, of other documents in each epoch,
     belong to none.
     key: identifies the order: equal for equal contents, documents, seed and window.
@@ -67,8 +83,17 @@ class SampleOrder:
     sample.
     """
 
-    def __init__(self, dataset: IndexedDataset, documents: np.ndarray, window: int, seed: int, cache: Path) -> None:
-        self.window = window
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        documents: np.ndarray,
+        window: int,
+        seed: int,
+        cache: Path,
+        vocab_size: int = 1 << 62,
+        skip: Container[int] = (),
+    ) -> None:
+        self.window, self.prefix = window, dataset.prefix
         self.tokens = int(dataset.document_tokens[documents].sum())
         self.windows = (self.tokens - 1) // window  # one token is left for the last target of the last window
         self.group = max(1, min(GROUP, self.windows // 16))
@@ -76,37 +101,75 @@ class SampleOrder:
             few = f"{len(documents)} documents hold {self.tokens} tokens, fewer than the {window + 1} of one sample"
             raise UserError(f"data {dataset.prefix!r}: {few}; add data or lower sequence_length")
         self._dataset, self._documents, self._seed, self._cache = dataset, documents, seed, cache
-        split = hashlib.sha256(np.ascontiguousarray(documents, np.int64).data).hexdigest()
-        self._identity = f"{dataset.fingerprint} {split} {seed} {window}"
-        self.key = hashlib.sha256(self._identity.encode()).hexdigest()[:32]
+        self._vocab_size, self._skip = vocab_size, skip
+        self._split = hashlib.sha256(np.ascontiguousarray(documents, np.int64).data).hexdigest()
         self._epoch = lru_cache(maxsize=2)(self._load_epoch)  # two, since a batch may span the end of an epoch
 
-    def sample(self, j: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return sample j >= 0 of the order cut into samples of `length` tokens, a divisor of the window.
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self._identity.encode()).hexdigest()[:32]
 
-        In a group of windows, the first parts come first, then the second parts. Returns the sample's tokens, int64
-        [length + 1], and for each input token the index of its document within the sample, from 0 on, int32 [length].
+    @property
+    def _identity(self) -> str:
+        return f"{self._dataset.fingerprint} {self._split} {self._seed} {self.window}"
+
+    def sample(self, j: int, length: int) -> Sample:
+        """Return the first of the samples from j on (see `samples`). Raises UserError when an epoch holds none."""
+        for sample in self.samples(j, length):
+            return sample
+        raise UserError(f"data {self.prefix!r}: every sample is left out; mend it, or shorten data.skip")
+
+    def samples(self, j: int, length: int, end: int | None = None) -> Iterator[Sample]:
+        """Yield the samples from j >= 0 to `end` (None = an epoch later), in the order cut into samples of `length`
+        tokens, a divisor of the window. Those that a skipped document or an id outside the vocabulary is in are left
+        out: which, depends on the data and `skip` alone.
+
+        In a group of windows, the first parts come first, then the second parts.
         """
+        wrong: list[str] = []
+        for number in range(j, j + self.windows * (self.window // length) if end is None else end):
+            pieces = self._pieces(number, length)
+            if any(document in self._skip for document, _, _ in pieces):
+                continue
+            tokens = np.concatenate([self._dataset.tokens(*piece) for piece in pieces]).astype(np.int64)
+            if tokens.min() < 0 or tokens.max() >= self._vocab_size:
+                wrong.append(self._problem(pieces))
+                continue
+            lengths = [stop - start for _, start, stop in pieces]
+            documents = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+            yield Sample(tokens, documents[:-1], wrong)
+            wrong = []
+
+    def _pieces(self, j: int, length: int) -> list[tuple[int, int, int]]:
+        """Return what sample j consists of: documents, each with its first token there and the one after the last."""
         parts = self.window // length
         number, within = divmod(int(j), self.windows * parts)
         group, within = divmod(within, self.group * parts)
         part, place = divmod(within, min(self.group, self.windows - group * self.group))
         epoch = self._epoch(number)
         start = int(epoch.windows[group * self.group + place]) * self.window + part * length
-        # Gather the stream's tokens from `start` on, document by document; empty documents do not count.
-        tokens, documents = np.empty(length + 1, np.int64), np.empty(length + 1, np.int32)
         place = int(np.searchsorted(epoch.ends, start, side="right"))
-        filled = pieces = 0
-        while filled < len(tokens):
+        pieces, missing = [], length + 1
+        while missing:
             document = int(epoch.documents[place])
-            skip = start + filled - (int(epoch.ends[place]) - int(self._dataset.document_tokens[document]))
-            piece = self._dataset.tokens(document, skip, skip + len(tokens) - filled)
-            tokens[filled : filled + len(piece)] = piece
-            documents[filled : filled + len(piece)] = pieces
-            filled += len(piece)
-            pieces += len(piece) > 0
+            tokens = int(self._dataset.document_tokens[document])
+            first = max(0, start - (int(epoch.ends[place]) - tokens))
+            stop = min(tokens, first + missing)
+            if stop > first:  # empty documents do not count
+                pieces.append((document, first, stop))
+            missing -= stop - first
             place += 1
-        return tokens, documents[:-1]
+        return pieces
+
+    def _problem(self, pieces: Sequence[tuple[int, int, int]]) -> str:
+        """Return the first id outside the vocabulary, and where it is."""
+        for document, start, stop in pieces:
+            ids = self._dataset.tokens(document, start, stop)
+            places = np.flatnonzero((ids < 0) | (ids >= self._vocab_size))
+            if len(places):
+                where = f"data {self.prefix!r} holds token {ids[places[0]]} in document {document}"
+                return f"{where}, at its place {start + places[0]}, but the vocabulary ends at {self._vocab_size}"
+        raise AssertionError("no id is outside the vocabulary")
 
     def convert_position(self, samples: int, old_length: int, new_length: int) -> int:
         """Return the index of the next sample of `new_length` tokens after `samples` samples of `old_length` tokens.
@@ -123,7 +186,7 @@ class SampleOrder:
         """Load the order of an epoch from the cache, or draw it."""
         name = hashlib.sha256(f"{self._identity} {number}".encode()).hexdigest()[:32]
         path = self._cache / f"order-{name}.npy"
-        numbers = _read_order(path, 2 * len(self._documents) + self.windows)
+        numbers = read_numbers(path, 2 * len(self._documents) + self.windows)
         if numbers is None:
             # A 256-bit seed; hashed, so that (seed, epoch + 1) and (seed + 1, epoch) have nothing in common.
             words = np.frombuffer(hashlib.sha256(f"{self._seed} {number}".encode()).digest(), dtype="<u4")
@@ -132,23 +195,25 @@ class SampleOrder:
             documents = random.permutation(self._documents)
             ends = np.cumsum(self._dataset.document_tokens[documents])
             numbers = np.concatenate((documents, ends, random.permutation(self.windows)))
-            _write_order(path, numbers)
+            write_numbers(path, numbers)
         return _Epoch(*np.split(numbers, [len(self._documents), 2 * len(self._documents)]))
 
 
-def _read_order(path: Path, size: int) -> np.ndarray | None:
-    """Return the `size` int64 numbers stored at `path`, memory-mapped; None if it is missing or damaged."""
+def read_numbers(path: Path, size: int | None = None) -> np.ndarray | None:
+    """Return the `size` (None = any number of) int64 stored at `path`, memory-mapped; None if missing or damaged."""
     try:
         refuse_irregular(path, "order")
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
     except (UserError, OSError, ValueError, EOFError):
         return None
-    if stored.dtype != np.int64 or stored.shape != (size + 1,) or stored[-1] != _checksum(stored[:-1]):
+    if stored.dtype != np.int64 or stored.ndim != 1 or not len(stored) or size not in (None, len(stored) - 1):
+        return None
+    if stored[-1] != _checksum(stored[:-1]):
         return None
     return stored[:-1].view(np.ndarray)
 
 
-def _write_order(path: Path, numbers: np.ndarray) -> None:
+def write_numbers(path: Path, numbers: np.ndarray) -> None:
     """Store `numbers` and their checksum, atomically: other processes may read the file at any time."""
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:

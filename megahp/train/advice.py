@@ -49,15 +49,6 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, begin: i
             f"train.validate_every = {train.validate_every}: the run has at most {steps} steps, so only its end is "
             "validated; lower it"
         )
-    held_out = data.validation_size(train.validation_samples)
-    if 2 * held_out < train.validation_samples:
-        fraction = config.data.validation_fraction
-        enough = f"{min(0.5, fraction * train.validation_samples / held_out):.2g}" if held_out else "above 0"
-        yield (
-            f"train.validation_samples = {train.validation_samples}: data.validation_fraction = {fraction:g} holds out "
-            f"only {held_out} sequences of {config.data.sequence_length} tokens; set it to {enough}, or "
-            f"train.validation_samples to {held_out}"
-        )
 
 
 def beyond_cpus(config: Config, layout: Layout, ranks_here: int, begin: int = 0) -> str:

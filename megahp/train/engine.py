@@ -30,6 +30,7 @@ class Measurement:
 
     loss: float  # nats per token, mean over the global batch
     stop_requested: bool  # on any rank
+    wrong_samples: bool  # whether any rank's samples stand in for others (Batch.wrong)
     grad_norm: float  # of the whole gradient of the trained weights
     grad_sq_example: dict[str, float]  # norm layer -> mean_b ||g_b||^2 over its weight and bias
     grad_sq_batch: dict[str, float]  # norm layer -> ||G||^2 over its weight and bias
@@ -57,13 +58,13 @@ class Engine:
         self.pipeline = Pipeline(model.stages, parallel, mesh, self.stages[0].stream) if parallel.pp > 1 else None
 
         # All that a step measures travels as one float64 vector, through one all-reduce over all ranks: the loss, the
-        # stop flag, every probe and every weight's squared norm, of all pipeline stages. A rank adds its numbers at
+        # flags, every probe and every weight's squared norm, of all pipeline stages. A rank adds its numbers at
         # `self.slots`, times `self.contributes`: 1, or 0 where it holds a copy of what another rank adds.
         probe_sizes = {f"{name}.probe": size for name, size in model.probes.items()}
-        sizes = {"loss": 1, "stop_requested": 1, **probe_sizes, **dict.fromkeys(self.rows, 1)}
+        sizes = {"loss": 1, "stop_requested": 1, "wrong_samples": 1, **probe_sizes, **dict.fromkeys(self.rows, 1)}
         ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
         self.num_slots = sum(sizes.values())
-        contributes = {"loss": mesh.is_rank0(("tp",)), "stop_requested": True}
+        contributes = {"loss": mesh.is_rank0(("tp",)), "stop_requested": True, "wrong_samples": True}
         for name in self.probes:
             # a router's probe, as the loss, is of this rank's tokens, which are the same on all tp ranks; a norm's has
             # been summed over tp and cp, where an example's tokens lie
@@ -98,14 +99,14 @@ class Engine:
         return total
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, counted: Tensor) -> Tensor:
-        """Return the sum of the token losses of the counted rows (bool [n]), on the last pipeline stage; 0 elsewhere.
-        Nothing waits for it."""
+    def evaluate(self, batch: Batch, groups: Tensor) -> Tensor:
+        """Return the sum of the token losses of each group of rows (bool [n, groups]), float64 [groups], on the last
+        pipeline stage; 0 elsewhere. Nothing waits for it."""
         inputs = self._inputs(batch)
         losses = self.pipeline.forward(inputs.pop("x"), **inputs) if self.pipeline else self.stages[0](**inputs)
         if losses is None:
-            return torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        return (losses.double().sum(1) * counted.to(losses.device)).sum()
+            return torch.zeros(groups.shape[1], dtype=torch.float64, device=self.mesh.device)
+        return (losses.double().sum(1)[:, None] * groups.to(losses.device)).sum(0)
 
     def reshard(self) -> None:
         """Free the weights that forward passes without a backward pass have gathered."""
@@ -129,16 +130,22 @@ class Engine:
 
     @torch.no_grad()
     def measure(
-        self, loss: Tensor, grads: list[Tensor], batch: int, scale: float = 1.0, stop_requested: bool = False
+        self,
+        loss: Tensor,
+        grads: list[Tensor],
+        batch: int,
+        scale: float = 1.0,
+        stop_requested: bool = False,
+        wrong_samples: bool = False,
     ) -> Measurement:
-        """Reduce loss, squared gradient norms, probes and stop flag of one step over all ranks, and bring them to the
-        host, unscaled. Waits for the device, once.
+        """Reduce loss, squared gradient norms, probes and flags of one step over all ranks, and bring them to the host,
+        unscaled. Waits for the device, once.
 
-        loss, grads: this rank's parts; batch: sequences of the global batch; scale: of the gradients.
+        loss, grads, flags: this rank's parts; batch: sequences of the global batch; scale: of the gradients.
         """
         measured = [
             loss[None],
-            loss.new_tensor([stop_requested]),
+            loss.new_tensor([stop_requested, wrong_samples]),
             *(probe.grad.view(-1) for probe in self.probes.values()),  # type: ignore[union-attr]
         ]
         if grads:
@@ -147,7 +154,7 @@ class Engine:
         values[self.slots] = torch.cat(measured) * self.contributes
         dist.all_reduce(values)
         numbers = iter(values.tolist())  # in the order of the slots
-        loss_value, stop_count = next(numbers), next(numbers)
+        loss_value, stop_count, wrong_count = islice(numbers, 3)
         probed = {name: list(islice(numbers, size)) for name, size in self.model.probes.items()}
         routed = {name: probed.pop(name) for name in self.model.routers}
         # both are quadratic in the gradients, and so in their scale; a router's probe counts, and has none
@@ -156,6 +163,7 @@ class Engine:
         return Measurement(
             loss=loss_value,
             stop_requested=stop_count > 0,
+            wrong_samples=wrong_count > 0,
             grad_norm=math.sqrt(sum(squares.values())),  # nan or inf passes through
             # the probes hold sum_b ||g_b / B||^2, since the loss is a mean over the batch
             grad_sq_example={name: batch * square for name, square in examples.items()},

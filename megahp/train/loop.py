@@ -15,7 +15,15 @@ from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch import StepPlan
 from megahp.train.prepare import open_data
-from megahp.train.recovery import compute_with_retry, consistency_check, rewind, save_at_end, skip, wait_for_save
+from megahp.train.recovery import (
+    compute_with_retry,
+    consistency_check,
+    report_wrong_samples,
+    rewind,
+    save_at_end,
+    skip,
+    wait_for_save,
+)
 from megahp.train.reporter import Reporter
 from megahp.train.run import Run, is_rank0
 from megahp.train.start import start
@@ -34,21 +42,26 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
     data = open_data(config)
     loader = Loader(data, mesh.device, config.data.mask_documents)
     run = Run(config, mesh, data)
-    start(run, reporter, resume)
+    begins = start(run, reporter, resume)
     # Until here a signal ends the process. From here on it is recorded, and the step is finished and saved. All ranks
     # must switch together: otherwise a signal could end rank 0 while the others record it and wait for rank 0.
     dist.barrier()
     notice = Notice(config.resilience.stop_after, start_time)
 
     plan = run.next_step()
-    validation = None
+    validation: dict[str, float] = {}
     watchdog = Watchdog(store, config.resilience.hang_after, config.directory)
     with reporter.display_progress(run.progress), watchdog:
+        if config.train.validate_first and begins:
+            reporter.first_validation(run, validate(run, data))
+            watchdog.alive(run.progress.step)
         while plan:
             step_start = time.monotonic()
             if run.enter_phase(plan):
                 reporter.phase(run, plan)
             step, decision = compute_with_retry(partial(compute, run, loader, plan, notice.given), run, plan, reporter)
+            if step.measured.wrong_samples:
+                report_wrong_samples(run, reporter, plan)
             if decision.action == "rewind":
                 rewind(run, loader, reporter, plan, decision.reason)
                 watchdog.alive(run.progress.step)
@@ -70,14 +83,14 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
             step_seconds = time.monotonic() - step_start  # without validation, checks and saves
 
             # validation comes before saving: a checkpoint holds its validation loss, for checkpoint.keep_best
-            validation = validate(run, data) if run.is_due(config.train.validate_every, is_last) else None
+            validation = validate(run, data) if run.is_due(config.train.validate_every, is_last) else {}
             watchdog.alive(run.progress.step)  # validation, and what follows, may take hang_after seconds each
             reporter.step(run, plan, measured, change, mask_change, step_seconds, validation, skipped=not updated)
             if run.is_due(config.resilience.check_every, is_last):
                 consistency_check(run, watchdog, reporter)
             if run.is_due(config.checkpoint.every, is_last):
                 wait_for_save(run, reporter)  # one save at a time; that the last one failed does not end training
-                run.save(validation)
+                run.save(validation.get(""))
             watchdog.alive(run.progress.step)
             plan = next_plan
             # stop_requested was all-reduced with the gradients' norms, so that all ranks stop after the same step
@@ -85,14 +98,20 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
                 break
 
     loader.close()
-    is_saved = save_at_end(run, reporter, validation)
+    is_saved = save_at_end(run, reporter, validation.get(""))
     if plan is None and is_saved:
         if is_rank0() and config.log.baselines and config.train.validation_samples:
             reporter.baselines(*baselines(config, data))
-        reporter.event("finished", "the token budget or train.steps is reached", run.progress, skipped=run.skipped)
+        reporter.event(
+            "finished",
+            "the token budget or train.steps is reached",
+            run.progress,
+            skipped=run.skipped,
+            epochs=run.epochs(),
+        )
     else:
         reason = stop_reason(run, notice) if is_saved else "the newest checkpoint is older than the last step"
-        reporter.event("stopped", reason, run.progress, saved=is_saved)
+        reporter.event("stopped", reason, run.progress, saved=is_saved, epochs=run.epochs())
     reporter.close()
     return plan is None and is_saved
 

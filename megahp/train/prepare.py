@@ -1,8 +1,11 @@
 """Checks of a run before anything is built or written, and opening its data."""
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,21 @@ import numpy as np
 import torch
 
 from megahp import checkpoint
-from megahp.config import Config, config_differences, fixed_when, get_setting, longest, phases_of, resolve, with_values
+from megahp.config import (
+    Config,
+    config_differences,
+    fixed_when,
+    get_setting,
+    longest,
+    parse_skip,
+    parse_validation,
+    phases_of,
+    resolve,
+    with_values,
+)
 from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import TrainingData
+from megahp.data.samples import read_numbers, write_numbers
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.files import read_json, refuse_links
@@ -23,6 +38,9 @@ from megahp.parallel.layout import Layout
 from megahp.scaling.batch import BatchScheduler, Progress, batch_multiple, least_batch, runnable
 from megahp.scaling.flops import parameters as parameter_count
 from megahp.train.advice import advice, beyond_cpus
+
+WRONG_SAMPLES = "mend it, leave the document out with data.skip, or set data.wrong_samples=skip"  # the remedy
+MOST_OUTSIDE = 1 << 20  # documents with ids outside the vocabulary that are told apart
 
 
 def prepare(
@@ -52,6 +70,7 @@ def prepare(
         raise UserError(f"{saved or config.directory} already exists; pass --resume auto to continue, or set log.name")
     if resume and saved:
         state = checkpoint.read_state(saved)
+        config = in_saved_order(config, state.get("sources", ()))
         refuse_changes(config, state["config"], saved, {"always", "unless dense", "on resume"})
         check_schedule(config, state["progress"]["tokens"], saved)
         check_resumed_batch(config, layout, state, saved)
@@ -60,6 +79,11 @@ def prepare(
         if config.train.start_from:
             start_tokens = check_start(config, layout, checkpoint.find(checkpoint.location(config.train.start_from)))
     data = open_data(config)
+    check_token_ids(config, data)
+    samples = config.train.validation_samples
+    wrong = data.validation(samples).batch.wrong if samples else ()
+    if wrong and config.data.wrong_samples == "refuse":
+        raise UserError(f"validation {wrong[0]}; {WRONG_SAMPLES}")
     if warn and not (resume and saved):
         # a machine without ranks of the run, such as a login node, may lack the GPUs that the run's machines have
         is_cuda = uses_cuda(config) if local_ranks else config.train.device != "cpu"
@@ -68,6 +92,55 @@ def prepare(
         if local_ranks and not is_cuda and (problem := beyond_cpus(config, layout, local_ranks, start_tokens)):
             warn(f"warning: {problem}; make model or train.tokens smaller, or add ranks on other machines")
     return config
+
+
+def in_saved_order(config: Config, saved: Sequence[Mapping[str, str]]) -> Config:
+    """Return the config with its sources in the order in which a checkpoint has them, if they are the same ones: their
+    order decides which sample is of which."""
+    data = config.data
+    if not len(saved) == len(data.train) > 1:
+        return config
+    identities = [IndexedDataset(prefix).identity for prefix in data.train]
+    order = [next((k for k, each in enumerate(identities) if each.is_mended(before)), -1) for before in saved]
+    if sorted(order) != list(range(len(order))):
+        return config
+
+    def ordered(values: Sequence[Any]) -> list[Any]:
+        return [values[k] for k in order] if len(values) == len(order) else list(values)
+
+    mixtures = [word.partition(":") for word in data.mixtures]
+    words = tuple(f"{tokens}{colon}{','.join(ordered(weights.split(',')))}" for tokens, colon, weights in mixtures)
+    values = {"data.train": tuple(ordered(data.train)), "data.weights": tuple(ordered(data.weights))}
+    return with_values(config, {**values, "data.mixtures": words})
+
+
+def check_token_ids(config: Config, data: TrainingData) -> None:
+    """Raise UserError for an id outside the vocabulary in a document that is not skipped. Where the description beside
+    the data does not exclude one, all of it is scanned, once: the outcome is kept in the cache."""
+    vocab_size, skip = config.model.vocab_size, parse_skip(config.data.skip)
+    for dataset in data.datasets if config.data.wrong_samples == "refuse" else ():
+        sidecar, bounds = Path(f"{dataset.prefix}.json"), np.iinfo(dataset.dtype)
+        described = read_json(sidecar, "description of data") if sidecar.exists() else {}
+        largest = described.get("largest_id") if described.get("fingerprint") == dataset.identity.fingerprint else None
+        if bounds.min == 0 and bounds.max < vocab_size or isinstance(largest, int) and 0 <= largest < vocab_size:
+            continue
+        name = hashlib.sha256(f"{dataset.identity.fingerprint} {dataset.modified} {vocab_size}".encode()).hexdigest()
+        path = cache_of(config) / f"outside-{name[:32]}.npy"
+        documents = read_numbers(path)
+        if documents is None:
+            documents = dataset.outside(vocab_size, MOST_OUTSIDE)
+            with contextlib.suppress(UserError):  # then it is scanned again at the next start
+                write_numbers(path, documents)
+        skipped = skip.get(dataset.prefix, [])
+        left = [each for each in documents.tolist() if not any(each in part for part in skipped)]
+        if left:
+            ids = dataset.tokens(left[0])
+            place = np.flatnonzero((ids < 0) | (ids >= vocab_size))[0]
+            more = f", as {len(left) - 1:,} other documents do" if left[1:] else ""
+            where = f"data {dataset.prefix!r} holds token {ids[place]} in document {left[0]}, at its place {place}"
+            raise UserError(
+                f"{where}, but the vocabulary ends at {vocab_size}{more}; name the tokenizer it was written with, {WRONG_SAMPLES}"
+            )
 
 
 def newest(config: Config) -> checkpoint.Location | None:
@@ -235,5 +308,18 @@ def open_data(config: Config) -> TrainingData:
             raise UserError(f"data {prefix!r} holds no tokens; remove it from data.train, or preprocess again")
     by_tokens = tuple(map(float, tokens.values()))
     phases = [replace(phase, weights=phase.weights or by_tokens) for phase in phases_of(data)]
-    cache = Path(data.cache) if data.cache else Path(data.train[0]).parent / "cache"
-    return TrainingData(datasets, phases, config.train.seed, data.validation_fraction, cache, config.model.vocab_size)
+    cache, skip = cache_of(config), parse_skip(data.skip)
+    for dataset in datasets:
+        if any(part.stop > dataset.documents for part in skip.get(dataset.prefix, [])):
+            raise UserError(
+                f"data.skip: {dataset.prefix!r} has only {dataset.documents} documents, from 0 on; correct it"
+            )
+    sets = {name: IndexedDataset(prefix) for name, prefix in parse_validation(data).items()}
+    skipped = {prefix: frozenset(chain(*parts)) for prefix, parts in skip.items()}
+    vocab_size = config.model.vocab_size
+    return TrainingData(datasets, phases, config.train.seed, data.validation_fraction, cache, vocab_size, skipped, sets)
+
+
+def cache_of(config: Config) -> Path:
+    """Return the folder of what is computed from the data once."""
+    return Path(config.data.cache) if config.data.cache else Path(config.data.train[0]).parent / "cache"

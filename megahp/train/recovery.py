@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from megahp import checkpoint
 from megahp.data.loader import Loader
 from megahp.errors import Fault, UserError
@@ -14,6 +16,7 @@ from megahp.faults.suspects import WEIGHT, find_in_weights, first_suspects, watc
 from megahp.faults.watchdog import Watchdog
 from megahp.scaling.batch import StepPlan
 from megahp.train.engine import Measurement
+from megahp.train.prepare import WRONG_SAMPLES
 from megahp.train.reporter import Reporter
 from megahp.train.run import Run, broadcast_from_rank0
 from megahp.train.start import restore_newest
@@ -87,6 +90,17 @@ def skip(run: Run, reporter: Reporter, plan: StepPlan, measured: Measurement, re
             f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped, the last one, {plan.step}, because {reason}, with "
             f"optimizer.lr = {run.config.optimizer.lr:g}; lower it and resume from the last checkpoint"
         )
+
+
+def report_wrong_samples(run: Run, reporter: Reporter, plan: StepPlan) -> None:
+    """Log every sample of a step in whose place another one stands, since an id is outside the vocabulary. Raises
+    UserError if data.wrong_samples refuses them. Some rank has met one; all read all of them, to end alike."""
+    for sample in range(plan.first_sample, plan.first_sample + plan.global_batch):
+        for wrong in run.data.batch(np.array([sample]), documents=False).wrong:
+            if run.config.data.wrong_samples == "refuse":
+                reporter.event("wrong sample", wrong, run.progress, sample=sample)
+                raise UserError(f"{wrong}; {WRONG_SAMPLES}")
+            reporter.event("wrong sample", f"{wrong}; another one is read instead", run.progress, sample=sample)
 
 
 def wait_for_save(run: Run, reporter: Reporter) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -95,7 +95,7 @@ class Reporter:
         change: Change | None,
         mask_change: MaskChange | None,
         seconds: float,
-        validation: float | None,
+        validation: Mapping[str, float],
         skipped: bool,
     ) -> None:
         """Log and show a step, if it is due, and what it changed."""
@@ -105,7 +105,7 @@ class Reporter:
             or run.batch_scheduler.is_decision_step(step)  # or `megahp replay` could not make its decision again
             or change
             or mask_change
-            or validation is not None
+            or validation
         )
         if self.log and is_due:
             record = _record(run, plan, measured, seconds, validation, skipped)
@@ -118,6 +118,13 @@ class Reporter:
             self.event("batch", change.reason, run.progress, **change.to_dict())
         if mask_change:
             self.event("masks", mask_change.reason, run.progress, **vars(mask_change))
+
+    def first_validation(self, run: Run, losses: Mapping[str, float]) -> None:
+        """Log the validation before the first step, as a line of metrics without a loss of training."""
+        if self.log:
+            start = {"step": run.progress.step, "tokens": run.progress.tokens, "samples": run.progress.samples}
+            self.log.metrics({**start, **_validation(losses)})
+            self.message(f"validation loss before the first step: {losses['']:.4f}")
 
     def message(self, text: str) -> None:
         """Print a line, above the progress bar if there is one. To stdout: it is what the command is run for."""
@@ -164,7 +171,7 @@ class Reporter:
 
 
 def _record(
-    run: Run, plan: StepPlan, measured: Measurement, seconds: float, validation: float | None, skipped: bool
+    run: Run, plan: StepPlan, measured: Measurement, seconds: float, validation: Mapping[str, float], skipped: bool
 ) -> Record:
     """Return the metrics of a step, as a line of metrics.jsonl holds them."""
     numbers = run.noise.numbers()
@@ -201,9 +208,16 @@ def _record(
         record["density"] = run.masks.density
     if skipped:
         record["skipped"] = True
-    if validation is not None:
-        record["validation_loss"] = validation
-    return record
+    if len(run.data.datasets) > 1:  # of one source it is tokens over its tokens
+        record["epochs"] = run.epochs()
+    return record | _validation(validation)
+
+
+def _validation(losses: Mapping[str, float]) -> Record:
+    """Return the part of a record that holds validation losses: the mixture's, and those of its parts if any."""
+    parts = {name: loss for name, loss in losses.items() if name}
+    found = {"validation_loss": losses[""]} if losses else {}
+    return {**found, "validation_losses": parts} if parts else found
 
 
 def _lock(directory: Path) -> IO[str]:

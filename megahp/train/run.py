@@ -38,6 +38,7 @@ class Restored:
     batch_state: Mapping[str, Any]  # what the batch scheduler was given
     changes: Sequence[Change] = ()  # of the batch, which that state led to at once
     restarted_sources: Sequence[str] = ()  # data that is read from its beginning
+    mended: Sequence[str] = ()  # data some of whose tokens have changed
 
 
 class Run(Trainer):
@@ -62,6 +63,10 @@ class Run(Trainer):
         """Return whether the batch has grown to resilience.stop_at_batch, to continue on more ranks."""
         return 0 < self.config.resilience.stop_at_batch <= self.batch_scheduler.batch
 
+    def epochs(self) -> dict[str, float]:
+        """Return how many epochs of each source were read so far."""
+        return self.data.epochs_read(self.progress.samples)
+
     def is_due(self, every: int, is_last: bool) -> bool:
         """Return whether something done every `every` steps (0 = at the end only) is due after this one."""
         return is_last or (every > 0 and self.progress.step % every == 0)
@@ -83,6 +88,7 @@ class Run(Trainer):
             "spikes": self.spikes.state(),
             "wandb_id": self.wandb_id,
             "data": self.data.fingerprint,
+            "sources": self.data.identities(),
             "data_order": self.data.state(self.progress.samples),
             "layout": asdict(self.mesh.layout),
             "validation_loss": validation_loss,
@@ -94,13 +100,14 @@ class Run(Trainer):
     def restore(self, path: checkpoint.Location) -> Restored:
         """Load a checkpoint of this run onto the current layout. Raises DamagedError, or UserError."""
         state = self._load(path)
+        mended = self.data.recognize(state.get("sources", ()))
         if state["data"] != self.data.fingerprint:
             changed = f"the data of {', '.join(self.config.data.train)} is not what {path} was trained on"
             raise UserError(f"{changed}; restore those files, or start a new run under another log.name")
         self.data.load_state(state["data_order"])
         self.skipped, self.wandb_id = state["skipped"], state["wandb_id"]
         changes = self.batch_scheduler.load_state(state["batch_plan"], self.progress)
-        return Restored(state["config"], state["batch_plan"], changes)
+        return Restored(state["config"], state["batch_plan"], changes, mended=mended)
 
     def branch(self, path: checkpoint.Location) -> Restored:
         """Start from another run's checkpoint, under this run's settings: load weights, moments, averages and progress,
@@ -110,7 +117,7 @@ class Run(Trainer):
         scale where sequences have another length. Raises DamagedError, or UserError.
         """
         state = self._load(path)
-        saved = resolve.from_dict(state["config"], str(path))
+        saved, mended = resolve.from_dict(state["config"], str(path)), self.data.recognize(state.get("sources", ()))
         restarted_sources: list[str] = []
         if state["data"] == self.data.fingerprint:
             self.data.load_state(state["data_order"])
@@ -120,7 +127,7 @@ class Run(Trainer):
             self.reset_noise()
         batch_state = initial_batch_state(self.config, saved, state, self.batch_scheduler)
         changes = self.batch_scheduler.load_state(batch_state, self.progress)
-        return Restored(state["config"], batch_state, changes, restarted_sources)
+        return Restored(state["config"], batch_state, changes, restarted_sources, mended)
 
     def enter_phase(self, plan: StepPlan) -> bool:
         """Enter the phase of the data that this step belongs to. Returns whether it is a new one."""

@@ -8,14 +8,14 @@ from megahp.train.reporter import Reporter
 from megahp.train.run import Restored, Run, broadcast_from_rank0
 
 
-def start(run: Run, reporter: Reporter, resume: bool) -> None:
+def start(run: Run, reporter: Reporter, resume: bool) -> bool:
     """Start at the run's newest checkpoint if resuming and there is one, else at train.start_from, else from scratch,
-    and log it."""
+    and log it. Returns whether the run begins, rather than resumes."""
     event, paths = broadcast_from_rank0(lambda: checkpoints_to_start_from(run, resume))
     if event == "started":
         reason = f"a new run of {run.engine.model.parameters:,} parameters"
         reporter.start(event, reason, run, Restored(None, run.batch_scheduler.state()))
-        return
+        return True
     newest_first = [checkpoint.location(path) for path in paths]
     refused: list[str] = []
     if event == "resumed":
@@ -26,8 +26,11 @@ def start(run: Run, reporter: Reporter, resume: bool) -> None:
     reporter.start(event, f"from {path}{sources}", run, restored)
     for why in refused:
         reporter.event("refused", why, run.progress)
+    for prefix in restored.mended:
+        reporter.event("mended", f"data {prefix!r} has other tokens than when {path} was written", run.progress)
     for change in restored.changes:
         reporter.event("batch", change.reason, run.progress, **change.to_dict())
+    return event == "branched"
 
 
 def restore_newest(

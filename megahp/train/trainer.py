@@ -63,10 +63,17 @@ class Trainer:
         stop_requested: whether this rank was asked to stop, which the same all-reduce makes known to all.
         """
         scale = self.loss_scale.value
-        loss = self.engine.forward_backward(batches, plan.num_microbatches(self.mesh.layout.dp), plan.tokens, scale)
+        wrong: list[str] = []
+
+        def noted() -> Iterator[Batch]:
+            for batch in batches:
+                wrong.extend(batch.wrong)
+                yield batch
+
+        loss = self.engine.forward_backward(noted(), plan.num_microbatches(self.mesh.layout.dp), plan.tokens, scale)
         grads = self.engine.gradients()
         self.masks.apply(grads, plan)  # before norms are measured: those of masked weights do not count
-        return Step(grads, self.engine.measure(loss, grads, plan.global_batch, scale, stop_requested))
+        return Step(grads, self.engine.measure(loss, grads, plan.global_batch, scale, stop_requested, bool(wrong)))
 
     def update(self, step: Step, plan: StepPlan) -> None:
         """Clip the gradients, in place, and make one update of the weights."""

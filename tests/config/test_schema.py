@@ -21,7 +21,7 @@ model.router_score model.router_normalize model.router_scale model.balance_rate 
 parameterization.name parameterization.base_width parameterization.base_layers parameterization.depth_alpha
 parameterization.init_std parameterization.embedding_multiplier parameterization.output_multiplier
 data.train data.weights data.mixtures data.tokenizer data.sequence_length data.lengths data.validation_fraction
-data.mask_documents data.cache
+data.validation data.mask_documents data.wrong_samples data.skip data.cache
 schedule.name schedule.start schedule.warmup schedule.floor schedule.decay schedule.shape
 batch.policy batch.global_batch batch.micro_batch batch.largest batch.rule batch.increment batch.ramp_samples
 batch.table batch.target batch.critical_batch batch.noise_share batch.noise_to_total batch.calibrate_every
@@ -32,7 +32,7 @@ sparsity.method sparsity.density sparsity.layers sparsity.begin sparsity.end spa
 parallel.tp parallel.pp parallel.schedule parallel.stages_per_rank parallel.split parallel.cp parallel.ep
 parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel parallel.zero parallel.reduce parallel.prefetch
 train.start_from train.weights train.tokens train.steps train.dtype train.device train.seed train.noise_scale
-train.noise_half_life train.validate_every train.validation_samples
+train.noise_half_life train.validate_every train.validate_first train.validation_samples
 compute.compile compute.recompute compute.recompute_every compute.norms compute.fp8
 checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best checkpoint.remote
 resilience.stop_after resilience.stop_at_batch resilience.hang_after resilience.save_again resilience.check_every

@@ -74,14 +74,14 @@ def test_one_epoch_of_a_source_repeats_nothing(sources, tmp_path):
 
 def test_validation_is_held_out_blended_and_the_same_for_all(sources, tmp_path):
     data = training_data(sources, tmp_path)
-    everything = data.validation(10_000).tokens
-    assert len(everything) == 2 * ((4 * 30 - 1) // LENGTH) == len({row[0] for row in everything.tolist()})
+    everything = data.validation(18).batch.tokens
+    assert len(everything) == 18 == len({row[0] for row in everything.tolist()})
     trained = data.batch(np.arange(3000), documents=False).tokens.unique()
     assert not np.isin(everything.numpy(), trained.numpy()).any()
-    few = data.validation(8)
+    few = data.validation(8).batch
     assert ((few.tokens[:, 0] < 1200).sum().item(), len(few.tokens)) == (6, 8)
-    assert torch.equal(few.tokens, data.validation(12).tokens[:8])
-    assert torch.equal(few.tokens, training_data(sources, tmp_path, seed=9).validation(8).tokens)
+    assert torch.equal(few.tokens, data.validation(12).batch.tokens[:8])
+    assert torch.equal(few.tokens, training_data(sources, tmp_path, seed=9).validation(8).batch.tokens)
     assert few.documents.shape == (8, LENGTH)
 
 
@@ -215,9 +215,9 @@ def test_a_branch_enters_the_stage_its_tokens_are_in(sources, tmp_path):
 
 def test_validation_is_the_same_in_every_stage(sources, tmp_path):
     data = training_data(sources, tmp_path, more=[FLIP])
-    before = data.validation(8).tokens
+    before = data.validation(8).batch.tokens
     data.enter_phase(1, 25)
-    assert torch.equal(data.validation(8).tokens, before)
+    assert torch.equal(data.validation(8).batch.tokens, before)
     assert (before[:, 0] < 1200).sum() == 2, "dealt by what the run ends with"
 
 

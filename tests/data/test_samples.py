@@ -40,7 +40,7 @@ def epoch(samples, number):
 
 @pytest.mark.parametrize("number", [0, 1, 5])
 def test_windows_of_an_epoch_join_to_whole_documents(dataset, tmp_path, number):
-    windows = [tokens.tolist() for tokens, _ in epoch(order(dataset, tmp_path / "c"), number)]
+    windows = [tokens.tolist() for tokens, *_ in epoch(order(dataset, tmp_path / "c"), number)]
     assert len(windows) == (sum(SIZES) - 1) // LENGTH
     following = {window[0]: window for window in windows}
     heads = set(following) - {window[-1] for window in windows}
@@ -60,14 +60,14 @@ def test_windows_of_an_epoch_join_to_whole_documents(dataset, tmp_path, number):
 def test_every_input_token_comes_once_an_epoch_but_for_the_remainder(dataset, tmp_path):
     samples = order(dataset, tmp_path / "c")
     for number in range(4):
-        seen = Counter(int(i) for tokens, _ in epoch(samples, number) for i in tokens[:-1])
+        seen = Counter(int(i) for tokens, *_ in epoch(samples, number) for i in tokens[:-1])
         assert set(seen.values()) == {1} and len(seen) == samples.windows * LENGTH
 
 
 def test_document_numbers_follow_the_tokens(dataset, tmp_path):
     samples = order(dataset, tmp_path / "c")
     for j in range(3 * samples.windows):
-        tokens, documents = samples.sample(j, LENGTH)
+        tokens, documents, _ = samples.sample(j, LENGTH)
         assert (tokens.dtype, documents.dtype) == (np.int64, np.int32)
         assert (tokens.shape, documents.shape) == ((LENGTH + 1,), (LENGTH,))
         origins = [document_of(token) for token in tokens[:-1]]
@@ -84,7 +84,7 @@ def test_a_sample_depends_only_on_seed_and_number(dataset, tmp_path):
 
 def test_epochs_and_seeds_differ(dataset, tmp_path):
     orders = [order(dataset, tmp_path / "c", seed) for seed in (1, 2)]
-    epochs = [str([t.tolist() for t, _ in epoch(samples, number)]) for samples in orders for number in range(3)]
+    epochs = [str([t.tolist() for t, *_ in epoch(samples, number)]) for samples in orders for number in range(3)]
     assert len(set(epochs)) == 6
 
 
@@ -149,7 +149,7 @@ def test_another_length_repeats_nothing_and_skips_less_than_a_group(long, taken,
 
 def test_cache_is_used_and_a_damaged_one_is_rebuilt(dataset, tmp_path):
     cache = tmp_path / "c"
-    expected = [t.tolist() for t, _ in epoch(order(dataset, cache), 0)]
+    expected = [t.tolist() for t, *_ in epoch(order(dataset, cache), 0)]
     (path,) = cache.iterdir()
     good = path.read_bytes()
     order(dataset, cache).sample(0, LENGTH)
@@ -157,11 +157,11 @@ def test_cache_is_used_and_a_damaged_one_is_rebuilt(dataset, tmp_path):
     flipped = good[:-30] + bytes([good[-30] ^ 1]) + good[-29:]
     for bad in (b"", good[:50], good[:-8], good + b"\0", flipped, b"\0" * len(good)):
         path.write_bytes(bad)
-        assert [t.tolist() for t, _ in epoch(order(dataset, cache), 0)] == expected
+        assert [t.tolist() for t, *_ in epoch(order(dataset, cache), 0)] == expected
         assert bad == good + b"\0" or path.read_bytes() == good
     path.unlink()
     os.mkfifo(path)  # which nobody writes to
-    assert [t.tolist() for t, _ in epoch(order(dataset, cache), 0)] == expected
+    assert [t.tolist() for t, *_ in epoch(order(dataset, cache), 0)] == expected
     assert path.read_bytes() == good
 
 

@@ -77,7 +77,7 @@ def what_is_saved_after_a_validation() -> list[tuple[torch.dtype, bool]]:
     config = settings_of("llama", "train.dtype=bfloat16", "parallel.zero=1", "batch.micro_batch=4")
     training = Training(config)
     before = {name: storage(value).clone() for name, value in training.engine.saved.items()}
-    training.engine.evaluate(synthetic_batch(np.arange(4), config), torch.ones(4, dtype=torch.bool))
+    training.engine.evaluate(synthetic_batch(np.arange(4), config), torch.ones(4, 1, dtype=torch.bool))
     gathered = {weight.dtype for weight in training.engine.stages[0].parameters() if weight.dim()}
     assert torch.bfloat16 in gathered  # or this would test nothing
     after = {name: storage(value) for name, value in training.engine.saved.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megahp.config import Config, resolve
-from megahp.data.loader import Batch
+from megahp.data.loader import ValidationSamples
 from megahp.diagnose import verify
 from megahp.diagnose.verify import Trial, gather_shards, gather_stages, synthetic_batch
 from megahp.parallel.layout import Layout, fit
@@ -86,8 +86,9 @@ class MadeUpData:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def validation(self, count: int) -> Batch:
-        return synthetic_batch(np.arange(1000, 1005), self.config)
+    def validation(self, count: int) -> ValidationSamples:
+        groups = {"": np.ones(5, bool), "first": np.arange(5) < 2, "third": np.arange(5) == 2}
+        return ValidationSamples(synthetic_batch(np.arange(1000, 1005), self.config), groups)
 
 
 def train(config: Config, steps: int) -> dict[str, Any]:
@@ -113,5 +114,6 @@ def differences(
     got: Mapping[str, Any], wanted: Mapping[str, Any], rtol: float, weights_rtol: float | None
 ) -> list[str]:
     """What of two outcomes of `train` differs by more than rtol, by name; weights only if a tolerance is given."""
-    validation = abs(got["validation"] - wanted["validation"]) > rtol * abs(wanted["validation"])
+    losses = zip(got["validation"].items(), wanted["validation"].items(), strict=True)
+    validation = any(one != other or abs(a - b) > rtol * abs(b) for (one, a), (other, b) in losses)
     return ["validation loss"] * validation + verify.differences(got, wanted, rtol, weights_rtol)
