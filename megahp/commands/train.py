@@ -15,10 +15,12 @@ The file names tokenized text, as `megahp preprocess` writes it, and the setting
 `megahp recipe` writes one from a size or a budget; `megahp config run.toml` prints every setting.
 """
 
+import os
 import time
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from megahp import launch
 from megahp.commands.arguments import add_run_file, must_spawn
@@ -43,6 +45,8 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     outlive_streams()  # first: the next pipe opened must not get the number of a closed stdout or stderr
     exit_on_signals()
     config = resolve.load(options.run_file, options.overrides).config
+    if options.resume:
+        refuse_elsewhere(config, options.run_file)
     world = launch.world()
     ranks = world.size if options.ranks is None else options.ranks
     layout = fit(config.parallel, ranks)
@@ -60,6 +64,17 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     if starting:
         return launch.spawn(words, ranks, at_notice=STOPPED)
     return train_rank(config, world, layout, options.resume is not None)
+
+
+def refuse_elsewhere(config: Config, run_file: Path) -> None:
+    """Raise UserError when a run is to resume that is not in the working folder, but where the run file is, or above:
+    the paths of a run file are relative to the working folder, and a second run would begin here."""
+    if config.checkpoint.remote or (config.directory / "checkpoints").exists():
+        return
+    for folder in run_file.resolve().parents:
+        if (folder / config.directory / "checkpoints").exists():
+            where = f"{config.directory} is not in the working folder {os.getcwd()}, but in {folder}"
+            raise UserError(f"{where}; resume from there, or choose another log.name for a new run")
 
 
 def train_with_restarts(options: Namespace, config: Config, world: launch.World) -> int:

@@ -289,7 +289,10 @@ def _map(path: Path, dtype: npt.DTypeLike, offset: int, length: int) -> np.ndarr
 def _existing(prefix: str, suffix: str) -> Path:
     path = Path(f"{prefix}.{suffix}")
     if not path.is_file():
-        raise UserError(f"data file {str(path)!r} does not exist; check the prefix, or write it with megahp preprocess")
+        there = "" if path.is_absolute() else f" in the working folder {os.getcwd()}"
+        raise UserError(
+            f"data file {str(path)!r} does not exist{there}; check the prefix, or write it with megahp preprocess"
+        )
     return path
 
 

@@ -27,7 +27,12 @@ with mixture of experts, {router: number},
     balance_loss                 the mean over sequences; 1 if balanced
 with sparse weights
     density                      fraction of the entries of masked matrices that are not masked
-and after a validation `validation_loss`.
+with several sources
+    epochs                       {prefix: how often its training documents were read}
+after a validation
+    validation_loss              nats per token, the mean over the held-out samples of the mixture
+    validation_losses            {prefix of a source, or name of a set of data.validation: the mean over its samples}
+A validation before the first step (train.validate_first) is an object with the counts and validation losses alone.
 """
 
 import contextlib
@@ -53,6 +58,7 @@ Record = dict[str, Any]
 LARGEST = 2**34  # bytes of a log: at some 3,000 a step of 24 layers, 5 million steps
 NUMERIC = {int, float, bool, type(None)}
 LAYERS = b'"noise_scale_layers": {'
+NAMED = b'"epochs"', b'"validation_losses"'  # objects whose keys are a user's, and may hold braces
 CHUNK = 256  # lines parsed at a time
 BLOCK, LONGEST = 2**16, 2**24  # bytes: of a read from the end, of a line
 END_OF_TIME = 253_402_300_799  # the year 9999, in seconds since 1970
@@ -274,7 +280,8 @@ def _read_backwards(path: Path, are_valid: Callable[[list[Any]], bool]) -> Itera
 def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], Record]:
     """Return every number of every step as a column, and the newest noise_scale_layers.
 
-    Objects inside a step, which make up most of a line and are needed at the end only, are cut out before parsing.
+    Objects inside a step, which make up most of a line and are needed at the end only, are cut out before parsing, but
+    for those with a user's names, which come last. A validation before the first step is no step.
     """
     newest_layers = b"{}"
 
@@ -283,12 +290,15 @@ def _read_columns(path: Path) -> tuple[dict[str, np.ndarray], Record]:
         if LAYERS in line:
             newest_layers = line
         while (start := line.find(b": {")) >= 0 and (end := line.find(b"}", start)) >= 0:
+            if line.endswith(NAMED, 0, start):
+                break
             line = line[:start] + b": null" + line[end + 1 :]
         return line
 
     parts, count = list[tuple[int, dict[str, np.ndarray]]](), 0
-    for chunk in _read(path, _are_steps, cut_objects):
-        keys = dict.fromkeys(itertools.chain.from_iterable(chunk))
+    for records in _read(path, _are_steps, cut_objects):
+        chunk = [step for step in records if "loss" in step or "validation_loss" not in step]
+        keys = dict.fromkeys(itertools.chain.from_iterable(chunk)).keys() - {name.decode()[1:-1] for name in NAMED}
         parts.append((count, {key: np.array([step.get(key) for step in chunk], dtype=np.float64) for key in keys}))
         count += len(chunk)
     columns: dict[str, np.ndarray] = {}

@@ -17,6 +17,8 @@ def summary(run: LoggedRun) -> dict[str, str]:
     """Return the summary table of a run: label to value, "" if unknown."""
     loss, validation = final(run, "loss"), last(run, "validation_loss")
     best = loss if validation is None else validation
+    ends = [each for event in run.events if isinstance(each := event.get("epochs"), dict)]
+    epochs = [f"{source} {read:.3g}" for source, read in (ends or [{}])[-1].items() if isinstance(read, float)]
     seconds, speeds, rates = training_seconds(run), finite(run, "tokens_per_second"), finite(run, "lr")
     return {
         "Final loss": format_known(loss),
@@ -24,6 +26,7 @@ def summary(run: LoggedRun) -> dict[str, str]:
         "Unigram baseline": compared(run.baselines.get("unigram"), best),
         "Bigram baseline": compared(run.baselines.get("bigram"), best),
         "Tokens": f"{run.column('tokens')[-1]:,.0f}",
+        "Epochs": ", ".join(epochs),
         "Steps": f"{run.column('step')[-1]:,.0f}",
         "Steps skipped": f"{skipped(run).sum():,}",
         "Training time": human_duration(seconds) if seconds else "",
@@ -78,7 +81,7 @@ def health(run: LoggedRun) -> list[tuple[bool, str]]:
 def _loss_check(run: LoggedRun) -> tuple[bool, str]:
     """Check that the model learned more than counting tokens would; without baselines, that the loss fell."""
     losses = [loss for loss in (final(run, "loss"), last(run, "validation_loss")) if loss is not None]
-    if not losses:
+    if final(run, "loss") is None:
         return False, "No step has a finite loss."
     loss = max(losses)  # the last validation may be from before a divergence
     levels = [(kind, level) for kind in KNOWLEDGE if (level := run.baselines.get(kind)) is not None]

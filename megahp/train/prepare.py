@@ -138,9 +138,8 @@ def check_token_ids(config: Config, data: TrainingData) -> None:
             place = np.flatnonzero((ids < 0) | (ids >= vocab_size))[0]
             more = f", as {len(left) - 1:,} other documents do" if left[1:] else ""
             where = f"data {dataset.prefix!r} holds token {ids[place]} in document {left[0]}, at its place {place}"
-            raise UserError(
-                f"{where}, but the vocabulary ends at {vocab_size}{more}; name the tokenizer it was written with, {WRONG_SAMPLES}"
-            )
+            why = f"{where}, but the vocabulary ends at {vocab_size}{more}"
+            raise UserError(f"{why}; name the tokenizer it was written with, {WRONG_SAMPLES}")
 
 
 def newest(config: Config) -> checkpoint.Location | None:
