@@ -20,5 +20,6 @@ from megahp.checkpoint.store import (
     remove,
     settings_of,
     superseded,
+    validation_loss_of,
     write,
 )

@@ -405,7 +405,7 @@ def superseded(folder: P, newest: P, keep: CheckpointConfig) -> list[P]:
         losses = {}
         for each in older:
             try:
-                losses[each] = _validation_loss(each)
+                losses[each] = validation_loss_of(each)
             except UnreadableError:  # it may be the best
                 kept.add(each)
         known = {each: loss for each, loss in losses.items() if loss is not None}
@@ -428,7 +428,7 @@ def _to_json(state: Mapping[str, Any]) -> str:
     return json.dumps({"version": VERSION, **state}, indent=1)
 
 
-def _validation_loss(checkpoint: Location) -> float | None:
+def validation_loss_of(checkpoint: Location) -> float | None:
     """Return a checkpoint's validation loss, None where it has none or is damaged. Raises UnreadableError."""
     try:
         loss = json.loads(read_json(checkpoint / "state.json"))["validation_loss"]

@@ -76,7 +76,7 @@ def _compare_checkpoints(options: Namespace) -> int:
 
 
 def _prune_checkpoints(options: Namespace) -> int:
-    from megahp.checkpoint import latest, problems, remove, superseded
+    from megahp.checkpoint import complete, latest, problems, remove, superseded, validation_loss_of
 
     if options.keep < 1 or options.keep_every < 0:
         raise UserError(f"--keep {options.keep} must be at least 1, and --keep-every {options.keep_every} at least 0")
@@ -86,6 +86,8 @@ def _prune_checkpoints(options: Namespace) -> int:
     # Deleting older ones could leave a run with a damaged checkpoint only.
     if newest and (damage := problems(newest)):
         raise UserError(f"{newest} is damaged ({damage[0]}), so an older one may be needed; nothing was deleted")
+    if options.keep_best and all(validation_loss_of(each) is None for each in complete(folder)):
+        raise UserError(f"--keep-best: no checkpoint in {folder} has a validation loss; leave it out")
     for checkpoint in superseded(folder, newest, keep) if newest else []:
         remove(checkpoint)
         print(f"{checkpoint} deleted")

@@ -327,12 +327,6 @@ def _checkpoints(config: Config) -> Iterator[str]:
     checkpoint = config.checkpoint
     if config.resilience.spikes == "rewind" and not checkpoint.every:
         yield "resilience.spikes = 'rewind' needs checkpoints to return to, but checkpoint.every = 0; set it above 0"
-    every, validated = checkpoint.every, config.train.validate_every
-    if checkpoint.keep_best and every and validated and every % validated and validated % every:
-        yield (
-            f"checkpoint.keep_best = true needs checkpoints with a validation, but checkpoint.every = {every} and "
-            f"train.validate_every = {validated} seldom meet; set train.validate_every={every}"
-        )
     if checkpoint.every and checkpoint.keep_every % checkpoint.every:
         near = nearest_multiples(checkpoint.every, checkpoint.keep_every)
         both = f"checkpoint.keep_every = {checkpoint.keep_every} is not a multiple of checkpoint.every"

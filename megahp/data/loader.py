@@ -119,6 +119,10 @@ class TrainingData:
                 "data.sequence_length, split the data into more documents, or set the fraction to 0, and "
                 "train.validation_samples too"
             )
+        trained = {dataset.fingerprint for dataset in datasets}
+        for name, dataset in (sets or {}).items():
+            if dataset.fingerprint in trained:
+                raise UserError(f"data.validation: {name} ({dataset.prefix}) is trained on; hold out other data")
         self._sets = {
             name: order(dataset, np.arange(dataset.documents), length, VALIDATION_SEED)
             for name, dataset in (sets or {}).items()
@@ -142,7 +146,7 @@ class TrainingData:
 
     def recognize(self, saved: Sequence[Mapping[str, str]]) -> list[str]:
         """Give sources whose files were mended since their identities were saved the fingerprints that they had, so
-        that positions and orders are found. Returns their prefixes."""
+        that positions and orders are found, before a state is loaded. Returns their prefixes."""
         mended = []
         for dataset in self.datasets:
             before = next((each for each in saved if dataset.identity.is_mended(each)), None)
@@ -177,7 +181,8 @@ class TrainingData:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of the same data. Raises UserError if it has other phases or sources."""
-        if state["stage"] >= len(self.phases) or state["begins"].keys() != self._begins.keys():
+        # those of a branch also hold what only the run before it had
+        if state["stage"] >= len(self.phases) or not state["begins"].keys() >= {each.key for each in self._training}:
             raise UserError("the checkpoint's data_order has other phases or sources than data.train; use another one")
         self.phase, self._first_sample = state["stage"], state["first_sample"]
         self._begins = {key: (count, length) for key, (count, length) in state["begins"].items()}
@@ -214,7 +219,7 @@ class TrainingData:
         for name, order in self._sets.items():
             rows += [(name, sample) for sample in self._windows(order, count, f" (data.validation: {name})")]
         names = np.array([name for name, _ in rows])
-        groups = {name: names == name for name in dict.fromkeys(names.tolist())}
+        groups = {name: names == name for name in (*self._prefixes, *self._sets) if name in names}
         main = np.arange(len(rows)) < (mixture or len(rows))
         batch = _stack([sample for _, sample in rows], np.arange(len(rows)), documents=True)
         return ValidationSamples(batch, {"": main, **groups} if len(groups) > 1 else {"": main})

@@ -54,6 +54,7 @@ def prepare(
     """
     check_devices(config, local_ranks)
     check_engines(config)
+    check_best(config)
     if config.log.wandb != "off":
         check_wandb()
     if not config.data.train:
@@ -196,6 +197,18 @@ def check_memory(config: Config, layout: Layout, local_ranks: int) -> None:
         raise UserError(
             f"the model's {parameters:,} parameters take at least {needed / 1e9:,.0f} GB of this machine, which has "
             f"{memory / 1e9:,.0f} GB; make it smaller, or shard it over more machines"
+        )
+
+
+def check_best(config: Config) -> None:
+    """Raise UserError where checkpoint.keep_best has nothing to choose from: no checkpoint will have a validation."""
+    batch = config.batch.global_batch * config.data.sequence_length
+    steps = min(config.train.tokens // batch, config.train.steps or math.inf)  # at most: a batch never shrinks
+    every, validated = config.checkpoint.every, config.train.validate_every
+    if config.checkpoint.keep_best and math.lcm(every, validated) > steps:
+        raise UserError(
+            f"checkpoint.keep_best = true, but of at most {steps} steps none has both a checkpoint (checkpoint.every = "
+            f"{every}) and a validation (train.validate_every = {validated}); set train.validate_every={every}"
         )
 
 

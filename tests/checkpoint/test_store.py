@@ -22,7 +22,7 @@ from checkpoint import writer
 from distributed import world
 from safetensors.torch import load_file
 
-from megahp import checkpoint
+from megahp import checkpoint, cli
 from megahp.checkpoint.store import superseded, write_manifest
 from megahp.config import CheckpointConfig
 from megahp.errors import UserError
@@ -212,6 +212,23 @@ def test_what_stays(tmp_path: Path, keep: CheckpointConfig, kept: list[int]) -> 
         save(tmp_path, step, validation_loss=loss)
     dropped = superseded(tmp_path, checkpoint.path(tmp_path, 6), keep)
     assert [step for step in range(1, 7) if checkpoint.path(tmp_path, step) not in dropped] == kept
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    """F12. The first one too, with which every comparison is false."""
+    for step, loss in enumerate([float("nan"), float("-inf"), 3.0, 4.0, float("nan")], 1):
+        save(tmp_path, step, validation_loss=loss)
+    dropped = superseded(tmp_path, checkpoint.path(tmp_path, 5), CheckpointConfig(keep=1, keep_best=True))
+    assert [step for step in range(1, 6) if checkpoint.path(tmp_path, step) not in dropped] == [3, 5]
+
+
+def test_pruning_to_the_best_of_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """F12."""
+    for step in (1, 2):
+        save(tmp_path / "checkpoints", step)
+    assert cli.main(["checkpoint", "prune", str(tmp_path), "--keep", "1", "--keep-best"]) == 2
+    assert "has a validation loss" in capsys.readouterr().err
+    assert len(checkpoint.complete(tmp_path / "checkpoints")) == 2
 
 
 def test_room_is_looked_for_before_a_byte_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
+import errno
+import os
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +127,55 @@ def test_missing_file_is_named(tmp_path, suffix):
     (tmp_path / f"data.{suffix}").unlink()
     with pytest.raises(UserError, match=f"data.{suffix}' does not exist"):
         IndexedDataset(prefix)
+
+
+def test_the_writer_knows_its_largest_id(tmp_path):
+    with IndexedWriter(str(tmp_path / "data"), 100) as writer:
+        assert writer.largest == -1
+        for document in ([3, 9], [], [7]):
+            writer.add_document(document)
+    assert writer.largest == 9
+
+
+@pytest.mark.parametrize("bad", [70, -1])
+def test_documents_with_ids_outside_the_vocabulary_are_found(tmp_path, monkeypatch, bad):
+    """F7: between empty documents too, and across the blocks of the scan."""
+    sequences = [[], [1, 2], [], [3, bad, bad], [4], [], [bad], []]
+    dataset = IndexedDataset(hand_made(tmp_path / "data", sequences, range(9), 4, "i"))
+    for block in (1, 2, 3, 100):
+        monkeypatch.setattr("megahp.data.indexed.BLOCK", block)
+        assert dataset.outside(70, 10).tolist() == [3, 6] and dataset.outside(70, 1).tolist() == [3]
+    assert dataset.outside(71, 10).tolist() == ([] if bad > 0 else [3, 6])
+
+
+def test_a_file_that_changes_or_fails_while_it_is_read(tmp_path, monkeypatch):
+    """A mapped file would end the process with a signal."""
+    dataset = IndexedDataset(write(tmp_path / "data", DOCUMENTS))
+    with open(tmp_path / "data.bin", "r+b") as file:
+        file.truncate(10)
+    assert dataset.tokens(2).tolist() == [4]
+    with pytest.raises(UserError, match="fewer than the 16 bytes that it had") as error:
+        dataset.tokens(3)
+    assert not error.value.may_pass
+    monkeypatch.setattr("os.pread", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
+    with pytest.raises(UserError, match="document 2 of data file.*Input/output error.*data.skip") as error:
+        dataset.tokens(2)
+    assert error.value.may_pass
+    with pytest.raises(UserError, match="data.bin' cannot be read"):
+        IndexedDataset(str(tmp_path / "data"))
+
+
+def test_a_mended_file_is_told_from_another(tmp_path):
+    random = np.random.RandomState(0)
+    documents = [random.randint(0, 100, 500).tolist() for _ in range(40)]
+    before = asdict(IndexedDataset(write(tmp_path / "data", documents)).identity)
+    documents[7][3:40] = [1] * 37
+    documents[30][0] = 2
+    mended = IndexedDataset(write(tmp_path / "mended", documents)).identity
+    assert mended.fingerprint != before["fingerprint"] and mended.is_mended(before)
+    for number, change in enumerate((lambda one: [i + 1 for i in one], lambda one: [*one, 5], lambda one: one[1:])):
+        other = write(tmp_path / f"other{number}", [change(document) for document in documents], vocab_size=200)
+        assert not IndexedDataset(other).identity.is_mended(before)
 
 
 def test_nothing_is_left_behind_on_an_exception(tmp_path):

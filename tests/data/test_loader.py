@@ -1,4 +1,5 @@
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -219,6 +220,105 @@ def test_validation_is_the_same_in_every_stage(sources, tmp_path):
     data.enter_phase(1, 25)
     assert torch.equal(data.validation(8).batch.tokens, before)
     assert (before[:, 0] < 1200).sum() == 2, "dealt by what the run ends with"
+
+
+@pytest.mark.parametrize("count", [5, 20, 64])
+def test_validation_quotas_are_the_weights_or_refused(tmp_path, count):
+    """F10: 0.2 of one, 0.8 of a small one, whose windows do not suffice."""
+    for name, documents in (("large", 400), ("small", 60)):
+        with IndexedWriter(str(tmp_path / name), 3000) as writer:
+            for document in range(documents):
+                writer.add_document([document + 1000 * (name == "small")] * (LENGTH + 1))
+    data = training_data({str(tmp_path / "large"): 0.2, str(tmp_path / "small"): 0.8}, tmp_path)
+    small = (6 * (LENGTH + 1) - 1) // LENGTH  # of the six documents held out
+    if 0.8 * count > small:
+        asked = f"validation_samples = {count} takes {round(0.8 * count)} sequences of .*small' by its weight"
+        with pytest.raises(UserError, match=f"{asked}.*holds out only {small}; set it to ([0-9]+)") as error:
+            data.validation(count)
+        fits = int(re.findall(r"set it to (\d+)", str(error.value))[0])
+        assert round(0.8 * fits) == small and round(0.8 * (fits + 1)) > small
+        count = fits
+    found = data.validation(count)
+    of_small = found.batch.tokens[:, 0].numpy() >= 1000
+    assert len(of_small) == count and of_small.sum() == round(0.8 * count)
+    assert np.array_equal(found.groups[str(tmp_path / "small")], of_small)
+    assert np.array_equal(found.groups[str(tmp_path / "large")], ~of_small)
+    assert found.groups[""].all() and len(found.groups) == 3
+
+
+def test_named_sets_are_validated_on_beside_the_mixture(sources, tmp_path):
+    """A set has the count that was asked, in full, whatever is held out; its loss is not part of the mixture's."""
+    for name, first in (("web", 2400), ("code", 2700)):
+        with IndexedWriter(str(tmp_path / name), 3000) as writer:
+            for document in range(10):
+                writer.add_document(range(first + 30 * document, first + 30 * document + 30))
+    sets = {name: IndexedDataset(str(tmp_path / name)) for name in ("web", "code")}
+    datasets, phases = [IndexedDataset(prefix) for prefix in sources], [Phase(0.0, LENGTH, (3.0, 1.0))]
+    data = TrainingData(datasets, phases, 1, 0.1, tmp_path / "cache", sets=sets)
+    found = data.validation(12)
+    assert list(found.groups) == ["", *sources, "web", "code"]
+    assert torch.equal(
+        found.batch.tokens[found.groups[""]], training_data(sources, tmp_path).validation(12).batch.tokens
+    )
+    for name, first, end in (("web", 2400, 2700), ("code", 2700, 3000)):
+        rows = found.batch.tokens[found.groups[name]]
+        assert len(rows) == 12 == len(rows.unique(dim=0)) and rows.min() >= first and rows.max() < end
+    with pytest.raises(UserError, match=r"web.*\(data.validation: web\) has 37 sequences.*at most 37"):
+        TrainingData(datasets, phases, 1, 0.5, tmp_path / "cache", sets=sets).validation(38)
+    alone = TrainingData(datasets, phases, 1, 0.0, tmp_path / "cache", sets=sets).validation(12)
+    assert alone.groups[""].all() and len(alone.batch.tokens) == 24
+    with pytest.raises(UserError, match="data.validation: again.*is trained on"):
+        TrainingData(datasets, phases, 1, 0.1, tmp_path / "cache", sets={"again": IndexedDataset(min(sources))})
+
+
+def test_wrong_and_skipped_samples_are_replaced_alike_however_batches_are_cut(sources, tmp_path):
+    """F7: in the slot of each stands the next sample of its source; every other sample is as it was."""
+    one, two = (IndexedDataset(prefix) for prefix in sources)
+    phases, plain = [Phase(0.0, LENGTH, (3.0, 1.0))], training_data(sources, tmp_path).batch(np.arange(120), True)
+    skip = {one.prefix: [5], "": [3, 4]}
+    data = TrainingData([one, two], phases, 1, 0.1, tmp_path / "cache", 2250, skip)
+    whole = data.batch(np.arange(120), documents=True)
+    source, j = data._blends[0].locate(np.arange(120))
+    changed = (whole.tokens != plain.tokens).any(1).numpy()
+    for i in range(100):
+        holds = set((plain.tokens[i] // 30).tolist())
+        is_left_out = i in (3, 4) or 5 in holds or plain.tokens[i].max() >= 2250
+        assert changed[i] == is_left_out
+        if is_left_out:
+            later = [k for k in range(i + 1, 120) if source[k] == source[i] and (not changed[k] or k in (3, 4))]
+            assert torch.equal(whole.tokens[i], plain.tokens[later[0]])
+    assert {5, *changed.nonzero()[0]} > {3, 4}
+    named = [int(re.findall(r"sample (\d+): ", wrong)[0]) for wrong in whole.wrong]
+    assert named == [i for i in range(120) if plain.tokens[i].max() >= 2250 and i not in (3, 4)] and named
+    for rows in (np.arange(50, 90), np.array([7, 3, 64])):
+        part = data.batch(rows, documents=True)
+        assert torch.equal(part.tokens, whole.tokens[rows]) and torch.equal(part.documents, whole.documents[rows])
+    windows = data.validation(8).batch.tokens
+    assert windows.max() < 2250 and 5 not in set((windows // 30).unique().tolist())
+
+
+def test_epochs_are_those_of_the_samples_read(sources, tmp_path):
+    data = training_data(sources, tmp_path, more=[FLIP, LONG])
+    assert set(data.epochs_read(0).values()) == {0}
+    data.enter_phase(1, 25)
+    assert list(data.epochs_read(65).values()) == [29 * LENGTH / 1080, 36 * LENGTH / 1080]
+
+
+def test_a_mended_source_is_recognized(sources, tmp_path):
+    before = training_data(sources, tmp_path)
+    identities, fingerprint, state = before.identities(), before.fingerprint, before.state(40)
+    path = tmp_path / "two.bin"
+    content = bytearray(path.read_bytes())
+    content[100:102] = b"\0\0"
+    path.write_bytes(content)
+    data = training_data(sources, tmp_path)
+    assert data.fingerprint != fingerprint
+    assert data.recognize(identities[::-1]) == [str(tmp_path / "two")] and data.fingerprint == fingerprint
+    data.load_state(state)  # whose keys are those of old
+    mended = training_data(sources, tmp_path)
+    assert mended.recognize(data.identities()) == [str(tmp_path / "two")], "a checkpoint after it knows both"
+    other = training_data({str(tmp_path / "two"): 1.0}, tmp_path)
+    assert other.recognize(identities[:1]) == []
 
 
 class Recorded:

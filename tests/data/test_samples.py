@@ -200,6 +200,41 @@ def test_processes_race_for_the_same_cache(dataset, tmp_path):
     assert len(list((tmp_path / "c").iterdir())) == 20
 
 
+def test_what_is_skipped_moves_nothing_else(dataset, tmp_path):
+    """Each sample that holds a skipped document is the next one that does not; all others stay."""
+    plain = order(dataset, tmp_path / "c")
+    skipped = SampleOrder(dataset, np.arange(dataset.documents), LENGTH, 1, tmp_path / "c", 1000, {7, 15})
+    origins = [{document_of(token) for token in plain.sample(j, LENGTH)[0]} for j in range(60)]
+    good = [j for j, documents in enumerate(origins) if not documents & {7, 15}]
+    assert 0 < len(good) < 50
+    for j in range(40):
+        expected = next(each for each in good if each >= j)
+        assert np.array_equal(skipped.sample(j, LENGTH)[0], plain.sample(expected, LENGTH)[0])
+        assert skipped.sample(j, LENGTH).wrong == []
+    everything = SampleOrder(dataset, np.arange(dataset.documents), LENGTH, 1, tmp_path / "c", 1000, range(99))
+    with pytest.raises(UserError, match="every sample is left out"):
+        everything.sample(3, LENGTH)
+
+
+def test_an_id_outside_the_vocabulary_is_passed_over_and_named(dataset, tmp_path):
+    """F7. The last document holds the 30 largest ids."""
+    plain = order(dataset, tmp_path / "c")
+    stricter = SampleOrder(dataset, np.arange(dataset.documents), LENGTH, 1, tmp_path / "c", sum(SIZES) - 30)
+    with_wrong = [j for j in range(20) if plain.sample(j, LENGTH)[0].max() >= sum(SIZES) - 30]
+    assert with_wrong
+    for j in range(20):
+        found = stricter.sample(j, LENGTH)
+        assert found.tokens.max() < sum(SIZES) - 30 and bool(found.wrong) == (j in with_wrong)
+        passed = 0
+        while np.any(plain.sample(j + passed, LENGTH)[0] != found.tokens):
+            passed += 1
+        assert len(found.wrong) == passed
+        if passed:
+            token = next(i for i in plain.sample(j, LENGTH)[0] if i >= sum(SIZES) - 30)
+            where = f"token {token} in document {document_of(token)}, at its place {token - (sum(SIZES) - 30)}"
+            assert where in found.wrong[0] and f"ends at {sum(SIZES) - 30}" in found.wrong[0]
+
+
 @pytest.mark.parametrize("documents", [1, 2, 3, 10, 1000])
 @pytest.mark.parametrize("fraction", [0.0, 1e-9, 0.01, 0.3, 0.5, 0.999])
 def test_split_is_a_partition_with_both_parts(documents, fraction):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import world
-from distributed.runs import train
+from distributed.runs import as_rank, train
 from train.test_run import copy_of, losses, metrics, numbers
 
+from megahp import cli
 from megahp.checkpoint.store import write_manifest
 from megahp.config import resolve
-from megahp.data.indexed import IndexedWriter
+from megahp.data.indexed import IndexedDataset, IndexedWriter
 from megahp.data.loader import Loader
+from megahp.data.samples import split_documents
 from megahp.data.tokenizer import load_tokenizer
+from megahp.errors import UserError
 from megahp.log.metrics import read_events
 from megahp.log.replay import replay
 from megahp.parallel.mesh import single_rank_mesh
@@ -72,6 +77,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 writer.add_document(
                     (random.geometric(0.1, random.randint(50, 300)).clip(max=100) + 128 * seed).tolist()
                 )
+    with IndexedWriter(str(folder / "two-held"), 257) as writer:
+        for _ in range(10):
+            writer.add_document((random.geometric(0.1, 60).clip(max=100) + 128).tolist())
     (folder / "run.toml").write_text(RUN)
     return folder
 
@@ -284,3 +292,174 @@ def test_resumed_before_at_and_after_another_length(folder: Path, staged: list[d
         shutil.rmtree(later)
     train(folder, name, "--resume", "auto", *STAGES)
     assert numbers(folder, name) == staged
+
+
+def test_a_branch_onto_other_data_is_resumed(folder: Path, stable: list[dict[str, Any]]) -> None:
+    """Its state also holds the position of the source that only the run before it had."""
+    words = (start("stable", 20), 'data.train=["two"]', "data.weights=[]", "log.baselines=false")
+    train(folder, "onto", *words, "train.steps=24")
+    whole = numbers(folder, "onto")
+    for later in sorted((folder / "runs/onto/checkpoints").glob("step-*"))[2:]:
+        shutil.rmtree(later)
+    train(folder, "onto", "--resume", "auto", *words, "train.steps=24")
+    assert numbers(folder, "onto") == whole and len(whole) == 4
+
+
+MIXED = ("data.weights=[3, 1]", 'data.mixtures=["1280:0.25,0.75"]', "train.steps=24", "train.validate_every=4")
+
+
+def damage(folder: Path, name: str, copy: str, ids: dict[int, int]) -> None:
+    """Copy a source, with the first token of some documents replaced."""
+    shutil.copy(folder / f"{name}.idx", folder / f"{copy}.idx")
+    content, starts = bytearray((folder / f"{name}.bin").read_bytes()), IndexedDataset(str(folder / name))
+    for document, token in ids.items():
+        place = int(starts._document_starts[document])
+        content[2 * place : 2 * place + 2] = token.to_bytes(2, "little")
+    (folder / f"{copy}.bin").write_bytes(content)
+
+
+def refused(folder: Path, words: list[str], resume: bool) -> str:
+    """Train on each rank, and return the error with which it ends."""
+    try:
+        as_rank(folder, words, resume)
+        return ""
+    except UserError as error:
+        return str(error)
+    finally:
+        gc.collect()  # closes the files of the run
+
+
+def events(folder: Path, name: str, event: str) -> list[dict[str, Any]]:
+    return [each for each in read_events(folder / "runs" / name) if each["event"] == event]
+
+
+def test_the_order_of_sources_is_no_matter_to_a_resume(folder: Path) -> None:
+    """Here under other names too, as when the files have moved."""
+    train(folder, "mixed", *MIXED)
+    whole = losses(folder, "mixed")
+    for name in ("one", "two"):
+        for suffix in ("bin", "idx"):
+            shutil.copy(folder / f"{name}.{suffix}", folder / f"moved-{name}.{suffix}")
+    turned = ('data.train=["moved-two", "moved-one"]', "data.weights=[1, 3]", 'data.mixtures=["1280:0.75,0.25"]')
+    for later in sorted((folder / "runs/mixed/checkpoints").glob("step-*"))[7:]:
+        shutil.rmtree(later)
+    train(folder, "mixed", "--resume", "auto", *MIXED, *turned)
+    assert losses(folder, "mixed") == whole
+    assert list(metrics(folder, "mixed")[-1]["epochs"]) == ["moved-one", "moved-two"]
+    (resumed,) = events(folder, "mixed", "resumed")
+    assert resumed["config"]["data"]["train"] == ["moved-one", "moved-two"] and set(resumed["changed"]) == {
+        "data.train"
+    }
+    other = ("data.weights=[3, 1]", *turned[::2])  # the weights were not turned
+    (error,) = world.run(1, refused, folder, ["log.name=mixed", *MIXED, *other], True)
+    assert "data.weights = (1.0, 3.0) but" in error
+
+
+def test_losses_and_epochs_of_each_source_are_logged(folder: Path) -> None:
+    """The mixture's loss is the mean by the quotas, those of the last phase."""
+    train(folder, "sources", *MIXED, "train.validate_first=true", 'data.validation=["held:two-held"]')
+    records = metrics(folder, "sources")
+    assert [record["step"] for record in records] == list(range(25)) and "loss" not in records[0]
+    validated = [record for record in records if "validation_loss" in record]
+    assert [record["step"] for record in validated] == list(range(0, 25, 4))
+    for record in validated:
+        losses = record["validation_losses"]
+        assert list(losses) == ["one", "two", "held"]
+        assert record["validation_loss"] == pytest.approx(0.25 * losses["one"] + 0.75 * losses["two"], rel=1e-9)
+    assert validated[0]["validation_losses"]["held"] > validated[-1]["validation_losses"]["held"]
+    (end,) = events(folder, "sources", "finished")
+    assert end["epochs"] == records[-1]["epochs"]
+    read = {
+        name: count * sum(IndexedDataset(str(folder / name)).document_tokens) for name, count in end["epochs"].items()
+    }
+    assert read["one"] + read["two"] == pytest.approx(24 * 128 / 0.9, rel=0.03)
+    assert read["one"] / read["two"] == pytest.approx((7.5 + 3.5) / (2.5 + 10.5), rel=0.1)
+    assert cli.main(["report", str(folder / "runs/sources")]) == 0
+    assert "one 0." in (folder / "runs/sources/report.html").read_text()
+
+
+def training_document(folder: Path) -> int:
+    """One that is read first in step 13."""
+    return int(split_documents(80, 0.1)[0][10])
+
+
+def test_an_id_outside_the_vocabulary_is_found_before_training(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """F7: on opening, by a scan whose outcome is kept; left out by name it is no obstacle."""
+    bad = training_document(folder)
+    damage(folder, "one", "outside", {bad: 300})
+    words = ["train", "run.toml", "log.name=outside", 'data.train=["outside", "two"]', "train.steps=1"]
+    with contextlib.chdir(folder):
+        assert cli.main(words) == 2
+        assert f"data 'outside' holds token 300 in document {bad}, at its place 0, but" in capsys.readouterr().err
+        assert not (folder / "runs/outside").exists()
+        (kept,) = [path for path in (folder / "cache").glob("outside-*.npy") if len(np.load(path)) > 1]
+        np.save(kept, np.load(kept)[::-1])  # damaged: the scan is made again
+        assert cli.main(words) == 2
+    train(folder, "outside", *words[3:], f"data.skip=['outside:{bad}']")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_wrong_sample_met_in_training(folder: Path, stable: list[dict[str, Any]], ranks: int) -> None:
+    """F7: it is one event, and ends the run, of which the mended file makes what it would have been; or is replaced, in
+    the same way on every layout. A description that is wrong lets it pass on opening."""
+    bad, name = training_document(folder), f"wrong{ranks}"
+    damage(folder, "one", name, {bad: 300})
+    description = {"tokenizer_fingerprint": load_tokenizer("bytes").fingerprint, "largest_id": 256}
+    description["fingerprint"] = IndexedDataset(str(folder / name)).fingerprint
+    (folder / f"{name}.json").write_text(json.dumps(description))
+    layout = ["parallel.dp_shard=2"] if ranks == 2 else []
+    words = [f"log.name={name}", f'data.train=["{name}", "two"]', "log.baselines=false", *layout]
+    errors = world.run(ranks, refused, folder, words, False)
+    assert len(set(errors)) == 1 and f"holds token 300 in document {bad}" in errors[0] and "data.skip" in errors[0]
+    (event,) = events(folder, name, "wrong sample")
+    met = event["step"] + 1
+    assert met == 13 and event["sample"] // 8 == event["step"]
+
+    shutil.copytree(folder / "runs" / name, folder / "runs" / f"{name}-skip")
+    skip = (*words[1:], "data.wrong_samples=skip", "--ranks", str(ranks))
+    train(folder, f"{name}-skip", "--resume", "auto", *skip)
+    found = [(each["step"], each["sample"]) for each in events(folder, f"{name}-skip", "wrong sample")]
+    assert found[0] == found[1] == (met - 1, event["sample"]) and len({step for step, _ in found}) == len(found) - 1
+    skipped = losses(folder, f"{name}-skip")
+    assert skipped[: met - 1] == pytest.approx(losses(folder, "stable")[: met - 1], rel=1e-5)
+    assert skipped[met - 1] != pytest.approx(losses(folder, "stable")[met - 1], rel=1e-5)
+    reference = folder / "skipped.json"  # what one rank did
+    reference.write_text(json.dumps(skipped)) if ranks == 1 else None
+    assert skipped == pytest.approx(json.loads(reference.read_text()), rel=1e-5)
+
+    (folder / f"{name}.json").unlink()
+    damage(folder, "one", name, {})
+    train(folder, name, "--resume", "auto", *words[1:], "--ranks", str(ranks))
+    assert losses(folder, name) == pytest.approx([record["loss"] for record in stable], rel=1e-5)
+    (mended,) = events(folder, name, "mended")
+    assert f"data '{name}' has other tokens" in mended["reason"]
+
+
+def test_a_run_that_is_elsewhere_is_not_begun_again(
+    folder: Path, stable: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "files").mkdir()
+    shutil.copy(folder / "run.toml", folder / "files/run.toml")
+    absolute = f'data.train=["{folder}/one", "{folder}/two"]'
+    with contextlib.chdir(tmp_path):
+        for file in ("run.toml", "files/run.toml", "runs/stable/config.toml"):
+            assert cli.main(["train", str(folder / file), "log.name=stable", absolute, "--resume", "auto"]) == 2
+            error = capsys.readouterr().err
+            assert f"runs/stable is not in the working folder {tmp_path}, but in {folder}; resume from there" in error
+        assert cli.main(["train", str(folder / "run.toml"), "log.name=new", "--resume", "auto"]) == 2
+        assert f"data file 'one.idx' does not exist in the working folder {tmp_path}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_best_of_nothing_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """F12: checkpoints and validations that never meet, as the overrides leave it."""
+    words = ["train", "run.toml", "log.name=best", "checkpoint.keep_best=true", "checkpoint.every=15"]
+    with contextlib.chdir(folder):
+        assert cli.main([*words, "train.validate_every=20"]) == 2
+        assert "of at most 40 steps none has both" in capsys.readouterr().err
+        assert cli.main([*words, "train.validate_every=0"]) == 2
+        assert "checkpoint.keep_best" in capsys.readouterr().err
+        assert cli.main([*words, "train.validate_every=10", "train.steps=20"]) == 2
+        assert "of at most 20 steps" in capsys.readouterr().err
