@@ -138,6 +138,7 @@ def measurable(path: Path) -> Config:
 def plan_measurement(path: Path, config: Config, data: TrainingData, arguments: argparse.Namespace) -> Measurement:
     """Return what to measure at a checkpoint. Raises UserError."""
     state = checkpoint.read_state(path)
+    data.recognize(state.get("sources", ()))
     if state["data"] != data.fingerprint:
         raise UserError(f"the data of {', '.join(config.data.train)} is not what {path} was trained on; restore it")
     length = state["data_order"]["length"]

@@ -210,8 +210,7 @@ class TrainingData:
         if not self._validation and not self._sets:
             raise UserError("validation_fraction is 0, so there is nothing to validate on; set it above 0")
         rows: list[tuple[str, Sample]] = []
-        if self._validation:
-            self.validation_quotas(count)
+        if self.validation_quotas(count):
             source, j = Blend(self.phases[-1].weights).locate(np.arange(count))
             windows = {k: self._windows(self._validation[k], source.tolist().count(k)) for k in set(source.tolist())}
             rows += [(self._prefixes[k], windows[k][number]) for k, number in zip(source, j, strict=True)]
@@ -225,7 +224,10 @@ class TrainingData:
         return ValidationSamples(batch, {"": main, **groups} if len(groups) > 1 else {"": main})
 
     def validation_quotas(self, count: int) -> dict[str, int]:
-        """Return how many of `count` held-out windows are of each source. Raises UserError where one has fewer."""
+        """Return how many of `count` held-out windows are of each source; {} if nothing is held out. Raises UserError
+        where a source has fewer."""
+        if not self._validation:
+            return {}
         blend = Blend(self.phases[-1].weights)
         held_out = [order.windows if (order := self._validation.get(k)) else 0 for k in range(len(self._prefixes))]
         quotas = blend.counts(count)

@@ -123,7 +123,7 @@ def check_token_ids(config: Config, data: TrainingData) -> None:
         sidecar, bounds = Path(f"{dataset.prefix}.json"), np.iinfo(dataset.dtype)
         described = read_json(sidecar, "description of data") if sidecar.exists() else {}
         largest = described.get("largest_id") if described.get("fingerprint") == dataset.identity.fingerprint else None
-        if bounds.min == 0 and bounds.max < vocab_size or isinstance(largest, int) and 0 <= largest < vocab_size:
+        if bounds.min == 0 and bounds.max < vocab_size or type(largest) is int and 0 <= largest < vocab_size:
             continue
         name = hashlib.sha256(f"{dataset.identity.fingerprint} {dataset.modified} {vocab_size}".encode()).hexdigest()
         path = cache_of(config) / f"outside-{name[:32]}.npy"

@@ -69,12 +69,17 @@ class Reporter:
         if kept := self._open(run, run.progress.step if event in GONE_BACK else None):
             reason = f"{reason}; what was logged before it, by a run without a checkpoint left, is kept in {kept.name}"
         changed = changes(run.config, restored.config) if restored.config else {}
+        validation = run.data.validation_quotas(run.config.train.validation_samples)
+        if event in ("started", "branched") and any(validation.values()):
+            of = ", ".join(f"{count} of {prefix}" for prefix, count in validation.items())
+            reason = f"{reason}; validated on {of}"
         self.event(
             event,
             reason,
             run.progress,
             samples=run.progress.samples,
             batch_plan=restored.batch_state,
+            validation=validation,
             changed={key: {"before": before, "now": now} for key, (before, now) in changed.items()},
             layout=vars(run.mesh.layout),
             config=config_to_dict(self.config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from megahp.cli import main
-from megahp.config import resolve
+from megahp.config import Config, resolve
 from megahp.data.indexed import IndexedWriter
 from megahp.data.loader import TrainingData
+from megahp.errors import UserError
 from megahp.parallel.device import cores_here
 from megahp.parallel.layout import Layout
 from megahp.train.advice import advice, beyond_cpus
@@ -31,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def said(folder: Path, *words: str, ranks: int = 1, device: str = "cpu", begin: int = 0) -> list[str]:
+def config_of(folder: Path, *words: str) -> Config:
     tree = {
         "model": {"vocab_size": 257, "layers": 1, "width": 16, "heads": 1},
         "data": {"train": [str(folder / "large"), str(folder / "small")], "validation_fraction": 0.1},
@@ -39,7 +41,11 @@ def said(folder: Path, *words: str, ranks: int = 1, device: str = "cpu", begin: 
         "batch": {"global_batch": 10},
     }
     tree["data"] |= {"sequence_length": LENGTH, "cache": str(folder / "cache")}
-    config = resolve.resolve([("run.toml", tree), ("command line", resolve.parse_overrides(words))]).config
+    return resolve.resolve([("run.toml", tree), ("command line", resolve.parse_overrides(words))]).config
+
+
+def said(folder: Path, *words: str, ranks: int = 1, device: str = "cpu", begin: int = 0) -> list[str]:
+    config = config_of(folder, *words)
     return list(advice(config, open_data(config), ranks, device, begin))
 
 
@@ -103,13 +109,27 @@ def test_validation_that_cannot_happen(folder: Path) -> None:
     (line,) = said(folder, "train.validate_every=126")
     assert "train.validate_every = 126: the run has at most 125 steps" in line
     assert said(folder, "train.steps=5", "train.validate_every=6") == []  # a run that is only tried
-    (line,) = said(folder, "train.validation_samples=1000")
-    assert "data.validation_fraction = 0.1 holds out only 68 sequences of 16 tokens; set it to 0.5" in line
-    (line,) = said(folder, "train.validation_samples=200")
-    enough = re.findall(r"set it to ([\d.]+), or train.validation_samples to 68", line)
-    assert said(folder, "train.validation_samples=200", f"data.validation_fraction={enough[0]}") == []
-    assert said(folder, "train.validation_samples=136") == []
     assert said(folder, "train.validation_samples=0", "data.validation_fraction=0", "train.tokens=30_000") == []
+
+
+def test_more_validation_than_is_held_out_is_refused_with_what_would_do(folder: Path) -> None:
+    """F10: ten documents of the large source and one of the small hold 62 and 6 windows."""
+
+    def windows(*words: str) -> int:
+        with contextlib.chdir(folder):
+            data = open_data(config_of(folder, *words))
+            return len(data.validation(int(words[0].partition("=")[2])).batch.tokens)
+
+    weights = "data.weights=[10, 1]"
+    assert windows("train.validation_samples=68", weights) == 68
+    with pytest.raises(
+        UserError, match="= 69 takes 63 sequences of .*large.* holds out only 62; set it to 68, or"
+    ) as error:
+        windows("train.validation_samples=69", weights)
+    enough = re.findall(r"or raise it to about ([\d.]+)", str(error.value))[0]
+    assert windows("train.validation_samples=69", weights, f"data.validation_fraction={enough}") == 69
+    with pytest.raises(UserError, match="= 1000 takes 91 sequences of .*small.*only 6; set it to 68, or add data"):
+        windows("train.validation_samples=1000", weights)
 
 
 def test_what_is_too_much_for_this_machine() -> None:
