@@ -14,6 +14,7 @@ from megahp.config.schema import (
     ParameterizationConfig,
     ScheduleConfig,
     SparsityConfig,
+    TrainConfig,
     config_differences,
     config_to_dict,
     config_to_toml,

@@ -394,7 +394,9 @@ class TrainConfig:
         False, "also validate before the first step", only_with=("train.validation_samples", ONE_OR_MORE)
     )
     validation_samples: int = nonnegative(
-        64, "samples per validation, of each source by its weight, and of each further set; 0 = no validation"
+        64,
+        "samples per validation, of each source by its weight, and of each further set; 0 = no validation; 64 is "
+        "lowered, and any other number refused, where fewer are held out",
     )
 
 

@@ -111,6 +111,7 @@ class TrainingData:
             for k, (dataset, (_, validation)) in enumerate(sources)
             if phases[-1].weights[k] and self._held_out_tokens[k] > length
         }
+        self._held_out = [self._validation[k].windows if k in self._validation else 0 for k in range(len(datasets))]
         if validation_fraction > 0 and not self._validation:
             tokens = max(self._held_out_tokens)
             raise UserError(
@@ -223,18 +224,24 @@ class TrainingData:
         batch = _stack([sample for _, sample in rows], np.arange(len(rows)), documents=True)
         return ValidationSamples(batch, {"": main, **groups} if len(groups) > 1 else {"": main})
 
+    def most_validation_samples(self, count: int) -> int:
+        """Return the largest number, up to `count`, of validation samples that there are by the mixture's weights, and
+        in each named set."""
+        blend = Blend(self.phases[-1].weights)
+        sets = min([count, *(order.windows for order in self._sets.values())])
+        held_out = self._held_out if self._validation else [count] * len(self._held_out)
+        return bisect(range(1, sets + 1), 0, key=lambda n: any(map(operator.gt, blend.counts(n), held_out)))
+
     def validation_quotas(self, count: int) -> dict[str, int]:
         """Return how many of `count` held-out windows are of each source; {} if nothing is held out. Raises UserError
         where a source has fewer."""
         if not self._validation:
             return {}
-        blend = Blend(self.phases[-1].weights)
-        held_out = [order.windows if (order := self._validation.get(k)) else 0 for k in range(len(self._prefixes))]
-        quotas = blend.counts(count)
+        quotas, held_out = Blend(self.phases[-1].weights).counts(count), self._held_out
         lacking = [(quota / max(have, 0.5), k) for k, (quota, have) in enumerate(zip(quotas, held_out, strict=True))]
         ratio, k = max(lacking)
         if ratio > 1:
-            fits = bisect(range(1, count), 0, key=lambda n: any(map(operator.gt, blend.counts(n), held_out)))
+            fits = self.most_validation_samples(count)
             fewer = f"set it to {fits}, or " if fits else ""
             needed = (quotas[k] + 1) * self.phases[0].length
             raise UserError(

@@ -15,6 +15,7 @@ import torch
 from megahp import checkpoint
 from megahp.config import (
     Config,
+    TrainConfig,
     config_differences,
     fixed_when,
     get_setting,
@@ -81,10 +82,8 @@ def prepare(
             start_tokens = check_start(config, layout, checkpoint.find(checkpoint.location(config.train.start_from)))
     data = open_data(config)
     check_token_ids(config, data)
-    samples = config.train.validation_samples
-    wrong = data.validation(samples).batch.wrong if samples else ()
-    if wrong and config.data.wrong_samples == "refuse":
-        raise UserError(f"validation {wrong[0]}; {WRONG_SAMPLES}")
+    if config.train.validation_samples:
+        config = with_validation(config, data, warn)
     if warn and not (resume and saved):
         # a machine without ranks of the run, such as a login node, may lack the GPUs that the run's machines have
         is_cuda = uses_cuda(config) if local_ranks else config.train.device != "cpu"
@@ -141,6 +140,25 @@ def check_token_ids(config: Config, data: TrainingData) -> None:
             where = f"data {dataset.prefix!r} holds token {ids[place]} in document {left[0]}, at its place {place}"
             why = f"{where}, but the vocabulary ends at {vocab_size}{more}"
             raise UserError(f"{why}; name the tokenizer it was written with, {WRONG_SAMPLES}")
+
+
+def with_validation(config: Config, data: TrainingData, warn: Callable[[str], None] | None) -> Config:
+    """Lower train.validation_samples, if it is the default, to what there is by the mixture's weights, and say so.
+    Raises UserError where any other number cannot be had, and for ids outside the vocabulary."""
+    asked = config.train.validation_samples
+    fits = data.most_validation_samples(asked)
+    if asked == TrainConfig().validation_samples and 0 < fits < asked:
+        config = with_values(config, {"train.validation_samples": fits})
+        if warn:
+            held_out = f"data.validation_fraction = {config.data.validation_fraction:g}"
+            warn(
+                f"warning: train.validation_samples = {fits} in place of the default, {asked}: {held_out} holds out no "
+                "more by the mixture's weights; raise it, or add data"
+            )
+    wrong = data.validation(config.train.validation_samples).batch.wrong
+    if wrong and config.data.wrong_samples == "refuse":
+        raise UserError(f"validation {wrong[0]}; {WRONG_SAMPLES}")
+    return config
 
 
 def newest(config: Config) -> checkpoint.Location | None:

@@ -286,7 +286,7 @@ def test_the_run_file_trains_and_the_plots_are_drawn(tmp_path: Path, monkeypatch
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     config = resolve.load("run.toml")
     assert config.origins["data.train"] == "run.toml" and config.config.data.train == ("corpus",)
-    command = [sys.executable, "-m", "megahp", "train", "run.toml", "train.steps=2", "train.validation_samples=4"]
+    command = [sys.executable, "-m", "megahp", "train", "run.toml", "train.steps=2", "train.validation_samples=3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len((config.config.directory / "metrics.jsonl").read_text().splitlines()) == 2

@@ -163,3 +163,21 @@ def test_launch_and_train_say_it_once(
     assert capfd.readouterr().err.count(told) == 1
     assert main(["launch", "run.toml", "--nodes", "2", "--dry-run"]) == 0  # it would go on from the checkpoint
     assert told not in capfd.readouterr().err
+
+
+def test_the_default_number_of_validation_samples_is_lowered_and_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """F10: to what keeps the mixture's weights; of 64, the small source would give 51, and holds out 6."""
+    monkeypatch.chdir(folder)
+    (folder / "default.toml").write_text(
+        "[model]\nlayers = 1\nwidth = 16\nheads = 1\n[data]\ntrain = ['large', 'small']\nweights = [0.2, 0.8]\n"
+        "sequence_length = 16\nvalidation_fraction = 0.1\n[batch]\nglobal_batch = 4\nmicro_batch = 2\n"
+        "[train]\ntokens = 6_400\ndevice = 'cpu'\n[log]\ntensorboard = false\nname = 'default'\n"
+    )
+    assert main(["train", "default.toml", "--ranks", "2", "train.steps=1"]) == 0
+    told = capfd.readouterr()
+    assert told.err.count("warning: train.validation_samples = 8 in place of the default, 64: ") == 1
+    assert "validated on 2 of large, 6 of small" in told.out
+    assert main(["train", "default.toml", "log.name=asked", "train.validation_samples=65"]) == 2
+    assert "train.validation_samples = 65 takes 52 sequences of 'small'" in capfd.readouterr().err
