@@ -57,11 +57,12 @@ def parse_skip(words: tuple[str, ...]) -> dict[str, list[range]]:
     word."""
     skipped: dict[str, list[range]] = {}
     for word in words:
-        prefix, _, numbers = word.rpartition(":")
-        first, _, last = numbers.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+        prefix, colon, numbers = word.rpartition(":")
+        first, dash, last = numbers.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)) or colon and not prefix:
             raise ValueError(f"{word!r} is not prefix:document, prefix:first-last, sample or first-last")
-        skipped.setdefault(prefix, []).append(range(int(first), int(last or first) + 1))
+        skipped.setdefault(prefix, []).append(range(int(first), int(last) + 1))
     return skipped
 
 

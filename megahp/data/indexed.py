@@ -140,11 +140,11 @@ class Identity:
     index: str
     stretches: str
 
-    def is_mended(self, before: Mapping[str, str]) -> bool:
-        """Return whether this is the corpus of an older identity, equal or with some tokens replaced: the same index,
-        and half of the stretches at least."""
+    def likeness(self, before: Mapping[str, str]) -> int:
+        """Return how many stretches are those of an older identity; 0 with another index, or where they are fewer than
+        half. Otherwise it is the same corpus, equal or mended: some tokens replaced."""
         equal = sum(a == b for a, b in zip(*map(_quarters, (self.stretches, before["stretches"])), strict=False))
-        return self.index == before["index"] and 2 * equal >= STRETCHES
+        return equal if self.index == before["index"] and 2 * equal >= STRETCHES else 0
 
 
 class IndexedDataset:

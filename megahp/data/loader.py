@@ -4,7 +4,7 @@ import hashlib
 import math
 import operator
 from bisect import bisect
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -83,7 +83,7 @@ class TrainingData:
         validation_fraction: float,
         cache: Path,
         vocab_size: int = 1 << 62,
-        skip: Mapping[str, Container[int]] | None = None,
+        skip: Mapping[str, Sequence[range]] | None = None,
         sets: Mapping[str, IndexedDataset] | None = None,
     ) -> None:
         self._skip, self._seed, self._fraction = skip or {}, seed, validation_fraction
@@ -150,8 +150,8 @@ class TrainingData:
         that positions and orders are found, before a state is loaded. Returns their prefixes."""
         mended = []
         for dataset in self.datasets:
-            before = next((each for each in saved if dataset.identity.is_mended(each)), None)
-            if before and before["fingerprint"] != dataset.fingerprint:
+            before = max(saved, key=dataset.identity.likeness, default=None)
+            if before and dataset.identity.likeness(before) and before["fingerprint"] != dataset.fingerprint:
                 dataset.fingerprint = before["fingerprint"]
                 mended.append(dataset.prefix)
         return mended
@@ -161,7 +161,9 @@ class TrainingData:
         source, j = self._blends[self.phase].locate(ids - self._first_sample)
         skipped = self._skip.get("", ())
         samples = [
-            self._training[k].sample(self._begins[self._training[k].key][0] + number + (i in skipped), self.length)
+            self._training[k].sample(
+                self._begins[self._training[k].key][0] + number + any(i in part for part in skipped), self.length
+            )
             for k, number, i in zip(source, j, ids.tolist(), strict=True)
         ]
         return _stack(samples, ids, documents)

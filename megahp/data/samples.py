@@ -8,7 +8,7 @@ on the ranks or on the batch, so any of them may change during the run.
 import hashlib
 import uuid
 import zlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -91,7 +91,7 @@ class SampleOrder:
         seed: int,
         cache: Path,
         vocab_size: int = 1 << 62,
-        skip: Container[int] = (),
+        skip: Sequence[range] = (),
     ) -> None:
         self.window, self.prefix = window, dataset.prefix
         self.tokens = int(dataset.document_tokens[documents].sum())
@@ -129,7 +129,7 @@ class SampleOrder:
         wrong: list[str] = []
         for number in range(j, j + self.windows * (self.window // length) if end is None else end):
             pieces = self._pieces(number, length)
-            if any(document in self._skip for document, _, _ in pieces):
+            if any(document in part for part in self._skip for document, _, _ in pieces):
                 continue
             tokens = np.concatenate([self._dataset.tokens(*piece) for piece in pieces]).astype(np.int64)
             if tokens.min() < 0 or tokens.max() >= self._vocab_size:

@@ -5,7 +5,6 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def prepare(
         raise UserError(f"{saved or config.directory} already exists; pass --resume auto to continue, or set log.name")
     if resume and saved:
         state = checkpoint.read_state(saved)
-        config = in_saved_order(config, state.get("sources", ()))
+        config = in_saved_order(config, state)
         refuse_changes(config, state["config"], saved, {"always", "unless dense", "on resume"})
         check_schedule(config, state["progress"]["tokens"], saved)
         check_resumed_batch(config, layout, state, saved)
@@ -94,14 +93,14 @@ def prepare(
     return config
 
 
-def in_saved_order(config: Config, saved: Sequence[Mapping[str, str]]) -> Config:
+def in_saved_order(config: Config, state: Mapping[str, Any]) -> Config:
     """Return the config with its sources in the order in which a checkpoint has them, if they are the same ones: their
     order decides which sample is of which."""
-    data = config.data
-    if not len(saved) == len(data.train) > 1:
+    data, saved = config.data, state.get("sources", ())
+    if len(saved) != len(data.train) or state["config"]["data"]["train"] == list(data.train):
         return config
     identities = [IndexedDataset(prefix).identity for prefix in data.train]
-    order = [next((k for k, each in enumerate(identities) if each.is_mended(before)), -1) for before in saved]
+    order = [max(range(len(saved)), key=lambda k: identities[k].likeness(before)) for before in saved]
     if sorted(order) != list(range(len(order))):
         return config
 
@@ -345,9 +344,8 @@ def open_data(config: Config) -> TrainingData:
                 f"data.skip: {dataset.prefix!r} has only {dataset.documents} documents, from 0 on; correct it"
             )
     sets = {name: IndexedDataset(prefix) for name, prefix in parse_validation(data).items()}
-    skipped = {prefix: frozenset(chain(*parts)) for prefix, parts in skip.items()}
     vocab_size = config.model.vocab_size
-    return TrainingData(datasets, phases, config.train.seed, data.validation_fraction, cache, vocab_size, skipped, sets)
+    return TrainingData(datasets, phases, config.train.seed, data.validation_fraction, cache, vocab_size, skip, sets)
 
 
 def cache_of(config: Config) -> Path:

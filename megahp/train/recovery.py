@@ -93,14 +93,18 @@ def skip(run: Run, reporter: Reporter, plan: StepPlan, measured: Measurement, re
 
 
 def report_wrong_samples(run: Run, reporter: Reporter, plan: StepPlan) -> None:
-    """Log every sample of a step in whose place another one stands, since an id is outside the vocabulary. Raises
-    UserError if data.wrong_samples refuses them. Some rank has met one; all read all of them, to end alike."""
+    """Log every sample of a step in whose place another one stands, since an id is outside the vocabulary. Where
+    data.wrong_samples refuses the first, saves what was trained before and raises UserError.
+
+    Some rank has met one, and all ranks read all of them, to end alike."""
     for sample in range(plan.first_sample, plan.first_sample + plan.global_batch):
         for wrong in run.data.batch(np.array([sample]), documents=False).wrong:
+            reporter.event("wrong sample", wrong, run.progress, sample=sample)
             if run.config.data.wrong_samples == "refuse":
-                reporter.event("wrong sample", wrong, run.progress, sample=sample)
+                run.engine.zero()
+                if run.progress.step:
+                    save_at_end(run, reporter, None)
                 raise UserError(f"{wrong}; {WRONG_SAMPLES}")
-            reporter.event("wrong sample", f"{wrong}; another one is read instead", run.progress, sample=sample)
 
 
 def wait_for_save(run: Run, reporter: Reporter) -> None:

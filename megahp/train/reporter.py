@@ -128,7 +128,9 @@ class Reporter:
         """Log the validation before the first step, as a line of metrics without a loss of training."""
         if self.log:
             start = {"step": run.progress.step, "tokens": run.progress.tokens, "samples": run.progress.samples}
-            self.log.metrics({**start, **_validation(losses)})
+            self.log.metrics(record := {**start, **_validation(losses)})
+            if self.wandb:
+                self.wandb.metrics(record)
             self.message(f"validation loss before the first step: {losses['']:.4f}")
 
     def message(self, text: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megahp.config import Phase, parse_table, phase_at, phases_of
+from megahp.config import Phase, parse_skip, parse_table, phase_at, phases_of
 from megahp.config.schema import DataConfig
 
 
@@ -52,3 +52,15 @@ def test_a_table_grows_in_tokens_and_batch() -> None:
 def test_a_wrong_word_is_named(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_table(words)
+
+
+def test_what_to_skip_is_documents_of_prefixes_and_samples() -> None:
+    words = ("data/a:3", "150", "c:/d:0-4", "data/a:10-10", "7-9")
+    assert parse_skip(words) == {
+        "data/a": [range(3, 4), range(10, 11)],
+        "": [range(150, 151), range(7, 10)],
+        "c:/d": [range(5)],
+    }
+    for word in ("a:", "a:-1", "a:1-", "x", "a:1-2-3", "a:²", ":5"):
+        with pytest.raises(ValueError, match="prefix:document"):
+            parse_skip((word,))

@@ -275,7 +275,7 @@ def test_wrong_and_skipped_samples_are_replaced_alike_however_batches_are_cut(so
     """F7: in the slot of each stands the next sample of its source; every other sample is as it was."""
     one, two = (IndexedDataset(prefix) for prefix in sources)
     phases, plain = [Phase(0.0, LENGTH, (3.0, 1.0))], training_data(sources, tmp_path).batch(np.arange(120), True)
-    skip = {one.prefix: [5], "": [3, 4]}
+    skip = {one.prefix: [range(5, 6)], "": [range(3, 5)]}
     data = TrainingData([one, two], phases, 1, 0.1, tmp_path / "cache", 2250, skip)
     whole = data.batch(np.arange(120), documents=True)
     source, j = data._blends[0].locate(np.arange(120))

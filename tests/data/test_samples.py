@@ -203,7 +203,9 @@ def test_processes_race_for_the_same_cache(dataset, tmp_path):
 def test_what_is_skipped_moves_nothing_else(dataset, tmp_path):
     """Each sample that holds a skipped document is the next one that does not; all others stay."""
     plain = order(dataset, tmp_path / "c")
-    skipped = SampleOrder(dataset, np.arange(dataset.documents), LENGTH, 1, tmp_path / "c", 1000, {7, 15})
+    skipped = SampleOrder(
+        dataset, np.arange(dataset.documents), LENGTH, 1, tmp_path / "c", 1000, [range(7, 8), range(15, 16)]
+    )
     origins = [{document_of(token) for token in plain.sample(j, LENGTH)[0]} for j in range(60)]
     good = [j for j, documents in enumerate(origins) if not documents & {7, 15}]
     assert 0 < len(good) < 50
@@ -211,7 +213,7 @@ def test_what_is_skipped_moves_nothing_else(dataset, tmp_path):
         expected = next(each for each in good if each >= j)
         assert np.array_equal(skipped.sample(j, LENGTH)[0], plain.sample(expected, LENGTH)[0])
         assert skipped.sample(j, LENGTH).wrong == []
-    everything = SampleOrder(dataset, np.arange(dataset.documents), LENGTH, 1, tmp_path / "c", 1000, range(99))
+    everything = SampleOrder(dataset, np.arange(dataset.documents), LENGTH, 1, tmp_path / "c", 1000, [range(99)])
     with pytest.raises(UserError, match="every sample is left out"):
         everything.sample(3, LENGTH)
 

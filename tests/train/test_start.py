@@ -410,12 +410,13 @@ def test_a_wrong_sample_met_in_training(folder: Path, stable: list[dict[str, Any
     description["fingerprint"] = IndexedDataset(str(folder / name)).fingerprint
     (folder / f"{name}.json").write_text(json.dumps(description))
     layout = ["parallel.dp_shard=2"] if ranks == 2 else []
-    words = [f"log.name={name}", f'data.train=["{name}", "two"]', "log.baselines=false", *layout]
+    words = [f"log.name={name}", f'data.train=["{name}", "two"]', "log.baselines=false", "checkpoint.every=5", *layout]
     errors = world.run(ranks, refused, folder, words, False)
     assert len(set(errors)) == 1 and f"holds token 300 in document {bad}" in errors[0] and "data.skip" in errors[0]
     (event,) = events(folder, name, "wrong sample")
     met = event["step"] + 1
     assert met == 13 and event["sample"] // 8 == event["step"]
+    assert (folder / "runs" / name / "checkpoints/step-00000012").exists()  # nothing is trained twice
 
     shutil.copytree(folder / "runs" / name, folder / "runs" / f"{name}-skip")
     skip = (*words[1:], "data.wrong_samples=skip", "--ranks", str(ranks))
