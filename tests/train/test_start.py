@@ -400,17 +400,17 @@ def test_an_id_outside_the_vocabulary_is_found_before_training(
     train(folder, "outside", *words[3:], f"data.skip=['outside:{bad}']")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_wrong_sample_met_in_training(folder: Path, stable: list[dict[str, Any]], ranks: int) -> None:
+@pytest.mark.parametrize("layout", ["tp=1", "dp_shard=2", "tp=2", "pp=2", "cp=2"])
+def test_a_wrong_sample_met_in_training(folder: Path, stable: list[dict[str, Any]], layout: str) -> None:
     """F7: it is one event, and ends the run, of which the mended file makes what it would have been; or is replaced, in
     the same way on every layout. A description that is wrong lets it pass on opening."""
-    bad, name = training_document(folder), f"wrong{ranks}"
+    bad, name, ranks = training_document(folder), f"wrong-{layout}", int(layout[-1])
     damage(folder, "one", name, {bad: 300})
     description = {"tokenizer_fingerprint": load_tokenizer("bytes").fingerprint, "largest_id": 256}
     description["fingerprint"] = IndexedDataset(str(folder / name)).fingerprint
     (folder / f"{name}.json").write_text(json.dumps(description))
-    layout = ["parallel.dp_shard=2"] if ranks == 2 else []
-    words = [f"log.name={name}", f'data.train=["{name}", "two"]', "log.baselines=false", "checkpoint.every=5", *layout]
+    words = [f"log.name={name}", f'data.train=["{name}", "two"]', "log.baselines=false", "checkpoint.every=5"]
+    words += [f"parallel.{layout}", "model.layers=2"] if layout == "pp=2" else [f"parallel.{layout}"]
     errors = world.run(ranks, refused, folder, words, False)
     assert len(set(errors)) == 1 and f"holds token 300 in document {bad}" in errors[0] and "data.skip" in errors[0]
     (event,) = events(folder, name, "wrong sample")
@@ -423,17 +423,17 @@ def test_a_wrong_sample_met_in_training(folder: Path, stable: list[dict[str, Any
     train(folder, f"{name}-skip", "--resume", "auto", *skip)
     found = [(each["step"], each["sample"]) for each in events(folder, f"{name}-skip", "wrong sample")]
     assert found[0] == found[1] == (met - 1, event["sample"]) and len({step for step, _ in found}) == len(found) - 1
-    skipped = losses(folder, f"{name}-skip")
-    assert skipped[: met - 1] == pytest.approx(losses(folder, "stable")[: met - 1], rel=1e-5)
-    assert skipped[met - 1] != pytest.approx(losses(folder, "stable")[met - 1], rel=1e-5)
-    reference = folder / "skipped.json"  # what one rank did
-    reference.write_text(json.dumps(skipped)) if ranks == 1 else None
-    assert skipped == pytest.approx(json.loads(reference.read_text()), rel=1e-5)
+    if layout == "pp=2":  # of another model
+        return
+    skipped, plain = losses(folder, f"{name}-skip"), [record["loss"] for record in stable]
+    assert skipped[: met - 1] == pytest.approx(plain[: met - 1], rel=1e-4)
+    assert skipped[met - 1] != pytest.approx(plain[met - 1], rel=1e-4)
+    assert skipped == pytest.approx(losses(folder, "wrong-tp=1-skip"), rel=1e-4)
 
     (folder / f"{name}.json").unlink()
     damage(folder, "one", name, {})
     train(folder, name, "--resume", "auto", *words[1:], "--ranks", str(ranks))
-    assert losses(folder, name) == pytest.approx([record["loss"] for record in stable], rel=1e-5)
+    assert losses(folder, name) == pytest.approx(plain, rel=1e-4)
     (mended,) = events(folder, name, "mended")
     assert f"data '{name}' has other tokens" in mended["reason"]
 
