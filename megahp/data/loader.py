@@ -134,6 +134,7 @@ class TrainingData:
 
     @property
     def fingerprint(self) -> str:
+        """Return a hash of all that decides which sample is which, but for what is skipped."""
         # Only ratios of weights matter, so scaled weights have the same fingerprint.
         shares = [
             (phase.tokens, phase.length, [w / sum(phase.weights) for w in phase.weights]) for phase in self.phases
@@ -159,14 +160,12 @@ class TrainingData:
     def batch(self, ids: np.ndarray, documents: bool) -> Batch:
         """Return the training samples with these global ids (int64 [n]), of the current phase, on the CPU."""
         source, j = self._blends[self.phase].locate(ids - self._first_sample)
-        skipped = self._skip.get("", ())
-        samples = [
-            self._training[k].sample(
-                self._begins[self._training[k].key][0] + number + any(i in part for part in skipped), self.length
-            )
-            for k, number, i in zip(source, j, ids.tolist(), strict=True)
-        ]
-        return _stack(samples, ids, documents)
+        for row, i in enumerate(ids.tolist()):
+            if any(i in part for part in self._skip.get("", ())):
+                j[row] = self._next_number(i, source[row])
+        begins = [self._begins[order.key][0] for order in self._training]
+        numbers = zip(source.tolist(), j.tolist(), strict=True)
+        return _stack([self._training[k].sample(begins[k] + n, self.length) for k, n in numbers], ids, documents)
 
     def enter_phase(self, phase: int, sample: int) -> None:
         """Switch to a phase, by its index, from this global sample id on."""
@@ -208,7 +207,8 @@ class TrainingData:
 
         A smaller count is a prefix of a larger one; no window comes twice. The groups are the mixture, each of its
         sources if there are several, and each set; without documents held out, the mixture is all sets together.
-        Raises UserError for a source or set that has fewer, and for ids outside the vocabulary.
+        Windows that are skipped, or hold an id outside the vocabulary, are passed over. Raises UserError for a source
+        or set that has fewer.
         """
         if not self._validation and not self._sets:
             raise UserError("validation_fraction is 0, so there is nothing to validate on; set it above 0")
@@ -272,6 +272,16 @@ class TrainingData:
     def length(self) -> int:
         """Tokens per sample in the current phase."""
         return self.phases[self.phase].length
+
+    def _next_number(self, i: int, source: int) -> int:
+        """Return the index in this source of its first sample from i on that data.skip does not name."""
+        while True:
+            if part := next((part for part in self._skip[""] if i in part), None):
+                i = part.stop
+            (k,), (number,) = self._blends[self.phase].locate(np.array([i - self._first_sample]))
+            if k == source and not any(i in part for part in self._skip[""]):
+                return int(number)
+            i += 1
 
     def _windows(self, order: SampleOrder, count: int, of: str = "") -> list[Sample]:
         """Return the first `count` windows of an order of validation documents. Raises UserError if it has fewer."""

@@ -132,6 +132,7 @@ class SampleOrder:
             if any(document in part for part in self._skip for document, _, _ in pieces):
                 continue
             tokens = np.concatenate([self._dataset.tokens(*piece) for piece in pieces]).astype(np.int64)
+            # an embedding that is split over ranks would not notice: each rank takes the id for another rank's
             if tokens.min() < 0 or tokens.max() >= self._vocab_size:
                 wrong.append(self._problem(pieces))
                 continue
