@@ -3,14 +3,17 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from megahp.data.indexed import MAGIC
 from megahp.errors import UserError
+from megahp.files import read_json
 from megahp.log.metrics import without_nan
 
 
@@ -24,6 +27,49 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(option: str, outputs: Mapping[Path, Callable[[Path], bool]], inputs: Iterable[Path]) -> None:
+    """Raise UserError for an output that is one of the inputs, by whatever name, or a file that megahp did not
+    write: neither may be replaced, whatever the user asked for. outputs: file -> whether it is of megahp."""
+    taken = {(status.st_dev, status.st_ino): path for path in inputs if (status := path.stat())}
+    for path, is_ours in outputs.items():
+        if not os.path.lexists(path):
+            continue
+        status = path.stat() if path.exists() else path.lstat()
+        if read := taken.get((status.st_dev, status.st_ino)):
+            raise UserError(f"{option} would replace {str(path)!r}, which is the input {str(read)!r}; choose another")
+        if not path.is_file() or not is_ours(path):
+            raise UserError(
+                f"{option} would replace {str(path)!r}, which megahp did not write; choose another, or remove it"
+            )
+
+
+def begins_with(*marks: bytes) -> Callable[[Path], bool]:
+    """Return a test of whether one of these is in the first KiB of a file."""
+
+    def is_in(path: Path) -> bool:
+        with open(path, "rb") as file:
+            start = file.read(1024)
+        return any(mark in start for mark in marks)
+
+    return is_in
+
+
+def data_files(prefix: str) -> dict[Path, Callable[[Path], bool]]:
+    """Return the files of tokenized data, and whether one that exists is of megahp, for `check_replaceable`."""
+    index, has_magic = Path(f"{prefix}.idx"), begins_with(MAGIC)
+
+    def is_description(path: Path) -> bool:
+        with suppress(UserError):
+            return read_json(path, "description").keys() >= {"tokenizer", "vocab_size", "eod", "documents", "tokens"}
+        return False
+
+    return {
+        Path(f"{prefix}.bin"): lambda _: index.is_file() and has_magic(index),  # it has no mark of its own
+        index: has_magic,
+        Path(f"{prefix}.json"): is_description,
+    }
 
 
 def check_writable(*files: Path | None, plot: Path | None = None) -> None:

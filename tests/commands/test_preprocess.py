@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megahp import cli
+from megahp.data import texts
 from megahp.data.indexed import IndexedDataset
 from megahp.data.tokenizer import load_tokenizer
 
@@ -98,9 +99,9 @@ def test_a_folder_is_read_in_sorted_order_by_extension(run, tmp_path, capsys):
         (folder / name).write_text(name)
     (folder / "latin.py").write_bytes(b"\xe9t\xe9")
     (folder / "empty.py").write_text("")
-    assert run(folder) == 0
+    assert run(folder, "--most-bad", 0.2) == 0
     assert documents(tmp_path / "out") == ["a.rst", "b/1.py", "b/2.py", "c.txt"]
-    assert "skipped 1 documents" in capsys.readouterr().out
+    assert f"left out 1: not UTF-8, the first {folder}/latin.py" in capsys.readouterr().out
     assert run(folder, "--extensions", "md", "--no-eod", output="md") == 0
     assert documents(tmp_path / "md", eod=False) == ["skipped.md"]
 
@@ -109,9 +110,10 @@ def test_bad_json_lines_are_skipped_and_counted(run, tmp_path, capsys):
     bad = [b"{broken\n", b'{"text": null}\n', b'{"text": "\\ud800"}\n', b"\xff\n", b"[1]\n", b'{"other": 1}\n', b"\n"]
     bad.append(b"[" * 100_000 + b"\n")  # deeper than the parser goes
     (tmp_path / "d.jsonl").write_bytes(json_lines(["first"]) + b"".join(bad) + json_lines(["last"]))
-    assert run(tmp_path / "d.jsonl") == 0
+    assert run(tmp_path / "d.jsonl", "--most-bad", 0.8) == 0
     assert documents(tmp_path / "out") == ["first", "last"]
-    assert "skipped 7 documents" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "left out 2: no JSON, the first" in out and "d.jsonl:2\n" in out
 
 
 def test_output_does_not_depend_on_workers_and_round_trips(run, tool, tmp_path, monkeypatch):
@@ -123,14 +125,14 @@ def test_output_does_not_depend_on_workers_and_round_trips(run, tool, tmp_path, 
     assert model.read_bytes() == trained, "an existing tokenizer is used, not trained again"
     for suffix in ("bin", "idx", "json"):
         assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"two.{suffix}").read_bytes()
-    texts = [path.read_text() for path in sorted(folder.rglob("*.py"))]
-    assert documents(tmp_path / "two", model) == [text for text in texts if text]
+    whole = [path.read_text() for path in sorted(folder.rglob("*.py"))]
+    assert documents(tmp_path / "two", model) == [text for text in whole if text]
 
 
 def test_long_documents_are_encoded_in_pieces_with_the_same_tokens(run, tool, tmp_path, monkeypatch):
     folder, model = corpus(tmp_path / "in"), tmp_path / "code.model"
     assert run(folder, "--train-sentencepiece", 300, tokenizer=model, output="whole") == 0
-    monkeypatch.setattr(tool, "PIECE_CHARACTERS", 500)
+    monkeypatch.setattr(texts, "PIECE_CHARACTERS", 500)
     assert run(folder, tokenizer=model, output="pieces") == 0
     assert (tmp_path / "whole.bin").read_bytes() == (tmp_path / "pieces.bin").read_bytes()
     pieces = list(tool.split_text("line of text\n" * 500))
@@ -144,7 +146,7 @@ def test_reading_is_never_far_ahead_of_writing(tool, monkeypatch):
     def chunks():
         for k in range(100):
             read.append(k)
-            yield [tool.Document(str(k), 1)]
+            yield [tool.Piece(0, k, str(k), k)]
 
     encode = tool.partial(tool.encode_chunk, "bytes", True)
     for done, encoded in enumerate(tool.map_in_order(encode, chunks(), workers=2)):
@@ -216,6 +218,6 @@ def test_progress_is_printed_in_lines(tool, monkeypatch, capsys):
     monkeypatch.setattr(tool.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with tool.show_progress(10_000_000) as advance:
-        for _ in range(3):
-            advance(2_000_000)
-    assert sys.stderr.getvalue() == "tokenizing: 4 of 10 MB, 0.1 MB/s, 60 s left\n"
+        for done in (2_000_000, 4_000_000, 6_000_000):
+            advance(done)
+    assert sys.stderr.getvalue() == "tokenizing: 4 of 10 MB, 0.1 MB/s, 120 s left\n"
