@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,20 +30,23 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_replaceable(option: str, outputs: Mapping[Path, Callable[[Path], bool]], inputs: Iterable[Path]) -> None:
-    """Raise UserError for an output that is one of the inputs, by whatever name, or a file that megahp did not
-    write: neither may be replaced, whatever the user asked for. outputs: file -> whether it is of megahp."""
+def check_replaceable(
+    option: str, outputs: Mapping[Path, Callable[[Path], bool]], inputs: Iterable[Path], overwrite: bool = True
+) -> None:
+    """Raise UserError for an output that is one of the inputs, by whatever name, or a file that megahp did not write:
+    neither may be replaced. Others may if `overwrite`. outputs: file -> whether one that exists is of megahp."""
     taken = {(status.st_dev, status.st_ino): path for path in inputs if (status := path.stat())}
     for path, is_ours in outputs.items():
         if not os.path.lexists(path):
             continue
-        status = path.stat() if path.exists() else path.lstat()
+        status = os.stat(path, follow_symlinks=path.exists())
         if read := taken.get((status.st_dev, status.st_ino)):
             raise UserError(f"{option} would replace {str(path)!r}, which is the input {str(read)!r}; choose another")
         if not path.is_file() or not is_ours(path):
-            raise UserError(
-                f"{option} would replace {str(path)!r}, which megahp did not write; choose another, or remove it"
-            )
+            why = "which megahp did not write"
+            raise UserError(f"{option} would replace {str(path)!r}, {why}; choose another, or remove it")
+        if not overwrite:
+            raise UserError(f"{option} {str(path)!r} exists; choose another, or add --overwrite")
 
 
 def begins_with(*marks: bytes) -> Callable[[Path], bool]:
@@ -70,6 +74,16 @@ def data_files(prefix: str) -> dict[Path, Callable[[Path], bool]]:
         index: has_magic,
         Path(f"{prefix}.json"): is_description,
     }
+
+
+def write_description(prefix: str, description: Mapping[str, Any]) -> None:
+    """Write PREFIX.json beside tokenized data, atomically."""
+    partial = Path(f"{prefix}.json.{uuid.uuid4().hex}.tmp")
+    try:
+        partial.write_text(json.dumps(description, indent=2) + "\n")
+        partial.replace(f"{prefix}.json")
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_writable(*files: Path | None, plot: Path | None = None) -> None:

@@ -15,14 +15,12 @@ a signal or the death of a worker the same command resumes (PREFIX.unfinished ho
 import argparse
 import hashlib
 import importlib.util
-import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -36,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from megahp.commands.arguments import add_text_arguments
-from megahp.commands.output import check_replaceable, data_files
+from megahp.commands.output import check_replaceable, data_files, write_description
 from megahp.data.indexed import IndexedWriter
 from megahp.data.texts import (
     EMPTY,
@@ -96,9 +94,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}: give at least 1")
     outputs = data_files(arguments.output)
-    for name in outputs:
-        if name.exists() and not arguments.overwrite:
-            raise UserError(f"--output {str(name)!r} exists: choose another or add --overwrite")
+    check_replaceable("--output", outputs, [], arguments.overwrite)  # before standard input is read
     try:
         with ended_by_sigterm():
             return preprocess(arguments, outputs)
@@ -143,15 +139,6 @@ def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path
     return 0
 
 
-def write_description(prefix: str, description: dict[str, Any]) -> None:
-    partial_file = Path(f"{prefix}.json.{uuid.uuid4().hex}.tmp")
-    try:
-        partial_file.write_text(json.dumps(description, indent=2) + "\n")
-        partial_file.replace(f"{prefix}.json")
-    finally:
-        partial_file.unlink(missing_ok=True)
-
-
 def tokenize(
     sources: list[Source],
     tokenizer: Tokenizer,
@@ -190,7 +177,7 @@ def tokenize(
                     tally["documents"] += is_last
                 tally.update(tokens=len(encoded.ids), size=encoded.size)
                 for reason, file, number in encoded.left_out:
-                    note(bad, reason, place(sources[file], number))
+                    note(bad, reason, sources[file].place(number))
                 file, number = encoded.last.file, encoded.last.number
                 state = {"inputs": digests[file], "after": (file, number), "tally": dict(tally), "bad": dict(bad)}
                 writer.mark(state)
@@ -203,10 +190,6 @@ def tokenize(
             raise UserError(f"--input {' '.join(arguments.input)} holds no text: check it")
     left_out.update(bad)
     return tally
-
-
-def place(source: Source, number: int) -> str:
-    return source.name if source.kind == "text" or source.fault else f"{source.name}:{number}"
 
 
 def digest(settings: Sequence[object], sources: Sequence[Source]) -> list[str]:

@@ -73,6 +73,10 @@ class Source:
     fault: str = ""
     handle: IO[bytes] | None = None  # of a copy of standard input, which lives as long as it
 
+    def place(self, number: int) -> str:
+        """Return where a document is, for a message."""
+        return self.name if self.kind == "text" or self.fault else f"{self.name}:{number}"
+
 
 def note(left_out: LeftOut, reason: str, place: object) -> None:
     """Count something left out. place: file, or file:line."""
@@ -105,17 +109,14 @@ def find_sources(
     seen = set[tuple[int, int]]()
     for name in inputs:
         path = Path(name)
-        if name == "-":
-            sources.append(_standard_input(form, scratch))
-            continue
-        if not path.exists():
+        if not path.exists() and name != "-":
             raise UserError(f"--input {name!r} does not exist; check the path")
         found = _files(path, endings, exclude, left_out) if path.is_dir() else [path]
         if not found:
             raise UserError(f"--input {name!r} holds no {' '.join(endings)} files; see --extensions")
         for file in found:
-            source = inspect(file, form, is_named=not path.is_dir())
-            status = os.stat(file, follow_symlinks=file.exists())
+            source = inspect(file, form, not path.is_dir(), scratch)
+            status = os.stat(source.path, follow_symlinks=source.path.exists())
             if (identity := (status.st_dev, status.st_ino)) in seen:
                 note(left_out, "the same file as another", file)
             else:
@@ -157,43 +158,36 @@ def _bare(name: str) -> str:
     return name.lower().removesuffix(next((end for end in COMPRESSIONS if name.lower().endswith(end)), ""))
 
 
-def _standard_input(form: str, scratch: Path | None) -> Source:
-    """Return a copy of standard input on disk, which needs no memory and can be read twice; it has no name to leave."""
-    digest = hashlib.sha256()
-    handle = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
-    with open(0, "rb", closefd=False) as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-            handle.write(block)
-    handle.flush()
-    found = inspect(Path(f"/dev/fd/{handle.fileno()}"), form, name="-")
-    return Source(found.path, "-", found.kind, found.size, digest.hexdigest(), found.is_compressed, found.fault, handle)
-
-
-def inspect(path: Path, form: str = "auto", is_named: bool = True, name: str = "") -> Source:
+def inspect(file: Path, form: str = "auto", is_named: bool = True, scratch: Path | None = None) -> Source:
     """Tell what a file holds. is_named: it was named itself, so that it is refused if it is no text at all.
 
+    Standard input is copied to disk, which needs no memory and can be read twice, in a file without a name to leave.
     Raises UserError for a file that cannot be read, and for one that could be of several kinds.
     """
-    name = name or str(path)
-    if path.is_symlink() and not path.exists():
-        return Source(path, name, "text", 0, "", fault="a link to nothing")
-    refuse_irregular(path, "text", "name another, or fetch it again")
-    status = path.stat()
-    with _opened(path, name) as (raw, stream):
-        head = stream.read(HEAD)
-        if raw is stream and head and name.lower().endswith(COMPRESSIONS):
-            raise UserError(f"{name!r} is named as compressed, and is not; fetch it again, or rename it")
-        kind, fault = "", ""
+    if file.is_symlink() and not file.exists() and not is_named:
+        return Source(file, str(file), "text", 0, "", fault="a link to nothing")
+    handle, digest = None, hashlib.sha256()
+    if str(file) == "-":
+        handle = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
+        with open(0, "rb", closefd=False) as stream:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+                handle.write(block)
+        handle.flush()
+    path = Path(f"/dev/fd/{handle.fileno()}") if handle else file
+    kind, fault = "", ""
+    with _opened(path, str(file)) as (raw, stream):
+        head, is_compressed, status = stream.read(HEAD), raw is not stream, os.fstat(raw.fileno())
         try:
-            kind = _kind(head, _bare(name), form, raw is not stream)
+            kind = _kind(head, file.name, form, is_compressed)
         except UserError as error:
-            raise UserError(f"{name!r} {error}") from None
+            raise UserError(f"{str(file)!r} {error}") from None
         except ValueError as error:  # holds no text
             fault = str(error)
     if fault and is_named:
-        raise UserError(f"{name!r} is {fault}; convert it to UTF-8 text, or remove it")
-    return Source(path, name, kind, status.st_size, str(status.st_mtime_ns), raw is not stream, fault)
+        raise UserError(f"{str(file)!r} is {fault}; convert it to UTF-8 text, or remove it")
+    version = digest.hexdigest() if handle else str(status.st_mtime_ns)
+    return Source(path, str(file), kind, status.st_size, version, is_compressed, fault, handle)
 
 
 def _kind(head: bytes, name: str, form: str, is_compressed: bool) -> str:
@@ -202,6 +196,9 @@ def _kind(head: bytes, name: str, form: str, is_compressed: bool) -> str:
     Raises ValueError for what is no text, and UserError for what may be text or not.
     """
     magics = {b"PAR1": "parquet", b"ARROW1\0\0": "arrow", b"\xff\xff\xff\xff": "stream"}
+    if not is_compressed and head and name.lower().endswith(COMPRESSIONS):
+        raise UserError("is named as compressed, and is not; fetch it again, or rename it")
+    name = _bare(name)
     if columns := next((kind for magic, kind in magics.items() if head.startswith(magic)), ""):
         if is_compressed:
             raise UserError("is compressed around its own compression; decompress it")
@@ -250,6 +247,7 @@ def _opened(path: Path, name: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": Zstandard,
     }
     try:
+        refuse_irregular(path, "text", "name another, or fetch it again")
         with open(path, "rb") as raw:
             start = raw.peek(16)
             opener = next((opener for magic, opener in openers.items() if re.match(magic, start, re.DOTALL)), None)
@@ -465,7 +463,7 @@ def read_texts(source: Source, key: str, most_bad: float) -> tuple[list[str], Le
             if text := "".join(parts):
                 texts.append(text)
             else:
-                note(left_out, piece.fault or EMPTY, f"{source.name}:{piece.number}")
+                note(left_out, piece.fault or EMPTY, source.place(piece.number))
             parts = []
     check_share(left_out, len(texts), most_bad)
     return texts, left_out
