@@ -14,7 +14,7 @@ SPANNED = {
     "commands/test_chain.py": "commands/launch commands/segment",
     "commands/test_convert.py": "convert/families convert/run_directory convert/sidecar",
     "commands/test_extend_vocabulary.py": "convert/tokenizers",
-    "commands/test_preprocess.py": "data/texts",
+    "commands/test_preprocess.py": "commands/merge data/texts",
     "commands/test_runs.py": "commands/status",
     "commands/test_transfer_sweep.py": "commands/arguments diagnose/curves",
     "diagnose/test_verify.py": "commands/verify_layout",

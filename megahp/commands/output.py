@@ -7,11 +7,13 @@ import os
 import platform
 import shutil
 import uuid
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from megahp import __version__, launch
 from megahp.data.indexed import MAGIC
 from megahp.errors import UserError
 from megahp.files import read_json
@@ -35,7 +37,7 @@ def check_replaceable(
 ) -> None:
     """Raise UserError for an output that is one of the inputs, by whatever name, or a file that megahp did not write:
     neither may be replaced. Others may if `overwrite`. outputs: file -> whether one that exists is of megahp."""
-    taken = {(status.st_dev, status.st_ino): path for path in inputs if (status := path.stat())}
+    taken = {(status.st_dev, status.st_ino): path for path in inputs if path.exists() and (status := path.stat())}
     for path, is_ours in outputs.items():
         if not os.path.lexists(path):
             continue
@@ -49,13 +51,12 @@ def check_replaceable(
             raise UserError(f"{option} {str(path)!r} exists; choose another, or add --overwrite")
 
 
-def begins_with(*marks: bytes) -> Callable[[Path], bool]:
-    """Return a test of whether one of these is in the first KiB of a file."""
+def begins_with(mark: bytes, within: int = 1024) -> Callable[[Path], bool]:
+    """Return a test of whether a file has a mark of megahp's within its first bytes."""
 
     def is_in(path: Path) -> bool:
         with open(path, "rb") as file:
-            start = file.read(1024)
-        return any(mark in start for mark in marks)
+            return mark in file.read(within)
 
     return is_in
 
@@ -86,13 +87,26 @@ def write_description(prefix: str, description: Mapping[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_writable(*files: Path | None, plot: Path | None = None) -> None:
-    """Raise UserError for files that could not be written, before anything is measured."""
-    for file in filter(None, (*files, plot)):
-        if not file.parent.is_dir():
-            raise UserError(f"{file} cannot be written, {file.parent} is no folder; make it, or name another file")
-    if plot and plot.suffix not in (".svg", ".png", ".pdf"):
-        raise UserError(f"--plot {plot} cannot be drawn; name a .svg, .png or .pdf file")
+def check_outputs(options: Namespace) -> None:
+    """Raise UserError for files of --json, --plot and --pareto that could not be written, or would replace another's,
+    before anything is measured."""
+    given = {name: vars(options).get(name) for name in ("json", "plot", "pareto")}
+    files = {name: path for name, path in given.items() if isinstance(path, Path)}  # some commands' --json prints
+    if not files or launch.world().rank:  # rank 0 alone writes, and other nodes' folders may differ
+        return
+    for name, path in files.items():
+        check_folder(path)
+        if name != "json" and path.suffix not in (".svg", ".png", ".pdf"):
+            raise UserError(f"--{name} {path} cannot be drawn; name a .svg, .png or .pdf file")
+        # matplotlib names itself in what it draws, in a PDF at the end
+        is_ours = begins_with(b'"megahp"') if name == "json" else begins_with(b"atplotlib", 2**24)
+        check_replaceable(f"--{name}", {path: is_ours}, [])
+
+
+def check_folder(file: Path | None) -> None:
+    """Raise UserError for a file in a folder that is not there."""
+    if file and not file.parent.is_dir():
+        raise UserError(f"{file} cannot be written, {file.parent} is no folder; make it, or name another file")
 
 
 def provenance(words: Sequence[str], *packages: str) -> dict[str, Any]:
@@ -108,9 +122,9 @@ def provenance(words: Sequence[str], *packages: str) -> dict[str, Any]:
 
 
 def write_json(file: Path | None, results: Mapping[str, Any]) -> None:
-    """Write the results if a file is named; numbers that are not finite become null."""
+    """Write the results if a file is named, and with what; numbers that are not finite become null."""
     if file:
-        file.write_text(json.dumps(without_nan(results), indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps({"megahp": __version__, **without_nan(results)}, indent=2) + "\n", encoding="utf-8")
 
 
 def plot_bars(
