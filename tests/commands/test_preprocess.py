@@ -557,7 +557,7 @@ def test_memory_does_not_grow_with_a_document(tmp_path):
     with open(tmp_path / "a.txt", "w") as file:
         for _ in range(48):
             file.write(("x" * 63 + "\n") * 15_625)
-    words = "preprocess --input a.txt --output out --tokenizer bytes --workers 1".split()
+    words = ["preprocess", "--input", "a.txt", "--output", "out", "--tokenizer", "bytes", "--workers", "1"]
     peak = "int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"  # KiB; of a child it would be ours too
     script = f"from megahp import cli\nassert cli.main({words}) == 0\nprint({peak})"
     done = subprocess.run(
