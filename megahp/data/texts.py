@@ -4,6 +4,7 @@ import bz2
 import codecs
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import lzma
@@ -36,7 +37,7 @@ EMPTY = "empty"  # the one reason to leave out a document that does not make it 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can hold but UTF-8 cannot
 # UTF-16 and 32 begin with these; the names of a record's fields are strings, so a text that begins thus is rather JSON
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
-RECORD, ARRAY = re.compile(rb'\s*(\[\s*)?\{\s*"'), re.compile(rb"\s*\[\s*[{\]]")
+RECORD, ARRAY = re.compile(rb'\s*(\[\s*)?\{\s*"'), re.compile(rb"\s*\[\s*(\{|\]\s*\Z)")
 
 LeftOut = dict[str, tuple[int, str]]  # reason -> how many, and where the first is
 Record = tuple[int, Any, str]  # its line or row from 1, what was read, and else what is wrong with it
@@ -79,8 +80,8 @@ class Source:
 
 
 def note(left_out: LeftOut, reason: str, place: object) -> None:
-    """Count something left out. place: file, or file:line."""
-    count, first = left_out.get(reason, (0, str(place)))
+    """Count something left out. place: file, or file:line, of whose name all can be printed."""
+    count, first = left_out.get(reason, (0, repr(str(place))[1:-1]))
     left_out[reason] = count + 1, first
 
 
@@ -106,7 +107,7 @@ def find_sources(
     endings = tuple(f".{extension.lstrip('.').lower()}" for extension in extensions)
     sources: list[Source] = []
     left_out: LeftOut = {}
-    seen = set[tuple[int, int]]()
+    seen = set[tuple[int, ...]]()
     for name in inputs:
         path = Path(name)
         if not path.exists() and name != "-":
@@ -117,7 +118,8 @@ def find_sources(
         for file in found:
             source = inspect(file, form, not path.is_dir(), scratch)
             status = os.stat(source.path, follow_symlinks=source.path.exists())
-            if (identity := (status.st_dev, status.st_ino)) in seen:
+            # some network file systems give an inode's number to several files
+            if (identity := (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)) in seen:
                 note(left_out, "the same file as another", file)
             else:
                 seen.add(identity)
@@ -196,12 +198,16 @@ def _kind(head: bytes, name: str, form: str, is_compressed: bool) -> str:
     Raises ValueError for what is no text, and UserError for what may be text or not.
     """
     magics = {b"PAR1": "parquet", b"ARROW1\0\0": "arrow", b"\xff\xff\xff\xff": "stream"}
-    if not is_compressed and head and name.lower().endswith(COMPRESSIONS):
+    if not is_compressed and name.lower().endswith(COMPRESSIONS):
         raise UserError("is named as compressed, and is not; fetch it again, or rename it")
+    if not head:
+        return "text"  # which is then counted as empty
     name = _bare(name)
     if columns := next((kind for magic, kind in magics.items() if head.startswith(magic)), ""):
         if is_compressed:
             raise UserError("is compressed around its own compression; decompress it")
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError("needs the package 'pyarrow'; pip install pyarrow")
         return columns
     if head.startswith(b"version https://git-lfs"):
         raise UserError("is a pointer of Git LFS; fetch the file with git lfs pull")
@@ -277,7 +283,7 @@ class Zstandard(io.RawIOBase):
 
     def readinto(self, target: Any) -> int:
         while not self._content:
-            self._stored = self._stored or self._raw.read(HEAD)
+            self._stored = self._stored or self._raw.read(1 << 14)  # may become many times as much
             if not self._stored:
                 if self._frame is not None:
                     raise EOFError("it is truncated")
@@ -363,7 +369,7 @@ def _read_records(file: int, source: Source, key: str) -> Iterator[Piece]:
             for number, record, fault in readers.get(source.kind, partial(_columns, source, key))(stream):
                 # A wrong --json-key is reported at the first record, not after hours.
                 if is_first and isinstance(record, dict) and key not in record:
-                    has = ", ".join(map(str, record))
+                    has = repr(", ".join(map(str, record)))[1:-1]
                     remedy = "choose one, or say --format text"
                     raise UserError(f"--json-key {key!r} is not in {source.name!r}, which has {has}; {remedy}")
                 is_first = is_first and not isinstance(record, dict)
@@ -426,10 +432,8 @@ def _after_spaces(text: str, at: int) -> int:
 
 def _columns(source: Source, key: str, stream: IO[bytes]) -> Iterator[Record]:
     """Yield the rows' field `key` alone. Raises ValueError (which those of pyarrow are)."""
-    try:
-        from pyarrow import ArrowException, ipc, parquet
-    except ImportError as error:
-        raise UserError(f"reading {source.name!r} needs the package 'pyarrow'; pip install pyarrow") from error
+    from pyarrow import ArrowException, ipc, parquet  # an optional package
+
     try:
         if source.kind == "parquet":
             table = parquet.ParquetFile(stream)

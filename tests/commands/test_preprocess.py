@@ -319,6 +319,16 @@ def test_what_cannot_be_told_is_refused_by_name(run, tmp_path, capsys, name, con
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["good.txt", name])
 
 
+def test_a_file_name_that_cannot_be_printed_can_be_read_and_told(run, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / os.fsdecode(b"\xe9\n.txt")).write_text("text")
+    (tmp_path / "in" / os.fsdecode(b"\xe9\n.jsonl")).write_bytes(b"[]\n" + LINES)
+    assert run(tmp_path / "in", "--most-bad", 1) == 0
+    assert (
+        "left out 1: no text in 'text', the first" in (out := capsys.readouterr().out) and "udce9\\n.jsonl:1\n" in out
+    )
+
+
 def test_a_format_can_be_said(run, tmp_path, capsys):
     (tmp_path / "package.json").write_text('{\n "name": "x"\n}')
     (tmp_path / "a.csv").write_text("a,b\n")
@@ -343,6 +353,8 @@ def test_what_is_left_out_of_a_folder_is_counted(run, tmp_path, capsys):
     (folder / "l.txt").write_bytes(b"a\0" * 10)
     (folder / "m.txt").touch()
     os.mkfifo(folder / "n.txt")
+    (folder / "o.jsonl").touch()
+    (folder / os.fsdecode(b"p\xe9\n.txt")).write_bytes(b"\xff")
     assert run(folder, folder / "a.txt", "--most-bad", 1) == 0
     assert documents(tmp_path / "out") == ["a.txt", "real/d.txt"]
     told = [line.split("left out ")[1] for line in capsys.readouterr().out.splitlines() if "left out" in line]
@@ -356,8 +368,8 @@ def test_what_is_left_out_of_a_folder_is_counted(run, tmp_path, capsys):
             f"1: no regular file, the first {folder}/n.txt",
             f"1: a link to nothing, the first {folder}/i.txt",
             f"2: binary, the first {folder}/j.txt",
-            f"1: not UTF-8, the first {folder}/k.txt",
-            f"1: empty, the first {folder}/m.txt",
+            f"2: not UTF-8, the first {folder}/k.txt",
+            f"2: empty, the first {folder}/m.txt",
         ]
     )
 
