@@ -13,7 +13,7 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 
 from megahp.commands.arguments import add_text_arguments
-from megahp.data.texts import inspect, read_texts
+from megahp.data.texts import check_key, inspect, read_texts
 from megahp.errors import UserError
 
 LINE = "{:<{width}}{:>14}{:>14}{:>12}{:>12}{:>14}"
@@ -36,10 +36,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
     texts = []
     sources = [inspect(file, options.format) for file in options.files]
-    if options.json_key != "text" and all(source.kind == "text" for source in sources):
-        raise UserError(
-            f"--json-key {options.json_key!r} is for JSON, Parquet or Arrow, and all files are text; omit it"
-        )
+    check_key(sources, options.json_key)
     for source in sources:
         found, left_out = read_texts(source, options.json_key, options.most_bad)
         if not found:

@@ -42,6 +42,7 @@ from megahp.data.texts import (
     LeftOut,
     Piece,
     Source,
+    check_key,
     check_share,
     find_sources,
     note,
@@ -113,6 +114,7 @@ def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path
     sources, left_out = find_sources(
         arguments.input, arguments.extensions, arguments.exclude, arguments.format, scratch
     )
+    check_key(sources, arguments.json_key)
     tokenizer_files = [path for path in [Path(arguments.tokenizer)] if path.exists()]
     check_replaceable("--output", outputs, [*(source.path for source in sources if not source.fault), *tokenizer_files])
     if arguments.train_sentencepiece and not tokenizer_files:
@@ -153,18 +155,22 @@ def tokenize(
     left out is added.
     """
     digests = digest([*description.items(), arguments.json_key, arguments.no_eod], sources)
-    bad: LeftOut = {}
-    tally, after = Counter[str](), (0, 0)
+    bad: LeftOut
     encode = partial(encode_chunk, arguments.tokenizer, not arguments.no_eod)
     ends = np.cumsum([source.size for source in sources]).tolist()
     with IndexedWriter(arguments.output, tokenizer.vocab_size, arguments.overwrite, resume=True) as writer:
-        file, number = writer.state.get("after", (0, 0))
-        if writer.state.get("inputs") == dict(enumerate(digests)).get(file):
-            after, tally = (file, number), Counter(writer.state["tally"])
+        try:
+            file, number = writer.state["after"]
+            tally, after = Counter(writer.state["tally"]), (int(file), int(number))
             bad = {reason: (count, first) for reason, (count, first) in writer.state["bad"].items()}
+            is_ours = writer.state["inputs"] == digests[file]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):  # no state, or a damaged one
+            is_ours = False
+        if is_ours:
             print(f"{arguments.output}: resumes after {tally['documents']} documents", file=sys.stderr)
         else:
             writer.restart()
+            tally, after, bad = Counter[str](), (0, 0), {}
         tally["size before"], saved = tally["size"], time.monotonic()
         chunks = make_chunks(read_pieces(sources, arguments.json_key, after))
         results = closing(map_in_order(encode, chunks, arguments.workers))
@@ -248,6 +254,11 @@ def map_in_order(
     pending: deque[Future[Encoded]] = deque()
     others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent) as pool:
+        # Ctrl-C reaches all processes of a terminal: this one ends its workers, which would complain.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+        for _ in range(workers):
+            pool.submit(int)  # starts one
+        signal.signal(signal.SIGINT, before)
         try:
             for chunk in chunks:
                 pending.append(pool.submit(encode, chunk))
@@ -263,7 +274,6 @@ def map_in_order(
 
 def follow_parent() -> None:
     """End this worker with its parent: it would wait for work for ever, and hold the pipes that it inherited open."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the parent too, which ends its workers
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

@@ -96,6 +96,12 @@ def check_share(left_out: LeftOut, documents: int, most_bad: float) -> None:
         )
 
 
+def check_key(sources: Sequence[Source], key: str) -> None:
+    """Raise UserError for a --json-key that was given and that no file has a use for."""
+    if key != "text" and all(source.kind == "text" for source in sources):
+        raise UserError(f"--json-key {key!r} is for JSON, Parquet or Arrow, and all files are text; omit it")
+
+
 def find_sources(
     inputs: Sequence[str], extensions: Sequence[str], exclude: Sequence[str], form: str, scratch: Path | None = None
 ) -> tuple[list[Source], LeftOut]:

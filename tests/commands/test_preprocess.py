@@ -448,6 +448,7 @@ if __name__ == "__main__":
     [
         ("parent", signal.SIGTERM, 143, 30),
         ("group", signal.SIGINT, 130, 30),  # as a terminal does it
+        ("group", signal.SIGTERM, 143, 30),  # as Slurm does it
         ("parent", signal.SIGKILL, -9, 0),
         ("worker", signal.SIGKILL, 2, 30),
     ],
