@@ -207,6 +207,7 @@ class HuggingFaceTokenizer:
         tokenizers, self.path = _import("tokenizers"), path
         settings = read_json(Path(path), "tokenizer", "download it again")
         try:
+            settings["model"].pop("dropout", None)
             added = settings.get("added_tokens") or []
             special = {token["content"] for token in added if token["special"]}
             self._load(tokenizers, settings, special)
