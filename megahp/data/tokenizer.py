@@ -402,9 +402,10 @@ def _special(
     asked = [(f"--{role}", int(given) if given.isdecimal() else given)] if given else _configured(path, role)
     for source, value in asked:
         found = known(value) if isinstance(value, str) else value
-        if found is None or not 0 <= found < size:
+        if found is not None and 0 <= found < size:
+            return found
+        if given or Path(path).stem == "tokenizer":  # else those files may be another tokenizer's
             raise UserError(f"{source} names {value!r}, which tokenizer {path!r} lacks; give --{role}, a name or an id")
-        return found
     return next(own, None)
 
 

