@@ -207,7 +207,7 @@ def load_described_tokenizer(config: Config) -> Tokenizer:
     for prefix, name, value in written:
         if value != own[name]:
             raise UserError(
-                f"data.{name} is token {own[name]} and {prefix} was written with {value}; set data.{name}={value}, or "
+                f'data.{name} is token {own[name]} and {prefix} was written with {value}; set data.{name}="{value}", or '
                 "preprocess all data with the same"
             )
     return tokenizer
