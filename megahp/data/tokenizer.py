@@ -397,7 +397,7 @@ def _special(
 
     known: the id of a token's name. size: of the vocabulary.
     """
-    if role == "bos" and given == "none":
+    if role == "bos" and (given == "none" or not given and _says_none(path)):
         return None
     asked = [(f"--{role}", int(given) if given.isdecimal() else given)] if given else _configured(path, role)
     for source, value in asked:
@@ -420,6 +420,13 @@ def _configured(path: str, role: str) -> Iterator[tuple[str, str | int]]:
         for found in (value, number):
             if isinstance(found, str) or type(found) is int:  # True is an int too
                 yield str(Path(path).with_name(file)), found
+
+
+def _says_none(path: str) -> bool:
+    """Return whether the tokenizer's own configuration names no begin token: the model's may still have an id for it,
+    which transformers and lm-eval then do not use."""
+    own = [_beside(path, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    return any(own) and not any(settings.get("bos_token") for settings in own)
 
 
 def _beside(path: str, name: str) -> dict[str, Any]:

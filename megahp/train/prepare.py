@@ -206,10 +206,8 @@ def load_described_tokenizer(config: Config) -> Tokenizer:
     own = {"eos": tokenizer.eod, "bos": tokenizer.bos}
     for prefix, name, value in written:
         if value != own[name]:
-            raise UserError(
-                f'data.{name} is token {own[name]} and {prefix} was written with {value}; set data.{name}="{value}", or '
-                "preprocess all data with the same"
-            )
+            problem = f"data.{name} is token {own[name]} and {prefix} was written with {value}"
+            raise UserError(f'{problem}; set data.{name}="{value}", or preprocess all data with the same')
     return tokenizer
 
 

@@ -333,9 +333,9 @@ def folder_of(tmp_path, **files):
 
 CONFIGURED = [
     ({}, (1, 2)),  # the special ones, though `</s>` comes first in the list
-    ({"tokenizer_config": {"eos_token": "<turn>", "bos_token": None}}, (3, 2)),
+    ({"tokenizer_config": {"eos_token": "<turn>", "bos_token": None}, "config": {"bos_token_id": 0}}, (3, None)),
     ({"tokenizer_config": {"eos_token": {"content": "<turn>"}, "bos_token": {"content": "<pad>"}}}, (3, 0)),
-    ({"special_tokens_map": {"eos_token": "</s>"}, "config": {"eos_token_id": 3}}, (4, 2)),
+    ({"special_tokens_map": {"eos_token": "</s>", "bos_token": "<s>"}, "config": {"eos_token_id": 3}}, (4, 5)),
     ({"generation_config": {"eos_token_id": [3, 1], "bos_token_id": 0}}, (3, 0)),
     ({"config": {"eos_token_id": 3, "bos_token_id": True}}, (3, 2)),
 ]
@@ -348,6 +348,7 @@ def test_f5_the_end_is_the_configured_one(tmp_path, files, expected):
     assert (tokenizer.eod, tokenizer.bos) == expected
     ids = tokenizer.encode("a</s>b<s><eos><turn>")
     assert not {tokenizer.eod, tokenizer.bos, 1, 2, 3} & set(ids) and (4 in ids) == (tokenizer.eod != 4)
+    assert {4, 5} <= {*ids, tokenizer.eod, tokenizer.bos}
     for eos, bos, given in [("<pad>", "1", (0, 1)), ("3", "none", (3, None)), ("</s>", "<s>", (4, 5))]:
         tokenizer = load_tokenizer(folder_of(tmp_path, **files), eos, bos)
         assert (tokenizer.eod, tokenizer.bos) == given, "the user's word is first"
