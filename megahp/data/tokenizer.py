@@ -10,6 +10,7 @@ import random
 import re
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -90,8 +91,12 @@ def fingerprint_of(path: str) -> str:
     if path == "bytes":
         return hashlib.sha256(b"bytes").hexdigest()
     _check_file(path)
-    if path.endswith(".model"):
-        return _hash_of_file(path)
+    return _hash_of_file(path) if path.endswith(".model") else _fingerprint(path, _hash_of_file(path))
+
+
+@lru_cache(maxsize=4)  # a start asks for it several times, and a large vocabulary takes seconds
+def _fingerprint(path: str, hash_of_file: str) -> str:
+    """Return the fingerprint of a tokenizer.json with this content."""
     try:
         settings = json.loads(_import("tokenizers").Tokenizer.from_file(path).to_str())
     except Exception as error:  # the library raises bare Exception
@@ -100,14 +105,16 @@ def fingerprint_of(path: str) -> str:
     model.pop("dropout", None)
     if "merges" in model:  # older versions of the library write a pair as one string
         model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    kept = {key: settings[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    # how special tokens are found in texts does not matter: they are not
+    added = [(t["id"], t["content"], "special") if t["special"] else t for t in settings["added_tokens"]]
+    kept = {"added_tokens": added, **{key: settings[key] for key in ("normalizer", "pre_tokenizer", "model")}}
     return hashlib.sha256(json.dumps(_set(kept), sort_keys=True).encode()).hexdigest()
 
 
 def refuse_other(path: str, recorded: str, what: str) -> None:
-    """Raise UserError unless the tokenizer at `path` has this fingerprint. recorded: by data or a checkpoint; empty in
-    those of an older megahp. what: and what it did with the tokenizer."""
-    # Descriptions of data from before October 2026... hold the hash of the whole file.
+    """Raise UserError unless the tokenizer at `path` has this fingerprint; empty, as in checkpoints before version 0.2:
+    any. what: the holder of the fingerprint, and what it did with the tokenizer, for the error."""
+    # Descriptions of data from before version 0.2 hold the hash of the file; to be dropped with version 1.
     if recorded and path != "bytes" and Path(path).exists() and recorded == _hash_of_file(path):
         return
     if recorded and (found := fingerprint_of(path)) != recorded:
@@ -303,7 +310,7 @@ def _set(value: Any) -> Any:
     """Return JSON without what is null or false: a newer library writes more of those for the same tokenizer."""
     if isinstance(value, dict):
         return {key: _set(inner) for key, inner in value.items() if inner is not None and inner is not False}
-    return [_set(inner) for inner in value] if isinstance(value, list) else value
+    return [_set(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _as_control_symbols(model: bytes, ids: Collection[int]) -> bytes:

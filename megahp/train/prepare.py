@@ -1,7 +1,7 @@
 """Checks of a run before anything is built or written, and opening its data."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def prepare(
         if config.train.start_from:
             start_tokens = check_start(config, layout, checkpoint.find(checkpoint.location(config.train.start_from)))
     data = open_data(config)
-    config = with_values(config, {"data.begin": begin_of(config)})
+    config = with_values(config, {"data.begin": begin_of(config, data.datasets)})
     if warn and not (resume and saved):
         # a machine without ranks of the run, such as a login node, may lack the GPUs that the run's machines have
         is_cuda = uses_cuda(config) if local_ranks else config.train.device != "cpu"
@@ -231,12 +231,12 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return with_values(config, values)
 
 
-def begin_of(config: Config) -> str:
+def begin_of(config: Config, datasets: Sequence[IndexedDataset]) -> str:
     """Return what stands before the first token of most documents: "bos", a begin token of their own; "eos", the end
     token of the document before; "none"."""
     ends = [
         (tokens[0], tokens[-1])
-        for dataset in map(IndexedDataset, config.data.train)
+        for dataset in datasets
         for document in range(min(dataset.documents, DOCUMENTS_SEEN))
         if len(tokens := dataset.tokens(document))
     ]
