@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import os
@@ -6,6 +7,8 @@ import sys
 
 import pytest
 
+from megahp import cli
+from megahp.data.indexed import IndexedDataset
 from megahp.data.tokenizer import _sample_lines, fingerprint_of, load_tokenizer, refuse_other, train_sentencepiece
 from megahp.errors import UserError
 from megahp.files import LARGEST
@@ -426,3 +429,33 @@ def test_what_is_lost_is_counted(tmp_path, sentencepiece_path, huggingface_path)
         assert ids == tokenizer.encode(text) and lost == expected, kind
     for path in ("bytes", sentencepiece_path, huggingface_path):
         assert load_tokenizer(str(path)).encode_counting("add Ж Ю self\u2581")[1] == 0
+
+
+def test_preprocessing_is_blind_to_state_and_says_what_is_lost(tmp_path, capsys):
+    """F4, F6 as a user meets them: tokens, ends and losses of `megahp preprocess`."""
+    folder_of(tmp_path, generation_config={"eos_token_id": [3, 1]})
+    texts = ["first </s> text <turn> " * 100, "second"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def tokens(name, *words):
+        command = ["preprocess", "--input", "in.jsonl", "--output", name, "--workers", "1", "--tokenizer"]
+        with contextlib.chdir(tmp_path):
+            assert cli.main([*command, "tokenizer.json", *words]) == 0
+            data = IndexedDataset(name)
+            return [data.tokens(document).tolist() for document in range(data.documents)]
+
+    first = tokens("clean")
+    assert [[i for i in ids if i < 6] for ids in first] == [[4] * 100 + [3], [3]], "4 is an ordinary token"
+    assert len(first[0]) == 1 + len(texts[0]) - 3 * 100  # `</s>` is one token
+    description = json.loads((tmp_path / "clean.json").read_text())
+    assert description | {"eod": 3, "bos": 2} == description
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    limit = {"truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved | limit, indent=1))
+    assert tokens("state") == first and "unknown" not in capsys.readouterr().out
+    given = tokens("given", "--eos", "</s>", "--bos", "<pad>")
+    assert [(ids[0], ids[-1], ids.count(4)) for ids in given] == [(0, 4, 1)] * 2
+    lossy = {"normalizer": {"type": "Replace", "pattern": {"String": "f"}, "content": ""}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved | lossy))
+    assert len(tokens("lossy")[0]) == len(first[0]) - 100
+    assert "100 unknown tokens, or characters that tokenizer.json drops" in capsys.readouterr().out
