@@ -29,7 +29,7 @@ import numpy as np
 
 from megahp.data.indexed import IndexedWriter
 from megahp.data.texts import Document, find_files, read_documents
-from megahp.data.tokenizer import Tokenizer, fingerprint_of, load_tokenizer, train_sentencepiece
+from megahp.data.tokenizer import Tokenizer, encode_part, fingerprint_of, load_tokenizer, train_sentencepiece
 from megahp.errors import UserError
 
 CHUNK_CHARACTERS = 1 << 20  # of the documents that a worker gets at a time
@@ -158,7 +158,8 @@ def encode_chunk(tokenizer_words: tuple[str, str, str], append_eod: bool, chunk:
     size = lost = 0
     for document in chunk:
         if document.text:
-            pieces = [tokenizer.encode_counting(piece) for piece in split_text(document.text)]
+            parts = enumerate(split_text(document.text))
+            pieces = [encode_part(tokenizer, part, number == 0) for number, part in parts]
             ids.append(np.concatenate([beginning, *(np.array(piece, np.int32) for piece, _ in pieces), ending]))
             lost += sum(count for _, count in pieces)
             size += len(document.text.encode())
@@ -171,7 +172,7 @@ def encode_chunk(tokenizer_words: tuple[str, str, str], append_eod: bool, chunk:
 def split_text(text: str) -> Iterator[str]:
     """Cut a text after a newline about every PIECE_CHARACTERS: tokenizers need many times a text's memory.
 
-    The tokens are those of the whole text if no token spans a newline, as in a tokenizer trained here.
+    The tokens are those of the whole text if no token spans a newline (`encode_part`), as in a tokenizer trained here.
     """
     start = 0
     while start < len(text):

@@ -75,6 +75,20 @@ def load_tokenizer(path: str, eos: str = "", bos: str = "") -> Tokenizer:
     return (SentencePieceTokenizer if path.endswith(".model") else HuggingFaceTokenizer)(path, eos, bos)
 
 
+def encode_part(tokenizer: Tokenizer, text: str, is_first: bool) -> tuple[list[int], int]:
+    """Encode a part of a text, as `encode_counting`. What a tokenizer puts before a text, such as a space, comes before
+    the first part alone.
+
+    The ids of all parts are those of the whole text if each begins a line and no token spans a newline.
+    """
+    if not is_first:
+        newline, lost_there = tokenizer.encode_counting("\n")
+        ids, lost = tokenizer.encode_counting(f"\n{text}")
+        if ids[: len(newline)] == newline:
+            return ids[len(newline) :], lost - lost_there
+    return tokenizer.encode_counting(text)
+
+
 def tokenizer_of(data: DataConfig, path: str = "") -> Tokenizer:
     """Load the tokenizer that a checkpoint's settings record, with its end and begin tokens, from `path` if given.
     Raises UserError for another one, of the same size too."""

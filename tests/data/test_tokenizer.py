@@ -9,7 +9,14 @@ import pytest
 
 from megahp import cli
 from megahp.data.indexed import IndexedDataset
-from megahp.data.tokenizer import _sample_lines, fingerprint_of, load_tokenizer, refuse_other, train_sentencepiece
+from megahp.data.tokenizer import (
+    _sample_lines,
+    encode_part,
+    fingerprint_of,
+    load_tokenizer,
+    refuse_other,
+    train_sentencepiece,
+)
 from megahp.errors import UserError
 from megahp.files import LARGEST
 
@@ -459,3 +466,25 @@ def test_preprocessing_is_blind_to_state_and_says_what_is_lost(tmp_path, capsys)
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved | lossy))
     assert len(tokens("lossy")[0]) == len(first[0]) - 100
     assert "100 unknown tokens, or characters that tokenizer.json drops" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "bytes", "sentencepiece", "sentencepiece-with-prefix"])
+def test_a_text_in_parts_has_the_ids_of_the_whole(tmp_path, sentencepiece_path, kind):
+    """What a tokenizer puts before a text comes once, though a long document is encoded in parts."""
+    pre = tokenizers.pre_tokenizers
+    prefixing = pre.Metaspace(prepend_scheme="first") if kind == "unigram" else pre.ByteLevel(add_prefix_space=False)
+    path = str(sentencepiece_path) if kind == "sentencepiece" else kind
+    if kind in KINDS:
+        tokenizer = tokenizers.Tokenizer.from_file(str(build(kind, tmp_path / "tokenizer.json")))
+        tokenizer.pre_tokenizer = pre.Sequence([pre.Split("\n", "isolated"), prefixing])
+        tokenizer.save(path := str(tmp_path / "tokenizer.json"))
+    elif kind.endswith("prefix"):
+        import sentencepiece
+
+        words = {"vocab_size": 69, "user_defined_symbols": ["\n"], "minloglevel": 3, "remove_extra_whitespaces": False}
+        path, texts = str(tmp_path / "prefix.model"), (line for text in corpus() for line in text.split("\n"))
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=path[:-6], **words)
+    tokenizer = load_tokenizer(path)
+    lines = corpus()[0].splitlines(keepends=True)[:50]
+    parts = [encode_part(tokenizer, line, number == 0)[0] for number, line in enumerate(lines)]
+    assert [i for ids in parts for i in ids] == tokenizer.encode("".join(lines))
