@@ -57,7 +57,9 @@ def write_run(
         section: {key: value for key, value in values.items() if f"{section}.{key}".startswith(KEPT)}
         for section, values in settings.items()
     }
-    recorded = layer.get("data", {})
+    recorded, before = layer.get("data", {}), settings.get("data", {}).get("tokenizer", "")
+    if Path(before).suffix != Path(tokenizer_name).suffix:  # exported in another format, which has another fingerprint
+        recorded.pop("tokenizer_fingerprint", None)
     tokenizer = load_tokenizer(tokenizer_name, recorded.get("eos", ""), recorded.get("bos", ""))
     partial.mkdir(parents=True)
     if tokenizer_name != "bytes":  # a copy, so that the run does not depend on files elsewhere
