@@ -438,9 +438,11 @@ def _configured(path: str, role: str) -> Iterator[tuple[str, str | int]]:
         value, number = settings.get(f"{role}_token"), settings.get(f"{role}_token_id")
         value = value.get("content") if isinstance(value, dict) else value
         number = number[0] if isinstance(number, list) and number else number
-        for found in (value, number):
-            if isinstance(found, str) or type(found) is int:  # True is an int too
-                yield str(Path(path).with_name(file)), found
+        source = str(Path(path).with_name(file))
+        if isinstance(value, str):
+            yield source, value
+        if type(number) is int:  # True is an int too
+            yield source, number
 
 
 def _says_none(path: str) -> bool:

@@ -61,7 +61,10 @@ def prepare(
         if config.train.start_from:
             start_tokens = check_start(config, layout, checkpoint.find(checkpoint.location(config.train.start_from)))
     data = open_data(config)
-    config = with_values(config, {"data.begin": begin_of(config, data.datasets)})
+    begin = begin_of(config, data.datasets)
+    if warn and begin != config.data.begin == "bos":
+        warn("warning: the model was trained on documents with a begin token, and these have none: preprocess --bos")
+    config = with_values(config, {"data.begin": begin})
     if warn and not (resume and saved):
         # a machine without ranks of the run, such as a login node, may lack the GPUs that the run's machines have
         is_cuda = uses_cuda(config) if local_ranks else config.train.device != "cpu"

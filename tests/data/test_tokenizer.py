@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from megahp import cli
+from megahp.commands.preprocess import load_tokenizer_once
 from megahp.data.indexed import IndexedDataset
 from megahp.data.tokenizer import (
     _sample_lines,
@@ -444,6 +445,7 @@ def test_preprocessing_is_blind_to_state_and_says_what_is_lost(tmp_path, capsys)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
     def tokens(name, *words):
+        load_tokenizer_once.cache_clear()  # of a process that runs one command
         command = ["preprocess", "--input", "in.jsonl", "--output", name, "--workers", "1", "--tokenizer"]
         with contextlib.chdir(tmp_path):
             assert cli.main([*command, "tokenizer.json", *words]) == 0

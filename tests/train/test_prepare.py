@@ -15,6 +15,7 @@ from distributed.runs import train
 
 from megahp import cli
 from megahp.checkpoint.store import write_manifest
+from megahp.commands.preprocess import load_tokenizer_once
 from megahp.config import Config, resolve
 from megahp.convert.tokenizers import bytes_tokenizer
 from megahp.data.tokenizer import fingerprint_of
@@ -55,6 +56,7 @@ def tokenizer(file: Path, **model: Any) -> None:
 
 
 def preprocess(*words: str) -> None:
+    load_tokenizer_once.cache_clear()  # of a process that runs one command
     assert (
         cli.main(["preprocess", "--tokenizer", "tokenizer.json", "--workers", "1", "--input", "in.jsonl", *words]) == 0
     )
@@ -165,3 +167,11 @@ def test_the_end_token_of_the_data_is_the_runs(folder: Path) -> None:
 def test_how_documents_begin_is_seen_in_the_data(folder: Path, name: str, begin: str) -> None:
     """With or without a description."""
     assert prepared("log.name=new", f'data.train=["{name}"]').data.begin == begin
+
+
+def test_a_begin_token_that_the_data_lacks_is_a_warning(folder: Path) -> None:
+    warnings: list[str] = []
+    for begin in ('"bos"', '"eos"'):
+        config = resolve.load(Path("run.toml"), ["log.name=new", f"data.begin={begin}"]).config
+        assert prepare(config, Layout(), 1, False, warnings.append).data.begin == "eos"
+    assert len([line for line in warnings if "begin token" in line]) == 1
