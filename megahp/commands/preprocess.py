@@ -35,6 +35,7 @@ from megahp.errors import UserError
 CHUNK_CHARACTERS = 1 << 20  # of the documents that a worker gets at a time
 PIECE_CHARACTERS = 1 << 18  # of a document that are tokenized at a time
 SECONDS_BETWEEN_LINES = 30
+SPACES = "a\n\n\tb   c\n"
 Chunk = list[Document]
 
 
@@ -103,6 +104,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if tally["lost"]:
         loss = f"{tally['lost']} unknown tokens, or characters that {arguments.tokenizer} drops"
         print(f"{arguments.output}: {loss}; a tokenizer that falls back to bytes has none")
+    if (kept := tokenizer.decode(tokenizer.encode(SPACES))) != SPACES:  # as SentencePiece's default normalizer does
+        print(f"{arguments.output}: {arguments.tokenizer} does not keep all spaces: of {SPACES!r} it keeps {kept!r}")
     if tally["skipped"]:
         print(f"{arguments.output}: skipped {tally['skipped']} documents that are no valid text")
     return 0

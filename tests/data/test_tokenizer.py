@@ -327,6 +327,7 @@ def folder_of(tmp_path, **files):
     """A tokenizer with `</s>` as an ordinary token and several special ones, as Gemma's, and files beside it."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>", "<turn>"])
     tokenizer.add_tokens(["</s>", "<s>"])
@@ -466,7 +467,12 @@ def test_preprocessing_is_blind_to_state_and_says_what_is_lost(tmp_path, capsys)
     lossy = {"normalizer": {"type": "Replace", "pattern": {"String": "f"}, "content": ""}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved | lossy))
     assert len(tokens("lossy")[0]) == len(first[0]) - 100
-    assert "100 unknown tokens, or characters that tokenizer.json drops" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "100 unknown tokens, or characters that tokenizer.json drops" in said and "spaces" not in said
+    spaces = {"normalizer": {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved | spaces))
+    tokens("spaces")
+    assert "tokenizer.json does not keep all spaces" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe", "bytes", "sentencepiece", "sentencepiece-with-prefix"])
