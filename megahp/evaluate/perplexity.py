@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ def evaluate(trained: TrainedModel, files: Sequence[Sequence[str]], context: int
             pieces += [(index, window) for window in found]
             tokens[index] += scored
             # a first token that nothing precedes is not scored, and neither are its bytes
-            unscored = trained.tokenizer.decode(ids[: len(ids) - scored])
+            unscored = commonprefix([trained.tokenizer.decode(ids[: len(ids) - scored]), text])
             sizes[index] += len(text.encode()) - len(unscored.encode())
     for piece, loss, _ in scores(trained, [window for _, window in pieces]):
         nats[pieces[piece][0]] += loss

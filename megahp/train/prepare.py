@@ -43,6 +43,7 @@ def prepare(
         check_wandb()
     if not config.data.train:
         raise UserError("data.train is empty; name at least one prefix written by `megahp preprocess`")
+    begin_before = config.data.begin  # of the model that these settings came with
     config = with_vocabulary(config, load_described_tokenizer(config))
     check_memory(config, layout, local_ranks)
     refuse_links(config.directory)  # before the first look inside, which would follow them
@@ -62,7 +63,7 @@ def prepare(
             start_tokens = check_start(config, layout, checkpoint.find(checkpoint.location(config.train.start_from)))
     data = open_data(config)
     begin = begin_of(config, data.datasets)
-    if warn and begin != config.data.begin == "bos":
+    if warn and begin != begin_before == "bos":
         warn("warning: the model was trained on documents with a begin token, and these have none: preprocess --bos")
     config = with_values(config, {"data.begin": begin})
     if warn and not (resume and saved):

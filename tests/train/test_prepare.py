@@ -44,6 +44,11 @@ validation_samples = 0
 tensorboard = false
 """
 END = 256
+PREFIXING = {
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [257], "tokens": ["<s>"]}},
+}
 
 
 def tokenizer(file: Path, **model: Any) -> None:
@@ -174,4 +179,10 @@ def test_a_begin_token_that_the_data_lacks_is_a_warning(folder: Path) -> None:
     for begin in ('"bos"', '"eos"'):
         config = resolve.load(Path("run.toml"), ["log.name=new", f"data.begin={begin}"]).config
         assert prepare(config, Layout(), 1, False, warnings.append).data.begin == "eos"
+    prefixing = {"type": "Sequence", "processors": [{"type": "TemplateProcessing", **PREFIXING}]}
+    Path("tokenizer.json").write_text(
+        json.dumps(json.loads(Path("right.json").read_text()) | {"post_processor": prefixing})
+    )
+    config = resolve.load(Path("run.toml"), ["log.name=new"]).config
+    assert prepare(config, Layout(), 1, False, warnings.append).data.begin == "eos"
     assert len([line for line in warnings if "begin token" in line]) == 1
