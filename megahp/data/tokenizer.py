@@ -439,7 +439,7 @@ def _configured(path: str, role: str) -> Iterator[tuple[str, str | int]]:
         value = value.get("content") if isinstance(value, dict) else value
         number = number[0] if isinstance(number, list) and number else number
         source = str(Path(path).with_name(file))
-        if isinstance(value, str):
+        if isinstance(value, str) and value:
             yield source, value
         if type(number) is int:  # True is an int too
             yield source, number
