@@ -49,12 +49,13 @@ from megahp.data.texts import (
     read_pieces,
     split_text,
 )
-from megahp.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megahp.data.tokenizer import Tokenizer, encode_part, fingerprint_of, load_tokenizer, train_sentencepiece
 from megahp.errors import UserError
 
 CHUNK_CHARACTERS = 1 << 20  # of the documents that a worker gets at a time
 SECONDS_BETWEEN_LINES = 30
 SECONDS_BETWEEN_SAVES = 30  # of what a killed process leaves for the next
+SPACES = "a\n\n\tb   c\n"
 Chunk = list[Piece]
 
 
@@ -73,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, metavar="N", help="processes (default: cores, %(default)s)")
     add("--no-eod", action="store_true", help="do not end documents with the end-of-document token")
+    words = "by name or id (default: as the files beside the tokenizer say)"
+    add("--eos", default="", metavar="TOKEN", help=f"the token that ends a document, {words}")
+    add("--bos", default="", metavar="TOKEN", help="begin each document with this token, by name or id (default: none)")
     add("--overwrite", action="store_true", help="replace existing output of megahp's")
 
 
@@ -83,6 +87,7 @@ class Encoded:
     ids: np.ndarray  # int32, all documents concatenated
     lengths: list[tuple[int, bool]]  # tokens of each piece of a document, and whether it is the last
     size: int  # UTF-8 bytes of their text
+    lost: int  # unknown tokens, or characters that the tokenizer drops
     left_out: list[tuple[str, int, int]]  # why, in which file, and its number there
     last: Piece  # of the chunk, without its text
 
@@ -122,13 +127,14 @@ def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path
         texts = (piece.text for piece in read_pieces(sources, arguments.json_key) if piece.text)
         train_sentencepiece(texts, Path(arguments.tokenizer), arguments.train_sentencepiece)
         print(f"trained {arguments.tokenizer} in {time.monotonic() - started:.1f} s")
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos, arguments.bos)
     started = time.monotonic()
     description = {
         "tokenizer": arguments.tokenizer,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "tokenizer_fingerprint": fingerprint_of(arguments.tokenizer),
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
+        "bos": tokenizer.bos,
     }
     tally = tokenize(sources, tokenizer, arguments, description, left_out)
     write_description(arguments.output, {**description, "documents": tally["documents"], "tokens": tally["tokens"]})
@@ -136,6 +142,11 @@ def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path
     counts = f"{tally['documents']} documents, {tally['tokens']} tokens, {megabytes:.1f} MB of text, {seconds:.1f} s"
     speed = (tally["size"] - tally["size before"]) / 1e6 / seconds
     print(f"{arguments.output}: {counts} ({speed:.1f} MB/s), {tally['tokens'] / tally['size']:.3f} tokens/byte")
+    if tally["lost"]:
+        loss = f"{tally['lost']} unknown tokens, or characters that {arguments.tokenizer} drops"
+        print(f"{arguments.output}: {loss}; a tokenizer that falls back to bytes has none")
+    if (kept := tokenizer.decode(tokenizer.encode(SPACES))) != SPACES:  # as SentencePiece's default normalizer does
+        print(f"{arguments.output}: {arguments.tokenizer} does not keep all spaces: of {SPACES!r} it keeps {kept!r}")
     for reason, (count, first) in left_out.items():
         print(f"{arguments.output}: left out {count}: {reason}, the first {first}")
     return 0
@@ -154,9 +165,10 @@ def tokenize(
     Returns what was written: documents, tokens, bytes of text (size; before it resumed: size before). left_out: what is
     left out is added.
     """
-    digests = digest([*description.items(), arguments.json_key, arguments.no_eod], sources)
+    tokenizer_words = arguments.tokenizer, arguments.eos, arguments.bos
+    digests = digest([*description.items(), tokenizer_words, arguments.json_key, arguments.no_eod], sources)
     bad: LeftOut
-    encode = partial(encode_chunk, arguments.tokenizer, not arguments.no_eod)
+    encode = partial(encode_chunk, tokenizer_words, not arguments.no_eod)
     ends = np.cumsum([source.size for source in sources]).tolist()
     with IndexedWriter(arguments.output, tokenizer.vocab_size, arguments.overwrite, resume=True) as writer:
         try:
@@ -181,7 +193,7 @@ def tokenize(
                     writer.add_document(encoded.ids[start : start + length], goes_on=not is_last)
                     start += length
                     tally["documents"] += is_last
-                tally.update(tokens=len(encoded.ids), size=encoded.size)
+                tally.update(tokens=len(encoded.ids), size=encoded.size, lost=encoded.lost)
                 for reason, file, number in encoded.left_out:
                     note(bad, reason, sources[file].place(number))
                 file, number = encoded.last.file, encoded.last.number
@@ -225,22 +237,28 @@ def make_chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
 load_tokenizer_once = lru_cache(maxsize=1)(load_tokenizer)  # per worker process
 
 
-def encode_chunk(tokenizer_path: str, append_eod: bool, chunk: Chunk) -> Encoded:
-    """Tokenize a chunk, in a worker process. Empty documents are dropped."""
-    tokenizer = load_tokenizer_once(tokenizer_path)
-    ending = np.array([tokenizer.eod] if append_eod else [], np.int32)
+def encode_chunk(tokenizer_words: tuple[str, str, str], append_eod: bool, chunk: Chunk) -> Encoded:
+    """Tokenize a chunk, in a worker process. Empty documents are dropped. tokenizer_words: path, --eos, --bos."""
+    tokenizer = load_tokenizer_once(*tokenizer_words)
+    beginning = [tokenizer.bos] if tokenizer_words[2] and tokenizer.bos is not None else []
+    ending = [tokenizer.eod] if append_eod else []
     ids: list[np.ndarray] = []
     lengths: list[tuple[int, bool]] = []
-    size = 0
+    size = lost = 0
     for piece in chunk:
         if piece.text:
-            parts = [np.array(tokenizer.encode(part), np.int32) for part in split_text(piece.text)]
-            ids += [*parts, ending] if piece.ends else parts
-            lengths.append((sum(map(len, parts)) + len(ending) * piece.ends, piece.ends))
+            encoded = [
+                encode_part(tokenizer, part, piece.begins and n == 0) for n, part in enumerate(split_text(piece.text))
+            ]
+            around = [beginning if piece.begins else [], *(part for part, _ in encoded), ending if piece.ends else []]
+            parts = [np.array(part, np.int32) for part in around]
+            ids += parts
+            lengths.append((sum(map(len, parts)), piece.ends))
+            lost += sum(count for _, count in encoded)
             size += len(piece.text.encode())
     left_out = [(piece.fault or EMPTY, piece.file, piece.number) for piece in chunk if not piece.text]
     last = chunk[-1]._replace(text=None)
-    return Encoded(np.concatenate([np.empty(0, np.int32), *ids]), lengths, size, left_out, last)
+    return Encoded(np.concatenate([np.empty(0, np.int32), *ids]), lengths, size, lost, left_out, last)
 
 
 def map_in_order(

@@ -49,13 +49,14 @@ class Piece(NamedTuple):
     file: index of its source. number: from 1 in the file; of a record the line or row.
     text: valid Unicode; None for a bad document, of which no other piece is yielded.
     read: bytes of the file, as stored, that have been read.
-    ends: whether it is the document's last. fault: why the document is bad.
+    begins, ends: whether it is the document's first and last. fault: why the document is bad.
     """
 
     file: int
     number: int
     text: str | None
     read: int
+    begins: bool = True
     ends: bool = True
     fault: str = ""
 
@@ -329,11 +330,11 @@ def _read_text(file: int, source: Source) -> Iterator[Piece]:
             text, start = text[start:] + block, 0
             while len(text) - start > 2 * PIECE_CHARACTERS:
                 number, stop = number + 1, _end_of_piece(text, start)
-                yield Piece(file, number, text[start:stop], read, ends=False)
+                yield Piece(file, number, text[start:stop], read, number == 1, ends=False)
                 start = stop
         last = list(split_text(text[start:])) or [""]
         for each, piece in enumerate(last, 1):
-            yield Piece(file, number + each, piece, source.size, ends=each == len(last))
+            yield Piece(file, number + each, piece, source.size, number + each == 1, each == len(last))
     except ValueError as error:
         fault = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         yield Piece(file, 1, None, source.size, fault=fault)
@@ -353,7 +354,7 @@ def _decoded(source: Source) -> Iterator[tuple[str, int]]:
 def split_text(text: str) -> Iterator[str]:
     """Cut a text after a newline about every PIECE_CHARACTERS: tokenizers need many times a text's memory.
 
-    The tokens are those of the whole text if no token spans a newline, as in a tokenizer trained here.
+    The tokens are those of the whole text if no token spans a newline (`encode_part`), as in a tokenizer trained here.
     """
     start = 0
     while start < len(text):
