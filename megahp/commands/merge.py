@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     counts = {
         "documents": sum(dataset.documents for dataset in datasets),
         "tokens": sum(int(dataset.document_tokens.sum()) for dataset in datasets),
+        "largest_id": writer.largest,
     }
     write_description(arguments.output, {**description, **counts})
     print(f"{arguments.output}: {counts['documents']} documents, {counts['tokens']} tokens of {len(parts)} parts")

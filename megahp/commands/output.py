@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megahp import __version__, launch
-from megahp.data.indexed import MAGIC
+from megahp.data.indexed import MAGIC, IndexedDataset
 from megahp.errors import UserError
 from megahp.files import read_json
 from megahp.log.metrics import without_nan
@@ -78,7 +78,8 @@ def data_files(prefix: str) -> dict[Path, Callable[[Path], bool]]:
 
 
 def write_description(prefix: str, description: Mapping[str, Any]) -> None:
-    """Write PREFIX.json beside tokenized data, atomically."""
+    """Write PREFIX.json beside tokenized data, atomically, with the fingerprint of the data that it describes."""
+    description = {**description, "fingerprint": IndexedDataset(prefix).fingerprint}
     partial = Path(f"{prefix}.json.{uuid.uuid4().hex}.tmp")
     try:
         partial.write_text(json.dumps(description, indent=2) + "\n")

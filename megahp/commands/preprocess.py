@@ -137,11 +137,12 @@ def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path
         "bos": tokenizer.bos,
     }
     tally = tokenize(sources, tokenizer, arguments, description, left_out)
-    write_description(arguments.output, {**description, "documents": tally["documents"], "tokens": tally["tokens"]})
+    counts = {key: tally[key] for key in ("documents", "tokens", "largest_id")}
+    write_description(arguments.output, {**description, **counts})
     megabytes, seconds = tally["size"] / 1e6, time.monotonic() - started
-    counts = f"{tally['documents']} documents, {tally['tokens']} tokens, {megabytes:.1f} MB of text, {seconds:.1f} s"
+    amounts = f"{tally['documents']} documents, {tally['tokens']} tokens, {megabytes:.1f} MB of text, {seconds:.1f} s"
     speed = (tally["size"] - tally["size before"]) / 1e6 / seconds
-    print(f"{arguments.output}: {counts} ({speed:.1f} MB/s), {tally['tokens'] / tally['size']:.3f} tokens/byte")
+    print(f"{arguments.output}: {amounts} ({speed:.1f} MB/s), {tally['tokens'] / tally['size']:.3f} tokens/byte")
     if tally["lost"]:
         loss = f"{tally['lost']} unknown tokens, or characters that {arguments.tokenizer} drops"
         print(f"{arguments.output}: {loss}; a tokenizer that falls back to bytes has none")
@@ -162,8 +163,8 @@ def tokenize(
     """Read, encode and write in parallel and in order; memory holds a few chunks per worker. Resumes where an earlier
     process was ended that had the same description and settings, and the same files until there.
 
-    Returns what was written: documents, tokens, bytes of text (size; before it resumed: size before). left_out: what is
-    left out is added.
+    Returns what was written: documents, tokens, the largest id, bytes of text (size; before it resumed: size before),
+    and what was lost. left_out: what is left out is added.
     """
     tokenizer_words = arguments.tokenizer, arguments.eos, arguments.bos
     digests = digest([*description.items(), tokenizer_words, arguments.json_key, arguments.no_eod], sources)
@@ -207,6 +208,7 @@ def tokenize(
         if tally["documents"] == 0:
             raise UserError(f"--input {' '.join(arguments.input)} holds no text: check it")
     left_out.update(bad)
+    tally["largest_id"] = writer.largest
     return tally
 
 

@@ -70,6 +70,8 @@ def test_a_text_file_is_one_document_kept_to_the_byte(run, tmp_path, capsys):
         "bos": None,
         "documents": 1,
         "tokens": 12,
+        "largest_id": 256,
+        "fingerprint": IndexedDataset(str(tmp_path / "out")).fingerprint,
     }
     assert "1 documents, 12 tokens" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out.bin", "out.idx", "out.json"]
