@@ -10,11 +10,11 @@ PACKAGE, TESTS = Path(megahp.__file__).parent, Path(__file__).parent
 # Test -> the modules that it covers, beside that of its own place.
 SPANNED = {
     "checkpoint/test_store.py": "checkpoint/shards checkpoint/inspect commands/checkpoint",
-    "commands/test_benchmark_training.py": "benchmark/machine commands/benchmark_loss commands/output",
+    "commands/test_benchmark_training.py": "benchmark/machine commands/benchmark_loss",
     "commands/test_chain.py": "commands/launch commands/segment",
     "commands/test_convert.py": "convert/families convert/run_directory convert/sidecar",
     "commands/test_extend_vocabulary.py": "convert/tokenizers",
-    "commands/test_preprocess.py": "data/texts",
+    "commands/test_preprocess.py": "commands/merge data/texts",
     "commands/test_runs.py": "commands/status",
     "commands/test_transfer_sweep.py": "commands/arguments diagnose/curves",
     "diagnose/test_verify.py": "commands/verify_layout",
@@ -32,7 +32,7 @@ SPANNED = {
     "report/test_page.py": "commands/report",
     "scaling/batch/test_scheduler.py": "scaling/batch/policies/constant scaling/batch/policies/policy",
     "slurm/test_jobs.py": "commands/requeue",
-    "test_bad_input.py": "commands/config commands/sample errors exit_codes train/prepare",
+    "test_bad_input.py": "commands/config commands/sample errors exit_codes",
     "test_cli.py": "__main__",
     "train/test_masks.py": "parallel/selection",
     "train/test_run.py": "commands/replay commands/train log/events log/replay train/loop train/reporter",

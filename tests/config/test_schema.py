@@ -20,8 +20,9 @@ model.experts model.experts_per_token model.expert_width model.shared_experts mo
 model.router_score model.router_normalize model.router_scale model.balance_rate model.balance_loss model.vocab_size
 parameterization.name parameterization.base_width parameterization.base_layers parameterization.depth_alpha
 parameterization.init_std parameterization.embedding_multiplier parameterization.output_multiplier
-data.train data.weights data.mixtures data.tokenizer data.sequence_length data.lengths data.validation_fraction
-data.validation data.mask_documents data.wrong_samples data.skip data.cache
+data.train data.weights data.mixtures data.tokenizer data.tokenizer_fingerprint data.eos data.bos data.begin
+data.sequence_length data.lengths data.validation_fraction data.validation data.mask_documents data.wrong_samples
+data.skip data.cache
 schedule.name schedule.start schedule.warmup schedule.floor schedule.decay schedule.shape
 batch.policy batch.global_batch batch.micro_batch batch.largest batch.rule batch.increment batch.ramp_samples
 batch.table batch.target batch.critical_batch batch.noise_share batch.noise_to_total batch.calibrate_every
