@@ -21,7 +21,7 @@ from megahp.config import resolve
 from megahp.data.indexed import IndexedDataset, IndexedWriter
 from megahp.data.loader import Loader
 from megahp.data.samples import split_documents
-from megahp.data.tokenizer import load_tokenizer
+from megahp.data.tokenizer import fingerprint_of, load_tokenizer
 from megahp.errors import UserError
 from megahp.log.metrics import read_events
 from megahp.log.replay import replay
@@ -406,7 +406,7 @@ def test_a_wrong_sample_met_in_training(folder: Path, stable: list[dict[str, Any
     the same way on every layout. A description that is wrong lets it pass on opening."""
     bad, name, ranks = training_document(folder), f"wrong-{layout}", int(layout[-1])
     damage(folder, "one", name, {bad: 300})
-    description = {"tokenizer_fingerprint": load_tokenizer("bytes").fingerprint, "largest_id": 256}
+    description = {"tokenizer_fingerprint": fingerprint_of("bytes"), "largest_id": 256}
     description["fingerprint"] = IndexedDataset(str(folder / name)).fingerprint
     (folder / f"{name}.json").write_text(json.dumps(description))
     words = [f"log.name={name}", f'data.train=["{name}", "two"]', "log.baselines=false", "checkpoint.every=5"]
