@@ -34,7 +34,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from megahp.errors import UserError
+from megahp.errors import REMEDIES, UserError
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
@@ -387,7 +387,8 @@ def _existing(prefix: str, suffix: str) -> Path:
 
 
 def _unreadable(path: Path, error: OSError, part: str = "") -> UserError:
-    remedy = "try again, copy the file from elsewhere, or leave the document out with data.skip"
+    elsewhere = "try again, copy the file from elsewhere, or leave the document out with data.skip"
+    remedy = REMEDIES.get(error.errno or 0, elsewhere)
     return UnreadableDataError(f"{part}data file {str(path)!r} cannot be read ({error.strerror}); {remedy}")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import math
+import resource
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from megahp.scaling.flops import parameters as parameter_count
 from megahp.train.advice import advice, beyond_cpus
 
 WRONG_SAMPLES = "mend it, leave the document out with data.skip, or set data.wrong_samples=skip"  # the remedy
+OTHER_FILES = 1024  # open in a rank beside its data: sockets and libraries
 MOST_OUTSIDE = 1 << 20  # documents with ids outside the vocabulary that are told apart
 DOCUMENTS_SEEN = 100  # of each prefix, to know how documents begin and end
 FILLED_IN = ("data.tokenizer_fingerprint", "data.eos", "data.bos")
@@ -372,6 +374,9 @@ def refuse_changes(
 def open_data(config: Config) -> TrainingData:
     """Open the run's data, memory-mapped. Raises UserError for missing or damaged files."""
     data = config.data
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < (needed := len(data.train) + OTHER_FILES):  # every source keeps a file open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard < 0 else min(needed, hard), hard))
     datasets = [IndexedDataset(prefix) for prefix in data.train]
     tokens = {dataset.prefix: int(dataset.lengths.sum(dtype=np.int64)) for dataset in datasets}
     for prefix, count in tokens.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from megahp.cli import main
 from megahp.config import Config, resolve
-from megahp.data.indexed import IndexedWriter
+from megahp.data.indexed import IndexedDataset, IndexedWriter
 from megahp.data.loader import TrainingData
 from megahp.errors import UserError
 from megahp.parallel.device import cores_here
@@ -181,3 +182,23 @@ def test_the_default_number_of_validation_samples_is_lowered_and_said(
     assert "validated on 2 of large, 6 of small" in told.out
     assert main(["train", "default.toml", "log.name=asked", "train.validation_samples=65"]) == 2
     assert "train.validation_samples = 65 takes 52 sequences of 'small'" in capfd.readouterr().err
+
+
+def test_more_sources_than_files_may_be_open(folder: Path) -> None:
+    """Each keeps its file open; the limit is raised as far as the system allows."""
+    many = [str(folder / f"part-{number}") for number in range(200)]
+    for number, prefix in enumerate(many):
+        with IndexedWriter(prefix, 257) as writer:
+            for document in range(2):
+                writer.add_document([number, document] * LENGTH)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, before[1]))
+    try:
+        config = config_of(folder, f"data.train={many}")
+        assert open_data(config).batch(np.arange(400), False).tokens[:, 0].unique().numel() > 190
+        with pytest.raises(UserError, match="Too many open files.*raise ulimit -n"):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (150, before[1]))
+            kept = [IndexedDataset(prefix) for prefix in many]
+            assert kept
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
