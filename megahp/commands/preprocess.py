@@ -100,7 +100,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}: give at least 1")
     outputs = data_files(arguments.output)
-    check_replaceable("--output", outputs, [], arguments.overwrite)  # before standard input is read
+    named = map(Path, [*arguments.input, arguments.tokenizer])
+    check_replaceable("--output", outputs, named, arguments.overwrite)  # before standard input is read
     try:
         with ended_by_sigterm():
             return preprocess(arguments, outputs)
@@ -121,7 +122,7 @@ def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path
     )
     check_key(sources, arguments.json_key)
     tokenizer_files = [path for path in [Path(arguments.tokenizer)] if path.exists()]
-    check_replaceable("--output", outputs, [*(source.path for source in sources if not source.fault), *tokenizer_files])
+    check_replaceable("--output", outputs, (source.path for source in sources))  # those in folders too
     if arguments.train_sentencepiece and not tokenizer_files:
         started = time.monotonic()
         texts = (piece.text for piece in read_pieces(sources, arguments.json_key) if piece.text)
