@@ -37,7 +37,11 @@ def check_replaceable(
 ) -> None:
     """Raise UserError for an output that is one of the inputs, by whatever name, or a file that megahp did not write:
     neither may be replaced. Others may if `overwrite`. outputs: file -> whether one that exists is of megahp."""
-    taken = {(status.st_dev, status.st_ino): path for path in inputs if path.exists() and (status := path.stat())}
+    taken: dict[tuple[int, int], Path] = {}
+    if any(map(os.path.lexists, outputs)):  # or a million inputs would be asked for nothing
+        for path in filter(Path.exists, inputs):
+            status = path.stat()
+            taken[status.st_dev, status.st_ino] = path
     for path, is_ours in outputs.items():
         if not os.path.lexists(path):
             continue

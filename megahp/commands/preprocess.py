@@ -100,7 +100,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}: give at least 1")
     outputs = data_files(arguments.output)
-    check_replaceable("--output", outputs, [], arguments.overwrite)  # before standard input is read
+    named = map(Path, [*arguments.input, arguments.tokenizer])
+    check_replaceable("--output", outputs, named, arguments.overwrite)  # before standard input is read
     try:
         with ended_by_sigterm():
             return preprocess(arguments, outputs)
@@ -121,7 +122,7 @@ def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path
     )
     check_key(sources, arguments.json_key)
     tokenizer_files = [path for path in [Path(arguments.tokenizer)] if path.exists()]
-    check_replaceable("--output", outputs, [*(source.path for source in sources if not source.fault), *tokenizer_files])
+    check_replaceable("--output", outputs, (source.path for source in sources))  # those in folders too
     if arguments.train_sentencepiece and not tokenizer_files:
         started = time.monotonic()
         texts = (piece.text for piece in read_pieces(sources, arguments.json_key) if piece.text)
@@ -243,24 +244,23 @@ def encode_chunk(tokenizer_words: tuple[str, str, str], append_eod: bool, chunk:
     """Tokenize a chunk, in a worker process. Empty documents are dropped. tokenizer_words: path, --eos, --bos."""
     tokenizer = load_tokenizer_once(*tokenizer_words)
     beginning = [tokenizer.bos] if tokenizer_words[2] and tokenizer.bos is not None else []
-    ending = [tokenizer.eod] if append_eod else []
-    ids: list[np.ndarray] = []
+    ending = [np.array([tokenizer.eod], np.int32)] if append_eod else []
+    ids: list[np.ndarray] = [np.empty(0, np.int32)]
     lengths: list[tuple[int, bool]] = []
     size = lost = 0
     for piece in chunk:
         if piece.text:
-            encoded = [
-                encode_part(tokenizer, part, piece.begins and n == 0) for n, part in enumerate(split_text(piece.text))
-            ]
-            around = [beginning if piece.begins else [], *(part for part, _ in encoded), ending if piece.ends else []]
-            parts = [np.array(part, np.int32) for part in around]
-            ids += parts
-            lengths.append((sum(map(len, parts)), piece.ends))
-            lost += sum(count for _, count in encoded)
+            length = 0
+            for number, part in enumerate(split_text(piece.text)):
+                is_first = piece.begins and number == 0
+                encoded, missing = encode_part(tokenizer, part, is_first)
+                ids.append(np.array(beginning + encoded if is_first and beginning else encoded, np.int32))
+                length, lost = length + len(ids[-1]), lost + missing
+            ids += ending if piece.ends else []
+            lengths.append((length + len(ending) * piece.ends, piece.ends))
             size += len(piece.text.encode())
     left_out = [(piece.fault or EMPTY, piece.file, piece.number) for piece in chunk if not piece.text]
-    last = chunk[-1]._replace(text=None)
-    return Encoded(np.concatenate([np.empty(0, np.int32), *ids]), lengths, size, lost, left_out, last)
+    return Encoded(np.concatenate(ids), lengths, size, lost, left_out, chunk[-1]._replace(text=None))
 
 
 def map_in_order(

@@ -88,7 +88,7 @@ class IndexedWriter:
                 f"outside a vocabulary of {self._vocab_size}; give the vocab_size of the tokenizer"
             )
         size = wide.size + (self._lengths.pop() if self._is_open else 0)
-        if size > np.iinfo(np.int32).max:
+        if size >= 2**31:
             raise UserError(f"{self._prefix!r}: a document has {size} tokens; split it below 2^31")
         self.largest = max(self.largest, wide.max(initial=-1).item())
         self._bin.write(wide.astype(self._dtype).data)

@@ -73,6 +73,9 @@ class Source:
     version: str
     is_compressed: bool = False
     fault: str = ""
+    identity: object = (
+        None  # equal for a file's names; size and time too, since some file systems repeat an inode's number
+    )
     handle: IO[bytes] | None = None  # of a copy of standard input, which lives as long as it
 
     def place(self, number: int) -> str:
@@ -114,7 +117,7 @@ def find_sources(
     endings = tuple(f".{extension.lstrip('.').lower()}" for extension in extensions)
     sources: list[Source] = []
     left_out: LeftOut = {}
-    seen = set[tuple[int, ...]]()
+    seen = set[object]()
     for name in inputs:
         path = Path(name)
         if not path.exists() and name != "-":
@@ -124,13 +127,12 @@ def find_sources(
             raise UserError(f"--input {name!r} holds no {' '.join(endings)} files; see --extensions")
         for file in found:
             source = inspect(file, form, not path.is_dir(), scratch)
-            status = os.stat(source.path, follow_symlinks=source.path.exists())
-            # some network file systems give an inode's number to several files
-            if (identity := (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)) in seen:
+            if source.identity in seen:
                 note(left_out, "the same file as another", file)
-            else:
-                seen.add(identity)
-                sources.append(source)
+                continue
+            sources.append(source)
+            if not source.fault:
+                seen.add(source.identity)
     return sources, left_out
 
 
@@ -155,7 +157,7 @@ def _files(folder: Path, endings: tuple[str, ...], exclude: Sequence[str], left_
                 note(left_out, "another ending, see --extensions", path)
             elif name.startswith("."):
                 note(left_out, "a hidden file", path)
-            elif path.exists() and not path.is_file():
+            elif not path.is_file() and path.exists():
                 note(left_out, "no regular file", path)
             else:
                 files.append(path)
@@ -173,7 +175,7 @@ def inspect(file: Path, form: str = "auto", is_named: bool = True, scratch: Path
     Standard input is copied to disk, which needs no memory and can be read twice, in a file without a name to leave.
     Raises UserError for a file that cannot be read, and for one that could be of several kinds.
     """
-    if file.is_symlink() and not file.exists() and not is_named:
+    if not is_named and file.is_symlink() and not file.exists():
         return Source(file, str(file), "text", 0, "", fault="a link to nothing")
     handle, digest = None, hashlib.sha256()
     if str(file) == "-":
@@ -185,7 +187,7 @@ def inspect(file: Path, form: str = "auto", is_named: bool = True, scratch: Path
         handle.flush()
     path = Path(f"/dev/fd/{handle.fileno()}") if handle else file
     kind, fault = "", ""
-    with _opened(path, str(file)) as (raw, stream):
+    with _opened(path, str(file), None) as (raw, stream):
         head, is_compressed, status = stream.read(HEAD), raw is not stream, os.fstat(raw.fileno())
         try:
             kind = _kind(head, file.name, form, is_compressed)
@@ -196,7 +198,8 @@ def inspect(file: Path, form: str = "auto", is_named: bool = True, scratch: Path
     if fault and is_named:
         raise UserError(f"{str(file)!r} is {fault}; convert it to UTF-8 text, or remove it")
     version = digest.hexdigest() if handle else str(status.st_mtime_ns)
-    return Source(path, str(file), kind, status.st_size, version, is_compressed, fault, handle)
+    identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return Source(path, str(file), kind, status.st_size, version, is_compressed, fault, identity, handle)
 
 
 def _kind(head: bytes, name: str, form: str, is_compressed: bool) -> str:
@@ -247,28 +250,6 @@ def _is_record(line: bytes) -> bool:
         return False
 
 
-@contextmanager
-def _opened(path: Path, name: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Yield a file as stored, whose tell() says how much was read, and its content, decompressed.
-
-    Raises UserError for what the block finds damaged or truncated.
-    """
-    openers: dict[bytes, Any] = {
-        rb"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
-        rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.BZ2File,
-        rb"\xfd7zXZ\0": lzma.LZMAFile,
-        rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": Zstandard,
-    }
-    try:
-        refuse_irregular(path, "text", "name another, or fetch it again")
-        with open(path, "rb") as raw:
-            start = raw.peek(16)
-            opener = next((opener for magic, opener in openers.items() if re.match(magic, start, re.DOTALL)), None)
-            yield raw, io.BufferedReader(opener(raw), HEAD) if opener else raw
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{name!r} cannot be read ({error}); fetch it again or remove it") from error
-
-
 class Zstandard(io.RawIOBase):
     """The content of a zstandard file. Raises EOFError for a damaged or truncated one.
 
@@ -304,6 +285,32 @@ class Zstandard(io.RawIOBase):
         size = min(len(target), len(self._content))
         target[:size], self._content = self._content[:size], self._content[size:]
         return size
+
+
+# what a compressed file begins with, and how its content is read
+OPENERS: dict[re.Pattern[bytes], Any] = {
+    re.compile(rb"\x1f\x8b"): lambda raw: gzip.GzipFile(fileobj=raw),
+    re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"): bz2.BZ2File,
+    re.compile(rb"\xfd7zXZ\0"): lzma.LZMAFile,
+    re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"): Zstandard,
+}
+
+
+@contextmanager
+def _opened(path: Path, name: str, is_compressed: bool | None) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Yield a file as stored, whose tell() says how much was read, and its content, decompressed.
+
+    is_compressed: None if that is to be found out. Raises UserError for what the block finds damaged or truncated.
+    """
+    try:
+        if is_compressed is None:
+            refuse_irregular(path, "text", "name another, or fetch it again")
+        with open(path, "rb") as raw:
+            start = b"" if is_compressed is False else raw.peek(16)
+            opener = next((opener for magic, opener in OPENERS.items() if magic.match(start)), None) if start else None
+            yield raw, io.BufferedReader(opener(raw), HEAD) if opener else raw
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{name!r} cannot be read ({error}); fetch it again or remove it") from error
 
 
 def read_pieces(sources: Iterable[Source], key: str, after: tuple[int, int] = (0, 0)) -> Iterator[Piece]:
@@ -343,7 +350,7 @@ def _read_text(file: int, source: Source) -> Iterator[Piece]:
 def _decoded(source: Source) -> Iterator[tuple[str, int]]:
     """Yield the text of a file, block by block, and how much of the file was read. Raises ValueError."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with _opened(source.path, source.name) as (raw, stream):
+    with _opened(source.path, source.name, source.is_compressed) as (raw, stream):
         for block in iter(partial(stream.read, BLOCK), b""):
             if b"\0" in block:
                 raise ValueError("binary")
@@ -371,7 +378,7 @@ def _end_of_piece(text: str, start: int) -> int:
 def _read_records(file: int, source: Source, key: str) -> Iterator[Piece]:
     readers = {"lines": _json_lines, "array": _json_array}
     is_first = True
-    with _opened(source.path, source.name) as (raw, stream):
+    with _opened(source.path, source.name, source.is_compressed) as (raw, stream):
         try:
             for number, record, fault in readers.get(source.kind, partial(_columns, source, key))(stream):
                 # A wrong --json-key is reported at the first record, not after hours.

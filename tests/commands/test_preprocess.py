@@ -390,21 +390,26 @@ def test_more_bad_documents_than_allowed_write_nothing(run, tmp_path, capsys):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["F13.jsonl", "out.bin", "out.idx", "out.json"]
 
 
-@pytest.mark.parametrize("way", ["itself", "symbolic", "hard", "tokenizer"])
+@pytest.mark.parametrize("way", ["itself", "symbolic", "hard", "tokenizer", "in a folder"])
 def test_an_output_that_is_an_input_is_refused(run, tmp_path, capsys, way):
     """F1, whatever the name."""
     path = tmp_path / ("wiki.json" if way in ("itself", "tokenizer") else "input.jsonl")
-    path.write_bytes(LINES)
+    path.write_bytes(content := LINES)
     if way == "symbolic":
         (tmp_path / "wiki.json").symlink_to(path)
     elif way == "hard":
         os.link(path, tmp_path / "wiki.json")
     source, tokenizer = (tmp_path / "a.txt", path) if way == "tokenizer" else (path, "bytes")
     (tmp_path / "a.txt").write_text("text")
+    if way == "in a folder":  # with a description of megahp's, which alone could be replaced
+        path = tmp_path / "wiki.json"
+        assert run(tmp_path / "a.txt", output="wiki") == 0
+        path.write_text(json.dumps(json.loads(path.read_text())) + "\n")
+        source, content = tmp_path, path.read_bytes()
     before = sorted(tmp_path.iterdir())
-    words = refused(run, capsys, source, "--overwrite", output="wiki", tokenizer=tokenizer)
-    assert "--output would replace" in words and "wiki.json" in words
-    assert path.read_bytes() == LINES and sorted(tmp_path.iterdir()) == before
+    words = refused(run, capsys, source, "--overwrite", "--extensions", ".json", output="wiki", tokenizer=tokenizer)
+    assert f"--output would replace '{tmp_path}/wiki.json', which is the input '{path}'" in words
+    assert path.read_bytes() == content and sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", ["out.bin", "out.idx", "out.json", "out.unfinished/precious"])
