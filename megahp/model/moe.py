@@ -132,7 +132,7 @@ class Experts(Module):
         self.activation = model.activation
         count, width, hidden = model.experts, model.width, model.expert_width
         self.parameter("down", (count, width, hidden), Row(Role.HIDDEN, tp_dim=2, experts=True))
-        for name in ("up", "gate") if model.activation == "swiglu" else ("up",):
+        for name in ("up", "gate") if model.gated else ("up",):
             self.parameter(name, (count, hidden, width), Row(Role.HIDDEN, tp_dim=1, experts=True))
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
