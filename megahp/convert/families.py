@@ -29,6 +29,34 @@ DEFAULTS: dict[str, Any] = {  # of keys that a config.json may omit; None: deriv
     **dict.fromkeys(("rope_theta", "rotary_emb_base"), 10000.0),
     "layer_norm_epsilon": 1e-5,
 }
+# of every family: with another value the model, or its weights, are something else; a tuple holds the possible values
+REQUIRED: dict[str, Any] = {
+    "quantization_config": None,
+    "pruned_heads": (None, {}),
+    "layer_types": (None, ["full_attention"]),
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder", "rope_interleaved"), False),
+}
+IRRELEVANT = {  # why a key of config.json does not change the logits -> such keys; keys in no list are refused
+    "where the file comes from": "architectures auto_map internal_version is_llama_config model_type tokenizer_class "
+    "tokenizer_name transformers_version unsloth_version _name_or_path _commit_hash",
+    "tokens, which the tokenizer's files are kept for": "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id "
+    "decoder_start_token_id",
+    "training: dropout, initial weights, losses": "attention_dropout attn_pdrop classifier_dropout emb_pdrop "
+    "embd_pdrop embedding_dropout hidden_dropout resid_pdrop residual_dropout init_config init_device init_std "
+    "initializer_range embedding_fraction output_router_logits router_aux_loss_coef router_jitter_noise "
+    "selective_checkpoint_enabled sequence_parallel_enabled",
+    "how something is computed, not what": "dtype torch_dtype torchscript use_bfloat16 use_cache use_flash_attention "
+    "use_kernels attn_implementation _attn_implementation _attn_implementation_autoset pretraining_tp "
+    "reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32 chunk_size_feed_forward verbose",
+    "what is returned": "output_attentions output_hidden_states return_dict return_dict_in_generate output_scores",
+    "how text is generated": "do_sample early_stopping length_penalty max_length max_new_tokens min_length min_p "
+    "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences repetition_penalty task_specific_params "
+    "temperature top_k top_p typical_p bad_words_ids suppress_tokens begin_suppress_tokens forced_bos_token_id "
+    "forced_eos_token_id remove_invalid_values diversity_penalty encoder_no_repeat_ngram_size prefix",
+    "other heads": "id2label label2id num_labels _num_labels problem_type finetuning_task is_decoder summary_activation "
+    "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj cross_attention_hidden_size",
+    "lengths that are not enforced": "n_ctx max_sequence_length",
+}
 WITHOUT_EFFECT = ("preset", "balance_rate", "balance_loss")  # settings that do not change logits
 
 
@@ -48,9 +76,10 @@ class Family:
     block_prefix: str
     per_block: Mapping[str, str]  # our module in a block -> its modules, space-separated
     bias: Mapping[str, str] = field(default_factory=dict)  # our module -> the key that gives it a bias, or ALWAYS
-    required: Mapping[str, Any] = field(default_factory=dict)  # with other values it computes something else
+    required: Mapping[str, Any] = field(default_factory=dict)  # adds to REQUIRED; the first of a tuple is written
     extra: Mapping[str, Any] = field(default_factory=dict)  # written on export; other values are accepted
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # overrides DEFAULTS
+    irrelevant: str = ""  # further keys that do not change the logits
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # overrides DEFAULTS; transformers' own where they differ
     # three matrices ("separate"), or one: all queries, then keys, then values ("stacked"), or by KV head ("grouped")
     qkv: str = "separate"
     transposed: bool = False  # matrices are [inputs, outputs]
@@ -104,7 +133,7 @@ MISTRAL = replace(
     architecture="MistralForCausalLM",
     bias={},
     required={"sliding_window": None},
-    defaults={"sliding_window": 4096},  # what transformers assumes where config.json has no such key
+    defaults={"sliding_window": 4096, "num_key_value_heads": 8},
     heads_divide_width=False,
 )
 QWEN2 = replace(
@@ -112,7 +141,9 @@ QWEN2 = replace(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     bias={"attention.qkv": ALWAYS},
-    required={"use_sliding_window": False},
+    required={"use_sliding_window": False, "use_mrope": False},
+    irrelevant="sliding_window max_window_layers",  # without use_sliding_window
+    defaults={"num_key_value_heads": 32},
 )
 QWEN3 = replace(
     QWEN2,
@@ -120,6 +151,7 @@ QWEN3 = replace(
     architecture="Qwen3ForCausalLM",
     values={**LLAMA.values, "qk_norm": (True,)},
     bias=dict.fromkeys(ATTENTION, "attention_bias"),
+    defaults={"num_key_value_heads": 32, "head_dim": 128},
     heads_divide_width=False,
 )
 ARCEE = replace(
@@ -133,8 +165,9 @@ STARCODER2 = replace(
     values={**ARCEE.values, "norm": ("layernorm",)},
     per_block={**ARCEE.per_block, "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
     bias={**dict.fromkeys(LINEAR, "use_bias"), **dict.fromkeys(NORMS, ALWAYS)},
-    required={"sliding_window": None},
-    defaults={"use_bias": True, "tie_word_embeddings": True},
+    required={**{"sliding_window": None, "scale_attn_weights": True, "mlp_type": "default", "norm_type": "layer_norm"}},
+    irrelevant="activation_function",  # hidden_act decides
+    defaults={"use_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 2},
 )
 NEOX = Family(
     "gpt_neox",
@@ -224,8 +257,15 @@ MPT = Family(
     },
     required={
         "no_bias": True,
-        "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None, "softmax_scale": None, "qk_ln": False},
+        "logit_scale": None,
+        "norm_type": "low_precision_layernorm",
+        "expansion_ratio": 4,
+        "attn_config": {
+            **{"alibi": True, "alibi_bias_max": 8, "clip_qkv": None, "softmax_scale": None, "qk_ln": False},
+            **{"attn_type": "multihead_attention", "prefix_lm": False, "attn_uses_sequence_id": False},
+        },
     },
+    irrelevant="learned_pos_emb attn_impl",  # there is ALiBi
     defaults={"tie_word_embeddings": True},
     qkv="stacked",
 )
@@ -248,7 +288,8 @@ MIXTRAL = replace(
         "mlp.experts.up": "block_sparse_moe.experts.*.w3.weight",
         "mlp.experts.down": "block_sparse_moe.experts.*.w2.weight",
     },
-    defaults={},
+    required={"sliding_window": None, "moe_frequency": 1},
+    defaults={"rope_theta": 1e6, "num_key_value_heads": 8},
 )
 QWEN3_MOE = replace(
     QWEN3,
@@ -271,7 +312,12 @@ QWEN3_MOE = replace(
         "mlp.experts.down": "mlp.experts.*.down_proj.weight",
     },
     bias={},
-    required={"use_sliding_window": False, "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    required={
+        **{"use_sliding_window": False, "attention_bias": False, "decoder_sparse_step": 1},
+        "mlp_only_layers": ([], None),
+    },
+    irrelevant=f"{QWEN3.irrelevant} intermediate_size",  # of blocks without experts
+    defaults={"num_key_value_heads": 4},
 )
 GLM4_MOE = replace(
     QWEN3_MOE,
@@ -296,7 +342,8 @@ GLM4_MOE = replace(
     },
     required={"attention_bias": False, "n_group": 1, "topk_group": 1, "partial_rotary_factor": 1.0},
     extra={"num_nextn_predict_layers": 0},  # our model has no layer that predicts further tokens
-    defaults={"partial_rotary_factor": 0.5},
+    irrelevant="",
+    defaults={"partial_rotary_factor": 0.5, "num_key_value_heads": 8},
 )
 # the order matters: export writes the first one that fits
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, NEOX, STARCODER2, GPT2, MPT, MIXTRAL, QWEN3_MOE, GLM4_MOE)

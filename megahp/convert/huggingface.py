@@ -17,7 +17,9 @@ from megahp.convert.families import (
     ALWAYS,
     DEFAULTS,
     EXPERTS,
+    IRRELEVANT,
     LINEAR,
+    REQUIRED,
     Family,
     family_of_type,
     find_family,
@@ -31,6 +33,7 @@ from megahp.scaling.parameterization import Role, table_of
 Weights = Mapping[str, Tensor]  # by name; may be lazy, such as a file's: each is looked up once, when it is needed
 Tensors = Iterator[tuple[str, Tensor]]
 OLD_KEYS = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor", "num_experts": "num_local_experts"}
+ROPE_TABLES = ("rope_parameters", "rope_scaling")
 OLD_BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # early versions saved them
 
 
@@ -52,7 +55,7 @@ def export(config: Config, weights: Weights, only: Family | None = None) -> tupl
         "architectures": [family.architecture],
         **{key: values[setting] for setting, key in family.keys.items()},
         **dict.fromkeys(family.bias_keys, model.bias),
-        **family.required,
+        **{key: value[0] if isinstance(value, tuple) else value for key, value in family.required.items()},
         **family.extra,
         "bos_token_id": None,  # the tokenizer decides; without these keys transformers assumes another tokenizer's
         "eos_token_id": None,
@@ -64,6 +67,7 @@ def export(config: Config, weights: Weights, only: Family | None = None) -> tupl
             # an added bias is zeros, as many as its weight, the tensor just before, has rows
             is_added = adds_biases and name.endswith(".bias")
             tensor = tensor.new_zeros(len(tensor)) if is_added else read(name)
+            _refuse_nan(name, tensor, "export an earlier checkpoint")
             if not hf_names and tensor.any():
                 raise UserError(f"{name} is not 0, and {family.architecture} has no such bias")
             if hf_names:
@@ -81,11 +85,14 @@ def import_(
     The parameterization is SP. Biases that only some modules have are zeros in the others. Rows that pad the vocabulary
     are the mean of the others: exp is convex, so at any hidden state n of them add at most n / vocab_size to the
     softmax's sum. (Zeros would dominate it where the logits of all tokens are far below 0.) Raises UserError for an
-    unsupported architecture or setting of one, and for tensors that are missing or left over.
+    unsupported architecture or setting of one, for a key whose meaning is not known, and for tensors that are missing,
+    left over, or contradict config.json.
     """
     family = only or family_of_type(hf_config.get("model_type"))
-    hf_config = {**DEFAULTS, **family.defaults, **_flatten(hf_config)}
+    given, hf_config = hf_config, {**DEFAULTS, **family.defaults, **_flatten(hf_config)}
     values = _model_settings(family, hf_config)
+    if only is None:  # Megatron's args are a whole training's
+        _refuse_unknown(family, given)
     data = {"sequence_length": values.pop("sequence_length")}
     layer = {"data": data, "model": values, "parameterization": {"name": "sp"}}
     model = resolve.resolve([("config.json", {"model": values})]).config.model
@@ -93,18 +100,26 @@ def import_(
     prefix = family.block_prefix.partition(".")[0] + "."
     prefix = "" if any(name.startswith(prefix) for name in weights) else prefix
     names = list(_map_names(family, model, family.biased(hf_config), prefix))
-    missing = {hf_name for *_, hf_names in names for hf_name in hf_names} - set(weights)
-    extra = set(weights) - {hf_name for *_, hf_names in names for hf_name in hf_names}
+    found = set(weights)
+    missing = {hf_name for *_, hf_names in names for hf_name in hf_names} - found
+    extra = found - {hf_name for *_, hf_names in names for hf_name in hf_names}
     extra = {name for name in extra if not OLD_BUFFERS.search(name)}
-    extra -= {f"{family.top_level['unembedding']}.weight"}  # some files hold the tied one too
+    head, embedding = f"{family.top_level['unembedding']}.weight", names[0][2][0]
+    extra -= {head}  # some files hold the tied one too
     for wrong, problem in ((missing, "are missing"), (extra, "do not belong to it")):
         if wrong:
             raise UserError(f"{len(wrong)} tensors of the {family.model_type} model {problem}, such as {min(wrong)}")
+    if model.tied_embeddings and head in found and not weights[head].equal(weights[embedding]):
+        # transformers has changed from one reading to the other
+        problem = f"{head} differs from {embedding}, and config.json ties them by tie_word_embeddings = True"
+        raise UserError(f"{problem}; set it to false, or remove the tensor, whichever is right")
 
     def tensors() -> Tensors:
         tensor = torch.empty(0)
         for name, module, hf_names in names:
             parts = [weights[hf_name] for hf_name in hf_names]
+            for hf_name, part in zip(hf_names, parts, strict=True):
+                _refuse_nan(hf_name, part, "get the file again")
             try:  # without parts, a bias of zeros, as many as its weight, the tensor just before, has rows
                 tensor = _fuse(family, model, module, parts) if parts else tensor.new_zeros(len(tensor))
             except RuntimeError:
@@ -235,8 +250,11 @@ def _split(family: Family, model: ModelConfig, module: str, tensor: Tensor) -> S
 def _fuse(family: Family, model: ModelConfig, module: str, parts: Sequence[Tensor]) -> Tensor:
     """Invert `_split`. Raises RuntimeError for parts whose shapes do not match."""
     if module in ("embedding", "unembedding"):
-        padding = parts[0].mean(0, keepdim=True).expand(model.padded_vocab - model.vocab_size, -1)
-        return torch.cat((parts[0], padding))
+        rows = parts[0][: model.vocab_size]  # of tokens; some files have more, which pad them
+        if len(rows) < model.vocab_size:
+            short = f"the {module} has {len(rows)} rows, and config.json's vocab_size is {model.vocab_size}"
+            raise UserError(f"{short}; set it to {len(rows)} if the tokenizer has no more tokens")
+        return torch.cat((rows, rows.mean(0, keepdim=True).expand(model.padded_vocab - model.vocab_size, -1)))
     if module in EXPERTS:
         return torch.stack(tuple(parts))
     parts = [part.t() for part in parts] if family.transposed and module in LINEAR else parts
@@ -245,10 +263,33 @@ def _fuse(family: Family, model: ModelConfig, module: str, parts: Sequence[Tenso
     return parts[0]
 
 
+def _refuse_nan(name: str, tensor: Tensor, remedy: str) -> None:
+    """Raise UserError for a tensor that is not finite."""
+    if not tensor.isfinite().all():
+        raise UserError(f"{name} holds NaN or infinity; {remedy}")
+
+
+def _refuse_unknown(family: Family, hf_config: Mapping[str, Any]) -> None:
+    """Raise UserError for a key, also of a table, that is neither used nor known to be irrelevant."""
+    irrelevant = {key for keys in (*IRRELEVANT.values(), family.irrelevant) for key in keys.split()}
+    used = {*REQUIRED, *family.required, *family.extra, *family.defaults, *family.keys.values(), *family.bias_keys}
+    used |= {*OLD_KEYS, *OLD_KEYS.values(), *ROPE_TABLES, "rope_type", "rope_theta", "type"}
+    levels = [("", hf_config, used), *((f"{table}.", hf_config.get(table), used) for table in ROPE_TABLES)]
+    tables = {key: table for key, table in family.required.items() if isinstance(table, dict)}
+    levels += [(f"{key}.", hf_config.get(key), {*table, *REQUIRED}) for key, table in tables.items()]
+    for where, table, known in levels:
+        for key, value in table.items() if isinstance(table, Mapping) else ():
+            if key not in known and key not in irrelevant:
+                problem = (
+                    f"config.json: {where}{key} = {resolve.shown(value)} is not known of {family.model_type} models"
+                )
+                raise UserError(f"{problem}; remove it if you know that it does not change what the model computes")
+
+
 def _flatten(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """Lift the rotary embeddings' table to the top level, and add newer keys under their older names. Raises
     UserError."""
-    for key in ("rope_parameters", "rope_scaling"):
+    for key in ROPE_TABLES:
         if not isinstance(hf_config.get(key) or {}, Mapping):
             raise UserError(f"config.json: {key} = {hf_config[key]!r} is not a table; get the file again")
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
@@ -260,9 +301,10 @@ def _model_settings(family: Family, hf_config: Mapping[str, Any]) -> dict[str, A
     """Return the values of [model], with sequence_length. Raises UserError for what our model cannot compute."""
     if missing := [key for key in (*family.keys.values(), *family.bias_keys) if key not in hf_config]:
         raise UserError(f"config.json of a {family.model_type} model lacks {', '.join(missing)}; get the file again")
-    for key, required in {"rope_type": "default", **family.required}.items():
-        if not _matches(hf_config.get(key, required), required):
-            raise UserError(f"config.json: {key} = {hf_config[key]!r} is not supported; megahp has {required!r}")
+    for key, required in {"rope_type": "default", **REQUIRED, **family.required}.items():
+        if key in hf_config and not _matches(hf_config[key], required):
+            value = resolve.shown(hf_config[key])
+            raise UserError(f"config.json: {key} = {value} is not supported; megahp has {required!r}")
     values: dict[str, Any] = {
         setting: 0 if hf_config[key] is None else hf_config[key] for setting, key in family.keys.items()
     }
@@ -276,8 +318,13 @@ def _model_settings(family: Family, hf_config: Mapping[str, Any]) -> dict[str, A
 
 
 def _matches(value: Any, required: Any) -> bool:
-    """Return whether a value is the required one; a table is where it is for each required key that it has."""
-    if isinstance(required, dict):
+    """Return whether a value is the required one, or one of a tuple; a table is where it is for each required key that
+    it has, and a list of layers where all are the one required."""
+    if isinstance(required, tuple):
+        return any(_matches(value, one) for one in required)
+    if isinstance(required, list) and required:
+        return isinstance(value, list) and all(one in required for one in value)
+    if isinstance(required, dict) and required:
         table = value or {}
         return isinstance(table, Mapping) and all(_matches(table.get(key, v), v) for key, v in required.items())
     return bool(value == required)

@@ -8,9 +8,12 @@ from torch import Tensor
 
 from megahp.config import Config
 from megahp.convert import sidecar
-from megahp.convert.huggingface import OLD_KEYS, Tensors, export, import_
+from megahp.convert.huggingface import OLD_BUFFERS, OLD_KEYS, Tensors, export, import_
 from megahp.convert.sidecar import REMEDY, ModelWeights, SafetensorsFiles, write_json, write_safetensors
+from megahp.errors import UserError
 from megahp.files import read_json
+
+DTYPES = ("F64", "F32", "BF16", "F16")  # of weights, in safetensors' words
 
 
 def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], eod: int, limit: int) -> None:
@@ -30,7 +33,15 @@ def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], eod: int,
 def read(folder: Path) -> tuple[Mapping[str, Mapping[str, Any]], Tensors]:
     """Return the settings, as a layer for `resolve`, and the named tensors of a checkpoint. Raises UserError."""
     hf_config = read_json(folder / "config.json", "model settings", REMEDY)
-    layer, weights = import_(hf_config, SafetensorsFiles(folder, "model"))
+    if not any(folder.glob("model*.safetensors*")) and (pickles := sorted(folder.glob("*.bin"))):
+        remedy = "save the model again by transformers' save_pretrained, which writes safetensors"
+        raise UserError(f"{pickles[0]} is a pickle, which is not read since it can execute anything; {remedy}")
+    files = SafetensorsFiles(folder, "model")
+    for name, dtype in files.dtypes.items():
+        if dtype not in DTYPES and not OLD_BUFFERS.search(name):
+            problem = f"{name} has the dtype {dtype}, and megahp reads {', '.join(DTYPES)}"
+            raise UserError(f"{folder}: {problem}; get the model's weights before they were quantized")
+    layer, weights = import_(hf_config, files)
     return sidecar.restore(folder, layer, weights)
 
 

@@ -21,26 +21,45 @@ from megahp.files import is_plain, read_json, refuse_irregular
 from megahp.scaling.parameterization import table_of
 
 REMEDY = "name a model's folder that has it"  # where one of its files is missing or wrong
+AGAIN = "get the files again"
 SETTINGS = "megahp.json"
 VOCABULARY = ("embedding.weight", "unembedding.weight")
 
 
 class SafetensorsFiles(ByName):
-    """The tensors of a folder's NAME.safetensors, or of the files that its index lists, each loaded on access. Raises
-    UserError for files that are missing or damaged."""
+    """The tensors of a folder's NAME.safetensors, or of the files that its index lists, each loaded on access.
+
+    dtypes: of all tensors, in the files' words (BF16). Raises UserError for files that are missing, damaged, or
+    contradict each other.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.folder, index = folder, folder / f"{name}.safetensors.index.json"
+        self.folder, self.dtypes = folder, dict[str, str]()
+        self.index = self._listed(folder / f"{name}.safetensors.index.json", f"{name}.safetensors")
+        for file in sorted(set(self.index.values())):
+            tensors = _open(folder / file)
+            for tensor in tensors.keys():
+                if self.index.setdefault(tensor, "") != file:
+                    elsewhere = self.index[tensor] or "no file"
+                    raise UserError(f"{folder / file} holds {tensor}, which its index has in {elsewhere}; {AGAIN}")
+                self.dtypes[tensor] = tensors.get_slice(tensor).get_dtype()
+        if lost := self.index.keys() - self.dtypes.keys():
+            raise UserError(f"{folder / self.index[min(lost)]} lacks {min(lost)}, which its index has in it; {AGAIN}")
+
+    def _listed(self, index: Path, single: str) -> dict[str, str]:
+        """Return the files by their tensors' names. Raises UserError."""
         if not index.exists():
-            file = f"{name}.safetensors"
-            self.index = dict.fromkeys(_open(folder / file).keys(), file)
-            return
+            return dict.fromkeys(_open(self.folder / single).keys(), single)
         weight_map = read_json(index, "list of tensors", REMEDY).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise UserError(f"{index} has no weight_map of tensors' names to files' names; get it again")
         if outside := [file for file in weight_map.values() if not is_plain(file)]:
             raise UserError(f"{index} names {outside[0]!r}, which is no file of this folder; get it again")
-        self.index = weight_map
+        if (self.folder / single).exists() and set(weight_map.values()) != {single}:  # which of them is out of date?
+            raise UserError(
+                f"{self.folder} has {single} and {index.name}, of other files; remove the one that is older"
+            )
+        return weight_map
 
     def __getitem__(self, name: str) -> Tensor:
         path = self.folder / self.index[name]

@@ -185,13 +185,15 @@ def some_biases(folder: Path) -> dict[str, float]:
     import transformers
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"intermediate_size": 48, "vocab_size": 120, "max_position_embeddings": 16, "rms_norm_eps": 1e-4}
+    sizes |= {"intermediate_size": 48, "vocab_size": 120, "max_position_embeddings": 16}
+    starcoder2 = transformers.Starcoder2Config(**sizes, use_bias=False, norm_epsilon=1e-3)
+    sizes["rms_norm_eps"] = 1e-4
     experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
     configs = {
         "qwen2": transformers.Qwen2Config(**sizes),
         "qwen3": transformers.Qwen3Config(**sizes, head_dim=12, attention_bias=True),
         "llama": transformers.LlamaConfig(**sizes, mlp_bias=True),
-        "starcoder2": transformers.Starcoder2Config(**sizes, use_bias=False, norm_epsilon=1e-3),
+        "starcoder2": starcoder2,
         "gpt_neox": transformers.GPTNeoXConfig(
             **{key: sizes[key] for key in list(sizes)[:3]},
             **{"intermediate_size": 96, "vocab_size": 120, "attention_bias": False, "use_parallel_residual": False},

@@ -17,7 +17,6 @@ HOOKS: dict[str, Any] = {
     "auto_map": {"AutoModelForCausalLM": "canary.LlamaForCausalLM", "AutoConfig": "canary.LlamaConfig"},
     "_attn_implementation": "kernels-community/flash-attn",
     "attn_implementation": "kernels-community/flash-attn",
-    "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     "use_kernels": True,
     "pad_token_id": None,
 }
