@@ -136,7 +136,7 @@ class Transformer(nn.Module):
         for number, block in self.blocks.items():
             x = block(x, positions[self._kind(int(number))], weight)  # [b, r, width]
         if not self.is_last:
-            return x
+            return x.contiguous()  # to be sent; a reduce-scatter leaves the sequence outermost in memory
         x = enter(self.final_norm(x), self.axis) * self.table.logits  # [b, r, width] -> [b, s, width]
         if targets is not None:
             rows = local((self.unembedding or self.embedding).weight)
