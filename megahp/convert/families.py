@@ -20,12 +20,13 @@ ALWAYS = ""
 UNGATED = ("gelu", "gelu-exact", "relu2")
 ACTIVATIONS = {  # Hugging Face name -> ours; where two mean the same, export writes the last
     "silu": "swiglu",
+    "gelu_fast": "gelu",
     "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",
     "gelu": "gelu-exact",
     "relu2": "relu2",
 }
-GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}  # the same, of families whose MLP has a gate
+GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}  # the same, where the MLP has a gate
 DEFAULTS: dict[str, Any] = {  # of keys that a config.json may omit; None: derived from other settings
     **dict.fromkeys(("num_key_value_heads", "head_dim", "n_inner"), None),
     **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), False),
@@ -102,6 +103,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # overrides DEFAULTS; transformers' own where they differ
     # three matrices ("separate"), or one: all queries, then keys, then values ("stacked"), or by KV head ("grouped")
     qkv: str = "separate"
+    activations: Mapping[str, str] = field(default_factory=lambda: ACTIVATIONS)  # its names -> ours
     joined: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # module -> the two whose rows it holds
     transposed: bool = False  # matrices are [inputs, outputs]
     norm_offset: float = 0.0  # what norms add to their weights
@@ -177,6 +179,7 @@ LLAMA = Family(
         "mlp.down": "mlp.down_proj",
     },
     bias={**dict.fromkeys(ATTENTION, "attention_bias"), **dict.fromkeys(MLP, "mlp_bias")},
+    activations=GATED,
 )
 MISTRAL = replace(
     LLAMA,
@@ -206,7 +209,11 @@ QWEN3 = replace(
     heads_divide_width=False,
 )
 ARCEE = replace(
-    LLAMA, model_type="arcee", architecture="ArceeForCausalLM", values={**LLAMA.values, "activation": UNGATED}
+    LLAMA,
+    model_type="arcee",
+    architecture="ArceeForCausalLM",
+    values={**LLAMA.values, "activation": UNGATED},
+    activations=ACTIVATIONS,
 )
 STARCODER2 = replace(
     ARCEE,
@@ -481,6 +488,7 @@ GEMMA = replace(
     bias=dict.fromkeys(ATTENTION, "attention_bias"),
     defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
     heads_divide_width=False,
+    activations={"gelu": "geglu", **GATED},  # the first Gemma's files say gelu and mean its tanh approximation
     norm_offset=1.0,
     scaled_embedding=True,
 )

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from megahp.config import Config, ModelConfig, longest, resolve
 from megahp.convert.families import (
-    ACTIVATIONS,
     ALWAYS,
     DEFAULTS,
     EXPERTS,
-    GATED,
     IRRELEVANT,
     LINEAR,
     NORMS,
@@ -55,7 +53,7 @@ def export(config: Config, weights: Weights, only: Family | None = None) -> tupl
     model, read = fold_multipliers(config, weights, kept)
     adds_biases = ALWAYS in family.bias.values() and not (model.bias or model.qkv_bias)
     model = replace(model, bias=model.bias or adds_biases)
-    hf_activation = {ours: theirs for theirs, ours in (*ACTIVATIONS.items(), *GATED.items())}
+    hf_activation = {ours: theirs for theirs, ours in family.activations.items()}
     values = {**vars(model), "activation": hf_activation[model.activation], "sequence_length": longest(config)}
     values |= {setting: values[setting] or None for setting in ("window", "attention_softcap", "logits_softcap")}
     hf_config = {
@@ -380,8 +378,7 @@ def _model_settings(family: Family, hf_config: Mapping[str, Any]) -> dict[str, A
         setting: 0 if hf_config[key] is None else hf_config[key] for setting, key in family.keys.items()
     }
     if "activation" in values:
-        names = GATED if {*family.values["activation"]} <= {*GATED.values()} else ACTIVATIONS
-        values["activation"] = names.get(str(values["activation"]), values["activation"])
+        values["activation"] = family.activations.get(str(values["activation"]), values["activation"])
     for setting, allowed in family.values.items():
         if values.setdefault(setting, allowed[0]) not in allowed:
             key = family.keys[setting]
