@@ -86,6 +86,8 @@ def _experts(config: Config) -> Iterator[str]:
         )
     if model.bias:
         yield "model.bias = true, but experts have no biases; set model.bias=false"
+    if model.activation == "xielu":
+        yield "model.activation = 'xielu' is not for experts; choose another, or remove model.experts"
 
 
 def _tensor_parallel(config: Config) -> Iterator[str]:

@@ -70,9 +70,10 @@ class ModelConfig:
     kv_heads: int = nonnegative(0, "number of key/value heads (grouped-query attention); 0 = as many as heads")
     head_size: int = nonnegative(0, "size of one head; 0 = width / heads")
     mlp_width: int = nonnegative(0, "hidden size of the MLP; 0 = 4 width, or 8/3 width rounded up to 64s for swiglu")
-    activation: Literal["swiglu", "geglu", "gelu", "gelu-exact", "relu2"] = setting(
+    activation: Literal["swiglu", "geglu", "gelu", "gelu-exact", "relu2", "xielu"] = setting(
         "swiglu",
-        "MLP activation: gated SiLU, gated GELU (tanh approximation), GELU (tanh approximation or exact), squared ReLU",
+        "MLP activation: gated SiLU, gated GELU (tanh approximation), GELU (tanh approximation or exact), squared "
+        "ReLU, or xIELU, whose curvatures are learned",
     )
     norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "normalization of each branch and after the blocks")
     norm_eps: float = setting(1e-5, "added to the variance inside the norm", at_least=LEAST_EPS)

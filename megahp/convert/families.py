@@ -9,12 +9,14 @@ from typing import Any
 
 from megahp.config import Config, ModelConfig, ParameterizationConfig
 from megahp.errors import UserError
+from megahp.model.mlp import XIELU_BETA
 from megahp.scaling.parameterization import Table, fill_in, table_of
 
 ATTENTION = ("attention.qkv", "attention.out")
 MLP = ("mlp.gate", "mlp.up", "mlp.down")
 LINEAR = ATTENTION + MLP
 NORMS = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm", "final_norm")
+ALPHAS = ("mlp.alpha_p", "mlp.alpha_n")  # of xIELU
 EXPERTS = ("mlp.experts.gate", "mlp.experts.up", "mlp.experts.down")
 ALWAYS = ""
 UNGATED = ("gelu", "gelu-exact", "relu2")
@@ -25,6 +27,7 @@ ACTIVATIONS = {  # Hugging Face name -> ours; where two mean the same, export wr
     "gelu_pytorch_tanh": "gelu",
     "gelu": "gelu-exact",
     "relu2": "relu2",
+    "xielu": "xielu",
 }
 GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}  # the same, where the MLP has a gate
 DEFAULTS: dict[str, Any] = {  # of keys that a config.json may omit; None: derived from other settings
@@ -103,6 +106,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # overrides DEFAULTS; transformers' own where they differ
     # three matrices ("separate"), or one: all queries, then keys, then values ("stacked"), or by KV head ("grouped")
     qkv: str = "separate"
+    constants: Mapping[str, float] = field(default_factory=dict)  # tensors of a block that have this value
     activations: Mapping[str, str] = field(default_factory=lambda: ACTIVATIONS)  # its names -> ours
     joined: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # module -> the two whose rows it holds
     transposed: bool = False  # matrices are [inputs, outputs]
@@ -532,10 +536,31 @@ GEMMA3 = replace(
     period=6,
     local_theta=True,
 )
+APERTUS = replace(
+    ARCEE,
+    model_type="apertus",
+    architecture="ApertusForCausalLM",
+    keys=GRANITE.keys,
+    values={**LLAMA.values, "activation": ("xielu",), "qk_norm": (True,)},
+    per_block={
+        **LLAMA.per_block,
+        "attention_norm": "attention_layernorm",
+        "mlp_norm": "feedforward_layernorm",
+        "mlp.alpha_p": "mlp.act_fn.alpha_p",
+        "mlp.alpha_n": "mlp.act_fn.alpha_n",
+    },
+    constants={"mlp.act_fn.beta": XIELU_BETA, "mlp.act_fn.eps": -1e-6},
+    bias=dict.fromkeys(ATTENTION, "attention_bias"),
+    required={"mlp_bias": False, "post_norm": False, "qk_norm": True},
+    defaults={
+        **{"rope_theta": 12e6, "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+        **{"low_freq_factor": 1.0, "high_freq_factor": 4.0, "hidden_act": "xielu"},
+    },
+)
 # the order matters: export writes the first one that fits
 FAMILIES = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, NEOX, STARCODER2, GPT2, MPT, MIXTRAL, QWEN3_MOE, GLM4_MOE),
-    *(PHI3, GRANITE, SMOLLM3, NEMOTRON, OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3),
+    *(PHI3, GRANITE, SMOLLM3, NEMOTRON, OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3, APERTUS),
 )
 
 
@@ -583,6 +608,8 @@ def has_module(model: ModelConfig, module: str, layer: int = 0) -> bool:
         return model.norm_placement in (("post", "both") if module.endswith("post_norm") else ("pre", "both"))
     if module.endswith(".gate") and not model.gated:
         return False
+    if module in ALPHAS:
+        return model.activation == "xielu"
     is_dense = layer < model.layers - model.expert_layers  # dense layers come first
     return not module.startswith("mlp.") or is_dense == (module in MLP)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megahp.config import Config, ModelConfig, longest, resolve
 from megahp.convert.families import (
+    ALPHAS,
     ALWAYS,
     DEFAULTS,
     EXPERTS,
@@ -87,6 +88,9 @@ def export(config: Config, weights: Weights, only: Family | None = None) -> tupl
                     yield hf_name.replace(half, seconds[half]), torch.cat((first, part))
                 else:
                     yield hf_name, part.contiguous()
+        for layer in range(model.layers):
+            for stem, value in family.constants.items():
+                yield f"{family.block_prefix}.{layer}.{stem}", torch.tensor(value)
 
     return hf_config, tensors()
 
@@ -119,6 +123,11 @@ def import_(
     found = set(weights)
     missing = {hf_name for _, hf_names in names for hf_name in hf_names} - found
     extra = found - {hf_name for _, hf_names in names for hf_name in hf_names}
+    for name in [name for name in extra if name.endswith(tuple(family.constants))]:
+        (value,) = (value for stem, value in family.constants.items() if name.endswith(stem))
+        if not math.isclose(weights[name].item(), value, rel_tol=0.01):  # they may be of half precision
+            raise UserError(f"{name} is {weights[name].item()}, and not {value}, as in megahp's xIELU")
+        extra.remove(name)
     extra = {name for name in extra if not OLD_BUFFERS.search(name)}
     head, embedding = f"{family.top_level['unembedding']}.weight", names[0][1][0]
     extra -= {head}  # some files hold the tied one too
@@ -252,7 +261,7 @@ def _map_names(
         stems = [hf_name.removeprefix(prefix) for hf_name in hf_names.split()]
         if module in EXPERTS:
             yield name, [stem.replace("*", str(index)) for stem in stems for index in range(model.experts)]
-        elif module == "mlp.router.bias":
+        elif module in ("mlp.router.bias", *ALPHAS):
             yield name, stems
         else:
             yield f"{name}.weight", [f"{stem}.weight" for stem in stems]

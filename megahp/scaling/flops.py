@@ -22,6 +22,8 @@ def parameters(model: ModelConfig, longest: int) -> int:
         block += model.width + (_mlp_matrices(model) - 1) * model.mlp_width + model.width
     if model.qk_norm:
         block += (model.heads + model.kv_heads if model.qk_norm_whole else 2) * model.head_size
+    if model.activation == "xielu":
+        block += 2
     embeddings = (1 if model.tied_embeddings else 2) * model.padded_vocab * model.width
     positions = longest * model.width if model.positions == "learned" else 0
     return sum(_matrices(model, model.experts)) + model.layers * block + norm + embeddings + positions

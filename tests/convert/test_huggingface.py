@@ -74,6 +74,7 @@ CASES |= {
     "olmo2": ("olmo2", {**OLMO, **LLAMA3}),
     "olmo2, grouped": ("olmo2", {**OLMO, **GQA}),
     "olmo3": ("olmo3", {**OLMO, **YARN, "window": 5, "full_attention_every": 2, "window_rope_theta": 50.0}),
+    "apertus": ("apertus", {**GQA, **LLAMA3, "activation": "xielu", "qk_norm": True}),
     "gemma2": ("gemma2", {**GEMMA, **GQA, "attention_softcap": 2.0, "logits_softcap": 3.0, "tied_embeddings": True}),
     "gemma3": ("gemma3_text", {**GEMMA, **GQA, "qk_norm": True, "window_rope_theta": 70.0, **YARN}),
     "gemma3, one theta": ("gemma3_text", {**GEMMA, "qk_norm": True, "rope_scaling": "linear", "rope_factor": 8.0}),

@@ -54,7 +54,14 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "olmo": {
         "model": {
-            **{"norm_placement": "post", "qk_norm": True, "qk_norm_whole": True, "window": 5, "no_rope_every": 2},
+            **{
+                "activation": "xielu",
+                "norm_placement": "post",
+                "qk_norm": True,
+                "qk_norm_whole": True,
+                "window": 5,
+                "no_rope_every": 2,
+            },
             **{"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 64, "rope_theta": 100.0},
             **{"rope_slow": 1.0, "rope_fast": 4.0},
         }

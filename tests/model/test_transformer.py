@@ -120,6 +120,10 @@ def plain_transformer(
             up = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
         elif m.activation == "gelu":
             up = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        elif m.activation == "xielu":
+            p, n = ((1 + w[f"{at}.mlp.{name}"].exp()).log() for name in ("alpha_p", "alpha_n"))
+            curve = torch.where(up > 0, p * up**2, (n + 0.5) * (up.exp() - 1 - up))
+            up = curve + up / 2
         else:
             up = up.clamp(min=0) ** 2
         out = linear(up, f"{at}.mlp.down")
