@@ -138,8 +138,8 @@ class Experts(Module):
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         outputs = []
         matrices = (local(getattr(self, name)).to(x.dtype).unbind() for name in self.rows)
-        for rows, down, *ups in zip(x.split(counts), *matrices, strict=True):
-            hidden = activate(self.activation, *(F.linear(rows, up) for up in ups))
+        for rows, down, up, *gate in zip(x.split(counts), *matrices, strict=True):
+            hidden = activate(self.activation, F.linear(rows, up), F.linear(rows, gate[0]) if gate else None)
             outputs.append(F.linear(hidden, down))
         return torch.cat(outputs)
 
