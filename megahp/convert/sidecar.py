@@ -38,7 +38,7 @@ class SafetensorsFiles(ByName):
         self.index = self._listed(folder / f"{name}.safetensors.index.json", f"{name}.safetensors")
         for file in sorted(set(self.index.values())):
             tensors = _open(folder / file)
-            for tensor in tensors.keys():
+            for tensor in set(tensors.keys()):
                 if self.index.setdefault(tensor, "") != file:
                     elsewhere = self.index[tensor] or "no file"
                     raise UserError(f"{folder / file} holds {tensor}, which its index has in {elsewhere}; {AGAIN}")
