@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from megahp.errors import UserError, in_one_line
+from megahp.errors import UserError
 from megahp.log.metrics import without_nan
 
 
@@ -23,7 +23,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary path to write a folder to; it is renamed to the target, or removed on any error, SIGTERM and
     SIGHUP included.
 
-    Raises UserError for what safetensors and torch raise on a full disk, where the system's error is only a text.
+    Raises UserError for what safetensors raises on a full disk, where the system's error is only a text.
     """
 
     def end(number: int, _: Any) -> None:
@@ -36,10 +36,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.rename(target)
-    except (SafetensorError, RuntimeError) as error:
-        if isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error):
-            raise UserError(f"{target} cannot be written: {in_one_line(error)}; make room") from None
-        raise
+    except SafetensorError as error:
+        raise UserError(f"{target} cannot be written ({error}); make room") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for number, handler in before.items():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megahp.config import Config
 from megahp.convert import sidecar
+from megahp.convert.families import family_of_type
 from megahp.convert.huggingface import OLD_BUFFERS, OLD_KEYS, Tensors, export, import_
 from megahp.convert.sidecar import REMEDY, ModelWeights, SafetensorsFiles, write_json, write_safetensors
 from megahp.errors import UserError
@@ -58,6 +59,12 @@ def link_without_code(folder: Path, target: Path) -> None:
     keys = {"architectures", *known.to_dict(), *known.attribute_map, *known.attribute_map.values()}
     keys |= {*OLD_KEYS, *OLD_KEYS.values(), "rope_scaling", "torch_dtype"}  # of older versions of transformers
     kept = {key: value for key, value in hf_config.items() if key in keys and not key.startswith("_")}
+    stem, shapes = (
+        family_of_type(hf_config["model_type"]).top_level["embedding"],
+        SafetensorsFiles(folder, "model").shapes,
+    )
+    (name,) = {f"{stem}.weight", f"{stem.partition('.')[2]}.weight"} & shapes.keys()
+    kept["vocab_size"] = shapes[name][0]  # with the rows that pad it, which transformers takes for tokens
     write_json(target / "config.json", kept)
     for file in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
         (target / file.name).symlink_to(file.resolve())
