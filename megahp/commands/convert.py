@@ -35,7 +35,7 @@ from megahp.commands.output import atomic_folder
 from megahp.config import Config, longest, resolve, with_values
 from megahp.convert import huggingface_folder, megatron
 from megahp.convert.run_directory import check_files, check_shapes, file_limit, find_checkpoint, write_run
-from megahp.convert.tokenizers import find_tokenizer, write_tokenizer
+from megahp.convert.tokenizers import find_tokenizer, keep_files, special_tokens, write_tokenizer
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import Fault, UserError, in_one_line
 from megahp.evaluate.sample import single_rank_model
@@ -96,7 +96,7 @@ def export(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     tokenizer, limit = load_tokenizer(name), file_limit(arguments)
     with_vocabulary(config, tokenizer)  # raises where the tokenizer is another one than the model's
     if arguments.target_format == "huggingface":
-        huggingface_folder.write(partial, config, Tensors(path), tokenizer.eod, limit)
+        huggingface_folder.write(partial, config, Tensors(path), special_tokens(name, tokenizer.eod), limit)
         write_tokenizer(partial, name, tokenizer)
         return tokenizer
     megatron.write(partial, config, Tensors(path), arguments.target_format == "megatron-legacy", limit)
@@ -111,7 +111,11 @@ def import_(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     settings, tensors = read(arguments.source_format, arguments.source, overrides.get("model", {}))
     original = settings.get("data", {}).get("tokenizer", "")
     name = arguments.tokenizer or find_tokenizer(arguments.source, original)
-    return write_run(arguments, partial, settings, overrides, name, tensors)
+    tokenizer = write_run(arguments, partial, settings, overrides, name, tensors)
+    if arguments.source_format == "huggingface" and name != "bytes":
+        keep_files(Path(name).parent, partial)
+        keep_files(arguments.source, partial)
+    return tokenizer
 
 
 def read(form: str, folder: Path, overrides: Mapping[str, Any]) -> tuple[Any, Iterator[tuple[str, Tensor]]]:

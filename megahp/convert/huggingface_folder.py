@@ -1,5 +1,6 @@
 """Read and write a Hugging Face model's folder, a tensor at a time."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ from megahp.convert.sidecar import REMEDY, ModelWeights, SafetensorsFiles, write
 from megahp.errors import UserError
 from megahp.files import read_json
 
-DTYPES = ("F64", "F32", "BF16", "F16")  # of weights, in safetensors' words
+# of weights: safetensors' word -> transformers' name
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], eod: int, limit: int) -> None:
-    """Write the model of a checkpoint's tensors, in files of up to `limit` bytes. eod: the end-of-document token.
+def write(
+    folder: Path, config: Config, tensors: Mapping[str, Tensor], special_tokens: Mapping[str, Any], limit: int
+) -> None:
+    """Write the model of a checkpoint's tensors, in files of up to `limit` bytes. special_tokens: their keys in
+    config.json, and ids.
 
     Raises UserError where no architecture can represent the model.
     """
@@ -26,9 +31,10 @@ def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], eod: int,
     folder.mkdir(parents=True)
     write_safetensors(folder, "model", exported, limit)
     sidecar.write(folder, config, tensors, limit)
-    special_tokens = {"bos_token_id": None, "eos_token_id": eod}
-    write_json(folder / "generation_config.json", special_tokens)
-    write_json(folder / "config.json", hf_config | special_tokens)
+    # as old versions of transformers name it, which new ones read too; of tensors of several dtypes, the most frequent
+    dtypes = Counter(SafetensorsFiles(folder, "model").dtypes.values())
+    described = {**hf_config, **special_tokens, "torch_dtype": DTYPES[dtypes.most_common(1)[0][0]]}
+    write_json(folder / "config.json", described)
 
 
 def read(folder: Path) -> tuple[Mapping[str, Mapping[str, Any]], Tensors]:
