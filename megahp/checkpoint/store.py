@@ -300,8 +300,12 @@ def read_state(checkpoint: Location) -> dict[str, Any]:
 
 
 def settings_of(checkpoint: Location) -> Config:
-    """Return the config that it was written under. Raises DamagedError, or UserError."""
-    return resolve.from_dict(read_state(checkpoint)["config"], str(checkpoint))
+    """Return the config that it was written under, with the run directory where it is now. Raises DamagedError, or
+    UserError."""
+    tree = read_state(checkpoint)["config"]
+    if isinstance(checkpoint, Path):
+        tree = resolve.placed(tree, checkpoint.parent.parent)
+    return resolve.from_dict(tree, str(checkpoint))
 
 
 def load(checkpoint: Location, tensors: Mapping[str, Tensor]) -> None:

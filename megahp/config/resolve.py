@@ -22,6 +22,7 @@ from megahp.files import read_toml
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+HERE = "{here}"
 MAX_PROBLEMS = 50  # reported at once
 
 
@@ -35,7 +36,21 @@ class Resolved:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
     """Load a TOML run file and apply section.key=value overrides. Raises UserError listing every problem."""
-    return resolve([(Path(path).name, read_toml(Path(path), "run file")), ("command line", parse_overrides(overrides))])
+    tree = placed(read_toml(Path(path), "run file"), Path(path).parent)
+    return resolve([(Path(path).name, tree), ("command line", parse_overrides(overrides))])
+
+
+def placed(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the settings of a run file, or of a run's checkpoint, with paths that begin with {here} in this folder: a
+    converted model's run directory can be moved and renamed."""
+
+    def place(value: Any) -> Any:
+        return f"{folder}{value[len(HERE) :]}" if isinstance(value, str) and value.startswith(HERE) else value
+
+    return {
+        name: {key: place(value) for key, value in section.items()} if isinstance(section, Mapping) else section
+        for name, section in tree.items()
+    }
 
 
 def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], written: bool = False) -> Resolved:

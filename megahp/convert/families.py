@@ -47,8 +47,8 @@ REQUIRED: dict[str, Any] = {
 IRRELEVANT = {  # why a key of config.json does not change the logits -> such keys; keys in no list are refused
     "where the file comes from": "architectures auto_map internal_version is_llama_config model_type tokenizer_class "
     "tokenizer_name transformers_version unsloth_version _name_or_path _commit_hash",
-    "tokens, which the tokenizer's files are kept for": "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id "
-    "decoder_start_token_id",
+    "tokens, which the tokenizer's files are kept for": "bos_token_id eos_token_id pad_token_id unk_token_id "
+    "sep_token_id decoder_start_token_id",
     "training: dropout, initial weights, losses": "attention_dropout attn_pdrop classifier_dropout emb_pdrop "
     "embd_pdrop embedding_dropout hidden_dropout resid_pdrop residual_dropout init_config init_device init_std "
     "initializer_range embedding_fraction output_router_logits router_aux_loss_coef router_jitter_noise "
@@ -61,8 +61,9 @@ IRRELEVANT = {  # why a key of config.json does not change the logits -> such ke
     "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences repetition_penalty task_specific_params "
     "temperature top_k top_p typical_p bad_words_ids suppress_tokens begin_suppress_tokens forced_bos_token_id "
     "forced_eos_token_id remove_invalid_values diversity_penalty encoder_no_repeat_ngram_size prefix",
-    "other heads": "id2label label2id num_labels _num_labels problem_type finetuning_task is_decoder summary_activation "
-    "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj cross_attention_hidden_size",
+    "other heads": "id2label label2id num_labels _num_labels problem_type finetuning_task is_decoder "
+    "summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj "
+    "cross_attention_hidden_size",
     "lengths that are not enforced": "n_ctx max_sequence_length",
 }
 ROPE_KEYS = {  # how wavelengths are stretched -> our settings and their keys in the table of that

@@ -293,8 +293,8 @@ def _fuse(family: Family, model: ModelConfig, name: str, parts: Sequence[Tensor]
     if module in ("embedding", "unembedding"):
         rows = parts[0][: model.vocab_size]  # of tokens; some files have more, which pad them
         if len(rows) < model.vocab_size:
-            short = f"the {module} has {len(rows)} rows, and config.json's vocab_size is {model.vocab_size}"
-            raise UserError(f"{short}; set it to {len(rows)} if the tokenizer has no more tokens")
+            short = f"the {module} has {len(rows)} rows, and vocab_size is {model.vocab_size}"
+            raise UserError(f"{short}; get the missing files, or set it to {len(rows)} if there are no more tokens")
         return torch.cat((rows, rows.mean(0, keepdim=True).expand(model.padded_vocab - model.vocab_size, -1)))
     if module in EXPERTS:
         return torch.stack(tuple(parts))

@@ -1,5 +1,6 @@
 """Read and write a Hugging Face model's folder, a tensor at a time."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,21 @@ from torch import Tensor
 
 from megahp.config import Config
 from megahp.convert import sidecar
+from megahp.convert.families import family_of_type
 from megahp.convert.huggingface import OLD_BUFFERS, OLD_KEYS, Tensors, export, import_
 from megahp.convert.sidecar import REMEDY, ModelWeights, SafetensorsFiles, write_json, write_safetensors
 from megahp.errors import UserError
 from megahp.files import read_json
 
-DTYPES = ("F64", "F32", "BF16", "F16")  # of weights, in safetensors' words
+# of weights: safetensors' word -> transformers' name
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], eod: int, limit: int) -> None:
-    """Write the model of a checkpoint's tensors, in files of up to `limit` bytes. eod: the end-of-document token.
+def write(
+    folder: Path, config: Config, tensors: Mapping[str, Tensor], special_tokens: Mapping[str, Any], limit: int
+) -> None:
+    """Write the model of a checkpoint's tensors, in files of up to `limit` bytes. special_tokens: their keys in
+    config.json, and ids.
 
     Raises UserError where no architecture can represent the model.
     """
@@ -25,9 +31,10 @@ def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], eod: int,
     folder.mkdir(parents=True)
     write_safetensors(folder, "model", exported, limit)
     sidecar.write(folder, config, tensors, limit)
-    special_tokens = {"bos_token_id": None, "eos_token_id": eod}
-    write_json(folder / "generation_config.json", special_tokens)
-    write_json(folder / "config.json", hf_config | special_tokens)
+    # as old versions of transformers name it, which new ones read too; of tensors of several dtypes, the most frequent
+    dtypes = Counter(SafetensorsFiles(folder, "model").dtypes.values())
+    described = {**hf_config, **special_tokens, "torch_dtype": DTYPES[dtypes.most_common(1)[0][0]]}
+    write_json(folder / "config.json", described)
 
 
 def read(folder: Path) -> tuple[Mapping[str, Mapping[str, Any]], Tensors]:
@@ -58,6 +65,12 @@ def link_without_code(folder: Path, target: Path) -> None:
     keys = {"architectures", *known.to_dict(), *known.attribute_map, *known.attribute_map.values()}
     keys |= {*OLD_KEYS, *OLD_KEYS.values(), "rope_scaling", "torch_dtype"}  # of older versions of transformers
     kept = {key: value for key, value in hf_config.items() if key in keys and not key.startswith("_")}
+    stem, shapes = (
+        family_of_type(hf_config["model_type"]).top_level["embedding"],
+        SafetensorsFiles(folder, "model").shapes,
+    )
+    (name,) = {f"{stem}.weight", f"{stem.partition('.')[2]}.weight"} & shapes.keys()
+    kept["vocab_size"] = shapes[name][0]  # with the rows that pad it, which transformers takes for tokens
     write_json(target / "config.json", kept)
     for file in (*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")):
         (target / file.name).symlink_to(file.resolve())

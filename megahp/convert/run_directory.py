@@ -53,7 +53,7 @@ def write_run(
     if tokenizer_name != "bytes":  # a copy, so that the run does not depend on files elsewhere
         file = f"tokenizer{Path(tokenizer_name).suffix}"
         shutil.copyfile(tokenizer_name, partial / file)
-        tokenizer_name = str(arguments.target / file)
+        tokenizer_name = f"{resolve.HERE}/{file}"
     origin, data = str(arguments.source), {"data": {"tokenizer": tokenizer_name}}
     resolved = resolve.resolve([(origin, layer), (origin, data), ("command line", overrides)])
     config = with_vocabulary(resolved.config, tokenizer)
@@ -63,7 +63,7 @@ def write_run(
     path = checkpoint.path(partial / "checkpoints", 0)
     checkpoint.write(path, checked, state_of_weights(config), file_limit(arguments))
     # moments and progress start anew: the next run branches from this checkpoint, rather than resuming it
-    config = with_values(config, {"train.start_from": str(arguments.target)})
+    config = with_values(config, {"train.start_from": resolve.HERE})
     (partial / "config.toml").write_text(config_to_toml(config, resolved.origins), encoding="utf-8")
     return tokenizer
 

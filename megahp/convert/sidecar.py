@@ -29,20 +29,21 @@ VOCABULARY = ("embedding.weight", "unembedding.weight")
 class SafetensorsFiles(ByName):
     """The tensors of a folder's NAME.safetensors, or of the files that its index lists, each loaded on access.
 
-    dtypes: of all tensors, in the files' words (BF16). Raises UserError for files that are missing, damaged, or
+    dtypes, shapes: of all tensors, in the files' words (BF16). Raises UserError for files that are missing, damaged, or
     contradict each other.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.dtypes = folder, dict[str, str]()
+        self.folder, self.dtypes, self.shapes = folder, dict[str, str](), dict[str, list[int]]()
         self.index = self._listed(folder / f"{name}.safetensors.index.json", f"{name}.safetensors")
         for file in sorted(set(self.index.values())):
             tensors = _open(folder / file)
-            for tensor in tensors.keys():
+            for tensor in set(tensors.keys()):
                 if self.index.setdefault(tensor, "") != file:
                     elsewhere = self.index[tensor] or "no file"
                     raise UserError(f"{folder / file} holds {tensor}, which its index has in {elsewhere}; {AGAIN}")
-                self.dtypes[tensor] = tensors.get_slice(tensor).get_dtype()
+                described = tensors.get_slice(tensor)
+                self.dtypes[tensor], self.shapes[tensor] = described.get_dtype(), described.get_shape()
         if lost := self.index.keys() - self.dtypes.keys():
             raise UserError(f"{folder / self.index[min(lost)]} lacks {min(lost)}, which its index has in it; {AGAIN}")
 
