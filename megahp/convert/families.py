@@ -49,10 +49,11 @@ IRRELEVANT = {  # why a key of config.json does not change the logits -> such ke
     "tokenizer_name transformers_version unsloth_version _name_or_path _commit_hash",
     "tokens, which the tokenizer's files are kept for": "bos_token_id eos_token_id pad_token_id unk_token_id "
     "sep_token_id decoder_start_token_id",
-    "training: dropout, initial weights, losses": "attention_dropout attn_pdrop classifier_dropout emb_pdrop "
-    "embd_pdrop embedding_dropout hidden_dropout resid_pdrop residual_dropout init_config init_device init_std "
-    "initializer_range embedding_fraction output_router_logits router_aux_loss_coef router_jitter_noise "
-    "selective_checkpoint_enabled sequence_parallel_enabled",
+    "training: dropout, initial weights, losses": "attention_dropout attention_probs_dropout_prob attn_pdrop "
+    "classifier_dropout emb_pdrop embd_pdrop embedding_dropout embedding_fraction hidden_dropout "
+    "hidden_dropout_prob init_config init_device init_std initializer_range output_router_logits resid_pdrop "
+    "residual_dropout router_aux_loss_coef router_jitter_noise selective_checkpoint_enabled "
+    "sequence_parallel_enabled",
     "how something is computed, not what": "dtype torch_dtype torchscript use_bfloat16 use_cache use_flash_attention "
     "use_kernels attn_implementation _attn_implementation _attn_implementation_autoset pretraining_tp "
     "reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32 chunk_size_feed_forward verbose",
