@@ -15,7 +15,7 @@ from megahp.errors import UserError
         (["model.kv_heads=3"], ["model.kv_heads = 3", "2, 4"]),
         (["parallel.tp=4", "model.heads=6", "model.kv_heads=2"], ["parallel.tp = 4", "model.heads = 6"]),
         (["parallel.tp=4", "model.heads=12", "model.kv_heads=3"], ["parallel.tp = 4", "model.kv_heads = 3", "3"]),
-        (["model.rope_fraction=0.1"], ["model.rope_fraction = 0.1", "6 rotated"]),
+        (["model.rope_fraction=0.05"], ["model.rope_fraction = 0.05", "3 rotated"]),
         (["model.rope_scaling=yarn"], ["model.rope_original_length"]),
         (
             ["model.rope_scaling=llama3", "model.rope_original_length=64", "model.rope_slow=5"],
