@@ -488,8 +488,8 @@ def _multipliers(family: Family, hf_config: Mapping[str, Any], model: ModelConfi
 
 def _require(hf_config: Mapping[str, Any], required: Mapping[str, Any], where: str = "") -> None:
     """Raise UserError for a key, also of a table, whose value is not the required one."""
-    for key in required.keys() & hf_config.keys():
-        value, wanted = hf_config[key], required[key]
+    for key, wanted in required.items():
+        value = hf_config.get(key, wanted)
         if isinstance(wanted, dict) and isinstance(value, Mapping):
             _require(value, wanted, f"{where}{key}.")
         elif not _matches(value, wanted):
