@@ -34,6 +34,7 @@ from megahp.checkpoint.shards import Tensors
 from megahp.commands.output import atomic_folder
 from megahp.config import Config, longest, resolve, with_values
 from megahp.convert import huggingface_folder, megatron
+from megahp.convert.families import FAMILIES
 from megahp.convert.run_directory import check_files, check_shapes, file_limit, find_checkpoint, write_run
 from megahp.convert.tokenizers import find_tokenizer, keep_files, special_tokens, write_tokenizer
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
@@ -59,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("target", type=Path, metavar="DST")
     add("overrides", nargs="*", metavar="section.key=value", help="with --to megahp")
     add("--tokenizer", metavar="FILE", help="instead of SRC's")
+    types = [family.model_type for family in FAMILIES]
+    add("--architecture", choices=types, metavar="TYPE", help="with --to huggingface (default: the first that fits)")
     add("--file-size", type=float, default=1, metavar="GB", help="maximum size of a file (default 1)")
     add("--text", type=Path, metavar="FILE", help="for the check (default: a source file of Python's)")
     add("--allow-pickle", action="store_true", help="read Megatron's legacy format, which is a pickle")
@@ -75,6 +78,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError(f"{arguments.source} is a pickle; --allow-pickle reads it, without executing what it names")
     if arguments.allow_pickle and formats[0] != "megatron-legacy":
         raise UserError("--allow-pickle is for --from megatron-legacy; omit it")
+    if arguments.architecture and formats[1] != "huggingface":
+        raise UserError(f"--architecture {arguments.architecture} is for --to huggingface; omit it")
     if arguments.text and arguments.no_check:
         raise UserError(f"--text {arguments.text} is for the check; omit it or --no-check")
     check_files(arguments)
@@ -96,7 +101,8 @@ def export(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     tokenizer, limit = load_tokenizer(name), file_limit(arguments)
     with_vocabulary(config, tokenizer)  # raises where the tokenizer is another one than the model's
     if arguments.target_format == "huggingface":
-        huggingface_folder.write(partial, config, Tensors(path), special_tokens(name, tokenizer.eod), limit)
+        special = special_tokens(name, tokenizer.eod)
+        huggingface_folder.write(partial, config, Tensors(path), special, limit, arguments.architecture)
         write_tokenizer(partial, name, tokenizer)
         return tokenizer
     megatron.write(partial, config, Tensors(path), arguments.target_format == "megatron-legacy", limit)

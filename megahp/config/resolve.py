@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from megahp.config.checks import find_conflicts, find_unused
 from megahp.config.presets import PRESETS
-from megahp.config.schema import FIELDS, SECTIONS, TYPES, Config, get_setting, setting_names, with_values
+from megahp.config.schema import FIELDS, GATED, SECTIONS, TYPES, Config, get_setting, setting_names, with_values
 from megahp.errors import UserError
 from megahp.files import read_toml
 
@@ -220,7 +220,7 @@ def _reset_unused(config: Config, origins: dict[str, str], origin: str) -> Confi
 def _derive(config: Config, origins: dict[str, str]) -> Config:
     """Replace the zeros that stand for a derived value."""
     model, default_width = config.model, mlp_width(config.model.activation, config.model.width)
-    derived = {
+    derived: dict[str, tuple[float, str]] = {
         "model.kv_heads": (model.heads, "derived from model.heads"),
         "model.mlp_width": (default_width, "derived from model.width and model.activation"),
     }
@@ -230,6 +230,13 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
         derived["model.expert_width"] = (model.mlp_width or default_width, "derived from model.mlp_width")
     if model.expert_width and not model.dense_layers:
         derived["model.mlp_width"] = (model.expert_width, "derived from model.expert_width")
+    if model.rope_scaling in ("llama3", "yarn"):
+        derived["model.rope_fast"] = (
+            4.0 if model.rope_scaling == "llama3" else 32.0,
+            "derived from model.rope_scaling",
+        )
+    if model.rope_scaling == "yarn":  # arXiv 2309.00071, eq. 22: its square scales the logits
+        derived["model.rope_magnitude"] = (0.1 * math.log(model.rope_factor) + 1, "derived from model.rope_factor")
     for key, (value, why) in derived.items():
         if get_setting(config, key) == 0:
             config = with_values(config, {key: value})
@@ -240,9 +247,9 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
 def mlp_width(activation: str, width: int) -> int:
     """Return the default hidden size of an MLP.
 
-    A swiglu MLP has three matrices where others have two, so 8/3 width has the parameters of 4 width.
+    A gated MLP has three matrices where others have two, so 8/3 width has the parameters of 4 width.
     """
-    return -(-8 * width // (3 * 64)) * 64 if activation == "swiglu" else 4 * width
+    return -(-8 * width // (3 * 64)) * 64 if activation in GATED else 4 * width
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -21,16 +21,22 @@ DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float1
 
 
 def write(
-    folder: Path, config: Config, tensors: Mapping[str, Tensor], special_tokens: Mapping[str, Any], limit: int
+    folder: Path,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    special_tokens: Mapping[str, Any],
+    limit: int,
+    architecture: str | None = None,
 ) -> None:
     """Write the model of a checkpoint's tensors, in files of up to `limit` bytes. special_tokens: their keys in
-    config.json, and ids.
+    config.json, and ids. architecture: its model_type; None = the first that fits.
 
-    Raises UserError where no architecture can represent the model.
+    Raises UserError where the architecture, or none, can represent the model.
     """
-    hf_config, exported = export(config, ModelWeights(tensors))
+    only = family_of_type(architecture) if architecture else None
+    hf_config, exported = export(config, ModelWeights(tensors), only)
     dtype = narrowest(tensor for _, tensor in exported)
-    _, exported = export(config, ModelWeights(tensors))
+    _, exported = export(config, ModelWeights(tensors), only)
     folder.mkdir(parents=True)
     write_safetensors(folder, "model", ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in exported), limit)
     sidecar.write(folder, config, tensors, limit)
@@ -77,7 +83,14 @@ def link_without_code(folder: Path, target: Path) -> None:
     hf_config = read_json(folder / "config.json", "model settings", REMEDY)
     known = AutoConfig.for_model(hf_config["model_type"])
     keys = {"architectures", *known.to_dict(), *known.attribute_map, *known.attribute_map.values()}
-    keys |= {*OLD_KEYS, *OLD_KEYS.values(), "rope_scaling", "torch_dtype"}  # of older versions of transformers
+    keys |= {
+        *OLD_KEYS,
+        *OLD_KEYS.values(),
+        "rope_scaling",
+        "torch_dtype",
+        "rope_local_base_freq",
+        "sliding_window_pattern",
+    }  # of older versions of transformers
     kept = {key: value for key, value in hf_config.items() if key in keys and not key.startswith("_")}
     stem, shapes = (
         family_of_type(hf_config["model_type"]).top_level["embedding"],

@@ -117,9 +117,12 @@ def restore(
         raise UserError(f"{file} has another parameterization table than this megahp; {remedy}")
     if missing := {str(name) for name in sidecar["tensors"]} - set(extra):
         raise UserError(f"{folder}/megahp.safetensors lacks {min(missing)}; restore it, or {remedy}")
-    imported, exported = resolve.resolve([(str(folder), layer)]).config, fold_multipliers(config, {})[0]
-    # bias may differ: an architecture may have more of them than our model
-    pairs = {key: (getattr(imported.model, key), getattr(exported, key)) for key in layer["model"] if key != "bias"}
+    imported = resolve.resolve([(str(folder), layer)]).config
+    kept = table_of(imported)
+    exported, _ = fold_multipliers(config, {}, kept)
+    # biases may differ: an architecture may have more of them than our model
+    same = [key for key in layer["model"] if key not in ("bias", "qkv_bias")]
+    pairs = {key: (getattr(imported.model, key), getattr(exported, key)) for key in same}
     pairs["sequence_length"] = imported.data.sequence_length, longest(config)
     for key, (now, before) in pairs.items():
         if now != before:
@@ -127,7 +130,7 @@ def restore(
 
     def tensors() -> Tensors:
         try:
-            for short, weight in unfold_multipliers(config, weights):
+            for short, weight in unfold_multipliers(config, weights, kept):
                 name, mask = f"model.{short}", f"mask.{short}"
                 if f"padding.{name}" in extra:
                     weight = torch.cat((weight[: config.model.vocab_size], extra[f"padding.{name}"]))

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, no biases": ("any", {**GPT2, "bias": False}),
     "mpt": ("any", {**MPT, "tied_embeddings": True}),
     "mixtral": ("two", {**MOE, "router_score": "softmax", "head_size": 16}),
+    "olmo3": ("any", {**GQA, "norm_placement": "post", "qk_norm": True, "qk_norm_whole": True, "window": 9}),
     "glm4 moe": ("any", {**MOE, "dense_layers": 1, "shared_experts": 2, "mlp_width": 48, "qk_norm": True}),
 }
 
@@ -123,10 +124,12 @@ def ulps(one: Tensor, other: Tensor) -> float:
     return ((one - other).abs() / spacing).max().item()
 
 
-def there_and_back(table: str, model: dict[str, Any], folder: Path, **more: Any) -> dict[str, Any]:
+def there_and_back(
+    table: str, model: dict[str, Any], folder: Path, words: Sequence[str] = (), **more: Any
+) -> dict[str, Any]:
     config = settings_of(table, model, **more)
     before = written(config, folder / "ours")
-    exported = convert("megahp", "huggingface", folder / "ours", folder / "theirs")
+    exported = convert("megahp", "huggingface", folder / "ours", folder / "theirs", *words)
     back = convert("huggingface", "megahp", folder / "theirs", folder / "back")
     path = checkpoint.find(folder / "back")
     after, state = Tensors(path), checkpoint.read_state(path)
@@ -403,6 +406,9 @@ def everything(folder: Path) -> dict[str, Any]:
 
     logging.set_verbosity_error()
     results: dict[str, Any] = {case: there_and_back(*CASES[case], folder / case) for case in CASES}
+    results["granite"] = there_and_back(
+        "any", {"tied_embeddings": True}, folder / "granite", ["--architecture", "granite"]
+    )
     results["sparse"] = there_and_back("smupar", GQA, folder / "sparse", **SPARSE)
     results["gone on"] = gone_on(folder)
     results["losses"] = losses(folder / "llama")
@@ -438,6 +444,14 @@ def test_there_and_back(results: Any, case: str) -> None:
     assert result["same names"] and result["settings"]
     rounds = CASES[case][0] == "any" if case in CASES else True
     assert (0 < result["ulps"] <= 1) if rounds else result["ulps"] == 0
+
+
+@needs_transformers
+def test_an_architecture_of_the_users_choice_keeps_its_multipliers(results: Any) -> None:
+    """Granite has muP's multipliers: nothing is folded into a weight, and a tied head stays tied."""
+    result = results["granite"]
+    assert result["codes"] == (0, 0) and result["same names"] and result["settings"]
+    assert result["ulps"] == 0
 
 
 @needs_transformers

@@ -41,7 +41,7 @@ def test_what_transformers_writes_is_known(family: Family) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("attention_multiplier", 0.5, "attention_multiplier = 0.5"),
+        ("attention_scale", 0.5, "attention_scale = 0.5"),
         ("use_rope", False, "use_rope = False"),
         ("logit_softcap", None, "logit_softcap = None"),
         ("rope_parameters", {"rope_type": "default", "mrope_section": [1]}, r"rope_parameters.mrope_section = \[1\]"),
