@@ -13,7 +13,6 @@ SPANNED = {
     "commands/test_benchmark_training.py": "benchmark/machine commands/benchmark_loss commands/output",
     "commands/test_chain.py": "commands/launch commands/segment",
     "commands/test_convert.py": "convert/run_directory convert/sidecar",
-    "commands/test_extend_vocabulary.py": "convert/tokenizers",
     "commands/test_preprocess.py": "data/texts",
     "commands/test_runs.py": "commands/status",
     "commands/test_transfer_sweep.py": "commands/arguments diagnose/curves",

@@ -175,8 +175,8 @@ def compare(arguments: argparse.Namespace, written: Path, tokenizer: Tokenizer) 
         raise Fault(f"transformers encodes {file} to other tokens; {arguments.target} is not written; {remedy}")
     if is_independent:
         return ""
-    remedy = "; pip install 'megahp[huggingface]'" if form == "huggingface" else ", for Megatron's formats"
-    return f"megahp has read its own work, which finds damage, but nothing misunderstood{remedy}"
+    remedy = "pip install 'megahp[huggingface]'" if form == "huggingface" else "Megatron's formats have no other here"
+    return f"megahp alone has read it, which finds damage, but not what it misunderstands; {remedy}"
 
 
 class NotLoaded(Exception):

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from megahp.errors import UserError
 from megahp.log.metrics import without_nan
 
@@ -25,6 +23,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     Raises UserError for what safetensors raises on a full disk, where the system's error is only a text.
     """
+
+    from safetensors import SafetensorError  # which not every command that writes a file has
 
     def end(number: int, _: Any) -> None:
         raise SystemExit(128 + number)

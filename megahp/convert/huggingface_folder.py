@@ -1,10 +1,11 @@
 """Read and write a Hugging Face model's folder, a tensor at a time."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megahp.config import Config
@@ -34,13 +35,26 @@ def write(
     """
     only = family_of_type(architecture) if architecture else None
     hf_config, exported = export(config, ModelWeights(tensors), only)
+    dtype = narrowest(tensor for _, tensor in exported)
+    _, exported = export(config, ModelWeights(tensors), only)
     folder.mkdir(parents=True)
-    write_safetensors(folder, "model", exported, limit)
+    write_safetensors(folder, "model", ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in exported), limit)
     sidecar.write(folder, config, tensors, limit)
     # as old versions of transformers name it, which new ones read too; of tensors of several dtypes, the most frequent
     dtypes = Counter(SafetensorsFiles(folder, "model").dtypes.values())
     described = {**hf_config, **special_tokens, "torch_dtype": DTYPES[dtypes.most_common(1)[0][0]]}
     write_json(folder / "config.json", described)
+
+
+def narrowest(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """Return the 16-bit dtype that holds all values exactly, as it does those of an imported model that was not trained
+    further. None if there is none, which the first tensors tell of a trained model."""
+    candidates = [torch.bfloat16, torch.float16]
+    for tensor in tensors:
+        candidates = [dtype for dtype in candidates if tensor.to(dtype).to(tensor.dtype).equal(tensor)]
+        if not candidates:
+            return None
+    return candidates[0]
 
 
 def read(folder: Path) -> tuple[Mapping[str, Mapping[str, Any]], Tensors]:

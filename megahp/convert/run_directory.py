@@ -59,7 +59,11 @@ def write_run(
     config = with_vocabulary(resolved.config, tokenizer)
     one_rank = with_values(replace(config, parallel=ParallelConfig()), {"train.device": "cpu"})
     model = skeleton(one_rank, single_rank_mesh(one_rank))  # has shapes, but no memory
-    checked = check_shapes(tensors, {name: weight.shape for name, weight in model_state(model).items()})
+    master = torch.promote_types(getattr(torch, config.train.dtype), torch.float32)  # as training keeps weights
+    checked = (
+        (name, tensor.to(master) if name.startswith("model.") else tensor)
+        for name, tensor in check_shapes(tensors, {name: weight.shape for name, weight in model_state(model).items()})
+    )
     path = checkpoint.path(partial / "checkpoints", 0)
     checkpoint.write(path, checked, state_of_weights(config), file_limit(arguments))
     # moments and progress start anew: the next run branches from this checkpoint, rather than resuming it

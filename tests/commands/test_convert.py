@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from convert.test_huggingface import GPT2, GQA, MOE, MPT, NEOX
 from distributed import runs, world
 from tokenizers import Tokenizer as Fast
@@ -73,6 +74,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("any", {**GQA, "norm_placement": "post", "qk_norm": True, "qk_norm_whole": True, "window": 9}),
     "glm4 moe": ("any", {**MOE, "dense_layers": 1, "shared_experts": 2, "mlp_width": 48, "qk_norm": True}),
 }
+
+
+@pytest.fixture(autouse=True)
+def group_of_its_own() -> Iterator[None]:
+    """Leave the process group that a model of this process joined, for the tests that begin one."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def convert(source: str, target: str, *words: object) -> tuple[int, str]:
