@@ -489,10 +489,10 @@ def _multipliers(family: Family, hf_config: Mapping[str, Any], model: ModelConfi
 def _require(hf_config: Mapping[str, Any], required: Mapping[str, Any], where: str = "") -> None:
     """Raise UserError for a key, also of a table, whose value is not the required one."""
     for key, wanted in required.items():
-        value = hf_config.get(key, wanted)
+        value = hf_config.get(key)
         if isinstance(wanted, dict) and isinstance(value, Mapping):
             _require(value, wanted, f"{where}{key}.")
-        elif not _matches(value, wanted):
+        elif key in hf_config and not _matches(value, wanted):
             shown = resolve.shown(value)
             raise UserError(f"config.json: {where}{key} = {shown} is not supported; megahp has {wanted!r}")
 
