@@ -108,17 +108,26 @@ def of_sentencepiece(name: str) -> dict[str, Any]:
         (piece[1].decode(), struct.unpack("<f", piece.get(2, bytes(4)))[0], piece.get(3, NORMAL)) for piece in described
     ]
     trainer, normalizer = ({n: values[-1] for n, values in _fields(model[n][-1]).items()} for n in (2, 3))
-    kind, has_prefix = trainer.get(3, UNIGRAM), normalizer.get(3, 1)
+    kind, has_prefix, removes_spaces = trainer.get(3, UNIGRAM), normalizer.get(3, 1), normalizer.get(4, 1)
     symbols = [piece for piece, _, role in pieces if role == USER_DEFINED and len(piece) > 1]
-    if kind not in (UNIGRAM, BPE) or trainer.get(24, 0) or not normalizer.get(5, 1) or (symbols and has_prefix):
-        what = f"symbols such as {symbols[0]!r} and a space before a text" if symbols else "of another kind"
+    if (
+        kind not in (UNIGRAM, BPE)
+        or trainer.get(24, 0)
+        or not normalizer.get(5, 1)
+        or (symbols and (has_prefix or removes_spaces))
+    ):
+        what = (
+            f"symbols such as {symbols[0]!r} and spaces put before a text or removed"
+            if symbols
+            else "another algorithm"
+        )
         raise UserError(
             f"tokenizer {name!r} is a SentencePiece model with {what}; name its tokenizer.json, if it has one"
         )
     steps: list[dict[str, Any]] = []
     if normalizer.get(2):
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(normalizer[2]).decode()})
-    if normalizer.get(4, 1):  # it removes further spaces
+    if removes_spaces:
         steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     if has_prefix:

@@ -67,10 +67,12 @@ def test_every_text_has_sentencepieces_tokens(tmp_path: Path, kind: str) -> None
 
 
 def test_what_a_json_cannot_express_is_refused(tmp_path: Path) -> None:
-    """F23: symbols of several characters, and a space before each text: the space would come after each symbol too."""
-    file = trained(tmp_path / "tokenizer.model", **LLAMA, user_defined_symbols=["<|start|>"])
-    with pytest.raises(UserError, match="symbols such as '<|start|>' and a space before"):
-        of_sentencepiece(str(file))
+    """F23: symbols of several characters, and a space before each text: the space would come after each symbol too, and
+    spaces beside it be removed."""
+    for number, kind in enumerate(("llama", "without byte fallback")):
+        file = trained(tmp_path / f"{number}.model", **KINDS[kind], user_defined_symbols=["<|start|>"])
+        with pytest.raises(UserError, match=r"symbols such as '<\|start\|>' and spaces put before"):
+            of_sentencepiece(str(file))
 
 
 @needs_transformers
