@@ -17,9 +17,11 @@ from megahp.errors import UserError
 from megahp.files import LARGEST, read_json, refuse_irregular
 
 # of a Hugging Face folder, what its tokenizer and the generation of text depend on; without code
+OF_A_MODEL = ("generation_config.json", "config.json")
 KEPT = (
+    *OF_A_MODEL,
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json", "config.json"),
+    *("chat_template.jinja", "chat_template.json"),
 )
 # keys of tokenizer_config.json that say which class of transformers builds the tokenizer, and how
 OF_A_CLASS = ("legacy", "add_prefix_space", "sp_model_kwargs", "use_default_system_prompt", "from_slow")
@@ -40,10 +42,10 @@ def find_tokenizer(folder: Path, original: str) -> str:
     return str((same_format or files)[0])
 
 
-def keep_files(source: Path, target: Path) -> None:
+def keep_files(source: Path, target: Path, names: Sequence[str]) -> None:
     """Copy what a Hugging Face folder says of its tokenizer, special tokens and generation, for a later export; what
     the target has already stays. Raises UserError."""
-    for name in KEPT:
+    for name in names:
         if (source / name).exists() and not (target / name).exists():
             refuse_irregular(source / name, "file", "remove it, or get it again", LARGEST)
             shutil.copyfile(source / name, target / name)
@@ -89,7 +91,7 @@ def write_tokenizer(folder: Path, name: str, tokenizer: Tokenizer) -> None:
     if name != "bytes":
         shutil.copyfile(name, folder / f"tokenizer{Path(name).suffix}")
         if Path(name).stem == "tokenizer":
-            keep_files(Path(name).parent, folder)
+            keep_files(Path(name).parent, folder, KEPT)
     fresh = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": end}
     write_json(folder / "tokenizer_config.json", kept or fresh)
     if not (folder / "generation_config.json").exists():
