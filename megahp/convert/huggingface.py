@@ -386,10 +386,7 @@ def _model_settings(family: Family, hf_config: Mapping[str, Any]) -> dict[str, A
     needed = (*family.keys.values(), *family.bias_keys, *family.multipliers)
     if missing := [key for key in needed if key not in hf_config]:
         raise UserError(f"config.json of a {family.model_type} model lacks {', '.join(missing)}; get the file again")
-    for key, required in {**REQUIRED, **family.required}.items():
-        if key in hf_config and not _matches(hf_config[key], required):
-            value = resolve.shown(hf_config[key])
-            raise UserError(f"config.json: {key} = {value} is not supported; megahp has {required!r}")
+    _require(hf_config, {**REQUIRED, **family.required})
     values: dict[str, Any] = {
         setting: 0 if hf_config[key] is None else hf_config[key] for setting, key in family.keys.items()
     }
@@ -494,6 +491,17 @@ def _multipliers(family: Family, hf_config: Mapping[str, Any], model: ModelConfi
         "attention_multiplier": table["attention"] * model.head_size**0.5,
     }
     return {key: value for key, value in settings.items() if not math.isclose(value, 1, rel_tol=1e-12)}
+
+
+def _require(hf_config: Mapping[str, Any], required: Mapping[str, Any], where: str = "") -> None:
+    """Raise UserError for a key, also of a table, whose value is not the required one."""
+    for key, wanted in required.items():
+        value = hf_config.get(key)
+        if isinstance(wanted, dict) and isinstance(value, Mapping):
+            _require(value, wanted, f"{where}{key}.")
+        elif key in hf_config and not _matches(value, wanted):
+            shown = resolve.shown(value)
+            raise UserError(f"config.json: {where}{key} = {shown} is not supported; megahp has {wanted!r}")
 
 
 def _matches(value: Any, required: Any) -> bool:
