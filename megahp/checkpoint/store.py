@@ -284,8 +284,8 @@ def none_in(location: Location) -> str:
 
 
 def read_state(checkpoint: Location) -> dict[str, Any]:
-    """Return the JSON state, brought up to this version. Raises DamagedError if it is not what was written, UserError
-    for a version that is not supported."""
+    """Return the JSON state, brought up to this version, with paths in the run directory where that is now. Raises
+    DamagedError if it is not what was written, UserError for a version that is not supported."""
     if found := problems(checkpoint, shards=False):
         raise damaged(checkpoint, found[0])
     try:
@@ -293,19 +293,18 @@ def read_state(checkpoint: Location) -> dict[str, Any]:
         for migrate in MIGRATIONS[state["version"] - OLDEST :]:
             state = migrate(state)
         # as JSON again: strict types treat Python's own objects otherwise
-        return schema.checked(schema.STATE, json.dumps(state))
+        state = schema.checked(schema.STATE, json.dumps(state))
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         why = str(error) if isinstance(error, ValueError) else repr(error)
         raise damaged(checkpoint, f"state.json: {why}") from None
+    if isinstance(checkpoint, Path):
+        state["config"] = resolve.placed(state["config"], checkpoint.parent.parent)
+    return state
 
 
 def settings_of(checkpoint: Location) -> Config:
-    """Return the config that it was written under, with the run directory where it is now. Raises DamagedError, or
-    UserError."""
-    tree = read_state(checkpoint)["config"]
-    if isinstance(checkpoint, Path):
-        tree = resolve.placed(tree, checkpoint.parent.parent)
-    return resolve.from_dict(tree, str(checkpoint))
+    """Return the config that it was written under. Raises DamagedError, or UserError."""
+    return resolve.from_dict(read_state(checkpoint)["config"], str(checkpoint))
 
 
 def load(checkpoint: Location, tensors: Mapping[str, Tensor]) -> None:

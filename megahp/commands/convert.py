@@ -36,7 +36,7 @@ from megahp.config import Config, longest, resolve, with_values
 from megahp.convert import huggingface_folder, megatron
 from megahp.convert.families import FAMILIES
 from megahp.convert.run_directory import check_files, check_shapes, file_limit, find_checkpoint, write_run
-from megahp.convert.tokenizers import find_tokenizer, keep_files, special_tokens, write_tokenizer
+from megahp.convert.tokenizers import KEPT, OF_A_MODEL, find_tokenizer, keep_files, special_tokens, write_tokenizer
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import Fault, UserError, in_one_line
 from megahp.evaluate.sample import single_rank_model
@@ -119,8 +119,9 @@ def import_(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     name = arguments.tokenizer or find_tokenizer(arguments.source, original)
     tokenizer = write_run(arguments, partial, settings, overrides, name, tensors)
     if arguments.source_format == "huggingface" and name != "bytes":
-        keep_files(Path(name).parent, partial)
-        keep_files(arguments.source, partial)
+        keep_files(arguments.source, partial, OF_A_MODEL)
+        if Path(name).stem == "tokenizer":  # the usual name, so that what is beside it belongs to it
+            keep_files(Path(name).parent, partial, KEPT)
     return tokenizer
 
 

@@ -120,24 +120,7 @@ def import_(
     prefix = family.block_prefix.partition(".")[0] + "."
     prefix = "" if any(name.startswith(prefix) for name in weights) else prefix
     names = list(_map_names(family, model, family.biased(hf_config), prefix))
-    found = set(weights)
-    missing = {hf_name for _, hf_names in names for hf_name in hf_names} - found
-    extra = found - {hf_name for _, hf_names in names for hf_name in hf_names}
-    for name in [name for name in extra if name.endswith(tuple(family.constants))]:
-        (value,) = (value for stem, value in family.constants.items() if name.endswith(stem))
-        if not math.isclose(weights[name].item(), value, rel_tol=0.01):  # they may be of half precision
-            raise UserError(f"{name} is {weights[name].item()}, and not {value}, as in megahp's xIELU")
-        extra.remove(name)
-    extra = {name for name in extra if not OLD_BUFFERS.search(name)}
-    head, embedding = f"{family.top_level['unembedding']}.weight", names[0][1][0]
-    extra -= {head}  # some files hold the tied one too
-    for wrong, problem in ((missing, "are missing"), (extra, "do not belong to it")):
-        if wrong:
-            raise UserError(f"{len(wrong)} tensors of the {family.model_type} model {problem}, such as {min(wrong)}")
-    if model.tied_embeddings and head in found and not weights[head].equal(weights[embedding]):
-        # transformers has changed from one reading to the other
-        problem = f"{head} differs from {embedding}, and config.json ties them by tie_word_embeddings = True"
-        raise UserError(f"{problem}; set it to false, or remove the tensor, whichever is right")
+    _check_names(family, model, weights, names)
 
     def tensors() -> Tensors:
         tensor = torch.empty(0)
@@ -325,6 +308,30 @@ class _Halves(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+
+def _check_names(
+    family: Family, model: ModelConfig, weights: Weights, names: Sequence[tuple[str, Sequence[str]]]
+) -> None:
+    """Raise UserError for tensors that are missing, left over, or contradict config.json. names: ours, and theirs."""
+    found = set(weights)
+    missing = {hf_name for _, hf_names in names for hf_name in hf_names} - found
+    extra = found - {hf_name for _, hf_names in names for hf_name in hf_names}
+    for name in [name for name in extra if name.endswith(tuple(family.constants))]:
+        (value,) = (value for stem, value in family.constants.items() if name.endswith(stem))
+        if not math.isclose(weights[name].item(), value, rel_tol=0.01):  # they may be of half precision
+            raise UserError(f"{name} is {weights[name].item()}, and not {value}, as in megahp's xIELU")
+        extra.remove(name)
+    extra = {name for name in extra if not OLD_BUFFERS.search(name)}
+    head, embedding = f"{family.top_level['unembedding']}.weight", names[0][1][0]
+    extra -= {head}  # some files hold the tied one too
+    for wrong, problem in ((missing, "are missing"), (extra, "do not belong to it")):
+        if wrong:
+            raise UserError(f"{len(wrong)} tensors of the {family.model_type} model {problem}, such as {min(wrong)}")
+    if model.tied_embeddings and head in found and not weights[head].equal(weights[embedding]):
+        # transformers has changed from one reading to the other
+        problem = f"{head} differs from {embedding}, and config.json ties them by tie_word_embeddings = True"
+        raise UserError(f"{problem}; set it to false, or remove the tensor, whichever is right")
 
 
 def _refuse_nan(name: str, tensor: Tensor, remedy: str) -> None:

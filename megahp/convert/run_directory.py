@@ -88,7 +88,7 @@ def check_shapes(
 
 def check_files(arguments: argparse.Namespace) -> None:
     """Raise UserError for invalid files and folders on the command line of a tool that writes a run directory."""
-    if arguments.target.exists():
+    if arguments.target.exists() or arguments.target.is_symlink():
         raise UserError(f"{arguments.target} exists; name a new folder, or remove it")
     if not 0 < arguments.file_size < float("inf"):
         raise UserError(f"--file-size {arguments.file_size:g} must be above 0; 1 is usual")

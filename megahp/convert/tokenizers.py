@@ -17,9 +17,11 @@ from megahp.errors import UserError
 from megahp.files import LARGEST, read_json, refuse_irregular
 
 # of a Hugging Face folder, what its tokenizer and the generation of text depend on; without code
+OF_A_MODEL = ("generation_config.json", "config.json")
 KEPT = (
+    *OF_A_MODEL,
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json", "config.json"),
+    *("chat_template.jinja", "chat_template.json"),
 )
 # keys of tokenizer_config.json that say which class of transformers builds the tokenizer, and how
 OF_A_CLASS = ("legacy", "add_prefix_space", "sp_model_kwargs", "use_default_system_prompt", "from_slow")
@@ -40,10 +42,10 @@ def find_tokenizer(folder: Path, original: str) -> str:
     return str((same_format or files)[0])
 
 
-def keep_files(source: Path, target: Path) -> None:
+def keep_files(source: Path, target: Path, names: Sequence[str]) -> None:
     """Copy what a Hugging Face folder says of its tokenizer, special tokens and generation, for a later export; what
     the target has already stays. Raises UserError."""
-    for name in KEPT:
+    for name in names:
         if (source / name).exists() and not (target / name).exists():
             refuse_irregular(source / name, "file", "remove it, or get it again", LARGEST)
             shutil.copyfile(source / name, target / name)
@@ -89,7 +91,7 @@ def write_tokenizer(folder: Path, name: str, tokenizer: Tokenizer) -> None:
     if name != "bytes":
         shutil.copyfile(name, folder / f"tokenizer{Path(name).suffix}")
         if Path(name).stem == "tokenizer":
-            keep_files(Path(name).parent, folder)
+            keep_files(Path(name).parent, folder, KEPT)
     fresh = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": end}
     write_json(folder / "tokenizer_config.json", kept or fresh)
     if not (folder / "generation_config.json").exists():
@@ -108,17 +110,26 @@ def of_sentencepiece(name: str) -> dict[str, Any]:
         (piece[1].decode(), struct.unpack("<f", piece.get(2, bytes(4)))[0], piece.get(3, NORMAL)) for piece in described
     ]
     trainer, normalizer = ({n: values[-1] for n, values in _fields(model[n][-1]).items()} for n in (2, 3))
-    kind, has_prefix = trainer.get(3, UNIGRAM), normalizer.get(3, 1)
+    kind, has_prefix, removes_spaces = trainer.get(3, UNIGRAM), normalizer.get(3, 1), normalizer.get(4, 1)
     symbols = [piece for piece, _, role in pieces if role == USER_DEFINED and len(piece) > 1]
-    if kind not in (UNIGRAM, BPE) or trainer.get(24, 0) or not normalizer.get(5, 1) or (symbols and has_prefix):
-        what = f"symbols such as {symbols[0]!r} and a space before a text" if symbols else "of another kind"
+    if (
+        kind not in (UNIGRAM, BPE)
+        or trainer.get(24, 0)
+        or not normalizer.get(5, 1)
+        or (symbols and (has_prefix or removes_spaces))
+    ):
+        what = (
+            f"symbols such as {symbols[0]!r} and spaces put before a text or removed"
+            if symbols
+            else "another algorithm"
+        )
         raise UserError(
             f"tokenizer {name!r} is a SentencePiece model with {what}; name its tokenizer.json, if it has one"
         )
     steps: list[dict[str, Any]] = []
     if normalizer.get(2):
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(normalizer[2]).decode()})
-    if normalizer.get(4, 1):  # it removes further spaces
+    if removes_spaces:
         steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     if has_prefix:

@@ -677,6 +677,15 @@ def test_folding_rounds_what_a_model_amplifies(tmp_path: Path) -> None:
     assert code == 1 and "would be another model" in said and not (tmp_path / "never").exists(), said
 
 
+@needs_transformers
+def test_a_model_that_memory_does_not_hold_is_not_checked(tmp_path: Path) -> None:
+    written(settings_of("sp", GQA), tmp_path / "ours")
+    with mock.patch.object(convert_command, "memory_here", lambda: 100_000):
+        code, said = convert("megahp", "huggingface", tmp_path / "ours", tmp_path / "theirs")
+    assert code == NOT_CHECKED and "not checked: its weights take 0 GB in float64, and this machine has 0 GB" in said
+    assert (tmp_path / "theirs/config.json").exists()
+
+
 @pytest.mark.parametrize("form", ["huggingface", "megatron", "megatron-legacy"])
 def test_a_full_disk_is_one_line_and_nothing_left(tmp_path: Path, form: str) -> None:
     """F19: at any point of either direction."""
