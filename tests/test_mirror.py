@@ -31,7 +31,7 @@ SPANNED = {
     "report/test_page.py": "commands/report",
     "scaling/batch/test_scheduler.py": "scaling/batch/policies/constant scaling/batch/policies/policy",
     "slurm/test_jobs.py": "commands/requeue",
-    "test_bad_input.py": "commands/config commands/sample errors exit_codes train/prepare",
+    "test_bad_input.py": "commands/config commands/sample errors exit_codes",
     "test_cli.py": "__main__",
     "train/test_masks.py": "parallel/selection",
     "train/test_run.py": "commands/replay commands/train log/events log/replay train/loop train/reporter",

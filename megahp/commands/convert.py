@@ -37,7 +37,7 @@ from megahp.convert import huggingface_folder, megatron
 from megahp.convert.families import FAMILIES
 from megahp.convert.run_directory import check_files, check_shapes, file_limit, find_checkpoint, write_run
 from megahp.convert.tokenizers import KEPT, OF_A_MODEL, find_tokenizer, keep_files, special_tokens, write_tokenizer
-from megahp.data.tokenizer import Tokenizer, load_tokenizer
+from megahp.data.tokenizer import Tokenizer, tokenizer_of
 from megahp.errors import Fault, UserError, in_one_line
 from megahp.evaluate.sample import single_rank_model
 from megahp.exit_codes import FINISHED, NOT_CHECKED
@@ -98,7 +98,7 @@ def export(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     """Write the model of one of our checkpoints in another format. Returns its tokenizer. Raises UserError."""
     path, config = find_checkpoint(arguments.source)
     name = arguments.tokenizer or config.data.tokenizer
-    tokenizer, limit = load_tokenizer(name), file_limit(arguments)
+    tokenizer, limit = tokenizer_of(config.data, name), file_limit(arguments)
     with_vocabulary(config, tokenizer)  # raises where the tokenizer is another one than the model's
     if arguments.target_format == "huggingface":
         special = special_tokens(name, tokenizer.eod)

@@ -38,13 +38,12 @@ from megahp.config import (
     resolve,
     with_values,
 )
-from megahp.data.tokenizer import load_tokenizer
 from megahp.diagnose.coordinates import activations, nonlinearity
 from megahp.diagnose.transfer import Estimate, slope
 from megahp.diagnose.verify import synthetic_batch
 from megahp.errors import UserError
 from megahp.parallel.mesh import Mesh, single_rank_mesh
-from megahp.train.prepare import open_data, with_vocabulary
+from megahp.train.prepare import load_described_tokenizer, open_data, with_vocabulary
 
 FAMILIES = {"widths": "model.width", "depths": "model.layers", "densities": "sparsity.density"}
 LINE = "{quantity:<13}{when:<7}{slope:>+7.2f}  [{low:+.2f}, {high:+.2f}]  {needed:>14}{predicted:>9}  {verdict}"
@@ -162,7 +161,7 @@ def read_family(arguments: argparse.Namespace) -> tuple[Config, dict[float, Conf
 def prepare_base(config: Config, arguments: argparse.Namespace) -> Config:
     """Return the run's config for a few steps at its peak learning rate, on one rank. Raises UserError."""
     if not config.model.vocab_size:
-        config = with_vocabulary(config, load_tokenizer(config.data.tokenizer))
+        config = with_vocabulary(config, load_described_tokenizer(config))
     if arguments.data and not config.data.train:
         raise UserError("--data, and data.train is empty; name what `megahp preprocess` wrote, or omit --data")
     if arguments.lazy and config.model.experts:

@@ -38,6 +38,7 @@ from megahp.config import Config, config_to_dict, longest, with_values
 from megahp.convert.run_directory import check_files, find_checkpoint, write_run
 from megahp.convert.sidecar import VOCABULARY
 from megahp.convert.tokenizers import Vocabulary, load_vocabulary
+from megahp.data.tokenizer import refuse_other
 from megahp.errors import UserError
 
 MIN_SHARED = 2  # tokens per dimension of the donor: as many as dimensions fit any map, which says nothing of others
@@ -70,11 +71,13 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         donor = f"--donor {arguments.donor}" if arguments.donor else "no --donor"
         raise UserError(f"--rule {arguments.rule} with {donor}: only --rule projection needs a donor")
     path, config = find_checkpoint(arguments.source)
-    old, new = load_vocabulary(config.data.tokenizer), load_vocabulary(arguments.tokenizer)
+    refuse_other(config.data.tokenizer, config.data.tokenizer_fingerprint, f"{path} was trained with")
+    names = config.data.tokenizer, arguments.tokenizer
+    old, new = (load_vocabulary(name, config.data.eos, config.data.bos) for name in names)
     check_extension(old, new)
     size = max(config.model.vocab_size, len(new.tokens))
     wider = with_values(config, {"model.vocab_size": size, "data.sequence_length": longest(config)})
-    settings = config_to_dict(with_values(wider, {"data.lengths": ()}))
+    settings = config_to_dict(with_values(wider, {"data.lengths": (), "data.tokenizer_fingerprint": ""}))
     rows = plan_rows(arguments, old, new)
     with atomic_folder(arguments.target) as partial:
         tensors = extend(Tensors(path), wider, len(old.tokens), len(new.tokens), rows)

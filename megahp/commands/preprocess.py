@@ -29,12 +29,13 @@ import numpy as np
 
 from megahp.data.indexed import IndexedWriter
 from megahp.data.texts import Document, find_files, read_documents
-from megahp.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megahp.data.tokenizer import Tokenizer, encode_part, fingerprint_of, load_tokenizer, train_sentencepiece
 from megahp.errors import UserError
 
 CHUNK_CHARACTERS = 1 << 20  # of the documents that a worker gets at a time
 PIECE_CHARACTERS = 1 << 18  # of a document that are tokenized at a time
 SECONDS_BETWEEN_LINES = 30
+SPACES = "a\n\n\tb   c\n"
 Chunk = list[Document]
 
 
@@ -50,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, metavar="N", help="processes (default: cores, %(default)s)")
     add("--no-eod", action="store_true", help="do not end documents with the end-of-document token")
+    words = "by name or id (default: as the files beside the tokenizer say)"
+    add("--eos", default="", metavar="TOKEN", help=f"the token that ends a document, {words}")
+    add("--bos", default="", metavar="TOKEN", help="begin each document with this token, by name or id (default: none)")
     add("--overwrite", action="store_true", help="replace existing output")
 
 
@@ -60,6 +64,7 @@ class Encoded:
     ids: np.ndarray  # int32, all documents concatenated
     lengths: list[int]  # tokens of each document
     size: int  # UTF-8 bytes of their text
+    lost: int  # unknown tokens, or characters that the tokenizer drops
     skipped: int  # documents that are no valid text
     consumed: int  # input bytes
 
@@ -77,14 +82,15 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         texts = (document.text for document in documents if document.text)
         train_sentencepiece(texts, Path(arguments.tokenizer), arguments.train_sentencepiece)
         print(f"trained {arguments.tokenizer} in {time.monotonic() - started:.1f} s")
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos, arguments.bos)
     started = time.monotonic()
     tally = tokenize(files, tokenizer, arguments)
     description = {
         "tokenizer": arguments.tokenizer,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "tokenizer_fingerprint": fingerprint_of(arguments.tokenizer),
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
+        "bos": tokenizer.bos,
         "documents": tally["documents"],
         "tokens": tally["tokens"],
     }
@@ -95,6 +101,11 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     counts = f"{tally['documents']} documents, {tally['tokens']} tokens, {megabytes:.1f} MB of text, {seconds:.1f} s"
     rates = f"({megabytes / seconds:.1f} MB/s), {tally['tokens'] / tally['size']:.3f} tokens/byte"
     print(f"{arguments.output}: {counts} {rates}")
+    if tally["lost"]:
+        loss = f"{tally['lost']} unknown tokens, or characters that {arguments.tokenizer} drops"
+        print(f"{arguments.output}: {loss}; a tokenizer that falls back to bytes has none")
+    if (kept := tokenizer.decode(tokenizer.encode(SPACES))) != SPACES:  # as SentencePiece's default normalizer does
+        print(f"{arguments.output}: {arguments.tokenizer} does not keep all spaces: of {SPACES!r} it keeps {kept!r}")
     if tally["skipped"]:
         print(f"{arguments.output}: skipped {tally['skipped']} documents that are no valid text")
     return 0
@@ -107,7 +118,7 @@ def tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Namesp
     """
     tally = Counter[str]()
     chunks = make_chunks(read_documents(files, arguments.json_key))
-    encode = partial(encode_chunk, arguments.tokenizer, not arguments.no_eod)
+    encode = partial(encode_chunk, (arguments.tokenizer, arguments.eos, arguments.bos), not arguments.no_eod)
     with (
         IndexedWriter(arguments.output, tokenizer.vocab_size, arguments.overwrite) as writer,
         show_progress(sum(file.stat().st_size for file in files)) as advance,
@@ -116,7 +127,7 @@ def tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Namesp
             for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]) if encoded.lengths else []:
                 writer.add_document(ids)
             tally.update(documents=len(encoded.lengths), tokens=len(encoded.ids))
-            tally.update(size=encoded.size, skipped=encoded.skipped)
+            tally.update(size=encoded.size, skipped=encoded.skipped, lost=encoded.lost)
             advance(encoded.consumed)
         if tally["documents"] == 0:  # raised inside, so that the writer discards its files
             unreadable = f"({tally['skipped']} unreadable)"
@@ -141,26 +152,30 @@ def make_chunks(documents: Iterable[Document]) -> Iterator[Chunk]:
 load_tokenizer_once = lru_cache(maxsize=1)(load_tokenizer)  # per worker process
 
 
-def encode_chunk(tokenizer_path: str, append_eod: bool, chunk: Chunk) -> Encoded:
-    """Tokenize a chunk, in a worker process. Empty documents are dropped."""
-    tokenizer = load_tokenizer_once(tokenizer_path)
+def encode_chunk(tokenizer_words: tuple[str, str, str], append_eod: bool, chunk: Chunk) -> Encoded:
+    """Tokenize a chunk, in a worker process. Empty documents are dropped. tokenizer_words: path, --eos, --bos."""
+    tokenizer = load_tokenizer_once(*tokenizer_words)
+    beginning = np.array([tokenizer.bos] if tokenizer_words[2] and tokenizer.bos is not None else [], np.int32)
     ending = np.array([tokenizer.eod] if append_eod else [], np.int32)
     ids: list[np.ndarray] = []
-    size = 0
+    size = lost = 0
     for document in chunk:
         if document.text:
-            pieces = [np.array(tokenizer.encode(piece), np.int32) for piece in split_text(document.text)]
-            ids.append(np.concatenate([*pieces, ending]))
+            parts = enumerate(split_text(document.text))
+            pieces = [encode_part(tokenizer, part, number == 0) for number, part in parts]
+            ids.append(np.concatenate([beginning, *(np.array(piece, np.int32) for piece, _ in pieces), ending]))
+            lost += sum(count for _, count in pieces)
             size += len(document.text.encode())
     skipped = sum(document.text is None for document in chunk)
     consumed = sum(document.consumed for document in chunk)
-    return Encoded(np.concatenate([np.empty(0, np.int32), *ids]), [len(i) for i in ids], size, skipped, consumed)
+    joined = np.concatenate([np.empty(0, np.int32), *ids])
+    return Encoded(joined, [len(i) for i in ids], size, lost, skipped, consumed)
 
 
 def split_text(text: str) -> Iterator[str]:
     """Cut a text after a newline about every PIECE_CHARACTERS: tokenizers need many times a text's memory.
 
-    The tokens are those of the whole text if no token spans a newline, as in a tokenizer trained here.
+    The tokens are those of the whole text if no token spans a newline (`encode_part`), as in a tokenizer trained here.
     """
     start = 0
     while start < len(text):

@@ -216,6 +216,19 @@ class DataConfig:
         (), 'later weights, as "tokens:weight,weight..." words: new weights after that many tokens; empty = no change'
     )
     tokenizer: str = setting("bytes", "SentencePiece .model, Hugging Face tokenizer .json, or bytes", fixed="never")
+    tokenizer_fingerprint: str = setting(
+        "", "hash of what the tokenizer encodes; another one is refused; empty = filled in at the start", fixed="always"
+    )
+    eos: str = setting("", "token that ends a document, by name or id; empty = the data's, else the tokenizer's own")
+    bos: str = setting(
+        "", "token that begins one, by name or id, or none; empty = the data's, else the tokenizer's own"
+    )
+    begin: Literal["", "bos", "eos", "none"] = setting(
+        "",
+        "token before a document's first one in training, and so before evaluated texts: filled in from the data; "
+        "empty = not known: bos if there is one, else eos",
+        fixed="never",
+    )
     sequence_length: int = at_least_1(256, "tokens per sample")
     lengths: tuple[str, ...] = setting(
         (),

@@ -23,7 +23,16 @@ from megahp.train.run import state_of_weights
 
 # settings of a converted model that its next run cannot change
 FIXED = [key for key in setting_names() if fixed_when(key) in ("always", "unless dense")]
-KEPT = (*FIXED, "model", "data.sequence_length", "data.lengths")
+KEPT = (
+    *FIXED,
+    "model",
+    "data.sequence_length",
+    "data.lengths",
+    "data.eos",
+    "data.bos",
+    "data.begin",
+    "data.mask_documents",
+)
 
 
 def find_checkpoint(location: Path) -> tuple[Path, Config]:
@@ -48,7 +57,10 @@ def write_run(
         section: {key: value for key, value in values.items() if f"{section}.{key}".startswith(KEPT)}
         for section, values in settings.items()
     }
-    tokenizer = load_tokenizer(tokenizer_name)
+    recorded, before = layer.get("data", {}), settings.get("data", {}).get("tokenizer", "")
+    if Path(before).suffix != Path(tokenizer_name).suffix:  # exported in another format, which has another fingerprint
+        recorded.pop("tokenizer_fingerprint", None)
+    tokenizer = load_tokenizer(tokenizer_name, recorded.get("eos", ""), recorded.get("bos", ""))
     partial.mkdir(parents=True)
     if tokenizer_name != "bytes":  # a copy, so that the run does not depend on files elsewhere
         file = f"tokenizer{Path(tokenizer_name).suffix}"

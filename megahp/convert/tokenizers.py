@@ -260,9 +260,9 @@ class Vocabulary:
     tokens: Sequence[bytes]
 
 
-def load_vocabulary(name: str) -> Vocabulary:
-    """Load a tokenizer and its vocabulary. Raises UserError."""
-    tokenizer = load_tokenizer(name)
+def load_vocabulary(name: str, eos: str = "", bos: str = "") -> Vocabulary:
+    """Load a tokenizer, with these end and begin tokens, and its vocabulary. Raises UserError."""
+    tokenizer = load_tokenizer(name, eos, bos)
     if name == "bytes":
         return Vocabulary(name, tokenizer, [*(bytes([byte]) for byte in range(256)), END_OF_DOCUMENT[0].encode()])
     if not name.endswith(".model"):

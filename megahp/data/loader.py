@@ -66,8 +66,8 @@ class TrainingData:
         cache: Path,
         vocab_size: int = 1 << 62,
     ) -> None:
+        self.datasets, self.phases, self._vocab_size = datasets, phases, vocab_size
         prefixes = self._prefixes = [dataset.prefix for dataset in datasets]
-        self.phases, self._vocab_size = phases, vocab_size
         self._blends = [Blend(phase.weights) for phase in phases]
         splits = [split_documents(dataset.documents, validation_fraction) for dataset in datasets]
         window, validation_length = max(phase.length for phase in phases), phases[0].length

@@ -4,95 +4,209 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import random
+import re
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megahp.errors import UserError
-from megahp.files import LARGEST, refuse_irregular
+from megahp.files import LARGEST, read_json, refuse_irregular
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
+    from megahp.config.schema import DataConfig
+
+# names of end and begin tokens where no configuration tells: special tokens only, since texts hold `</s>` too
 END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+BEGIN_OF_DOCUMENT = ("<|begin_of_text|>", "<s>", "<bos>")
 
 # SentencePiece stores a space as this character, so the character itself must be encoded as its three bytes.
 META_SPACE = "\u2581"
+
+# normalizers of a tokenizer.json that remove characters
+REMOVING = re.compile('"(Strip|StripAccents|BertNormalizer|Nmt|Precompiled)"|"content": ""')
 
 TRAINING_CHARACTERS = 24_000_000  # of text, at most, that SentencePiece is trained on
 
 
 class Tokenizer(Protocol):
-    """Maps text to ids in [0, vocab_size); `eod` is the id that ends a document."""
+    """Maps text to ids in [0, vocab_size). No text is encoded to the end or begin token, or to another special token.
 
+    path: as given to load_tokenizer.
+    eod: the id that ends a document. bos: the id that begins one; None if none is known.
+    adds_bos: whether its own configuration puts `bos` before a text.
+    """
+
+    path: str
     vocab_size: int
     eod: int
-    fingerprint: str
+    bos: int | None
+    adds_bos: bool
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without begin or end tokens."""
         ...
 
+    def encode_counting(self, text: str) -> tuple[list[int], int]:
+        """Return the ids of `text`, and how much of it they do not hold: unknown tokens, or characters where some are
+        dropped without one."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`, ignoring end-of-document ids."""
+        """Return the text of `ids`, ignoring end and begin tokens."""
         ...
 
 
-def load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(path: str, eos: str = "", bos: str = "") -> Tokenizer:
     """Load the tokenizer at `path`: "bytes", a SentencePiece `*.model` or a Hugging Face `*.json`.
 
-    Raises UserError if the file is missing, damaged, of another kind, or has no end-of-document token.
+    eos, bos: its end and begin token, by name or id; bos "none": it has none. Empty: as the files beside it say, or
+    else as the tokenizer itself. Raises UserError if the file is missing, damaged, of another kind, or has no end.
     """
     if path == "bytes":
-        return ByteTokenizer()
-    kinds: dict[str, Callable[[str], Tokenizer]] = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
-    kind = kinds.get(Path(path).suffix)
-    if kind is None:
+        return ByteTokenizer(eos, bos)
+    _check_file(path)
+    return (SentencePieceTokenizer if path.endswith(".model") else HuggingFaceTokenizer)(path, eos, bos)
+
+
+def encode_part(tokenizer: Tokenizer, text: str, is_first: bool) -> tuple[list[int], int]:
+    """Encode a part of a text, as `encode_counting`. What a tokenizer puts before a text, such as a space, comes before
+    the first part alone.
+
+    The ids of all parts are those of the whole text if each begins a line and no token spans a newline.
+    """
+    if not is_first:
+        newline, lost_there = tokenizer.encode_counting("\n")
+        ids, lost = tokenizer.encode_counting(f"\n{text}")
+        if ids[: len(newline)] == newline:
+            return ids[len(newline) :], lost - lost_there
+    return tokenizer.encode_counting(text)
+
+
+def tokenizer_of(data: DataConfig, path: str = "") -> Tokenizer:
+    """Load the tokenizer that a checkpoint's settings record, with its end and begin tokens, from `path` if given.
+    Raises UserError for another one, of the same size too."""
+    refuse_other(path or data.tokenizer, data.tokenizer_fingerprint, "the model was trained with")
+    # a checkpoint without a begin token is of a megahp that put the end token before every text, whatever the files say
+    return load_tokenizer(path or data.tokenizer, data.eos, data.bos or "none")
+
+
+def fingerprint_of(path: str) -> str:
+    """Return a hash of what a tokenizer encodes: vocabulary, merges, and settings that ids depend on. Raises UserError.
+
+    A tokenizer.json may be saved again, with truncation, other end tokens or other whitespace, and keeps it.
+    """
+    if path == "bytes":
+        return hashlib.sha256(b"bytes").hexdigest()
+    _check_file(path)
+    return _hash_of_file(path) if path.endswith(".model") else _fingerprint(path, _hash_of_file(path))
+
+
+@lru_cache(maxsize=4)  # a start asks for it several times, and a large vocabulary takes seconds
+def _fingerprint(path: str, hash_of_file: str) -> str:
+    """Return the fingerprint of a tokenizer.json with this content."""
+    try:
+        settings = json.loads(_import("tokenizers").Tokenizer.from_file(path).to_str())
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"tokenizer {path!r} is not a Hugging Face tokenizer.json; download it again") from error
+    model = settings["model"]
+    model.pop("dropout", None)
+    if "merges" in model:  # older versions of the library write a pair as one string
+        model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    # how special tokens are found in texts does not matter: they are not
+    added = [(t["id"], t["content"], "special") if t["special"] else t for t in settings["added_tokens"]]
+    kept = {"added_tokens": added, **{key: settings[key] for key in ("normalizer", "pre_tokenizer", "model")}}
+    return hashlib.sha256(json.dumps(_set(kept), sort_keys=True).encode()).hexdigest()
+
+
+def refuse_other(path: str, recorded: str, what: str) -> None:
+    """Raise UserError unless the tokenizer at `path` has this fingerprint; empty, as in checkpoints before version 0.2:
+    any. what: the holder of the fingerprint, and what it did with the tokenizer, for the error."""
+    # Descriptions of data from before version 0.2 hold the hash of the file; to be dropped with version 1.
+    if recorded and path != "bytes" and Path(path).exists() and recorded == _hash_of_file(path):
+        return
+    if recorded and (found := fingerprint_of(path)) != recorded:
+        raise UserError(
+            f"data.tokenizer = {path!r} is not the one {what}, which has the fingerprint {recorded[:12]} and not "
+            f"{found[:12]}; restore that one, or name it"
+        )
+
+
+def _check_file(path: str) -> None:
+    """Raise UserError unless this is a file of a known kind."""
+    if Path(path).suffix not in (".model", ".json"):
         raise UserError(f"tokenizer {path!r} is none of the known kinds: use 'bytes', a *.model or a *.json file")
     remedy = "check the path, or train one with `megahp preprocess`"
     if not Path(path).exists():
         raise UserError(f"tokenizer {path!r} does not exist: {remedy}")
     refuse_irregular(Path(path), "tokenizer", remedy, LARGEST)  # which the libraries would read whole
-    return kind(path)
+
+
+def _hash_of_file(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class ByteTokenizer:
     """The 256 byte values of UTF-8 text, and one end-of-document id."""
 
+    path = "bytes"
     vocab_size = 257
     eod = 256
-    fingerprint = hashlib.sha256(b"bytes").hexdigest()
+    bos: int | None = None
+    adds_bos = False
+
+    def __init__(self, eos: str = "", bos: str = "") -> None:
+        if eos not in ("", "256", END_OF_DOCUMENT[0]) or bos not in ("", "none"):
+            raise UserError(f"tokenizer 'bytes' with --eos {eos!r} and --bos {bos!r}: its end is 256; omit them")
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_counting(self, text: str) -> tuple[list[int], int]:
+        return self.encode(text), 0
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i != self.eod).decode(errors="replace")
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; `eod` is its end-of-sentence piece."""
+    """A SentencePiece model. Its control symbols are its special tokens, which no text is encoded to."""
 
-    def __init__(self, path: str) -> None:
-        sentencepiece = _import("sentencepiece")
+    def __init__(self, path: str, eos: str = "", bos: str = "") -> None:
+        sentencepiece, self.path = _import("sentencepiece"), path
         try:
-            self._processor: SentencePieceProcessor = sentencepiece.SentencePieceProcessor(model_file=path)
+            model = Path(path).read_bytes()
+            self._processor: SentencePieceProcessor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer {path!r} is not a SentencePiece model; train or download it again") from error
-        self.vocab_size: int = self._processor.vocab_size()
-        self.eod: int = self._processor.eos_id()
-        unknown, to_id = self._processor.unk_id(), self._processor.piece_to_id
-        if self.eod < 0:
-            self.eod = _first_known((i for i in map(to_id, END_OF_DOCUMENT) if i != unknown), path)
-        self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        processor, self.vocab_size = self._processor, self._processor.vocab_size()
+        self._unknown, to_id = processor.unk_id(), processor.piece_to_id
+
+        def known(name: str) -> int | None:
+            return None if (i := to_id(name)) == self._unknown else i
+
+        def own(configured: int, names: Iterable[str]) -> Iterator[int]:
+            yield from (i for i in [configured] if i >= 0)
+            yield from (i for name in names if (i := known(name)) is not None and processor.is_control(i))
+
+        size, ends, begins = self.vocab_size, own(processor.eos_id(), END_OF_DOCUMENT), BEGIN_OF_DOCUMENT
+        self.eod = _end(path, _special(path, "eos", eos, known, size, ends))
+        self.bos = _special(path, "bos", bos, known, size, own(processor.bos_id(), begins))
+        self.adds_bos = self.bos is not None and _beside(path, "tokenizer_config.json").get("add_bos_token") is True
+        if texts := {i for i in (self.eod, self.bos) if i is not None and not processor.is_control(i)}:
+            model = _as_control_symbols(model, texts)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         # The byte pieces of META_SPACE; empty if the model has none, or prepends a space to a text: that space would
         # then come before every part that encode() cuts out.
         ids = [to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
         prepends = self._processor.encode("a", out_type=str)[0].startswith(META_SPACE)
-        self._meta_space = [] if prepends or unknown in ids else ids
+        self._meta_space = [] if prepends or self._unknown in ids else ids
 
     def encode(self, text: str) -> list[int]:
         if not self._meta_space or META_SPACE not in text:
@@ -100,31 +214,133 @@ class SentencePieceTokenizer:
         first, *rest = (self._processor.encode(part) for part in text.split(META_SPACE))
         return first + [i for part in rest for i in self._meta_space + part]
 
+    def encode_counting(self, text: str) -> tuple[list[int], int]:
+        return (ids := self.encode(text)), ids.count(self._unknown)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`; `eod` is the first of END_OF_DOCUMENT in its vocabulary."""
+    """A `tokenizer.json`, without what else such a file may hold: truncation, padding, random merges (dropout)."""
 
-    def __init__(self, path: str) -> None:
-        tokenizers = _import("tokenizers")
+    def __init__(self, path: str, eos: str = "", bos: str = "") -> None:
+        tokenizers, self.path = _import("tokenizers"), path
+        settings = read_json(Path(path), "tokenizer", "download it again")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the library raises bare Exception
+            settings["model"].pop("dropout", None)
+            added = settings.get("added_tokens") or []
+            special = {token["content"] for token in added if token["special"]}
+            if settings["model"].get("byte_fallback"):  # needs its bytes, which some trainers make special
+                special -= {f"<0x{byte:02X}>" for byte in range(256)}
+            self._load(tokenizers, settings, special)
+            size = self.vocab_size
+            ends, begins = (
+                (self._ids[name] for name in names if name in special and name in self._ids)
+                for names in (END_OF_DOCUMENT, BEGIN_OF_DOCUMENT)
+            )
+            self.eod = _end(path, _special(path, "eos", eos, self._ids.get, size, ends))
+            self.bos = _special(path, "bos", bos, self._ids.get, size, begins)
+            named = {name for name, i in self._ids.items() if i in (self.eod, self.bos)}
+            if not named <= special:
+                self._load(tokenizers, settings, special | named)
+            self.adds_bos = self._adds_bos()
+            model = settings["model"]
+            unknown = model.get("unk_token") if model["type"] != "Unigram" else model.get("unk_id")
+            self._unknown: int = unknown if isinstance(unknown, int) else self._ids.get(unknown or "", -1)
+            # What is lost then leaves no trace in the ids: a BPE without these drops the characters that it lacks.
+            kinds = json.dumps([settings.get("normalizer"), settings.get("pre_tokenizer")])
+            drops = self._unknown < 0 and not model.get("byte_fallback") and '"ByteLevel"' not in kinds
+            self._is_lossy = drops or REMOVING.search(kinds) is not None
+        except UserError:
+            raise
+        except Exception as error:  # the library raises bare Exception, and a file from elsewhere may hold any type
             raise UserError(f"tokenizer {path!r} is not a Hugging Face tokenizer.json; download it again") from error
+
+    def _load(self, tokenizers: Any, settings: dict[str, Any], special: Set[str]) -> None:
+        """Build the tokenizer such that no text is encoded to a special token: those in the vocabulary of the model
+        itself, which it would find in a text, get a name there that no text has."""
+        model = settings["model"]
+        pieces = [piece for piece, _ in model["vocab"]] if isinstance(model["vocab"], list) else model["vocab"]
+        mark = uuid.uuid4().hex
+        inside = {name: f"<{mark}:{number}>" for number, name in enumerate(sorted(special & set(pieces)))}
+        added = [
+            token | {"special": token["content"] in special}
+            for token in settings.get("added_tokens") or []
+            if token["content"] not in inside
+        ]
+        off = {"truncation": None, "padding": None, "added_tokens": added, "model": _renamed(model, inside)}
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(settings | off))
+        self._tokenizer.encode_special_tokens = True  # as text: only the preprocessor may end a document
+        self._names = {hidden: name for name, hidden in inside.items()}
+        self._mark = re.compile(f"<{mark}:[0-9]+>")
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        # Encode an end-of-document string inside a text as plain text: only the preprocessor may end a document.
-        self._tokenizer.encode_special_tokens = True
-        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps, so not len(vocabulary)
-        self.eod = _first_known((vocabulary[token] for token in END_OF_DOCUMENT if token in vocabulary), path)
-        self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        self._ids: dict[str, int] = {self._names.get(name, name): i for name, i in vocabulary.items()}
+        self.vocab_size: int = max(vocabulary.values()) + 1  # ids may have gaps, so not len(vocabulary)
+
+    def _adds_bos(self) -> bool:
+        """Return what the configuration beside it says, or else whether its post-processor puts `bos` before a text."""
+        configured = _beside(self.path, "tokenizer_config.json").get("add_bos_token")
+        adds = self._tokenizer.encode("a").ids[:1] == [self.bos] if configured is None else configured is True
+        return adds and self.bos is not None
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_counting(self, text: str) -> tuple[list[int], int]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = encoding.ids
+        if not self._is_lossy:
+            return ids, ids.count(self._unknown)
+        lost = last = 0
+        spans = [*(span for i, span in zip(ids, encoding.offsets, strict=True) if i != self._unknown)]
+        for begin, end in (*spans, (len(text), len(text))):
+            if begin > last:  # spaces apart, which many of these drop between words
+                lost += len("".join(text[last:begin].split()))
+            last = max(last, end)
+        return ids, lost
+
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
+        kept = [int(i) for i in ids if i != self.eod and i != self.bos]
+        text = self._tokenizer.decode(kept, skip_special_tokens=False)
+        return self._mark.sub(lambda hidden: self._names[hidden[0]], text)
+
+
+def _renamed(model: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Return the model of a tokenizer.json with pieces renamed, and without the merges that make one or use it."""
+    vocab, unknown = model["vocab"], model.get("unk_token")
+    if isinstance(vocab, list):
+        return model | {"vocab": [[names.get(piece, piece), score] for piece, score in vocab]}
+    changed: dict[str, Any] = {"vocab": {names.get(piece, piece): i for piece, i in vocab.items()}}
+    if unknown in names:
+        changed["unk_token"] = names[unknown]
+    if names and model.get("merges"):
+        prefix = model.get("continuing_subword_prefix") or ""
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        made = ((one, other, one + other.removeprefix(prefix)) for one, other in pairs)
+        changed["merges"] = [pair for pair, pieces in zip(pairs, made, strict=True) if names.keys().isdisjoint(pieces)]
+    return model | changed
+
+
+def _set(value: Any) -> Any:
+    """Return JSON without what is null or false: a newer library writes more of those for the same tokenizer."""
+    if isinstance(value, dict):
+        return {key: _set(inner) for key, inner in value.items() if inner is not None and inner is not False}
+    return [_set(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _as_control_symbols(model: bytes, ids: Collection[int]) -> bytes:
+    """Return a SentencePiece model in which these pieces are control symbols, which it never finds in a text."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as protobuf
+    except ImportError as error:
+        raise UserError(
+            "an end token that texts may hold needs the package 'protobuf'; pip install protobuf"
+        ) from error
+    proto: Any = protobuf.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    for i in ids:
+        proto.pieces[i].type = proto.SentencePiece.CONTROL
+    return proto.SerializeToString()
 
 
 def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0) -> None:
@@ -196,10 +412,59 @@ def _sample_lines(texts: Iterable[str], characters: int, seed: int) -> list[str]
     return kept
 
 
-def _first_known(ids: Iterable[int], path: str) -> int:
-    for i in ids:
-        return i
-    raise UserError(f"tokenizer {path!r} has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT)}")
+def _special(
+    path: str, role: str, given: str, known: Callable[[str], int | None], size: int, own: Iterator[int]
+) -> int | None:
+    """Return the id of the end ("eos") or begin ("bos") token: as given, by name or id; as the files beside the
+    tokenizer say; or else the first of its own. None if there is none. Raises UserError for one that it lacks.
+
+    known: the id of a token's name. size: of the vocabulary.
+    """
+    if role == "bos" and (given == "none" or not given and _says_none(path)):
+        return None
+    asked = [(f"--{role}", int(given) if given.isdecimal() else given)] if given else _configured(path, role)
+    for source, value in asked:
+        found = known(value) if isinstance(value, str) else value
+        if found is not None and 0 <= found < size:
+            return found
+        if given or Path(path).stem == "tokenizer":  # else those files may be another tokenizer's
+            raise UserError(f"{source} names {value!r}, which tokenizer {path!r} lacks; give --{role}, a name or an id")
+    return next(own, None)
+
+
+def _configured(path: str, role: str) -> Iterator[tuple[str, str | int]]:
+    """Yield the file and the name or id of an end or begin token in each of the files beside a tokenizer that has one,
+    the tokenizer's own files first."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
+        settings = _beside(path, file)
+        value, number = settings.get(f"{role}_token"), settings.get(f"{role}_token_id")
+        value = value.get("content") if isinstance(value, dict) else value
+        number = number[0] if isinstance(number, list) and number else number
+        source = str(Path(path).with_name(file))
+        if isinstance(value, str) and value:
+            yield source, value
+        if type(number) is int:  # True is an int too
+            yield source, number
+
+
+def _says_none(path: str) -> bool:
+    """Return whether the tokenizer's own configuration names no begin token: the model's may still have an id for it,
+    which transformers and lm-eval then do not use."""
+    own = [_beside(path, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    return any(own) and not any(settings.get("bos_token") for settings in own)
+
+
+def _beside(path: str, name: str) -> dict[str, Any]:
+    """Return the object of a JSON file beside a tokenizer; empty where there is none. Raises UserError."""
+    file = Path(path).with_name(name)
+    return read_json(file, "the tokenizer's settings", "mend or remove it") if file.exists() else {}
+
+
+def _end(path: str, found: int | None) -> int:
+    if found is None:
+        names = "the name or id of one of its tokens"
+        raise UserError(f"tokenizer {path!r} has no end-of-document token; give --eos (a run: data.eos), {names}")
+    return found
 
 
 def _import(package: str) -> Any:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megahp.config import longest
 from megahp.errors import UserError
-from megahp.evaluate.perplexity import scores, windows
+from megahp.evaluate.perplexity import document_windows, scores, windows
 from megahp.evaluate.sample import TrainedModel, continuation
 
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k"}
@@ -21,8 +21,8 @@ GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k"}
 class Harness(TemplateLM):
     """A trained run as a model of the harness.
 
-    The harness's own rule splits a text into tokens of context and continuation; a text without context comes after an
-    end-of-document token. Each token is predicted from as many tokens before it as in training, or from all.
+    The harness's own rule splits a text into tokens of context and continuation; a text without context comes after
+    what was there in training. Each token is predicted from as many tokens before it as in training, or from all.
     """
 
     def __init__(self, trained: TrainedModel) -> None:
@@ -33,15 +33,21 @@ class Harness(TemplateLM):
     def eot_token_id(self) -> int:
         return self.trained.tokenizer.eod
 
+    @property
+    def prefix_token_id(self) -> int:
+        return (self.trained.start or [self.eot_token_id])[0]
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.trained.tokenizer.encode(string)
+        # a begin token where the harness's hf backend has one: so also, twice then, in loglikelihood_rolling
+        is_whole = add_special_tokens is not False
+        return self.trained.encode_prompt(string) if is_whole else self.trained.tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         return self._likelihoods([(before, after) for _, before, after in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         texts = [self.tok_encode(*request.args) for request in requests]
-        return [likelihood for likelihood, _ in self._likelihoods([([self.eot_token_id], text) for text in texts])]
+        return [likelihood for likelihood, _ in self._likelihoods([([self.prefix_token_id], text) for text in texts])]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         progress = tqdm(requests, desc="generating", disable=disable_tqdm)
@@ -53,7 +59,11 @@ class Harness(TemplateLM):
         pieces = [
             (index, window)
             for index, (before, after) in enumerate(pairs)
-            for window in windows(torch.tensor(before + after), len(before), self.context, self.context)
+            for window in (
+                document_windows(self.trained, after, self.context, self.context)
+                if before == [self.prefix_token_id]
+                else windows(torch.tensor(before + after), len(before), self.context, self.context)
+            )
         ]
         sums, likeliest = [0.0] * len(pairs), [True] * len(pairs)
         for piece, loss, hit in scores(self.trained, [window for _, window in pieces]):
@@ -69,7 +79,7 @@ class Harness(TemplateLM):
             known = ", ".join(sorted(GENERATION))
             raise UserError(f"generation_kwargs {', '.join(unknown)} are not supported; use only {known}")
         tokenizer, stops = self.trained.tokenizer, [word for word in settings["until"] if word]
-        ids = tokenizer.encode(prompt) or [tokenizer.eod]
+        ids = self.trained.encode_prompt(prompt) or self.trained.start
         begin, new, text = len(tokenizer.decode(ids)), list[int](), ""
         temperature = settings.get("temperature", 0.0) if settings["do_sample"] else 0.0
         following = continuation(self.trained, ids, temperature, settings.get("top_k", 0), seed)

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import torch
 import torch.nn.functional as F
@@ -49,24 +50,38 @@ class Score:
 def evaluate(trained: TrainedModel, files: Sequence[Sequence[str]], context: int, stride: int) -> list[Score]:
     """Return the score of each file's texts, none of which may be empty.
 
-    Each text stands alone, after an end-of-document token, from which its first token is predicted; its end is not
-    scored. Raises UserError for losses that are not finite.
+    Each text stands alone, as a document did in training (`document_windows`); its end is not scored. Raises UserError
+    for losses that are not finite.
     """
     pieces: list[tuple[int, Window]] = []  # (index of the file, window)
-    tokens, nats = [0] * len(files), [0.0] * len(files)
+    tokens, sizes, nats = [0] * len(files), [0] * len(files), [0.0] * len(files)
     for index, file in enumerate(files):
         for text in file:
-            ids = torch.tensor([trained.tokenizer.eod, *trained.tokenizer.encode(text)])
-            pieces += [(index, window) for window in windows(ids, 1, context, stride)]
-            tokens[index] += len(ids) - 1
+            ids = trained.tokenizer.encode(text)
+            found = [*document_windows(trained, ids, context, stride)]
+            scored = sum(window.scored for window in found)
+            pieces += [(index, window) for window in found]
+            tokens[index] += scored
+            # a first token that nothing precedes is not scored, and neither are its bytes
+            unscored = commonprefix([trained.tokenizer.decode(ids[: len(ids) - scored]), text])
+            sizes[index] += len(text.encode()) - len(unscored.encode())
     for piece, loss, _ in scores(trained, [window for _, window in pieces]):
         nats[pieces[piece][0]] += loss
     if not math.isfinite(sum(nats)):  # of a diverged run: a perplexity of NaN would look like a result
         raise UserError(f"{trained.path} gives losses that are not finite; evaluate an earlier checkpoint")
-    return [
-        Score(len(file), tokens[index], sum(len(text.encode()) for text in file), nats[index])
-        for index, file in enumerate(files)
-    ]
+    return [Score(len(file), tokens[index], sizes[index], nats[index]) for index, file in enumerate(files)]
+
+
+def document_windows(trained: TrainedModel, ids: Sequence[int], context: int, stride: int) -> Iterator[Window]:
+    """Yield windows that score each token of a document once, with before it what was there in training.
+
+    Where documents are masked, an end token precedes the first token, in whose place training predicts it, and no
+    other. Where documents had no end token, nothing predicts the first one, and it is not scored.
+    """
+    start, data = trained.start, trained.config.data
+    if not start and data.begin != "none" and ids:
+        yield Window(torch.tensor([trained.tokenizer.eod, ids[0]]), 1)
+    yield from windows(torch.tensor([*start, *ids]), max(1, len(start)), context, stride)
 
 
 def windows(tokens: Tensor, first: int, context: int, stride: int) -> Iterator[Window]:

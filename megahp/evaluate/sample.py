@@ -10,7 +10,7 @@ import torch
 
 from megahp import checkpoint, launch
 from megahp.config import ComputeConfig, Config, ParallelConfig, longest, with_values
-from megahp.data.tokenizer import Tokenizer, load_tokenizer
+from megahp.data.tokenizer import Tokenizer, tokenizer_of
 from megahp.errors import UserError
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
@@ -29,13 +29,27 @@ class TrainedModel:
     tokenizer: Tokenizer
     device: torch.device
 
+    @property
+    def start(self) -> list[int]:
+        """Return what stood before a document's first token in training, where its other tokens saw it too: a begin
+        token, or the end token of the document before. Attention that is restricted to documents hides the latter."""
+        data, tokenizer = self.config.data, self.tokenizer
+        # not known: as lm-eval's hf backend, since the model was imported
+        if tokenizer.bos is not None and data.begin in ("bos", ""):
+            return [tokenizer.bos]
+        return [] if data.begin == "none" or data.mask_documents else [tokenizer.eod]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the tokens of a text that the model continues, after a begin token where all documents had one."""
+        return [*(self.start if self.config.data.begin == "bos" else []), *self.tokenizer.encode(text)]
+
 
 def load_trained(location: Path) -> TrainedModel:
     """Load the model of a checkpoint, or of a run directory's newest checkpoint. Raises UserError."""
     path = checkpoint.find(location)
     # A run trained with CUDA may be evaluated on a machine without.
     config = with_values(checkpoint.settings_of(path), {"train.device": "auto"})
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer_of(config.data)
     model = single_rank_model(config)
     checkpoint.load(path, model_state(model))
     return TrainedModel(path, config, model, tokenizer, device_of(config, launch.World()))
@@ -53,10 +67,9 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt is not valid UTF-8; give it as text")
     trained = load_trained(run)
-    eod = trained.tokenizer.eod
-    ids = trained.tokenizer.encode(prompt) or [eod]  # without a prompt, begin as at the start of a document
+    ids = trained.encode_prompt(prompt) or trained.start
     ids += islice(continuation(trained, ids, temperature, top_k, seed), tokens)
-    return trained.tokenizer.decode([i for i in ids if i != eod])
+    return trained.tokenizer.decode(ids)
 
 
 def single_rank_model(config: Config) -> Transformer:
@@ -69,12 +82,14 @@ def single_rank_model(config: Config) -> Transformer:
 
 @torch.no_grad()
 def continuation(trained: TrainedModel, ids: Sequence[int], temperature: float, top_k: int, seed: int) -> Iterator[int]:
-    """Yield tokens that continue `ids`, without end, each sampled given the last tokens before it."""
+    """Yield tokens that continue `ids`, without end, each sampled given the last tokens before it. Without any, the
+    first is sampled after an end token, as a document's first token in training, which the others do not see."""
     # The context is as long as in training; with ALiBi, which interpolates positions, twice as long (arXiv 2310.13017
     # found this to work).
     window = longest(trained.config) * (2 if trained.config.model.positions == "alibi" else 1)
     vocab_size = trained.tokenizer.vocab_size  # the model's may be larger, but its further ids have no text
-    context = torch.tensor([ids[-window:]], device=trained.device)
+    starts = not ids
+    context = torch.tensor([ids[-window:] or [trained.tokenizer.eod]], device=trained.device)
     generator = torch.Generator(trained.device).manual_seed(seed)
     while True:
         logits = trained.model(context)[:, -1, :vocab_size].float()
@@ -85,5 +100,6 @@ def continuation(trained: TrainedModel, ids: Sequence[int], temperature: float, 
                 logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
             logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature, however low, overflows
             token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        context = torch.cat((context, token), 1)[:, -window:]
+        context = token if starts else torch.cat((context, token), 1)[:, -window:]
+        starts = False
         yield int(token)

@@ -1,7 +1,7 @@
 """Checks of a run before anything is built or written, and opening its data."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from megahp import checkpoint
 from megahp.config import Config, config_differences, fixed_when, get_setting, longest, phases_of, resolve, with_values
 from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import TrainingData
-from megahp.data.tokenizer import Tokenizer, load_tokenizer
+from megahp.data.tokenizer import Tokenizer, fingerprint_of, load_tokenizer, refuse_other
 from megahp.errors import UserError
 from megahp.files import read_json, refuse_links
 from megahp.log.wandb_log import check_wandb
@@ -23,6 +23,9 @@ from megahp.parallel.layout import Layout
 from megahp.scaling.batch import BatchScheduler, Progress, batch_multiple, least_batch, runnable
 from megahp.scaling.flops import parameters as parameter_count
 from megahp.train.advice import advice, beyond_cpus
+
+DOCUMENTS_SEEN = 100  # of each prefix, to know how documents begin and end
+FILLED_IN = ("data.tokenizer_fingerprint", "data.eos", "data.bos")
 
 
 def prepare(
@@ -40,9 +43,8 @@ def prepare(
         check_wandb()
     if not config.data.train:
         raise UserError("data.train is empty; name at least one prefix written by `megahp preprocess`")
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    check_tokenizer(config, tokenizer)
-    config = with_vocabulary(config, tokenizer)
+    begin_before = config.data.begin  # of the model that these settings came with
+    config = with_vocabulary(config, load_described_tokenizer(config))
     check_memory(config, layout, local_ranks)
     refuse_links(config.directory)  # before the first look inside, which would follow them
     saved, start_tokens = newest(config), 0
@@ -60,6 +62,10 @@ def prepare(
         if config.train.start_from:
             start_tokens = check_start(config, layout, checkpoint.find(checkpoint.location(config.train.start_from)))
     data = open_data(config)
+    begin = begin_of(config, data.datasets)
+    if warn and begin != begin_before == "bos":
+        warn("warning: the model was trained on documents with a begin token, and these have none: preprocess --bos")
+    config = with_values(config, {"data.begin": begin})
     if warn and not (resume and saved):
         # a machine without ranks of the run, such as a login node, may lack the GPUs that the run's machines have
         is_cuda = uses_cuda(config) if local_ranks else config.train.device != "cpu"
@@ -182,32 +188,65 @@ def initial_batch_state(
     return state["batch_plan"] if is_same else {**scheduler.state(), "began": state["progress"]["tokens"]}
 
 
-def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise UserError when data was written with another tokenizer than the run's, by the .json beside it."""
-    for prefix in config.data.train:
-        sidecar, remedy = Path(f"{prefix}.json"), "preprocess again, or remove it"
-        if not sidecar.exists():  # other tools write none
+def load_described_tokenizer(config: Config) -> Tokenizer:
+    """Load the run's tokenizer, with the end and begin tokens that its data was written with. Raises UserError when the
+    .json beside a prefix names another tokenizer, or other tokens than the settings or another prefix."""
+    data, remedy, descriptions = config.data, "preprocess again, or remove it", dict[str, dict[str, Any]]()
+    for prefix in data.train:
+        if not (sidecar := Path(f"{prefix}.json")).exists():  # other tools write none
             continue
-        fingerprint = read_json(sidecar, "description of data", remedy).get("tokenizer_fingerprint")
-        if not isinstance(fingerprint, str):
+        descriptions[prefix] = read_json(sidecar, "description of data", remedy)
+        if not isinstance(fingerprint := descriptions[prefix].get("tokenizer_fingerprint"), str):
             raise UserError(f"{sidecar} holds no tokenizer_fingerprint; {remedy}")
-        if fingerprint != tokenizer.fingerprint:
-            raise UserError(
-                f"data.tokenizer = {config.data.tokenizer!r} is not the one {prefix} was written with, "
-                f"according to {sidecar}; name that one, or preprocess again"
-            )
+        refuse_other(data.tokenizer, fingerprint, f"{prefix} was written with, according to {sidecar}")
+    written = [
+        (prefix, name, value)
+        for prefix, description in descriptions.items()
+        for name, value in (("eos", description.get("eod")), ("bos", description.get("bos")))
+        if type(value) is int
+    ]
+    first = {name: str(value) for _, name, value in reversed(written)}
+    tokenizer = load_tokenizer(data.tokenizer, data.eos or first.get("eos", ""), data.bos or first.get("bos", ""))
+    own = {"eos": tokenizer.eod, "bos": tokenizer.bos}
+    for prefix, name, value in written:
+        if value != own[name]:
+            problem = f"data.{name} is token {own[name]} and {prefix} was written with {value}"
+            raise UserError(f'{problem}; set data.{name}="{value}", or preprocess all data with the same')
+    return tokenizer
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """Fill in model.vocab_size from the tokenizer if it is 0. Raises UserError when it is too small for it."""
-    if config.model.vocab_size == 0:
-        return with_values(config, {"model.vocab_size": tokenizer.vocab_size})
-    if config.model.vocab_size < tokenizer.vocab_size:
+    """Fill in what the tokenizer decides: model.vocab_size if it is 0, its fingerprint, its end and begin tokens as
+    ids. Raises UserError for another one than the fingerprint's, or when the vocabulary is too small for it."""
+    data = config.data
+    refuse_other(tokenizer.path, data.tokenizer_fingerprint, "data.tokenizer_fingerprint names")
+    if 0 < config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size = {config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
-            f"data.tokenizer = {config.data.tokenizer!r}; remove it to use the tokenizer's"
+            f"data.tokenizer = {data.tokenizer!r}; remove it to use the tokenizer's"
         )
-    return config
+    values = {
+        "model.vocab_size": config.model.vocab_size or tokenizer.vocab_size,
+        "data.tokenizer_fingerprint": data.tokenizer_fingerprint or fingerprint_of(tokenizer.path),
+        "data.eos": str(tokenizer.eod),
+        "data.bos": "none" if tokenizer.bos is None else str(tokenizer.bos),
+        "data.begin": data.begin or ("bos" if tokenizer.adds_bos else ""),
+    }
+    return with_values(config, values)
+
+
+def begin_of(config: Config, datasets: Sequence[IndexedDataset]) -> str:
+    """Return what stands before the first token of most documents: "bos", a begin token of their own; "eos", the end
+    token of the document before; "none"."""
+    ends = [
+        (tokens[0], tokens[-1])
+        for dataset in datasets
+        for document in range(min(dataset.documents, DOCUMENTS_SEEN))
+        if len(tokens := dataset.tokens(document))
+    ]
+    if 2 * sum(str(first) == config.data.bos for first, _ in ends) > len(ends):
+        return "bos"
+    return "eos" if 2 * sum(str(last) == config.data.eos for _, last in ends) > len(ends) else "none"
 
 
 def changes(config: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
@@ -220,7 +259,11 @@ def refuse_changes(
 ) -> None:
     """Raise UserError when a setting differs that is fixed in one of these ways (megahp/config/schema.py: fixed)."""
     for key, (before, now) in changes(config, saved).items():
-        if fixed_when(key) in fixed:
+        # a checkpoint of an older megahp does not know what the data and the tokenizer fill in
+        if fixed_when(key) in fixed and (before != "" or key not in FILLED_IN):
+            if key == "data.tokenizer_fingerprint":
+                refuse_other(config.data.tokenizer, before, f"{path} was trained with")
+                continue
             or_new = ", or start a new run under another log.name" if "on resume" in fixed else ""
             raise UserError(f"{key} = {now!r} but {path} was trained with {before!r}; set it back{or_new}")
 

@@ -604,7 +604,7 @@ def test_the_end_of_document_of_any_tokenizer(tmp_path: Path) -> None:
     file = tmp_path / "unigram.json"
     Fast(models.Unigram([("<unk>", 0.0), ("<|endoftext|>", 0.0), ("a", -1.0)], unk_id=0)).save(str(file))
     (tmp_path / "theirs").mkdir()
-    write_tokenizer(tmp_path / "theirs", str(file), load_tokenizer(str(file)))
+    write_tokenizer(tmp_path / "theirs", str(file), load_tokenizer(str(file), "<|endoftext|>"))
     assert json.loads((tmp_path / "theirs/tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megahp import cli
 from megahp.data.indexed import IndexedDataset
-from megahp.data.tokenizer import load_tokenizer
+from megahp.data.tokenizer import fingerprint_of, load_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 COMMAND = ["preprocess"]
@@ -58,9 +58,10 @@ def test_a_text_file_is_one_document_kept_to_the_byte(run, tmp_path, capsys):
     assert documents(tmp_path / "out") == ["one\r\n\n two\t"]
     assert json.loads((tmp_path / "out.json").read_text()) == {
         "tokenizer": "bytes",
-        "tokenizer_fingerprint": load_tokenizer("bytes").fingerprint,
+        "tokenizer_fingerprint": fingerprint_of("bytes"),
         "vocab_size": 257,
         "eod": 256,
+        "bos": None,
         "documents": 1,
         "tokens": 12,
     }
@@ -146,7 +147,7 @@ def test_reading_is_never_far_ahead_of_writing(tool, monkeypatch):
             read.append(k)
             yield [tool.Document(str(k), 1)]
 
-    encode = tool.partial(tool.encode_chunk, "bytes", True)
+    encode = tool.partial(tool.encode_chunk, ("bytes", "", ""), True)
     for done, encoded in enumerate(tool.map_in_order(encode, chunks(), workers=2)):
         assert encoded.ids.tolist() == [*str(done).encode(), 256]
         assert len(read) <= done + 1 + 4

@@ -25,7 +25,8 @@ model.router_score model.router_normalize model.router_scale model.balance_rate 
 parameterization.name parameterization.base_width parameterization.base_layers parameterization.depth_alpha
 parameterization.init_std parameterization.embedding_multiplier parameterization.output_multiplier
 parameterization.residual_multiplier parameterization.attention_multiplier
-data.train data.weights data.mixtures data.tokenizer data.sequence_length data.lengths data.validation_fraction
+data.train data.weights data.mixtures data.tokenizer data.tokenizer_fingerprint data.eos data.bos data.begin
+data.sequence_length data.lengths data.validation_fraction
 data.mask_documents data.cache
 schedule.name schedule.start schedule.warmup schedule.floor schedule.decay schedule.shape
 batch.policy batch.global_batch batch.micro_batch batch.largest batch.rule batch.increment batch.ramp_samples

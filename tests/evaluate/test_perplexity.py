@@ -21,8 +21,9 @@ from torch import Tensor
 
 from megahp import checkpoint, cli
 from megahp.config import resolve
+from megahp.convert.tokenizers import bytes_tokenizer
 from megahp.evaluate import perplexity
-from megahp.evaluate.sample import TrainedModel, load_trained, single_rank_model
+from megahp.evaluate.sample import TrainedModel, generate, load_trained, single_rank_model
 from megahp.parallel.parameters import model_state, storage
 from megahp.train.run import state_of_weights
 
@@ -36,11 +37,11 @@ TEXTS = ["x", "a" * 3 + "b" * 21, "0123456789" * 2 + "gzuäö", "what is scored 
 
 
 @torch.no_grad()
-def write_run(folder: Path, model: dict[str, Any], tokenizer: str = "bytes") -> None:
+def write_run(folder: Path, model: dict[str, Any], tokenizer: str = "bytes", **data: Any) -> None:
     """A run directory whose newest checkpoint holds random weights, of more ids than the tokenizer has."""
     tree = {
         "model": {"layers": 2, "width": 32, "heads": 4, "mlp_width": 48, "vocab_size": 300, **model},
-        "data": {"sequence_length": CONTEXT, "tokenizer": tokenizer},
+        "data": {"sequence_length": CONTEXT, "tokenizer": tokenizer, **data},
         "parameterization": {"name": "sp"},
         "train": {"dtype": "float64"},
     }
@@ -115,6 +116,7 @@ def scored(folder: Path) -> dict[str, Any]:
         files = [folder / "some.jsonl.zst", folder / "long.txt", "--json-key", "body"]
         found[name, "json"] = said("evaluate", folder / name, *files, "--json")
         found[name, "table"] = said("evaluate", folder / name / "checkpoints" / "step-00000002", *files)
+    found["beginnings"] = beginnings(folder)
     lines = iter(
         Path(contextlib.__file__).read_text().split("\n")
     )  # it drops spaces before and after, as it does unasked
@@ -133,6 +135,52 @@ def scored(folder: Path) -> dict[str, Any]:
         "key": said("evaluate", run, folder / "long.txt", "--json-key", "body"),
         "run": said("evaluate", folder, folder / "long.txt"),
     }
+    return found
+
+
+# What stood before a document's first token in training: settings, and what is before the first token scored, and what
+# of it the others see. A model that nothing is known of is scored as before; an imported one, as by lm-eval.
+BEGINNINGS: dict[str, tuple[dict[str, Any], list[int] | None, list[int]]] = {
+    "an end token": ({"begin": "eos", "bos": "257"}, [EOD], [EOD]),
+    "masked": ({"begin": "eos", "bos": "257", "mask_documents": True}, [EOD], []),
+    "a begin token": ({"begin": "bos", "bos": "257"}, [257], [257]),
+    "a begin token, masked": ({"begin": "bos", "bos": "257", "mask_documents": True}, [257], [257]),
+    "no token": ({"begin": "none", "bos": "257"}, None, []),
+    "before it was recorded": ({}, [EOD], [EOD]),
+    "before it was recorded, masked": ({"mask_documents": True}, [EOD], []),
+    "imported": ({"bos": "257"}, [257], [257]),
+}
+
+
+def beginnings(folder: Path) -> dict[str, Any]:
+    """For each: tokens, bytes and nats of two texts, the nats they must have; and tokens generated without a prompt and
+    with one, and those they must be."""
+    folder = folder / "beginnings"
+    folder.mkdir()
+    file, tree = folder / "tokenizer.json", bytes_tokenizer(EOD)
+    tree["added_tokens"].append(tree["added_tokens"][0] | {"id": 257, "content": "<s>"})
+    file.write_text(json.dumps(tree))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "bos_token": "<s>"}')
+    found = {}
+    for name, (data, before, seen) in BEGINNINGS.items():
+        write_run(folder / name, MODELS["rope"], str(file), **data)
+        trained = load_trained(folder / name)
+        nats = 0.0
+        for text in TEXTS[2:]:
+            ids = list(text.encode())
+            if before and not seen:
+                nats -= after(trained, before)[ids[0]].item()
+            nats += one_by_one(trained, [*seen, *ids], 1, CONTEXT, CONTEXT)[0]
+        own = {}
+        for prompt in ("", "Go"):
+            begin = seen if not prompt or data.get("begin") == "bos" else []
+            own[prompt] = ids = [*begin, *prompt.encode()]
+            for _ in range(4):
+                ids.append(int(after(trained, ids or [EOD])[:258].argmax()))
+        (score,) = perplexity.evaluate(trained, [TEXTS[2:]], CONTEXT, CONTEXT)
+        written = {prompt: generate(folder / name, prompt, 4, 0, 0, 1) for prompt in own}
+        expected = {prompt: trained.tokenizer.decode(ids) for prompt, ids in own.items()}
+        found[name] = score, nats, written, expected
     return found
 
 
@@ -207,6 +255,17 @@ def test_the_command_prints_loss_bits_and_perplexity(found: Any, name: str) -> N
 def test_mistakes_are_one_line(found: Any, what: str, words: str) -> None:
     code, out, err = found["mistakes"][what]
     assert code == 2 and out == "" and words in err and err.count("\n") == 1 and err.startswith("megahp: ")
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_f11_only_what_training_had_is_before_a_text(found: Any, name: str) -> None:
+    """F11: a document's tokens do not see the end of the one before where they were masked; a begin token is there
+    where documents had one; a first token that nothing precedes is not scored."""
+    score, nats, written, expected = found["beginnings"][name]
+    unscored = 2 * (name == "no token")
+    assert (score.tokens, score.bytes) == (138 - unscored, 138 - unscored)
+    assert score.nats == pytest.approx(nats, rel=1e-12)
+    assert written == expected
 
 
 QUESTIONS = [
