@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from megahp import __version__, launch
 from megahp.commands import COMMANDS, HIDDEN, LISTING, RESTARTED
+from megahp.commands.output import check_outputs
 from megahp.config.resolve import suggest
 from megahp.errors import Fault, UserError, complain, in_one_line, is_user_error, masked
 from megahp.exit_codes import FAULT, INTERRUPTED, USER_ERROR
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     command, options = parse(words)
     try:
+        check_outputs(options)
         return command.run(options, words)
     except UserError as error:
         if launch.is_local_rank0():  # what is wrong before the ranks meet, all of them find

@@ -49,7 +49,19 @@ def test_commands_are_listed_but_those_for_scripts(capsys: pytest.CaptureFixture
 
 # The others measure with torch, and import it to declare what they do.
 WITHOUT_TORCH = (
-    *("preprocess", "recipe", "config", "train", "sample", "evaluate", "report", "replay", "fit", "checkpoint"),
+    *(
+        "preprocess",
+        "merge",
+        "recipe",
+        "config",
+        "train",
+        "sample",
+        "evaluate",
+        "report",
+        "replay",
+        "fit",
+        "checkpoint",
+    ),
     *("launch", "status", "verify-layout", *HIDDEN),
 )
 IMPORTED = """

@@ -10,10 +10,10 @@ PACKAGE, TESTS = Path(megahp.__file__).parent, Path(__file__).parent
 # Test -> the modules that it covers, beside that of its own place.
 SPANNED = {
     "checkpoint/test_store.py": "checkpoint/shards checkpoint/inspect commands/checkpoint",
-    "commands/test_benchmark_training.py": "benchmark/machine commands/benchmark_loss commands/output",
+    "commands/test_benchmark_training.py": "benchmark/machine commands/benchmark_loss",
     "commands/test_chain.py": "commands/launch commands/segment",
     "commands/test_convert.py": "convert/run_directory convert/sidecar",
-    "commands/test_preprocess.py": "data/texts",
+    "commands/test_preprocess.py": "commands/merge data/texts",
     "commands/test_runs.py": "commands/status",
     "commands/test_transfer_sweep.py": "commands/arguments diagnose/curves",
     "diagnose/test_verify.py": "commands/verify_layout",

@@ -8,7 +8,7 @@ if [ ! -e "$data/corpus.idx" ]; then
     stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
     echo "preparing a corpus from Python's own standard library, $stdlib"
     megahp preprocess --input "$stdlib" --extensions .py .rst .txt \
-        --exclude site-packages dist-packages \
+        --exclude site-packages dist-packages --most-bad 0.05 \
         --tokenizer "$data/tokenizer.model" --train-sentencepiece 4096 --output "$data/corpus" --workers 2
 fi
 megahp train "$run" --ranks 2 --resume auto

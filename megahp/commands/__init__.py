@@ -6,6 +6,7 @@ line. Only the module of the command in use is imported, so that `megahp preproc
 
 COMMANDS = {
     "preprocess": "tokenize text into .bin and .idx",
+    "merge": "merge tokenized data of one tokenizer",
     "recipe": "write a run file from a size, a budget or a loss, with the source of every number",
     "config": "print every setting and where its value comes from",
     "train": "train the run of a TOML file",

@@ -1,11 +1,13 @@
 """Command-line arguments that several commands share, and parsers of their values."""
 
 import argparse
+import contextlib
 import math
 import re
 import shlex
 from pathlib import Path
 
+from megahp.data.texts import FORMATS
 from megahp.errors import UserError
 
 UNITS = {"K": 3, "M": 6, "B": 9, "T": 12}  # powers of ten
@@ -22,6 +24,25 @@ def add_outputs(parser: argparse.ArgumentParser, drawn: str) -> None:
     """Add --json, and --plot for what is drawn."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw {drawn}: .svg, .png or .pdf")
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how texts are read."""
+    add = parser.add_argument
+    add("--json-key", default="text", metavar="KEY", help="field of the text in JSON, Parquet and Arrow (default text)")
+    add(
+        "--format", choices=FORMATS, default="auto", help="of all files: text as it is, or JSON (default: by each file)"
+    )
+    share = "share of the documents that may be bad (default %(default)s)"
+    add("--most-bad", type=parse_share, default=0.01, metavar="SHARE", help=share)
+
+
+def parse_share(text: str) -> float:
+    """Parse a number from 0 to 1. Raises argparse.ArgumentTypeError."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1, e.g. 0.01")
 
 
 def parse_positive(text: str, problem: str) -> float:

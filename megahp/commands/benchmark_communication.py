@@ -41,7 +41,7 @@ from megahp.benchmark.communication import (
     warm_up,
 )
 from megahp.commands.arguments import add_outputs, check_minimum, must_spawn
-from megahp.commands.output import check_writable, provenance, write_json
+from megahp.commands.output import provenance, write_json
 from megahp.config import resolve
 from megahp.errors import UserError, complain
 from megahp.parallel.layout import fit
@@ -81,7 +81,6 @@ class Ranks:
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     sizes = [parse_bytes(size) for size in arguments.sizes]
     check_minimum(arguments, repeats=1)
-    check_writable(arguments.json, plot=arguments.plot)
     if arguments.settings and not arguments.run:
         raise UserError(f"{' '.join(arguments.settings)}: --settings need --run RUN.toml")
     world = launch.world()

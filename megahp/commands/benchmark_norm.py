@@ -32,7 +32,7 @@ from torch import Tensor
 
 from megahp.benchmark.machine import machine_of, synchronize
 from megahp.commands.arguments import DTYPES, add_outputs, check_minimum, parse_shape
-from megahp.commands.output import check_writable, plot_bars, write_json
+from megahp.commands.output import plot_bars, write_json
 from megahp.errors import UserError
 from megahp.ops import add_and_normalize, normalize
 from megahp.ops.engines import norm_of
@@ -62,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     shapes = [parse_shape(shape) for shape in arguments.shape]
-    check_writable(arguments.json, plot=arguments.plot)
     check_minimum(arguments, turns=1, threads=1)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

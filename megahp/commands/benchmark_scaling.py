@@ -33,7 +33,7 @@ import numpy as np
 
 from megahp.cluster.job import Job, jobs, submit
 from megahp.commands.arguments import add_outputs, folder_name, split_label
-from megahp.commands.output import check_writable, provenance, write_json
+from megahp.commands.output import provenance, write_json
 from megahp.config import (
     BatchConfig,
     CheckpointConfig,
@@ -132,7 +132,6 @@ def read_curves(arguments: argparse.Namespace) -> Curves:
         raise UserError(f"--warm-up {arguments.warm_up} must be at least 0, and less than --steps {arguments.steps}")
     if arguments.sbatch and not arguments.slurm:
         raise UserError(f"--sbatch {arguments.sbatch!r} is for a job array; add --slurm")
-    check_writable(arguments.json, plot=arguments.plot)
 
     curves: Curves = {}
     for mode, text in itertools.product(arguments.modes, arguments.layouts):

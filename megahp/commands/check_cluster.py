@@ -80,7 +80,7 @@ from megahp.cluster.outliers import (
     find_problems,
 )
 from megahp.commands.arguments import must_spawn, parse_positive
-from megahp.commands.output import check_writable, provenance, write_json
+from megahp.commands.output import check_folder, provenance, write_json
 from megahp.errors import Fault, UserError
 from megahp.files import open_unlinked, read_text
 
@@ -169,7 +169,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError(f"--slack {arguments.slack} must be below 1, the share of the median that a rank may lack")
     world = launch.world()
     if world.rank == 0:  # only rank 0 writes, and other nodes' folders may differ
-        check_writable(arguments.json, arguments.exclude_file)
+        check_folder(arguments.exclude_file)
         bad_nodes(arguments.exclude_file)  # or what was measured would be lost to a bad list
     if must_spawn(arguments.ranks, world.size):
         return launch.spawn(words, arguments.ranks)

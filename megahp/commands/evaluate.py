@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 
-from megahp.data.texts import JSON_LINES, read_documents
+from megahp.commands.arguments import add_text_arguments
+from megahp.data.texts import check_key, inspect, read_texts
 from megahp.errors import UserError
 
 LINE = "{:<{width}}{:>14}{:>14}{:>12}{:>12}{:>14}"
@@ -22,8 +23,8 @@ HEADER = ("tokens", "bytes", "nats/token", "bits/byte", "perplexity")
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: its newest")
-    add("files", type=Path, nargs="+", metavar="FILE", help="text, or .jsonl(.gz|.zst)")
-    add("--json-key", metavar="KEY", help="field of the text in JSON lines (default text)")
+    add("files", type=Path, nargs="+", metavar="FILE", help="text, JSON lines, Parquet ..., as for megahp preprocess")
+    add_text_arguments(parser)
     add("--context", type=int, metavar="N", help="tokens of a window (default: a training sample's)")
     add("--stride", type=int, metavar="N", help="tokens from a window to the next (default: half of --context)")
     add("--json", action="store_true", help="print JSON")
@@ -33,16 +34,16 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     from megahp.evaluate.perplexity import Score, context_of, evaluate
     from megahp.evaluate.sample import load_trained
 
-    if options.json_key and not any(file.name.endswith(JSON_LINES) for file in options.files):
-        raise UserError(f"--json-key {options.json_key!r} is for {' '.join(JSON_LINES)} files; omit it")
     texts = []
-    for file in options.files:
-        documents = [document.text for document in read_documents([file], options.json_key or "text")]
-        if unreadable := documents.count(None):
-            print(f"{file}: skipped {unreadable} documents that are no valid text", file=sys.stderr)
-        if not any(documents):
-            raise UserError(f"{file} holds no text; name another file")
-        texts.append([text for text in documents if text])
+    sources = [inspect(file, options.format) for file in options.files]
+    check_key(sources, options.json_key)
+    for source in sources:
+        found, left_out = read_texts(source, options.json_key, options.most_bad)
+        if not found:
+            raise UserError(f"{source.name} holds no text; name another file")
+        for reason, (count, first) in left_out.items():
+            print(f"{source.name}: left out {count}: {reason}, the first {first}", file=sys.stderr)
+        texts.append(found)
     trained = load_trained(options.checkpoint)
     context = context_of(trained, options.context)
     stride = max(1, context // 2) if options.stride is None else options.stride

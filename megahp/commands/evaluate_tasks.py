@@ -9,12 +9,12 @@ started, since its tokenizer may have a relative path. Exit code 2: invalid inpu
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from megahp.commands.arguments import check_minimum
+from megahp.commands.output import write_json
 from megahp.errors import UserError
 from megahp.evaluate.sample import load_trained
 
@@ -59,6 +59,5 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     print(f"{trained.path}\n{make_table(results)}")
     if arguments.json:
         kept = {key: results[key] for key in ("results", "n-shot", "n-samples")}
-        text = json.dumps({"checkpoint": str(trained.path), **kept}, indent=2)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        write_json(arguments.json, {"checkpoint": str(trained.path), **kept})
     return 0

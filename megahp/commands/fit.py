@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from megahp.commands.output import begins_with, check_folder, check_replaceable
 from megahp.errors import UserError
 
 LAWS = {
@@ -34,7 +35,10 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         raise UserError("megahp fit needs scipy, which is not installed; pip install 'megahp[fit]'")
 
     from megahp.recipe import fit_runs
-    from megahp.recipe.law_file import LawFile, write
+    from megahp.recipe.law_file import HEADING, LawFile, write
+
+    check_folder(options.out)
+    check_replaceable("--out", {options.out: begins_with(HEADING.encode())}, filter(Path.is_file, options.runs))
 
     runs, notes = fit_runs.read_runs(options.runs)
     try:

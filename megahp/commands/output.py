@@ -3,16 +3,22 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import uuid
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from megahp import __version__, launch
+from megahp.data.indexed import MAGIC, IndexedDataset
 from megahp.errors import UserError
+from megahp.files import read_json
 from megahp.log.metrics import without_nan
 
 
@@ -44,13 +50,86 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             signal.signal(number, handler)
 
 
-def check_writable(*files: Path | None, plot: Path | None = None) -> None:
-    """Raise UserError for files that could not be written, before anything is measured."""
-    for file in filter(None, (*files, plot)):
-        if not file.parent.is_dir():
-            raise UserError(f"{file} cannot be written, {file.parent} is no folder; make it, or name another file")
-    if plot and plot.suffix not in (".svg", ".png", ".pdf"):
-        raise UserError(f"--plot {plot} cannot be drawn; name a .svg, .png or .pdf file")
+def check_replaceable(
+    option: str, outputs: Mapping[Path, Callable[[Path], bool]], inputs: Iterable[Path], overwrite: bool = True
+) -> None:
+    """Raise UserError for an output that is one of the inputs, by whatever name, or a file that megahp did not write:
+    neither may be replaced. Others may if `overwrite`. outputs: file -> whether one that exists is of megahp."""
+    taken: dict[tuple[int, int], Path] = {}
+    if any(map(os.path.lexists, outputs)):  # or a million inputs would be asked for nothing
+        for path in filter(Path.exists, inputs):
+            status = path.stat()
+            taken[status.st_dev, status.st_ino] = path
+    for path, is_ours in outputs.items():
+        if not os.path.lexists(path):
+            continue
+        status = os.stat(path, follow_symlinks=path.exists())
+        if read := taken.get((status.st_dev, status.st_ino)):
+            raise UserError(f"{option} would replace {str(path)!r}, which is the input {str(read)!r}; choose another")
+        if not path.is_file() or not is_ours(path):
+            why = "which megahp did not write"
+            raise UserError(f"{option} would replace {str(path)!r}, {why}; choose another, or remove it")
+        if not overwrite:
+            raise UserError(f"{option} {str(path)!r} exists; choose another, or add --overwrite")
+
+
+def begins_with(mark: bytes, within: int = 1024) -> Callable[[Path], bool]:
+    """Return a test of whether a file has a mark of megahp's within its first bytes."""
+
+    def is_in(path: Path) -> bool:
+        with open(path, "rb") as file:
+            return mark in file.read(within)
+
+    return is_in
+
+
+def data_files(prefix: str) -> dict[Path, Callable[[Path], bool]]:
+    """Return the files of tokenized data, and whether one that exists is of megahp, for `check_replaceable`."""
+    index, has_magic = Path(f"{prefix}.idx"), begins_with(MAGIC)
+
+    def is_description(path: Path) -> bool:
+        with suppress(UserError):
+            return read_json(path, "description").keys() >= {"tokenizer", "vocab_size", "eod", "documents", "tokens"}
+        return False
+
+    return {
+        Path(f"{prefix}.bin"): lambda _: index.is_file() and has_magic(index),  # it has no mark of its own
+        index: has_magic,
+        Path(f"{prefix}.json"): is_description,
+    }
+
+
+def write_description(prefix: str, description: Mapping[str, Any]) -> None:
+    """Write PREFIX.json beside tokenized data, atomically, with the fingerprint of the data that it describes."""
+    description = {**description, "fingerprint": IndexedDataset(prefix).fingerprint}
+    partial = Path(f"{prefix}.json.{uuid.uuid4().hex}.tmp")
+    try:
+        partial.write_text(json.dumps(description, indent=2) + "\n")
+        partial.replace(f"{prefix}.json")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_outputs(options: Namespace) -> None:
+    """Raise UserError for files of --json, --plot and --pareto that could not be written, or would replace another's,
+    before anything is measured."""
+    given = {name: vars(options).get(name) for name in ("json", "plot", "pareto")}
+    files = {name: path for name, path in given.items() if isinstance(path, Path)}  # some commands' --json prints
+    if not files or launch.world().rank:  # rank 0 alone writes, and other nodes' folders may differ
+        return
+    for name, path in files.items():
+        check_folder(path)
+        if name != "json" and path.suffix not in (".svg", ".png", ".pdf"):
+            raise UserError(f"--{name} {path} cannot be drawn; name a .svg, .png or .pdf file")
+        # matplotlib names itself in what it draws, in a PDF at the end
+        is_ours = begins_with(b'"megahp"') if name == "json" else begins_with(b"atplotlib", 2**24)
+        check_replaceable(f"--{name}", {path: is_ours}, [])
+
+
+def check_folder(file: Path | None) -> None:
+    """Raise UserError for a file in a folder that is not there."""
+    if file and not file.parent.is_dir():
+        raise UserError(f"{file} cannot be written, {file.parent} is no folder; make it, or name another file")
 
 
 def provenance(words: Sequence[str], *packages: str) -> dict[str, Any]:
@@ -66,9 +145,9 @@ def provenance(words: Sequence[str], *packages: str) -> dict[str, Any]:
 
 
 def write_json(file: Path | None, results: Mapping[str, Any]) -> None:
-    """Write the results if a file is named; numbers that are not finite become null."""
+    """Write the results if a file is named, and with what; numbers that are not finite become null."""
     if file:
-        file.write_text(json.dumps(without_nan(results), indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps({"megahp": __version__, **without_nan(results)}, indent=2) + "\n", encoding="utf-8")
 
 
 def plot_bars(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megahp.commands.arguments import add_run_file
-from megahp.commands.output import check_writable, provenance, write_json
+from megahp.commands.output import provenance, write_json
 from megahp.config import resolve
 from megahp.errors import UserError
 
@@ -28,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     config = resolve.load(options.run_file, options.overrides).config
-    check_writable(options.json)
     if not config.model.vocab_size:
         raise UserError("model.vocab_size = 0 is the tokenizer's, which a plan does not read; set it, e.g. 32000")
 

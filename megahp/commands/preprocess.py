@@ -3,50 +3,73 @@
     megahp preprocess --input corpus/ --output data/code --tokenizer data/code.model \\
         --train-sentencepiece 4096
 
-Input is any mix of text files (one document each), JSON lines (one document per line; .jsonl, .jsonl.gz, .jsonl.zst)
-and folders of such files. You see the progress, then documents, tokens and speed. The output depends only on the input
-and the tokenizer, not on --workers.
+Input is any mix of text files (one document each), JSON lines, JSON arrays, Parquet and Arrow files (one document per
+record), compressed by gzip, zstd, bzip2 or xz or not, folders of such files, and - for standard input. What a file is,
+is told from its content and its name, and a file of which it cannot be told is refused; --format says it for all.
+
+You see the progress, then documents, tokens and speed, and what was left out and why. If more than --most-bad of the
+documents are bad, nothing is written. The output depends only on the input and the tokenizer, not on --workers. After
+a signal or the death of a worker the same command resumes (PREFIX.unfinished holds what is done).
 """
 
 import argparse
+import hashlib
 import importlib.util
-import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
-import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megahp.commands.arguments import add_text_arguments
+from megahp.commands.output import check_replaceable, data_files, write_description
 from megahp.data.indexed import IndexedWriter
-from megahp.data.texts import Document, find_files, read_documents
+from megahp.data.texts import (
+    EMPTY,
+    RECORDS,
+    LeftOut,
+    Piece,
+    Source,
+    check_key,
+    check_share,
+    find_sources,
+    note,
+    read_pieces,
+    split_text,
+)
 from megahp.data.tokenizer import Tokenizer, encode_part, fingerprint_of, load_tokenizer, train_sentencepiece
 from megahp.errors import UserError
 
 CHUNK_CHARACTERS = 1 << 20  # of the documents that a worker gets at a time
-PIECE_CHARACTERS = 1 << 18  # of a document that are tokenized at a time
 SECONDS_BETWEEN_LINES = 30
+SECONDS_BETWEEN_SAVES = 30  # of what a killed process leaves for the next
 SPACES = "a\n\n\tb   c\n"
-Chunk = list[Document]
+Chunk = list[Piece]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="files and folders")
+    add("--input", nargs="+", required=True, metavar="PATH", help="files and folders; - for standard input")
     add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
     add("--tokenizer", required=True, metavar="TOK", help="'bytes', a *.model or a *.json file")
     add("--train-sentencepiece", type=int, metavar="VOCAB", help="train --tokenizer on the input if it does not exist")
-    add("--json-key", default="text", metavar="KEY", help="field of the text in JSON lines")
-    add("--extensions", nargs="+", default=[".py", ".rst", ".txt"], help="of files to read from folders")
+    add_text_arguments(parser)
+    endings = [".py", ".rst", ".txt", *RECORDS]
+    add(
+        "--extensions", nargs="+", default=endings, help=f"of files to read from folders (default: {' '.join(endings)})"
+    )
     add("--exclude", nargs="+", default=[], metavar="NAME", help="folders to skip inside folders")
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, metavar="N", help="processes (default: cores, %(default)s)")
@@ -54,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words = "by name or id (default: as the files beside the tokenizer say)"
     add("--eos", default="", metavar="TOKEN", help=f"the token that ends a document, {words}")
     add("--bos", default="", metavar="TOKEN", help="begin each document with this token, by name or id (default: none)")
-    add("--overwrite", action="store_true", help="replace existing output")
+    add("--overwrite", action="store_true", help="replace existing output of megahp's")
 
 
 @dataclass(frozen=True)
@@ -62,89 +85,154 @@ class Encoded:
     """The tokens of a chunk of documents."""
 
     ids: np.ndarray  # int32, all documents concatenated
-    lengths: list[int]  # tokens of each document
+    lengths: list[tuple[int, bool]]  # tokens of each piece of a document, and whether it is the last
     size: int  # UTF-8 bytes of their text
     lost: int  # unknown tokens, or characters that the tokenizer drops
-    skipped: int  # documents that are no valid text
-    consumed: int  # input bytes
+    left_out: list[tuple[str, int, int]]  # why, in which file, and its number there
+    last: Piece  # of the chunk, without its text
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    for name in (f"{arguments.output}.bin", f"{arguments.output}.idx", f"{arguments.output}.json"):
-        if Path(name).exists() and not arguments.overwrite:
-            raise UserError(f"--output {name!r} exists: choose another or add --overwrite")
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}: give at least 1")
-    files = find_files(arguments.input, arguments.extensions, arguments.exclude)
-    if arguments.train_sentencepiece and not Path(arguments.tokenizer).exists():
+    outputs = data_files(arguments.output)
+    named = map(Path, [*arguments.input, arguments.tokenizer])
+    check_replaceable("--output", outputs, named, arguments.overwrite)  # before standard input is read
+    try:
+        with ended_by_sigterm():
+            return preprocess(arguments, outputs)
+    except KeyboardInterrupt as error:
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        print(f"{arguments.output}: stopped by {number.name}; the same command resumes", file=sys.stderr)
+        return 128 + number
+    except BrokenProcessPool as error:
+        why = f"a worker of --workers {arguments.workers} died, probably out of memory"
+        raise UserError(f"{why}: use fewer, and the same command resumes") from error
+
+
+def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path], bool]]) -> int:
+    folder = Path(arguments.output).parent
+    scratch = folder if folder.is_dir() else None
+    sources, left_out = find_sources(
+        arguments.input, arguments.extensions, arguments.exclude, arguments.format, scratch
+    )
+    check_key(sources, arguments.json_key)
+    tokenizer_files = [path for path in [Path(arguments.tokenizer)] if path.exists()]
+    check_replaceable("--output", outputs, (source.path for source in sources))  # those in folders too
+    if arguments.train_sentencepiece and not tokenizer_files:
         started = time.monotonic()
-        documents = read_documents(files, arguments.json_key)
-        texts = (document.text for document in documents if document.text)
+        texts = (piece.text for piece in read_pieces(sources, arguments.json_key) if piece.text)
         train_sentencepiece(texts, Path(arguments.tokenizer), arguments.train_sentencepiece)
         print(f"trained {arguments.tokenizer} in {time.monotonic() - started:.1f} s")
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos, arguments.bos)
     started = time.monotonic()
-    tally = tokenize(files, tokenizer, arguments)
     description = {
         "tokenizer": arguments.tokenizer,
         "tokenizer_fingerprint": fingerprint_of(arguments.tokenizer),
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
         "bos": tokenizer.bos,
-        "documents": tally["documents"],
-        "tokens": tally["tokens"],
     }
-    partial_file = Path(f"{arguments.output}.json.{uuid.uuid4().hex}.tmp")
-    partial_file.write_text(json.dumps(description, indent=2) + "\n")
-    partial_file.replace(f"{arguments.output}.json")
+    tally = tokenize(sources, tokenizer, arguments, description, left_out)
+    counts = {key: tally[key] for key in ("documents", "tokens", "largest_id")}
+    write_description(arguments.output, {**description, **counts})
     megabytes, seconds = tally["size"] / 1e6, time.monotonic() - started
-    counts = f"{tally['documents']} documents, {tally['tokens']} tokens, {megabytes:.1f} MB of text, {seconds:.1f} s"
-    rates = f"({megabytes / seconds:.1f} MB/s), {tally['tokens'] / tally['size']:.3f} tokens/byte"
-    print(f"{arguments.output}: {counts} {rates}")
+    amounts = f"{tally['documents']} documents, {tally['tokens']} tokens, {megabytes:.1f} MB of text, {seconds:.1f} s"
+    speed = (tally["size"] - tally["size before"]) / 1e6 / seconds
+    print(f"{arguments.output}: {amounts} ({speed:.1f} MB/s), {tally['tokens'] / tally['size']:.3f} tokens/byte")
     if tally["lost"]:
         loss = f"{tally['lost']} unknown tokens, or characters that {arguments.tokenizer} drops"
         print(f"{arguments.output}: {loss}; a tokenizer that falls back to bytes has none")
     if (kept := tokenizer.decode(tokenizer.encode(SPACES))) != SPACES:  # as SentencePiece's default normalizer does
         print(f"{arguments.output}: {arguments.tokenizer} does not keep all spaces: of {SPACES!r} it keeps {kept!r}")
-    if tally["skipped"]:
-        print(f"{arguments.output}: skipped {tally['skipped']} documents that are no valid text")
+    for reason, (count, first) in left_out.items():
+        print(f"{arguments.output}: left out {count}: {reason}, the first {first}")
     return 0
 
 
-def tokenize(files: list[Path], tokenizer: Tokenizer, arguments: argparse.Namespace) -> Counter[str]:
-    """Read, encode and write in parallel and in order; memory holds a few chunks per worker.
+def tokenize(
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    arguments: argparse.Namespace,
+    description: dict[str, Any],
+    left_out: LeftOut,
+) -> Counter[str]:
+    """Read, encode and write in parallel and in order; memory holds a few chunks per worker. Resumes where an earlier
+    process was ended that had the same description and settings, and the same files until there.
 
-    Returns what was written: documents, tokens, bytes of text (size), documents skipped.
+    Returns what was written: documents, tokens, the largest id, bytes of text (size; before it resumed: size before),
+    and what was lost. left_out: what is left out is added.
     """
-    tally = Counter[str]()
-    chunks = make_chunks(read_documents(files, arguments.json_key))
-    encode = partial(encode_chunk, (arguments.tokenizer, arguments.eos, arguments.bos), not arguments.no_eod)
-    with (
-        IndexedWriter(arguments.output, tokenizer.vocab_size, arguments.overwrite) as writer,
-        show_progress(sum(file.stat().st_size for file in files)) as advance,
-    ):
-        for encoded in map_in_order(encode, chunks, arguments.workers):
-            for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]) if encoded.lengths else []:
-                writer.add_document(ids)
-            tally.update(documents=len(encoded.lengths), tokens=len(encoded.ids))
-            tally.update(size=encoded.size, skipped=encoded.skipped, lost=encoded.lost)
-            advance(encoded.consumed)
-        if tally["documents"] == 0:  # raised inside, so that the writer discards its files
-            unreadable = f"({tally['skipped']} unreadable)"
-            raise UserError(f"--input {' '.join(arguments.input)} holds no text {unreadable}: check it")
+    tokenizer_words = arguments.tokenizer, arguments.eos, arguments.bos
+    digests = digest([*description.items(), tokenizer_words, arguments.json_key, arguments.no_eod], sources)
+    bad: LeftOut
+    encode = partial(encode_chunk, tokenizer_words, not arguments.no_eod)
+    ends = np.cumsum([source.size for source in sources]).tolist()
+    with IndexedWriter(arguments.output, tokenizer.vocab_size, arguments.overwrite, resume=True) as writer:
+        try:
+            file, number = writer.state["after"]
+            tally, after = Counter(writer.state["tally"]), (int(file), int(number))
+            bad = {reason: (count, first) for reason, (count, first) in writer.state["bad"].items()}
+            is_ours = writer.state["inputs"] == digests[file]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):  # no state, or a damaged one
+            is_ours = False
+        if is_ours:
+            print(f"{arguments.output}: resumes after {tally['documents']} documents", file=sys.stderr)
+        else:
+            writer.restart()
+            tally, after, bad = Counter[str](), (0, 0), {}
+        tally["size before"], saved = tally["size"], time.monotonic()
+        chunks = make_chunks(read_pieces(sources, arguments.json_key, after))
+        results = closing(map_in_order(encode, chunks, arguments.workers))
+        with results as encoded_chunks, show_progress(ends[-1]) as advance:
+            for encoded in encoded_chunks:
+                start = 0
+                for length, is_last in encoded.lengths:
+                    writer.add_document(encoded.ids[start : start + length], goes_on=not is_last)
+                    start += length
+                    tally["documents"] += is_last
+                tally.update(tokens=len(encoded.ids), size=encoded.size, lost=encoded.lost)
+                for reason, file, number in encoded.left_out:
+                    note(bad, reason, sources[file].place(number))
+                file, number = encoded.last.file, encoded.last.number
+                state = {"inputs": digests[file], "after": (file, number), "tally": dict(tally), "bad": dict(bad)}
+                writer.mark(state)
+                if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                    writer.save()
+                    saved = time.monotonic()
+                advance(ends[file] - sources[file].size + encoded.last.read)
+        check_share(bad, tally["documents"], arguments.most_bad)  # raised inside, so that the writer discards its files
+        if tally["documents"] == 0:
+            raise UserError(f"--input {' '.join(arguments.input)} holds no text: check it")
+    left_out.update(bad)
+    tally["largest_id"] = writer.largest
     return tally
 
 
-def make_chunks(documents: Iterable[Document]) -> Iterator[Chunk]:
-    """Group documents into chunks of about CHUNK_CHARACTERS."""
+def digest(settings: Sequence[object], sources: Sequence[Source]) -> list[str]:
+    """Return for each source a hash of what the output up to it was made with and from."""
+    digests: list[str] = []
+    for source in sources:
+        made_from = digests[-1:] or settings, source.name, source.kind, source.size, source.version
+        digests.append(hashlib.sha256(repr(made_from).encode(errors="surrogatepass")).hexdigest())
+    return digests
+
+
+def make_chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
+    """Group documents into chunks of about CHUNK_CHARACTERS. One that is longer ends its chunk, since no work can be
+    saved in its middle."""
     chunk: Chunk = []
-    characters = 0
-    for document in documents:
-        chunk.append(document)
-        characters += len(document.text or "") + 64  # or a chunk of empty documents would have no end
-        if characters >= CHUNK_CHARACTERS:
+    characters, is_long = 0, False
+    for piece in pieces:
+        chunk.append(piece)
+        characters += len(piece.text or "") + 64  # or a chunk of empty documents would have no end
+        if characters >= CHUNK_CHARACTERS or (is_long and piece.ends):
             yield chunk
-            chunk, characters = [], 0
+            chunk, characters, is_long = [], 0, not piece.ends
     if chunk:
         yield chunk
 
@@ -155,57 +243,84 @@ load_tokenizer_once = lru_cache(maxsize=1)(load_tokenizer)  # per worker process
 def encode_chunk(tokenizer_words: tuple[str, str, str], append_eod: bool, chunk: Chunk) -> Encoded:
     """Tokenize a chunk, in a worker process. Empty documents are dropped. tokenizer_words: path, --eos, --bos."""
     tokenizer = load_tokenizer_once(*tokenizer_words)
-    beginning = np.array([tokenizer.bos] if tokenizer_words[2] and tokenizer.bos is not None else [], np.int32)
-    ending = np.array([tokenizer.eod] if append_eod else [], np.int32)
-    ids: list[np.ndarray] = []
+    beginning = [tokenizer.bos] if tokenizer_words[2] and tokenizer.bos is not None else []
+    ending = [np.array([tokenizer.eod], np.int32)] if append_eod else []
+    ids: list[np.ndarray] = [np.empty(0, np.int32)]
+    lengths: list[tuple[int, bool]] = []
     size = lost = 0
-    for document in chunk:
-        if document.text:
-            parts = enumerate(split_text(document.text))
-            pieces = [encode_part(tokenizer, part, number == 0) for number, part in parts]
-            ids.append(np.concatenate([beginning, *(np.array(piece, np.int32) for piece, _ in pieces), ending]))
-            lost += sum(count for _, count in pieces)
-            size += len(document.text.encode())
-    skipped = sum(document.text is None for document in chunk)
-    consumed = sum(document.consumed for document in chunk)
-    joined = np.concatenate([np.empty(0, np.int32), *ids])
-    return Encoded(joined, [len(i) for i in ids], size, lost, skipped, consumed)
+    for piece in chunk:
+        if piece.text:
+            length = 0
+            for number, part in enumerate(split_text(piece.text)):
+                is_first = piece.begins and number == 0
+                encoded, missing = encode_part(tokenizer, part, is_first)
+                ids.append(np.array(beginning + encoded if is_first and beginning else encoded, np.int32))
+                length, lost = length + len(ids[-1]), lost + missing
+            ids += ending if piece.ends else []
+            lengths.append((length + len(ending) * piece.ends, piece.ends))
+            size += len(piece.text.encode())
+    left_out = [(piece.fault or EMPTY, piece.file, piece.number) for piece in chunk if not piece.text]
+    return Encoded(np.concatenate(ids), lengths, size, lost, left_out, chunk[-1]._replace(text=None))
 
 
-def split_text(text: str) -> Iterator[str]:
-    """Cut a text after a newline about every PIECE_CHARACTERS: tokenizers need many times a text's memory.
-
-    The tokens are those of the whole text if no token spans a newline (`encode_part`), as in a tokenizer trained here.
-    """
-    start = 0
-    while start < len(text):
-        newline = text.find("\n", start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
-        stop = newline + 1 if newline >= 0 else start + 2 * PIECE_CHARACTERS
-        yield text[start:stop]
-        start = stop
-
-
-def map_in_order(encode: Callable[[Chunk], Encoded], chunks: Iterable[Chunk], workers: int) -> Iterator[Encoded]:
-    """Map `encode` over the chunks, in order, in worker processes, with a few chunks in flight."""
+def map_in_order(
+    encode: Callable[[Chunk], Encoded], chunks: Iterable[Chunk], workers: int
+) -> Generator[Encoded, None, None]:
+    """Map `encode` over the chunks, in order, in worker processes, with a few chunks in flight. Raises
+    BrokenProcessPool for a worker that died. None outlives this process, however that ends."""
     if workers == 1:
         yield from map(encode, chunks)
         return
     pending: deque[Future[Encoded]] = deque()
-    try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    others = multiprocessing.active_children()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent) as pool:
+        # Ctrl-C reaches all processes of a terminal: this one ends its workers, which would complain.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+        for _ in range(workers):
+            pool.submit(int)  # starts one
+        signal.signal(signal.SIGINT, before)
+        try:
             for chunk in chunks:
                 pending.append(pool.submit(encode, chunk))
                 if len(pending) > 2 * workers:  # bounds memory
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(f"a worker of --workers {workers} died, probably out of memory: use fewer") from error
+        except BaseException:  # do not wait for work that nobody will take
+            for worker in set(multiprocessing.active_children()).difference(others):
+                worker.kill()
+            raise
+
+
+def follow_parent() -> None:
+    """End this worker with its parent: it would wait for work for ever, and hold the pipes that it inherited open."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Raise Terminated in the block at SIGTERM, as ctrl-C raises KeyboardInterrupt."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
 def show_progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the bytes read: it updates a bar on a terminal, else prints a line now and then."""
+    """Yield a function to call with the bytes read so far: it updates a bar on a terminal, else prints lines."""
     if sys.stderr.isatty() and importlib.util.find_spec("rich"):
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -213,20 +328,20 @@ def show_progress(total: int) -> Iterator[Callable[[int], None]]:
         columns = ("tokenizing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("tokenizing", total=total)
-            yield lambda consumed: bar.advance(task, consumed)
+            yield lambda done: bar.update(task, completed=done)
         return
 
     started = printed = time.monotonic()
-    done = 0
+    first = -1
 
-    def advance(consumed: int) -> None:
-        nonlocal printed, done
-        done += consumed
+    def advance(done: int) -> None:
+        nonlocal printed, first
+        first = done if first < 0 else first  # or a resumed one would be thought as fast as all that is done
         now = time.monotonic()
         if now - printed < SECONDS_BETWEEN_LINES:
             return
         printed = now
-        speed = done / (now - started)
+        speed = (done - first) / (now - started)
         left = (total - done) / speed if speed else float("inf")
         amount = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"
         print(f"tokenizing: {amount}, {speed / 1e6:.1f} MB/s, {left:.0f} s left", file=sys.stderr)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megahp.commands.arguments import parse_number
-from megahp.config import config_to_toml, get_setting, resolve
+from megahp.commands.output import begins_with, check_replaceable
+from megahp.config import Config, config_to_toml, get_setting, resolve
 from megahp.config.presets import PRESETS
 from megahp.data.tokenizer import load_tokenizer
 from megahp.errors import UserError
@@ -72,8 +73,9 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     laws = load_laws(options.law, options.loss_law)
     if options.pareto and not options.target_loss:
         raise UserError(f"--pareto {options.pareto} plots runs of one loss; give --target-loss")
-    if options.out and options.out.exists() and not options.overwrite:
-        raise UserError(f"--out {options.out} exists; choose another name, or add --overwrite")
+    if options.out:
+        is_ours = begins_with(config_to_toml(Config()).partition(" = ")[0].encode())  # the first section and key
+        check_replaceable("--out", {options.out: is_ours}, filter(None, [options.base]), options.overwrite)
     recipe = make_recipe(read_given(options), load_base(options), laws, options.out.stem if options.out else "")
     rows, notes, choices = recipe_rows.rows(recipe), recipe_rows.notes(recipe), recipe_rows.choices(recipe)
     notes += [*advice_on_data(recipe), *advice_on_machine(recipe)]

@@ -4,7 +4,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megahp.report.page import read_runs, write_report
+from megahp.commands.output import begins_with, check_replaceable
+from megahp.report.page import TITLE, read_runs, write_report
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -14,5 +15,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     runs = read_runs(options.runs)
-    print(f"report: {write_report(runs, options.out or runs[0].directory / 'report.html')}")
+    out = options.out or runs[0].directory / "report.html"
+    check_replaceable("--out", {out: begins_with(TITLE.encode(), 2**16)}, [])
+    print(f"report: {write_report(runs, out)}")
     return 0

@@ -17,15 +17,18 @@ We write one sequence per document and read any number.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
+import os
+import shutil
 import struct
-import uuid
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,27 +52,68 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class IndexedWriter:
     """Writes documents one by one; both files appear under their names when the `with` block succeeds.
 
-    Memory is 4 bytes per document. Nothing is left behind when the block raises. Raises UserError if the files exist
-    and `overwrite` is false.
+    Until then they are in the folder PREFIX.unfinished. Nothing is left of it when the block raises UserError, unless
+    `save` was called. `mark` ties all that was added to a state of the caller's; a signal, and any other error, saves
+    the last mark. With `resume` a later writer goes on there: `state` is that state, or {} if there is none.
+
+    largest: the largest id written, -1 before the first. Memory is 4 bytes per document. Raises UserError if the files
+    exist and `overwrite` is false.
     """
 
-    def __init__(self, prefix: str, vocab_size: int, overwrite: bool = False) -> None:
+    def __init__(self, prefix: str, vocab_size: int, overwrite: bool = False, resume: bool = False) -> None:
         self._prefix, self._vocab_size, self._dtype = prefix, vocab_size, token_dtype(vocab_size)
         self._lengths = array("i")
-        self._output = self._open(overwrite)
+        self._is_open = False  # whether the last document goes on
+        self._folder = Path(f"{prefix}.unfinished")
+        self._mark: dict[str, Any] = {}
+        self._saved = 0  # documents in the file of lengths
+        self.state: dict[str, Any] = {}
+        self.largest = -1
+        self._output = self._open(overwrite, resume)
 
-    def add_document(self, ids: Ids) -> None:
-        """Append one document of `ids` (integers in [0, vocab_size), else UserError)."""
+    def add_document(self, ids: Ids, goes_on: bool = False) -> None:
+        """Append one document of `ids` (integers in [0, vocab_size), else UserError), or more of one that `goes_on`."""
         wide = np.asarray(ids, dtype=np.int64)
         if wide.size and not 0 <= wide.min() <= wide.max() < self._vocab_size:
             raise UserError(
                 f"{self._prefix!r}: document {len(self._lengths)} has ids {wide.min()} to {wide.max()}, "
                 f"outside a vocabulary of {self._vocab_size}; give the vocab_size of the tokenizer"
             )
-        if wide.size > np.iinfo(np.int32).max:
-            raise UserError(f"{self._prefix!r}: a document has {wide.size} tokens; split it below 2^31")
+        size = wide.size + (self._lengths.pop() if self._is_open else 0)
+        if size >= 2**31:
+            raise UserError(f"{self._prefix!r}: a document has {size} tokens; split it below 2^31")
+        self.largest = max(self.largest, wide.max(initial=-1).item())
         self._bin.write(wide.astype(self._dtype).data)
-        self._lengths.append(wide.size)
+        self._lengths.append(size)
+        self._is_open = goes_on
+
+    def mark(self, state: dict[str, Any]) -> None:
+        """Tie what was added to a state, JSON, which must not change afterwards. Nothing while a document goes on."""
+        if not self._is_open:
+            written = {"documents": len(self._lengths), "bytes": self._bin.tell(), "largest": self.largest}
+            self._mark = {"state": state, **written}
+
+    def save(self) -> None:
+        """Keep the last mark for a later writer, whatever happens to this one. Raises OSError."""
+        if not self._mark:
+            return
+        self._bin.flush()
+        self._lengths[self._saved : self._mark["documents"]].tofile(self._kept)
+        self._kept.flush()
+        for file in (self._bin, self._kept):
+            os.fsync(file.fileno())
+        partial = self._folder / "state.part"
+        partial.write_text(json.dumps(self._mark), encoding="utf-8")
+        partial.replace(self._folder / "state")
+        self._saved = self._mark["documents"]
+
+    def restart(self) -> None:
+        """Drop what was saved."""
+        (self._folder / "state").unlink(missing_ok=True)
+        self._lengths, self._saved, self._mark, self.state, self.largest = array("i"), 0, {}, {}, -1
+        for file in (self._bin, self._kept):
+            file.truncate(0)
+            file.seek(0)
 
     def __enter__(self) -> IndexedWriter:
         return self._output.__enter__()
@@ -78,29 +122,79 @@ class IndexedWriter:
         self._output.__exit__(*raised)
 
     @contextmanager
-    def _open(self, overwrite: bool) -> Iterator[IndexedWriter]:
-        """Open temporary files, which are renamed on success and removed on failure."""
-        names = [Path(f"{self._prefix}.{suffix}") for suffix in ("bin", "idx")]
-        unfinished = [name.with_name(f"{name.name}.{uuid.uuid4().hex}.tmp") for name in names]
+    def _open(self, overwrite: bool, resume: bool) -> Iterator[IndexedWriter]:
+        """Open the folder, whose files are renamed on success."""
+        names, folder = [Path(f"{self._prefix}.{suffix}") for suffix in ("bin", "idx")], self._folder
         for name in names:
             if name.exists() and not overwrite:
                 raise UserError(f"output {str(name)!r} exists; choose another or pass --overwrite")
         try:
-            names[0].parent.mkdir(parents=True, exist_ok=True)
-            with open(unfinished[0], "wb", BLOCK) as self._bin, open(unfinished[1], "wb", BLOCK) as idx:
-                yield self
-                for part in _index(self._dtype, np.array(self._lengths, np.int32)):
-                    idx.write(part)
-            # An old index beside new data could pass as valid, so it is removed first and the new one comes last.
-            names[1].unlink(missing_ok=True)
-            for file, name in zip(unfinished, names, strict=True):
-                file.replace(name)
+            if folder.exists() and not (folder / "lock").exists():
+                raise UserError(f"{str(folder)!r} is not of megahp; choose another output, or remove it")
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "lock", "a") as lock:
+                _lock(lock, self._prefix)
+                try:
+                    yield from self._write(resume)
+                    # An old index beside new data could pass as valid: it is removed first, and the new one comes last.
+                    names[1].unlink(missing_ok=True)
+                    for name in names:
+                        (folder / name.suffix[1:]).replace(name)
+                    (folder / "state").unlink(missing_ok=True)
+                finally:
+                    if not (folder / "state").exists():
+                        shutil.rmtree(folder, ignore_errors=True)
         except OSError as error:
             why = f"output {self._prefix!r} cannot be written ({error})"
             raise UserError(f"{why}; free some space or choose another") from error
-        finally:
-            for file in unfinished:
-                file.unlink(missing_ok=True)
+
+    def _write(self, resume: bool) -> Iterator[IndexedWriter]:
+        folder = self._folder
+        with open(folder / "bin", "a+b", BLOCK) as self._bin, open(folder / "lengths", "a+b") as self._kept:
+            if not (resume and self._restore()):
+                self.restart()
+            try:
+                yield self
+            except UserError:
+                raise
+            except BaseException:  # a signal too
+                with suppress(OSError):  # perhaps this is the disk that is full
+                    self.save()
+                raise
+        with open(folder / "idx", "wb", BLOCK) as idx:
+            for part in _index(self._dtype, np.array(self._lengths, np.int32)):
+                idx.write(part)
+
+    def _restore(self) -> bool:
+        """Go back to what was saved, and return whether there is anything, and whole."""
+        try:
+            saved = json.loads((self._folder / "state").read_text(encoding="utf-8"))
+            state, documents, size = dict(saved["state"]), int(saved["documents"]), int(saved["bytes"])
+            lengths = np.fromfile(self._folder / "lengths", np.int32, documents)
+            largest = int(saved["largest"])
+            is_whole = len(lengths) == documents and int(lengths.sum(dtype=np.int64)) * self._dtype.itemsize == size
+            if not is_whole or os.fstat(self._bin.fileno()).st_size < size:
+                return False
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return False
+        self._lengths, self._saved, self.largest = array("i", lengths.tobytes()), documents, largest
+        self._mark, self.state = saved, state
+        for file, end in ((self._bin, size), (self._kept, 4 * documents)):
+            file.truncate(end)
+            file.seek(end)
+        return True
+
+
+def _lock(file: IO[str], prefix: str) -> None:
+    """Lock the output until this process ends or closes the file. Raises UserError when it is locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"output {prefix!r} is being written by another process; wait for it or choose another"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def _index(dtype: np.dtype[Any], lengths: np.ndarray) -> Iterator[bytes | memoryview]:

@@ -18,6 +18,9 @@ KINDS: dict[str, Any] = {"loss": LossLaw, **dict.fromkeys(("timescale", "optimal
 _ABOVE_0 = ("scale", "a", "b", "alpha", "beta")
 
 
+HEADING = "# LawFile fitted by megahp fit; megahp recipe takes them with --law and --loss-law."
+
+
 @dataclass(frozen=True)
 class LawFile:
     """The laws of one file; None: not fitted."""
@@ -30,7 +33,7 @@ class LawFile:
 
 def write(path: Path, laws: LawFile) -> None:
     """Write the laws to the file, replacing it."""
-    lines = ["# LawFile fitted by megahp fit; megahp recipe takes them with --law and --loss-law."]
+    lines = [HEADING]
     for name in KINDS:
         if law := getattr(laws, name):
             lines += ["", f"[{name}]", *(f"{f.name} = {toml_value(getattr(law, f.name))}" for f in fields(law))]

@@ -116,7 +116,7 @@ def page(runs: Sequence[LoggedRun]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{names} - megahp</title>\n<style>{LIGHT}\n{css}</style></head>\n"
+        f"<title>{names}{TITLE}\n<style>{LIGHT}\n{css}</style></head>\n"
         "<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
 
@@ -245,6 +245,7 @@ def events_section(runs: Sequence[LoggedRun], marks: Sequence[figures.Mark]) -> 
     return f'<section><h2>Events</h2><div class="scroll tall">{table}</div>{rest}</section>'
 
 
+TITLE = " - megahp</title>"
 SAMPLE = "<section><h2>Sample of {}</h2><blockquote>{}</blockquote></section>"
 SETTINGS = "<details><summary>Settings of {}</summary><pre>{}</pre></details>"  # closed until clicked
 HUES = " ".join(f"--{name}: {hue};" for name, hue in figures.PALETTE.items())

@@ -68,7 +68,7 @@ def run(words: str) -> int:
         ("--params 1e9 --base nowhere.toml", "nowhere.toml does not exist"),
         ("--params 1e9 --tokenizer nowhere.model", "nowhere.model"),
         ("--params 1e9 --pareto new.png", "give --target-loss"),
-        ("--params 1e9 --out run.toml", "--out run.toml exists; choose another name, or add --overwrite"),
+        ("--params 1e9 --out run.toml", "--out would replace 'run.toml', which megahp did not write"),
         ("--params 1e9 --out nowhere/new.toml", "--out nowhere/new.toml cannot be written"),
         ("--target-loss 2.6 --pareto nowhere/new.png", "nowhere/new.png cannot be written"),
         ("--target-loss 2.6 --pareto new.xyz", "new.xyz cannot be drawn"),

@@ -92,6 +92,7 @@ def scored(folder: Path) -> dict[str, Any]:
     (folder / "some.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress("\n".join(lines).encode()))
     (folder / "long.txt").write_text(TEXTS[3])
     (folder / "empty.txt").write_text("")
+    (folder / "object.json").write_text(json.dumps({"layers": 3}, indent=1))
     found: dict[str, Any] = {}
     for name, model in MODELS.items():
         write_run(folder / name, model)
@@ -113,7 +114,7 @@ def scored(folder: Path) -> dict[str, Any]:
             (*likelihoods[n], *one_by_one(trained, *pair, CONTEXT, CONTEXT)) for n, pair in enumerate(pairs)
         ]
         found[name, "command"] = sum(reference[CONTEXT, 12][:3]), reference[CONTEXT, 12][3]
-        files = [folder / "some.jsonl.zst", folder / "long.txt", "--json-key", "body"]
+        files = [folder / "some.jsonl.zst", folder / "long.txt", "--json-key", "body", "--most-bad", "0.4"]
         found[name, "json"] = said("evaluate", folder / name, *files, "--json")
         found[name, "table"] = said("evaluate", folder / name / "checkpoints" / "step-00000002", *files)
     found["beginnings"] = beginnings(folder)
@@ -134,6 +135,9 @@ def scored(folder: Path) -> dict[str, Any]:
         "missing": said("evaluate", run, folder / "none.txt"),
         "key": said("evaluate", run, folder / "long.txt", "--json-key", "body"),
         "run": said("evaluate", folder, folder / "long.txt"),
+        "bad": said("evaluate", run, folder / "some.jsonl.zst", "--json-key", "body"),
+        "binary": said("evaluate", run, run / "checkpoints" / "step-00000002" / "shard-00000.safetensors"),
+        "JSON": said("evaluate", run, folder / "object.json"),
     }
     return found
 
@@ -226,7 +230,7 @@ def test_a_continuation_is_scored_after_its_context(found: Any, name: str) -> No
 @pytest.mark.parametrize("name", MODELS)
 def test_the_command_prints_loss_bits_and_perplexity(found: Any, name: str) -> None:
     code, out, err = found[name, "json"]
-    assert code == 0 and "2 documents that are no valid text" in err and "163/163 tokens 100%  ETA 0 s" in err
+    assert code == 0 and "left out 1: no JSON, the first" in err and "163/163 tokens 100%  ETA 0 s" in err
     printed = json.loads(out)
     assert printed["checkpoint"].endswith("step-00000002") and (printed["context"], printed["stride"]) == (CONTEXT, 12)
     first, second = found[name, "command"]
@@ -248,7 +252,10 @@ def test_the_command_prints_loss_bits_and_perplexity(found: Any, name: str) -> N
         ("empty", "empty.txt holds no text; name another"),
         ("spaces", "spaces.txt holds no text that makes tokens; name another"),
         ("missing", "none.txt' cannot be read"),
-        ("key", "--json-key 'body' is for .jsonl"),
+        ("key", "--json-key 'body' is for JSON"),
+        ("bad", "2 of 5 documents are bad, above --most-bad 0.01, the first at "),
+        ("binary", "shard-00000.safetensors' is binary"),
+        ("JSON", "object.json' is JSON, but neither lines nor an array of records"),
         ("run", "is neither a checkpoint nor a run directory that has one; name one"),
     ],
 )
