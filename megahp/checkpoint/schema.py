@@ -47,7 +47,7 @@ class Chunk:
     offsets: list[NonNegativeInt]  # of the part in the tensor
     shape: list[NonNegativeInt]
     file: FileName
-    begin: NonNegativeInt  # byte of the file
+    begin: Annotated[int, Field(ge=0, lt=2**63)]  # byte of the file, which seek() must be able to take
     bytes: NonNegativeInt
     crc32: NonNegativeInt
 

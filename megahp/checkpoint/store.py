@@ -285,8 +285,8 @@ def none_in(location: Location) -> str:
 
 
 def read_state(checkpoint: Location) -> dict[str, Any]:
-    """Return the JSON state, brought up to this version. Raises DamagedError if it is not what was written, UserError
-    for a version that is not supported."""
+    """Return the JSON state, brought up to this version, with paths in the run directory where that is now. Raises
+    DamagedError if it is not what was written, UserError for a version that is not supported."""
     if found := problems(checkpoint, shards=False):
         raise damaged(checkpoint, found[0])
     try:
@@ -294,10 +294,13 @@ def read_state(checkpoint: Location) -> dict[str, Any]:
         for migrate in MIGRATIONS[state["version"] - OLDEST :]:
             state = migrate(state)
         # as JSON again: strict types treat Python's own objects otherwise
-        return schema.checked(schema.STATE, json.dumps(state))
+        state = schema.checked(schema.STATE, json.dumps(state))
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         why = str(error) if isinstance(error, ValueError) else repr(error)
         raise damaged(checkpoint, f"state.json: {why}") from None
+    if isinstance(checkpoint, Path):
+        state["config"] = resolve.placed(state["config"], checkpoint.parent.parent)
+    return state
 
 
 def settings_of(checkpoint: Location) -> Config:

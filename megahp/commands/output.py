@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import shutil
+import signal
+import threading
 import uuid
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,14 +24,30 @@ from megahp.log.metrics import without_nan
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary path to write a folder to; it is renamed to the target, or removed on any error."""
+    """Yield a temporary path to write a folder to; it is renamed to the target, or removed on any error, SIGTERM and
+    SIGHUP included.
+
+    Raises UserError for what safetensors raises on a full disk, where the system's error is only a text.
+    """
+
+    from safetensors import SafetensorError  # which not every command that writes a file has
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
+    in_main = threading.current_thread() is threading.main_thread()  # no other can set handlers
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP) if in_main}
     try:
         yield partial
         partial.rename(target)
+    except SafetensorError as error:
+        raise UserError(f"{target} cannot be written ({error}); make room") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_replaceable(

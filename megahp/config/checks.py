@@ -50,8 +50,17 @@ def _model(config: Config) -> Iterator[str]:
     model = config.model
     if model.width % model.heads and not model.head_size:
         yield _not_a_divisor("model.heads", model.heads, "model.width", model.width)
-    if model.head_size % 2 and model.positions == "rope":
-        yield f"model.head_size = {model.head_size} is odd, but rope rotates pairs of dimensions; make it even"
+    rotated = int(model.head_size * model.rope_fraction)
+    if model.positions == "rope" and (rotated % 2 or model.head_size and not rotated):
+        yield (
+            f"model.head_size = {model.head_size} with model.rope_fraction = {model.rope_fraction:g} has {rotated} "
+            "rotated dimensions, but rope rotates pairs of them; make it even"
+        )
+    if model.rope_scaling in ("llama3", "yarn"):
+        if not model.rope_original_length:
+            yield f"model.rope_scaling = {model.rope_scaling!r} needs model.rope_original_length; set it above 0"
+        if model.rope_fast <= model.rope_slow:
+            yield f"model.rope_fast = {model.rope_fast:g} must be above model.rope_slow = {model.rope_slow:g}; raise it"
     if model.kv_heads and model.heads % model.kv_heads:
         yield _not_a_divisor("model.kv_heads", model.kv_heads, "model.heads", model.heads)
 
@@ -77,21 +86,32 @@ def _experts(config: Config) -> Iterator[str]:
         )
     if model.bias:
         yield "model.bias = true, but experts have no biases; set model.bias=false"
+    if model.activation == "xielu":
+        yield "model.activation = 'xielu' is not for experts; choose another, or remove model.experts"
 
 
 def _tensor_parallel(config: Config) -> Iterator[str]:
     model, parallel = config.model, config.parallel
+    # with fewer key/value heads than ranks several ranks share one, and its query heads
+    kv_heads = model.kv_heads or model.heads
+    shared = kv_heads < parallel.tp
     split = {
-        "model.kv_heads": model.kv_heads,
+        "model.heads" if shared else "model.kv_heads": model.heads if shared else kv_heads,
         "model.mlp_width": model.mlp_width,
         "the padded vocabulary": VOCAB_MULTIPLE,
     }
     if model.experts:
         split["model.expert_width"] = model.expert_width
+    rows = (model.heads + 2 * kv_heads) * model.head_size
     if undivided := [f"{key} = {size}" for key, size in split.items() if size % parallel.tp]:
         yield (
             f"parallel.tp = {parallel.tp} does not divide {' nor '.join(undivided)}; "
             f"nearest that do: {nearest_divisors(math.gcd(*split.values()), parallel.tp)}"
+        )
+    elif shared and (parallel.tp % kv_heads or rows % parallel.tp):
+        yield (
+            f"parallel.tp = {parallel.tp} cannot share model.kv_heads = {kv_heads} of model.head_size = "
+            f"{model.head_size}; nearest that can: {nearest_divisors(kv_heads, parallel.tp)}"
         )
     if parallel.sequence_parallel and parallel.tp == 1:
         yield "parallel.sequence_parallel = true has no ranks to split over with parallel.tp = 1; set at least 2"

@@ -16,12 +16,13 @@ from typing import Any, Literal, get_args, get_origin
 
 from megahp.config.checks import find_conflicts, find_unused
 from megahp.config.presets import PRESETS
-from megahp.config.schema import FIELDS, SECTIONS, TYPES, Config, get_setting, setting_names, with_values
+from megahp.config.schema import FIELDS, GATED, SECTIONS, TYPES, Config, get_setting, setting_names, with_values
 from megahp.errors import UserError
 from megahp.files import read_toml
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+HERE = "{here}"
 MAX_PROBLEMS = 50  # reported at once
 
 
@@ -35,7 +36,21 @@ class Resolved:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
     """Load a TOML run file and apply section.key=value overrides. Raises UserError listing every problem."""
-    return resolve([(Path(path).name, read_toml(Path(path), "run file")), ("command line", parse_overrides(overrides))])
+    tree = placed(read_toml(Path(path), "run file"), Path(path).parent)
+    return resolve([(Path(path).name, tree), ("command line", parse_overrides(overrides))])
+
+
+def placed(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the settings of a run file, or of a run's checkpoint, with paths that begin with {here} in this folder: a
+    converted model's run directory can be moved and renamed."""
+
+    def place(value: Any) -> Any:
+        return f"{folder}{value[len(HERE) :]}" if isinstance(value, str) and value.startswith(HERE) else value
+
+    return {
+        name: {key: place(value) for key, value in section.items()} if isinstance(section, Mapping) else section
+        for name, section in tree.items()
+    }
 
 
 def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], written: bool = False) -> Resolved:
@@ -205,7 +220,7 @@ def _reset_unused(config: Config, origins: dict[str, str], origin: str) -> Confi
 def _derive(config: Config, origins: dict[str, str]) -> Config:
     """Replace the zeros that stand for a derived value."""
     model, default_width = config.model, mlp_width(config.model.activation, config.model.width)
-    derived = {
+    derived: dict[str, tuple[float, str]] = {
         "model.kv_heads": (model.heads, "derived from model.heads"),
         "model.mlp_width": (default_width, "derived from model.width and model.activation"),
     }
@@ -215,6 +230,13 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
         derived["model.expert_width"] = (model.mlp_width or default_width, "derived from model.mlp_width")
     if model.expert_width and not model.dense_layers:
         derived["model.mlp_width"] = (model.expert_width, "derived from model.expert_width")
+    if model.rope_scaling in ("llama3", "yarn"):
+        derived["model.rope_fast"] = (
+            4.0 if model.rope_scaling == "llama3" else 32.0,
+            "derived from model.rope_scaling",
+        )
+    if model.rope_scaling == "yarn":  # arXiv 2309.00071, eq. 22: its square scales the logits
+        derived["model.rope_magnitude"] = (0.1 * math.log(model.rope_factor) + 1, "derived from model.rope_factor")
     for key, (value, why) in derived.items():
         if get_setting(config, key) == 0:
             config = with_values(config, {key: value})
@@ -225,9 +247,9 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
 def mlp_width(activation: str, width: int) -> int:
     """Return the default hidden size of an MLP.
 
-    A swiglu MLP has three matrices where others have two, so 8/3 width has the parameters of 4 width.
+    A gated MLP has three matrices where others have two, so 8/3 width has the parameters of 4 width.
     """
-    return -(-8 * width // (3 * 64)) * 64 if activation == "swiglu" else 4 * width
+    return -(-8 * width // (3 * 64)) * 64 if activation in GATED else 4 * width
 
 
 def _refuse(problems: Sequence[str]) -> None:

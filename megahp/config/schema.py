@@ -44,6 +44,7 @@ def setting(default: Any, meaning: str, **constraints: Unpack[Constraints]) -> A
     return field(default=default, metadata={"meaning": meaning, **constraints})
 
 
+GATED = ("swiglu", "geglu")  # activations whose MLP multiplies by a gate
 LEAST_EPS = 1e-30  # below float32's 1e-38, at any root of kappa, it would be 0, and 0 / 0 ends a run
 
 nonnegative = partial(setting, at_least=0)
@@ -51,6 +52,9 @@ at_least_1 = partial(setting, at_least=1)
 positive = partial(setting, above=0)
 fraction = partial(setting, at_least=0, at_most=1)
 moe_only = partial(setting, only_with=("model.experts", ONE_OR_MORE))
+rope_only = partial(setting, only_with=("model.positions", "rope"))
+scaled_rope = partial(setting, only_with=("model.rope_scaling", "linear", "llama3", "yarn"))
+window_only = partial(setting, only_with=("model.window", ONE_OR_MORE))
 
 
 @dataclass(frozen=True)
@@ -66,17 +70,68 @@ class ModelConfig:
     kv_heads: int = nonnegative(0, "number of key/value heads (grouped-query attention); 0 = as many as heads")
     head_size: int = nonnegative(0, "size of one head; 0 = width / heads")
     mlp_width: int = nonnegative(0, "hidden size of the MLP; 0 = 4 width, or 8/3 width rounded up to 64s for swiglu")
-    activation: Literal["swiglu", "gelu", "gelu-exact", "relu2"] = setting(
-        "swiglu", "MLP activation: gated SiLU, GELU (tanh approximation or exact), squared ReLU"
+    activation: Literal["swiglu", "geglu", "gelu", "gelu-exact", "relu2", "xielu"] = setting(
+        "swiglu",
+        "MLP activation: gated SiLU, gated GELU (tanh approximation), GELU (tanh approximation or exact), squared "
+        "ReLU, or xIELU, whose curvatures are learned",
     )
-    norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "normalization before each branch and after the blocks")
+    norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "normalization of each branch and after the blocks")
     norm_eps: float = setting(1e-5, "added to the variance inside the norm", at_least=LEAST_EPS)
+    norm_placement: Literal["pre", "post", "both"] = setting(
+        "pre", "a branch's norm is before it, after it (before its output is added to the stream), or both"
+    )
+    parallel_residual: bool = setting(
+        False, "a block's MLP reads the stream that its attention read, not the sum with attention's output"
+    )
     positions: Literal["rope", "alibi", "learned", "none"] = setting(
         "rope", "position encoding: rotary, ALiBi, learned embeddings, or none"
     )
-    rope_theta: float = positive(10000.0, "base of the rotary wavelengths", only_with=("model.positions", "rope"))
+    rope_theta: float = rope_only(10000.0, "base of the rotary wavelengths", above=0)
+    rope_fraction: float = rope_only(
+        1.0, "share of a head's dimensions, the first, that are rotated", above=0, at_most=1
+    )
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = rope_only(
+        "none", "how wavelengths are stretched to read longer sequences: all of them, or by Llama 3's or YaRN's rule"
+    )
+    rope_factor: float = scaled_rope(1.0, "how far wavelengths are stretched", at_least=1)
+    rope_original_length: int = scaled_rope(
+        0,
+        "length of the sequences that were read before",
+        at_least=0,
+        only_with=("model.rope_scaling", "llama3", "yarn"),
+    )
+    rope_slow: float = scaled_rope(
+        1.0,
+        "wavelengths that turn at most this often in the original length are stretched by the whole factor",
+        above=0,
+        only_with=("model.rope_scaling", "llama3", "yarn"),
+    )
+    rope_fast: float = scaled_rope(
+        0.0,
+        "wavelengths that turn at least this often stay as they are; 0 = 4 for llama3, 32 for yarn",
+        at_least=0,
+        only_with=("model.rope_scaling", "llama3", "yarn"),
+    )
+    rope_magnitude: float = scaled_rope(
+        0.0,
+        "multiplies rotated queries and keys; 0 = 0.1 ln(rope_factor) + 1",
+        at_least=0,
+        only_with=("model.rope_scaling", "yarn"),
+    )
+    no_rope_every: int = rope_only(0, "every n-th block has no position encoding; 0 = all have", at_least=0)
+    window: int = nonnegative(0, "tokens, itself included, that a token attends to; 0 = all before it")
+    full_attention_every: int = window_only(0, "every n-th block attends without the window; 0 = none", at_least=0)
+    window_rope_theta: float = window_only(
+        0.0, "rope_theta of the blocks with a window, where it is never scaled; 0 = as in other blocks", at_least=0
+    )
+    attention_softcap: float = nonnegative(0.0, "attention logits x become c tanh(x / c); 0 = no cap")
+    logits_softcap: float = nonnegative(0.0, "the model's logits x become c tanh(x / c); 0 = no cap")
     bias: bool = setting(False, "add biases to linear layers and LayerNorm")
+    qkv_bias: bool = setting(False, "add biases to queries, keys and values alone", only_with=("model.bias", False))
     qk_norm: bool = setting(False, "normalize queries and keys, per head")
+    qk_norm_whole: bool = setting(
+        False, "normalize all heads' queries as one vector, and so the keys", only_with=("model.qk_norm", True)
+    )
     tied_embeddings: bool = setting(False, "share one matrix between embedding and unembedding")
     experts: int = nonnegative(0, "experts that replace a block's MLP (mixture of experts); 0 = dense")
     experts_per_token: int = moe_only(2, "experts that each token is routed to (top-k)", at_least=1)
@@ -100,6 +155,20 @@ class ModelConfig:
     @property
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies by a gate."""
+        return self.activation in GATED
+
+    def window_of(self, block: int) -> int:
+        """Return the attention window of a block, counted from 0; 0 = none."""
+        return 0 if self.full_attention_every and (block + 1) % self.full_attention_every == 0 else self.window
+
+    def rotates(self, block: int) -> bool:
+        """Return whether a block, counted from 0, has rotary positions."""
+        left_out = self.no_rope_every and (block + 1) % self.no_rope_every == 0
+        return self.positions == "rope" and not left_out
 
     @property
     def expert_layers(self) -> int:
@@ -131,6 +200,8 @@ class ParameterizationConfig:
     init_std: float = positive(0.02, "base standard deviation of every matrix at initialization")
     embedding_multiplier: float = positive(1.0, "alpha_in: multiplies the embedding's output")
     output_multiplier: float = positive(1.0, "alpha_out: multiplies the logits")
+    residual_multiplier: float = positive(1.0, "multiplies what each branch adds to the residual stream")
+    attention_multiplier: float = positive(1.0, "multiplies the attention logits")
 
 
 @dataclass(frozen=True)

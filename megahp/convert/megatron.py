@@ -295,10 +295,10 @@ def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], legacy: b
     target.mkdir(parents=True)
     if legacy:
         model = {name: tensor.clone() for name, tensor in _fuse_gates(exported)}
-        torch.save({**state, "model": model}, target / "model_optim_rng.pt")
+        _save({**state, "model": model}, target / "model_optim_rng.pt")
     else:
         _write_distributed(target, _fuse_gates(exported), config.model.layers, limit)
-        torch.save(state, target / "common.pt")
+        _save(state, target / "common.pt")
     (folder / TRACKER).write_text("release")
     sidecar.write(folder, config, tensors, limit)
 
@@ -315,14 +315,14 @@ def _write_distributed(folder: Path, tensors: Tensors, layers: int, limit: int) 
                 chunk, offsets = (tensor[None], [int(layer[1])]) if layer else (tensor, [])
                 at = torch.Size(offsets + [0] * (chunk.dim() - len(offsets)))
                 begin = out.tell()
-                torch.save(chunk.clone(), out)
+                _save(chunk.clone(), out)
                 size = torch.Size([layers, *tensor.shape]) if layer else tensor.shape
                 new = TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), size, [])
                 described.setdefault(key, new).chunks.append(ChunkStorageMetadata(at, chunk.shape))
                 storage[MetadataIndex(key, at)] = _StorageInfo(file, begin, out.tell() - begin)
     # each linear layer asks for its engine's state; this empty one is what a layer without an engine finds
     blank = folder / "__1_0.distcp"
-    torch.save([None], blank)
+    _save([None], blank)
     for name, shard in product(LINEAR_LAYERS, range(layers)):
         key = f"decoder.layers.{name}._extra_state/shard_{shard}_{layers}"
         described[key] = BytesStorageMetadata()
@@ -331,6 +331,15 @@ def _write_distributed(folder: Path, tensors: Tensors, layers: int, limit: int) 
         pickle.dump(Metadata(described, storage_data=storage), out)
     backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     write_json(folder / "metadata.json", {**backends, "common_backend": "torch", "common_backend_version": 1})
+
+
+def _save(value: Any, file: Any) -> None:
+    """Write a pickle to a path or an open file. Raises UserError: what torch says of a full disk is no OSError."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        path = file if isinstance(file, Path) else file.name
+        raise UserError(f"{path} cannot be written ({error}); make room") from None
 
 
 def _fuse_gates(tensors: Tensors) -> Tensors:

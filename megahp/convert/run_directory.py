@@ -65,17 +65,21 @@ def write_run(
     if tokenizer_name != "bytes":  # a copy, so that the run does not depend on files elsewhere
         file = f"tokenizer{Path(tokenizer_name).suffix}"
         shutil.copyfile(tokenizer_name, partial / file)
-        tokenizer_name = str(arguments.target / file)
+        tokenizer_name = f"{resolve.HERE}/{file}"
     origin, data = str(arguments.source), {"data": {"tokenizer": tokenizer_name}}
     resolved = resolve.resolve([(origin, layer), (origin, data), ("command line", overrides)])
     config = with_vocabulary(resolved.config, tokenizer)
     one_rank = with_values(replace(config, parallel=ParallelConfig()), {"train.device": "cpu"})
     model = skeleton(one_rank, single_rank_mesh(one_rank))  # has shapes, but no memory
-    checked = check_shapes(tensors, {name: weight.shape for name, weight in model_state(model).items()})
+    master = torch.promote_types(getattr(torch, config.train.dtype), torch.float32)  # as training keeps weights
+    checked = (
+        (name, tensor.to(master) if name.startswith("model.") else tensor)
+        for name, tensor in check_shapes(tensors, {name: weight.shape for name, weight in model_state(model).items()})
+    )
     path = checkpoint.path(partial / "checkpoints", 0)
     checkpoint.write(path, checked, state_of_weights(config), file_limit(arguments))
     # moments and progress start anew: the next run branches from this checkpoint, rather than resuming it
-    config = with_values(config, {"train.start_from": str(arguments.target)})
+    config = with_values(config, {"train.start_from": resolve.HERE})
     (partial / "config.toml").write_text(config_to_toml(config, resolved.origins), encoding="utf-8")
     return tokenizer
 
@@ -96,7 +100,7 @@ def check_shapes(
 
 def check_files(arguments: argparse.Namespace) -> None:
     """Raise UserError for invalid files and folders on the command line of a tool that writes a run directory."""
-    if arguments.target.exists():
+    if arguments.target.exists() or arguments.target.is_symlink():
         raise UserError(f"{arguments.target} exists; name a new folder, or remove it")
     if not 0 < arguments.file_size < float("inf"):
         raise UserError(f"--file-size {arguments.file_size:g} must be above 0; 1 is usual")

@@ -21,26 +21,46 @@ from megahp.files import is_plain, read_json, refuse_irregular
 from megahp.scaling.parameterization import table_of
 
 REMEDY = "name a model's folder that has it"  # where one of its files is missing or wrong
+AGAIN = "get the files again"
 SETTINGS = "megahp.json"
 VOCABULARY = ("embedding.weight", "unembedding.weight")
 
 
 class SafetensorsFiles(ByName):
-    """The tensors of a folder's NAME.safetensors, or of the files that its index lists, each loaded on access. Raises
-    UserError for files that are missing or damaged."""
+    """The tensors of a folder's NAME.safetensors, or of the files that its index lists, each loaded on access.
+
+    dtypes, shapes: of all tensors, in the files' words (BF16). Raises UserError for files that are missing, damaged, or
+    contradict each other.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.folder, index = folder, folder / f"{name}.safetensors.index.json"
+        self.folder, self.dtypes, self.shapes = folder, dict[str, str](), dict[str, list[int]]()
+        self.index = self._listed(folder / f"{name}.safetensors.index.json", f"{name}.safetensors")
+        for file in sorted(set(self.index.values())):
+            tensors = _open(folder / file)
+            for tensor in set(tensors.keys()):
+                if self.index.setdefault(tensor, "") != file:
+                    elsewhere = self.index[tensor] or "no file"
+                    raise UserError(f"{folder / file} holds {tensor}, which its index has in {elsewhere}; {AGAIN}")
+                described = tensors.get_slice(tensor)
+                self.dtypes[tensor], self.shapes[tensor] = described.get_dtype(), described.get_shape()
+        if lost := self.index.keys() - self.dtypes.keys():
+            raise UserError(f"{folder / self.index[min(lost)]} lacks {min(lost)}, which its index has in it; {AGAIN}")
+
+    def _listed(self, index: Path, single: str) -> dict[str, str]:
+        """Return the files by their tensors' names. Raises UserError."""
         if not index.exists():
-            file = f"{name}.safetensors"
-            self.index = dict.fromkeys(_open(folder / file).keys(), file)
-            return
+            return dict.fromkeys(_open(self.folder / single).keys(), single)
         weight_map = read_json(index, "list of tensors", REMEDY).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise UserError(f"{index} has no weight_map of tensors' names to files' names; get it again")
         if outside := [file for file in weight_map.values() if not is_plain(file)]:
             raise UserError(f"{index} names {outside[0]!r}, which is no file of this folder; get it again")
-        self.index = weight_map
+        if (self.folder / single).exists() and set(weight_map.values()) != {single}:  # which of them is out of date?
+            raise UserError(
+                f"{self.folder} has {single} and {index.name}, of other files; remove the one that is older"
+            )
+        return weight_map
 
     def __getitem__(self, name: str) -> Tensor:
         path = self.folder / self.index[name]
@@ -97,9 +117,12 @@ def restore(
         raise UserError(f"{file} has another parameterization table than this megahp; {remedy}")
     if missing := {str(name) for name in sidecar["tensors"]} - set(extra):
         raise UserError(f"{folder}/megahp.safetensors lacks {min(missing)}; restore it, or {remedy}")
-    imported, exported = resolve.resolve([(str(folder), layer)]).config, fold_multipliers(config, {})[0]
-    # bias may differ: an architecture may have more of them than our model
-    pairs = {key: (getattr(imported.model, key), getattr(exported, key)) for key in layer["model"] if key != "bias"}
+    imported = resolve.resolve([(str(folder), layer)]).config
+    kept = table_of(imported)
+    exported, _ = fold_multipliers(config, {}, kept)
+    # biases may differ: an architecture may have more of them than our model
+    same = [key for key in layer["model"] if key not in ("bias", "qkv_bias")]
+    pairs = {key: (getattr(imported.model, key), getattr(exported, key)) for key in same}
     pairs["sequence_length"] = imported.data.sequence_length, longest(config)
     for key, (now, before) in pairs.items():
         if now != before:
@@ -107,7 +130,7 @@ def restore(
 
     def tensors() -> Tensors:
         try:
-            for short, weight in unfold_multipliers(config, weights):
+            for short, weight in unfold_multipliers(config, weights, kept):
                 name, mask = f"model.{short}", f"mask.{short}"
                 if f"padding.{name}" in extra:
                     weight = torch.cat((weight[: config.model.vocab_size], extra[f"padding.{name}"]))

@@ -231,6 +231,8 @@ class HuggingFaceTokenizer:
             settings["model"].pop("dropout", None)
             added = settings.get("added_tokens") or []
             special = {token["content"] for token in added if token["special"]}
+            if settings["model"].get("byte_fallback"):  # needs its bytes, which some trainers make special
+                special -= {f"<0x{byte:02X}>" for byte in range(256)}
             self._load(tokenizers, settings, special)
             size = self.vocab_size
             ends, begins = (

@@ -117,4 +117,5 @@ def mlp_output(weights: Weights, x: Tensor, activation: str) -> Tensor:
         return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
     gate = layer("gate", x) if "gate.weight" in weights else None
-    return layer("down", activate(activation, layer("up", x), gate))
+    alphas = [weights[name] for name in ("alpha_p", "alpha_n") if name in weights]
+    return layer("down", activate(activation, layer("up", x), gate, alphas))

@@ -61,8 +61,8 @@ def shrink_config(config: Config, layout: Layout) -> Config:
     stages = layout.pp * parallel.local_stages
     layers = min(model.layers, stages + 1)
     depth = stages if parallel.split else layers
-    kv_heads = tp * min(2, model.kv_heads // tp)
-    width = 8 * kv_heads * min(2, model.heads // model.kv_heads)
+    kv_heads = tp * min(2, model.kv_heads // tp) or model.kv_heads  # or fewer than tp ranks, which then share them
+    width = 8 * max(tp, kv_heads * min(2, model.heads // model.kv_heads))
     length = 4 * 2 * layout.cp * tp
     bases = {"parameterization.base_width": width // 2, "parameterization.base_layers": max(1, layers // 2)}
     used_bases = {"sp": (), "completep": tuple(bases)}.get(
@@ -84,6 +84,9 @@ def shrink_config(config: Config, layout: Layout) -> Config:
             "model.expert_width": 2 * width if model.experts else 0,
             "model.shared_experts": min(1, model.shared_experts),
             "model.dense_layers": min(1, model.dense_layers),
+            "model.window": min(model.window, length // 2),
+            "model.full_attention_every": min(model.full_attention_every, 2),
+            "model.no_rope_every": min(model.no_rope_every, 2),
             "model.vocab_size": 100,
             "parallel.split": (1,) * stages if parallel.split else (),
             **{key: bases[key] for key in used_bases},

@@ -132,14 +132,14 @@ class Experts(Module):
         self.activation = model.activation
         count, width, hidden = model.experts, model.width, model.expert_width
         self.parameter("down", (count, width, hidden), Row(Role.HIDDEN, tp_dim=2, experts=True))
-        for name in ("up", "gate") if model.activation == "swiglu" else ("up",):
+        for name in ("up", "gate") if model.gated else ("up",):
             self.parameter(name, (count, hidden, width), Row(Role.HIDDEN, tp_dim=1, experts=True))
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         outputs = []
         matrices = (local(getattr(self, name)).to(x.dtype).unbind() for name in self.rows)
-        for rows, down, *ups in zip(x.split(counts), *matrices, strict=True):
-            hidden = activate(self.activation, *(F.linear(rows, up) for up in ups))
+        for rows, down, up, *gate in zip(x.split(counts), *matrices, strict=True):
+            hidden = activate(self.activation, F.linear(rows, up), F.linear(rows, gate[0]) if gate else None)
             outputs.append(F.linear(hidden, down))
         return torch.cat(outputs)
 

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from megahp import ops
 from megahp.ops.engines import Norm
-from megahp.parallel.collectives import Group
+from megahp.parallel.collectives import Group, copy_to, sum_from
+from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.parameters import Module, Row, local
 from megahp.scaling.parameterization import Role
 
@@ -68,3 +69,27 @@ class LayerNorm(_Norm):
     """(x - mean) / std * weight + bias over the last dimension of x [batch, ..., size]."""
 
     centered = True
+
+
+class HeadsNorm(Module):
+    """x / rms(x) * weight over all heads together, which tp splits; x [b, s, heads of this rank, size]. (OLMo 2, arXiv
+    2501.00656) It measures nothing.
+
+    With fewer heads than tp ranks several ranks hold copies of one.
+    """
+
+    def __init__(self, heads: int, size: int, eps: float, axis: TensorAxis) -> None:
+        super().__init__()
+        self.heads, self.eps, self.axis = heads, eps, axis
+        # whole on every rank, which uses its own heads' part: so its gradient is summed over tp, always
+        self.parameter("weight", (heads * size,), Row(Role.NORM, sum_over=("tp",), start=1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, copies = x.shape[2], max(1, self.axis.size // self.heads)
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = sum_from(precise.square().sum((2, 3), keepdim=True), self.axis.group) / copies
+        # each rank's result depends on the sum: its gradient is summed too
+        mean = copy_to(squares, self.axis.group) / (self.heads * x.shape[3])
+        first = self.axis.rank // copies * count
+        weight = local(self.weight).view(self.heads, -1)[first : first + count]
+        return ((precise * (mean + self.eps).rsqrt()) * weight).to(x.dtype)

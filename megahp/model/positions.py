@@ -6,22 +6,62 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from megahp.config import ModelConfig
 
-def rotary(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of positions [n] x frequencies, each [n, size / 2], fp32. (RoFormer, arXiv 2104.09864, eq. 15)
 
-    fp32, since in bf16 the angles of late positions would be off by whole turns.
+def rotary(positions: Tensor, model: ModelConfig, windowed: bool = False) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of positions [n] x frequencies, each [n, size / 2], fp32, size the rotated dimensions of a
+    head. (RoFormer, arXiv 2104.09864, eq. 15)
+
+    fp32, since in bf16 the angles of late positions would be off by whole turns. windowed: of the blocks with a window.
     """
+    size, own_theta = rotated_size(model), windowed and model.window_rope_theta > 0
+    theta = model.window_rope_theta if own_theta else model.rope_theta
     frequencies = theta ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
+    magnitude = 1.0
+    if model.rope_scaling != "none" and not own_theta:
+        frequencies, magnitude = _stretch(frequencies, model, size), model.rope_magnitude or 1.0
     angles = torch.outer(positions.float(), frequencies)
-    return angles.cos(), angles.sin()
+    return angles.cos() * magnitude, angles.sin() * magnitude
+
+
+def rotated_size(model: ModelConfig) -> int:
+    """Return how many of a head's dimensions are rotated."""
+    return int(model.head_size * model.rope_fraction)
+
+
+def _stretch(frequencies: Tensor, model: ModelConfig, size: int) -> Tensor:
+    """Return the frequencies [size / 2] for sequences `rope_factor` times as long as the original ones.
+
+    Between those that turn rope_slow and rope_fast times in the original length a share `kept` goes from 0 to 1:
+    linearly in the turns for llama3 (its authors' code), in the dimension's index for yarn (arXiv 2309.00071, 3.2).
+    """
+    if model.rope_scaling == "linear":  # arXiv 2306.15595
+        return frequencies / model.rope_factor
+    slow, fast, length = model.rope_slow, model.rope_fast, model.rope_original_length
+    if model.rope_scaling == "llama3":
+        turns = length * frequencies / (2 * math.pi)
+        kept = (turns - slow) / (fast - slow)
+    else:
+
+        def index(turns: float) -> float:
+            """Return the index of the frequency that turns this often."""
+            return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+
+        first, last = max(math.floor(index(fast)), 0), min(math.ceil(index(slow)), size - 1)
+        order = torch.arange(size // 2, device=frequencies.device, dtype=torch.float32)
+        kept = 1 - (order - first) / max(last - first, 0.001)
+    kept = kept.clamp(0, 1)
+    return frequencies * kept + frequencies / model.rope_factor * (1 - kept)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + size/2) of x [batch, length, heads, size], as Hugging Face and Megatron do."""
+    """Rotate the pairs (i, i + size/2) of the first `size` dimensions of x [batch, length, heads, head_size], as
+    Hugging Face and Megatron do; cos, sin: [length, size / 2]."""
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # [length, 1, size / 2], alike for all heads
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    half = cos.shape[-1]
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
 
 def alibi_slopes(heads: int, stretch: float = 1.0) -> Tensor:
@@ -37,20 +77,29 @@ def alibi_slopes(heads: int, stretch: float = 1.0) -> Tensor:
     return torch.tensor(slopes + between) / max(1.0, stretch)
 
 
-def attention_bias(span: slice, slopes: Tensor | None, documents: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def attention_bias(
+    span: slice,
+    slopes: Tensor | None,
+    documents: Tensor | None,
+    dtype: torch.dtype,
+    window: int = 0,
+    device: torch.device | None = None,
+) -> Tensor | None:
     """Return what is added to the logits of a span's queries over all keys up to its end, [batch or 1, heads or 1,
     queries, keys].
 
     With causality alone: None for a span from the beginning, else torch's marker for the mask aligned to the last key,
     both of which flash kernels serve. slopes [heads] penalise distance; documents int [batch, length] forbid attending
-    across a boundary.
+    across a boundary; `window` tokens, itself included, are as far back as a token attends (0 = all).
     """
-    if slopes is None and documents is None:
+    windowed = 0 < window < span.stop
+    if slopes is None and documents is None and not windowed:
         return causal_lower_right(span.stop - span.start, span.stop) if span.start else None
-    device = documents.device if slopes is None else slopes.device  # type: ignore[union-attr]
     position = torch.arange(span.stop, device=device)
     distance = position[span, None] - position
     allowed = (distance >= 0)[None, None]
+    if windowed:
+        allowed = allowed & (distance < window)
     if documents is not None:
         allowed = allowed & (documents[:, None, span, None] == documents[:, None, None, : span.stop])
     bias = torch.zeros((), device=device) if slopes is None else -slopes[:, None, None] * distance

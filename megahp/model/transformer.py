@@ -5,6 +5,7 @@ with sequence parallelism.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from megahp.model.moe import MoE
 from megahp.model.norm import LayerNorm, RMSNorm
 from megahp.model.positions import alibi_slopes, attention_bias, rotary
 from megahp.parallel.context import shard_sequence, spans
-from megahp.parallel.cross_entropy import linear_cross_entropy
+from megahp.parallel.cross_entropy import cap, linear_cross_entropy
 from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.parameters import local
 from megahp.parallel.tensor import ColumnParallelLinear, PositionEmbedding, VocabParallelEmbedding, enter
@@ -35,26 +36,45 @@ def make_norm(model: ModelConfig, role: Role, axis: TensorAxis, probe: bool) -> 
 class Block(nn.Module):
     """x + a attention(norm(x)), then x + a mlp(norm(x)), a the table's residual multiplier. [b, r, width] -> the same.
 
+    model.norm_placement adds a norm after each branch, or moves it there; with model.parallel_residual both branches
+    read the same x.
+
     The MLP of a block that is not dense is a mixture of experts. `compute` is `branches`, or what
     megahp/model/compute.py makes of it: compiled, or recomputed in the backward pass.
     """
 
     def __init__(self, model: ModelConfig, table: Table, axis: TensorAxis, probe: bool, dense: bool) -> None:
         super().__init__()
-        self.residual = table.residual
+        self.residual, self.parallel = table.residual, model.parallel_residual
         self.compute: Callable[[Tensor, Positions, Tensor], Tensor] = self.branches
-        self.attention_norm = make_norm(model, Role.NORM, axis, probe)
+        before, after = (
+            partial(make_norm, model, Role.NORM, axis, probe) if model.norm_placement in placements else lambda: None
+            for placements in (("pre", "both"), ("post", "both"))
+        )
+        self.attention_norm = before()
         self.attention = Attention(model, table.attention, axis, probe)
-        self.mlp_norm = make_norm(model, Role.NORM, axis, probe)
+        self.attention_post_norm = after()
+        self.mlp_norm = before()
         self.mlp = MLP(model, model.mlp_width, axis) if dense else MoE(model, axis)
+        self.mlp_post_norm = after()
 
     def forward(self, x: Tensor, positions: Positions, loss_weight: Tensor) -> Tensor:
         return self.compute(x, positions, loss_weight)
 
     def branches(self, x: Tensor, positions: Positions, loss_weight: Tensor) -> Tensor:
-        branch = self.attention(self.attention_norm(x), positions)
-        x, normal = self.mlp_norm.add(x, branch, self.residual)  # x += r branch and its norm, in one pass over memory
+        branch = self.attention(self.attention_norm(x) if self.attention_norm else x, positions)
+        if self.attention_post_norm:
+            branch = self.attention_post_norm(branch)
+        if self.mlp_norm and not self.parallel:
+            # x += a branch and its norm, in one pass over memory
+            x, normal = self.mlp_norm.add(x, branch, self.residual)
+        else:
+            stream = torch.add(x, branch, alpha=self.residual)
+            normal = x if self.parallel else stream
+            x, normal = stream, self.mlp_norm(normal) if self.mlp_norm else normal
         branch = self.mlp(normal, loss_weight) if isinstance(self.mlp, MoE) else self.mlp(normal)
+        if self.mlp_post_norm:
+            branch = self.mlp_post_norm(branch)
         # the next block's norm would take this addition too, but then blocks, and stages, would exchange two tensors
         return torch.add(x, branch, alpha=self.residual)
 
@@ -113,14 +133,16 @@ class Transformer(nn.Module):
             x = x * self.table.embedding
         # as a tensor, since compiled blocks would be compiled again for another float; on the CPU, where it is read
         weight = torch.tensor(loss_weight, dtype=torch.float64, device="cpu")
-        for block in self.blocks.values():
-            x = block(x, positions, weight)  # [b, r, width]
+        for number, block in self.blocks.items():
+            x = block(x, positions[self._kind(int(number))], weight)  # [b, r, width]
         if not self.is_last:
-            return x
+            return x.contiguous()  # to be sent; a reduce-scatter leaves the sequence outermost in memory
         x = enter(self.final_norm(x), self.axis) * self.table.logits  # [b, r, width] -> [b, s, width]
         if targets is not None:
-            return linear_cross_entropy(x, local((self.unembedding or self.embedding).weight), targets, self.axis)
-        return self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
+            rows = local((self.unembedding or self.embedding).weight)
+            return linear_cross_entropy(x, rows, targets, self.axis, self.model.logits_softcap)
+        logits = self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
+        return cap(logits, self.model.logits_softcap) if self.model.logits_softcap else logits
 
     def stream(self, tokens: Tensor) -> Tensor:
         """Return what a stage sends to the next for these tokens [b, s], on `meta`: [b, r, width]."""
@@ -132,14 +154,24 @@ class Transformer(nn.Module):
         """Return the number of tp ranks that the residual stream of s tokens is split over."""
         return self.axis.size if self.axis.sequence_parallel else 1
 
-    def _positions(self, length: int, device: torch.device, documents: Tensor | None) -> Positions:
-        """Return what attention needs of the rank's positions in sequences of `length` tokens."""
-        model, context = self.model, self.axis.context
-        angles = slopes = None
-        if model.positions == "rope":
-            local_positions = shard_sequence(torch.arange(length, device=device), 0, context)
-            angles = rotary(local_positions, model.head_size, model.rope_theta)
+    def _kind(self, block: int) -> tuple[int, bool]:
+        """Return what distinguishes the blocks' positions: the window, and whether they are rotated."""
+        return self.model.window_of(block), self.model.rotates(block)
+
+    def _positions(
+        self, length: int, device: torch.device, documents: Tensor | None
+    ) -> dict[tuple[int, bool], Positions]:
+        """Return what attention needs of the rank's positions in sequences of `length` tokens, for each kind of block
+        that this stage has."""
+        model, context, slopes = self.model, self.axis.context, None
+        local_positions = shard_sequence(torch.arange(length, device=device), 0, context)
         if model.positions == "alibi":
             slopes = alibi_slopes(model.heads, length / self.longest).chunk(self.axis.size)[self.axis.rank].to(device)
-        biases = (attention_bias(span, slopes, documents, self.dtype) for span in spans(length, context))
-        return Positions(angles, tuple(biases))
+        found = {}
+        for window, rotates in {self._kind(int(number)): None for number in self.blocks}:
+            angles = rotary(local_positions, model, window > 0) if rotates else None
+            biases = (
+                attention_bias(span, slopes, documents, self.dtype, window, device) for span in spans(length, context)
+            )
+            found[window, rotates] = Positions(angles, tuple(biases))
+        return found

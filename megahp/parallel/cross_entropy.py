@@ -17,7 +17,7 @@ LOGITS_AT_ONCE = 2**21  # 8 MiB of fp32, which fits a CPU's cache (measured: doc
 
 
 @torch.compiler.disable  # compiled, forward's and backward's logits would be merged, and all of them kept
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis) -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float = 0.0) -> Tensor:
     """Return per-token losses in nats, log sum exp(x W^T) - (x W^T)[target], without ever holding x W^T.
 
     Args:
@@ -26,12 +26,18 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis)
         weight: [vocabulary / tp, width], this rank's rows, of any floating dtype; multiplied in x's.
         targets: [...], int64 in 0 .. vocabulary, which is not checked.
         axis: the ranks that the vocabulary is split over.
+        softcap: of the logits, see `cap`; 0 = none.
 
     Returns:
         Losses [...], and so all sums, in fp32; in fp64 for fp64 x. Can be differentiated once.
     """
-    losses = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), axis)
+    losses = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), axis, softcap)
     return losses.view_as(targets).clone()  # FSDP2 hooks on to a module's output, which must not be a view
+
+
+def cap(logits: Tensor, softcap: float) -> Tensor:
+    """Return softcap tanh(logits / softcap). (Gemma 2, arXiv 2408.00118, section 2)"""
+    return softcap * torch.tanh(logits / softcap)
 
 
 class _LinearCrossEntropy(Function):
@@ -49,34 +55,41 @@ class _LinearCrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float) -> Tensor:
         targets = targets - axis.rank * len(weight)
         largest = x.new_full(targets.shape, -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))
         total, target_logit = torch.zeros_like(largest), torch.zeros_like(largest)
         for _, rows, index, is_target in _slices(x, weight, targets):
             logits = F.linear(x, rows).to(total.dtype)
+            logits = cap(logits, softcap) if softcap else logits
             target_logit = logits.gather(1, index).squeeze(1).where(is_target, target_logit)
             before, largest = largest, largest.maximum(logits.amax(1))
             total = total * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
         if axis.size > 1:  # the maximum must be known to all before the sums, which are relative to it, can be added
             before, largest = largest, all_reduce(largest, axis.group, dist.ReduceOp.MAX)
             total, target_logit = all_reduce(torch.stack((total * (before - largest).exp(), target_logit)), axis.group)
+        ctx.softcap = softcap
         ctx.save_for_backward(x, weight, targets, largest, total)
         return total.log() - (target_logit - largest)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight, targets, largest, total = ctx.saved_tensors
         scale = (grads[0] / total)[:, None]
         grad_x, grad_weight = torch.zeros_like(x, dtype=total.dtype), torch.empty_like(weight)
         for start, rows, index, is_target in _slices(x, weight, targets):
             # d loss / d logits = softmax - one-hot(target)
-            grad = F.linear(x, rows).to(total.dtype).sub_(largest[:, None]).exp_().mul_(scale)
-            grad = grad.scatter_add_(1, index, -grads[0].where(is_target, 0)[:, None]).to(x.dtype)
+            logits = F.linear(x, rows).to(total.dtype)
+            if ctx.softcap:
+                logits = cap(logits, ctx.softcap)
+                slope = 1 - (logits / ctx.softcap).square()
+            grad = logits.sub_(largest[:, None]).exp_().mul_(scale)
+            grad = grad.scatter_add_(1, index, -grads[0].where(is_target, 0)[:, None])
+            grad = (grad * slope if ctx.softcap else grad).to(x.dtype)
             grad_x += grad @ rows
             grad_weight[start : start + len(rows)] = grad.T @ x
-        return grad_x.to(x.dtype), grad_weight, None, None
+        return grad_x.to(x.dtype), grad_weight, None, None, None
 
 
 def _slices(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:

@@ -15,12 +15,15 @@ from megahp.config import ModelConfig
 def parameters(model: ModelConfig, longest: int) -> int:
     """Return the number of weights. longest: positions of a learned embedding. model: resolved, with its vocabulary."""
     norm = model.width * (2 if model.norm == "layernorm" and model.bias else 1)
-    block = 2 * norm
+    block = (4 if model.norm_placement == "both" else 2) * norm
+    if model.bias or model.qkv_bias:
+        block += (model.heads + 2 * model.kv_heads) * model.head_size
     if model.bias:
-        block += (model.heads + 2 * model.kv_heads) * model.head_size + model.width  # attention
-        block += (_mlp_matrices(model) - 1) * model.mlp_width + model.width
+        block += model.width + (_mlp_matrices(model) - 1) * model.mlp_width + model.width
     if model.qk_norm:
-        block += 2 * model.head_size
+        block += (model.heads + model.kv_heads if model.qk_norm_whole else 2) * model.head_size
+    if model.activation == "xielu":
+        block += 2
     embeddings = (1 if model.tied_embeddings else 2) * model.padded_vocab * model.width
     positions = longest * model.width if model.positions == "learned" else 0
     return sum(_matrices(model, model.experts)) + model.layers * block + norm + embeddings + positions
@@ -55,9 +58,12 @@ def pipeline_bubble(ranks: int, microbatches: int, stages_per_rank: int = 1) -> 
 
 def _layers(model: ModelConfig, length: int, causal: bool = True) -> list[float]:
     """Return the operations of one token's forward pass in each layer."""
-    attended = length / 2 if causal else length  # keys of a query, on average
-    products = 2 * attended * model.heads * model.head_size
-    return [2 * (matrices + products) for matrices in _matrices(model, model.experts_per_token)]
+    costs = []
+    for block, matrices in enumerate(_matrices(model, model.experts_per_token)):
+        window = min(model.window_of(block) or length, length)
+        attended = window * (1 - window / (2 * length)) if causal else window  # keys of a query, on average
+        costs.append(2 * (matrices + 2 * attended * model.heads * model.head_size))
+    return costs
 
 
 def _matrices(model: ModelConfig, experts: int) -> list[int]:
@@ -71,4 +77,4 @@ def _matrices(model: ModelConfig, experts: int) -> list[int]:
 
 
 def _mlp_matrices(model: ModelConfig) -> int:
-    return 3 if model.activation == "swiglu" else 2
+    return 3 if model.gated else 2

@@ -109,7 +109,7 @@ def fill_in(rules: ParameterizationConfig, width: int, layers: int, head_size: i
         name=rules.name,
         rules=by_role,
         embedding=rules.embedding_multiplier,
-        residual=m_l**-rules.depth_alpha,
+        residual=rules.residual_multiplier * m_l**-rules.depth_alpha,
         logits=rules.output_multiplier / m_n,
-        attention=head_size**-0.5 if rules.name == "sp" else 1 / head_size,
+        attention=rules.attention_multiplier * (head_size**-0.5 if rules.name == "sp" else 1 / head_size),
     )

@@ -206,4 +206,4 @@ def read_config(directory: Path) -> Config:
     refuse_links(directory)
     path = directory / "config.toml"
     tree = read_toml(path, "run settings", "name a run directory, such as runs/quickstart")
-    return resolve.from_dict(tree, str(path))
+    return resolve.from_dict(resolve.placed(tree, path.parent), str(path))

@@ -10,9 +10,11 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from convert.test_huggingface import GPT2, GQA, MOE, MPT, NEOX
 from distributed import runs, world
 from tokenizers import Tokenizer as Fast
@@ -30,12 +33,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megahp import checkpoint, cli
 from megahp.checkpoint.shards import Tensors
+from megahp.commands import convert as convert_command
 from megahp.config import Config, resolve
 from megahp.convert import huggingface
 from megahp.convert.tokenizers import write_tokenizer
 from megahp.data.indexed import IndexedWriter
 from megahp.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahp.evaluate.sample import single_rank_model
+from megahp.exit_codes import NOT_CHECKED
 from megahp.parallel.parameters import model_state, storage
 from megahp.scaling.parameterization import table_of
 from megahp.train.run import state_of_weights
@@ -66,8 +71,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, no biases": ("any", {**GPT2, "bias": False}),
     "mpt": ("any", {**MPT, "tied_embeddings": True}),
     "mixtral": ("two", {**MOE, "router_score": "softmax", "head_size": 16}),
+    "olmo3": ("any", {**GQA, "norm_placement": "post", "qk_norm": True, "qk_norm_whole": True, "window": 9}),
     "glm4 moe": ("any", {**MOE, "dense_layers": 1, "shared_experts": 2, "mlp_width": 48, "qk_norm": True}),
 }
+
+
+@pytest.fixture(autouse=True)
+def group_of_its_own() -> Iterator[None]:
+    """Leave the process group that a model of this process joined, for the tests that begin one."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def convert(source: str, target: str, *words: object) -> tuple[int, str]:
@@ -110,10 +124,12 @@ def ulps(one: Tensor, other: Tensor) -> float:
     return ((one - other).abs() / spacing).max().item()
 
 
-def there_and_back(table: str, model: dict[str, Any], folder: Path, **more: Any) -> dict[str, Any]:
+def there_and_back(
+    table: str, model: dict[str, Any], folder: Path, words: Sequence[str] = (), **more: Any
+) -> dict[str, Any]:
     config = settings_of(table, model, **more)
     before = written(config, folder / "ours")
-    exported = convert("megahp", "huggingface", folder / "ours", folder / "theirs")
+    exported = convert("megahp", "huggingface", folder / "ours", folder / "theirs", *words)
     back = convert("huggingface", "megahp", folder / "theirs", folder / "back")
     path = checkpoint.find(folder / "back")
     after, state = Tensors(path), checkpoint.read_state(path)
@@ -256,7 +272,7 @@ def both_ways(form: str, table: str, model: dict[str, Any], folder: Path) -> dic
     exported = convert("megahp", form, folder / "ours", folder / "theirs")
     more = ["--allow-pickle"] if form == "megatron-legacy" else []
     back = convert(form, "megahp", folder / "theirs", folder / "back", "--tokenizer", "bytes", *more)
-    assert (exported[0], back[0]) == (0, 0), exported[1] + back[1]
+    assert (exported[0], back[0]) == (NOT_CHECKED, NOT_CHECKED), exported[1] + back[1]
     after = Tensors(checkpoint.find(folder / "back"))
     return {"names": set(before) == set(after), "ulps": max(ulps(before[name], after[name]) for name in before)}
 
@@ -322,7 +338,7 @@ def parallel(folder: Path) -> dict[str, Any]:
     for form, place, *more in (("megatron-legacy", "legacy", "--allow-pickle"), ("megatron", "dist")):
         words = [folder / place, folder / f"{place} back", "model.vocab_size=384", "--tokenizer", "bytes", *more]
         code, output = convert(form, "megahp", *words)
-        assert code == 0, output
+        assert code == NOT_CHECKED, output
         after = Tensors(checkpoint.find(folder / f"{place} back"))
         results[place] = set(after) == {f"model.{name}" for name in ours} and all(
             after[f"model.{name}"].equal(value) for name, value in ours.items()
@@ -390,6 +406,9 @@ def everything(folder: Path) -> dict[str, Any]:
 
     logging.set_verbosity_error()
     results: dict[str, Any] = {case: there_and_back(*CASES[case], folder / case) for case in CASES}
+    results["granite"] = there_and_back(
+        "any", {"tied_embeddings": True}, folder / "granite", ["--architecture", "granite"]
+    )
     results["sparse"] = there_and_back("smupar", GQA, folder / "sparse", **SPARSE)
     results["gone on"] = gone_on(folder)
     results["losses"] = losses(folder / "llama")
@@ -417,12 +436,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_there_and_back(results: Any, case: str) -> None:
     """Bitwise equal where no multiplier rounds, else within an ulp; the logits are the same both ways."""
     result = results[case]
-    through = "its own import" if case == "alone" else "transformers"
+    alone = case == "alone"  # without transformers
+    through = "its own import of huggingface" if alone else "transformers"
     assert result["said"].count(f"through megahp and {through}") == 2, result["said"]
-    assert result["codes"] == (0, 0) and result["problems"] == []
+    assert result["said"].count("not checked: ") == 2 * alone
+    assert result["codes"] == ((NOT_CHECKED, NOT_CHECKED) if alone else (0, 0)) and result["problems"] == []
     assert result["same names"] and result["settings"]
     rounds = CASES[case][0] == "any" if case in CASES else True
     assert (0 < result["ulps"] <= 1) if rounds else result["ulps"] == 0
+
+
+@needs_transformers
+def test_an_architecture_of_the_users_choice_keeps_its_multipliers(results: Any) -> None:
+    """Granite has muP's multipliers: nothing is folded into a weight, and a tied head stays tied."""
+    result = results["granite"]
+    assert result["codes"] == (0, 0) and result["same names"] and result["settings"]
+    assert result["ulps"] == 0
 
 
 @needs_transformers
@@ -456,7 +485,7 @@ def test_several_files_and_sentencepiece(results: Any) -> None:
 @needs_transformers
 def test_another_model_is_an_error(results: Any) -> None:
     code, output = results["forgotten"]
-    assert code == 1 and "is another model" in output
+    assert code == 1 and "would be another model" in output and "written" not in output.replace("not written", "")
 
 
 @needs_transformers
@@ -491,7 +520,7 @@ def test_megatron_and_back(results: Any, case: str, form: str) -> None:
 def test_megatrons_layout(results: Any) -> None:
     """Shards of 2 tp x 2 pp ranks, and DCP's own files, are read as our weights; DCP reads ours."""
     code, output = results["parallel"].pop("a rank alone")
-    assert code == 2 and "model.embedding.weight of shape [192, 32] is not its [384, 32]" in output, output
+    assert code == 2 and "the embedding has 192 rows, and vocab_size is 384; get the missing files" in output, output
     assert results["parallel"] == {"legacy": True, "dist": True, "read by DCP": True}
 
 
@@ -500,10 +529,10 @@ def test_no_pickle_is_executed(results: Any) -> None:
     """Objects beside the model are ignored; a file that is nothing else cannot be read."""
     codes = {place: code for place, (executed, code) in results["malicious"].items() if not executed}
     assert codes == {
-        "release/common.pt": 0,
+        "release/common.pt": NOT_CHECKED,
         "release/.metadata": 2,
         "release/__0_0.distcp": 2,
-        "release/mp_rank_00/model_optim_rng.pt": 0,
+        "release/mp_rank_00/model_optim_rng.pt": NOT_CHECKED,
     }
 
 
@@ -601,3 +630,95 @@ def test_what_megatron_computes_and_we_do_not(tmp_path: Path, changed: dict[str,
     code, output = convert("megatron", "megahp", tmp_path, tmp_path / "never", "--tokenizer", "bytes")
     ((key, value),) = changed.items()
     assert code == 2 and f"{key} = {value!r} is not supported; megahp has" in output, output
+
+
+def deep_llama(folder: Path, dtype: str) -> float:
+    """Write a narrow llama of 30 layers whose large weights amplify rounding. Returns how far transformers' float32 is
+    from its float64, over the largest logit."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 30}
+    config = transformers.LlamaConfig(vocab_size=257, max_position_embeddings=64, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5 + (weight.dim() == 1))
+        model.save_pretrained(folder)
+        hf_config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**hf_config, "dtype": dtype, "torch_dtype": dtype}))
+        tokens = torch.arange(64)[None]
+        single, double = model(tokens).logits, model.double()(tokens).logits
+        return ((single - double).abs().max() / double.abs().max()).item()
+
+
+@needs_transformers
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_amplifies_rounding(tmp_path: Path, dtype: str) -> None:
+    """F17, F18: compared in float64, whatever config.json's dtype, the two agree far below what float32 allows."""
+    noise = deep_llama(tmp_path / "theirs", dtype)
+    words = "--tokenizer", "bytes"
+    code, said = convert("huggingface", "megahp", tmp_path / "theirs", tmp_path / "ours", *words)
+    by = float(said.split(" of the largest logit")[0].split()[-1])
+    assert code == 0 and by < 1e-3 * noise, (said, noise)
+    assert noise > 1e-5, "a comparison in float32 would have passed"
+
+
+@needs_transformers
+def test_folding_rounds_what_a_model_amplifies(tmp_path: Path) -> None:
+    """F18, the other way: folded multipliers round the weights once, as float32 would; this is another model only
+    where it is more than that."""
+    deep = {**GQA, "layers": 30}
+    written(settings_of("any", deep), tmp_path / "ours")
+    code, said = convert("megahp", "huggingface", tmp_path / "ours", tmp_path / "theirs")
+    assert code == 0, said
+    with mock.patch.object(huggingface, "table_of", lambda config: replace(table_of(config), logits=1.0)):
+        code, said = convert("megahp", "huggingface", tmp_path / "ours", tmp_path / "never")
+    assert code == 1 and "would be another model" in said and not (tmp_path / "never").exists(), said
+
+
+@needs_transformers
+def test_a_model_that_memory_does_not_hold_is_not_checked(tmp_path: Path) -> None:
+    written(settings_of("sp", GQA), tmp_path / "ours")
+    with mock.patch.object(convert_command, "memory_here", lambda: 100_000):
+        code, said = convert("megahp", "huggingface", tmp_path / "ours", tmp_path / "theirs")
+    assert code == NOT_CHECKED and "not checked: its weights take 0 GB in float64, and this machine has 0 GB" in said
+    assert (tmp_path / "theirs/config.json").exists()
+
+
+@pytest.mark.parametrize("form", ["huggingface", "megatron", "megatron-legacy"])
+def test_a_full_disk_is_one_line_and_nothing_left(tmp_path: Path, form: str) -> None:
+    """F19: at any point of either direction."""
+    written(settings_of("sp", GQA), tmp_path / "ours")
+    assert convert("megahp", form, tmp_path / "ours", tmp_path / "theirs", "--no-check")[0] == 0
+    back = ["--tokenizer", "bytes", *(["--allow-pickle"] if form == "megatron-legacy" else [])]
+    (small := tmp_path / "small").mkdir()
+    for kilobytes in (8, 100, 180):
+        options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(small)]
+        if subprocess.run(["mount", *options], capture_output=True).returncode:
+            pytest.skip("a tmpfs cannot be mounted here, which takes root")
+        try:
+            ways = [("megahp", form, "ours", []), (form, "megahp", "theirs", back)]
+            for source, target, place, more in ways:
+                code, said = convert(source, target, tmp_path / place, small / "out", "--no-check", *more)
+                assert code == 2 and "make room" in said and said.count("\n") == 1, said
+                assert not list(small.iterdir())
+        finally:
+            subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGHUP"])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, signal_name: str) -> None:
+    """The weights are written, and the tokenizer is about to be; afterwards the signal is handled as before."""
+    written(settings_of("sp", GQA), tmp_path / "ours")
+    number, before = getattr(signal, signal_name), signal.getsignal(getattr(signal, signal_name))
+    seen = []
+
+    def interrupt(folder: Path, *_: object) -> None:
+        seen.append(sorted(file.name for file in folder.iterdir()))
+        os.kill(os.getpid(), number)
+
+    with mock.patch.object(convert_command, "write_tokenizer", interrupt), pytest.raises(SystemExit) as ended:
+        convert("megahp", "huggingface", tmp_path / "ours", tmp_path / "theirs")
+    assert ended.value.code == 128 + number and "model.safetensors" in seen[0]
+    assert [file.name for file in tmp_path.iterdir()] == ["ours"] and signal.getsignal(number) == before

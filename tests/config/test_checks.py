@@ -13,6 +13,14 @@ from megahp.errors import UserError
     [
         (["model.heads=5"], ["model.heads = 5", "model.width = 256", "4"]),
         (["model.kv_heads=3"], ["model.kv_heads = 3", "2, 4"]),
+        (["parallel.tp=4", "model.heads=6", "model.kv_heads=2"], ["parallel.tp = 4", "model.heads = 6"]),
+        (["parallel.tp=4", "model.heads=12", "model.kv_heads=3"], ["parallel.tp = 4", "model.kv_heads = 3", "3"]),
+        (["model.rope_fraction=0.05"], ["model.rope_fraction = 0.05", "3 rotated"]),
+        (["model.rope_scaling=yarn"], ["model.rope_original_length"]),
+        (
+            ["model.rope_scaling=llama3", "model.rope_original_length=64", "model.rope_slow=5"],
+            ["model.rope_fast = 4", "model.rope_slow = 5"],
+        ),
         (["parallel.tp=3"], ["parallel.tp = 3", "model.kv_heads = 4", "2, 4"]),
         (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tp = 1"]),
         (["parallel.tp=4", "parallel.sequence_parallel=true", "data.sequence_length=62"], ["62", "60, 64"]),

@@ -112,3 +112,14 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere.toml does not exist"):
         resolve.load(tmp_path / "nowhere.toml")
     assert "not valid TOML" in problems_of(tmp_path, "[model\n")[0]
+
+
+def test_paths_beside_a_run_file(tmp_path: Path) -> None:
+    """F22: {here} is the run file's folder, at the beginning of a text; in another place it is an ordinary text."""
+    (tmp_path / "run.toml").write_text('[data]\ntokenizer = "{here}/tokenizer.json"\n[log]\nname = "a{here}"\n')
+    config = resolve.load(tmp_path / "run.toml", ["train.start_from={here}"]).config
+    assert config.data.tokenizer == f"{tmp_path}/tokenizer.json"
+    assert (config.log.name, config.train.start_from) == ("a{here}", "{here}")
+    (tmp_path / "run.toml").write_text("train = 3\n")
+    with pytest.raises(UserError, match="train = 3"):
+        resolve.load(tmp_path / "run.toml")

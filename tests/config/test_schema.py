@@ -15,11 +15,16 @@ from megahp.config.schema import FIELDS, TYPES
 # A setting is a promise: adding one means adding it here, and to the changelog.
 SETTINGS = """
 model.preset model.layers model.width model.heads model.kv_heads model.head_size model.mlp_width model.activation
-model.norm model.norm_eps model.positions model.rope_theta model.bias model.qk_norm model.tied_embeddings
+model.norm model.norm_eps model.norm_placement model.parallel_residual model.positions model.rope_theta
+model.rope_fraction model.rope_scaling model.rope_factor model.rope_original_length model.rope_slow model.rope_fast
+model.rope_magnitude model.no_rope_every model.window model.full_attention_every model.window_rope_theta
+model.attention_softcap model.logits_softcap model.bias model.qkv_bias model.qk_norm model.qk_norm_whole
+model.tied_embeddings
 model.experts model.experts_per_token model.expert_width model.shared_experts model.dense_layers
 model.router_score model.router_normalize model.router_scale model.balance_rate model.balance_loss model.vocab_size
 parameterization.name parameterization.base_width parameterization.base_layers parameterization.depth_alpha
 parameterization.init_std parameterization.embedding_multiplier parameterization.output_multiplier
+parameterization.residual_multiplier parameterization.attention_multiplier
 data.train data.weights data.mixtures data.tokenizer data.tokenizer_fingerprint data.eos data.bos data.begin
 data.sequence_length data.lengths data.validation_fraction data.validation data.mask_documents data.wrong_samples
 data.skip data.cache

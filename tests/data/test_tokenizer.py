@@ -227,7 +227,7 @@ def test_a_missing_package_is_named(monkeypatch, sentencepiece_path):
 
 # A tokenizer is what it encodes.
 
-KINDS = ["unigram", "bpe", "bpe-whole-words", "wordpiece", "wordlevel"]
+KINDS = ["unigram", "bpe", "bpe-whole-words", "fallback", "wordpiece", "wordlevel"]
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
@@ -245,17 +245,24 @@ def build(kind, path, **change):
             trainers.BpeTrainer(initial_alphabet=alphabet, **words),
             pre.Sequence([pre.WhitespaceSplit(), bytes_alone]),
         ),
+        "fallback": (  # as Llama's; its bytes are made special tokens too
+            models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True),
+            trainers.BpeTrainer(**words | {"special_tokens": SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)]}),
+            pre.Split(" ", "merged_with_next"),
+        ),
         "wordpiece": (models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer(**words), pre.WhitespaceSplit()),
         "wordlevel": (models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer(**words), pre.WhitespaceSplit()),
     }[kind]
     decoders = tokenizers.decoders
     decoder = decoders.Metaspace() if kind == "unigram" else decoders.WordPiece()
     decoder = decoders.ByteLevel() if "bpe" in kind else decoder
+    decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]) if kind == "fallback" else decoder
     tokenizer = tokenizers.Tokenizer(made)
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
     # a BPE finds it in a text only if its merges spell it, as those of one that saw HTML may
     tokenizer.train_from_iterator(
-        [*corpus(), "< / > s x\n" * 9, "a </s> b <s> </s></s> c</s>d </s>\n" * 300 * (kind == "bpe")], trainer
+        [*corpus(), "< / > s x\n" * 9, "a </s> b <s> </s></s> c</s>d </s>\n" * 300 * (kind in ("bpe", "fallback"))],
+        trainer,
     )
     tokenizer.save(str(path))
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -276,7 +283,7 @@ def test_f6_a_text_never_becomes_a_special_token(tmp_path, kind):
         ids = tokenizer.encode(part)
         assert not {1, 2} & set(ids)
         assert kind != "unigram" or part == "<unk>" or tokenizer.decode(ids).strip() == part.strip()
-    for text in (CODE, *corpus()[:2]):
+    for text in (CODE, *corpus()[:2], "Ж / ÿ \0"):
         assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode([0, 2, 1]) == "<unk>", "special tokens keep their names"
 

@@ -48,6 +48,7 @@ LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
         "pp2 zbv": (*ZBV, "batch.micro_batch=1"),
     },
     4: {
+        "tp4 sp": ("parallel.tp=4", "parallel.sequence_parallel=true", FOUR),
         "tp2 shard2": (*TP, FOUR),
         "tp2 sp shard2": (*SP, FOUR),
         "tp2 sp replicate2": (*SP, *REPLICATE, FOUR),
@@ -124,7 +125,7 @@ def runs(layout: str, model: str) -> bool:
     """Experts are parallel where there are experts, and as many a rank; zbv unties embeddings."""
     experts = "ep2" in layout or "ep4" in layout
     uneven = "ep4" in layout and model == "moe-loss"  # of its 6 experts
-    return not (experts and "moe" not in model or "zbv" in layout and model == "gpt2" or uneven)
+    return not (experts and "moe" not in model or "zbv" in layout and model in ("gpt2", "gemma") or uneven)
 
 
 def every_cell(layouts: Mapping[int, Mapping[str, Any]]) -> list[Cell]:

@@ -16,7 +16,7 @@ from torch.nn.attention.bias import causal_upper_left
 
 from distributed import training, world
 from distributed.training import Training, differences, settings_of, train
-from megahp.model import positions, transformer
+from megahp.model import norm, positions, transformer
 from megahp.model.moe import Experts, Router
 from megahp.parallel import collectives, context, cross_entropy, parameters, tensor
 from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, Axis, Mesh
@@ -220,6 +220,15 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
     "row-parallel bias over tp (sp)": ("gpt2", SPLIT, lambda: without_row_sum("blocks.1.mlp.down.bias")),
     "position embedding over tp (sp)": ("gpt2", SPLIT, lambda: without_row_sum("positions.weight")),
     "query norm weight over tp": ("llama", PLAIN, lambda: without_row_sum("blocks.0.attention.query_norm.weight")),
+    "norm of all heads, weight": ("olmo", PLAIN, lambda: without_row_sum("blocks.0.attention.key_norm.weight")),
+    "norm of all heads, forward": ("olmo", PLAIN, lambda: mock.patch.object(norm, "sum_from", unchanged)),
+    "norm of all heads, backward": ("olmo", PLAIN, lambda: mock.patch.object(norm, "copy_to", unchanged)),
+    "xIELU's curvatures over tp": ("olmo", PLAIN, lambda: without_row_sum("blocks.0.mlp.alpha_n")),
+    "shared key and value heads, backward": (
+        "gemma",
+        PLAIN,
+        lambda: backward_without(collectives._Gather, "reduce_scatter", own_slice),
+    ),
     "tied embedding over both ends of a pipeline": ("gpt2", ("parallel.pp=2",), without_the_other_copy),
     "per-example norm before squaring (sp)": ("llama", SPLIT, lambda: without_sum_before_squaring("final_norm")),
     "per-example norm before squaring (heads)": (
@@ -349,7 +358,7 @@ def trained_soundly(models: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> tuple[dict[str, Any], dict[str, Any]]:
-    sound = world.run(1, trained_soundly, ["llama", "gpt2", "muon", "alibi", "moe", "moe-loss"])[0]
+    sound = world.run(1, trained_soundly, sorted({model for model, *_ in SABOTAGE.values()}))[0]
     return world.run(2, trained_sabotaged)[-1], sound
 
 

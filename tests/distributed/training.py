@@ -43,6 +43,36 @@ MODELS: dict[str, dict[str, Any]] = {
         "data": {"mask_documents": True},
         "parameterization": {"embedding_multiplier": 2.0},
     },
+    "gemma": {
+        "model": {
+            **{"kv_heads": 1, "activation": "geglu", "norm_placement": "both", "tied_embeddings": True},
+            **{"window": 6, "full_attention_every": 2, "window_rope_theta": 100.0, "rope_scaling": "linear"},
+            **{"rope_factor": 2.0, "attention_softcap": 1.0, "logits_softcap": 2.0, "qkv_bias": True},
+        },
+        "data": {"mask_documents": True},
+        "parameterization": {"embedding_multiplier": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 2.0},
+    },
+    "olmo": {
+        "model": {
+            **{
+                "activation": "xielu",
+                "norm_placement": "post",
+                "qk_norm": True,
+                "qk_norm_whole": True,
+                "window": 5,
+                "no_rope_every": 2,
+            },
+            **{"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 64, "rope_theta": 100.0},
+            **{"rope_slow": 1.0, "rope_fast": 4.0},
+        }
+    },
+    "neox": {
+        "model": {
+            **{"norm": "layernorm", "activation": "gelu", "bias": True, "parallel_residual": True},
+            **{"rope_fraction": 0.5, "rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_length": 16},
+            **{"rope_slow": 0.5, "rope_fast": 2.0},
+        }
+    },
     "moe": {
         "model": {
             "experts": 8,

@@ -25,6 +25,7 @@ from tokenizers import models
 from megahp.convert.tokenizers import bytes_tokenizer
 from megahp.data.tokenizer import train_sentencepiece
 from megahp.errors import UserError
+from megahp.exit_codes import NOT_CHECKED
 from megahp.recipe.law_file import LawFile, write
 from megahp.scaling.laws import PowerLaw
 
@@ -161,7 +162,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "convert --from megahp --to megatron-legacy runs/done legacy",
     ):
         ended = forked.run(folder, words.split(), 60)
-        assert ended.code == 0, ended
+        assert ended.code == (NOT_CHECKED if "megatron" in words else 0), ended
     cells = [(layers, lr) for layers in (1, 2) for lr in (0.01, 0.02)]
     for layers, lr in cells:
         name = f"log.root=sweep log.name=all/{layers}/{lr}/1 log.baselines=true checkpoint.keep=1"
@@ -198,7 +199,7 @@ def sort(
         return "ran it", told
     lines = ended.err.splitlines()
     if (
-        ended.code not in (0, 1, 2)
+        ended.code not in (0, 1, 2, NOT_CHECKED)
         or "Traceback" in ended.err
         or len(lines) > 4
         or (ended.code and not (lines or ended.out))
@@ -212,7 +213,7 @@ def sort(
         if changed - harmless and not command.startswith(("train", "preprocess")):
             return "wrote", f"{told}\n{sorted(changed - harmless)[:4]}"
         return "refused", told
-    return ("passed" if ended.code == 0 else "told"), told
+    return ("passed" if ended.code in (0, NOT_CHECKED) else "told"), told
 
 
 def sorted_out(good: Path, here: Path, seed: int, count: int) -> Counter[str]:
@@ -226,7 +227,10 @@ def sorted_out(good: Path, here: Path, seed: int, count: int) -> Counter[str]:
             shutil.copytree(good, here)
             ended = forked.run(here, command.split(), 60, forked.first_of_two if file == SECRET else forked.at_home)
             shutil.rmtree(here)
-            assert ended.code in (0, 1) or command.startswith("status"), (command, ended)  # or nothing would be tested
+            assert ended.code in (0, 1, NOT_CHECKED) or command.startswith("status"), (
+                command,
+                ended,
+            )  # or nothing would be tested
             base[command] = ended.seconds
         way = WAYS[sum(divmod(number, len(cases))) % len(WAYS)]  # each case meets one after the other
         kind, told = sort(good, here, file, command, way, base[command], random.Random(f"{seed} {number}"))

@@ -25,13 +25,36 @@ def plain_norm(x: Tensor, weights: dict[str, Tensor], name: str, kind: str, eps:
     return (x - mean) / (variance + eps).sqrt() * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0.0)
 
 
-def plain_rope(x: Tensor, theta: float) -> Tensor:
-    """x [s, d] as complex numbers x[i] + i x[i + d/2], multiplied by exp(i position frequency)."""
-    length, size = x.shape
-    half = size // 2
-    angle = torch.arange(length)[:, None] * theta ** (-2 * torch.arange(half).double() / size)
-    turned = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angle), angle).to(torch.complex128)
-    return torch.cat((turned.real, turned.imag), 1)
+def plain_rope(x: Tensor, m: Any, windowed: bool) -> Tensor:
+    """x [s, d]: the first dimensions as complex numbers x[i] + i x[i + n/2], times exp(i position frequency)."""
+    length, size = len(x), int(x.shape[1] * m.rope_fraction)
+    half, local = size // 2, windowed and m.window_rope_theta
+    frequency = [(m.window_rope_theta if local else m.rope_theta) ** (-2 * i / size) for i in range(half)]
+    if not local and m.rope_scaling != "none":
+        frequency = [stretched(f, i, size, m) for i, f in enumerate(frequency)]
+    angle = torch.arange(length)[:, None] * torch.tensor(frequency, dtype=torch.float64)
+    radius = torch.full_like(angle, 0.1 * math.log(m.rope_factor) + 1 if m.rope_scaling == "yarn" else 1.0)
+    turned = torch.complex(x[:, :half], x[:, half:size]) * torch.polar(radius, angle).to(torch.complex128)
+    return torch.cat((turned.real, turned.imag, x[:, size:]), 1)
+
+
+def stretched(frequency: float, i: int, size: int, m: Any) -> float:
+    """A frequency for longer sequences, by the cases that the papers name."""
+    turns = m.rope_original_length * frequency / (2 * math.pi)
+    if m.rope_scaling == "linear" or turns <= m.rope_slow:
+        return frequency / m.rope_factor
+    if turns >= m.rope_fast:
+        return frequency
+    if m.rope_scaling == "llama3":
+        share = (turns - m.rope_slow) / (m.rope_fast - m.rope_slow)
+    else:  # by the index, between those of the two limits, rounded outwards
+        at = [
+            size / 2 * math.log(m.rope_original_length / (2 * math.pi * limit), m.rope_theta)
+            for limit in (m.rope_fast, m.rope_slow)
+        ]
+        first, last = max(0, math.floor(at[0])), math.ceil(at[1])
+        share = 1 - (i - first) / (last - first)
+    return share * frequency + (1 - share) * frequency / m.rope_factor
 
 
 def plain_transformer(
@@ -46,27 +69,45 @@ def plain_transformer(
     linear = lambda y, name: y @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)  # noqa: E731
     for layer in range(m.layers):
         at = f"blocks.{layer}"
-        qkv = linear(plain_norm(x, w, f"{at}.attention_norm", m.norm, m.norm_eps), f"{at}.attention.qkv")
+        before, after = m.norm_placement != "post", m.norm_placement != "pre"
+        norm = lambda y, name: plain_norm(y, w, f"{at}.{name}", m.norm, m.norm_eps)  # noqa: B023, E731
+        every = m.full_attention_every
+        window = m.window if m.window and not (every and layer % every == every - 1) else length
+        entry = x
+        qkv = linear(norm(x, "attention_norm") if before else x, f"{at}.attention.qkv")
         groups, per_group = qkv.view(length, m.kv_heads, -1, m.head_size), m.heads // m.kv_heads
         heads = []
         for head in range(m.heads):
             group = groups[:, head // per_group]
             q, k, v = group[:, head % per_group], group[:, per_group], group[:, per_group + 1]
-            if m.qk_norm:
+            if m.qk_norm_whole:
+                q, k = (
+                    part
+                    / (all_of.square().mean((1, 2))[:, None] + m.norm_eps).sqrt()
+                    * w[name].view(-1, m.head_size)[i]
+                    for part, all_of, name, i in (
+                        (q, groups[:, :, :per_group].flatten(1, 2), f"{at}.attention.query_norm.weight", head),
+                        (k, groups[:, :, per_group], f"{at}.attention.key_norm.weight", head // per_group),
+                    )
+                )
+            elif m.qk_norm:
                 q = plain_norm(q, w, f"{at}.attention.query_norm", "rmsnorm", m.norm_eps)
                 k = plain_norm(k, w, f"{at}.attention.key_norm", "rmsnorm", m.norm_eps)
-            if m.positions == "rope":
-                q, k = plain_rope(q, m.rope_theta), plain_rope(k, m.rope_theta)
+            if m.positions == "rope" and not (m.no_rope_every and layer % m.no_rope_every == m.no_rope_every - 1):
+                q, k = plain_rope(q, m, window < length), plain_rope(k, m, window < length)
             scores = q @ k.T * table.attention
+            scores = m.attention_softcap * (scores / m.attention_softcap).tanh() if m.attention_softcap else scores
             for i in range(length):
                 for j in range(length):
                     apart = documents is not None and documents[i] != documents[j]
-                    scores[i, j] = -math.inf if j > i or apart else scores[i, j]
+                    scores[i, j] = -math.inf if j > i or i - j >= window or apart else scores[i, j]
                     if m.positions == "alibi" and j <= i:
                         scores[i, j] -= 2 ** (-8 * (head + 1) / m.heads) * (i - j)
             heads.append(scores.softmax(-1) @ v)
-        x = x + table.residual * linear(torch.cat(heads, -1), f"{at}.attention.out")
-        y = plain_norm(x, w, f"{at}.mlp_norm", m.norm, m.norm_eps)
+        out = linear(torch.cat(heads, -1), f"{at}.attention.out")
+        x = x + table.residual * (norm(out, "attention_post_norm") if after else out)
+        y = entry if m.parallel_residual else x
+        y = norm(y, "mlp_norm") if before else y
         if f"{at}.mlp.router.weight" in w:
             x = x + table.residual * plain_experts(y, w, f"{at}.mlp", m)
             continue
@@ -74,13 +115,22 @@ def plain_transformer(
         if m.activation == "swiglu":
             gate = linear(y, f"{at}.mlp.gate")
             up = gate * torch.sigmoid(gate) * up
+        elif m.activation == "geglu":
+            gate = linear(y, f"{at}.mlp.gate")
+            up = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
         elif m.activation == "gelu":
             up = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        elif m.activation == "xielu":
+            p, n = ((1 + w[f"{at}.mlp.{name}"].exp()).log() for name in ("alpha_p", "alpha_n"))
+            curve = torch.where(up > 0, p * up**2, (n + 0.5) * (up.exp() - 1 - up))
+            up = curve + up / 2
         else:
             up = up.clamp(min=0) ** 2
-        x = x + table.residual * linear(up, f"{at}.mlp.down")
+        out = linear(up, f"{at}.mlp.down")
+        x = x + table.residual * (norm(out, "mlp_post_norm") if after else out)
     x = plain_norm(x, w, "final_norm", m.norm, m.norm_eps)
-    return x @ w["embedding.weight" if m.tied_embeddings else "unembedding.weight"].T * table.logits
+    logits = x @ w["embedding.weight" if m.tied_embeddings else "unembedding.weight"].T * table.logits
+    return m.logits_softcap * (logits / m.logits_softcap).tanh() if m.logits_softcap else logits
 
 
 def plain_experts(x: Tensor, w: dict[str, Tensor], at: str, m: Any) -> Tensor:
@@ -146,7 +196,7 @@ def everything() -> Any:
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_an_independent_transformer(found: Any, name: str) -> None:
     ours, plain = found[0][name]
-    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-8)  # rope's angles are fp32 in ours
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)  # rope's angles are fp32 in ours
     assert plain.abs().max() > 0.1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -26,10 +27,11 @@ VOCABULARY = 100
 SLICES = (1, 7, 50, 99, 100, 1000)
 
 
-def plain_losses(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis) -> Tensor:
+def plain_losses(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float = 0.0) -> Tensor:
     """The same losses, on one rank, from whole logits."""
     logits = F.linear(x, weight.to(x.dtype))
     logits = logits.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
+    logits = (logits / softcap).tanh() * softcap if softcap else logits
     return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets).clone()
 
 
@@ -57,12 +59,14 @@ def outcome(losses_of: Any, given: dict[str, Tensor], dtype: torch.dtype) -> lis
     return [losses.detach(), x.grad, weight.grad]
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("rows", SLICES)
-def test_equals_the_plain_loss_in_float64(rows: int) -> None:
-    given = inputs(torch.float64)
+def test_equals_the_plain_loss_in_float64(rows: int, softcap: float) -> None:
+    given, capped = inputs(torch.float64), {"softcap": softcap}
     with in_slices_of(rows):
-        found = outcome(linear_cross_entropy, given, torch.float64)
-    torch.testing.assert_close(found, outcome(plain_losses, given, torch.float64), rtol=1e-12, atol=1e-13)
+        found = outcome(partial(linear_cross_entropy, **capped), given, torch.float64)
+    wanted = outcome(partial(plain_losses, **capped), given, torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("rows", SLICES)

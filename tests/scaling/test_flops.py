@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,12 +59,22 @@ def test_causal_attention_counts_half() -> None:
     assert both[0] - both[1] == 3 * 4 * 2 * 64 * 256
 
 
+def test_a_window_counts_what_it_attends_to() -> None:
+    """Of 64 queries the first 16 attend to 1 to 16 keys, the others to 16; one block of two has no window."""
+    full = gpt(2, 256, 4)
+    half = replace(full, window=16, full_attention_every=2)
+    pairs = sum(min(query + 1, 16) for query in range(64)) - 16 / 2  # the diagonal counts half, as without a window
+    assert (training_flops(full, 64) - training_flops(half, 64)) == 3 * 2 * 2 * 256 * (64 / 2 - pairs / 64)
+
+
 MODELS = {
     "llama": {"kv_heads": 2},
     "qk norm": {"qk_norm": True, "head_size": 32},
     "gpt2": {"activation": "gelu", "norm": "layernorm", "positions": "learned", "bias": True, "tied_embeddings": True},
     "alibi": {"activation": "relu2", "norm": "layernorm", "positions": "alibi", "bias": True, "vocab_size": 130},
     "swiglu with biases": {"bias": True},
+    "post-norms": {"activation": "geglu", "norm_placement": "both", "kv_heads": 2, "qkv_bias": True},
+    "xielu": {"activation": "xielu", "norm_placement": "post", "qk_norm": True, "qk_norm_whole": True, "kv_heads": 2},
     "experts": {"experts": 6, "experts_per_token": 3, "expert_width": 32, "shared_experts": 2, "dense_layers": 1},
 }
 

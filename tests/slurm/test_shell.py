@@ -69,6 +69,16 @@ def test_a_refused_requeue_is_no_success(site: Path, code: int) -> None:
     assert done.returncode == code and "Slurm did not requeue job 12" in done.stderr
 
 
+@pytest.mark.parametrize("code", [0, 1, 2, 3])
+def test_a_conversion_ends_as_the_command_does(site: Path, code: int) -> None:
+    """3 says that the model was not checked."""
+    stub(site, "srun", f"exit {code}")
+    done = subprocess.run(["bash", site / "slurm/convert.sbatch", "--from", "megahp"], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    (line,) = called(site, "srun")
+    assert line.endswith("python -m megahp convert --from megahp")
+
+
 def test_of_bad_nodes_those_are_left_out_that_there_are(site: Path) -> None:
     (site / "bad-nodes.txt").write_text("n1\ngone\nn3\n")
     done = bash("end 1 run.toml")
