@@ -20,7 +20,7 @@ SPANNED = {
     "distributed/test_layouts.py": "model/attention model/build model/mlp parallel/data parallel/mesh parallel/tensor "
     "train/trainer train/validation",
     "distributed/test_sabotage.py": "parallel/collectives parallel/expert parallel/parameters",
-    "evaluate/test_perplexity.py": "commands/evaluate commands/evaluate_tasks evaluate/harness evaluate/sample",
+    "evaluate/test_perplexity.py": "commands/evaluate commands/evaluate_tasks evaluate/sample",
     "faults/test_faults.py": "faults/copies faults/notice launch/processes train/recovery",
     "faults/test_soak.py": "faults/crash",
     "model/test_compute.py": "parallel/device",

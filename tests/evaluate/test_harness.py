@@ -95,7 +95,7 @@ def megahp(*words: object) -> None:
 def table_of_the_harness(folder: Path, tasks: Path) -> dict[str, Any]:
     """Evaluate a folder by the harness' own backend, as a user does."""
     out = folder.parent / "harness"
-    words = ["--model", "hf", "--model_args", f"pretrained={folder},dtype=float64", "--tasks", "choice,likelihood,rolling"]
+    words = ["--model", "hf", "--model_args", f"pretrained={folder},dtype=float64", "--tasks", ",".join(TASKS)]
     words += ["--include_path", tasks, "--device", "cpu", "--output_path", out, "--batch_size", "1"]
     done = subprocess.run([sys.executable, "-m", "lm_eval", *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
