@@ -1,7 +1,8 @@
 """Causal self-attention over this rank's heads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from megahp.parallel.context import gather_sequence, spans
 from megahp.parallel.mesh import Axis, TensorAxis
 from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear, enter
 from megahp.scaling.parameterization import Role
+
+QUERIES_AT_ONCE = 256  # of `attend_in_blocks`: smaller blocks skip more keys, but their products are slower
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, scale: float, axis: TensorAxis, probe: bool) -> None:
         super().__init__()
         self.scale, self.softcap, self.axis = scale, model.attention_softcap, axis
+        self.blocks_on_cpu = True  # a plan, which is traced on a CPU, sets it to false: it is about GPUs
         self.head_size, self.queries = model.head_size, model.heads // model.kv_heads
         self.copies = max(1, axis.size // model.kv_heads)  # ranks that share a key/value head
         group = (self.queries * model.head_size, model.head_size, model.head_size)
@@ -78,12 +82,16 @@ class Attention(nn.Module):
             key.transpose(1, 2),
             value.transpose(1, 2),
         )  # [b, heads, s, head_size]
+        # In bfloat16 on a CPU torch's fused kernel takes 1.3 to 4 times as long (docs/benchmarks/attention.md); and no
+        # fused kernel caps logits.
+        slow = self.blocks_on_cpu and x.device.type == "cpu" and x.dtype is torch.bfloat16
+        function = partial(attend_in_blocks, softcap=self.softcap) if slow or self.softcap else attend
         if self.axis.context.size == 1:
-            mixed = attend(query, key, value, positions.biases[0], self.scale, self.softcap)
+            mixed = function(query, key, value, positions.biases[0], self.scale)
         else:
             # after norm and rotary, so that every rank does these for its own tokens alone; one collective for both
             keys, values = gather_sequence(torch.cat((key, value), -1), 2, self.axis.context).chunk(2, -1)
-            mixed = attend_by_span(query, keys, values, positions.biases, self.scale, self.axis.context, self.softcap)
+            mixed = attend_by_span(query, keys, values, positions.biases, self.scale, self.axis.context, function)
         return self.out(mixed.transpose(1, 2).flatten(2))  # [b, s, heads / tp * head_size] -> [b, s (/ tp), width]
 
 
@@ -94,38 +102,52 @@ def attend_by_span(
     biases: Sequence[Tensor | None],
     scale: float,
     context: Axis,
-    softcap: float = 0.0,
+    function: Callable[..., Tensor],
 ) -> Tensor:
     """Return causal attention of the rank's queries [b, heads, s/cp, size] over whole sequences [b, kv heads, s, size].
 
-    Each span attends to the keys up to its own end alone; later ones are masked anyway.
+    Each span attends to the keys up to its own end alone; later ones are masked anyway. function: `attend`, or
+    `attend_in_blocks`.
     """
     local = spans(keys.shape[2], context)
     mixed = [
-        attend(part, keys[:, :, : span.stop], values[:, :, : span.stop], bias, scale, softcap)
+        function(part, keys[:, :, : span.stop], values[:, :, : span.stop], bias, scale)
         for part, span, bias in zip(query.chunk(len(local), 2), local, biases, strict=True)
     ]
     return torch.cat(mixed, 2)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, softcap: float = 0.0
-) -> Tensor:
-    """Return attention of [b, heads, queries, size] over [b, kv heads, keys, size], causal where there is no bias.
-
-    softcap: of the logits, 0 = none; no fused kernel has it, so all logits of a block are held. (Gemma 2, arXiv
-    2408.00118, section 2)
-    """
-    if softcap:
-        queries = query.unflatten(1, (key.shape[1], -1))  # [b, kv heads, queries of each, queries, size]
-        logits = queries @ key[:, :, None].transpose(-1, -2) * (scale / softcap)
-        logits = softcap * logits.to(torch.promote_types(logits.dtype, torch.float32)).tanh()
-        if bias is None or isinstance(bias, CausalBias):  # causal, aligned to the last key
-            later = torch.ones_like(logits[0, 0, 0], dtype=torch.bool).triu(1 + logits.shape[-1] - logits.shape[-2])
-            logits = logits.masked_fill(later, -torch.inf)
-        else:
-            logits = logits.flatten(1, 2).add(bias).view_as(logits)
-        return (logits.softmax(-1).to(value.dtype) @ value[:, :, None]).flatten(1, 2)
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Return attention of [b, heads, queries, size] over [b, kv heads, keys, size], causal where there is no bias."""
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
     )
+
+
+def attend_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, softcap: float = 0.0
+) -> Tensor:
+    """Return the same by plain products, QUERIES_AT_ONCE at a time, each block over the keys up to its last query.
+
+    The logits are in the tensors' dtype: in bfloat16 the result is about twice as far from float32's as the fused
+    kernel's. softcap: c tanh(logits / c), 0 = none. (Gemma 2, arXiv 2408.00118, section 2)
+    """
+    kv_heads, before = key.shape[1], key.shape[2] - query.shape[2]
+    is_causal, mixed = bias is None or isinstance(bias, CausalBias), []
+    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+        block = query[:, :, start : start + QUERIES_AT_ONCE]
+        keys = before + start + block.shape[2]
+        mask = torch.full((block.shape[2], keys), -torch.inf, dtype=query.dtype, device=query.device)
+        mask = mask.triu(1 + before + start)
+        # the queries that share a key head in one product: [b kv heads, queries of all of them, size]
+        together = block.unflatten(1, (kv_heads, -1)).flatten(2, 3).flatten(0, 1)
+        transposed = key[:, :, :keys].transpose(-1, -2).flatten(0, 1)
+        if is_causal and not softcap:  # the mask is added within the product
+            logits = torch.baddbmm(mask.repeat(query.shape[1] // kv_heads, 1), together, transposed, alpha=scale)
+        else:
+            logits = (together @ transposed * scale).view(*block.shape[:3], keys)
+            logits = softcap * (logits / softcap).tanh() if softcap else logits
+            logits = logits + (mask if is_causal else bias[..., start : start + block.shape[2], :keys])  # type: ignore[index]
+        weights = logits.softmax(-1).view(*together.shape[:2], keys)
+        mixed.append((weights @ value[:, :, :keys].flatten(0, 1)).view(block.shape))
+    return torch.cat(mixed, 2)

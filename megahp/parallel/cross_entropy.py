@@ -1,4 +1,4 @@
-"""Unembedding and cross-entropy in one, a slice of the vocabulary at a time, so that the logits are never all held."""
+"""Unembedding and cross-entropy in one, a slice of the vocabulary at a time: large logits are never all held."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +13,13 @@ from torch.autograd.function import once_differentiable
 from megahp.parallel.collectives import all_reduce
 from megahp.parallel.mesh import Axis
 
+KEPT = 2**28  # bytes of a microbatch's logits on this rank; more are computed again in the backward pass
 LOGITS_AT_ONCE = 2**21  # 8 MiB of fp32, which fits a CPU's cache (measured: docs/benchmarks/loss.md)
 
 
 @torch.compiler.disable  # compiled, forward's and backward's logits would be merged, and all of them kept
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float = 0.0) -> Tensor:
-    """Return per-token losses in nats, log sum exp(x W^T) - (x W^T)[target], without ever holding x W^T.
+    """Return per-token losses in nats, log sum exp(x W^T) - (x W^T)[target], holding at most KEPT bytes of x W^T.
 
     Args:
         x: [..., width], whole on every tp rank (from `enter`, whose adjoint sums the ranks' gradients); fp64, fp32,
@@ -44,10 +45,10 @@ class _LinearCrossEntropy(Function):
     """x [n, width], weight [vocabulary / tp, width], targets [n] -> losses [n].
 
     Forward keeps each token's largest logit and sum of exponentials, rescaled as larger ones come (Milakov and
-    Gimelshein, arXiv 1805.02867). Backward computes the logits again, as Cut Cross-Entropy does (arXiv 2411.09009):
-    four matrix products for the plain path's three. To compute gradients in forward, as Liger does (arXiv 2410.10989),
-    would save the fourth, but the weight's gradient sums over tokens, and the losses' gradients, which may differ by
-    token, are not known before backward.
+    Gimelshein, arXiv 1805.02867), and up to KEPT bytes of logits. More of them backward computes again, to the same
+    bits, as Cut Cross-Entropy does (arXiv 2411.09009): four matrix products for the plain path's three. To compute
+    gradients in forward, as Liger does (arXiv 2410.10989), would save the fourth, but the weight's gradient sums over
+    tokens, and the losses' gradients, which may differ by token, are not known before backward.
 
     Slices are of the vocabulary, not of the tokens: a row of the weight's gradient is then one product over all tokens,
     as in the plain path, and needs no [vocabulary, width] accumulator in fp32. Only x's gradient is a sum over slices,
@@ -57,10 +58,14 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float) -> Tensor:
         targets = targets - axis.rank * len(weight)
+        keeps = len(x) * len(weight) * x.element_size() <= KEPT
+        kept = []
         largest = x.new_full(targets.shape, -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))
         total, target_logit = torch.zeros_like(largest), torch.zeros_like(largest)
         for _, rows, index, is_target in _slices(x, weight, targets):
-            logits = F.linear(x, rows).to(total.dtype)
+            products = F.linear(x, rows)
+            kept += [products] if keeps else []
+            logits = products.to(total.dtype, copy=keeps)  # what is kept must not be changed below
             logits = cap(logits, softcap) if softcap else logits
             target_logit = logits.gather(1, index).squeeze(1).where(is_target, target_logit)
             before, largest = largest, largest.maximum(logits.amax(1))
@@ -69,18 +74,19 @@ class _LinearCrossEntropy(Function):
             before, largest = largest, all_reduce(largest, axis.group, dist.ReduceOp.MAX)
             total, target_logit = all_reduce(torch.stack((total * (before - largest).exp(), target_logit)), axis.group)
         ctx.softcap = softcap
-        ctx.save_for_backward(x, weight, targets, largest, total)
+        ctx.save_for_backward(x, weight, targets, largest, total, *kept)
         return total.log() - (target_logit - largest)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, weight, targets, largest, total = ctx.saved_tensors
+        x, weight, targets, largest, total, *kept = ctx.saved_tensors
         scale = (grads[0] / total)[:, None]
         grad_x, grad_weight = torch.zeros_like(x, dtype=total.dtype), torch.empty_like(weight)
-        for start, rows, index, is_target in _slices(x, weight, targets):
+        for number, (start, rows, index, is_target) in enumerate(_slices(x, weight, targets)):
             # d loss / d logits = softmax - one-hot(target)
-            logits = F.linear(x, rows).to(total.dtype)
+            products = kept[number] if kept else F.linear(x, rows)
+            logits = products.to(total.dtype, copy=bool(kept))
             if ctx.softcap:
                 logits = cap(logits, ctx.softcap)
                 slope = 1 - (logits / ctx.softcap).square()

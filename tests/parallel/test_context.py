@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megahp.model.attention import attend_by_span
+from megahp.model.attention import attend, attend_by_span
 from megahp.model.positions import alibi_slopes, attention_bias
 from megahp.parallel.context import restore_order, shard_sequence, spans
 from megahp.parallel.mesh import Axis
@@ -84,7 +84,7 @@ def biases_of(place: Axis, slopes: Tensor | None, documents: Tensor | None) -> l
 
 def attended(place: Axis, query: Tensor, keys: Tensor, values: Tensor, biases: list[Tensor | None]) -> Tensor:
     """One rank's part of the attention."""
-    return attend_by_span(shard_sequence(query, 2, place), keys, values, biases, 0.5, place)
+    return attend_by_span(shard_sequence(query, 2, place), keys, values, biases, 0.5, place, attend)
 
 
 @pytest.mark.parametrize("size", SIZES)

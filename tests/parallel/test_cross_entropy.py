@@ -69,6 +69,17 @@ def test_equals_the_plain_loss_in_float64(rows: int, softcap: float) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_kept_logits_change_no_bit(dtype: torch.dtype, softcap: float) -> None:
+    given, function = inputs(dtype), partial(linear_cross_entropy, softcap=softcap)
+    with in_slices_of(7):
+        kept = outcome(function, given, dtype)
+        with mock.patch.object(cross_entropy, "KEPT", 0):
+            again = outcome(function, given, dtype)
+    assert all(map(torch.equal, kept, again))
+
+
 @pytest.mark.parametrize("rows", SLICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_is_as_exact_as_the_plain_loss(dtype: torch.dtype, rows: int) -> None:
@@ -160,7 +171,7 @@ def test_the_compiler_does_not_keep_the_logits_either() -> None:
     backend = "aot_eager_decomp_partition"  # all of the default backend but the code it writes
     compiled = torch.compile(lambda x, *others: linear_cross_entropy(x * 2, *others) / 2, backend=backend)
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x)
-    with in_slices_of(7), hooks:
+    with in_slices_of(7), mock.patch.object(cross_entropy, "KEPT", 0), hooks:
         found = outcome(compiled, given, torch.float32)
     wanted = outcome(lambda x, *others: plain_losses(x * 2, *others) / 2, given, torch.float32)
     torch.testing.assert_close(found, wanted)
