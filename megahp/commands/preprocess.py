@@ -67,9 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-sentencepiece", type=int, metavar="VOCAB", help="train --tokenizer on the input if it does not exist")
     add_text_arguments(parser)
     endings = [".py", ".rst", ".txt", *RECORDS]
-    add(
-        "--extensions", nargs="+", default=endings, help=f"of files to read from folders (default: {' '.join(endings)})"
-    )
+    words = f"of files to read from folders (default: {' '.join(endings)})"
+    add("--extensions", nargs="+", default=endings, help=words)
     add("--exclude", nargs="+", default=[], metavar="NAME", help="folders to skip inside folders")
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, metavar="N", help="processes (default: cores, %(default)s)")
@@ -121,13 +120,11 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path], bool]]) -> int:
     folder = Path(arguments.output).parent
     scratch = folder if folder.is_dir() else None
-    sources, left_out = find_sources(
-        arguments.input, arguments.extensions, arguments.exclude, arguments.format, scratch
-    )
+    named = arguments.input, arguments.extensions, arguments.exclude, arguments.format
+    sources, left_out = find_sources(*named, scratch)
     check_key(sources, arguments.json_key)
-    tokenizer_files = [path for path in [Path(arguments.tokenizer)] if path.exists()]
     check_replaceable("--output", outputs, (source.path for source in sources))  # those in folders too
-    if arguments.train_sentencepiece and not tokenizer_files:
+    if arguments.train_sentencepiece and not Path(arguments.tokenizer).exists():
         started = time.monotonic()
         texts = (piece.text for piece in read_pieces(sources, arguments.json_key) if piece.text)
         train_sentencepiece(texts, Path(arguments.tokenizer), arguments.train_sentencepiece)
@@ -173,7 +170,6 @@ def tokenize(
     """
     tokenizer_words = arguments.tokenizer, arguments.eos, arguments.bos
     digests = digest([*description.items(), tokenizer_words, arguments.json_key, arguments.no_eod], sources)
-    bad: LeftOut
     encode = partial(encode_chunk, tokenizer_words, not arguments.no_eod)
     ends = np.cumsum([source.size for source in sources]).tolist()
     with IndexedWriter(arguments.output, tokenizer.vocab_size, arguments.overwrite, resume=True) as writer:
@@ -188,7 +184,7 @@ def tokenize(
             print(f"{arguments.output}: resumes after {tally['documents']} documents", file=sys.stderr)
         else:
             writer.restart()
-            tally, after, bad = Counter[str](), (0, 0), {}
+            tally, after, bad = Counter[str](), (0, 0), LeftOut()
         tally["size before"], saved = tally["size"], time.monotonic()
         chunks = make_chunks(read_pieces(sources, arguments.json_key, after))
         results = closing(map_in_order(encode, chunks, arguments.workers))
