@@ -296,9 +296,10 @@ def map_in_order(
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
             for _ in range(workers):
                 ours, theirs = context.Pipe()
-                processes.append(context.Process(target=serve, args=(encode, theirs), daemon=True))
-                processes[-1].start()
-                theirs.close()
+                process = context.Process(target=serve, args=(encode, theirs), daemon=True)
+                process.start()
+                processes.append(process)
+                theirs.close()  # or its end would go unnoticed
                 idle.put(ours)
             signal.signal(signal.SIGINT, before)
             for chunk in chunks:
