@@ -37,8 +37,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    in_main = threading.current_thread() is threading.main_thread()  # no other can set handlers
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP) if in_main}
+    before = {number: signal.signal(number, end) for number in ending_signals()}
     try:
         yield partial
         partial.rename(target)
@@ -50,23 +49,32 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             signal.signal(number, handler)
 
 
+def ending_signals() -> list[signal.Signals]:
+    """Return the signals that end this process if no handler is set, none in a thread that cannot set one. SIGHUP is
+    not, under nohup."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return [n for n in (signal.SIGTERM, signal.SIGHUP) if in_main and signal.getsignal(n) is not signal.SIG_IGN]
+
+
 def check_replaceable(
     option: str, outputs: Mapping[Path, Callable[[Path], bool]], inputs: Iterable[Path], overwrite: bool = True
 ) -> None:
     """Raise UserError for an output that is one of the inputs, by whatever name, or a file that megahp did not write:
     neither may be replaced. Others may if `overwrite`. outputs: file -> whether one that exists is of megahp."""
+    # a folder that is not made yet has no "..", but will have when the output is written
+    places = {path: Path(os.path.realpath(path.parent), path.name) for path in outputs}
     taken: dict[tuple[int, int], Path] = {}
-    if any(map(os.path.lexists, outputs)):  # or a million inputs would be asked for nothing
+    if any(map(os.path.lexists, places.values())):  # or a million inputs would be asked for nothing
         for path in filter(Path.exists, inputs):
             status = path.stat()
             taken[status.st_dev, status.st_ino] = path
     for path, is_ours in outputs.items():
-        if not os.path.lexists(path):
+        if not os.path.lexists(place := places[path]):
             continue
-        status = os.stat(path, follow_symlinks=path.exists())
+        status = os.stat(place, follow_symlinks=place.exists())
         if read := taken.get((status.st_dev, status.st_ino)):
             raise UserError(f"{option} would replace {str(path)!r}, which is the input {str(read)!r}; choose another")
-        if not path.is_file() or not is_ours(path):
+        if not place.is_file() or not is_ours(place):
             why = "which megahp did not write"
             raise UserError(f"{option} would replace {str(path)!r}, {why}; choose another, or remove it")
         if not overwrite:

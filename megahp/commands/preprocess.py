@@ -19,22 +19,22 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from megahp.commands.arguments import add_text_arguments
-from megahp.commands.output import check_replaceable, data_files, write_description
+from megahp.commands.output import check_replaceable, data_files, ending_signals, write_description
 from megahp.data.indexed import IndexedWriter
 from megahp.data.texts import (
     EMPTY,
@@ -67,9 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-sentencepiece", type=int, metavar="VOCAB", help="train --tokenizer on the input if it does not exist")
     add_text_arguments(parser)
     endings = [".py", ".rst", ".txt", *RECORDS]
-    add(
-        "--extensions", nargs="+", default=endings, help=f"of files to read from folders (default: {' '.join(endings)})"
-    )
+    words = f"of files to read from folders (default: {' '.join(endings)})"
+    add("--extensions", nargs="+", default=endings, help=words)
     add("--exclude", nargs="+", default=[], metavar="NAME", help="folders to skip inside folders")
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, metavar="N", help="processes (default: cores, %(default)s)")
@@ -93,7 +92,11 @@ class Encoded:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """SIGTERM or SIGHUP, whose number is the argument, came."""
+
+
+class WorkerDied(Exception):
+    """A worker process ended by itself."""
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
@@ -103,13 +106,13 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     named = map(Path, [*arguments.input, arguments.tokenizer])
     check_replaceable("--output", outputs, named, arguments.overwrite)  # before standard input is read
     try:
-        with ended_by_sigterm():
+        with interrupted_by_signals():
             return preprocess(arguments, outputs)
     except KeyboardInterrupt as error:
-        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         print(f"{arguments.output}: stopped by {number.name}; the same command resumes", file=sys.stderr)
         return 128 + number
-    except BrokenProcessPool as error:
+    except WorkerDied as error:
         why = f"a worker of --workers {arguments.workers} died, probably out of memory"
         raise UserError(f"{why}: use fewer, and the same command resumes") from error
 
@@ -117,13 +120,11 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path], bool]]) -> int:
     folder = Path(arguments.output).parent
     scratch = folder if folder.is_dir() else None
-    sources, left_out = find_sources(
-        arguments.input, arguments.extensions, arguments.exclude, arguments.format, scratch
-    )
+    named = arguments.input, arguments.extensions, arguments.exclude, arguments.format
+    sources, left_out = find_sources(*named, scratch)
     check_key(sources, arguments.json_key)
-    tokenizer_files = [path for path in [Path(arguments.tokenizer)] if path.exists()]
     check_replaceable("--output", outputs, (source.path for source in sources))  # those in folders too
-    if arguments.train_sentencepiece and not tokenizer_files:
+    if arguments.train_sentencepiece and not Path(arguments.tokenizer).exists():
         started = time.monotonic()
         texts = (piece.text for piece in read_pieces(sources, arguments.json_key) if piece.text)
         train_sentencepiece(texts, Path(arguments.tokenizer), arguments.train_sentencepiece)
@@ -169,7 +170,6 @@ def tokenize(
     """
     tokenizer_words = arguments.tokenizer, arguments.eos, arguments.bos
     digests = digest([*description.items(), tokenizer_words, arguments.json_key, arguments.no_eod], sources)
-    bad: LeftOut
     encode = partial(encode_chunk, tokenizer_words, not arguments.no_eod)
     ends = np.cumsum([source.size for source in sources]).tolist()
     with IndexedWriter(arguments.output, tokenizer.vocab_size, arguments.overwrite, resume=True) as writer:
@@ -184,7 +184,7 @@ def tokenize(
             print(f"{arguments.output}: resumes after {tally['documents']} documents", file=sys.stderr)
         else:
             writer.restart()
-            tally, after, bad = Counter[str](), (0, 0), {}
+            tally, after, bad = Counter[str](), (0, 0), LeftOut()
         tally["size before"], saved = tally["size"], time.monotonic()
         chunks = make_chunks(read_pieces(sources, arguments.json_key, after))
         results = closing(map_in_order(encode, chunks, arguments.workers))
@@ -266,56 +266,79 @@ def encode_chunk(tokenizer_words: tuple[str, str, str], append_eod: bool, chunk:
 def map_in_order(
     encode: Callable[[Chunk], Encoded], chunks: Iterable[Chunk], workers: int
 ) -> Generator[Encoded, None, None]:
-    """Map `encode` over the chunks, in order, in worker processes, with a few chunks in flight. Raises
-    BrokenProcessPool for a worker that died. None outlives this process, however that ends."""
+    """Map `encode` over the chunks, in order, in worker processes, with a few chunks in flight. Raises WorkerDied.
+
+    Each worker has a pipe of its own, whose other end it alone holds. In the shared pipes of a ProcessPoolExecutor,
+    the rest of a result is waited for forever when the worker that was writing it is killed.
+    """
     if workers == 1:
         yield from map(encode, chunks)
         return
-    pending: deque[Future[Encoded]] = deque()
-    others = multiprocessing.active_children()
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent) as pool:
-        # Ctrl-C reaches all processes of a terminal: this one ends its workers, which would complain.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
-        for _ in range(workers):
-            pool.submit(int)  # starts one
-        signal.signal(signal.SIGINT, before)
+    context, processes, idle = multiprocessing.get_context("spawn"), [], SimpleQueue[Any]()
+
+    def ask(chunk: Chunk) -> Encoded:
+        worker = idle.get()
         try:
+            worker.send(chunk)
+            answer = worker.recv()
+        except (EOFError, OSError) as error:
+            raise WorkerDied from error
+        finally:
+            idle.put(worker)
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    pending: deque[Future[Encoded]] = deque()
+    with ThreadPoolExecutor(workers) as threads:  # a thread waits for each worker
+        try:
+            # Ctrl-C reaches all processes of a terminal: this one ends its workers, which would complain.
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=serve, args=(encode, theirs), daemon=True)
+                process.start()
+                processes.append(process)
+                theirs.close()  # or its end would go unnoticed
+                idle.put(ours)
+            signal.signal(signal.SIGINT, before)
             for chunk in chunks:
-                pending.append(pool.submit(encode, chunk))
+                pending.append(threads.submit(ask, chunk))
                 if len(pending) > 2 * workers:  # bounds memory
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        except BaseException:  # do not wait for work that nobody will take
-            for worker in set(multiprocessing.active_children()).difference(others):
-                worker.kill()
-            raise
+        finally:  # do not wait for work that nobody will take
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
 
 
-def follow_parent() -> None:
-    """End this worker with its parent: it would wait for work for ever, and hold the pipes that it inherited open."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+def serve(encode: Callable[[Chunk], Encoded], parent: Connection) -> None:
+    """Encode the parent's chunks, in a worker process, until the parent ends or kills it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which Slurm sends to all processes of a job
+    with suppress(EOFError, OSError):  # the parent has ended
+        while True:
+            chunk = parent.recv()
+            try:
+                parent.send(encode(chunk))
+            except UserError as error:
+                parent.send(error)
 
 
 @contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Raise Terminated in the block at SIGTERM, as ctrl-C raises KeyboardInterrupt."""
+def interrupted_by_signals() -> Iterator[None]:
+    """Raise Terminated in the block at SIGTERM and SIGHUP, as ctrl-C raises KeyboardInterrupt."""
 
     def terminate(number: int, frame: object) -> None:
-        raise Terminated
+        raise Terminated(number)
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {number: signal.signal(number, terminate) for number in ending_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

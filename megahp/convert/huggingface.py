@@ -314,17 +314,15 @@ def _check_names(
     family: Family, model: ModelConfig, weights: Weights, names: Sequence[tuple[str, Sequence[str]]]
 ) -> None:
     """Raise UserError for tensors that are missing, left over, or contradict config.json. names: ours, and theirs."""
-    found = set(weights)
-    missing = {hf_name for _, hf_names in names for hf_name in hf_names} - found
-    extra = found - {hf_name for _, hf_names in names for hf_name in hf_names}
+    found, known = set(weights), {hf_name for _, hf_names in names for hf_name in hf_names}
+    head, embedding = f"{family.top_level['unembedding']}.weight", names[0][1][0]
+    missing = known - found  # a tied model's head may be stored too
+    extra = {name for name in found - known - {head} if not OLD_BUFFERS.search(name)}
     for name in [name for name in extra if name.endswith(tuple(family.constants))]:
         (value,) = (value for stem, value in family.constants.items() if name.endswith(stem))
         if not math.isclose(weights[name].item(), value, rel_tol=0.01):  # they may be of half precision
             raise UserError(f"{name} is {weights[name].item()}, and not {value}, as in megahp's xIELU")
         extra.remove(name)
-    extra = {name for name in extra if not OLD_BUFFERS.search(name)}
-    head, embedding = f"{family.top_level['unembedding']}.weight", names[0][1][0]
-    extra -= {head}  # some files hold the tied one too
     for wrong, problem in ((missing, "are missing"), (extra, "do not belong to it")):
         if wrong:
             raise UserError(f"{len(wrong)} tensors of the {family.model_type} model {problem}, such as {min(wrong)}")
@@ -357,10 +355,9 @@ def _refuse_unknown(family: Family, hf_config: Mapping[str, Any]) -> None:
     for where, table, known in levels:
         for key, value in table.items() if isinstance(table, Mapping) else ():
             if key not in known and key not in irrelevant:
-                problem = (
-                    f"config.json: {where}{key} = {resolve.shown(value)} is not known of {family.model_type} models"
-                )
-                raise UserError(f"{problem}; remove it if you know that it does not change what the model computes")
+                problem = f"{where}{key} = {resolve.shown(value)} is not known of {family.model_type} models"
+                remedy = "remove it if you know that it does not change what the model computes"
+                raise UserError(f"config.json: {problem}; {remedy}")
 
 
 def _flatten(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -413,15 +410,9 @@ def _rope_settings(family: Family, hf_config: Mapping[str, Any], length: Any) ->
     values = {setting: hf_config[key] for setting, key in ROPE_KEYS[kind].items() if hf_config.get(key) is not None}
     if "rope_original_length" in ROPE_KEYS[kind]:
         values.setdefault("rope_original_length", length)
-    if (
-        kind == "yarn"
-        and "rope_magnitude" not in values
-        and hf_config.get("mscale")
-        and hf_config.get("mscale_all_dim")
-    ):
-        over, under = (
-            0.1 * hf_config[key] * math.log(values["rope_factor"]) + 1 for key in ("mscale", "mscale_all_dim")
-        )
+    scales = [hf_config.get(key) or 0 for key in ("mscale", "mscale_all_dim")]
+    if kind == "yarn" and "rope_magnitude" not in values and all(scales):
+        over, under = (0.1 * scale * math.log(values["rope_factor"]) + 1 for scale in scales)
         values["rope_magnitude"] = over / under
     return {"rope_scaling": kind, **values}
 

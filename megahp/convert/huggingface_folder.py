@@ -92,10 +92,8 @@ def link_without_code(folder: Path, target: Path) -> None:
         "sliding_window_pattern",
     }  # of older versions of transformers
     kept = {key: value for key, value in hf_config.items() if key in keys and not key.startswith("_")}
-    stem, shapes = (
-        family_of_type(hf_config["model_type"]).top_level["embedding"],
-        SafetensorsFiles(folder, "model").shapes,
-    )
+    stem = family_of_type(hf_config["model_type"]).top_level["embedding"]
+    shapes = SafetensorsFiles(folder, "model").shapes
     (name,) = {f"{stem}.weight", f"{stem.partition('.')[2]}.weight"} & shapes.keys()
     kept["vocab_size"] = shapes[name][0]  # with the rows that pad it, which transformers takes for tokens
     write_json(target / "config.json", kept)

@@ -94,8 +94,7 @@ class TrainingData:
         window, length = max(phase.length for phase in phases), phases[0].length
 
         def order(dataset: IndexedDataset, documents: np.ndarray, window: int, seed: int) -> SampleOrder:
-            skipped = self._skip.get(dataset.prefix, ())
-            return SampleOrder(dataset, documents, window, seed, cache, vocab_size, skipped)
+            return SampleOrder(dataset, documents, window, seed, cache, vocab_size, self._skip.get(dataset.prefix, ()))
 
         sources = list(zip(datasets, splits, strict=True))
         self._training = [order(dataset, training, window, seed) for dataset, (training, _) in sources]
@@ -198,8 +197,7 @@ class TrainingData:
         """
         consumed = {key: (count, length) for key, (count, length) in state["taken"].items()}
         self._begin_phase(consumed, phase_at(self.phases, tokens), sample)
-        sources = zip(self._prefixes, self._training, strict=True)
-        return [prefix for prefix, order in sources if order.key not in consumed]
+        return [order.prefix for order in self._training if order.key not in consumed]
 
     def validation(self, count: int) -> ValidationSamples:
         """Return `count` windows of the validation documents, of each source as many as its weight says, and `count` of
@@ -259,14 +257,14 @@ class TrainingData:
         bounds = [phase.tokens for phase in self.phases[1:]] + [math.inf]
         for phase, until in zip(self.phases, bounds, strict=True):
             span = max(0.0, min(until, end) - max(phase.tokens, begin)) / sum(phase.weights)
-            for prefix, order, weight in zip(self._prefixes, self._training, phase.weights, strict=True):
-                epochs[prefix] += span * weight / order.tokens
+            for order, weight in zip(self._training, phase.weights, strict=True):
+                epochs[order.prefix] += span * weight / order.tokens
         return epochs
 
     def epochs_read(self, sample: int) -> dict[str, float]:
         """Return how many epochs of each prefix were read before this global sample id."""
-        taken, orders = self._consumed(sample), zip(self._prefixes, self._training, strict=True)
-        return {prefix: math.prod(taken[order.key]) / order.tokens for prefix, order in orders}
+        taken = self._consumed(sample)
+        return {order.prefix: math.prod(taken[order.key]) / order.tokens for order in self._training}
 
     @property
     def length(self) -> int:

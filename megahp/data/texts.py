@@ -63,8 +63,12 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A file of the input. name: for messages; kind: see `_kind`; version: changes with its content; fault: why none of
-    it can be read."""
+    """A file of the input.
+
+    name: for messages. kind: see `_kind`. version: changes with its content. fault: why none of it can be read.
+    identity: equal for a file's names; size and time too, since some file systems reuse an inode's number.
+    handle: of a copy of standard input, which is deleted when it is closed.
+    """
 
     path: Path
     name: str
@@ -73,10 +77,8 @@ class Source:
     version: str
     is_compressed: bool = False
     fault: str = ""
-    identity: object = (
-        None  # equal for a file's names; size and time too, since some file systems repeat an inode's number
-    )
-    handle: IO[bytes] | None = None  # of a copy of standard input, which lives as long as it
+    identity: object = None
+    handle: IO[bytes] | None = None
 
     def place(self, number: int) -> str:
         """Return where a document is, for a message."""
@@ -119,20 +121,19 @@ def find_sources(
     left_out: LeftOut = {}
     seen = set[object]()
     for name in inputs:
-        path = Path(name)
+        path, is_folder = Path(name), os.path.isdir(name)
         if not path.exists() and name != "-":
             raise UserError(f"--input {name!r} does not exist; check the path")
-        found = _files(path, endings, exclude, left_out) if path.is_dir() else [path]
+        found = _files(path, endings, exclude, left_out) if is_folder else [path]
         if not found:
             raise UserError(f"--input {name!r} holds no {' '.join(endings)} files; see --extensions")
         for file in found:
-            source = inspect(file, form, not path.is_dir(), scratch)
+            source = inspect(file, form, not is_folder, scratch)
             if source.identity in seen:
                 note(left_out, "the same file as another", file)
-                continue
-            sources.append(source)
-            if not source.fault:
-                seen.add(source.identity)
+            else:
+                sources.append(source)
+                seen |= set() if source.fault else {source.identity}
     return sources, left_out
 
 
@@ -145,11 +146,12 @@ def _files(folder: Path, endings: tuple[str, ...], exclude: Sequence[str], left_
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         for name in sorted(set(folders)):
-            is_hidden, is_link = name.startswith("."), os.path.islink(os.path.join(parent, name))
-            if is_hidden or is_link or name in exclude:
+            path = Path(parent, name)
+            reason = "a hidden folder" if name.startswith(".") else "a link to a folder" if path.is_symlink() else ""
+            if reason and name not in exclude:
+                note(left_out, reason, path)
+            if reason or name in exclude:
                 folders.remove(name)
-            if name not in exclude and (is_hidden or is_link):
-                note(left_out, "a hidden folder" if is_hidden else "a link to a folder", Path(parent, name))
         folders.sort()
         for name in sorted(names):
             path = Path(parent, name)
@@ -453,19 +455,17 @@ def _columns(source: Source, key: str, stream: IO[bytes]) -> Iterator[Record]:
             table = parquet.ParquetFile(stream)
             names = table.schema_arrow.names
             batches = table.iter_batches(1024, columns=[key] if key in names else names[:0])
+        elif source.kind == "arrow":
+            table = ipc.open_file(stream)
+            names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
         else:
-            table = ipc.open_file(stream) if source.kind == "arrow" else ipc.open_stream(stream)
+            table = batches = ipc.open_stream(stream)
             names = table.schema.names
-            is_file = source.kind == "arrow"
-            batches = (table.get_batch(n) for n in range(table.num_record_batches)) if is_file else iter(table)
         if key not in names:
             yield 1, dict.fromkeys(names), ""
-        number = 0
-        for batch in batches:
-            for start in range(0, len(batch), 1024):
-                for text in batch.column(key).slice(start, 1024).to_pylist():
-                    number += 1
-                    yield number, {key: text}, ""
+        parts = (batch.column(key).slice(at, 1024) for batch in batches for at in range(0, len(batch), 1024))
+        for number, text in enumerate((text for part in parts for text in part.to_pylist()), 1):
+            yield number, {key: text}, ""
     except ArrowException as error:
         raise ValueError(str(error)) from error
 

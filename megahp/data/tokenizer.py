@@ -293,7 +293,7 @@ class HuggingFaceTokenizer:
         if not self._is_lossy:
             return ids, ids.count(self._unknown)
         lost = last = 0
-        spans = [*(span for i, span in zip(ids, encoding.offsets, strict=True) if i != self._unknown)]
+        spans = [span for i, span in zip(ids, encoding.offsets, strict=True) if i != self._unknown]
         for begin, end in (*spans, (len(text), len(text))):
             if begin > last:  # spaces apart, which many of these drop between words
                 lost += len("".join(text[last:begin].split()))
@@ -334,9 +334,8 @@ def _as_control_symbols(model: bytes, ids: Collection[int]) -> bytes:
     try:
         from sentencepiece import sentencepiece_model_pb2 as protobuf
     except ImportError as error:
-        raise UserError(
-            "an end token that texts may hold needs the package 'protobuf'; pip install protobuf"
-        ) from error
+        why = "an end token that texts may hold needs the package 'protobuf'"
+        raise UserError(f"{why}; pip install protobuf") from error
     proto: Any = protobuf.ModelProto.FromString(model)  # type: ignore[attr-defined]
     for i in ids:
         proto.pieces[i].type = proto.SentencePiece.CONTROL

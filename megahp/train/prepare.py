@@ -341,15 +341,11 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
 def begin_of(config: Config, datasets: Sequence[IndexedDataset]) -> str:
     """Return what stands before the first token of most documents: "bos", a begin token of their own; "eos", the end
     token of the document before; "none"."""
-    ends = [
-        (tokens[0], tokens[-1])
-        for dataset in datasets
-        for document in range(min(dataset.documents, DOCUMENTS_SEEN))
-        if len(tokens := dataset.tokens(document))
-    ]
-    if 2 * sum(str(first) == config.data.bos for first, _ in ends) > len(ends):
+    seen = (each.tokens(document) for each in datasets for document in range(min(each.documents, DOCUMENTS_SEEN)))
+    ends = [(str(tokens[0]), str(tokens[-1])) for tokens in seen if len(tokens)]
+    if 2 * sum(first == config.data.bos for first, _ in ends) > len(ends):
         return "bos"
-    return "eos" if 2 * sum(str(last) == config.data.eos for _, last in ends) > len(ends) else "none"
+    return "eos" if 2 * sum(last == config.data.eos for _, last in ends) > len(ends) else "none"
 
 
 def changes(config: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
@@ -387,14 +383,13 @@ def open_data(config: Config) -> TrainingData:
     cache, skip = cache_of(config), parse_skip(data.skip)
     for dataset in datasets:
         if any(part.stop > dataset.documents for part in skip.get(dataset.prefix, [])):
-            raise UserError(
-                f"data.skip: {dataset.prefix!r} has only {dataset.documents} documents, from 0 on; correct it"
-            )
+            few = f"{dataset.prefix!r} has only {dataset.documents} documents, from 0 on"
+            raise UserError(f"data.skip: {few}; correct it")
     sets = {name: IndexedDataset(prefix) for name, prefix in parse_validation(data).items()}
     vocab_size = config.model.vocab_size
     return TrainingData(datasets, phases, config.train.seed, data.validation_fraction, cache, vocab_size, skip, sets)
 
 
 def cache_of(config: Config) -> Path:
-    """Return the folder of what is computed from the data once."""
+    """Return the folder that keeps what is computed from the data: sample orders, scans for wrong ids."""
     return Path(config.data.cache) if config.data.cache else Path(config.data.train[0]).parent / "cache"

@@ -162,6 +162,24 @@ def test_reading_is_never_far_ahead_of_writing(tool, monkeypatch):
         assert len(read) <= done + 1 + 4
 
 
+KILLED_WHILE_THEY_WRITE = """
+from itertools import repeat
+from megahp.commands.preprocess import map_in_order
+
+if __name__ == "__main__":
+    for _ in range(5):
+        results = map_in_order(bytes, repeat(bytes(1 << 23)), 2)
+        next(results)
+        results.close()
+"""
+
+
+def test_workers_killed_while_they_write_are_not_waited_for(tmp_path):
+    """F9: chunks and results larger than a pipe holds, as they are by default."""
+    (tmp_path / "kill.py").write_text(KILLED_WHILE_THEY_WRITE)
+    subprocess.run([sys.executable, "kill.py"], cwd=tmp_path, env=ENVIRONMENT, timeout=60, check=True)
+
+
 def test_as_a_command_without_torch(tmp_path):
     """Spawned workers re-import the script; none of them, nor the script, may need the training stack."""
     (tmp_path / "d.jsonl").write_bytes(json_lines(TEXTS))
@@ -390,10 +408,10 @@ def test_more_bad_documents_than_allowed_write_nothing(run, tmp_path, capsys):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["F13.jsonl", "out.bin", "out.idx", "out.json"]
 
 
-@pytest.mark.parametrize("way", ["itself", "symbolic", "hard", "tokenizer", "in a folder"])
+@pytest.mark.parametrize("way", ["itself", "symbolic", "hard", "tokenizer", "in a folder", "dots"])
 def test_an_output_that_is_an_input_is_refused(run, tmp_path, capsys, way):
     """F1, whatever the name."""
-    path = tmp_path / ("wiki.json" if way in ("itself", "tokenizer") else "input.jsonl")
+    path = tmp_path / ("wiki.json" if way in ("itself", "tokenizer", "dots") else "input.jsonl")
     path.write_bytes(content := LINES)
     if way == "symbolic":
         (tmp_path / "wiki.json").symlink_to(path)
@@ -407,8 +425,9 @@ def test_an_output_that_is_an_input_is_refused(run, tmp_path, capsys, way):
         path.write_text(json.dumps(json.loads(path.read_text())) + "\n")
         source, content = tmp_path, path.read_bytes()
     before = sorted(tmp_path.iterdir())
-    words = refused(run, capsys, source, "--overwrite", "--extensions", ".json", output="wiki", tokenizer=tokenizer)
-    assert f"--output would replace '{tmp_path}/wiki.json', which is the input '{path}'" in words
+    output = "none/../wiki" if way == "dots" else "wiki"  # a folder that preprocessing would make
+    words = refused(run, capsys, source, "--overwrite", "--extensions", ".json", output=output, tokenizer=tokenizer)
+    assert f"--output would replace '{tmp_path}/{output}.json', which is the input '{path}'" in words
     assert path.read_bytes() == content and sorted(tmp_path.iterdir()) == before
 
 
@@ -457,6 +476,7 @@ if __name__ == "__main__":
         ("parent", signal.SIGTERM, 143, 30),
         ("group", signal.SIGINT, 130, 30),  # as a terminal does it
         ("group", signal.SIGTERM, 143, 30),  # as Slurm does it
+        ("parent", signal.SIGHUP, 129, 30),  # as a lost connection does it
         ("parent", signal.SIGKILL, -9, 0),
         ("worker", signal.SIGKILL, 2, 30),
     ],
