@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import CausalBias
 
 from megahp.config import ModelConfig
 from megahp.model.norm import HeadsNorm, RMSNorm
@@ -117,6 +116,8 @@ def attend(
     2408.00118, section 2)
     """
     if softcap:
+        from torch.nn.attention.bias import CausalBias  # here: it imports torch._dynamo, which takes half a second
+
         queries = query.unflatten(1, (key.shape[1], -1))  # [b, kv heads, queries of each, queries, size]
         logits = queries @ key[:, :, None].transpose(-1, -2) * (scale / softcap)
         logits = softcap * logits.to(torch.promote_types(logits.dtype, torch.float32)).tanh()
