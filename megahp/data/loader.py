@@ -1,21 +1,27 @@
 """Batches by sample id: within a phase of the data, sample i of a run is a function of (data, seed, i) alone."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from megahp.config import Phase, phase_at
 from megahp.data.blend import Blend
 from megahp.data.indexed import IndexedDataset
 from megahp.data.samples import SampleOrder, split_documents
 from megahp.errors import UserError
+
+if (
+    TYPE_CHECKING
+):  # elsewhere where it is needed: `megahp train --ranks` checks data without torch, to start ranks sooner
+    import torch
 
 VALIDATION_SEED = 0  # the same in every run, so that runs of several seeds are validated on the same windows
 
@@ -227,6 +233,8 @@ class Loader:
     """Returns batches on `device` while a background thread gathers the next."""
 
     def __init__(self, data: TrainingData, device: torch.device, documents: bool) -> None:
+        import torch
+
         self._data, self._documents = data, documents
         # A bare "cuda" means the first GPU in the background thread, whichever the rank uses: resolve the index here.
         self._device = torch.empty(0, device=device).device
@@ -261,6 +269,8 @@ class Loader:
         batch = self._data.batch(ids, self._documents)
         if self._device.type != "cuda":
             return batch
+        import torch
+
         # Pinned, so that the copy to the GPU runs asynchronously; in this thread, since pinning takes time.
         with torch.cuda.device(self._device):
             documents = None if batch.documents is None else batch.documents.pin_memory()
@@ -271,6 +281,8 @@ def _gather(
     orders: Sequence[SampleOrder], source: np.ndarray, j: np.ndarray, length: int, ids: np.ndarray, documents: bool
 ) -> Batch:
     """Return sample j[i] of source[i] in row i."""
+    import torch
+
     tokens = np.empty((len(ids), length + 1), np.int64)
     indices = np.empty((len(ids), length), np.int32)
     for row, (k, number) in enumerate(zip(source, j, strict=True)):

@@ -14,7 +14,7 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     disabled = torch._disable_dynamo(function)  # torch's own lazy one: it imports torch._dynamo when first called
 
     @wraps(function)
-    def call(*arguments: Any) -> Any:
-        return (disabled if "torch._dynamo" in sys.modules else function)(*arguments)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return (disabled if "torch._dynamo" in sys.modules else function)(*arguments, **named)
 
     return call
