@@ -55,7 +55,7 @@ def spawn(
     try:
         for rank in range(ranks):
             environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=environment, preexec_fn=die_with_parent))
+            processes.append(subprocess.Popen(command, env=environment, preexec_fn=_before_exec))
         for _, number in notices[:1]:  # it came before some were started
             for process in processes:
                 process.send_signal(number)
@@ -104,6 +104,17 @@ def die_with_parent() -> None:
     """Ask Linux to end this process when its parent is killed, which then cannot end it itself."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _before_exec() -> None:
+    die_with_parent()
+    # ctrl-C while a rank imports waits for allow_interrupts(), where it is no traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+
+
+def allow_interrupts() -> None:
+    """Receive the ctrl-C that spawn() keeps from a rank until it can end on one."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
 
 
 def exit_code(codes: Sequence[int | None]) -> int:

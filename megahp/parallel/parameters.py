@@ -16,6 +16,7 @@ each rank's loss is divided by the tokens of the whole global batch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
@@ -153,7 +154,11 @@ def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
 
 
 def is_dtensor(weight: Tensor) -> TypeGuard[DTensor]:
-    return hasattr(weight, "to_local")  # not isinstance, which would import what is not there unless this is True
+    if "torch.distributed.tensor" not in sys.modules:  # then there is none
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
 
 
 def local(weight: Tensor) -> Tensor:
