@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     command, options = parse(words)
     try:
+        launch.allow_interrupts()
         check_outputs(options)
         return command.run(options, words)
     except UserError as error:

@@ -26,6 +26,7 @@ SPANNED = {
     "model/test_compute.py": "parallel/device",
     "model/test_transformer.py": "parallel/draw",
     "ops/test_norm.py": "model/norm commands/benchmark_norm",
+    "parallel/test_cross_entropy.py": "ops/compiler",
     "plan/test_trace.py": "commands/plan",
     "recipe/test_rows.py": "recipe/text scaling/laws",
     "report/test_page.py": "commands/report",

@@ -56,7 +56,9 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     starting = must_spawn(options.ranks, world.size)
     # Warnings are printed by one process only; started ranks repeat the checks.
     warn = None if starting or options.restarts is not None or world.rank else complain
-    config = prepare(config, layout, options.ranks or world.local_size, options.resume is not None, warn)
+    # Ranks that are started here check the machine themselves, so that this process need not wait for torch's import.
+    local_ranks = 0 if starting else options.ranks or world.local_size
+    config = prepare(config, layout, local_ranks, options.resume is not None, warn)
     if options.resume == "required":
         refuse_without_checkpoint(config)
     if options.restarts is not None:

@@ -1,5 +1,7 @@
 """Batches by sample id: within a phase of the data, sample i of a run is a function of (data, seed, i) alone."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 import operator
@@ -9,16 +11,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from megahp.config import Phase, phase_at
 from megahp.data.blend import Blend
 from megahp.data.indexed import IndexedDataset
 from megahp.data.samples import Sample, SampleOrder, split_documents
 from megahp.errors import UserError
+
+if TYPE_CHECKING:  # elsewhere where it is needed: `megahp train --ranks` checks data without torch, to start sooner
+    import torch
 
 VALIDATION_SEED = 0  # the same in every run, so that runs of several seeds are validated on the same windows
 
@@ -329,6 +333,8 @@ class Loader:
     """Returns batches on `device` while a background thread gathers the next."""
 
     def __init__(self, data: TrainingData, device: torch.device, documents: bool) -> None:
+        import torch
+
         self._data, self._documents = data, documents
         # A bare "cuda" means the first GPU in the background thread, whichever the rank uses: resolve the index here.
         self._device = torch.empty(0, device=device).device
@@ -363,6 +369,8 @@ class Loader:
         batch = self._data.batch(ids, self._documents)
         if self._device.type != "cuda":
             return batch
+        import torch
+
         # Pinned, so that the copy to the GPU runs asynchronously; in this thread, since pinning takes time.
         with torch.cuda.device(self._device):
             documents = None if batch.documents is None else batch.documents.pin_memory()
@@ -371,6 +379,8 @@ class Loader:
 
 def _stack(samples: Sequence[Sample], ids: np.ndarray, documents: bool) -> Batch:
     """Return the batch of these samples, one per row."""
+    import torch
+
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
     indices = torch.from_numpy(np.stack([sample.documents for sample in samples])) if documents else None
     wrong = [f"sample {i}: {sample.wrong[0]}" for i, sample in zip(ids, samples, strict=True) if sample.wrong]

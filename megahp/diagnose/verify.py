@@ -227,6 +227,7 @@ def _outcome(config: Config, ranks: int) -> dict[str, Any]:
 
 
 def _main(run_file: str, outcome: str) -> None:
+    launch.allow_interrupts()
     config = resolve.load(run_file).config
     world = launch.world()
     launch.join(world, uses_cuda(config))

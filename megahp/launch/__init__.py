@@ -9,7 +9,7 @@ from megahp.launch.environment import (
     ranks_per_node,
     world,
 )
-from megahp.launch.processes import die_with_parent, is_repeat, notice_signals, spawn
+from megahp.launch.processes import allow_interrupts, die_with_parent, is_repeat, notice_signals, spawn
 from megahp.launch.rendezvous import (
     LOOPBACK,
     TIMEOUT,

@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from secrets import token_hex
 
-from megahp.exit_codes import FINAL
-from megahp.launch.rendezvous import LOOPBACK, SECONDS_TO_EXPLAIN, local_store
+from megahp.exit_codes import FINAL, USER_ERROR
+from megahp.launch.rendezvous import LOOPBACK, SECONDS_TO_EXPLAIN, listen, local_store
 from megahp.launch.secret import VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -31,11 +31,11 @@ def spawn(
 
     at_notice: returned instead where such a signal has ended a rank before it had a handler.
     """
-    store = local_store()  # held here, on a port the system picks, so that two runs never want the same one
+    listener = listen()  # on a port the system picks, so that two runs never want the same one
     common = os.environ | {
         VARIABLE: token_hex(32),
         "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(store.port),
+        "MASTER_PORT": str(listener.getsockname()[1]),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
@@ -50,19 +50,25 @@ def spawn(
         for process in processes:  # a rank that hangs would not react to the signal itself
             process.send_signal(signal.SIGKILL if is_final else number)
 
+    patience = SECONDS_TO_EXPLAIN
     before = {number: signal.signal(number, pass_on) for number in notice_signals()}
     try:
         for rank in range(ranks):
             environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=environment, preexec_fn=die_with_parent))
+            processes.append(subprocess.Popen(command, env=environment, preexec_fn=_before_exec))
         for _, number in notices[:1]:  # it came before some were started
             for process in processes:
                 process.send_signal(number)
+        # The store is held here, so that ranks that lose one another can still ask it; and only from now on, since this
+        # imports torch, as the ranks do at the same time. What they send to the socket before waits in it.
+        _store = local_store(listener)
         codes: list[int | None] = [None]
         while None in codes and not any(codes):
             time.sleep(0.05)
             codes = [process.poll() for process in processes]
         code = exit_code(codes)
+        if code == USER_ERROR:
+            patience *= 5  # each rank finds it for itself, and rank 0, which tells it, may be seconds behind
         if not notices:
             return code
         is_once = not any(is_repeat(number, when - notices[0][0]) for when, number in notices)
@@ -71,7 +77,7 @@ def spawn(
         return code if code in FINAL else 128 + notices[0][1]
     finally:
         # let them end by themselves; what they write is whole or is not there, so that killing is safe
-        deadline = time.monotonic() + SECONDS_TO_EXPLAIN
+        deadline = time.monotonic() + patience
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             time.sleep(0.05)
         for process in processes:
@@ -98,6 +104,17 @@ def die_with_parent() -> None:
     """Ask Linux to end this process when its parent is killed, which then cannot end it itself."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _before_exec() -> None:
+    die_with_parent()
+    # ctrl-C while a rank imports waits for allow_interrupts(), where it is no traceback
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+
+
+def allow_interrupts() -> None:
+    """Receive the ctrl-C that spawn() keeps from a rank until it can end on one."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
 
 
 def exit_code(codes: Sequence[int | None]) -> int:

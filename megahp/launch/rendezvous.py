@@ -119,12 +119,16 @@ def refuse_unknown(host: str, source: str) -> None:
         raise unknown from None
 
 
-def local_store(port: int = 0, timeout: timedelta = TIMEOUT) -> TCPStore:
-    """Return a store that this process holds, for ranks of this machine alone. Raises OSError where the port (0 = any)
-    is taken."""
+def listen(port: int = 0) -> socket.socket:
+    """Return a socket for a store for ranks of this machine alone: one of TCPStore's own would listen to all networks.
+    Raises OSError where the port (0 = any) is taken."""
+    return socket.create_server((LOOPBACK, port))
+
+
+def local_store(listener: socket.socket, timeout: timedelta = TIMEOUT) -> TCPStore:
+    """Return a store that this process holds, at this socket, which it takes over."""
     from torch.distributed import TCPStore
 
-    listener = socket.create_server((LOOPBACK, port))  # a socket of TCPStore's own would listen to all networks
     port = listener.getsockname()[1]
     return TCPStore(LOOPBACK, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
 
@@ -142,7 +146,7 @@ def _store(world: World, host: str, port: int, timeout: timedelta, holds: bool, 
     waiting.start()
     try:
         if holds and host == LOOPBACK:
-            store = local_store(port, timeout)
+            store = local_store(listen(port), timeout)
         else:
             store = dist.TCPStore(host, port, world.size, holds, timeout, wait_for_workers=False)
     except (OSError, dist.DistNetworkError, dist.DistStoreError) as error:

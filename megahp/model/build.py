@@ -13,7 +13,7 @@ from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
 from megahp.parallel.draw import initialise
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import Module, Row, distribute, parameters, probes, rows
+from megahp.parallel.parameters import Module, Row, distribute, is_dtensor, parameters, probes, rows
 from megahp.parallel.pipeline import split, stages_of
 from megahp.scaling.flops import layer_costs
 from megahp.scaling.parameterization import Role, table_of
@@ -32,7 +32,14 @@ class Model:
 
 def draw_weights(model: Transformer, config: Config, device: torch.device) -> None:
     """Allocate this rank's shards of a stage on `meta`, and draw their weights: the same on every layout."""
-    model.to_empty(device=device)
+    # not to_empty: empty_like of a plain `meta` tensor imports sympy, a third of a second that a rank alone saves
+    model._apply(
+        lambda weight: (
+            torch.empty_like(weight, device=device)
+            if is_dtensor(weight)
+            else torch.empty(weight.shape, dtype=weight.dtype, device=device)
+        )
+    )
     initialise(model, model.table, config.parameterization.init_std, config.train.seed)
 
 

@@ -15,6 +15,7 @@ from torch.autograd import Function
 
 from megahp.config import ModelConfig
 from megahp.model.mlp import MLP, activate
+from megahp.ops.compiler import uncompiled
 from megahp.parallel.collectives import all_reduce
 from megahp.parallel.expert import apply_experts
 from megahp.parallel.mesh import TensorAxis
@@ -40,7 +41,7 @@ class MoE(nn.Module):
         y = leave(self._routed(enter(x, self.axis), loss_weight), self.axis)
         return y + self.shared(x) if self.shared else y
 
-    @torch.compiler.disable  # the number of rows of an expert is data: the host must read it before the products
+    @uncompiled  # the number of rows of an expert is data: the host must read it before the products
     def _routed(self, x: Tensor, loss_weight: Tensor) -> Tensor:
         weights, chosen, load = self.router(x, loss_weight)  # [b, s, k], [b, s, k], [experts]
         out = apply_experts(self.experts, x.flatten(0, 1), chosen.flatten(0, 1), load, self.axis.experts)

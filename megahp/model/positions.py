@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from megahp.config import ModelConfig
 
@@ -94,7 +93,11 @@ def attention_bias(
     """
     windowed = 0 < window < span.stop
     if slopes is None and documents is None and not windowed:
-        return causal_lower_right(span.stop - span.start, span.stop) if span.start else None
+        if not span.start:
+            return None
+        from torch.nn.attention.bias import causal_lower_right  # here: it imports torch._dynamo, for half a second
+
+        return causal_lower_right(span.stop - span.start, span.stop)
     position = torch.arange(span.stop, device=device)
     distance = position[span, None] - position
     allowed = (distance >= 0)[None, None]

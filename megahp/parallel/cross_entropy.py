@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megahp.ops.compiler import uncompiled
 from megahp.parallel.collectives import all_reduce
 from megahp.parallel.mesh import Axis
 
@@ -17,7 +18,7 @@ KEPT = 2**28  # bytes of a microbatch's logits on this rank; more are computed a
 LOGITS_AT_ONCE = 2**21  # 8 MiB of fp32, which fits a CPU's cache (measured: docs/benchmarks/loss.md)
 
 
-@torch.compiler.disable  # compiled, forward's and backward's logits would be merged, and all of them kept
+@uncompiled  # compiled, forward's and backward's logits would be merged, and all of them kept
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float = 0.0) -> Tensor:
     """Return per-token losses in nats, log sum exp(x W^T) - (x W^T)[target], holding at most KEPT bytes of x W^T.
 

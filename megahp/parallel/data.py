@@ -1,16 +1,21 @@
 """Data parallelism: FSDP2 over blocks, summing gradients, never averaging."""
 
+from __future__ import annotations
+
 from collections.abc import Collection
 from functools import partial
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
 
 from megahp.config import ParallelConfig
 from megahp.parallel.mesh import EXPERT_SHARDS, Mesh
 from megahp.parallel.parameters import probes, storage
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import Shard
 
 
 def shard(
@@ -28,6 +33,10 @@ def shard(
     """
     if mesh.layout.dp * mesh.layout.cp == 1:
         return
+    # here: with what torch's FSDP2 imports it takes a second, which a rank alone need not wait
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
+
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
     # Pipelines do not reshard after forward (zero_level is then 1): under zero-bubble schedules, weights gathered twice
     # for a microbatch would get no gradients, silently.
@@ -67,7 +76,7 @@ def prepare_pass(model: nn.Module, is_last: bool, parallel: ParallelConfig) -> N
     Gradients add up on every rank and are reduced once a step, unless parallel.reduce = "every". ZeRO-1 gathers weights
     once a step, so it keeps them until the last backward pass.
     """
-    if isinstance(model, FSDPModule):
+    if _is_unit(model):
         model.set_requires_gradient_sync(is_last or parallel.reduce == "every")
         model.set_reshard_after_backward(is_last or parallel.zero_level > 1)
 
@@ -79,4 +88,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def fsdp_units(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [module for module in model.modules() if _is_unit(module)]
+
+
+def _is_unit(module: nn.Module) -> TypeGuard[FSDPModule]:
+    return hasattr(module, "set_requires_gradient_sync")  # not isinstance, which would import FSDP2

@@ -1,17 +1,28 @@
-"""The device that a rank computes on, and what the machine has for it."""
+"""The device that a rank computes on, and what the machine has for it.
+
+torch is imported where it is needed: `megahp train --ranks` checks settings without, and starts its ranks sooner.
+"""
+
+from __future__ import annotations
 
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from megahp.config import Config
 from megahp.errors import UserError
 from megahp.launch import World, has_own_device
 
+if TYPE_CHECKING:
+    import torch
+
 
 def uses_cuda(config: Config) -> bool:
     """Return whether this run computes on CUDA devices."""
-    return config.train.device == "cuda" or (config.train.device == "auto" and torch.cuda.is_available())
+    if config.train.device != "auto":
+        return config.train.device == "cuda"
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def memory_here() -> int:
@@ -26,6 +37,10 @@ def cores_here() -> int:
 
 def check_devices(config: Config, local_ranks: int) -> None:
     """Raise UserError when this machine has fewer CUDA devices than ranks."""
+    if not local_ranks:
+        return
+    import torch
+
     devices = torch.cuda.device_count()
     # a launcher may show each rank its own device alone: then every rank counts one
     if uses_cuda(config) and devices < local_ranks and not (devices == 1 and has_own_device()):
@@ -37,6 +52,8 @@ def check_devices(config: Config, local_ranks: int) -> None:
 
 def device_of(config: Config, world: World) -> torch.device:
     """Return this rank's device, and make it torch's current one; on CPUs, divide the cores among the local ranks."""
+    import torch
+
     if uses_cuda(config):
         index = 0 if torch.cuda.device_count() == 1 and has_own_device() else world.local_rank
         torch.cuda.set_device(index)

@@ -1,7 +1,8 @@
 """What a parameter *is*, in one declarative Row, and everything that needs the Row alone: where the weight lies on the
 mesh, over which axes its gradient is summed, which rank counts it in a norm.
 
-Weights are DTensors on the `tp` mesh (FSDP2 adds the data-parallel axes); the forward pass computes on `local(weight)`.
+Weights that tp or ep splits are DTensors on that mesh, the others plain (FSDP2 makes DTensors of all, with the
+data-parallel axes added); the forward pass computes on `local(weight)`.
 
 A gradient is complete once it is summed over every axis along which ranks compute different terms of the loss with the
 same entries of the weight:
@@ -13,17 +14,23 @@ the same from an input they share, `collectives.copy_to` has summed the input's 
 each rank's loss is divided by the tokens of the whole global batch.
 """
 
+from __future__ import annotations
+
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megahp.parallel.layout import AXES
 from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, Mesh
 from megahp.scaling.parameterization import Role
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 FLATTENED = {"_".join(axes): axes for axes in (SHARDS, EXPERT_SHARDS)}  # DeviceMesh's name of axes flattened into one
 
@@ -118,13 +125,17 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
-    """Replace each global `meta` parameter by a `meta` DTensor whose local part is split as its row says.
-
-    dtype: of the master weights and the probes.
-    """
+    """Convert each global `meta` parameter to `dtype`, that of the master weights and the probes; where tp or ep has
+    several ranks, replace it by a `meta` DTensor whose local part is split as its row says."""
     for module in model.modules():
         for name, row in getattr(module, "rows", {}).items():
             weight = getattr(module, name)
+            if all(getattr(mesh.layout, axis) == 1 for axis in row.split):
+                # plain: torch's DTensor, and torch._dynamo with it, take a second to import that a rank alone saves
+                setattr(module, name, nn.Parameter(weight.detach().to(dtype), requires_grad=row.trained))
+                continue
+            from torch.distributed.tensor import DTensor, Replicate, Shard
+
             part = list(weight.shape)
             for axis, dim in row.split.items():
                 if dim is not None:
@@ -142,9 +153,17 @@ def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
         probe.data = probe.data.to(dtype)
 
 
+def is_dtensor(weight: Tensor) -> TypeGuard[DTensor]:
+    if "torch.distributed.tensor" not in sys.modules:  # then there is none
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
+
+
 def local(weight: Tensor) -> Tensor:
     """Return this rank's part of a weight, inside autograd. A plain tensor is its own part."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+    return weight.to_local() if is_dtensor(weight) else weight
 
 
 def storage(weight: Tensor) -> Tensor:
@@ -154,7 +173,7 @@ def storage(weight: Tensor) -> Tensor:
 
 def extent(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return offsets and sizes, in the global weight, of the part this rank stores."""
-    if not isinstance(weight, DTensor):
+    if not is_dtensor(weight):
         return (0,) * weight.dim(), tuple(weight.shape)
     (chunk,) = weight.__create_chunk_list__()
     return tuple(chunk.offsets), tuple(chunk.sizes)
@@ -175,17 +194,19 @@ def part_of(weight: Tensor, whole: Tensor) -> Tensor:
 
 def like(weight: Tensor, part: Tensor) -> Tensor:
     """Return a tensor sharded like the weight, from this rank's part of it."""
-    if not isinstance(weight, DTensor):
+    if not is_dtensor(weight):
         return part
-    return DTensor.from_local(
+    return type(weight).from_local(
         part, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )
 
 
 def whole(weight: Tensor, part: Tensor) -> Tensor:
     """Gather the global tensor, on every rank, from the ranks' parts, sharded like the weight. A collective."""
-    if not isinstance(weight, DTensor):
+    if not is_dtensor(weight):
         return part
+    from torch.distributed.tensor import DTensor, Replicate
+
     mesh, shape, stride = weight.device_mesh, weight.shape, weight.stride()
     left = [Replicate() if mesh.size(axis) == 1 else placed for axis, placed in enumerate(weight.placements)]
     gathered = DTensor.from_local(part, mesh, left, run_check=False, shape=shape, stride=stride)
@@ -198,7 +219,7 @@ def whole(weight: Tensor, part: Tensor) -> Tensor:
 def replicated_axes(weight: Tensor, row: Row) -> set[str]:
     """Return the axes along which ranks hold equal copies of their part of this weight."""
     axes = {axis for axis in AXES if axis != "pp" or row.tied}
-    if isinstance(weight, DTensor):
+    if is_dtensor(weight):
         for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True):
             if not placement.is_replicate():  # not is_shard(), which FSDP2's own kind of shard denies
                 axes -= set(FLATTENED.get(name, (name,)))

@@ -6,22 +6,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
 
 from megahp.config import ParallelConfig
 from megahp.parallel.mesh import Mesh
 
-SCHEDULES: dict[str, Any] = {
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "zero-bubble": ScheduleInterleavedZeroBubble,
-    "zbv": ScheduleZBVZeroBubble,
+SCHEDULES = {  # their names in torch.distributed.pipelining
+    "1f1b": "Schedule1F1B",
+    "interleaved": "ScheduleInterleaved1F1B",
+    "zero-bubble": "ScheduleInterleavedZeroBubble",
+    "zbv": "ScheduleZBVZeroBubble",
 }
 
 
@@ -111,6 +104,8 @@ class Pipeline:
 
     def _schedule(self, count: int, tokens: Tensor) -> Any:
         """Return PyTorch's schedule for this many microbatches of this shape, which are fixed when it is built."""
+        from torch.distributed import pipelining  # here: it imports torch._dynamo, which takes half a second
+
         microbatch = tokens.chunk(count)[0].to("meta")
         key = (count, microbatch.shape)
         if key not in self.schedules:
@@ -119,7 +114,7 @@ class Pipeline:
             dtype = torch.promote_types(stream.dtype, torch.float32)
             losses = torch.empty_like(microbatch, dtype=dtype, requires_grad=True)
             stages = [
-                PipelineStage(
+                pipelining.PipelineStage(
                     stage,
                     number,
                     self.last + 1,
@@ -130,9 +125,9 @@ class Pipeline:
                 )
                 for number, stage in self.stages.items()
             ]
-            kind = SCHEDULES[self.parallel.schedule]
+            kind: Any = getattr(pipelining, SCHEDULES[self.parallel.schedule])
             schedule = kind(
-                stages[0] if kind is Schedule1F1B else stages,
+                stages[0] if kind is pipelining.Schedule1F1B else stages,
                 count,
                 loss_fn=lambda losses, weight: losses.sum() * weight.item(),
                 scale_grads=False,  # torch would divide by the microbatches; the weight has done it

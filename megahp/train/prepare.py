@@ -1,4 +1,9 @@
-"""Checks of a run before anything is built or written, and opening its data."""
+"""Checks of a run before anything is built or written, and opening its data.
+
+`megahp train --ranks` runs these checks before it starts ranks: what needs torch is imported only where it is used.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -7,12 +12,10 @@ import resource
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from megahp import checkpoint
 from megahp.config import (
     Config,
     TrainConfig,
@@ -33,12 +36,14 @@ from megahp.data.tokenizer import Tokenizer, fingerprint_of, load_tokenizer, ref
 from megahp.errors import UserError
 from megahp.files import read_json, refuse_links
 from megahp.log.wandb_log import check_wandb
-from megahp.ops.engines import fused_adam, linear_of, norm_of
 from megahp.parallel.device import check_devices, memory_here, uses_cuda
 from megahp.parallel.layout import Layout
 from megahp.scaling.batch import BatchScheduler, Progress, batch_multiple, least_batch, runnable
 from megahp.scaling.flops import parameters as parameter_count
 from megahp.train.advice import advice, beyond_cpus
+
+if TYPE_CHECKING:
+    from megahp import checkpoint
 
 WRONG_SAMPLES = "mend it, leave the document out with data.skip, or set data.wrong_samples=skip"  # the remedy
 OTHER_FILES = 1024  # open in a rank beside its data: sockets and libraries
@@ -54,7 +59,8 @@ def prepare(
     directory, and on resume that the run is the same one. Returns the config with the vocabulary filled in. Raises
     UserError.
 
-    local_ranks: on this machine, 0 on one that only submits the run; warn: called with each warning about a new run.
+    local_ranks: on this machine, 0 where others will check its devices and memory (a machine that only submits the run,
+    a process that only starts ranks); warn: called with each warning about a new run.
     """
     check_devices(config, local_ranks)
     check_engines(config)
@@ -73,6 +79,8 @@ def prepare(
     if not resume and (saved or (config.directory / "metrics.jsonl").exists()):
         raise UserError(f"{saved or config.directory} already exists; pass --resume auto to continue, or set log.name")
     if resume and saved:
+        from megahp import checkpoint
+
         state = checkpoint.read_state(saved)
         config = in_saved_order(config, state)
         refuse_changes(config, state["config"], saved, {"always", "unless dense", "on resume"})
@@ -81,6 +89,8 @@ def prepare(
     else:
         check_batch(config, layout, config.batch.global_batch)
         if config.train.start_from:
+            from megahp import checkpoint
+
             start_tokens = check_start(config, layout, checkpoint.find(checkpoint.location(config.train.start_from)))
     data = open_data(config)
     check_token_ids(config, data)
@@ -169,7 +179,12 @@ def with_validation(config: Config, data: TrainingData, warn: Callable[[str], No
 
 def newest(config: Config) -> checkpoint.Location | None:
     """Return the checkpoint that the run would resume from. Raises UserError."""
-    return checkpoint.first_valid(checkpoint.candidates(config.directory / "checkpoints", config.checkpoint.remote))
+    folder, remote = config.directory / "checkpoints", config.checkpoint.remote
+    if not remote and not folder.exists():
+        return None
+    from megahp import checkpoint
+
+    return checkpoint.first_valid(checkpoint.candidates(folder, remote))
 
 
 def refuse_without_checkpoint(config: Config) -> None:
@@ -217,7 +232,7 @@ def check_memory(config: Config, layout: Layout, local_ranks: int) -> None:
     parameters = parameter_count(config.model, longest(config))
     share = 4 * parameters * layout.dp_replicate / math.prod(layout.shape)
     needed, memory = share * local_ranks, memory_here()
-    if not uses_cuda(config) and needed > memory:
+    if needed > memory and not uses_cuda(config):
         raise UserError(
             f"the model's {parameters:,} parameters take at least {needed / 1e9:,.0f} GB of this machine, which has "
             f"{memory / 1e9:,.0f} GB; make it smaller, or shard it over more machines"
@@ -238,19 +253,28 @@ def check_best(config: Config) -> None:
 
 def check_engines(config: Config) -> None:
     """Raise UserError when a configured engine is not installed, or cannot compute on the run's device."""
+    own = {"compute.norms": "megahp", "compute.fp8": "none", "optimizer.engine": "torch"}
+    if all(get_setting(config, key) == value for key, value in own.items()):
+        return
+    import torch
+
+    from megahp.ops.engines import fused_adam, linear_of, norm_of
+
     if config.compute.norms != "megahp":
         norm_of(config.compute.norms, config.model.norm)
     if config.compute.fp8 != "none":
         linear_of(config.compute.fp8, torch.device("cpu"), 16, 16)
     if config.optimizer.engine == "apex":
         fused_adam()
-    for key in ("compute.norms", "compute.fp8", "optimizer.engine"):
+    for key in own:
         if (engine := get_setting(config, key)) in ("apex", "transformer-engine") and not uses_cuda(config):
             raise UserError(f"{key} = {engine!r} computes on CUDA devices only; train on one, or remove it")
 
 
 def check_start(config: Config, layout: Layout, path: checkpoint.Location) -> int:
     """Return the tokens that a checkpoint was trained on. Raises UserError when this run cannot start from it."""
+    from megahp import checkpoint
+
     state = checkpoint.read_state(path)
     # a sparse run may become dense: what was masked is then trained, from 0 (MediSwift, arXiv 2403.00952)
     sparse = config.sparsity.method != "none"

@@ -278,7 +278,7 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
     "causal mask of a later span (cp)": (
         "llama",
         CONTEXT,
-        lambda: mock.patch.object(positions, "causal_lower_right", causal_upper_left),
+        lambda: mock.patch("torch.nn.attention.bias.causal_lower_right", causal_upper_left),
     ),
     "mask and distances of a later span (cp)": (
         "alibi",

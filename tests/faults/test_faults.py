@@ -21,7 +21,9 @@ from corpus import write_corpus
 from faults.test_soak import RUN
 from logged import numbers
 
-from megahp import checkpoint
+from megahp import checkpoint, launch
+from megahp.exit_codes import USER_ERROR
+from megahp.launch import processes
 from megahp.log.metrics import read_events
 from megahp.log.replay import replay
 
@@ -149,6 +151,14 @@ def test_a_last_step_that_is_left_out_is_saved_all_the_same(folder: Path) -> Non
     assert code == 0, said
     (saved,) = checkpoint.complete(folder / "runs/last/checkpoints")
     assert saved.name == "step-00000040"
+
+
+def test_rank0_may_explain_a_mistake_late(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A mistake that every rank finds for itself is told by rank 0, even where it gets there after the others."""
+    monkeypatch.setattr(processes, "SECONDS_TO_EXPLAIN", 0.2)
+    rank = "import os, sys, time; rank = int(os.environ['RANK']); rank or time.sleep(0.6) or print('told'); sys.exit(2)"
+    assert launch.spawn([], 2, ("-c", rank)) == USER_ERROR
+    assert capfd.readouterr().out == "told\n"
 
 
 def test_a_signal_between_two_starts_ends_it(folder: Path) -> None:

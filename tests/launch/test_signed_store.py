@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from megahp.errors import Fault
-from megahp.launch.rendezvous import local_store
+from megahp.launch.rendezvous import listen, local_store
 from megahp.launch.signed_store import SignedStore
 
 KEY = b"a secret of the ranks"
@@ -23,7 +23,7 @@ KEY = b"a secret of the ranks"
 @pytest.fixture
 def stranger() -> dist.TCPStore:
     """A connection to a store, which it holds, without the key."""
-    return local_store(timeout=timedelta(seconds=20))
+    return local_store(listen(), timeout=timedelta(seconds=20))
 
 
 @pytest.fixture
