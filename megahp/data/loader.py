@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import operator
 from bisect import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +212,19 @@ class TrainingData:
         Windows that are skipped, or hold an id outside the vocabulary, are passed over. Raises UserError for a source
         or set that has fewer.
         """
+        rows = self._validation_rows(count)
+        names = np.array([name for name, _ in rows])
+        groups = {name: names == name for name in (*self._prefixes, *self._sets) if name in names}
+        main = ~np.isin(names, list(self._sets)) if self._validation else np.ones(len(rows), bool)
+        batch = _stack([sample for _, sample in rows], np.arange(len(rows)), documents=True)
+        return ValidationSamples(batch, {"": main, **groups} if len(groups) > 1 else {"": main})
+
+    def wrong_in_validation(self, count: int) -> list[str]:
+        """Return the `wrong` of what `validation` returns, without torch."""
+        return _wrong([sample for _, sample in self._validation_rows(count)], itertools.count())
+
+    def _validation_rows(self, count: int) -> list[tuple[str, Sample]]:
+        """Return the windows to validate on, each with the name of its source or set."""
         if not self._validation and not self._sets:
             raise UserError("validation_fraction is 0, so there is nothing to validate on; set it above 0")
         rows: list[tuple[str, Sample]] = []
@@ -219,14 +232,9 @@ class TrainingData:
             source, j = Blend(self.phases[-1].weights).locate(np.arange(count))
             windows = {k: self._windows(self._validation[k], source.tolist().count(k)) for k in set(source.tolist())}
             rows += [(self._prefixes[k], windows[k][number]) for k, number in zip(source, j, strict=True)]
-        mixture = len(rows)
         for name, order in self._sets.items():
             rows += [(name, sample) for sample in self._windows(order, count, f" (data.validation: {name})")]
-        names = np.array([name for name, _ in rows])
-        groups = {name: names == name for name in (*self._prefixes, *self._sets) if name in names}
-        main = np.arange(len(rows)) < (mixture or len(rows))
-        batch = _stack([sample for _, sample in rows], np.arange(len(rows)), documents=True)
-        return ValidationSamples(batch, {"": main, **groups} if len(groups) > 1 else {"": main})
+        return rows
 
     def most_validation_samples(self, count: int) -> int:
         """Return the largest number, up to `count`, of validation samples that there are by the mixture's weights, and
@@ -287,7 +295,7 @@ class TrainingData:
 
     def _windows(self, order: SampleOrder, count: int, of: str = "") -> list[Sample]:
         """Return the first `count` windows of an order of validation documents. Raises UserError if it has fewer."""
-        windows = list(islice(order.samples(0, order.window, order.windows), count))
+        windows = list(itertools.islice(order.samples(0, order.window, order.windows), count))
         if len(windows) < count:
             raise UserError(
                 f"train.validation_samples = {count}, but data {order.prefix!r}{of} has {len(windows)} sequences of "
@@ -383,5 +391,9 @@ def _stack(samples: Sequence[Sample], ids: np.ndarray, documents: bool) -> Batch
 
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
     indices = torch.from_numpy(np.stack([sample.documents for sample in samples])) if documents else None
-    wrong = [f"sample {i}: {sample.wrong[0]}" for i, sample in zip(ids, samples, strict=True) if sample.wrong]
-    return Batch(tokens, indices, ids, wrong)
+    return Batch(tokens, indices, ids, _wrong(samples, ids))
+
+
+def _wrong(samples: Sequence[Sample], ids: Iterable[int]) -> list[str]:
+    """Return for each sample in whose place another stands which id is outside the vocabulary, and where."""
+    return [f"sample {i}: {sample.wrong[0]}" for i, sample in zip(ids, samples, strict=False) if sample.wrong]

@@ -171,7 +171,7 @@ def with_validation(config: Config, data: TrainingData, warn: Callable[[str], No
                 f"warning: train.validation_samples = {fits} in place of the default, {asked}: {held_out} holds out no "
                 "more by the mixture's weights; raise it, or add data"
             )
-    wrong = data.validation(config.train.validation_samples).batch.wrong
+    wrong = data.wrong_in_validation(config.train.validation_samples)
     if wrong and config.data.wrong_samples == "refuse":
         raise UserError(f"validation {wrong[0]}; {WRONG_SAMPLES}")
     return config
