@@ -15,6 +15,7 @@ from torch import Tensor
 from megahp.model.moe import Router
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
+from megahp.parallel.parameters import storage
 from megahp.train.validation import validate
 
 F64 = "train.dtype=float64"
@@ -81,7 +82,7 @@ def both_layers(family: str, favoured: bool) -> dict[str, tuple[Tensor, Tensor]]
     unit = 0.37
     x = torch.randn(3, 7, 32, generator=generator, dtype=torch.float64)
     if favoured:  # the router sees one direction, in which all tokens lie
-        layer.router.weight.data.to_local().copy_(
+        storage(layer.router.weight).copy_(
             torch.linspace(-0.1, 0.1, len(layer.router.bias))[:, None].expand(-1, 32)
         )
         x = x.abs()
