@@ -7,9 +7,9 @@ The manifest holds the size and the SHA-256 of every file, and its own; `load` c
 byte with it before a weight is touched. A run's checkpoint.remote gets copies, the manifest last.
 
 The order of writing is what keeps them safe. Each file is synced after it is written: tensors, index, state. The
-manifest, written last, lists what the disk gives back of them. Then the folder is synced, renamed, and its parent
-synced. So whatever kills the writer, a folder that is named step-* is whole, and one that is named .partial-* is
-ignored.
+manifest, written last, lists what was in memory of them: what changes on the way to the disk differs from it. Then
+the folder is synced, renamed, and its parent synced. So whatever kills the writer, a folder that is named step-* is
+whole, and one that is named .partial-* is ignored.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -95,8 +96,8 @@ class Store:
             if (free := shutil.disk_usage(self.folder).free) < size:  # now, not after minutes of writing
                 raise OSError(f"it takes {size:,} bytes and {free:,} are free")
 
-        def finish() -> None:
-            publish(partial, self.target, state_json)
+        def finish(digests: dict[str, str]) -> None:
+            publish(partial, self.target, state_json, digests)
             for old in superseded(self.folder, self.target, self.keep):  # only once a newer one is published
                 remove(old)
             if self.keep.remote:
@@ -134,18 +135,18 @@ def write(target: Path, tensors: Iterable[tuple[str, Tensor]], state: Mapping[st
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_tensors(partial, tensors, limit)
-    publish(partial, target, _to_json(state))
+    digests = write_tensors(partial, tensors, limit)
+    publish(partial, target, _to_json(state), digests)
 
 
-def publish(partial: Path, target: Path, state: str) -> None:
-    """Make a folder that holds the tensors a checkpoint: add state and manifest, then rename it.
+def publish(partial: Path, target: Path, state: str, digests: Mapping[str, str]) -> None:
+    """Make a folder that holds the tensors a checkpoint: add state and manifest, then rename it. digests: the SHA-256
+    of the files that are there.
 
     All its files are on the disk before it has the name under which it is loaded, and the name itself is on the disk
     when this returns: the caller removes older checkpoints then.
     """
-    write_synced(partial / "state.json", state)
-    write_manifest(partial)
+    write_manifest(partial, {**digests, **write_synced(partial / "state.json", state)})
     if target.exists():  # of the same step: damaged, or from before a restart at an older one
         problems(target, shards=False)  # raises where it cannot be read: it may be whole, and is not removed
         remove(target)
@@ -310,42 +311,56 @@ def settings_of(checkpoint: Location) -> Config:
 def load(checkpoint: Location, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors, in place and on whatever layout they have, as one of the ranks, which all call this.
 
-    The ranks share out the files and compare every byte with the manifest before a tensor is touched. Raises
-    DamagedError, on all ranks, for what is wrong on one: some tensors are filled by then, if it is a chunk's checksum.
-    Raises UnreadableError, or UserError for what does not fit.
+    The ranks share out the files and compare every byte with the manifest before a tensor is touched; what a rank needs
+    of a file that it has compared, it keeps. Raises DamagedError, on all ranks, for what is wrong on one: some tensors
+    are filled by then, if it is the checksum of a chunk in another rank's file. Raises UnreadableError, or UserError
+    for what does not fit.
     """
-    found = gather_results(lambda: problems(checkpoint, dist.get_rank(), dist.get_world_size()), kinds=shards.ERRORS)
+    reads: list[shards.Read] = []
+
+    def check() -> list[str]:
+        if found := problems(checkpoint, shards=False):  # before the index is believed
+            return found
+        with naming(checkpoint):
+            reads.extend(shards.plan_reads(checkpoint, tensors))
+        return problems(checkpoint, dist.get_rank(), dist.get_world_size(), reads=reads)
+
+    found = gather_results(check, kinds=shards.ERRORS)
     if why := on_rank0(lambda: next((problem for of_rank in found for problem in of_rank), "")):
         raise damaged(checkpoint, why)
 
     def read() -> None:
         with naming(checkpoint):
-            shards.fill(checkpoint, tensors)
+            shards.fill(checkpoint, reads)
 
     gather_results(read, kinds=shards.ERRORS)
 
 
-def problems(checkpoint: Location, rank: int = 0, ranks: int = 1, shards: bool = True) -> list[str]:
+def problems(
+    checkpoint: Location, rank: int = 0, ranks: int = 1, shards: bool = True, reads: Sequence[shards.Read] = ()
+) -> list[str]:
     """Return what is wrong with the files of a checkpoint, one line each: missing, longer, shorter or changed. Raises
     UnreadableError for what cannot be read.
 
     The tensors' files are divided over `ranks` ranks; every rank reads the JSON files. Without `shards` only the sizes
-    of the tensors' files are compared.
+    of the tensors' files are compared. reads: chunks to keep, as by `digest`.
     """
     try:
         files = read_manifest(checkpoint)
     except DamagedError as error:
         return [str(error)]
     found = []
-    for number, (name, entry) in enumerate(files.items()):
+    numbers = {name: number for number, name in enumerate(name for name in files if not name.endswith(".json"))}
+    for name, entry in files.items():
         file = checkpoint / name
-        is_read = shards and number % ranks == rank or name.endswith(".json")  # small, and used by all
+        # JSON is small, and used by all; on the layout that wrote them, a rank reads the tensors that it wrote
+        is_read = shards and numbers[name] % ranks == rank if name in numbers else True
         try:
             with reading(file):
                 size = size_of(file)
             if size != entry["bytes"]:
                 found.append(f"{name} has {size:,} bytes and was written with {entry['bytes']:,}")
-            elif is_read and digest(file) != entry["sha256"]:
+            elif is_read and digest(file, reads) != entry["sha256"]:
                 found.append(f"{name} is not what was written")
         except DamagedError as error:
             found.append(str(error))
@@ -366,11 +381,12 @@ def problems(checkpoint: Location, rank: int = 0, ranks: int = 1, shards: bool =
     ]
 
 
-def write_manifest(checkpoint: Path) -> None:
-    """List every file of a folder, with a digest of the list itself."""
+def write_manifest(checkpoint: Path, digests: Mapping[str, str] = MappingProxyType({})) -> None:
+    """List every file of a folder, with a digest of the list itself. digests: the files' SHA-256 where it is known; of
+    others it is of what the disk gives back."""
     files = sorted(checkpoint.iterdir())
-    # of what the disk gives back, not of what was in memory
-    entries = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in files}
+    sums = {file.name: digests.get(file.name) or digest(file) for file in files}
+    entries = {file.name: {"bytes": file.stat().st_size, "sha256": sums[file.name]} for file in files}
     write_synced(checkpoint / MANIFEST, _sealed(entries, VERSION))
     sync(checkpoint)
 
