@@ -386,28 +386,26 @@ def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> tup
     header += b" " * (-len(header) % 8)
     head = len(header).to_bytes(8, "little") + header
 
-    def sums() -> tuple[list[int], str]:
-        sha256, crcs = hashlib.sha256(head), []
+    def sha256_of_all() -> str:
+        sha256 = hashlib.sha256(head)
         for buffer in buffers:
             sha256.update(buffer)
-            crcs.append(zlib.crc32(buffer))
-        return crcs, sha256.hexdigest()
+        return sha256.hexdigest()
 
     # of what is in memory, not of what the disk gives back: what changes on the way there must show
-    with ThreadPoolExecutor(1) as hashing, path.open("wb") as file:
-        summing = hashing.submit(sums)
+    with ThreadPoolExecutor(2) as sums, path.open("wb") as file:
+        sha256, crcs = sums.submit(sha256_of_all), sums.map(zlib.crc32, buffers)
         file.write(head)
         for buffer in buffers:
             file.write(buffer)
         file.flush()
         os.fsync(file.fileno())
-        crcs, sha256 = summing.result()
     chunks = {}
     for key, buffer, end, crc32 in zip(order, buffers, ends, crcs, strict=True):
         offsets, values = parts[key]
         begin = len(head) + end - len(buffer)
         chunks[key] = Chunk(list(offsets), list(values.shape), path.name, begin, len(buffer), crc32)
-    return chunks, sha256
+    return chunks, sha256.result()
 
 
 def _assign_writers(held: Sequence[Mapping[str, int]]) -> tuple[dict[str, int], int]:

@@ -10,7 +10,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from checkpoint import writer
 from distributed import world
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megahp import checkpoint
+from megahp.checkpoint import shards
 from megahp.checkpoint.store import superseded, write_manifest
 from megahp.config import CheckpointConfig
 from megahp.errors import UserError
@@ -87,6 +88,117 @@ def test_the_shards_are_safetensors_that_the_library_reads(tmp_path: Path) -> No
     assert all(torch.equal(value, tensors(3)[name]) for name, value in load_file(shard).items())
 
 
+def test_a_file_is_byte_for_byte_the_librarys(tmp_path: Path) -> None:
+    """Of every type that is saved, in the library's own order, whatever the names and shapes."""
+    types = enumerate(shards.DTYPES.values())
+    named = {f'{9 - number}."é\\': torch.arange(3 * number).to(dtype).reshape(3, number) for number, dtype in types}
+    named |= {name: value.clone() for name, value in tensors(5).items()}
+    checkpoint.write(path := tmp_path / "step-00000001", named.items(), {}, 2**20)
+    save_file(named, tmp_path / "theirs")
+    (shard,) = path.glob("*.safetensors")
+    assert shard.read_bytes() == (tmp_path / "theirs").read_bytes() and checkpoint.problems(path) == []
+
+
+FILES = ("shard-00000.safetensors", "index.json", "state.json", "manifest.json")
+
+
+def syncs(monkeypatch: pytest.MonkeyPatch, before: Callable[[Path], None]) -> None:
+    """Call before(path) whenever a file or folder is about to be synced."""
+    sync = os.fsync
+
+    def told(fd: int) -> None:
+        before(Path(os.readlink(f"/proc/self/fd/{fd}")))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", told)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bit_that_flips_on_the_way_to_the_disk_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The manifest lists what was in memory, not what the disk gives back."""
+
+    def flip(path: Path) -> None:
+        if path.name == name:
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 4
+            path.write_bytes(content)
+
+    syncs(monkeypatch, flip)
+    path = save(tmp_path, 1)
+    assert checkpoint.problems(path) == [f"{name} is not what was written"] or name == "manifest.json"
+    with pytest.raises(checkpoint.DamagedError, match=name):
+        loaded(path)
+
+
+def test_all_is_synced_before_a_checkpoint_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the name before the save ends."""
+    done: list[str] = []
+    whole: dict[str, int] = {}
+    rename = Path.rename
+
+    def synced(path: Path) -> None:
+        done.append(path.name)
+        whole[path.name] = path.stat().st_size
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append("renamed")
+        return rename(path, target)
+
+    syncs(monkeypatch, synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    path = save(tmp_path, 1)
+    at = done.index("renamed")
+    assert sorted(done[: at - 1]) == sorted(FILES) and done[at - 1] == ".partial-00000001"
+    assert done[at + 1 :] == [tmp_path.name]
+    assert all(whole[name] == (path / name).stat().st_size for name in FILES)  # nothing is written after its sync
+
+
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are opened from now on."""
+    names, open_file = [], Path.open
+
+    def noted(self: Path, *words: Any, **more: Any) -> Any:
+        names.append(self.name)
+        return open_file(self, *words, **more)
+
+    monkeypatch.setattr(Path, "open", noted)
+    return names
+
+
+def test_a_file_is_read_once_to_be_checked_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of one that is needed in small part only that is held in memory, read again."""
+    path = save(tmp_path, 3)
+    names = opened(monkeypatch)
+    assert torch.equal(loaded(path)["model.half"], tensors(3)["model.half"])
+    assert names.count("shard-00000.safetensors") == 1
+    names.clear()
+    checkpoint.load(path, half := {"model.half": torch.zeros(6, dtype=torch.bfloat16)})
+    assert torch.equal(half["model.half"], tensors(3)["model.half"])
+    assert names.count("shard-00000.safetensors") == 2
+
+
+@pytest.mark.parametrize("needed", [["model.half"], list(tensors(1))], ids=["a part", "all"])
+def test_both_sums_are_compared(tmp_path: Path, needed: list[str]) -> None:
+    """A chunk that differs from its own sum, in a file that is as the manifest lists it: as when it was written by a
+    megahp that listed what the disk gave back."""
+    path = save(tmp_path, 3)
+    index = json.loads((path / "index.json").read_text())
+    begin = index["tensors"]["model.half"]["chunks"][0]["begin"]
+    shard = path / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[begin] ^= 1
+    shard.write_bytes(content)
+    (path / "manifest.json").unlink()
+    write_manifest(path)
+    assert checkpoint.problems(path) == []
+    found = {name: torch.zeros_like(tensors(1)[name]) for name in needed}
+    with pytest.raises(checkpoint.DamagedError, match=f"the part of model.half at byte {begin} is not what was"):
+        checkpoint.load(path, found)
+    assert not any(value.any() for value in found.values())
+
+
 def test_saving_in_the_background_copies_first(tmp_path: Path) -> None:
     store, now, state = checkpoint.Store(tmp_path, CheckpointConfig()), tensors(1), {"averages": {"noise": 1.0}}
     store.begin(1, now, state)
@@ -122,7 +234,7 @@ def test_any_flipped_bit_is_refused(tmp_path: Path) -> None:
     assert checkpoint.problems(path) == []
 
 
-@pytest.mark.parametrize("name", ["shard-00000.safetensors", "index.json", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "cut", "longer", "another's"])
 def test_a_damaged_file_is_named_and_the_one_before_serves(tmp_path: Path, name: str, damage: str) -> None:
     before, path = (save(tmp_path, step, number=step) for step in (1, 2))

@@ -47,9 +47,9 @@ def train(folder: str, steps: int, told: Connection | None = None, fatal: int | 
     if fatal is not None:
         sync = os.fsync
 
-        def told_sync(file: Any) -> None:
-            sys.audit("os.fsync", file)  # which Python does not tell by itself
-            sync(file)
+        def told_sync(fd: Any) -> None:
+            sys.audit("os.fsync", fd)  # which Python does not tell by itself
+            sync(fd)
 
         os.fsync = told_sync
         sys.addaudithook(killer(folder, fatal))
