@@ -167,34 +167,35 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_a_file_is_read_once_to_be_checked_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And of one that is needed in small part only that is held in memory, read again."""
-    path = save(tmp_path, 3)
+LARGE = {"small": torch.arange(1.0, 300), "most": torch.arange(1.0, 1000).bfloat16(), "none": torch.empty(0)}
+
+
+@pytest.mark.parametrize(("needed", "reads"), [(["small", "most", "none"], 1), (["most"], 1), (["small"], 2)], ids=str)
+def test_a_file_is_read_once_to_be_checked_and_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: list[str], reads: int
+) -> None:
+    """But of one that is needed in small part no more than that is held in memory: the part is read again."""
+    checkpoint.write(path := tmp_path / "step-00000001", LARGE.items(), {}, 2**20)
     names = opened(monkeypatch)
-    assert torch.equal(loaded(path)["model.half"], tensors(3)["model.half"])
-    assert names.count("shard-00000.safetensors") == 1
-    names.clear()
-    checkpoint.load(path, half := {"model.half": torch.zeros(6, dtype=torch.bfloat16)})
-    assert torch.equal(half["model.half"], tensors(3)["model.half"])
-    assert names.count("shard-00000.safetensors") == 2
+    checkpoint.load(path, found := {name: torch.zeros_like(LARGE[name]) for name in needed})
+    assert all(torch.equal(value, LARGE[name]) for name, value in found.items())
+    assert names.count("shard-00000.safetensors") == reads
 
 
-@pytest.mark.parametrize("needed", [["model.half"], list(tensors(1))], ids=["a part", "all"])
+@pytest.mark.parametrize("needed", [["small"], ["small", "most"]], ids=["a part", "all"])
 def test_both_sums_are_compared(tmp_path: Path, needed: list[str]) -> None:
     """A chunk that differs from its own sum, in a file that is as the manifest lists it: as when it was written by a
     megahp that listed what the disk gave back."""
-    path = save(tmp_path, 3)
-    index = json.loads((path / "index.json").read_text())
-    begin = index["tensors"]["model.half"]["chunks"][0]["begin"]
-    shard = path / "shard-00000.safetensors"
-    content = bytearray(shard.read_bytes())
+    checkpoint.write(path := tmp_path / "step-00000001", LARGE.items(), {}, 2**20)
+    begin = json.loads((path / "index.json").read_text())["tensors"]["small"]["chunks"][0]["begin"]
+    content = bytearray((path / "shard-00000.safetensors").read_bytes())
     content[begin] ^= 1
-    shard.write_bytes(content)
+    (path / "shard-00000.safetensors").write_bytes(content)
     (path / "manifest.json").unlink()
     write_manifest(path)
     assert checkpoint.problems(path) == []
-    found = {name: torch.zeros_like(tensors(1)[name]) for name in needed}
-    with pytest.raises(checkpoint.DamagedError, match=f"the part of model.half at byte {begin} is not what was"):
+    found = {name: torch.zeros_like(LARGE[name]) for name in needed}
+    with pytest.raises(checkpoint.DamagedError, match=f"the part of small at byte {begin} is not what was written"):
         checkpoint.load(path, found)
     assert not any(value.any() for value in found.values())
 
