@@ -354,7 +354,7 @@ def problems(
     for name, entry in files.items():
         file = checkpoint / name
         # JSON is small, and used by all; on the layout that wrote them, a rank reads the tensors that it wrote
-        is_read = shards and numbers[name] % ranks == rank if name in numbers else True
+        is_read = name not in numbers or shards and numbers[name] % ranks == rank
         try:
             with reading(file):
                 size = size_of(file)
