@@ -14,14 +14,13 @@ import os
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,7 +35,7 @@ from megahp.parallel.parameters import extent, storage
 
 INDEX = "index.json"
 LARGEST_JSON = 2**31  # bytes, before memory runs out on a file that is none; an index has about 150 for each chunk
-BLOCK = 2**22  # bytes read at a time: large enough that a thread's hand-over costs nothing
+BLOCK = 2**20  # bytes hashed at a time: they stay in a core's cache, and a thread's hand-over costs nothing
 SAFETENSORS = {  # names of the types, in the order in which the library lays them out in a file
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
     torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -147,20 +146,12 @@ def write_shard(
     return entries, {path.name: sha256}
 
 
-@dataclass
-class Read:
-    """A chunk that a rank needs."""
+def fill(folder: Location, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the tensors, in place and on whatever layout they have, from a checkpoint: each rank reads the chunks that
+    overlap its part.
 
-    chunk: Chunk
-    name: str  # of the tensor
-    target: Tensor  # a region of this rank's part of it
-    window: tuple[slice, ...]  # the same region in the chunk
-    values: Tensor | None = None  # of the whole chunk, if `digest` has kept them
-
-
-def plan_reads(folder: Location, tensors: Mapping[str, Tensor]) -> list[Read]:
-    """Return the chunks that overlap this rank's parts of the tensors, whatever their layout, in the order in which
-    they lie in the files. Raises DamagedError, UnreadableError, and UserError for tensors that do not fit."""
+    Raises DamagedError for what is not what was written, UnreadableError, and UserError for tensors that do not fit.
+    """
     index, reads = read_index(folder), []
     for name, tensor in tensors.items():
         stored = index.get(name)
@@ -175,18 +166,15 @@ def plan_reads(folder: Location, tensors: Mapping[str, Tensor]) -> list[Read]:
             lengths = [end - start for start, end in zip(starts, ends, strict=True)]
             if all(length > 0 for length in lengths):
                 target = storage(tensor)[_window(starts, lengths, offsets)]
-                reads.append(Read(chunk, name, target, _window(starts, lengths, chunk.offsets)))
-    return sorted(reads, key=lambda read: (read.chunk.file, read.chunk.begin))
-
-
-def fill(folder: Location, reads: Iterable[Read]) -> None:
-    """Fill the tensors, in place, from what `digest` has kept and else from the files. Raises DamagedError for what is
-    not what was written, and UnreadableError."""
-    for read in reads:
-        if read.values is None:
-            read.values = read_chunk(folder / read.chunk.file, read.chunk, read.target.dtype, read.name)
-        read.target.copy_(read.values[read.window])
-        read.values = None
+                reads.append((chunk, name, target, _window(starts, lengths, chunk.offsets)))
+    # only now, when all fit; in the order of the files, which are read from front to back
+    for chunk, name, target, window in sorted(reads, key=lambda read: (read[0].file, read[0].begin)):
+        path = folder / chunk.file
+        if target.nbytes == chunk.bytes and target.is_cpu and target.is_contiguous():  # all of it: no copy, no memory
+            read_chunk(path, chunk, target, name)
+        else:
+            whole = torch.empty(chunk.shape, dtype=target.dtype)
+            target.copy_(read_chunk(path, chunk, whole, name)[window])
 
 
 class ByName(Mapping[str, Tensor]):
@@ -214,7 +202,8 @@ class Tensors(ByName):
         whole = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
         for chunk in entry["chunks"]:
             with naming(self.folder):
-                part = read_chunk(self.folder / chunk.file, chunk, whole.dtype, name)
+                values = torch.empty(chunk.shape, dtype=whole.dtype)
+                part = read_chunk(self.folder / chunk.file, chunk, values, name)
             whole[_window(chunk.offsets, chunk.shape, [0] * whole.dim())] = part
         return whole
 
@@ -279,46 +268,30 @@ def read_index(folder: Location) -> dict[str, schema.Stored]:
     return tensors
 
 
-def read_chunk(path: Location, chunk: Chunk, dtype: torch.dtype, name: str) -> Tensor:
-    """Return one chunk's values. Raises DamagedError, or UnreadableError."""
+def read_chunk(path: Location, chunk: Chunk, values: Tensor, name: str) -> Tensor:
+    """Fill a contiguous tensor of the CPU with one chunk's values, and return it. Raises DamagedError, or
+    UnreadableError."""
+    data = _bytes_of(values)
     with reading(path), path.open("rb") as file:
         file.seek(chunk.begin)
-        data = memoryview(bytearray(file.read(chunk.bytes)))
-    return _checked(data, path, chunk, dtype, name)
-
-
-def _checked(data: memoryview, path: Location, chunk: Chunk, dtype: torch.dtype, name: str) -> Tensor:
-    """Return a chunk's bytes as its values. Raises DamagedError unless they have its sum: beside the file's, which may
-    have been computed on another rank, from what that one has read."""
-    if len(data) != chunk.bytes or zlib.crc32(data) != chunk.crc32:
+        count = file.readinto(data)
+    # beside the file's sum, which may have been computed on another rank, of what that one has read
+    if count != chunk.bytes or zlib.crc32(data) != chunk.crc32:
         raise DamagedError(f"{path}: the part of {name} at byte {chunk.begin} is not what was written")
-    values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return values.view(torch.Size(chunk.shape))
+    return values
 
 
-def digest(path: Location, reads: Sequence[Read] = ()) -> str:
-    """Return the SHA-256 of a file. Of its chunks, those in `reads` are kept for `fill`, if they are most of the file:
-    then it is read once. Raises DamagedError, or UnreadableError."""
-    reads = [read for read in reads if read.chunk.file == path.name]
-    with reading(path), path.open("rb") as file:
-        size = size_of(path) if reads else 0
-        if 2 * sum(read.chunk.bytes for read in reads) <= size:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        data = np.empty(size, np.uint8).data  # in one piece, for which NumPy asks for huge pages
-        sha256, at, checks = hashlib.sha256(), 0, list[Future[Tensor]]()
-        # other threads compute the sums while this one waits for the disk
-        with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as checking:
-            while count := file.readinto(data[at : at + BLOCK]):
-                hashing.submit(sha256.update, data[at : at + count])
-                at += count
-                for read in reads[len(checks) :]:
-                    begin, end = read.chunk.begin, read.chunk.begin + read.chunk.bytes
-                    if end > at:
-                        break
-                    values = data[begin:end], path, read.chunk, read.target.dtype, read.name
-                    checks.append(checking.submit(_checked, *values))
-    for read, check in zip(reads, checks, strict=False):  # fewer checks, if the file has become shorter
-        read.values = check.result()
+def digest(path: Location) -> str:
+    """Return the SHA-256 of a file. Raises DamagedError, or UnreadableError."""
+    sha256, hashed = hashlib.sha256(), None
+    # two small blocks in turns: one is read while the other is hashed, and memory for the file is slower than both
+    block, other = (memoryview(bytearray(BLOCK)) for _ in range(2))
+    with reading(path), path.open("rb") as file, ThreadPoolExecutor(1) as hashing:
+        while count := file.readinto(block):
+            if hashed:
+                hashed.result()  # the other block is free again
+            hashed = hashing.submit(sha256.update, block[:count])
+            block, other = other, block
     return sha256.hexdigest()
 
 
@@ -375,7 +348,7 @@ def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> tup
     the file's SHA-256."""
     types = list(SAFETENSORS)  # as the library orders them, so that every value is aligned
     order = sorted(parts, key=lambda key: (types.index(parts[key][1].dtype), key))
-    buffers = [parts[key][1].reshape(-1).view(torch.uint8).numpy().data for key in order]
+    buffers = [_bytes_of(parts[key][1]) for key in order]
     ends = list(accumulate(map(len, buffers)))
     entries = {}
     for key, buffer, end in zip(order, buffers, ends, strict=True):
@@ -406,6 +379,11 @@ def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> tup
         begin = len(head) + end - len(buffer)
         chunks[key] = Chunk(list(offsets), list(values.shape), path.name, begin, len(buffer), crc32)
     return chunks, sha256.result()
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor of the CPU."""
+    return values.view(-1).view(torch.uint8).numpy().data
 
 
 def _assign_writers(held: Sequence[Mapping[str, int]]) -> tuple[dict[str, int], int]:

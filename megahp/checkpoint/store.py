@@ -311,56 +311,42 @@ def settings_of(checkpoint: Location) -> Config:
 def load(checkpoint: Location, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors, in place and on whatever layout they have, as one of the ranks, which all call this.
 
-    The ranks share out the files and compare every byte with the manifest before a tensor is touched; what a rank needs
-    of a file that it has compared, it keeps. Raises DamagedError, on all ranks, for what is wrong on one: some tensors
-    are filled by then, if it is the checksum of a chunk in another rank's file. Raises UnreadableError, or UserError
-    for what does not fit.
+    The ranks share out the files and compare every byte with the manifest before a tensor is touched. Raises
+    DamagedError, on all ranks, for what is wrong on one: some tensors are filled by then, if it is a chunk's checksum.
+    Raises UnreadableError, or UserError for what does not fit.
     """
-    reads: list[shards.Read] = []
-
-    def check() -> list[str]:
-        if found := problems(checkpoint, shards=False):  # before the index is believed
-            return found
-        with naming(checkpoint):
-            reads.extend(shards.plan_reads(checkpoint, tensors))
-        return problems(checkpoint, dist.get_rank(), dist.get_world_size(), reads=reads)
-
-    found = gather_results(check, kinds=shards.ERRORS)
+    found = gather_results(lambda: problems(checkpoint, dist.get_rank(), dist.get_world_size()), kinds=shards.ERRORS)
     if why := on_rank0(lambda: next((problem for of_rank in found for problem in of_rank), "")):
         raise damaged(checkpoint, why)
 
     def read() -> None:
         with naming(checkpoint):
-            shards.fill(checkpoint, reads)
+            shards.fill(checkpoint, tensors)
 
     gather_results(read, kinds=shards.ERRORS)
 
 
-def problems(
-    checkpoint: Location, rank: int = 0, ranks: int = 1, shards: bool = True, reads: Sequence[shards.Read] = ()
-) -> list[str]:
+def problems(checkpoint: Location, rank: int = 0, ranks: int = 1, shards: bool = True) -> list[str]:
     """Return what is wrong with the files of a checkpoint, one line each: missing, longer, shorter or changed. Raises
     UnreadableError for what cannot be read.
 
     The tensors' files are divided over `ranks` ranks; every rank reads the JSON files. Without `shards` only the sizes
-    of the tensors' files are compared. reads: chunks to keep, as by `digest`.
+    of the tensors' files are compared.
     """
     try:
         files = read_manifest(checkpoint)
     except DamagedError as error:
         return [str(error)]
     found = []
-    numbers = {name: number for number, name in enumerate(name for name in files if not name.endswith(".json"))}
-    for name, entry in files.items():
+    for number, (name, entry) in enumerate(files.items()):
         file = checkpoint / name
-        # JSON is small, and used by all; on the layout that wrote them, a rank reads the tensors that it wrote
-        is_read = name not in numbers or shards and numbers[name] % ranks == rank
+        is_read = shards and number % ranks == rank or name.endswith(".json")  # small, and used by all
         try:
             with reading(file):
                 size = size_of(file)
             if size != entry["bytes"]:
                 found.append(f"{name} has {size:,} bytes and was written with {entry['bytes']:,}")
-            elif is_read and digest(file, reads) != entry["sha256"]:
+            elif is_read and digest(file) != entry["sha256"]:
                 found.append(f"{name} is not what was written")
         except DamagedError as error:
             found.append(str(error))
