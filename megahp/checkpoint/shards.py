@@ -14,14 +14,15 @@ import os
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megahp.checkpoint import schema
@@ -34,8 +35,12 @@ from megahp.parallel.parameters import extent, storage
 
 INDEX = "index.json"
 LARGEST_JSON = 2**31  # bytes, before memory runs out on a file that is none; an index has about 150 for each chunk
-DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)}
+BLOCK = 2**20  # bytes hashed at a time: they stay in a core's cache, and a thread's hand-over costs nothing
+SAFETENSORS = {  # names of the types, in the order in which the library lays them out in a file
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+DTYPES = {str(dtype): dtype for dtype in SAFETENSORS}
 
 
 class DamagedError(UserError):
@@ -92,15 +97,15 @@ def write(
     copies: Mapping[str, Tensor],
     folder: Path,
     begin: Callable[[int], None],
-    publish: Callable[[], None],
+    publish: Callable[[dict[str, str]], None],
     group: dist.ProcessGroup | None,
 ) -> None:
     """Write the tensors of a checkpoint, whatever their layout, as one of the group's ranks, which all call this.
 
     copies: the values of this rank's parts, on the host; of the tensors themselves only the layout is read.
     Each chunk is written once, by the one of its holders that has least to write. Rank 0 calls begin(bytes) before
-    anything is written, and publish() after everything is. A failure on one rank is raised on all, so that none waits
-    for another and none publishes what is incomplete.
+    anything is written, and publish(SHA-256 by file) after everything is. A failure on one rank is raised on all, so
+    that none waits for another and none publishes what is incomplete.
     """
     parts = {_key(name, tensor): (name, tensor, copies[name]) for name, tensor in tensors.items()}
     held = gather_results(lambda: {key: values.nbytes for key, (*_, values) in parts.items()}, group, ERRORS)
@@ -114,26 +119,31 @@ def write(
     writers = on_rank0(assign, group, ERRORS)
     rank = dist.get_rank(group)
 
-    def write_own() -> list[tuple[str, dict[str, Any]]]:
+    def write_own() -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str]]:
         own = {key: part for key, part in parts.items() if writers.get(key, rank) == rank}
-        return write_shard(own, folder / f"shard-{rank:05d}.safetensors") if own else []
+        return write_shard(own, folder / f"shard-{rank:05d}.safetensors") if own else ([], {})
 
     written = gather_results(write_own, group, ERRORS)
 
     def finish() -> None:
         index: dict[str, dict[str, Any]] = {}
-        for name, entry in (each for of_rank in written for each in of_rank):
+        for name, entry in (each for entries, _ in written for each in entries):
             index.setdefault(name, entry | {"chunks": []})["chunks"] += entry["chunks"]
-        _write_index(folder, index)
-        publish()
+        digests = {file: sha256 for _, of_rank in written for file, sha256 in of_rank.items()}
+        publish(digests | _write_index(folder, index))
 
     on_rank0(finish, group, ERRORS)
 
 
-def write_shard(parts: Mapping[str, tuple[str, Tensor, Tensor]], path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Write parts of tensors (key -> name, tensor, values) as one file. Returns names and entries in the index."""
-    chunks = _write({key: (extent(tensor)[0], value.contiguous()) for key, (_, tensor, value) in parts.items()}, path)
-    return [(name, _entry(tensor.dtype, tensor.shape, [chunks[key]])) for key, (name, tensor, _) in parts.items()]
+def write_shard(
+    parts: Mapping[str, tuple[str, Tensor, Tensor]], path: Path
+) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str]]:
+    """Write parts of tensors (key -> name, tensor, values) as one file. Returns names and entries in the index, and the
+    file's SHA-256 by its name."""
+    offsets_and_values = {key: (extent(tensor)[0], value.contiguous()) for key, (_, tensor, value) in parts.items()}
+    chunks, sha256 = _write(offsets_and_values, path)
+    entries = [(name, _entry(tensor.dtype, tensor.shape, [chunks[key]])) for key, (name, tensor, _) in parts.items()]
+    return entries, {path.name: sha256}
 
 
 def fill(folder: Location, tensors: Mapping[str, Tensor]) -> None:
@@ -159,7 +169,12 @@ def fill(folder: Location, tensors: Mapping[str, Tensor]) -> None:
                 reads.append((chunk, name, target, _window(starts, lengths, chunk.offsets)))
     # only now, when all fit; in the order of the files, which are read from front to back
     for chunk, name, target, window in sorted(reads, key=lambda read: (read[0].file, read[0].begin)):
-        target.copy_(read_chunk(folder / chunk.file, chunk, target.dtype, name)[window])
+        path = folder / chunk.file
+        if target.nbytes == chunk.bytes and target.is_cpu and target.is_contiguous():  # all of it: no copy, no memory
+            read_chunk(path, chunk, target, name)
+        else:
+            whole = torch.empty(chunk.shape, dtype=target.dtype)
+            target.copy_(read_chunk(path, chunk, whole, name)[window])
 
 
 class ByName(Mapping[str, Tensor]):
@@ -187,19 +202,23 @@ class Tensors(ByName):
         whole = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
         for chunk in entry["chunks"]:
             with naming(self.folder):
-                part = read_chunk(self.folder / chunk.file, chunk, whole.dtype, name)
+                values = torch.empty(chunk.shape, dtype=whole.dtype)
+                part = read_chunk(self.folder / chunk.file, chunk, values, name)
             whole[_window(chunk.offsets, chunk.shape, [0] * whole.dim())] = part
         return whole
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
-    """Write whole tensors, one after another, as files of at most `limit` bytes and an index."""
-    index = {}
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> dict[str, str]:
+    """Write whole tensors, one after another, as files of at most `limit` bytes and an index. Returns every file's
+    SHA-256."""
+    index, digests = {}, {}
     for number, group in enumerate(in_files(tensors, limit)):
         parts = {name: ([0] * tensor.dim(), tensor) for name, tensor in group.items()}
-        for name, chunk in _write(parts, folder / f"shard-{number:05d}.safetensors").items():
+        path = folder / f"shard-{number:05d}.safetensors"
+        chunks, digests[path.name] = _write(parts, path)
+        for name, chunk in chunks.items():
             index[name] = _entry(group[name].dtype, group[name].shape, [chunk])
-    _write_index(folder, index)
+    return digests | _write_index(folder, index)
 
 
 def in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
@@ -249,30 +268,42 @@ def read_index(folder: Location) -> dict[str, schema.Stored]:
     return tensors
 
 
-def read_chunk(path: Location, chunk: Chunk, dtype: torch.dtype, name: str) -> Tensor:
-    """Return one chunk's values. Raises DamagedError, or UnreadableError."""
+def read_chunk(path: Location, chunk: Chunk, values: Tensor, name: str) -> Tensor:
+    """Fill a contiguous tensor of the CPU with one chunk's values, and return it. Raises DamagedError, or
+    UnreadableError."""
+    data = _bytes_of(values)
     with reading(path), path.open("rb") as file:
         file.seek(chunk.begin)
-        data = bytearray(file.read(chunk.bytes))
-    # the manifest's SHA-256 is of what the disk gave back after writing; this sum, of what was in memory
-    if len(data) != chunk.bytes or zlib.crc32(data) != chunk.crc32:
+        count = file.readinto(data)
+    # beside the file's sum, which may have been computed on another rank, of what that one has read
+    if count != chunk.bytes or zlib.crc32(data) != chunk.crc32:
         raise DamagedError(f"{path}: the part of {name} at byte {chunk.begin} is not what was written")
-    values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return values.view(torch.Size(chunk.shape))
+    return values
 
 
 def digest(path: Location) -> str:
     """Return the SHA-256 of a file. Raises DamagedError, or UnreadableError."""
-    with reading(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sha256, hashed = hashlib.sha256(), None
+    # two small blocks in turns: one is read while the other is hashed, and memory for the file is slower than both
+    block, other = (memoryview(bytearray(BLOCK)) for _ in range(2))
+    with reading(path), path.open("rb") as file, ThreadPoolExecutor(1) as hashing:
+        while count := file.readinto(block):
+            if hashed:
+                hashed.result()  # the other block is free again
+            hashed = hashing.submit(sha256.update, block[:count])
+            block, other = other, block
+    return sha256.hexdigest()
 
 
-def write_synced(target: Path, text: str) -> None:
-    """Write a file that outlives a power cut, once its folder is synced too."""
-    with target.open("w", encoding="utf-8") as file:
-        file.write(text)
+def write_synced(target: Path, text: str) -> dict[str, str]:
+    """Write a file that outlives a power cut, once its folder is synced too. Returns its SHA-256, by its name, of what
+    was in memory."""
+    data = text.encode()
+    with target.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    return {target.name: hashlib.sha256(data).hexdigest()}
 
 
 def sync(path: Path) -> None:
@@ -312,21 +343,47 @@ def _overlap(one: Chunk, other: Chunk) -> bool:
     return all(a < b + width and b < a + length for a, length, b, width in ends)
 
 
-def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> dict[str, Chunk]:
-    """Write parts of tensors (key -> offsets, contiguous values) as a safetensors file, synced. Returns the chunks."""
-    save_file({key: values for key, (_, values) in parts.items()}, path)  # which does not tell where the bytes lie
-    with suppress(OSError):  # of file systems without modes
-        path.chmod(path.parent.stat().st_mode & 0o666)  # as the umask has made its folder; the library's own is 0600
-    sync(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> tuple[dict[str, Chunk], str]:
+    """Write parts of tensors (key -> offsets, contiguous values) as a safetensors file, synced. Returns the chunks, and
+    the file's SHA-256."""
+    types = list(SAFETENSORS)  # as the library orders them, so that every value is aligned
+    order = sorted(parts, key=lambda key: (types.index(parts[key][1].dtype), key))
+    buffers = [_bytes_of(parts[key][1]) for key in order]
+    ends = list(accumulate(map(len, buffers)))
+    entries = {}
+    for key, buffer, end in zip(order, buffers, ends, strict=True):
+        values = parts[key][1]
+        where = {"shape": list(values.shape), "data_offsets": [end - len(buffer), end]}
+        entries[key] = {"dtype": SAFETENSORS[values.dtype], **where}
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    head = len(header).to_bytes(8, "little") + header
+
+    def sha256_of_all() -> str:
+        sha256 = hashlib.sha256(head)
+        for buffer in buffers:
+            sha256.update(buffer)
+        return sha256.hexdigest()
+
+    # of what is in memory, not of what the disk gives back: what changes on the way there must show
+    with ThreadPoolExecutor(2) as sums, path.open("wb") as file:
+        sha256, crcs = sums.submit(sha256_of_all), sums.map(zlib.crc32, buffers)
+        file.write(head)
+        for buffer in buffers:
+            file.write(buffer)
+        file.flush()
+        os.fsync(file.fileno())
     chunks = {}
-    for key, (offsets, values) in parts.items():
-        data = values.reshape(-1).view(torch.uint8).numpy().data
-        begin = 8 + length + header[key]["data_offsets"][0]
-        chunks[key] = Chunk(list(offsets), list(values.shape), path.name, begin, len(data), zlib.crc32(data))
-    return chunks
+    for key, buffer, end, crc32 in zip(order, buffers, ends, crcs, strict=True):
+        offsets, values = parts[key]
+        begin = len(head) + end - len(buffer)
+        chunks[key] = Chunk(list(offsets), list(values.shape), path.name, begin, len(buffer), crc32)
+    return chunks, sha256.result()
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor of the CPU."""
+    return values.view(-1).view(torch.uint8).numpy().data
 
 
 def _assign_writers(held: Sequence[Mapping[str, int]]) -> tuple[dict[str, int], int]:
@@ -356,8 +413,8 @@ def _entry(dtype: torch.dtype, shape: Sequence[int], chunks: Sequence[Chunk]) ->
     return {"dtype": str(dtype), "shape": list(shape), "chunks": [asdict(chunk) for chunk in chunks]}
 
 
-def _write_index(folder: Path, tensors: Mapping[str, Any]) -> None:
-    write_synced(folder / INDEX, json.dumps({"tensors": tensors}, indent=0))
+def _write_index(folder: Path, tensors: Mapping[str, Any]) -> dict[str, str]:
+    return write_synced(folder / INDEX, json.dumps({"tensors": tensors}, indent=0))
 
 
 def _window(starts: Sequence[int], lengths: Sequence[int], offsets: Sequence[int]) -> tuple[slice, ...]:

@@ -7,9 +7,9 @@ The manifest holds the size and the SHA-256 of every file, and its own; `load` c
 byte with it before a weight is touched. A run's checkpoint.remote gets copies, the manifest last.
 
 The order of writing is what keeps them safe. Each file is synced after it is written: tensors, index, state. The
-manifest, written last, lists what the disk gives back of them. Then the folder is synced, renamed, and its parent
-synced. So whatever kills the writer, a folder that is named step-* is whole, and one that is named .partial-* is
-ignored.
+manifest, written last, lists what was in memory of them: what changes on the way to the disk differs from it. Then
+the folder is synced, renamed, and its parent synced. So whatever kills the writer, a folder that is named step-* is
+whole, and one that is named .partial-* is ignored.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -96,8 +97,8 @@ class Store:
             if (free := shutil.disk_usage(self.folder).free) < size:  # now, not after minutes of writing
                 raise OSError(f"it takes {size:,} bytes and {free:,} are free")
 
-        def finish() -> None:
-            publish(partial, self.target, state_json)
+        def finish(digests: dict[str, str]) -> None:
+            publish(partial, self.target, state_json, digests)
             for old in superseded(self.folder, self.target, self.keep):  # only once a newer one is published
                 remove(old)
             if self.keep.remote:
@@ -135,18 +136,18 @@ def write(target: Path, tensors: Iterable[tuple[str, Tensor]], state: Mapping[st
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_tensors(partial, tensors, limit)
-    publish(partial, target, _to_json(state))
+    digests = write_tensors(partial, tensors, limit)
+    publish(partial, target, _to_json(state), digests)
 
 
-def publish(partial: Path, target: Path, state: str) -> None:
-    """Make a folder that holds the tensors a checkpoint: add state and manifest, then rename it.
+def publish(partial: Path, target: Path, state: str, digests: Mapping[str, str]) -> None:
+    """Make a folder that holds the tensors a checkpoint: add state and manifest, then rename it. digests: the SHA-256
+    of the files that are there.
 
     All its files are on the disk before it has the name under which it is loaded, and the name itself is on the disk
     when this returns: the caller removes older checkpoints then.
     """
-    write_synced(partial / "state.json", state)
-    write_manifest(partial)
+    write_manifest(partial, {**digests, **write_synced(partial / "state.json", state)})
     if target.exists():  # of the same step: damaged, or from before a restart at an older one
         problems(target, shards=False)  # raises where it cannot be read: it may be whole, and is not removed
         remove(target)
@@ -367,11 +368,12 @@ def problems(checkpoint: Location, rank: int = 0, ranks: int = 1, shards: bool =
     ]
 
 
-def write_manifest(checkpoint: Path) -> None:
-    """List every file of a folder, with a digest of the list itself."""
+def write_manifest(checkpoint: Path, digests: Mapping[str, str] = MappingProxyType({})) -> None:
+    """List every file of a folder, with a digest of the list itself. digests: the files' SHA-256 where it is known; of
+    others it is of what the disk gives back."""
     files = sorted(checkpoint.iterdir())
-    # of what the disk gives back, not of what was in memory
-    entries = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in files}
+    sums = {file.name: digests.get(file.name) or digest(file) for file in files}
+    entries = {file.name: {"bytes": file.stat().st_size, "sha256": sums[file.name]} for file in files}
     write_synced(checkpoint / MANIFEST, _sealed(entries, VERSION))
     sync(checkpoint)
 

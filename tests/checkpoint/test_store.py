@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -10,7 +11,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ import torch
 import torch.distributed as dist
 from checkpoint import writer
 from distributed import world
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megahp import checkpoint, cli
+from megahp.checkpoint import shards
 from megahp.checkpoint.store import superseded, write_manifest
 from megahp.config import CheckpointConfig
 from megahp.errors import UserError
@@ -87,6 +89,110 @@ def test_the_shards_are_safetensors_that_the_library_reads(tmp_path: Path) -> No
     assert all(torch.equal(value, tensors(3)[name]) for name, value in load_file(shard).items())
 
 
+def test_a_file_is_byte_for_byte_the_librarys(tmp_path: Path) -> None:
+    """Of every type that is saved, in the library's own order, whatever the names and shapes."""
+    types = enumerate(shards.DTYPES.values())
+    named = {f'{9 - number}."é\\': torch.arange(3 * number).to(dtype).reshape(3, number) for number, dtype in types}
+    named |= {name: value.clone() for name, value in tensors(5).items()}
+    checkpoint.write(path := tmp_path / "step-00000001", named.items(), {}, 2**20)
+    save_file(named, tmp_path / "theirs")
+    (shard,) = path.glob("*.safetensors")
+    assert shard.read_bytes() == (tmp_path / "theirs").read_bytes() and checkpoint.problems(path) == []
+
+
+FILES = ("shard-00000.safetensors", "index.json", "state.json", "manifest.json")
+
+
+def syncs(monkeypatch: pytest.MonkeyPatch, before: Callable[[Path], None]) -> None:
+    """Call before(path) whenever a file or folder is about to be synced."""
+    sync = os.fsync
+
+    def told(fd: int) -> None:
+        before(Path(os.readlink(f"/proc/self/fd/{fd}")))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", told)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bit_that_flips_on_the_way_to_the_disk_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The manifest lists what was in memory, not what the disk gives back."""
+
+    def flip(path: Path) -> None:
+        if path.name == name:
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 4
+            path.write_bytes(content)
+
+    syncs(monkeypatch, flip)
+    path = save(tmp_path, 1)
+    assert checkpoint.problems(path) == [f"{name} is not what was written"] or name == "manifest.json"
+    with pytest.raises(checkpoint.DamagedError, match=name):
+        loaded(path)
+
+
+def test_all_is_synced_before_a_checkpoint_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the name before the save ends."""
+    done: list[str] = []
+    whole: dict[str, int] = {}
+    rename = Path.rename
+
+    def synced(path: Path) -> None:
+        done.append(path.name)
+        whole[path.name] = path.stat().st_size
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append("renamed")
+        return rename(path, target)
+
+    syncs(monkeypatch, synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    path = save(tmp_path, 1)
+    at = done.index("renamed")
+    assert sorted(done[: at - 1]) == sorted(FILES) and done[at - 1] == ".partial-00000001"
+    assert done[at + 1 :] == [tmp_path.name]
+    assert all(whole[name] == (path / name).stat().st_size for name in FILES)  # nothing is written after its sync
+
+
+LARGE = {"small": torch.arange(1.0, 300), "most": torch.arange(1.0, 1000).bfloat16(), "none": torch.empty(0)}
+
+
+def test_loading_fills_a_tensors_own_memory_whatever_its_strides(tmp_path: Path) -> None:
+    """Where a chunk is all of a contiguous tensor, and by a copy where it is not."""
+    values = torch.arange(12.0).reshape(3, 4)
+    checkpoint.write(path := tmp_path / "step-00000001", {"a": values, "b": values + 1}.items(), {}, 2**20)
+    found = {"a": torch.zeros(3, 4), "b": torch.zeros(4, 3).T}
+    memory = found["a"].data_ptr()
+    checkpoint.load(path, found)
+    assert torch.equal(found["a"], values) and torch.equal(found["b"], values + 1)
+    assert found["a"].data_ptr() == memory and not found["b"].is_contiguous()
+
+
+def test_a_file_of_any_length_has_its_digest(tmp_path: Path) -> None:
+    for length in (0, 1, shards.BLOCK - 1, shards.BLOCK, 3 * shards.BLOCK + 5):
+        (path := tmp_path / "file").write_bytes(data := random.Random(length).randbytes(length))
+        assert shards.digest(path) == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("needed", [["small"], ["small", "most"]], ids=["a part", "all"])
+def test_both_sums_are_compared(tmp_path: Path, needed: list[str]) -> None:
+    """A chunk that differs from its own sum, in a file that is as the manifest lists it: as when it was written by a
+    megahp that listed what the disk gave back."""
+    checkpoint.write(path := tmp_path / "step-00000001", LARGE.items(), {}, 2**20)
+    begin = json.loads((path / "index.json").read_text())["tensors"]["small"]["chunks"][0]["begin"]
+    content = bytearray((path / "shard-00000.safetensors").read_bytes())
+    content[begin] ^= 1
+    (path / "shard-00000.safetensors").write_bytes(content)
+    (path / "manifest.json").unlink()
+    write_manifest(path)
+    assert checkpoint.problems(path) == []
+    found = {name: torch.zeros_like(LARGE[name]) for name in needed}
+    with pytest.raises(checkpoint.DamagedError, match=f"the part of small at byte {begin} is not what was written"):
+        checkpoint.load(path, found)
+
+
 def test_saving_in_the_background_copies_first(tmp_path: Path) -> None:
     store, now, state = checkpoint.Store(tmp_path, CheckpointConfig()), tensors(1), {"averages": {"noise": 1.0}}
     store.begin(1, now, state)
@@ -122,7 +228,7 @@ def test_any_flipped_bit_is_refused(tmp_path: Path) -> None:
     assert checkpoint.problems(path) == []
 
 
-@pytest.mark.parametrize("name", ["shard-00000.safetensors", "index.json", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "cut", "longer", "another's"])
 def test_a_damaged_file_is_named_and_the_one_before_serves(tmp_path: Path, name: str, damage: str) -> None:
     before, path = (save(tmp_path, step, number=step) for step in (1, 2))

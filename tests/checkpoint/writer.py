@@ -45,6 +45,13 @@ def train(folder: str, steps: int, told: Connection | None = None, fatal: int | 
         step = int(newest.name.removeprefix("step-"))
     store = checkpoint.Store(Path(folder), CheckpointConfig(keep=KEEP))
     if fatal is not None:
+        sync = os.fsync
+
+        def told_sync(fd: Any) -> None:
+            sys.audit("os.fsync", fd)  # which Python does not tell by itself
+            sync(fd)
+
+        os.fsync = told_sync
         sys.addaudithook(killer(folder, fatal))
     while step < steps:
         step += 1
@@ -57,14 +64,14 @@ def train(folder: str, steps: int, told: Connection | None = None, fatal: int | 
 
 
 def killer(folder: str, fatal: int) -> Callable[[str, tuple[Any, ...]], None]:
-    """What ends the process when Python is about to open, make, rename or remove something in the folder for the
+    """What ends the process when Python is about to open, make, sync, rename or remove something in the folder for the
     fatal-th time, counted from 0."""
     left = fatal
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
-        removes = event in ("os.remove", "os.rmdir")  # by names alone, relative to an open folder
-        if removes or event in ("open", "os.mkdir", "os.rename") and folder in str(arguments[0]):
+        unnamed = event in ("os.remove", "os.rmdir", "os.fsync")  # by names alone, relative to an open folder
+        if unnamed or event in ("open", "os.mkdir", "os.rename") and folder in str(arguments[0]):
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1

@@ -82,9 +82,7 @@ def both_layers(family: str, favoured: bool) -> dict[str, tuple[Tensor, Tensor]]
     unit = 0.37
     x = torch.randn(3, 7, 32, generator=generator, dtype=torch.float64)
     if favoured:  # the router sees one direction, in which all tokens lie
-        storage(layer.router.weight).copy_(
-            torch.linspace(-0.1, 0.1, len(layer.router.bias))[:, None].expand(-1, 32)
-        )
+        storage(layer.router.weight).copy_(torch.linspace(-0.1, 0.1, len(layer.router.bias))[:, None].expand(-1, 32))
         x = x.abs()
     torch.set_default_dtype(torch.float64)
     w = {name: whole(p).requires_grad_() for name, p in layer.named_parameters() if "probe" not in name}
