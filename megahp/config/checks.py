@@ -52,9 +52,10 @@ def _model(config: Config) -> Iterator[str]:
         yield _not_a_divisor("model.heads", model.heads, "model.width", model.width)
     rotated = int(model.head_size * model.rope_fraction)
     if model.positions == "rope" and (rotated % 2 or model.head_size and not rotated):
+        share = f" with model.rope_fraction = {model.rope_fraction:g}" if model.rope_fraction < 1 else ""
         yield (
-            f"model.head_size = {model.head_size} with model.rope_fraction = {model.rope_fraction:g} has {rotated} "
-            "rotated dimensions, but rope rotates pairs of them; make it even"
+            f"model.head_size = {model.head_size}{share} has {rotated} rotated dimensions, but rope rotates pairs of "
+            "them; make it even"
         )
     if model.rope_scaling in ("llama3", "yarn"):
         if not model.rope_original_length:

@@ -81,7 +81,10 @@ def test_recomputed_layers(tool: ModuleType) -> None:
 
 MISTAKES = {
     "shape": (["--shape", "big"], "--shape big is neither LAYERSxWIDTH, such as 4x256, nor one of: debug"),
-    "heads": (["--shape", "1x130"], "model.head_size = 65 is odd, but rope rotates pairs of dimensions; make it even"),
+    "heads": (
+        ["--shape", "1x130"],
+        "model.head_size = 65 has 65 rotated dimensions, but rope rotates pairs of them; make it even",
+    ),
     "turns": (["--turns", "0"], "--turns 0 must be at least 1"),
     "global batch": (["--global-batch", "0"], "--global-batch 0 must be at least 1"),
     "dtype": (["--dtype", "fp8"], "train.dtype = 'fp8' (options) must be one of: float32"),

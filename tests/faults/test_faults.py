@@ -250,7 +250,7 @@ def test_a_signal_at_any_moment_before_training(folder: Path, ranks: tuple[str, 
     """While it imports, joins, builds or has begun: never a fault, and nothing but the run's own end."""
     random = Random(f"{ranks} {number}")
     name = f"early {number.name} {len(ranks)}"
-    started = start(folder, name, *ranks, *((*ALONE,) if not ranks else ()), "--resume", "auto", "train.steps=400")
+    started = start(folder, name, *ranks, *((*ALONE,) if not ranks else ()), "--resume", "auto", "train.tokens=2560000")
     time.sleep(random.uniform(0.5, 3))
     started.send_signal(number)
     said, _ = started.communicate(timeout=60)
