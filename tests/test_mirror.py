@@ -17,7 +17,7 @@ SPANNED = {
     "commands/test_runs.py": "commands/status",
     "commands/test_transfer_sweep.py": "commands/arguments diagnose/curves",
     "diagnose/test_verify.py": "commands/verify_layout",
-    "distributed/test_layouts.py": "model/attention model/build model/mlp parallel/data parallel/mesh parallel/tensor "
+    "distributed/test_layouts.py": "model/build model/mlp parallel/data parallel/mesh parallel/tensor "
     "train/trainer train/validation",
     "distributed/test_sabotage.py": "parallel/collectives parallel/expert parallel/parameters",
     "evaluate/test_perplexity.py": "commands/evaluate commands/evaluate_tasks evaluate/sample",
