@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -490,9 +491,10 @@ def test_the_end_of_a_process_leaves_nothing_but_what_resumes(
         (tmp_path / name).write_bytes(json_lines(f"{name} text number {k} " * 5 for k in range(500)))
     words = ["--input", "a.jsonl", "b.jsonl", "--output", "out", "--tokenizer", "bytes", "--workers", "2"]
     command = [sys.executable, "slowly.py", str(seconds), *words]
-    started = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # who started these tests in the background may have had ctrl-C ignored, which is inherited
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    started = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, preexec_fn=heed, start_new_session=True, **pipes)
     for _ in range(20):
         assert started.stderr.readline().startswith(b"tokenizing: ")
     children = psutil.Process(started.pid).children(recursive=True)
