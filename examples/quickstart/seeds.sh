@@ -5,8 +5,8 @@
 set -eu
 export OMP_NUM_THREADS=1
 for seed in 1 2 3 4 5; do
-    for largest in 16 0; do # 0 = no limit. One rank with microbatches of 8 can run the same batches as two with 4
-        megahp train examples/quickstart/run.toml --resume auto batch.micro_batch=8 "batch.largest=$largest" \
+    for largest in 16 0; do # 0 = no limit
+        megahp train examples/quickstart/run.toml --resume auto "batch.largest=$largest" \
             "train.seed=$seed" "log.name=seeds-$largest-$seed" log.every=20 log.tensorboard=false log.baselines=false \
             checkpoint.keep=1 &
     done

@@ -11,6 +11,6 @@ if [ ! -e "$data/corpus.idx" ]; then
         --exclude site-packages dist-packages --most-bad 0.05 \
         --tokenizer "$data/tokenizer.model" --train-sentencepiece 4096 --output "$data/corpus" --workers 2
 fi
-megahp train "$run" --ranks 2 --resume auto
+megahp train "$run" --resume auto
 megahp sample runs/quickstart --prompt "def read" --save
 megahp report runs/quickstart
