@@ -1,12 +1,14 @@
-"""Reading small files that others wrote, whole and of the right type or not at all; and refusing links where a run
-writes."""
+"""Reading small files that others wrote, whole and of the right type or not at all; replacing files at once; and
+refusing links where a run writes."""
 
 import errno
 import json
 import os
 import stat
 import tomllib
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,6 +52,18 @@ def read_text(path: Path, what: str, remedy: str = REMEDY) -> str:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{what} {path} cannot be read: {why}; {remedy}") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which has the name of `path` when the block ends, and is removed when it raises. Other
+    processes may write and read the same file at any time. Raises OSError."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def is_plain(name: str) -> bool:

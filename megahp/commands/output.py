@@ -8,7 +8,6 @@ import platform
 import shutil
 import signal
 import threading
-import uuid
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +17,7 @@ from typing import Any
 from megahp import __version__, launch
 from megahp.data.indexed import MAGIC, IndexedDataset
 from megahp.errors import UserError
-from megahp.files import read_json
+from megahp.files import read_json, replacing
 from megahp.log.metrics import without_nan
 
 
@@ -110,12 +109,8 @@ def data_files(prefix: str) -> dict[Path, Callable[[Path], bool]]:
 def write_description(prefix: str, description: Mapping[str, Any]) -> None:
     """Write PREFIX.json beside tokenized data, atomically, with the fingerprint of the data that it describes."""
     description = {**description, "fingerprint": IndexedDataset(prefix).fingerprint}
-    partial = Path(f"{prefix}.json.{uuid.uuid4().hex}.tmp")
-    try:
+    with replacing(Path(f"{prefix}.json")) as partial:
         partial.write_text(json.dumps(description, indent=2) + "\n")
-        partial.replace(f"{prefix}.json")
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_outputs(options: Namespace) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from megahp.config.resolve import shown
 from megahp.convert.sidecar import write_json
-from megahp.data.tokenizer import END_OF_DOCUMENT, META_SPACE, Tokenizer, load_tokenizer
+from megahp.data.tokenizer import END_OF_DOCUMENT, META_SPACE, Tokenizer, load_tokenizer, read_beside
 from megahp.errors import UserError
-from megahp.files import LARGEST, read_json, refuse_irregular
+from megahp.files import LARGEST, refuse_irregular
 
 # of a Hugging Face folder, what its tokenizer and the generation of text depend on; without code
 OF_A_MODEL = ("generation_config.json", "config.json")
@@ -219,8 +219,7 @@ def _content(token: Any) -> str:
 
 def _beside(name: str, file: str) -> dict[str, Any]:
     """Return a JSON file that was kept beside a tokenizer, {} if there is none. Raises UserError."""
-    path = Path(name).parent / file
-    return read_json(path, "settings", "remove it") if Path(name).stem == "tokenizer" and path.exists() else {}
+    return read_beside(name, file) if Path(name).stem == "tokenizer" else {}
 
 
 def _is_ids(value: Any) -> bool:

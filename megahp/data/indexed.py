@@ -288,6 +288,16 @@ class IndexedDataset:
                 break
         return np.array(found[:most], np.int64)
 
+    def problem(self, vocab_size: int, document: int, start: int = 0, stop: int | None = None) -> str:
+        """Return the first id outside [0, vocab_size) of ids [start, stop) of a document, and where it is, for a
+        message; "" if there is none. Raises UserError."""
+        ids = self.tokens(document, start, stop)
+        places = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+        if not len(places):
+            return ""
+        where = f"data {self.prefix!r} holds token {ids[places[0]]} in document {document}, at its place"
+        return f"{where} {start + places[0]}, but the vocabulary ends at {vocab_size}"
+
     @property
     def modified(self) -> int:
         """When the data was last written, in nanoseconds since 1970."""

@@ -6,7 +6,6 @@ on the ranks or on the batch, so any of them may change during the run.
 """
 
 import hashlib
-import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 
 from megahp.data.indexed import IndexedDataset
 from megahp.errors import UserError
-from megahp.files import refuse_irregular
+from megahp.files import refuse_irregular, replacing
 
 # All random numbers come from RandomState: numpy guarantees that its stream never changes, unlike default_rng's.
 SPLIT_SEED = 20_250_101
@@ -134,7 +133,7 @@ class SampleOrder:
             tokens = np.concatenate([self._dataset.tokens(*piece) for piece in pieces]).astype(np.int64)
             # an embedding that is split over ranks would not notice: each rank takes the id for another rank's
             if tokens.min() < 0 or tokens.max() >= self._vocab_size:
-                wrong.append(self._problem(pieces))
+                wrong.append(next(filter(None, (self._dataset.problem(self._vocab_size, *piece) for piece in pieces))))
                 continue
             lengths = [stop - start for _, start, stop in pieces]
             documents = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
@@ -161,16 +160,6 @@ class SampleOrder:
             missing -= stop - first
             place += 1
         return pieces
-
-    def _problem(self, pieces: Sequence[tuple[int, int, int]]) -> str:
-        """Return the first id outside the vocabulary, and where it is."""
-        for document, start, stop in pieces:
-            ids = self._dataset.tokens(document, start, stop)
-            places = np.flatnonzero((ids < 0) | (ids >= self._vocab_size))
-            if len(places):
-                where = f"data {self.prefix!r} holds token {ids[places[0]]} in document {document}"
-                return f"{where}, at its place {start + places[0]}, but the vocabulary ends at {self._vocab_size}"
-        raise AssertionError("no id is outside the vocabulary")
 
     def convert_position(self, samples: int, old_length: int, new_length: int) -> int:
         """Return the index of the next sample of `new_length` tokens after `samples` samples of `old_length` tokens.
@@ -216,12 +205,10 @@ def read_numbers(path: Path, size: int | None = None) -> np.ndarray | None:
 
 def write_numbers(path: Path, numbers: np.ndarray) -> None:
     """Store `numbers` and their checksum, atomically: other processes may read the file at any time."""
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
+        with replacing(path) as unfinished, open(unfinished, "wb") as file:
             np.save(file, np.append(numbers, _checksum(numbers)))
-        unfinished.replace(path)
     except OSError as error:
         raise UserError(
             f"cache {str(path.parent)!r} cannot be written, {error.strerror}; choose another data.cache"

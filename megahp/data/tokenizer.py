@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megahp.errors import UserError
-from megahp.files import LARGEST, read_json, refuse_irregular
+from megahp.files import LARGEST, read_json, refuse_irregular, replacing
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -198,7 +198,7 @@ class SentencePieceTokenizer:
         size, ends, begins = self.vocab_size, own(processor.eos_id(), END_OF_DOCUMENT), BEGIN_OF_DOCUMENT
         self.eod = _end(path, _special(path, "eos", eos, known, size, ends))
         self.bos = _special(path, "bos", bos, known, size, own(processor.bos_id(), begins))
-        self.adds_bos = self.bos is not None and _beside(path, "tokenizer_config.json").get("add_bos_token") is True
+        self.adds_bos = self.bos is not None and read_beside(path, "tokenizer_config.json").get("add_bos_token") is True
         if texts := {i for i in (self.eod, self.bos) if i is not None and not processor.is_control(i)}:
             model = _as_control_symbols(model, texts)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -280,7 +280,7 @@ class HuggingFaceTokenizer:
 
     def _adds_bos(self) -> bool:
         """Return what the configuration beside it says, or else whether its post-processor puts `bos` before a text."""
-        configured = _beside(self.path, "tokenizer_config.json").get("add_bos_token")
+        configured = read_beside(self.path, "tokenizer_config.json").get("add_bos_token")
         adds = self._tokenizer.encode("a").ids[:1] == [self.bos] if configured is None else configured is True
         return adds and self.bos is not None
 
@@ -386,9 +386,8 @@ def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, seed:
         reason = " ".join(str(error).split("] ")[-1].split())
         raise UserError(f"tokenizer {str(path)!r} with {vocab_size} pieces cannot be trained: {reason}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    unfinished.write_bytes(model.getvalue())
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(model.getvalue())
 
 
 def _sample_lines(texts: Iterable[str], characters: int, seed: int) -> list[str]:
@@ -435,7 +434,7 @@ def _configured(path: str, role: str) -> Iterator[tuple[str, str | int]]:
     """Yield the file and the name or id of an end or begin token in each of the files beside a tokenizer that has one,
     the tokenizer's own files first."""
     for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
-        settings = _beside(path, file)
+        settings = read_beside(path, file)
         value, number = settings.get(f"{role}_token"), settings.get(f"{role}_token_id")
         value = value.get("content") if isinstance(value, dict) else value
         number = number[0] if isinstance(number, list) and number else number
@@ -449,11 +448,11 @@ def _configured(path: str, role: str) -> Iterator[tuple[str, str | int]]:
 def _says_none(path: str) -> bool:
     """Return whether the tokenizer's own configuration names no begin token: the model's may still have an id for it,
     which transformers and lm-eval then do not use."""
-    own = [_beside(path, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    own = [read_beside(path, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     return any(own) and not any(settings.get("bos_token") for settings in own)
 
 
-def _beside(path: str, name: str) -> dict[str, Any]:
+def read_beside(path: str, name: str) -> dict[str, Any]:
     """Return the object of a JSON file beside a tokenizer; empty where there is none. Raises UserError."""
     file = Path(path).with_name(name)
     return read_json(file, "the tokenizer's settings", "mend or remove it") if file.exists() else {}

@@ -150,11 +150,8 @@ def check_token_ids(config: Config, data: TrainingData) -> None:
         skipped = skip.get(dataset.prefix, [])
         left = [each for each in documents.tolist() if not any(each in part for part in skipped)]
         if left:
-            ids = dataset.tokens(left[0])
-            place = np.flatnonzero((ids < 0) | (ids >= vocab_size))[0]
             more = f", as {len(left) - 1:,} other documents do" if left[1:] else ""
-            where = f"data {dataset.prefix!r} holds token {ids[place]} in document {left[0]}, at its place {place}"
-            why = f"{where}, but the vocabulary ends at {vocab_size}{more}"
+            why = dataset.problem(vocab_size, left[0]) + more
             raise UserError(f"{why}; name the tokenizer it was written with, {WRONG_SAMPLES}")
 
 
