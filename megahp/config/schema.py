@@ -53,8 +53,13 @@ positive = partial(setting, above=0)
 fraction = partial(setting, at_least=0, at_most=1)
 moe_only = partial(setting, only_with=("model.experts", ONE_OR_MORE))
 rope_only = partial(setting, only_with=("model.positions", "rope"))
-scaled_rope = partial(setting, only_with=("model.rope_scaling", "linear", "llama3", "yarn"))
+selective_rope = partial(setting, only_with=("model.rope_scaling", "llama3", "yarn"))
 window_only = partial(setting, only_with=("model.window", ONE_OR_MORE))
+
+
+def is_nth(block: int, every: int) -> bool:
+    """Return whether a block, counted from 0, is an every-th one; every: 0 = none is."""
+    return every > 0 and (block + 1) % every == 0
 
 
 @dataclass(frozen=True)
@@ -93,29 +98,21 @@ class ModelConfig:
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = rope_only(
         "none", "how wavelengths are stretched to read longer sequences: all of them, or by Llama 3's or YaRN's rule"
     )
-    rope_factor: float = scaled_rope(1.0, "how far wavelengths are stretched", at_least=1)
-    rope_original_length: int = scaled_rope(
-        0,
-        "length of the sequences that were read before",
-        at_least=0,
-        only_with=("model.rope_scaling", "llama3", "yarn"),
+    rope_factor: float = at_least_1(
+        1.0, "how far wavelengths are stretched", only_with=("model.rope_scaling", "linear", "llama3", "yarn")
     )
-    rope_slow: float = scaled_rope(
+    rope_original_length: int = selective_rope(0, "length of the sequences that were read before", at_least=0)
+    rope_slow: float = selective_rope(
         1.0,
         "wavelengths that turn at most this often in the original length are stretched by the whole factor",
         above=0,
-        only_with=("model.rope_scaling", "llama3", "yarn"),
     )
-    rope_fast: float = scaled_rope(
-        0.0,
-        "wavelengths that turn at least this often stay as they are; 0 = 4 for llama3, 32 for yarn",
-        at_least=0,
-        only_with=("model.rope_scaling", "llama3", "yarn"),
+    rope_fast: float = selective_rope(
+        0.0, "wavelengths that turn at least this often stay as they are; 0 = 4 for llama3, 32 for yarn", at_least=0
     )
-    rope_magnitude: float = scaled_rope(
+    rope_magnitude: float = nonnegative(
         0.0,
         "multiplies rotated queries and keys; 0 = 0.1 ln(rope_factor) + 1",
-        at_least=0,
         only_with=("model.rope_scaling", "yarn"),
     )
     no_rope_every: int = rope_only(0, "every n-th block has no position encoding; 0 = all have", at_least=0)
@@ -163,12 +160,11 @@ class ModelConfig:
 
     def window_of(self, block: int) -> int:
         """Return the attention window of a block, counted from 0; 0 = none."""
-        return 0 if self.full_attention_every and (block + 1) % self.full_attention_every == 0 else self.window
+        return 0 if is_nth(block, self.full_attention_every) else self.window
 
     def rotates(self, block: int) -> bool:
         """Return whether a block, counted from 0, has rotary positions."""
-        left_out = self.no_rope_every and (block + 1) % self.no_rope_every == 0
-        return self.positions == "rope" and not left_out
+        return self.positions == "rope" and not is_nth(block, self.no_rope_every)
 
     @property
     def expert_layers(self) -> int:

@@ -142,15 +142,21 @@ class Family:
 
     def kept_multipliers(self, table: Table, model: ModelConfig) -> tuple[Table, dict[str, float]]:
         """Return a table of the multipliers that the architecture has itself, of those of the model's, and the values
-        of their keys. For those without a key it has SP's."""
+        of their keys."""
+        keys = {key: getattr(table, name) ** power for key, (name, power) in self.multipliers.items()}
+        for key, (_, power) in self.multipliers.items():
+            keys[key] = round(keys[key]) if power == -2 else keys[key]  # transformers takes only a whole number
+        return self.own_table(keys, model), keys
+
+    def own_table(self, hf_config: Mapping[str, Any], model: ModelConfig) -> Table:
+        """Return a table of the multipliers that the architecture has itself; for those without a key it has SP's."""
         plain = fill_in(ParameterizationConfig(name="sp"), model.width, model.layers, model.head_size)
-        kept = replace(plain, embedding=model.width**0.5 if self.scaled_embedding else 1.0)
-        keys: dict[str, float] = {}
-        for key, (name, power) in self.multipliers.items():
-            value = getattr(table, name) ** power
-            keys[key] = round(value) if power == -2 else value  # transformers takes only a whole number for that
-            kept = replace(kept, **{name: keys[key] ** (1 / power)})
-        return kept, keys
+        own = {name: hf_config[key] ** (1 / power) for key, (name, power) in self.multipliers.items()}
+        return replace(plain, **{"embedding": model.width**0.5 if self.scaled_embedding else 1.0, **own})
+
+
+def _without(table: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key not in names}
 
 
 LLAMA = Family(
@@ -237,7 +243,7 @@ NEOX = Family(
     "gpt_neox",
     "GPTNeoXForCausalLM",
     keys={
-        **{ours: theirs for ours, theirs in LLAMA.keys.items() if ours not in ("kv_heads", "head_size")},
+        **_without(LLAMA.keys, "kv_heads", "head_size"),
         "norm_eps": "layer_norm_eps",
         "rope_theta": "rotary_emb_base",
         "rope_fraction": "rotary_pct",
@@ -360,7 +366,7 @@ QWEN3_MOE = replace(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     keys={
-        **{ours: theirs for ours, theirs in MIXTRAL.keys.items() if ours != "window"},
+        **_without(MIXTRAL.keys, "window"),
         "mlp_width": "moe_intermediate_size",
         "expert_width": "moe_intermediate_size",
         "experts": "num_experts",
@@ -415,7 +421,7 @@ PHI3 = replace(
     MISTRAL,
     model_type="phi3",
     architecture="Phi3ForCausalLM",
-    keys={**{k: v for k, v in MISTRAL.keys.items() if k != "head_size"}, "rope_fraction": "partial_rotary_factor"},
+    keys={**_without(MISTRAL.keys, "head_size"), "rope_fraction": "partial_rotary_factor"},
     values={**LLAMA.values, "rope_scaling": ("none",)},  # its further kind, longrope, depends on the text's length
     per_block={**LLAMA.per_block, "attention.qkv": "self_attn.qkv_proj"},
     required={"attention_bias": False},
@@ -429,7 +435,7 @@ GRANITE = replace(
     LLAMA,
     model_type="granite",
     architecture="GraniteForCausalLM",
-    keys={ours: theirs for ours, theirs in LLAMA.keys.items() if ours != "head_size"},
+    keys=_without(LLAMA.keys, "head_size"),
     multipliers={
         "embedding_multiplier": ("embedding", 1),
         "residual_multiplier": ("residual", 1),
@@ -469,7 +475,7 @@ OLMO2 = replace(
     keys=GRANITE.keys,
     values={**LLAMA.values, "norm_placement": ("post",), "qk_norm": (True,), "qk_norm_whole": (True,)},
     per_block={
-        **{ours: theirs for ours, theirs in LLAMA.per_block.items() if ours not in NORMS},
+        **_without(LLAMA.per_block, *NORMS),
         "attention_post_norm": "post_attention_layernorm",
         "mlp_post_norm": "post_feedforward_layernorm",
     },
@@ -528,11 +534,11 @@ GEMMA3 = replace(
     GEMMA2,
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    keys={ours: theirs for ours, theirs in GEMMA2.keys.items() if "softcap" not in ours},
+    keys=_without(GEMMA2.keys, "attention_softcap", "logits_softcap"),
     values={**GEMMA2.values, "qk_norm": (True,)},
     required={**GEMMA2.required, **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"))},
     defaults={
-        **{key: value for key, value in GEMMA2.defaults.items() if "softcap" not in key},
+        **_without(GEMMA2.defaults, "attn_logit_softcapping", "final_logit_softcapping"),
         **{"rope_theta": 1e6, "rope_local_base_freq": 1e4},
     },
     period=6,

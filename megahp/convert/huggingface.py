@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megahp.config import Config, ModelConfig, longest, resolve
+from megahp.config.schema import is_nth
 from megahp.convert.families import (
     ALPHAS,
     ALWAYS,
@@ -410,8 +411,12 @@ def _rope_settings(family: Family, hf_config: Mapping[str, Any], length: Any) ->
     values = {setting: hf_config[key] for setting, key in ROPE_KEYS[kind].items() if hf_config.get(key) is not None}
     if "rope_original_length" in ROPE_KEYS[kind]:
         values.setdefault("rope_original_length", length)
-    scales = [hf_config.get(key) or 0 for key in ("mscale", "mscale_all_dim")]
+    scales: list[Any] = [hf_config.get(key) for key in ("mscale", "mscale_all_dim")]
     if kind == "yarn" and "rope_magnitude" not in values and all(scales):
+        if not all(isinstance(each, int | float) and each > 0 for each in (*scales, values.get("rope_factor"))):
+            raise UserError(
+                "config.json: factor, mscale and mscale_all_dim must be numbers above 0; get the file again"
+            )
         over, under = (0.1 * scale * math.log(values["rope_factor"]) + 1 for scale in scales)
         values["rope_magnitude"] = over / under
     return {"rope_scaling": kind, **values}
@@ -428,7 +433,9 @@ def _layer_settings(family: Family, hf_config: Mapping[str, Any], values: Mappin
         types = hf_config.get("layer_types")
         if types is None:
             period = hf_config.get("sliding_window_pattern") or family.period
-            full = [(block + 1) % period == 0 for block in range(layers)]
+            if not isinstance(period, int):
+                raise UserError(f"config.json: sliding_window_pattern = {resolve.shown(period)} is no whole number")
+            full = [is_nth(block, period) for block in range(layers)]
         else:
             full = [kind == "full_attention" for kind in types[:layers]]
         found["full_attention_every"] = _every_nth(full, "layer_types")
@@ -444,7 +451,7 @@ def _layer_settings(family: Family, hf_config: Mapping[str, Any], values: Mappin
 def _every_nth(chosen: list[bool], key: str) -> int:
     """Return n where every n-th of the blocks is chosen, 0 where none is. Raises UserError."""
     n = chosen.index(True) + 1 if any(chosen) else 0
-    if chosen != [n > 0 and (block + 1) % n == 0 for block in range(len(chosen))]:
+    if chosen != [is_nth(block, n) for block in range(len(chosen))]:
         raise UserError(f"config.json: {key} is not supported: megahp has other blocks only as every n-th one")
     return n
 
@@ -470,16 +477,15 @@ def _layer_keys(family: Family, model: ModelConfig) -> dict[str, Any]:
 
 def _multipliers(family: Family, hf_config: Mapping[str, Any], model: ModelConfig) -> dict[str, float]:
     """Return the settings of [parameterization] for the multipliers of an architecture. Raises UserError."""
-    table = {"embedding": model.width**0.5 if family.scaled_embedding else 1.0, "attention": model.head_size**-0.5}
-    for key, (name, power) in family.multipliers.items():
+    for key in family.multipliers:
         if not isinstance(value := hf_config[key], int | float) or not value > 0:
             raise UserError(f"config.json: {key} = {resolve.shown(value)} is not a number above 0; get the file again")
-        table[name] = value ** (1 / power)
+    table = family.own_table(hf_config, model)
     settings = {
-        "embedding_multiplier": table["embedding"],
-        "residual_multiplier": table.get("residual", 1.0),
-        "output_multiplier": table.get("logits", 1.0),
-        "attention_multiplier": table["attention"] * model.head_size**0.5,
+        "embedding_multiplier": table.embedding,
+        "residual_multiplier": table.residual,
+        "output_multiplier": table.logits,
+        "attention_multiplier": table.attention * model.head_size**0.5,
     }
     return {key: value for key, value in settings.items() if not math.isclose(value, 1, rel_tol=1e-12)}
 
