@@ -132,22 +132,25 @@ def attend_in_blocks(
     kernel's. softcap: c tanh(logits / c), 0 = none. (Gemma 2, arXiv 2408.00118, section 2)
     """
     kv_heads, before = key.shape[1], key.shape[2] - query.shape[2]
-    # torch's marker for causal masks, told by its attribute: its class is in a module that imports torch._dynamo
-    is_causal, mixed = bias is None or hasattr(bias, "variant"), []
+    mixed = []
     for start in range(0, query.shape[2], QUERIES_AT_ONCE):
         block = query[:, :, start : start + QUERIES_AT_ONCE]
         keys = before + start + block.shape[2]
-        mask = torch.full((block.shape[2], keys), -torch.inf, dtype=query.dtype, device=query.device)
-        mask = mask.triu(1 + before + start)
+        # torch's marker for causal masks, told by its attribute: its class is in a module that imports torch._dynamo
+        if bias is None or hasattr(bias, "variant"):
+            mask = torch.full((block.shape[2], keys), -torch.inf, dtype=query.dtype, device=query.device)
+            mask = mask.triu(1 + before + start)
+        else:
+            mask = bias[..., start : start + block.shape[2], :keys]
         # the queries that share a key head in one product: [b kv heads, queries of all of them, size]
         together = block.unflatten(1, (kv_heads, -1)).flatten(2, 3).flatten(0, 1)
         transposed = key[:, :, :keys].transpose(-1, -2).flatten(0, 1)
-        if is_causal and not softcap:  # the mask is added within the product
+        if mask.dim() == 2 and not softcap:  # a causal one, the same for all: it is added within the product
             logits = torch.baddbmm(mask.repeat(query.shape[1] // kv_heads, 1), together, transposed, alpha=scale)
         else:
             logits = (together @ transposed * scale).view(*block.shape[:3], keys)
             logits = softcap * (logits / softcap).tanh() if softcap else logits
-            logits = logits + (mask if is_causal else bias[..., start : start + block.shape[2], :keys])  # type: ignore[index]
+            logits = logits + mask
         weights = logits.softmax(-1).view(*together.shape[:2], keys)
         mixed.append((weights @ value[:, :, :keys].flatten(0, 1)).view(block.shape))
     return torch.cat(mixed, 2)

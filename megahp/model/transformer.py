@@ -5,7 +5,6 @@ with sequence parallelism.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -47,16 +46,16 @@ class Block(nn.Module):
         super().__init__()
         self.residual, self.parallel = table.residual, model.parallel_residual
         self.compute: Callable[[Tensor, Positions, Tensor], Tensor] = self.branches
-        before, after = (
-            partial(make_norm, model, Role.NORM, axis, probe) if model.norm_placement in placements else lambda: None
-            for placements in (("pre", "both"), ("post", "both"))
-        )
-        self.attention_norm = before()
+
+        def norm(*placements: str) -> RMSNorm | LayerNorm | None:
+            return make_norm(model, Role.NORM, axis, probe) if model.norm_placement in placements else None
+
+        self.attention_norm = norm("pre", "both")
         self.attention = Attention(model, table.attention, axis, probe)
-        self.attention_post_norm = after()
-        self.mlp_norm = before()
+        self.attention_post_norm = norm("post", "both")
+        self.mlp_norm = norm("pre", "both")
         self.mlp = MLP(model, model.mlp_width, axis) if dense else MoE(model, axis)
-        self.mlp_post_norm = after()
+        self.mlp_post_norm = norm("post", "both")
 
     def forward(self, x: Tensor, positions: Positions, loss_weight: Tensor) -> Tensor:
         return self.compute(x, positions, loss_weight)
