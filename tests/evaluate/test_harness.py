@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluate.test_perplexity import write_task
 
 FLOAT64 = "train.dtype=float64"
 HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
@@ -52,10 +53,7 @@ def write_tasks(folder: Path) -> Path:
     rows = [{"question": question, "choices": few, "answer": n} for question, few, n in QUESTIONS]
     folder.mkdir()
     for name, text in TASKS.items():
-        data = folder / f"{name}.jsonl"
-        data.write_text("\n".join(map(json.dumps, [{"text": t} for t in TEXTS] if name == "rolling" else rows)))
-        where = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test"
-        (folder / f"{name}.yaml").write_text(where + text)
+        write_task(folder, name, [{"text": t} for t in TEXTS] if name == "rolling" else rows, text)
     return folder
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +313,14 @@ metric_list: [{metric: exact_match}]
 }
 
 
+def write_task(folder: Path, name: str, rows: Iterable[Any], text: str) -> None:
+    """Write a task of the harness, and its questions. text: of its YAML file, but for where they are."""
+    data = folder / f"{name}.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    where = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test"
+    (folder / f"{name}.yaml").write_text(where + text)
+
+
 def write_tasks(folder: Path, run: Path) -> dict[str, float]:
     """The tasks, and what they must measure, by a forward pass a token."""
     trained = load_trained(run)
@@ -343,10 +351,7 @@ def write_tasks(folder: Path, run: Path) -> dict[str, float]:
         "generation": [{"prompt": q, "answer": a} for q, a in zip(PROMPTS, [*cut[:2], "unlike it"], strict=True)],
     }
     for name, text in TASKS.items():
-        data = folder / f"{name}.jsonl"
-        data.write_text("\n".join(map(json.dumps, rows[name])))
-        where = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test"
-        (folder / f"{name}.yaml").write_text(where + text.replace("STOP", json.dumps(stop)))
+        write_task(folder, name, rows[name], text.replace("STOP", json.dumps(stop)))
     nats = -sum(likelihood("", text)[0] for text in TEXTS)
     return {
         "choice acc": sum(max(few) == few[n] for few, (_, _, n) in zip(choices, QUESTIONS, strict=True)) / 3,
