@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluate.test_perplexity import write_task
+from harness_tasks import write_task
 
 FLOAT64 = "train.dtype=float64"
 HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None

@@ -9,13 +9,14 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed import world
+from harness_tasks import write_task
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
@@ -311,14 +312,6 @@ generation_kwargs: {until: [STOP], max_gen_toks: 6, do_sample: false}
 metric_list: [{metric: exact_match}]
 """,
 }
-
-
-def write_task(folder: Path, name: str, rows: Iterable[Any], text: str) -> None:
-    """Write a task of the harness, and its questions. text: of its YAML file, but for where they are."""
-    data = folder / f"{name}.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    where = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test"
-    (folder / f"{name}.yaml").write_text(where + text)
 
 
 def write_tasks(folder: Path, run: Path) -> dict[str, float]:
