@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from megahp.config import ModelConfig
 from megahp.model.norm import HeadsNorm, RMSNorm
-from megahp.model.positions import rotate
+from megahp.model.positions import Tile, rotate
+from megahp.ops.compiler import uncompiled
 from megahp.parallel.collectives import gather_from
-from megahp.parallel.context import gather_sequence, spans
-from megahp.parallel.mesh import Axis, TensorAxis
+from megahp.parallel.context import gather_sequence
+from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear, enter
 from megahp.scaling.parameterization import Role
-
-QUERIES_AT_ONCE = 256  # of `attend_in_blocks`: smaller blocks skip more keys, but their products are slower
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,9 @@ class Positions:
     pass."""
 
     rotary: tuple[Tensor, Tensor] | None  # cos, sin: [s, rotated dimensions / 2]
-    biases: tuple[Tensor | None, ...]  # added to the logits, one for each of the rank's spans; None = causal mask only
+    tiles: tuple[Tile, ...]
+    fused: bool  # whether torch's fused kernel computes a tile
+    changing: bool  # whether the tiles' keys depend on the batch's documents
 
 
 class Attention(nn.Module):
@@ -41,7 +42,6 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, scale: float, axis: TensorAxis, probe: bool) -> None:
         super().__init__()
         self.scale, self.softcap, self.axis = scale, model.attention_softcap, axis
-        self.blocks_on_cpu = True  # a plan, which is traced on a CPU, sets it to false: it is about GPUs
         self.head_size, self.queries = model.head_size, model.heads // model.kv_heads
         self.copies = max(1, axis.size // model.kv_heads)  # ranks that share a key/value head
         group = (self.queries * model.head_size, model.head_size, model.head_size)
@@ -76,81 +76,59 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if positions.rotary:
             query, key = rotate(query, *positions.rotary), rotate(key, *positions.rotary)
-        query, key, value = (
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-        )  # [b, heads, s, head_size]
-        # In bfloat16 on a CPU torch's fused kernel takes 1.3 to 4 times as long (docs/benchmarks/attention.md); and no
-        # fused kernel caps logits.
-        slow = self.blocks_on_cpu and x.device.type == "cpu" and x.dtype is torch.bfloat16
-        function = partial(attend_in_blocks, softcap=self.softcap) if slow or self.softcap else attend
-        if self.axis.context.size == 1:
-            mixed = function(query, key, value, positions.biases[0], self.scale)
-        else:
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # [b, (kv) heads, s, head_size]
+        if self.axis.context.size > 1:
             # after norm and rotary, so that every rank does these for its own tokens alone; one collective for both
-            keys, values = gather_sequence(torch.cat((key, value), -1), 2, self.axis.context).chunk(2, -1)
-            mixed = attend_by_span(query, keys, values, positions.biases, self.scale, self.axis.context, function)
+            key, value = gather_sequence(torch.cat((key, value), -1), 2, self.axis.context).chunk(2, -1)
+        function = partial(attend, scale=self.scale)
+        if not positions.fused:
+            function = partial(attend_by_products, scale=self.scale, softcap=self.softcap)
+        attend_tiles = attend_in_changing_tiles if positions.changing else attend_in_tiles
+        mixed = attend_tiles(query, key, value, positions.tiles, function)
         return self.out(mixed.transpose(1, 2).flatten(2))  # [b, s, heads / tp * head_size] -> [b, s (/ tp), width]
 
 
-def attend_by_span(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    biases: Sequence[Tensor | None],
-    scale: float,
-    context: Axis,
-    function: Callable[..., Tensor],
-) -> Tensor:
-    """Return causal attention of the rank's queries [b, heads, s/cp, size] over whole sequences [b, kv heads, s, size].
-
-    Each span attends to the keys up to its own end alone; later ones are masked anyway. function: `attend`, or
-    `attend_in_blocks`.
-    """
-    local = spans(keys.shape[2], context)
-    mixed = [
-        function(part, keys[:, :, : span.stop], values[:, :, : span.stop], bias, scale)
-        for part, span, bias in zip(query.chunk(len(local), 2), local, biases, strict=True)
-    ]
-    return torch.cat(mixed, 2)
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Return attention of [b, heads, queries, size] over [b, kv heads, keys, size], causal where there is no bias."""
+    """Return attention of [b, heads, queries, size] over [b, kv heads, keys, size] by torch's fused kernel."""
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
     )
 
 
-def attend_in_blocks(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, softcap: float = 0.0
+def attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, softcap: float = 0.0
 ) -> Tensor:
-    """Return the same by plain products, QUERIES_AT_ONCE at a time, each block over the keys up to its last query.
+    """Return the same by plain products.
 
     The logits are in the tensors' dtype: in bfloat16 the result is about twice as far from float32's as the fused
     kernel's. softcap: c tanh(logits / c), 0 = none. (Gemma 2, arXiv 2408.00118, section 2)
     """
-    kv_heads, before = key.shape[1], key.shape[2] - query.shape[2]
-    mixed = []
-    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
-        block = query[:, :, start : start + QUERIES_AT_ONCE]
-        keys = before + start + block.shape[2]
-        # torch's marker for causal masks, told by its attribute: its class is in a module that imports torch._dynamo
-        if bias is None or hasattr(bias, "variant"):
-            mask = torch.full((block.shape[2], keys), -torch.inf, dtype=query.dtype, device=query.device)
-            mask = mask.triu(1 + before + start)
-        else:
-            mask = bias[..., start : start + block.shape[2], :keys]
-        # the queries that share a key head in one product: [b kv heads, queries of all of them, size]
-        together = block.unflatten(1, (kv_heads, -1)).flatten(2, 3).flatten(0, 1)
-        transposed = key[:, :, :keys].transpose(-1, -2).flatten(0, 1)
-        if mask.dim() == 2 and not softcap:  # a causal one, the same for all: it is added within the product
-            logits = torch.baddbmm(mask.repeat(query.shape[1] // kv_heads, 1), together, transposed, alpha=scale)
-        else:
-            logits = (together @ transposed * scale).view(*block.shape[:3], keys)
-            logits = softcap * (logits / softcap).tanh() if softcap else logits
-            logits = logits + mask
-        weights = logits.softmax(-1).view(*together.shape[:2], keys)
-        mixed.append((weights @ value[:, :, :keys].flatten(0, 1)).view(block.shape))
-    return torch.cat(mixed, 2)
+    kv_heads = key.shape[1]
+    # the queries that share a key head in one product: [b kv heads, queries of all of them, size]
+    together = query.unflatten(1, (kv_heads, -1)).flatten(2, 3).flatten(0, 1)
+    transposed = key.transpose(-1, -2).flatten(0, 1)
+    if bias.dim() == 2 and not softcap:  # the same for all heads: it is added within the product
+        logits = torch.baddbmm(bias.repeat(query.shape[1] // kv_heads, 1), together, transposed, alpha=scale)
+    else:
+        logits = (together @ transposed * scale).view(*query.shape[:3], key.shape[2])
+        logits = softcap * (logits / softcap).tanh() if softcap else logits
+        logits = logits + bias
+    weights = logits.softmax(-1).view(*together.shape[:2], key.shape[2])
+    return (weights @ value.flatten(0, 1)).view(query.shape)
+
+
+def attend_in_tiles(
+    query: Tensor, keys: Tensor, values: Tensor, tiles: Sequence[Tile], function: Callable[..., Tensor]
+) -> Tensor:
+    """Return the attention of the rank's queries [b, heads, s, size] over whole sequences [b, kv heads, length, size].
+
+    function: of (query, key, value, bias), for each tile.
+    """
+    mixed = [
+        function(query[:, :, tile.queries], keys[:, :, tile.keys], values[:, :, tile.keys], tile.bias) for tile in tiles
+    ]
+    return mixed[0] if len(mixed) == 1 else torch.cat(mixed, 2)
+
+
+# The keys that a tile skips because of its documents differ from batch to batch; each time they would be compiled anew.
+attend_in_changing_tiles = uncompiled(attend_in_tiles)

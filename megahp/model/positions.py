@@ -1,6 +1,8 @@
-"""Positions: rotary embeddings, ALiBi, and the mask that keeps documents apart."""
+"""Positions: rotary embeddings, ALiBi, and which keys a query attends to."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -76,34 +78,78 @@ def alibi_slopes(heads: int, stretch: float = 1.0) -> Tensor:
     return torch.tensor(slopes + between) / max(1.0, stretch)
 
 
-def attention_bias(
-    span: slice,
+@dataclass(frozen=True)
+class Tile:
+    """Hold a part of a rank's attention: consecutive queries and all the keys that any of them attends to.
+
+    bias: added to the logits, [queries, keys] or [batch or 1, heads or 1, queries, keys], -inf where a query does not
+    attend; None = causal, the first query at the first key.
+    """
+
+    queries: slice  # of the rank's own tokens
+    keys: slice  # of whole sequences
+    bias: Tensor | None
+
+
+def tiles(
+    spans: Sequence[slice],
     slopes: Tensor | None,
     documents: Tensor | None,
     dtype: torch.dtype,
-    window: int = 0,
-    device: torch.device | None = None,
-) -> Tensor | None:
-    """Return what is added to the logits of a span's queries over all keys up to its end, [batch or 1, heads or 1,
-    queries, keys].
+    window: int,
+    device: torch.device | None,
+    queries_at_once: int,
+) -> tuple[Tile, ...]:
+    """Split the attention of a rank, which holds these spans of every sequence, into tiles.
 
-    With causality alone: None for a span from the beginning, else torch's marker for the mask aligned to the last key,
-    both of which flash kernels serve. slopes [heads] penalise distance; documents int [batch, length] forbid attending
-    across a boundary; `window` tokens, itself included, are as far back as a token attends (0 = all).
+    slopes [heads] penalise distance; documents int [batch, length], ascending in each row, forbid attending across a
+    boundary; `window` tokens, itself included, are as far back as a token attends (0 = all).
+
+    queries_at_once: the queries of a tile, whose keys begin where its first query's window does and, on a CPU, its
+    document; 0 = one tile a span, of all keys up to its end, for torch's fused kernels.
     """
-    windowed = 0 < window < span.stop
-    if slopes is None and documents is None and not windowed:
-        if not span.start:
+    found, done = [], 0
+    for span in spans:
+        size = queries_at_once or span.stop - span.start
+        for start in range(span.start, span.stop, size):
+            queries, first = slice(start, min(start + size, span.stop)), 0
+            if queries_at_once and window:
+                first = max(0, start + 1 - window)
+            if queries_at_once and documents is not None and documents.device.type == "cpu":  # a GPU would have to wait
+                same = documents == documents[:, start, None]
+                first = max(first, int(same.int().argmax(1).min()))
+            keys = slice(first, queries.stop)
+            bias = _bias(queries, keys, slopes, documents, dtype, window, device, fused=not queries_at_once)
+            found.append(Tile(slice(done, done + queries.stop - start), keys, bias))
+            done += queries.stop - start
+    return tuple(found)
+
+
+def _bias(
+    queries: slice,
+    keys: slice,
+    slopes: Tensor | None,
+    documents: Tensor | None,
+    dtype: torch.dtype,
+    window: int,
+    device: torch.device | None,
+    fused: bool,
+) -> Tensor | None:
+    """Return a tile's bias. fused: causality alone is None or torch's marker for a mask aligned to the last key, both
+    of which flash kernels serve."""
+    windowed = 0 < window < keys.stop - keys.start
+    if fused and slopes is None and documents is None and not windowed:
+        if not queries.start:
             return None
         from torch.nn.attention.bias import causal_lower_right  # here: it imports torch._dynamo, for half a second
 
-        return causal_lower_right(span.stop - span.start, span.stop)
-    position = torch.arange(span.stop, device=device)
-    distance = position[span, None] - position
-    allowed = (distance >= 0)[None, None]
+        return causal_lower_right(queries.stop - queries.start, keys.stop)
+    position = torch.arange(keys.stop, device=device)
+    distance = position[queries, None] - position[keys]
+    allowed = distance >= 0
     if windowed:
         allowed = allowed & (distance < window)
     if documents is not None:
-        allowed = allowed & (documents[:, None, span, None] == documents[:, None, None, : span.stop])
+        allowed = allowed & (documents[:, None, queries, None] == documents[:, None, None, keys])
     bias = torch.zeros((), device=device) if slopes is None else -slopes[:, None, None] * distance
     return torch.where(allowed, bias, -math.inf).to(dtype)

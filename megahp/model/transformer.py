@@ -15,13 +15,15 @@ from megahp.model.attention import Attention, Positions
 from megahp.model.mlp import MLP
 from megahp.model.moe import MoE
 from megahp.model.norm import LayerNorm, RMSNorm
-from megahp.model.positions import alibi_slopes, attention_bias, rotary
+from megahp.model.positions import alibi_slopes, rotary, tiles
 from megahp.parallel.context import shard_sequence, spans
 from megahp.parallel.cross_entropy import cap, linear_cross_entropy
 from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.parameters import local
 from megahp.parallel.tensor import ColumnParallelLinear, PositionEmbedding, VocabParallelEmbedding, enter
 from megahp.scaling.parameterization import Role, Table
+
+QUERIES_AT_ONCE = 256  # of attention by plain products: smaller tiles skip more keys, but their products are slower
 
 
 def make_norm(model: ModelConfig, role: Role, axis: TensorAxis, probe: bool) -> RMSNorm | LayerNorm:
@@ -96,6 +98,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.model, self.longest, self.table, self.axis, self.dtype = model, longest, table, axis, dtype
         self.is_first = self.is_last = True  # stage of a pipeline
+        self.traced_for_gpu = False  # by a plan, on a CPU
         self.embedding = VocabParallelEmbedding(model.padded_vocab, model.width, axis, model.tied_embeddings)
         self.positions = PositionEmbedding(longest, model.width, axis) if model.positions == "learned" else None
         dense = model.layers - model.expert_layers
@@ -169,8 +172,12 @@ class Transformer(nn.Module):
         found = {}
         for window, rotates in {self._kind(int(number)): None for number in self.blocks}:
             angles = rotary(local_positions, model, window > 0) if rotates else None
-            biases = (
-                attention_bias(span, slopes, documents, self.dtype, window, device) for span in spans(length, context)
-            )
-            found[window, rotates] = Positions(angles, tuple(biases))
+            # On a CPU plain products win where torch's fused kernel is slow, in bfloat16, or where they compute a part
+            # of what it does (docs/benchmarks/attention.md). No fused kernel caps logits.
+            skips = length > QUERIES_AT_ONCE and (documents is not None or 0 < window < length)
+            on_cpu = device.type == "cpu" and not self.traced_for_gpu
+            fused = not (model.attention_softcap or on_cpu and (self.dtype is torch.bfloat16 or skips))
+            at_once = 0 if fused else QUERIES_AT_ONCE
+            parts = tiles(spans(length, context), slopes, documents, self.dtype, window, device, at_once)
+            found[window, rotates] = Positions(angles, parts, fused, not fused and documents is not None)
         return found

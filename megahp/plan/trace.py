@@ -30,7 +30,6 @@ from torch.utils._pytree import tree_leaves
 from megahp.config import Config, with_values
 from megahp.data.loader import Batch
 from megahp.errors import UserError
-from megahp.model.attention import Attention
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import AXES, fit
@@ -331,9 +330,7 @@ def step(config: Config, mesh: Mesh, recorder: Recorder, microbatches: int = 0) 
 
     model = build_model(config, mesh, allocate)
     for stage in model.stages.values():
-        for module in stage.modules():
-            if isinstance(module, Attention):
-                module.blocks_on_cpu = config.train.device == "cpu"
+        stage.traced_for_gpu = config.train.device != "cpu"
     plan = first_step(config, mesh.layout.dp)
     count = plan.num_microbatches(mesh.layout.dp)
     if microbatches and mesh.layout.pp == 1:

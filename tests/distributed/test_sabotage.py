@@ -135,10 +135,16 @@ def from_the_beginning(x: torch.Tensor, dim: int, context: Axis) -> torch.Tensor
     return x.narrow(dim, 0, x.shape[dim] // context.size)
 
 
-def bias_from_the_beginning(span: slice, *arguments: Any) -> torch.Tensor | None:
+@contextlib.contextmanager
+def bias_from_the_beginning() -> Iterator[None]:
     """Of the first queries there are."""
-    bias = positions.attention_bias(slice(0, span.stop), *arguments)
-    return None if bias is None else bias[:, :, : span.stop - span.start]
+    bias = positions._bias
+
+    def of_the_first(queries: slice, *arguments: Any, **named: Any) -> torch.Tensor | None:
+        return bias(slice(0, queries.stop - queries.start), *arguments, **named)
+
+    with mock.patch.object(positions, "_bias", of_the_first):
+        yield
 
 
 @contextlib.contextmanager
@@ -280,11 +286,7 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
         CONTEXT,
         lambda: mock.patch("torch.nn.attention.bias.causal_lower_right", causal_upper_left),
     ),
-    "mask and distances of a later span (cp)": (
-        "alibi",
-        CONTEXT,
-        lambda: mock.patch.object(transformer, "attention_bias", bias_from_the_beginning),
-    ),
+    "mask and distances of a later span (cp)": ("alibi", CONTEXT, bias_from_the_beginning),
     "rotary positions (cp)": (
         "llama",
         CONTEXT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parallel.test_context import HEADS, LENGTH, attended, biases_of, places, plain_attention, together
+from parallel.test_context import HEADS, LENGTH, attended, places, plain_attention, tiles_of, together
 from torch.profiler import ProfilerActivity, profile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -22,7 +22,8 @@ def test_flash_kernels_attend_as_one(kv_heads: int, device: str = "cuda") -> Non
     towards = torch.randn(wanted.shape, generator=random).bfloat16()
     wanted_grads = torch.autograd.grad(wanted, exact, towards.double())
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        mixed = together([attended(place, *given, biases_of(place, None, None)) for place in places(2)], 2)
+        parts = {place: tiles_of(place, None, None, torch.bfloat16) for place in places(2)}
+        mixed = together([attended(place, given, parts[place]) for place in parts], 2)
     assert not any("math" in event.key for event in profiled.key_averages())
     grads = torch.autograd.grad(mixed, given, towards.to(device))
     for got, true in zip((mixed, *grads), (wanted, *wanted_grads), strict=True):

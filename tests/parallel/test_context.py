@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megahp.model.attention import attend, attend_by_span
-from megahp.model.positions import alibi_slopes, attention_bias
+from megahp.model.attention import attend, attend_by_products, attend_in_tiles
+from megahp.model.positions import Tile, alibi_slopes, tiles
 from megahp.parallel.context import restore_order, shard_sequence, spans
 from megahp.parallel.mesh import Axis
 
@@ -58,7 +62,8 @@ def plain_attention(
 
 @pytest.mark.parametrize("masked", ["", "alibi", "documents", "alibi documents"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_the_ranks_attend_as_one(kv_heads: int, masked: str) -> None:
+@pytest.mark.parametrize("at_once", [0, 5])
+def test_the_ranks_attend_as_one(at_once: int, kv_heads: int, masked: str) -> None:
     """Outputs and gradients; the gradients of keys and values are the sum over the ranks."""
     random = torch.Generator().manual_seed(kv_heads)
     given = [
@@ -71,20 +76,24 @@ def test_the_ranks_attend_as_one(kv_heads: int, masked: str) -> None:
     towards = torch.randn(wanted.shape, dtype=torch.float64, generator=random)
     wanted_grads = torch.autograd.grad(wanted, given, towards)
     for size in SIZES:
-        biases = {place: biases_of(place, slopes, documents) for place in places(size)}
-        mixed = together([attended(place, *given, biases[place]) for place in biases], 2)
+        parts = {place: tiles_of(place, slopes, documents, torch.float64, at_once) for place in places(size)}
+        function = attend_by_products if at_once else attend
+        mixed = together([attended(place, given, parts[place], function) for place in parts], 2)
         torch.testing.assert_close(mixed, wanted, rtol=1e-12, atol=1e-12)
         for grad, wanted_grad in zip(torch.autograd.grad(mixed, given, towards), wanted_grads, strict=True):
             torch.testing.assert_close(grad, wanted_grad, rtol=1e-12, atol=1e-12)
 
 
-def biases_of(place: Axis, slopes: Tensor | None, documents: Tensor | None) -> list[Tensor | None]:
-    return [attention_bias(span, slopes, documents, torch.float64) for span in spans(LENGTH, place)]
+def tiles_of(
+    place: Axis, slopes: Tensor | None, documents: Tensor | None, dtype: torch.dtype, at_once: int = 0
+) -> tuple[Tile, ...]:
+    return tiles(spans(LENGTH, place), slopes, documents, dtype, 0, None, at_once)
 
 
-def attended(place: Axis, query: Tensor, keys: Tensor, values: Tensor, biases: list[Tensor | None]) -> Tensor:
-    """One rank's part of the attention."""
-    return attend_by_span(shard_sequence(query, 2, place), keys, values, biases, 0.5, place, attend)
+def attended(place: Axis, given: Sequence[Tensor], parts: tuple[Tile, ...], function: Any = attend) -> Tensor:
+    """One rank's part of the attention of query, keys and values."""
+    query, keys, values = given
+    return attend_in_tiles(shard_sequence(query, 2, place), keys, values, parts, partial(function, scale=0.5))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -93,9 +102,9 @@ def test_no_rank_computes_more_than_its_share(size: int) -> None:
     query = torch.randn(1, HEADS, LENGTH, 8, dtype=torch.float64)
     flops = set()
     for place in places(size):
-        biases = biases_of(place, None, None)
+        parts = tiles_of(place, None, None, torch.float64)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            attended(place, query, query, query, biases)
+            attended(place, [query] * 3, parts)
         flops.add(counter.get_total_flops())
     pairs = LENGTH**2 * (2 * size + 1) / (4 * size**2)
     assert flops == {HEADS * pairs * 8 * 2 * 2}  # q k and p v, an addition and a multiplication
