@@ -7,13 +7,14 @@
 
 A shape is LAYERSxWIDTH or a preset; the ranks that tp does not use are data parallel; --settings are megahp's, as for
 `megahp train`. Contestants: megahp, which measures the noise scale; megahp-without-noise; megahp-dense, beside settings
-that make weights sparse; nanogpt, eager; nanogpt-compiled, by torch.compile. The baseline,
-megahp/benchmark/nanogpt.py, runs on one rank only. You see a row per contestant, then their ratios.
+that make weights sparse; and baselines, on one rank only: nanogpt (megahp/benchmark/nanogpt.py), eager, and
+nanogpt-compiled, by torch.compile; huggingface, huggingface-compiled and megatron-core (megahp/benchmark/peers.py), if
+their packages are installed. You see a row per contestant, then megahp's speed over each baseline's.
 
 A step is everything that training does between two log lines: a batch from the loader, forward and backward,
 reductions, clipping, the update, the noise scale; not the log itself, checkpoints or validation. After a warm-up the
 contestants take turns of some steps each, so that other load on the machine slows them alike. Seconds are the median of
-the turns; a ratio is the median of the turns' ratios, [between their quartiles], and is to the faster baseline.
+the turns; a ratio is the median of the turns' ratios, [between their quartiles]; the last line is of the fastest one.
 Processor time is that of rank 0's process, all threads: with OMP_NUM_THREADS=1 it is what a step takes even on a
 machine with other load; with several threads it includes their waiting for each other.
 
@@ -34,6 +35,7 @@ Exit code 2: invalid input.
 
 import argparse
 import gc
+import importlib.util
 import itertools
 import math
 import os
@@ -50,7 +52,7 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 from megahp import launch
-from megahp.benchmark import nanogpt
+from megahp.benchmark import nanogpt, peers
 from megahp.benchmark.machine import machine_of, synchronize
 from megahp.benchmark.time_split import DATA, profile_steps
 from megahp.commands.arguments import add_outputs, check_minimum, must_spawn
@@ -68,7 +70,13 @@ from megahp.train.trainer import Trainer
 
 MEGAHP = ("megahp", "megahp-without-noise")
 COSTS = {"noise_scale": "megahp-without-noise", "masks": "megahp-dense"}  # a feature -> the contestant without it
-BASELINES = ("nanogpt", "nanogpt-compiled")
+NANOGPT = ("nanogpt", "nanogpt-compiled")
+PEERS = {  # -> module and package
+    "huggingface": ("transformers", "transformers"),
+    "huggingface-compiled": ("transformers", "transformers"),
+    "megatron-core": ("megatron", "megatron-core psutil"),
+}
+BASELINES = (*NANOGPT, *PEERS)
 PEAKS = {"H200": 989.0}  # dense bf16 TFLOP/s by a part of the device's name (NVIDIA's data sheet)
 BASELINE = {  # all that the baseline's code can do
     "model.activation": "swiglu",
@@ -173,18 +181,30 @@ def mark_waiting(batches: Iterator[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-class NanoGPT:
-    """The baseline's step."""
+class Baseline:
+    """A baseline's step: autocast where its weights are float32, fused AdamW, gradients clipped."""
 
-    def __init__(self, config: Config, device: torch.device, compiled: bool) -> None:
+    def __init__(self, name: str, config: Config, device: torch.device) -> None:
+        self.dtype, self.length, self.device = getattr(torch, config.train.dtype), config.data.sequence_length, device
         with device:
-            self.model = nanogpt.GPT(config.model, config.data.sequence_length)
-        self.forward: Callable[..., torch.Tensor] = torch.compile(self.model) if compiled else self.model
-        self.optimizer = nanogpt.make_optimizer(self.model, config.optimizer)
-        self.device, self.clip, self.size = device, config.optimizer.clip, config.batch.micro_batch
+            model = self.make(name.removesuffix("-compiled"), config)
+        self.loss: Callable[..., torch.Tensor] = torch.compile(model) if name.endswith("-compiled") else model
+        self.weights = list(model.parameters())
+        self.optimized = [
+            w if w.dtype == torch.float32 else torch.nn.Parameter(w.detach().float()) for w in self.weights
+        ]
+        self.optimizer = nanogpt.make_optimizer(self.optimized, config.optimizer)
+        self.autocast = self.dtype != torch.float32 and self.weights[0].dtype == torch.float32
+        self.clip, self.size = config.optimizer.clip, config.batch.micro_batch
         self.microbatches = config.batch.global_batch // self.size
-        self.dtype = getattr(torch, config.train.dtype)
         self.data, self.sample = RandomData(config), 0
+
+    def make(self, name: str, config: Config) -> torch.nn.Module:
+        if name == "nanogpt":
+            return nanogpt.GPT(config.model, self.length)
+        if name == "huggingface":
+            return peers.HuggingFaceLlama(config.model, self.length)
+        return peers.MegatronGPT(config.model, self.length, self.dtype)
 
     def step(self) -> None:
         for _ in range(self.microbatches):
@@ -193,11 +213,18 @@ class NanoGPT:
                 if self.device.type == "cuda":
                     tokens = tokens.pin_memory().to(self.device, non_blocking=True)
                 self.sample += self.size
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.forward(tokens[:, :-1], tokens[:, 1:]) / self.microbatches
+            with torch.autocast(self.device.type, self.dtype, enabled=self.autocast):
+                loss = self.loss(tokens[:, :-1], tokens[:, 1:]) / self.microbatches
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        copied = [(w, copy) for w, copy in zip(self.weights, self.optimized, strict=True) if w is not copy]
+        for weight, copy in copied:
+            assert weight.grad is not None
+            copy.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.optimized, self.clip)
         self.optimizer.step()
+        with torch.no_grad():
+            for weight, copy in copied:
+                weight.copy_(copy)
         self.optimizer.zero_grad(set_to_none=True)
 
 
@@ -205,7 +232,7 @@ class NanoGPT:
 class Measurement:
     """One contestant and its timings."""
 
-    contestant: Megahp | NanoGPT
+    contestant: Megahp | Baseline
     allocated: int  # bytes that building it took on the device
     seconds: list[float] = field(default_factory=list)  # per step, one value per turn
     processor_seconds: list[float] = field(default_factory=list)
@@ -220,9 +247,13 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.peak_tflops and len(arguments.dtype) > 1:
         raise UserError("--peak-tflops is the peak in one dtype; give one --dtype with it")
     if arguments.contestants is None:
-        arguments.contestants = MEGAHP if arguments.ranks > 1 else (*MEGAHP, *BASELINES)
+        arguments.contestants = MEGAHP if arguments.ranks > 1 else (*MEGAHP, *NANOGPT)
     if arguments.ranks > 1 and set(arguments.contestants) & set(BASELINES):
         raise UserError(f"--ranks {arguments.ranks}: the baseline runs on one rank; omit it from --contestants")
+    for name in set(arguments.contestants) & set(PEERS):
+        module, package = PEERS[name]
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"--contestants {name} needs {module}; pip install {package}, or omit it")
     combinations = itertools.product(arguments.shape, arguments.tp, arguments.dtype)
     cases = [resolve_case(arguments, *combination) for combination in combinations]
     world = launch.world()
@@ -313,14 +344,15 @@ def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], world: launc
             for event in row["costliest"]:
                 report("    {share:>6.1%} {ms:>9.2f} ms {calls:>6.0f} x  {name}".format(**event))
         comparisons.append(compare(case, case_rows))
-        report(format_comparison(comparisons[-1]))
+        if lines := format_comparison(comparisons[-1]):
+            report(lines)
         rows += case_rows
     if compared := [comparison for comparison in comparisons if "speedup" in comparison]:
         wall, processor = (
             statistics.geometric_mean(comparison[key]["median"] for comparison in compared)
             for key in ("speedup", "processor_speedup")
         )
-        means = f"{wall:.3f} times the faster baseline; processor time: {processor:.3f}"
+        means = f"{wall:.3f} times the fastest baseline; processor time: {processor:.3f}"
         report(f"geometric mean of {len(compared)}: {means}")
     if world.rank == 0:
         results = {
@@ -343,17 +375,15 @@ def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], world: launc
 def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Return a row for each contestant."""
     mesh = make_mesh(case.layout, device)
-    make: dict[str, Callable[[], Megahp | NanoGPT]] = {
+    make: dict[str, Callable[[], Megahp]] = {
         "megahp": lambda: Megahp(case.config, mesh),
         "megahp-without-noise": lambda: Megahp(case.quiet, mesh),
         "megahp-dense": lambda: Megahp(replace(case.config, sparsity=SparsityConfig()), mesh),
-        "nanogpt": lambda: NanoGPT(case.config, device, compiled=False),
-        "nanogpt-compiled": lambda: NanoGPT(case.config, device, compiled=True),
     }
     measurements = {}
     for name in arguments.contestants:
         before = allocated(device)
-        contestant = make[name]()
+        contestant = Baseline(name, case.config, device) if name in BASELINES else make[name]()
         for _ in range(arguments.warm_up):
             contestant.step()
         measurements[name] = Measurement(contestant, allocated(device) - before)
@@ -368,7 +398,7 @@ def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> 
     return [make_row(case, arguments, name, measurement, device) for name, measurement in measurements.items()]
 
 
-def time_step(contestant: Megahp | NanoGPT, steps: int, device: torch.device) -> tuple[float, float]:
+def time_step(contestant: Megahp | Baseline, steps: int, device: torch.device) -> tuple[float, float]:
     """Return the wall and processor seconds of one step, averaged over some."""
     dist.barrier()
     synchronize(device)
@@ -436,14 +466,16 @@ def recomputed_layers(config: Config) -> int:
 
 
 def compare(case: Case, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return megahp's speed over the faster baseline's, and its time over that without a feature."""
+    """Return megahp's speed over each baseline's, and its time over that without a feature."""
     comparison: dict[str, Any] = {**case.labels}
     for clock, prefix in (("turns", ""), ("processor_turns", "processor_")):
         turns = {row["contestant"]: row[clock] for row in rows}
         baselines = [name for name in BASELINES if name in turns]
         if "megahp" in turns and baselines:
             fastest = min(baselines, key=lambda name: statistics.median(turns[name]))
-            comparison |= {f"{prefix}baseline": fastest, f"{prefix}speedup": ratio(turns[fastest], turns["megahp"])}
+            ratios = {name: ratio(turns[name], turns["megahp"]) for name in baselines}
+            comparison |= {f"{prefix}{key}": value for key, value in (("baseline", fastest), ("speedups", ratios))}
+            comparison[f"{prefix}speedup"] = ratios[fastest]
         for feature, without in COSTS.items():
             if {"megahp", without} <= set(turns):
                 comparison[f"{prefix}{feature}"] = ratio(turns["megahp"], turns[without])
@@ -458,13 +490,22 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[st
 
 
 def format_comparison(comparison: Mapping[str, Any]) -> str:
-    parts = []
-    for clock, prefix in (("", ""), ("processor time: ", "processor_")):
-        if speedup := comparison.get(f"{prefix}speedup"):
-            numbers = "{median:.3f} [{low:.3f}, {high:.3f}]".format(**speedup)
-            parts.append(f"{clock}{numbers} times {comparison[f'{prefix}baseline']}")
-        for feature in COSTS:
-            if cost := comparison.get(f"{prefix}{feature}"):
-                median, low, high = (100 * (cost[key] - 1) for key in ("median", "low", "high"))
-                parts.append(f"{clock}{feature.replace('_', ' ')} {median:+.1f} % [{low:+.1f}, {high:+.1f}]")
-    return LABELS.format(**comparison) + "; ".join(parts)
+    """Return a line for each baseline, and one for what features cost; wall time, then processor time."""
+    lines, clocks = [], (("", ""), ("; processor time ", "processor_"))
+    for name in comparison.get("speedups", {}):
+        ratios = (
+            "{}{median:.3f} [{low:.3f}, {high:.3f}]".format(clock, **comparison[f"{prefix}speedups"][name])
+            for clock, prefix in clocks
+        )
+        lines.append(f"{''.join(ratios)} times {name}")
+    for feature in COSTS:
+        costs = [
+            "{}{:+.1f} % [{:+.1f}, {:+.1f}]".format(
+                clock, *(100 * (comparison[f"{prefix}{feature}"][key] - 1) for key in ("median", "low", "high"))
+            )
+            for clock, prefix in clocks
+            if f"{prefix}{feature}" in comparison
+        ]
+        if costs:
+            lines.append(f"{feature.replace('_', ' ')} {''.join(costs)}")
+    return "\n".join(LABELS.format(**comparison) + line for line in lines)
