@@ -1,4 +1,4 @@
-"""Data parallelism: FSDP2 over blocks, summing gradients, never averaging."""
+"""Data parallelism over shards: FSDP2 over blocks, summing gradients, never averaging."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def shard(
     compute: torch.dtype,
     master: torch.dtype,
 ) -> None:
-    """Shard the parameters over the data- and context-parallel ranks; do nothing where there is one such rank.
+    """Shard the parameters over the ranks of dp_shard and cp. Do nothing where there is one such rank: replicas without
+    shards sum their gradients once a step (parameters.sum_gradients), at no cost to a block's passes.
 
     FSDP2 gathers and reduces unit by unit: a block's experts, the rest of a block, and what is outside the blocks.
     Weights are gathered in the compute dtype, gradients reduced in the master dtype.
     """
-    if mesh.layout.dp * mesh.layout.cp == 1:
+    if not mesh.layout.is_sharded:
         return
     # here: with what torch's FSDP2 imports it takes a second, which a rank alone need not wait
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -32,6 +32,12 @@ class Layout:
         """Return the number of data-parallel ranks, those that read different samples."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def is_sharded(self) -> bool:
+        """Return whether FSDP2 shards weights. Without shards every rank holds plain ones, and a sum of the gradients a
+        step is all that the replicas exchange."""
+        return self.dp_shard * self.cp > 1
+
 
 def fit(parallel: ParallelConfig, ranks: int) -> Layout:
     """Return the layout of `parallel` on this many ranks, its axis of size 0 filled.

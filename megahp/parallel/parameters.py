@@ -6,7 +6,8 @@ data-parallel axes added); the forward pass computes on `local(weight)`.
 
 A gradient is complete once it is summed over every axis along which ranks compute different terms of the loss with the
 same entries of the weight:
-- the data-parallel axes and cp, since ranks have different tokens: FSDP2's reduce-scatter does that;
+- the data-parallel axes and cp, since ranks have different tokens: FSDP2's reduce-scatter does that, or `sum_gradients`
+  where nothing is sharded;
 - the axes of `Row.sum_over`: `sum_gradients`;
 - the two copies of a tied weight under pipelines, one for the embedding and one for the unembedding: `sum_gradients`.
 Other axes need nothing: a weight split over tp or ep has the whole gradient of its part, and where all ranks compute
@@ -233,12 +234,15 @@ def is_first_replica(weight: Tensor, row: Row, mesh: Mesh) -> bool:
 
 @torch.no_grad()
 def sum_gradients(weights: Mapping[str, Tensor], table: Mapping[str, Row], mesh: Mesh) -> None:
-    """Complete the gradients in place: sum each over its row's axes, and a tied weight's over its two copies.
+    """Complete the gradients in place: sum each over its row's axes, over the replicas unless FSDP2 has done so, and a
+    tied weight's over its two copies.
 
     To be called after FSDP2's reduction, before which `grad` is not there. One collective an axis, of all its gradients
     in one flat tensor: there are many small ones, norms above all.
     """
     sums = [(mesh.group(axis), [name for name in weights if axis in table[name].sum_over]) for axis in AXES]
+    if not mesh.layout.is_sharded:
+        sums.append((mesh.group("dp_replicate"), list(weights)))
     if mesh.embedding_group:
         sums.append((mesh.embedding_group, [name for name in weights if table[name].tied]))
     for group, names in sums:

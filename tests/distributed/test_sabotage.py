@@ -26,6 +26,8 @@ SPLIT = ("parallel.tp=2", "parallel.sequence_parallel=true")
 PLAIN = ("parallel.tp=2",)
 CONTEXT = ("parallel.cp=2", "batch.micro_batch=8")
 EXPERTS = ("parallel.ep=2",)
+REPLICAS = ("parallel.dp_replicate=2",)
+OF_SHARDS = (*REPLICAS, "parallel.dp_shard=2")  # on four ranks, all others on two
 ALL_REDUCE = dist.all_reduce
 VALIDATE = training.validate
 REDUCE_SCATTER = (
@@ -249,9 +251,10 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
     ),
     "weights counted once": ("llama", PLAIN, counting_copies),
     "gradients over shards": ("llama", (), lambda: mock.patch.object(dist, REDUCE_SCATTER, keep_own)),
-    "gradients over replicas": (
+    "gradients over replicas": ("llama", REPLICAS, lambda: mock.patch.object(dist, "all_reduce", only_over_all_ranks)),
+    "gradients over replicas of shards": (
         "llama",
-        ("parallel.dp_replicate=2",),
+        OF_SHARDS,
         lambda: mock.patch.object(dist, "all_reduce", only_over_all_ranks),
     ),
     "gradients summed, not averaged": (
@@ -336,7 +339,7 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
         lambda: backward_without(collectives._Exchange, "all_to_all", nothing_arrives),
     ),
     "experts' gradients over shards": ("moe", (), lambda: experts_over("cp")),
-    "experts' gradients over replicas": ("moe", ("parallel.dp_replicate=2",), lambda: experts_over("dp_shard")),
+    "experts' gradients over replicas": ("moe", OF_SHARDS, lambda: experts_over("dp_shard")),
     "experts' gradients summed, not averaged": (
         "moe",
         (),
@@ -347,10 +350,11 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
 
 
 def trained_sabotaged() -> dict[str, Any]:
-    found = {}
+    found, is_four = {}, dist.get_world_size() == 4
     for name, (model, layout, breaks) in SABOTAGE.items():
-        with breaks():
-            found[name] = train(settings_of(model, *layout), 2)
+        if (layout == OF_SHARDS) == is_four:
+            with breaks():
+                found[name] = train(settings_of(model, *layout), 2)
     return found
 
 
@@ -361,7 +365,7 @@ def trained_soundly(models: list[str]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def outcomes() -> tuple[dict[str, Any], dict[str, Any]]:
     sound = world.run(1, trained_soundly, sorted({model for model, *_ in SABOTAGE.values()}))[0]
-    return world.run(2, trained_sabotaged)[-1], sound
+    return world.run(2, trained_sabotaged)[-1] | world.run(4, trained_sabotaged)[-1], sound
 
 
 @pytest.mark.parametrize("name", SABOTAGE)
