@@ -23,7 +23,6 @@ SPANNED = {
     "evaluate/test_perplexity.py": "commands/evaluate commands/evaluate_tasks evaluate/sample",
     "faults/test_faults.py": "faults/copies faults/notice launch/processes train/recovery",
     "faults/test_soak.py": "faults/crash",
-    "model/test_compute.py": "parallel/device",
     "model/test_transformer.py": "parallel/draw",
     "ops/test_norm.py": "model/norm commands/benchmark_norm",
     "parallel/test_cross_entropy.py": "ops/compiler",

@@ -64,6 +64,7 @@ from megahp.errors import UserError
 from megahp.parallel.device import check_devices, device_of, uses_cuda
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
+from megahp.scaling.batch import largest_micro_batch
 from megahp.scaling.flops import parameters, training_flops
 from megahp.train.prepare import check_batch
 from megahp.train.trainer import Trainer
@@ -195,7 +196,7 @@ class Baseline:
         ]
         self.optimizer = nanogpt.make_optimizer(self.optimized, config.optimizer)
         self.autocast = self.dtype != torch.float32 and self.weights[0].dtype == torch.float32
-        self.clip, self.size = config.optimizer.clip, config.batch.micro_batch
+        self.clip, self.size = config.optimizer.clip, largest_micro_batch(config, self.length)
         self.microbatches = config.batch.global_batch // self.size
         self.data, self.sample = RandomData(config), 0
 
@@ -266,7 +267,9 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
 def resolve_case(arguments: argparse.Namespace, shape: str, tp: int, dtype: str) -> Case:
     """Return a shape on a layout in a dtype, checked. Raises UserError."""
-    layout = fit(resolve.from_dict({"parallel": {"tp": tp}}, "--tp").parallel, arguments.ranks)
+    settings = resolve.parse_overrides(arguments.settings)
+    parallel = resolve.from_dict({"parallel": {**settings.get("parallel", {}), "tp": tp}}, "--tp").parallel
+    layout = fit(parallel, arguments.ranks)
     options: dict[str, dict[str, Any]] = {
         "model": model_settings(shape, arguments.vocabulary),
         "parallel": {"tp": tp},
@@ -277,7 +280,6 @@ def resolve_case(arguments: argparse.Namespace, shape: str, tp: int, dtype: str)
         },
         "train": {"dtype": dtype, "device": arguments.device, "tokens": 10**15},
     }
-    settings = resolve.parse_overrides(arguments.settings)
     by_options = {f"{section}.{key}" for section, keys in options.items() for key in keys} | {"train.noise_scale"}
     by_settings = {f"{section}.{key}" for section, keys in settings.items() for key in keys}
     if double := by_options & by_settings - {"model.heads"}:

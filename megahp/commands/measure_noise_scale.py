@@ -30,7 +30,7 @@ import torch
 from megahp import checkpoint
 from megahp.commands.arguments import add_outputs
 from megahp.commands.output import write_json
-from megahp.config import ComputeConfig, Config, ParallelConfig, with_values
+from megahp.config import AUTO, ComputeConfig, Config, ParallelConfig, with_values
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.diagnose.example_norms import Squares, measure
 from megahp.diagnose.statistics import correlation, interval, resampled, slope
@@ -39,7 +39,7 @@ from megahp.log.progress import human_count, human_duration
 from megahp.model.build import build_model
 from megahp.parallel.mesh import single_rank_mesh
 from megahp.parallel.parameters import model_state
-from megahp.scaling.batch import micro_batch
+from megahp.scaling.batch import largest_micro_batch
 from megahp.scaling.noise_scale import estimate
 from megahp.train.prepare import open_data
 
@@ -146,7 +146,9 @@ def plan_measurement(path: Path, config: Config, data: TrainingData, arguments: 
     if batch is None:
         batch = state["batch_plan"]["batch"] * config.data.sequence_length // length
     if micro is None:
-        micro = micro_batch(config, length)
+        micro = largest_micro_batch(config, length)
+        if config.batch.micro_batch == AUTO:  # a part of the batch, where microbatches need not be equal
+            micro = math.gcd(batch, micro)
     if micro < 1 or batch < 2 or batch % micro:
         bounds = f"at least 2, and whole microbatches of {micro}"
         raise UserError(f"--batch {batch} at {path} must be {bounds}; change it, or --micro-batch")

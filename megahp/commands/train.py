@@ -29,6 +29,7 @@ from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import FAULT, FINISHED, STOPPED, USER_ERROR
 from megahp.faults.notice import exit_on_signals
 from megahp.log.streams import outlive_streams
+from megahp.parallel.device import keep_heap, may_use_cuda
 from megahp.parallel.layout import Layout, fit
 
 
@@ -51,9 +52,12 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     ranks = world.size if options.ranks is None else options.ranks
     layout = fit(config.parallel, ranks)
 
+    starting = must_spawn(options.ranks, world.size)
+    if config.compute.keep_heap and not starting and not may_use_cuda(config):
+        keep_heap()  # before torch is imported
+
     from megahp.train.prepare import prepare, refuse_without_checkpoint
 
-    starting = must_spawn(options.ranks, world.size)
     # Warnings are printed by one process only; started ranks repeat the checks.
     warn = None if starting or options.restarts is not None or world.rank else complain
     # Ranks that are started here check the machine themselves, so that this process need not wait for torch's import.
@@ -102,12 +106,18 @@ def train_with_restarts(options: Namespace, config: Config, world: launch.World)
 
 def train_rank(config: Config, world: launch.World, layout: Layout, resume: bool) -> int:
     """Train as one rank, and exit without tearing down the process group (launch.leave)."""
+    import torch
+
     from megahp.faults.crash import report_crash
     from megahp.faults.watchdog import collective_timeout
     from megahp.parallel.device import uses_cuda
     from megahp.train.loop import train
 
     store = launch.join(world, uses_cuda(config), collective_timeout(config.resilience.hang_after))
+    if world.size == 1 and not uses_cuda(config) and (threads := torch.get_num_threads()) > 1:
+        # threads wait for one another at every operation, ranks once a step: as fast alone, slower beside other work
+        also = f"--ranks {threads} parallel.dp_replicate={threads}"
+        print(f"one rank with {threads} threads; where other work keeps cores busy, {also} is faster", flush=True)
     try:
         code = FINISHED if train(config, world, store, layout, resume) else STOPPED
         if world.rank == 0 and code == FINISHED:

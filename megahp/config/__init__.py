@@ -3,6 +3,8 @@ presets (presets), settings that are lists of words (phases)."""
 
 from megahp.config.phases import Phase, longest, parse_skip, parse_table, parse_validation, phase_at, phases_of
 from megahp.config.schema import (
+    AUTO,
+    Auto,
     BatchConfig,
     CheckpointConfig,
     ComputeConfig,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from megahp.config.phases import parse_skip, parse_table, parse_validation, phases_of
-from megahp.config.schema import VOCAB_MULTIPLE, Config
+from megahp.config.schema import AUTO, VOCAB_MULTIPLE, Config
 from megahp.errors import nearest_divisors, nearest_multiples
 
 STAGES_PER_RANK = {
@@ -155,8 +155,13 @@ def _pipeline(config: Config) -> Iterator[str]:
     split_backward = parallel.schedule in ("zero-bubble", "zbv")
     if split_backward and config.compute.recompute == "selective":
         yield f"compute.recompute = 'selective' does not support {schedule}; set compute.recompute=full"
-    if split_backward and config.compute.compile:
+    if split_backward and config.compute.compile is True:
         yield f"compute.compile = true is not verified with {schedule}; remove it, or choose another schedule"
+    if config.batch.micro_batch == AUTO:
+        yield (
+            f"batch.micro_batch = {AUTO!r} does not support parallel.pp = {parallel.pp}, whose idle time the number of "
+            "microbatches decides; set a number"
+        )
     if parallel.schedule == "zbv" and model.tied_embeddings:
         yield (
             f"{schedule} puts both ends of the model on one rank, where model.tied_embeddings = true would need two "

@@ -4,10 +4,10 @@ python -m megahp.config.describe > docs/settings.md
 """
 
 import textwrap
-from typing import Literal, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 from megahp.config.resolve import BOUNDS, KINDS, suggest, values_in_words
-from megahp.config.schema import FIELDS, SECTIONS, TYPES, fixed_when, toml_value
+from megahp.config.schema import AUTO, FIELDS, SECTIONS, TYPES, fixed_when, toml_value
 from megahp.errors import UserError
 
 WIDTH = 100  # columns of a terminal
@@ -60,6 +60,8 @@ def _facts(key: str) -> dict[str, str]:
         kind = f"one of {', '.join(map(toml_value, get_args(declared)))}"
     elif get_origin(declared) is tuple:
         kind = f"a list of {KINDS[get_args(declared)[0]].removeprefix('a ')}s"
+    elif get_origin(declared) is Union:
+        kind = f"{KINDS[get_args(declared)[0]]} or {toml_value(AUTO)}"
     else:
         kind = KINDS[declared]
     facts = {

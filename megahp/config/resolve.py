@@ -12,11 +12,11 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from megahp.config.checks import find_conflicts, find_unused
 from megahp.config.presets import PRESETS
-from megahp.config.schema import FIELDS, GATED, SECTIONS, TYPES, Config, get_setting, setting_names, with_values
+from megahp.config.schema import AUTO, FIELDS, GATED, SECTIONS, TYPES, Config, get_setting, setting_names, with_values
 from megahp.errors import UserError
 from megahp.files import read_toml
 
@@ -156,7 +156,7 @@ def _check(key: str, value: Any, origin: str, problems: list[str]) -> Any:
         problems.append(f"{key} = {shown(value)} ({origin}) must be below 2^63")
     constraints = FIELDS[key].metadata
     for bound, holds in BOUNDS.items():
-        if bound in constraints and not holds(value, constraints[bound]):
+        if bound in constraints and value != AUTO and not holds(value, constraints[bound]):
             limit = f"{bound.replace('_', ' ')} {constraints[bound]:g}"
             problems.append(f"{key} = {shown(value)} ({origin}) must be {limit}")
     return value
@@ -167,6 +167,12 @@ def _convert(value: Any, kind: Any) -> Any:
 
     Types must match exactly, except that an integer serves as a float, and a whole float (1e9) as an integer.
     """
+    if get_origin(kind) is Union:  # of a type and AUTO
+        kind = get_args(kind)[0]
+        try:
+            return value if value == AUTO else _convert(value, kind)
+        except TypeError:
+            raise TypeError(f"must be {KINDS[kind]}, or {AUTO}") from None
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise TypeError(f"must be one of: {', '.join(map(str, get_args(kind)))}")

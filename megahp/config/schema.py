@@ -47,6 +47,9 @@ def setting(default: Any, meaning: str, **constraints: Unpack[Constraints]) -> A
 GATED = ("swiglu", "geglu")  # activations whose MLP multiplies by a gate
 LEAST_EPS = 1e-30  # below float32's 1e-38, at any root of kappa, it would be 0, and 0 / 0 ends a run
 
+AUTO = "auto"  # the value of a setting that the run decides at its start (megahp/train/settle.py)
+Auto = Literal["auto"]
+
 nonnegative = partial(setting, at_least=0)
 at_least_1 = partial(setting, at_least=1)
 positive = partial(setting, above=0)
@@ -285,7 +288,17 @@ class BatchConfig:
         "constant", "how the global batch grows; it never shrinks"
     )
     global_batch: int = at_least_1(32, "sequences per optimizer step; if the batch grows, at the start")
-    micro_batch: int = at_least_1(8, "sequences per forward pass of one data-parallel rank")
+    micro_batch: int | Auto = at_least_1(
+        8,
+        "sequences per forward pass of one data-parallel rank; every batch is a multiple. auto = a rank's share of "
+        "the batch in as few nearly equal parts as largest_micro_batch allows; batches are multiples of the ranks",
+    )
+    largest_micro_batch: int = nonnegative(
+        0,
+        "most sequences per forward pass, of the first length; 0 = filled in at the start: what half of the free "
+        "memory holds and, on CPUs, at most 4,096 tokens",
+        only_with=("batch.micro_batch", AUTO),
+    )
     largest: int = nonnegative(
         0,
         "largest global batch, in sequences; a ramp ends there; 0 = no limit",
@@ -484,12 +497,17 @@ class TrainConfig:
 class ComputeConfig:
     """How a block is computed: trades time for memory without changing the model."""
 
-    compile: bool = setting(False, "torch.compile every block")
+    compile: bool | Auto = setting(False, "torch.compile every block")
     recompute: Literal["none", "selective", "full"] = setting(
         "none", "activations recomputed in backward: none, all but matrix products (selective), or all"
     )
     recompute_every: int = at_least_1(
         1, "recompute every n-th block only", only_with=("compute.recompute", "selective", "full")
+    )
+    keep_heap: bool = setting(
+        True,
+        "CPU ranks keep the memory that tensors free, in huge pages, instead of returning it at every use; without "
+        "effect where the environment sets malloc (GLIBC_TUNABLES, MALLOC_*, LD_PRELOAD)",
     )
     norms: Literal["megahp", "apex", "transformer-engine"] = setting(
         "megahp", "library of the norm kernels; only megahp's measure the noise scale"

@@ -56,11 +56,15 @@ class ValidationSamples:
 
 
 def rank_samples(first: int, global_batch: int, micro_batch: int, rank: int, ranks: int) -> list[np.ndarray]:
-    """Return the global sample ids of a data-parallel rank, int64, one array per microbatch.
+    """Return the global sample ids of a data-parallel rank, int64, one array per microbatch, of `micro_batch` ids or,
+    where that does not divide its share, nearly equal.
 
     Microbatches are assigned round-robin, so that a global batch has the same samples on every layout.
     """
-    return list(np.arange(first, first + global_batch).reshape(-1, ranks, micro_batch)[:, rank])
+    share, remainder = divmod(global_batch, ranks)
+    assert not remainder, (global_batch, ranks)
+    parts = np.array_split(np.arange(share), -(-share // micro_batch))
+    return [first + ranks * part[0] + rank * len(part) + np.arange(len(part)) for part in parts]
 
 
 class TrainingData:

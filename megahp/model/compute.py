@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, checkpoint, create_selective_checkpoint_contexts
 
 from megahp.config import ComputeConfig
+from megahp.model.moe import MoE
 from megahp.model.norm import LayerNorm, RMSNorm
 from megahp.ops.engines import linear_of, norm_of
 from megahp.parallel.parameters import storage
@@ -58,8 +59,10 @@ def apply_recompute_and_compile(blocks: nn.ModuleDict, compute: ComputeConfig) -
         recompute = compute.recompute if int(number) % compute.recompute_every == 0 else "none"
         if recompute == "selective":  # inside the compiler, which then sees what is to be saved
             block.compute = recomputed(block.compute, context_fn=partial(create_selective_checkpoint_contexts, SAVED))
-        if compute.compile:
-            block.compute = torch.compile(block.compute)
+        if compute.compile is True:  # not AUTO, which only a run's start decides (train/settle.py)
+            # For each shape anew: code for any shape gives gradients of NaN in bfloat16 on CPUs (torch 2.13). Only
+            # experts, whose numbers of tokens change at every step, need it.
+            block.compute = torch.compile(block.compute, dynamic=None if isinstance(block.mlp, MoE) else False)
         if recompute == "full":  # outside: torch 2.13 cannot compile it where weights are DTensors
             block.compute = recomputed(block.compute)
 

@@ -1,11 +1,18 @@
-"""Keeping torch.compile out of functions."""
+"""torch.compile: what it needs, and keeping it out of functions."""
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
+
+
+def has_compiler() -> bool:
+    """Return whether torch.compile finds the C++ compiler that it needs on CPUs."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

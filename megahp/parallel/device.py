@@ -5,7 +5,9 @@ torch is imported where it is needed: `megahp train --ranks` checks settings wit
 
 from __future__ import annotations
 
+import ctypes
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megahp.config import Config
@@ -14,6 +16,8 @@ from megahp.launch import World, has_own_device
 
 if TYPE_CHECKING:
     import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def uses_cuda(config: Config) -> bool:
@@ -25,9 +29,44 @@ def uses_cuda(config: Config) -> bool:
     return torch.cuda.is_available()
 
 
+def may_use_cuda(config: Config) -> bool:
+    """Return whether this run may compute on CUDA devices, by NVIDIA's driver where it is left open; without torch."""
+    return config.train.device == "cuda" or config.train.device == "auto" and Path("/dev/nvidiactl").exists()
+
+
 def memory_here() -> int:
     """Return the bytes of memory that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that a rank can take on its device: of a CPU's memory, what can be had without swapping, which
+    the machine's other ranks will take from too."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        words = Path("/proc/meminfo").read_text(encoding="ascii").split()
+        return 1024 * int(words[words.index("MemAvailable:") + 1])
+    except (OSError, ValueError):  # not Linux
+        return memory_here()
+
+
+def keep_heap() -> None:
+    """Keep what tensors free in this process's heap, in huge pages, for the next ones: mapping, faulting in and
+    unmapping large tensors at every use takes up to a tenth of a CPU rank's step (docs/benchmarks/training.md).
+
+    Call before torch is imported, which reads the variable at its first allocation. Does nothing where the environment
+    decides for itself: malloc's settings, or another allocator that is preloaded.
+    """
+    if any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ):
+        return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's own: advise huge pages for tensors of 2 MiB and more
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def cores_here() -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megahp.config import BatchConfig, Config, ModelConfig, get_setting, resolve, with_values
+from megahp.config import Auto, BatchConfig, Config, ModelConfig, get_setting, resolve, with_values
 from megahp.config.resolve import Resolved
 from megahp.errors import UserError, nearest_multiples
 from megahp.log.progress import human_count
@@ -226,7 +226,7 @@ def _tree(
 
 
 def _batch_settings(
-    run: Config, given: Given, laws: Laws, choice: Choice | None, n: int, ranks: int, micro: int
+    run: Config, given: Given, laws: Laws, choice: Choice | None, n: int, ranks: int, micro: int | Auto
 ) -> dict[str, dict[str, Any]]:
     """Return the first batch, B_opt rounded to what the ranks can run, and its weight decay.
 
@@ -239,7 +239,7 @@ def _batch_settings(
     draft = with_values(run, {"batch.micro_batch": micro})
     unit, least = sizes.batch_multiple(draft, ranks), sizes.least_batch(draft, ranks)
     # A smaller microbatch allows a given batch exactly, and B_opt to within an eighth.
-    if micro > 1 and (target % unit if given.batch else target < 4 * unit):
+    if isinstance(micro, int) and micro > 1 and (target % unit if given.batch else target < 4 * unit):
         return _batch_settings(run, given, laws, choice, n, ranks, micro // 2)
     if given.batch and (given.batch % unit or given.batch < least):
         near = nearest_multiples(unit, max(given.batch, least))
@@ -255,7 +255,7 @@ def _batch_settings(
     }
     # A calibration costs one microbatch per rank, so steps of more microbatches can afford it more often; in a pipeline
     # it costs a whole step.
-    if grows and run.parallel.pp == 1:
+    if grows and run.parallel.pp == 1 and isinstance(micro, int):
         config["calibrate_every"] = math.ceil(BatchConfig.calibrate_every * ranks * micro / batch)
     if grows and laws.critical_batch is not power_laws.CRITICAL_BATCH:
         config["critical_batch"] = [laws.critical_batch.scale, laws.critical_batch.exponent]

@@ -12,6 +12,7 @@ from megahp.recipe.hyperparameter_laws import Choice
 from megahp.recipe.recipe import Recipe, cannot_measure, rules
 from megahp.recipe.sizing import MFU, RATIO
 from megahp.scaling import flops, power_laws, sparsity
+from megahp.scaling.batch import sizes
 from megahp.scaling.laws import PowerLaw
 from megahp.scaling.parameterization import Role
 
@@ -159,7 +160,8 @@ def _outcome(recipe: Recipe) -> Iterator[RecipeRow]:
         yield RecipeRow("steps per checkpoint", recipe.run.checkpoint.every, formula, *OURS)
     parallel, batch = recipe.run.parallel, recipe.run.batch
     if parallel.pp > 1 and parallel.schedule in ("1f1b", "interleaved"):
-        microbatches = batch.global_batch // (recipe.ranks * batch.micro_batch)
+        largest = sizes.largest_micro_batch(recipe.run, recipe.run.data.sequence_length)
+        microbatches = batch.global_batch // (recipe.ranks * largest)
         idle = flops.pipeline_bubble(parallel.pp, microbatches, parallel.local_stages)
         yield RecipeRow(
             "pipeline bubble", f"{idle:.1%}", f"(p - 1) / (v m), m = {microbatches} at the first batch", *BUBBLE

@@ -1,4 +1,4 @@
-"""About how much memory training takes: an estimate to warn by, not a bound."""
+"""About how much memory training takes: an estimate to warn by and to choose microbatches by, not a bound."""
 
 from megahp.config import Config, longest
 from megahp.scaling.flops import parameters
@@ -10,17 +10,36 @@ PER_PARAMETER = 4 * (1 + 1 + 2 + 3)
 # (Korthikanti et al., arXiv 2205.05198: 34 s b h; from memory, unverified). On a CPU in bfloat16: 30 and 34, and
 # about 70 of one very small model (docs/log.md).
 PER_ACTIVATION = 34
+# The same of a layer that is recomputed: its input; with selective recomputation also the results of its products
+# (queries, keys, values, attention, both outputs, and an MLP of 8/3 width with a gate)
+RECOMPUTED = {"none": PER_ACTIVATION, "selective": 25, "full": 2}
+SPARE = 0.5  # of the memory that is free is left: the estimate may be half of what a model takes
 
 
-def training_bytes(config: Config, shards: int = 1) -> float:
-    """Return the peak of a rank that holds one shard of the model, in bytes; recomputed blocks count as nothing.
+def training_bytes(config: Config, shards: int = 1, sequences: int | None = None) -> float:
+    """Return the peak of a rank that holds one shard of the model, in bytes.
 
-    config: resolved, with its vocabulary. `megahp plan` traces what this estimates, in seconds rather than at once.
+    config: resolved, with its vocabulary. sequences: in a forward pass, of the first length; by default
+    batch.micro_batch, or one where that follows the batch. `megahp plan` traces what this estimates, in seconds rather
+    than at once.
     """
     model, length = config.model, longest(config)
+    if sequences is None:
+        sequences = config.batch.micro_batch if isinstance(config.batch.micro_batch, int) else 1
     weights = parameters(model, length) / shards
-    tokens = config.batch.micro_batch * config.data.sequence_length / (config.parallel.cp * config.parallel.tp)
-    layers = model.layers / config.parallel.pp * (config.compute.recompute == "none")
-    wide = PER_ACTIVATION * {"float32": 2, "float64": 4}.get(config.train.dtype, 1)
+    tokens = sequences * config.data.sequence_length / (config.parallel.cp * config.parallel.tp)
+    layers, every = model.layers / config.parallel.pp, config.compute.recompute_every
+    kept = layers * (PER_ACTIVATION * (every - 1) + RECOMPUTED[config.compute.recompute]) / every
+    if config.compute.recompute != "none":
+        kept += PER_ACTIVATION  # of the one that is being recomputed
+    kept *= {"float32": 2, "float64": 4}.get(config.train.dtype, 1)
     bias = 2 * 4 * model.heads * length**2 if model.positions == "alibi" else 0  # distances by slope, and masked
-    return PROCESS + PER_PARAMETER * weights + wide * tokens * layers * model.width + bias
+    return PROCESS + PER_PARAMETER * weights + kept * tokens * model.width + bias
+
+
+def fitting_sequences(config: Config, shards: int, free: float) -> int:
+    """Return the sequences of the first length, a power of two, that a forward pass of a rank can have in `free` bytes,
+    SPARE of which are left; at least one."""
+    fixed, one = (training_bytes(config, shards, sequences) for sequences in (0, 1))
+    fitting = max(1, int(((1 - SPARE) * free - fixed) / (one - fixed)))
+    return 1 << (fitting.bit_length() - 1)

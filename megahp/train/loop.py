@@ -26,6 +26,7 @@ from megahp.train.recovery import (
 )
 from megahp.train.reporter import Reporter
 from megahp.train.run import Run, is_rank0
+from megahp.train.settle import settle
 from megahp.train.start import start
 from megahp.train.trainer import Step
 from megahp.train.validation import baselines, validate
@@ -38,11 +39,14 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
     """
     start_time = time.monotonic()
     mesh = make_mesh(layout, device_of(config, world))
+    config, settled = settle(config, mesh, world, resume)
     reporter = Reporter(config)  # locks the run directory: a second run on it ends here, before a model is built
     data = open_data(config)
     loader = Loader(data, mesh.device, config.data.mask_documents)
     run = Run(config, mesh, data)
     begins = start(run, reporter, resume)
+    for line in settled:
+        reporter.event("settled", line, run.progress)
     # Until here a signal ends the process. From here on it is recorded, and the step is finished and saved. All ranks
     # must switch together: otherwise a signal could end rank 0 while the others record it and wait for rank 0.
     dist.barrier()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megahp.config import (
+    AUTO,
     Config,
     TrainConfig,
     config_differences,
@@ -197,14 +198,16 @@ def check_batch(config: Config, layout: Layout, global_batch: int) -> None:
     batch, multiple, least = config.batch, batch_multiple(config, layout.dp), least_batch(config, layout.dp)
     nearest = runnable(global_batch, multiple, least)
     if nearest != (global_batch,):
-        of = f"data parallel {layout.dp} x batch.micro_batch {batch.micro_batch}"
+        is_auto = batch.micro_batch == AUTO
+        of = f"data parallel {layout.dp}" + ("" if is_auto else f" x batch.micro_batch {batch.micro_batch}")
         if layout.pp > 1:
             of += f", {layout.pp} pipeline stages kept busy by the {config.parallel.schedule} schedule"
         if phases_of(config.data)[1:]:
             of += ", in sequences of every length in data.lengths"
         problem = f"below {least}" if global_batch < least else f"not a multiple of {multiple}"
         which = "batch.global_batch" if global_batch == batch.global_batch else "the checkpoint's global batch"
-        micro = math.gcd(batch.micro_batch, global_batch // layout.dp) if global_batch % layout.dp == 0 else 0
+        share, rest = divmod(global_batch, layout.dp)
+        micro = math.gcd(batch.micro_batch, share) if isinstance(batch.micro_batch, int) and not rest else 0
         smaller = with_values(config, {"batch.micro_batch": micro}) if micro else config
         limits = batch_multiple(smaller, layout.dp), least_batch(smaller, layout.dp)
         remedy = f"; or set batch.micro_batch={micro}" if runnable(global_batch, *limits) == (global_batch,) else ""
@@ -308,7 +311,9 @@ def initial_batch_state(
 ) -> dict[str, Any]:
     """Return the state in which a branch's batch scheduler starts: the checkpoint's, where [batch] and the sequence
     length are as before, else a new one's."""
-    is_same = (saved.batch, saved.data.sequence_length) == (config.batch, config.data.sequence_length)
+    # how a batch is divided, which each start may decide anew, does not make another plan
+    plans = [(replace(each.batch, largest_micro_batch=0), each.data.sequence_length) for each in (saved, config)]
+    is_same = plans[0] == plans[1]
     return state["batch_plan"] if is_same else {**scheduler.state(), "began": state["progress"]["tokens"]}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from megahp.config import Config
+from megahp.config import AUTO, Config
 from megahp.data.loader import Batch, Loader, rank_samples
 from megahp.model.build import build_model
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh
@@ -89,13 +89,13 @@ class Trainer:
         example: a microbatch of copies of it, the same on all ranks.
 
         The mean gradient of copies of an example is its own, so what a step measures is then this example's, on every
-        layout, in microbatches of the shape that every step has.
+        layout.
         """
         dp, scale = self.mesh.layout.dp, self.loss_scale.value
         count = (
             plan.num_microbatches(dp) if self.mesh.layout.pp > 1 else 1
         )  # a pipeline's schedule is built for that many
-        copies = count * plan.micro_batch * dp
+        copies = count * len(example.ids) * dp
         self.engine.zero()
         loss = self.engine.forward_backward([example] * count, count, copies * plan.length, scale)
         grads = self.engine.gradients()
@@ -131,11 +131,16 @@ class Trainer:
             yield loader.take(current, following)
 
     def example(self, loader: Loader, plan: StepPlan) -> Batch | None:
-        """Return a microbatch of copies of the first sample after the step of this plan; None where the phase ends."""
+        """Return a microbatch of copies of the first sample after the step of this plan; None where the phase ends.
+
+        It has the shape that every step's has, for compiled blocks and pipelines; but where that follows the batch,
+        and may be the whole of it, it has two copies: of one a compiler would make a special case.
+        """
         next_plan = self.batch_scheduler.step(self.progress.after(plan))
         if next_plan is None or next_plan.phase != plan.phase:
             return None
-        return loader.take(np.full(plan.micro_batch, next_plan.first_sample), self.samples(next_plan)[0])
+        copies = plan.micro_batch if self.config.batch.micro_batch != AUTO else min(2, plan.micro_batch)
+        return loader.take(np.full(copies, next_plan.first_sample), self.samples(next_plan)[0])
 
     def samples(self, plan: StepPlan) -> list[np.ndarray]:
         """Return the ids of this rank's samples, an int64 array a microbatch."""

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megahp.config import Config
 from megahp.data.loader import Batch, TrainingData
 from megahp.data.ngrams import unigram_and_bigram
+from megahp.scaling.batch import micro_batch
 from megahp.train.trainer import Trainer
 
 BASELINE_TOKENS = 50_000_000  # the n-gram models of the report are fitted on at most this many training tokens
@@ -20,6 +21,8 @@ def validate(run: Trainer, data: TrainingData) -> dict[str, float]:
     found = data.validation(run.config.train.validation_samples)
     samples, groups = found.batch, torch.from_numpy(np.stack(list(found.groups.values()), axis=1))
     count, dp, size = len(samples.tokens), run.mesh.layout.dp, run.config.batch.micro_batch
+    if not isinstance(size, int):
+        size = micro_batch(run.config, run.config.data.sequence_length, -(-count // dp))
     device = run.mesh.device
     with_documents = samples.documents is not None and run.config.data.mask_documents
     totals = torch.zeros(len(found.groups), dtype=torch.float64, device=device)

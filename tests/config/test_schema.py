@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 import pytest
 
@@ -29,7 +29,8 @@ data.train data.weights data.mixtures data.tokenizer data.tokenizer_fingerprint 
 data.sequence_length data.lengths data.validation_fraction data.validation data.mask_documents data.wrong_samples
 data.skip data.cache
 schedule.name schedule.start schedule.warmup schedule.floor schedule.decay schedule.shape
-batch.policy batch.global_batch batch.micro_batch batch.largest batch.rule batch.increment batch.ramp_samples
+batch.policy batch.global_batch batch.micro_batch batch.largest_micro_batch batch.largest batch.rule
+batch.increment batch.ramp_samples
 batch.table batch.target batch.critical_batch batch.noise_share batch.noise_to_total batch.calibrate_every
 batch.look_every batch.delay batch.hysteresis batch.growth
 optimizer.name optimizer.lr optimizer.weight_decay optimizer.beta1 optimizer.beta2 optimizer.eps
@@ -39,7 +40,7 @@ parallel.tp parallel.pp parallel.schedule parallel.stages_per_rank parallel.spli
 parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel parallel.zero parallel.reduce parallel.prefetch
 train.start_from train.weights train.tokens train.steps train.dtype train.device train.seed train.noise_scale
 train.noise_half_life train.validate_every train.validate_first train.validation_samples
-compute.compile compute.recompute compute.recompute_every compute.norms compute.fp8
+compute.compile compute.recompute compute.recompute_every compute.keep_heap compute.norms compute.fp8
 checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best checkpoint.remote
 resilience.stop_after resilience.stop_at_batch resilience.hang_after resilience.save_again resilience.check_every
 resilience.spikes resilience.spike_sigmas resilience.spike_window
@@ -69,7 +70,9 @@ def test_what_a_setting_goes_with_is_possible_and_may_be_lacking(key: str) -> No
     other, *values = FIELDS[key].metadata["only_with"]
     section, name = other.split(".")
     kind = TYPES[section][name]
-    if get_origin(kind) is Literal:
+    if get_origin(kind) is Union:
+        assert values == ["auto"]
+    elif get_origin(kind) is Literal:
         assert set(values) < set(get_args(kind))
     else:
         assert [type(value) for value in values] == [{int: range, bool: bool}[kind]]

@@ -50,6 +50,18 @@ def test_no_sample_is_repeated_or_skipped_when_batch_and_layout_change() -> None
     assert progress.tokens == progress.samples * 16
 
 
+def test_microbatches_that_follow_the_batch_have_its_samples_in_nearly_equal_parts() -> None:
+    """Where they are equal, they are those of a fixed size."""
+    for share, largest, sizes in [(4, 3, [2, 2]), (8, 3, [3, 3, 2]), (5, 9, [5]), (7, 1, [1] * 7), (12, 4, [4, 4, 4])]:
+        words = {"batch__micro_batch": "auto", "batch__largest_micro_batch": largest}
+        plan = BatchScheduler(config(2 * share, **words), 2).step(Progress(0, 100, 0))
+        assert plan is not None
+        ids = [rank_samples(plan.first_sample, plan.global_batch, plan.micro_batch, rank, 2) for rank in range(2)]
+        assert [[len(part) for part in parts] for parts in ids] == [sizes, sizes]
+        assert np.array_equal(np.sort(np.concatenate(sum(ids, []))), np.arange(100, 100 + 2 * share))
+    assert [part.tolist() for part in ids[1]] == [[104, 105, 106, 107], [112, 113, 114, 115], [120, 121, 122, 123]]
+
+
 def test_batches_do_not_depend_on_how_they_are_cut(sources, tmp_path):
     data = training_data(sources, tmp_path)
     whole = data.batch(np.arange(64), documents=True)

@@ -27,6 +27,7 @@ INTERLEAVED, ZERO_BUBBLE, ZBV = (
 )
 FULL, SELECTIVE = "compute.recompute=full", "compute.recompute=selective"
 FOUR, EIGHT = "batch.micro_batch=4", "batch.micro_batch=8"
+UNEVEN = ("batch.micro_batch=auto", "batch.largest_micro_batch=3")  # 2 + 2, 3 + 3 + 2, ... sequences
 # ranks -> layout -> settings. All run multiples of 8 sequences, from one to eight microbatches of them.
 LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
     2: {
@@ -37,7 +38,9 @@ LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
         "shard2, selective recomputation": (SELECTIVE,),
         "shard2, zero 2, reduced every time": ("parallel.zero=2", "parallel.reduce=every"),
         "shard2, zero 1": ("parallel.zero=1",),
+        "shard2, uneven microbatches": UNEVEN,
         "replicate2": (*REPLICATE,),
+        "replicate2, uneven microbatches": (*REPLICATE, *UNEVEN),
         "cp2": (*CP, EIGHT),
         "ep2": (*EP, FOUR),
         "pp2 1f1b": (*PP,),
@@ -102,6 +105,7 @@ WORDS = {
 }
 STEPS = 4  # of 8, 16, 24 and 32 sequences
 BF16 = [
+    ("replicate2", "gpt2"),
     ("tp2 sp shard2", "gpt2"),
     ("replicate2 shard2", "gpt2"),
     ("cp4", "gpt2"),

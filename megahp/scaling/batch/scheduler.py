@@ -40,7 +40,7 @@ class StepPlan:
     first_sample: int
     length: int  # tokens of a sequence
     global_batch: int  # sequences
-    micro_batch: int  # sequences of one rank's forward pass
+    micro_batch: int  # sequences of one rank's forward pass, the largest where they are not equal
     tokens: int  # of the whole global batch
     lr: float
     weight_decay: float
@@ -50,7 +50,7 @@ class StepPlan:
 
     def num_microbatches(self, dp: int) -> int:
         """Return the microbatches of one of `dp` data-parallel ranks."""
-        return self.global_batch // (dp * self.micro_batch)
+        return -(-self.global_batch // (dp * self.micro_batch))
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class BatchScheduler:
     """
 
     def __init__(self, config: Config, dp: int) -> None:
-        self.config = config
+        self.config, self.dp = config, dp
         self.first_length = self.length = config.data.sequence_length  # length: of the noise scales seen
         self.multiple = batch_multiple(config, dp) * self.first_length
         self.limit = config.batch.largest * self.first_length or math.inf
@@ -125,7 +125,7 @@ class BatchScheduler:
             first_sample=progress.samples,
             length=length,
             global_batch=tokens // length,
-            micro_batch=micro_batch(self.config, length),
+            micro_batch=micro_batch(self.config, length, tokens // length // self.dp),
             tokens=tokens,
             **asdict(replace(peak, lr=peak.lr * self.policy.rate(shape, self._kappa(tokens)))),
         )
