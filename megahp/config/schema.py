@@ -497,7 +497,9 @@ class TrainConfig:
 class ComputeConfig:
     """How a block is computed: trades time for memory without changing the model."""
 
-    compile: bool | Auto = setting(False, "torch.compile every block")
+    compile: bool | Auto = setting(
+        False, "torch.compile every block; auto = where the run's start finds that it pays: long runs on CPUs"
+    )
     recompute: Literal["none", "selective", "full"] = setting(
         "none", "activations recomputed in backward: none, all but matrix products (selective), or all"
     )

@@ -125,7 +125,7 @@ class BatchScheduler:
             first_sample=progress.samples,
             length=length,
             global_batch=tokens // length,
-            micro_batch=micro_batch(self.config, length, tokens // length // self.dp),
+            micro_batch=micro_batch(self.config, length, max(1, tokens // length // self.dp)),
             tokens=tokens,
             **asdict(replace(peak, lr=peak.lr * self.policy.rate(shape, self._kappa(tokens)))),
         )
