@@ -23,15 +23,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.nn.attention.bias import causal_lower_right
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from megahp.config import Config, with_values
 from megahp.data.loader import Batch
 from megahp.errors import UserError
 from megahp.model.attention import Attention
-from megahp.model.build import build_model
+from megahp.model.build import build_model, stage_blocks
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import AXES, fit
 from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, WITHIN_STAGE, Mesh, make_mesh
@@ -113,23 +114,34 @@ class Trace:
 def trace_step(config: Config, ranks: int, rank: int = 0) -> Trace:
     """Trace a whole step of one rank, the equal parts of it only as often as needed.
 
-    Every further block that equals the others, and every further microbatch outside a pipeline, adds the same again, so
-    three and four blocks, and two and three microbatches, say what many take. Not fewer: the first and the last of
-    either differ from those between, since FSDP2 gathers nothing ahead of the first, and reduces after the last.
+    Blocks are alike, or repeat in a period, and so are microbatches: every further one adds the same again, so that two
+    small numbers of either say what many take. Not too small: the first and the last differ from those between, since
+    FSDP2 gathers nothing ahead of the first and reduces after the last, and a pipeline fills and drains.
     """
-    layout, model = fit(config.parallel, ranks), config.model
+    layout, model, parallel = fit(config.parallel, ranks), config.model, config.parallel
     count = first_step(config, layout.dp).num_microbatches(layout.dp)
-    alike = layout.pp == 1 and not (model.dense_layers or config.sparsity.layers or config.compute.recompute_every > 1)
+    few, more = (2, 3) if layout.pp == 1 else (layout.pp + 1, layout.pp + 2)
+    if layout.pp > 1 and parallel.schedule != "1f1b":  # which go in rounds of as many microbatches as ranks
+        few, more = 2 * layout.pp, 3 * layout.pp
 
-    def of_depth(layers: int) -> Trace:
-        shallow = with_values(config, {"model.layers": layers})
-        if layout.pp > 1 or count <= 3:
+    def with_fewer(blocks: int) -> Trace:
+        """Trace without this many blocks of every stage."""
+        sizes = [len(stage) - blocks for stage in stage_blocks(config)]
+        values = {"model.layers": sum(sizes), "sparsity.layers": (), "parallel.split": tuple(sizes) * (layout.pp > 1)}
+        shallow = with_values(config, values)
+        if count <= more:
             return trace(shallow, ranks, rank)
-        return trace(shallow, ranks, rank, 2).extrapolate(trace(shallow, ranks, rank, 3), count - 3)
+        return trace(shallow, ranks, rank, few).extrapolate(
+            trace(shallow, ranks, rank, more), (count - more) // (more - few)
+        )
 
-    if alike and model.layers > 4:
-        return of_depth(3).extrapolate(of_depth(4), model.layers - 4)
-    return of_depth(model.layers)
+    every = (config.compute.recompute_every, model.full_attention_every, model.no_rope_every)
+    period = math.lcm(*(number or 1 for number in every))
+    least = model.dense_layers + (3 if layout.pp == 1 else 1)
+    spare = (min(map(len, stage_blocks(config))) - least) // period
+    if spare < 2:
+        return with_fewer(0)
+    return with_fewer(spare * period).extrapolate(with_fewer((spare - 1) * period), spare - 1)
 
 
 def first_step(config: Config, dp: int) -> StepPlan:
@@ -143,19 +155,17 @@ def first_step(config: Config, dp: int) -> StepPlan:
 def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> Trace:
     """Trace a step of one of the ranks. Must be called in a process without a process group.
 
-    microbatches: how many of the step's to run where there is no pipeline, since they are alike; 0 = all. Kernels and
-    collectives are those of these. Raises UserError for a layout that these ranks cannot run.
+    microbatches: how many of the step's to run, at most, since they are alike; 0 = all. Kernels and collectives are
+    those of these. Raises UserError for a layout that these ranks cannot run.
     """
     if dist.is_initialized():
         raise RuntimeError("a trace needs a process group of its own")
     layout = fit(config.parallel, ranks)
-    if layout.cp > 1:  # CausalBias, a subclass of Tensor, cannot be made under a dispatch mode
-        raise UserError(f"parallel.cp = {layout.cp} cannot be planned yet; plan the run with parallel.cp=1")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         mesh = make_mesh(layout, torch.device("cpu"))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with recording(mesh, fake) as recorder:
+        with recording(mesh, fake, on_gpu=config.train.device != "cpu") as recorder:
             step(config, mesh, recorder, microbatches)
         return recorder.trace()
     finally:
@@ -163,7 +173,7 @@ def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> T
 
 
 @contextmanager
-def recording(mesh: Mesh, fake: FakeTensorMode | None = None) -> Iterator[Recorder]:
+def recording(mesh: Mesh, fake: FakeTensorMode | None = None, on_gpu: bool = False) -> Iterator[Recorder]:
     """Record what is called and allocated in this block and in those of `Recorder.running`. Without `fake` on real
     tensors."""
     recorder = Recorder(mesh, fake)
@@ -174,9 +184,17 @@ def recording(mesh: Mesh, fake: FakeTensorMode | None = None) -> Iterator[Record
         recorder.resized(store)
         return store
 
+    def lower_right(queries: int, keys: int) -> Tensor | None:
+        if on_gpu:
+            return None  # flash kernels need no mask; shapes, all that a trace computes, are those of is_causal
+        with _disable_current_modes():
+            return causal_lower_right(queries, keys)
+
     with ExitStack() as restored:
         # FSDP2 frees gathered weights by resizing their storage to 0, which no dispatch mode sees
         restored.enter_context(patch.object(torch.UntypedStorage, "resize_", observed))
+        # under a dispatch mode torch cannot make this subclass of Tensor
+        restored.enter_context(patch("torch.nn.attention.bias.causal_lower_right", lower_right))
         # DTensor finds the shape of a result, once, by an operation on whole fake tensors: nothing that a rank runs
         restored.enter_context(patch.object(ShardingPropagator, "_fake_mode_lock", recorder.pausing()))
         yield recorder
@@ -197,6 +215,7 @@ class Recorder(TorchDispatchMode):
         self.numbers: dict[int, int] = {}  # address of a storage object -> its number
         self.kinds: list[str] = []  # of every storage so far
         self.changes: list[tuple[int, int]] = []  # (number, bytes more or less)
+        self.resident = 0  # bytes that are left at the end of what was last recorded
 
     def pausing(self) -> AbstractContextManager[None]:
         """Return a block, to be entered again and again, within which nothing is recorded."""
@@ -220,6 +239,7 @@ class Recorder(TorchDispatchMode):
                 modes.enter_context(self.fake)
             modes.enter_context(self)
             yield
+            self.resident = sum(self.sizes.values())  # here: model and moments go with the functions that hold them
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -253,7 +273,7 @@ class Recorder(TorchDispatchMode):
         peak: Counter[str] = Counter()
         for number, change in self.changes[: last + 1]:
             peak[self.kinds[number]] += change
-        return Trace(self.kernels, self.collectives, +peak, totals[-1])
+        return Trace(self.kernels, self.collectives, +peak, self.resident)
 
     def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Set the kind of these tensors' storages."""
@@ -336,7 +356,7 @@ def step(config: Config, mesh: Mesh, recorder: Recorder, microbatches: int = 0) 
                 module.blocks_on_cpu = config.train.device == "cpu"
     plan = first_step(config, mesh.layout.dp)
     count = plan.num_microbatches(mesh.layout.dp)
-    if microbatches and mesh.layout.pp == 1:
+    if microbatches:
         count = min(count, microbatches)
     with recorder.running("build"):
         engine = Engine(model, mesh, config.parallel)
