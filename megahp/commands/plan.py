@@ -63,7 +63,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
                 "rank": rank,
                 "peak": dict(step.peak),
                 "resident": step.resident,
-                "kernels": [{**vars(each), "dtype": str(each.dtype), "count": n} for each, n in step.kernels.items()],
+                "kernels": [{**vars(each), "count": n} for each, n in step.kernels.items()],
                 "collectives": [{**vars(each), "count": n} for each, n in step.collectives.items()],
             }
         )

@@ -11,7 +11,6 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 from unittest.mock import patch
@@ -30,20 +29,20 @@ from torch.utils._pytree import tree_leaves
 
 from megahp.config import Config, with_values
 from megahp.data.loader import Batch
-from megahp.errors import UserError
 from megahp.model.attention import Attention
-from megahp.model.build import build_model, stage_blocks
+from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import AXES, fit
 from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, WITHIN_STAGE, Mesh, make_mesh
 from megahp.parallel.parameters import storage
-from megahp.scaling.batch import BatchScheduler, Progress, StepPlan
+from megahp.parallel.stages import stage_blocks
+from megahp.plan.work import Collective, Kernel, Phase, Work, first_step
 from megahp.scaling.parameterization import table_of
 from megahp.train.engine import Engine
 from megahp.train.optimizer import make_optimizer
 
-Phase = Literal["build", "forward", "backward", "update"]
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+FREE = ("aten::detach", "aten::_unsafe_view")  # views, though their schemas do not say so
 ATTENTION = "_scaled_dot_product"
 COLLECTIVES = {
     "_allgather_base_": "all-gather",
@@ -57,61 +56,7 @@ COLLECTIVES = {
 }
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel call.
-
-    shape: (batch, m, n, k) of a product, (batch, heads, queries, keys, head size) of attention, else (). flops count a
-    multiply-add as two; bytes are those of all tensors read and written, each once.
-    """
-
-    name: str
-    kind: Literal["product", "attention", "memory"]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    flops: int
-    bytes: int
-    phase: Phase
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective call: bytes are those of the larger of its two buffers on this rank."""
-
-    name: str
-    axes: str  # of the mesh, joined by "_"; "world" for all ranks
-    size: int  # ranks of the group
-    bytes: int
-    phase: Phase
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one step of one rank computes, sends and allocates."""
-
-    kernels: Counter[Kernel]
-    collectives: Counter[Collective]
-    peak: Counter[str]  # bytes of each kind when most are allocated: weights, moments, gradients, gathered, ...
-    resident: int  # bytes between steps
-
-    def flops(self, *kinds: str) -> int:
-        return sum(kernel.flops * count for kernel, count in self.kernels.items() if kernel.kind in kinds)
-
-    def extrapolate(self, other: Trace, steps: int) -> Trace:
-        """Return the trace that follows `other` after this many more of the steps that lead from this one to it."""
-
-        def along(before: Counter[Any], after: Counter[Any]) -> Counter[Any]:
-            return Counter({key: after[key] + steps * (after[key] - before[key]) for key in {**before, **after}})
-
-        return Trace(
-            along(self.kernels, other.kernels),
-            along(self.collectives, other.collectives),
-            along(self.peak, other.peak),
-            other.resident + steps * (other.resident - self.resident),
-        )
-
-
-def trace_step(config: Config, ranks: int, rank: int = 0) -> Trace:
+def trace_step(config: Config, ranks: int, rank: int = 0) -> Work:
     """Trace a whole step of one rank, the equal parts of it only as often as needed.
 
     Blocks are alike, or repeat in a period, and so are microbatches: every further one adds the same again, so that two
@@ -124,7 +69,7 @@ def trace_step(config: Config, ranks: int, rank: int = 0) -> Trace:
     if layout.pp > 1 and parallel.schedule != "1f1b":  # which go in rounds of as many microbatches as ranks
         few, more = 2 * layout.pp, 3 * layout.pp
 
-    def with_fewer(blocks: int) -> Trace:
+    def with_fewer(blocks: int) -> Work:
         """Trace without this many blocks of every stage."""
         sizes = [len(stage) - blocks for stage in stage_blocks(config)]
         values = {"model.layers": sum(sizes), "sparsity.layers": (), "parallel.split": tuple(sizes) * (layout.pp > 1)}
@@ -144,15 +89,7 @@ def trace_step(config: Config, ranks: int, rank: int = 0) -> Trace:
     return with_fewer(spare * period).extrapolate(with_fewer((spare - 1) * period), spare - 1)
 
 
-def first_step(config: Config, dp: int) -> StepPlan:
-    """Return the plan of the first step. Raises UserError where train.tokens have no room for one."""
-    plan = BatchScheduler(config, dp).step(Progress())
-    if plan is None:
-        raise UserError(f"train.tokens = {config.train.tokens} leaves no step to plan; raise it")
-    return plan
-
-
-def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> Trace:
+def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> Work:
     """Trace a step of one of the ranks. Must be called in a process without a process group.
 
     microbatches: how many of the step's to run, at most, since they are alike; 0 = all. Kernels and collectives are
@@ -255,7 +192,10 @@ class Recorder(TorchDispatchMode):
         if name in COLLECTIVES:
             self._collective(name, args, [*inputs, *outputs])
         elif not _is_free(op, outputs):
-            self._kernel(name, op, inputs, outputs)
+            written = [arg for arg, row in zip(args, op._schema.arguments, strict=False) if _is_written(row)]
+            self._kernel(
+                name, op, inputs, outputs or [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
+            )
         for tensor in outputs:
             self._allocated(tensor, "gathered" if name in ("all_gather_copy_in", "_allgather_base_") else "")
         return out
@@ -266,14 +206,14 @@ class Recorder(TorchDispatchMode):
             self.kinds[number] = "gathered"
             self._change(number, store.nbytes())
 
-    def trace(self) -> Trace:
+    def trace(self) -> Work:
         """Return what was recorded since the model was built, and the memory from the beginning."""
         totals = list(accumulate(change for _, change in self.changes))
         last = int(np.argmax(totals))
         peak: Counter[str] = Counter()
         for number, change in self.changes[: last + 1]:
             peak[self.kinds[number]] += change
-        return Trace(self.kernels, self.collectives, +peak, self.resident)
+        return Work(self.kernels, self.collectives, +peak, self.resident)
 
     def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Set the kind of these tensors' storages."""
@@ -314,8 +254,7 @@ class Recorder(TorchDispatchMode):
         return "backward" if self.phase == "forward" and torch._C._current_graph_task_id() != -1 else self.phase
 
     def _kernel(self, name: str, op: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        tensors = {id(tensor): tensor for tensor in [*inputs, *outputs]}.values()  # one written in place counts once
-        size = sum(tensor.nbytes for tensor in tensors)
+        size = sum(tensor.nbytes for tensor in [*inputs, *outputs])  # one changed in place is read and written
         kind: Literal["product", "attention", "memory"] = "memory"
         shape: tuple[int, ...] = ()
         flops = 0
@@ -330,7 +269,7 @@ class Recorder(TorchDispatchMode):
             kind, shape = "attention", (*query.shape[:3], key.shape[2], query.shape[3])
             products = 5 if first else 2  # backward computes the scores again, and four products more
             flops = 2 * products * math.prod(shape)
-        dtype = outputs[0].dtype if outputs else inputs[0].dtype
+        dtype = str(outputs[0].dtype if outputs else inputs[0].dtype).removeprefix("torch.")
         self.kernels[Kernel(name, kind, shape, dtype, flops, size, self._phase())] += self.phase != "build"
 
     def _collective(self, name: str, args: Any, tensors: list[Tensor]) -> None:
@@ -393,11 +332,17 @@ def _axes_of_groups(mesh: Mesh) -> dict[str, tuple[str, int]]:
     return found
 
 
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
 def _is_free(op: Any, outputs: list[Tensor]) -> bool:
     """Return whether a call launches no kernel: a view, an allocation, a question about a tensor."""
-    if not outputs or op._schema.name.startswith(("prim::", "profiler::", "c10d", "_c10d")):
+    if op._schema.name.startswith(("prim::", "profiler::", "c10d", "_c10d")) or op.name() in FREE:
         return True
-    if op._schema.name.startswith(("aten::empty", "aten::new_empty")) or op.name().startswith("aten::detach"):
+    if op._schema.name.startswith(("aten::empty", "aten::new_empty")):
         return True
+    if not outputs:  # fused AdamW and the like only write to their arguments
+        return not op._schema.is_mutable
     aliases = [returned.alias_info for returned in op._schema.returns]
     return all(alias is not None and not alias.is_write for alias in aliases)
