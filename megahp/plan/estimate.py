@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megahp.config import Config
-from megahp.plan.formulas import MEGAHP, Stack, rank_work
+from megahp.plan.formulas import MEGAHP, Stack, rank_works
 from megahp.plan.machine import Machine
 from megahp.plan.step_time import Estimate, step_time
 
@@ -11,5 +11,4 @@ from megahp.plan.step_time import Estimate, step_time
 def estimate(config: Config, ranks: int, machine: Machine, stack: Stack = MEGAHP) -> Estimate:
     """Return the estimate of the first step. config: resolved, with its vocabulary. Raises UserError for a layout that
     these ranks cannot run."""
-    works = [rank_work(config, ranks, rank, stack) for rank in range(config.parallel.pp)]
-    return step_time(works, config, ranks, machine, stack)
+    return step_time(rank_works(config, ranks, stack), config, ranks, machine, stack)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -19,7 +20,7 @@ from megahp.config import Config, longest
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.logits import KEPT, rows_at_once
 from megahp.parallel.stages import stage_blocks, stages_of
-from megahp.plan.schedules import actions
+from megahp.plan.schedules import rank_actions, steady
 from megahp.plan.work import Collective, Kernel, Phase, Work, first_step
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
@@ -45,9 +46,19 @@ class Stack:
 MEGAHP = Stack()
 
 
-def rank_work(config: Config, ranks: int, rank: int, stack: Stack = MEGAHP) -> Work:
-    """Return the work of a rank of one pipeline position, 0 to pp - 1, in the first step."""
-    return _Step(config, fit(config.parallel, ranks), rank, stack).work()
+def rank_works(config: Config, ranks: int, stack: Stack = MEGAHP) -> list[Work]:
+    """Return the work of a rank of each pipeline position in the first step. Of ranks with blocks alike that of the
+    first is returned for all: it holds the activations of most microbatches."""
+    layout = fit(config.parallel, ranks)
+    found: dict[Hashable, Work] = {}
+    works = []
+    for rank in range(layout.pp):
+        step = _Step(config, layout, rank, stack)
+        key = step.likeness()
+        if key not in found:
+            found[key] = step.work()
+        works.append(found[key])
+    return works
 
 
 class _Step:
@@ -69,6 +80,10 @@ class _Step:
         self.stages = {number: cuts[number] for number in stages_of(rank, config.parallel)}
         self.blocks = sum(map(len, self.stages.values()))
         self.is_first, self.is_last = 0 in self.stages, len(cuts) - 1 in self.stages
+
+    def likeness(self) -> Hashable:
+        """Return what ranks of equal work have in common."""
+        return tuple((*map(self.kind, blocks), self.is_first, self.is_last) for blocks in self.stages.values())
 
     def work(self) -> Work:
         self._blocks()
@@ -110,26 +125,29 @@ class _Step:
     # ---- the parts of a step
 
     def _blocks(self) -> None:
-        recompute = self.config.compute
-        every = recompute.recompute_every
-        for index in (n for blocks in self.stages.values() for n in blocks):
-            chosen = recompute.recompute if index % every == 0 else "none"
-            dense = index < self.model.layers - self.model.expert_layers
-            self._block(chosen, dense, self.model.window_of(index))
+        """Count the blocks, those that are alike at once."""
+        for kind, alike in Counter(self.kind(n) for blocks in self.stages.values() for n in blocks).items():
+            self._block(*kind, alike * self.count)
 
-    def _block(self, recompute: str, dense: bool, window: int) -> None:
-        model, tp, e, t, r, count = self.model, self.layout.tp, self.e, self.t, self.r, self.count
+    def kind(self, block: int) -> tuple[str, bool, int]:
+        """Return how a block is recomputed, whether it is dense, and its attention's window: what its work depends on."""
+        chosen = self.config.compute.recompute if block % self.config.compute.recompute_every == 0 else "none"
+        return chosen, block < self.model.layers - self.model.expert_layers, self.model.window_of(block)
+
+    def _block(self, recompute: str, dense: bool, window: int, count: int) -> None:
+        """Count the microbatches of blocks of one kind; count: of both together."""
+        model, tp, e, t, r = self.model, self.layout.tp, self.e, self.t, self.r
         d, hidden = model.width, model.mlp_width // tp
         products, fp8 = (1.0 if recompute == "full" else 0.0), self.stack.products_dtype
         queries, keys = model.heads * model.head_size // tp, max(model.kv_heads // tp, 1) * model.head_size
         fused = (model.heads + 2 * model.kv_heads) * model.head_size // tp
         self.linear(fused, d, products, t, count, fp8)
-        self._attention(queries, recompute, window)
+        self._attention(queries, recompute, window, count)
         self.linear(d, queries, products, t, count, fp8)
         if dense:
             self._mlp(t, hidden, products, count)
         else:
-            self._experts(recompute)
+            self._experts(recompute, count)
         # norms, rotation, activation and sums: (forward, backward) passes over numbers of a token
         lean = self.stack.compiled
         norms = (4, 7) if lean else (6, 10)  # the first reads and writes; the second also the sum of stream and branch
@@ -145,7 +163,7 @@ class _Step:
             self.memory(phase, "elementwise", size, count, 8 if lean else 24)  # type: ignore[arg-type]
             if which == 0 and again:
                 self.memory("backward", "elementwise", size, count, 8 if lean else 24)
-        self._tensor_parallel(recompute)
+        self._tensor_parallel(recompute, count)
 
     def _mlp(self, rows: int, hidden: int, again: float, count: int) -> None:
         d, fp8 = self.model.width, self.stack.products_dtype
@@ -153,9 +171,9 @@ class _Step:
             self.linear(hidden, d, again, rows, count, fp8)
         self.linear(d, hidden, again, rows, count, fp8)
 
-    def _experts(self, recompute: str) -> None:
+    def _experts(self, recompute: str, count: int) -> None:
         """Count router, experts under equal load, and the exchange of tokens over ep."""
-        model, layout, e, t, count = self.model, self.layout, self.e, self.t, self.count
+        model, layout, e, t = self.model, self.layout, self.e, self.t
         again, ep = float(recompute == "full"), layout.ep
         self.linear(model.experts, model.width, again, t, count, "float32")
         hidden, chosen = model.expert_width // layout.tp, t * model.experts_per_token
@@ -171,9 +189,9 @@ class _Step:
             self.memory(phase, "experts", size, count * times, 8 * mine)  # type: ignore[arg-type]
             self.send(phase, "all-to-all", "ep", ep, e * chosen * model.width, 2 * count * times)  # type: ignore[arg-type]
 
-    def _attention(self, queries: int, recompute: str, window: int) -> None:
+    def _attention(self, queries: int, recompute: str, window: int, count: int) -> None:
         """Count attention over all scores: a fused kernel's time leaves the masked half out."""
-        model, e, count, length = self.model, self.e, self.count, self.length
+        model, e, length = self.model, self.e, self.length
         heads, size, local = queries // model.head_size, model.head_size, self.length // self.layout.cp
         cells = self.sequences * heads * local * length
         again = 1 if recompute == "full" else 0
@@ -197,10 +215,9 @@ class _Step:
             self.product("backward", *shape, count, batch)
         self.memory("backward", "softmax", cells * (1.5 * softmax + dropped), count, 2)
 
-    def _tensor_parallel(self, recompute: str) -> None:
+    def _tensor_parallel(self, recompute: str, count: int) -> None:
         """Count what enters and leaves the two branches of a block."""
-        tp, count = self.layout.tp, self.count
-        size = self.e * self.t * self.model.width
+        tp, size = self.layout.tp, self.e * self.t * self.model.width
         # a whole recomputation runs again up to the last sum, whose result nothing in the backward pass needs
         again = {"full": 2 if self.parallel.sequence_parallel else 1}.get(recompute, 0)
         if self.parallel.sequence_parallel:
@@ -394,10 +411,10 @@ class _Step:
         """Return how many microbatches a stage keeps activations of at most, at the moment when all together are most."""
         if self.layout.pp == 1:
             return {stage: 1 for stage in self.stages}
-        few = self.parallel, min(self.count, 4 * self.layout.pp * self.parallel.local_stages // 2 * 2)
+        few, _ = steady(self.parallel, self.count)
         held = dict.fromkeys(self.stages, 0)
         most = dict(held)
-        for kind, stage, _ in actions(*few)[self.rank]:
+        for kind, stage, _ in rank_actions(self.rank, self.parallel, few):
             held[stage] += {"F": 1, "B": -1, "W": -1, "I": 0}[kind]
             if sum(held.values()) > sum(most.values()):
                 most = dict(held)
@@ -419,8 +436,7 @@ class _Step:
         return kept
 
     def _kept_of_block(self, index: int) -> float:
-        compute = self.config.compute
-        recompute = compute.recompute if index % compute.recompute_every == 0 else "none"
+        recompute, *_ = self.kind(index)
         return self.e * (self.r * self.model.width if recompute == "full" else self._tensors(recompute, index))
 
     def _tensors(self, recompute: str, index: int) -> float:

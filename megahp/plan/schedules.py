@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from megahp.config import ParallelConfig
-from megahp.parallel.stages import owner
 
 
 class Action(NamedTuple):
@@ -18,50 +18,61 @@ class Action(NamedTuple):
     microbatch: int
 
 
-def actions(parallel: ParallelConfig, microbatches: int) -> list[list[Action]]:
-    """Return the actions of each pipeline rank, in order."""
+def rank_actions(rank: int, parallel: ParallelConfig, microbatches: int) -> list[Action]:
+    """Return the actions of a pipeline rank, in order."""
     rule = {"1f1b": _one_forward_one_backward, "zbv": _v_shaped}.get(parallel.schedule, _interleaved)
-    return [rule(rank, parallel, microbatches) for rank in range(parallel.pp)]
+    return rule(rank, parallel, microbatches)
+
+
+@lru_cache(maxsize=256)
+def actions(parallel: ParallelConfig, microbatches: int) -> list[list[Action]]:
+    """Return the actions of each pipeline rank."""
+    return [rank_actions(rank, parallel, microbatches) for rank in range(parallel.pp)]
+
+
+def steady(parallel: ParallelConfig, microbatches: int) -> tuple[int, int]:
+    """Return two smaller numbers of microbatches, a round apart, that say by a straight line what many take, since
+    rounds are alike once the pipeline is full; twice the same number where there are few."""
+    round_ = parallel.pp
+    few = 2 * round_ + microbatches % round_
+    if microbatches <= few + round_ or (parallel.schedule != "1f1b" and microbatches % round_):
+        return microbatches, microbatches
+    return few, few + round_
 
 
 def replay(
     lists: Sequence[Sequence[Action]], seconds: Callable[[Action], float], transfer: Callable[[int, int], float]
-) -> tuple[list[float], list[float]]:
-    """Return when each rank ends, and how long it has computed, in seconds.
+) -> float:
+    """Return when the last rank ends, in seconds.
 
     An action begins once its rank has ended the one before and its input has come: the stream of the stage before, or
     the gradient of the stage after. seconds: of an action; transfer: from one rank to another.
     """
-    stages = 1 + max(action.stage for each in lists for action in each)
     rank_of = {action.stage: rank for rank, each in enumerate(lists) for action in each}
+    last = max(rank_of)
     ended: dict[tuple[str, int, int], float] = {}
-    clocks, busy, next_action = [0.0] * len(lists), [0.0] * len(lists), [0] * len(lists)
-    ready = list(range(len(lists)))
+    clocks, following = [0.0] * len(lists), [0] * len(lists)
     waiting: dict[tuple[str, int, int], int] = {}  # an output -> the rank that waits for it
+    ready = list(range(len(lists)))
     while ready:
         rank = ready.pop()
-        for kind, stage, microbatch in lists[rank][next_action[rank] :]:
-            needs = None
-            if kind == "F" and stage:
-                needs = ("F", stage - 1, microbatch)
-            elif kind in "BI" and stage < stages - 1:
-                needs = ("B", stage + 1, microbatch)
+        for action in lists[rank][following[rank] :]:
+            kind, stage, microbatch = action
             start = clocks[rank]
-            if needs:
+            if kind == "F" and stage or kind in "BI" and stage < last:
+                needs = ("F", stage - 1, microbatch) if kind == "F" else ("B", stage + 1, microbatch)
                 if needs not in ended:
                     waiting[needs] = rank
                     break
                 start = max(start, ended[needs] + transfer(rank_of[needs[1]], rank))
-            took = seconds(Action(kind, stage, microbatch))
-            clocks[rank], busy[rank] = start + took, busy[rank] + took
-            next_action[rank] += 1
+            following[rank] += 1
             output = ("B" if kind == "I" else kind, stage, microbatch)
-            ended[output] = clocks[rank]
+            ended[output] = clocks[rank] = start + seconds(action)
             if output in waiting:
                 ready.append(waiting.pop(output))
     if waiting:
         raise RuntimeError(f"a pipeline schedule waits for itself: {sorted(waiting)[0]}")
-    return clocks, busy
+    return max(clocks)
 
 
 def _one_forward_one_backward(rank: int, parallel: ParallelConfig, microbatches: int) -> list[Action]:

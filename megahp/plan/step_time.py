@@ -14,9 +14,10 @@ from functools import lru_cache
 
 from megahp.config import Config
 from megahp.parallel.layout import AXES, Layout, fit
+from megahp.parallel.stages import stages_of
 from megahp.plan.formulas import MEGAHP, Stack
 from megahp.plan.machine import Machine
-from megahp.plan.schedules import Action, actions, replay
+from megahp.plan.schedules import Action, actions, replay, steady
 from megahp.plan.work import Collective, Kernel, Work, first_step
 from megahp.scaling.flops import training_flops
 
@@ -49,7 +50,8 @@ def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machin
     layout = fit(config.parallel, ranks)
     plan = first_step(config, layout.dp)
     count = plan.num_microbatches(layout.dp)
-    times = [_RankTimes(work, layout, machine, stack) for work in works]
+    by_work = {id(work): _RankTimes(work, layout, machine, stack) for work in works}
+    times = [by_work[id(work)] for work in works]
     split: Counter[str] = Counter()
     if layout.pp == 1:
         total = sum(_alone(times[0], count, split).values())
@@ -131,14 +133,19 @@ def _in_pipeline(
     forward = [each.busy("forward") / parts for each in times]
     backward = [each.busy("backward") / parts for each in times]
 
+    def transfer(source: int, target: int) -> float:
+        return 0.0
+
     def seconds(action: Action) -> float:
         rank = rank_of[action.stage]
         return forward[rank] if action.kind == "F" else backward[rank] / (1 if action.kind == "B" else 2)
 
-    lists = actions(parallel, count)
-    rank_of = {action.stage: rank for rank, each in enumerate(lists) for action in each}
-    ended, busy = replay(lists, seconds, lambda source, target: 0.0)
-    last = max(ended)
+    few, more = steady(parallel, count)
+    rank_of = {stage: rank for rank in range(parallel.pp) for stage in stages_of(rank, parallel)}
+    last = replay(actions(parallel, few), seconds, transfer)
+    if more > few:
+        last += (replay(actions(parallel, more), seconds, transfer) - last) / (more - few) * (count - few)
+    busy = [count * parallel.local_stages * (ahead + back) for ahead, back in zip(forward, backward, strict=True)]
     exposed = max(max(0.0, sum(each.hidden.values()) - back) for each, back in zip(times, backward, strict=True))
     split["exposed dp"] = exposed
     split["bubble"] = last - max(busy)
