@@ -40,6 +40,10 @@ class Stack:
     hides_reduction: bool = True  # gradients are reduced while the last backward pass runs
     attention: float = 1.0  # speed of its attention kernel relative to FlashAttention 2, by head size 128
     hidden_tp: float = 0.0  # share of tensor parallelism's communication that runs beside products
+    recomputes_all: bool = False  # a recomputed block to its end; False: as far as its backward pass needs, as torch does
+    recomputed: float = 1.0  # share of blocks that compute.recompute applies to
+    kept_products: float = 1.0  # share of products whose results selective recomputation keeps
+    calls_per_block: int = 1  # collectives that a block's weights are gathered by, and its gradients reduced by
     products_dtype: str = ""  # of products in blocks, where it is not the activations': float8
 
 
@@ -131,14 +135,17 @@ class _Step:
 
     def kind(self, block: int) -> tuple[str, bool, int]:
         """Return how a block is recomputed, whether it is dense, and its attention's window: what its work depends on."""
-        chosen = self.config.compute.recompute if block % self.config.compute.recompute_every == 0 else "none"
+        share = self.stack.recomputed / self.config.compute.recompute_every
+        applies = math.ceil((block + 1) * share) > math.ceil(block * share)
+        chosen = self.config.compute.recompute if applies else "none"
         return chosen, block < self.model.layers - self.model.expert_layers, self.model.window_of(block)
 
     def _block(self, recompute: str, dense: bool, window: int, count: int) -> None:
         """Count the microbatches of blocks of one kind; count: of both together."""
         model, tp, e, t, r = self.model, self.layout.tp, self.e, self.t, self.r
         d, hidden = model.width, model.mlp_width // tp
-        products, fp8 = (1.0 if recompute == "full" else 0.0), self.stack.products_dtype
+        products = {"full": 1.0, "selective": 1 - self.stack.kept_products}.get(recompute, 0.0)
+        fp8 = self.stack.products_dtype
         queries, keys = model.heads * model.head_size // tp, max(model.kv_heads // tp, 1) * model.head_size
         fused = (model.heads + 2 * model.kv_heads) * model.head_size // tp
         self.linear(fused, d, products, t, count, fp8)
@@ -169,7 +176,7 @@ class _Step:
         d, fp8 = self.model.width, self.stack.products_dtype
         for _ in range(2 if self.model.gated else 1):
             self.linear(hidden, d, again, rows, count, fp8)
-        self.linear(d, hidden, again, rows, count, fp8)
+        self.linear(d, hidden, again if self.stack.recomputes_all else 0, rows, count, fp8)
 
     def _experts(self, recompute: str, count: int) -> None:
         """Count router, experts under equal load, and the exchange of tokens over ep."""
@@ -218,16 +225,16 @@ class _Step:
     def _tensor_parallel(self, recompute: str, count: int) -> None:
         """Count what enters and leaves the two branches of a block."""
         tp, size = self.layout.tp, self.e * self.t * self.model.width
-        # a whole recomputation runs again up to the last sum, whose result nothing in the backward pass needs
-        again = {"full": 2 if self.parallel.sequence_parallel else 1}.get(recompute, 0)
+        entered = 2 if recompute == "full" else 0
+        left = 1 + self.stack.recomputes_all if recompute == "full" else 0
         if self.parallel.sequence_parallel:
             self.send("forward", "all-gather", "tp", tp, size, 2 * count)
             self.send("forward", "reduce-scatter", "tp", tp, size, 2 * count)
-            self.send("backward", "all-gather", "tp", tp, size, (2 + again) * count)
-            self.send("backward", "reduce-scatter", "tp", tp, size, (2 + again) * count)
+            self.send("backward", "all-gather", "tp", tp, size, (2 + entered) * count)
+            self.send("backward", "reduce-scatter", "tp", tp, size, (2 + left) * count)
         else:
             self.send("forward", "all-reduce", "tp", tp, size, 2 * count)
-            self.send("backward", "all-reduce", "tp", tp, size, (2 + 2 * again) * count)
+            self.send("backward", "all-reduce", "tp", tp, size, (2 + left) * count)
         cp, keys = self.layout.cp, max(self.model.kv_heads // tp, 1) * self.model.head_size
         gathered = self.e * self.t * cp * 2 * keys
         self.send("forward", "all-gather", "cp", cp, gathered, count)
@@ -336,7 +343,7 @@ class _Step:
             if not count or not size:
                 continue
             if stack.states == "megatron":
-                self._reduce_once(count * size, axes)
+                self._reduce_once(count * size, count * stack.calls_per_block, axes)
                 continue
             zero, count_ = self.parallel.zero_level, self.count
             gathers = {1: (1, 0), 2: (count_, 0), 3: (count_, count_)}[zero]
@@ -362,14 +369,15 @@ class _Step:
                     "backward", "accumulate", (2 * e + 4 + 3 * stack.gradient_bytes) * size, count * (count_ - 1), 2
                 )
 
-    def _reduce_once(self, size: float, axes: str) -> None:
+    def _reduce_once(self, size: float, calls: int, axes: str) -> None:
         """Count what Megatron does once a step: gradients summed in buffers, weights gathered after the update."""
         stack, dp = self.stack, self.layout.dp
-        if self.parallel.zero_level >= 1 and self._sharded_moments:
-            self.send("update", "reduce-scatter", axes, dp, stack.reduced_bytes * size)
-            self.send("update", "all-gather", axes, dp, self.e * size)
+        phase: Phase = "backward" if stack.hides_reduction else "update"
+        if self.parallel.zero >= 1:
+            self.send(phase, "reduce-scatter", axes, dp, stack.reduced_bytes * size / calls, calls)
+            self.send("update", "all-gather", axes, dp, self.e * size / calls, calls)
         else:
-            self.send("update", "all-reduce", axes, dp, stack.reduced_bytes * size)
+            self.send(phase, "all-reduce", axes, dp, stack.reduced_bytes * size / calls, calls)
         # main gradients: added to in every backward pass
         self.memory("backward", "accumulate", (self.e + 2 * stack.gradient_bytes) * size, self.count, 1)
 

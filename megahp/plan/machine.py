@@ -52,6 +52,7 @@ class Efficiency:
     memory: float = number(0.01, 1)
     node: float = number(0.01, 1)
     network: float = number(0.01, 1)
+    contention: float = number(0, 1)  # share of hidden communication's time that it takes from what hides it
 
 
 @dataclass(frozen=True)

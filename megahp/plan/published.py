@@ -24,7 +24,16 @@ FILE = Path(__file__).parent / "published.csv"
 Row = Mapping[str, str]
 
 GPT: dict[str, Any] = {"activation": "gelu", "norm": "layernorm", "positions": "learned", "bias": True}
-MEGATRON = Stack(states="megatron", fused_attention=False, dropout=True, whole_logits=True, hides_reduction=False)
+MEGATRON = Stack(
+    states="megatron",
+    fused_attention=False,
+    dropout=True,
+    whole_logits=True,
+    hides_reduction=False,
+    recomputes_all=True,
+)
+# of products every second one is kept: torchtitan, selective_ac_option "op"
+TITAN = Stack(compiled=True, whole_logits=True, kept_products=0.5)
 # Jean Zay, as bigscience describes it: of eight GPUs each has half of an Omni-Path adapter of 100 Gb/s
 JEAN_ZAY = {"network_bandwidth": 6.25e9}
 
@@ -56,15 +65,15 @@ SOURCES = {
     ),
     "huggingface/nanotron": Source(
         "nanotron",
-        Stack(states="megatron", whole_logits=True, gradient_bytes=4, reduced_bytes=4, hides_reduction=False),
+        Stack(states="megatron", compiled=True, whole_logits=True, hides_reduction=False, calls_per_block=6),
         {},
     ),
-    "pytorch/torchtitan@b5bcd76 benchmarks/llama3_h100": Source("torchtitan-2024", Stack(whole_logits=True), {}),
+    "pytorch/torchtitan@b5bcd76 benchmarks/llama3_h100": Source("torchtitan-2024", TITAN, {}),
     "pytorch/torchtitan@b5bcd76 benchmarks/asyncTP": Source(
-        "torchtitan-2025", Stack(whole_logits=True, compiled=True), {}
+        "torchtitan-2025", TITAN, {}
     ),
     "pytorch/torchtitan@b5bcd76 benchmarks/llama3-8b_h200": Source(
-        "torchtitan-h200", Stack(whole_logits=True, compiled=True), {}
+        "torchtitan-h200", TITAN, {}
     ),
     "foundation-model-stack/fms-fsdp": Source(
         "fms-fsdp", Stack(states="fsdp", whole_logits=True, reduced_bytes=2, compiled=True), {}
@@ -175,6 +184,11 @@ def _stack_of(source: Source, row: Row) -> Stack:
     if source.name == "bigscience-176b" and "Rebalancing" in notes or row["precision"] == "bf16":
         if source.name.startswith("bigscience"):
             stack = replace(stack, gradient_bytes=4, reduced_bytes=4)
+    if source.name == "fms-fsdp" and row["recompute"] == "selective":
+        mfu, hfu = (float(word) for word in re.findall(r"MFU ([\d.]+) HFU ([\d.]+)", notes)[0])
+        stack = replace(stack, recomputed=min(1.0, 3 * (hfu / mfu - 1)))  # "selective" is every n-th block, whole
+    if source.name == "nanotron" and row["zero"] == "0":
+        stack = replace(stack, hides_reduction=True)
     if source.name == "torchtitan-2024":
         stack = replace(stack, compiled="eager" not in notes)
     if re.search(r"async ?TP", notes, re.IGNORECASE):
@@ -222,6 +236,8 @@ def _config_of(source: Source, row: Row, sizes: Mapping[str, int], stack: Stack)
     recompute = {"none?": "none", "selective?": "selective", "selective per op": "selective"}.get(
         row["recompute"], row["recompute"]
     )
+    if source.name == "fms-fsdp" and recompute == "selective":
+        recompute = "full"
     if recompute not in ("none", "selective", "full"):
         raise ValueError("its recomputation is not stated")
     dtype = "float16" if row["precision"].startswith("fp16") or "fp16" in row["precision"] else "bfloat16"

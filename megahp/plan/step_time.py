@@ -54,7 +54,7 @@ def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machin
     times = [by_work[id(work)] for work in works]
     split: Counter[str] = Counter()
     if layout.pp == 1:
-        total = sum(_alone(times[0], count, split).values())
+        total = sum(_alone(times[0], machine, split).values())
     else:
         total = _in_pipeline(times, config, count, layout, machine, split)
     busiest = max(times, key=lambda each: each.compute("forward", "backward"))
@@ -81,6 +81,7 @@ class _RankTimes:
         self.exposed: dict[str, Counter[str]] = {phase: Counter() for phase in self.kinds}
         self.hidden: dict[str, float] = dict.fromkeys(self.kinds, 0.0)
         launches: Counter[str] = Counter()
+        self.stream: list[float] = []
         for kernel, times in work.kernels.items():
             kind = {"product": "products", "attention": "attention"}.get(kernel.kind, "memory")
             self.kinds[kernel.phase][kind] += times * kernel_seconds(kernel, machine, stack.attention)
@@ -88,6 +89,7 @@ class _RankTimes:
         for each, times in work.collectives.items():
             seconds = times * collective_seconds(each, layout, machine)
             if each.axes == "pp":
+                self.stream = [seconds / times]
                 continue
             if each.axes in HIDDEN_AXES and each.phase != "update" and each.name != "all-to-all":
                 self.hidden[each.phase] += seconds
@@ -112,16 +114,23 @@ class _RankTimes:
         return self.busy("update")
 
 
-def _alone(times: _RankTimes, count: int, split: Counter[str]) -> dict[str, float]:
+def _alone(times: _RankTimes, machine: Machine, split: Counter[str]) -> dict[str, float]:
     """Return the seconds of forward and backward passes without a pipeline, gathers and reductions behind them."""
     found = {}
     for phase in ("forward", "backward"):
-        busy, hidden = times.busy(phase), times.hidden[phase]
-        found[phase] = max(busy, hidden)
-        split["exposed dp"] += max(0.0, hidden - busy)
+        busy = times.busy(phase)
+        exposed = beside(times.hidden[phase], busy, machine)
+        found[phase] = busy + exposed
+        split["exposed dp"] += exposed
         for axes, seconds in times.exposed[phase].items():
             split[f"exposed {axes}"] += seconds
     return found
+
+
+def beside(hidden: float, busy: float, machine: Machine) -> float:
+    """Return the seconds that communication adds to what it runs beside: all that is longer, and a share of the rest,
+    since it takes multiprocessors and memory bandwidth."""
+    return max(0.0, hidden - busy) + machine.efficiency.contention * min(hidden, busy)
 
 
 def _in_pipeline(
@@ -133,8 +142,10 @@ def _in_pipeline(
     forward = [each.busy("forward") / parts for each in times]
     backward = [each.busy("backward") / parts for each in times]
 
+    stream = [each for each in times[0].stream]
+
     def transfer(source: int, target: int) -> float:
-        return 0.0
+        return 0.0 if source == target else (stream[0] if stream else 0.0)
 
     def seconds(action: Action) -> float:
         rank = rank_of[action.stage]
@@ -146,7 +157,9 @@ def _in_pipeline(
     if more > few:
         last += (replay(actions(parallel, more), seconds, transfer) - last) / (more - few) * (count - few)
     busy = [count * parallel.local_stages * (ahead + back) for ahead, back in zip(forward, backward, strict=True)]
-    exposed = max(max(0.0, sum(each.hidden.values()) - back) for each, back in zip(times, backward, strict=True))
+    exposed = max(
+        beside(sum(each.hidden.values()), back, machine) for each, back in zip(times, backward, strict=True)
+    )
     split["exposed dp"] = exposed
     split["bubble"] = last - max(busy)
     busiest = max(times, key=lambda each: each.busy("forward") + each.busy("backward"))
@@ -168,7 +181,11 @@ def kernel_seconds(kernel: Kernel, machine: Machine, attention: float = 1.0) -> 
     )
     if kernel.kind == "attention":
         return max(moved, _attention_seconds(kernel, peak * efficiency.attention * attention)) + GAP
-    return max(moved, _tiled(kernel.shape, machine.units) / (peak * efficiency.products)) + GAP
+    aligned = math.gcd(*kernel.shape[1:], 64)
+    if aligned < 8:  # rows are not of 16 bytes, which the matrix units need
+        peak = machine.peak.float32
+    slow = {8: 1.2, 16: 1.1, 32: 1.05}.get(aligned, 1.0)
+    return max(moved, slow * _tiled(kernel.shape, machine.units) / (peak * efficiency.products)) + GAP
 
 
 def _tiled(shape: tuple[int, ...], units: int) -> float:
@@ -179,8 +196,7 @@ def _tiled(shape: tuple[int, ...], units: int) -> float:
     for rows, columns, speed in TILES:
         waves = batch * math.ceil(m / rows) * math.ceil(n / columns) / units
         best = min(best, math.ceil(waves) * units * rows * columns / speed)
-    slow = 1.0 if all(size % 8 == 0 for size in (m, n, k)) else UNALIGNED
-    return 2 * best * (k + RAMP) * slow
+    return 2 * best * (k + RAMP)
 
 
 def _attention_seconds(kernel: Kernel, rate: float) -> float:
@@ -188,7 +204,7 @@ def _attention_seconds(kernel: Kernel, rate: float) -> float:
     batch, heads, queries, keys, size = kernel.shape
     causal = 0.5 * (1 + 128 / keys)
     # small heads: the exponentials, which are as many, take a larger share; short sequences: blocks on the diagonal
-    slow = (1 + 0.35 * (128 / size - 1)) if size < 128 else 1.0
+    slow = (1 + 0.1 * (128 / size - 1)) if size < 128 else 1.0
     backward = 1.15 if kernel.name.endswith("backward") else 1.0
     return kernel.flops * causal * slow * backward * (1 + 512 / queries) / rate
 
