@@ -1,6 +1,7 @@
 """The blocks of each pipeline stage, and the stages of each rank. Imports no torch: a plan reads it for many layouts."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from megahp.config import Config, ParallelConfig
@@ -11,7 +12,7 @@ def stage_blocks(config: Config) -> list[range]:
     """Return the blocks of each pipeline stage, first to last: parallel.split, or the split of least cost."""
     model, parallel = config.model, config.parallel
     if not parallel.split:
-        return split(layer_costs(model, config.data.sequence_length), parallel.pp * parallel.local_stages)
+        return list(_split(tuple(layer_costs(model, config.data.sequence_length)), parallel.pp * parallel.local_stages))
     ends = list(accumulate(parallel.split, initial=0))
     return [range(start, end) for start, end in pairwise(ends)]
 
@@ -38,6 +39,11 @@ def split(costs: Sequence[float], parts: int) -> list[range]:
         }
     _, ends = best[len(costs)]
     return [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+@lru_cache  # a search asks for few splits many thousand times
+def _split(costs: tuple[float, ...], parts: int) -> list[range]:
+    return split(costs, parts)
 
 
 def owner(stage: int, parallel: ParallelConfig) -> int:

@@ -213,7 +213,7 @@ class Recorder(TorchDispatchMode):
         peak: Counter[str] = Counter()
         for number, change in self.changes[: last + 1]:
             peak[self.kinds[number]] += change
-        return Work(self.kernels, self.collectives, +peak, self.resident)
+        return Work(+self.kernels, self.collectives, +peak, self.resident)  # without those of building
 
     def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Set the kind of these tensors' storages."""
