@@ -40,7 +40,9 @@ class Stack:
     hides_reduction: bool = True  # gradients are reduced while the last backward pass runs
     attention: float = 1.0  # speed of its attention kernel relative to FlashAttention 2, by head size 128
     hidden_tp: float = 0.0  # share of tensor parallelism's communication that runs beside products
-    recomputes_all: bool = False  # a recomputed block to its end; False: as far as its backward pass needs, as torch does
+    recomputes_all: bool = (
+        False  # a recomputed block to its end; False: as far as its backward pass needs, as torch does
+    )
     recomputed: float = 1.0  # share of blocks that compute.recompute applies to
     kept_products: float = 1.0  # share of products whose results selective recomputation keeps
     calls_per_block: int = 1  # collectives that a block's weights are gathered by, and its gradients reduced by

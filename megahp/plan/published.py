@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megahp.config.schema import BatchConfig, ComputeConfig, Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from megahp.config.schema import (
+    BatchConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from megahp.errors import UserError
 from megahp.files import read_text
 from megahp.plan.formulas import Stack
@@ -69,12 +77,8 @@ SOURCES = {
         {},
     ),
     "pytorch/torchtitan@b5bcd76 benchmarks/llama3_h100": Source("torchtitan-2024", TITAN, {}),
-    "pytorch/torchtitan@b5bcd76 benchmarks/asyncTP": Source(
-        "torchtitan-2025", TITAN, {}
-    ),
-    "pytorch/torchtitan@b5bcd76 benchmarks/llama3-8b_h200": Source(
-        "torchtitan-h200", TITAN, {}
-    ),
+    "pytorch/torchtitan@b5bcd76 benchmarks/asyncTP": Source("torchtitan-2025", TITAN, {}),
+    "pytorch/torchtitan@b5bcd76 benchmarks/llama3-8b_h200": Source("torchtitan-h200", TITAN, {}),
     "foundation-model-stack/fms-fsdp": Source(
         "fms-fsdp", Stack(states="fsdp", whole_logits=True, reduced_bytes=2, compiled=True), {}
     ),

@@ -157,9 +157,7 @@ def _in_pipeline(
     if more > few:
         last += (replay(actions(parallel, more), seconds, transfer) - last) / (more - few) * (count - few)
     busy = [count * parallel.local_stages * (ahead + back) for ahead, back in zip(forward, backward, strict=True)]
-    exposed = max(
-        beside(sum(each.hidden.values()), back, machine) for each, back in zip(times, backward, strict=True)
-    )
+    exposed = max(beside(sum(each.hidden.values()), back, machine) for each, back in zip(times, backward, strict=True))
     split["exposed dp"] = exposed
     split["bubble"] = last - max(busy)
     busiest = max(times, key=lambda each: each.busy("forward") + each.busy("backward"))
@@ -169,7 +167,6 @@ def _in_pipeline(
     return last + exposed
 
 
-@lru_cache(maxsize=100_000)
 def kernel_seconds(kernel: Kernel, machine: Machine, attention: float = 1.0) -> float:
     """Return the seconds of one call on the device."""
     efficiency = machine.efficiency
@@ -180,12 +177,18 @@ def kernel_seconds(kernel: Kernel, machine: Machine, attention: float = 1.0) -> 
         machine.peak, kernel.dtype if kernel.dtype in ("float32", "float16", "bfloat16", "float8") else "float32"
     )
     if kernel.kind == "attention":
-        return max(moved, _attention_seconds(kernel, peak * efficiency.attention * attention)) + GAP
+        return (
+            max(moved, _attention_seconds(kernel, peak * machine.best.attention * efficiency.attention * attention))
+            + GAP
+        )
     aligned = math.gcd(*kernel.shape[1:], 64)
     if aligned < 8:  # rows are not of 16 bytes, which the matrix units need
         peak = machine.peak.float32
     slow = {8: 1.2, 16: 1.1, 32: 1.05}.get(aligned, 1.0)
-    return max(moved, slow * _tiled(kernel.shape, machine.units) / (peak * efficiency.products)) + GAP
+    return (
+        max(moved, slow * _tiled(kernel.shape, machine.units) / (peak * machine.best.products * efficiency.products))
+        + GAP
+    )
 
 
 def _tiled(shape: tuple[int, ...], units: int) -> float:
@@ -232,7 +235,6 @@ def split_axes(axes: str) -> list[str]:
     return [*found, "ep"] if "dp_shard" in found else found
 
 
-@lru_cache(maxsize=100_000)
 def collective_seconds(each: Collective, layout: Layout, machine: Machine) -> float:
     """Return the seconds of one call: rings through the links inside the nodes, and all adapters of the group's ranks
     between them."""
