@@ -15,9 +15,9 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from megahp.parallel.layout import fit
+from megahp.plan.formulas import rank_works
 from megahp.plan.machine import Efficiency, Machine
 from megahp.plan.published import Case
-from megahp.plan.formulas import rank_works
 from megahp.plan.step_time import Estimate, placement, step_time
 
 PRIOR = Efficiency(products=0.85, attention=0.9, memory=0.8, node=0.75, network=0.7, contention=0.4)

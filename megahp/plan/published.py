@@ -24,8 +24,8 @@ from megahp.config.schema import (
 )
 from megahp.errors import UserError
 from megahp.files import read_text
-from megahp.plan.formulas import Stack
 from megahp.plan.machine import Machine, load_machine
+from megahp.plan.rank import Stack
 from megahp.scaling.flops import training_flops
 
 FILE = Path(__file__).parent / "published.csv"
@@ -41,7 +41,7 @@ MEGATRON = Stack(
     recomputes_all=True,
 )
 # of products every second one is kept: torchtitan, selective_ac_option "op"
-TITAN = Stack(compiled=True, whole_logits=True, kept_products=0.5)
+TITAN = Stack(elementwise="compiled", whole_logits=True, kept_products=0.5)
 # Jean Zay, as bigscience describes it: of eight GPUs each has half of an Omni-Path adapter of 100 Gb/s
 JEAN_ZAY = {"network_bandwidth": 6.25e9}
 
@@ -73,14 +73,14 @@ SOURCES = {
     ),
     "huggingface/nanotron": Source(
         "nanotron",
-        Stack(states="megatron", compiled=True, whole_logits=True, hides_reduction=False, calls_per_block=6),
+        Stack(states="megatron", elementwise="fused", whole_logits=True, hides_reduction=False, calls_per_block=6),
         {},
     ),
     "pytorch/torchtitan@b5bcd76 benchmarks/llama3_h100": Source("torchtitan-2024", TITAN, {}),
     "pytorch/torchtitan@b5bcd76 benchmarks/asyncTP": Source("torchtitan-2025", TITAN, {}),
     "pytorch/torchtitan@b5bcd76 benchmarks/llama3-8b_h200": Source("torchtitan-h200", TITAN, {}),
     "foundation-model-stack/fms-fsdp": Source(
-        "fms-fsdp", Stack(states="fsdp", whole_logits=True, reduced_bytes=2, compiled=True), {}
+        "fms-fsdp", Stack(states="fsdp", whole_logits=True, reduced_bytes=2, elementwise="compiled"), {}
     ),
     "calculon-ai/calculon": Source(
         "korthikanti", replace(MEGATRON, gradient_bytes=2, reduced_bytes=2), {**GPT, "tied_embeddings": True}
@@ -194,7 +194,7 @@ def _stack_of(source: Source, row: Row) -> Stack:
     if source.name == "nanotron" and row["zero"] == "0":
         stack = replace(stack, hides_reduction=True)
     if source.name == "torchtitan-2024":
-        stack = replace(stack, compiled="eager" not in notes)
+        stack = replace(stack, elementwise="eager" if "eager" in notes else "compiled")
     if re.search(r"async ?TP", notes, re.IGNORECASE):
         stack = replace(stack, hidden_tp=0.6)
     return stack

@@ -15,8 +15,8 @@ from functools import lru_cache
 from megahp.config import Config
 from megahp.parallel.layout import AXES, Layout, fit
 from megahp.parallel.stages import stages_of
-from megahp.plan.formulas import MEGAHP, Stack
 from megahp.plan.machine import Machine
+from megahp.plan.rank import MEGAHP, Stack
 from megahp.plan.schedules import Action, actions, replay, steady
 from megahp.plan.work import Collective, Kernel, Work, first_step
 from megahp.scaling.flops import training_flops

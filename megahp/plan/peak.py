@@ -1,0 +1,113 @@
+"""The most that a rank allocates in a step, by formulas: bytes of each kind at the moment of the peak.
+
+Of megahp's own step within a tenth of a trace (tests/plan/test_peak.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from megahp.parallel.logits import KEPT, rows_at_once
+from megahp.plan.rank import Rank
+from megahp.plan.schedules import rank_actions, steady
+
+
+def peak(rank: Rank) -> Counter[str]:
+    """Return the bytes of weights, gradients, moments, gathered weights, activations, and what is temporary."""
+    found = _states(rank)
+    found["activations"] = int(_activations(rank))
+    found["temporary"] += int(_temporary(rank))
+    return +found
+
+
+def _states(rank: Rank) -> Counter[str]:
+    stack, layout, weights = rank.stack, rank.layout, rank.weights
+    block = rank.block_weights + rank.expert_weights
+    if stack.states == "megatron":
+        moments = 12 * weights // rank.shards  # with the weights in float32
+        return Counter(weights=rank.e * weights, gradients=stack.gradient_bytes * weights, moments=moments)
+    found = Counter(weights=4 * weights // rank.shards, moments=8 * weights // rank.shards)
+    alone = layout.dp * layout.cp == 1
+    whole = alone or (rank.count > 1 and rank.parallel.reduce == "once")
+    found["gradients"] = stack.gradient_bytes * weights // (1 if whole else rank.shards)
+    if not alone:
+        zero3 = rank.parallel.zero_level == 3
+        found["gathered"] = rank.e * min(weights, rank.outer_weights + 2 * block if zero3 else weights)
+        # the unit whose gradient is made, beside what of it is sent
+        found["temporary"] = (rank.e + stack.reduced_bytes) * max(block, 0 if whole else rank.outer_weights)
+    return found
+
+
+def _in_flight(rank: Rank) -> dict[int, int]:
+    """Return the microbatches whose activations each stage keeps at the moment when those of all together are most."""
+    if rank.layout.pp == 1:
+        return dict.fromkeys(rank.stages, 1)
+    few, _ = steady(rank.parallel, rank.count)
+    held = dict.fromkeys(rank.stages, 0)
+    most = dict(held)
+    for kind, stage, _ in rank_actions(rank.position, rank.parallel, few):
+        held[stage] += {"F": 1, "B": -1, "W": -1, "I": 0}[kind]
+        if sum(held.values()) > sum(most.values()):
+            most = dict(held)
+    return most
+
+
+def _activations(rank: Rank) -> float:
+    """Return the bytes that the forward passes keep for the backward ones."""
+    flying = _in_flight(rank)
+    kept = 0.0
+    for stage, blocks in rank.stages.items():
+        for (recompute, dense, _), alike in Counter(map(rank.kind, blocks)).items():
+            kept += flying[stage] * alike * rank.e * kept_numbers(rank, recompute, dense)
+    if rank.is_last:
+        logits = rank.t * rank.vocabulary
+        of_loss = 2 * rank.e * rank.r * rank.model.width
+        if rank.stack.whole_logits:
+            of_loss += 4 * logits
+        elif rank.e * logits <= KEPT:
+            of_loss += rank.e * logits
+        kept += flying[max(rank.stages)] * of_loss
+    return kept
+
+
+def kept_numbers(rank: Rank, recompute: str, dense: bool) -> float:
+    """Return the numbers that a block's backward pass needs of its forward pass."""
+    model, stack, t, r = rank.model, rank.stack, rank.t, rank.r
+    width, queries, keys = model.width, rank.queries, rank.keys
+    if recompute == "full":
+        return r * width
+    hidden, rows = (rank.hidden, t) if dense else (model.expert_width // rank.layout.tp, t * model.experts_per_token)
+    inner = 2 if model.gated else 1  # products into the hidden layer
+    if recompute == "selective" and stack.fused_attention:  # the results of products, and attention's
+        products = (rank.fused + width) * t + width * r + inner * hidden * rows
+        return r * width + stack.kept_products * products + queries * t
+    lean = stack.elementwise == "compiled"
+    # the stream before both branches and both norms of it; where the sequence is split, what the branches gather
+    numbers = (2 if lean else 4) * width * r
+    if rank.parallel.sequence_parallel and stack.states != "megatron":  # which gathers again
+        numbers += 2 * width * t
+    numbers += (2 * queries + 2 * keys + queries) * t  # and attention's result in two layouts
+    numbers += (inner if lean else 2 * inner) * hidden * rows + (0 if dense else 2 * width * rows)
+    if not stack.fused_attention and recompute == "none":
+        cells = rank.sequences * (model.heads / rank.layout.tp) * rank.length**2 / rank.layout.cp
+        numbers += cells * (2.5 if stack.dropout else 1)
+    if stack.dropout:
+        numbers += width * r  # masks of a byte on both branches
+    return numbers
+
+
+def _temporary(rank: Rank) -> float:
+    """Return the bytes beside, where most are needed: in the loss, or in the backward pass of one block."""
+    model, t, e = rank.model, rank.t, rank.e
+    hidden = rank.hidden if not model.experts else model.expert_width // rank.layout.tp * model.experts_per_token
+    block = e * t * ((3 if model.gated else 2) * hidden + 2 * model.width)
+    recompute, dense, _ = rank.kind(rank.blocks[0])
+    if recompute != "none":
+        block += e * (kept_numbers(rank, "none", dense) - kept_numbers(rank, recompute, dense))
+    loss = 0.0
+    if rank.is_last and rank.stack.whole_logits:
+        loss = (4 + e) * t * rank.vocabulary
+    elif rank.is_last:  # a slice in float32 and its gradient, the stream's gradient, and that of the matrix
+        rows = min(rank.vocabulary, rows_at_once(t, model.width))
+        loss = (4 + 2 * e) * t * rows + 4 * t * model.width + e * rank.vocabulary * model.width
+    return max(block, loss)
