@@ -258,7 +258,9 @@ class _Counted:
                 self.memory("backward", "loss", size, slices * count, 8)
 
     def _pipeline(self) -> None:
-        size = self.e * (self.t if self.stack.whole_stream else self.r) * self.model.width
+        size = self.e * self.r * self.model.width
+        if self.stack.states == "megatron" and not self.stack.whole_stream:
+            size //= self.tp if not self.sequence else 1  # each tp rank sends its part, and all gather
         inner = len(self.rank.stages) * self.count
         sent, received = inner - self.rank.is_last * self.count, inner - self.rank.is_first * self.count
         pp = self.layout.pp
