@@ -90,9 +90,10 @@ class Calibration:
                 parts["memory"] += seconds
             elif name.startswith("exposed"):
                 axes = name.removeprefix("exposed ")
-                nodes, _ = placement("dp_shard" if axes == "dp" else axes, layout, case.machine.gpus_per_node)
+                axes = "dp_replicate_dp_shard" if axes == "dp" else axes
+                nodes, _ = placement(axes, layout, case.machine.gpus_per_node)
                 parts["network" if nodes > 1 else "node"] += seconds
-                if axes == "dp":
+                if name == "exposed dp":
                     parts["contention"] += seconds
         total = sum(parts[name] for name in parts if name != "contention")
         return Counter({name: value / total for name, value in parts.items()})

@@ -93,6 +93,10 @@ class _Counted:
             self.product("backward", rows, outputs, inputs, again * count, dtype=dtype)
         self.product("backward", rows, inputs, outputs, count, dtype=dtype)
         self.product("backward", outputs, inputs, rows, count, dtype=dtype)
+        if dtype == "float8":  # largest values, then copies in rows and columns: of input and weight, of the gradient
+            passes = 2 * self.e + 2
+            self.memory("forward", "quantize", passes * (rows + outputs) * inputs, (1 + again) * count, 4)
+            self.memory("backward", "quantize", passes * rows * outputs, count, 2)
 
     def memory(self, phase: Phase, name: str, size: float, count: float = 1, kernels: int = 1) -> None:
         """Count `count` times so many kernels, which read and write `size` bytes together."""
@@ -280,8 +284,7 @@ class _Counted:
         self.memory("update", "update", (16 + 12) * mine, 1, 4)
         if self.layout.dp * self.layout.cp == 1:
             return
-        axes = "dp_shard_cp" if self.layout.cp > 1 else "dp_shard"
-        blocks = len(rank.blocks)
+        axes, blocks = rank.named("dp_shard", "ep", "cp"), len(rank.blocks)
         if self.stack.states == "megatron":
             calls = self.stack.calls_per_block
             self._reduce_in_buffers(blocks * (rank.block_weights + rank.expert_weights), blocks * calls, axes)
@@ -289,8 +292,8 @@ class _Counted:
             return
         self._shard(rank.block_weights, blocks, axes, self.layout.dp_shard * self.layout.cp)
         self._shard(rank.outer_weights, 1, axes, self.layout.dp_shard * self.layout.cp)
-        inner = "dp_shard_cp" if self.layout.cp > 1 else "dp_shard"
-        self._shard(rank.expert_weights, blocks, inner, self.layout.dp_shard * self.layout.cp // self.layout.ep)
+        shards = self.layout.dp_shard * self.layout.cp // self.layout.ep
+        self._shard(rank.expert_weights, blocks, rank.named("dp_shard", "cp"), shards)
 
     def _shard(self, weights: int, units: int, axes: str, shards: int) -> None:
         """Count FSDP's collectives for units of so many weights, and the copies that FSDP2 makes beside them."""

@@ -245,7 +245,7 @@ def _config_of(source: Source, row: Row, sizes: Mapping[str, int], stack: Stack)
         dp_shard=sizes["dp"] // replicate,
         schedule="interleaved" if stages > 1 else "1f1b",
         stages_per_rank=stages if pp > 1 else 0,
-        split=_split(source, row, pp * stages) if pp > 1 and source.name != "nanotron" else (),  # which balances by cost
+        split=_split(source, row, pp * stages) if pp > 1 else (),
         sequence_parallel=source.name in ("nanotron", "torchtitan-2024", "torchtitan-2025")
         or row["notes"].startswith("sequence parallelism"),
         zero=1 if fsdp and pp > 1 else zero,
@@ -274,6 +274,8 @@ def _config_of(source: Source, row: Row, sizes: Mapping[str, int], stack: Stack)
 def _split(source: Source, row: Row, stages: int) -> tuple[int, ...]:
     """Return the blocks of each stage: equally many, or as DeepSpeed cuts what does not divide."""
     layers = int(row["layers"])
+    if source.name == "nanotron":  # balances by cost, as megahp does
+        return ()
     if _is_rebalanced(source, row) or "Re-do" in row["notes"] and (layers + 2) % stages == 0:
         each = (layers + 2) // stages  # embedding and unembedding count as a block each
         return (each - 1, *(each,) * (stages - 2), each - 1)

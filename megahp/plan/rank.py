@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from megahp.config import Config, longest
-from megahp.parallel.layout import Layout
+from megahp.parallel.layout import AXES, Layout
 from megahp.parallel.stages import stage_blocks, stages_of
 from megahp.plan.work import first_step
 
@@ -62,7 +62,7 @@ class Rank:
         self.is_first, self.is_last = 0 in self.stages, len(cuts) - 1 in self.stages
 
     def kind(self, block: int) -> tuple[str, bool, int]:
-        """Return how a block is recomputed, whether it is dense, and its attention's window: what its work depends on."""
+        """Return what a block's work depends on: how it is recomputed, whether it is dense, its attention's window."""
         share = self.stack.recomputed / self.config.compute.recompute_every
         applies = math.ceil((block + 1) * share) > math.ceil(block * share)
         recompute = self.config.compute.recompute if applies else "none"
@@ -71,6 +71,11 @@ class Rank:
     def likeness(self) -> Hashable:
         """Return what ranks of equal work have in common."""
         return tuple((*map(self.kind, blocks), self.is_first, self.is_last) for blocks in self.stages.values())
+
+    def named(self, *axes: str) -> str:
+        """Return the name of the group of ranks along these axes, of which those of one rank are left out."""
+        sizes = dict(zip(AXES, self.layout.shape, strict=True))
+        return "_".join(axis for axis in axes if sizes[axis] > 1)
 
     # numbers of a token on this rank
 
