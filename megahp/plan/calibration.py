@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -26,7 +26,8 @@ SPREAD = {"products": 0.1, "attention": 0.2, "memory": 0.15, "node": 0.2, "netwo
 GENERATION_SPREAD = 0.1
 NOISE = 0.1  # of a published step time, and of a prediction: a row's relative error where nothing is wrong
 GENERATIONS = ("v100", "a100", "h100", "h200", "b200", "mi250x", "mi300x", "mi355x")
-ROUNDS = 3
+ROUNDS = 3  # of Gauss-Newton, after which no factor moves by a thousandth
+HUBER = 20  # rounds of robust weights
 Factors = Mapping[str, float]  # efficiency, or generation -> logarithm of its factor
 
 
@@ -44,75 +45,75 @@ def calibrated(machine: Machine, factors: Factors) -> Machine:
     return replace(machine, efficiency=Efficiency(**{name: round(value, 4) for name, value in values.items()}))
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Factors, and what was linear about them: log(published / predicted) of the rows, and its derivatives."""
+
+    factors: dict[str, float]
+    chosen: Sequence[int]
+    residuals: np.ndarray
+    slopes: np.ndarray  # [rows, factors]
+
+
 class Calibration:
-    """Rows, their work counted once, and fits to any of them."""
+    """Rows, their work counted once, and fits to some of them."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
         self.cases = cases
         self.works = [rank_works(case.config, case.ranks, case.stack) for case in cases]
 
     def estimate(self, index: int, factors: Factors) -> Estimate:
+        """Return the estimate of a row."""
         case = self.cases[index]
         return step_time(self.works[index], case.config, case.ranks, calibrated(case.machine, factors), case.stack)
 
-    def fit(self, chosen: Sequence[int]) -> tuple[dict[str, float], np.ndarray, np.ndarray, list[str]]:
-        """Return the factors that fit these rows, and for `refit` the residuals there and their derivatives."""
+    def fit(self, chosen: Sequence[int]) -> Fitted:
+        """Return the factors of robust least squares over these rows, by Gauss-Newton."""
         names = [*SPREAD, *sorted({generation(self.cases[index].machine) for index in chosen})]
-        factors = dict.fromkeys(names, 0.0)
+        fitted = self._linear(dict.fromkeys(names, 0.0), chosen)
         for _ in range(ROUNDS):
-            residuals, slopes = self.linearized(chosen, factors, names)
-            factors = self.solve(chosen, residuals, slopes, factors, names)
-        residuals, slopes = self.linearized(chosen, factors, names)
-        return factors, residuals, slopes, names
+            fitted = self._linear(self.refit(fitted, chosen), chosen)
+        return fitted
 
-    def linearized(
-        self, chosen: Sequence[int], factors: Factors, names: Sequence[str]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return log(published / predicted) of the rows, and its derivatives by each factor, from the shares of the
-        predicted time: a bubble is of what the pipeline computes."""
+    def refit(self, fitted: Fitted, chosen: Sequence[int]) -> dict[str, float]:
+        """Return the factors of fewer rows, by the derivatives at the fit to all of them."""
+        kept = [position for position, index in enumerate(fitted.chosen) if index in set(chosen)]
+        residuals, slopes = fitted.residuals[kept], fitted.slopes[kept]
+        current = np.array(list(fitted.factors.values()))
+        spread = np.array([SPREAD.get(name, GENERATION_SPREAD) for name in fitted.factors])
+        rows = Counter(self.cases[index].source for index in chosen)
+        weights = np.array([len(chosen) / len(rows) / rows[self.cases[index].source] for index in chosen])
+        step = np.zeros(len(current))
+        for _ in range(HUBER):
+            left = np.abs(residuals - slopes @ step)
+            robust = weights * np.minimum(1, NOISE / np.maximum(left, 1e-9)) / NOISE**2
+            matrix = slopes.T @ (robust[:, None] * slopes) + np.diag(1 / spread**2)
+            step = np.linalg.solve(matrix, slopes.T @ (robust * residuals) - current / spread**2)
+        return dict(zip(fitted.factors, (current + step).tolist(), strict=True))
+
+    def _linear(self, factors: dict[str, float], chosen: Sequence[int]) -> Fitted:
         residuals, slopes = [], []
         for index in chosen:
             case, found = self.cases[index], self.estimate(index, factors)
-            residuals.append(math.log(case.seconds / found.seconds))  # type: ignore[operator]
-            shares = self.shares(case, found)
-            shares[generation(case.machine)] = shares["products"]
-            slopes.append([-shares[name] if name != "contention" else shares[name] for name in names])
-        return np.array(residuals), np.array(slopes)
+            residuals.append(math.log((case.seconds or math.nan) / found.seconds))
+            shares = self._shares(case, found)
+            slopes.append([shares[name] if name == "contention" else -shares[name] for name in factors])
+        return Fitted(factors, chosen, np.array(residuals), np.array(slopes))
 
-    def shares(self, case: Case, found: Estimate) -> Counter[str]:
-        """Return the share of the step that each efficiency divides."""
+    def _shares(self, case: Case, found: Estimate) -> Counter[str]:
+        """Return the share of the step that each factor scales; a bubble is of what the pipeline computes."""
         layout = fit(case.config.parallel, case.ranks)
-        parts: Counter[str] = Counter()
+        parts = Counter[str]()
         for name, seconds in found.split.items():
-            if name in ("products", "attention", "memory"):
-                parts[name] += seconds
-            elif name == "optimizer":
-                parts["memory"] += seconds
-            elif name.startswith("exposed"):
-                axes = name.removeprefix("exposed ")
-                axes = "dp_replicate_dp_shard" if axes == "dp" else axes
+            if name.startswith("exposed"):
+                axes = {"exposed dp": "dp_replicate_dp_shard"}.get(name, name.removeprefix("exposed "))
                 nodes, _ = placement(axes, layout, case.machine.gpus_per_node)
                 parts["network" if nodes > 1 else "node"] += seconds
-                if name == "exposed dp":
-                    parts["contention"] += seconds
-        total = sum(parts[name] for name in parts if name != "contention")
-        return Counter({name: value / total for name, value in parts.items()})
-
-    def solve(
-        self, chosen: Sequence[int], residuals: np.ndarray, slopes: np.ndarray, start: Factors, names: Sequence[str]
-    ) -> dict[str, float]:
-        """Return the factors of least robust squares about `start`, where the residuals and slopes were taken."""
-        current = np.array([start[name] for name in names])
-        spread = np.array([SPREAD.get(name, GENERATION_SPREAD) for name in names])
-        sources = Counter(self.cases[index].source for index in chosen)
-        weights = np.array([1 / sources[self.cases[index].source] for index in chosen]) * len(chosen) / len(sources)
-        step = np.zeros(len(names))
-        for _ in range(20):  # Huber's weights, by iteration
-            left = residuals - slopes @ step
-            robust = weights * np.minimum(1, NOISE / np.maximum(np.abs(left), 1e-9)) / NOISE**2
-            matrix = slopes.T @ (robust[:, None] * slopes) + np.diag(1 / spread**2)
-            step = np.linalg.solve(matrix, slopes.T @ (robust * residuals) - current / spread**2)
-        return dict(zip(names, (current + step).tolist(), strict=True))
+            else:
+                parts["memory" if name == "optimizer" else name] += seconds
+        total = parts.total() - parts["bubble"]
+        parts["contention"], parts[generation(case.machine)] = found.split.get("exposed dp", 0.0), parts["products"]
+        return Counter({name: seconds / total for name, seconds in parts.items()})
 
 
 def chosen_rows(cases: Sequence[Case]) -> list[int]:
@@ -125,7 +126,3 @@ def chosen_rows(cases: Sequence[Case]) -> list[int]:
                 chosen.append(index)
             seen[case.source] += 1
     return chosen
-
-
-def without(cases: Sequence[Case], chosen: Iterable[int], source: str) -> list[int]:
-    return [index for index in chosen if cases[index].source != source]

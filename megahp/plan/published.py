@@ -132,6 +132,11 @@ class Case:
     activations: float | None  # bytes
     out_of_memory: bool
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.config.batch.global_batch * self.config.data.sequence_length
+
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the rows of a file with published.csv's columns. Raises UserError."""
