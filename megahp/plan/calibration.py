@@ -8,7 +8,7 @@ a source weighs as much as any other, however many rows it has.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -100,10 +100,10 @@ class Calibration:
             slopes.append([shares[name] if name == "contention" else -shares[name] for name in factors])
         return Fitted(factors, chosen, np.array(residuals), np.array(slopes))
 
-    def _shares(self, case: Case, found: Estimate) -> Counter[str]:
+    def _shares(self, case: Case, found: Estimate) -> defaultdict[str, float]:
         """Return the share of the step that each factor scales; a bubble is of what the pipeline computes."""
         layout = fit(case.config.parallel, case.ranks)
-        parts = Counter[str]()
+        parts: defaultdict[str, float] = defaultdict(float)
         for name, seconds in found.split.items():
             if name.startswith("exposed"):
                 axes = {"exposed dp": "dp_replicate_dp_shard"}.get(name, name.removeprefix("exposed "))
@@ -111,9 +111,9 @@ class Calibration:
                 parts["network" if nodes > 1 else "node"] += seconds
             else:
                 parts["memory" if name == "optimizer" else name] += seconds
-        total = parts.total() - parts["bubble"]
+        total = sum(parts.values()) - parts["bubble"]
         parts["contention"], parts[generation(case.machine)] = found.split.get("exposed dp", 0.0), parts["products"]
-        return Counter({name: seconds / total for name, seconds in parts.items()})
+        return defaultdict(float, {name: seconds / total for name, seconds in parts.items()})
 
 
 def chosen_rows(cases: Sequence[Case]) -> list[int]:

@@ -68,20 +68,21 @@ class Machine:
     """A GPU and the links between many of them."""
 
     name: str
+    peak: Peak
+    best: Best
+    links: Links
+    efficiency: Efficiency
     memory: float = number(1e8, 1e13)  # bytes of a GPU
     memory_bandwidth: float = number(1e8, 1e14)  # bytes a second
     gpus_per_node: int = number(1, 1024)
     units: int = number(1, 100_000)  # multiprocessors, each of which computes one tile of a product at a time
     launch: float = number(0, 1e-2)  # seconds in which the host launches a kernel
-    peak: Peak
-    best: Best
-    links: Links
-    efficiency: Efficiency
 
     @property
     def usable(self) -> float:
-        """Bytes that PyTorch can allocate: without the CUDA context, NCCL's buffers and fragments."""
-        return self.memory - 2e9 - 0.03 * self.memory
+        """Bytes that PyTorch can allocate, without the CUDA context, NCCL's buffers and fragments. (Assumed, after what
+        published peaks have beside the formulas')"""
+        return 0.97 * self.memory - 2e9
 
 
 def machine_names() -> list[str]:

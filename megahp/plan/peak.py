@@ -61,7 +61,7 @@ def _activations(rank: Rank) -> float:
             kept += flying[stage] * alike * rank.e * kept_numbers(rank, recompute, dense)
     if rank.is_last:
         logits = rank.t * rank.vocabulary
-        of_loss = 2 * rank.e * rank.r * rank.model.width
+        of_loss: float = 2 * rank.e * rank.r * rank.model.width
         if rank.stack.whole_logits:
             of_loss += 4 * logits
         elif rank.e * logits <= KEPT:
@@ -83,7 +83,7 @@ def kept_numbers(rank: Rank, recompute: str, dense: bool) -> float:
         return r * width + stack.kept_products * products + queries * t
     lean = stack.elementwise == "compiled"
     # the stream before both branches and both norms of it; where the sequence is split, what the branches gather
-    numbers = (2 if lean else 4) * width * r
+    numbers: float = (2 if lean else 4) * width * r
     if rank.parallel.sequence_parallel and stack.states != "megatron":  # which gathers again
         numbers += 2 * width * t
     numbers += (2 * queries + 2 * keys + queries) * t  # and attention's result in two layouts
@@ -100,11 +100,11 @@ def _temporary(rank: Rank) -> float:
     """Return the bytes beside, where most are needed: in the loss, or in the backward pass of one block."""
     model, t, e = rank.model, rank.t, rank.e
     hidden = rank.hidden if not model.experts else model.expert_width // rank.layout.tp * model.experts_per_token
-    block = e * t * ((3 if model.gated else 2) * hidden + 2 * model.width)
+    block: float = e * t * ((3 if model.gated else 2) * hidden + 2 * model.width)
     recompute, dense, _ = rank.kind(rank.blocks[0])
     if recompute != "none":
         block += e * (kept_numbers(rank, "none", dense) - kept_numbers(rank, recompute, dense))
-    loss = 0.0
+    loss: float = 0
     if rank.is_last and rank.stack.whole_logits:
         loss = (4 + e) * t * rank.vocabulary
     elif rank.is_last:  # a slice in float32 and its gradient, the stream's gradient, and that of the matrix

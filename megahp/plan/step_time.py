@@ -8,7 +8,7 @@ the rest; tensor and context parallelism's collectives are waited for. Pipelines
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,10 +57,12 @@ def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machin
     distinct = {id(work): _Times(work, layout, machine, stack) for work in works}  # ranks alike share theirs
     times = [distinct[id(work)] for work in works]
     busiest = max(times, key=lambda each: each.busy("forward") + each.busy("backward"))
-    split = Counter[str]()
+    split: defaultdict[str, float] = defaultdict(float)
     for phase in ("forward", "backward"):
-        split.update(busiest.kinds[phase])
-        split.update({f"exposed {axes}": seconds for axes, seconds in busiest.exposed[phase].items()})
+        for name, seconds in busiest.kinds[phase].items():
+            split[name] += seconds
+        for axes, seconds in busiest.exposed[phase].items():
+            split[f"exposed {axes}"] += seconds
     if layout.pp == 1:
         split["exposed dp"] = sum(beside(busiest.hidden[each], busiest.busy(each), machine) for each in busiest.hidden)
     else:
@@ -70,14 +72,14 @@ def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machin
         passes = busiest.busy("forward") + busiest.busy("backward")
         split["bubble"] = pipeline_seconds(times, config, count) - passes
     split["optimizer"] = max(each.busy("update") for each in times)
-    seconds = sum(split.values())
+    total = sum(split.values())
     done = sum(work.flops("product") + work.flops("attention") / 2 for work in works) * ranks / len(works)
-    peak_rate = ranks * getattr(machine.peak, config.train.dtype) * seconds
+    peak_rate = ranks * getattr(machine.peak, config.train.dtype) * total
     return Estimate(
-        seconds,
-        dict(+split),
-        dict(max((work.peak for work in works), key=lambda peak: sum(peak.values()))),
-        plan.tokens / seconds,
+        total,
+        {name: seconds for name, seconds in split.items() if seconds},
+        dict(max(works, key=lambda work: sum(work.peak.values())).peak),
+        plan.tokens / total,
         plan.tokens * training_flops(config.model, plan.length) / peak_rate,
         done / peak_rate,
     )
@@ -92,8 +94,8 @@ class _Times:
 
     def __init__(self, work: Work, layout: Layout, machine: Machine, stack: Stack) -> None:
         phases = ("forward", "backward", "update")
-        self.kinds = {phase: Counter[str]() for phase in phases}
-        self.exposed = {phase: Counter[str]() for phase in phases}
+        self.kinds: dict[str, defaultdict[str, float]] = {phase: defaultdict(float) for phase in phases}
+        self.exposed: dict[str, defaultdict[str, float]] = {phase: defaultdict(float) for phase in phases}
         self.hidden = dict.fromkeys(phases, 0.0)
         self.transfer = 0.0
         launched = dict.fromkeys(phases, 0.0)

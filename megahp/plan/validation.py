@@ -213,8 +213,7 @@ def records(validation: Validation) -> list[dict[str, Any]]:
 def record(case: Case, row: Row, seconds: float, peak: float, activations: float) -> dict[str, Any]:
     """Return what was published of a row and what is predicted, in the row's own unit; and the peak in GB."""
     unit, published = row["measured_unit"], None
-    with_number = row["measured_value"].replace(".", "", 1).isdigit()
-    if with_number:
+    if row["measured_value"].replace(".", "", 1).isdigit():
         published = float(row["measured_value"])
     if case.seconds and published:
         predicted = seconds if unit == "s/step" else published * case.seconds / seconds
@@ -255,6 +254,12 @@ def predict(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda each: each["row"])
 
 
+def in_words(found: dict[str, Any]) -> str:
+    """Return a record in a line."""
+    published = f", published {found['published']}" if found["published"] is not None else ""
+    return f"{found['predicted']:.4g} {found['unit']}{published}; {found['seconds']:.4g} s, {found['peak_gb']:.1f} GB"
+
+
 def draw(validation: Validation, file: Path) -> None:
     """Draw predicted against published tokens a second and GPU, and each source's errors. Raises UserError."""
     from megahp.report.figures import MARKERS, PALETTE, colour, plot_in
@@ -272,9 +277,11 @@ def draw(validation: Validation, file: Path) -> None:
             errors = [100 * each.error for each in rows]
             spread.scatter(errors, [index] * len(rows), **{**style, "alpha": 0.5})
             spread.plot([np.median(errors)] * 2, [index - 0.3, index + 0.3], color=PALETTE["ink"])
-        ends = [80, 2e5]
+        ends = [10, 2e5]
         scatter.plot(ends, ends, color=PALETTE["muted"], linewidth=0.7)
-        scatter.set(xscale="log", yscale="log", xlabel="published tokens/s/GPU", ylabel="predicted")
+        scatter.set(xscale="log", yscale="log", xlabel="published tokens/s/GPU", ylabel="predicted tokens/s/GPU")
+        for axis in (scatter.xaxis, scatter.yaxis):
+            axis.set_major_formatter("{x:,.0f}")
         spread.axvspan(-20, 20, color=PALETTE["rule"], zorder=0)
         spread.set_yticks(range(len(sources)), sources)
         spread.set(xlabel="error of the step time, %", xlim=(-70, 70))
