@@ -256,10 +256,10 @@ class _Counted:
             if part and slices:
                 self.linear(part, width, t, slices * count, float(e * logits > KEPT))
                 # float32 copy, maximum, difference, exponential, sum
-                self.memory("forward", "loss", t * part * (e + 4 + 4 + 16 + 4), slices * count, 6)
+                self.memory("forward", "loss", t * part * (e + 4 + 4 + 16 + 4), slices * count, 18)
                 # copy, difference, exponential, scale, half precision; the sum of the stream's gradients
                 size = t * part * (e + 4 + 24 + 4 + e) + t * width * (12 + 4 + e)
-                self.memory("backward", "loss", size, slices * count, 8)
+                self.memory("backward", "loss", size, slices * count, 18)
 
     def _pipeline(self) -> None:
         size = self.e * self.r * self.model.width

@@ -13,29 +13,30 @@ from megahp.plan.schedules import rank_actions, steady
 
 
 def peak(rank: Rank) -> Counter[str]:
-    """Return the bytes of weights, gradients, moments, gathered weights, activations, and what is temporary."""
+    """Return the bytes of weights, gradients, moments, gathered weights, activations, and what is temporary, in the
+    loss or in the backward pass of a block, where they are most together."""
     found = _states(rank)
     found["activations"] = int(_activations(rank))
-    found["temporary"] += int(_temporary(rank))
-    return +found
+    of_block, of_loss = Counter(temporary=int(_of_block(rank))), Counter(temporary=int(_of_loss(rank)))
+    if rank.stack.states != "megatron" and rank.layout.dp * rank.layout.cp > 1:
+        unit = rank.block_weights + rank.expert_weights
+        zero3 = rank.parallel.zero_level == 3
+        of_loss["gathered"] = rank.e * (rank.outer_weights if zero3 else rank.weights)
+        of_block["gathered"] = rank.e * min(rank.weights, rank.outer_weights + 2 * unit if zero3 else rank.weights)
+        # in the end the gradient of all its weights, and what of it is sent, in the place of what it is made from
+        of_block["temporary"] = max(of_block["temporary"], (rank.e + rank.stack.reduced_bytes) * unit)
+    return +max(found + of_block, found + of_loss, key=lambda kinds: sum(kinds.values()))
 
 
 def _states(rank: Rank) -> Counter[str]:
+    """Return the bytes that stay, with whole gradients from one microbatch to the next."""
     stack, layout, weights = rank.stack, rank.layout, rank.weights
-    block = rank.block_weights + rank.expert_weights
     if stack.states == "megatron":
         moments = 12 * weights // rank.shards  # with the weights in float32
         return Counter(weights=rank.e * weights, gradients=stack.gradient_bytes * weights, moments=moments)
-    found = Counter(weights=4 * weights // rank.shards, moments=8 * weights // rank.shards)
-    alone = layout.dp * layout.cp == 1
-    whole = alone or (rank.count > 1 and rank.parallel.reduce == "once")
-    found["gradients"] = stack.gradient_bytes * weights // (1 if whole else rank.shards)
-    if not alone:
-        zero3 = rank.parallel.zero_level == 3
-        found["gathered"] = rank.e * min(weights, rank.outer_weights + 2 * block if zero3 else weights)
-        # the unit whose gradient is made, beside what of it is sent
-        found["temporary"] = (rank.e + stack.reduced_bytes) * max(block, 0 if whole else rank.outer_weights)
-    return found
+    whole = layout.dp * layout.cp == 1 or (rank.count > 1 and rank.parallel.reduce == "once")
+    gradients = stack.gradient_bytes * weights // (1 if whole else rank.shards)
+    return Counter(weights=4 * weights // rank.shards, moments=8 * weights // rank.shards, gradients=gradients)
 
 
 def _in_flight(rank: Rank) -> dict[int, int]:
@@ -96,18 +97,23 @@ def kept_numbers(rank: Rank, recompute: str, dense: bool) -> float:
     return numbers
 
 
-def _temporary(rank: Rank) -> float:
-    """Return the bytes beside, where most are needed: in the loss, or in the backward pass of one block."""
+def _of_block(rank: Rank) -> float:
+    """Return the bytes beside in the backward pass of one block: gradients, and what is computed again."""
     model, t, e = rank.model, rank.t, rank.e
     hidden = rank.hidden if not model.experts else model.expert_width // rank.layout.tp * model.experts_per_token
-    block: float = e * t * ((3 if model.gated else 2) * hidden + 2 * model.width)
+    size: float = e * t * ((3 if model.gated else 2) * hidden + 2 * model.width)
     recompute, dense, _ = rank.kind(rank.blocks[0])
     if recompute != "none":
-        block += e * (kept_numbers(rank, "none", dense) - kept_numbers(rank, recompute, dense))
-    loss: float = 0
-    if rank.is_last and rank.stack.whole_logits:
-        loss = (4 + e) * t * rank.vocabulary
-    elif rank.is_last:  # a slice in float32 and its gradient, the stream's gradient, and that of the matrix
-        rows = min(rank.vocabulary, rows_at_once(t, model.width))
-        loss = (4 + 2 * e) * t * rows + 4 * t * model.width + e * rank.vocabulary * model.width
-    return max(block, loss)
+        size += e * (kept_numbers(rank, "none", dense) - kept_numbers(rank, recompute, dense))
+    return size
+
+
+def _of_loss(rank: Rank) -> float:
+    """Return the bytes beside in the loss's backward pass."""
+    t, e, width, vocabulary = rank.t, rank.e, rank.model.width, rank.vocabulary
+    if not rank.is_last:
+        return 0
+    if rank.stack.whole_logits:
+        return (4 + e) * t * vocabulary
+    # a slice in float32 and its gradient; the gradients of the stream, and of the matrix
+    return (4 + 2 * e) * t * min(vocabulary, rows_at_once(t, width)) + 4 * t * width + e * vocabulary * width

@@ -22,9 +22,9 @@ def test_ours(name: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ("memory = 80e9", "memory = -80e9", "memory = -80000000000.0 must be between"),
-        ("memory = 80e9", "memory = '80 GB'", "memory = '80 GB' must be a number"),
-        ("memory = 80e9", "", "memory is missing"),
+        ("memory = 84.9e9", "memory = -84.9e9", "memory = -84900000000.0 must be between"),
+        ("memory = 84.9e9", "memory = '80 GB'", "memory = '80 GB' must be a number"),
+        ("memory = 84.9e9", "", "memory is missing"),
         ("units = 132", "units = 13.2", "units = 13.2 must be a whole number"),
         ("float16 = 989e12", "float16 = 989", "peak.float16 = 989 must be between"),
         ("float16 = 989e12", "float16 = nan", "peak.float16 = nan must be between"),
