@@ -1,32 +1,48 @@
 """Say, before a run is queued, what each of its ranks will compute, send and allocate in a step.
 
     megahp plan run.toml --ranks 64 [section.key=value ...] [--json FILE]
+    megahp plan --validate [--json [FILE]] [--plot FILE]
+    megahp plan --predict ROWS.csv [--json [FILE]]
 
 The step is the product's own, on tensors without contents: one rank of each pipeline stage is built and stepped as on a
 cluster, on this machine and within seconds. Peak memory is what PyTorch allocates, without the CUDA context, NCCL's
 buffers and fragmentation; it is within 5 % for CPU ranks (tests/plan), and has not been compared with a GPU's.
+
+--validate predicts the published step times and peaks of megahp/plan/published.csv, those of each source by what the
+others say, and prints the tables of docs/plan.md; --predict does so for a file of measurements with its columns.
 """
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megahp.commands.arguments import add_run_file
 from megahp.commands.output import provenance, write_json
 from megahp.config import resolve
 from megahp.errors import UserError
+from megahp.log.metrics import without_nan
 
+STDOUT = Path("-")
 KINDS = ("weights", "moments", "gradients", "gathered", "activations", "temporary")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_file(parser)
-    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="ranks of the run, as on the cluster")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every kernel and collective here")
+    add = parser.add_argument
+    add("run_file", type=Path, nargs="?", metavar="RUN.toml")
+    add("overrides", nargs="*", default=[], metavar="section.key=value", help="override the file's own")
+    add("--ranks", type=int, metavar="N", help="ranks of the run, as on the cluster")
+    add("--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="write all results here, or print them")
+    add("--validate", action="store_true", help="predict published measurements, and print the verdict")
+    add("--predict", type=Path, metavar="ROWS.csv", help="predict measurements, in published.csv's columns")
+    add("--plot", type=Path, metavar="FILE", help="with --validate: draw it: .svg, .png or .pdf")
 
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    if options.validate or options.predict:
+        return predict_published(options, words)
+    if options.run_file is None or options.ranks is None:
+        raise UserError("megahp plan needs a run file and --ranks N, or --validate, or --predict ROWS.csv")
     config = resolve.load(options.run_file, options.overrides).config
     if not config.model.vocab_size:
         raise UserError("model.vocab_size = 0 is the tokenizer's, which a plan does not read; set it, e.g. 32000")
@@ -67,5 +83,37 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
                 "collectives": [{**vars(each), "count": n} for each, n in step.collectives.items()],
             }
         )
-    write_json(options.json, {**provenance(words), "ranks": found})
+    write_or_print(options.json, {**provenance(words), "ranks": found})
     return 0
+
+
+def predict_published(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Predict the rows of --predict, or with --validate those of published.csv."""
+    from megahp.plan import validation  # imported late: it reads the machines and numpy
+    from megahp.plan.published import FILE, read_rows
+
+    rows = read_rows(options.predict or FILE)
+    if options.predict:
+        found = validation.predict(rows)
+        if options.json is None:
+            for each in found:
+                print(f"row {each['row']}: {each.get('left_out') or validation.in_words(each)}")
+        write_or_print(options.json, {**provenance(words), "rows": found})
+        return 0
+    result = validation.validate(rows)
+    if options.json != STDOUT:
+        print(validation.report(result))
+    if options.plot:
+        validation.draw(result, options.plot)
+    numbers, factors = validation.numbers(result), dict(result.factors)
+    tree = {**provenance(words), "numbers": numbers, "factors": factors, "rows": validation.records(result)}
+    write_or_print(options.json, tree)
+    return 0
+
+
+def write_or_print(file: Path | None, results: Mapping[str, Any]) -> None:
+    """Write the results as JSON, if a file is named, or print them for --json without one."""
+    if file == STDOUT:
+        print(json.dumps(without_nan(results), indent=2))
+    else:
+        write_json(file, results)

@@ -1,4 +1,4 @@
-"""The blocks of each pipeline stage, and the stages of each rank. Imports no torch: a plan reads it for many layouts."""
+"""The blocks of each pipeline stage, and the stages of each rank. Imports no torch: plans ask it for many layouts."""
 
 from collections.abc import Sequence
 from functools import lru_cache

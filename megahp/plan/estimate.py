@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from megahp.config import Config
-from megahp.plan.formulas import MEGAHP, Stack, rank_works
+from megahp.plan.formulas import rank_works
 from megahp.plan.machine import Machine
+from megahp.plan.rank import MEGAHP, Stack
 from megahp.plan.step_time import Estimate, step_time
 
 

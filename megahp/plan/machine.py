@@ -44,12 +44,20 @@ class Links:
 
 
 @dataclass(frozen=True)
-class Efficiency:
-    """Shares of peaks and bandwidths that training reaches where nothing else limits it (published.py fits them)."""
+class Best:
+    """Shares of the peak that single kernels reach in benchmarks."""
 
-    products: float = number(0.01, 1)  # of the peak, by large products
-    attention: float = number(0.01, 1)  # of the peak, by fused attention over long sequences with heads of 128
-    memory: float = number(0.01, 1)
+    products: float = number(0.01, 1)  # the best shape
+    attention: float = number(0.01, 1)  # FlashAttention 2, long causal sequences, heads of 128
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares that training reaches where nothing else limits it; calibration.py fits them to public measurements."""
+
+    products: float = number(0.01, 2)  # of the best
+    attention: float = number(0.01, 2)  # of the best
+    memory: float = number(0.01, 1)  # of the bandwidth, as below
     node: float = number(0.01, 1)
     network: float = number(0.01, 1)
     contention: float = number(0, 1)  # share of hidden communication's time that it takes from what hides it
@@ -60,19 +68,21 @@ class Machine:
     """A GPU and the links between many of them."""
 
     name: str
+    peak: Peak
+    best: Best
+    links: Links
+    efficiency: Efficiency
     memory: float = number(1e8, 1e13)  # bytes of a GPU
     memory_bandwidth: float = number(1e8, 1e14)  # bytes a second
     gpus_per_node: int = number(1, 1024)
     units: int = number(1, 100_000)  # multiprocessors, each of which computes one tile of a product at a time
     launch: float = number(0, 1e-2)  # seconds in which the host launches a kernel
-    peak: Peak
-    links: Links
-    efficiency: Efficiency
 
     @property
     def usable(self) -> float:
-        """Bytes that PyTorch can allocate: without the CUDA context, NCCL's buffers and fragments."""
-        return self.memory - 2e9 - 0.03 * self.memory
+        """Bytes that PyTorch can allocate, without the CUDA context, NCCL's buffers and fragments. (Assumed, after what
+        published peaks have beside the formulas')"""
+        return 0.97 * self.memory - 2e9
 
 
 def machine_names() -> list[str]:

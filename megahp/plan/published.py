@@ -13,11 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megahp.config.schema import BatchConfig, ComputeConfig, Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from megahp.config.schema import (
+    BatchConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from megahp.errors import UserError
 from megahp.files import read_text
-from megahp.plan.formulas import Stack
 from megahp.plan.machine import Machine, load_machine
+from megahp.plan.rank import Stack
 from megahp.scaling.flops import training_flops
 
 FILE = Path(__file__).parent / "published.csv"
@@ -33,7 +41,10 @@ MEGATRON = Stack(
     recomputes_all=True,
 )
 # of products every second one is kept: torchtitan, selective_ac_option "op"
-TITAN = Stack(compiled=True, whole_logits=True, kept_products=0.5)
+TITAN = Stack(elementwise="compiled", whole_logits=True, kept_products=0.5)
+# nvidia-smi's memory: CUDA context (1.1 to 1.6e9, says bigscience), NCCL's buffers, what the allocator keeps
+SMI = (4.5e9, 0.1)
+RESERVED = (0.0, 0.1)  # what the allocator keeps
 # Jean Zay, as bigscience describes it: of eight GPUs each has half of an Omni-Path adapter of 100 Gb/s
 JEAN_ZAY = {"network_bandwidth": 6.25e9}
 
@@ -46,6 +57,7 @@ class Source:
     stack: Stack
     model: Mapping[str, Any]  # what the columns do not say
     links: Mapping[str, float] | None = None  # of its cluster, where they are not the machine's
+    beside: tuple[float, float] = (0.0, 0.0)  # bytes that its memory counts beside, and a share of what is allocated
 
 
 SOURCES = {
@@ -56,27 +68,27 @@ SOURCES = {
     ),
     "bigscience-workshop/bigscience@9e64ede train": Source(
         "bigscience-176b",
-        replace(MEGATRON, gradient_bytes=2, reduced_bytes=2),
+        replace(MEGATRON, gradient_bytes=2, reduced_bytes=2, whole_stream=True),
         {**GPT, "positions": "alibi", "tied_embeddings": True},
         JEAN_ZAY,
+        beside=SMI,
     ),
     "bigscience-workshop/bigscience@9e64ede experiments": Source(
-        "bigscience-1b3", replace(MEGATRON, gradient_bytes=2, reduced_bytes=2), {**GPT, "tied_embeddings": True}
+        "bigscience-1b3",
+        replace(MEGATRON, gradient_bytes=2, reduced_bytes=2, whole_stream=True),
+        {**GPT, "tied_embeddings": True},
+        beside=SMI,
     ),
     "huggingface/nanotron": Source(
         "nanotron",
-        Stack(states="megatron", compiled=True, whole_logits=True, hides_reduction=False, calls_per_block=6),
+        Stack(states="megatron", elementwise="fused", whole_logits=True, hides_reduction=False, calls_per_block=6),
         {},
     ),
-    "pytorch/torchtitan@b5bcd76 benchmarks/llama3_h100": Source("torchtitan-2024", TITAN, {}),
-    "pytorch/torchtitan@b5bcd76 benchmarks/asyncTP": Source(
-        "torchtitan-2025", TITAN, {}
-    ),
-    "pytorch/torchtitan@b5bcd76 benchmarks/llama3-8b_h200": Source(
-        "torchtitan-h200", TITAN, {}
-    ),
+    "pytorch/torchtitan@b5bcd76 benchmarks/llama3_h100": Source("torchtitan-2024", TITAN, {}, beside=RESERVED),
+    "pytorch/torchtitan@b5bcd76 benchmarks/asyncTP": Source("torchtitan-2025", TITAN, {}, beside=RESERVED),
+    "pytorch/torchtitan@b5bcd76 benchmarks/llama3-8b_h200": Source("torchtitan-h200", TITAN, {}, beside=RESERVED),
     "foundation-model-stack/fms-fsdp": Source(
-        "fms-fsdp", Stack(states="fsdp", whole_logits=True, reduced_bytes=2, compiled=True), {}
+        "fms-fsdp", Stack(states="fsdp", whole_logits=True, reduced_bytes=2, elementwise="compiled"), {}
     ),
     "calculon-ai/calculon": Source(
         "korthikanti", replace(MEGATRON, gradient_bytes=2, reduced_bytes=2), {**GPT, "tied_embeddings": True}
@@ -116,8 +128,14 @@ class Case:
     stack: Stack
     seconds: float | None  # of a step
     memory: float | None  # bytes at the peak
+    beside: tuple[float, float]  # bytes that its memory counts beside what is allocated, and a share of that
     activations: float | None  # bytes
     out_of_memory: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.config.batch.global_batch * self.config.data.sequence_length
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -173,6 +191,7 @@ def read(number: int, row: Row) -> Case:
         stack,
         None if failed or unit.startswith(("GB", "GiB")) else _seconds(config, ranks, float(value), unit, machine),
         _memory(notes),
+        source.beside,
         float(value) * 2**30 if unit.startswith("GiB") else None,
         failed,
     )
@@ -181,19 +200,25 @@ def read(number: int, row: Row) -> Case:
 def _stack_of(source: Source, row: Row) -> Stack:
     """Return the source's stack with what the row says of it."""
     stack, notes = source.stack, row["notes"]
-    if source.name == "bigscience-176b" and "Rebalancing" in notes or row["precision"] == "bf16":
-        if source.name.startswith("bigscience"):
-            stack = replace(stack, gradient_bytes=4, reduced_bytes=4)
+    if _is_rebalanced(source, row) or row["precision"] == "bf16" and source.name == "bigscience-176b":
+        stack = replace(stack, gradient_bytes=6, reduced_bytes=4)  # in bfloat16, and summed in float32
     if source.name == "fms-fsdp" and row["recompute"] == "selective":
         mfu, hfu = (float(word) for word in re.findall(r"MFU ([\d.]+) HFU ([\d.]+)", notes)[0])
         stack = replace(stack, recomputed=min(1.0, 3 * (hfu / mfu - 1)))  # "selective" is every n-th block, whole
     if source.name == "nanotron" and row["zero"] == "0":
         stack = replace(stack, hides_reduction=True)
     if source.name == "torchtitan-2024":
-        stack = replace(stack, compiled="eager" not in notes)
+        stack = replace(stack, elementwise="eager" if "eager" in notes else "compiled")
     if re.search(r"async ?TP", notes, re.IGNORECASE):
         stack = replace(stack, hidden_tp=0.6)
     return stack
+
+
+def _is_rebalanced(source: Source, row: Row) -> bool:
+    """Return whether a row is of the page's last section: the optimizer for bfloat16, and layers spread over stages
+    with embedding and unembedding as a layer each."""
+    line = re.match(r"line (\d+)", row["notes"])
+    return source.name == "bigscience-176b" and line is not None and int(line[1]) >= 900
 
 
 def _config_of(source: Source, row: Row, sizes: Mapping[str, int], stack: Stack) -> Config:
@@ -227,12 +252,12 @@ def _config_of(source: Source, row: Row, sizes: Mapping[str, int], stack: Stack)
         stages_per_rank=stages if pp > 1 else 0,
         split=_split(source, row, pp * stages) if pp > 1 else (),
         sequence_parallel=source.name in ("nanotron", "torchtitan-2024", "torchtitan-2025")
-        or "sequence parallelism +" in row["notes"],
-        zero=zero,
-        reduce="every" if fsdp else "once",
+        or row["notes"].startswith("sequence parallelism"),
+        zero=1 if fsdp and pp > 1 else zero,
+        reduce="every" if fsdp and pp == 1 else "once",
     )
     if source.name == "torchtitan-2024" and pp > 1:
-        micro = 1
+        micro //= pp  # the column is a rank's batch, and torchtitan's default is as many microbatches as ranks
     recompute = {"none?": "none", "selective?": "selective", "selective per op": "selective"}.get(
         row["recompute"], row["recompute"]
     )
@@ -254,7 +279,9 @@ def _config_of(source: Source, row: Row, sizes: Mapping[str, int], stack: Stack)
 def _split(source: Source, row: Row, stages: int) -> tuple[int, ...]:
     """Return the blocks of each stage: equally many, or as DeepSpeed cuts what does not divide."""
     layers = int(row["layers"])
-    if "Rebalancing" in row["notes"] or "Re-do" in row["notes"] and (layers + 2) % stages == 0:
+    if source.name == "nanotron":  # balances by cost, as megahp does
+        return ()
+    if _is_rebalanced(source, row) or "Re-do" in row["notes"] and (layers + 2) % stages == 0:
         each = (layers + 2) // stages  # embedding and unembedding count as a block each
         return (each - 1, *(each,) * (stages - 2), each - 1)
     each = -(-layers // stages)

@@ -1,252 +1,214 @@
 """From the work of each pipeline rank to the seconds of a step on a machine.
 
-A kernel takes the longer of computing and moving its bytes; a collective a latency and its bytes over the slowest link
-in its way; what the engine overlaps counts as far as it is longer than what it is hidden behind.
+A kernel takes the longer of computing and of moving its bytes; a collective a latency, and its bytes over the slowest
+link in its way. Gathering and reducing of weights run beside computing, and add what is longer than that and a share of
+the rest; tensor and context parallelism's collectives are waited for. Pipelines are replayed, action by action.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from megahp.config import Config
 from megahp.parallel.layout import AXES, Layout, fit
-from megahp.parallel.stages import stages_of
-from megahp.plan.formulas import MEGAHP, Stack
+from megahp.parallel.stages import owner
 from megahp.plan.machine import Machine
+from megahp.plan.rank import MEGAHP, Stack
 from megahp.plan.schedules import Action, actions, replay, steady
 from megahp.plan.work import Collective, Kernel, Work, first_step
 from megahp.scaling.flops import training_flops
 
-# Tiles of a product that libraries choose from, and their speed relative to the first's.
+# Tiles of a product that libraries choose from, and their speed relative to the first's. (Assumed, after CUTLASS)
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.96), (128, 64, 0.8), (64, 64, 0.6))
-RAMP = 192  # of a product's inner dimension: what filling and draining a tile costs
-UNALIGNED = 2.5  # how many times longer a product takes whose rows are not of 16 bytes
-HIDDEN_AXES = ("dp_shard", "dp_shard_cp", "dp_shard_ep", "dp_shard_ep_cp", "dp_replicate")
-GAP = 2e-6  # seconds between two kernels on the device
+RAMP = 192  # of a product's inner dimension: what filling and draining a tile costs (assumed)
+# How many times longer a product takes whose dimensions are multiples of so many numbers, not of 64. Below 8 the matrix
+# units cannot load 16 bytes at once, and float32's units compute it. (NVIDIA's matrix multiplication guide; assumed)
+ALIGNED = {8: 1.2, 16: 1.1, 32: 1.05}
+ATTENTION_BACKWARD = 1.15  # how many times longer an operation takes than in the forward pass (FlashAttention 2)
+GAP = 2e-6  # seconds between two kernels on the device (assumed)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step takes: times in seconds, of the rank that computes longest; memory in bytes, of the fullest."""
+    """What a step takes."""
 
     seconds: float
-    split: dict[str, float]  # products, attention, memory, launches, exposed <axis>..., bubble, optimizer
-    peak: dict[str, int]
+    # seconds of the busiest rank: products, attention, memory, launches, bubble, optimizer, exposed <axes>
+    split: dict[str, float]
+    peak: dict[str, int]  # bytes of the fullest rank by kind
     tokens_per_second: float
     mfu: float  # 6 operations a weight without the input embedding, and half of attention, over the peak
-    hfu: float  # with what is computed again
-    bytes: int = field(init=False)
+    hfu: float  # all operations that run, and half of attention, over the peak
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "bytes", sum(self.peak.values()))
+    @property
+    def bytes(self) -> int:
+        """Bytes of the fullest rank."""
+        return sum(self.peak.values())
 
 
 def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machine, stack: Stack = MEGAHP) -> Estimate:
-    """Return the estimate of a step from the work of one rank of each pipeline position."""
+    """Return the estimate of the first step from the work, traced or counted, of a rank of each pipeline position."""
     layout = fit(config.parallel, ranks)
     plan = first_step(config, layout.dp)
-    count = plan.num_microbatches(layout.dp)
-    by_work = {id(work): _RankTimes(work, layout, machine, stack) for work in works}
-    times = [by_work[id(work)] for work in works]
-    split: Counter[str] = Counter()
-    if layout.pp == 1:
-        total = sum(_alone(times[0], machine, split).values())
-    else:
-        total = _in_pipeline(times, config, count, layout, machine, split)
-    busiest = max(times, key=lambda each: each.compute("forward", "backward"))
+    distinct = {id(work): _Times(work, layout, machine, stack) for work in works}  # ranks alike share theirs
+    times = [distinct[id(work)] for work in works]
+    busiest = max(times, key=lambda each: each.busy("forward") + each.busy("backward"))
+    split: defaultdict[str, float] = defaultdict(float)
     for phase in ("forward", "backward"):
-        split.update(busiest.kinds[phase])
-    update = max(each.update for each in times)
-    split["optimizer"] = update
-    seconds = total + update
-    tokens = plan.tokens
-    peak = max((dict(work.peak) for work in works), key=lambda kinds: sum(kinds.values()))
-    device = ranks * getattr(machine.peak, config.train.dtype) * seconds
-    outer = config.model
-    recomputed = outer.layers if config.compute.recompute == "full" else 0
-    mfu = tokens * training_flops(outer, plan.length) / device
-    hfu = tokens * training_flops(outer, plan.length, True, recomputed) / device
-    return Estimate(seconds, dict(split), peak, tokens / seconds, mfu, hfu)
+        for name, seconds in busiest.kinds[phase].items():
+            split[name] += seconds
+        for axes, seconds in busiest.exposed[phase].items():
+            split[f"exposed {axes}"] += seconds
+    if layout.pp == 1:
+        split["exposed dp"] = sum(beside(busiest.hidden[each], busiest.busy(each), machine) for each in busiest.hidden)
+    else:
+        count = plan.num_microbatches(layout.dp)
+        last_pass = busiest.busy("backward") / count
+        split["exposed dp"] = beside(sum(busiest.hidden.values()), last_pass, machine)
+        passes = busiest.busy("forward") + busiest.busy("backward")
+        split["bubble"] = pipeline_seconds(times, config, count) - passes
+    split["optimizer"] = max(each.busy("update") for each in times)
+    total = sum(split.values())
+    done = sum(work.flops("product") + work.flops("attention") / 2 for work in works) * ranks / len(works)
+    peak_rate = ranks * getattr(machine.peak, config.train.dtype) * total
+    return Estimate(
+        total,
+        {name: seconds for name, seconds in split.items() if seconds},
+        dict(max(works, key=lambda work: sum(work.peak.values())).peak),
+        plan.tokens / total,
+        plan.tokens * training_flops(config.model, plan.length) / peak_rate,
+        done / peak_rate,
+    )
 
 
-class _RankTimes:
-    """The seconds of one rank's kernels and collectives in a step, by phase."""
+class _Times:
+    """The seconds of one rank's kernels and collectives in a step, by phase.
+
+    kinds: of kernels; exposed: of collectives that are waited for, by axes; hidden: of those that run beside kernels;
+    transfer: of one stream between two stages.
+    """
 
     def __init__(self, work: Work, layout: Layout, machine: Machine, stack: Stack) -> None:
-        self.kinds: dict[str, Counter[str]] = {phase: Counter() for phase in ("forward", "backward", "update")}
-        self.exposed: dict[str, Counter[str]] = {phase: Counter() for phase in self.kinds}
-        self.hidden: dict[str, float] = dict.fromkeys(self.kinds, 0.0)
-        launches: Counter[str] = Counter()
-        self.stream: list[float] = []
+        phases = ("forward", "backward", "update")
+        self.kinds: dict[str, defaultdict[str, float]] = {phase: defaultdict(float) for phase in phases}
+        self.exposed: dict[str, defaultdict[str, float]] = {phase: defaultdict(float) for phase in phases}
+        self.hidden = dict.fromkeys(phases, 0.0)
+        self.transfer = 0.0
+        launched = dict.fromkeys(phases, 0.0)
         for kernel, times in work.kernels.items():
-            kind = {"product": "products", "attention": "attention"}.get(kernel.kind, "memory")
-            self.kinds[kernel.phase][kind] += times * kernel_seconds(kernel, machine, stack.attention)
-            launches[kernel.phase] += times
+            name = {"product": "products"}.get(kernel.kind, kernel.kind)
+            self.kinds[kernel.phase][name] += times * kernel_seconds(kernel, machine, stack.attention)
+            launched[kernel.phase] += times * machine.launch
         for each, times in work.collectives.items():
-            seconds = times * collective_seconds(each, layout, machine)
+            seconds = collective_seconds(each, layout, machine)
             if each.axes == "pp":
-                self.stream = [seconds / times]
-                continue
-            if each.axes in HIDDEN_AXES and each.phase != "update" and each.name != "all-to-all":
-                self.hidden[each.phase] += seconds
-                continue
-            if each.axes == "tp" and each.bytes > 1e6:
-                seconds *= 1 - stack.hidden_tp
-            self.exposed[each.phase][each.axes] += seconds
+                self.transfer = seconds
+            elif each.axes.startswith(("dp_", "ep")) and each.phase != "update" and each.name != "all-to-all":
+                self.hidden[each.phase] += times * seconds
+            else:
+                beside_products = stack.hidden_tp if each.axes == "tp" else 0.0
+                self.exposed[each.phase][each.axes] += times * seconds * (1 - beside_products)
         for phase, kinds in self.kinds.items():
-            waiting = launches[phase] * machine.launch - sum(kinds.values())
-            if waiting > 0:
-                kinds["launches"] = waiting
-
-    def compute(self, *phases: str) -> float:
-        return sum(sum(self.kinds[phase].values()) for phase in phases)
+            # the host launches kernels ahead of the device, unless they are too short
+            kinds["launches"] = max(0.0, launched[phase] - sum(kinds.values()))
 
     def busy(self, phase: str) -> float:
-        """Seconds of computing and of communication that nothing hides."""
-        return self.compute(phase) + sum(self.exposed[phase].values())
-
-    @property
-    def update(self) -> float:
-        return self.busy("update")
-
-
-def _alone(times: _RankTimes, machine: Machine, split: Counter[str]) -> dict[str, float]:
-    """Return the seconds of forward and backward passes without a pipeline, gathers and reductions behind them."""
-    found = {}
-    for phase in ("forward", "backward"):
-        busy = times.busy(phase)
-        exposed = beside(times.hidden[phase], busy, machine)
-        found[phase] = busy + exposed
-        split["exposed dp"] += exposed
-        for axes, seconds in times.exposed[phase].items():
-            split[f"exposed {axes}"] += seconds
-    return found
+        """Return the seconds of computing, and of communication that is waited for."""
+        return sum(self.kinds[phase].values()) + sum(self.exposed[phase].values())
 
 
 def beside(hidden: float, busy: float, machine: Machine) -> float:
     """Return the seconds that communication adds to what it runs beside: all that is longer, and a share of the rest,
-    since it takes multiprocessors and memory bandwidth."""
+    since it takes multiprocessors and memory bandwidth from it."""
     return max(0.0, hidden - busy) + machine.efficiency.contention * min(hidden, busy)
 
 
-def _in_pipeline(
-    times: Sequence[_RankTimes], config: Config, count: int, layout: Layout, machine: Machine, split: Counter[str]
-) -> float:
-    """Return the seconds of forward and backward passes by replaying the schedule."""
+def pipeline_seconds(times: Sequence[_Times], config: Config, count: int) -> float:
+    """Return the seconds of all forward and backward passes of `count` microbatches, by replaying the schedule."""
     parallel = config.parallel
-    parts = count * parallel.local_stages
-    forward = [each.busy("forward") / parts for each in times]
-    backward = [each.busy("backward") / parts for each in times]
-
-    stream = [each for each in times[0].stream]
-
-    def transfer(source: int, target: int) -> float:
-        return 0.0 if source == target else (stream[0] if stream else 0.0)
+    passes = count * parallel.local_stages
+    forward, backward = ([each.busy(phase) / passes for each in times] for phase in ("forward", "backward"))
 
     def seconds(action: Action) -> float:
-        rank = rank_of[action.stage]
-        return forward[rank] if action.kind == "F" else backward[rank] / (1 if action.kind == "B" else 2)
+        rank = owner(action.stage, parallel)
+        if action.kind == "F":
+            return forward[rank]
+        return backward[rank] if action.kind == "B" else backward[rank] / 2  # inputs' and weights' gradients alike
+
+    def transfer(source: int, target: int) -> float:
+        return 0.0 if source == target else times[source].transfer
 
     few, more = steady(parallel, count)
-    rank_of = {stage: rank for rank in range(parallel.pp) for stage in stages_of(rank, parallel)}
-    last = replay(actions(parallel, few), seconds, transfer)
+    total = replay(actions(parallel, few), seconds, transfer)
     if more > few:
-        last += (replay(actions(parallel, more), seconds, transfer) - last) / (more - few) * (count - few)
-    busy = [count * parallel.local_stages * (ahead + back) for ahead, back in zip(forward, backward, strict=True)]
-    exposed = max(
-        beside(sum(each.hidden.values()), back, machine) for each, back in zip(times, backward, strict=True)
-    )
-    split["exposed dp"] = exposed
-    split["bubble"] = last - max(busy)
-    busiest = max(times, key=lambda each: each.busy("forward") + each.busy("backward"))
-    for phase in ("forward", "backward"):
-        for axes, value in busiest.exposed[phase].items():
-            split[f"exposed {axes}"] += value
-    return last + exposed
+        total += (replay(actions(parallel, more), seconds, transfer) - total) / (more - few) * (count - few)
+    return total
 
 
-@lru_cache(maxsize=100_000)
 def kernel_seconds(kernel: Kernel, machine: Machine, attention: float = 1.0) -> float:
-    """Return the seconds of one call on the device."""
-    efficiency = machine.efficiency
-    moved = kernel.bytes / (machine.memory_bandwidth * efficiency.memory)
+    """Return the seconds of one call on the device. attention: speed of fused attention, relative to the machine's."""
+    best, efficiency = machine.best, machine.efficiency
+    moving = kernel.bytes / (machine.memory_bandwidth * efficiency.memory)
     if kernel.kind == "memory":
-        return moved + GAP
-    peak = getattr(
-        machine.peak, kernel.dtype if kernel.dtype in ("float32", "float16", "bfloat16", "float8") else "float32"
-    )
+        return moving + GAP
+    peak = getattr(machine.peak, kernel.dtype, machine.peak.float32)
     if kernel.kind == "attention":
-        return max(moved, _attention_seconds(kernel, peak * efficiency.attention * attention)) + GAP
-    aligned = math.gcd(*kernel.shape[1:], 64)
-    if aligned < 8:  # rows are not of 16 bytes, which the matrix units need
+        computing = _attention_operations(kernel) / (peak * best.attention * efficiency.attention * attention)
+        return max(moving, computing) + GAP
+    multiple = math.gcd(*kernel.shape[1:], 64)
+    if multiple < min(ALIGNED):
         peak = machine.peak.float32
-    slow = {8: 1.2, 16: 1.1, 32: 1.05}.get(aligned, 1.0)
-    return max(moved, slow * _tiled(kernel.shape, machine.units) / (peak * efficiency.products)) + GAP
+    computing = _tiled_operations(kernel.shape, machine.units) / (peak * best.products * efficiency.products)
+    return max(moving, ALIGNED.get(multiple, 1.0) * computing) + GAP
 
 
-def _tiled(shape: tuple[int, ...], units: int) -> float:
-    """Return the operations of a product with those that its tiles waste: parts of tiles outside the matrix, and
-    multiprocessors that have none in the last wave."""
+def _tiled_operations(shape: tuple[int, ...], units: int) -> float:
+    """Return a product's operations with those that its tiles waste: outside the matrix, and in a last wave that leaves
+    multiprocessors without one."""
     batch, m, n, k = shape
     best = math.inf
     for rows, columns, speed in TILES:
-        waves = batch * math.ceil(m / rows) * math.ceil(n / columns) / units
-        best = min(best, math.ceil(waves) * units * rows * columns / speed)
+        waves = math.ceil(batch * math.ceil(m / rows) * math.ceil(n / columns) / units)
+        best = min(best, waves * units * rows * columns / speed)
     return 2 * best * (k + RAMP)
 
 
-def _attention_seconds(kernel: Kernel, rate: float) -> float:
-    """Return the seconds of a fused kernel, which leaves out the blocks above the diagonal."""
-    batch, heads, queries, keys, size = kernel.shape
-    causal = 0.5 * (1 + 128 / keys)
-    # small heads: the exponentials, which are as many, take a larger share; short sequences: blocks on the diagonal
-    slow = (1 + 0.1 * (128 / size - 1)) if size < 128 else 1.0
-    backward = 1.15 if kernel.name.endswith("backward") else 1.0
-    return kernel.flops * causal * slow * backward * (1 + 512 / queries) / rate
+def _attention_operations(kernel: Kernel) -> float:
+    """Return the operations of fused attention, as long as those of large heads and long sequences: blocks above the
+    diagonal are left out, but not those on it; exponentials take a larger share where heads are small."""
+    _, _, queries, keys, size = kernel.shape
+    causal = (1 + 128 / keys) / 2
+    small = 1 + 0.1 * (128 / size - 1) if size < 128 else 1.0
+    short = 1 + 512 / queries
+    return kernel.flops * causal * small * short * (ATTENTION_BACKWARD if kernel.name.endswith("backward") else 1.0)
 
 
 @lru_cache(maxsize=10_000)
 def placement(axes: str, layout: Layout, gpus_per_node: int) -> tuple[int, int]:
-    """Return over how many nodes a group lies, and how many of its ranks are on each."""
+    """Return over how many nodes a group of ranks along these axes lies, and how many of its ranks are on each."""
     sizes = dict(zip(AXES, layout.shape, strict=True))
-    named = [axis for axis in AXES if axis in split_axes(axes)]
-    if axes == "world":
-        named = list(AXES)
-    if axes == "ends":
-        named = ["pp"]
-    offsets = [0]
+    named = {"world": AXES, "ends": ("pp",)}.get(axes, [axis for axis in AXES if f"_{axis}_" in f"_{axes}_"])
+    ranks = [0]
     for axis in named:
-        stride = math.prod(sizes[other] for other in AXES[AXES.index(axis) + 1 :])
-        offsets = [offset + stride * step for offset in offsets for step in range(sizes[axis])]
-    nodes = Counter(offset // gpus_per_node for offset in offsets)
+        stride = math.prod(sizes[inner] for inner in AXES[AXES.index(axis) + 1 :])
+        ranks = [rank + stride * step for rank in ranks for step in range(sizes[axis])]
+    nodes = Counter(rank // gpus_per_node for rank in ranks)
     return len(nodes), max(nodes.values())
 
 
-def split_axes(axes: str) -> list[str]:
-    """Return the axes of a joined name: dp_shard_cp -> dp_shard, cp. FSDP2's dp_shard includes ep."""
-    found = [axis for axis in AXES if f"_{axis}_" in f"_{axes}_"]
-    return [*found, "ep"] if "dp_shard" in found else found
-
-
-@lru_cache(maxsize=100_000)
 def collective_seconds(each: Collective, layout: Layout, machine: Machine) -> float:
-    """Return the seconds of one call: rings through the links inside the nodes, and all adapters of the group's ranks
-    between them."""
+    """Return the seconds of one call, as rings: inside nodes over their links, between nodes over the adapters of all
+    the group's ranks there. (NCCL's; bandwidths as in its tests, docs/PERFORMANCE.md)"""
     links, efficiency = machine.links, machine.efficiency
     nodes, local = placement(each.axes, layout, machine.gpus_per_node)
-    inside = links.node_bandwidth * efficiency.node
-    if nodes > 1:
-        across = local * links.network_bandwidth * efficiency.network
-        bandwidth = min(inside, across) if local > 1 else across
-    else:
-        bandwidth = inside
+    inside, across = links.node_bandwidth * efficiency.node, links.network_bandwidth * efficiency.network
     if each.name in ("send", "receive"):
-        return each.bytes / bandwidth
-    n = nodes * local
-    share = (n - 1) / n * (2 if each.name == "all-reduce" else 1)
-    latency = (nodes - 1) * links.network_latency + (n - nodes) / max(nodes, 1) * links.node_latency
-    return each.bytes * share / bandwidth + latency * (2 if each.name == "all-reduce" else 1)
+        return each.bytes / (across if nodes > 1 else inside) + links.node_latency
+    bandwidth = inside if nodes == 1 else local * across if local == 1 else min(inside, local * across)
+    rounds = 2 if each.name == "all-reduce" else 1  # which is a reduce-scatter and an all-gather
+    latency = (nodes - 1) * links.network_latency + (local - 1) * links.node_latency
+    return rounds * (each.bytes * (each.size - 1) / each.size / bandwidth + latency)
