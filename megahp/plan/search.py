@@ -28,7 +28,7 @@ KEYS = (
     *(f"parallel.{name}" for name in (*AXES, "sequence_parallel", "schedule", "stages_per_rank")),
     *("parallel.ep", "parallel.zero", "parallel.reduce", "batch.micro_batch", "compute.recompute"),
 )
-RESET = (*KEYS[:-2], "parallel.split", "parallel.prefetch")  # what of another layout must not stay
+WRITTEN = (*KEYS, "parallel.split", "parallel.prefetch")  # with what of another layout must not stay
 RECOMPUTE = ("none", "selective", "full")  # less memory and more time from each to the next
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 SCHEDULES = (("interleaved", 2), ("interleaved", 4), ("zero-bubble", 1), ("zbv", 2))  # beside 1f1b
@@ -85,7 +85,9 @@ def search(config: Config, gpus: int, machine: Machine, fixed: Collection[str] =
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be at least 1")
     keeps = {key: get_setting(config, key) for key in KEYS if key in fixed}
-    plain = with_values(config, {key: FIELDS[key].default for key in RESET if key not in fixed})
+    plain = with_values(
+        config, {key: FIELDS[key].default for key in WRITTEN if key.startswith("parallel.") and key not in fixed}
+    )
     found = [
         each for values in layouts(plain, gpus, machine, keeps) for each in sized(plain, values, gpus, machine, keeps)
     ]
@@ -104,8 +106,8 @@ def search(config: Config, gpus: int, machine: Machine, fixed: Collection[str] =
     if not fitting:
         least = min(found, key=lambda each: each.estimate.bytes)
         raise UserError(
-            f"no layout fits {gpus} GPUs of {machine.name}, of which {machine.usable / 2**30:,.1f} GiB can be used: the "
-            f"leanest takes {least.estimate.bytes / 2**30:,.1f} ({least}); take more GPUs, or a smaller model or length"
+            f"no layout fits {gpus} GPUs of {machine.name}, of which {machine.usable / 2**30:,.1f} GiB can be used; "
+            f"the leanest takes {least.estimate.bytes / 2**30:,.1f} ({least}); take more GPUs, or a smaller model"
         )
     return Found(fitting, [each for each in by_speed(found) if each not in fitting])
 
@@ -126,8 +128,10 @@ def layouts(config: Config, gpus: int, machine: Machine, keeps: Mapping[str, Any
                 if ep == 1 or (model.experts and shards % ep == model.experts % ep == 0)
             ]
             for ep, (zero, reduce) in product(eps, STATES if pp == 1 and shards * cp > 1 else [(0, "once")]):
+                # the larger data axis takes what ranks there are: the settings then are right as nodes are added
+                data = (1, 0) if shards == dp else (0, shards)
                 values = {
-                    **dict(zip((f"parallel.{axis}" for axis in AXES), (pp, dp // shards, shards, cp, tp), strict=True)),
+                    **dict(zip((f"parallel.{axis}" for axis in AXES), (pp, *data, cp, tp), strict=True)),
                     **{"parallel.sequence_parallel": tp > 1, "parallel.ep": ep},
                     **{"parallel.zero": zero, "parallel.reduce": reduce},
                 }

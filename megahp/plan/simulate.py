@@ -34,12 +34,14 @@ class Conditions:
 
     Defaults. mtbf: Llama 3's 54 days on 16,384 GPUs had 419 unexpected interruptions, one in 50,700 GPU-hours (arXiv
     2407.21783, 3.3.4). restart: ByteRobust requeues in 454 to 768 s (arXiv 2509.16293). storage: BLOOM wrote 2.3 TB
-    in 40 s. copying: assumed, of a pinned copy over PCIe 4.
+    in 40 s. pause: PyTorch's asynchronous checkpoints stop Llama 3 8B on 512 H100 for less (a secondary source).
+    copying: assumed, of a pinned copy over PCIe 4.
     """
 
     mtbf: float = 5e4 * 3600  # between failures of one GPU, or of what it depends on
     restart: float = 600.0  # from a failure, or a job's end, to the next step: detection, queue, loading
     storage: float = 57e9  # bytes a second that all ranks together write
+    pause: float = 0.5  # while training waits for a save, besides copying
     copying: float = 20e9  # bytes a second from a GPU to its host, while training waits
 
 
@@ -71,7 +73,7 @@ class Forecast:
 
     parts: Sequence[Part]
     checkpoint_bytes: float
-    stall: float  # seconds that training waits for a checkpoint, on the first GPUs
+    stall: float  # seconds that training waits for a checkpoint, in the last segment
     optimal_interval: float  # seconds of training between checkpoints, of the last segment
 
     @property
@@ -80,8 +82,17 @@ class Forecast:
         return np.sum([part.elapsed for part in self.parts], axis=0)
 
     @property
+    def late(self) -> float:
+        """Seconds that nine of ten runs take at most."""
+        return float(np.quantile(self.elapsed, 0.9))
+
+    @property
     def gpu_seconds(self) -> float:
         return sum(float(part.elapsed.mean()) * part.timeline.gpus for part in self.parts)
+
+    @property
+    def node_seconds(self) -> float:
+        return sum(float(part.elapsed.mean()) * part.timeline.segment.nodes for part in self.parts)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -112,13 +123,13 @@ def simulate(
     random, parts, steps = np.random.default_rng(config.train.seed), list[Part](), 0
     for segment in plan:
         on = segment.nodes * per_node
-        stall = size / on / conditions.copying
+        stall = conditions.pause + size / on / conditions.copying
         timeline = timeline_of(segment, on, seconds, config.checkpoint.every, steps, stall, size / conditions.storage)
         parts.append(lives(timeline, conditions, random, trials))
         steps += segment.steps
     # Young's interval; Daly's corrections are small as long as a failure is rare in one (doi.org/10.1145/361147.361115)
     optimal = math.sqrt(2 * stall * conditions.mtbf / on)
-    return Forecast(parts, size, size / gpus / conditions.copying, optimal)
+    return Forecast(parts, size, stall, optimal)
 
 
 def step_seconds(config: Config, machine: Machine) -> StepSeconds:
