@@ -272,7 +272,7 @@ def _config_of(source: Source, row: Row, sizes: Mapping[str, int], stack: Stack)
         batch=BatchConfig(global_batch=int(row["global_batch"]), micro_batch=micro),
         parallel=parallel,
         compute=ComputeConfig(recompute=recompute),  # type: ignore[arg-type]
-        train=TrainConfig(tokens=10**16, dtype=dtype),  # type: ignore[arg-type]
+        train=TrainConfig(tokens=10**16, dtype=dtype, noise_scale=False),  # type: ignore[arg-type]
     )
 
 
