@@ -86,13 +86,16 @@ class _Counted:
         kernel = Kernel(name, "product", (batch, m, n, k), dtype, 2 * batch * m * n * k, size, phase)
         self.kernels[kernel] += round(count)
 
-    def linear(self, outputs: int, inputs: int, rows: int, count: float, again: float = 0, dtype: str = "") -> None:
-        """Count a linear layer of these rows: forward, `again` in the backward pass, gradients of input and weight."""
+    def linear(
+        self, outputs: int, inputs: int, rows: int, count: float, again: float = 0, dtype: str = "", backward: int = 1
+    ) -> None:
+        """Count a linear layer of these rows: forward, and in `backward` passes `again`, and gradients of input and
+        weight."""
         self.product("forward", rows, outputs, inputs, count, dtype=dtype)
         if again:
-            self.product("backward", rows, outputs, inputs, again * count, dtype=dtype)
-        self.product("backward", rows, inputs, outputs, count, dtype=dtype)
-        self.product("backward", outputs, inputs, rows, count, dtype=dtype)
+            self.product("backward", rows, outputs, inputs, again * count * backward, dtype=dtype)
+        self.product("backward", rows, inputs, outputs, count * backward, dtype=dtype)
+        self.product("backward", outputs, inputs, rows, count * backward, dtype=dtype)
         if dtype == "float8":  # largest values, then copies in rows and columns: of input and weight, of the gradient
             passes = 2 * self.e + 2
             self.memory("forward", "quantize", passes * (rows + outputs) * inputs, (1 + again) * count, 4)
@@ -213,6 +216,12 @@ class _Counted:
         self.send("forward", "reduce-scatter", "tp", self.tp, size, 2 * count)
         self.send("backward", "all-gather", "tp", self.tp, size, (2 + entered) * count)
         self.send("backward", "reduce-scatter", "tp", self.tp, size, (2 + left) * count)
+        self._probes(2 * count)
+
+    def _probes(self, norms: int) -> None:
+        """Count the sums of norms' gradients of each example, of which ranks that split the sequence have parts."""
+        if self.rank.config.train.noise_scale:
+            self.send("backward", "all-reduce", "tp", self.tp, 4 * self.rank.sequences * self.model.width, norms)
 
     def _context_parallel(self, recompute: str, count: int) -> None:
         """Count the gathering of all keys and values."""
@@ -239,6 +248,7 @@ class _Counted:
         self.memory("forward", "norm", 2 * e * self.r * width, count)
         self.memory("backward", "norm", 3 * e * self.r * width, count)
         if self.sequence:
+            self._probes(count)
             self.send("forward", "all-gather", "tp", self.tp, e * t * width, count)
         self.send("backward", "reduce-scatter" if self.sequence else "all-reduce", "tp", self.tp, e * t * width, count)
         self.send("forward", "all-reduce", "tp", self.tp, 4 * t, count)
@@ -250,16 +260,18 @@ class _Counted:
             self.memory("forward", "loss", logits * (e + 4 + 12), count, 5)
             self.memory("backward", "loss", logits * (8 + 4 + e), count, 3)
             return
+        # the loss makes both of its gradients at once, and schedules that ask for one after the other run it twice
+        passes = 2 if self.rank.parallel.schedule in ("zero-bubble", "zbv") else 1
         rows = rows_at_once(t, width)
         whole, rest = divmod(self.rank.vocabulary, rows)
         for part, slices in ((rows, whole), (rest, 1)):
             if part and slices:
-                self.linear(part, width, t, slices * count, float(e * logits > KEPT))
+                self.linear(part, width, t, slices * count, float(e * logits > KEPT), backward=passes)
                 # float32 copy, maximum, difference, exponential, sum
                 self.memory("forward", "loss", t * part * (e + 4 + 4 + 16 + 4), slices * count, 18)
                 # copy, difference, exponential, scale, half precision; the sum of the stream's gradients
                 size = t * part * (e + 4 + 24 + 4 + e) + t * width * (12 + 4 + e)
-                self.memory("backward", "loss", size, slices * count, 18)
+                self.memory("backward", "loss", size, slices * count * passes, 18)
 
     def _pipeline(self) -> None:
         size = self.e * self.r * self.model.width

@@ -68,6 +68,12 @@ def _activations(rank: Rank) -> float:
         elif rank.e * logits <= KEPT:
             of_loss += rank.e * logits
         kept += flying[max(rank.stages)] * of_loss
+    if rank.stack.states == "fsdp2" and rank.layout.pp > 1:
+        # torch's stages receive every microbatch's stream, and its gradient, into a buffer of its own
+        received = 2 * len(rank.stages) - rank.is_first - rank.is_last
+        kept += received * rank.count * rank.e * rank.r * rank.model.width
+    if rank.stack.states == "fsdp2" and rank.layout.dp * rank.layout.cp == 1 and rank.e < 4:
+        kept += rank.e * (rank.weights - rank.outer_weights)  # no gathering casts the weights, so each layer does
     return kept
 
 

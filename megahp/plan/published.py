@@ -1,15 +1,16 @@
 """Published measurements of other stacks' steps, each read into the same formulas, to hold predictions against.
 
-published.csv has a row a measurement, with its source; SOURCES says how the rows of each source are read. What a source
-does not state, and its code does not tell, leaves its rows out, with a reason.
+published.csv has a row a measurement, with its source. SOURCES says how the rows of each source are read: what its
+stack does differently from megahp, by its code or page, and what its columns mean. A row that does not state what the
+formulas need is left out, with the reason.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +27,25 @@ from megahp.errors import UserError
 from megahp.files import read_text
 from megahp.plan.machine import Machine, load_machine
 from megahp.plan.rank import Stack
-from megahp.scaling.flops import training_flops
+from megahp.scaling.flops import parameters, training_flops
 
 FILE = Path(__file__).parent / "published.csv"
 Row = Mapping[str, str]
 
-GPT: dict[str, Any] = {"activation": "gelu", "norm": "layernorm", "positions": "learned", "bias": True}
-MEGATRON = Stack(
-    states="megatron",
-    fused_attention=False,
-    dropout=True,
-    whole_logits=True,
-    hides_reduction=False,
-    recomputes_all=True,
-)
-# of products every second one is kept: torchtitan, selective_ac_option "op"
-TITAN = Stack(elementwise="compiled", whole_logits=True, kept_products=0.5)
-# nvidia-smi's memory: CUDA context (1.1 to 1.6e9, says bigscience), NCCL's buffers, what the allocator keeps
-SMI = (4.5e9, 0.1)
-RESERVED = (0.0, 0.1)  # what the allocator keeps
-# Jean Zay, as bigscience describes it: of eight GPUs each has half of an Omni-Path adapter of 100 Gb/s
-JEAN_ZAY = {"network_bandwidth": 6.25e9}
+MACHINES = {  # the column gpu, in lower case, begins with -> machine
+    "h100-96": "h100-96",
+    "h100": "h100",
+    "h200": "h200",
+    "b200": "b200",
+    "a100-80": "a100-80",
+    "a100-40": "a100-40",
+    "v100-32": "v100-32",
+    "v100-16": "v100-16",
+    "mi250x": "mi250x",
+    "mi300x": "mi300x",
+    "mi355x": "mi355x",
+}
+RECOMPUTE = {"none?": "none", "selective?": "selective", "selective per op": "selective"}  # as its source's code has it
 
 
 @dataclass(frozen=True)
@@ -55,62 +54,83 @@ class Source:
 
     name: str
     stack: Stack
-    model: Mapping[str, Any]  # what the columns do not say
-    links: Mapping[str, float] | None = None  # of its cluster, where they are not the machine's
+    model: Mapping[str, Any] = field(default_factory=dict)  # settings that no column has
+    sequence_parallel: bool = False
+    balanced: bool = False  # blocks are spread over stages by their cost
+    batch_of_rank: bool = False  # under pipelines the column microbatch is a rank's batch, cut into as many as ranks
+    links: Mapping[str, float] = field(default_factory=dict)  # of its cluster, where they are not the machine's
     beside: tuple[float, float] = (0.0, 0.0)  # bytes that its memory counts beside, and a share of what is allocated
+    row: Callable[[Row], dict[str, Any]] = lambda row: {}  # what a row says of the stack
 
 
-SOURCES = {
-    "mosaicml/llm-foundry": Source(
-        "llm-foundry",
-        Stack(states="fsdp", whole_logits=True, reduced_bytes=2, gradient_bytes=4, attention=0.6),
-        {**GPT, "tied_embeddings": True},
-    ),
+def _of_bigscience(row: Row) -> dict[str, Any]:
+    """In bfloat16 gradients are summed in float32, beside those in half precision."""
+    wide = _has_embedding_layers(row) or row["precision"] == "bf16"
+    return {"gradient_bytes": 6, "reduced_bytes": 4} if wide else {}
+
+
+def _of_fms(row: Row) -> dict[str, Any]:
+    """Its selective recomputation is of every n-th block, whole; HFU over MFU says of how many."""
+    if row["recompute"] != "selective":
+        return {}
+    mfu, hfu = (float(word) for word in re.findall(r"MFU ([\d.]+) HFU ([\d.]+)", row["notes"])[0])
+    return {"recomputed": min(1.0, 3 * (hfu / mfu - 1))}
+
+
+def _of_titan(row: Row) -> dict[str, Any]:
+    return {
+        "elementwise": "eager" if "eager" in row["notes"] else "compiled",
+        "hidden_tp": 0.6 if re.search(r"async ?TP", row["notes"], re.IGNORECASE) else 0.0,
+    }
+
+
+GPT = {"activation": "gelu", "norm": "layernorm", "positions": "learned", "bias": True, "tied_embeddings": True}
+MEGATRON = Stack(
+    states="megatron",
+    fused_attention=False,
+    dropout=True,
+    whole_logits=True,
+    hides_reduction=False,
+    recomputes_all=True,
+    gradient_bytes=2,
+    reduced_bytes=2,
+)
+DEEPSPEED = replace(MEGATRON, whole_stream=True)
+# of products every second one is kept: selective_ac_option "op"
+TITAN = Stack(elementwise="compiled", whole_logits=True, kept_products=0.5)
+NANOTRON = Stack(states="megatron", elementwise="fused", whole_logits=True, hides_reduction=False, calls_per_block=6)
+FSDP = Stack(states="fsdp", whole_logits=True, reduced_bytes=2)
+JEAN_ZAY = {"network_bandwidth": 6.25e9}  # four Omni-Path adapters of 100 Gb/s for eight GPUs
+# What nvidia-smi counts: the CUDA context (1.1 to 1.6e9, says bigscience), NCCL's buffers, what the allocator keeps.
+SMI = (4.5e9, 0.1)
+RESERVED = (0.0, 0.1)  # what the allocator keeps
+SOURCES = {  # the column source begins with
+    "mosaicml/llm-foundry": Source("llm-foundry", replace(FSDP, attention=0.6), GPT),  # Triton's, of FlashAttention 1
     "bigscience-workshop/bigscience@9e64ede train": Source(
-        "bigscience-176b",
-        replace(MEGATRON, gradient_bytes=2, reduced_bytes=2, whole_stream=True),
-        {**GPT, "positions": "alibi", "tied_embeddings": True},
-        JEAN_ZAY,
-        beside=SMI,
+        "bigscience-176b", DEEPSPEED, {**GPT, "positions": "alibi"}, links=JEAN_ZAY, beside=SMI, row=_of_bigscience
     ),
-    "bigscience-workshop/bigscience@9e64ede experiments": Source(
-        "bigscience-1b3",
-        replace(MEGATRON, gradient_bytes=2, reduced_bytes=2, whole_stream=True),
-        {**GPT, "tied_embeddings": True},
-        beside=SMI,
-    ),
+    "bigscience-workshop/bigscience@9e64ede experiments": Source("bigscience-1b3", DEEPSPEED, GPT, beside=SMI),
     "huggingface/nanotron": Source(
         "nanotron",
-        Stack(states="megatron", elementwise="fused", whole_logits=True, hides_reduction=False, calls_per_block=6),
-        {},
+        NANOTRON,
+        sequence_parallel=True,
+        balanced=True,
+        row=lambda row: {"hides_reduction": row["zero"] == "0"},  # without ZeRO, by hooks of the backward pass
     ),
-    "pytorch/torchtitan@b5bcd76 benchmarks/llama3_h100": Source("torchtitan-2024", TITAN, {}, beside=RESERVED),
-    "pytorch/torchtitan@b5bcd76 benchmarks/asyncTP": Source("torchtitan-2025", TITAN, {}, beside=RESERVED),
-    "pytorch/torchtitan@b5bcd76 benchmarks/llama3-8b_h200": Source("torchtitan-h200", TITAN, {}, beside=RESERVED),
-    "foundation-model-stack/fms-fsdp": Source(
-        "fms-fsdp", Stack(states="fsdp", whole_logits=True, reduced_bytes=2, elementwise="compiled"), {}
+    "pytorch/torchtitan@b5bcd76 benchmarks/llama3_h100": Source(
+        "torchtitan-2024", TITAN, sequence_parallel=True, batch_of_rank=True, beside=RESERVED, row=_of_titan
     ),
-    "calculon-ai/calculon": Source(
-        "korthikanti", replace(MEGATRON, gradient_bytes=2, reduced_bytes=2), {**GPT, "tied_embeddings": True}
+    "pytorch/torchtitan@b5bcd76 benchmarks/asyncTP": Source(
+        "torchtitan-2025", TITAN, sequence_parallel=True, beside=RESERVED, row=_of_titan
     ),
-    "NVIDIA/Megatron-LM": Source(
-        "sc21", replace(MEGATRON, gradient_bytes=2, reduced_bytes=2), {**GPT, "tied_embeddings": True}
-    ),
+    "pytorch/torchtitan": Source("torchtitan-h200", TITAN, beside=RESERVED),
+    "foundation-model-stack/fms-fsdp": Source("fms-fsdp", replace(FSDP, elementwise="compiled"), row=_of_fms),
+    "calculon-ai/calculon": Source("korthikanti", MEGATRON, GPT),
+    "NVIDIA/Megatron-LM": Source("sc21", MEGATRON, GPT),
 }
-MACHINES = {
-    "h100_80gb": "h100",
-    "H100-80GB": "h100",
-    "H100": "h100",
-    "a100_80gb": "a100-80",
-    "A100-80GB": "a100-80",
-    "a100_40gb": "a100-40",
-    "V100-32GB": "v100-32",
-    "V100-16GB": "v100-16",
-    "H100-96GB-HBM2e-500W": "h100-96",
-    "H200-141GB": "h200",
-    "B200": "b200",
-    "MI300X": "mi300x",
-    "MI355X": "mi355x",
+OTHERS = {  # sources that are not listed, by ZeRO level
+    "3": Source("other", replace(FSDP, elementwise="compiled")),
+    "0": Source("other", Stack(states="megatron", elementwise="fused", whole_logits=True), sequence_parallel=True),
 }
 
 
@@ -121,7 +141,7 @@ class Case:
     number: int  # of the row, from 0
     source: str
     gpu: str
-    kind: str  # dense, fp8 or moe
+    kind: str  # dense, or fp8: of products
     config: Config
     ranks: int
     machine: Machine
@@ -140,12 +160,12 @@ class Case:
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the rows of a file with published.csv's columns. Raises UserError."""
-    lines = read_text(path, "file of measurements").splitlines()
-    rows = list(csv.DictReader(lines))
+    rows = list(csv.DictReader(read_text(path, "file of measurements").splitlines()))
     with open(FILE, encoding="utf-8") as file:
         known = next(csv.reader(file))
-    if not rows or (missing := [column for column in known if column not in rows[0]]):
-        raise UserError(f"{path} has no rows, or lacks columns; it needs {', '.join(known if not rows else missing)}")
+    missing = [column for column in known if not rows or rows[0].get(column) is None]
+    if missing:
+        raise UserError(f"{path} has no rows with the columns {', '.join(missing)}; add them, as in {FILE}")
     return rows
 
 
@@ -162,24 +182,21 @@ def read_all(rows: Sequence[Row]) -> tuple[list[Case], dict[int, str]]:
 
 def read(number: int, row: Row) -> Case:
     """Return a row as a case. Raises LookupError or ValueError with the reason why it cannot be read."""
-    source = next((each for prefix, each in SOURCES.items() if row["source"].startswith(prefix)), None)
-    if source is None:
-        raise LookupError("its source states neither recomputation nor micro batch")
-    ranks = int(row["gpus"])
-    sizes = {axis: int(row[axis]) for axis in ("tp", "pp", "cp", "ep", "dp")}
-    if sizes["tp"] * sizes["pp"] * sizes["cp"] * sizes["dp"] != ranks:
-        raise ValueError("its layout is not of as many GPUs as it states")
-    machine = load_machine(MACHINES[row["gpu"]])
-    links = replace(machine.links, **source.links or {})
-    machine = replace(machine, gpus_per_node=int(row["gpus_per_node"]), links=links)
-    precision = row["precision"]
-    kind = "fp8" if "8" in precision else "dense"
-    stack = _stack_of(source, row)
-    config = _config_of(source, row, sizes, stack)
-    if kind == "fp8":
-        stack = replace(stack, products_dtype="float8")
-    value, unit, notes = row["measured_value"], row["measured_unit"], row["notes"]
-    failed = value == "OOM"
+    if "MoE" in row["notes"] or whole(row, "ep") > 1:
+        raise ValueError("its experts are in no column")
+    other = OTHERS["3" if row["zero"] in ("3", "hybrid") else "0"]
+    source = next((each for prefix, each in SOURCES.items() if row["source"].startswith(prefix)), other)
+    gpu = row["gpu"].lower().replace("_", "-")
+    name = next((machine for prefix, machine in MACHINES.items() if gpu.startswith(prefix)), "")
+    if not name:
+        raise ValueError("its GPU has no machine file")
+    machine = load_machine(name)
+    links = replace(machine.links, **source.links)
+    machine = replace(machine, gpus_per_node=whole(row, "gpus_per_node"), links=links)
+    kind = "fp8" if "8" in row["precision"] else "dense"
+    stack = replace(source.stack, products_dtype="float8" if kind == "fp8" else "", **source.row(row))
+    config, ranks = _config_of(source, row), whole(row, "gpus")
+    failed, unit = row["measured_value"] == "OOM", row["measured_unit"]
     return Case(
         number,
         source.name,
@@ -189,116 +206,113 @@ def read(number: int, row: Row) -> Case:
         ranks,
         machine,
         stack,
-        None if failed or unit.startswith(("GB", "GiB")) else _seconds(config, ranks, float(value), unit, machine),
-        _memory(notes),
+        None if failed or unit.startswith(("GB", "GiB")) else _seconds(row, config, ranks),
+        _memory(row["notes"]),
         source.beside,
-        float(value) * 2**30 if unit.startswith("GiB") else None,
+        float(row["measured_value"]) * 2**30 if unit.startswith("GiB") else None,
         failed,
     )
 
 
-def _stack_of(source: Source, row: Row) -> Stack:
-    """Return the source's stack with what the row says of it."""
-    stack, notes = source.stack, row["notes"]
-    if _is_rebalanced(source, row) or row["precision"] == "bf16" and source.name == "bigscience-176b":
-        stack = replace(stack, gradient_bytes=6, reduced_bytes=4)  # in bfloat16, and summed in float32
-    if source.name == "fms-fsdp" and row["recompute"] == "selective":
-        mfu, hfu = (float(word) for word in re.findall(r"MFU ([\d.]+) HFU ([\d.]+)", notes)[0])
-        stack = replace(stack, recomputed=min(1.0, 3 * (hfu / mfu - 1)))  # "selective" is every n-th block, whole
-    if source.name == "nanotron" and row["zero"] == "0":
-        stack = replace(stack, hides_reduction=True)
-    if source.name == "torchtitan-2024":
-        stack = replace(stack, elementwise="eager" if "eager" in notes else "compiled")
-    if re.search(r"async ?TP", notes, re.IGNORECASE):
-        stack = replace(stack, hidden_tp=0.6)
-    return stack
+def whole(row: Row, column: str) -> int:
+    """Return the whole number of a column. Raises ValueError where the source does not state one."""
+    if not row[column].isdigit():
+        raise ValueError(f"its {column.replace('_', ' ')} is not stated")
+    return int(row[column])
 
 
-def _is_rebalanced(source: Source, row: Row) -> bool:
-    """Return whether a row is of the page's last section: the optimizer for bfloat16, and layers spread over stages
-    with embedding and unembedding as a layer each."""
-    line = re.match(r"line (\d+)", row["notes"])
-    return source.name == "bigscience-176b" and line is not None and int(line[1]) >= 900
+def _config_of(source: Source, row: Row) -> Config:
+    recompute = RECOMPUTE.get(row["recompute"], row["recompute"])
+    if recompute not in ("none", "selective", "full"):
+        raise ValueError("its recomputation is not stated")
+    if source.name == "fms-fsdp" and recompute == "selective":
+        recompute = "full"
+    micro_batch, parallel = whole(row, "microbatch"), _parallel_of(source, row)
+    if source.batch_of_rank and parallel.pp > 1:
+        micro_batch //= parallel.pp
+    half = "float16" if "fp16" in row["precision"] else "bfloat16"
+    return Config(
+        model=_model_of(source, row),
+        data=DataConfig(sequence_length=whole(row, "seq")),
+        batch=BatchConfig(global_batch=whole(row, "global_batch"), micro_batch=micro_batch),
+        parallel=parallel,
+        compute=ComputeConfig(recompute=recompute),  # type: ignore[arg-type]
+        train=TrainConfig(tokens=10**16, dtype=half, noise_scale=False),  # type: ignore[arg-type]
+    )
 
 
-def _config_of(source: Source, row: Row, sizes: Mapping[str, int], stack: Stack) -> Config:
-    heads, width = int(row["heads"]), int(row["hidden"])
-    small = source.name == "nanotron" and int(row["ffn"]) < 10_000
-    model = ModelConfig(
-        layers=int(row["layers"]),
+def _model_of(source: Source, row: Row) -> ModelConfig:
+    heads, width = whole(row, "heads"), whole(row, "hidden")
+    llama = ModelConfig(
+        layers=whole(row, "layers"),
         width=width,
         heads=heads,
-        kv_heads=int(row["kv_heads"]),
+        kv_heads=whole(row, "kv_heads"),
         head_size=width // heads,
-        mlp_width=int(row["ffn"]),
-        vocab_size=int(row["vocab"]),
-        **{**source.model, **({"tied_embeddings": True} if small else {})},
+        mlp_width=whole(row, "ffn"),
+        vocab_size=whole(row, "vocab"),
+        tied_embeddings=source.name == "nanotron" and whole(row, "ffn") < 10_000,
     )
-    length, micro = int(row["seq"]), int(row["microbatch"])
-    stages, pp = int(row["vpp"]), sizes["pp"]
-    fsdp = stack.states != "megatron"
-    replicate = 1
-    if row["zero"] == "hybrid":  # a shard to a node
-        replicate = sizes["dp"] // int(row["gpus_per_node"])
-    zero = {"hybrid": 3}.get(row["zero"]) or int(row["zero"])
-    parallel = ParallelConfig(
-        tp=sizes["tp"],
+    gpt = replace(llama, **GPT)  # type: ignore[arg-type]
+    if source.name != "other" or not row["params"]:
+        return replace(llama, **source.model)
+    size, length = float(row["params"]), whole(row, "seq")
+    return min((llama, gpt), key=lambda model: abs(parameters(model, length) - size))
+
+
+def _parallel_of(source: Source, row: Row) -> ParallelConfig:
+    tp, pp, cp, dp = (whole(row, axis) for axis in ("tp", "pp", "cp", "dp"))
+    if tp * pp * cp * dp != whole(row, "gpus"):
+        raise ValueError("its layout is not of as many GPUs as it states")
+    stages, fsdp = whole(row, "vpp"), source.stack.states != "megatron"
+    # "hybrid" is a shard to a node, and copies of it
+    replicas = max(1, dp // whole(row, "gpus_per_node")) if row["zero"] == "hybrid" else 1
+    zero = 3 if row["zero"] == "hybrid" else whole(row, "zero")
+    return ParallelConfig(
+        tp=tp,
         pp=pp,
-        cp=sizes["cp"],
-        ep=sizes["ep"],
-        dp_replicate=replicate,
-        dp_shard=sizes["dp"] // replicate,
+        cp=cp,
+        dp_replicate=replicas,
+        dp_shard=dp // replicas,
         schedule="interleaved" if stages > 1 else "1f1b",
         stages_per_rank=stages if pp > 1 else 0,
-        split=_split(source, row, pp * stages) if pp > 1 else (),
-        sequence_parallel=source.name in ("nanotron", "torchtitan-2024", "torchtitan-2025")
-        or row["notes"].startswith("sequence parallelism"),
+        split=_split(row, pp * stages) if pp > 1 and not source.balanced else (),
+        sequence_parallel=source.sequence_parallel or row["notes"].startswith("sequence parallelism"),
         zero=1 if fsdp and pp > 1 else zero,
         reduce="every" if fsdp and pp == 1 else "once",
     )
-    if source.name == "torchtitan-2024" and pp > 1:
-        micro //= pp  # the column is a rank's batch, and torchtitan's default is as many microbatches as ranks
-    recompute = {"none?": "none", "selective?": "selective", "selective per op": "selective"}.get(
-        row["recompute"], row["recompute"]
-    )
-    if source.name == "fms-fsdp" and recompute == "selective":
-        recompute = "full"
-    if recompute not in ("none", "selective", "full"):
-        raise ValueError("its recomputation is not stated")
-    dtype = "float16" if row["precision"].startswith("fp16") or "fp16" in row["precision"] else "bfloat16"
-    return Config(
-        model=model,
-        data=DataConfig(sequence_length=length),
-        batch=BatchConfig(global_batch=int(row["global_batch"]), micro_batch=micro),
-        parallel=parallel,
-        compute=ComputeConfig(recompute=recompute),  # type: ignore[arg-type]
-        train=TrainConfig(tokens=10**16, dtype=dtype),  # type: ignore[arg-type]
-    )
 
 
-def _split(source: Source, row: Row, stages: int) -> tuple[int, ...]:
-    """Return the blocks of each stage: equally many, or as DeepSpeed cuts what does not divide."""
-    layers = int(row["layers"])
-    if source.name == "nanotron":  # balances by cost, as megahp does
-        return ()
-    if _is_rebalanced(source, row) or "Re-do" in row["notes"] and (layers + 2) % stages == 0:
-        each = (layers + 2) // stages  # embedding and unembedding count as a block each
+def _has_embedding_layers(row: Row) -> bool:
+    """Return whether a row is of the last section of bigscience's page: with the optimizer for bfloat16, and embedding
+    and unembedding as a layer each."""
+    line = re.match(r"line (\d+)", row["notes"])
+    return "chronicles-prequel" in row["source"] and line is not None and int(line[1]) >= 900
+
+
+def _split(row: Row, stages: int) -> tuple[int, ...]:
+    """Return the blocks of each stage: equally many; of a number that does not divide, as DeepSpeed gives as many as
+    are needed to all but the last."""
+    layers = whole(row, "layers")
+    if _has_embedding_layers(row) or "Re-do" in row["notes"] and (layers + 2) % stages == 0:
+        each = (layers + 2) // stages
         return (each - 1, *(each,) * (stages - 2), each - 1)
     each = -(-layers // stages)
     full, rest = divmod(layers, each)
     if full + (rest > 0) == stages:
         return (each,) * full + ((rest,) if rest else ())
-    more = layers % stages
-    return tuple(layers // stages + (index < more) for index in range(stages))
+    return tuple(layers // stages + (stage < layers % stages) for stage in range(stages))
 
 
-def _seconds(config: Config, ranks: int, value: float, unit: str, machine: Machine) -> float:
-    tokens, length = config.batch.global_batch * config.data.sequence_length, config.data.sequence_length
+def _seconds(row: Row, config: Config, ranks: int) -> float:
+    """Return the seconds of a step from the row's unit; MFU is of all scores, and of H100's 989 TFLOP/s."""
+    value, unit, length = float(row["measured_value"]), row["measured_unit"], config.data.sequence_length
+    tokens = config.batch.global_batch * length
     if unit == "s/step":
         return value
     if unit == "tok/s/GPU":
         return tokens / (value * ranks)
-    if unit == "MFU %":  # nanotron's: all of attention's scores counted
+    if unit == "MFU %":
         return tokens * training_flops(config.model, length, causal=False) / (ranks * 989e12 * value / 100)
     if unit == "TFLOP/s/GPU incl. recompute":
         flops = training_flops(config.model, length, causal=False, recomputed_layers=config.model.layers)
@@ -307,7 +321,6 @@ def _seconds(config: Config, ranks: int, value: float, unit: str, machine: Machi
 
 
 def _memory(notes: str) -> float | None:
-    found = re.search(r"(?:peak )?memory (\d+(?:\.\d+)?) ?(GiB|GB)", notes)
-    if not found or "ranking" in notes:
-        return None
-    return float(found[1]) * (2**30 if found[2] == "GiB" else 1e9)
+    """Return the peak that the notes name, in bytes."""
+    found = re.search(r"memory (\d+(?:\.\d+)?) ?(GiB|GB)", notes)
+    return float(found[1]) * (2**30 if found[2] == "GiB" else 1e9) if found else None
