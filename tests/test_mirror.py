@@ -27,6 +27,7 @@ SPANNED = {
     "model/test_transformer.py": "parallel/draw",
     "ops/test_norm.py": "model/norm commands/benchmark_norm",
     "parallel/test_cross_entropy.py": "ops/compiler",
+    "plan/test_search.py": "plan/text",
     "plan/test_trace.py": "commands/plan",
     "recipe/test_rows.py": "recipe/text scaling/laws",
     "report/test_page.py": "commands/report",

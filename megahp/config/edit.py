@@ -17,11 +17,11 @@ def edited(text: str, values: Mapping[str, Any]) -> str:
     for line in text.splitlines():
         if header := re.match(r"\s*\[([\w-]+)\]", line):
             section = header[1]
-        name = re.match(r"\s*([\w-]+)\s*=", line)
-        if name and (key := f"{section}.{name[1]}") in left:
+        written = re.match(r"\s*([\w-]+)\s*=", line)
+        if written and (key := f"{section}.{written[1]}") in left:
             if (value := left.pop(key)) is None:
                 continue
-            line = f"{name[1]} = {toml_value(value)}"
+            line = f"{written[1]} = {toml_value(value)}"
         lines.append(line)
         if header:
             headers[section] = len(lines)

@@ -161,7 +161,8 @@ def timeline_of(
     counts = np.array([steps for steps, _ in segment.strides])
     passed = np.concatenate(([0], np.cumsum(counts)))
     clock = np.concatenate(([0.0], np.cumsum(counts * [seconds(gpus, tokens) for _, tokens in segment.strides])))
-    due = np.arange(before // every + 1, (before + passed[-1]) // every + 1) * every - before if every else []
+    multiples = range(before // every + 1, (before + int(passed[-1])) // every + 1) if every else range(0)
+    due = [multiple * every - before for multiple in multiples]
     at = np.union1d([0], [*due, passed[-1]])  # a job saves at its end too
     gaps = np.diff(np.interp(at, passed, clock))
     gaps[1:] = np.maximum(gaps[1:], write)  # a save waits until the one before is complete
