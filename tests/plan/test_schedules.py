@@ -14,7 +14,6 @@ from megahp.plan.schedules import Action, actions, replay, steady
 from megahp.scaling.flops import pipeline_bubble
 
 
-
 def parallel_of(schedule: str, pp: int) -> ParallelConfig:
     return ParallelConfig(pp=pp, schedule=schedule, stages_per_rank=2 if schedule in ("interleaved", "zbv") else 1)  # type: ignore[arg-type]
 
@@ -44,7 +43,9 @@ def test_actions_are_those_of_torch(schedule: str, pp: int, microbatches: int) -
         if schedule == "1f1b":  # of which torch's list numbers the last rank's microbatches from 1; its step does not
             assert [each.kind for each in ours] == [kinds[each.computation_type] for each in torchs]
         else:
-            expected = [Action(kinds[each.computation_type], each.stage_index, each.microbatch_index) for each in torchs]
+            expected = [
+                Action(kinds[each.computation_type], each.stage_index, each.microbatch_index) for each in torchs
+            ]
             assert ours == expected
 
 
