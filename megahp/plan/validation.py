@@ -6,6 +6,8 @@ a source's own errors are given twice: with none of its rows in the fit, and wit
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,11 +159,7 @@ def report(validation: Validation) -> str:
     lines += ["", "| ranked layouts of | rows | Spearman |", "|---|---:|---:|"]
     lines += [f"| {name} | {count} | {value:.2f} |" for name, (count, value) in rankings(validation).items()]
     found = numbers(validation)
-    left_out: dict[str, int] = {}
-    for reason in validation.reasons.values():
-        left_out[reason] = left_out.get(reason, 0) + 1
-    lines += [
-        "",
+    verdict = (
         f"- Step time, dense: median of the sources' medians {found['time']:.1%} (target 8 %), "
         f"{found['time within 20 %']:.0%} of rows within 20 % (90 %).",
         f"- With a source's own quarter: {found['time, own quarter']:.1%} (5 %), "
@@ -172,9 +170,10 @@ def report(validation: Validation) -> str:
         "above the device's.",
         f"- {len(validation.predictions)} of {len(validation.rows)} rows are predicted, "
         f"{sum(each.calibrates for each in validation.predictions)} serve calibration. Left out: "
-        + "; ".join(f"{count}, {reason}" for reason, count in left_out.items())
+        + "; ".join(f"{count}, {reason}" for reason, count in Counter(validation.reasons.values()).items())
         + ".",
-    ]
+    )
+    lines += ["", *(textwrap.fill(line, 120, subsequent_indent="  ") for line in verdict)]
     return "\n".join(lines)
 
 

@@ -28,11 +28,7 @@ GPT = {"activation": "gelu", "norm": "layernorm", "positions": "learned", "bias"
 CASES: dict[str, dict[str, Any]] = {
     "shards": {},
     "replicas, recomputed": {"parallel.dp_replicate": 2, "compute.recompute": "full"},
-    "tp, sequence, recomputed": {
-        "parallel.tp": 2,
-        "parallel.sequence_parallel": True,
-        "compute.recompute": "full",
-    },
+    "tp, sequence, recomputed": {"parallel.tp": 2, "parallel.sequence_parallel": True, "compute.recompute": "full"},
     "tp, zero 1": {"parallel.tp": 2, "parallel.zero": 1},
     "selective, reduced at once": {"compute.recompute": "selective", "parallel.reduce": "every"},
     "pp": {"parallel.pp": 2},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_search import GPUS, config, machine
+from plan.small import GPUS, config, machine
 
 from megahp.config import resolve, with_values
 from megahp.errors import UserError

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import pytest
+from plan.small import GPUS, RUN, config, machine
 
 from megahp.config import Config, get_setting, resolve, with_values
 from megahp.config.checks import find_conflicts
@@ -15,29 +14,9 @@ from megahp.errors import UserError
 from megahp.parallel.layout import fit
 from megahp.plan import text, trace
 from megahp.plan.estimate import estimate
-from megahp.plan.machine import Machine, load_machine
 from megahp.plan.search import KEYS, MICRO_BATCHES, RECOMPUTE, STATES, Candidate, confirm, distinct, search, why_slower
 from megahp.plan.work import Work
 from megahp.train.prepare import check_batch
-
-GPUS = 8
-RUN: dict[str, Any] = {
-    "model": {"preset": "llama-3-8b", "layers": 6},
-    "data": {"train": ["none"], "sequence_length": 4096},
-    "batch": {"global_batch": 64, "micro_batch": 1},
-    "train": {"tokens": 1e9, "dtype": "bfloat16"},
-    "parallel": {"pp": 2, "tp": 4},  # of another cluster: to be replaced
-}
-
-
-def config(**sections: dict[str, Any]) -> Config:
-    tree = {section: {**values, **sections.get(section, {})} for section, values in RUN.items()}
-    return resolve.resolve([("test", tree)], written=True).config
-
-
-def machine(gib: float) -> Machine:
-    """An H100 of which this much can be used."""
-    return replace(load_machine("h100"), memory=(gib * 2**30 + 2e9) / 0.97)
 
 
 def test_what_is_found_can_run_and_fits() -> None:
