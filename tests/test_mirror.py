@@ -30,7 +30,6 @@ SPANNED = {
     "parallel/test_pipeline.py": "parallel/stages",
     "plan/test_formulas.py": "plan/estimate plan/peak plan/rank plan/work",
     "plan/test_search.py": "plan/text",
-    "plan/test_trace.py": "commands/plan",
     "plan/test_validation.py": "plan/calibration plan/published",
     "recipe/test_rows.py": "recipe/text scaling/laws",
     "report/test_page.py": "commands/report",
