@@ -81,7 +81,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     given, base, name = read_given(options), load_base(options), options.out.stem if options.out else ""
     recipe = make_recipe(given, base, laws, name)
     for _ in range(2 if options.gpu else 0):  # the layout rounds the batch, which may then allow a faster one
-        recipe = make_recipe(*laid_out(recipe, load_machine(options.gpu.lower())), laws, name)
+        recipe = make_recipe(*laid_out(recipe, machine_of(options.gpu)), laws, name)
     rows, notes, choices = recipe_rows.rows(recipe), recipe_rows.notes(recipe), recipe_rows.choices(recipe)
     notes += [*advice_on_data(recipe), *advice_on_machine(recipe)]
     if options.out:
@@ -100,6 +100,14 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     if options.compare:
         print(f"\n{recipe_text.comparison(choices)}")
     return 0
+
+
+def machine_of(gpu: str) -> Machine:
+    """Return the machine of a GPU's name; of several sizes of memory, as A100's, the smallest. Raises UserError."""
+    named = [name for name in machine_names() if f"{name}-".startswith(f"{gpu.lower()}-")]
+    if not named:
+        raise UserError(f"--gpu {gpu} is unknown; choose from {', '.join(machine_names())}, or give --peak-flops")
+    return load_machine(named[0])
 
 
 def laid_out(recipe: Recipe, machine: Machine) -> tuple[Given, Base]:
@@ -185,12 +193,9 @@ def read_given(options: Namespace) -> Given:
     names = {f.name for f in fields(Given)}
     given = Given(**{name: value for name, value in vars(options).items() if name in names})
     if options.gpu:
-        if options.gpu.lower() not in machine_names():
-            known = ", ".join(machine_names())
-            raise UserError(f"--gpu {options.gpu} is unknown; choose from {known}, or give --peak-flops")
         if options.peak_flops:
             raise UserError("--gpu and --peak-flops both set the peak; remove one")
-        given = replace(given, peak_flops=load_machine(options.gpu.lower()).peak.bfloat16)
+        given = replace(given, peak_flops=machine_of(options.gpu).peak.bfloat16)
     if options.preset:
         if options.preset not in PRESETS:
             raise UserError(f"--preset {options.preset} is unknown; choose from {', '.join(PRESETS)}")

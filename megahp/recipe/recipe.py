@@ -243,7 +243,10 @@ def _batch_settings(
     draft = with_values(run, {"batch.micro_batch": micro})
     unit, least = sizes.batch_multiple(draft, ranks), sizes.least_batch(draft, ranks)
     # A smaller microbatch allows a given batch exactly, and B_opt to within an eighth.
-    if micro > 1 and (target % unit if given.batch else target < 4 * unit):
+    coarse = target < 4 * unit
+    if given.gpus:  # these ranks alone have to divide it
+        coarse = abs(max(1, round(target / unit)) * unit / target - 1) > 1 / 8
+    if micro > 1 and (target % unit if given.batch else coarse):
         return _batch_settings(run, given, laws, choice, n, ranks, micro // 2)
     if given.batch and (given.batch % unit or given.batch < least):
         near = nearest_multiples(unit, max(given.batch, least))
