@@ -290,7 +290,7 @@ class _Counted:
     def _states(self) -> None:
         """Count gathering, reducing and updating of weights."""
         rank = self.rank
-        mine = rank.weights / rank.shards
+        mine = rank.own_weights
         self.memory("update", "norm", 4 * mine)
         # weight, gradient and both moments are read, all but the gradient written
         self.memory("update", "update", (16 + 12) * mine, 1, 4)

@@ -71,7 +71,10 @@ def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machin
         split["exposed dp"] = beside(sum(busiest.hidden.values()), last_pass, machine)
         passes = busiest.busy("forward") + busiest.busy("backward")
         split["bubble"] = pipeline_seconds(times, config, count) - passes
-    split["optimizer"] = max(each.busy("update") for each in times)
+    last = max(times, key=lambda each: each.busy("update"))
+    split["optimizer"] = sum(last.kinds["update"].values())
+    for axes, seconds in last.exposed["update"].items():
+        split[f"exposed {axes}"] += seconds
     total = sum(split.values())
     done = sum(work.flops("product") + work.flops("attention") / 2 for work in works) * ranks / len(works)
     peak_rate = ranks * getattr(machine.peak, config.train.dtype) * total
