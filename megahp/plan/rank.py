@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -39,6 +39,16 @@ class Stack:
 
 
 MEGAHP = Stack()
+
+
+def stack_of(config: Config) -> Stack:
+    """Return megahp's own stack under these settings."""
+    return replace(
+        MEGAHP,
+        elementwise="compiled" if config.compute.compile else "eager",
+        fused_attention=not config.model.attention_softcap,  # no fused kernel caps logits
+        products_dtype="" if config.compute.fp8 == "none" else "float8",
+    )
 
 
 class Rank:

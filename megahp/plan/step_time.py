@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megahp.config import Config
+from megahp.errors import UserError
 from megahp.parallel.layout import AXES, Layout, fit
 from megahp.parallel.stages import owner
 from megahp.plan.machine import Machine
@@ -77,7 +78,7 @@ def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machin
         split[f"exposed {axes}"] += seconds
     total = sum(split.values())
     done = sum(work.flops("product") + work.flops("attention") / 2 for work in works) * ranks / len(works)
-    peak_rate = ranks * getattr(machine.peak, config.train.dtype) * total
+    peak_rate = ranks * peak_of(machine, config.train.dtype) * total
     return Estimate(
         total,
         {name: seconds for name, seconds in split.items() if seconds},
@@ -152,13 +153,21 @@ def pipeline_seconds(times: Sequence[_Times], config: Config, count: int) -> flo
     return total
 
 
+def peak_of(machine: Machine, dtype: str) -> float:
+    """Return the operations a second of products in a dtype. Raises UserError where a machine does not compute it."""
+    peak = getattr(machine.peak, dtype, machine.peak.float32 / 2)  # float64
+    if not peak:
+        raise UserError(f"machine {machine.name} has no {dtype}; set compute.fp8=none, or name another machine")
+    return peak
+
+
 def kernel_seconds(kernel: Kernel, machine: Machine, attention: float = 1.0) -> float:
     """Return the seconds of one call on the device. attention: speed of fused attention, relative to the machine's."""
     best, efficiency = machine.best, machine.efficiency
     moving = kernel.bytes / (machine.memory_bandwidth * efficiency.memory)
     if kernel.kind == "memory":
         return moving + GAP
-    peak = getattr(machine.peak, kernel.dtype, machine.peak.float32)
+    peak = peak_of(machine, kernel.dtype)
     if kernel.kind == "attention":
         computing = _attention_operations(kernel) / (peak * best.attention * efficiency.attention * attention)
         return max(moving, computing) + GAP
