@@ -25,10 +25,10 @@ from megahp.scaling.flops import training_flops
 
 # Tiles of a product that libraries choose from, and their speed relative to the first's. (Assumed, after CUTLASS)
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.96), (128, 64, 0.8), (64, 64, 0.6))
-RAMP = 192  # of a product's inner dimension: what filling and draining a tile costs (assumed)
 # How many times longer a product takes whose dimensions are multiples of so many numbers, not of 64. Below 8 the matrix
 # units cannot load 16 bytes at once, and float32's units compute it. (NVIDIA's matrix multiplication guide; assumed)
 ALIGNED = {8: 1.2, 16: 1.1, 32: 1.05}
+ATTENTION_RAMP = 8 / 3  # keys that filling a block of queries costs, in the machine's ramps (assumed)
 ATTENTION_BACKWARD = 1.15  # how many times longer an operation takes than in the forward pass (FlashAttention 2)
 GAP = 2e-6  # seconds between two kernels on the device (assumed)
 
@@ -169,16 +169,20 @@ def kernel_seconds(kernel: Kernel, machine: Machine, attention: float = 1.0) -> 
         return moving + GAP
     peak = peak_of(machine, kernel.dtype)
     if kernel.kind == "attention":
-        computing = _attention_operations(kernel) / (peak * best.attention * efficiency.attention * attention)
+        computing = _attention_operations(kernel, machine.ramp) / (
+            peak * best.attention * efficiency.attention * attention
+        )
         return max(moving, computing) + GAP
     multiple = math.gcd(*kernel.shape[1:], 64)
     if multiple < min(ALIGNED):
         peak = machine.peak.float32
-    computing = _tiled_operations(kernel.shape, machine.units) / (peak * best.products * efficiency.products)
+    computing = _tiled_operations(kernel.shape, machine.units, machine.ramp) / (
+        peak * best.products * efficiency.products
+    )
     return max(moving, ALIGNED.get(multiple, 1.0) * computing) + GAP
 
 
-def _tiled_operations(shape: tuple[int, ...], units: int) -> float:
+def _tiled_operations(shape: tuple[int, ...], units: int, ramp: int) -> float:
     """Return a product's operations with those that its tiles waste: outside the matrix, and in a last wave that leaves
     multiprocessors without one."""
     batch, m, n, k = shape
@@ -186,16 +190,16 @@ def _tiled_operations(shape: tuple[int, ...], units: int) -> float:
     for rows, columns, speed in TILES:
         waves = math.ceil(batch * math.ceil(m / rows) * math.ceil(n / columns) / units)
         best = min(best, waves * units * rows * columns / speed)
-    return 2 * best * (k + RAMP)
+    return 2 * best * (k + ramp)
 
 
-def _attention_operations(kernel: Kernel) -> float:
+def _attention_operations(kernel: Kernel, ramp: int) -> float:
     """Return the operations of fused attention, as long as those of large heads and long sequences: blocks above the
     diagonal are left out, but not those on it; exponentials take a larger share where heads are small."""
     _, _, queries, keys, size = kernel.shape
     causal = (1 + 128 / keys) / 2
     small = 1 + 0.1 * (128 / size - 1) if size < 128 else 1.0
-    short = 1 + 512 / queries
+    short = 1 + ATTENTION_RAMP * ramp / queries
     return kernel.flops * causal * small * short * (ATTENTION_BACKWARD if kernel.name.endswith("backward") else 1.0)
 
 
