@@ -25,7 +25,6 @@ PRIOR = Efficiency(products=0.85, attention=0.9, memory=0.8, node=0.75, network=
 SPREAD = {"products": 0.1, "attention": 0.2, "memory": 0.15, "node": 0.2, "network": 0.3, "contention": 0.5}
 GENERATION_SPREAD = 0.1
 NOISE = 0.1  # of a published step time, and of a prediction: a row's relative error where nothing is wrong
-GENERATIONS = ("v100", "a100", "h100", "h200", "b200", "mi250x", "mi300x", "mi355x")
 ROUNDS = 3  # of Gauss-Newton, after which no factor moves by a thousandth
 HUBER = 20  # rounds of robust weights
 Factors = Mapping[str, float]  # efficiency, or generation -> logarithm of its factor

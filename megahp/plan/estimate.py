@@ -9,7 +9,9 @@ from megahp.plan.rank import MEGAHP, Stack
 from megahp.plan.step_time import Estimate, step_time
 
 
-def estimate(config: Config, ranks: int, machine: Machine, stack: Stack = MEGAHP) -> Estimate:
-    """Return the estimate of the first step. config: resolved, with its vocabulary. Raises UserError for a layout that
-    these ranks cannot run."""
-    return step_time(rank_works(config, ranks, stack), config, ranks, machine, stack)
+def estimate(config: Config, ranks: int, machine: Machine, stack: Stack | None = None) -> Estimate:
+    """Return the estimate of the first step, by default of megahp's own.
+
+    config: resolved, with its vocabulary. Raises UserError for a layout that these ranks cannot run.
+    """
+    return step_time(rank_works(config, ranks, stack), config, ranks, machine, stack or MEGAHP)

@@ -16,7 +16,7 @@ from megahp.config import Config
 from megahp.parallel.layout import fit
 from megahp.parallel.logits import KEPT, rows_at_once
 from megahp.plan.peak import peak
-from megahp.plan.rank import BYTES, MEGAHP, Rank, Stack
+from megahp.plan.rank import BYTES, Rank, Stack, stack_of
 from megahp.plan.work import Collective, Kernel, Phase, Work
 
 
@@ -40,9 +40,10 @@ DROPOUT = 5  # passes over the width of a token in each direction: two branches,
 EXPERTS = (8, 12)  # passes over the width of each token sent to an expert: sorting, sending, weighing, adding up
 
 
-def rank_works(config: Config, ranks: int, stack: Stack = MEGAHP) -> list[Work]:
-    """Return the work of a rank of each pipeline position in the first step. Of ranks with blocks alike that of the
-    first is returned for all: it holds the activations of most microbatches."""
+def rank_works(config: Config, ranks: int, stack: Stack | None = None) -> list[Work]:
+    """Return the work of a rank of each pipeline position in the first step, by default of megahp. Of ranks with blocks
+    alike that of the first is returned for all: it holds the activations of most microbatches."""
+    stack = stack or stack_of(config)
     layout = fit(config.parallel, ranks)
     found: dict[Hashable, Work] = {}
     works = []
@@ -290,7 +291,7 @@ class _Counted:
     def _states(self) -> None:
         """Count gathering, reducing and updating of weights."""
         rank = self.rank
-        mine = rank.weights / rank.shards
+        mine = rank.own_weights
         self.memory("update", "norm", 4 * mine)
         # weight, gradient and both moments are read, all but the gradient written
         self.memory("update", "update", (16 + 12) * mine, 1, 4)

@@ -76,6 +76,7 @@ class Machine:
     memory_bandwidth: float = number(1e8, 1e14)  # bytes a second
     gpus_per_node: int = number(1, 1024)
     units: int = number(1, 100_000)  # multiprocessors, each of which computes one tile of a product at a time
+    ramp: int = number(0, 4096)  # of a product's inner dimension: what filling and draining a tile costs
     launch: float = number(0, 1e-2)  # seconds in which the host launches a kernel
 
     @property

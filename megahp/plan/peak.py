@@ -32,11 +32,11 @@ def _states(rank: Rank) -> Counter[str]:
     """Return the bytes that stay, with whole gradients from one microbatch to the next."""
     stack, layout, weights = rank.stack, rank.layout, rank.weights
     if stack.states == "megatron":
-        moments = 12 * weights // rank.shards  # with the weights in float32
+        moments = 12 * rank.own_weights  # with the weights in float32
         return Counter(weights=rank.e * weights, gradients=stack.gradient_bytes * weights, moments=moments)
     whole = layout.dp * layout.cp == 1 or (rank.count > 1 and rank.parallel.reduce == "once")
-    gradients = stack.gradient_bytes * weights // (1 if whole else rank.shards)
-    return Counter(weights=4 * weights // rank.shards, moments=8 * weights // rank.shards, gradients=gradients)
+    gradients = stack.gradient_bytes * (weights if whole else rank.own_weights)
+    return Counter(weights=4 * rank.own_weights, moments=8 * rank.own_weights, gradients=gradients)
 
 
 def _in_flight(rank: Rank) -> dict[int, int]:

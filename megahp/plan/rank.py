@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -41,6 +41,18 @@ class Stack:
 MEGAHP = Stack()
 
 
+def stack_of(config: Config) -> Stack:
+    """Return megahp's own stack under these settings."""
+    # as megahp.model.attention has it: no fused kernel caps logits, and in bfloat16 on a CPU plain products are faster
+    plain = bool(config.model.attention_softcap) or (config.train.device == "cpu" and config.train.dtype == "bfloat16")
+    return replace(
+        MEGAHP,
+        elementwise="compiled" if config.compute.compile else "eager",
+        fused_attention=not plain,
+        products_dtype="" if config.compute.fp8 == "none" else "float8",
+    )
+
+
 class Rank:
     """One rank of a pipeline position in the first step.
 
@@ -63,7 +75,7 @@ class Rank:
 
     def kind(self, block: int) -> tuple[str, bool, int]:
         """Return what a block's work depends on: how it is recomputed, whether it is dense, its attention's window."""
-        share = self.stack.recomputed / self.config.compute.recompute_every
+        share = self.stack.recomputed / self.config.compute.recompute_every - 1e-9  # or 3 x 1/3 could be above 1
         applies = math.ceil((block + 1) * share) > math.ceil(block * share)
         recompute = self.config.compute.recompute if applies else "none"
         return recompute, block < self.model.layers - self.model.expert_layers, self.model.window_of(block)
@@ -150,3 +162,9 @@ class Rank:
         if self.stack.states != "megatron":
             return self.layout.dp_shard * self.layout.cp
         return self.layout.dp if self.parallel.zero else 1
+
+    @property
+    def own_weights(self) -> int:
+        """Those whose moments this rank holds; ranks along ep share no experts."""
+        experts = len(self.blocks) * self.expert_weights
+        return (self.weights - experts + experts * min(self.layout.ep, self.shards)) // self.shards

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megahp.config import Config
+from megahp.errors import UserError
 from megahp.parallel.layout import AXES, Layout, fit
 from megahp.parallel.stages import owner
 from megahp.plan.machine import Machine
@@ -24,10 +25,10 @@ from megahp.scaling.flops import training_flops
 
 # Tiles of a product that libraries choose from, and their speed relative to the first's. (Assumed, after CUTLASS)
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.96), (128, 64, 0.8), (64, 64, 0.6))
-RAMP = 192  # of a product's inner dimension: what filling and draining a tile costs (assumed)
 # How many times longer a product takes whose dimensions are multiples of so many numbers, not of 64. Below 8 the matrix
 # units cannot load 16 bytes at once, and float32's units compute it. (NVIDIA's matrix multiplication guide; assumed)
 ALIGNED = {8: 1.2, 16: 1.1, 32: 1.05}
+ATTENTION_RAMP = 8 / 3  # keys that filling a block of queries costs, in the machine's ramps (assumed)
 ATTENTION_BACKWARD = 1.15  # how many times longer an operation takes than in the forward pass (FlashAttention 2)
 GAP = 2e-6  # seconds between two kernels on the device (assumed)
 
@@ -71,10 +72,13 @@ def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machin
         split["exposed dp"] = beside(sum(busiest.hidden.values()), last_pass, machine)
         passes = busiest.busy("forward") + busiest.busy("backward")
         split["bubble"] = pipeline_seconds(times, config, count) - passes
-    split["optimizer"] = max(each.busy("update") for each in times)
+    last = max(times, key=lambda each: each.busy("update"))
+    split["optimizer"] = sum(last.kinds["update"].values())
+    for axes, seconds in last.exposed["update"].items():
+        split[f"exposed {axes}"] += seconds
     total = sum(split.values())
     done = sum(work.flops("product") + work.flops("attention") / 2 for work in works) * ranks / len(works)
-    peak_rate = ranks * getattr(machine.peak, config.train.dtype) * total
+    peak_rate = ranks * peak_of(machine, config.train.dtype) * total
     return Estimate(
         total,
         {name: seconds for name, seconds in split.items() if seconds},
@@ -149,24 +153,36 @@ def pipeline_seconds(times: Sequence[_Times], config: Config, count: int) -> flo
     return total
 
 
+def peak_of(machine: Machine, dtype: str) -> float:
+    """Return the operations a second of products in a dtype. Raises UserError where a machine does not compute it."""
+    peak = getattr(machine.peak, dtype, machine.peak.float32 / 2)  # float64
+    if not peak:
+        raise UserError(f"machine {machine.name} has no {dtype}; set compute.fp8=none, or name another machine")
+    return peak
+
+
 def kernel_seconds(kernel: Kernel, machine: Machine, attention: float = 1.0) -> float:
     """Return the seconds of one call on the device. attention: speed of fused attention, relative to the machine's."""
     best, efficiency = machine.best, machine.efficiency
     moving = kernel.bytes / (machine.memory_bandwidth * efficiency.memory)
     if kernel.kind == "memory":
         return moving + GAP
-    peak = getattr(machine.peak, kernel.dtype, machine.peak.float32)
+    peak = peak_of(machine, kernel.dtype)
     if kernel.kind == "attention":
-        computing = _attention_operations(kernel) / (peak * best.attention * efficiency.attention * attention)
+        computing = _attention_operations(kernel, machine.ramp) / (
+            peak * best.attention * efficiency.attention * attention
+        )
         return max(moving, computing) + GAP
     multiple = math.gcd(*kernel.shape[1:], 64)
     if multiple < min(ALIGNED):
         peak = machine.peak.float32
-    computing = _tiled_operations(kernel.shape, machine.units) / (peak * best.products * efficiency.products)
+    computing = _tiled_operations(kernel.shape, machine.units, machine.ramp) / (
+        peak * best.products * efficiency.products
+    )
     return max(moving, ALIGNED.get(multiple, 1.0) * computing) + GAP
 
 
-def _tiled_operations(shape: tuple[int, ...], units: int) -> float:
+def _tiled_operations(shape: tuple[int, ...], units: int, ramp: int) -> float:
     """Return a product's operations with those that its tiles waste: outside the matrix, and in a last wave that leaves
     multiprocessors without one."""
     batch, m, n, k = shape
@@ -174,16 +190,16 @@ def _tiled_operations(shape: tuple[int, ...], units: int) -> float:
     for rows, columns, speed in TILES:
         waves = math.ceil(batch * math.ceil(m / rows) * math.ceil(n / columns) / units)
         best = min(best, waves * units * rows * columns / speed)
-    return 2 * best * (k + RAMP)
+    return 2 * best * (k + ramp)
 
 
-def _attention_operations(kernel: Kernel) -> float:
+def _attention_operations(kernel: Kernel, ramp: int) -> float:
     """Return the operations of fused attention, as long as those of large heads and long sequences: blocks above the
     diagonal are left out, but not those on it; exponentials take a larger share where heads are small."""
     _, _, queries, keys, size = kernel.shape
     causal = (1 + 128 / keys) / 2
     small = 1 + 0.1 * (128 / size - 1) if size < 128 else 1.0
-    short = 1 + 512 / queries
+    short = 1 + ATTENTION_RAMP * ramp / queries
     return kernel.flops * causal * small * short * (ATTENTION_BACKWARD if kernel.name.endswith("backward") else 1.0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -88,19 +90,18 @@ def test_work_is_that_of_the_trace(alone: ProcessPoolExecutor, case: str) -> Non
         assert ours_sent.keys() == real_sent.keys()
         for name, size in real_sent.items():  # FSDP2 pads its shards
             assert ours_sent[name] == pytest.approx(size, rel=0.001), name
-        assert sum(ours.peak.values()) == pytest.approx(sum(real.peak.values()), rel=0.15)
         for phase in ("forward", "backward", "update"):
             assert moved(ours, phase) == pytest.approx(moved(real, phase), rel=0.5), phase
+    # the fullest rank's; of ranks with as many blocks the first stands for the others
+    peaks = [max(sum(work.peak.values()) for work in works) for works in (counted, traced)]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.1)
     # and so is the time
     machine = load_machine("h100")
     exact = step_time(traced, config, RANKS, machine).seconds
     assert estimate(config, RANKS, machine).seconds == pytest.approx(exact, rel=0.25)
 
 
-def test_many_layouts_in_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_torch_is_imported() -> None:
     """Formulas import no torch, so that a search of thousands of layouts begins at once."""
-    import subprocess
-    import sys
-
     code = "import sys, megahp.plan.estimate, megahp.plan.validation; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

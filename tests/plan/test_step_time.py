@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megahp.config import Config, resolve, with_values
+from megahp.errors import UserError
 from megahp.parallel.layout import Layout
 from megahp.plan.estimate import estimate
 from megahp.plan.machine import Efficiency, Machine, load_machine
@@ -122,3 +123,13 @@ def test_longer_pipelines_have_larger_bubbles() -> None:
         found = estimate(config(**{"parallel.pp": pp, "batch.global_batch": 256}), 64, machine)
         shares.append(found.split["bubble"] / found.seconds)
     assert shares == sorted(shares)
+
+
+def test_settings_change_the_step() -> None:
+    machine = load_machine("h100")
+    plain = estimate(config(), 64, machine)
+    assert estimate(config(**{"compute.compile": True}), 64, machine).split["memory"] < plain.split["memory"]
+    assert estimate(config(**{"compute.fp8": "torchao"}), 64, machine).split["products"] < plain.split["products"]
+    assert "attention" not in estimate(config(**{"model.attention_softcap": 50.0}), 64, machine).split
+    with pytest.raises(UserError, match="a100-80 has no float8"):
+        estimate(config(**{"compute.fp8": "torchao"}), 64, load_machine("a100-80"))
