@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from plan.small import GPUS, config, machine
 
+from megahp.commands.train import check_device_memory
 from megahp.config import resolve, with_values
 from megahp.errors import UserError
+from megahp.launch import World
 from megahp.parallel.layout import fit
 from megahp.plan.guard import ERROR, check_fits, machine_here, predicted_peak
 
@@ -41,3 +46,20 @@ def test_a_device_is_known_by_its_name() -> None:
     here = machine_here("NVIDIA H200", 150_000_000_000)
     assert (here.memory, here.memory_bandwidth) == (1.5e11, 4.8e12)
     assert machine_here("NVIDIA L4", 24_000_000_000).name == "NVIDIA L4"
+
+
+def test_train_refuses_before_the_ranks_meet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On CUDA alone, by what the device says of itself."""
+    device = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=85_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    large = config(
+        model={"layers": 32}, parallel={"pp": 1, "tp": 1}, train={"device": "cuda"}, batch={"micro_batch": 16}
+    )
+    check_device_memory(with_values(large, {"train.device": "cpu"}), GPUS, World())
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match="of NVIDIA H100 80GB HBM3; the nearest layout that fits: .*--ignore-memory"):
+        check_device_memory(large, GPUS, World())
+    check_device_memory(config(train={"device": "cuda"}), GPUS, World())
+    assert capsys.readouterr().out.startswith("memory: a step takes about ")
