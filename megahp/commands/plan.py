@@ -75,11 +75,6 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError("model.vocab_size = 0 is the tokenizer's, which a plan does not read; set it, e.g. 32000")
     if options.cluster:
         machine = load_machine(options.cluster)
-        if not hasattr(machine.peak, config.train.dtype):
-            known = ", ".join(vars(machine.peak))
-            raise UserError(
-                f"train.dtype = {config.train.dtype!r} has no peak in a cluster file, only {known}; change it"
-            )
         plan = simulate_run if options.simulate else find_layout
         write_or_print(options.json, {**provenance(words), **plan(options, config, machine)})
         return 0

@@ -23,18 +23,16 @@ from megahp.plan.machine import Machine
 from megahp.plan.step_time import Estimate, step_time
 from megahp.train.prepare import check_batch
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-KEYS = (
-    *(f"parallel.{name}" for name in (*AXES, "sequence_parallel", "schedule", "stages_per_rank")),
-    *("parallel.ep", "parallel.zero", "parallel.reduce", "batch.micro_batch", "compute.recompute"),
-)
+NAMES = ("tp", "sequence_parallel", "cp", "pp", "schedule", "stages_per_rank", "ep", "dp_replicate", "dp_shard", "zero")
+KEYS = (*(f"parallel.{name}" for name in (*NAMES, "reduce")), "batch.micro_batch", "compute.recompute")
 WRITTEN = (*KEYS, "parallel.split", "parallel.prefetch")  # with what of another layout must not stay
 RECOMPUTE = ("none", "selective", "full")  # less memory and more time from each to the next
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 SCHEDULES = (("interleaved", 2), ("interleaved", 4), ("zero-bubble", 1), ("zbv", 2))  # beside 1f1b
-# (parallel.zero, parallel.reduce) of shards without a pipeline, which always has (1, once)
+# (parallel.zero, parallel.reduce) of shards without a pipeline; with one it is always the first
 STATES = ((1, "once"), (2, "once"), (2, "every"), (3, "once"), (3, "every"))
 LEAST_TOKENS = 4096  # of a sequence on a context-parallel rank; with fewer, its other axes serve better. A judgement
+PIPELINE = {"parallel.schedule", "parallel.stages_per_rank"}
 REFINED = 12  # layouts, the fastest by 1f1b, whose pipelines are tried with every schedule
 
 
@@ -91,7 +89,7 @@ def search(config: Config, gpus: int, machine: Machine, fixed: Collection[str] =
     found = [
         each for values in layouts(plain, gpus, machine, keeps) for each in sized(plain, values, gpus, machine, keeps)
     ]
-    if not {"parallel.schedule", "parallel.stages_per_rank"} & keeps.keys():
+    if not PIPELINE & keeps.keys():
         pipelines = [each for each in distinct(fits(found, machine))[:REFINED] if each.layout.pp > 1]
         for each, (schedule, stages) in product(pipelines, SCHEDULES):
             values = {**each.settings, "parallel.schedule": schedule, "parallel.stages_per_rank": stages}
@@ -109,7 +107,7 @@ def search(config: Config, gpus: int, machine: Machine, fixed: Collection[str] =
             f"no layout fits {gpus} GPUs of {machine.name}, of which {machine.usable / 2**30:,.1f} GiB can be used; "
             f"the leanest takes {least.estimate.bytes / 2**30:,.1f} ({least}); take more GPUs, or a smaller model"
         )
-    return Found(fitting, [each for each in by_speed(found) if each not in fitting])
+    return Found(fitting, by_speed(each for each in found if each.estimate.bytes > machine.usable))
 
 
 def layouts(config: Config, gpus: int, machine: Machine, keeps: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -118,25 +116,30 @@ def layouts(config: Config, gpus: int, machine: Machine, keeps: Mapping[str, Any
     model, powers = config.model, [2**n for n in range(gpus.bit_length())]
     tps = [tp for tp in powers if tp <= machine.gpus_per_node]
     cps = [cp for cp in powers if cp == 1 or config.data.sequence_length >= cp * LEAST_TOKENS]
-    pps = [pp for pp in range(1, min(gpus, model.layers) + 1) if gpus % pp == 0]
+    pps = [pp for pp in range(1 + bool(PIPELINE & keeps.keys()), min(gpus, model.layers) + 1) if gpus % pp == 0]
     for tp, cp, pp in product(tps, cps, pps):
-        dp = gpus // (tp * cp * pp)
-        for shards in {dp, max(1, machine.gpus_per_node // (tp * cp)), 1} if gpus % (tp * cp * pp) == 0 else ():
-            eps = [
-                ep
-                for ep in range(1, shards + 1)
-                if ep == 1 or (model.experts and shards % ep == model.experts % ep == 0)
-            ]
-            for ep, (zero, reduce) in product(eps, STATES if pp == 1 and shards * cp > 1 else [(0, "once")]):
-                # the larger data axis takes what ranks there are: the settings then are right as nodes are added
-                data = (1, 0) if shards == dp else (0, shards)
-                values = {
-                    **dict(zip((f"parallel.{axis}" for axis in AXES), (pp, *data, cp, tp), strict=True)),
-                    **{"parallel.sequence_parallel": tp > 1, "parallel.ep": ep},
-                    **{"parallel.zero": zero, "parallel.reduce": reduce},
+        dp, of_node = gpus // (tp * cp * pp), max(1, machine.gpus_per_node // (tp * cp))
+        kept = {keeps.get("parallel.dp_shard") or dp, dp // (keeps.get("parallel.dp_replicate") or 1)}
+        for shards in {dp, of_node, 1} | kept:
+            if gpus % (tp * cp * pp) or not shards or dp % shards:
+                continue
+            # the larger data axis takes what ranks there are: the settings then are right as nodes are added
+            data = {"dp_replicate": 1, "dp_shard": 0} if shards == dp else {"dp_replicate": 0, "dp_shard": shards}
+            eps = [ep for ep in range(1, min(shards, model.experts) + 1) if shards % ep == model.experts % ep == 0]
+            for ep, (zero, reduce) in product(eps or [1], STATES if pp == 1 and shards * cp > 1 else STATES[:1]):
+                sizes = {
+                    "pp": pp,
+                    "cp": cp,
+                    "tp": tp,
+                    "ep": ep,
+                    "zero": zero if pp == 1 else 0,
+                    "reduce": reduce,
+                    **data,
                 }
-                if dp % shards == 0 and all(value == keeps.get(key, value) for key, value in values.items()):
-                    yield values
+                values = {f"parallel.{name}": value for name, value in sizes.items()}
+                true_sizes = {"parallel.dp_replicate": dp // shards, "parallel.dp_shard": shards}
+                if all(keeps.get(key, value) in (value, true_sizes.get(key, value)) for key, value in values.items()):
+                    yield values | {"parallel.sequence_parallel": tp > 1}
 
 
 def sized(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -14,6 +15,7 @@ from megahp.errors import UserError
 from megahp.parallel.layout import fit
 from megahp.plan import text, trace
 from megahp.plan.estimate import estimate
+from megahp.plan.formulas import rank_works
 from megahp.plan.search import KEYS, MICRO_BATCHES, RECOMPUTE, STATES, Candidate, confirm, distinct, search, why_slower
 from megahp.plan.work import Work
 from megahp.train.prepare import check_batch
@@ -61,6 +63,13 @@ def test_nothing_faster_is_left_out(gib: float) -> None:
 def test_settings_that_are_fixed_stay() -> None:
     found = search(config(batch={"micro_batch": 2}), GPUS, machine(70), {"parallel.tp", "batch.micro_batch"})
     assert {(each.layout.tp, each.config.batch.micro_batch) for each in found.fitting} == {(4, 2)}
+    sized = config(parallel={"pp": 1, "tp": 1, "dp_shard": 4, "dp_replicate": 2})
+    kept = {"parallel.dp_shard", "parallel.dp_replicate"}
+    assert {
+        (each.layout.dp_replicate, each.layout.dp_shard) for each in search(sized, GPUS, machine(70), kept).fitting
+    } == {(2, 4)}
+    zbv = search(config(parallel={"schedule": "zbv"}), GPUS, machine(70), {"parallel.schedule"})
+    assert {(each.config.parallel.schedule, each.layout.pp > 1) for each in zbv.fitting} == {("zbv", True)}
 
 
 def test_settings_make_the_layout() -> None:
@@ -92,7 +101,7 @@ def test_a_trace_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def trace_step(config: Config, *_: int) -> Work:
         traced.append(config)
-        return Work(Counter(), Counter(), Counter(weights=int(next(sizes))), 0)
+        return replace(rank_works(config, GPUS)[0], peak=Counter(weights=int(next(sizes))))
 
     monkeypatch.setattr(trace, "trace_step", trace_step)
     confirmed = confirm(found, GPUS, cluster)
