@@ -25,7 +25,8 @@ from megahp.train.prepare import check_batch
 
 NAMES = ("tp", "sequence_parallel", "cp", "pp", "schedule", "stages_per_rank", "ep", "dp_replicate", "dp_shard", "zero")
 KEYS = (*(f"parallel.{name}" for name in (*NAMES, "reduce")), "batch.micro_batch", "compute.recompute")
-WRITTEN = (*KEYS, "parallel.split", "parallel.prefetch")  # with what of another layout must not stay
+# with what must not stay of another layout
+WRITTEN = (*KEYS, "parallel.split", "parallel.prefetch", "compute.recompute_every")
 RECOMPUTE = ("none", "selective", "full")  # less memory and more time from each to the next
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 SCHEDULES = (("interleaved", 2), ("interleaved", 4), ("zero-bubble", 1), ("zbv", 2))  # beside 1f1b
@@ -84,7 +85,7 @@ def search(config: Config, gpus: int, machine: Machine, fixed: Collection[str] =
         raise UserError(f"--gpus {gpus} must be at least 1")
     keeps = {key: get_setting(config, key) for key in KEYS if key in fixed}
     plain = with_values(
-        config, {key: FIELDS[key].default for key in WRITTEN if key.startswith("parallel.") and key not in fixed}
+        config, {key: FIELDS[key].default for key in WRITTEN if key not in {*fixed, "batch.micro_batch"}}
     )
     found = [
         each for values in layouts(plain, gpus, machine, keeps) for each in sized(plain, values, gpus, machine, keeps)
