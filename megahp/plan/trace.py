@@ -270,7 +270,8 @@ class Recorder(TorchDispatchMode):
             products = 5 if first else 2  # backward computes the scores again, and four products more
             flops = 2 * products * math.prod(shape)
         dtype = str(outputs[0].dtype if outputs else inputs[0].dtype).removeprefix("torch.")
-        self.kernels[Kernel(name, kind, shape, dtype, flops, size, self._phase())] += self.phase != "build"
+        if self.phase != "build":
+            self.kernels[Kernel(name, kind, shape, dtype, flops, size, self._phase())] += 1
 
     def _collective(self, name: str, args: Any, tensors: list[Tensor]) -> None:
         named = [arg for arg in args if isinstance(arg, str)]  # functional collectives: the reduction, the group
