@@ -114,10 +114,15 @@ def simulate(
     per_node = min(gpus, machine.gpus_per_node)
     if gpus % per_node:
         raise UserError(f"--gpus {gpus} is not a whole number of nodes of {per_node}; make it a multiple")
+    if largest != gpus and (largest < 2 * gpus or config.batch.policy == "constant"):
+        grown = f"--grow {largest} from --gpus {gpus} with batch.policy = {config.batch.policy!r}"
+        raise UserError(f"{grown}: nodes double as the batch does, and a constant one never does; raise it, or omit it")
     growth = Growth(
         config, gpus // per_node, largest // per_node, lambda nodes: fit(config.parallel, nodes * per_node).dp
     )
     plan = segments(growth, Progress(), BatchScheduler(config, 1).state(), None)
+    if not plan:
+        raise UserError(f"train.tokens = {config.train.tokens} leaves no step to simulate; raise it")
     seconds = step_seconds(config, machine)
     size = STATE_BYTES * parameters(config.model, longest(config))
     random, parts, steps = np.random.default_rng(config.train.seed), list[Part](), 0
@@ -139,7 +144,7 @@ def step_seconds(config: Config, machine: Machine) -> StepSeconds:
     @cache
     def line(gpus: int) -> tuple[float, float, float]:
         dp, parallel = fit(config.parallel, gpus).dp, config.parallel
-        few = dp * config.batch.micro_batch * max(2, 2 * parallel.pp)
+        few = dp * config.batch.micro_batch * 2 * parallel.pp
         first, second = (
             estimate(with_values(config, {"batch.global_batch": batch, "train.tokens": 10**18}), gpus, machine).seconds
             for batch in (few, 2 * few)

@@ -80,6 +80,10 @@ def test_a_run_is_simulated(run_file: Path, capsys: pytest.CaptureFixture[str]) 
         (["--cluster", "h100", "--gpus", "8", "--simulate", "--mtbf", "0"], "--mtbf 0 must be above 0"),
         (["--cluster", "h100", "--gpus", "12", "--simulate"], "not a whole number of nodes"),
         (["--cluster", "h100", "--gpus", "8", "--simulate", "parallel.tp=16"], "needs a multiple of 32 ranks"),
+        (
+            ["--cluster", "h100", "--gpus", "8", "--simulate", "--grow", "64", "parallel.tp=1"],
+            "a constant one never does",
+        ),
         (["--cluster", "mine.toml", "--gpus", "8"], "cluster file mine.toml does not exist"),
     ],
 )
