@@ -80,6 +80,13 @@ def test_mean_is_that_of_a_ticking_clock() -> None:
     assert np.mean(ticked) == pytest.approx(part.elapsed.mean(), abs=4 * np.std(ticked) / math.sqrt(len(ticked)))
 
 
+def test_a_save_waits_for_the_one_before() -> None:
+    """Steps take 200 s from save to save, a checkpoint 500 s, of which training waits 5 s at its beginning."""
+    timeline = timeline_of(Segment(1, 0, [(50, 1)]), 1, lambda *_: STEP, 20, 10, 5.0, 500.0)
+    assert timeline.saves.tolist() == [0, 105, 610, 1115]  # after steps 20, 40 and 60 of the run
+    assert timeline.complete.tolist() == [0, 605, 1110, 1615] and timeline.end == 1615
+
+
 def config(**more: dict[str, Any]) -> Config:
     tree = {section: {**values, **more.get(section, {})} for section, values in RUN.items()}
     return resolve.resolve([("test", tree)], written=True).config
