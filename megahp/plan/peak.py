@@ -1,6 +1,6 @@
 """The most that a rank allocates in a step, by formulas: bytes of each kind at the moment of the peak.
 
-Of megahp's own step within a tenth of a trace (tests/plan/test_peak.py).
+Of megahp's own step within a tenth of a trace's (tests/plan/test_formulas.py).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _activations(rank: Rank, flying: Mapping[int, int]) -> float:
     """Return the bytes that the blocks' forward passes keep for the backward ones."""
     kept = 0.0
     for stage, blocks in rank.stages.items():
-        for (recompute, dense, _), alike in Counter(map(rank.kind, blocks)).items():
+        for (recompute, dense), alike in Counter(map(rank.kind, blocks)).items():
             kept += flying[stage] * alike * rank.e * kept_numbers(rank, recompute, dense)
     if rank.stack.states == "fsdp2" and rank.layout.pp > 1:
         # torch's stages receive every microbatch's stream, and its gradient, into a buffer of its own
@@ -120,7 +120,7 @@ def _of_block(rank: Rank) -> float:
     model, t, e = rank.model, rank.t, rank.e
     hidden = rank.hidden if not model.experts else model.expert_width // rank.layout.tp * model.experts_per_token
     size: float = e * t * ((3 if model.gated else 2) * hidden + 2 * model.width)
-    recompute, dense, _ = rank.kind(rank.blocks[0])
+    recompute, dense = rank.kind(rank.blocks[0])
     if recompute != "none":
         size += e * (kept_numbers(rank, "none", dense) - kept_numbers(rank, recompute, dense))
     return size
