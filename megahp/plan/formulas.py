@@ -173,21 +173,26 @@ class _Counted:
     def _attention(self, recompute: str, count: int) -> None:
         """Count attention over all scores; the time of a fused kernel leaves the masked half out."""
         rank, model, again = self.rank, self.model, count * (recompute == "full")
-        heads, queries, keys = rank.queries // model.head_size, rank.length // self.layout.cp, rank.length
+        heads, chunk = rank.queries // model.head_size, rank.length // (2 * self.layout.cp)
+        # under context parallelism the first and the last chunk of the sequence, as rank 0 has them, each over the keys
+        # up to its end
+        spans = [(chunk, chunk), (chunk, rank.length)] if self.layout.cp > 1 else [(rank.length, rank.length)]
         if not self.stack.fused_attention:
             # recomputation that is selective is of the scores, for these stacks
-            self._scores(rank.sequences * heads, queries, keys, count, count * (recompute != "none"))
+            for queries, keys in spans:
+                self._scores(rank.sequences * heads, queries, keys, count, count * (recompute != "none"))
             return
-        shape = (rank.sequences, heads, queries, keys, model.head_size)
         size = self.e * self.t * 2 * (rank.queries + rank.keys)
         passes: tuple[tuple[Phase, str, int, int], ...] = (
             ("forward", "attention", 2, count),
             ("backward", "attention", 2, again),
             ("backward", "attention_backward", 5, count),  # the scores again, and four products
         )
-        for phase, name, products, times in passes:
-            flops = 2 * products * math.prod(shape)
-            self.kernels[Kernel(name, "attention", shape, rank.dtype, flops, size, phase)] += times
+        for queries, keys in spans:
+            shape = (rank.sequences, heads, queries, keys, model.head_size)
+            for phase, name, products, times in passes:
+                flops = 2 * products * math.prod(shape)
+                self.kernels[Kernel(name, "attention", shape, rank.dtype, flops, size // len(spans), phase)] += times
 
     def _scores(self, batch: int, queries: int, keys: int, count: int, again: int) -> None:
         """Count attention whose scores are in memory: products, and a fused softmax of two passes, three backward."""
