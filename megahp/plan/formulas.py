@@ -114,11 +114,11 @@ class _Counted:
 
     # count: microbatches times blocks of the kind
 
-    def _block(self, recompute: str, dense: bool, window: int, count: int) -> None:
+    def _block(self, recompute: str, dense: bool, count: int) -> None:
         again = {"full": 1.0, "selective": 1 - self.stack.kept_products}.get(recompute, 0.0)
         rank, dtype, width = self.rank, self.stack.products_dtype, self.model.width
         self.linear(rank.fused, width, self.t, count, again, dtype)
-        self._attention(recompute, window, count)
+        self._attention(recompute, count)
         self.linear(width, rank.queries, self.t, count, again, dtype)
         if dense:
             self._mlp(rank.hidden, self.t, count, again)
@@ -170,33 +170,39 @@ class _Counted:
         self.memory("backward", "elementwise", sizes[0], count * (recompute != "none"), passes.kernels)
         self.memory("backward", "elementwise", sizes[1], count, passes.kernels)
 
-    def _attention(self, recompute: str, window: int, count: int) -> None:
+    def _attention(self, recompute: str, count: int) -> None:
         """Count attention over all scores; the time of a fused kernel leaves the masked half out."""
         rank, model, again = self.rank, self.model, count * (recompute == "full")
-        heads, queries = rank.queries // model.head_size, rank.length // self.layout.cp
-        keys = min(rank.length, window or rank.length)
+        heads, chunk = rank.queries // model.head_size, rank.length // (2 * self.layout.cp)
+        # under context parallelism the first and the last chunk of the sequence, as rank 0 has them, each over the keys
+        # up to its end
+        spans = [(chunk, chunk), (chunk, rank.length)] if self.layout.cp > 1 else [(rank.length, rank.length)]
         if not self.stack.fused_attention:
             # recomputation that is selective is of the scores, for these stacks
-            self._scores(rank.sequences * heads, queries, keys, count, count * (recompute != "none"))
+            for queries, keys in spans:
+                self._scores(rank.sequences * heads, queries, keys, count, count * (recompute != "none"))
             return
-        shape = (rank.sequences, heads, queries, keys, model.head_size)
         size = self.e * self.t * 2 * (rank.queries + rank.keys)
-        for phase, name, products, times in (
+        passes: tuple[tuple[Phase, str, int, int], ...] = (
             ("forward", "attention", 2, count),
             ("backward", "attention", 2, again),
             ("backward", "attention_backward", 5, count),  # the scores again, and four products
-        ):
-            kernel = Kernel(name, "attention", shape, rank.dtype, 2 * products * math.prod(shape), size, phase)  # type: ignore[arg-type]
-            self.kernels[kernel] += times
+        )
+        for queries, keys in spans:
+            shape = (rank.sequences, heads, queries, keys, model.head_size)
+            for phase, name, products, times in passes:
+                flops = 2 * products * math.prod(shape)
+                self.kernels[Kernel(name, "attention", shape, rank.dtype, flops, size // len(spans), phase)] += times
 
     def _scores(self, batch: int, queries: int, keys: int, count: int, again: int) -> None:
         """Count attention whose scores are in memory: products, and a fused softmax of two passes, three backward."""
         size, cells = self.model.head_size, self.e * batch * queries * keys
         dropped = 2.5 * cells * self.stack.dropout  # read and written, and a mask of a byte
-        for phase, times in (("forward", count), ("backward", again)):
-            self.product(phase, queries, keys, size, times, batch)  # type: ignore[arg-type]
-            self.product(phase, queries, size, keys, times, batch)  # type: ignore[arg-type]
-            self.memory(phase, "softmax", 2 * cells + dropped, times, 2)  # type: ignore[arg-type]
+        passes: tuple[tuple[Phase, int], ...] = (("forward", count), ("backward", again))
+        for phase, times in passes:
+            self.product(phase, queries, keys, size, times, batch)
+            self.product(phase, queries, size, keys, times, batch)
+            self.memory(phase, "softmax", 2 * cells + dropped, times, 2)
         self.product("backward", queries, size, keys, count, batch)
         self.product("backward", keys, size, queries, 2 * count, batch)
         self.product("backward", queries, keys, size, count, batch)
@@ -315,9 +321,10 @@ class _Counted:
         e, stack, replicas, count = self.e, self.stack, self.layout.dp_replicate, self.count
         forward, backward = {1: (1, 0), 2: (count, 0), 3: (count, count)}[self.rank.parallel.zero_level]
         copied = (2 * e * weights if stack.states == "fsdp2" else 0) + (4 + e) * weights / shards
-        for phase, gathers in (("forward", forward), ("backward", backward)):
-            self.send(phase, "all-gather", axes, shards, e * weights, units * gathers)  # type: ignore[arg-type]
-            self.memory(phase, "gather", copied, units * gathers * (shards > 1), 2)  # type: ignore[arg-type]
+        passes: tuple[tuple[Phase, int], ...] = (("forward", forward), ("backward", backward))
+        for phase, gathers in passes:
+            self.send(phase, "all-gather", axes, shards, e * weights, units * gathers)
+            self.memory(phase, "gather", copied, units * gathers * (shards > 1), 2)
         times = units * (count if self.rank.parallel.reduce == "every" else 1)
         self.send("backward", "reduce-scatter", axes, shards, stack.reduced_bytes * weights, times)
         self.send("backward", "all-reduce", "dp_replicate", replicas, stack.reduced_bytes * weights / shards, times)

@@ -1,11 +1,12 @@
 """The most that a rank allocates in a step, by formulas: bytes of each kind at the moment of the peak.
 
-Of megahp's own step within a tenth of a trace (tests/plan/test_peak.py).
+Of megahp's own step within a tenth of a trace's (tests/plan/test_formulas.py).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from megahp.parallel.logits import KEPT, rows_at_once
 from megahp.plan.rank import Rank
@@ -13,19 +14,25 @@ from megahp.plan.schedules import rank_actions, steady
 
 
 def peak(rank: Rank) -> Counter[str]:
-    """Return the bytes of weights, gradients, moments, gathered weights, activations, and what is temporary, in the
-    loss or in the backward pass of a block, where they are most together."""
-    found = _states(rank)
-    found["activations"] = int(_activations(rank))
-    of_block, of_loss = Counter(temporary=int(_of_block(rank))), Counter(temporary=int(_of_loss(rank)))
+    """Return the bytes of weights, gradients, moments, gathered weights, activations, and what is temporary, at that
+    moment of three when they are most together: in the loss, in the backward pass of a block, and at its end."""
+    states, flying = _states(rank), _in_flight(rank)
+    kept, kept_of_loss = _activations(rank, flying), _kept_of_loss(rank)
+    others = max(0, flying[max(rank.stages)] - 1)  # microbatches whose loss is still to go backward, in a block's time
+    in_block = Counter(activations=int(kept + others * kept_of_loss), temporary=int(_of_block(rank)))
+    in_loss = Counter(activations=int(kept + (others + 1) * kept_of_loss), temporary=int(_of_loss(rank)))
+    at_end = Counter[str]()
     if rank.stack.states != "megatron" and rank.layout.dp * rank.layout.cp > 1:
-        unit = rank.block_weights + rank.expert_weights
+        unit, outer = rank.block_weights + rank.expert_weights, rank.outer_weights
         zero3 = rank.parallel.zero_level == 3
-        of_loss["gathered"] = rank.e * (rank.outer_weights if zero3 else rank.weights)
-        of_block["gathered"] = rank.e * min(rank.weights, rank.outer_weights + 2 * unit if zero3 else rank.weights)
-        # in the end the gradient of all its weights, and what of it is sent, in the place of what it is made from
-        of_block["temporary"] = max(of_block["temporary"], (rank.e + rank.stack.reduced_bytes) * unit)
-    return +max(found + of_block, found + of_loss, key=lambda kinds: sum(kinds.values()))
+        in_loss["gathered"] = rank.e * (outer if zero3 else rank.weights)
+        in_block["gathered"] = rank.e * min(rank.weights, outer + 2 * unit if zero3 else rank.weights)
+        at_end["gathered"] = in_loss["gathered"]
+        # in the end the gradient of all weights of a unit, and what of it is sent, in the place of what it is made from
+        made, sent = rank.e, rank.stack.reduced_bytes
+        in_block["temporary"] = max(in_block["temporary"], (made + sent) * unit)
+        at_end["temporary"] = (sent if _accumulates(rank) else made + sent) * outer
+    return +(states + max(in_block, in_loss, at_end, key=lambda kinds: sum(kinds.values())))
 
 
 def _states(rank: Rank) -> Counter[str]:
@@ -34,9 +41,14 @@ def _states(rank: Rank) -> Counter[str]:
     if stack.states == "megatron":
         moments = 12 * rank.own_weights  # with the weights in float32
         return Counter(weights=rank.e * weights, gradients=stack.gradient_bytes * weights, moments=moments)
-    whole = layout.dp * layout.cp == 1 or (rank.count > 1 and rank.parallel.reduce == "once")
+    whole = layout.dp * layout.cp == 1 or _accumulates(rank)
     gradients = stack.gradient_bytes * (weights if whole else rank.own_weights)
     return Counter(weights=4 * rank.own_weights, moments=8 * rank.own_weights, gradients=gradients)
+
+
+def _accumulates(rank: Rank) -> bool:
+    """Return whether FSDP keeps whole gradients from one microbatch to the next."""
+    return rank.count > 1 and rank.parallel.reduce == "once"
 
 
 def _in_flight(rank: Rank) -> dict[int, int]:
@@ -53,21 +65,12 @@ def _in_flight(rank: Rank) -> dict[int, int]:
     return most
 
 
-def _activations(rank: Rank) -> float:
-    """Return the bytes that the forward passes keep for the backward ones."""
-    flying = _in_flight(rank)
+def _activations(rank: Rank, flying: Mapping[int, int]) -> float:
+    """Return the bytes that the blocks' forward passes keep for the backward ones."""
     kept = 0.0
     for stage, blocks in rank.stages.items():
-        for (recompute, dense, _), alike in Counter(map(rank.kind, blocks)).items():
+        for (recompute, dense), alike in Counter(map(rank.kind, blocks)).items():
             kept += flying[stage] * alike * rank.e * kept_numbers(rank, recompute, dense)
-    if rank.is_last:
-        logits = rank.t * rank.vocabulary
-        of_loss: float = 2 * rank.e * rank.r * rank.model.width
-        if rank.stack.whole_logits:
-            of_loss += 4 * logits
-        elif rank.e * logits <= KEPT:
-            of_loss += rank.e * logits
-        kept += flying[max(rank.stages)] * of_loss
     if rank.stack.states == "fsdp2" and rank.layout.pp > 1:
         # torch's stages receive every microbatch's stream, and its gradient, into a buffer of its own
         received = 2 * len(rank.stages) - rank.is_first - rank.is_last
@@ -75,6 +78,15 @@ def _activations(rank: Rank) -> float:
     if rank.stack.states == "fsdp2" and rank.layout.dp * rank.layout.cp == 1 and rank.e < 4:
         kept += rank.e * (rank.weights - rank.outer_weights)  # no gathering casts the weights, so each layer does
     return kept
+
+
+def _kept_of_loss(rank: Rank) -> float:
+    """Return the bytes that the final norm and the loss of a microbatch keep."""
+    if not rank.is_last:
+        return 0
+    logits = rank.t * rank.vocabulary
+    kept = 4 * logits if rank.stack.whole_logits else rank.e * logits * (rank.e * logits <= KEPT)
+    return 2 * rank.e * rank.r * rank.model.width + kept
 
 
 def kept_numbers(rank: Rank, recompute: str, dense: bool) -> float:
@@ -108,7 +120,7 @@ def _of_block(rank: Rank) -> float:
     model, t, e = rank.model, rank.t, rank.e
     hidden = rank.hidden if not model.experts else model.expert_width // rank.layout.tp * model.experts_per_token
     size: float = e * t * ((3 if model.gated else 2) * hidden + 2 * model.width)
-    recompute, dense, _ = rank.kind(rank.blocks[0])
+    recompute, dense = rank.kind(rank.blocks[0])
     if recompute != "none":
         size += e * (kept_numbers(rank, "none", dense) - kept_numbers(rank, recompute, dense))
     return size

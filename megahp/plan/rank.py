@@ -73,12 +73,13 @@ class Rank:
         self.blocks = [block for blocks in self.stages.values() for block in blocks]
         self.is_first, self.is_last = 0 in self.stages, len(cuts) - 1 in self.stages
 
-    def kind(self, block: int) -> tuple[str, bool, int]:
-        """Return what a block's work depends on: how it is recomputed, whether it is dense, its attention's window."""
+    def kind(self, block: int) -> tuple[str, bool]:
+        """Return what a block's work depends on: how it is recomputed, and whether it is dense. A window is a mask, and
+        saves no work."""
         share = self.stack.recomputed / self.config.compute.recompute_every - 1e-9  # or 3 x 1/3 could be above 1
         applies = math.ceil((block + 1) * share) > math.ceil(block * share)
         recompute = self.config.compute.recompute if applies else "none"
-        return recompute, block < self.model.layers - self.model.expert_layers, self.model.window_of(block)
+        return recompute, block < self.model.layers - self.model.expert_layers
 
     def likeness(self) -> Hashable:
         """Return what ranks of equal work have in common."""

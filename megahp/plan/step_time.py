@@ -197,7 +197,7 @@ def _attention_operations(kernel: Kernel, ramp: int) -> float:
     """Return the operations of fused attention, as long as those of large heads and long sequences: blocks above the
     diagonal are left out, but not those on it; exponentials take a larger share where heads are small."""
     _, _, queries, keys, size = kernel.shape
-    causal = (1 + 128 / keys) / 2
+    causal = 1 - max(0, queries - 128) / (2 * keys)  # the queries are the last of the keys
     small = 1 + 0.1 * (128 / size - 1) if size < 128 else 1.0
     short = 1 + ATTENTION_RAMP * ramp / queries
     return kernel.flops * causal * small * short * (ATTENTION_BACKWARD if kernel.name.endswith("backward") else 1.0)

@@ -68,7 +68,7 @@ def sent(work: Work) -> Counter[tuple[Any, ...]]:
     """Return the bytes of each kind of collective; the step's few sums of numbers are in no formula."""
     found = Counter[tuple[Any, ...]]()
     for each, count in work.collectives.items():
-        if each.axes not in ("world", "ends") and each.bytes > 5000:
+        if each.axes not in ("world", "ends") and each.bytes > 8000:
             found[each.name, each.axes, each.size] += each.bytes * count
     return found
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megahp.errors import UserError
+from megahp.cli import main
 from megahp.plan.calibration import calibrated
 from megahp.plan.machine import load_machine
 from megahp.plan.published import FILE, read, read_rows
@@ -82,17 +80,40 @@ def test_layers_of_stages_are_those_of_the_source() -> None:
     assert read(261, rows[261]).stack.gradient_bytes == 6 and read(227, rows[227]).stack.gradient_bytes == 2
 
 
-def test_the_commands(tmp_path: Path) -> None:
+def test_sources_that_are_not_listed() -> None:
+    """ZeRO names the stack, and the number of weights says whether an MLP has a gate."""
+    rows = read_rows(FILE)
+    mpt, llama = (read(0, {**rows[number], "source": "another"}) for number in (0, 349))
+    assert (mpt.source, mpt.stack.states, mpt.config.model.gated) == ("other", "fsdp", False)
+    assert llama.config.model.gated and llama.config.parallel.dp_replicate == 16
+    assert read(0, {**rows[299], "source": "another"}).stack.states == "megatron"
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        ("recompute", "not stated", "recomputation is not stated"),
+        ("microbatch", "1?", "microbatch is not stated"),
+        ("gpu", "abacus", "no machine file"),
+        ("dp", "7", "not of as many GPUs"),
+        ("notes", "MoE", "experts"),
+        ("measured_unit", "furlongs", "unit 'furlongs'"),
+    ],
+)
+def test_rows_that_cannot_be_read_say_why(column: str, value: str, problem: str) -> None:
+    row = {**read_rows(FILE)[0], column: value}
+    with pytest.raises((LookupError, ValueError), match=problem):
+        read(0, row)
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = FILE.read_text(encoding="utf-8").splitlines()
-    (tmp_path / "rows.csv").write_text("\n".join([lines[0], lines[1], lines[60], lines[400]]))
-    command = [sys.executable, "-m", "megahp", "plan", "--predict"]
-    done = subprocess.run([*command, "rows.csv", "--json"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["rows"]
+    rows, bad = tmp_path / "rows.csv", tmp_path / "bad.csv"
+    rows.write_text("\n".join([lines[0], lines[1], lines[60], lines[400]]))
+    bad.write_text("a,b\n1,2\n")
+    assert main(["plan", "--predict", str(rows), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["rows"]
     assert [each["row"] for each in found] == [0, 1, 2] and all(np.isfinite(each["predicted"]) for each in found)
-    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
-    for words in (["bad.csv"], ["none.csv"]):
-        done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-    with pytest.raises(UserError, match="lacks columns"):
-        read_rows(tmp_path / "bad.csv")
+    for words in (["--predict", str(bad)], ["--predict", str(tmp_path / "none.csv")], []):
+        assert main(["plan", *words]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
