@@ -19,7 +19,7 @@ COMMANDS = {
     "checkpoint": "list, verify, compare or delete checkpoints",
     "convert": "convert a model between megahp, Hugging Face and Megatron",
     "extend-vocabulary": "add rows to a model for the tokens that a new tokenizer adds",
-    "plan": "show what the ranks of a run will compute, send and allocate",
+    "plan": "find a run's best layout on a cluster, its memory, time, and end",
     "launch": "check a run, and submit it to Slurm",
     "runs": "list all runs in a folder",
     "status": "show the state of runs: jobs, progress, ETA, last events",

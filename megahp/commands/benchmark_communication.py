@@ -3,6 +3,7 @@
     megahp benchmark communication --ranks 4           # or under srun, torchrun or mpirun, without --ranks
         [--run RUN.toml [--settings section.key=value ...]] [--groups world node ...] [--operations all-reduce ...]
         [--sizes 1K 64K 4M ...] [--repeats 7] [--backend gloo|nccl|mpi] [--json FILE] [--plot FILE]
+        [--cluster-file FILE.toml]       # sets the links in it, as megahp plan reads them
 
 Groups: `world`; `node`, the ranks of one; `between nodes`, the n-th ranks of each; with --run also every axis of its
 mesh that has more than one rank. All groups of a kind communicate at the same time, as in training. Operations:
@@ -43,9 +44,13 @@ from megahp.benchmark.communication import (
 from megahp.commands.arguments import add_outputs, check_minimum, must_spawn
 from megahp.commands.output import provenance, write_json
 from megahp.config import resolve
+from megahp.config.edit import edited
 from megahp.errors import UserError, complain
+from megahp.files import read_text, replacing
 from megahp.parallel.layout import fit
 from megahp.parallel.messages import all_gather_json
+from megahp.plan.machine import load_machine
+from megahp.plan.measured import measured_links, reached
 
 SIZES = ["1K", "8K", "64K", "512K", "4M", "32M"]
 NAME_BYTES = 256  # of a node's name, at most
@@ -64,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sizes", nargs="+", metavar="BYTES", default=SIZES, help=f"(default {' '.join(SIZES)})")
     add("--repeats", type=int, default=7, help="whose median counts (default 7)")
     add("--backend", choices=["auto", "gloo", "nccl", "mpi"], default="auto")
+    add("--cluster-file", type=Path, metavar="FILE.toml", help="set the links of this file of check-cluster")
     add_outputs(parser, "bus bandwidth over size")
 
 
@@ -83,6 +89,10 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     check_minimum(arguments, repeats=1)
     if arguments.settings and not arguments.run:
         raise UserError(f"{' '.join(arguments.settings)}: --settings need --run RUN.toml")
+    if arguments.cluster_file:
+        load_machine(str(arguments.cluster_file))  # or what was measured would be lost to a bad file
+        if "all-reduce" not in arguments.operations:
+            raise UserError("--cluster-file reads the all-reduce; add it to --operations")
     world = launch.world()
     if must_spawn(arguments.ranks, world.size):
         if arguments.backend == "mpi":
@@ -101,6 +111,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
             "rows": rows,
         }
         write_json(arguments.json, results)
+        if arguments.cluster_file:
+            set_links(arguments.cluster_file, rows)
         if arguments.plot:
             plot(arguments.plot, rows)
     if ranks.backend == "mpi":
@@ -201,6 +213,20 @@ def measure(
                     speeds = (f"{algorithm / 1e9:.3f}", f"{bus / 1e9:.3f}")
                     print(LINE.format(human_bytes(timing.size), *times, *speeds, timing.wrong), flush=True)
     return rows
+
+
+def set_links(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the links into a cluster file: the bus bandwidth of the largest all-reduce, the time of the smallest."""
+    bandwidth, latency = dict[str, float](), dict[str, float]()
+    for row in sorted((row for row in rows if row["operation"] == "all-reduce"), key=lambda row: row["bytes"]):
+        for kind in row["group"].split(", "):
+            bandwidth[kind] = row["bus_bandwidth"]
+            latency.setdefault(kind, row["seconds"] / (2 * (row["ranks"] - 1)))  # of one of a ring's hops
+    links = measured_links(bandwidth, latency)
+    values: dict[str, float] = {f"efficiency.{kind}": 1.0 for kind in reached(links)}
+    values |= {f"links.{key}": float(f"{value:.4g}") for key, value in links.items()}
+    with replacing(file) as partial:
+        partial.write_text(edited(read_text(file, "cluster file"), values), encoding="utf-8")
 
 
 def human_bytes(count: int) -> str:

@@ -2,7 +2,7 @@
 
     srun --ntasks-per-node=8 megahp check-cluster --exclude-file bad-nodes.txt      # or torchrun, mpirun,
         [--ranks N] [--folder .] [--free-gb 1] [--slack 0.25] [--patience 20] [--device auto|cpu|cuda]    # or alone
-        [--json FILE]
+        [--json FILE] [--cluster-file FILE.toml]
 
 You see a row per rank, then a line per problem. What is checked, and what makes a node bad:
 
@@ -31,6 +31,9 @@ A single rank checks itself. What all ranks lack is invalid input, and no node's
 Exit code 0: all are fit; 1: some are not, or the ranks did not meet; 2: invalid input. --exclude-file has one node per
 line: bad ones are added, those that were checked and are fit are removed, others stay.
 
+--cluster-file adds what a plan (docs/plan.md) wants to know: products by dtype, memory, launches; and, on several
+ranks, the links' bandwidth by the all-reduce and latency by the pairs. Of a known GPU the peaks are its data sheet's.
+
     sbatch --exclude=$(paste -sd, bad-nodes.txt) ...
 """
 
@@ -42,11 +45,13 @@ import os
 import platform
 import shutil
 import socket
+import statistics
 import struct
 import tempfile
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -69,6 +74,7 @@ from megahp.benchmark.communication import (
     warm_up,
 )
 from megahp.benchmark.machine import synchronize
+from megahp.benchmark.rates import device_rates
 from megahp.cluster.outliers import (
     COLLECTIVE,
     Findings,
@@ -82,7 +88,10 @@ from megahp.cluster.outliers import (
 from megahp.commands.arguments import must_spawn, parse_positive
 from megahp.commands.output import check_folder, provenance, write_json
 from megahp.errors import Fault, UserError
-from megahp.files import open_unlinked, read_text
+from megahp.files import open_unlinked, read_text, replacing
+from megahp.plan.guard import name_of
+from megahp.plan.machine import load_machine
+from megahp.plan.measured import machine_toml, measured_links, measured_machine
 
 CLOCK = struct.Struct("d")
 EXCHANGES = 10  # of clocks, on one connection
@@ -103,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--patience", default="20", metavar="S", help="seconds to wait for a rank (default 20)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--json", type=Path, metavar="FILE", help="also write all results here")
+    add("--cluster-file", type=Path, metavar="FILE.toml", help="write what megahp plan --cluster reads")
     add("--exclude-file", type=Path, metavar="FILE", help="update this list of bad nodes")
 
 
@@ -170,12 +180,13 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     world = launch.world()
     if world.rank == 0:  # only rank 0 writes, and other nodes' folders may differ
         check_folder(arguments.exclude_file)
+        check_folder(arguments.cluster_file)
         bad_nodes(arguments.exclude_file)  # or what was measured would be lost to a bad list
     if must_spawn(arguments.ranks, world.size):
         return launch.spawn(words, arguments.ranks)
     board = Board(launch.meet(world, timedelta(seconds=patience), wait_for_all=False), world, patience)
     try:
-        results = check_ranks(board, arguments.folder, arguments.device)
+        results = check_ranks(board, arguments.folder, arguments.device, arguments.cluster_file is not None)
         problems = find_problems(results, slack, free_gb, launch.ranks_per_node(world.size))
         if world.rank == 0:
             write(arguments, words, results, problems)
@@ -185,9 +196,9 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     return 1 if problems else 0
 
 
-def check_ranks(board: Board, folder: Path, choice: str) -> dict[str, list[Any]]:
+def check_ranks(board: Board, folder: Path, choice: str, with_rates: bool = False) -> dict[str, list[Any]]:
     """Return all results, by stage and rank, up to a stage in which a rank is silent or a collective one failed. Raises
-    UserError for invalid input, which all ranks find."""
+    UserError for invalid input, which all ranks find. with_rates: those of megahp.benchmark.rates too."""
     world, local_host = board.world, launch.LOOPBACK if launch.is_single_node(board.world) else ""
     clock = ClockServer(local_host)
     own_facts = facts(world, local_host or socket.gethostname(), clock.port, folder, choice)
@@ -211,6 +222,8 @@ def check_ranks(board: Board, folder: Path, choice: str) -> dict[str, list[Any]]
         "disk": lambda: disk(folder) if world.rank == nodes.index(ranks[world.rank]["node"]) else {},
         "gemm": lambda: gemm(device),
     }
+    if with_rates:
+        stages["rates"] = lambda: device_rates(device)
     if world.size > 1:
         kinds = groups_of_nodes(nodes)
         # pairs of the world only where there is no other kind: on uneven nodes
@@ -425,6 +438,9 @@ def write(arguments: argparse.Namespace, words: Sequence[str], results: Findings
     """Write the JSON, and update the list of nodes to exclude."""
     listed = [vars(problem) for problem in problems]
     write_json(arguments.json, {**provenance(words), "found": results, "problems": listed})
+    if arguments.cluster_file:
+        with replacing(arguments.cluster_file) as partial:
+            partial.write_text(cluster_file(results), encoding="utf-8")
     if file := arguments.exclude_file:
         with open_unlinked(file.with_name(f".{file.name}.lock"), "w") as lock:
             with suppress(OSError):  # file systems without locks
@@ -434,3 +450,26 @@ def write(arguments: argparse.Namespace, words: Sequence[str], results: Findings
             with open_unlinked(fresh, "w") as lines:
                 lines.writelines(f"{node}\n" for node in excluded(before, results, problems))
             fresh.replace(file)
+
+
+def cluster_file(results: Findings) -> str:
+    """Return what was measured as a cluster file: of each kind the median over the ranks. Raises UserError where a
+    check did not come so far."""
+    ranks, memories, rates = (answers(results, stage) for stage in ("ranks", "memory", "rates"))
+    if not rates:
+        raise UserError("--cluster-file: the check ended before the devices' rates were measured; mend what it names")
+    device, total = ranks[0]["versions"]["device"], min(each["total_bytes"] for each in memories.values())
+    nodes = Counter(each["node"] for each in ranks.values())
+    # where all ranks are one node's, or each of another, these groups are the world's, which was measured once
+    world = "node" if len(nodes) == 1 else "between nodes" if max(nodes.values()) == 1 else "world"
+    sums = {"world" if kind == world else kind: kind for kind in ("node", "between nodes", "world")}
+    measured = answers(results, "all-reduce").get(0, {})
+    bandwidth = {kind: measured[name]["bytes_per_second"] for name, kind in sums.items() if name in measured}
+    latency = {
+        kind: statistics.median(seconds for _, seconds in by_rank.values())
+        for kind, by_rank in best_pairs(answers(results, "pairs")).items()
+    }
+    middle = sorted(rates.values(), key=lambda each: each["products"]["bfloat16"])[len(rates) // 2]
+    links = measured_links(bandwidth, latency)
+    machine = measured_machine(device, total, max(nodes.values()), middle, links)
+    return machine_toml(machine, load_machine(name_of(device) or "h100"))

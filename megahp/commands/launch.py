@@ -10,7 +10,7 @@ from pathlib import Path
 from megahp.cluster.job import BAD_NODES, RESERVED, Job, jobs, submit
 from megahp.commands.arguments import add_run_file, check_minimum
 from megahp.commands.chain import describe_plan, read_chain
-from megahp.config import resolve
+from megahp.config import Config, resolve
 from megahp.errors import UserError, complain
 from megahp.exit_codes import FINISHED
 from megahp.parallel.layout import fit
@@ -38,6 +38,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--patience", type=float, metavar="MINUTES", help=f"with --grow: {patience}")
     speed = "with --grow: tokens per second of one node, for the forecast (default: as logged)"
     add("--speed", type=float, metavar="X", help=speed)
+    add("--cluster", metavar="NAME", help="its GPUs, to compare memory with: h100, or a .toml file (docs/plan.md)")
+    add("--ignore-memory", action="store_true", help="submit though the predicted peak exceeds the GPUs' memory")
     add("--dry-run", action="store_true", help="print the script, do not submit it")
 
 
@@ -69,7 +71,10 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
     from megahp.train.prepare import prepare
 
-    prepare(config, fit(config.parallel, job.nodes * job.ranks_per_node), local_ranks=0, resume=True, warn=complain)
+    ranks = job.nodes * job.ranks_per_node
+    config = prepare(config, fit(config.parallel, ranks), local_ranks=0, resume=True, warn=complain)
+    if config.train.device != "cpu":
+        say_memory(config, ranks, options)
     script = job.render(config, [str(options.run_file), *options.overrides])
     if chain:
         print(describe_plan(chain, options.speed), file=sys.stderr)
@@ -82,3 +87,15 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     (config.directory / "slurm").mkdir(parents=True, exist_ok=True)
     print(f"job {submit(script)}; megahp status {config.directory}")
     return FINISHED
+
+
+def say_memory(config: Config, ranks: int, options: Namespace) -> None:
+    """Print the predicted peak beside the memory of --cluster's GPUs. Raises UserError where a step cannot fit."""
+    from megahp.plan.guard import GIB, check_fits, predicted_peak
+    from megahp.plan.machine import load_machine
+
+    if options.cluster and not options.ignore_memory:
+        line = check_fits(config, ranks, load_machine(options.cluster))
+    else:
+        line = f"memory: a step takes about {predicted_peak(config, ranks) / GIB:,.1f} GiB of a GPU"
+    print(line, file=sys.stderr)

@@ -1,35 +1,83 @@
-"""Say, before a run is queued, what each of its ranks will compute, send and allocate in a step.
+"""Say, before a run is queued, what each of its ranks will compute, send and allocate in a step, which layout is best
+on a cluster, and when the run ends.
 
     megahp plan run.toml --ranks 64 [section.key=value ...] [--json FILE]
+    megahp plan run.toml --cluster h100 --gpus 64 [--set] [section.key=value ...] [--json FILE]
+    megahp plan run.toml --cluster h100 --gpus 64 --simulate [--grow 512] [--mtbf HOURS] [--price X] ...
+    megahp plan --validate [--json [FILE]] [--plot FILE]
+    megahp plan --predict ROWS.csv [--json [FILE]]
 
 The step is the product's own, on tensors without contents: one rank of each pipeline stage is built and stepped as on a
 cluster, on this machine and within seconds. Peak memory is what PyTorch allocates, without the CUDA context, NCCL's
 buffers and fragmentation; it is within 5 % for CPU ranks (tests/plan), and has not been compared with a GPU's.
+
+With --cluster the layouts that divide the GPUs and fit their memory are compared by formulas, and the fastest must fit
+by its own trace too; --set writes it into the run file. Settings on the command line stay as they are. --simulate takes
+the run file's own layout through the whole run: its batches, growth, checkpoints, and failures at random.
+
+--validate predicts the published step times and peaks of megahp/plan/published.csv, those of each source by what the
+others say, and prints the tables of docs/plan.md; --predict does so for a file of measurements with its columns.
 """
 
 import argparse
-from collections.abc import Sequence
+import datetime
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megahp.commands.arguments import add_run_file
+from megahp.commands.arguments import key_of, parse_number
 from megahp.commands.output import provenance, write_json
-from megahp.config import resolve
+from megahp.config import Config, resolve
+from megahp.config.edit import edited
 from megahp.errors import UserError
+from megahp.files import read_text, replacing
+from megahp.log.metrics import without_nan
+from megahp.plan.machine import Machine, load_machine
 
+STDOUT = Path("-")
+# of --simulate: option, unit and meaning; defaults and their sources are megahp.plan.simulate.Conditions'
+CONDITIONS = (
+    ("mtbf", "HOURS", "hours between failures of one GPU (default 50,000)"),
+    ("restart", "MINUTES", "minutes from a failure to the next step (default 10)"),
+    ("storage", "GB/S", "gigabytes a second in which checkpoints are written (default 57)"),
+    ("price", "X", "price of a GPU for an hour"),
+)
 KINDS = ("weights", "moments", "gradients", "gathered", "activations", "temporary")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_file(parser)
-    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="ranks of the run, as on the cluster")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every kernel and collective here")
+    add = parser.add_argument
+    add("run_file", type=Path, nargs="?", metavar="RUN.toml")
+    add("overrides", nargs="*", default=[], metavar="section.key=value", help="override the file's own")
+    add("--ranks", type=int, metavar="N", help="ranks of the run, as on the cluster")
+    add("--cluster", metavar="NAME", help="machine of megahp/plan/machines, such as h100, or a .toml file like those")
+    add("--gpus", type=int, metavar="N", help="with --cluster: GPUs to find the best layout on")
+    add("--set", action="store_true", help="write the best layout into the run file")
+    add("--simulate", action="store_true", help="simulate the whole run with the run file's layout")
+    add("--grow", type=int, metavar="N", help="with --simulate: double the nodes as the batch grows, up to N GPUs")
+    for name, unit, what in CONDITIONS:
+        add(f"--{name}", type=parse_number, metavar=unit, help=f"with --simulate: {what}")
+    add("--start", type=datetime.date.fromisoformat, metavar="DATE", help="with --simulate: its first day (today)")
+    add("--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="write all results here, or print them")
+    add("--validate", action="store_true", help="predict published measurements, and print the verdict")
+    add("--predict", type=Path, metavar="ROWS.csv", help="predict measurements, in published.csv's columns")
+    add("--plot", type=Path, metavar="FILE", help="with --validate: draw it: .svg, .png or .pdf")
 
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    if options.validate or options.predict:
+        return predict_published(options, words)
+    refuse_ignored(options)
     config = resolve.load(options.run_file, options.overrides).config
     if not config.model.vocab_size:
         raise UserError("model.vocab_size = 0 is the tokenizer's, which a plan does not read; set it, e.g. 32000")
+    if options.cluster:
+        machine = load_machine(options.cluster)
+        plan = simulate_run if options.simulate else find_layout
+        write_or_print(options.json, {**provenance(words), **plan(options, config, machine)})
+        return 0
 
     from megahp.parallel.layout import AXES, fit  # imported late, with torch: only for valid settings
     from megahp.plan.trace import trace_step
@@ -63,9 +111,99 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
                 "rank": rank,
                 "peak": dict(step.peak),
                 "resident": step.resident,
-                "kernels": [{**vars(each), "dtype": str(each.dtype), "count": n} for each, n in step.kernels.items()],
+                "kernels": [{**vars(each), "count": n} for each, n in step.kernels.items()],
                 "collectives": [{**vars(each), "count": n} for each, n in step.collectives.items()],
             }
         )
-    write_json(options.json, {**provenance(words), "ranks": found})
+    write_or_print(options.json, {**provenance(words), "ranks": found})
     return 0
+
+
+def refuse_ignored(options: argparse.Namespace) -> None:
+    """Raise UserError for options that do not belong together, so that none is silently without effect."""
+    on_cluster = options.cluster is not None and options.gpus is not None
+    if options.run_file is None or on_cluster == (options.ranks is not None):
+        raise UserError(
+            "megahp plan needs a run file and either --ranks N or --cluster NAME --gpus N; or --validate, or --predict "
+            "ROWS.csv"
+        )
+    if (options.set or options.simulate) and (not on_cluster or options.set == options.simulate):
+        raise UserError("--set and --simulate each need --cluster NAME --gpus N, and exclude the other")
+    for name in ("grow", *(name for name, _, _ in CONDITIONS), "start"):
+        if (value := getattr(options, name)) is not None and not options.simulate:
+            raise UserError(f"--{name} {value} is of a simulated run; add --simulate")
+        if name != "start" and value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value:g} must be above 0")
+
+
+def find_layout(options: argparse.Namespace, config: Config, machine: Machine) -> dict[str, Any]:
+    """Print the best layouts on --gpus, and write the first into the run file with --set."""
+    from megahp.plan import search, text  # imported late: torch comes with the trace
+
+    fixed = {key_of(word).removeprefix("--") for word in options.overrides}
+    found = search.confirm(search.search(config, options.gpus, machine, fixed), options.gpus, machine)
+    best = found.fitting[0]
+    if options.json != STDOUT:
+        print(text.layouts(found, options.gpus, machine))
+        print(f"\n{text.sections(best)}")
+    if options.set:
+        values = {key: best.settings.get(key) for key in search.WRITTEN}
+        changed = edited(read_text(options.run_file, "run file"), values)
+        with replacing(options.run_file) as partial:
+            partial.write_text(changed, encoding="utf-8")
+        print(f"\nwritten into {options.run_file}")
+    return {"layouts": text.layouts_tree(found)}
+
+
+def simulate_run(options: argparse.Namespace, config: Config, machine: Machine) -> dict[str, Any]:
+    """Print what becomes of the whole run on --gpus, growing to --grow."""
+    from megahp.plan import text
+    from megahp.plan.simulate import Conditions, simulate
+
+    given = {"mtbf": options.mtbf, "restart": options.restart, "storage": options.storage}
+    units = {"mtbf": 3600.0, "restart": 60.0, "storage": 1e9}
+    conditions = Conditions(**{name: value * units[name] for name, value in given.items() if value})
+    found = simulate(config, options.gpus, options.grow or options.gpus, machine, conditions)
+    if options.json != STDOUT:
+        begin = options.start or datetime.date.today()
+        print(text.forecast(found, config.data.sequence_length, begin, options.price, config.checkpoint.every))
+    return {
+        "seconds": float(found.elapsed.mean()),
+        "seconds_of_nine_in_ten": found.late,
+        "shares": found.shares,
+        "gpu_hours": found.gpu_seconds / 3600,
+        "node_hours": found.node_seconds / 3600,
+        "failures": sum(float(part.failures.mean()) for part in found.parts),
+    }
+
+
+def predict_published(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Predict the rows of --predict, or with --validate those of published.csv."""
+    from megahp.plan import validation  # imported late: it reads the machines and numpy
+    from megahp.plan.published import FILE, read_rows
+
+    rows = read_rows(options.predict or FILE)
+    if options.predict:
+        found = validation.predict(rows)
+        if options.json is None:
+            for each in found:
+                print(f"row {each['row']}: {each.get('left_out') or validation.in_words(each)}")
+        write_or_print(options.json, {**provenance(words), "rows": found})
+        return 0
+    result = validation.validate(rows)
+    if options.json != STDOUT:
+        print(validation.report(result))
+    if options.plot:
+        validation.draw(result, options.plot)
+    numbers, factors = validation.numbers(result), dict(result.factors)
+    tree = {**provenance(words), "numbers": numbers, "factors": factors, "rows": validation.records(result)}
+    write_or_print(options.json, tree)
+    return 0
+
+
+def write_or_print(file: Path | None, results: Mapping[str, Any]) -> None:
+    """Write the results as JSON, if a file is named, or print them for --json without one."""
+    if file == STDOUT:
+        print(json.dumps(without_nan(results), indent=2))
+    else:
+        write_json(file, results)

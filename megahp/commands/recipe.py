@@ -17,6 +17,8 @@ from megahp.config.presets import PRESETS
 from megahp.data.tokenizer import load_tokenizer
 from megahp.errors import UserError
 from megahp.log.progress import human_count
+from megahp.plan.machine import Machine, load_machine, machine_names
+from megahp.plan.search import WRITTEN, search
 from megahp.recipe import law_file, loss_laws, pareto
 from megahp.recipe import rows as recipe_rows
 from megahp.recipe import text as recipe_text
@@ -24,8 +26,6 @@ from megahp.recipe.recipe import PROXY, RULES, Base, Laws, Recipe, make_recipe
 from megahp.recipe.sizing import TPP, Given
 
 MARKED = (10, 20, 30, 50, 80, 130, 200, 320, 500, 1000)  # tokens per parameter labelled in the Pareto plot
-# Dense bfloat16 peaks, FLOP/s.
-GPUS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -50,7 +50,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     }
     for name, meaning in whole.items():
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
-    parser.add_argument("--gpu", metavar="NAME", help=f"for its peak FLOP/s: {', '.join(GPUS)}")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help=f"with --gpus, for layout and speed: {', '.join(machine_names())}"
+    )
     parser.add_argument("--preset", metavar="NAME", help="shape and kind of a known model")
     parser.add_argument("--base", type=Path, metavar="RUN.toml", help="your tuned run, to transfer from")
     parser.add_argument("--data", nargs="+", metavar="PREFIX", help="training data: prefixes of .bin/.idx pairs")
@@ -76,7 +78,10 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     if options.out:
         is_ours = begins_with(config_to_toml(Config()).partition(" = ")[0].encode())  # the first section and key
         check_replaceable("--out", {options.out: is_ours}, filter(None, [options.base]), options.overwrite)
-    recipe = make_recipe(read_given(options), load_base(options), laws, options.out.stem if options.out else "")
+    given, base, name = read_given(options), load_base(options), options.out.stem if options.out else ""
+    recipe = make_recipe(given, base, laws, name)
+    for _ in range(2 if options.gpu else 0):  # the layout rounds the batch, which may then allow a faster one
+        recipe = make_recipe(*laid_out(recipe, machine_of(options.gpu)), laws, name)
     rows, notes, choices = recipe_rows.rows(recipe), recipe_rows.notes(recipe), recipe_rows.choices(recipe)
     notes += [*advice_on_data(recipe), *advice_on_machine(recipe)]
     if options.out:
@@ -95,6 +100,35 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     if options.compare:
         print(f"\n{recipe_text.comparison(choices)}")
     return 0
+
+
+def machine_of(gpu: str) -> Machine:
+    """Return the machine of a GPU's name; of several sizes of memory, as A100's, the smallest. Raises UserError."""
+    named = [name for name in machine_names() if f"{name}-".startswith(f"{gpu.lower()}-")]
+    if not named:
+        raise UserError(f"--gpu {gpu} is unknown; choose from {', '.join(machine_names())}, or give --peak-flops")
+    return load_machine(named[0])
+
+
+def laid_out(recipe: Recipe, machine: Machine) -> tuple[Given, Base]:
+    """Return what a recipe was given, with the layout, micro batch and utilisation that a plan finds for its GPUs.
+
+    With --days the utilisation stays: it decides the size of the model, and that its layout. Raises UserError where no
+    layout fits."""
+    gpus = recipe.given.gpus or 1
+    best = search(recipe.run, gpus, machine).fitting[0]
+    tree: dict[str, dict[str, Any]] = {}
+    for key, value in best.settings.items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
+    tuned = {
+        section: {key: value for key, value in values.items() if f"{section}.{key}" not in WRITTEN}
+        for section, values in recipe.base.tree.items()
+    }
+    given_mfu = recipe.given.mfu if recipe.base.mfu is None else None
+    mfu = None if given_mfu or recipe.given.days else best.estimate.mfu
+    base = replace(recipe.base, tree=tuned, layout=tree, planned=str(best), mfu=mfu)
+    return replace(recipe.given, mfu=mfu or given_mfu), base
 
 
 def advice_on_data(recipe: Recipe) -> list[str]:
@@ -159,11 +193,9 @@ def read_given(options: Namespace) -> Given:
     names = {f.name for f in fields(Given)}
     given = Given(**{name: value for name, value in vars(options).items() if name in names})
     if options.gpu:
-        if options.gpu.upper() not in GPUS:
-            raise UserError(f"--gpu {options.gpu} is unknown; choose from {', '.join(GPUS)}, or give --peak-flops")
         if options.peak_flops:
             raise UserError("--gpu and --peak-flops both set the peak; remove one")
-        given = replace(given, peak_flops=GPUS[options.gpu.upper()])
+        given = replace(given, peak_flops=machine_of(options.gpu).peak.bfloat16)
     if options.preset:
         if options.preset not in PRESETS:
             raise UserError(f"--preset {options.preset} is unknown; choose from {', '.join(PRESETS)}")

@@ -38,6 +38,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine")
     resume = "resume from the newest checkpoint; without one auto = start anew, required = fail"
     parser.add_argument("--resume", choices=("auto", "required"), help=resume)
+    ignore = "on CUDA, start though the predicted peak exceeds the device's memory"
+    parser.add_argument("--ignore-memory", action="store_true", help=ignore)
     parser.add_argument("--restarts", type=int, metavar="N", help="restart the ranks after a fault, at most N times")
 
 
@@ -65,11 +67,29 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     config = prepare(config, layout, local_ranks, options.resume is not None, warn)
     if options.resume == "required":
         refuse_without_checkpoint(config)
+    if local_ranks and not options.ignore_memory:
+        check_device_memory(config, ranks, world)
     if options.restarts is not None:
         return train_with_restarts(options, config, world)
     if starting:
         return launch.spawn(words, ranks, at_notice=STOPPED)
     return train_rank(config, world, layout, options.resume is not None)
+
+
+def check_device_memory(config: Config, ranks: int, world: launch.World) -> None:
+    """Print the predicted peak beside this device's memory, on CUDA. Raises UserError where a step cannot fit."""
+    from megahp.parallel.device import uses_cuda
+
+    if not uses_cuda(config):
+        return
+    import torch
+
+    from megahp.plan.guard import check_fits, machine_here
+
+    device = torch.cuda.get_device_properties(0)  # others of a machine are like it
+    line = check_fits(config, ranks, machine_here(device.name, device.total_memory))
+    if world.rank == 0:
+        print(line)
 
 
 def refuse_elsewhere(config: Config, run_file: Path) -> None:
@@ -92,7 +112,7 @@ def train_with_restarts(options: Namespace, config: Config, world: launch.World)
             f"--restarts {options.restarts} must be at least 0, and needs --ranks N; under srun and torchrun the "
             "launcher restarts the job"
         )
-    arguments = ["train", str(options.run_file), *options.overrides]
+    arguments = ["train", str(options.run_file), *options.overrides, *["--ignore-memory"] * options.ignore_memory]
     minutes, started = config.resilience.stop_after, time.monotonic()
 
     def start(resume: bool) -> int:

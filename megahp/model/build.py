@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 
 import torch
 
@@ -14,8 +13,7 @@ from megahp.parallel.data import shard
 from megahp.parallel.draw import initialise
 from megahp.parallel.mesh import Mesh
 from megahp.parallel.parameters import Module, Row, distribute, is_dtensor, parameters, probes, rows
-from megahp.parallel.pipeline import split, stages_of
-from megahp.scaling.flops import layer_costs
+from megahp.parallel.stages import stage_blocks, stages_of
 from megahp.scaling.parameterization import Role, table_of
 
 
@@ -81,15 +79,6 @@ def build_model(
         list(routers(whole)),
         sum(weight.numel() for _, weight in parameters(whole)),
     )
-
-
-def stage_blocks(config: Config) -> list[range]:
-    """Return the blocks of each pipeline stage, first to last: parallel.split, or the split of least cost."""
-    model, parallel = config.model, config.parallel
-    if not parallel.split:
-        return split(layer_costs(model, config.data.sequence_length), parallel.pp * parallel.local_stages)
-    ends = list(accumulate(parallel.split, initial=0))
-    return [range(start, end) for start, end in pairwise(ends)]
 
 
 def skeleton(config: Config, mesh: Mesh) -> Transformer:

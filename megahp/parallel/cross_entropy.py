@@ -12,10 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from megahp.ops.compiler import uncompiled
 from megahp.parallel.collectives import all_reduce
+from megahp.parallel.logits import KEPT, rows_at_once
 from megahp.parallel.mesh import Axis
-
-KEPT = 2**28  # bytes of a microbatch's logits on this rank; more are computed again in the backward pass
-LOGITS_AT_ONCE = 2**21  # 8 MiB of fp32, which fits a CPU's cache (measured: docs/benchmarks/loss.md)
 
 
 @uncompiled  # compiled, forward's and backward's logits would be merged, and all of them kept
@@ -107,12 +105,3 @@ def _slices(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[int, T
         rows, index = weight[start : start + size].to(x.dtype), targets - start
         is_target = (index >= 0) & (index < len(rows))
         yield start, rows, index.where(is_target, 0)[:, None], is_target
-
-
-def rows_at_once(tokens: int, width: int) -> int:
-    """Return the number of vocabulary rows whose logits are held at a time.
-
-    At least `width`: the logits are then as large as x's gradient, and adding to that once a slice costs little beside
-    the products.
-    """
-    return max(width, LOGITS_AT_ONCE // max(tokens, 1))

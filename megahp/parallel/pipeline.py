@@ -1,6 +1,6 @@
-"""Pipeline parallelism: the blocks of each stage, the stages of each rank, and PyTorch's schedules over them."""
+"""Pipeline parallelism: PyTorch's schedules over the stages of each rank."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megahp.config import ParallelConfig
 from megahp.parallel.mesh import Mesh
+from megahp.parallel.stages import owner
 
 SCHEDULES = {  # their names in torch.distributed.pipelining
     "1f1b": "Schedule1F1B",
@@ -16,41 +17,6 @@ SCHEDULES = {  # their names in torch.distributed.pipelining
     "zero-bubble": "ScheduleInterleavedZeroBubble",
     "zbv": "ScheduleZBVZeroBubble",
 }
-
-
-def split(costs: Sequence[float], parts: int) -> list[range]:
-    """Split consecutive items into non-empty parts so that the costliest part is as cheap as possible.
-
-    Dynamic programming over the end of each part. Raises ValueError for more parts than items.
-    """
-    if parts > len(costs):
-        raise ValueError(f"{len(costs)} items cannot make {parts} parts")
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    best = {0: (0.0, [0])}  # items dealt -> the costliest part so far, and where the parts end
-    for part in range(parts):
-        best = {
-            end: min(
-                (max(worst, sums[end] - sums[start]), [*ends, end])
-                for start, (worst, ends) in best.items()
-                if start < end
-            )
-            for end in range(part + 1, len(costs) - parts + part + 2)
-        }
-    _, ends = best[len(costs)]
-    return [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
-
-
-def owner(stage: int, parallel: ParallelConfig) -> int:
-    """Return the pipeline rank of a stage: round robin, or for zbv down the ranks and back up."""
-    lap, rank = divmod(stage, parallel.pp)
-    return parallel.pp - 1 - rank if parallel.schedule == "zbv" and lap % 2 else rank
-
-
-def stages_of(rank: int, parallel: ParallelConfig) -> list[int]:
-    """Return the stages of a pipeline rank, ascending."""
-    return [stage for stage in range(parallel.pp * parallel.local_stages) if owner(stage, parallel) == rank]
 
 
 class Pipeline:

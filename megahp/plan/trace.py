@@ -11,7 +11,6 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 from unittest.mock import patch
@@ -23,25 +22,26 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.nn.attention.bias import causal_lower_right
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from megahp.config import Config, with_values
 from megahp.data.loader import Batch
-from megahp.errors import UserError
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import AXES, fit
 from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, WITHIN_STAGE, Mesh, make_mesh
 from megahp.parallel.parameters import storage
-from megahp.scaling.batch import BatchScheduler, Progress, StepPlan
+from megahp.parallel.stages import stage_blocks
+from megahp.plan.work import Collective, Kernel, Phase, Work, first_step
 from megahp.scaling.parameterization import table_of
 from megahp.train.engine import Engine
 from megahp.train.optimizer import make_optimizer
 
-Phase = Literal["build", "forward", "backward", "update"]
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+FREE = ("aten::detach", "aten::_unsafe_view")  # views, though their schemas do not say so
 ATTENTION = "_scaled_dot_product"
 COLLECTIVES = {
     "_allgather_base_": "all-gather",
@@ -55,106 +55,53 @@ COLLECTIVES = {
 }
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel call.
-
-    shape: (batch, m, n, k) of a product, (batch, heads, queries, keys, head size) of attention, else (). flops count a
-    multiply-add as two; bytes are those of all tensors read and written, each once.
-    """
-
-    name: str
-    kind: Literal["product", "attention", "memory"]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    flops: int
-    bytes: int
-    phase: Phase
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective call: bytes are those of the larger of its two buffers on this rank."""
-
-    name: str
-    axes: str  # of the mesh, joined by "_"; "world" for all ranks
-    size: int  # ranks of the group
-    bytes: int
-    phase: Phase
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one step of one rank computes, sends and allocates."""
-
-    kernels: Counter[Kernel]
-    collectives: Counter[Collective]
-    peak: Counter[str]  # bytes of each kind when most are allocated: weights, moments, gradients, gathered, ...
-    resident: int  # bytes between steps
-
-    def flops(self, *kinds: str) -> int:
-        return sum(kernel.flops * count for kernel, count in self.kernels.items() if kernel.kind in kinds)
-
-    def extrapolate(self, other: Trace, steps: int) -> Trace:
-        """Return the trace that follows `other` after this many more of the steps that lead from this one to it."""
-
-        def along(before: Counter[Any], after: Counter[Any]) -> Counter[Any]:
-            return Counter({key: after[key] + steps * (after[key] - before[key]) for key in {**before, **after}})
-
-        return Trace(
-            along(self.kernels, other.kernels),
-            along(self.collectives, other.collectives),
-            along(self.peak, other.peak),
-            other.resident + steps * (other.resident - self.resident),
-        )
-
-
-def trace_step(config: Config, ranks: int, rank: int = 0) -> Trace:
+def trace_step(config: Config, ranks: int, rank: int = 0) -> Work:
     """Trace a whole step of one rank, the equal parts of it only as often as needed.
 
-    Every further block that equals the others, and every further microbatch outside a pipeline, adds the same again, so
-    three and four blocks, and two and three microbatches, say what many take. Not fewer: the first and the last of
-    either differ from those between, since FSDP2 gathers nothing ahead of the first, and reduces after the last.
+    Blocks are alike, or repeat in a period, and so are microbatches: every further one adds the same again, so that two
+    small numbers of either say what many take. Not too small: the first and the last differ from those between, since
+    FSDP2 gathers nothing ahead of the first and reduces after the last, and a pipeline fills and drains.
     """
-    layout, model = fit(config.parallel, ranks), config.model
+    layout, model, parallel = fit(config.parallel, ranks), config.model, config.parallel
     count = first_step(config, layout.dp).num_microbatches(layout.dp)
-    alike = layout.pp == 1 and not (model.dense_layers or config.sparsity.layers or config.compute.recompute_every > 1)
+    few, more = (2, 3) if layout.pp == 1 else (layout.pp + 1, layout.pp + 2)
+    if layout.pp > 1 and parallel.schedule != "1f1b":  # which go in rounds of as many microbatches as ranks
+        few, more = 2 * layout.pp, 3 * layout.pp
 
-    def of_depth(layers: int) -> Trace:
-        shallow = with_values(config, {"model.layers": layers})
-        if layout.pp > 1 or count <= 3:
+    def with_fewer(blocks: int) -> Work:
+        """Trace without this many blocks of every stage."""
+        sizes = [len(stage) - blocks for stage in stage_blocks(config)]
+        values = {"model.layers": sum(sizes), "sparsity.layers": (), "parallel.split": tuple(sizes) * (layout.pp > 1)}
+        shallow = with_values(config, values)
+        if count <= more:
             return trace(shallow, ranks, rank)
-        return trace(shallow, ranks, rank, 2).extrapolate(trace(shallow, ranks, rank, 3), count - 3)
+        return trace(shallow, ranks, rank, few).extrapolate(
+            trace(shallow, ranks, rank, more), (count - more) // (more - few)
+        )
 
-    if alike and model.layers > 4:
-        return of_depth(3).extrapolate(of_depth(4), model.layers - 4)
-    return of_depth(model.layers)
-
-
-def first_step(config: Config, dp: int) -> StepPlan:
-    """Return the plan of the first step. Raises UserError where train.tokens have no room for one."""
-    plan = BatchScheduler(config, dp).step(Progress())
-    if plan is None:
-        raise UserError(f"train.tokens = {config.train.tokens} leaves no step to plan; raise it")
-    return plan
+    every = (config.compute.recompute_every, model.full_attention_every, model.no_rope_every)
+    period = math.lcm(*(number or 1 for number in every))
+    least = model.dense_layers + (3 if layout.pp == 1 else 1)
+    spare = (min(map(len, stage_blocks(config))) - least) // period
+    if spare < 2:
+        return with_fewer(0)
+    return with_fewer(spare * period).extrapolate(with_fewer((spare - 1) * period), spare - 1)
 
 
-def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> Trace:
+def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> Work:
     """Trace a step of one of the ranks. Must be called in a process without a process group.
 
-    microbatches: how many of the step's to run where there is no pipeline, since they are alike; 0 = all. Kernels and
-    collectives are those of these. Raises UserError for a layout that these ranks cannot run.
+    microbatches: how many of the step's to run, at most, since they are alike; 0 = all. Kernels and collectives are
+    those of these. Raises UserError for a layout that these ranks cannot run.
     """
     if dist.is_initialized():
         raise RuntimeError("a trace needs a process group of its own")
     layout = fit(config.parallel, ranks)
-    if layout.cp > 1:  # CausalBias, a subclass of Tensor, cannot be made under a dispatch mode
-        raise UserError(f"parallel.cp = {layout.cp} cannot be planned yet; plan the run with parallel.cp=1")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         mesh = make_mesh(layout, torch.device("cpu"))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with recording(mesh, fake) as recorder:
+        with recording(mesh, fake, on_gpu=config.train.device != "cpu") as recorder:
             step(config, mesh, recorder, microbatches)
         return recorder.trace()
     finally:
@@ -162,7 +109,7 @@ def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> T
 
 
 @contextmanager
-def recording(mesh: Mesh, fake: FakeTensorMode | None = None) -> Iterator[Recorder]:
+def recording(mesh: Mesh, fake: FakeTensorMode | None = None, on_gpu: bool = False) -> Iterator[Recorder]:
     """Record what is called and allocated in this block and in those of `Recorder.running`. Without `fake` on real
     tensors."""
     recorder = Recorder(mesh, fake)
@@ -173,9 +120,17 @@ def recording(mesh: Mesh, fake: FakeTensorMode | None = None) -> Iterator[Record
         recorder.resized(store)
         return store
 
+    def lower_right(queries: int, keys: int) -> Tensor | None:
+        if on_gpu:
+            return None  # flash kernels need no mask; shapes, all that a trace computes, are those of is_causal
+        with _disable_current_modes():
+            return causal_lower_right(queries, keys)
+
     with ExitStack() as restored:
         # FSDP2 frees gathered weights by resizing their storage to 0, which no dispatch mode sees
         restored.enter_context(patch.object(torch.UntypedStorage, "resize_", observed))
+        # under a dispatch mode torch cannot make this subclass of Tensor
+        restored.enter_context(patch("torch.nn.attention.bias.causal_lower_right", lower_right))
         # DTensor finds the shape of a result, once, by an operation on whole fake tensors: nothing that a rank runs
         restored.enter_context(patch.object(ShardingPropagator, "_fake_mode_lock", recorder.pausing()))
         yield recorder
@@ -196,6 +151,7 @@ class Recorder(TorchDispatchMode):
         self.numbers: dict[int, int] = {}  # address of a storage object -> its number
         self.kinds: list[str] = []  # of every storage so far
         self.changes: list[tuple[int, int]] = []  # (number, bytes more or less)
+        self.resident = 0  # bytes that are left at the end of what was last recorded
 
     def pausing(self) -> AbstractContextManager[None]:
         """Return a block, to be entered again and again, within which nothing is recorded."""
@@ -219,6 +175,7 @@ class Recorder(TorchDispatchMode):
                 modes.enter_context(self.fake)
             modes.enter_context(self)
             yield
+            self.resident = sum(self.sizes.values())  # here: model and moments go with the functions that hold them
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -234,7 +191,10 @@ class Recorder(TorchDispatchMode):
         if name in COLLECTIVES:
             self._collective(name, args, [*inputs, *outputs])
         elif not _is_free(op, outputs):
-            self._kernel(name, op, inputs, outputs)
+            written = [arg for arg, row in zip(args, op._schema.arguments, strict=False) if _is_written(row)]
+            self._kernel(
+                name, op, inputs, outputs or [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
+            )
         for tensor in outputs:
             self._allocated(tensor, "gathered" if name in ("all_gather_copy_in", "_allgather_base_") else "")
         return out
@@ -245,14 +205,14 @@ class Recorder(TorchDispatchMode):
             self.kinds[number] = "gathered"
             self._change(number, store.nbytes())
 
-    def trace(self) -> Trace:
+    def trace(self) -> Work:
         """Return what was recorded since the model was built, and the memory from the beginning."""
         totals = list(accumulate(change for _, change in self.changes))
         last = int(np.argmax(totals))
         peak: Counter[str] = Counter()
         for number, change in self.changes[: last + 1]:
             peak[self.kinds[number]] += change
-        return Trace(self.kernels, self.collectives, +peak, totals[-1])
+        return Work(+self.kernels, self.collectives, +peak, self.resident)  # without those of building
 
     def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Set the kind of these tensors' storages."""
@@ -293,8 +253,7 @@ class Recorder(TorchDispatchMode):
         return "backward" if self.phase == "forward" and torch._C._current_graph_task_id() != -1 else self.phase
 
     def _kernel(self, name: str, op: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        tensors = {id(tensor): tensor for tensor in [*inputs, *outputs]}.values()  # one written in place counts once
-        size = sum(tensor.nbytes for tensor in tensors)
+        size = sum(tensor.nbytes for tensor in [*inputs, *outputs])  # one changed in place is read and written
         kind: Literal["product", "attention", "memory"] = "memory"
         shape: tuple[int, ...] = ()
         flops = 0
@@ -309,8 +268,9 @@ class Recorder(TorchDispatchMode):
             kind, shape = "attention", (*query.shape[:3], key.shape[2], query.shape[3])
             products = 5 if first else 2  # backward computes the scores again, and four products more
             flops = 2 * products * math.prod(shape)
-        dtype = outputs[0].dtype if outputs else inputs[0].dtype
-        self.kernels[Kernel(name, kind, shape, dtype, flops, size, self._phase())] += self.phase != "build"
+        dtype = str(outputs[0].dtype if outputs else inputs[0].dtype).removeprefix("torch.")
+        if self.phase != "build":
+            self.kernels[Kernel(name, kind, shape, dtype, flops, size, self._phase())] += 1
 
     def _collective(self, name: str, args: Any, tensors: list[Tensor]) -> None:
         named = [arg for arg in args if isinstance(arg, str)]  # functional collectives: the reduction, the group
@@ -333,7 +293,7 @@ def step(config: Config, mesh: Mesh, recorder: Recorder, microbatches: int = 0) 
         stage.traced_for_gpu = config.train.device != "cpu"
     plan = first_step(config, mesh.layout.dp)
     count = plan.num_microbatches(mesh.layout.dp)
-    if microbatches and mesh.layout.pp == 1:
+    if microbatches:
         count = min(count, microbatches)
     with recorder.running("build"):
         engine = Engine(model, mesh, config.parallel)
@@ -370,11 +330,17 @@ def _axes_of_groups(mesh: Mesh) -> dict[str, tuple[str, int]]:
     return found
 
 
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
 def _is_free(op: Any, outputs: list[Tensor]) -> bool:
     """Return whether a call launches no kernel: a view, an allocation, a question about a tensor."""
-    if not outputs or op._schema.name.startswith(("prim::", "profiler::", "c10d", "_c10d")):
+    if op._schema.name.startswith(("prim::", "profiler::", "c10d", "_c10d")) or op.name() in FREE:
         return True
-    if op._schema.name.startswith(("aten::empty", "aten::new_empty")) or op.name().startswith("aten::detach"):
+    if op._schema.name.startswith(("aten::empty", "aten::new_empty")):
         return True
+    if not outputs:  # fused AdamW and the like only write to their arguments
+        return not op._schema.is_mutable
     aliases = [returned.alias_info for returned in op._schema.returns]
     return all(alias is not None and not alias.is_write for alias in aliases)

@@ -37,6 +37,9 @@ class Base:
     preset: str = ""  # of the model that replaces its own
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # on the command line
     tokens: int = 0  # the horizon it was tuned at; 0: the laws are known at its horizon
+    layout: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings that a plan found for the GPUs
+    planned: str = ""  # that layout in words
+    mfu: float | None = None  # that it reaches, where nobody gave one
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -44,7 +47,7 @@ class Base:
 
     def get(self, section: str, key: str) -> Any:
         """Return a setting of the base, or its default."""
-        given = {**self.tree.get(section, {}), **self.overrides.get(section, {})}
+        given = {**self.tree.get(section, {}), **self.overrides.get(section, {}), **self.layout.get(section, {})}
         return given.get(key, get_setting(Config(), f"{section}.{key}"))
 
 
@@ -222,7 +225,8 @@ def _tree(
     if choice:
         kept["parameterization"], derived["parameterization"] = {}, {"name": "sp"}
         kept["optimizer"], derived["optimizer"] = {}, {"lr": choice.lr}
-    return [(base.name, kept), ("command line", dict(base.overrides)), ("megahp recipe", derived)]
+    layers = [(base.name, kept), ("command line", dict(base.overrides)), ("megahp plan", dict(base.layout))]
+    return [*layers, ("megahp recipe", derived)]
 
 
 def _batch_settings(
@@ -239,7 +243,10 @@ def _batch_settings(
     draft = with_values(run, {"batch.micro_batch": micro})
     unit, least = sizes.batch_multiple(draft, ranks), sizes.least_batch(draft, ranks)
     # A smaller microbatch allows a given batch exactly, and B_opt to within an eighth.
-    if isinstance(micro, int) and micro > 1 and (target % unit if given.batch else target < 4 * unit):
+    coarse = target < 4 * unit
+    if given.gpus:  # these ranks alone have to divide it
+        coarse = abs(max(1, round(target / unit)) * unit / target - 1) > 1 / 8
+    if isinstance(micro, int) and micro > 1 and (target % unit if given.batch else coarse):
         return _batch_settings(run, given, laws, choice, n, ranks, micro // 2)
     if given.batch and (given.batch % unit or given.batch < least):
         near = nearest_multiples(unit, max(given.batch, least))

@@ -25,6 +25,7 @@ COLLAPSE = ("Scaling with Collapse (Power Lines' sibling)", "verified in source 
 JOURNEY = ("The Journey Matters, arXiv 2501.12486", "schedule verified in code; closed form derived")
 BUBBLE = ("Narayanan et al., arXiv 2104.04473: idle over busy time of (interleaved) 1F1B", "secondary source: many")
 OURS = ("megahp", "judgement")
+PLANNED = ("megahp plan", "formulas held against published measurements: docs/plan.md")
 # Factors from a base up to which no note is given, a judgement: transfer over tokens was not tried here, over size from
 # 2 to 16 layers.
 NEAR = {"tokens": 2.0, "parameters": 8.0}
@@ -152,12 +153,20 @@ def _outcome(recipe: Recipe) -> Iterator[RecipeRow]:
     yield RecipeRow("FLOPs, 6 N D", 6 * weights * tokens, "6 N D", "Hoffmann et al., arXiv 2203.15556", "convention")
     yield RecipeRow("FLOPs, exact", exact, "all matrix products, half of attention; dense", *COUNTED)
     if given.speed:
-        by_mfu = GIVEN if given.mfu else (f"MFU of {MFU:g} assumed; measure it, or give --mfu", "assumption")
+        by_mfu = (
+            PLANNED
+            if recipe.base.mfu
+            else GIVEN
+            if given.mfu
+            else (f"MFU of {MFU:g} assumed; measure it, or give --mfu", "assumption")
+        )
         formula = f"exact FLOPs / ({given.gpus} GPUs x {given.peak_flops:.3g} x {given.mfu or MFU:g} MFU)"
         yield RecipeRow("days", recipe.seconds / 86400, formula, *by_mfu)
     if not recipe.base.get("checkpoint", "every"):
         formula = "a twentieth of the run" + ", or 30 minutes if that is less" * bool(recipe.seconds)
         yield RecipeRow("steps per checkpoint", recipe.run.checkpoint.every, formula, *OURS)
+    if recipe.base.planned:
+        yield RecipeRow("layout", recipe.base.planned, "the fastest that fits, by formulas", *PLANNED)
     parallel, batch = recipe.run.parallel, recipe.run.batch
     if parallel.pp > 1 and parallel.schedule in ("1f1b", "interleaved"):
         largest = sizes.largest_micro_batch(recipe.run, recipe.run.data.sequence_length)

@@ -61,6 +61,19 @@ def test_the_plan_beside_fixed_numbers_of_nodes(capsys: pytest.CaptureFixture[st
     )
 
 
+def test_memory_is_compared_before_a_job_is_queued(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", "run.toml", "--dry-run", "--nodes", "1", "train.device=cuda"]
+    for more, said in (([], "GiB of a GPU\n"), (["--cluster", "h100"], "GiB of the 79.1 GiB of h100\n")):
+        assert main([*words, *more]) == 0
+        found = capsys.readouterr()
+        assert found.err.endswith(said) and "memory: a step takes about " in found.err and "#SBATCH" in found.out
+    large = [*words, "--cluster", "h100", "model.width=16384", "model.layers=40"]
+    assert main(large) == 2
+    found = capsys.readouterr()
+    assert "no layout fits 1 GPUs of h100" in found.err and not found.out
+    assert main([*large, "--ignore-memory"]) == 0 and "#SBATCH" in capsys.readouterr().out
+
+
 def test_without_a_speed_it_is_shares(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*GROW, "--patience", "0.5"]) == 0
     script, plan = capsys.readouterr()

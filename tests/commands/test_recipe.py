@@ -18,6 +18,9 @@ from megahp.data.indexed import IndexedWriter
 from megahp.errors import UserError
 from megahp.exit_codes import USER_ERROR
 from megahp.parallel.layout import fit
+from megahp.plan.estimate import estimate
+from megahp.plan.machine import load_machine
+from megahp.plan.search import search
 from megahp.recipe import law_file
 from megahp.recipe.law_file import LossLaw, PowerLaw
 from megahp.train.prepare import check_batch
@@ -41,7 +44,7 @@ def run(words: str) -> int:
         ("--days 3 --gpus 8", "--days 3 needs --gpus, and --gpu or --peak-flops"),
         ("--params 1e9 --gpus 8 --mfu 0.5", "--mfu 0.5 is a share of a peak; add --gpu"),
         ("--params 1e9 --mfu 0.5", "no effect without --gpus"),
-        ("--params 1e9 --gpus 8 --gpu V200", "--gpu V200 is unknown; choose from A100, H100, H200, B200"),
+        ("--params 1e9 --gpus 8 --gpu V200", "--gpu V200 is unknown; choose from a100-40, a100-80, b200"),
         ("--params 1e9 --gpus 8 --gpu H100 --peak-flops 1e15", "--gpu and --peak-flops"),
         ("--target-loss 1.8", "--target-loss 1.8 is not above 1.817, the floor of the loss law"),
         ("--target-loss 11", "--target-loss 11 is not below ln 50257 = 10.82"),
@@ -201,7 +204,26 @@ def test_a_plan_beyond_this_machine_names_what_it_trains(
     assert len(found) == bool(told) and told in "".join(found)
     if told:
         smaller = re.search(r"--params \S+ --tpp \d+", found[0])
-        assert smaller and notes(smaller[0]) == [] and notes(f"{words} --gpus 8 --gpu H100") == []
+        assert smaller and notes(smaller[0]) == [] and notes(f"{words} --gpus 8 --peak-flops 989e12") == []
+
+
+@pytest.mark.parametrize("words", ["--tpp 20", "--tpp 20 --mfu 0.5", "--preset llama-2-7b --tokens 1e10"])
+def test_a_gpu_gets_the_layout_that_a_plan_finds(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It fits, and none is faster by a tenth (its batch is rounded only once the layout is chosen); days by its
+    utilisation, unless another is given."""
+    size = "" if "preset" in words else "--params 3e8 "
+    assert run(f"{size}{words} --gpus 16 --gpu A100-40 --json --out {tmp_path / 'run.toml'}") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    resolved = resolve.load(tmp_path / "run.toml")
+    machine, layout = load_machine("a100-40"), fit(resolved.config.parallel, 16)
+    chosen, best = estimate(resolved.config, 16, machine), search(resolved.config, 16, machine).fitting[0]
+    assert chosen.bytes <= machine.usable and chosen.seconds <= 1.1 * best.estimate.seconds
+    assert rows["layout"]["source"] == "megahp plan"
+    check_batch(resolved.config, layout, resolved.config.batch.global_batch)
+    share = 0.5 if "--mfu" in words else chosen.mfu
+    assert float(re.findall(r"x ([\d.]+) MFU", rows["days"]["formula"])[0]) == pytest.approx(share, rel=0.1)
 
 
 def test_a_run_file_is_replaced_if_asked(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from megahp.config import Config, ParallelConfig, resolve
-from megahp.parallel.pipeline import owner, split, stages_of
+from megahp.parallel.stages import owner, split, stages_of
 from megahp.scaling.batch import batch_multiple, least_batch, runnable
 
 

@@ -1,0 +1,79 @@
+"""What one rank does in an optimizer step: kernels, collectives and memory, whether they are traced (trace.py) or
+counted by formulas (formulas.py). Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megahp.config import AUTO, Config, with_values
+from megahp.errors import UserError
+from megahp.scaling.batch import BatchScheduler, Progress, StepPlan
+
+Phase = Literal["build", "forward", "backward", "update"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel call.
+
+    shape: (batch, m, n, k) of a product, (batch, heads, queries, keys, head size) of attention, else (). flops count a
+    multiply-add as two; bytes are those of all tensors read, and of all written. dtype: torch's name, "bfloat16".
+    """
+
+    name: str
+    kind: Literal["product", "attention", "memory"]
+    shape: tuple[int, ...]
+    dtype: str
+    flops: int
+    bytes: int
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective call: bytes are those of the larger of its two buffers on this rank."""
+
+    name: str
+    axes: str  # of the mesh, joined by "_"; "world" for all ranks
+    size: int  # ranks of the group
+    bytes: int
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step of one rank computes, sends and allocates."""
+
+    kernels: Counter[Kernel]
+    collectives: Counter[Collective]
+    peak: Counter[str]  # bytes of each kind when most are allocated: weights, moments, gradients, gathered, ...
+    resident: int  # bytes between steps
+
+    def flops(self, *kinds: str) -> int:
+        return sum(kernel.flops * count for kernel, count in self.kernels.items() if kernel.kind in kinds)
+
+    def extrapolate(self, other: Work, steps: int) -> Work:
+        """Return the work that follows `other` after this many more of the steps that lead from this one to it."""
+
+        def along(before: Counter[Any], after: Counter[Any]) -> Counter[Any]:
+            return Counter({key: after[key] + steps * (after[key] - before[key]) for key in {**before, **after}})
+
+        return Work(
+            along(self.kernels, other.kernels),
+            along(self.collectives, other.collectives),
+            along(self.peak, other.peak),
+            other.resident + steps * (other.resident - self.resident),
+        )
+
+
+def first_step(config: Config, dp: int) -> StepPlan:
+    """Return the plan of the first step, of one sequence a microbatch where the run's start will decide on more, as
+    memory allows. Raises UserError where train.tokens have no room for a step."""
+    if config.batch.micro_batch == AUTO and not config.batch.largest_micro_batch:
+        config = with_values(config, {"batch.largest_micro_batch": 1})
+    plan = BatchScheduler(config, dp).step(Progress())
+    if plan is None:
+        raise UserError(f"train.tokens = {config.train.tokens} leaves no step to plan; raise it")
+    return plan

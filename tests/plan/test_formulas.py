@@ -1,0 +1,107 @@
+"""A step's work by formulas against the trace of the step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+
+from megahp.config import Config, resolve
+from megahp.plan.estimate import estimate
+from megahp.plan.formulas import rank_works
+from megahp.plan.machine import load_machine
+from megahp.plan.step_time import step_time
+from megahp.plan.trace import trace
+from megahp.plan.work import Work
+
+RUN: dict[str, Any] = {
+    "model": {"layers": 3, "width": 512, "heads": 8, "kv_heads": 2, "mlp_width": 1792, "vocab_size": 8192},
+    "data": {"train": ["none"], "sequence_length": 1024},
+    "batch": {"global_batch": 16, "micro_batch": 2},
+    "train": {"tokens": 1e9, "device": "cuda", "dtype": "bfloat16"},
+}
+GPT = {"activation": "gelu", "norm": "layernorm", "positions": "learned", "bias": True, "tied_embeddings": True}
+CASES: dict[str, dict[str, Any]] = {
+    "shards": {},
+    "replicas, recomputed": {"parallel.dp_replicate": 2, "compute.recompute": "full"},
+    "tp, sequence, recomputed": {"parallel.tp": 2, "parallel.sequence_parallel": True, "compute.recompute": "full"},
+    "tp, zero 1": {"parallel.tp": 2, "parallel.zero": 1},
+    "selective, reduced at once": {"compute.recompute": "selective", "parallel.reduce": "every"},
+    "pp": {"parallel.pp": 2},
+    "zero bubble": {"parallel.pp": 2, "parallel.schedule": "zero-bubble"},
+    "gpt-2": {f"model.{key}": value for key, value in {**GPT, "kv_heads": 8}.items()},
+    "experts": {"model.mlp_width": 0, "model.experts": 8, "model.expert_width": 256, "parallel.ep": 2},
+}
+RANKS = 4
+
+
+def config_of(case: str) -> Config:
+    tree = {section: dict(values) for section, values in RUN.items()}
+    for key, value in CASES[case].items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = value
+    return resolve.resolve([("test", tree)], written=True).config
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[ProcessPoolExecutor]:
+    """A process without a process group, as a trace needs."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        yield executor
+
+
+def products(work: Work, kind: str) -> Counter[tuple[Any, ...]]:
+    found = Counter[tuple[Any, ...]]()
+    for kernel, count in work.kernels.items():
+        if kernel.kind == kind:
+            found[kernel.shape, kernel.phase] += count
+    return found
+
+
+def sent(work: Work) -> Counter[tuple[Any, ...]]:
+    """Return the bytes of each kind of collective; the step's few sums of numbers are in no formula."""
+    found = Counter[tuple[Any, ...]]()
+    for each, count in work.collectives.items():
+        if each.axes not in ("world", "ends") and each.bytes > 8000:
+            found[each.name, each.axes, each.size] += each.bytes * count
+    return found
+
+
+def moved(work: Work, phase: str) -> float:
+    return sum(kernel.bytes * count for kernel, count in work.kernels.items() if kernel.phase == phase)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_work_is_that_of_the_trace(alone: ProcessPoolExecutor, case: str) -> None:
+    config = config_of(case)
+    positions = config.parallel.pp
+    traced = [alone.submit(trace, config, RANKS, rank * RANKS // positions).result() for rank in range(positions)]
+    counted = rank_works(config, RANKS)
+    for ours, real in zip(counted, traced, strict=True):
+        assert products(ours, "product") == products(real, "product")
+        assert products(ours, "attention") == products(real, "attention")
+        ours_sent, real_sent = sent(ours), sent(real)
+        assert ours_sent.keys() == real_sent.keys()
+        for name, size in real_sent.items():  # FSDP2 pads its shards
+            assert ours_sent[name] == pytest.approx(size, rel=0.001), name
+        for phase in ("forward", "backward", "update"):
+            assert moved(ours, phase) == pytest.approx(moved(real, phase), rel=0.5), phase
+    # the fullest rank's; of ranks with as many blocks the first stands for the others
+    peaks = [max(sum(work.peak.values()) for work in works) for works in (counted, traced)]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.1)
+    # and so is the time
+    machine = load_machine("h100")
+    exact = step_time(traced, config, RANKS, machine).seconds
+    assert estimate(config, RANKS, machine).seconds == pytest.approx(exact, rel=0.25)
+
+
+def test_no_torch_is_imported() -> None:
+    """Formulas import no torch, so that a search of thousands of layouts begins at once."""
+    code = "import sys, megahp.plan.estimate, megahp.plan.validation; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
