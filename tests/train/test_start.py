@@ -20,7 +20,7 @@ from megahp.checkpoint.store import write_manifest
 from megahp.config import resolve
 from megahp.data.indexed import IndexedDataset, IndexedWriter
 from megahp.data.loader import Loader
-from megahp.data.samples import split_documents
+from megahp.data.split import Documents, split_documents
 from megahp.data.tokenizer import fingerprint_of, load_tokenizer
 from megahp.errors import UserError
 from megahp.log.metrics import read_events
@@ -313,7 +313,7 @@ def damage(folder: Path, name: str, copy: str, ids: dict[int, int]) -> None:
     shutil.copy(folder / f"{name}.idx", folder / f"{copy}.idx")
     content, starts = bytearray((folder / f"{name}.bin").read_bytes()), IndexedDataset(str(folder / name))
     for document, token in ids.items():
-        place = int(starts._document_starts[document])
+        place = int(starts.document_starts(np.array([document]))[0])
         content[2 * place : 2 * place + 2] = token.to_bytes(2, "little")
     (folder / f"{copy}.bin").write_bytes(content)
 
@@ -369,9 +369,7 @@ def test_losses_and_epochs_of_each_source_are_logged(folder: Path) -> None:
     assert validated[0]["validation_losses"]["held"] > validated[-1]["validation_losses"]["held"]
     (end,) = events(folder, "sources", "finished")
     assert end["epochs"] == records[-1]["epochs"]
-    read = {
-        name: count * sum(IndexedDataset(str(folder / name)).document_tokens) for name, count in end["epochs"].items()
-    }
+    read = {name: count * IndexedDataset(str(folder / name)).total_tokens for name, count in end["epochs"].items()}
     assert read["one"] + read["two"] == pytest.approx(24 * 128 / 0.9, rel=0.03)
     assert read["one"] / read["two"] == pytest.approx((7.5 + 3.5) / (2.5 + 10.5), rel=0.1)
     assert cli.main(["report", str(folder / "runs/sources")]) == 0
@@ -380,7 +378,7 @@ def test_losses_and_epochs_of_each_source_are_logged(folder: Path) -> None:
 
 def training_document(folder: Path) -> int:
     """One that is read first in step 13."""
-    return int(split_documents(80, 0.1)[0][10])
+    return int(Documents(None, split_documents(80, 0.1)).ids()[10])
 
 
 def test_an_id_outside_the_vocabulary_is_found_before_training(
