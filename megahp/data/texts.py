@@ -392,7 +392,7 @@ def _read_records(file: int, source: Source, key: str) -> Iterator[Piece]:
                 text: Any = record.get(key) if isinstance(record, dict) else None
                 if not fault and not isinstance(text, str):
                     fault = f"no text in {key!r}"
-                elif not fault and SURROGATE.search(text):
+                elif not fault and not text.isascii() and SURROGATE.search(text):
                     fault = "half a surrogate pair"
                 yield Piece(file, number, None if fault else text, raw.tell(), fault=fault)
         except (ValueError, RecursionError) as error:  # after which no record can be found
