@@ -84,17 +84,16 @@ class KeyedEpoch:
     def _load_group(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the documents of a group in order (int64), without empty ones: ids, tokens, and where each ends in the
         stream."""
-        per_group = GROUP // self._block
-        blocks = -(-self._total // self._block)
+        per_group, blocks = GROUP // self._block, -(-self._total // self._block)
         places = np.arange(group * per_group, min((group + 1) * per_group, blocks), dtype=np.uint32)
         first = self._blocks.at(places).astype(np.int64) * self._block
-        ids = (first[:, None] + np.arange(self._block)).ravel()
-        ids = ids[ids < self._total]
+        edges = np.minimum(first[:, None] + np.arange(self._block + 1), self._total)
+        ids, lengths = edges[:, :-1].ravel(), np.diff(self._documents.dataset.document_starts(edges)).ravel()
         # hashes of different numbers differ, so that no sort is free to choose between two
-        ids = ids[np.argsort(mix(np.arange(len(ids), dtype=np.uint32) ^ mix(group ^ self._key)))]
-        lengths = self._documents.lengths(ids)
-        ids, lengths = ids[lengths > 0], lengths[lengths > 0]
-        return ids, lengths, np.cumsum(lengths) + (self._ends[group - 1] if group else 0)
+        order = np.argsort(mix(np.arange(len(ids), dtype=np.uint32) ^ mix(group ^ self._key)))
+        order = order[(lengths * self._documents.contain(ids))[order] > 0]
+        ends = np.cumsum(lengths[order]) + (self._ends[group - 1] if group else 0)
+        return ids[order], lengths[order], ends
 
 
 class DrawnEpoch:

@@ -77,9 +77,10 @@ class Documents:
         validation = self.split.held_out(np.arange(len(self.split.within)))
         return validation if self.part == "validation" else np.delete(np.arange(self.split.documents), validation)
 
-    def lengths(self, ids: np.ndarray) -> np.ndarray:
-        """Return the tokens of these documents of the dataset (int64), 0 for those of the other part."""
-        return self.dataset.document_tokens(ids) * (self.split.is_held_out(ids) == (self.part == "validation"))
+    def contain(self, ids: np.ndarray) -> np.ndarray:
+        """Return whether each of these documents of the dataset (int64) is among them."""
+        is_held_out = self.split.is_held_out(ids)
+        return is_held_out if self.part == "validation" else ~is_held_out
 
     def held_out(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the ids and tokens of the documents that the split holds out, in ascending blocks."""
