@@ -5,7 +5,7 @@ shuffled. There are two orders: a keyed one, computed where it is asked for, and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -22,11 +22,19 @@ BLOCKS_AT_A_TIME = 1 << 16  # in the processor's cache
 GROUPS_KEPT = 256  # of 24 KiB: all of a small corpus, so that each is computed once an epoch
 
 
+# Documents that are not empty, in order: ids, tokens, and where each ends in the stream (int64).
+Group = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
 class Epoch(Protocol):
     """The order of one epoch."""
 
     def window(self, place: int) -> int:
         """Return which window of the stream comes at this place of the epoch."""
+        ...
+
+    def prepare(self, starts: np.ndarray) -> None:
+        """Look up what `read` needs at these tokens of the stream (int64 [n]), in less time than one by one."""
         ...
 
     def read(self, start: int) -> Iterator[tuple[int, int, int]]:
@@ -49,17 +57,19 @@ class KeyedEpoch:
         self._documents, self._total = documents, documents.dataset.documents
         self._block = min(LARGEST_BLOCK, max(1, self._total // MOST_BLOCKS))
         self._blocks = Permutation(-(-self._total // self._block), f"{name} documents")
-        self._windows = Permutation(windows, f"{name} windows")
+        self.window = lru_cache(maxsize=1 << 12)(Permutation(windows, f"{name} windows").at)
         (self._key,) = words_of(f"{name} groups", 1)
         self._ends = np.cumsum(self._group_tokens())
-        self._group = lru_cache(maxsize=GROUPS_KEPT)(self._load_group)
+        self._groups: dict[int, Group] = {}  # the oldest first
 
-    def window(self, place: int) -> int:
-        return self._windows.at(place)
+    def prepare(self, starts: np.ndarray) -> None:
+        groups = np.unique(np.searchsorted(self._ends, starts, side="right")).tolist()
+        if new := [group for group in groups if group not in self._groups]:
+            self._load(new[:GROUPS_KEPT])
 
     def read(self, start: int) -> Iterator[tuple[int, int, int]]:
         for group in range(int(np.searchsorted(self._ends, start, side="right")), len(self._ends)):
-            ids, lengths, ends = self._group(group)
+            ids, lengths, ends = self._groups.get(group) or self._load([group])[group]
             for place in range(int(np.searchsorted(ends, start, side="right")), len(ids)):
                 tokens = int(lengths[place])
                 yield int(ids[place]), max(0, start - int(ends[place]) + tokens), tokens
@@ -81,19 +91,28 @@ class KeyedEpoch:
     def _groups_of(self, blocks: np.ndarray) -> np.ndarray:
         return self._blocks.places(blocks.astype(np.uint32)) // (GROUP // self._block)
 
-    def _load_group(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the documents of a group in order (int64), without empty ones: ids, tokens, and where each ends in the
-        stream."""
+    def _load(self, groups: Sequence[int]) -> dict[int, Group]:
+        """Look up groups, and keep them in place of the oldest ones."""
+        new = np.array(groups, np.uint32)[:, None]
         per_group, blocks = GROUP // self._block, -(-self._total // self._block)
-        places = np.arange(group * per_group, min((group + 1) * per_group, blocks), dtype=np.uint32)
-        first = self._blocks.at(places).astype(np.int64) * self._block
-        edges = np.minimum(first[:, None] + np.arange(self._block + 1), self._total)
-        ids, lengths = edges[:, :-1].ravel(), np.diff(self._documents.dataset.document_starts(edges)).ravel()
+        places = new * per_group + np.arange(per_group, dtype=np.uint32)
+        first = self._blocks.at(np.minimum(places, blocks - 1)).astype(np.int64) * self._block
+        first[places >= blocks] = self._total  # of the last group, which has fewer
+        edges = np.minimum(first[:, :, None] + np.arange(self._block + 1), self._total)
+        lengths = np.diff(self._documents.dataset.document_starts(edges)).reshape(len(new), -1)
+        ids = edges[:, :, :-1].reshape(len(new), -1)
+        lengths *= self._documents.contain(np.minimum(ids, self._total - 1))
         # hashes of different numbers differ, so that no sort is free to choose between two
-        order = np.argsort(mix(np.arange(len(ids), dtype=np.uint32) ^ mix(group ^ self._key)))
-        order = order[(lengths * self._documents.contain(ids))[order] > 0]
-        ends = np.cumsum(lengths[order]) + (self._ends[group - 1] if group else 0)
-        return ids[order], lengths[order], ends
+        orders = np.argsort(mix(np.arange(ids.shape[1], dtype=np.uint32) ^ mix(new ^ self._key)))
+        found: dict[int, Group] = {}
+        for group, order, own_ids, own_lengths in zip(groups, orders, ids, lengths, strict=True):
+            order = order[own_lengths[order] > 0]
+            ends = np.cumsum(own_lengths[order]) + (self._ends[group - 1] if group else 0)
+            found[group] = own_ids[order], own_lengths[order], ends
+        self._groups |= found
+        for group in [*self._groups][:-GROUPS_KEPT]:
+            self._groups.pop(group, None)  # another thread may have been faster
+        return found
 
 
 class DrawnEpoch:
@@ -119,6 +138,9 @@ class DrawnEpoch:
 
     def window(self, place: int) -> int:
         return int(self._windows[place])
+
+    def prepare(self, starts: np.ndarray) -> None:
+        pass  # all is at hand
 
     def read(self, start: int) -> Iterator[tuple[int, int, int]]:
         for place in range(int(np.searchsorted(self._ends, start, side="right")), len(self._order)):

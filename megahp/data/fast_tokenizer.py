@@ -62,7 +62,8 @@ class FastTokenizer:
         return self._own.decode(ids)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
-        batch = [ids.astype(np.int32) for ids in self._fast.encode_batch(list(texts), parallel=False)]
+        # one by one: its own batches are no faster, and import packages that take a second
+        batch = [self._fast.encode(text).astype(np.int32) for text in texts]
         for place, text in enumerate(texts):
             if not text.isascii() and self._is_apart(text):
                 batch[place] = np.array(self._own.encode(text), np.int32)

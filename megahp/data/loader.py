@@ -25,6 +25,7 @@ from megahp.errors import UserError
 if TYPE_CHECKING:  # elsewhere where it is needed: `megahp train --ranks` checks data without torch, to start sooner
     import torch
 
+AT_A_TIME = 64  # samples that are looked up together, in half the time of one by one
 VALIDATION_SEED = 0  # the same in every run, so that runs of several seeds are validated on the same windows
 
 
@@ -171,9 +172,15 @@ class TrainingData:
         for row, i in enumerate(ids.tolist()):
             if any(i in part for part in self._skip.get("", ())):
                 j[row] = self._next_number(i, source[row])
-        begins = [self._begins[order.key][0] for order in self._training]
-        numbers = zip(source.tolist(), j.tolist(), strict=True)
-        return _stack([self._training[k].sample(begins[k] + n, self.length) for k, n in numbers], ids, documents)
+        j += np.array([self._begins[order.key][0] for order in self._training])[source]
+        samples: list[Sample] = []
+        for start in range(0, len(ids), AT_A_TIME):
+            rows = slice(start, start + AT_A_TIME)
+            for k in np.unique(source[rows]).tolist():
+                self._training[k].prepare(j[rows][source[rows] == k].tolist(), self.length)
+            numbers = zip(source[rows].tolist(), j[rows].tolist(), strict=True)
+            samples += [self._training[k].sample(number, self.length) for k, number in numbers]
+        return _stack(samples, ids, documents)
 
     def enter_phase(self, phase: int, sample: int) -> None:
         """Switch to a phase, by its index, from this global sample id on."""

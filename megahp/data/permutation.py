@@ -8,9 +8,9 @@ import numpy as np
 
 Indices = TypeVar("Indices", int, np.ndarray)
 
-# After 6 rounds no test tells large permutations from random ones. Of few elements more rounds are needed until all n!
-# are equally likely: with 5 or 6 elements, chi-square tests tell 8 rounds and not 16.
-ROUNDS, ROUNDS_OF_SMALL, SMALL = 6, 24, 1 << 16
+# After 6 rounds no test tells permutations of 1,030 elements or more from random ones. Of few elements more rounds are
+# needed until all n! permutations are equally likely: of 5 or 6, chi-square tests tell 8 rounds, and not 16.
+ROUNDS, ROUNDS_OF_SMALL, SMALL = 6, 24, 1 << 10
 
 
 class Permutation:
@@ -38,8 +38,8 @@ class Permutation:
         j: Indices = row * columns + column
         if isinstance(j, int):
             return j if j < self._n else self.at(j)
-        beyond = np.flatnonzero(j >= self._n)
-        if len(beyond):
+        beyond = j >= self._n
+        if beyond.any():
             j[beyond] = self.at(j[beyond])
         return j
 
@@ -53,8 +53,8 @@ class Permutation:
             else:
                 row = (row + (rows - mix(column ^ key) % rows)) % rows
         i = row * columns + column
-        beyond = np.flatnonzero(i >= self._n)
-        if len(beyond):
+        beyond = i >= self._n
+        if beyond.any():
             i[beyond] = self.places(i[beyond])
         return i
 

@@ -6,7 +6,7 @@ on the ranks or on the batch, so any of them may change during the run.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -80,6 +80,12 @@ class SampleOrder:
         documents = self._ids or f"keyed {part} {len(split.within)}/{split.documents}"
         return f"{self._dataset.fingerprint} {documents} {self._seed} {self.window}"
 
+    def prepare(self, numbers: Iterable[int], length: int) -> None:
+        """Look up together what `sample` needs for each of these samples."""
+        places = [self._place(j, length) for j in numbers]
+        for number in {epoch for epoch, _ in places}:
+            self._epoch(number).prepare(np.array([start for epoch, start in places if epoch == number]))
+
     def sample(self, j: int, length: int) -> Sample:
         """Return the first of the samples from j on (see `samples`). Raises UserError when an epoch holds none."""
         for sample in self.samples(j, length):
@@ -110,14 +116,9 @@ class SampleOrder:
 
     def _pieces(self, j: int, length: int) -> list[tuple[int, int, int]]:
         """Return what sample j consists of: documents, each with its first token there and the one after the last."""
-        parts = self.window // length
-        number, within = divmod(int(j), self.windows * parts)
-        group, within = divmod(within, self.group * parts)
-        part, place = divmod(within, min(self.group, self.windows - group * self.group))
-        epoch = self._epoch(number)
-        start = epoch.window(group * self.group + place) * self.window + part * length
+        number, start = self._place(j, length)
         pieces, missing = [], length + 1
-        for document, first, tokens in epoch.read(start):
+        for document, first, tokens in self._epoch(number).read(start):
             stop = min(tokens, first + missing)
             if stop > first:  # empty documents do not count
                 pieces.append((document, first, stop))
@@ -125,6 +126,14 @@ class SampleOrder:
             if not missing:
                 break
         return pieces
+
+    def _place(self, j: int, length: int) -> tuple[int, int]:
+        """Return in which epoch sample j is, and where it begins in the epoch's stream."""
+        parts = self.window // length
+        number, within = divmod(int(j), self.windows * parts)
+        group, within = divmod(within, self.group * parts)
+        part, place = divmod(within, min(self.group, self.windows - group * self.group))
+        return number, self._epoch(number).window(group * self.group + place) * self.window + part * length
 
     def convert_position(self, samples: int, old_length: int, new_length: int) -> int:
         """Return the index of the next sample of `new_length` tokens after `samples` samples of `old_length` tokens.

@@ -32,9 +32,9 @@ class Split:
         return stretches * self.documents // max(len(self.within), 1) + self.within[stretches]
 
     def is_held_out(self, ids: np.ndarray) -> np.ndarray:
-        """Return whether each of these documents (int64) is held out."""
+        """Return whether each of these documents (int64 [any]) is held out."""
         if not len(self.within):
-            return np.zeros(len(ids), bool)
+            return np.zeros(ids.shape, bool)
         # the last stretch that begins at or before the document
         stretches = ((ids + 1) * len(self.within) - 1) // self.documents
         return self.held_out(stretches) == ids
@@ -78,7 +78,7 @@ class Documents:
         return validation if self.part == "validation" else np.delete(np.arange(self.split.documents), validation)
 
     def contain(self, ids: np.ndarray) -> np.ndarray:
-        """Return whether each of these documents of the dataset (int64) is among them."""
+        """Return whether each of these documents of the dataset (int64 [any]) is among them."""
         is_held_out = self.split.is_held_out(ids)
         return is_held_out if self.part == "validation" else ~is_held_out
 

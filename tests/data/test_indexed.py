@@ -227,3 +227,10 @@ def test_fingerprint_follows_content_not_path(tmp_path):
     one, same = write(tmp_path / "one", DOCUMENTS), write(tmp_path / "same", DOCUMENTS)
     other = write(tmp_path / "other", [*DOCUMENTS, [1]])
     assert IndexedDataset(one).fingerprint == IndexedDataset(same).fingerprint != IndexedDataset(other).fingerprint
+
+
+def test_what_is_kept_of_the_index_is_mapped(tmp_path):
+    """Or each rank would hold 8 bytes and more for each document."""
+    dataset = IndexedDataset(write(tmp_path / "data", [[1, 2], [], [3]] * 10))
+    arrays = [value for value in vars(dataset).values() if isinstance(value, np.ndarray)]
+    assert len(arrays) == 2 and not any(array.flags.owndata for array in arrays)

@@ -74,6 +74,18 @@ def test_neighbours_are_not_correlated(n, lag):
     assert np.unique(steps, return_counts=True)[1].max() < 20
 
 
+def test_pairs_of_neighbours_go_anywhere():
+    """Of the fewest elements that have the fewest rounds; places of one row of the network, and of one column."""
+    n = SMALL + 6
+    for pair in ((0, 1), (0, 33)):
+        counts = np.zeros((8, 8))
+        for name in range(4000):
+            permutation = Permutation(n, f"pair {name}")
+            counts[tuple(permutation.at(place) * 8 // n for place in pair)] += 1
+        chi2 = ((counts - 4000 / 64) ** 2 / (4000 / 64)).sum()
+        assert abs(chi2 - 63) < 4.5 * math.sqrt(2 * 63)
+
+
 def test_names_and_sizes_give_other_orders():
     """An element is at its place in another order as often as chance would have it: once."""
     same = [int((whole(1000, "a") == whole(1000, f"b{name}")).sum()) for name in range(50)]
