@@ -16,6 +16,7 @@ SPANNED = {
     "commands/test_preprocess.py": "commands/merge data/texts",
     "commands/test_runs.py": "commands/status",
     "commands/test_transfer_sweep.py": "commands/arguments diagnose/curves",
+    "data/test_samples.py": "data/cache",
     "diagnose/test_verify.py": "commands/verify_layout",
     "distributed/test_layouts.py": "model/build model/mlp parallel/data parallel/mesh parallel/tensor "
     "train/trainer train/validation",

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
                 writer.add_document(dataset.tokens(document))
     counts = {
         "documents": sum(dataset.documents for dataset in datasets),
-        "tokens": sum(int(dataset.document_tokens.sum()) for dataset in datasets),
+        "tokens": sum(dataset.total_tokens for dataset in datasets),
         "largest_id": writer.largest,
     }
     write_description(arguments.output, {**description, **counts})

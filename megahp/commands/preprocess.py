@@ -26,6 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -35,6 +36,7 @@ import numpy as np
 
 from megahp.commands.arguments import add_text_arguments
 from megahp.commands.output import check_replaceable, data_files, ending_signals, write_description
+from megahp.data.fast_tokenizer import FastTokenizer, InexactError
 from megahp.data.indexed import IndexedWriter
 from megahp.data.texts import (
     EMPTY,
@@ -49,7 +51,7 @@ from megahp.data.texts import (
     read_pieces,
     split_text,
 )
-from megahp.data.tokenizer import Tokenizer, encode_part, fingerprint_of, load_tokenizer, train_sentencepiece
+from megahp.data.tokenizer import Tokenizer, encode_parts, fingerprint_of, load_tokenizer, train_sentencepiece
 from megahp.errors import UserError
 
 CHUNK_CHARACTERS = 1 << 20  # of the documents that a worker gets at a time
@@ -72,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exclude", nargs="+", default=[], metavar="NAME", help="folders to skip inside folders")
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, metavar="N", help="processes (default: cores, %(default)s)")
+    words = (
+        "what encodes: the tokenizer's own library; or gigatoken, many times as fast, whose ids are compared with it"
+    )
+    engines, default = ["auto", "library", "gigatoken"], "(default: auto, gigatoken where it is installed and reads it)"
+    add("--engine", choices=engines, default="auto", help=f"{words} {default}")
     add("--no-eod", action="store_true", help="do not end documents with the end-of-document token")
     words = "by name or id (default: as the files beside the tokenizer say)"
     add("--eos", default="", metavar="TOKEN", help=f"the token that ends a document, {words}")
@@ -130,6 +137,7 @@ def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path
         train_sentencepiece(texts, Path(arguments.tokenizer), arguments.train_sentencepiece)
         print(f"trained {arguments.tokenizer} in {time.monotonic() - started:.1f} s")
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos, arguments.bos)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers processes are as many as were asked for
     started = time.monotonic()
     description = {
         "tokenizer": arguments.tokenizer,
@@ -138,7 +146,14 @@ def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path
         "eod": tokenizer.eod,
         "bos": tokenizer.bos,
     }
-    tally = tokenize(sources, tokenizer, arguments, description, left_out)
+    try:
+        engine = engine_of(arguments.engine, tokenizer)
+        tally = tokenize(sources, tokenizer, engine, arguments, description, left_out)
+    except InexactError as error:
+        if arguments.engine == "gigatoken":
+            raise
+        print(f"{arguments.output}: {error}; begins again with the tokenizer's own library", file=sys.stderr)
+        tally = tokenize(sources, tokenizer, "library", arguments, description, left_out)
     counts = {key: tally[key] for key in ("documents", "tokens", "largest_id")}
     write_description(arguments.output, {**description, **counts})
     megabytes, seconds = tally["size"] / 1e6, time.monotonic() - started
@@ -155,9 +170,24 @@ def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path
     return 0
 
 
+def engine_of(asked: str, tokenizer: Tokenizer) -> str:
+    """Return what encodes: of "auto", gigatoken where it is installed and reads the tokenizer. Raises UserError where
+    gigatoken was asked for, and does not."""
+    if asked == "library" or (asked == "auto" and importlib.util.find_spec("gigatoken") is None):
+        return "library"
+    try:
+        FastTokenizer(tokenizer)
+    except UserError:
+        if asked == "gigatoken":
+            raise
+        return "library"
+    return "gigatoken"
+
+
 def tokenize(
     sources: list[Source],
     tokenizer: Tokenizer,
+    engine: str,
     arguments: argparse.Namespace,
     description: dict[str, Any],
     left_out: LeftOut,
@@ -168,7 +198,7 @@ def tokenize(
     Returns what was written: documents, tokens, the largest id, bytes of text (size; before it resumed: size before),
     and what was lost. left_out: what is left out is added.
     """
-    tokenizer_words = arguments.tokenizer, arguments.eos, arguments.bos
+    tokenizer_words = arguments.tokenizer, arguments.eos, arguments.bos, engine
     digests = digest([*description.items(), tokenizer_words, arguments.json_key, arguments.no_eod], sources)
     encode = partial(encode_chunk, tokenizer_words, not arguments.no_eod)
     ends = np.cumsum([source.size for source in sources]).tolist()
@@ -237,28 +267,35 @@ def make_chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
         yield chunk
 
 
-load_tokenizer_once = lru_cache(maxsize=1)(load_tokenizer)  # per worker process
+@lru_cache(maxsize=1)  # per worker process
+def load_tokenizer_once(path: str, eos: str, bos: str, engine: str) -> Tokenizer:
+    tokenizer = load_tokenizer(path, eos, bos)
+    return FastTokenizer(tokenizer) if engine == "gigatoken" else tokenizer
 
 
-def encode_chunk(tokenizer_words: tuple[str, str, str], append_eod: bool, chunk: Chunk) -> Encoded:
-    """Tokenize a chunk, in a worker process. Empty documents are dropped. tokenizer_words: path, --eos, --bos."""
+def encode_chunk(tokenizer_words: tuple[str, str, str, str], append_eod: bool, chunk: Chunk) -> Encoded:
+    """Tokenize a chunk, in a worker process. Empty documents are dropped.
+
+    tokenizer_words: path, --eos, --bos, and the engine that encodes.
+    """
     tokenizer = load_tokenizer_once(*tokenizer_words)
-    beginning = [tokenizer.bos] if tokenizer_words[2] and tokenizer.bos is not None else []
+    beginning = [np.array([tokenizer.bos], np.int32)] if tokenizer_words[2] and tokenizer.bos is not None else []
     ending = [np.array([tokenizer.eod], np.int32)] if append_eod else []
     ids: list[np.ndarray] = [np.empty(0, np.int32)]
     lengths: list[tuple[int, bool]] = []
     size = lost = 0
-    for piece in chunk:
-        if piece.text:
-            length = 0
-            for number, part in enumerate(split_text(piece.text)):
-                is_first = piece.begins and number == 0
-                encoded, missing = encode_part(tokenizer, part, is_first)
-                ids.append(np.array(beginning + encoded if is_first and beginning else encoded, np.int32))
-                length, lost = length + len(ids[-1]), lost + missing
-            ids += ending if piece.ends else []
-            lengths.append((length + len(ending) * piece.ends, piece.ends))
-            size += len(piece.text.encode())
+    cut = [(piece, list(split_text(piece.text))) for piece in chunk if piece.text]
+    parts = [(part, piece.begins and not number) for piece, texts in cut for number, part in enumerate(texts)]
+    encoded = encode_parts(tokenizer, parts)
+    for piece, texts in cut:
+        pieces = [*(beginning if piece.begins else [])]
+        for part_ids, missing in islice(encoded, len(texts)):
+            pieces.append(part_ids)
+            lost += missing
+        pieces += ending if piece.ends else []
+        ids += pieces
+        lengths.append((sum(map(len, pieces)), piece.ends))
+        size += sum(len(text.encode()) for text in texts)
     left_out = [(piece.fault or EMPTY, piece.file, piece.number) for piece in chunk if not piece.text]
     return Encoded(np.concatenate(ids), lengths, size, lost, left_out, chunk[-1]._replace(text=None))
 

@@ -241,6 +241,11 @@ class DataConfig:
         fixed="never",
         only_with=("train.validation_samples", ONE_OR_MORE),
     )
+    order: Literal["", "keyed", "drawn"] = setting(
+        "",
+        "how documents and windows are shuffled: keyed = computed where it is asked for; drawn = drawn and stored, as "
+        "in runs before there was the other; empty = as in the checkpoint that the run continues, else keyed",
+    )
     mask_documents: bool = setting(False, "restrict attention to tokens of the same document")
     wrong_samples: Literal["refuse", "skip"] = setting(
         "refuse",

@@ -20,11 +20,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import struct
 import weakref
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -238,11 +240,10 @@ class Identity:
 
 
 class IndexedDataset:
-    """The documents under `prefix`; the index is memory-mapped, ids are read as they are asked for.
+    """The documents under `prefix`. The index is memory-mapped, so that all processes of a machine share it; ids are
+    read as they are asked for.
 
-    lengths: int32 [S], tokens of each sequence.
-    document_index: int64 [D], first sequence of each document, closed by S.
-    document_tokens: int64 [documents].
+    documents, total_tokens: how many there are.
     fingerprint: that of `identity`, or of an older identity which a run knows the corpus by.
 
     Raises UserError, naming the file, if either file is missing or they do not fit together.
@@ -257,33 +258,47 @@ class IndexedDataset:
             weakref.finalize(self, os.close, self._descriptor)
             size = self._bin.stat().st_size
             self.identity = self._identify(idx, size)  # reads all of the index, before it is mapped
-            self.dtype, self.lengths, offsets, self.document_index = _read_index(idx)
+            self.dtype, expected, self._offsets, self._document_index = _read_index(idx)
         except OSError as error:
             raise _unreadable(Path(error.filename or self._bin), error) from error
-        expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
         if size != expected:
             raise _corrupt(self._bin, f"it has {size} bytes but the index describes {expected}")
         self.fingerprint = self.identity.fingerprint
-        self.documents = len(self.document_index) - 1
-        self._document_starts = np.append(offsets, size)[self.document_index] // self.dtype.itemsize
-        self.document_tokens = np.diff(self._document_starts)
+        self.documents, self.total_tokens = len(self._document_index) - 1, size // self.dtype.itemsize
+
+    def document_starts(self, documents: np.ndarray) -> np.ndarray:
+        """Return where these documents begin in the data (int64, in tokens); its end for one after the last."""
+        sequences = self._document_index[documents]
+        starts = self._offsets[sequences] // self.dtype.itemsize
+        return np.where(sequences == self._document_index[-1], self.total_tokens, starts)
+
+    def _start(self, document: int) -> int:
+        """Return where a document begins, in a tenth of the time that `document_starts` takes for one."""
+        sequence = self._document_index[document]
+        is_end = sequence == self._document_index[-1]
+        return self.total_tokens if is_end else int(self._offsets[sequence]) // self.dtype.itemsize
+
+    def document_tokens(self, documents: np.ndarray) -> np.ndarray:
+        """Return how many tokens these documents have (int64)."""
+        return self.document_starts(documents + 1) - self.document_starts(documents)
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return ids [start, stop) of a document as stored (dtype of the file). Raises UserError."""
-        first, end = map(int, self._document_starts[document : document + 2])  # its sequences lie back to back
+        first, end = self._start(document), self._start(document + 1)  # its sequences lie back to back
         stop = end - first if stop is None else min(stop, end - first)
         return self._read(first + start, max(start, stop) - start)
 
     def outside(self, vocab_size: int, most: int) -> np.ndarray:
         """Return the first documents, up to `most` (int64, ascending), that hold an id outside [0, vocab_size), by a
         scan of all data. Raises UserError."""
-        found, total = list[int](), int(self._document_starts[-1])
+        found, total = list[int](), self.total_tokens
         for first in range(0, total, BLOCK):
             ids = self._read(first, min(BLOCK, total - first))
-            if ids.min() < 0 or ids.max() >= vocab_size:
-                places = first + np.flatnonzero((ids < 0) | (ids >= vocab_size))
-                documents = np.unique(np.searchsorted(self._document_starts, places, side="right") - 1)
-                found += [document for document in documents.tolist() if document not in found[-1:]]
+            places = first + np.flatnonzero((ids < 0) | (ids >= vocab_size))
+            while len(places):
+                document = self._document_at(int(places[0]))
+                found += [document] if document not in found[-1:] else []
+                places = places[places >= self._start(document + 1)]
             if len(found) >= most:
                 break
         return np.array(found[:most], np.int64)
@@ -310,11 +325,16 @@ class IndexedDataset:
             while part := os.pread(self._descriptor, size - len(content), start + len(content)):
                 content += part
         except OSError as error:
-            document = np.searchsorted(self._document_starts, first, side="right") - 1
-            raise _unreadable(self._bin, error, f"document {document} of ") from error
+            raise _unreadable(self._bin, error, f"document {self._document_at(first)} of ") from error
         if len(content) < size:
             raise _corrupt(self._bin, f"it has fewer than the {start + size} bytes that it had when it was opened")
         return np.frombuffer(content, self.dtype.newbyteorder("<")).astype(self.dtype, copy=False)
+
+    def _document_at(self, place: int) -> int:
+        """Return the document that a token of the data is in."""
+        # not np.searchsorted, which copies all of an array whose numbers are not aligned
+        sequence = bisect_right(self._offsets[:-1], place * self.dtype.itemsize) - 1
+        return bisect_right(self._document_index, sequence) - 1
 
     def _identify(self, idx: Path, size: int) -> Identity:
         """Return the identity of these files. Raises OSError."""
@@ -333,10 +353,11 @@ def _quarters(stretches: str) -> list[str]:
     return [stretches[place : place + 4] for place in range(0, len(stretches), 4)]
 
 
-def _read_index(idx: Path) -> tuple[np.dtype[Any], np.ndarray, np.ndarray, np.ndarray]:
-    """Return the ids' dtype, and sequence lengths, byte offsets and document index, memory-mapped. Raises UserError.
+def _read_index(idx: Path) -> tuple[np.dtype[Any], int, np.ndarray, np.ndarray]:
+    """Return the ids' dtype, the bytes of .bin, and byte offsets and document index, memory-mapped. Raises UserError.
 
-    Everything is checked here: a wrong offset would otherwise train silently on other tokens.
+    The offset of each sequence is followed by a number that is none. Everything is checked here: a wrong offset would
+    otherwise train silently on other tokens.
     """
     size = idx.stat().st_size
     if size < HEADER.size:
@@ -356,34 +377,36 @@ def _read_index(idx: Path) -> tuple[np.dtype[Any], np.ndarray, np.ndarray, np.nd
         raise _corrupt(idx, "its document index is empty")
 
     dtype = np.dtype(DTYPES[code])
-    lengths = _map(idx, np.int32, HEADER.size, sequences)
-    offsets = _map(idx, np.int64, HEADER.size + 4 * sequences, sequences)
-    document_index = _map(idx, np.int64, HEADER.size + 12 * sequences, entries)
+    with open(idx, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    lengths = np.frombuffer(content, "<i4", sequences, HEADER.size)
+    offsets = np.frombuffer(content, "<i8", sequences + 1, HEADER.size + 4 * sequences)  # and the first of the next
+    document_index = np.frombuffer(content, "<i8", entries, HEADER.size + 12 * sequences)
     if document_index[0] != 0 or document_index[-1] != sequences:
         raise _corrupt(idx, f"its document index does not run from 0 to {sequences}")
-    for block in _blocks(entries):
+    for block in _mapped_blocks(entries, content):
         if (np.diff(document_index[block.start : block.stop + 1]) < 0).any():
             raise _corrupt(idx, "its document index is not ascending")
     offset = 0
-    for block in _blocks(sequences):
+    for block in _mapped_blocks(sequences, content):
         if lengths[block].min() < 0:
             raise _corrupt(idx, "a sequence has a negative length")
         ends = offset + np.cumsum(lengths[block], dtype=np.int64) * dtype.itemsize
-        if (offsets[block] != np.concatenate([[offset], ends[:-1]])).any():
+        if (offsets[:-1][block] != np.concatenate([[offset], ends[:-1]])).any():
             raise _corrupt(idx, "its sequences do not lie back to back")
         offset = int(ends[-1])
-    return dtype, lengths, offsets, document_index
+    return dtype, offset, offsets, document_index
 
 
 def _blocks(length: int) -> Iterator[slice]:
     return (slice(start, start + BLOCK) for start in range(0, length, BLOCK))
 
 
-def _map(path: Path, dtype: npt.DTypeLike, offset: int, length: int) -> np.ndarray:
-    if length == 0:  # mmap refuses an empty range
-        return np.empty(0, dtype)
-    little_endian = np.dtype(dtype).newbyteorder("<")
-    return np.memmap(path, little_endian, mode="r", offset=offset, shape=(length,)).view(np.ndarray)
+def _mapped_blocks(length: int, content: mmap.mmap) -> Iterator[slice]:
+    """Yield blocks, and let the pages go that each was checked in: they would count as this process's memory."""
+    for block in _blocks(length):
+        yield block
+        content.madvise(mmap.MADV_DONTNEED)
 
 
 def _existing(prefix: str, suffix: str) -> Path:

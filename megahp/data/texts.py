@@ -34,7 +34,6 @@ HEAD = 1 << 16  # bytes from which a file's kind is told
 BLOCK = 1 << 20  # bytes of text read at a time
 PIECE_CHARACTERS = 1 << 18  # of a document that are tokenized at a time
 EMPTY = "empty"  # the one reason to leave out a document that does not make it a bad one
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can hold but UTF-8 cannot
 # UTF-16 and 32 begin with these; the names of a record's fields are strings, so a text that begins thus is rather JSON
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 RECORD, ARRAY = re.compile(rb'\s*(\[\s*)?\{\s*"'), re.compile(rb"\s*\[\s*(\{|\]\s*\Z)")
@@ -392,12 +391,21 @@ def _read_records(file: int, source: Source, key: str) -> Iterator[Piece]:
                 text: Any = record.get(key) if isinstance(record, dict) else None
                 if not fault and not isinstance(text, str):
                     fault = f"no text in {key!r}"
-                elif not fault and SURROGATE.search(text):
+                elif not fault and not text.isascii() and not _is_unicode(text):
                     fault = "half a surrogate pair"
                 yield Piece(file, number, None if fault else text, raw.tell(), fault=fault)
         except (ValueError, RecursionError) as error:  # after which no record can be found
             why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
             raise UserError(f"{source.name!r} cannot be read ({why}); mend it or remove it") from error
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be UTF-8: JSON can hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json_lines(stream: IO[bytes]) -> Iterator[Record]:

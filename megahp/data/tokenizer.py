@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from megahp.errors import UserError
 from megahp.files import LARGEST, read_json, refuse_irregular, replacing
 
@@ -58,6 +60,10 @@ class Tokenizer(Protocol):
         dropped without one."""
         ...
 
+    def encode_batch(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
+        """Return the ids of each text (int32), and how much of it they do not hold, as `encode_counting`."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, ignoring end and begin tokens."""
         ...
@@ -75,18 +81,22 @@ def load_tokenizer(path: str, eos: str = "", bos: str = "") -> Tokenizer:
     return (SentencePieceTokenizer if path.endswith(".model") else HuggingFaceTokenizer)(path, eos, bos)
 
 
-def encode_part(tokenizer: Tokenizer, text: str, is_first: bool) -> tuple[list[int], int]:
-    """Encode a part of a text, as `encode_counting`. What a tokenizer puts before a text, such as a space, comes before
-    the first part alone.
+def encode_parts(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]]) -> Iterator[tuple[np.ndarray, int]]:
+    """Encode parts of texts, each with whether it is the first of its text, as `Tokenizer.encode_batch`. What a
+    tokenizer puts before a text, such as a space, comes before first parts alone.
 
     The ids of all parts are those of the whole text if each begins a line and no token spans a newline.
     """
-    if not is_first:
-        newline, lost_there = tokenizer.encode_counting("\n")
-        ids, lost = tokenizer.encode_counting(f"\n{text}")
-        if ids[: len(newline)] == newline:
-            return ids[len(newline) :], lost - lost_there
-    return tokenizer.encode_counting(text)
+    (newline,), (lost_there,) = tokenizer.encode_batch(["\n"])
+    batch = tokenizer.encode_batch([text if is_first else f"\n{text}" for text, is_first in parts])
+    for (text, is_first), ids, lost in zip(parts, *batch, strict=True):
+        if is_first:
+            yield ids, lost
+        elif np.array_equal(ids[: len(newline)], newline):
+            yield ids[len(newline) :], lost - lost_there
+        else:
+            (alone,), (lost,) = tokenizer.encode_batch([text])
+            yield alone, lost
 
 
 def tokenizer_of(data: DataConfig, path: str = "") -> Tokenizer:
@@ -171,12 +181,18 @@ class ByteTokenizer:
     def encode_counting(self, text: str) -> tuple[list[int], int]:
         return self.encode(text), 0
 
+    def encode_batch(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts], [0] * len(texts)
+
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i != self.eod).decode(errors="replace")
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. Its control symbols are its special tokens, which no text is encoded to."""
+    """A SentencePiece model. Its control symbols are its special tokens, which no text is encoded to.
+
+    unknown: the id of what it lacks.
+    """
 
     def __init__(self, path: str, eos: str = "", bos: str = "") -> None:
         sentencepiece, self.path = _import("sentencepiece"), path
@@ -186,10 +202,10 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer {path!r} is not a SentencePiece model; train or download it again") from error
         processor, self.vocab_size = self._processor, self._processor.vocab_size()
-        self._unknown, to_id = processor.unk_id(), processor.piece_to_id
+        self.unknown, to_id = processor.unk_id(), processor.piece_to_id
 
         def known(name: str) -> int | None:
-            return None if (i := to_id(name)) == self._unknown else i
+            return None if (i := to_id(name)) == self.unknown else i
 
         def own(configured: int, names: Iterable[str]) -> Iterator[int]:
             yield from (i for i in [configured] if i >= 0)
@@ -206,7 +222,7 @@ class SentencePieceTokenizer:
         # then come before every part that encode() cuts out.
         ids = [to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
         prepends = self._processor.encode("a", out_type=str)[0].startswith(META_SPACE)
-        self._meta_space = [] if prepends or self._unknown in ids else ids
+        self._meta_space = [] if prepends or self.unknown in ids else ids
 
     def encode(self, text: str) -> list[int]:
         if not self._meta_space or META_SPACE not in text:
@@ -215,14 +231,30 @@ class SentencePieceTokenizer:
         return first + [i for part in rest for i in self._meta_space + part]
 
     def encode_counting(self, text: str) -> tuple[list[int], int]:
-        return (ids := self.encode(text)), ids.count(self._unknown)
+        return (ids := self.encode(text)), ids.count(self.unknown)
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
+        return _as_arrays(map(self.encode_counting, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
 
+    def plain(self) -> bytes | None:
+        """Return the model with names that no text holds for the pieces that no text is encoded to; None where it
+        changes texts before it encodes them."""
+        model = self._processor.serialized_model_proto()
+        normalizer = _protobuf().ModelProto.FromString(model).normalizer_spec
+        if normalizer.remove_extra_whitespaces or normalizer.precompiled_charsmap:
+            return None
+        hidden = {i for i in range(self.vocab_size) if self._processor.is_control(i) or i == self.unknown}
+        return _as_control_symbols(model, hidden, rename=uuid.uuid4().hex)
+
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`, without what else such a file may hold: truncation, padding, random merges (dropout)."""
+    """A `tokenizer.json`, without what else such a file may hold: truncation, padding, random merges (dropout).
+
+    unknown: the id of what it lacks, -1 if none is known.
+    """
 
     def __init__(self, path: str, eos: str = "", bos: str = "") -> None:
         tokenizers, self.path = _import("tokenizers"), path
@@ -247,10 +279,10 @@ class HuggingFaceTokenizer:
             self.adds_bos = self._adds_bos()
             model = settings["model"]
             unknown = model.get("unk_token") if model["type"] != "Unigram" else model.get("unk_id")
-            self._unknown: int = unknown if isinstance(unknown, int) else self._ids.get(unknown or "", -1)
+            self.unknown: int = unknown if isinstance(unknown, int) else self._ids.get(unknown or "", -1)
             # What is lost then leaves no trace in the ids: a BPE without these drops the characters that it lacks.
             kinds = json.dumps([settings.get("normalizer"), settings.get("pre_tokenizer")])
-            drops = self._unknown < 0 and not model.get("byte_fallback") and '"ByteLevel"' not in kinds
+            drops = self.unknown < 0 and not model.get("byte_fallback") and '"ByteLevel"' not in kinds
             self._is_lossy = drops or REMOVING.search(kinds) is not None
         except UserError:
             raise
@@ -291,19 +323,37 @@ class HuggingFaceTokenizer:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids = encoding.ids
         if not self._is_lossy:
-            return ids, ids.count(self._unknown)
+            return ids, ids.count(self.unknown)
         lost = last = 0
-        spans = [span for i, span in zip(ids, encoding.offsets, strict=True) if i != self._unknown]
+        spans = [span for i, span in zip(ids, encoding.offsets, strict=True) if i != self.unknown]
         for begin, end in (*spans, (len(text), len(text))):
             if begin > last:  # spaces apart, which many of these drop between words
                 lost += len("".join(text[last:begin].split()))
             last = max(last, end)
         return ids, lost
 
+    def encode_batch(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
+        if self._is_lossy:
+            return _as_arrays(map(self.encode_counting, texts))
+        # the fast one does not tell which characters each token is of
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return _as_arrays((ids, ids.count(self.unknown)) for ids in (each.ids for each in encodings))
+
+    def plain(self) -> str | None:
+        """Return the tokenizer.json without special tokens; None where it drops parts of a text that are counted."""
+        settings = json.loads(self._tokenizer.to_str())
+        settings["added_tokens"] = [token for token in settings["added_tokens"] if not token["special"]]
+        return None if self._is_lossy else json.dumps(settings)
+
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if i != self.eod and i != self.bos]
         text = self._tokenizer.decode(kept, skip_special_tokens=False)
         return self._mark.sub(lambda hidden: self._names[hidden[0]], text)
+
+
+def _as_arrays(counted: Iterable[tuple[list[int], int]]) -> tuple[list[np.ndarray], list[int]]:
+    pairs = [(np.array(ids, np.int32), lost) for ids, lost in counted]
+    return [ids for ids, _ in pairs], [lost for _, lost in pairs]
 
 
 def _renamed(model: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
@@ -329,17 +379,26 @@ def _set(value: Any) -> Any:
     return [_set(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _as_control_symbols(model: bytes, ids: Collection[int]) -> bytes:
-    """Return a SentencePiece model in which these pieces are control symbols, which it never finds in a text."""
-    try:
-        from sentencepiece import sentencepiece_model_pb2 as protobuf
-    except ImportError as error:
-        why = "an end token that texts may hold needs the package 'protobuf'"
-        raise UserError(f"{why}; pip install protobuf") from error
-    proto: Any = protobuf.ModelProto.FromString(model)  # type: ignore[attr-defined]
+def _as_control_symbols(model: bytes, ids: Collection[int], rename: str = "") -> bytes:
+    """Return a SentencePiece model in which these pieces are control symbols, which it never finds in a text.
+
+    rename: if given, what their names begin with from now on, for a library that would find them.
+    """
+    proto = _protobuf().ModelProto.FromString(model)
     for i in ids:
         proto.pieces[i].type = proto.SentencePiece.CONTROL
+        proto.pieces[i].piece = f"<{rename}:{i}>" if rename else proto.pieces[i].piece
     return proto.SerializeToString()
+
+
+def _protobuf() -> Any:
+    """Return the module that reads SentencePiece models. Raises UserError."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        why = "what this SentencePiece model is needed for takes the package 'protobuf'"
+        raise UserError(f"{why}; pip install protobuf") from error
+    return sentencepiece_model_pb2
 
 
 def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0) -> None:

@@ -30,9 +30,10 @@ from megahp.config import (
     resolve,
     with_values,
 )
+from megahp.data.cache import read_numbers, write_numbers
 from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import TrainingData
-from megahp.data.samples import read_numbers, write_numbers
+from megahp.data.samples import Order
 from megahp.data.tokenizer import Tokenizer, fingerprint_of, load_tokenizer, refuse_other
 from megahp.errors import UserError
 from megahp.files import read_json, refuse_links
@@ -83,7 +84,7 @@ def prepare(
         from megahp import checkpoint
 
         state = checkpoint.read_state(saved)
-        config = in_saved_order(config, state)
+        config = with_order(in_saved_order(config, state), state)
         refuse_changes(config, state["config"], saved, {"always", "unless dense", "on resume"})
         check_schedule(config, state["progress"]["tokens"], saved)
         check_resumed_batch(config, layout, state, saved)
@@ -92,7 +93,10 @@ def prepare(
         if config.train.start_from:
             from megahp import checkpoint
 
-            start_tokens = check_start(config, layout, checkpoint.find(checkpoint.location(config.train.start_from)))
+            path = checkpoint.find(checkpoint.location(config.train.start_from))
+            config = with_order(config, checkpoint.read_state(path))
+            start_tokens = check_start(config, layout, path)
+    config = with_order(config, {"data": None})
     data = open_data(config)
     check_token_ids(config, data)
     if config.train.validation_samples:
@@ -129,6 +133,18 @@ def in_saved_order(config: Config, state: Mapping[str, Any]) -> Config:
     words = tuple(f"{tokens}{colon}{','.join(ordered(weights.split(',')))}" for tokens, colon, weights in mixtures)
     values = {"data.train": tuple(ordered(data.train)), "data.weights": tuple(ordered(data.weights))}
     return with_values(config, {**values, "data.mixtures": words})
+
+
+def with_order(config: Config, state: Mapping[str, Any]) -> Config:
+    """Fill in data.order, if it is empty: what a checkpoint that has read data was trained in, else the one of new
+    runs."""
+    read_in = order_of(state["config"]) if state["data"] is not None else "keyed"
+    return with_values(config, {"data.order": config.data.order or read_in})
+
+
+def order_of(saved: Mapping[str, Mapping[str, Any]]) -> Order:
+    """Return the sample order of saved settings. Those that do not name one are older than the choice."""
+    return saved["data"].get("order") or "drawn"
 
 
 def check_token_ids(config: Config, data: TrainingData) -> None:
@@ -376,7 +392,8 @@ def begin_of(config: Config, datasets: Sequence[IndexedDataset]) -> str:
 
 def changes(config: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
     """Return the settings whose value differs from the saved one: key -> (saved, now)."""
-    return config_differences(resolve.from_dict(saved, "checkpoint"), config)
+    before = resolve.from_dict(saved, "checkpoint")
+    return config_differences(with_values(before, {"data.order": order_of(saved)}), config)
 
 
 def refuse_changes(
@@ -400,7 +417,7 @@ def open_data(config: Config) -> TrainingData:
     if 0 <= soft < (needed := len(data.train) + OTHER_FILES):  # every source keeps a file open
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard < 0 else min(needed, hard), hard))
     datasets = [IndexedDataset(prefix) for prefix in data.train]
-    tokens = {dataset.prefix: int(dataset.lengths.sum(dtype=np.int64)) for dataset in datasets}
+    tokens = {dataset.prefix: dataset.total_tokens for dataset in datasets}
     for prefix, count in tokens.items():
         if count == 0:
             raise UserError(f"data {prefix!r} holds no tokens; remove it from data.train, or preprocess again")
@@ -412,8 +429,17 @@ def open_data(config: Config) -> TrainingData:
             few = f"{dataset.prefix!r} has only {dataset.documents} documents, from 0 on"
             raise UserError(f"data.skip: {few}; correct it")
     sets = {name: IndexedDataset(prefix) for name, prefix in parse_validation(data).items()}
-    vocab_size = config.model.vocab_size
-    return TrainingData(datasets, phases, config.train.seed, data.validation_fraction, cache, vocab_size, skip, sets)
+    return TrainingData(
+        datasets,
+        phases,
+        config.train.seed,
+        data.validation_fraction,
+        cache,
+        config.model.vocab_size,
+        skip,
+        sets,
+        data.order or "keyed",
+    )
 
 
 def cache_of(config: Config) -> Path:

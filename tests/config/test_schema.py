@@ -26,7 +26,8 @@ parameterization.name parameterization.base_width parameterization.base_layers p
 parameterization.init_std parameterization.embedding_multiplier parameterization.output_multiplier
 parameterization.residual_multiplier parameterization.attention_multiplier
 data.train data.weights data.mixtures data.tokenizer data.tokenizer_fingerprint data.eos data.bos data.begin
-data.sequence_length data.lengths data.validation_fraction data.validation data.mask_documents data.wrong_samples
+data.sequence_length data.lengths data.validation_fraction data.validation data.order data.mask_documents
+data.wrong_samples
 data.skip data.cache
 schedule.name schedule.start schedule.warmup schedule.floor schedule.decay schedule.shape
 batch.policy batch.global_batch batch.micro_batch batch.largest_micro_batch batch.largest batch.rule

@@ -64,9 +64,9 @@ def test_reads_every_integer_dtype_and_several_sequences_per_document(tmp_path, 
     prefix = hand_made(tmp_path / "many", sequences, [0, 2, 2, 4], code, format_, modes)
     dataset = IndexedDataset(prefix)
     assert (dataset.dtype, dataset.documents) == (np.dtype("<" + format_), 3)
-    assert dataset.lengths.dtype == np.int32 and dataset.lengths.tolist() == [2, 1, 3, 0]
-    assert dataset.document_index.dtype == np.int64 and dataset.document_index.tolist() == [0, 2, 2, 4]
-    assert dataset.document_tokens.dtype == np.int64 and dataset.document_tokens.tolist() == [3, 0, 3]
+    assert dataset.total_tokens == 6 and dataset.document_starts(np.arange(4)).tolist() == [0, 3, 3, 6]
+    tokens = dataset.document_tokens(np.arange(3))
+    assert tokens.dtype == np.int64 and tokens.tolist() == [3, 0, 3]
     assert read(prefix) == [[1, 2, 3], [], [4, 5, 6]]
     assert dataset.tokens(0, 1, 3).tolist() == [2, 3] and dataset.tokens(2, 1, 99).tolist() == [5, 6]
 
@@ -227,3 +227,10 @@ def test_fingerprint_follows_content_not_path(tmp_path):
     one, same = write(tmp_path / "one", DOCUMENTS), write(tmp_path / "same", DOCUMENTS)
     other = write(tmp_path / "other", [*DOCUMENTS, [1]])
     assert IndexedDataset(one).fingerprint == IndexedDataset(same).fingerprint != IndexedDataset(other).fingerprint
+
+
+def test_what_is_kept_of_the_index_is_mapped(tmp_path):
+    """Or each rank would hold 8 bytes and more for each document."""
+    dataset = IndexedDataset(write(tmp_path / "data", [[1, 2], [], [3]] * 10))
+    arrays = [value for value in vars(dataset).values() if isinstance(value, np.ndarray)]
+    assert len(arrays) == 2 and not any(array.flags.owndata for array in arrays)

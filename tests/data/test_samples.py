@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megahp.data import epochs
 from megahp.data.indexed import IndexedDataset, IndexedWriter
-from megahp.data.samples import SampleOrder, split_documents
+from megahp.data.samples import SampleOrder
+from megahp.data.split import Documents, split_documents
 from megahp.errors import UserError
 
 LENGTH = 7
@@ -24,9 +26,18 @@ def dataset(tmp_path):
     return IndexedDataset(str(tmp_path / "data"))
 
 
-def order(dataset, cache, seed=1, documents=None, length=LENGTH):
-    documents = np.arange(dataset.documents) if documents is None else documents
-    return SampleOrder(dataset, documents, length, seed, Path(cache))
+@pytest.fixture(params=["keyed", "keyed in groups", "drawn"])
+def kind(request, monkeypatch):
+    """These tests hold for both orders, and for the keyed one of a corpus of many groups of blocks too."""
+    if request.param == "keyed in groups":
+        for name, value in (("MOST_BLOCKS", 6), ("LARGEST_BLOCK", 2), ("GROUP", 6), ("BLOCKS_AT_A_TIME", 5)):
+            monkeypatch.setattr(epochs, name, value)
+    return request.param.split()[0]
+
+
+def order(dataset, cache, kind, seed=1, fraction=0.0, length=LENGTH, **more):
+    documents = Documents(dataset, split_documents(dataset.documents, fraction))
+    return SampleOrder(documents, length, seed, Path(cache), order=kind, **more)
 
 
 def document_of(token):
@@ -39,8 +50,8 @@ def epoch(samples, number):
 
 
 @pytest.mark.parametrize("number", [0, 1, 5])
-def test_windows_of_an_epoch_join_to_whole_documents(dataset, tmp_path, number):
-    windows = [tokens.tolist() for tokens, *_ in epoch(order(dataset, tmp_path / "c"), number)]
+def test_windows_of_an_epoch_join_to_whole_documents(dataset, tmp_path, number, kind):
+    windows = [tokens.tolist() for tokens, *_ in epoch(order(dataset, tmp_path / "c", kind), number)]
     assert len(windows) == (sum(SIZES) - 1) // LENGTH
     following = {window[0]: window for window in windows}
     heads = set(following) - {window[-1] for window in windows}
@@ -57,15 +68,15 @@ def test_windows_of_an_epoch_join_to_whole_documents(dataset, tmp_path, number):
         stream = stream[len(part) :]
 
 
-def test_every_input_token_comes_once_an_epoch_but_for_the_remainder(dataset, tmp_path):
-    samples = order(dataset, tmp_path / "c")
+def test_every_input_token_comes_once_an_epoch_but_for_the_remainder(dataset, tmp_path, kind):
+    samples = order(dataset, tmp_path / "c", kind)
     for number in range(4):
         seen = Counter(int(i) for tokens, *_ in epoch(samples, number) for i in tokens[:-1])
         assert set(seen.values()) == {1} and len(seen) == samples.windows * LENGTH
 
 
-def test_document_numbers_follow_the_tokens(dataset, tmp_path):
-    samples = order(dataset, tmp_path / "c")
+def test_document_numbers_follow_the_tokens(dataset, tmp_path, kind):
+    samples = order(dataset, tmp_path / "c", kind)
     for j in range(3 * samples.windows):
         tokens, documents, _ = samples.sample(j, LENGTH)
         assert (tokens.dtype, documents.dtype) == (np.int64, np.int32)
@@ -75,39 +86,49 @@ def test_document_numbers_follow_the_tokens(dataset, tmp_path):
         assert documents.tolist() == changes.tolist()
 
 
-def test_a_sample_depends_only_on_seed_and_number(dataset, tmp_path):
-    first, second = order(dataset, tmp_path / "one"), order(dataset, tmp_path / "two")
+def test_a_sample_depends_only_on_seed_and_number(dataset, tmp_path, kind):
+    first, second = order(dataset, tmp_path / "one", kind), order(dataset, tmp_path / "two", kind)
     ids = [400, 3, 17, 0, 250, 3, 60]
     forward = {j: first.sample(j, LENGTH)[0].tolist() for j in range(401)}
     assert [second.sample(j, LENGTH)[0].tolist() for j in ids] == [forward[j] for j in ids]
 
 
-def test_epochs_and_seeds_differ(dataset, tmp_path):
-    orders = [order(dataset, tmp_path / "c", seed) for seed in (1, 2)]
+def test_epochs_and_seeds_differ(dataset, tmp_path, kind):
+    orders = [order(dataset, tmp_path / "c", kind, seed) for seed in (1, 2)]
     epochs = [str([t.tolist() for t, *_ in epoch(samples, number)]) for samples in orders for number in range(3)]
     assert len(set(epochs)) == 6
 
 
-def test_the_order_is_pinned(dataset, tmp_path):
+@pytest.mark.parametrize(
+    ("pinned", "fraction", "first", "key"),
+    [
+        ("drawn", 0, [124, 75, 79, 34, 65], "2d0b0a8436bddec9d594eaa81ace3603"),
+        ("drawn", 0.2, [2, 44, 132, 116, 24], "5756e1694e3be835b9a5e27e9b04827b"),
+        ("keyed", 0, [15, 80, 91, 67, 127], "9db32f6ad2cbaa7377e43b48af45c05e"),
+        ("keyed", 0.2, [107, 42, 0, 126, 11], "5b9cc62a8671e4b4e70f48a234ac06d5"),
+    ],
+)
+def test_orders_are_pinned(dataset, tmp_path, pinned, fraction, first, key):
     """A resumed run relies on these numbers: a change of the order is a change of every run's data."""
-    samples = order(dataset, tmp_path / "c", seed=1234)
-    assert [int(samples.sample(j, LENGTH)[0][0]) for j in (0, 1, 2, 20, 21)] == [124, 75, 79, 34, 65]
+    samples = order(dataset, tmp_path / "c", pinned, seed=1234, fraction=fraction)
+    assert [int(samples.sample(j, LENGTH)[0][0]) for j in (0, 1, 2, 20, 21)] == first
+    assert samples.key == key
 
 
-def test_too_few_tokens_for_one_sample(dataset, tmp_path):
-    exact = order(dataset, tmp_path / "c", length=sum(SIZES) - 1)
+def test_too_few_tokens_for_one_sample(dataset, tmp_path, kind):
+    exact = order(dataset, tmp_path / "c", kind, length=sum(SIZES) - 1)
     assert exact.windows == 1 and sorted(exact.sample(5, sum(SIZES) - 1)[0]) == list(range(sum(SIZES)))
     with pytest.raises(UserError, match=f"fewer than the {sum(SIZES) + 1} of one sample"):
-        order(dataset, tmp_path / "c", length=sum(SIZES))
+        order(dataset, tmp_path / "c", kind, length=sum(SIZES))
 
 
-@pytest.fixture
-def long(tmp_path):
+@pytest.fixture(params=["keyed", "drawn"])
+def long(tmp_path, request):
     """A corpus of 200 windows of 12 tokens and some more, in more than one group of windows."""
     with IndexedWriter(str(tmp_path / "long"), 5000) as writer:
         for start in range(0, 2410, 10):
             writer.add_document(range(start, start + 10))
-    return SampleOrder(IndexedDataset(str(tmp_path / "long")), np.arange(241), 12, 1, tmp_path / "c")
+    return order(IndexedDataset(str(tmp_path / "long")), tmp_path / "c", request.param, length=12)
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 12])
@@ -149,29 +170,29 @@ def test_another_length_repeats_nothing_and_skips_less_than_a_group(long, taken,
 
 def test_cache_is_used_and_a_damaged_one_is_rebuilt(dataset, tmp_path):
     cache = tmp_path / "c"
-    expected = [t.tolist() for t, *_ in epoch(order(dataset, cache), 0)]
+    expected = [t.tolist() for t, *_ in epoch(order(dataset, cache, "drawn"), 0)]
     (path,) = cache.iterdir()
     good = path.read_bytes()
-    order(dataset, cache).sample(0, LENGTH)
+    order(dataset, cache, "drawn").sample(0, LENGTH)
     assert path.read_bytes() == good and len(list(cache.iterdir())) == 1
     flipped = good[:-30] + bytes([good[-30] ^ 1]) + good[-29:]
     for bad in (b"", good[:50], good[:-8], good + b"\0", flipped, b"\0" * len(good)):
         path.write_bytes(bad)
-        assert [t.tolist() for t, *_ in epoch(order(dataset, cache), 0)] == expected
+        assert [t.tolist() for t, *_ in epoch(order(dataset, cache, "drawn"), 0)] == expected
         assert bad == good + b"\0" or path.read_bytes() == good
     path.unlink()
     os.mkfifo(path)  # which nobody writes to
-    assert [t.tolist() for t, *_ in epoch(order(dataset, cache), 0)] == expected
+    assert [t.tolist() for t, *_ in epoch(order(dataset, cache, "drawn"), 0)] == expected
     assert path.read_bytes() == good
 
 
 def test_cache_names_differ_with_all_they_depend_on(dataset, tmp_path):
     cache = tmp_path / "c"
     for samples in (
-        order(dataset, cache),
-        order(dataset, cache, seed=2),
-        order(dataset, cache, length=8),
-        order(dataset, cache, documents=np.arange(1, dataset.documents)),
+        order(dataset, cache, "drawn"),
+        order(dataset, cache, "drawn", seed=2),
+        order(dataset, cache, "drawn", length=8),
+        order(dataset, cache, "drawn", fraction=0.1),
     ):
         samples.sample(0, LENGTH)
         samples.sample(samples.windows, LENGTH)
@@ -179,7 +200,7 @@ def test_cache_names_differ_with_all_they_depend_on(dataset, tmp_path):
 
 
 def read_all(prefix, cache, barrier, results):
-    samples = order(IndexedDataset(prefix), cache)
+    samples = order(IndexedDataset(prefix), cache, "drawn")
     barrier.wait()
     results.put([samples.sample(j, LENGTH)[0].tolist() for j in range(20 * samples.windows)])
 
@@ -194,18 +215,16 @@ def test_processes_race_for_the_same_cache(dataset, tmp_path):
     read = [results.get(timeout=20) for _ in ranks]
     for rank in ranks:
         rank.join()
-    samples = order(dataset, tmp_path / "alone")
+    samples = order(dataset, tmp_path / "alone", "drawn")
     alone = [samples.sample(j, LENGTH)[0].tolist() for j in range(20 * samples.windows)]
     assert read == [alone] * 4
     assert len(list((tmp_path / "c").iterdir())) == 20
 
 
-def test_what_is_skipped_moves_nothing_else(dataset, tmp_path):
+def test_what_is_skipped_moves_nothing_else(dataset, tmp_path, kind):
     """Each sample that holds a skipped document is the next one that does not; all others stay."""
-    plain = order(dataset, tmp_path / "c")
-    skipped = SampleOrder(
-        dataset, np.arange(dataset.documents), LENGTH, 1, tmp_path / "c", 1000, [range(7, 8), range(15, 16)]
-    )
+    plain = order(dataset, tmp_path / "c", kind)
+    skipped = order(dataset, tmp_path / "c", kind, skip=[range(7, 8), range(15, 16)])
     origins = [{document_of(token) for token in plain.sample(j, LENGTH)[0]} for j in range(60)]
     good = [j for j, documents in enumerate(origins) if not documents & {7, 15}]
     assert 0 < len(good) < 50
@@ -213,15 +232,15 @@ def test_what_is_skipped_moves_nothing_else(dataset, tmp_path):
         expected = next(each for each in good if each >= j)
         assert np.array_equal(skipped.sample(j, LENGTH)[0], plain.sample(expected, LENGTH)[0])
         assert skipped.sample(j, LENGTH).wrong == []
-    everything = SampleOrder(dataset, np.arange(dataset.documents), LENGTH, 1, tmp_path / "c", 1000, [range(99)])
+    everything = order(dataset, tmp_path / "c", kind, skip=[range(99)])
     with pytest.raises(UserError, match="every sample is left out"):
         everything.sample(3, LENGTH)
 
 
-def test_an_id_outside_the_vocabulary_is_passed_over_and_named(dataset, tmp_path):
+def test_an_id_outside_the_vocabulary_is_passed_over_and_named(dataset, tmp_path, kind):
     """F7. The last document holds the 30 largest ids."""
-    plain = order(dataset, tmp_path / "c")
-    stricter = SampleOrder(dataset, np.arange(dataset.documents), LENGTH, 1, tmp_path / "c", sum(SIZES) - 30)
+    plain = order(dataset, tmp_path / "c", kind)
+    stricter = order(dataset, tmp_path / "c", kind, vocab_size=sum(SIZES) - 30)
     with_wrong = [j for j in range(20) if plain.sample(j, LENGTH)[0].max() >= sum(SIZES) - 30]
     assert with_wrong
     for j in range(20):
@@ -235,25 +254,3 @@ def test_an_id_outside_the_vocabulary_is_passed_over_and_named(dataset, tmp_path
             token = next(i for i in plain.sample(j, LENGTH)[0] if i >= sum(SIZES) - 30)
             where = f"token {token} in document {document_of(token)}, at its place {token - (sum(SIZES) - 30)}"
             assert where in found.wrong[0] and f"ends at {sum(SIZES) - 30}" in found.wrong[0]
-
-
-@pytest.mark.parametrize("documents", [1, 2, 3, 10, 1000])
-@pytest.mark.parametrize("fraction", [0.0, 1e-9, 0.01, 0.3, 0.5, 0.999])
-def test_split_is_a_partition_with_both_parts(documents, fraction):
-    training, validation = split_documents(documents, fraction)
-    assert sorted([*training, *validation]) == list(range(documents))
-    assert len(training) > 0
-    assert (len(validation) > 0) == (fraction > 0 and documents >= 2)
-    assert len(validation) <= max(1, round(fraction * documents))
-
-
-def test_split_sees_every_tenth_of_the_corpus():
-    _, validation = split_documents(10_000, 0.01)
-    assert np.bincount(validation // 1000).tolist() == [10] * 10
-    assert len(set(np.diff(validation))) > 20, "evenly spaced ids would follow any period of the corpus"
-
-
-def test_split_refuses_a_bad_fraction():
-    for fraction in (-0.1, 1.0, float("nan")):
-        with pytest.raises(UserError, match="validation_fraction"):
-            split_documents(10, fraction)

@@ -12,7 +12,7 @@ from megahp.commands.preprocess import load_tokenizer_once
 from megahp.data.indexed import IndexedDataset
 from megahp.data.tokenizer import (
     _sample_lines,
-    encode_part,
+    encode_parts,
     fingerprint_of,
     load_tokenizer,
     refuse_other,
@@ -500,5 +500,7 @@ def test_a_text_in_parts_has_the_ids_of_the_whole(tmp_path, sentencepiece_path, 
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=path[:-6], **words)
     tokenizer = load_tokenizer(path)
     lines = corpus()[0].splitlines(keepends=True)[:50]
-    parts = [encode_part(tokenizer, line, number == 0)[0] for number, line in enumerate(lines)]
+    parts = [
+        ids.tolist() for ids, _ in encode_parts(tokenizer, [(line, not number) for number, line in enumerate(lines)])
+    ]
     assert [i for ids in parts for i in ids] == tokenizer.encode("".join(lines))

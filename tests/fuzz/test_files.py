@@ -51,7 +51,8 @@ WIDER = "extend-vocabulary runs/done new --rule mean --tokenizer wider.json"
 SWEEP = "train.steps=2 --grid optimizer.lr=0.01,0.02 --family model.layers=1,2 --seeds 1 --out sweep"
 LOGS = [f"runs/done/{name}" for name in ("metrics.jsonl", "events.jsonl", "baselines.json", "config.toml")]
 KINDS = {
-    "data": Kind(["corpus.bin", "corpus.idx", "cache/order-*.npy"], [TRAIN, RESUME]),
+    "data": Kind(["corpus.bin", "corpus.idx"], [TRAIN, RESUME]),
+    "a drawn sample order": Kind(["cache/order-*.npy"], [f"{TRAIN} train.seed=2 data.order=drawn"]),
     "data with a description": Kind(["told.bin", "told.idx", "told.json"], [f"{TRAIN} data.train=['told']"]),
     "tokenizer": Kind(["tok.model", "tok.json"], ["preprocess --tokenizer {} --workers 1 --output new --input text"]),
     "larger tokenizer": Kind(["wider.json"], [WIDER]),
@@ -153,7 +154,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for words in (
         f"{TEXT.replace('new', 'told')} text/b.jsonl",
         "train run.toml log.name=done train.steps=3 log.baselines=true",
-        "train run.toml log.name=other train.steps=3 train.seed=2",
+        "train run.toml log.name=other train.steps=3 train.seed=2 data.order=drawn",
         "sample runs/done --tokens 2 --save",
         EXPORT.replace(" new", " hf"),
         EXPORT.replace(" new", " parts --file-size 1e-6"),

@@ -152,6 +152,33 @@ def test_what_an_older_megahp_wrote_is_accepted(folder: Path) -> None:
     prepared("log.name=new", 'data.train=["older"]')
 
 
+def test_a_run_keeps_its_sample_order(folder: Path) -> None:
+    """Of a run that names none, since it is older than the choice; a branch keeps that of the run that it is from, and
+    new runs have the new one, from weights alone too."""
+    for source, name in (("done", "kept"), ("done", "unnamed"), ("done", "weights")):
+        shutil.copytree(f"runs/{source}", f"runs/{name}")
+        place = Path(f"runs/{name}/checkpoints/step-00000002")
+        state = json.loads((place / "state.json").read_text())
+        if name != "kept":
+            del state["config"]["data"]["order"]
+        if name == "weights":
+            state["data"] = None
+        (place / "state.json").write_text(json.dumps(state))
+        (place / "manifest.json").unlink()
+        write_manifest(place)
+    for name, order in (("kept", "keyed"), ("unnamed", "drawn")):
+        assert prepared(f"log.name={name}", resume=True).data.order == order
+        prepared(f"log.name={name}", f"data.order={order}", resume=True)
+        other = {"keyed": "drawn", "drawn": "keyed"}[order]
+        with pytest.raises(UserError, match=f"data.order = '{other}' but runs/{name}/.* was trained with '{order}'"):
+            prepared(f"log.name={name}", f"data.order={other}", resume=True)
+    for name, order in (("kept", "keyed"), ("unnamed", "drawn"), ("weights", "keyed")):
+        words = "log.name=new", f"train.start_from=runs/{name}", "train.steps=3"
+        assert prepared(*words).data.order == order
+        assert prepared(*words, "data.order=drawn").data.order == "drawn"
+    assert prepared("log.name=new").data.order == "keyed"
+
+
 def test_the_end_token_of_the_data_is_the_runs(folder: Path) -> None:
     """--eos is in the description, and in the run that reads it; another one is refused, also of another source."""
     assert json.loads(Path("ended.json").read_text())["eod"] == 258

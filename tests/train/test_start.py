@@ -20,7 +20,7 @@ from megahp.checkpoint.store import write_manifest
 from megahp.config import resolve
 from megahp.data.indexed import IndexedDataset, IndexedWriter
 from megahp.data.loader import Loader
-from megahp.data.samples import split_documents
+from megahp.data.split import Documents, split_documents
 from megahp.data.tokenizer import fingerprint_of, load_tokenizer
 from megahp.errors import UserError
 from megahp.log.metrics import read_events
@@ -313,7 +313,7 @@ def damage(folder: Path, name: str, copy: str, ids: dict[int, int]) -> None:
     shutil.copy(folder / f"{name}.idx", folder / f"{copy}.idx")
     content, starts = bytearray((folder / f"{name}.bin").read_bytes()), IndexedDataset(str(folder / name))
     for document, token in ids.items():
-        place = int(starts._document_starts[document])
+        place = int(starts.document_starts(np.array([document]))[0])
         content[2 * place : 2 * place + 2] = token.to_bytes(2, "little")
     (folder / f"{copy}.bin").write_bytes(content)
 
@@ -369,9 +369,7 @@ def test_losses_and_epochs_of_each_source_are_logged(folder: Path) -> None:
     assert validated[0]["validation_losses"]["held"] > validated[-1]["validation_losses"]["held"]
     (end,) = events(folder, "sources", "finished")
     assert end["epochs"] == records[-1]["epochs"]
-    read = {
-        name: count * sum(IndexedDataset(str(folder / name)).document_tokens) for name, count in end["epochs"].items()
-    }
+    read = {name: count * IndexedDataset(str(folder / name)).total_tokens for name, count in end["epochs"].items()}
     assert read["one"] + read["two"] == pytest.approx(24 * 128 / 0.9, rel=0.03)
     assert read["one"] / read["two"] == pytest.approx((7.5 + 3.5) / (2.5 + 10.5), rel=0.1)
     assert cli.main(["report", str(folder / "runs/sources")]) == 0
@@ -379,8 +377,8 @@ def test_losses_and_epochs_of_each_source_are_logged(folder: Path) -> None:
 
 
 def training_document(folder: Path) -> int:
-    """One that is read first in step 13."""
-    return int(split_documents(80, 0.1)[0][10])
+    """One whose first token is read first in step 14."""
+    return int(Documents(None, split_documents(80, 0.1)).ids()[15])
 
 
 def test_an_id_outside_the_vocabulary_is_found_before_training(
@@ -415,8 +413,8 @@ def test_a_wrong_sample_met_in_training(folder: Path, stable: list[dict[str, Any
     assert len(set(errors)) == 1 and f"holds token 300 in document {bad}" in errors[0] and "data.skip" in errors[0]
     (event,) = events(folder, name, "wrong sample")
     met = event["step"] + 1
-    assert met == 13 and event["sample"] // 8 == event["step"]
-    assert (folder / "runs" / name / "checkpoints/step-00000012").exists()  # nothing is trained twice
+    assert met == 14 and event["sample"] // 8 == event["step"]
+    assert (folder / "runs" / name / "checkpoints/step-00000013").exists()  # nothing is trained twice
 
     shutil.copytree(folder / "runs" / name, folder / "runs" / f"{name}-skip")
     skip = (*words[1:], "data.wrong_samples=skip", "--ranks", str(ranks))
@@ -428,12 +426,13 @@ def test_a_wrong_sample_met_in_training(folder: Path, stable: list[dict[str, Any
     skipped, plain = losses(folder, f"{name}-skip"), [record["loss"] for record in stable]
     assert skipped[: met - 1] == pytest.approx(plain[: met - 1], rel=1e-4)
     assert skipped[met - 1] != pytest.approx(plain[met - 1], rel=1e-4)
-    assert skipped == pytest.approx(losses(folder, "wrong-tp=1-skip"), rel=1e-4)
+    # the same samples: in float64 it is the same to 1e-10, while in float32 rounding grows to 6e-4 in 40 steps
+    assert skipped == pytest.approx(losses(folder, "wrong-tp=1-skip"), rel=2e-3)
 
     (folder / f"{name}.json").unlink()
     damage(folder, "one", name, {})
     train(folder, name, "--resume", "auto", *words[1:], "--ranks", str(ranks))
-    assert losses(folder, name) == pytest.approx(plain, rel=1e-4)
+    assert losses(folder, name) == pytest.approx(plain, rel=2e-3)
     (mended,) = events(folder, name, "mended")
     assert f"data '{name}' has other tokens" in mended["reason"]
 
