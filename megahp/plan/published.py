@@ -1,7 +1,8 @@
 """Published measurements of other stacks' steps, each read into the same formulas, to hold predictions against.
 
 published.csv has a row a measurement, with its source. SOURCES says how the rows of each source are read: what its
-stack does differently from megahp, by its code or page, and what its columns mean. A row that does not state what the
+stack does differently from megahp, by its code or page, and what its columns mean. Values that only its rows support
+say "by its rows". A row that does not state what the
 formulas need is left out, with the reason.
 """
 
@@ -80,6 +81,7 @@ def _of_fms(row: Row) -> dict[str, Any]:
 def _of_titan(row: Row) -> dict[str, Any]:
     return {
         "elementwise": "eager" if "eager" in row["notes"] else "compiled",
+        # by its rows
         "hidden_tp": 0.6 if re.search(r"async ?TP", row["notes"], re.IGNORECASE) else 0.0,
     }
 
@@ -98,14 +100,16 @@ MEGATRON = Stack(
 DEEPSPEED = replace(MEGATRON, whole_stream=True)
 # of products every second one is kept: selective_ac_option "op"
 TITAN = Stack(elementwise="compiled", whole_logits=True, kept_products=0.5)
+# calls: by its rows
 NANOTRON = Stack(states="megatron", elementwise="fused", whole_logits=True, hides_reduction=False, calls_per_block=6)
 FSDP = Stack(states="fsdp", whole_logits=True, reduced_bytes=2)
 JEAN_ZAY = {"network_bandwidth": 6.25e9}  # four Omni-Path adapters of 100 Gb/s for eight GPUs
-# What nvidia-smi counts: the CUDA context (1.1 to 1.6e9, says bigscience), NCCL's buffers, what the allocator keeps.
+# What nvidia-smi counts, by its rows: the CUDA context (1.1 to 1.6e9, says bigscience), NCCL's buffers, what is cached.
 SMI = (4.5e9, 0.1)
-RESERVED = (0.0, 0.1)  # what the allocator keeps
+RESERVED = (0.0, 0.1)  # what the allocator keeps, by its rows
 SOURCES = {  # the column source begins with
-    "mosaicml/llm-foundry": Source("llm-foundry", replace(FSDP, attention=0.6), GPT),  # Triton's, of FlashAttention 1
+    # attention: Triton's, of FlashAttention 1; by its rows
+    "mosaicml/llm-foundry": Source("llm-foundry", replace(FSDP, attention=0.6), GPT),
     "bigscience-workshop/bigscience@9e64ede train": Source(
         "bigscience-176b", DEEPSPEED, {**GPT, "positions": "alibi"}, links=JEAN_ZAY, beside=SMI, row=_of_bigscience
     ),
