@@ -147,7 +147,7 @@ def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path
         "bos": tokenizer.bos,
     }
     try:
-        engine = engine_of(arguments.engine, tokenizer)
+        engine = engine_of(arguments)
         tally = tokenize(sources, tokenizer, engine, arguments, description, left_out)
     except InexactError as error:
         if arguments.engine == "gigatoken":
@@ -170,13 +170,14 @@ def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path
     return 0
 
 
-def engine_of(asked: str, tokenizer: Tokenizer) -> str:
-    """Return what encodes: of "auto", gigatoken where it is installed and reads the tokenizer. Raises UserError where
-    gigatoken was asked for, and does not."""
+def engine_of(arguments: argparse.Namespace) -> str:
+    """Return what encodes: of --engine auto, gigatoken where it is installed and reads the tokenizer. Raises UserError
+    where gigatoken was asked for, and does not."""
+    asked = arguments.engine
     if asked == "library" or (asked == "auto" and importlib.util.find_spec("gigatoken") is None):
         return "library"
     try:
-        FastTokenizer(tokenizer)
+        load_tokenizer_once(arguments.tokenizer, arguments.eos, arguments.bos, "gigatoken")
     except UserError:
         if asked == "gigatoken":
             raise

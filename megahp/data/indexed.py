@@ -83,17 +83,18 @@ class IndexedWriter:
 
     def add_document(self, ids: Ids, goes_on: bool = False) -> None:
         """Append one document of `ids` (integers in [0, vocab_size), else UserError), or more of one that `goes_on`."""
-        wide = np.asarray(ids, dtype=np.int64)
-        if wide.size and not 0 <= wide.min() <= wide.max() < self._vocab_size:
+        array = np.asarray(ids, None if isinstance(ids, np.ndarray) else np.int64)
+        least, largest = (int(array.min()), int(array.max())) if array.size else (0, -1)
+        if least < 0 or largest >= self._vocab_size:
             raise UserError(
-                f"{self._prefix!r}: document {len(self._lengths)} has ids {wide.min()} to {wide.max()}, "
+                f"{self._prefix!r}: document {len(self._lengths)} has ids {least} to {largest}, "
                 f"outside a vocabulary of {self._vocab_size}; give the vocab_size of the tokenizer"
             )
-        size = wide.size + (self._lengths.pop() if self._is_open else 0)
+        size = array.size + (self._lengths.pop() if self._is_open else 0)
         if size >= 2**31:
             raise UserError(f"{self._prefix!r}: a document has {size} tokens; split it below 2^31")
-        self.largest = max(self.largest, wide.max(initial=-1).item())
-        self._bin.write(wide.astype(self._dtype).data)
+        self.largest = max(self.largest, largest)
+        self._bin.write(array.astype(self._dtype).data)
         self._lengths.append(size)
         self._is_open = goes_on
 

@@ -410,7 +410,7 @@ def _is_unicode(text: str) -> bool:
 
 def _json_lines(stream: IO[bytes]) -> Iterator[Record]:
     for number, line in enumerate(stream, 1):
-        if line.strip():
+        if not line.isspace():
             record, fault = None, ""
             try:
                 record = json.loads(line)
