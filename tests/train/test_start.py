@@ -427,7 +427,8 @@ def test_a_wrong_sample_met_in_training(folder: Path, stable: list[dict[str, Any
     assert skipped[: met - 1] == pytest.approx(plain[: met - 1], rel=1e-4)
     assert skipped[met - 1] != pytest.approx(plain[met - 1], rel=1e-4)
     # the same samples: in float64 it is the same to 1e-10, while in float32 rounding grows to 6e-4 in 40 steps
-    assert skipped == pytest.approx(losses(folder, "wrong-tp=1-skip"), rel=2e-3)
+    alone = losses(folder, "wrong-tp=1-skip")
+    assert skipped[: met + 4] == pytest.approx(alone[: met + 4], rel=1e-4) and skipped == pytest.approx(alone, rel=2e-3)
 
     (folder / f"{name}.json").unlink()
     damage(folder, "one", name, {})
