@@ -159,8 +159,14 @@ def test_what_is_alike_is_traced_once(alone: ProcessPoolExecutor, case: str) -> 
     assert whole.collectives == extrapolated.collectives
     assert sum(extrapolated.peak.values()) == pytest.approx(sum(whole.peak.values()), rel=0.001)
     assert extrapolated.resident == pytest.approx(whole.resident, rel=0.001)
-    again = alone.submit(trace, config, 2).result()
-    assert again.kernels == whole.kernels and again.collectives == whole.collectives  # DTensor remembers nothing
+
+
+def test_a_trace_is_that_of_a_new_process(alone: ProcessPoolExecutor) -> None:
+    """Nothing that DTensor remembers of those before is missing."""
+    alone.submit(trace, config_of("tp"), 2).result()
+    with ProcessPoolExecutor(1, get_context("spawn")) as new:
+        first = new.submit(trace, config_of("tp"), 2)
+        assert alone.submit(trace, config_of("tp"), 2).result() == first.result()
 
 
 def test_the_command(tmp_path: Path) -> None:
