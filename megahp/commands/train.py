@@ -135,7 +135,7 @@ def train_rank(config: Config, world: launch.World, layout: Layout, resume: bool
 
     store = launch.join(world, uses_cuda(config), collective_timeout(config.resilience.hang_after))
     if world.size == 1 and not uses_cuda(config) and (threads := torch.get_num_threads()) > 1:
-        print(f"one rank with {threads} threads, as fast as {threads} ranks of one or faster", flush=True)
+        print(f"one rank with {threads} threads", flush=True)
     try:
         code = FINISHED if train(config, world, store, layout, resume) else STOPPED
         if world.rank == 0 and code == FINISHED:
