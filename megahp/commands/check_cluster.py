@@ -462,9 +462,8 @@ def cluster_file(results: Findings) -> str:
     nodes = Counter(each["node"] for each in ranks.values())
     # where all ranks are one node's, or each of another, these groups are the world's, which was measured once
     world = "node" if len(nodes) == 1 else "between nodes" if max(nodes.values()) == 1 else "world"
-    sums = {"world" if kind == world else kind: kind for kind in ("node", "between nodes", "world")}
-    measured = answers(results, "all-reduce").get(0, {})
-    bandwidth = {kind: measured[name]["bytes_per_second"] for name, kind in sums.items() if name in measured}
+    sums = answers(results, "all-reduce").get(0, {})
+    bandwidth = {world if kind == "world" else kind: each["bytes_per_second"] for kind, each in sums.items()}
     latency = {
         kind: statistics.median(seconds for _, seconds in by_rank.values())
         for kind, by_rank in best_pairs(answers(results, "pairs")).items()

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from megahp import cli
+from megahp.plan.machine import FOLDER, load_machine
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark_communication.py"
 COMMAND = ["benchmark", "communication"]
@@ -29,7 +30,9 @@ FACTORS = {
 def test_real_ranks(tmp_path: Path) -> None:
     """Four ranks: every operation in the world, and along both axes of a run's mesh."""
     (tmp_path / "run.toml").write_text(RUN)
+    (tmp_path / "mine.toml").write_text((FOLDER / "cpu.toml").read_text())
     words = "--ranks 4 --run run.toml --groups world node tp --sizes 1K 256K --repeats 2 --json f.json --plot f.svg"
+    words += " --cluster-file mine.toml"
     command = [sys.executable, str(SCRIPT), *words.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
@@ -52,6 +55,10 @@ def test_real_ranks(tmp_path: Path) -> None:
         assert row["bus_bandwidth"] == pytest.approx(factor * row["algorithm_bandwidth"])
     assert "all-reduce, tp: 2 x 2 ranks, gloo" in done.stdout
     assert (tmp_path / "f.svg").stat().st_size > 1000
+    small, large = (row for row in rows if (row["group"], row["operation"]) == ("world, node", "all-reduce"))
+    links = load_machine(str(tmp_path / "mine.toml")).links
+    assert links.node_bandwidth == pytest.approx(large["bus_bandwidth"], rel=1e-3)
+    assert links.node_latency == pytest.approx(small["seconds"] / 6, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +70,7 @@ def test_real_ranks(tmp_path: Path) -> None:
         (["--ranks", "2", "--sizes", "3X"], "--sizes 3X is no size in bytes"),
         (["--ranks", "2", "--repeats", "0"], "--repeats 0 must be at least 1"),
         (["--ranks", "2", "--settings", "parallel.tp=2"], "--settings need --run"),
+        (["--ranks", "2", "--cluster-file", "none.toml"], "cluster file none.toml does not exist"),
         (["--ranks", "2", "--plot", "f.doc"], "name a .svg"),
         (["--ranks", "2", "--json", "nowhere/f.json"], "nowhere is no folder"),
         (["--ranks", "2", "--backend", "mpi"], "start them by mpirun"),

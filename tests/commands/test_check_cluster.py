@@ -24,6 +24,7 @@ import torch
 
 from megahp import cli
 from megahp.errors import UserError
+from megahp.plan.machine import Machine, load_machine
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "check_cluster.py"
 COMMAND = ["check-cluster"]
@@ -99,6 +100,38 @@ def test_ranks_on_unlike_devices_do_nothing_together(tool: ModuleType, monkeypat
     mistakes.append("--folder runs is no folder")
     with pytest.raises(UserError, match="runs is no folder"):
         look()
+
+
+def test_what_was_measured_is_a_cluster_file(tool: ModuleType, tmp_path: Path) -> None:
+    """Of links inside and between nodes that of their own groups; on one node the world is that node."""
+    results = healthy()
+    for rank in results["ranks"]:
+        rank["versions"]["device"] = "NVIDIA H100 80GB HBM3"
+    results["memory"] = [{"free_bytes": 8e10, "total_bytes": 8.5e10} for _ in NODES]
+    products = dict.fromkeys(("float32", "float16", "bfloat16"), 6e14)
+    results["rates"] = [{"products": products, "memory": 2.5e12, "launch": 4e-6, "units": 132} for _ in NODES]
+    sums = {"world": 3e9, "node": 3e11, "between nodes": 2e10}
+    results["all-reduce"] = [
+        {kind: {"bytes_per_second": rate, "wrong": 0} for kind, rate in sums.items()} for _ in NODES
+    ]
+
+    def written() -> Machine:
+        (tmp_path / "mine.toml").write_text(tool.cluster_file(results))
+        return load_machine(str(tmp_path / "mine.toml"))
+
+    machine = written()
+    assert (machine.gpus_per_node, machine.memory, machine.peak.bfloat16) == (2, 8.5e10, 989e12)
+    links = machine.links
+    assert (links.node_bandwidth, links.node_latency) == (3e11, 1e-6)
+    assert (links.network_bandwidth, links.network_latency) == (2e10, 5e-6)
+    for rank in results["ranks"]:
+        rank["node"] = "n1"
+    for sums_of_rank in results["all-reduce"]:
+        del sums_of_rank["node"], sums_of_rank["between nodes"]
+    assert written().links.node_bandwidth == 3e9 and written().gpus_per_node == 8
+    del results["rates"]
+    with pytest.raises(UserError, match="--cluster-file: the check ended before"):
+        written()
 
 
 def test_the_list_of_bad_nodes_is_kept(tool: ModuleType) -> None:
