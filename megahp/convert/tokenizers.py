@@ -235,7 +235,7 @@ def bytes_tokenizer(eod: int) -> dict[str, Any]:
         "added_tokens": [{"id": eod, "content": END_OF_DOCUMENT[0], "special": True, **FLAGS}],
         "pre_tokenizer": byte_level,
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": BYTE_OF_LETTER, "merges": []},
+        "model": {"type": "BPE", "vocab": dict(BYTE_OF_LETTER), "merges": []},
     }
 
 
