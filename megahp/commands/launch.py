@@ -94,8 +94,9 @@ def say_memory(config: Config, ranks: int, options: Namespace) -> None:
     from megahp.plan.guard import GIB, check_fits, predicted_peak
     from megahp.plan.machine import load_machine
 
-    if options.cluster and not options.ignore_memory:
-        line = check_fits(config, ranks, load_machine(options.cluster))
+    machine = load_machine(options.cluster) if options.cluster else None
+    if machine and not options.ignore_memory:
+        line = check_fits(config, ranks, machine)
     else:
         line = f"memory: a step takes about {predicted_peak(config, ranks) / GIB:,.1f} GiB of a GPU"
     print(line, file=sys.stderr)

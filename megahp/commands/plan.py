@@ -29,12 +29,14 @@ from typing import Any
 
 from megahp.commands.arguments import key_of, parse_number
 from megahp.commands.output import provenance, write_json
-from megahp.config import Config, resolve
+from megahp.config import Config, get_setting, resolve
 from megahp.config.edit import edited
 from megahp.errors import UserError
 from megahp.files import read_text, replacing
 from megahp.log.metrics import without_nan
+from megahp.parallel.layout import AXES, fit
 from megahp.plan.machine import Machine, load_machine
+from megahp.train.prepare import check_batch
 
 STDOUT = Path("-")
 # of --simulate: option, unit and meaning; defaults and their sources are megahp.plan.simulate.Conditions'
@@ -67,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    refuse_ignored(options)
     if options.validate or options.predict:
         return predict_published(options, words)
-    refuse_ignored(options)
     config = resolve.load(options.run_file, options.overrides).config
     if not config.model.vocab_size:
         raise UserError("model.vocab_size = 0 is the tokenizer's, which a plan does not read; set it, e.g. 32000")
@@ -79,10 +81,10 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         write_or_print(options.json, {**provenance(words), **plan(options, config, machine)})
         return 0
 
-    from megahp.parallel.layout import AXES, fit  # imported late, with torch: only for valid settings
-    from megahp.plan.trace import trace_step
+    from megahp.plan.trace import trace_step  # imported late, with torch: only for valid settings
 
     layout = fit(config.parallel, options.ranks)
+    check_batch(config, layout, config.batch.global_batch)
     named = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, layout.shape, strict=True) if size > 1)
     print(f"{options.ranks} ranks: {named or 'one rank'}")
     found: list[dict[str, Any]] = []
@@ -121,19 +123,34 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 def refuse_ignored(options: argparse.Namespace) -> None:
     """Raise UserError for options that do not belong together, so that none is silently without effect."""
-    on_cluster = options.cluster is not None and options.gpus is not None
-    if options.run_file is None or on_cluster == (options.ranks is not None):
+    on_cluster, published = options.gpus is not None, options.validate or options.predict is not None
+    ways = (options.ranks is not None, on_cluster, options.validate, options.predict is not None)
+    if (options.cluster is None) == on_cluster or sum(ways) != 1 or (options.run_file is None) != published:
         raise UserError(
-            "megahp plan needs a run file and either --ranks N or --cluster NAME --gpus N; or --validate, or --predict "
-            "ROWS.csv"
+            "megahp plan needs a run file and either --ranks N or --cluster NAME --gpus N; or --validate alone, or "
+            "--predict ROWS.csv alone"
         )
+    for name in ("ranks", "gpus"):
+        if (count := getattr(options, name)) is not None and count < 1:
+            raise UserError(f"--{name} {count} must be at least 1")
+    if options.plot and not options.validate:
+        raise UserError(f"--plot {options.plot} is of --validate; add it, or omit --plot")
+    if options.json and "=" in options.json.name:
+        raise UserError(f"--json {options.json} looks like a setting; put settings before --json, or name a file")
     if (options.set or options.simulate) and (not on_cluster or options.set == options.simulate):
         raise UserError("--set and --simulate each need --cluster NAME --gpus N, and exclude the other")
     for name in ("grow", *(name for name, _, _ in CONDITIONS), "start"):
         if (value := getattr(options, name)) is not None and not options.simulate:
             raise UserError(f"--{name} {value} is of a simulated run; add --simulate")
         if name != "start" and value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} {value:g} must be above 0")
+            raise UserError(f"--{name} {value:g} must be above 0, and finite")
+    if options.set:
+        from megahp.plan.search import WRITTEN
+
+        keys = (key_of(word).removeprefix("--") for word in options.overrides)
+        others = [key for key in keys if key not in (*WRITTEN, "model.vocab_size")]
+        if others:
+            raise UserError(f"--set writes a layout for the run file's own settings; set {others[0]} in the file first")
 
 
 def find_layout(options: argparse.Namespace, config: Config, machine: Machine) -> dict[str, Any]:
@@ -147,23 +164,29 @@ def find_layout(options: argparse.Namespace, config: Config, machine: Machine) -
         print(text.layouts(found, options.gpus, machine))
         print(f"\n{text.sections(best)}")
     if options.set:
-        values = {key: best.settings.get(key) for key in search.WRITTEN}
+        values = {
+            key: get_setting(best.config, key) if key in fixed else best.settings.get(key) for key in search.WRITTEN
+        }
         changed = edited(read_text(options.run_file, "run file"), values)
         with replacing(options.run_file) as partial:
             partial.write_text(changed, encoding="utf-8")
-        print(f"\nwritten into {options.run_file}")
+        if options.json != STDOUT:
+            print(f"\nwritten into {options.run_file}")
     return {"layouts": text.layouts_tree(found)}
 
 
 def simulate_run(options: argparse.Namespace, config: Config, machine: Machine) -> dict[str, Any]:
     """Print what becomes of the whole run on --gpus, growing to --grow."""
     from megahp.plan import text
+    from megahp.plan.guard import check_fits
     from megahp.plan.simulate import Conditions, simulate
 
     given = {"mtbf": options.mtbf, "restart": options.restart, "storage": options.storage}
     units = {"mtbf": 3600.0, "restart": 60.0, "storage": 1e9}
     conditions = Conditions(**{name: value * units[name] for name, value in given.items() if value})
     found = simulate(config, options.gpus, options.grow or options.gpus, machine, conditions)
+    check_batch(config, fit(config.parallel, options.gpus), config.batch.global_batch)
+    check_fits(config, options.gpus, machine)
     if options.json != STDOUT:
         begin = options.start or datetime.date.today()
         print(text.forecast(found, config.data.sequence_length, begin, options.price, config.checkpoint.every))

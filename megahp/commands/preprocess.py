@@ -214,6 +214,11 @@ def tokenize(
         if is_ours:
             print(f"{arguments.output}: resumes after {tally['documents']} documents", file=sys.stderr)
         else:
+            if writer.state:
+                print(
+                    f"{arguments.output}: unfinished work of other inputs, settings or --engine is dropped",
+                    file=sys.stderr,
+                )
             writer.restart()
             tally, after, bad = Counter[str](), (0, 0), LeftOut()
         tally["size before"], saved = tally["size"], time.monotonic()

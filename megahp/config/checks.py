@@ -317,6 +317,14 @@ def _engines(config: Config) -> Iterator[str]:
         yield "optimizer.engine = 'apex' does not support train.dtype = 'float64'; choose another"
 
 
+def _compile(config: Config) -> Iterator[str]:
+    if config.compute.compile is True and config.batch.micro_batch == AUTO and config.batch.policy != "constant":
+        yield (
+            "compute.compile = true compiles blocks anew for every size of microbatches, and batch.micro_batch = "
+            f"{AUTO!r} has many under batch.policy = {config.batch.policy!r}; set a number, or compute.compile=auto"
+        )
+
+
 def _trained_weights(config: Config) -> Iterator[str]:
     train = config.train
     if train.weights == "all":
@@ -422,6 +430,7 @@ CHECKS = (
     _float8,
     _sparsity,
     _engines,
+    _compile,
     _trained_weights,
     _schedule,
     _checkpoints,

@@ -151,5 +151,5 @@ def _bias(
         allowed = allowed & (distance < window)
     if documents is not None:
         allowed = allowed & (documents[:, None, queries, None] == documents[:, None, None, keys])
-    bias = torch.zeros((), device=device) if slopes is None else -slopes[:, None, None] * distance
+    bias = torch.zeros((), device=device) if slopes is None else -slopes[None, :, None, None] * distance
     return torch.where(allowed, bias, -math.inf).to(dtype)

@@ -18,9 +18,9 @@ FOLDER = Path(__file__).parent / "machines"
 REMEDY = "compare it with one of megahp/plan/machines"
 
 
-def number(least: float, most: float, **options: Any) -> Any:
+def number(least: float, most: float) -> Any:
     """Return a field whose value lies between two bounds, within which every machine of these years does."""
-    return field(metadata={"bounds": (least, most)}, **options)
+    return field(metadata={"bounds": (least, most)})
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def machine_names() -> list[str]:
 
 def load_machine(name: str) -> Machine:
     """Return a machine of ours by its name, or of a TOML file by its path. Raises UserError."""
-    path = FOLDER / f"{name}.toml"
-    if name not in machine_names():
+    path = FOLDER / f"{name.lower()}.toml"
+    if name.lower() not in machine_names():
         path = Path(name)
         if path.suffix != ".toml":
             raise UserError(f"--cluster {name} is unknown; name a .toml file, or one of {', '.join(machine_names())}")

@@ -179,7 +179,7 @@ def read_all(rows: Sequence[Row]) -> tuple[list[Case], dict[int, str]]:
     for number, row in enumerate(rows):
         try:
             cases.append(read(number, row))
-        except (LookupError, ValueError) as error:
+        except (LookupError, ValueError, ZeroDivisionError, UserError) as error:
             reasons[number] = str(error)
     return cases, reasons
 
@@ -210,7 +210,7 @@ def read(number: int, row: Row) -> Case:
         ranks,
         machine,
         stack,
-        None if failed or unit.startswith(("GB", "GiB")) else _seconds(row, config, ranks),
+        None if failed or not row["measured_value"] or unit.startswith(("GB", "GiB")) else _seconds(row, config, ranks),
         _memory(row["notes"]),
         source.beside,
         float(row["measured_value"]) * 2**30 if unit.startswith("GiB") else None,
@@ -219,8 +219,9 @@ def read(number: int, row: Row) -> Case:
 
 
 def whole(row: Row, column: str) -> int:
-    """Return the whole number of a column. Raises ValueError where the source does not state one."""
-    if not row[column].isdigit():
+    """Return the whole number of a column, at least 1 but for zero. Raises ValueError where the source does not state
+    one."""
+    if not row[column].isdigit() or (column != "zero" and int(row[column]) < 1):
         raise ValueError(f"its {column.replace('_', ' ')} is not stated")
     return int(row[column])
 

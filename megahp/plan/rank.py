@@ -43,11 +43,12 @@ MEGAHP = Stack()
 
 def stack_of(config: Config) -> Stack:
     """Return megahp's own stack under these settings."""
-    # as megahp.model.attention has it: no fused kernel caps logits, and in bfloat16 on a CPU plain products are faster
+    # compute.compile = "auto" compiles nothing on a GPU (train/settle.py).
+    # As megahp.model.attention has it: no fused kernel caps logits, and in bfloat16 on a CPU plain products are faster
     plain = bool(config.model.attention_softcap) or (config.train.device == "cpu" and config.train.dtype == "bfloat16")
     return replace(
         MEGAHP,
-        elementwise="compiled" if config.compute.compile else "eager",
+        elementwise="compiled" if config.compute.compile is True else "eager",
         fused_attention=not plain,
         products_dtype="" if config.compute.fp8 == "none" else "float8",
     )

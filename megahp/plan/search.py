@@ -20,13 +20,13 @@ from megahp.parallel.layout import Layout, fit
 from megahp.plan.estimate import estimate
 from megahp.plan.formulas import rank_works
 from megahp.plan.machine import Machine
-from megahp.plan.step_time import Estimate, step_time
+from megahp.plan.step_time import Estimate
 from megahp.train.prepare import check_batch
 
 NAMES = ("tp", "sequence_parallel", "cp", "pp", "schedule", "stages_per_rank", "ep", "dp_replicate", "dp_shard", "zero")
 KEYS = (*(f"parallel.{name}" for name in (*NAMES, "reduce")), "batch.micro_batch", "compute.recompute")
 # with what must not stay of another layout
-WRITTEN = (*KEYS, "parallel.split", "parallel.prefetch", "compute.recompute_every")
+WRITTEN = (*KEYS, "parallel.split", "parallel.prefetch", "compute.recompute_every", "batch.largest_micro_batch")
 RECOMPUTE = ("none", "selective", "full")  # less memory and more time from each to the next
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 SCHEDULES = (("interleaved", 2), ("interleaved", 4), ("zero-bubble", 1), ("zbv", 2))  # beside 1f1b
@@ -44,7 +44,7 @@ class Candidate:
     config: Config
     layout: Layout
     estimate: Estimate
-    traced: bool = False  # memory, and without a pipeline time, are those of its trace
+    traced: bool = False  # memory is that of its trace
 
     def __str__(self) -> str:
         layout, parallel, recompute = self.layout, self.config.parallel, self.config.compute.recompute
@@ -179,10 +179,8 @@ def confirm(found: Found, gpus: int, machine: Machine) -> Found:
         works = rank_works(each.config, gpus)
         fullest = max(range(len(works)), key=lambda rank: sum(works[rank].peak.values()))
         works[fullest] = trace_step(each.config, gpus, fullest * gpus // len(works))
-        if len(works) == 1:
-            traced = step_time(works, each.config, gpus, machine)
-        else:
-            traced = replace(each.estimate, peak=dict(works[fullest].peak))
+        # its memory alone: a time by the trace would not compare with the others' times by formulas
+        traced = replace(each.estimate, peak=dict(works[fullest].peak))
         candidate = Candidate(each.config, each.layout, traced, traced=True)
         if traced.bytes <= machine.usable:
             return Found([candidate, *found.fitting[index + 1 :]], [*refuted, *found.too_large])

@@ -77,7 +77,7 @@ def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machin
     for axes, seconds in last.exposed["update"].items():
         split[f"exposed {axes}"] += seconds
     total = sum(split.values())
-    done = sum(work.flops("product") + work.flops("attention") / 2 for work in works) * ranks / len(works)
+    done = sum(work.flops("product") + causal_flops(work) for work in works) * ranks / len(works)
     peak_rate = ranks * peak_of(machine, config.train.dtype) * total
     return Estimate(
         total,
@@ -87,6 +87,16 @@ def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machin
         plan.tokens * training_flops(config.model, plan.length) / peak_rate,
         done / peak_rate,
     )
+
+
+def causal_flops(work: Work) -> float:
+    """Return the operations of attention on keys that are no later than the query, which are the last of the keys."""
+    found = 0.0
+    for kernel, count in work.kernels.items():
+        if kernel.kind == "attention":
+            _, _, queries, keys, _ = kernel.shape
+            found += count * kernel.flops * (1 - queries / (2 * keys))
+    return found
 
 
 class _Times:
@@ -223,8 +233,9 @@ def collective_seconds(each: Collective, layout: Layout, machine: Machine) -> fl
     nodes, local = placement(each.axes, layout, machine.gpus_per_node)
     inside, across = links.node_bandwidth * efficiency.node, links.network_bandwidth * efficiency.network
     if each.name in ("send", "receive"):
-        return each.bytes / (across if nodes > 1 else inside) + links.node_latency
-    bandwidth = inside if nodes == 1 else local * across if local == 1 else min(inside, local * across)
+        bandwidth, latency = (across, links.network_latency) if nodes > 1 else (inside, links.node_latency)
+        return each.bytes / bandwidth + latency
+    bandwidth = inside if nodes == 1 else across if local == 1 else min(inside, local * across)
     rounds = 2 if each.name == "all-reduce" else 1  # which is a reduce-scatter and an all-gather
     latency = (nodes - 1) * links.network_latency + (local - 1) * links.node_latency
     return rounds * (each.bytes * (each.size - 1) / each.size / bandwidth + latency)

@@ -17,7 +17,7 @@ HOUR = 3600.0
 def layouts(found: Found, gpus: int, machine: Machine) -> str:
     """Return the best layouts as a table: of the first where its time and memory go, of others why they are slower."""
     best, *others = distinct(found.fitting)[:SHOWN]
-    tried = f"{len(found.fitting) + len(found.too_large):,} layouts by formulas, the first by its trace"
+    tried = f"{len(found.fitting) + len(found.too_large):,} layouts by formulas, the first's memory by its trace"
     lines = [f"{gpus:,} x {machine.name}, {machine.usable / GIB:,.1f} GiB of each usable; {tried}"]
     lines.append(f"{'step':>10}{'MFU':>8}{'HFU':>8}{'tokens/s a GPU':>16}{'memory':>12}")
     for each in (best, *others):

@@ -32,9 +32,14 @@ def training_bytes(config: Config, shards: int = 1, sequences: int | None = None
     kept = layers * (PER_ACTIVATION * (every - 1) + RECOMPUTED[config.compute.recompute]) / every
     if config.compute.recompute != "none":
         kept += PER_ACTIVATION  # of the one that is being recomputed
+    if model.experts:  # of each token's experts the rows, and three of an expert's width
+        rows = 2 * (2 * model.width + 3 * (model.expert_width or model.mlp_width)) * model.experts_per_token
+        kept += model.expert_layers / model.layers * layers * rows / model.width
     kept *= {"float32": 2, "float64": 4}.get(config.train.dtype, 1)
+    # capped attention keeps three numbers of each score, and two bytes of each
+    scores = 6 * layers * model.heads * length * tokens if model.attention_softcap else 0
     bias = 2 * 4 * model.heads * length**2 if model.positions == "alibi" else 0  # distances by slope, and masked
-    return PROCESS + PER_PARAMETER * weights + kept * tokens * model.width + bias
+    return PROCESS + PER_PARAMETER * weights + kept * tokens * model.width + scores + bias
 
 
 def fitting_sequences(config: Config, shards: int, free: float) -> int:

@@ -96,7 +96,7 @@ def prepare(
             path = checkpoint.find(checkpoint.location(config.train.start_from))
             config = with_order(config, checkpoint.read_state(path))
             start_tokens = check_start(config, layout, path)
-    config = with_order(config, {"data": None})
+    config = with_values(config, {"data.order": config.data.order or "keyed"})
     data = open_data(config)
     check_token_ids(config, data)
     if config.train.validation_samples:

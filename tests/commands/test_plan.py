@@ -55,6 +55,17 @@ def test_the_best_layout_is_set(run_file: Path, capsys: pytest.CaptureFixture[st
     assert "[model]  # of a test" in run_file.read_text()
 
 
+def test_what_the_command_line_sets_is_written(run_file: Path) -> None:
+    """Also what a search leaves alone; and a number of microbatches takes the place of "auto" and its limit."""
+    automatic = 'micro_batch = "auto"\nlargest_micro_batch = 4'
+    run_file.write_text(RUN.replace("micro_batch = 1", automatic).replace("pp = 2", "prefetch = 2"))
+    words = ["parallel.zero=3", "parallel.prefetch=2", "model.vocab_size=128256"]
+    assert cli.main(["plan", str(run_file), "--cluster", "H100", "--gpus", "8", "--set", *words]) == 0
+    changed = resolve.load(run_file).config
+    assert (changed.parallel.zero, changed.parallel.prefetch) == (3, 2)
+    assert isinstance(changed.batch.micro_batch, int) and not changed.batch.largest_micro_batch
+
+
 def test_a_run_is_simulated(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", str(run_file), "--cluster", "h100", "--gpus", "16", "--simulate", "--start", "2027-01-01"]
     growth = ["--grow", "64", "batch.policy=table", 'batch.table=["2e10:128", "5e10:256"]', "--price", "2"]
@@ -84,6 +95,15 @@ def test_a_run_is_simulated(run_file: Path, capsys: pytest.CaptureFixture[str]) 
             ["--cluster", "h100", "--gpus", "8", "--simulate", "--grow", "64", "parallel.tp=1"],
             "a constant one never does",
         ),
+        (["--cluster", "h100", "--ranks", "8"], "either --ranks N or --cluster"),
+        (["--validate"], "--validate alone"),
+        (["--ranks", "8", "--plot", "x.svg"], "--plot x.svg is of --validate"),
+        (["--ranks", "0"], "--ranks 0 must be at least 1"),
+        (["--ranks", "1024"], "batch.global_batch = 64 is below 256"),
+        (["--ranks", "8", "--json", "parallel.tp=2"], "--json parallel.tp=2 looks like a setting"),
+        (["--cluster", "h100", "--gpus", "1024", "--simulate"], "batch.global_batch = 64 is below 256"),
+        (["--cluster", "h100", "--gpus", "8", "--simulate", "model.layers=200"], "no layout fits 8 GPUs of h100"),
+        (["--cluster", "h100", "--gpus", "8", "--set", "batch.global_batch=32"], "set batch.global_batch in the file"),
         (["--cluster", "mine.toml", "--gpus", "8"], "cluster file mine.toml does not exist"),
     ],
 )

@@ -13,6 +13,7 @@ from distributed import world
 from distributed.training import Training, settings_of
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megahp.model import transformer
 from megahp.model.attention import attend, attend_by_products, attend_in_tiles
@@ -61,6 +62,14 @@ def test_tiles_attend_as_the_whole(name: str, kv_heads: int, at_once: int) -> No
     given, masks = inputs(torch.float64, kv_heads, span.stop - span.start), MASKS[name]
     found = by_tiles(given, *masks, at_once=at_once, span=span)
     torch.testing.assert_close(found, by_tiles(given, *masks, at_once=0, span=span), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_flash_kernel_takes_every_bias(name: str) -> None:
+    """Of two or four dimensions; others would fall back to a kernel that holds all logits."""
+    span = slice(LENGTH - 10, LENGTH) if name.startswith("later") else WHOLE
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        by_tiles(inputs(torch.float32, 4, span.stop - span.start), *MASKS[name], at_once=0, span=span)
 
 
 def test_tiles_skip_keys_that_no_query_of_theirs_attends_to() -> None:

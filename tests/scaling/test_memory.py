@@ -41,6 +41,10 @@ def test_the_parts(tmp_path: Path) -> None:
     weights = whole - of("model.positions=rope", shards=2)
     assert 2 * weights / PER_PARAMETER == pytest.approx(8 * 12 * 256**2, rel=0.1)
     assert of("model.positions=rope", "parallel.cp=2") < whole
+    assert of("model.positions=rope", "model.attention_softcap=30") - whole == 6 * 8 * 4 * 256 * 16 * 256
+    experts = ("model.experts=8", "model.experts_per_token=2", "model.expert_width=512")
+    rows = of("model.positions=rope", *experts) - of("model.positions=rope", *experts, "batch.micro_batch=8")
+    assert rows == (34 * 256 + 2 * 2 * (2 * 256 + 3 * 512)) * 8 * 256 * 8
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in kB")
