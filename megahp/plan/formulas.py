@@ -309,6 +309,10 @@ class _Counted:
             self._reduce_in_buffers(blocks * (rank.block_weights + rank.expert_weights), blocks * calls, axes)
             self._reduce_in_buffers(rank.outer_weights, 1, axes)
             return
+        if not self.layout.is_sharded:  # the replicas' gradients are summed in one flat tensor, and copied back
+            self.send("backward", "all-reduce", "dp_replicate", self.layout.dp_replicate, 4 * rank.weights)
+            self.memory("backward", "reduce", 16 * rank.weights, 1, 2)
+            return
         self._shard(rank.block_weights, blocks, axes, self.layout.dp_shard * self.layout.cp)
         self._shard(rank.outer_weights, 1, axes, self.layout.dp_shard * self.layout.cp)
         shards = self.layout.dp_shard * self.layout.cp // self.layout.ep

@@ -22,7 +22,7 @@ def peak(rank: Rank) -> Counter[str]:
     in_block = Counter(activations=int(kept + others * kept_of_loss), temporary=int(_of_block(rank)))
     in_loss = Counter(activations=int(kept + (others + 1) * kept_of_loss), temporary=int(_of_loss(rank)))
     at_end = Counter[str]()
-    if rank.stack.states != "megatron" and rank.layout.dp * rank.layout.cp > 1:
+    if rank.stack.states != "megatron" and rank.layout.is_sharded:
         unit, outer = rank.block_weights + rank.expert_weights, rank.outer_weights
         zero3 = rank.parallel.zero_level == 3
         in_loss["gathered"] = rank.e * (outer if zero3 else rank.weights)
@@ -41,7 +41,7 @@ def _states(rank: Rank) -> Counter[str]:
     if stack.states == "megatron":
         moments = 12 * rank.own_weights  # with the weights in float32
         return Counter(weights=rank.e * weights, gradients=stack.gradient_bytes * weights, moments=moments)
-    whole = layout.dp * layout.cp == 1 or _accumulates(rank)
+    whole = not layout.is_sharded or _accumulates(rank)
     gradients = stack.gradient_bytes * (weights if whole else rank.own_weights)
     return Counter(weights=4 * rank.own_weights, moments=8 * rank.own_weights, gradients=gradients)
 
@@ -75,7 +75,7 @@ def _activations(rank: Rank, flying: Mapping[int, int]) -> float:
         # torch's stages receive every microbatch's stream, and its gradient, into a buffer of its own
         received = 2 * len(rank.stages) - rank.is_first - rank.is_last
         kept += received * rank.count * rank.e * rank.r * rank.model.width
-    if rank.stack.states == "fsdp2" and rank.layout.dp * rank.layout.cp == 1 and rank.e < 4:
+    if rank.stack.states == "fsdp2" and not rank.layout.is_sharded and rank.e < 4:
         kept += rank.e * (rank.weights - rank.outer_weights)  # no gathering casts the weights, so each layer does
     return kept
 

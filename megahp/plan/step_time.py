@@ -121,7 +121,7 @@ class _Times:
             seconds = collective_seconds(each, layout, machine)
             if each.axes == "pp":
                 self.transfer = seconds
-            elif each.axes.startswith(("dp_", "ep")) and each.phase != "update" and each.name != "all-to-all":
+            elif _runs_beside(each, layout):
                 self.hidden[each.phase] += times * seconds
             else:
                 beside_products = stack.hidden_tp if each.axes == "tp" else 0.0
@@ -133,6 +133,13 @@ class _Times:
     def busy(self, phase: str) -> float:
         """Return the seconds of computing, and of communication that is waited for."""
         return sum(self.kinds[phase].values()) + sum(self.exposed[phase].values())
+
+
+def _runs_beside(each: Collective, layout: Layout) -> bool:
+    """Return whether a collective runs while kernels do: FSDP's gathering and reducing of weights. Replicas without
+    shards sum their gradients after the last backward pass."""
+    of_weights = each.axes.startswith(("dp_", "ep")) and each.name != "all-to-all"
+    return layout.is_sharded and of_weights and each.phase != "update"
 
 
 def beside(hidden: float, busy: float, machine: Machine) -> float:

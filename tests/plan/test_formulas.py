@@ -30,6 +30,7 @@ GPT = {"activation": "gelu", "norm": "layernorm", "positions": "learned", "bias"
 CASES: dict[str, dict[str, Any]] = {
     "shards": {},
     "replicas, recomputed": {"parallel.dp_replicate": 2, "compute.recompute": "full"},
+    "replicas without shards": {"parallel.dp_replicate": 4, "parallel.dp_shard": 1},
     "tp, sequence, recomputed": {"parallel.tp": 2, "parallel.sequence_parallel": True, "compute.recompute": "full"},
     "tp, zero 1": {"parallel.tp": 2, "parallel.zero": 1},
     "selective, reduced at once": {"compute.recompute": "selective", "parallel.reduce": "every"},
@@ -99,6 +100,15 @@ def test_work_is_that_of_the_trace(alone: ProcessPoolExecutor, case: str) -> Non
     machine = load_machine("h100")
     exact = step_time(traced, config, RANKS, machine).seconds
     assert estimate(config, RANKS, machine).seconds == pytest.approx(exact, rel=0.25)
+
+
+def test_replicas_without_shards_sum_once_after_the_backward_pass(alone: ProcessPoolExecutor) -> None:
+    """They gather no weights, and nothing hides the one sum of their gradients."""
+    config, machine = config_of("replicas without shards"), load_machine("h100")
+    for work in (rank_works(config, RANKS)[0], alone.submit(trace, config, RANKS).result()):
+        assert [count for each, count in work.collectives.items() if each.axes == "dp_replicate"] == [1]
+        split = step_time([work], config, RANKS, machine).split
+        assert split["exposed dp_replicate"] > 0 and "exposed dp" not in split and not work.peak["gathered"]
 
 
 def test_no_torch_is_imported() -> None:
