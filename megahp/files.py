@@ -66,6 +66,12 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file anew, in one step: it is never half written. Raises OSError."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def is_plain(name: str) -> bool:
     """Return whether a file name that others wrote stays in the folder it is joined to: no path, and not its parent."""
     return "/" not in name and "\0" not in name and name not in ("", ".", "..")

@@ -8,7 +8,7 @@ float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -78,7 +78,7 @@ class MegatronGPT(nn.Module):
             params_dtype=dtype,
             bf16=dtype is torch.bfloat16,
         )
-        with without_gpu():
+        with on_this_device():
             self.model = GPTModel(
                 config,
                 get_gpt_layer_local_spec(normalization="RMSNorm"),
@@ -93,22 +93,24 @@ class MegatronGPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        with without_gpu():
+        with on_this_device():
             losses: Tensor = self.model(tokens, positions, self.later, labels=targets)
         return losses.mean()
 
 
+def on_this_device() -> AbstractContextManager[None]:
+    return nullcontext() if torch.cuda.is_available() else on_cpu()
+
+
 @contextmanager
-def without_gpu() -> Iterator[None]:
-    """Let Megatron run where there is no GPU: it asks for the current one, and for its random state before dropout."""
+def on_cpu() -> Iterator[None]:
+    """Let Megatron run without a GPU: it asks for the current one, waits for it, and keeps its random state."""
     from megatron.core import tensor_parallel
 
-    if torch.cuda.is_available():
-        yield
-        return
     no_tracker = SimpleNamespace(fork=nullcontext)
     with (
         patch.object(torch.cuda, "current_device", lambda: "cpu"),
-        patch.object(tensor_parallel, "get_cuda_rng_tracker", lambda: no_tracker),
+        patch.object(torch.cuda, "synchronize", lambda *_: None),
+        patch.object(tensor_parallel, "get_cuda_rng_tracker", lambda *_, **__: no_tracker),
     ):
         yield

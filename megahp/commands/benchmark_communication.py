@@ -46,7 +46,7 @@ from megahp.commands.output import provenance, write_json
 from megahp.config import resolve
 from megahp.config.edit import edited
 from megahp.errors import UserError, complain
-from megahp.files import read_text, replacing
+from megahp.files import read_text, replace_text
 from megahp.parallel.layout import fit
 from megahp.parallel.messages import all_gather_json
 from megahp.plan.machine import load_machine
@@ -225,8 +225,7 @@ def set_links(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     links = measured_links(bandwidth, latency)
     values: dict[str, float] = {f"efficiency.{kind}": 1.0 for kind in reached(links)}
     values |= {f"links.{key}": float(f"{value:.4g}") for key, value in links.items()}
-    with replacing(file) as partial:
-        partial.write_text(edited(read_text(file, "cluster file"), values), encoding="utf-8")
+    replace_text(file, edited(read_text(file, "cluster file"), values))
 
 
 def human_bytes(count: int) -> str:

@@ -88,7 +88,7 @@ from megahp.cluster.outliers import (
 from megahp.commands.arguments import must_spawn, parse_positive
 from megahp.commands.output import check_folder, provenance, write_json
 from megahp.errors import Fault, UserError
-from megahp.files import open_unlinked, read_text, replacing
+from megahp.files import open_unlinked, read_text, replace_text
 from megahp.plan.guard import name_of
 from megahp.plan.machine import load_machine
 from megahp.plan.measured import machine_toml, measured_links, measured_machine
@@ -439,8 +439,7 @@ def write(arguments: argparse.Namespace, words: Sequence[str], results: Findings
     listed = [vars(problem) for problem in problems]
     write_json(arguments.json, {**provenance(words), "found": results, "problems": listed})
     if arguments.cluster_file:
-        with replacing(arguments.cluster_file) as partial:
-            partial.write_text(cluster_file(results), encoding="utf-8")
+        replace_text(arguments.cluster_file, cluster_file(results))
     if file := arguments.exclude_file:
         with open_unlinked(file.with_name(f".{file.name}.lock"), "w") as lock:
             with suppress(OSError):  # file systems without locks

@@ -17,7 +17,7 @@ from typing import Any
 from megahp import __version__, launch
 from megahp.data.indexed import MAGIC, IndexedDataset
 from megahp.errors import UserError
-from megahp.files import read_json, replacing
+from megahp.files import read_json, replace_text
 from megahp.log.metrics import without_nan
 
 
@@ -109,8 +109,7 @@ def data_files(prefix: str) -> dict[Path, Callable[[Path], bool]]:
 def write_description(prefix: str, description: Mapping[str, Any]) -> None:
     """Write PREFIX.json beside tokenized data, atomically, with the fingerprint of the data that it describes."""
     description = {**description, "fingerprint": IndexedDataset(prefix).fingerprint}
-    with replacing(Path(f"{prefix}.json")) as partial:
-        partial.write_text(json.dumps(description, indent=2) + "\n")
+    replace_text(Path(f"{prefix}.json"), json.dumps(description, indent=2) + "\n")
 
 
 def check_outputs(options: Namespace) -> None:

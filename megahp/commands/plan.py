@@ -32,7 +32,7 @@ from megahp.commands.output import provenance, write_json
 from megahp.config import Config, get_setting, resolve
 from megahp.config.edit import edited
 from megahp.errors import UserError
-from megahp.files import read_text, replacing
+from megahp.files import read_text, replace_text
 from megahp.log.metrics import without_nan
 from megahp.parallel.layout import AXES, fit
 from megahp.plan.machine import Machine, load_machine
@@ -77,20 +77,25 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError("model.vocab_size = 0 is the tokenizer's, which a plan does not read; set it, e.g. 32000")
     if options.cluster:
         machine = load_machine(options.cluster)
-        plan = simulate_run if options.simulate else find_layout
-        write_or_print(options.json, {**provenance(words), **plan(options, config, machine)})
-        return 0
+        found = simulate_run(options, config, machine) if options.simulate else find_layout(options, config, machine)
+    else:
+        found = trace_ranks(config, options.ranks)
+    write_or_print(options.json, {**provenance(words), **found})
+    return 0
 
+
+def trace_ranks(config: Config, ranks: int) -> dict[str, Any]:
+    """Print what a rank of each pipeline position computes, sends and allocates in a step."""
     from megahp.plan.trace import trace_step  # imported late, with torch: only for valid settings
 
-    layout = fit(config.parallel, options.ranks)
+    layout = fit(config.parallel, ranks)
     check_batch(config, layout, config.batch.global_batch)
     named = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, layout.shape, strict=True) if size > 1)
-    print(f"{options.ranks} ranks: {named or 'one rank'}")
+    print(f"{ranks} ranks: {named or 'one rank'}")
     found: list[dict[str, Any]] = []
     for stage in range(layout.pp):
-        rank = stage * (options.ranks // layout.pp)
-        step = trace_step(config, options.ranks, rank)
+        rank = stage * (ranks // layout.pp)
+        step = trace_step(config, ranks, rank)
         if layout.pp > 1:
             print(f"pipeline rank {stage}")
         total = sum(step.peak.values())
@@ -117,8 +122,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
                 "collectives": [{**vars(each), "count": n} for each, n in step.collectives.items()],
             }
         )
-    write_or_print(options.json, {**provenance(words), "ranks": found})
-    return 0
+    return {"ranks": found}
 
 
 def refuse_ignored(options: argparse.Namespace) -> None:
@@ -167,9 +171,7 @@ def find_layout(options: argparse.Namespace, config: Config, machine: Machine) -
         values = {
             key: get_setting(best.config, key) if key in fixed else best.settings.get(key) for key in search.WRITTEN
         }
-        changed = edited(read_text(options.run_file, "run file"), values)
-        with replacing(options.run_file) as partial:
-            partial.write_text(changed, encoding="utf-8")
+        replace_text(options.run_file, edited(read_text(options.run_file, "run file"), values))
         if options.json != STDOUT:
             print(f"\nwritten into {options.run_file}")
     return {"layouts": text.layouts_tree(found)}

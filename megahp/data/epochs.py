@@ -47,9 +47,9 @@ class KeyedEpoch:
     """An order that is a function of the number of documents and of a name alone, so that no process stores it.
 
     Documents are permuted in blocks of neighbours, and shuffled again among GROUP of them, whose sum of tokens is one
-    entry of an index. Up to twice MOST_BLOCKS documents a block is one document; no test tells the order from a random
-    one.
-    Beyond, documents of a block stay within GROUP documents of the stream; their windows are shuffled like all others.
+    entry of an index. Up to twice MOST_BLOCKS documents a block is one document, and no test tells the order from a
+    random one. Beyond, documents of a block stay within GROUP documents of the stream; their windows are shuffled like
+    all others.
 
     Memory: 8 bytes for each GROUP documents of the corpus, and GROUPS_KEPT groups.
     """

@@ -26,26 +26,13 @@ from megahp.config.schema import (
 )
 from megahp.errors import UserError
 from megahp.files import read_text
-from megahp.plan.machine import Machine, load_machine
+from megahp.plan.machine import Machine, load_machine, machine_names
 from megahp.plan.rank import Stack
 from megahp.scaling.flops import parameters, training_flops
 
 FILE = Path(__file__).parent / "published.csv"
 Row = Mapping[str, str]
 
-MACHINES = {  # the column gpu, in lower case, begins with -> machine
-    "h100-96": "h100-96",
-    "h100": "h100",
-    "h200": "h200",
-    "b200": "b200",
-    "a100-80": "a100-80",
-    "a100-40": "a100-40",
-    "v100-32": "v100-32",
-    "v100-16": "v100-16",
-    "mi250x": "mi250x",
-    "mi300x": "mi300x",
-    "mi355x": "mi355x",
-}
 RECOMPUTE = {"none?": "none", "selective?": "selective", "selective per op": "selective"}  # as its source's code has it
 
 
@@ -191,7 +178,7 @@ def read(number: int, row: Row) -> Case:
     other = OTHERS["3" if row["zero"] in ("3", "hybrid") else "0"]
     source = next((each for prefix, each in SOURCES.items() if row["source"].startswith(prefix)), other)
     gpu = row["gpu"].lower().replace("_", "-")
-    name = next((machine for prefix, machine in MACHINES.items() if gpu.startswith(prefix)), "")
+    name = max((each for each in machine_names() if gpu.startswith(each)), key=len, default="")
     if not name:
         raise ValueError("its GPU has no machine file")
     machine = load_machine(name)

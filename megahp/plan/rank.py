@@ -43,8 +43,8 @@ MEGAHP = Stack()
 
 def stack_of(config: Config) -> Stack:
     """Return megahp's own stack under these settings."""
-    # compute.compile = "auto" compiles nothing on a GPU (train/settle.py).
-    # As megahp.model.attention has it: no fused kernel caps logits, and in bfloat16 on a CPU plain products are faster
+    # compute.compile = "auto" compiles nothing on a GPU (train/settle.py). Attention is as model/transformer.py has it:
+    # no fused kernel caps logits, and in bfloat16 on a CPU plain products are faster.
     plain = bool(config.model.attention_softcap) or (config.train.device == "cpu" and config.train.dtype == "bfloat16")
     return replace(
         MEGAHP,
@@ -117,13 +117,19 @@ class Rank:
 
     # numbers of weights, whole over the ranks that share them
 
+    @property
+    def norm(self) -> int:
+        return self.model.width * (2 if self.model.norm == "layernorm" and self.model.bias else 1)
+
+    @property
+    def mlp_matrices(self) -> int:
+        return 3 if self.model.gated else 2
+
     @cached_property
     def block_weights(self) -> int:
         """Return those of a block without its experts."""
-        model, tp = self.model, self.layout.tp
-        norm = model.width * (2 if model.norm == "layernorm" and model.bias else 1)
-        matrices = 3 if model.gated else 2
-        count = model.width * (self.fused + self.queries) + (4 if model.norm_placement == "both" else 2) * norm
+        model, tp, matrices = self.model, self.layout.tp, self.mlp_matrices
+        count = model.width * (self.fused + self.queries) + (4 if model.norm_placement == "both" else 2) * self.norm
         if model.bias or model.qkv_bias:
             count += self.fused
         if model.bias:
@@ -139,19 +145,19 @@ class Rank:
     def expert_weights(self) -> int:
         """Return those of a block's experts on this rank's part of ep."""
         model = self.model
-        matrices = 3 if model.gated else 2
-        return matrices * model.width * model.expert_width // self.layout.tp * (model.experts // self.layout.ep)
+        return (
+            self.mlp_matrices * model.width * model.expert_width // self.layout.tp * (model.experts // self.layout.ep)
+        )
 
     @cached_property
     def outer_weights(self) -> int:
         """Return those outside the blocks."""
         model, table = self.model, self.vocabulary * self.model.width
-        norm = model.width * (2 if model.norm == "layernorm" and model.bias else 1)
         count = 0
         if self.is_first:
             count += table + (longest(self.config) * model.width if model.positions == "learned" else 0)
         if self.is_last:
-            count += norm + (0 if model.tied_embeddings and self.is_first else table)
+            count += self.norm + (0 if model.tied_embeddings and self.is_first else table)
         return count
 
     @property

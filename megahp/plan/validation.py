@@ -202,7 +202,7 @@ def records(validation: Validation) -> list[dict[str, Any]]:
         for number, reason in validation.reasons.items()
     ]
     for each in validation.predictions:
-        found.append({**record(each.case, each.row, each.seconds, each.bytes, each.activations)})
+        found.append(record(each.case, each.row, each.seconds, each.bytes, each.activations))
         found[-1]["calibrates"] = each.calibrates
         if each.case.seconds:
             found[-1]["error_own_quarter"] = each.error_own

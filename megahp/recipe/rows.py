@@ -153,13 +153,8 @@ def _outcome(recipe: Recipe) -> Iterator[RecipeRow]:
     yield RecipeRow("FLOPs, 6 N D", 6 * weights * tokens, "6 N D", "Hoffmann et al., arXiv 2203.15556", "convention")
     yield RecipeRow("FLOPs, exact", exact, "all matrix products, half of attention; dense", *COUNTED)
     if given.speed:
-        by_mfu = (
-            PLANNED
-            if recipe.base.mfu
-            else GIVEN
-            if given.mfu
-            else (f"MFU of {MFU:g} assumed; measure it, or give --mfu", "assumption")
-        )
+        by_mfu = GIVEN if given.mfu else (f"MFU of {MFU:g} assumed; measure it, or give --mfu", "assumption")
+        by_mfu = PLANNED if recipe.base.mfu else by_mfu
         formula = f"exact FLOPs / ({given.gpus} GPUs x {given.peak_flops:.3g} x {given.mfu or MFU:g} MFU)"
         yield RecipeRow("days", recipe.seconds / 86400, formula, *by_mfu)
     if not recipe.base.get("checkpoint", "every"):

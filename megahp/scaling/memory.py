@@ -33,7 +33,7 @@ def training_bytes(config: Config, shards: int = 1, sequences: int | None = None
     if config.compute.recompute != "none":
         kept += PER_ACTIVATION  # of the one that is being recomputed
     if model.experts:  # of each token's experts the rows, and three of an expert's width
-        rows = 2 * (2 * model.width + 3 * (model.expert_width or model.mlp_width)) * model.experts_per_token
+        rows = 2 * (2 * model.width + 3 * model.expert_width) * model.experts_per_token
         kept += model.expert_layers / model.layers * layers * rows / model.width
     kept *= {"float32": 2, "float64": 4}.get(config.train.dtype, 1)
     # capped attention keeps three numbers of each score, and two bytes of each

@@ -94,8 +94,9 @@ def prepare(
             from megahp import checkpoint
 
             path = checkpoint.find(checkpoint.location(config.train.start_from))
-            config = with_order(config, checkpoint.read_state(path))
-            start_tokens = check_start(config, layout, path)
+            state = checkpoint.read_state(path)
+            config = with_order(config, state)
+            start_tokens = check_start(config, layout, path, state)
     config = with_values(config, {"data.order": config.data.order or "keyed"})
     data = open_data(config)
     check_token_ids(config, data)
@@ -287,11 +288,9 @@ def check_engines(config: Config) -> None:
             raise UserError(f"{key} = {engine!r} computes on CUDA devices only; train on one, or remove it")
 
 
-def check_start(config: Config, layout: Layout, path: checkpoint.Location) -> int:
-    """Return the tokens that a checkpoint was trained on. Raises UserError when this run cannot start from it."""
-    from megahp import checkpoint
-
-    state = checkpoint.read_state(path)
+def check_start(config: Config, layout: Layout, path: checkpoint.Location, state: Mapping[str, Any]) -> int:
+    """Return the tokens that a checkpoint, of this state, was trained on. Raises UserError when this run cannot start
+    from it."""
     # a sparse run may become dense: what was masked is then trained, from 0 (MediSwift, arXiv 2403.00952)
     sparse = config.sparsity.method != "none"
     refuse_changes(config, state["config"], path, {"always", "unless dense"} if sparse else {"always"})

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 from argparse import Namespace
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from distributed import world
 from torch.nn import functional
 
 from megahp import checkpoint
+from megahp.benchmark.peers import on_cpu
 from megahp.checkpoint.shards import Tensors
 from megahp.commands.convert import our_logits, weights_of
 from megahp.config import resolve
@@ -29,16 +28,6 @@ pytestmark = pytest.mark.skipif(
 )
 CASES = {"llama": ("any", GQA), "gpt": ("sp", {**GPT2, "tied_embeddings": True})}
 TOKENS = 3 * torch.arange(40)[None]
-
-
-def without_gpu() -> None:
-    """Let Megatron run where there is no GPU: it asks for the current one, waits for it and keeps its random state."""
-    from megatron.core import parallel_state, tensor_parallel
-
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
-    tensor_parallel.get_cuda_rng_tracker = lambda *_, **__: SimpleNamespace(fork=lambda *_: nullcontext())
-    parallel_state.initialize_model_parallel(1, 1)
 
 
 def of_args(args: Namespace) -> Any:
@@ -86,10 +75,11 @@ def difference(theirs: Any, ours: Path) -> float:
     return ((local - logits).abs().max() / local.abs().max()).item()
 
 
+@on_cpu()
 def both_ways(folder: Path) -> dict[str, float]:
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
 
-    without_gpu()
+    parallel_state.initialize_model_parallel(1, 1)
     results = {}
     for name, (table, model) in CASES.items():
         place = folder / name

@@ -18,6 +18,15 @@ RUN: dict[str, Any] = {
 }
 
 
+def with_settings(run: dict[str, Any], settings: dict[str, Any]) -> Config:
+    """A run with settings, section.key -> value."""
+    tree = {section: dict(values) for section, values in run.items()}
+    for key, value in settings.items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = value
+    return resolve.resolve([("test", tree)], written=True).config
+
+
 def config(**sections: dict[str, Any]) -> Config:
     tree = {section: {**values, **sections.get(section, {})} for section, values in RUN.items()}
     return resolve.resolve([("test", tree)], written=True).config

@@ -11,8 +11,9 @@ from multiprocessing import get_context
 from typing import Any
 
 import pytest
+from plan.small import with_settings
 
-from megahp.config import Config, resolve
+from megahp.config import Config
 from megahp.plan.estimate import estimate
 from megahp.plan.formulas import rank_works
 from megahp.plan.machine import load_machine
@@ -43,11 +44,7 @@ RANKS = 4
 
 
 def config_of(case: str) -> Config:
-    tree = {section: dict(values) for section, values in RUN.items()}
-    for key, value in CASES[case].items():
-        section, name = key.split(".")
-        tree.setdefault(section, {})[name] = value
-    return resolve.resolve([("test", tree)], written=True).config
+    return with_settings(RUN, CASES[case])
 
 
 @pytest.fixture(scope="module")

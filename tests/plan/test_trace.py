@@ -17,10 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import world
+from plan.small import with_settings
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megahp.config import Config, resolve, with_values
+from megahp.config import Config, with_values
 from megahp.parallel.layout import fit
 from megahp.parallel.mesh import make_mesh
 from megahp.plan.trace import recording, step, trace, trace_step
@@ -54,11 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def config_of(case: str) -> Config:
-    tree = {section: dict(values) for section, values in RUN.items()}
-    for key, value in CASES[case].items():
-        section, name = key.split(".")
-        tree.setdefault(section, {})[name] = value
-    return resolve.resolve([("test", tree)], written=True).config
+    return with_settings(RUN, CASES[case])
 
 
 def without_others(case: str, rank: int) -> int:
