@@ -5,9 +5,11 @@
 Every run that is missing in results.jsonl is trained, on one thread, and becomes a line there; then the table is
 printed and the figure drawn. Interrupted, it resumes. An arm is a batch, or a way to grow from one. A constant batch's
 learning rate is the best of a grid by its mean over seeds 1 to 3, the grid extended until the best is not at its end;
-arms that grow take the rate of the batch they begin with. Seeds from 4 on are compared: ten of the constant batches and
-of the measured growth, five of the other arms. --quick takes the rates that the committed results found and trains 3
-seeds of the arms that matter (about 20 minutes on two cores) in runs/batch-growth-quick.jsonl.
+arms that grow take the rate of the batch they begin with. The larger size takes the smaller one's rates, by CompleteP.
+Seeds from 4 on are compared: at the smaller size ten of the constant batches and of the measured growth and three of
+the other arms, at the larger five of the constant batches and of the measured growth. --quick takes the rates that the
+committed results found and trains 3 seeds of the arms that matter (about 20 minutes on two cores) in
+runs/batch-growth-quick.jsonl.
 """
 
 import argparse
@@ -33,6 +35,7 @@ HERE = Path(__file__).parent
 DATA = Path("data/batch-growth")
 RUNS = Path("runs/batch-growth")
 SIZES = {"S": (2, 64), "M": (3, 96)}
+TUNED = "S"  # the size that rates are tuned at
 GRID = [1e-3 * 2 ** (k / 2) for k in range(10)]  # 1e-3 .. 22.6e-3
 FIRST = (4, 5)  # where the grid begins: 4e-3 and 5.7e-3
 BATCHES = (4, 8, 12, 16, 24, 32)
@@ -114,10 +117,19 @@ def read(file: Path) -> list[Line]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def lines_of(lines: Sequence[Line], corpus: str, size: str) -> list[Line]:
+    """The runs of a corpus and size, and of the size that rates are tuned at those that tune them."""
+    return [
+        line
+        for line in lines
+        if line["corpus"] == corpus and (line["size"] == size or (line["size"] == TUNED and line["seed"] in TUNING))
+    ]
+
+
 def missing(lines: Sequence[Line], corpus: str, size: str) -> list[Line]:
     """The runs to train next, those that the verdict rests on first: grids, then the constant batches and what is
     measured, then the other arms."""
-    mine = [line for line in lines if (line["corpus"], line["size"]) == (corpus, size)]
+    mine = lines_of(lines, corpus, size)
     done = {key(line) for line in mine}
 
     def run(arm: str, lr: float, seed: int) -> Line:
@@ -129,8 +141,9 @@ def missing(lines: Sequence[Line], corpus: str, size: str) -> list[Line]:
     def seeds(arms: Sequence[str], count: int) -> list[Line]:
         return left(run(arm, tuned(mine, arm), seed) for seed in range(FAIR, FAIR + count) for arm in arms)
 
-    pairs = [*(begins(arm) for arm in MEASURED), *MEASURED]
-    for group, count in ((CONSTANTS, 0), (pairs, 5), (CONSTANTS, 5), ([*CONSTANTS, *MEASURED], 10), (list(ARMS), 5)):
+    pairs = [*dict.fromkeys(begins(arm) for arm in MEASURED), *MEASURED]
+    groups = [(CONSTANTS, 0), (pairs, 5), (CONSTANTS, 5), ([*CONSTANTS, *MEASURED], 10), (list(ARMS), 3)]
+    for group, count in groups if size == TUNED else groups[:3]:
         grids = [arm for arm in group if begins(arm) == arm]
         if ahead := left(run(arm, lr, seed) for seed in TUNING for arm in grids for lr in rates_ahead(mine, arm)):
             return ahead
@@ -205,7 +218,10 @@ def train(run: Line, store: Any) -> Line:
     name = "-".join(map(str, key(run))).replace(" ", "_").replace(",", "")
     words = [
         *(f"model.{name}={value}" for name, value in (("layers", layers), ("width", width), ("heads", width // 32))),
-        *(f"parameterization.base_{name}={value}" for name, value in (("layers", layers), ("width", width))),
+        *(
+            f"parameterization.base_{name}={value}"
+            for name, value in zip(("layers", "width"), SIZES[TUNED], strict=True)
+        ),
         f'data.train=["{DATA / run["corpus"]}"]',
         f"data.tokenizer={bytes_or_pieces}",
         f"optimizer.lr={run['lr']}",
@@ -349,7 +365,7 @@ def report(lines: Sequence[Line]) -> Iterator[str]:
     """The table of each corpus and size, arms by steps: beside the best constant batch; beside the constant batch that
     an arm begins with, at the same rate; and beside the line of constant batches, at as many steps."""
     for corpus, size in dict.fromkeys((line["corpus"], line["size"]) for line in lines):
-        mine = [line for line in lines if (line["corpus"], line["size"]) == (corpus, size)]
+        mine = lines_of(lines, corpus, size)
         there = compared(mine)
         if not (constants := [arm for arm in CONSTANTS if arm in there]):
             continue
@@ -383,7 +399,7 @@ def draw(lines: Sequence[Line], file: Path) -> None:
     kinds = {"constant": ("run1", "o-"), "measured": ("accent", "s-"), "other ways to grow": ("ink", "^")}
     with plot_in(file, 4.5 * len(panels), 3.6) as figure:
         for axes, (corpus, size) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-            mine = [line for line in lines if (line["corpus"], line["size"]) == (corpus, size)]
+            mine = lines_of(lines, corpus, size)
             there = [arm for arm in compared(mine) if "wsd" not in arm]
             grown = [arm for arm in there if arm not in (*CONSTANTS, *MEASURED) and not arm.startswith("constant")]
             for (kind, (colour, mark)), arms in zip(kinds.items(), (CONSTANTS, MEASURED, grown), strict=True):
@@ -425,7 +441,7 @@ def main() -> None:
             return [run for each in rounds for run in each if run]
         done, wanted = {key(line) for line in lines}, []
         for corpus, size in places:
-            mine = [line for line in known if (line["corpus"], line["size"]) == (corpus, size)]
+            mine = lines_of(known, corpus, size)
             for arm in ("constant 4", "constant 8", "constant 16", *MEASURED):
                 for seed in range(FAIR, FAIR + 3):
                     run = {"corpus": corpus, "size": size, "arm": arm, "lr": tuned(mine, arm), "seed": seed}
