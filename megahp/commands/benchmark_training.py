@@ -23,6 +23,8 @@ The JSON also has mfu_full_attention, with all of attention as nanoGPT, PaLM and
 layers that megahp recomputes (compute.recompute=full). The peak is NVIDIA's for dense bf16, where known, or
 --peak-tflops; without one there is no MFU.
 
+On a CPU the heap is kept as `megahp train` keeps it, for every contestant; compute.keep_heap=false for none.
+
 Peak memory: on CUDA this contestant's own, on rank 0's device; on a CPU that of rank 0's process with all contestants
 in it, so it is one contestant's only if that ran alone.
 
@@ -61,7 +63,7 @@ from megahp.config import Config, SparsityConfig, config_to_dict, get_setting, r
 from megahp.config.presets import PRESETS
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.errors import UserError
-from megahp.parallel.device import check_devices, device_of, uses_cuda
+from megahp.parallel.device import check_devices, device_of, keep_heap, uses_cuda
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.scaling.batch import largest_micro_batch
@@ -260,6 +262,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     world = launch.world()
     if must_spawn(arguments.ranks, world.size):
         return launch.spawn(words, arguments.ranks)
+    if all(case.config.compute.keep_heap and not uses_cuda(case.config) for case in cases):
+        keep_heap()  # as `megahp train` does, for every contestant
     launch.join(world, uses_cuda(cases[0].config))
     benchmark(arguments, cases, world, words)
     return 0
