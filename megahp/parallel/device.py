@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+# Files of a control group: its limit, what it uses, and the word in memory.stat for cached files not lately used
+CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+Limit = tuple[int, int]  # bytes in all, and left
 
 
 def uses_cuda(config: Config) -> bool:
@@ -35,22 +39,52 @@ def may_use_cuda(config: Config) -> bool:
 
 
 def memory_here() -> int:
-    """Return the bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the bytes of memory that this process may have: the machine's, or a control group's limit."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(limit for limit, _ in memory_limits())])
+
+
+def memory_limits(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> list[Limit]:
+    """Return the limit of memory, and what is left of it, of every control group that this process is in: a Slurm job's
+    or a container's. Bytes; a cached file counts as left, since the kernel drops it before it refuses memory."""
+    found = []
+    try:
+        lines = groups.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):  # not Linux
+        return []
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            top, files = mounted / "memory", CGROUP_V1
+        elif number == "0":
+            top, files = mounted, CGROUP_V2
+        else:
+            continue
+        # a group's parents limit it too; within a container only some of them are mounted, or only the top
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+            try:
+                limit, used = (int((folder / name).read_text(encoding="ascii")) for name in files[:2])
+                stat = (folder / "memory.stat").read_text(encoding="ascii").split()
+                found.append((limit, limit - used + int(stat[stat.index(files[2]) + 1])))
+            except (OSError, ValueError):  # no limit ("max"), or not to be seen from here
+                continue
+    return found
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that a rank can take on its device: of a CPU's memory, what can be had without swapping, which
-    the machine's other ranks will take from too."""
+    """Return the bytes that a rank can take on its device: of a CPU's memory, what can be had without swapping and
+    within the limits of its control groups, which the machine's other ranks will take from too."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         words = Path("/proc/meminfo").read_text(encoding="ascii").split()
-        return 1024 * int(words[words.index("MemAvailable:") + 1])
+        available = 1024 * int(words[words.index("MemAvailable:") + 1])
     except (OSError, ValueError):  # not Linux
         return memory_here()
+    return max(0, min([available, *(left for _, left in memory_limits())]))
 
 
 def keep_heap() -> None:

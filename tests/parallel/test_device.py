@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megahp.parallel.device import free_memory, memory_here
+from megahp.parallel.device import CGROUP_V1, CGROUP_V2, free_memory, memory_here, memory_limits
 
 # Allocates a tensor of 256 MiB and frees it; prints the MiB that the process then has more, and those in huge pages.
 ONE_TENSOR = """
@@ -52,6 +52,28 @@ def test_a_freed_tensor_stays_in_the_heap_in_huge_pages() -> None:
 @pytest.mark.parametrize("name", ["MALLOC_TOP_PAD_", "GLIBC_TUNABLES"])
 def test_what_the_user_sets_of_malloc_stands(name: str) -> None:
     assert kept(**{name: "0" if name.startswith("MALLOC") else "glibc.malloc.top_pad=0"})[0] < 50
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_is_that_of_the_control_group(tmp_path: Path, version: int) -> None:
+    """A job of 1 GB, 300 MB of it used, 100 of those cached files, in a group that has 0.5 GB left."""
+    top = tmp_path / "memory" if version == 1 else tmp_path
+    limit, used, cached = CGROUP_V1 if version == 1 else CGROUP_V2
+    job = top / "slurm" / "job_7"
+    job.mkdir(parents=True)
+    (tmp_path / "groups").write_text("4:cpu:/\n3:memory:/slurm/job_7\n" if version == 1 else "0::/slurm/job_7\n")
+    sizes = {job: (10**9, 3 * 10**8, 10**8), job.parent: (4 * 10**9, 35 * 10**8, 0)}
+    for folder, (most, now, files) in sizes.items():
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text(f"{now}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{cached} {files}\n")
+    if version == 2:  # no limit: the word of version 2
+        (top / limit).write_text("max\n")
+    assert memory_limits(tmp_path / "groups", tmp_path) == [(10**9, 8 * 10**8), (4 * 10**9, 5 * 10**8)]
+
+
+def test_memory_without_control_groups(tmp_path: Path) -> None:
+    assert memory_limits(tmp_path / "none", tmp_path) == []
 
 
 def test_free_memory_is_less_than_there_is() -> None:
