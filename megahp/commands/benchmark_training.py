@@ -63,7 +63,7 @@ from megahp.config import Config, SparsityConfig, config_to_dict, get_setting, r
 from megahp.config.presets import PRESETS
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.errors import UserError
-from megahp.parallel.device import check_devices, device_of, keep_heap, uses_cuda
+from megahp.parallel.device import check_devices, claim_device, keep_heap, uses_cuda
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.scaling.batch import largest_micro_batch
@@ -319,7 +319,7 @@ def model_settings(shape: str, vocabulary: int | None) -> dict[str, Any]:
 
 def benchmark(arguments: argparse.Namespace, cases: Sequence[Case], world: launch.World, words: Sequence[str]) -> None:
     """Measure every case; rank 0 prints and writes."""
-    rows, comparisons, device = [], [], device_of(cases[0].config, world)
+    rows, comparisons, device = [], [], claim_device(cases[0].config, world)
     machine = {**machine_of(device), "ranks": world.size, "load": round(os.getloadavg()[0], 1)}
 
     def report(line: str) -> None:

@@ -30,7 +30,7 @@ from megahp.config import (
 )
 from megahp.data.loader import Batch
 from megahp.errors import UserError
-from megahp.parallel.device import check_devices, device_of, uses_cuda
+from megahp.parallel.device import check_devices, claim_device, uses_cuda
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.parallel.messages import all_gather_json
@@ -231,7 +231,7 @@ def _main(run_file: str, outcome: str) -> None:
     config = resolve.load(run_file).config
     world = launch.world()
     launch.join(world, uses_cuda(config))
-    mesh = make_mesh(fit(config.parallel, world.size), device_of(config, world))
+    mesh = make_mesh(fit(config.parallel, world.size), claim_device(config, world))
     trained = train(Trial(config, mesh), STEPS)
     if world.rank == 0:
         torch.save(trained, outcome)

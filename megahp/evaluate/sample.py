@@ -14,7 +14,7 @@ from megahp.data.tokenizer import Tokenizer, tokenizer_of
 from megahp.errors import UserError
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
-from megahp.parallel.device import device_of
+from megahp.parallel.device import claim_device
 from megahp.parallel.mesh import single_rank_mesh
 from megahp.parallel.parameters import model_state
 
@@ -52,7 +52,7 @@ def load_trained(location: Path) -> TrainedModel:
     tokenizer = tokenizer_of(config.data)
     model = single_rank_model(config)
     checkpoint.load(path, model_state(model))
-    return TrainedModel(path, config, model, tokenizer, device_of(config, launch.World()))
+    return TrainedModel(path, config, model, tokenizer, claim_device(config, launch.World()))
 
 
 def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:

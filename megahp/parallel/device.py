@@ -123,8 +123,9 @@ def check_devices(config: Config, local_ranks: int) -> None:
         )
 
 
-def device_of(config: Config, world: World) -> torch.device:
-    """Return this rank's device, and make it torch's current one; on CPUs, divide the cores among the local ranks."""
+def claim_device(config: Config, world: World) -> torch.device:
+    """Return this rank's device, and make it torch's current one; on CPUs, divide the threads among the local ranks:
+    call once a process, or they are divided again."""
     import torch
 
     if uses_cuda(config):

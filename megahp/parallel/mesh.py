@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megahp import launch
 from megahp.config import Config
-from megahp.parallel.device import device_of, uses_cuda
+from megahp.parallel.device import claim_device, uses_cuda
 from megahp.parallel.layout import AXES, Layout
 
 SHARDS = ("dp_shard", "ep", "cp")  # the axes that FSDP2 shards a weight over
@@ -110,4 +110,4 @@ def single_rank_mesh(config: Config) -> Mesh:
     """Return the mesh of this process alone; it joins a process group of its own if it is in none."""
     if not dist.is_initialized():
         launch.join(launch.World(), uses_cuda(config))
-    return make_mesh(Layout(), device_of(config, launch.World()))
+    return make_mesh(Layout(), claim_device(config, launch.World()))

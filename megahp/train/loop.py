@@ -10,7 +10,7 @@ from megahp.data.loader import Loader
 from megahp.faults.notice import Notice
 from megahp.faults.watchdog import Watchdog
 from megahp.launch import World
-from megahp.parallel.device import device_of
+from megahp.parallel.device import claim_device
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch import StepPlan
@@ -38,7 +38,7 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
     Returns whether the run is finished: False when it was stopped early, or its last step could not be saved.
     """
     start_time = time.monotonic()
-    mesh = make_mesh(layout, device_of(config, world))
+    mesh = make_mesh(layout, claim_device(config, world))
     config, settled = settle(config, mesh, world, resume)
     reporter = Reporter(config)  # locks the run directory: a second run on it ends here, before a model is built
     data = open_data(config)
