@@ -22,7 +22,7 @@ SPANNED = {
     "train/trainer train/validation",
     "distributed/test_sabotage.py": "parallel/collectives parallel/expert parallel/parameters",
     "evaluate/test_perplexity.py": "commands/evaluate commands/evaluate_tasks evaluate/sample",
-    "faults/test_faults.py": "faults/copies faults/notice launch/processes train/recovery",
+    "faults/test_faults.py": "faults/copies faults/notice launch/processes",
     "faults/test_soak.py": "faults/crash",
     "model/test_transformer.py": "parallel/draw",
     "ops/test_norm.py": "model/norm commands/benchmark_norm",

@@ -67,6 +67,7 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
             if step.measured.wrong_samples:
                 report_wrong_samples(run, reporter, plan)
             if decision.action == "rewind":
+                del step  # or its gradients would lie in memory beside what is loaded
                 rewind(run, loader, reporter, plan, decision.reason)
                 watchdog.alive(run.progress.step)
                 plan = run.next_step()

@@ -42,13 +42,15 @@ def compute_with_retry(
     then costs one retry and changes no number, a lasting one is located. Raises Fault when a weight is not finite."""
     step = compute()
     if step.measured.finite:
+        run.cause_located = False
         return step, decide_on_spike(run, step.measured, reporter)
-    # in float16 an overflow is how the loss scale finds its value; and in a row of skipped steps the first one's retry
-    # has located the cause
+    # in float16 an overflow is how the loss scale finds its value; and in a row of steps that are not finite the first
+    # one's retry has located the cause
     is_overflow = run.config.train.dtype == "float16" and math.isfinite(step.measured.loss)
-    if is_overflow or run.skipped_in_a_row:
+    if is_overflow or run.cause_located:
         return step, Decision("skip", "the gradient is not finite")
     run.engine.zero()
+    del step  # or its gradients would lie in memory beside the retry's
     with watch_layers(run.engine.model.stages, run.samples(plan)) as found:
         step = compute()
     if step.measured.finite:
@@ -62,6 +64,7 @@ def compute_with_retry(
         reporter.event("broken", reason, run.progress)
         remedy = "resume, with a lower optimizer.lr or optimizer.weight_decay if this recurs"
         raise Fault(f"{reason}; an older checkpoint may have it finite: {remedy}")
+    run.cause_located = True
     return step, Decision("skip", reason)
 
 
@@ -144,6 +147,7 @@ def rewind(run: Run, loader: Loader, reporter: Reporter, plan: StepPlan, reason:
     """
     run.engine.zero()
     run.rewinds += 1
+    run.skipped_in_a_row = 0
     loader.drop_prefetched()  # what was read ahead is of the data as it stands now, which is about to be restored
     wait_for_save(run, reporter)  # its checkpoint is the newest
     names = broadcast_from_rank0(lambda: [path.name for path in checkpoint.complete_without_links(run.folder)])

@@ -48,6 +48,7 @@ class Run(Trainer):
         super().__init__(config, mesh)
         self.data = data
         self.skipped = self.skipped_in_a_row = self.rewinds = 0  # rewinds: since the last save
+        self.cause_located = False  # of the present row of steps that are not finite
         self.spikes = Spikes(config.resilience)
         self.slow: set[int] = set()  # ranks reported as stragglers
         self.saved_at = -1  # step
