@@ -78,25 +78,24 @@ def segments(growth: Growth, progress: Progress, state: Mapping[str, Any], noise
     """
     config, result = forecast_segments(growth.config, progress, noise), list[Segment]()
     train, forecast = config.train, noise_forecast(config, progress, noise)
-    every = config.batch.look_every if config.batch.policy == "measured" else 1
     while True:
         nodes, begin = growth.nodes_for(state["batch"]), progress.tokens
-        plan = BatchScheduler(config, growth.dp(nodes))
-        plan.load_state(state, progress)
+        scheduler = BatchScheduler(config, growth.dp(nodes))
+        scheduler.load_state(state, progress)
         stop_at, strides = growth.stop_at(state["batch"]), list[tuple[int, int]]()
-        while (step := plan.step(progress)) and not (strides and 0 < stop_at <= plan.batch):
+        while (step := scheduler.step(progress)) and not (strides and 0 < stop_at <= scheduler.batch):
             left = (train.tokens - progress.tokens) // step.tokens
             left = min(left, train.steps - progress.step) if train.steps else left
-            steps = max(1, left // STRIDES)
-            steps = min(left, steps - (progress.step + steps) % -every)  # to the next step at which the policy decides
+            ahead = max(1, left // STRIDES) - 1  # a stride's steps before those up to the next decision
+            steps = min(left, ahead + scheduler.steps_to_decision(progress.step + ahead))
             strides.append((steps, step.tokens))
             # Samples stay 0: no policy depends on them.
             progress = Progress(progress.step + steps, 0, progress.tokens + steps * step.tokens)
-            plan.update(progress, forecast(progress.tokens))
+            scheduler.update(progress, forecast(progress.tokens))
         if not strides:  # the run is over
             return result
         result.append(Segment(nodes, begin, strides))
-        state = plan.state()
+        state = scheduler.state()
 
 
 def forecast_segments(config: Config, progress: Progress, noise: float | None) -> Config:

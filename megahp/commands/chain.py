@@ -36,7 +36,7 @@ def read_chain(options: Namespace, config: Config) -> Chain:
     from megahp import checkpoint
     from megahp.train.prepare import initial_batch_state, newest
 
-    if config.batch.policy == "constant":
+    if not config.batch.grows:
         raise UserError("--grow: batch.policy = 'constant' never grows; set another policy, or omit --grow")
     if options.grow < 2 * options.nodes:
         few = f"--grow {options.grow} is less than twice --nodes {options.nodes}"

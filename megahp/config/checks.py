@@ -218,7 +218,7 @@ def _batch(config: Config) -> Iterator[str]:
         table, wrong_word = [], error
     if batch.largest and batch.largest < batch.global_batch:
         yield f"batch.largest = {batch.largest} is below batch.global_batch = {batch.global_batch}; raise it"
-    elif stop_at and (batch.policy == "constant" or stop_at <= batch.global_batch):
+    elif stop_at and (not batch.grows or stop_at <= batch.global_batch):
         yield (
             f"resilience.stop_at_batch = {stop_at} is not reached by growth from batch.global_batch = "
             f"{batch.global_batch} with {policy}; raise it, or remove it"
@@ -318,7 +318,7 @@ def _engines(config: Config) -> Iterator[str]:
 
 
 def _compile(config: Config) -> Iterator[str]:
-    if config.compute.compile is True and config.batch.micro_batch == AUTO and config.batch.policy != "constant":
+    if config.compute.compile is True and config.batch.varies_micro_batch:
         yield (
             "compute.compile = true compiles blocks anew for every size of microbatches, and batch.micro_batch = "
             f"{AUTO!r} has many under batch.policy = {config.batch.policy!r}; set a number, or compute.compile=auto"

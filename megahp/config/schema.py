@@ -347,6 +347,16 @@ class BatchConfig:
     )
     growth: float = noise_scale_only(2.0, "largest factor of a single change", above=1)
 
+    @property
+    def grows(self) -> bool:
+        """Whether the batch may grow. One that may not is global_batch at every step, also of a resumed run."""
+        return self.policy != "constant"
+
+    @property
+    def varies_micro_batch(self) -> bool:
+        """Whether microbatches come in many sizes, for each of which blocks would be compiled anew."""
+        return self.micro_batch == AUTO and self.grows
+
 
 muon_only = partial(setting, only_with=("optimizer.name", "muon"))
 

@@ -44,17 +44,17 @@ def _decide(
 ) -> Iterator[tuple[int, Change]]:
     """Yield the changes from one start to the step that the next continues from; add each step's state to `after`."""
     config = resolve.from_dict(start["config"], "events.jsonl")
-    plan = BatchScheduler(config, Layout(**start["layout"]).dp)
+    scheduler = BatchScheduler(config, Layout(**start["layout"]).dp)
     progress = Progress(start["step"], start["samples"], start["tokens"])
     if start["event"] != "started":
         # Resume from the replay's own state, not the logged one, which would hide any difference before the resume.
         replayed = after.get(progress.step) if start["event"] in GONE_BACK else None
-        moved = plan.load_state(replayed[1] if replayed else start["batch_plan"], progress)
+        moved = scheduler.load_state(replayed[1] if replayed else start["batch_plan"], progress)
         yield from ((progress.step, change) for change in moved)
-    while progress.step < until and (step := plan.step(progress)):
-        progress = progress.after(step)
-        change = plan.update(progress, records.get(progress.step, {}).get(plan.noise_key))
-        after[progress.step] = progress, plan.state()
+    while progress.step < until and (plan := scheduler.step(progress)):
+        progress = progress.after(plan)
+        change = scheduler.update(progress, records.get(progress.step, {}).get(scheduler.noise_key))
+        after[progress.step] = progress, scheduler.state()
         if change:
             yield progress.step, change
 

@@ -115,7 +115,7 @@ def simulate(
     per_node = min(gpus, machine.gpus_per_node)
     if gpus % per_node:
         raise UserError(f"--gpus {gpus} is not a whole number of nodes of {per_node}; make it a multiple")
-    if largest != gpus and (largest < 2 * gpus or config.batch.policy == "constant"):
+    if largest != gpus and (largest < 2 * gpus or not config.batch.grows):
         grown = f"--grow {largest} from --gpus {gpus} with batch.policy = {config.batch.policy!r}"
         raise UserError(f"{grown}: nodes double as the batch does, and a constant one never does; raise it, or omit it")
     growth = Growth(

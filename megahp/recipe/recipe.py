@@ -289,8 +289,7 @@ def steps_of(run: Config, ranks: int) -> tuple[int, int]:
     scheduler, progress, forecast = BatchScheduler(run, ranks), Progress(), noise_forecast(run, Progress(), None)
     while step := scheduler.step(progress):
         left = (run.train.tokens - progress.tokens) // step.tokens
-        every = run.batch.look_every if run.batch.policy == "measured" else left
-        steps = min(left, every - progress.step % every)
+        steps = min(left, scheduler.steps_to_decision(progress.step))
         progress = Progress(progress.step + steps, progress.samples, progress.tokens + steps * step.tokens)
         scheduler.update(progress, forecast(progress.tokens))
     return progress.step, scheduler.batch

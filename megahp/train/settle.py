@@ -61,7 +61,7 @@ def _is_compiled(config: Config, mesh: Mesh, saved: bool | Auto) -> tuple[bool, 
         why = "what that gains is not measured on GPUs"
     elif config.model.experts or config.compute.fp8 != "none" or split_backward:
         why = "what that gains is measured for dense blocks alone, without float8 or a split backward pass"
-    elif config.batch.micro_batch == AUTO and config.batch.policy != "constant":
+    elif config.batch.varies_micro_batch:
         why = "microbatches that follow a growing batch would be compiled anew at each size"
     elif seconds < COMPILE_SECONDS / COMPILE_SHARE:
         why = f"about {COMPILE_SECONDS:g} s of compiling are too much of a run of about {human_duration(seconds)}"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from megahp.config import Config, phase_at, phases_of
-from megahp.scaling.batch.policies.law import critical_batch_along
+from megahp.scaling.batch.policies.law import critical_batch_of_settings
 from megahp.scaling.batch.scheduler import Progress
 
 
@@ -19,7 +19,7 @@ def noise_forecast(config: Config, progress: Progress, noise: float | None) -> C
         return lambda tokens: None
 
     def by_law(tokens: int) -> float:
-        return critical_batch_along(batch, tokens) / phases[phase_at(phases, tokens)].length
+        return critical_batch_of_settings(batch, tokens) / phases[phase_at(phases, tokens)].length
 
     factor = noise / by_law(progress.tokens) if noise and progress.tokens else 1.0
     return lambda tokens: factor * by_law(tokens)

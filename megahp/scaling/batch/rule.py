@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megahp.config import BatchConfig, OptimizerConfig
 from megahp.scaling import power_laws
+from megahp.scaling.batch.policies import POLICIES
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Hyperparameters:
 
 
 def rule_of(batch: BatchConfig) -> str:
-    """Return the rule that hyperparameters follow: `measured` rests on sde; for other policies the user chooses."""
-    return "sde" if batch.policy == "measured" else batch.rule
+    """Return the rule that hyperparameters follow: the policy's own, or else the one that the user has chosen."""
+    return POLICIES[batch.policy].rule or batch.rule
 
 
 def follow(rule: str, optimizer: OptimizerConfig, kappa: float) -> Hyperparameters:

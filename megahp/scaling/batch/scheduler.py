@@ -7,8 +7,9 @@ within one start: a resume may lower it, to `batch.largest` or to that of anothe
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from megahp.config import Config, phase_at, phases_of
@@ -103,6 +104,11 @@ class BatchScheduler:
         """Return whether the noise scale after this step can decide something, and so must be in the log."""
         return self.policy.measures and step % self.config.batch.look_every == 0
 
+    def steps_to_decision(self, step: int) -> int:
+        """Return the steps after this one to the next after which the batch may change, for forecasts in few steps."""
+        every = self.config.batch.look_every if self.policy.measures else 1
+        return every - step % every if self.config.batch.grows else sys.maxsize
+
     def is_calibration_step(self, step: int) -> bool:
         """Return whether to measure the whole model's gradient of one example after this step."""
         every = self.config.batch.calibrate_every
@@ -136,7 +142,7 @@ class BatchScheduler:
         length = self.phases[phase_at(self.phases, progress.tokens)].length
         if length != self.length:  # what was measured on examples of another length no longer counts
             self.length, noise_scale = length, None
-            self.policy.memory.since = self.policy.memory.least = None
+            self.policy.on_length_change()
         # These rules change the betas, and AdamW corrects its bias by the present ones, as if all steps before had had
         # them. After 10 / (1 - beta2) steps that no longer matters: the correction, 1 - beta2^steps, is 1 to 5e-5.
         if self.rule in ("sqrt", "sde") and progress.step < 10 / (1 - self.config.optimizer.beta2):
@@ -147,7 +153,7 @@ class BatchScheduler:
         if proposal is None or (tokens := self._runnable_below(proposal.tokens)) <= self.tokens:
             return None
         before, self.tokens = self.tokens, tokens
-        self.policy.memory.since = None  # the next growth is to be confirmed anew; `least` is what this one rests on
+        self.policy.on_growth()
         return self._change(before, proposal)
 
     def target(self, progress: Progress, noise_scale: float | None) -> float | None:
@@ -171,9 +177,9 @@ class BatchScheduler:
         one, or the next smaller where that is above the limit. Return the change this made, and the one the policy
         makes at once."""
         self.length = state["length"]
-        self.policy.memory = PolicyState(state["since"], state["least"], state["began"])
+        self.policy.memory = PolicyState(*(state[field.name] for field in fields(PolicyState)))
         before = state["batch"] * self.first_length
-        if self.policy.grows:
+        if self.config.batch.grows:
             above = -(-before // self.multiple) * self.multiple
             self.tokens = max(self.tokens, above if above <= self.limit else self._runnable_below(above))
         changes = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scaling.batch.schedulers import NOISE, SAVED, TOKENS, config, run
@@ -64,6 +66,18 @@ def test_a_state_moves_to_a_layout_that_cannot_run_its_batch(largest: int, expec
     assert (change.before, change.now, plan.batch) == (12, expected, expected)
     assert "layout" in change.reason and change.hyperparameters_now == plan.hyperparameters(expected * 16)
     assert BatchScheduler(config(8, 4, tokens=TOKENS), 2).load_state({**SAVED, "batch": 8}, Progress()) == []
+
+
+@pytest.mark.parametrize(
+    "policy", [NOISE | {"batch__look_every": 7}, {"batch__policy": "table"}], ids=["noise", "table"]
+)
+def test_the_next_decision_is_as_many_steps_away_as_are_said(policy: dict[str, Any]) -> None:
+    scheduler = BatchScheduler(config(4, tokens=TOKENS, **policy), 1)
+    for step in range(20):
+        ahead = scheduler.steps_to_decision(step)
+        decides = [not scheduler.policy.measures or scheduler.is_decision_step(step + n) for n in range(1, ahead + 1)]
+        assert decides == [False] * (ahead - 1) + [True]
+    assert BatchScheduler(config(4), 1).steps_to_decision(3) > 10**18  # a constant batch is never decided on
 
 
 def test_a_policy_that_is_behind_catches_up_at_once() -> None:

@@ -4,6 +4,4 @@ from megahp.scaling.batch.policies.policy import Policy
 
 
 class Constant(Policy):
-    """Keep batch.global_batch, whatever a checkpoint's batch was."""
-
-    grows = False
+    """Keep batch.global_batch, whatever a checkpoint's batch was (BatchConfig.grows)."""

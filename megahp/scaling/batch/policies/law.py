@@ -11,10 +11,10 @@ class Law(Policy):
 
     def target(self, observed: Observation) -> float:
         batch = self.config.batch
-        return batch.target * critical_batch_along(batch, observed.tokens) / observed.length
+        return batch.target * critical_batch_of_settings(batch, observed.tokens) / observed.length
 
 
-def critical_batch_along(batch: BatchConfig, tokens: float) -> float:
+def critical_batch_of_settings(batch: BatchConfig, tokens: float) -> float:
     """Return batch.critical_batch, a law of whole runs, spread along one: in tokens, after this many tokens."""
     scale, exponent = batch.critical_batch
     law = PowerLaw(scale, exponent, "batch.critical_batch", "given")

@@ -21,6 +21,7 @@ class Measured(Policy):
       horizon or schedule, a layout that cannot run the old batch), the rate is limited instead.
     """
 
+    rule = "sde"
     measures = calibrates = True
     noise_key = "noise_scale_total_low"
 

@@ -8,7 +8,7 @@ from megahp.config import Config
 @dataclass
 class PolicyState:
     """What a policy remembers, and a checkpoint keeps. Of the policies only the one called noise-scale sets `since` and
-    `least`; the scheduler clears them when the batch grows or the sequence length changes."""
+    `least`."""
 
     since: int | None = None  # tokens since which the noise scale has asked for more, without a break
     least: float | None = None  # the least noise scale since then
@@ -39,12 +39,11 @@ class Proposal:
 class Policy:
     """Decide the batch of the next steps.
 
-    A policy is a subclass in a file of its own, with a line in POLICIES and a name in `batch.policy`
-    (config/schema.py). It overrides `target` (sequences), or `propose` (tokens) where it needs more than a target;
-    BatchScheduler rounds the proposal to what the layout can run.
+    A policy overrides `target` (sequences), or `propose` (tokens) where it needs more than a target; BatchScheduler
+    rounds the proposal to what the layout can run. CONTRIBUTING.md lists what else a new one needs.
     """
 
-    grows = True  # False: a resumed run begins again with batch.global_batch
+    rule = ""  # of scaling/batch/rule.py, where the policy rests on one; "": the user chooses, by batch.rule
     measures = False  # True: it decides from the noise scale, and so at decision steps alone
     calibrates = False  # True: it needs the noise scale of the whole model, with an interval
     noise_key = "noise_scale"  # which of NoiseScale.numbers it decides from
@@ -71,6 +70,14 @@ class Policy:
         """
         target = self.target(observed)
         return None if target is None else Proposal(target * observed.length / self.first_length * self.first_length)
+
+    def on_length_change(self) -> None:
+        """Forget what was measured on examples of another length."""
+        self.memory.since = self.memory.least = None
+
+    def on_growth(self) -> None:
+        """Let the next growth be confirmed anew. `least` stays: this growth rests on it."""
+        self.memory.since = None
 
     def rate(self, shape: float, kappa: float) -> float:
         """Return the share of the peak learning rate at kappa times batch.global_batch, where the schedule's share is
