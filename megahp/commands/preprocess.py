@@ -204,23 +204,7 @@ def tokenize(
     encode = partial(encode_chunk, tokenizer_words, not arguments.no_eod)
     ends = np.cumsum([source.size for source in sources]).tolist()
     with IndexedWriter(arguments.output, tokenizer.vocab_size, arguments.overwrite, resume=True) as writer:
-        try:
-            file, number = writer.state["after"]
-            tally, after = Counter(writer.state["tally"]), (int(file), int(number))
-            bad = {reason: (count, first) for reason, (count, first) in writer.state["bad"].items()}
-            is_ours = writer.state["inputs"] == digests[file]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):  # no state, or a damaged one
-            is_ours = False
-        if is_ours:
-            print(f"{arguments.output}: resumes after {tally['documents']} documents", file=sys.stderr)
-        else:
-            if writer.state:
-                print(
-                    f"{arguments.output}: unfinished work of other inputs, settings or --engine is dropped",
-                    file=sys.stderr,
-                )
-            writer.restart()
-            tally, after, bad = Counter[str](), (0, 0), LeftOut()
+        tally, after, bad = resume(writer, digests, arguments.output)
         tally["size before"], saved = tally["size"], time.monotonic()
         chunks = make_chunks(read_pieces(sources, arguments.json_key, after))
         results = closing(map_in_order(encode, chunks, arguments.workers))
@@ -247,6 +231,25 @@ def tokenize(
     left_out.update(bad)
     tally["largest_id"] = writer.largest
     return tally
+
+
+def resume(writer: IndexedWriter, digests: Sequence[str], output: str) -> tuple[Counter[str], tuple[int, int], LeftOut]:
+    """Return what the writer holds of these inputs and settings already: its tally, the (file, number) of its last
+    document, what was left out. Other unfinished work is dropped."""
+    try:
+        file, number = writer.state["after"]
+        tally, after = Counter[str](writer.state["tally"]), (int(file), int(number))
+        bad = {reason: (count, first) for reason, (count, first) in writer.state["bad"].items()}
+        is_ours = writer.state["inputs"] == digests[file]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):  # no state, or a damaged one
+        is_ours = False
+    if is_ours:
+        print(f"{output}: resumes after {tally['documents']} documents", file=sys.stderr)
+        return tally, after, bad
+    if writer.state:
+        print(f"{output}: unfinished work of other inputs, settings or --engine is dropped", file=sys.stderr)
+    writer.restart()
+    return Counter[str](), (0, 0), LeftOut()
 
 
 def digest(settings: Sequence[object], sources: Sequence[Source]) -> list[str]:

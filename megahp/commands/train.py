@@ -60,9 +60,9 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
     from megahp.train.prepare import prepare, refuse_without_checkpoint
 
-    # Warnings are printed by one process only; started ranks repeat the checks.
+    # A process that trains checks its machine and, as rank 0, warns. One that only starts ranks does neither, and need
+    # not wait for torch's import: they repeat the checks.
     warn = None if starting or options.restarts is not None or world.rank else complain
-    # Ranks that are started here check the machine themselves, so that this process need not wait for torch's import.
     local_ranks = 0 if starting else options.ranks or world.local_size
     config = prepare(config, layout, local_ranks, options.resume is not None, warn)
     if options.resume == "required":
@@ -124,6 +124,18 @@ def train_with_restarts(options: Namespace, config: Config, world: launch.World)
     return until_done(start, config.directory, options.restarts)
 
 
+def report_run(directory: Path) -> None:
+    """Print a finished run's summary, and write its report; or say why not: the run has finished all the same."""
+    from megahp.report.page import read_runs, text_summary, write_report
+
+    try:
+        runs = read_runs([directory])
+        print(text_summary(runs[0]))
+        print(f"report: {write_report(runs, directory / 'report.html')}")
+    except (UserError, OSError) as error:
+        print(f"no report: {error}")
+
+
 def train_rank(config: Config, world: launch.World, layout: Layout, resume: bool) -> int:
     """Train as one rank, and exit without tearing down the process group (launch.leave)."""
     import torch
@@ -139,14 +151,7 @@ def train_rank(config: Config, world: launch.World, layout: Layout, resume: bool
     try:
         code = FINISHED if train(config, world, store, layout, resume) else STOPPED
         if world.rank == 0 and code == FINISHED:
-            from megahp.report.page import read_runs, text_summary, write_report
-
-            try:
-                runs = read_runs([config.directory])
-                print(text_summary(runs[0]))
-                print(f"report: {write_report(runs, config.directory / 'report.html')}")
-            except (UserError, OSError) as error:  # the run has finished all the same
-                print(f"no report: {error}")
+            report_run(config.directory)
     except UserError as error:
         code = FAULT if error.may_pass else USER_ERROR
         if launch.claim_report(store, "user error"):

@@ -76,16 +76,21 @@ def spawn(
             return at_notice
         return code if code in FINAL else 128 + notices[0][1]
     finally:
-        # let them end by themselves; what they write is whole or is not there, so that killing is safe
-        deadline = time.monotonic() + patience
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        end_all(processes, patience)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_all(processes: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
+    """Let processes end by themselves for `patience` seconds, then kill those that have not: what they write is whole
+    or is not there, so that killing is safe."""
+    deadline = time.monotonic() + patience
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def notice_signals() -> list[signal.Signals]:
