@@ -232,7 +232,7 @@ def make_rows(mode: str, points: Sequence[Point], warm_up: int) -> list[dict[str
         if not seconds:
             raise UserError(f"{point.directory}: all steps after the warm-up were skipped; lower optimizer.lr")
         low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
-        tokens = point.config.batch.global_batch * point.config.data.sequence_length
+        tokens = point.config.step_tokens
         row = {
             "mode": mode,
             "layout": point.layout,

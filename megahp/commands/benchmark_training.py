@@ -433,7 +433,7 @@ def make_row(
     """Return all results of one contestant, after some more steps under the profiler."""
     config, seconds = case.config, statistics.median(measurement.seconds)
     shape = config.model, config.data.sequence_length
-    tokens = config.batch.global_batch * config.data.sequence_length
+    tokens = config.step_tokens
     recomputed = 0 if name in BASELINES else recomputed_layers(config)
     causal, full = training_flops(*shape, True, 0), training_flops(*shape, False, 0)
     hardware = training_flops(*shape, True, recomputed)

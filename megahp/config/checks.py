@@ -399,7 +399,7 @@ def _run(config: Config) -> Iterator[str]:
             f"train.validation_samples = {train.validation_samples} needs held-out documents, but "
             "data.validation_fraction = 0; raise it, or set train.validation_samples=0"
         )
-    if train.tokens < data.sequence_length * config.batch.global_batch:
+    if train.tokens < config.step_tokens:
         yield (
             f"train.tokens = {train.tokens} is less than one batch of "
             f"{config.batch.global_batch} x {data.sequence_length} tokens; raise it"

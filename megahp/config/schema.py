@@ -619,6 +619,11 @@ class Config:
         """The run directory."""
         return Path(self.log.root) / self.log.name
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step of batch.global_batch sequences, the least of any step."""
+        return self.batch.global_batch * self.data.sequence_length
+
 
 SECTIONS: dict[str, Any] = get_type_hints(Config)  # section -> its dataclass
 TYPES = {name: get_type_hints(section) for name, section in SECTIONS.items()}  # section -> {key: type}

@@ -146,7 +146,7 @@ class Case:
     @property
     def tokens(self) -> int:
         """Tokens of a step."""
-        return self.config.batch.global_batch * self.config.data.sequence_length
+        return self.config.step_tokens
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -81,7 +81,7 @@ def _read_run(path: Path, config: Config, notes: list[str]) -> FinishedRun:
     last, events = next(newest_metrics(path), None), [event["event"] for event in read_events(path)]
     if last is None:
         raise UserError(f"{path} has logged no step; train it, or remove it from the list")
-    batch, tokens = config.batch.global_batch * config.data.sequence_length, config.train.tokens
+    batch, tokens = config.step_tokens, config.train.tokens
     ended = next((event for event in reversed(events) if event in ("finished", *STARTS)), None)
     is_short = last["tokens"] + (last.get("global_batch") or 0) * longest(config) <= tokens
     is_cut = is_short and 0 < config.train.steps <= last["step"]

@@ -86,7 +86,7 @@ def _rates(recipe: Recipe) -> Iterator[RecipeRow]:
     yield RecipeRow("beta1, beta2", f"{optimizer.beta1:g}, {optimizer.beta2:g}", tuned, *other)
     yield RecipeRow("eps, base", optimizer.eps, tuned, *other)
     yield RecipeRow("eps, hidden matrices", optimizer.eps * rule.eps, "eps m_N^-1 m_L^-alpha", *TABLE)
-    law, batch = recipe.laws.timescale, recipe.run.batch.global_batch * recipe.run.data.sequence_length
+    law, batch = recipe.laws.timescale, recipe.run.step_tokens
     if choice:
         tau = power_laws.timescale(recipe.lr, recipe.weight_decay, batch, recipe.tokens)
         yield RecipeRow(
@@ -251,7 +251,7 @@ def choices(recipe: Recipe) -> list[Choice]:
     """Return this recipe's choice, at the batch of a run with one batch and as many steps, then the other rules'."""
     run, batch, decay = recipe.run, recipe.tokens / recipe.steps, recipe.weight_decay
     if not recipe.choice:
-        decay = decay * batch / (run.batch.global_batch * run.data.sequence_length)
+        decay = decay * batch / run.step_tokens
     by, beta2 = _by(recipe.choice or recipe.base), run.optimizer.beta2
     rule, kind = f"megahp, {recipe.laws.rule}", f"AdamW, {run.parameterization.name}"
     own = Choice(rule, recipe.lr, kind, batch, decay, beta2, *by)
