@@ -41,7 +41,7 @@ from megahp.parallel.mesh import single_rank_mesh
 from megahp.parallel.parameters import model_state
 from megahp.scaling.batch import largest_micro_batch
 from megahp.scaling.noise_scale import estimate
-from megahp.train.prepare import open_data, with_order
+from megahp.train.prepare import open_data, with_sample_order
 
 HEADER = f"{'layers':<13}{'mean |g_b|^2':>13}{'|G_B|^2':>11}{'|G|^2':>11}{'S':>11}{'noise scale':>13}  95 %"
 SMOOTHED = "norms, in training"
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if arguments.batches < 2:
         raise UserError(f"--batches {arguments.batches} must be at least 2, for an interval")
     paths = checkpoint.complete(arguments.run / "checkpoints") or [checkpoint.find(arguments.run)]
-    config = with_order(measurable(paths[-1]), checkpoint.read_state(paths[-1]))
+    config = with_sample_order(measurable(paths[-1]), checkpoint.read_state(paths[-1]))
     data = open_data(config)
     measurements = [plan_measurement(path, config, data, arguments) for path in paths]
     mesh = single_rank_mesh(config)

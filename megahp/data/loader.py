@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # elsewhere where it is needed: `megahp train --ranks` checks
     import torch
 
 AT_A_TIME = 64  # samples that are looked up together, in half the time of one by one
+MIXTURE = ""  # the group of ValidationSamples whose loss stands for the run's
 VALIDATION_SEED = 0  # the same in every run, so that runs of several seeds are validated on the same windows
 
 
@@ -50,7 +51,7 @@ class Batch:
 class ValidationSamples:
     """What a validation loss is the mean over.
 
-    groups: bool [n], the rows of `batch` that are of a group; "" is the mixture, whose loss stands for the run's.
+    groups: bool [n], the rows of `batch` that are of a group: MIXTURE, a source or a named set.
     """
 
     batch: Batch
@@ -233,7 +234,7 @@ class TrainingData:
         groups = {name: names == name for name in (*self._prefixes, *self._sets) if name in names}
         main = ~np.isin(names, list(self._sets)) if self._validation else np.ones(len(rows), bool)
         batch = _stack([sample for _, sample in rows], np.arange(len(rows)), documents=True)
-        return ValidationSamples(batch, {"": main, **groups} if len(groups) > 1 else {"": main})
+        return ValidationSamples(batch, {MIXTURE: main, **groups} if len(groups) > 1 else {MIXTURE: main})
 
     def wrong_in_validation(self, count: int) -> list[str]:
         """Return the `wrong` of what `validation` returns, without torch."""

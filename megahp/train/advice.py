@@ -22,23 +22,23 @@ LIKELY = 5e10
 PATIENCE = 86_400.0  # seconds that a run on CPUs may take without a warning
 
 
-def advice(config: Config, data: TrainingData, ranks: int, device: str, begin: int = 0) -> Iterator[str]:
-    """Yield a warning for each setting that is likely a mistake. device: cuda or cpu; begin: tokens of the checkpoint
+def advice(config: Config, data: TrainingData, ranks: int, device: str, start_tokens: int = 0) -> Iterator[str]:
+    """Yield a warning for each setting that is likely a mistake. device: cuda or cpu; start_tokens: of the checkpoint
     that the run starts from."""
-    train, batch = config.train, config.batch.global_batch * config.data.sequence_length
-    steps = (train.tokens - begin) // batch  # an upper bound: a batch may grow, and never shrinks
-    end = min(train.tokens, begin + train.steps * batch) if train.steps else train.tokens
-    epochs = data.epochs(begin, end)
+    train = config.train
+    steps = (train.tokens - start_tokens) // config.step_tokens  # an upper bound: a batch may grow, and never shrinks
+    end = min(train.tokens, start_tokens + train.steps * config.step_tokens) if train.steps else train.tokens
+    tokens, epochs = end - start_tokens, data.epochs(start_tokens, end)
     prefix, most = max(epochs.items(), key=lambda pair: pair[1])
     if most > EPOCHS:
         more = sum(count > EPOCHS for count in epochs.values()) - 1
         others = f", and {more} other prefixes more than {EPOCHS} times" if more else ""
         yield (
-            f"data.train: {prefix!r} is read {most:,.1f} times in {human_count(end - begin)} tokens{others}; data that "
+            f"data.train: {prefix!r} is read {most:,.1f} times in {human_count(tokens)} tokens{others}; data that "
             f"is repeated more than {EPOCHS} times adds less and less (arXiv 2305.16264): add data, or lower "
             "train.tokens"
         )
-    seconds = (end - begin) * training_flops(config.model, longest(config)) / (ranks * FASTEST[device])
+    seconds = tokens * training_flops(config.model, longest(config)) / (ranks * FASTEST[device])
     if seconds > LONG and not 0 < config.checkpoint.every <= steps:
         yield (
             f"checkpoint.every = {config.checkpoint.every}: no checkpoint before the end, and a fault would cost "
@@ -51,12 +51,12 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, begin: i
         )
 
 
-def beyond_cpus(config: Config, layout: Layout, ranks_here: int, begin: int = 0) -> str:
+def beyond_cpus(config: Config, layout: Layout, ranks_here: int, start_tokens: int = 0) -> str:
     """Return a warning that this machine cannot hold its ranks of a CPU run in memory, or that the run takes more than
     a day; "" if neither."""
     ranks, cores = math.prod(layout.shape), cores_here()
     needed, memory = ranks_here * training_bytes(config, ranks // layout.dp_replicate), memory_here()
-    operations = (config.train.tokens - begin) * training_flops(config.model, longest(config))
+    operations = (config.train.tokens - start_tokens) * training_flops(config.model, longest(config))
     seconds = operations * ranks_here / (ranks * cores * LIKELY)
     takes = []
     if needed > memory:

@@ -1,4 +1,8 @@
-"""The training loop: every step of training is a line of `train`, in order."""
+"""The training loop: every step of training is a line of `train`, in order.
+
+An Engine sums a step's gradients; a Trainer makes a step of it, with optimizer, masks and the next batch; a Run is a
+trainer with its data, its directory and checkpoints.
+"""
 
 import time
 from functools import partial
@@ -6,7 +10,7 @@ from functools import partial
 import torch.distributed as dist
 
 from megahp.config import Config
-from megahp.data.loader import Loader
+from megahp.data.loader import MIXTURE, Loader
 from megahp.faults.notice import Notice
 from megahp.faults.watchdog import Watchdog
 from megahp.launch import World
@@ -44,7 +48,7 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
     data = open_data(config)
     loader = Loader(data, mesh.device, config.data.mask_documents)
     run = Run(config, mesh, data)
-    begins = start(run, reporter, resume)
+    is_new = start(run, reporter, resume)
     for line in settled:
         reporter.event("settled", line, run.progress)
     # Until here a signal ends the process. From here on it is recorded, and the step is finished and saved. All ranks
@@ -55,14 +59,15 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
     plan = run.next_step()
     validation: dict[str, float] = {}
     watchdog = Watchdog(store, config.resilience.hang_after, config.directory)
-    with reporter.display_progress(run.progress), watchdog:
-        if config.train.validate_first and begins:
+    with reporter.display_progress(run.progress), watchdog:  # each alive() restarts the limit of hang_after seconds
+        if config.train.validate_first and is_new:
             reporter.first_validation(run, validate(run, data))
             watchdog.alive(run.progress.step)
         while plan:
             step_start = time.monotonic()
             if run.enter_phase(plan):
                 reporter.phase(run, plan)
+            # backward is in Engine.forward_backward; clip and optimizer step in Trainer.update; zero_grad in advance
             step, decision = compute_with_retry(partial(compute, run, loader, plan, notice.given), run, plan, reporter)
             if step.measured.wrong_samples:
                 report_wrong_samples(run, reporter, plan)
@@ -89,13 +94,13 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
 
             # validation comes before saving: a checkpoint holds its validation loss, for checkpoint.keep_best
             validation = validate(run, data) if run.is_due(config.train.validate_every, is_last) else {}
-            watchdog.alive(run.progress.step)  # validation, and what follows, may take hang_after seconds each
+            watchdog.alive(run.progress.step)
             reporter.step(run, plan, measured, change, mask_change, step_seconds, validation, skipped=not updated)
             if run.is_due(config.resilience.check_every, is_last):
                 consistency_check(run, watchdog, reporter)
             if run.is_due(config.checkpoint.every, is_last):
                 wait_for_save(run, reporter)  # one save at a time; that the last one failed does not end training
-                run.save(validation.get(""))
+                run.save(validation.get(MIXTURE))
             watchdog.alive(run.progress.step)
             plan = next_plan
             # stop_requested was all-reduced with the gradients' norms, so that all ranks stop after the same step
@@ -103,22 +108,9 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
                 break
 
     loader.close()
-    is_saved = save_at_end(run, reporter, validation.get(""))
-    if plan is None and is_saved:
-        if is_rank0() and config.log.baselines and config.train.validation_samples:
-            reporter.baselines(*baselines(config, data))
-        reporter.event(
-            "finished",
-            "the token budget or train.steps is reached",
-            run.progress,
-            skipped=run.skipped,
-            epochs=run.epochs(),
-        )
-    else:
-        reason = stop_reason(run, notice) if is_saved else "the newest checkpoint is older than the last step"
-        reporter.event("stopped", reason, run.progress, saved=is_saved, epochs=run.epochs())
+    is_finished = finish(run, reporter, notice, validation.get(MIXTURE), is_over=plan is None)
     reporter.close()
-    return plan is None and is_saved
+    return is_finished
 
 
 def compute(run: Run, loader: Loader, plan: StepPlan, stop_requested: bool) -> Step:
@@ -126,7 +118,20 @@ def compute(run: Run, loader: Loader, plan: StepPlan, stop_requested: bool) -> S
     return run.compute(run.microbatches(loader, plan), plan, stop_requested)
 
 
-def stop_reason(run: Run, notice: Notice) -> str:
-    if run.is_outgrown:
-        return f"the global batch has grown to resilience.stop_at_batch = {run.config.resilience.stop_at_batch}"
-    return notice.reason or "another rank was asked to stop"
+def finish(run: Run, reporter: Reporter, notice: Notice, validation_loss: float | None, is_over: bool) -> bool:
+    """Save the last step, and log how the run ended. Returns whether it is finished: over, and saved."""
+    config, is_saved = run.config, save_at_end(run, reporter, validation_loss)
+    if is_over and is_saved:
+        if is_rank0() and config.log.baselines and config.train.validation_samples:
+            reporter.baselines(*baselines(config, run.data))
+        reason = "the token budget or train.steps is reached"
+        reporter.event("finished", reason, run.progress, skipped=run.skipped, epochs=run.epochs())
+        return True
+    if not is_saved:
+        reason = "the newest checkpoint is older than the last step"
+    elif run.is_outgrown:
+        reason = f"the global batch has grown to resilience.stop_at_batch = {config.resilience.stop_at_batch}"
+    else:
+        reason = notice.reason or "another rank was asked to stop"
+    reporter.event("stopped", reason, run.progress, saved=is_saved, epochs=run.epochs())
+    return False

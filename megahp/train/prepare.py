@@ -75,35 +75,18 @@ def prepare(
     config = with_vocabulary(config, load_described_tokenizer(config))
     check_memory(config, layout, local_ranks)
     refuse_links(config.directory)  # before the first look inside, which would follow them
-    saved, start_tokens = newest(config), 0
+    saved = newest(config)
     if config.directory.exists() and not config.directory.is_dir():
         raise UserError(f"{config.directory} is a file; choose another log.name")
     if not resume and (saved or (config.directory / "metrics.jsonl").exists()):
         raise UserError(f"{saved or config.directory} already exists; pass --resume auto to continue, or set log.name")
-    if resume and saved:
-        from megahp import checkpoint
-
-        state = checkpoint.read_state(saved)
-        config = with_order(in_saved_order(config, state), state)
-        refuse_changes(config, state["config"], saved, {"always", "unless dense", "on resume"})
-        check_schedule(config, state["progress"]["tokens"], saved)
-        check_resumed_batch(config, layout, state, saved)
-    else:
-        check_batch(config, layout, config.batch.global_batch)
-        if config.train.start_from:
-            from megahp import checkpoint
-
-            path = checkpoint.find(checkpoint.location(config.train.start_from))
-            state = checkpoint.read_state(path)
-            config = with_order(config, state)
-            start_tokens = check_start(config, layout, path, state)
-    config = with_values(config, {"data.order": config.data.order or "keyed"})
+    config, start_tokens = check_origin(config, layout, saved if resume else None)
     data = open_data(config)
     check_token_ids(config, data)
     if config.train.validation_samples:
         config = with_validation(config, data, warn)
     begin = begin_of(config, data.datasets)
-    if warn and begin != begin_before == "bos":
+    if warn and begin_before == "bos" and begin != "bos":
         warn("warning: the model was trained on documents with a begin token, and these have none: preprocess --bos")
     config = with_values(config, {"data.begin": begin})
     if warn and not (resume and saved):
@@ -116,7 +99,32 @@ def prepare(
     return config
 
 
-def in_saved_order(config: Config, state: Mapping[str, Any]) -> Config:
+def check_origin(config: Config, layout: Layout, saved: checkpoint.Location | None) -> tuple[Config, int]:
+    """Check batch, schedule and settings against the checkpoint that the run resumes from (`saved`), against the one
+    that it starts from, or alone. Returns the config with the data's order filled in, and the tokens that a new run's
+    checkpoint was trained on. Raises UserError."""
+    if saved:
+        from megahp import checkpoint
+
+        state = checkpoint.read_state(saved)
+        config = with_sample_order(with_saved_source_order(config, state), state)
+        refuse_changes(config, state["config"], saved, {"always", "unless dense", "on resume"})
+        check_schedule(config, state["progress"]["tokens"], saved)
+        check_resumed_batch(config, layout, state, saved)
+        return config, 0
+    check_batch(config, layout, config.batch.global_batch)
+    if not config.train.start_from:
+        return with_values(config, {"data.order": config.data.order or "keyed"}), 0
+    from megahp import checkpoint
+
+    path = checkpoint.find(checkpoint.location(config.train.start_from))
+    state = checkpoint.read_state(path)
+    config = with_sample_order(config, state)
+    check_start(config, layout, path, state)
+    return config, state["progress"]["tokens"]
+
+
+def with_saved_source_order(config: Config, state: Mapping[str, Any]) -> Config:
     """Return the config with its sources in the order in which a checkpoint has them, if they are the same ones: their
     order decides which sample is of which."""
     data, saved = config.data, state.get("sources", ())
@@ -136,14 +144,14 @@ def in_saved_order(config: Config, state: Mapping[str, Any]) -> Config:
     return with_values(config, {**values, "data.mixtures": words})
 
 
-def with_order(config: Config, state: Mapping[str, Any]) -> Config:
+def with_sample_order(config: Config, state: Mapping[str, Any]) -> Config:
     """Fill in data.order, if it is empty: what a checkpoint that has read data was trained in, else the one of new
     runs."""
-    read_in = order_of(state["config"]) if state["data"] is not None else "keyed"
+    read_in = saved_sample_order(state["config"]) if state["data"] is not None else "keyed"
     return with_values(config, {"data.order": config.data.order or read_in})
 
 
-def order_of(saved: Mapping[str, Mapping[str, Any]]) -> Order:
+def saved_sample_order(saved: Mapping[str, Mapping[str, Any]]) -> Order:
     """Return the sample order of saved settings. Those that do not name one are older than the choice."""
     return saved["data"].get("order") or "drawn"
 
@@ -258,8 +266,9 @@ def check_memory(config: Config, layout: Layout, local_ranks: int) -> None:
 
 def check_best(config: Config) -> None:
     """Raise UserError where checkpoint.keep_best has nothing to choose from: no checkpoint will have a validation."""
-    batch = config.batch.global_batch * config.data.sequence_length
-    steps = min(config.train.tokens // batch, config.train.steps or math.inf)  # at most: a batch never shrinks
+    steps = min(
+        config.train.tokens // config.step_tokens, config.train.steps or math.inf
+    )  # at most: a batch never shrinks
     every, validated = config.checkpoint.every, config.train.validate_every
     if config.checkpoint.keep_best and math.lcm(every, validated) > steps:
         raise UserError(
@@ -288,9 +297,8 @@ def check_engines(config: Config) -> None:
             raise UserError(f"{key} = {engine!r} computes on CUDA devices only; train on one, or remove it")
 
 
-def check_start(config: Config, layout: Layout, path: checkpoint.Location, state: Mapping[str, Any]) -> int:
-    """Return the tokens that a checkpoint, of this state, was trained on. Raises UserError when this run cannot start
-    from it."""
+def check_start(config: Config, layout: Layout, path: checkpoint.Location, state: Mapping[str, Any]) -> None:
+    """Raise UserError when this run cannot start from a checkpoint, of this state."""
     # a sparse run may become dense: what was masked is then trained, from 0 (MediSwift, arXiv 2403.00952)
     sparse = config.sparsity.method != "none"
     refuse_changes(config, state["config"], path, {"always", "unless dense"} if sparse else {"always"})
@@ -309,7 +317,6 @@ def check_start(config: Config, layout: Layout, path: checkpoint.Location, state
             f"train.tokens = {train.tokens} and train.steps = {train.steps} leave no step after the {progress.tokens} "
             f"tokens and {progress.step} steps of {path}, which count towards this run's; raise them"
         )
-    return progress.tokens
 
 
 def check_schedule(config: Config, tokens: int, path: checkpoint.Location) -> None:
@@ -392,7 +399,7 @@ def begin_of(config: Config, datasets: Sequence[IndexedDataset]) -> str:
 def changes(config: Config, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
     """Return the settings whose value differs from the saved one: key -> (saved, now)."""
     before = resolve.from_dict(saved, "checkpoint")
-    return config_differences(with_values(before, {"data.order": order_of(saved)}), config)
+    return config_differences(with_values(before, {"data.order": saved_sample_order(saved)}), config)
 
 
 def refuse_changes(

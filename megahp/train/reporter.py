@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megahp.config import Config, config_to_dict, config_to_toml
+from megahp.data.loader import MIXTURE
 from megahp.errors import UserError, masked
 from megahp.files import open_unlinked, refuse_links
 from megahp.log.events import GONE_BACK
@@ -86,7 +87,7 @@ class Reporter:
         )
 
     def phase(self, run: Run, plan: StepPlan) -> None:
-        """Log that a new phase of the data begins."""
+        """Log that a new phase of the data begins. The event is called "stage", as in older logs."""
         weights = run.data.phases[plan.phase].weights
         shares = ", ".join(f"{weight / sum(weights):.3g}" for weight in weights)
         reason = f"batches of {plan.global_batch} sequences of {plan.length} tokens, the sources' shares {shares}"
@@ -131,7 +132,7 @@ class Reporter:
             self.log.metrics(record := {**start, **_validation(losses)})
             if self.wandb:
                 self.wandb.metrics(record)
-            self.message(f"validation loss before the first step: {losses['']:.4f}")
+            self.message(f"validation loss before the first step: {losses[MIXTURE]:.4f}")
 
     def message(self, text: str) -> None:
         """Print a line, above the progress bar if there is one. To stdout: it is what the command is run for."""
@@ -222,8 +223,8 @@ def _record(
 
 def _validation(losses: Mapping[str, float]) -> Record:
     """Return the part of a record that holds validation losses: the mixture's, and those of its parts if any."""
-    parts = {name: loss for name, loss in losses.items() if name}
-    found = {"validation_loss": losses[""]} if losses else {}
+    parts = {name: loss for name, loss in losses.items() if name != MIXTURE}
+    found = {"validation_loss": losses[MIXTURE]} if losses else {}
     return {**found, "validation_losses": parts} if parts else found
 
 

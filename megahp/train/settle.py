@@ -51,8 +51,8 @@ def _is_compiled(config: Config, mesh: Mesh, saved: bool | Auto) -> tuple[bool, 
     compilers, threads = all(all_gather_json(has_compiler())), sum(all_gather_json(torch.get_num_threads()))
     if saved != AUTO and (compilers or not saved):
         return saved is True, f"blocks are {'' if saved else 'not '}compiled, as before"
-    train, batch = config.train, config.batch.global_batch * config.data.sequence_length
-    tokens = min(train.tokens, train.steps * batch or train.tokens)
+    train = config.train
+    tokens = min(train.tokens, train.steps * config.step_tokens or train.tokens)
     seconds = tokens * training_flops(config.model, longest(config)) / (FLOPS_OF_THREAD * threads)
     split_backward = config.parallel.pp > 1 and config.parallel.schedule in ("zero-bubble", "zbv")
     if not compilers:

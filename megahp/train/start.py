@@ -10,7 +10,7 @@ from megahp.train.run import Restored, Run, broadcast_from_rank0
 
 def start(run: Run, reporter: Reporter, resume: bool) -> bool:
     """Start at the run's newest checkpoint if resuming and there is one, else at train.start_from, else from scratch,
-    and log it. Returns whether the run begins, rather than resumes."""
+    and log it. Returns whether the run is new, rather than resumed."""
     event, paths = broadcast_from_rank0(lambda: checkpoints_to_start_from(run, resume))
     if event == "started":
         reason = f"a new run of {run.engine.model.parameters:,} parameters"

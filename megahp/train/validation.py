@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from megahp.config import Config
-from megahp.data.loader import Batch, TrainingData
+from megahp.data.loader import MIXTURE, Batch, TrainingData
 from megahp.data.ngrams import unigram_and_bigram
 from megahp.scaling.batch import micro_batch
 from megahp.train.trainer import Trainer
@@ -14,8 +14,8 @@ BASELINE_TOKENS = 50_000_000  # the n-gram models of the report are fitted on at
 
 
 def validate(run: Trainer, data: TrainingData) -> dict[str, float]:
-    """Return the mean loss of each group of validation samples, nats per token, equal on all ranks; "" is the mixture's
-    (megahp.data.loader.ValidationSamples). Empty if there are none."""
+    """Return the mean loss of each group of validation samples, nats per token, equal on all ranks. Empty if
+    there are none."""
     if run.config.train.validation_samples == 0:
         return {}
     found = data.validation(run.config.train.validation_samples)
@@ -45,5 +45,5 @@ def baselines(config: Config, data: TrainingData) -> tuple[float, float]:
     """Return the loss of a unigram and a bigram model of the training tokens on the validation samples, nats per
     token."""
     samples = data.validation(config.train.validation_samples)
-    tokens = samples.batch.tokens[samples.groups[""]]
+    tokens = samples.batch.tokens[samples.groups[MIXTURE]]
     return unigram_and_bigram(data.training_chunks(BASELINE_TOKENS), tokens, config.model.vocab_size)
