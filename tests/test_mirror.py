@@ -28,7 +28,7 @@ SPANNED = {
     "ops/test_norm.py": "model/norm commands/benchmark_norm",
     "parallel/test_cross_entropy.py": "ops/compiler parallel/logits",
     "parallel/test_pipeline.py": "parallel/stages",
-    "plan/test_formulas.py": "plan/estimate plan/peak plan/rank plan/work",
+    "plan/test_formulas.py": "plan/peak plan/rank plan/work",
     "plan/test_search.py": "plan/text",
     "plan/test_validation.py": "plan/calibration plan/published",
     "recipe/test_rows.py": "recipe/text scaling/laws",

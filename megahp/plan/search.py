@@ -17,10 +17,9 @@ from megahp.config.checks import find_conflicts
 from megahp.config.schema import FIELDS
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout, fit
-from megahp.plan.estimate import estimate
 from megahp.plan.formulas import rank_works
 from megahp.plan.machine import Machine
-from megahp.plan.step_time import Estimate
+from megahp.plan.step_time import Estimate, estimate
 from megahp.train.prepare import check_batch
 
 NAMES = ("tp", "sequence_parallel", "cp", "pp", "schedule", "stages_per_rank", "ep", "dp_replicate", "dp_shard", "zero")

@@ -17,8 +17,8 @@ from megahp.cluster.growth import Growth, Segment, segments
 from megahp.config import Config, longest, with_values
 from megahp.errors import UserError
 from megahp.parallel.layout import fit
-from megahp.plan.estimate import estimate
 from megahp.plan.machine import Machine
+from megahp.plan.step_time import estimate
 from megahp.plan.work import first_step
 from megahp.scaling.batch import BatchScheduler, Progress
 from megahp.scaling.flops import parameters

@@ -17,6 +17,7 @@ from megahp.config import Config
 from megahp.errors import UserError
 from megahp.parallel.layout import AXES, Layout, fit
 from megahp.parallel.stages import owner
+from megahp.plan.formulas import rank_works
 from megahp.plan.machine import Machine
 from megahp.plan.rank import MEGAHP, Stack
 from megahp.plan.schedules import Action, actions, replay, steady
@@ -49,6 +50,15 @@ class Estimate:
     def bytes(self) -> int:
         """Bytes of the fullest rank."""
         return sum(self.peak.values())
+
+
+def estimate(config: Config, ranks: int, machine: Machine, stack: Stack | None = None) -> Estimate:
+    """Return the estimate of the first step by formulas alone, by default of megahp's own: of thousands of layouts in
+    seconds, without torch.
+
+    config: resolved, with its vocabulary. Raises UserError for a layout that these ranks cannot run.
+    """
+    return step_time(rank_works(config, ranks, stack), config, ranks, machine, stack or MEGAHP)
 
 
 def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machine, stack: Stack = MEGAHP) -> Estimate:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from megahp.plan.calibration import Calibration, Factors, chosen_rows
-from megahp.plan.estimate import estimate
 from megahp.plan.published import Case, Row, read_all
+from megahp.plan.step_time import estimate
 
 LEAST_RANKED = 8  # rows of a source, model and GPU that are worth ranking
 

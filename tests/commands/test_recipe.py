@@ -18,9 +18,9 @@ from megahp.data.indexed import IndexedWriter
 from megahp.errors import UserError
 from megahp.exit_codes import USER_ERROR
 from megahp.parallel.layout import fit
-from megahp.plan.estimate import estimate
 from megahp.plan.machine import load_machine
 from megahp.plan.search import search
+from megahp.plan.step_time import estimate
 from megahp.recipe import law_file
 from megahp.recipe.law_file import LossLaw, PowerLaw
 from megahp.train.prepare import check_batch

@@ -14,9 +14,9 @@ from megahp.config.checks import find_conflicts
 from megahp.errors import UserError
 from megahp.parallel.layout import fit
 from megahp.plan import text, trace
-from megahp.plan.estimate import estimate
 from megahp.plan.formulas import rank_works
 from megahp.plan.search import KEYS, MICRO_BATCHES, RECOMPUTE, STATES, Candidate, confirm, distinct, search, why_slower
+from megahp.plan.step_time import estimate
 from megahp.plan.work import Work
 from megahp.train.prepare import check_batch
 

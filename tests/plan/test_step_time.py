@@ -10,9 +10,8 @@ import pytest
 from megahp.config import Config, resolve, with_values
 from megahp.errors import UserError
 from megahp.parallel.layout import Layout
-from megahp.plan.estimate import estimate
 from megahp.plan.machine import Efficiency, Machine, load_machine
-from megahp.plan.step_time import GAP, beside, collective_seconds, kernel_seconds, placement
+from megahp.plan.step_time import GAP, beside, collective_seconds, estimate, kernel_seconds, placement
 from megahp.plan.work import Collective, Kernel
 
 FULL = Efficiency(products=1, attention=1, memory=1, node=1, network=1, contention=0)
