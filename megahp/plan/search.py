@@ -31,7 +31,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 SCHEDULES = (("interleaved", 2), ("interleaved", 4), ("zero-bubble", 1), ("zbv", 2))  # beside 1f1b
 # (parallel.zero, parallel.reduce) of shards without a pipeline; with one it is always the first
 STATES = ((1, "once"), (2, "once"), (2, "every"), (3, "once"), (3, "every"))
-LEAST_TOKENS = 4096  # of a sequence on a context-parallel rank; with fewer, its other axes serve better. A judgement
+LEAST_TOKENS = 4096  # of a sequence on a context-parallel rank: shorter pieces are not worth cp (assumed)
 PIPELINE = {"parallel.schedule", "parallel.stages_per_rank"}
 REFINED = 12  # layouts, the fastest by 1f1b, whose pipelines are tried with every schedule
 
@@ -82,45 +82,47 @@ def search(config: Config, gpus: int, machine: Machine, fixed: Collection[str] =
     """
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be at least 1")
-    keeps = {key: value for key in KEYS if key in fixed and (value := get_setting(config, key)) != AUTO}
+    pinned = {key: value for key in KEYS if key in fixed and (value := get_setting(config, key)) != AUTO}
     plain = with_values(
         config, {key: FIELDS[key].default for key in WRITTEN if key not in {*fixed, "batch.micro_batch"}}
     )
-    found = [
-        each for values in layouts(plain, gpus, machine, keeps) for each in sized(plain, values, gpus, machine, keeps)
-    ]
-    if not PIPELINE & keeps.keys():
-        pipelines = [each for each in distinct(fits(found, machine))[:REFINED] if each.layout.pp > 1]
-        for each, (schedule, stages) in product(pipelines, SCHEDULES):
-            values = {**each.settings, "parallel.schedule": schedule, "parallel.stages_per_rank": stages}
-            found += sized(plain, values, gpus, machine, keeps)
-    if not found:
-        kept = "".join(f", {key} = {value!r}" for key, value in keeps.items())
+    candidates: list[Candidate] = []
+    for values in layouts(plain, gpus, machine, pinned):
+        candidates += candidates_of(plain, values, gpus, machine, pinned)
+    if not PIPELINE & pinned.keys():
+        fastest = distinct(fitting_by_speed(candidates, machine))[:REFINED]
+        pipelines = [candidate for candidate in fastest if candidate.layout.pp > 1]
+        for candidate, (schedule, stages) in product(pipelines, SCHEDULES):
+            values = {**candidate.settings, "parallel.schedule": schedule, "parallel.stages_per_rank": stages}
+            candidates += candidates_of(plain, values, gpus, machine, pinned)
+    if not candidates:
+        beside = "".join(f", {key} = {value!r}" for key, value in pinned.items())
         raise UserError(
-            f"no layout of --gpus {gpus} divides model and batch.global_batch = {config.batch.global_batch}{kept}; "
+            f"no layout of --gpus {gpus} divides model and batch.global_batch = {config.batch.global_batch}{beside}; "
             "choose another number of GPUs, or a batch that is a multiple of it"
         )
-    fitting = fits(found, machine)
+    fitting = fitting_by_speed(candidates, machine)
     if not fitting:
-        least = min(found, key=lambda each: each.estimate.bytes)
+        least = min(candidates, key=lambda candidate: candidate.estimate.bytes)
         raise UserError(
             f"no layout fits {gpus} GPUs of {machine.name}, of which {machine.usable / 2**30:,.1f} GiB can be used; "
             f"the leanest takes {least.estimate.bytes / 2**30:,.1f} ({least}); take more GPUs, or a smaller model"
         )
-    return Found(fitting, by_speed(each for each in found if each.estimate.bytes > machine.usable))
+    return Found(fitting, by_speed(each for each in candidates if each.estimate.bytes > machine.usable))
 
 
-def layouts(config: Config, gpus: int, machine: Machine, keeps: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def layouts(config: Config, gpus: int, machine: Machine, pinned: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the settings of [parallel] of every layout of this many GPUs, pipelines by 1f1b: tensor parallelism within
     a node; shards over all data-parallel ranks, those of a node, or none."""
     model, powers = config.model, [2**n for n in range(gpus.bit_length())]
     tps = [tp for tp in powers if tp <= machine.gpus_per_node]
     cps = [cp for cp in powers if cp == 1 or config.data.sequence_length >= cp * LEAST_TOKENS]
-    pps = [pp for pp in range(1 + bool(PIPELINE & keeps.keys()), min(gpus, model.layers) + 1) if gpus % pp == 0]
+    least_pp = 2 if PIPELINE & pinned.keys() else 1  # a schedule or stages that are fixed need a pipeline
+    pps = [pp for pp in range(least_pp, min(gpus, model.layers) + 1) if gpus % pp == 0]
     for tp, cp, pp in product(tps, cps, pps):
         dp, of_node = gpus // (tp * cp * pp), max(1, machine.gpus_per_node // (tp * cp))
-        kept = {keeps.get("parallel.dp_shard") or dp, dp // (keeps.get("parallel.dp_replicate") or 1)}
-        for shards in {dp, of_node, 1} | kept:
+        by_user = {pinned.get("parallel.dp_shard") or dp, dp // (pinned.get("parallel.dp_replicate") or 1)}
+        for shards in {dp, of_node, 1} | by_user:
             if gpus % (tp * cp * pp) or not shards or dp % shards:
                 continue
             # the larger data axis takes what ranks there are: the settings then are right as nodes are added
@@ -137,32 +139,33 @@ def layouts(config: Config, gpus: int, machine: Machine, keeps: Mapping[str, Any
                     **data,
                 }
                 values = {f"parallel.{name}": value for name, value in sizes.items()}
+                # the user may have written a size as 0, for the rest, or as the number that it comes to
                 true_sizes = {"parallel.dp_replicate": dp // shards, "parallel.dp_shard": shards}
-                if all(keeps.get(key, value) in (value, true_sizes.get(key, value)) for key, value in values.items()):
+                if all(pinned.get(key, value) in (value, true_sizes.get(key, value)) for key, value in values.items()):
                     yield values | {"parallel.sequence_parallel": tp > 1}
 
 
-def sized(
-    config: Config, values: Mapping[str, Any], gpus: int, machine: Machine, keeps: Mapping[str, Any]
+def candidates_of(
+    config: Config, values: Mapping[str, Any], gpus: int, machine: Machine, pinned: Mapping[str, Any]
 ) -> Iterator[Candidate]:
     """Yield a layout with the micro batches that fit, each with the least recomputation that it needs, and with those
     too large that are tried on the way."""
-    own = with_values(config, {**values, **keeps})
-    layout = fit(own.parallel, gpus)
-    micros = (config.batch.micro_batch,) if "batch.micro_batch" in keeps else MICRO_BATCHES
-    recomputes = (config.compute.recompute,) if "compute.recompute" in keeps else RECOMPUTE
+    laid_out = with_values(config, {**values, **pinned})
+    layout = fit(laid_out.parallel, gpus)
+    micros = (config.batch.micro_batch,) if "batch.micro_batch" in pinned else MICRO_BATCHES
+    recomputes = (config.compute.recompute,) if "compute.recompute" in pinned else RECOMPUTE
     for micro in micros:
         for recompute in recomputes:
-            tried = with_values(own, {"batch.micro_batch": micro, "compute.recompute": recompute})
+            settings = with_values(laid_out, {"batch.micro_batch": micro, "compute.recompute": recompute})
             with suppress(UserError):  # this batch does not divide by it
-                check_batch(tried, layout, tried.batch.global_batch)
-                if find_conflicts(tried):
+                check_batch(settings, layout, settings.batch.global_batch)
+                if find_conflicts(settings):
                     continue
-                found = Candidate(tried, layout, estimate(tried, gpus, machine))
-                yield found
-                if found.estimate.bytes <= machine.usable:
+                candidate = Candidate(settings, layout, estimate(settings, gpus, machine))
+                yield candidate
+                if candidate.estimate.bytes <= machine.usable:
                     break
-        else:
+        else:  # the batch does not divide, or full recomputation does not fit: nor would larger micro batches
             return
 
 
@@ -174,20 +177,19 @@ def confirm(found: Found, gpus: int, machine: Machine) -> Found:
     from megahp.plan.trace import trace_step
 
     refuted = list[Candidate]()
-    for index, each in enumerate(found.fitting):
-        works = rank_works(each.config, gpus)
+    for index, candidate in enumerate(found.fitting):
+        works = rank_works(candidate.config, gpus)
         fullest = max(range(len(works)), key=lambda rank: sum(works[rank].peak.values()))
-        works[fullest] = trace_step(each.config, gpus, fullest * gpus // len(works))
+        trace = trace_step(candidate.config, gpus, fullest * gpus // len(works))
         # its memory alone: a time by the trace would not compare with the others' times by formulas
-        traced = replace(each.estimate, peak=dict(works[fullest].peak))
-        candidate = Candidate(each.config, each.layout, traced, traced=True)
-        if traced.bytes <= machine.usable:
-            return Found([candidate, *found.fitting[index + 1 :]], [*refuted, *found.too_large])
-        refuted.append(candidate)
+        traced = replace(candidate, estimate=replace(candidate.estimate, peak=dict(trace.peak)), traced=True)
+        if traced.estimate.bytes <= machine.usable:
+            return Found([traced, *found.fitting[index + 1 :]], [*refuted, *found.too_large])
+        refuted.append(traced)
     raise UserError(f"no layout fits {gpus} GPUs of {machine.name} by its trace; take more GPUs, or a smaller model")
 
 
-def fits(candidates: Iterable[Candidate], machine: Machine) -> list[Candidate]:
+def fitting_by_speed(candidates: Iterable[Candidate], machine: Machine) -> list[Candidate]:
     """Return those that fit, fastest first."""
     return by_speed(each for each in candidates if each.estimate.bytes <= machine.usable)
 
@@ -198,15 +200,15 @@ def by_speed(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Return the first of each layout: others differ from it in micro batch, recomputation, ZeRO or schedule."""
-    found: dict[Layout, Candidate] = {}
-    for each in candidates:
-        found.setdefault(each.layout, each)
-    return list(found.values())
+    first: dict[Layout, Candidate] = {}
+    for candidate in candidates:
+        first.setdefault(candidate.layout, candidate)
+    return list(first.values())
 
 
 def why_slower(candidate: Candidate, best: Candidate) -> str:
     """Return what, above all, a layout's step takes longer with than the best one's."""
-    own, others = candidate.estimate.split, best.estimate.split
-    more = {kind: seconds - others.get(kind, 0.0) for kind, seconds in own.items()}
+    least = best.estimate.split
+    more = {kind: seconds - least.get(kind, 0.0) for kind, seconds in candidate.estimate.split.items()}
     kind = max(more, key=lambda kind: more[kind])
     return f"{kind} +{more[kind]:.2g} s"
