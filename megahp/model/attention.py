@@ -21,8 +21,7 @@ from megahp.scaling.parameterization import Role
 
 @dataclass(frozen=True)
 class Positions:
-    """Hold what the attention of all blocks of a kind needs to know of a batch's positions; computed once a forward
-    pass."""
+    """What the attention of all blocks of a kind needs to know of a batch's positions, computed once a forward pass."""
 
     rotary: tuple[Tensor, Tensor] | None  # cos, sin: [s, rotated dimensions / 2]
     tiles: tuple[Tile, ...]

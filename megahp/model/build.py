@@ -19,7 +19,7 @@ from megahp.scaling.parameterization import Role, table_of
 
 @dataclass(frozen=True)
 class Model:
-    """Hold this rank's stages of a model, and what the whole model consists of."""
+    """This rank's stages of a model, and what the whole model consists of."""
 
     stages: dict[int, Transformer]  # pipeline stages by number; without pipelines one, the whole model
     rows: dict[str, Row]

@@ -80,7 +80,7 @@ def alibi_slopes(heads: int, stretch: float = 1.0) -> Tensor:
 
 @dataclass(frozen=True)
 class Tile:
-    """Hold a part of a rank's attention: consecutive queries and all the keys that any of them attends to.
+    """A part of a rank's attention: consecutive queries and all the keys that any of them attends to.
 
     bias: added to the logits, [queries, keys] or [batch or 1, heads or 1, queries, keys], -inf where a query does not
     attend; None = causal, the first query at the first key.

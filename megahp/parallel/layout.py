@@ -13,7 +13,7 @@ FREE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # their product is the nu
 
 @dataclass(frozen=True)
 class Layout:
-    """Hold the sizes of the axes; the product of all but ep is the number of ranks."""
+    """The sizes of the axes; the product of all but ep is the number of ranks."""
 
     pp: int = 1
     dp_replicate: int = 1

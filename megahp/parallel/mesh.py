@@ -18,7 +18,7 @@ WITHIN_STAGE = ("dp_replicate", "dp_shard", "ep", "cp", "tp")  # the axes of one
 
 @dataclass(frozen=True)
 class Axis:
-    """Hold this rank's position on one axis of the mesh."""
+    """This rank's position on one axis of the mesh."""
 
     size: int
     rank: int
@@ -27,7 +27,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class TensorAxis(Axis):
-    """Hold this rank's position on the tensor-parallel axis, and what else layers need of the mesh."""
+    """This rank's position on the tensor-parallel axis, and what else layers need of the mesh."""
 
     sequence_parallel: bool
     tokens: dist.ProcessGroup  # ranks that share an example's tokens outside the matrix products
@@ -44,7 +44,7 @@ class TensorAxis(Axis):
 
 @dataclass(frozen=True)
 class Mesh:
-    """Lay a layout over the ranks of the default process group."""
+    """The device mesh of this run, and this rank's place in it."""
 
     layout: Layout
     device: torch.device

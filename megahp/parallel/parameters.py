@@ -38,7 +38,7 @@ FLATTENED = {"_".join(axes): axes for axes in (SHARDS, EXPERT_SHARDS)}  # Device
 
 @dataclass(frozen=True)
 class Row:
-    """Hold what a parameter is, beside its name and global shape."""
+    """What a parameter is, beside its name and global shape."""
 
     role: Role
     tp_dim: int | None = None  # the dimension split over tp; None = every tp rank holds all of it

@@ -27,7 +27,7 @@ def split(costs: Sequence[float], parts: int) -> list[range]:
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
-    best = {0: (0.0, [0])}  # items dealt -> the costliest part so far, and where the parts end
+    best = {0: (0.0, [0])}  # number of items assigned -> the costliest part so far, and where the parts end
     for part in range(parts):
         best = {
             end: min(

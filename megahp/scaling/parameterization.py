@@ -15,7 +15,7 @@ from megahp.config import Config, ParameterizationConfig
 
 
 class Role(StrEnum):
-    """Name what a parameter does; the table needs nothing else of it."""
+    """What a parameter does; the table needs nothing else of it."""
 
     EMBEDDING = "embedding"  # token and position embeddings: fan-in does not grow with width
     HIDDEN = "hidden"  # matrices between width-sized spaces
@@ -28,7 +28,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Rule:
-    """Hold one role's multipliers of the base hyperparameters. Vectors have no init_std: they start at 1 or 0."""
+    """One role's multipliers of the base hyperparameters. Vectors have no init_std: they start at 1 or 0."""
 
     init_std: float = 1.0
     lr: float = 1.0
@@ -39,7 +39,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Table:
-    """Hold one parameterization filled in for one model."""
+    """One parameterization, filled in for one model."""
 
     name: str
     rules: Mapping[Role, Rule]

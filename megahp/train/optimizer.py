@@ -69,7 +69,8 @@ class AdamW:
             return
         count = torch.full((), float(self.updates), device=grads[0].device)  # the kernel reads it on the device
         for rule, indices, (parts, exp_avg, exp_avg_sq) in self.groups:
-            torch._fused_adamw_(  # torch.optim.AdamW would sort the lists by type and count each weight's steps, a step
+            # torch.optim.AdamW would sort the lists by type, and keep a step count per weight, at every step
+            torch._fused_adamw_(
                 parts,
                 [grads[index] for index in indices],
                 exp_avg,
@@ -129,9 +130,9 @@ class Muon:
     `ratio` times the plan's, which carries schedule and batch rule. It decays as AdamW would have it decay, so tau
     means the same for every weight.
 
-    The matrices are dealt to the ranks: each is gathered, orthogonalised by one rank and broadcast, and every rank
-    keeps its part. So every layout computes the same update, and a rank holds three whole matrices at most (those of a
-    layer's experts count as one).
+    The matrices are assigned to the ranks round robin: each is gathered, orthogonalised by one rank and broadcast, and
+    every rank keeps its part. So every layout computes the same update, and a rank holds three whole matrices at most
+    (those of a layer's experts count as one).
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from megahp.scaling.batch.policies import POLICIES
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Hold the optimizer's base values at one batch."""
+    """The optimizer's base values at one batch."""
 
     lr: float  # at the schedule's peak
     weight_decay: float
