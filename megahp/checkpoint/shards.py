@@ -296,7 +296,7 @@ def digest(path: Location) -> str:
 
 
 def write_synced(target: Path, text: str) -> dict[str, str]:
-    """Write a file that outlives a power cut, once its folder is synced too. Returns its SHA-256, by its name, of what
+    """Write a file that survives a power cut, once its folder is synced too. Returns its SHA-256, by its name, of what
     was in memory."""
     data = text.encode()
     with target.open("wb") as file:
@@ -307,7 +307,7 @@ def write_synced(target: Path, text: str) -> dict[str, str]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's bytes, or a folder's entries, to the disk, to outlive a power cut."""
+    """Flush a file's bytes, or a folder's entries, to the disk, to survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -456,7 +456,7 @@ def cluster_file(results: Findings) -> str:
     check did not come so far."""
     ranks, memories, rates = (answers(results, stage) for stage in ("ranks", "memory", "rates"))
     if not rates:
-        raise UserError("--cluster-file: the check ended before the devices' rates were measured; mend what it names")
+        raise UserError("--cluster-file: the check ended before the devices' rates were measured; repair what it names")
     device, total = ranks[0]["versions"]["device"], min(each["total_bytes"] for each in memories.values())
     nodes = Counter(each["node"] for each in ranks.values())
     # where all ranks are one node's, or each of another, these groups are the world's, which was measured once

@@ -28,7 +28,7 @@ from megahp.config import Config, resolve
 from megahp.errors import Fault, UserError, complain
 from megahp.exit_codes import FAULT, FINISHED, STOPPED, USER_ERROR
 from megahp.faults.notice import exit_on_signals
-from megahp.log.streams import outlive_streams
+from megahp.log.streams import tolerate_closed_streams
 from megahp.parallel.device import keep_heap, may_use_cuda
 from megahp.parallel.layout import Layout, fit
 
@@ -45,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     """Check the settings; start ranks, or train in this process as one rank. torch is imported only then."""
-    outlive_streams()  # first: the next pipe opened must not get the number of a closed stdout or stderr
+    tolerate_closed_streams()  # first: the next pipe opened must not get the number of a closed stdout or stderr
     exit_on_signals()
     config = resolve.load(options.run_file, options.overrides).config
     if options.resume:

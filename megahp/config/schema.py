@@ -47,7 +47,7 @@ def setting(default: Any, meaning: str, **constraints: Unpack[Constraints]) -> A
 GATED = ("swiglu", "geglu")  # activations whose MLP multiplies by a gate
 LEAST_EPS = 1e-30  # below float32's 1e-38, at any root of kappa, it would be 0, and 0 / 0 ends a run
 
-AUTO = "auto"  # the value of a setting that the run decides at its start (megahp/train/settle.py)
+AUTO = "auto"  # the value of a setting that the run decides at its start (megahp/train/auto_settings.py)
 Auto = Literal["auto"]
 
 nonnegative = partial(setting, at_least=0)

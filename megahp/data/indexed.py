@@ -235,7 +235,7 @@ class Identity:
 
     def likeness(self, before: Mapping[str, str]) -> int:
         """Return how many stretches are those of an older identity; 0 with another index, or where they are fewer than
-        half. Otherwise it is the same corpus, equal or mended: some tokens replaced."""
+        half. Otherwise it is the same corpus, equal or with some tokens replaced."""
         equal = sum(a == b for a, b in zip(*map(_quarters, (self.stretches, before["stretches"])), strict=False))
         return equal if self.index == before["index"] and 2 * equal >= STRETCHES else 0
 

@@ -161,15 +161,15 @@ class TrainingData:
         return [asdict(replace(each.identity, fingerprint=each.fingerprint)) for each in self.datasets]
 
     def recognize(self, saved: Sequence[Mapping[str, str]]) -> list[str]:
-        """Give sources whose files were mended since their identities were saved the fingerprints that they had, so
+        """Give sources whose tokens have changed since their identities were saved the fingerprints that they had, so
         that positions and orders are found, before a state is loaded. Returns their prefixes."""
-        mended = []
+        changed = []
         for dataset in self.datasets:
             before = max(saved, key=dataset.identity.likeness, default=None)
             if before and dataset.identity.likeness(before) and before["fingerprint"] != dataset.fingerprint:
                 dataset.fingerprint = before["fingerprint"]
-                mended.append(dataset.prefix)
-        return mended
+                changed.append(dataset.prefix)
+        return changed
 
     def batch(self, ids: np.ndarray, documents: bool) -> Batch:
         """Return the training samples with these global ids (int64 [n]), of the current phase, on the CPU."""

@@ -90,7 +90,7 @@ class SampleOrder:
         """Return the first of the samples from j on (see `samples`). Raises UserError when an epoch holds none."""
         for sample in self.samples(j, length):
             return sample
-        raise UserError(f"data {self.prefix!r}: every sample is left out; mend it, or shorten data.skip")
+        raise UserError(f"data {self.prefix!r}: every sample is left out; correct it, or shorten data.skip")
 
     def samples(self, j: int, length: int, end: int | None = None) -> Iterator[Sample]:
         """Yield the samples from j >= 0 to `end` (None = an epoch later), in the order cut into samples of `length`

@@ -97,7 +97,7 @@ def check_share(left_out: LeftOut, documents: int, most_bad: float) -> None:
         first = next(f"{place}: {reason}" for reason, (_, place) in left_out.items() if reason != EMPTY)
         raise UserError(
             f"{bad} of {documents + bad} documents are bad, above --most-bad {most_bad:g}, the first at {first}; "
-            "mend the input, or raise --most-bad"
+            "correct the input, or raise --most-bad"
         )
 
 
@@ -396,7 +396,7 @@ def _read_records(file: int, source: Source, key: str) -> Iterator[Piece]:
                 yield Piece(file, number, None if fault else text, raw.tell(), fault=fault)
         except (ValueError, RecursionError) as error:  # after which no record can be found
             why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-            raise UserError(f"{source.name!r} cannot be read ({why}); mend it or remove it") from error
+            raise UserError(f"{source.name!r} cannot be read ({why}); correct it or remove it") from error
 
 
 def _is_unicode(text: str) -> bool:

@@ -514,7 +514,7 @@ def _says_none(path: str) -> bool:
 def read_beside(path: str, name: str) -> dict[str, Any]:
     """Return the object of a JSON file beside a tokenizer; empty where there is none. Raises UserError."""
     file = Path(path).with_name(name)
-    return read_json(file, "the tokenizer's settings", "mend or remove it") if file.exists() else {}
+    return read_json(file, "the tokenizer's settings", "correct or remove it") if file.exists() else {}
 
 
 def _end(path: str, found: int | None) -> int:

@@ -36,7 +36,7 @@ class TolerantStream:
                 self._stream = open(os.devnull, "w")  # noqa: SIM115
 
 
-def outlive_streams() -> None:
+def tolerate_closed_streams() -> None:
     """Make stdout and stderr tolerant, so that nothing printed from here on can end this process."""
     for descriptor in (0, 1, 2):  # the next file to be opened would get the number of a closed one, and the output
         try:

@@ -59,7 +59,7 @@ def apply_recompute_and_compile(blocks: nn.ModuleDict, compute: ComputeConfig) -
         recompute = compute.recompute if int(number) % compute.recompute_every == 0 else "none"
         if recompute == "selective":  # inside the compiler, which then sees what is to be saved
             block.compute = recomputed(block.compute, context_fn=partial(create_selective_checkpoint_contexts, SAVED))
-        if compute.compile is True:  # not AUTO, which only a run's start decides (train/settle.py)
+        if compute.compile is True:  # not AUTO, which only a run's start decides (train/auto_settings.py)
             # For each shape anew: code for any shape gives gradients of NaN in bfloat16 on CPUs (torch 2.13). Only
             # experts, whose numbers of tokens change at every step, need it.
             block.compute = torch.compile(block.compute, dynamic=None if isinstance(block.mlp, MoE) else False)

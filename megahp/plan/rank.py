@@ -43,8 +43,8 @@ MEGAHP = Stack()
 
 def stack_of(config: Config) -> Stack:
     """Return megahp's own stack under these settings."""
-    # compute.compile = "auto" compiles nothing on a GPU (train/settle.py). Attention is as model/transformer.py has it:
-    # no fused kernel caps logits, and in bfloat16 on a CPU plain products are faster.
+    # compute.compile = "auto" compiles nothing on a GPU (train/auto_settings.py). Attention is as in
+    # model/transformer.py: no fused kernel caps logits, and in bfloat16 on a CPU plain products are faster.
     plain = bool(config.model.attention_softcap) or (config.train.device == "cpu" and config.train.dtype == "bfloat16")
     return replace(
         MEGAHP,

@@ -18,6 +18,7 @@ from megahp.parallel.device import claim_device
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch import StepPlan
+from megahp.train.auto_settings import resolve_auto
 from megahp.train.prepare import open_data
 from megahp.train.recovery import (
     compute_with_retry,
@@ -30,7 +31,6 @@ from megahp.train.recovery import (
 )
 from megahp.train.reporter import Reporter
 from megahp.train.run import Run, is_rank0
-from megahp.train.settle import settle
 from megahp.train.start import start
 from megahp.train.trainer import Step
 from megahp.train.validation import baselines, validate
@@ -43,13 +43,13 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
     """
     start_time = time.monotonic()
     mesh = make_mesh(layout, claim_device(config, world))
-    config, settled = settle(config, mesh, world, resume)
+    config, decisions = resolve_auto(config, mesh, world, resume)
     reporter = Reporter(config)  # locks the run directory: a second run on it ends here, before a model is built
     data = open_data(config)
     loader = Loader(data, mesh.device, config.data.mask_documents)
     run = Run(config, mesh, data)
     is_new = start(run, reporter, resume)
-    for line in settled:
+    for line in decisions:
         reporter.event("settled", line, run.progress)
     # Until here a signal ends the process. From here on it is recorded, and the step is finished and saved. All ranks
     # must switch together: otherwise a signal could end rank 0 while the others record it and wait for rank 0.
@@ -83,7 +83,7 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
                 run.update(step, plan)
             else:
                 skip(run, reporter, plan, measured, decision.reason)
-            del step  # or its gradients would outlive engine.zero, and lie in memory beside the next ones
+            del step  # or its gradients would survive engine.zero, and lie in memory beside the next ones
             # Calibrate before `advance`, on the first unused sample, with the updated weights.
             if run.batch_scheduler.is_calibration_step(plan.step) and (example := run.example(loader, plan)):
                 run.calibrate(example, plan)

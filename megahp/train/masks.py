@@ -58,17 +58,17 @@ class Masks:
         self.unmasked_grads: Parts = {}  # of this step, if a RigL change follows it
         for name, weight in self.weights.items():
             storage(weight).mul_(self.masks[name])
-        self.size = self.entries.count({name: torch.ones_like(mask) for name, mask in self.masks.items()})
-        self.measure()
+        self.num_entries = self.entries.count({name: torch.ones_like(mask) for name, mask in self.masks.items()})
+        self.recount()
 
-    def apply(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
+    def mask_step_gradients(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
         """Mask the gradients of a step, in place. grads: this rank's parts, in the order of the trained weights."""
         # RigL chooses by the gradients of masked weights, which are gone after this
         needed = self.grad_index if self.sparsity.method == "rigl" and plan.step % self.sparsity.every == 0 else {}
         self.unmasked_grads = {name: grads[index].clone() for name, index in needed.items()}
-        self.cover(grads)
+        self.mask_gradients(grads)
 
-    def cover(self, grads: Sequence[Tensor]) -> None:
+    def mask_gradients(self, grads: Sequence[Tensor]) -> None:
         """Mask gradients, in place, that no change of the masks depends on."""
         for name, index in self.grad_index.items():
             grads[index].mul_(self.masks[name].view(torch.uint8))  # multiplying by bool takes a CPU four times as long
@@ -82,10 +82,10 @@ class Masks:
             return self._prune(values, plan, progress)
         return self._replace(values, progress) if self.unmasked_grads else None
 
-    def measure(self) -> None:
+    def recount(self) -> None:
         """Count what the masks keep: int64 [groups], and the density of all, 1 without any."""
         self.kept = self.entries.count(self.masks)
-        self.density = (self.kept.sum() / self.size.sum().double()).nan_to_num(1.0).item()
+        self.density = (self.kept.sum() / self.num_entries.sum().double()).nan_to_num(1.0).item()
 
     def state(self) -> dict[str, Tensor]:
         """Return the masks for a checkpoint, laid out as the weights are."""
@@ -99,7 +99,7 @@ class Masks:
         if progress.tokens < span[1] * self.horizon and plan.step % sparsity.every:
             return None
         density = density_at(progress.tokens / self.horizon, sparsity.density, span)
-        target = (self.size.double() * density).round().long()
+        target = (self.num_entries.double() * density).round().long()
         if target >= self.kept:
             return None
         masks, least = self.entries.largest(values, self.masks, target)
@@ -124,6 +124,6 @@ class Masks:
             mask.copy_(masks[name])
             for tensor in (self.weights[name], *(moments[f"{moment}.{name}"] for moment in MOMENTS)):
                 storage(tensor).mul_(mask)
-        self.measure()
+        self.recount()
         self.unmasked_grads = {}
         return MaskChange(reason, before, self.density, threshold)

@@ -47,7 +47,7 @@ from megahp.train.advice import advice, beyond_cpus
 if TYPE_CHECKING:
     from megahp import checkpoint
 
-WRONG_SAMPLES = "mend it, leave the document out with data.skip, or set data.wrong_samples=skip"  # the remedy
+WRONG_SAMPLES = "correct it, leave the document out with data.skip, or set data.wrong_samples=skip"  # the remedy
 OTHER_FILES = 1024  # open in a rank beside its data: sockets and libraries
 MOST_OUTSIDE = 1 << 20  # documents with ids outside the vocabulary that are told apart
 DOCUMENTS_SEEN = 100  # of each prefix, to know how documents begin and end

@@ -38,11 +38,11 @@ class Restored:
     batch_state: Mapping[str, Any]  # what the batch scheduler was given
     changes: Sequence[Change] = ()  # of the batch, which that state led to at once
     restarted_sources: Sequence[str] = ()  # data that is read from its beginning
-    mended: Sequence[str] = ()  # data some of whose tokens have changed
+    changed_data: Sequence[str] = ()  # prefixes, some of whose tokens are others than before
 
 
 class Run(Trainer):
-    """A trainer with its data, its directory, and the state that outlives a process: that of a checkpoint."""
+    """A trainer with its data, its directory, and the state that survives a process: that of a checkpoint."""
 
     def __init__(self, config: Config, mesh: Mesh, data: TrainingData) -> None:
         super().__init__(config, mesh)
@@ -101,14 +101,14 @@ class Run(Trainer):
     def restore(self, path: checkpoint.Location) -> Restored:
         """Load a checkpoint of this run onto the current layout. Raises DamagedError, or UserError."""
         state = self._load(path)
-        mended = self.data.recognize(state.get("sources", ()))
+        changed_data = self.data.recognize(state.get("sources", ()))
         if state["data"] != self.data.fingerprint:
             changed = f"the data of {', '.join(self.config.data.train)} is not what {path} was trained on"
             raise UserError(f"{changed}; restore those files, or start a new run under another log.name")
         self.data.load_state(state["data_order"])
         self.skipped, self.wandb_id = state["skipped"], state["wandb_id"]
         changes = self.batch_scheduler.load_state(state["batch_plan"], self.progress)
-        return Restored(state["config"], state["batch_plan"], changes, mended=mended)
+        return Restored(state["config"], state["batch_plan"], changes, changed_data=changed_data)
 
     def branch(self, path: checkpoint.Location) -> Restored:
         """Start from another run's checkpoint, under this run's settings: load weights, moments, averages and progress,
@@ -118,7 +118,8 @@ class Run(Trainer):
         scale where sequences have another length. Raises DamagedError, or UserError.
         """
         state = self._load(path)
-        saved, mended = resolve.from_dict(state["config"], str(path)), self.data.recognize(state.get("sources", ()))
+        saved = resolve.from_dict(state["config"], str(path))
+        changed_data = self.data.recognize(state.get("sources", ()))
         restarted_sources: list[str] = []
         if state["data"] == self.data.fingerprint:
             self.data.load_state(state["data_order"])
@@ -128,7 +129,7 @@ class Run(Trainer):
             self.reset_noise()
         batch_state = initial_batch_state(self.config, saved, state, self.batch_scheduler)
         changes = self.batch_scheduler.load_state(batch_state, self.progress)
-        return Restored(state["config"], batch_state, changes, restarted_sources, mended)
+        return Restored(state["config"], batch_state, changes, restarted_sources, changed_data)
 
     def enter_phase(self, plan: StepPlan) -> bool:
         """Enter the phase of the data that this step belongs to. Returns whether it is a new one."""
@@ -155,7 +156,7 @@ class Run(Trainer):
         if not updates:  # at a rewind, or after a damaged checkpoint, they are not 0
             for moments in self.optimizer.state().values():
                 storage(moments).zero_()
-        self.masks.measure()
+        self.masks.recount()
         self.progress = Progress(**state["progress"])
         self.saved_at = self.progress.step
         self.optimizer.updates = updates

@@ -26,7 +26,7 @@ def start(run: Run, reporter: Reporter, resume: bool) -> bool:
     reporter.start(event, f"from {path}{sources}", run, restored)
     for why in refused:
         reporter.event("refused", why, run.progress)
-    for prefix in restored.mended:
+    for prefix in restored.changed_data:
         reporter.event("mended", f"data {prefix!r} has other tokens than when {path} was written", run.progress)
     for change in restored.changes:
         reporter.event("batch", change.reason, run.progress, **change.to_dict())

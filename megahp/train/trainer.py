@@ -72,7 +72,7 @@ class Trainer:
 
         loss = self.engine.forward_backward(noted(), plan.num_microbatches(self.mesh.layout.dp), plan.tokens, scale)
         grads = self.engine.gradients()
-        self.masks.apply(grads, plan)  # before norms are measured: those of masked weights do not count
+        self.masks.mask_step_gradients(grads, plan)  # before norms are measured: those of masked weights do not count
         return Step(grads, self.engine.measure(loss, grads, plan.global_batch, scale, stop_requested, bool(wrong)))
 
     def update(self, step: Step, plan: StepPlan) -> None:
@@ -99,7 +99,7 @@ class Trainer:
         self.engine.zero()
         loss = self.engine.forward_backward([example] * count, count, copies * plan.length, scale)
         grads = self.engine.gradients()
-        self.masks.cover(grads)
+        self.masks.mask_gradients(grads)
         measured = self.engine.measure(loss, grads, copies, scale)
         self.engine.zero()
         self.noise.calibrate(measured.grad_norm**2, sum(measured.grad_sq_example.values()))

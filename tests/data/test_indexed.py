@@ -165,14 +165,14 @@ def test_a_file_that_changes_or_fails_while_it_is_read(tmp_path, monkeypatch):
         IndexedDataset(str(tmp_path / "data"))
 
 
-def test_a_mended_file_is_told_from_another(tmp_path):
+def test_a_changed_file_is_told_from_another(tmp_path):
     random = np.random.RandomState(0)
     documents = [random.randint(0, 100, 500).tolist() for _ in range(40)]
     before = asdict(IndexedDataset(write(tmp_path / "data", documents)).identity)
     documents[7][3:40] = [1] * 37
     documents[30][0] = 2
-    mended = IndexedDataset(write(tmp_path / "mended", documents)).identity
-    assert mended.fingerprint != before["fingerprint"] and 32 <= mended.likeness(before) < 64
+    changed = IndexedDataset(write(tmp_path / "changed", documents)).identity
+    assert changed.fingerprint != before["fingerprint"] and 32 <= changed.likeness(before) < 64
     for number, change in enumerate((lambda one: [i + 1 for i in one], lambda one: [*one, 5], lambda one: one[1:])):
         other = write(tmp_path / f"other{number}", [change(document) for document in documents], vocab_size=200)
         assert IndexedDataset(other).identity.likeness(before) == 0

@@ -316,7 +316,7 @@ def test_epochs_are_those_of_the_samples_read(sources, tmp_path):
     assert list(data.epochs_read(65).values()) == [29 * LENGTH / 1080, 36 * LENGTH / 1080]
 
 
-def test_a_mended_source_is_recognized(sources, tmp_path):
+def test_a_changed_source_is_recognized(sources, tmp_path):
     before = training_data(sources, tmp_path)
     identities, fingerprint, state = before.identities(), before.fingerprint, before.state(40)
     path = tmp_path / "two.bin"
@@ -327,8 +327,8 @@ def test_a_mended_source_is_recognized(sources, tmp_path):
     assert data.fingerprint != fingerprint
     assert data.recognize(identities[::-1]) == [str(tmp_path / "two")] and data.fingerprint == fingerprint
     data.load_state(state)  # whose keys are those of old
-    mended = training_data(sources, tmp_path)
-    assert mended.recognize(data.identities()) == [str(tmp_path / "two")], "a checkpoint after it knows both"
+    changed = training_data(sources, tmp_path)
+    assert changed.recognize(data.identities()) == [str(tmp_path / "two")], "a checkpoint after it knows both"
     other = training_data({str(tmp_path / "two"): 1.0}, tmp_path)
     assert other.recognize(identities[:1]) == []
 

@@ -384,7 +384,7 @@ def test_f5_the_end_is_the_configured_one(tmp_path, files, expected):
     ],
 )
 def test_f5_an_end_that_is_not_there_is_one_line(tmp_path, files, words, problem):
-    with pytest.raises(UserError, match="(give --|mend or remove)") as error:
+    with pytest.raises(UserError, match="(give --|correct or remove)") as error:
         load_tokenizer(folder_of(tmp_path, **files), **words)
     assert problem in str(error.value) and "\n" not in str(error.value)
 

@@ -32,8 +32,8 @@ def test_what_cannot_fit_is_refused_and_the_remedy_fits() -> None:
     settings = str(caught.value).partition("fits: ")[2].partition(" (")[0].split()
     tree = resolve.parse_overrides(settings)
     values = {f"{section}.{key}": value for section, found in tree.items() for key, value in found.items()}
-    mended = with_values(large, values)
-    assert len(settings) <= 2 and fit(mended.parallel, GPUS) and predicted_peak(mended, GPUS) <= memory
+    fitting = with_values(large, values)
+    assert len(settings) <= 2 and fit(fitting.parallel, GPUS) and predicted_peak(fitting, GPUS) <= memory
 
 
 def test_none_fits() -> None:

@@ -91,11 +91,11 @@ DRAW_MASK = masks.draw_mask
 MISTAKES: dict[str, tuple[Case, Callable[[], Any]]] = {
     "gradients are not masked": (
         ("shard2", "alibi", "rigl"),
-        lambda: mock.patch.object(masks.Masks, "apply", without_masking),
+        lambda: mock.patch.object(masks.Masks, "mask_step_gradients", without_masking),
     ),
     "gradients are masked before they choose": (
         ("shard2", "alibi", "rigl"),
-        lambda: mock.patch.object(masks.Masks, "apply", of_masked_gradients),
+        lambda: mock.patch.object(masks.Masks, "mask_step_gradients", of_masked_gradients),
     ),
     "masks are drawn by each rank": (
         ("tp2 sp", "llama", "static"),

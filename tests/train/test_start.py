@@ -400,8 +400,8 @@ def test_an_id_outside_the_vocabulary_is_found_before_training(
 
 @pytest.mark.parametrize("layout", ["tp=1", "dp_shard=2", "tp=2", "pp=2", "cp=2"])
 def test_a_wrong_sample_met_in_training(folder: Path, stable: list[dict[str, Any]], layout: str) -> None:
-    """F7: it is one event, and ends the run, of which the mended file makes what it would have been; or is replaced, in
-    the same way on every layout. A description that is wrong lets it pass on opening."""
+    """F7: it is one event, and ends the run, of which the corrected file makes what it would have been; or is replaced,
+    in the same way on every layout. A description that is wrong lets it pass on opening."""
     bad, name, ranks = training_document(folder), f"wrong-{layout}", int(layout[-1])
     damage(folder, "one", name, {bad: 300})
     description = {"tokenizer_fingerprint": fingerprint_of("bytes"), "largest_id": 256}

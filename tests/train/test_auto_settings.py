@@ -21,22 +21,22 @@ from megahp.log.metrics import read_events
 from megahp.log.replay import replay
 from megahp.parallel.layout import Layout
 from megahp.scaling.memory import training_bytes
-from megahp.train import settle as module
-from megahp.train.settle import settle
+from megahp.train import auto_settings as module
+from megahp.train.auto_settings import resolve_auto
 
 AUTO = "batch.micro_batch=auto"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("settle")
+    folder = tmp_path_factory.mktemp("auto")
     write_corpus(folder / "corpus", 0.05)
     (folder / "run.toml").write_text(RUN.replace("micro_batch = 2\n", ""))
     return folder
 
 
-def settled(free: dict[int, float], saved: int = 0, *words: str) -> tuple[int, list[str]]:
-    """What a rank that has this many bytes free, by the number of ranks, settles on."""
+def decided(free: dict[int, float], saved: int = 0, *words: str) -> tuple[int, list[str]]:
+    """What a rank that has this many bytes free, by the number of ranks, decides on."""
     size = world_size()
     config = settings_of("llama", AUTO, *words)
     mesh = mesh_of(Layout(dp_shard=size))
@@ -45,7 +45,7 @@ def settled(free: dict[int, float], saved: int = 0, *words: str) -> tuple[int, l
         mock.patch.object(module, "free_memory", lambda _: free[mesh.data_rank]),
         mock.patch.object(module, "_saved", lambda _: before),
     ):
-        config, lines = settle(config, mesh, World(mesh.data_rank, size), resume=saved > 0)
+        config, lines = resolve_auto(config, mesh, World(mesh.data_rank, size), resume=saved > 0)
     return config.batch.largest_micro_batch, lines
 
 
@@ -59,18 +59,18 @@ def test_the_rank_with_least_memory_decides_for_all() -> None:
     config = settings_of("llama", AUTO)
     fixed, one = (training_bytes(config, 2, sequences) for sequences in (0, 1))
     free = {0: 2 * (fixed + 9 * (one - fixed)), 1: 2 * (fixed + 5 * (one - fixed))}  # a half, a power of 2
-    found = world.run(2, settled, free)
+    found = world.run(2, decided, free)
     assert [largest for largest, _ in found] == [4, 4] and "half of the free memory" in found[1][1][0]
-    tokens = world.run(1, settled, {0: 1e12})[0]
+    tokens = world.run(1, decided, {0: 1e12})[0]
     assert tokens[0] == 4096 // 16 and "4096 tokens" in tokens[1][0]
-    assert world.run(1, settled, {0: 1.0})[0][0] == 1
-    assert world.run(1, settled, {0: 1.0}, 0, "batch.largest_micro_batch=7")[0] == (7, [])
+    assert world.run(1, decided, {0: 1.0})[0][0] == 1
+    assert world.run(1, decided, {0: 1.0}, 0, "batch.largest_micro_batch=7")[0] == (7, [])
 
 
 def test_a_resume_divides_batches_as_before_where_memory_holds_that_at_all() -> None:
-    held, lines = world.run(1, settled, {0: 1e12}, 9)[0]
+    held, lines = world.run(1, decided, {0: 1e12}, 9)[0]
     assert held == 9 and "as before" in lines[0]
-    lowered, lines = world.run(1, settled, {0: 1.0}, 9)[0]
+    lowered, lines = world.run(1, decided, {0: 1.0}, 9)[0]
     assert lowered == 1 and "in place of 9, which this machine cannot hold" in lines[0]
 
 
@@ -114,7 +114,7 @@ def compiled(words: tuple[str, ...], saved: Any = None, compiler: bool = True) -
         mock.patch.object(module, "_saved", lambda _: before),
         mock.patch.object(module, "has_compiler", lambda: compiler),
     ):
-        config, (line,) = settle(config, mesh, World(), resume=saved is not None)
+        config, (line,) = resolve_auto(config, mesh, World(), resume=saved is not None)
     assert isinstance(config.compute.compile, bool)
     return config.compute.compile, line
 

@@ -26,7 +26,7 @@ COMPILE_SECONDS, COMPILE_SHARE = 60.0, 0.03
 FLOPS_OF_THREAD = 1.5e11  # at best, measured in bfloat16, so that a run's time is underestimated
 
 
-def settle(config: Config, mesh: Mesh, world: World, resume: bool) -> tuple[Config, list[str]]:
+def resolve_auto(config: Config, mesh: Mesh, world: World, resume: bool) -> tuple[Config, list[str]]:
     """Return the config with every "auto" decided, and a line for the log about each decision. All ranks call this."""
     if AUTO not in (config.batch.micro_batch, config.compute.compile):
         return config, []
