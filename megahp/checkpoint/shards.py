@@ -275,7 +275,7 @@ def read_chunk(path: Location, chunk: Chunk, values: Tensor, name: str) -> Tenso
     with reading(path), path.open("rb") as file:
         file.seek(chunk.begin)
         count = file.readinto(data)
-    # beside the file's sum, which may have been computed on another rank, of what that one has read
+    # beside the file's SHA-256 (store.problems), which another rank may have computed, of what that one has read
     if count != chunk.bytes or zlib.crc32(data) != chunk.crc32:
         raise DamagedError(f"{path}: the part of {name} at byte {chunk.begin} is not what was written")
     return values

@@ -3,8 +3,9 @@ refused, with the file named, when a byte has changed, and removed when newer on
 
 checkpoints/step-00000100/{shard-00000.safetensors, ..., index.json, state.json, manifest.json}
 
-The manifest holds the size and the SHA-256 of every file, and its own; `load` compares every
-byte with it before a weight is touched. A run's checkpoint.remote gets copies, the manifest last.
+The manifest holds the size and the SHA-256 of every file, and its own; `load` compares every byte with it before a
+weight is touched (`problems`), and each chunk's CRC32 as it reads that (shards.read_chunk). A run's checkpoint.remote
+gets copies, the manifest last.
 
 The order of writing is what keeps them safe. Each file is synced after it is written: tensors, index, state. The
 manifest, written last, lists what was in memory of them: what changes on the way to the disk differs from it. Then

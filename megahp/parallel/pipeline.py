@@ -1,4 +1,8 @@
-"""Pipeline parallelism: PyTorch's schedules over the stages of each rank."""
+"""Pipeline parallelism: PyTorch's schedules over the stages of each rank.
+
+A tied embedding is on the first and on the last stage: Transformer.keep leaves both a copy, and
+parameters.sum_gradients adds their gradients.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,6 +1,9 @@
 """Parameterizations as tables: how init, learning rate, weight decay, eps and forward multipliers of each role follow
 from the width multiplier m_N, the depth multiplier m_L and the density multiplier m_rho.
 
+A weight's learning rate is optimizer.lr x the batch rule's factor (scaling/batch/rule.py) x the schedule's
+(BatchScheduler.step) x its role's (Rule.lr, by train/optimizer.py: _rates).
+
 No other file contains a scaling exponent. Sources: SP, muP and depth-alpha columns of CompleteP (arXiv 2505.01618)
 Table 1; SmuPar (arXiv 2405.15743), which is muP with density factors, of a base that is dense.
 """
@@ -98,8 +101,8 @@ def fill_in(rules: ParameterizationConfig, width: int, layers: int, head_size: i
     vector = Rule(lr=depth_lr, weight_decay=0.0, eps=eps)
     by_role = {
         Role.EMBEDDING: Rule(),
-        Role.HIDDEN: Rule(m_n**-0.5, depth_lr / m_n, m_n, eps, depth_lr),
-        Role.ROUTER: Rule(1 / m_n, depth_lr / m_n, m_n, m_l**-rules.depth_alpha),
+        Role.HIDDEN: Rule(init_std=m_n**-0.5, lr=depth_lr / m_n, weight_decay=m_n, eps=eps, spectral_lr=depth_lr),
+        Role.ROUTER: Rule(init_std=1 / m_n, lr=depth_lr / m_n, weight_decay=m_n, eps=m_l**-rules.depth_alpha),
         Role.NORM: vector,
         Role.BIAS: vector,
         Role.FINAL_NORM: Rule(weight_decay=0.0),

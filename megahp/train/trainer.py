@@ -92,9 +92,8 @@ class Trainer:
         layout.
         """
         dp, scale = self.mesh.layout.dp, self.loss_scale.value
-        count = (
-            plan.num_microbatches(dp) if self.mesh.layout.pp > 1 else 1
-        )  # a pipeline's schedule is built for that many
+        # a pipeline's schedule is built for a step's microbatches
+        count = plan.num_microbatches(dp) if self.mesh.layout.pp > 1 else 1
         copies = count * len(example.ids) * dp
         self.engine.zero()
         loss = self.engine.forward_backward([example] * count, count, copies * plan.length, scale)
