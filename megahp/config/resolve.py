@@ -18,7 +18,7 @@ from megahp.config.checks import find_conflicts, find_unused
 from megahp.config.presets import PRESETS
 from megahp.config.schema import AUTO, FIELDS, GATED, SECTIONS, TYPES, Config, get_setting, setting_names, with_values
 from megahp.errors import UserError
-from megahp.files import read_toml
+from megahp.files import read_toml, refuse_links
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -38,6 +38,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
     """Load a TOML run file and apply section.key=value overrides. Raises UserError listing every problem."""
     tree = placed(read_toml(Path(path), "run file"), Path(path).parent)
     return resolve([(Path(path).name, tree), ("command line", parse_overrides(overrides))])
+
+
+def read_config(directory: Path) -> Config:
+    """Return the resolved config of a run directory. Raises UserError."""
+    refuse_links(directory)
+    path = directory / "config.toml"
+    tree = read_toml(path, "run settings", "name a run directory, such as runs/quickstart")
+    return from_dict(placed(tree, path.parent), str(path))
 
 
 def placed(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:

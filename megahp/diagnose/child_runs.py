@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import IO
 
 from megahp.config import Config, config_differences, config_to_toml
+from megahp.config.resolve import read_config
 from megahp.errors import UserError
 from megahp.files import open_unlinked
 from megahp.launch import die_with_parent
 from megahp.log.metrics import newest_events
 from megahp.train.recovery import MAX_SKIPPED_IN_A_ROW
-from megahp.train.run import read_config
 
 
 def check_same_config(config: Config) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megahp.config import Config, get_setting, longest
+from megahp.config.resolve import read_config
 from megahp.errors import UserError
 from megahp.files import read_text
 from megahp.log.events import STARTS
@@ -20,7 +21,6 @@ from megahp.recipe.fit import FinishedRun, Fit
 from megahp.scaling import flops
 from megahp.scaling.laws import INTERVAL, LossLaw
 from megahp.scaling.parameterization import Role, table_of
-from megahp.train.run import read_config
 
 
 class LawKind(NamedTuple):

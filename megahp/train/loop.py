@@ -30,7 +30,7 @@ from megahp.train.recovery import (
     wait_for_save,
 )
 from megahp.train.reporter import Reporter
-from megahp.train.run import Run, is_rank0
+from megahp.train.run import Run
 from megahp.train.start import start
 from megahp.train.trainer import Step
 from megahp.train.validation import baselines, validate
@@ -122,7 +122,7 @@ def finish(run: Run, reporter: Reporter, notice: Notice, validation_loss: float 
     """Save the last step, and log how the run ended. Returns whether it is finished: over, and saved."""
     config, is_saved = run.config, save_at_end(run, reporter, validation_loss)
     if is_over and is_saved:
-        if is_rank0() and config.log.baselines and config.train.validation_samples:
+        if dist.get_rank() == 0 and config.log.baselines and config.train.validation_samples:
             reporter.baselines(*baselines(config, run.data))
         reason = "the token budget or train.steps is reached"
         reporter.event("finished", reason, run.progress, skipped=run.skipped, epochs=run.epochs())

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import torch.distributed as dist
+
 from megahp.config import Config, config_to_dict, config_to_toml
 from megahp.data.loader import MIXTURE
 from megahp.errors import UserError, masked
@@ -22,7 +24,7 @@ from megahp.scaling.batch import Change, Progress, StepPlan
 from megahp.train.engine import Measurement
 from megahp.train.masks import MaskChange
 from megahp.train.prepare import changes
-from megahp.train.run import Restored, Run, is_rank0
+from megahp.train.run import Restored, Run
 
 
 class Reporter:
@@ -36,7 +38,7 @@ class Reporter:
         self.log: RunLog | None = None
         self.wandb: WandbLog | None = None
         self.display: ProgressDisplay | None = None
-        self.lock = _lock(config.directory) if is_rank0() else None
+        self.lock = _lock(config.directory) if dist.get_rank() == 0 else None
 
     @contextlib.contextmanager
     def display_progress(self, progress: Progress) -> Iterator[None]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from megahp import checkpoint
 from megahp.config import Config, config_to_dict, resolve
@@ -14,7 +13,6 @@ from megahp.data.loader import TrainingData
 from megahp.errors import UserError
 from megahp.faults.copies import check_copies
 from megahp.faults.spikes import Spikes
-from megahp.files import read_toml, refuse_links
 from megahp.log.wandb_log import new_id
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Mesh
@@ -196,16 +194,3 @@ def broadcast_from_rank0(read: Callable[[], T]) -> T:
     """Return on every rank what `read` returns on rank 0 (JSON), or raise its error. Ranks must not read for
     themselves what they then decide by: a shared file system may show them different things."""
     return on_rank0(read, kinds=(checkpoint.DamagedError, checkpoint.UnreadableError, UserError))
-
-
-def is_rank0() -> bool:
-    """Return whether this is the rank that writes logs and prints."""
-    return dist.get_rank() == 0
-
-
-def read_config(directory: Path) -> Config:
-    """Return the resolved config of a run directory. Raises UserError."""
-    refuse_links(directory)
-    path = directory / "config.toml"
-    tree = read_toml(path, "run settings", "name a run directory, such as runs/quickstart")
-    return resolve.from_dict(resolve.placed(tree, path.parent), str(path))
