@@ -125,7 +125,8 @@ class Store:
         try:
             self.writing.result()
         except (OSError, Fault) as error:
-            why = f"checkpoint {self.target} cannot be written ({_cause(error)}); make room in {self.folder}"
+            cause, *_ = str(error).strip().splitlines() or [type(error).__name__]
+            why = f"checkpoint {self.target} cannot be written ({cause}); make room in {self.folder}"
             raise UserError(why) from None
         finally:
             self.writing = None
@@ -447,9 +448,3 @@ def _sealed(files: Mapping[str, Any], version: int) -> str:
     body = {"version": version, "files": files}
     sha256 = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
     return json.dumps({**body, "sha256": sha256}, indent=1)
-
-
-def _cause(error: BaseException) -> str:
-    """Return why it failed, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -16,7 +16,7 @@ def rotary(positions: Tensor, model: ModelConfig, windowed: bool = False) -> tup
 
     fp32, since in bf16 the angles of late positions would be off by whole turns. windowed: of the blocks with a window.
     """
-    size, own_theta = rotated_size(model), windowed and model.window_rope_theta > 0
+    size, own_theta = int(model.head_size * model.rope_fraction), windowed and model.window_rope_theta > 0
     theta = model.window_rope_theta if own_theta else model.rope_theta
     frequencies = theta ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
     magnitude = 1.0
@@ -24,11 +24,6 @@ def rotary(positions: Tensor, model: ModelConfig, windowed: bool = False) -> tup
         frequencies, magnitude = _stretch(frequencies, model, size), model.rope_magnitude or 1.0
     angles = torch.outer(positions.float(), frequencies)
     return angles.cos() * magnitude, angles.sin() * magnitude
-
-
-def rotated_size(model: ModelConfig) -> int:
-    """Return how many of a head's dimensions are rotated."""
-    return int(model.head_size * model.rope_fraction)
 
 
 def _stretch(frequencies: Tensor, model: ModelConfig, size: int) -> Tensor:

@@ -1,6 +1,5 @@
 """The blocks of each pipeline stage, and the stages of each rank. Imports no torch: plans ask it for many layouts."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
@@ -12,12 +11,14 @@ def stage_blocks(config: Config) -> list[range]:
     """Return the blocks of each pipeline stage, first to last: parallel.split, or the split of least cost."""
     model, parallel = config.model, config.parallel
     if not parallel.split:
-        return list(_split(tuple(layer_costs(model, config.data.sequence_length)), parallel.pp * parallel.local_stages))
+        costs = layer_costs(model, config.data.sequence_length)
+        return list(split(tuple(costs), parallel.pp * parallel.local_stages))
     ends = list(accumulate(parallel.split, initial=0))
     return [range(start, end) for start, end in pairwise(ends)]
 
 
-def split(costs: Sequence[float], parts: int) -> list[range]:
+@lru_cache  # a search asks for few splits many thousand times
+def split(costs: tuple[float, ...], parts: int) -> tuple[range, ...]:
     """Split consecutive items into non-empty parts so that the costliest part is as cheap as possible.
 
     Dynamic programming over the end of each part. Raises ValueError for more parts than items.
@@ -38,12 +39,7 @@ def split(costs: Sequence[float], parts: int) -> list[range]:
             for end in range(part + 1, len(costs) - parts + part + 2)
         }
     _, ends = best[len(costs)]
-    return [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
-
-
-@lru_cache  # a search asks for few splits many thousand times
-def _split(costs: tuple[float, ...], parts: int) -> list[range]:
-    return split(costs, parts)
+    return tuple(range(start, end) for start, end in pairwise(ends))
 
 
 def owner(stage: int, parallel: ParallelConfig) -> int:

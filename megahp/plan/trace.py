@@ -191,7 +191,8 @@ class Recorder(TorchDispatchMode):
         if name in COLLECTIVES:
             self._collective(name, args, [*inputs, *outputs])
         elif not _is_free(op, outputs):
-            written = [arg for arg, row in zip(args, op._schema.arguments, strict=False) if _is_written(row)]
+            arguments = zip(args, op._schema.arguments, strict=False)
+            written = [arg for arg, row in arguments if row.alias_info is not None and row.alias_info.is_write]
             self._kernel(
                 name, op, inputs, outputs or [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
             )
@@ -328,10 +329,6 @@ def _axes_of_groups(mesh: Mesh) -> dict[str, tuple[str, int]]:
     if mesh.embedding_group:
         found[mesh.embedding_group.group_name] = ("ends", 2)
     return found
-
-
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def _is_free(op: Any, outputs: list[Tensor]) -> bool:

@@ -20,7 +20,7 @@ def test_the_split_is_the_best_there_is() -> None:
         parts = chance.randint(1, len(costs))
         cuts = [(0, *inner, len(costs)) for inner in itertools.combinations(range(1, len(costs)), parts - 1)]
         best = min(max(sum(costs[a:b]) for a, b in itertools.pairwise(cut)) for cut in cuts)
-        found = split(costs, parts)
+        found = split(tuple(costs), parts)
         assert [i for part in found for i in part] == list(range(len(costs)))
         assert len(found) == parts and all(found)
         assert max(sum(costs[i] for i in part) for part in found) == best
@@ -28,11 +28,11 @@ def test_the_split_is_the_best_there_is() -> None:
 
 def test_more_stages_than_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="3 items"):
-        split([1, 1, 1], 4)
+        split((1, 1, 1), 4)
 
 
 def test_a_costly_unembedding_leaves_its_stage_fewer_blocks() -> None:
-    assert [len(part) for part in split([1] * 7 + [5], 2)] == [6, 2]
+    assert [len(part) for part in split((1,) * 7 + (5,), 2)] == [6, 2]
 
 
 @pytest.mark.parametrize(
