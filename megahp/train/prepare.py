@@ -266,9 +266,8 @@ def check_memory(config: Config, layout: Layout, local_ranks: int) -> None:
 
 def check_best(config: Config) -> None:
     """Raise UserError where checkpoint.keep_best has nothing to choose from: no checkpoint will have a validation."""
-    steps = min(
-        config.train.tokens // config.step_tokens, config.train.steps or math.inf
-    )  # at most: a batch never shrinks
+    # at most, since a batch never shrinks
+    steps = min(config.train.tokens // config.step_tokens, config.train.steps or math.inf)
     every, validated = config.checkpoint.every, config.train.validate_every
     if config.checkpoint.keep_best and math.lcm(every, validated) > steps:
         raise UserError(

@@ -105,7 +105,7 @@ class BatchScheduler:
         return self.policy.measures and step % self.config.batch.look_every == 0
 
     def steps_to_decision(self, step: int) -> int:
-        """Return the steps after this one to the next after which the batch may change, for forecasts in few steps."""
+        """Return how many steps after this one the batch may change next: a forecast can take as many at once."""
         every = self.config.batch.look_every if self.policy.measures else 1
         return every - step % every if self.config.batch.grows else sys.maxsize
 
