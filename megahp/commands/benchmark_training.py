@@ -1,7 +1,7 @@
 """Measure the tokens per second of megahp's training step, beside a plain PyTorch baseline on the same tokens.
 
     megahp benchmark training [--shape 4x256 llama-2-7b ...] [--sequence 256] [--micro-batch 8]
-        [--global-batch N] [--vocabulary N] [--dtype float32 bfloat16] [--ranks N] [--tp 1 2 ...] [--device cuda]
+        [--global-batch N] [--vocabulary N] [--dtype float32 bfloat16 ...] [--ranks N] [--tp 1 2 ...] [--device cuda]
         [--contestants megahp nanogpt ...] [--turns 7] [--steps 3] [--warm-up 2] [--peak-tflops T] [--profile]
         [--json FILE] [--plot FILE] [--settings section.key=value ...]
 
@@ -63,7 +63,7 @@ from megahp.config import Config, SparsityConfig, config_to_dict, get_setting, r
 from megahp.config.presets import PRESETS
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.errors import UserError
-from megahp.parallel.device import check_devices, claim_device, keep_heap, uses_cuda
+from megahp.parallel.device import check_devices, claim_device, fast_dtype, keep_heap, uses_cuda
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.scaling.batch import largest_micro_batch
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--micro-batch", type=int, default=8, help="sequences per forward pass of a rank")
     add("--global-batch", type=int, help="sequences per step (default: one microbatch per data-parallel rank)")
     add("--vocabulary", type=int, help=f"token ids (default: the preset's, or {VOCABULARY})")
-    add("--dtype", nargs="+", default=["float32", "bfloat16"])
+    add("--dtype", nargs="+", help="default: float32, and bfloat16 where the device has instructions for it")
     add("--ranks", type=int, default=1, help="on this machine")
     add("--tp", type=int, nargs="+", default=[1], help="tensor-parallel ranks, one layout each")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -247,6 +247,9 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     check_minimum(arguments, **dict.fromkeys(counts, 1))
     if arguments.peak_tflops is not None and not 0 < arguments.peak_tflops < math.inf:
         raise UserError(f"--peak-tflops {arguments.peak_tflops:g} must be above 0")
+    if not arguments.dtype:
+        is_cuda = arguments.device == "cuda" or arguments.device == "auto" and torch.cuda.is_available()
+        arguments.dtype = list(dict.fromkeys(("float32", fast_dtype(torch.device("cuda" if is_cuda else "cpu")))))
     if arguments.peak_tflops and len(arguments.dtype) > 1:
         raise UserError("--peak-tflops is the peak in one dtype; give one --dtype with it")
     if arguments.contestants is None:

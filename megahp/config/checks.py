@@ -278,7 +278,7 @@ def _float8(config: Config) -> Iterator[str]:
             )
     if model.experts:
         yield f"compute.fp8 = {fp8!r} does not support experts; remove it, or remove model.experts"
-    if config.train.dtype not in ("bfloat16", "float32"):
+    if config.train.dtype not in ("bfloat16", "float32", AUTO):
         yield (
             f"compute.fp8 = {fp8!r} outputs bfloat16 or float32, not train.dtype = {config.train.dtype!r}; choose one "
             "of those, or remove it"

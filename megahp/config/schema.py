@@ -480,9 +480,10 @@ class TrainConfig:
     )
     tokens: int = at_least_1(10_000_000, "tokens at which run and schedules end", at_most=1e18)
     steps: int = nonnegative(0, "stop after this many optimizer steps, if sooner; 0 = no such limit")
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = setting(
         "float32",
-        "compute dtype; float16 uses loss scaling; weights and moments stay in float32 (float64 for float64)",
+        "compute dtype; auto = bfloat16 where every rank's device has instructions for it, else float32, decided when "
+        "the run begins; float16 uses loss scaling; weights and moments stay in float32 (float64 for float64)",
         fixed="always",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on; auto = cuda if available, else cpu")

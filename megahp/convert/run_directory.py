@@ -71,7 +71,7 @@ def write_run(
     config = with_vocabulary(resolved.config, tokenizer)
     one_rank = with_values(replace(config, parallel=ParallelConfig()), {"train.device": "cpu"})
     model = skeleton(one_rank, single_rank_mesh(one_rank))  # has shapes, but no memory
-    master = torch.promote_types(getattr(torch, config.train.dtype), torch.float32)  # as training keeps weights
+    master = torch.float64 if config.train.dtype == "float64" else torch.float32  # as training keeps weights
     checked = (
         (name, tensor.to(master) if name.startswith("model.") else tensor)
         for name, tensor in check_shapes(tensors, {name: weight.shape for name, weight in model_state(model).items()})

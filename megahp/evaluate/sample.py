@@ -14,7 +14,7 @@ from megahp.data.tokenizer import Tokenizer, tokenizer_of
 from megahp.errors import UserError
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
-from megahp.parallel.device import claim_device
+from megahp.parallel.device import claim_device, fast_dtype
 from megahp.parallel.mesh import single_rank_mesh
 from megahp.parallel.parameters import model_state
 
@@ -47,12 +47,14 @@ class TrainedModel:
 def load_trained(location: Path) -> TrainedModel:
     """Load the model of a checkpoint, or of a run directory's newest checkpoint. Raises UserError."""
     path = checkpoint.find(location)
-    # A run trained with CUDA may be evaluated on a machine without.
+    # A run trained with CUDA may be evaluated on a machine without, and one in bfloat16 where that is slow.
     config = with_values(checkpoint.settings_of(path), {"train.device": "auto"})
-    tokenizer = tokenizer_of(config.data)
+    tokenizer, device = tokenizer_of(config.data), claim_device(config, launch.World())
+    if config.train.dtype == "bfloat16":
+        config = with_values(config, {"train.dtype": fast_dtype(device)})
     model = single_rank_model(config)
     checkpoint.load(path, model_state(model))
-    return TrainedModel(path, config, model, tokenizer, claim_device(config, launch.World()))
+    return TrainedModel(path, config, model, tokenizer, device)
 
 
 def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:

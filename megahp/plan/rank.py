@@ -11,7 +11,7 @@ from typing import Literal
 from megahp.config import Config, longest
 from megahp.parallel.layout import AXES, Layout
 from megahp.parallel.stages import stage_blocks, stages_of
-from megahp.plan.work import first_step
+from megahp.plan.work import first_step, on_gpus
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
@@ -62,6 +62,7 @@ class Rank:
     """
 
     def __init__(self, config: Config, layout: Layout, position: int, stack: Stack) -> None:
+        config = on_gpus(config)
         self.config, self.layout, self.position, self.stack = config, layout, position, stack
         self.model, self.parallel = config.model, config.parallel
         plan = first_step(config, layout.dp)

@@ -21,7 +21,7 @@ from megahp.plan.formulas import rank_works
 from megahp.plan.machine import Machine
 from megahp.plan.rank import MEGAHP, Stack
 from megahp.plan.schedules import Action, actions, replay, steady
-from megahp.plan.work import Collective, Kernel, Work, first_step
+from megahp.plan.work import Collective, Kernel, Work, first_step, on_gpus
 from megahp.scaling.flops import training_flops
 
 # Tiles of a product that libraries choose from, and their speed relative to the first's. (Assumed, after CUTLASS)
@@ -88,7 +88,7 @@ def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machin
         split[f"exposed {axes}"] += seconds
     total = sum(split.values())
     done = sum(work.flops("product") + causal_flops(work) for work in works) * ranks / len(works)
-    peak_rate = ranks * peak_of(machine, config.train.dtype) * total
+    peak_rate = ranks * peak_of(machine, on_gpus(config).train.dtype) * total
     return Estimate(
         total,
         {name: seconds for name, seconds in split.items() if seconds},

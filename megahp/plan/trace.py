@@ -35,7 +35,7 @@ from megahp.parallel.layout import AXES, fit
 from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, WITHIN_STAGE, Mesh, make_mesh
 from megahp.parallel.parameters import storage
 from megahp.parallel.stages import stage_blocks
-from megahp.plan.work import Collective, Kernel, Phase, Work, first_step
+from megahp.plan.work import Collective, Kernel, Phase, Work, first_step, on_gpus
 from megahp.scaling.parameterization import table_of
 from megahp.train.engine import Engine
 from megahp.train.optimizer import make_optimizer
@@ -102,7 +102,7 @@ def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> W
         mesh = make_mesh(layout, torch.device("cpu"))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with recording(mesh, fake, on_gpu=config.train.device != "cpu") as recorder:
-            step(config, mesh, recorder, microbatches)
+            step(on_gpus(config), mesh, recorder, microbatches)
         return recorder.trace()
     finally:
         dist.destroy_process_group()

@@ -68,6 +68,11 @@ class Work:
         )
 
 
+def on_gpus(config: Config) -> Config:
+    """Return the config with the train.dtype that "auto" is on the GPUs that are planned for."""
+    return with_values(config, {"train.dtype": "bfloat16"}) if config.train.dtype == AUTO else config
+
+
 def first_step(config: Config, dp: int) -> StepPlan:
     """Return the plan of the first step, of one sequence a microbatch where the run's start will decide on more, as
     memory allows. Raises UserError where train.tokens have no room for a step."""

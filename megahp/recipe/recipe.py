@@ -64,7 +64,7 @@ PROXY = Base(
         },
         "optimizer": {"lr": 1.62e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip": 1.0},
         "data": {"sequence_length": 2048},
-        "train": {"dtype": "bfloat16"},
+        "train": {"dtype": "auto"},
     },
     "Power Lines' muP proxy, width 256, 24 layers (Scaling with Collapse, Table 5)",
     "verified in source text; that it is CompleteP's base, as at that shape the two are one: derived",

@@ -1,6 +1,6 @@
 """About how much memory training takes: an estimate to warn by and to choose microbatches by, not a bound."""
 
-from megahp.config import Config, longest
+from megahp.config import AUTO, Config, longest
 from megahp.scaling.flops import parameters
 
 PROCESS = 4e8  # bytes of Python and torch
@@ -35,7 +35,7 @@ def training_bytes(config: Config, shards: int = 1, sequences: int | None = None
     if model.experts:  # of each token's experts the rows, and three of an expert's width
         rows = 2 * (2 * model.width + 3 * model.expert_width) * model.experts_per_token
         kept += model.expert_layers / model.layers * layers * rows / model.width
-    kept *= {"float32": 2, "float64": 4}.get(config.train.dtype, 1)
+    kept *= {"float32": 2, "float64": 4, AUTO: 2}.get(config.train.dtype, 1)
     # capped attention keeps three numbers of each score, and two bytes of each
     scores = 6 * layers * model.heads * length * tokens if model.attention_softcap else 0
     bias = 2 * 4 * model.heads * length**2 if model.positions == "alibi" else 0  # distances by slope, and masked

@@ -12,7 +12,7 @@ from megahp.config import AUTO, Auto, Config, config_to_dict, longest, with_valu
 from megahp.launch import World
 from megahp.log.progress import human_duration
 from megahp.ops.compiler import has_compiler
-from megahp.parallel.device import free_memory
+from megahp.parallel.device import fast_dtype, free_memory
 from megahp.parallel.mesh import Mesh
 from megahp.parallel.messages import all_gather_json, on_rank0
 from megahp.scaling.flops import training_flops
@@ -28,10 +28,15 @@ FLOPS_OF_THREAD = 1.5e11  # at best, measured in bfloat16, so that a run's time 
 
 def resolve_auto(config: Config, mesh: Mesh, world: World, resume: bool) -> tuple[Config, list[str]]:
     """Return the config with every "auto" decided, and a line for the log about each decision. All ranks call this."""
-    if AUTO not in (config.batch.micro_batch, config.compute.compile):
+    if AUTO not in (config.train.dtype, config.batch.micro_batch, config.compute.compile):
         return config, []
     saved: Mapping[str, Mapping[str, Any]] = on_rank0(lambda: _saved(config)) if resume else {}
     lines: list[str] = []
+    if config.train.dtype == AUTO:  # of a new run: others have their checkpoint's (check_origin)
+        dtype = max(all_gather_json(fast_dtype(mesh.device)))  # float32, if one rank needs that
+        config = with_values(config, {"train.dtype": dtype})
+        has = "every rank's device has" if dtype == "bfloat16" else "a rank's device has no"
+        lines.append(f"train.dtype is {dtype}: {has} instructions for bfloat16")
     if config.batch.micro_batch == AUTO and not config.batch.largest_micro_batch:
         same = saved.get("batch", {}).get("largest_micro_batch", 0)
         largest, line = _largest_micro_batch(config, mesh, world, same)

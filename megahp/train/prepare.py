@@ -38,7 +38,7 @@ from megahp.data.tokenizer import Tokenizer, fingerprint_of, load_tokenizer, ref
 from megahp.errors import UserError
 from megahp.files import read_json, refuse_links
 from megahp.log.wandb_log import check_wandb
-from megahp.parallel.device import check_devices, memory_here, uses_cuda
+from megahp.parallel.device import check_devices, cpu_has_bfloat16, memory_here, uses_cuda
 from megahp.parallel.layout import Layout
 from megahp.scaling.batch import BatchScheduler, Progress, batch_multiple, least_batch, runnable
 from megahp.scaling.flops import parameters as parameter_count
@@ -96,18 +96,23 @@ def prepare(
             warn(f"warning: {line}")
         if local_ranks and not is_cuda and (problem := beyond_cpus(config, layout, local_ranks, start_tokens)):
             warn(f"warning: {problem}; make model or train.tokens smaller, or add ranks on other machines")
+        if local_ranks and not is_cuda and config.train.dtype == "bfloat16" and not cpu_has_bfloat16():
+            warn(
+                "warning: train.dtype = 'bfloat16' is tens of times slower than float32 on this CPU, which has no "
+                "instructions for it; set train.dtype=auto"
+            )
     return config
 
 
 def check_origin(config: Config, layout: Layout, saved: checkpoint.Location | None) -> tuple[Config, int]:
     """Check batch, schedule and settings against the checkpoint that the run resumes from (`saved`), against the one
-    that it starts from, or alone. Returns the config with the data's order filled in, and the tokens that a new run's
-    checkpoint was trained on. Raises UserError."""
+    that it starts from, or alone. Returns the config with its empty or "auto" settings of the checkpoint filled in, and
+    the tokens that a new run's checkpoint was trained on. Raises UserError."""
     if saved:
         from megahp import checkpoint
 
         state = checkpoint.read_state(saved)
-        config = with_sample_order(with_saved_source_order(config, state), state)
+        config = with_saved_dtype(with_sample_order(with_saved_source_order(config, state), state), state)
         refuse_changes(config, state["config"], saved, {"always", "unless dense", "on resume"})
         check_schedule(config, state["progress"]["tokens"], saved)
         check_resumed_batch(config, layout, state, saved)
@@ -119,7 +124,7 @@ def check_origin(config: Config, layout: Layout, saved: checkpoint.Location | No
 
     path = checkpoint.find(checkpoint.location(config.train.start_from))
     state = checkpoint.read_state(path)
-    config = with_sample_order(config, state)
+    config = with_saved_dtype(with_sample_order(config, state), state)
     check_start(config, layout, path, state)
     return config, state["progress"]["tokens"]
 
@@ -149,6 +154,12 @@ def with_sample_order(config: Config, state: Mapping[str, Any]) -> Config:
     runs."""
     read_in = saved_sample_order(state["config"]) if state["data"] is not None else "keyed"
     return with_values(config, {"data.order": config.data.order or read_in})
+
+
+def with_saved_dtype(config: Config, state: Mapping[str, Any]) -> Config:
+    """Replace a train.dtype that is "auto" by what the checkpoint was trained in, on whatever device."""
+    dtype = state["config"]["train"]["dtype"] if config.train.dtype == AUTO else config.train.dtype
+    return with_values(config, {"train.dtype": dtype})
 
 
 def saved_sample_order(saved: Mapping[str, Mapping[str, Any]]) -> Order:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megahp.parallel.device import CGROUP_V1, CGROUP_V2, free_memory, memory_here, memory_limits
+from megahp.parallel.device import CGROUP_V1, CGROUP_V2, fast_dtype, free_memory, memory_here, memory_limits
 
 # Allocates a tensor of 256 MiB and frees it; prints the MiB that the process then has more, and those in huge pages.
 ONE_TENSOR = """
@@ -52,6 +52,11 @@ def test_a_freed_tensor_stays_in_the_heap_in_huge_pages() -> None:
 @pytest.mark.parametrize("name", ["MALLOC_TOP_PAD_", "GLIBC_TUNABLES"])
 def test_what_the_user_sets_of_malloc_stands(name: str) -> None:
     assert kept(**{name: "0" if name.startswith("MALLOC") else "glibc.malloc.top_pad=0"})[0] < 50
+
+
+def test_the_fast_dtype_is_what_the_cpus_flags_say() -> None:
+    flags = Path("/proc/cpuinfo").read_text()
+    assert fast_dtype(torch.device("cpu")) == ("bfloat16" if "avx512_bf16" in flags else "float32")
 
 
 @pytest.mark.parametrize("version", [1, 2])

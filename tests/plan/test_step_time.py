@@ -127,6 +127,8 @@ def test_longer_pipelines_have_larger_bubbles() -> None:
 def test_settings_change_the_step() -> None:
     machine = load_machine("h100")
     plain = estimate(config(), 64, machine)
+    assert plain == estimate(config(**{"train.dtype": "auto"}), 64, machine)  # bfloat16, on a GPU
+    assert plain.seconds < estimate(config(**{"train.dtype": "float32"}), 64, machine).seconds
     assert estimate(config(**{"compute.compile": True}), 64, machine).split["memory"] < plain.split["memory"]
     assert estimate(config(**{"compute.fp8": "torchao"}), 64, machine).split["products"] < plain.split["products"]
     assert "attention" not in estimate(config(**{"model.attention_softcap": 50.0}), 64, machine).split

@@ -106,6 +106,21 @@ def test_losses_and_growth_do_not_depend_on_how_batches_are_divided(folder: Path
     assert resumed["config"]["batch"]["largest_micro_batch"] == 3
 
 
+def dtypes(fast: dict[int, str], word: str) -> tuple[str, list[str]]:
+    """What a rank computes in, where each rank's device has this fast dtype."""
+    mesh = mesh_of(Layout(dp_shard=world_size()))
+    with mock.patch.object(module, "fast_dtype", lambda _: fast[mesh.data_rank]):
+        config, lines = resolve_auto(settings_of("llama", f"train.dtype={word}"), mesh, World(), resume=False)
+    return config.train.dtype, lines
+
+
+def test_all_ranks_compute_in_what_each_is_fast_in() -> None:
+    for second in ("bfloat16", "float32"):
+        for dtype, lines in world.run(2, dtypes, {0: "bfloat16", 1: second}, "auto"):
+            assert dtype == second and f"train.dtype is {second}" in lines[0]
+    assert world.run(1, dtypes, {0: "float32"}, "bfloat16")[0] == ("bfloat16", [])
+
+
 def compiled(words: tuple[str, ...], saved: Any = None, compiler: bool = True) -> tuple[bool, str]:
     """Whether a run with these settings compiles blocks, and why."""
     config, mesh = settings_of("llama", "compute.compile=auto", *words), mesh_of(Layout())

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from distributed.runs import train
@@ -22,6 +23,7 @@ from megahp.data.tokenizer import fingerprint_of
 from megahp.errors import UserError
 from megahp.evaluate.sample import load_trained
 from megahp.parallel.layout import Layout
+from megahp.train import prepare as prepare_module
 from megahp.train.prepare import prepare
 
 RUN = """
@@ -177,6 +179,25 @@ def test_a_run_keeps_its_sample_order(folder: Path) -> None:
         assert prepared(*words).data.order == order
         assert prepared(*words, "data.order=drawn").data.order == "drawn"
     assert prepared("log.name=new").data.order == "keyed"
+
+
+def test_a_run_keeps_its_dtype(folder: Path) -> None:
+    """The one it was trained in, where the run file leaves it to the device, whatever that is now; so does a branch."""
+    assert prepared("log.name=new", "train.dtype=auto").train.dtype == "auto"  # until the ranks have met
+    for name, words in (("done", ()), ("new", ("train.start_from=runs/done", "train.steps=3"))):
+        resumes = name == "done"
+        assert prepared(f"log.name={name}", "train.dtype=auto", *words, resume=resumes).train.dtype == "float32"
+        with pytest.raises(UserError, match="train.dtype = 'bfloat16' but runs/done/.* was trained with 'float32'"):
+            prepared(f"log.name={name}", "train.dtype=bfloat16", *words, resume=resumes)
+
+
+def test_bfloat16_without_instructions_is_a_warning(folder: Path) -> None:
+    for has, words, count in ((False, "bfloat16", 1), (True, "bfloat16", 0), (False, "auto", 0)):
+        lines: list[str] = []
+        config = resolve.load(Path("run.toml"), ["log.name=new", f"train.dtype={words}", "train.device=cpu"]).config
+        with mock.patch.object(prepare_module, "cpu_has_bfloat16", lambda has=has: has):
+            prepare(config, Layout(), 1, resume=False, warn=lines.append)
+        assert sum("set train.dtype=auto" in line for line in lines) == count
 
 
 def test_the_end_token_of_the_data_is_the_runs(folder: Path) -> None:
