@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := examples/quickstart/run.toml
 
-.PHONY: install train test lint test-slow test-gpu bench-gpu clean
+.PHONY: install train test lint test-slow gpu-check clean
 
 install: $(READY)
 
@@ -34,19 +34,9 @@ lint: $(READY)
 test-slow: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
 
-# These two run under the system's own python and torch, without network, to test its CUDA build.
-test-gpu:
-	@$(PYTHON) -m pytest -m gpu tests/gpu
-
-TRAINING := PYTHONPATH=. $(PYTHON) tools/benchmark_training.py --device cuda --dtype bfloat16 --vocabulary 32768 --turns 5
-
-# 1B with the baseline; then 1B, 3B and 7B, which leave no memory for the baseline. Takes minutes, mostly drawing
-# weights.
-bench-gpu:
-	@PYTHONPATH=. $(PYTHON) tools/benchmark_norm.py
-	@$(TRAINING) --shape 16x2048 --sequence 2048 --micro-batch 8 --profile
-	@$(TRAINING) --shape 16x2048 28x3072 --sequence 8192 --micro-batch 1 --contestants megahp
-	@$(TRAINING) --shape llama-2-7b --sequence 2048 --micro-batch 1 --contestants megahp
+# Under the system's own python and its CUDA torch, without network; the results in $OUT, or gpu-check (docs/gpu.md).
+gpu-check:
+	@$(PYTHON) tools/gpu_check.py --out $${OUT:-gpu-check}
 
 clean:
 	rm -rf $(VENV) build *.egg-info megahp/*.so

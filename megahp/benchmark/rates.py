@@ -14,12 +14,15 @@ DTYPES = ("float32", "float16", "bfloat16")
 LAUNCHES, REPEATS = 200, 5  # of which the best counts
 
 
-def device_rates(device: torch.device) -> dict[str, Any]:
-    """Return FLOP/s of square products by dtype, bytes a second of a copy (read and written), seconds of a launch."""
-    side, small = SIDE[device.type], torch.zeros(1, device=device)
+def device_rates(device: torch.device, side: int | None = None) -> dict[str, Any]:
+    """Return FLOP/s of square products by dtype, bytes a second of a copy (read and written), seconds of a launch.
+
+    The matrices are random: a GPU multiplies constant ones faster, since it then draws less power.
+    """
+    side, small = side or SIDE[device.type], torch.zeros(1, device=device)
     products = {}
     for name in DTYPES:
-        matrix = torch.ones(side, side, device=device, dtype=getattr(torch, name))
+        matrix = torch.randn(side, side, device=device).to(getattr(torch, name))
         products[name] = 2 * side**3 / best(lambda matrix=matrix: matrix @ matrix, device)  # type: ignore[misc]
     source = torch.zeros(COPIED[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -38,6 +38,7 @@ ranks, the links' bandwidth by the all-reduce and latency by the pairs. Of a kno
 """
 
 import argparse
+import ctypes
 import fcntl
 import json
 import math
@@ -266,7 +267,7 @@ def facts(world: launch.World, host: str, port: int, folder: Path, choice: str) 
             "CUDA": torch.version.cuda,
             "cuDNN": torch.backends.cudnn.version() if cuda else None,
             "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
-            "CUDA of the driver": torch._C._cuda_getDriverVersion() if cuda else None,  # type: ignore[attr-defined]
+            "CUDA of the driver": cuda_of_driver() if cuda else None,
         }
     except (UserError, RuntimeError) as error:
         mistakes.append(str(error).splitlines()[0])
@@ -279,6 +280,14 @@ def facts(world: launch.World, host: str, port: int, folder: Path, choice: str) 
         "versions": versions,
         "mistakes": mistakes,
     }
+
+
+def cuda_of_driver() -> int | None:
+    """Return the newest CUDA that NVIDIA's driver serves, 13000 for 13.0; torch has no name for it that lasts."""
+    version = ctypes.c_int()
+    with suppress(OSError):  # another maker's driver
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value or None
 
 
 def memory(device: torch.device) -> dict[str, int]:

@@ -95,7 +95,7 @@ def ranks_per_node(size: int, environment: Mapping[str, str] = os.environ) -> di
 
 def has_own_device(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether a rank that sees one GPU sees its own: where srun has started several tasks on this node, which
-    --gpus-per-task or --gpu-bind=single show one each. If they share it after all, NCCL says so."""
+    --gpus-per-task or --gpu-bind=single show one each. If they share it after all, make_mesh refuses it."""
     tasks = _tasks_per_node(environment)
     return bool(tasks) and tasks[int_variable(environment, "SLURM_NODEID", 0)] > 1
 

@@ -1,7 +1,7 @@
 """Thin adapters to optional engines: norms (which then do not measure the noise scale), float8 products, AdamW.
 
-Those of apex and Transformer Engine are tested against their documented interfaces alone; neither has been run with
-megahp.
+Those of apex and Transformer Engine are tested against the signatures of their sources; neither has been run with
+megahp on a GPU (docs/engines.md).
 """
 
 from collections.abc import Callable
@@ -28,6 +28,7 @@ TRANSFORMER_ENGINE = ("transformer-engine", "pip install transformer-engine[pyto
 def norm_of(engine: str, kind: str) -> Norm:
     """Return the rmsnorm or layernorm of apex or transformer-engine. Raises UserError when it is not installed."""
     if engine == "apex":
+        _import("compute.norms", *APEX, "fused_layer_norm_cuda")  # which apex looks for at the first call only
         apex = _import("compute.norms", *APEX, "apex.normalization.fused_layer_norm")
         if kind == "rmsnorm":
             return lambda x, weight, _, eps: apex.fused_rms_norm_affine(x, weight.to(x.dtype), weight.shape, eps)
@@ -35,17 +36,15 @@ def norm_of(engine: str, kind: str) -> Norm:
             x, weight.to(x.dtype), _or_zeros(bias, weight).to(x.dtype), weight.shape, eps
         )
     te = _import("compute.norms", *TRANSFORMER_ENGINE, "transformer_engine.pytorch")
-    layers: dict[Any, Any] = {}
+    make = te.RMSNorm if kind == "rmsnorm" else te.LayerNorm
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        # its modules, without parameters of their own, called with our weights
-        key = (weight.shape[0], eps)
-        if key not in layers:
-            layers[key] = (te.RMSNorm if kind == "rmsnorm" else te.LayerNorm)(*key, device="meta")
-        weights = {"weight": weight.to(x.dtype)}
+        # a module for each call, which keeps our weights: its backward pass reads them from the module
+        layer = make(weight.shape[0], eps, device="meta")
+        layer._parameters["weight"] = weight.to(x.dtype)
         if kind == "layernorm":
-            weights["bias"] = _or_zeros(bias, weight).to(x.dtype)
-        return functional_call(layers[key], weights, (x,))
+            layer._parameters["bias"] = _or_zeros(bias, weight).to(x.dtype)
+        return layer(x)
 
     return norm
 

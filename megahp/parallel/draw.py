@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -52,12 +53,15 @@ def _draw(
         return torch.stack(windows)
     start, stop = offsets[0], offsets[0] + sizes[0]
     first, last = start // ROWS_PER_DRAW, -(-stop // ROWS_PER_DRAW)
-    blocks = []
-    for block in range(first, last):
+
+    def draw_block(block: int) -> np.ndarray:
         key = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=16).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
         count = min(ROWS_PER_DRAW, shape[0] - block * ROWS_PER_DRAW)
-        blocks.append(getattr(generator, distribution)((count, *shape[1:]), dtype=np.float32))
+        return getattr(generator, distribution)((count, *shape[1:]), dtype=np.float32)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy draws without holding the GIL
+        blocks = list(pool.map(draw_block, range(first, last)))
     begins = (start - first * ROWS_PER_DRAW, *offsets[1:])
     window = tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(blocks)[window]))

@@ -8,8 +8,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megahp import launch
 from megahp.config import Config
+from megahp.errors import UserError
 from megahp.parallel.device import claim_device, uses_cuda
 from megahp.parallel.layout import AXES, Layout
+from megahp.parallel.messages import all_gather_json
 
 SHARDS = ("dp_shard", "ep", "cp")  # the axes that FSDP2 shards a weight over
 EXPERT_SHARDS = ("dp_shard", "cp")  # and an expert's: ranks along ep hold other experts
@@ -90,7 +92,10 @@ class Mesh:
 
 
 def make_mesh(layout: Layout, device: torch.device) -> Mesh:
-    """Return the mesh over the default process group, whose size must be the layout's product."""
+    """Return the mesh over the default process group, whose size must be the layout's product. Raises UserError on all
+    ranks where two of them compute on one CUDA device."""
+    if device.type == "cuda":
+        refuse_shared(device)
     devices = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
     # Making a group is a collective of all ranks, in one order. So all groups are made here: later, only the stages
     # with experts would ask for theirs, and the others would not be there.
@@ -104,6 +109,19 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
             if dist.get_rank() in ends:
                 embedding_group = group
     return Mesh(layout, device, devices, embedding_group)
+
+
+def refuse_shared(device: torch.device) -> None:
+    """Raise UserError, on every rank, where two ranks have one CUDA device, as a launcher can bind them: NCCL would end
+    each with its own trace."""
+    owners: dict[str, int] = {}
+    uuid = torch.cuda.get_device_properties(device).uuid
+    for rank, name in enumerate(all_gather_json(f"{uuid} of {launch.node_name()}")):
+        if (first := owners.setdefault(name, rank)) != rank:
+            raise UserError(
+                f"ranks {first} and {rank} compute on one CUDA device ({name}), and NCCL needs one for each rank; bind "
+                "each its own, e.g. by srun --gpus-per-task=1, or set train.device=cpu"
+            )
 
 
 def single_rank_mesh(config: Config) -> Mesh:

@@ -99,19 +99,23 @@ class ApexAdamW(AdamW):
     def __init__(self, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table) -> None:
         super().__init__(weights, rows, table)
         params = [[nn.Parameter(part) for part in parts] for _, _, (parts, *_) in self.groups]
+        if not params:  # a pipeline stage without trained weights: torch's optimizers, as apex's is, refuse none
+            return
         self.fused = fused_adam()([{"params": parts} for parts in params], adam_w_mode=True)
         for parts, (_, _, (_, *moments)) in zip(params, self.groups, strict=True):
             for part, *part_moments in zip(parts, *moments, strict=True):
                 self.fused.state[part] = dict(zip(MOMENTS, part_moments, strict=True))
 
     def step(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
+        self.updates += 1
+        if not grads:
+            return
         for group, (rule, indices, _) in zip(self.fused.param_groups, self.groups, strict=True):
-            group.update(_rates(rule, plan), betas=(plan.beta1, plan.beta2), step=self.updates)  # apex adds 1 to step
+            group.update(_rates(rule, plan), betas=(plan.beta1, plan.beta2), step=self.updates - 1)  # apex adds 1
             for part, index in zip(group["params"], indices, strict=True):
                 part.grad = grads[index]
         self.fused.step()
         self.fused.zero_grad()
-        self.updates += 1
 
 
 ADAMW = {"torch": AdamW, "apex": ApexAdamW}

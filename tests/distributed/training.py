@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from megahp import launch
 from megahp.config import Config, resolve
 from megahp.data.loader import ValidationSamples
 from megahp.diagnose import verify
 from megahp.diagnose.verify import Trial, gather_shards, gather_stages, synthetic_batch
+from megahp.parallel.device import claim_device
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.train.validation import validate
@@ -98,16 +100,17 @@ def settings_of(model: str, *overrides: str) -> Config:
 
 
 @functools.cache
-def mesh_of(layout: Layout) -> Mesh:
+def mesh_of(layout: Layout, device: torch.device = torch.device("cpu")) -> Mesh:  # noqa: B008 - it never changes
     """One mesh a layout: making its process groups costs more than training on it does."""
-    return make_mesh(layout, torch.device("cpu"))
+    return make_mesh(layout, device)
 
 
 class Training(Trial):
     """A trial on the layout of the settings."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config, mesh_of(fit(config.parallel, torch.distributed.get_world_size())))
+        layout = fit(config.parallel, torch.distributed.get_world_size())
+        super().__init__(config, mesh_of(layout, claim_device(config, launch.world())))
 
 
 class MadeUpData:

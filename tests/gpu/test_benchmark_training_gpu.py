@@ -19,7 +19,8 @@ def test_every_contestant(tmp_path: Path) -> None:
     words = ["--device", "cuda", "--shape", "2x1024", "--dtype", "bfloat16", "--turns", "2", "--profile"]
     words += ["--peak-tflops", "989", "--json", str(tmp_path / "found.json")]
     command = [sys.executable, str(ROOT / "tools" / "benchmark_training.py"), *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # packages brought along too
+    environment = os.environ | {"PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]

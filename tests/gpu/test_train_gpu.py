@@ -14,6 +14,7 @@ import torch
 
 from megahp.data.indexed import IndexedWriter
 
+pytest.importorskip("pydantic", reason="checkpoints need it")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -47,7 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, name: str, *words: str) -> list[dict[str, float]]:
     command = [sys.executable, "-m", "megahp", "train", "run.toml", f"log.name={name}", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # packages brought along too
+    environment = os.environ | {"PYTHONPATH": paths}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]

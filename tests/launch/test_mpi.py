@@ -1,8 +1,7 @@
-"""Training, benchmarking and checking under mpirun, without torchrun and without mpi4py."""
+"""Training, benchmarking and checking under mpirun, without torchrun; with mpi4py and without."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from corpus import write_corpus
 
+from megahp.benchmark.communication import OPERATIONS
 from megahp.log.metrics import read_events, read_metrics
 
 RUN = """
@@ -44,7 +44,19 @@ ALLOWED = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
 }
 TOOLS = Path(__file__).parents[2] / "tools"
-BENCHMARK = "--sizes 1K --repeats 1 --operations all-reduce reduce-scatter --json found.json"
+# Joins where nothing but MPI can tell the ranks an address, and sums over them.
+JOINING = """
+import torch, torch.distributed as dist
+from megahp import launch
+from megahp.launch import rendezvous
+rendezvous._port = rendezvous._first_host = None
+world = launch.world()
+launch.join(world, cuda=False)
+total = torch.tensor(world.rank)
+dist.all_reduce(total)
+print("sum", total.item(), flush=True)
+launch.leave(0)
+"""
 
 pytestmark = [
     pytest.mark.mpi,
@@ -52,6 +64,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture
+def without_mpi4py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks cannot import mpi4py, as where it is not installed."""
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "sitecustomize.py").write_text("import sys; sys.modules['mpi4py'] = None")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "hidden"), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.mark.usefixtures("without_mpi4py")
 def test_training_under_mpirun_is_training(tmp_path: Path) -> None:
     """On four ranks, two by two, the losses are one rank's, as are those of --ranks 4 (test_layouts.py); and a mistake
     is told once, and its exit code is mpirun's too."""
@@ -69,18 +90,30 @@ def test_training_under_mpirun_is_training(tmp_path: Path) -> None:
     assert mistaken.stderr.count("batch.size") == 1
 
 
-def test_benchmark_and_check_under_mpirun(tmp_path: Path) -> None:
-    """On four ranks, over MPI itself where mpi4py is there."""
-    found, backend = tmp_path / "found.json", "mpi" if importlib.util.find_spec("mpi4py") else "gloo"
-    words = [f"{TOOLS}/benchmark_communication.py", "--backend", backend, *BENCHMARK.split()]
-    benchmark = run(["mpirun", "-n", "4", sys.executable, *words], tmp_path)
+def test_ranks_meet_by_mpi(tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    found = run(["mpirun", "-n", "4", sys.executable, "-c", JOINING], tmp_path)
+    assert found.returncode == 0 and found.stdout.count("sum 6") == 4, found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("backend", ["gloo", "mpi"])
+def test_benchmark_under_mpirun(tmp_path: Path, backend: str) -> None:
+    """On four ranks, by gloo and by MPI itself: every operation, its numbers checked."""
+    if backend == "mpi":
+        pytest.importorskip("mpi4py")
+    words = [f"{TOOLS}/benchmark_communication.py", "--backend", backend, "--sizes", "1K", "--repeats", "1"]
+    benchmark = run(["mpirun", "-n", "4", sys.executable, *words, "--json", "found.json"], tmp_path)
     assert benchmark.returncode == 0, benchmark.stdout + benchmark.stderr
-    told = json.loads(found.read_text())
-    assert told["backend"] == backend
-    assert [(row["ranks"], row["wrong"]) for row in told["rows"]] == [(4, 0)] * 2
+    told = json.loads((tmp_path / "found.json").read_text())
+    assert told["backend"] == backend and ("mpi4py" in told["versions"]) == (backend == "mpi")
+    measured = {row["operation"]: (row["ranks"], row["wrong"]) for row in told["rows"]}
+    assert measured == dict.fromkeys(OPERATIONS, (4, 0))
+
+
+def test_check_under_mpirun(tmp_path: Path) -> None:
     words = [f"{TOOLS}/check_cluster.py", "--slack", "0.99", "--json", "found.json"]
     check = run(["mpirun", "-n", "4", sys.executable, *words], tmp_path)
-    told = json.loads(found.read_text())
+    told = json.loads((tmp_path / "found.json").read_text())
     assert {problem["node"] for problem in told["problems"]} <= {
         socket.gethostname().split(".")[0]
     }  # the cores are few

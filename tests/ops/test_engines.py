@@ -1,8 +1,10 @@
-"""The contract of the adapters to other engines, against stand-ins with the signatures the engines document."""
+"""The contract of the adapters to other engines, against stand-ins that take what the real ones' signatures take."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from distributed import world
 from distributed.training import Training, settings_of
+from ops.engine_signatures import PLACES, RECORDED, signatures, taking
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from megahp.errors import UserError
 from megahp.ops.engines import linear_of, norm_of
@@ -31,13 +35,36 @@ def fused_layer_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, shape: Any,
     return F.layer_norm(x, tuple(shape), weight, bias, eps)
 
 
+class _Norm(torch.autograd.Function):
+    """Its backward pass reads the weights from the module, as Transformer Engine's does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: RMSNorm, *_: Tensor) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module.normalized(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (x, *ctx.module.parameters())]
+            y = functional_call(ctx.module, dict(zip(ctx.module._parameters, inputs[1:], strict=True)), inputs[0])
+            dx, *gradients = torch.autograd.grad(y, inputs, dy)
+        return dx, None, *gradients
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float = 1e-5, device: str = "cuda") -> None:
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.empty(size, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normalized(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = torch._C._current_graph_task_id() != -1
+        return self.normalized(x) if inside else _Norm.apply(x, self, *self.parameters())
 
 
 class LayerNorm(RMSNorm):
@@ -45,7 +72,7 @@ class LayerNorm(RMSNorm):
         super().__init__(size, eps, device)
         self.bias = nn.Parameter(torch.empty(size, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normalized(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -88,13 +115,51 @@ def autocast(enabled: bool = True, recipe: Float8CurrentScaling | None = None) -
 def install(names: dict[str, Any]) -> None:
     for package in ("apex", "apex.normalization", "transformer_engine", "transformer_engine.common"):
         names[package] = ModuleType(package)
-    apex = names["apex.normalization.fused_layer_norm"] = ModuleType("fused_layer_norm")
-    apex.fused_rms_norm_affine, apex.fused_layer_norm_affine = fused_rms_norm_affine, fused_layer_norm_affine  # type: ignore[attr-defined]
-    engine = names["transformer_engine.pytorch"] = ModuleType("pytorch")
-    engine.RMSNorm, engine.LayerNorm = RMSNorm, LayerNorm  # type: ignore[attr-defined]
-    engine.Linear, engine.autocast = Linear, autocast  # type: ignore[attr-defined]
-    recipes = names["transformer_engine.common.recipe"] = ModuleType("recipe")
-    recipes.Float8CurrentScaling, recipes.QParams = Float8CurrentScaling, QParams  # type: ignore[attr-defined]
+    names["fused_layer_norm_cuda"] = ModuleType("fused_layer_norm_cuda")
+    apex: Any = ModuleType("fused_layer_norm")
+    engine: Any = ModuleType("pytorch")
+    recipes: Any = ModuleType("recipe")
+    names["apex.normalization.fused_layer_norm"] = apex
+    names["transformer_engine.pytorch"], names["transformer_engine.common.recipe"] = engine, recipes
+    for function in (fused_rms_norm_affine, fused_layer_norm_affine):
+        place = f"apex/normalization/fused_layer_norm.py:{function.__name__}"
+        setattr(apex, function.__name__, taking(function, place))
+    pytorch = "transformer_engine/pytorch"
+    engine.RMSNorm = taking(RMSNorm, f"{pytorch}/module/rmsnorm.py:RMSNorm", f"{pytorch}/ops/basic/rmsnorm.py:RMSNorm")
+    engine.LayerNorm = taking(
+        LayerNorm, f"{pytorch}/module/layernorm.py:LayerNorm", f"{pytorch}/ops/basic/layer_norm.py:LayerNorm"
+    )
+    engine.Linear = taking(Linear, f"{pytorch}/module/linear.py:Linear")
+    engine.autocast = taking(autocast, f"{pytorch}/quantization.py:autocast")
+    recipe = "transformer_engine/common/recipe/__init__.py"
+    recipes.Float8CurrentScaling = taking(Float8CurrentScaling, f"{recipe}:Float8CurrentScaling")
+    recipes.QParams = taking(QParams, f"{recipe}:QParams")
+
+
+def test_a_stand_in_takes_what_the_real_one_takes() -> None:
+    """Or what an adapter may pass would show nothing."""
+    linear = taking(lambda *_, **__: None, "transformer_engine/pytorch/module/linear.py:Linear")
+    linear(8, 4, bias=False, device="meta")
+    with pytest.raises(TypeError, match="dtype"):
+        linear(8, 4, dtype=torch.float32)
+    place, base = (f"transformer_engine/pytorch/{file}.py:RMSNorm" for file in ("module/rmsnorm", "ops/basic/rmsnorm"))
+    norm = taking(lambda *_, **__: None, place, base)
+    norm(8, 1e-5, device="meta")
+    with pytest.raises(TypeError, match="elementwise_affine"):
+        norm(8, 1e-5, elementwise_affine=False)
+
+
+@pytest.mark.parametrize("package", ["apex", "transformer_engine"])
+def test_signatures_are_those_recorded(package: str) -> None:
+    """Of the installed package's source, which needs no GPU. After a change: tests/ops/engine_signatures.py."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        pytest.skip(f"{package} is not installed")
+    folder = Path(found.submodule_search_locations[0]).parent
+    recorded = json.loads(RECORDED.read_text())["signatures"]
+    for file in (file for file in PLACES if file.startswith(f"{package}/")):
+        for name, text in signatures(folder, file).items():
+            assert text == recorded[name], name
 
 
 @pytest.mark.parametrize("engine", ["apex", "transformer-engine"])

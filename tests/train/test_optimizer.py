@@ -143,6 +143,14 @@ def test_apex_keeps_no_gradients_and_serves_muon() -> None:
     assert all(part.grad is None for group in muon.adamw.fused.param_groups for part in group["params"])
 
 
+@pytest.mark.parametrize("engine", ADAMW)
+@pytest.mark.usefixtures("apex")
+def test_a_stage_without_trained_weights_makes_empty_updates(engine: str) -> None:
+    optimizer = ADAMW[engine]({}, {}, TABLE)
+    optimizer.step([], next(plans()))
+    assert optimizer.updates == 1 and optimizer.state() == {}
+
+
 def test_a_half_installed_apex_is_a_users_mistake(apex: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "amp_C", None)
     with pytest.raises(UserError, match="optimizer.engine = 'apex' is not installed"):
