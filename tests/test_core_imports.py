@@ -12,7 +12,17 @@ from train.test_run import RUN
 from megahp.data.indexed import IndexedWriter
 from megahp.exit_codes import USER_ERROR
 
-OPTIONAL = ["sentencepiece", "tokenizers", "zstandard", "rich", "matplotlib", "tensorboard", "wandb", "torchao"]
+OPTIONAL = [
+    "sentencepiece",
+    "tokenizers",
+    "zstandard",
+    "rich",
+    "matplotlib",
+    "tensorboard",
+    "wandb",
+    "torchao",
+    "deepspeed",
+]
 # Runs a command without the packages that are named. At its end, says what our modules that were imported import.
 ALONE = """
 import ast, sys
