@@ -243,7 +243,7 @@ def initialize(model: nn.Module, update: Update, device: torch.device, parallel:
     """Return DeepSpeed's engine over a model, which it shards over all ranks, in place. Raises UserError."""
     package = deepspeed_on(device)
     stage, offload = parallel.zero_level, parallel.offload
-    zero = {
+    zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
