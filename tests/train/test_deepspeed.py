@@ -42,6 +42,7 @@ validation_fraction = 0.1
 global_batch = 8
 micro_batch = 2
 [train]
+dtype = "float32"
 tokens = 10240
 validate_every = 7
 validation_samples = 12
