@@ -13,7 +13,8 @@ from megahp.data.indexed import IndexedWriter
 from megahp.exit_codes import USER_ERROR
 
 OPTIONAL = [
-    *("sentencepiece", "tokenizers", "zstandard", "rich", "matplotlib", "tensorboard", "wandb", "torchao", "mpi4py")
+    *("sentencepiece", "tokenizers", "zstandard", "rich", "matplotlib", "tensorboard", "wandb", "torchao", "mpi4py"),
+    "deepspeed",
 ]
 # Runs a command without the packages that are named. At its end, says what our modules that were imported import.
 ALONE = """

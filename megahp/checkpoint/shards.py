@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from megahp.checkpoint.schema import Chunk
 from megahp.errors import UserError, is_user_error
 from megahp.files import refuse_link
 from megahp.parallel.messages import gather_results, on_rank0
-from megahp.parallel.parameters import extent, storage
+from megahp.parallel.parameters import boxes, storage
 
 INDEX = "index.json"
 LARGEST_JSON = 2**31  # bytes, before memory runs out on a file that is none; an index has about 150 for each chunk
@@ -107,7 +107,11 @@ def write(
     anything is written, and publish(SHA-256 by file) after everything is. A failure on one rank is raised on all, so
     that none waits for another and none publishes what is incomplete.
     """
-    parts = {_key(name, tensor): (name, tensor, copies[name]) for name, tensor in tensors.items()}
+    parts = {
+        _key(name, tensor, offsets, values): (name, tensor, offsets, values)
+        for name, tensor in tensors.items()
+        for offsets, values in boxes(tensor, copies[name])
+    }
     held = gather_results(lambda: {key: values.nbytes for key, (*_, values) in parts.items()}, group, ERRORS)
 
     def assign() -> dict[str, int]:
@@ -136,13 +140,13 @@ def write(
 
 
 def write_shard(
-    parts: Mapping[str, tuple[str, Tensor, Tensor]], path: Path
+    parts: Mapping[str, tuple[str, Tensor, tuple[int, ...], Tensor]], path: Path
 ) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str]]:
-    """Write parts of tensors (key -> name, tensor, values) as one file. Returns names and entries in the index, and the
-    file's SHA-256 by its name."""
-    offsets_and_values = {key: (extent(tensor)[0], value.contiguous()) for key, (_, tensor, value) in parts.items()}
+    """Write parts of tensors (key -> name, tensor, offsets, values) as one file. Returns names and entries in the
+    index, and the file's SHA-256 by its name."""
+    offsets_and_values = {key: (offsets, values.contiguous()) for key, (*_, offsets, values) in parts.items()}
     chunks, sha256 = _write(offsets_and_values, path)
-    entries = [(name, _entry(tensor.dtype, tensor.shape, [chunks[key]])) for key, (name, tensor, _) in parts.items()]
+    entries = [(name, _entry(tensor.dtype, tensor.shape, [chunks[key]])) for key, (name, tensor, *_) in parts.items()]
     return entries, {path.name: sha256}
 
 
@@ -159,13 +163,12 @@ def fill(folder: Location, tensors: Mapping[str, Tensor]) -> None:
         if stored is None or needed != found:
             why = f"{name} must be {needed}, and is {found or 'not in it'}"
             raise UserError(f"checkpoint {folder} cannot be loaded ({why}); remove it: the one before it then serves")
-        offsets, sizes = extent(tensor)
-        for chunk in stored["chunks"]:
+        for (offsets, part), chunk in product(boxes(tensor, storage(tensor)), stored["chunks"]):
             starts = [max(pair) for pair in zip(offsets, chunk.offsets, strict=True)]
-            ends = [min(a + m, b + n) for a, m, b, n in zip(offsets, sizes, chunk.offsets, chunk.shape, strict=True)]
-            lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+            sides = zip(offsets, part.shape, chunk.offsets, chunk.shape, strict=True)
+            lengths = [min(a + m, b + n) - start for start, (a, m, b, n) in zip(starts, sides, strict=True)]
             if all(length > 0 for length in lengths):
-                target = storage(tensor)[_window(starts, lengths, offsets)]
+                target = part[_window(starts, lengths, offsets)]
                 reads.append((chunk, name, target, _window(starts, lengths, chunk.offsets)))
     # only now, when all fit; in the order of the files, which are read from front to back
     for chunk, name, target, window in sorted(reads, key=lambda read: (read[0].file, read[0].begin)):
@@ -402,10 +405,9 @@ def _assign_writers(held: Sequence[Mapping[str, int]]) -> tuple[dict[str, int], 
     return writers, sum(planned)
 
 
-def _key(name: str, tensor: Tensor) -> str:
-    """Return the name in a file of this rank's part of a tensor: the tensor's, with the offsets where it is a part."""
-    offsets, sizes = extent(tensor)
-    return name if sizes == tuple(tensor.shape) else f"{name}@{','.join(map(str, offsets))}"
+def _key(name: str, tensor: Tensor, offsets: Sequence[int], values: Tensor) -> str:
+    """Return the name in a file of a part of a tensor: the tensor's, with the offsets where it is not all of it."""
+    return name if values.shape == tensor.shape else f"{name}@{','.join(map(str, offsets))}"
 
 
 def _entry(dtype: torch.dtype, shape: Sequence[int], chunks: Sequence[Chunk]) -> dict[str, Any]:

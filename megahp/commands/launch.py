@@ -73,7 +73,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
 
     ranks = job.nodes * job.ranks_per_node
     config = prepare(config, fit(config.parallel, ranks), local_ranks=0, resume=True, warn=complain)
-    if config.train.device != "cpu":
+    if config.train.device != "cpu" and config.parallel.engine == "megahp":  # other engines are not planned
         say_memory(config, ranks, options)
     script = job.render(config, [str(options.run_file), *options.overrides])
     if chain:

@@ -80,7 +80,7 @@ def check_device_memory(config: Config, ranks: int, world: launch.World) -> None
     """Print the predicted peak beside this device's memory, on CUDA. Raises UserError where a step cannot fit."""
     from megahp.parallel.device import uses_cuda
 
-    if not uses_cuda(config):
+    if not uses_cuda(config) or config.parallel.engine != "megahp":  # other engines are not planned
         return
     import torch
 

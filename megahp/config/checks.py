@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePath
+from typing import Any
 
 from megahp.config.phases import parse_skip, parse_table, parse_validation, phases_of
 from megahp.config.schema import AUTO, VOCAB_MULTIPLE, Config
@@ -317,6 +318,46 @@ def _engines(config: Config) -> Iterator[str]:
         yield "optimizer.engine = 'apex' does not support train.dtype = 'float64'; choose another"
 
 
+def _deepspeed(config: Config) -> Iterator[str]:
+    """Yield what DeepSpeed does not compute, or megahp has not checked with it."""
+    parallel, compute = config.parallel, config.compute
+    if parallel.engine != "deepspeed":
+        return
+    engine = "parallel.engine = 'deepspeed'"
+    for axis in ("tp", "pp", "cp", "ep"):
+        if (size := getattr(parallel, axis)) > 1:
+            yield f"{engine} supports data parallelism alone, not parallel.{axis} = {size}; set parallel.{axis}=1"
+    if parallel.dp_replicate != 1:
+        yield (
+            f"{engine} shards over all ranks, not over replicas (parallel.dp_replicate = {parallel.dp_replicate}); "
+            "set parallel.dp_replicate=1"
+        )
+    if parallel.reduce == "every":
+        yield f"{engine} reduces once a step in ZeRO 1, every time in 2 and 3; remove parallel.reduce = 'every'"
+    if parallel.prefetch:
+        yield f"{engine} decides itself what to gather ahead; remove parallel.prefetch = {parallel.prefetch}"
+    unsupported = {
+        "model.experts": (config.model.experts, 0),
+        "optimizer.name": (config.optimizer.name, "adamw"),
+        "optimizer.engine": (config.optimizer.engine, "torch"),
+        "sparsity.method": (config.sparsity.method, "none"),
+        "train.weights": (config.train.weights, "all"),
+        "compute.compile": (compute.compile is True, False),
+        "compute.fp8": (compute.fp8, "none"),
+        "compute.norms": (compute.norms, "megahp"),
+    }
+    for key, (value, supported) in unsupported.items():
+        if value != supported:
+            yield f"{engine} does not support {key} = {_word(value)}; set {key}={_word(supported).strip(chr(39))}"
+    if config.train.dtype == "float64":
+        yield f"{engine} keeps master weights in float32, not train.dtype = 'float64'; choose another"
+
+
+def _word(value: Any) -> str:
+    """Return a setting's value as a message shows it."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 def _compile(config: Config) -> Iterator[str]:
     if config.compute.compile is True and config.batch.varies_micro_batch:
         yield (
@@ -430,6 +471,7 @@ CHECKS = (
     _float8,
     _sparsity,
     _engines,
+    _deepspeed,
     _compile,
     _trained_weights,
     _schedule,

@@ -453,6 +453,16 @@ class ParallelConfig:
         "reduce gradients over the ranks once per step, or after every microbatch (less memory, more communication)",
     )
     prefetch: int = nonnegative(0, "blocks to gather ahead of the one being computed; 0 = FSDP2's default")
+    engine: Literal["megahp", "deepspeed"] = setting(
+        "megahp",
+        "what shards weights and reduces gradients over the dp_shard ranks: FSDP2, or DeepSpeed's ZeRO of the stage "
+        "that zero names, without other parallel axes",
+    )
+    offload: bool = setting(
+        False,
+        "keep moments and master weights in the CPU's memory, and update them there",
+        only_with=("parallel.engine", "deepspeed"),
+    )
 
     @property
     def zero_level(self) -> int:

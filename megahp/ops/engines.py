@@ -1,9 +1,13 @@
-"""Thin adapters to optional engines: norms (which then do not measure the noise scale), float8 products, AdamW.
+"""Thin adapters to optional engines: norms (which then do not measure the noise scale), float8 products, AdamW,
+DeepSpeed.
 
 Those of apex and Transformer Engine are tested against the signatures of their sources; neither has been run with
 megahp on a GPU (docs/engines.md).
 """
 
+import logging
+import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -58,6 +62,29 @@ def fused_adam() -> Any:
     """Return apex's class FusedAdam. Raises UserError when apex, or its CUDA part, is not installed."""
     _import("optimizer.engine", *APEX, "amp_C")
     return _import("optimizer.engine", *APEX, "apex.optimizers").FusedAdam
+
+
+def deepspeed_on(device: torch.device) -> Any:
+    """Return the package deepspeed, made to compute on this device. Raises UserError when it is not installed.
+
+    Of the environment only LOCAL_RANK changes, which DeepSpeed takes for the device's index, and reads in mid-run too.
+    """
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    before = dict(os.environ)
+    os.environ["DS_ACCELERATOR"] = device.type  # or it would guess, and say so
+    try:
+        package = _import("parallel.engine", "deepspeed", "pip install 'megahp[deepspeed]'", "deepspeed")
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # or it would write about its settings among our own lines
+    # what it calls at every step, and torch 2.13 has under new names
+    deprecated = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", deprecated, FutureWarning)
+    # It would compile this C++ when a run starts on CPUs: an all-reduce in shared memory. gloo serves.
+    package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return package
 
 
 def linear_of(engine: str, device: torch.device, outputs: int, inputs: int) -> Linear:

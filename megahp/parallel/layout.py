@@ -40,7 +40,8 @@ class Layout:
 
 
 def fit(parallel: ParallelConfig, ranks: int) -> Layout:
-    """Return the layout of `parallel` on this many ranks, its axis of size 0 filled.
+    """Return the layout of `parallel` on this many ranks, its axis of size 0 filled. DeepSpeed's ranks are replicas
+    here, since FSDP2 shards nothing among them.
 
     Raises UserError naming the nearest counts that fit.
     """
@@ -67,4 +68,6 @@ def fit(parallel: ParallelConfig, ranks: int) -> Layout:
             f"parallel.ep = {parallel.ep} does not divide the {given['dp_shard']} ranks of parallel.dp_shard; "
             f"nearest that do: {nearest_divisors(given['dp_shard'], parallel.ep)}"
         )
+    if parallel.engine == "deepspeed":
+        given["dp_replicate"], given["dp_shard"] = given["dp_shard"], 1
     return Layout(**given, ep=parallel.ep)

@@ -17,10 +17,11 @@ each rank's loss is divided by the tokens of the whole global batch.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -116,12 +117,18 @@ def parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def probes(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the probes by module name: every router's, and every norm's if the noise scale is measured. A probe's
     gradient is the measurement."""
-    return {name.rpartition(".")[0]: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "probe"}
+    found = ((name, getattr(module, "probe", None)) for name, module in model.named_modules())
+    return {name: probe for name, probe in found if probe is not None}
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint holds of a model whose parameters are its master weights."""
+    return saved_state(dict(parameters(model)), [model])
+
+
+def saved_state(weights: Mapping[str, Tensor], stages: Sequence[nn.Module]) -> dict[str, Tensor]:
     """Return what a checkpoint holds of a model: weights, sharded, and buffers, which are equal on all ranks."""
-    tensors = (*parameters(model), *model.named_buffers())
+    tensors = (*weights.items(), *(buffer for stage in stages for buffer in stage.named_buffers()))
     return {f"model.{name}": tensor.detach() for name, tensor in tensors}
 
 
@@ -154,6 +161,30 @@ def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
         probe.data = probe.data.to(dtype)
 
 
+class FlatPart(Tensor):
+    """This rank's part of a weight that is cut without regard to its dimensions, as DeepSpeed's ZeRO cuts it: entries
+    `begin` to `begin + len(values)` of the flattened weight, none where `values` is empty.
+
+    Like a DTensor it has the weight's shape and stores a part. It only says what is where: `storage` reads it.
+    """
+
+    begin: int
+    values: Tensor  # [entries of this part]
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], begin: int, values: Tensor) -> FlatPart:
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=values.dtype, device=values.device)
+        self.begin, self.values = begin, values
+        return self
+
+    def detach(self) -> FlatPart:
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"{function} of a FlatPart; compute on storage(part)")
+
+
 def is_dtensor(weight: Tensor) -> TypeGuard[DTensor]:
     if "torch.distributed.tensor" not in sys.modules:  # then there is none
         return False
@@ -164,6 +195,8 @@ def is_dtensor(weight: Tensor) -> TypeGuard[DTensor]:
 
 def local(weight: Tensor) -> Tensor:
     """Return this rank's part of a weight, inside autograd. A plain tensor is its own part."""
+    if isinstance(weight, FlatPart):
+        return weight.values
     return weight.to_local() if is_dtensor(weight) else weight
 
 
@@ -178,6 +211,34 @@ def extent(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (0,) * weight.dim(), tuple(weight.shape)
     (chunk,) = weight.__create_chunk_list__()
     return tuple(chunk.offsets), tuple(chunk.sizes)
+
+
+def boxes(weight: Tensor, part: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Return this rank's part of a tensor laid out like the weight as boxes: offsets in the global tensor, and views of
+    the part. One box, unless the weight is a FlatPart: then whole rows, and pieces of rows before and after them."""
+    if isinstance(weight, FlatPart):
+        return list(_boxes(tuple(weight.shape), weight.begin, part))
+    return [(extent(weight)[0], part)]
+
+
+def _boxes(shape: tuple[int, ...], begin: int, values: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Cut a range of the entries of a flattened tensor into boxes."""
+    if not len(values):
+        return
+    if len(shape) <= 1:
+        yield ((begin,), values) if shape else ((), values[0])
+        return
+    row = math.prod(shape[1:])
+    end = begin + len(values)
+    first, last = -(-begin // row), end // row  # the whole rows
+    if first > last:  # all inside one row
+        yield from (((last, *offsets), box[None]) for offsets, box in _boxes(shape[1:], begin - last * row, values))
+        return
+    head, body, tail = values.split([first * row - begin, (last - first) * row, end - last * row])
+    yield from (((first - 1, *at), box[None]) for at, box in _boxes(shape[1:], begin - (first - 1) * row, head))
+    if len(body):
+        yield (first, *[0] * (len(shape) - 1)), body.view(-1, *shape[1:])
+    yield from (((last, *at), box[None]) for at, box in _boxes(shape[1:], 0, tail))
 
 
 def indices(weight: Tensor) -> Tensor:
@@ -195,6 +256,8 @@ def part_of(weight: Tensor, whole: Tensor) -> Tensor:
 
 def like(weight: Tensor, part: Tensor) -> Tensor:
     """Return a tensor sharded like the weight, from this rank's part of it."""
+    if isinstance(weight, FlatPart):
+        return FlatPart(weight.shape, weight.begin, part)
     if not is_dtensor(weight):
         return part
     return type(weight).from_local(
@@ -204,6 +267,11 @@ def like(weight: Tensor, part: Tensor) -> Tensor:
 
 def whole(weight: Tensor, part: Tensor) -> Tensor:
     """Gather the global tensor, on every rank, from the ranks' parts, sharded like the weight. A collective."""
+    if isinstance(weight, FlatPart):  # of all ranks: nothing but data parallelism cuts a weight so
+        flat = part.new_zeros(weight.numel())
+        flat[weight.begin : weight.begin + len(part)] = part
+        dist.all_reduce(flat)
+        return flat.view(weight.shape)
     if not is_dtensor(weight):
         return part
     from torch.distributed.tensor import DTensor, Replicate
@@ -220,6 +288,8 @@ def whole(weight: Tensor, part: Tensor) -> Tensor:
 def replicated_axes(weight: Tensor, row: Row) -> set[str]:
     """Return the axes along which ranks hold equal copies of their part of this weight."""
     axes = {axis for axis in AXES if axis != "pp" or row.tied}
+    if isinstance(weight, FlatPart):
+        return axes - {"dp_replicate"}
     if is_dtensor(weight):
         for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True):
             if not placement.is_replicate():  # not is_shard(), which FSDP2's own kind of shard denies

@@ -2,7 +2,7 @@
 from the width multiplier m_N, the depth multiplier m_L and the density multiplier m_rho.
 
 A weight's learning rate is optimizer.lr x the batch rule's factor (scaling/batch/rule.py) x the schedule's
-(BatchScheduler.step) x its role's (Rule.lr, by train/optimizer.py: _rates).
+(BatchScheduler.step) x its role's (Rule.lr, by train/optimizer.py: rates).
 
 No other file contains a scaling exponent. Sources: SP, muP and depth-alpha columns of CompleteP (arXiv 2505.01618)
 Table 1; SmuPar (arXiv 2405.15743), which is muP with density factors, of a base that is dense.

@@ -53,6 +53,8 @@ def resolve_auto(config: Config, mesh: Mesh, world: World, resume: bool) -> tupl
 def _is_compiled(config: Config, mesh: Mesh, saved: bool | Auto) -> tuple[bool, str]:
     """Return whether to compile blocks, and why: as another start has decided, else on CPUs, in a run so long that
     compiling takes a small share of it. Only what was measured to gain is compiled."""
+    if config.parallel.engine == "deepspeed":
+        return False, "blocks are not compiled: that is not checked with DeepSpeed"
     compilers, threads = all(all_gather_json(has_compiler())), sum(all_gather_json(torch.get_num_threads()))
     if saved != AUTO and (compilers or not saved):
         return saved is True, f"blocks are {'' if saved else 'not '}compiled, as before"

@@ -17,7 +17,7 @@ from megahp.model.moe import routers
 from megahp.parallel import data as data_parallel
 from megahp.parallel.context import shard_sequence
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import is_first_replica, local, model_state, parameters, probes, sum_gradients
+from megahp.parallel.parameters import is_first_replica, local, parameters, probes, saved_state, sum_gradients
 from megahp.parallel.pipeline import Pipeline
 
 FIRST_SCALE = 65536.0
@@ -45,14 +45,17 @@ class Measurement:
 class Engine:
     """A model on a mesh, from batches to summed gradients. Losses are in nats per token."""
 
-    def __init__(self, model: Model, mesh: Mesh, parallel: ParallelConfig) -> None:
+    def __init__(
+        self, model: Model, mesh: Mesh, parallel: ParallelConfig, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """weights: this rank's parts of the master weights, where they are not the modules' own parameters."""
         self.model, self.mesh, self.parallel = model, mesh, parallel
         self.stages = list(model.stages.values())
         self.rows = model.rows
-        self.weights = {name: weight for stage in self.stages for name, weight in parameters(stage)}
-        self.trained = {name: weight for name, weight in self.weights.items() if self.rows[name].trained}
         # collected once, here: during a step the modules' own parameters are FSDP2's gathered ones, in the compute type
-        self.saved = {name: tensor for stage in self.stages for name, tensor in model_state(stage).items()}
+        self.weights = weights or {name: weight for stage in self.stages for name, weight in parameters(stage)}
+        self.trained = {name: weight for name, weight in self.weights.items() if self.rows[name].trained}
+        self.saved = saved_state(self.weights, self.stages)
         self.routers = {name: router for stage in self.stages for name, router in routers(stage).items()}
         self.probes = {name: probe for stage in self.stages for name, probe in probes(stage).items()}
         self.pipeline = Pipeline(model.stages, parallel, mesh, self.stages[0].stream) if parallel.pp > 1 else None
@@ -108,6 +111,9 @@ class Engine:
             return torch.zeros(groups.shape[1], dtype=torch.float64, device=self.mesh.device)
         return (losses.double().sum(1)[:, None] * groups.to(losses.device)).sum(0)
 
+    def loaded(self) -> None:
+        """Bring what computes in line with `saved`, which a checkpoint has just filled. They are the same here."""
+
     def reshard(self) -> None:
         """Free the weights that forward passes without a backward pass have gathered."""
         for stage in self.stages:
@@ -149,7 +155,7 @@ class Engine:
             *(probe.grad.view(-1) for probe in self.probes.values()),  # type: ignore[union-attr]
         ]
         if grads:
-            measured.append(torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square())
+            measured.append(torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square().to(loss.device))
         values = torch.zeros(self.num_slots, dtype=torch.float64, device=loss.device)
         values[self.slots] = torch.cat(measured) * self.contributes
         dist.all_reduce(values)

@@ -54,12 +54,9 @@ class AdamW:
         self.weights, self.updates = weights, 0
         parts = [storage(weight) for weight in weights.values()]
         self.moments = [[torch.zeros_like(part) for part in parts] for _ in MOMENTS]
-        by_rule: dict[Rule, list[int]] = {}
-        for index, name in enumerate(weights):
-            by_rule.setdefault(table.rule(rows[name].role, rows[name].density), []).append(index)
         self.groups = [  # of weights with the same rates: rule, indices, and their parts and moments
             (rule, indices, [[tensors[index] for index in indices] for tensors in (parts, *self.moments)])
-            for rule, indices in by_rule.items()
+            for rule, indices in by_rule(list(weights), rows, table).items()
         ]
 
     @torch.no_grad()
@@ -77,7 +74,7 @@ class AdamW:
                 exp_avg_sq,
                 [],
                 [count] * len(parts),
-                **_rates(rule, plan),
+                **rates(rule, plan),
                 beta1=plan.beta1,
                 beta2=plan.beta2,
                 amsgrad=False,
@@ -111,7 +108,7 @@ class ApexAdamW(AdamW):
         if not grads:
             return
         for group, (rule, indices, _) in zip(self.fused.param_groups, self.groups, strict=True):
-            group.update(_rates(rule, plan), betas=(plan.beta1, plan.beta2), step=self.updates - 1)  # apex adds 1
+            group.update(rates(rule, plan), betas=(plan.beta1, plan.beta2), step=self.updates - 1)  # apex adds 1
             for part, index in zip(group["params"], indices, strict=True):
                 part.grad = grads[index]
         self.fused.step()
@@ -121,7 +118,15 @@ class ApexAdamW(AdamW):
 ADAMW = {"torch": AdamW, "apex": ApexAdamW}
 
 
-def _rates(rule: Rule, plan: StepPlan) -> dict[str, Any]:
+def by_rule(names: Sequence[str], rows: Mapping[str, Row], table: Table) -> dict[Rule, list[int]]:
+    """Return the indices of the weights that have the same rates."""
+    groups: dict[Rule, list[int]] = {}
+    for index, name in enumerate(names):
+        groups.setdefault(table.rule(rows[name].role, rows[name].density), []).append(index)
+    return groups
+
+
+def rates(rule: Rule, plan: StepPlan) -> dict[str, Any]:
     """Return AdamW's rates, which the table scales by role."""
     return {"lr": plan.lr * rule.lr, "weight_decay": plan.weight_decay * rule.weight_decay, "eps": plan.eps * rule.eps}
 

@@ -11,6 +11,7 @@ import math
 import resource
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -289,6 +290,10 @@ def check_best(config: Config) -> None:
 
 def check_engines(config: Config) -> None:
     """Raise UserError when a configured engine is not installed, or cannot compute on the run's device."""
+    if config.parallel.engine == "deepspeed" and not find_spec("deepspeed"):  # importing it takes seconds
+        raise UserError(
+            "parallel.engine = 'deepspeed' is not installed; pip install 'megahp[deepspeed]', or leave it out"
+        )
     own = {"compute.norms": "megahp", "compute.fp8": "none", "optimizer.engine": "torch"}
     if all(get_setting(config, key) == value for key, value in own.items()):
         return

@@ -151,6 +151,7 @@ class Run(Trainer):
         updates = state["updates"] if self.config.train.weights == trained_before else 0
         # a checkpoint without updates may hold no moments: those of converted models do not
         checkpoint.load(path, self._tensors() if updates else self.engine.saved | self.masks.state())
+        self.engine.loaded()
         if not updates:  # at a rewind, or after a damaged checkpoint, they are not 0
             for moments in self.optimizer.state().values():
                 storage(moments).zero_()

@@ -12,10 +12,10 @@ from megahp.model.build import build_model
 from megahp.parallel.mesh import WITHIN_STAGE, Mesh
 from megahp.scaling.batch import BatchScheduler, Change, Progress, StepPlan
 from megahp.scaling.noise_scale import NoiseScale
-from megahp.scaling.parameterization import table_of
+from megahp.scaling.parameterization import Table, table_of
 from megahp.train.engine import Engine, Measurement, clip, initial_loss_scale
 from megahp.train.masks import MaskChange, Masks
-from megahp.train.optimizer import make_optimizer
+from megahp.train.optimizer import Optimizer, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,19 @@ class Step:
 
     grads: list[Tensor]
     measured: Measurement
+
+
+def make_engine(config: Config, mesh: Mesh, table: Table) -> tuple[Engine, Optimizer]:
+    """Return what computes gradients, and what updates weights by them. Raises UserError."""
+    model, parallel = build_model(config, mesh), config.parallel
+    if parallel.engine == "deepspeed":
+        from megahp.train.deepspeed import DeepSpeedEngine, PartitionedAdamW
+
+        engine = DeepSpeedEngine(model, mesh, parallel, table)
+        return engine, PartitionedAdamW(engine)
+    plain = Engine(model, mesh, parallel)
+    group = mesh.group(*WITHIN_STAGE)
+    return plain, make_optimizer(config.optimizer, plain.trained, plain.rows, table, group)
 
 
 class Trainer:
@@ -38,9 +51,7 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.table = table_of(config)
-        self.engine = Engine(build_model(config, mesh), mesh, config.parallel)
-        group, engine = mesh.group(*WITHIN_STAGE), self.engine
-        self.optimizer = make_optimizer(config.optimizer, engine.trained, engine.rows, self.table, group)
+        self.engine, self.optimizer = make_engine(config, mesh, self.table)
         self.masks = Masks(config, self.engine, self.optimizer)
         self.progress = Progress()
         self.batch_scheduler = BatchScheduler(config, mesh.layout.dp)

@@ -7,6 +7,8 @@ import pytest
 from megahp.config import Config, checks, config_to_dict, resolve, with_values
 from megahp.errors import UserError
 
+DEEPSPEED = "parallel.engine=deepspeed"
+
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
@@ -98,6 +100,31 @@ from megahp.errors import UserError
         ),
         (["optimizer.engine=apex", "train.dtype=float64"], ["optimizer.engine = 'apex'", "float64"]),
         (["compute.fp8=torchao", "train.dtype=float16"], ["compute.fp8", "train.dtype = 'float16'", "bfloat16"]),
+        ([DEEPSPEED, "parallel.tp=2"], ["data parallelism alone", "parallel.tp = 2", "parallel.tp=1"]),
+        ([DEEPSPEED, "parallel.pp=2"], ["data parallelism alone", "parallel.pp = 2", "parallel.pp=1"]),
+        ([DEEPSPEED, "parallel.cp=2"], ["data parallelism alone", "parallel.cp = 2", "parallel.cp=1"]),
+        ([DEEPSPEED, "model.experts=8", "parallel.ep=2"], ["parallel.ep = 2", "model.experts = 8", "model.experts=0"]),
+        ([DEEPSPEED, "parallel.dp_replicate=2"], ["parallel.dp_replicate = 2", "parallel.dp_replicate=1"]),
+        ([DEEPSPEED, "parallel.zero=2", "parallel.reduce=every"], ["parallel.reduce = 'every'", "deepspeed"]),
+        ([DEEPSPEED, "parallel.prefetch=2"], ["parallel.prefetch = 2", "deepspeed"]),
+        ([DEEPSPEED, "optimizer.name=muon"], ["deepspeed", "optimizer.name = 'muon'", "optimizer.name=adamw"]),
+        ([DEEPSPEED, "optimizer.engine=apex"], ["deepspeed", "optimizer.engine = 'apex'", "optimizer.engine=torch"]),
+        (
+            [DEEPSPEED, "sparsity.method=static", "sparsity.density=0.5"],
+            ["deepspeed", "sparsity.method = 'static'", "sparsity.method=none"],
+        ),
+        (
+            [DEEPSPEED, "train.weights=embeddings", "train.start_from=x", "train.noise_scale=false"],
+            ["deepspeed", "train.weights = 'embeddings'", "train.weights=all"],
+        ),
+        ([DEEPSPEED, "compute.compile=true"], ["deepspeed", "compute.compile = true", "compute.compile=false"]),
+        ([DEEPSPEED, "compute.fp8=torchao"], ["deepspeed", "compute.fp8 = 'torchao'", "compute.fp8=none"]),
+        (
+            [DEEPSPEED, "compute.norms=apex", "train.noise_scale=false"],
+            ["deepspeed", "compute.norms = 'apex'", "compute.norms=megahp"],
+        ),
+        ([DEEPSPEED, "train.dtype=float64"], ["deepspeed", "train.dtype = 'float64'", "float32"]),
+        (["parallel.offload=true"], ["parallel.offload = True", "parallel.engine", "deepspeed"]),
     ],
 )
 def test_impossible_settings_are_refused(overrides: list[str], words: list[str]) -> None:

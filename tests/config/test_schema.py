@@ -39,6 +39,7 @@ optimizer.muon_lr optimizer.momentum optimizer.clip optimizer.engine
 sparsity.method sparsity.density sparsity.layers sparsity.begin sparsity.end sparsity.drop sparsity.every
 parallel.tp parallel.pp parallel.schedule parallel.stages_per_rank parallel.split parallel.cp parallel.ep
 parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel parallel.zero parallel.reduce parallel.prefetch
+parallel.engine parallel.offload
 train.start_from train.weights train.tokens train.steps train.dtype train.device train.seed train.noise_scale
 train.noise_half_life train.validate_every train.validate_first train.validation_samples
 compute.compile compute.recompute compute.recompute_every compute.keep_heap compute.norms compute.fp8

@@ -7,6 +7,7 @@ batch grows in mid-run. `pytest -m slow` runs every model on every layout, and p
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
@@ -84,6 +85,25 @@ LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
         "pp4 zero-bubble": (*ZERO_BUBBLE, "parallel.pp=4"),
     },
 }
+# of DeepSpeed's engine, which keeps state in a process: on two ranks of their own, in float32, which is all it has
+ZERO1, ZERO2, ZERO3 = ((f"parallel.zero={stage}", "parallel.engine=deepspeed") for stage in (1, 2, 3))
+OFFLOAD = "parallel.offload=true"
+DEEPSPEED = {
+    "deepspeed, zero 1": ZERO1,
+    "deepspeed, zero 1, uneven microbatches": (*ZERO1, *UNEVEN),
+    "deepspeed, zero 1, offload": (*ZERO1, OFFLOAD),
+    "deepspeed, zero 2": ZERO2,
+    "deepspeed, zero 2, uneven microbatches, offload": (*ZERO2, *UNEVEN, OFFLOAD),
+    "deepspeed, zero 3": ZERO3,
+    "deepspeed, zero 3, full recomputation": (*ZERO3, FULL),
+    "deepspeed, zero 3, selective recomputation, offload": (*ZERO3, SELECTIVE, OFFLOAD),
+}
+DEEPSPEED_MODELS = ["llama", "gpt2", "gemma"]
+DEEPSPEED_CELLS: list[tuple[str, str, str]] = [
+    (layout, model, "float32")
+    for number, layout in enumerate(DEEPSPEED)
+    for model in (DEEPSPEED_MODELS if layout.endswith(("1", "2", "3")) else [DEEPSPEED_MODELS[number % 3]])
+]
 EIGHT_RANKS: dict[int, dict[str, tuple[str, ...]]] = {
     8: {
         "pp2 cp2 tp2 sp": (*PP, *CP, *SP, FOUR),
@@ -222,6 +242,19 @@ def test_bf16_gradients_differ_by_bf16_rounding_only(outcomes: dict[Cell, Any], 
     for name in wanted:
         error = (got[name] - wanted[name]).norm() / wanted[name].norm()
         assert error < 0.02, (name, error)
+
+
+@pytest.fixture(scope="module")
+def of_deepspeed() -> dict[Cell, Any]:
+    cases = {cell: (settings_of(cell[1], *DEEPSPEED[cell[0]]), STEPS) for cell in DEEPSPEED_CELLS}
+    alone = {("one", model, "float32"): (settings_of(model), STEPS) for model in DEEPSPEED_MODELS}
+    return world.run(1, train_plainly, alone)[0] | world.run_afresh(2, train_in_slices, cases)[-1]
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
+@pytest.mark.parametrize("cell", DEEPSPEED_CELLS, ids="/".join)
+def test_deepspeed_equals_one_rank(of_deepspeed: dict[Cell, Any], cell: Cell) -> None:
+    assert compare(of_deepspeed, cell) == []
 
 
 @pytest.mark.slow
