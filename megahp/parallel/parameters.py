@@ -163,25 +163,25 @@ def distribute(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
 
 class FlatPart(Tensor):
     """This rank's part of a weight that is cut without regard to its dimensions, as DeepSpeed's ZeRO cuts it: entries
-    `begin` to `begin + len(values)` of the flattened weight, none where `values` is empty.
+    `begin` to `begin + len(part)` of the flattened weight, none where `part` is empty.
 
     Like a DTensor it has the weight's shape and stores a part. It only says what is where: `storage` reads it.
     """
 
     begin: int
-    values: Tensor  # [entries of this part]
+    part: Tensor  # [entries]
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], begin: int, values: Tensor) -> FlatPart:
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=values.dtype, device=values.device)
-        self.begin, self.values = begin, values
+    def __new__(cls, shape: Sequence[int], begin: int, part: Tensor) -> FlatPart:
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=part.dtype, device=part.device)
+        self.begin, self.part = begin, part
         return self
 
     def detach(self) -> FlatPart:
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, *_: Any, **__: Any) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise TypeError(f"{function} of a FlatPart; compute on storage(part)")
 
 
@@ -196,7 +196,7 @@ def is_dtensor(weight: Tensor) -> TypeGuard[DTensor]:
 def local(weight: Tensor) -> Tensor:
     """Return this rank's part of a weight, inside autograd. A plain tensor is its own part."""
     if isinstance(weight, FlatPart):
-        return weight.values
+        return weight.part
     return weight.to_local() if is_dtensor(weight) else weight
 
 

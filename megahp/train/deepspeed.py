@@ -192,10 +192,12 @@ class Update(torch.optim.Optimizer):
             return
         for group in self.param_groups:
             for partition in group["params"]:  # none in groups whose turn it is not
+                exp_avg, exp_avg_sq = (self.state[partition][moment] for moment in MOMENTS)
                 torch._fused_adamw_(
                     [partition],
                     [partition.grad],
-                    *([self.state[partition][moment]] for moment in MOMENTS),
+                    [exp_avg],
+                    [exp_avg_sq],
                     [],
                     [torch.full((), float(self.updates), device=partition.device)],
                     **rates(group["rule"], self.plan),
