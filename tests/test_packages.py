@@ -1,4 +1,4 @@
-"""The order of the rooms: a room imports from rooms on lower floors alone, so that no change reaches upward."""
+"""The order of packages: each imports from those on lower levels alone, so that no change reaches upward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import megahp
 
 PACKAGE = Path(megahp.__file__).parent
-FLOORS = [  # the lowest first; docs/design.md says what each room holds
+LEVELS = [  # the lowest first; docs/design.md says what each package holds
     "errors exit_codes",
     "files",
     "config",
@@ -26,10 +26,10 @@ FLOORS = [  # the lowest first; docs/design.md says what each room holds
     "cli",
     "__main__",
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages.split()}
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     """megahp.train.loop -> train; megahp itself, which holds a version alone, has none."""
     return module.split(".")[1] if "." in module else ""
 
@@ -46,35 +46,35 @@ def imports(source: str) -> Iterator[str]:
             assert node.level == 0, "imports are absolute"
 
 
-def upward(room: str, source: str) -> list[str]:
-    """What a file of this room imports from rooms that are not below it."""
-    others = {module for module in imports(source) if room_of(module) != room and room_of(module) in FLOOR}
-    return sorted(module for module in others if FLOOR[room_of(module)] >= FLOOR[room])
+def upward(package: str, source: str) -> list[str]:
+    """What a file of this package imports from packages that are not below it."""
+    others = {module for module in imports(source) if package_of(module) != package and package_of(module) in LEVEL}
+    return sorted(module for module in others if LEVEL[package_of(module)] >= LEVEL[package])
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in FLOOR)
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in LEVEL)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down(file: Path) -> None:
-    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert room in FLOOR, f"megahp/{room} is on no floor; give it one in FLOORS"
-    assert upward(room, file.read_text(encoding="utf-8")) == []
+    package = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert package in LEVEL, f"megahp/{package} is on no level; give it one in LEVELS"
+    assert upward(package, file.read_text(encoding="utf-8")) == []
 
 
 def test_a_turned_arrow_is_seen() -> None:
-    """For every two rooms the upper one may import the lower one, and the other way round is refused; rooms side by
-    side do not know each other."""
-    for one in FLOOR:
-        for other in FLOOR:
+    """For every two packages the upper one may import the lower one, and the other way round is refused; packages on
+    one level do not know each other."""
+    for one in LEVEL:
+        for other in LEVEL:
             source = f"def late() -> None:\n    from megahp.{other} import something\n"
-            assert (upward(one, source) == []) == (one == other or FLOOR[other] < FLOOR[one]), (one, other)
+            assert (upward(one, source) == []) == (one == other or LEVEL[other] < LEVEL[one]), (one, other)
     assert upward("config", "from megahp import train") == ["megahp.train"]
     assert upward("scaling", "import megahp.data.samples as samples") == ["megahp.data.samples"]
 
 
 def test_modules_form_no_circle() -> None:
-    """Inside a room too: there is an order in which each module imports only those before it."""
+    """Inside a package too: there is an order in which each module imports only those before it."""
     modules = {".".join(("megahp", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
     names = {name.removesuffix(".__init__"): path for name, path in modules.items()}
     left = {
