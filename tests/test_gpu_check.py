@@ -60,8 +60,10 @@ def test_a_part_that_hangs_ends_at_its_limit_with_its_children(tmp_path: Path) -
 
 def test_failures_are_told_and_refusals_expected(tmp_path: Path) -> None:
     fail = "raise SystemExit('it broke')"
-    states, page = check(tmp_path, [part(fail), part(fail, exit_code=1), part("")])
-    assert states == ["failed: exit code 1", "passed", "passed"] and page.count("it broke") == 2
+    another = replace(part(fail, exit_code=1), says="it was refused")  # another error with the code of a refusal
+    states, page = check(tmp_path, [part(fail), part(fail, exit_code=1), part(""), another])
+    assert states == ["failed: exit code 1", "passed", "passed", "failed: did not say 'it was refused'"]
+    assert page.count("it broke") == 3
 
 
 def test_a_part_that_leaves_nonsense_costs_no_other(tmp_path: Path) -> None:

@@ -3,14 +3,14 @@
     python3 tools/gpu_check.py --out DIR                              # on a machine with a CUDA device
     python3 tools/gpu_check.py --out DIR --device cpu --rehearse      # the same parts on a CPU, with tiny shapes
 
-What yields most comes first: rates of the device, build of the CUDA kernels, their tests, a 1B-class model with the
-noise scale on and off (with a profile), the norms' share of a copy's bandwidth, two processes on one GPU (which must be
-refused), the other GPU tests, an 8B-class step, compiled blocks, the node check. Each part is a process with a limit of
-its own, stopped there and at nine minutes altogether.
+The most informative parts run first: rates of the device, build of the CUDA kernels, their tests, a 1B-class model
+with the noise scale on and off (with a profile), the norms' share of a copy's bandwidth, two processes on one GPU
+(which must be refused), the other GPU tests, an 8B-class step, compiled blocks, the node check. Each part is a process
+with a limit of its own, stopped there and at nine minutes altogether.
 
 DIR gets results.json, page.md and log.txt. The first two are rewritten before and after every part, so that a machine
 that is taken away leaves what was measured. Needs torch, numpy, pytest, matplotlib and nvcc, no network; the test of
-whole training runs also pydantic, and is skipped without it.
+whole training runs also pydantic, fsspec and safetensors, and is skipped without them.
 
 Exit code 0: all parts passed. 1: some did not. 2: invalid input.
 """
@@ -62,6 +62,7 @@ class Part:
     command: Sequence[str]  # {found}: the file it writes
     tell: Callable[[Any], list[str]]  # what it found -> lines of the page
     exit_code: int = 0  # of a success
+    says: str = ""  # in its output, of a success
 
 
 def parts_of(device: str, tiny: bool) -> list[Part]:
@@ -93,6 +94,7 @@ def parts_of(device: str, tiny: bool) -> list[Part]:
             ["env", *BOUND, *tool, "training", "--device", "cuda", "--ranks", "2", "--contestants", "megahp"],
             lambda _: [],
             exit_code=2,
+            says="compute on one CUDA device" if device == "cuda" else "needs a CUDA device",
         ),
         Part("other tests", 120, [*tests, "tests/gpu", "--ignore=tests/gpu/test_norm_gpu.py"], tell_tests),
         Part(
@@ -182,6 +184,8 @@ def run(part: Part, log: Path, limit: float) -> dict[str, Any]:
         seconds = time.monotonic() - began
         result = read(found)
     said = log.read_bytes()[begins:].decode(errors="replace").splitlines()
+    if state == "passed" and part.says not in "\n".join(said):
+        state = f"failed: did not say {part.says!r}"
     os.truncate(log, min(log.stat().st_size, LARGEST_LOG))
     return {"state": state, "seconds": round(seconds, 1), "found": result, "said": said[-20:]}
 
@@ -227,7 +231,7 @@ def page(about: Mapping[str, Any], parts: Sequence[Part], records: Sequence[Mapp
     for part, record in zip(parts, records, strict=True):
         try:
             told = part.tell(record["found"]) if record.get("found") else []
-        except (LookupError, TypeError, ValueError) as error:  # a page that lacks this must not cost the parts to come
+        except (LookupError, TypeError, ValueError) as error:  # an error in the page must not stop the remaining parts
             told = [f"Not understood: {error!r}; results.json has it."]
         if record["state"] != "passed" and record.get("said") or part.exit_code:
             told += ["```", *record.get("said", []), "```"]

@@ -47,14 +47,7 @@ def measure(point: dict[str, int]) -> dict[str, Any]:
     command = [sys.executable, "-m", "megahp", "benchmark", "training", "--contestants", "megahp", "--json", str(file)]
     command += ["--shape", f"{point['layers']}x{point['width']}", "--micro-batch", str(point["sequences"])]
     command += ["--sequence", str(point["tokens"]), "--ranks", str(point["ranks"]), "--dtype", "float32"]
-    command += [
-        "--turns",
-        "5",
-        "--steps",
-        "1",
-        "--settings",
-        "compute.keep_heap=false",
-    ]  # or memory would be the heap's
+    command += ["--turns", "5", "--steps", "1", "--settings", "compute.keep_heap=false"]  # else the heap's memory
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     (row,) = json.loads(file.read_text())["rows"]
     flops = row["model_flops_per_token"] * row["tokens_per_step"]

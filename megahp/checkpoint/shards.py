@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import accumulate, product
+from itertools import accumulate, groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -170,14 +170,21 @@ def fill(folder: Location, tensors: Mapping[str, Tensor]) -> None:
             if all(length > 0 for length in lengths):
                 target = part[_window(starts, lengths, offsets)]
                 reads.append((chunk, name, target, _window(starts, lengths, chunk.offsets)))
-    # only now, when all fit; in the order of the files, which are read from front to back
-    for chunk, name, target, window in sorted(reads, key=lambda read: (read[0].file, read[0].begin)):
+
+    # only now, when all fit; in the order of the files, which are read from front to back, and each chunk once
+    def place(read: tuple[Chunk, str, Tensor, Any]) -> tuple[str, int]:
+        return read[0].file, read[0].begin
+
+    for _, group in groupby(sorted(reads, key=place), key=place):
+        parts = list(group)
+        chunk, name, target, _ = parts[0]
         path = folder / chunk.file
         if target.nbytes == chunk.bytes and target.is_cpu and target.is_contiguous():  # all of it: no copy, no memory
             read_chunk(path, chunk, target, name)
-        else:
-            whole = torch.empty(chunk.shape, dtype=target.dtype)
-            target.copy_(read_chunk(path, chunk, whole, name)[window])
+            continue
+        whole = read_chunk(path, chunk, torch.empty(chunk.shape, dtype=target.dtype), name)
+        for _, _, target, window in parts:
+            target.copy_(whole[window])
 
 
 class ByName(Mapping[str, Tensor]):

@@ -35,7 +35,7 @@ from megahp.benchmark.machine import machine_of
 from megahp.commands.arguments import check_minimum, must_spawn
 from megahp.commands.output import write_json
 from megahp.config import CheckpointConfig, Config, resolve, with_values
-from megahp.parallel.device import claim_device, uses_cuda
+from megahp.parallel.device import claim_device, uses_cuda, with_fast_dtype
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import make_mesh
 from megahp.parallel.messages import on_rank0
@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 def benchmark(config: Config, layout: Layout, world: launch.World, folder: Path, saves: int) -> dict[str, Any]:
     """Return all results, as one of the ranks."""
     device = claim_device(config, world)
+    config = with_fast_dtype(config, device)
     trainer = Trainer(config, make_mesh(layout, device))
     tensors = trainer.engine.saved | trainer.optimizer.state()
     size = sum(value.numel() * value.element_size() for value in tensors.values())

@@ -112,7 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--micro-batch", type=int, default=8, help="sequences per forward pass of a rank")
     add("--global-batch", type=int, help="sequences per step (default: one microbatch per data-parallel rank)")
     add("--vocabulary", type=int, help=f"token ids (default: the preset's, or {VOCABULARY})")
-    add("--dtype", nargs="+", help="default: float32, and bfloat16 where the device has instructions for it")
+    dtypes = ["float32", "bfloat16", "float16", "float64"]
+    add("--dtype", nargs="+", choices=dtypes, help="default: float32, and bfloat16 where the device is fast in it")
     add("--ranks", type=int, default=1, help="on this machine")
     add("--tp", type=int, nargs="+", default=[1], help="tensor-parallel ranks, one layout each")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])

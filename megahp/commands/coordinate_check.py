@@ -28,7 +28,6 @@ import torch
 from megahp.commands.arguments import add_outputs, check_minimum, parse_integers, parse_positive
 from megahp.commands.output import write_json
 from megahp.config import (
-    AUTO,
     BatchConfig,
     ComputeConfig,
     Config,
@@ -43,7 +42,7 @@ from megahp.diagnose.coordinates import activations, nonlinearity
 from megahp.diagnose.transfer import Estimate, slope
 from megahp.diagnose.verify import synthetic_batch
 from megahp.errors import UserError
-from megahp.parallel.device import fast_dtype
+from megahp.parallel.device import with_fast_dtype
 from megahp.parallel.mesh import Mesh, single_rank_mesh
 from megahp.train.prepare import load_described_tokenizer, open_data, with_vocabulary
 
@@ -202,8 +201,7 @@ def measure(family: Mapping[float, Config], arguments: argparse.Namespace, mesh:
     """Measure every size and seed."""
 
     def seeded(config: Config, seed: int) -> Config:
-        dtype = fast_dtype(mesh.device) if config.train.dtype == AUTO else config.train.dtype
-        return with_values(config, {"train.seed": seed, "train.dtype": dtype})
+        return with_fast_dtype(with_values(config, {"train.seed": seed}), mesh.device)
 
     runs = [
         [measure_run(seeded(config, seed), arguments, mesh) for seed in arguments.seeds] for config in family.values()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megahp import checkpoint
-from megahp.config import Config, ParallelConfig, config_to_toml, fixed_when, resolve, setting_names, with_values
+from megahp.config import AUTO, Config, ParallelConfig, config_to_toml, fixed_when, resolve, setting_names, with_values
 from megahp.data.tokenizer import Tokenizer, load_tokenizer
 from megahp.errors import UserError
 from megahp.files import LARGEST, refuse_irregular
@@ -69,6 +69,8 @@ def write_run(
     origin, data = str(arguments.source), {"data": {"tokenizer": tokenizer_name}}
     resolved = resolve.resolve([(origin, layer), (origin, data), ("command line", overrides)])
     config = with_vocabulary(resolved.config, tokenizer)
+    if config.train.dtype == AUTO:
+        raise UserError("train.dtype = 'auto' is decided where a run begins; name the dtype of runs from this model")
     one_rank = with_values(replace(config, parallel=ParallelConfig()), {"train.device": "cpu"})
     model = skeleton(one_rank, single_rank_mesh(one_rank))  # has shapes, but no memory
     master = torch.float64 if config.train.dtype == "float64" else torch.float32  # as training keeps weights

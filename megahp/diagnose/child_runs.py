@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from megahp.config import Config, config_differences, config_to_toml
+from megahp.config import AUTO, Config, config_differences, config_to_toml
 from megahp.config.resolve import read_config
 from megahp.errors import UserError
 from megahp.files import open_unlinked
@@ -20,6 +20,8 @@ def check_same_config(config: Config) -> None:
     """Raise UserError when the directory holds a run with another config, which must not be mistaken for this one."""
     if (config.directory / "config.toml").exists():
         for key, (before, now) in config_differences(read_config(config.directory), config).items():
+            if now == AUTO or key == "batch.largest_micro_batch" and config.batch.micro_batch == AUTO:
+                continue  # decided when that run began (train/auto_settings.py)
             trained = f"{config.directory} was trained with {key} = {before!r}"
             raise UserError(f"{trained}, not {now!r}; name another --out")
 

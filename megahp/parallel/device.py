@@ -11,7 +11,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megahp.config import Config
+from megahp.config import AUTO, Config, with_values
 from megahp.errors import UserError
 from megahp.launch import World, has_own_device
 
@@ -48,6 +48,11 @@ def fast_dtype(device: torch.device) -> str:
     return "bfloat16" if has_bfloat16 else "float32"
 
 
+def with_fast_dtype(config: Config, device: torch.device) -> Config:
+    """Return the config with a train.dtype that is "auto" decided for one device."""
+    return with_values(config, {"train.dtype": fast_dtype(device)}) if config.train.dtype == AUTO else config
+
+
 def cpu_has_bfloat16() -> bool:
     """Return whether this CPU has instructions for bfloat16. One without computes it tens of times more slowly than
     float32 (docs/compute.md)."""
@@ -55,7 +60,7 @@ def cpu_has_bfloat16() -> bool:
 
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def memory_here() -> int:
@@ -111,7 +116,7 @@ def keep_heap() -> None:
     """Keep what tensors free in this process's heap, in huge pages, for the next ones: mapping, faulting in and
     unmapping large tensors at every use takes up to a tenth of a CPU rank's step (docs/benchmarks/training.md).
 
-    Call before torch is imported, which reads the variable at its first allocation. Does nothing where the environment
+    Call before torch makes its first tensor, when it reads the variable. Does nothing where the environment
     decides for itself: malloc's settings, or another allocator that is preloaded.
     """
     if any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ):

@@ -39,6 +39,11 @@ class Layout:
         return self.dp_shard * self.cp > 1
 
 
+def shards_of(parallel: ParallelConfig, layout: Layout) -> int:
+    """Return how many ranks hold one copy of a model together: with DeepSpeed, which shards its replicas, all."""
+    return math.prod(layout.shape) // (1 if parallel.engine == "deepspeed" else layout.dp_replicate)
+
+
 def fit(parallel: ParallelConfig, ranks: int) -> Layout:
     """Return the layout of `parallel` on this many ranks, its axis of size 0 filled. DeepSpeed's ranks are replicas
     here, since FSDP2 shards nothing among them.

@@ -43,6 +43,7 @@ MEGAHP = Stack()
 
 def stack_of(config: Config) -> Stack:
     """Return megahp's own stack under these settings."""
+    config = on_gpus(config)
     # compute.compile = "auto" compiles nothing on a GPU (train/auto_settings.py). Attention is as in
     # model/transformer.py: no fused kernel caps logits, and in bfloat16 on a CPU plain products are faster.
     plain = bool(config.model.attention_softcap) or (config.train.device == "cpu" and config.train.dtype == "bfloat16")

@@ -7,7 +7,7 @@ from megahp.config import Config, longest
 from megahp.data.loader import TrainingData
 from megahp.log.progress import human_count, human_duration
 from megahp.parallel.device import cores_here, memory_here
-from megahp.parallel.layout import Layout
+from megahp.parallel.layout import Layout, shards_of
 from megahp.scaling.flops import parameters, training_flops
 from megahp.scaling.memory import training_bytes
 
@@ -55,7 +55,7 @@ def beyond_cpus(config: Config, layout: Layout, ranks_here: int, start_tokens: i
     """Return a warning that this machine cannot hold its ranks of a CPU run in memory, or that the run takes more than
     a day; "" if neither."""
     ranks, cores = math.prod(layout.shape), cores_here()
-    needed, memory = ranks_here * training_bytes(config, ranks // layout.dp_replicate), memory_here()
+    needed, memory = ranks_here * training_bytes(config, shards_of(config.parallel, layout)), memory_here()
     operations = (config.train.tokens - start_tokens) * training_flops(config.model, longest(config))
     seconds = operations * ranks_here / (ranks * cores * LIKELY)
     takes = []

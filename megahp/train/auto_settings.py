@@ -1,7 +1,6 @@
 """Settings that are "auto", decided when the ranks have met and before the model is built: for all ranks alike, and
 recorded in config.toml and every checkpoint, so that a resume trains as the run began."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from megahp.launch import World
 from megahp.log.progress import human_duration
 from megahp.ops.compiler import has_compiler
 from megahp.parallel.device import fast_dtype, free_memory
+from megahp.parallel.layout import shards_of
 from megahp.parallel.mesh import Mesh
 from megahp.parallel.messages import all_gather_json, on_rank0
 from megahp.scaling.flops import training_flops
@@ -88,7 +88,7 @@ def _largest_micro_batch(config: Config, mesh: Mesh, world: World, saved: int) -
     decided (0 = none), if that can be held at all: another division of the batch would round otherwise."""
     is_cpu, layout = mesh.device.type == "cpu", mesh.layout
     free = free_memory(mesh.device) / (world.local_size if is_cpu else 1)  # CPU ranks share it
-    shards = math.prod(layout.shape) // layout.dp_replicate
+    shards = shards_of(config.parallel, layout)
     fitting, why = fitting_sequences(config, shards, free), "as half of the free memory holds"
     cached = max(1, CACHED_TOKENS * layout.cp * layout.tp // config.data.sequence_length)
     if is_cpu and cached < fitting:

@@ -22,7 +22,7 @@ from megahp.model.build import Model
 from megahp.model.transformer import Block
 from megahp.ops.engines import deepspeed_on
 from megahp.parallel.mesh import Mesh
-from megahp.parallel.parameters import FlatPart, parameters, probes
+from megahp.parallel.parameters import FlatPart, like, parameters, probes
 from megahp.scaling.batch import StepPlan
 from megahp.scaling.parameterization import Table
 from megahp.train.engine import Engine
@@ -77,6 +77,7 @@ class Zero1And2:
     def gradient(self, weight: Any, place: Place) -> Tensor:
         if not place.count:
             return self.partitions[0].new_empty(0)
+        self.optimizer._wait_for_offload_copies()  # offloaded gradients arrive on a CUDA stream of their own
         grad: Tensor = weight._hp_mapping.get_lp_grad_fragment(weight._index_in_param_group)
         return grad.view(-1)
 
@@ -135,7 +136,7 @@ class DeepSpeedEngine(Engine):
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
         self.has_gradients = True
         for index, batch in enumerate(microbatches):
-            # said each time, since a growing batch changes their number in mid-run
+            # set at each one, since their number changes as the batch grows
             self.deepspeed.set_gradient_accumulation_boundary(index == count - 1)
             loss = self.deepspeed(**self._inputs(batch), loss_weight=scale / tokens).sum() / tokens
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
@@ -159,7 +160,7 @@ class DeepSpeedEngine(Engine):
     def zero(self) -> None:
         for probe in self.probes.values():
             probe.grad = None
-        if self.has_gradients:  # DeepSpeed forgets them in its step alone: one that updates nothing
+        if self.has_gradients:  # DeepSpeed drops them in its step alone: one that updates nothing
             self.step(None)
 
     def step(self, plan: StepPlan | None, updates: int = 0) -> None:
@@ -226,7 +227,7 @@ class PartitionedAdamW:
             for moment in MOMENTS
         }
         return {
-            f"{moment}.{name}": FlatPart(engine.weights[name].shape, place.begin, place.of(partitions))
+            f"{moment}.{name}": like(engine.weights[name], place.of(partitions))
             for moment, partitions in moments.items()
             for name, place in engine.places.items()
         }

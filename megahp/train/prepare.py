@@ -31,6 +31,7 @@ from megahp.config import (
     resolve,
     with_values,
 )
+from megahp.config.checks import find_conflicts
 from megahp.data.cache import read_numbers, write_numbers
 from megahp.data.indexed import IndexedDataset
 from megahp.data.loader import TrainingData
@@ -158,9 +159,14 @@ def with_sample_order(config: Config, state: Mapping[str, Any]) -> Config:
 
 
 def with_saved_dtype(config: Config, state: Mapping[str, Any]) -> Config:
-    """Replace a train.dtype that is "auto" by what the checkpoint was trained in, on whatever device."""
-    dtype = state["config"]["train"]["dtype"] if config.train.dtype == AUTO else config.train.dtype
-    return with_values(config, {"train.dtype": dtype})
+    """Replace a train.dtype that is "auto" by what the checkpoint was trained in, on whatever device. Raises UserError
+    where that does not go with other settings."""
+    if config.train.dtype != AUTO:
+        return config
+    config = with_values(config, {"train.dtype": state["config"]["train"]["dtype"]})
+    if conflicts := find_conflicts(config):
+        raise UserError(f"with the checkpoint's train.dtype: {conflicts[0]}")
+    return config
 
 
 def saved_sample_order(saved: Mapping[str, Mapping[str, Any]]) -> Order:

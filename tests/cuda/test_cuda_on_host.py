@@ -61,7 +61,7 @@ NAMES = {
     *("CUDAGraph", "Stream", "_sleep", "current_device", "device", "device_count", "empty_cache"),
     *("get_device_capability", "get_device_name", "get_device_properties", "graph", "is_available", "is_initialized"),
     *("max_memory_allocated", "mem_get_info", "memory_allocated", "nccl.version", "reset_peak_memory_stats"),
-    *("set_device", "set_sync_debug_mode", "stream", "synchronize"),
+    *("set_device", "set_sync_debug_mode", "stream", "synchronize", "is_bf16_supported"),
 }
 CELLS = [  # layout, model
     ("tp2 sp", "llama"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megahp.config import Config, with_values
+from megahp.config import Config, config_to_toml, with_values
 from megahp.diagnose import child_runs
 from megahp.errors import UserError
 
@@ -26,3 +26,15 @@ def test_a_run_file_is_written_through_no_link(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run.toml is a symbolic link"):
         child_runs.write_run_file(with_values(Config(), {"log.root": str(tmp_path)}))
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_what_a_run_decided_at_its_start_is_not_another_config(tmp_path: Path) -> None:
+    """A sweep that is repeated finds its runs, whose config.toml holds what was "auto"."""
+    asked = {"train.dtype": "auto", "compute.compile": "auto", "batch.micro_batch": "auto", "log.root": str(tmp_path)}
+    decided = {"train.dtype": "bfloat16", "compute.compile": False, "batch.largest_micro_batch": 8}
+    config = with_values(Config(), asked)
+    config.directory.mkdir()
+    (config.directory / "config.toml").write_text(config_to_toml(with_values(config, decided)))
+    child_runs.check_same_config(config)
+    with pytest.raises(UserError, match="was trained with train.dtype = 'bfloat16', not 'float32'"):
+        child_runs.check_same_config(with_values(config, {"train.dtype": "float32"}))

@@ -23,7 +23,7 @@ from megahp.config import resolve
 from megahp.errors import UserError
 from megahp.log.metrics import read_events
 from megahp.log.replay import replay
-from megahp.parallel.layout import Layout, fit
+from megahp.parallel.layout import Layout, fit, shards_of
 from megahp.parallel.parameters import FlatPart, boxes, storage
 from megahp.train import loop, prepare
 from megahp.train.trainer import Step
@@ -211,7 +211,7 @@ def test_without_deepspeed_nothing_starts(folder: Path) -> None:
 
 def test_deepspeeds_ranks_are_replicas_for_the_mesh() -> None:
     parallel = resolve.resolve([("test", {"parallel": {"engine": "deepspeed"}})]).config.parallel
-    assert fit(parallel, 4) == Layout(dp_replicate=4)
+    assert fit(parallel, 4) == Layout(dp_replicate=4) and shards_of(parallel, fit(parallel, 4)) == 4
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (4, 5), (3, 2, 4), (2, 1, 3, 2)])
