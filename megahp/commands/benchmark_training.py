@@ -59,7 +59,7 @@ from megahp.benchmark.machine import machine_of, synchronize
 from megahp.benchmark.time_split import DATA, profile_steps
 from megahp.commands.arguments import add_outputs, check_minimum, must_spawn
 from megahp.commands.output import plot_bars, write_json
-from megahp.config import Config, SparsityConfig, config_to_dict, get_setting, resolve
+from megahp.config import AUTO, Config, SparsityConfig, config_to_dict, get_setting, resolve
 from megahp.config.presets import PRESETS
 from megahp.data.loader import Batch, Loader, TrainingData
 from megahp.errors import UserError
@@ -112,8 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--micro-batch", type=int, default=8, help="sequences per forward pass of a rank")
     add("--global-batch", type=int, help="sequences per step (default: one microbatch per data-parallel rank)")
     add("--vocabulary", type=int, help=f"token ids (default: the preset's, or {VOCABULARY})")
-    dtypes = ["float32", "bfloat16", "float16", "float64"]
-    add("--dtype", nargs="+", choices=dtypes, help="default: float32, and bfloat16 where the device is fast in it")
+    add("--dtype", nargs="+", help="default: float32, and bfloat16 where the device has instructions for it")
     add("--ranks", type=int, default=1, help="on this machine")
     add("--tp", type=int, nargs="+", default=[1], help="tensor-parallel ranks, one layout each")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -251,6 +250,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if not arguments.dtype:
         is_cuda = arguments.device == "cuda" or arguments.device == "auto" and torch.cuda.is_available()
         arguments.dtype = list(dict.fromkeys(("float32", fast_dtype(torch.device("cuda" if is_cuda else "cpu")))))
+    if AUTO in arguments.dtype:
+        raise UserError("--dtype auto is decided where a run begins; name float32 or bfloat16, or omit --dtype")
     if arguments.peak_tflops and len(arguments.dtype) > 1:
         raise UserError("--peak-tflops is the peak in one dtype; give one --dtype with it")
     if arguments.contestants is None:

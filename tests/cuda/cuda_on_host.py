@@ -32,11 +32,12 @@ GIB = 2**30
 
 def build() -> Path:
     """Compile the device once for this torch and source. Returns the object."""
-    key = hashlib.sha256(f"{importlib.metadata.version('torch')}{SOURCE.read_text()}".encode()).hexdigest()[:16]
-    target = Path(tempfile.gettempdir()) / f"megahp-cuda-on-host-{key}.so"
     found = importlib.util.find_spec("torch")
     assert found and found.origin
-    folder = Path(found.origin).parent
+    folder = Path(found.origin).parent  # in which the object looks for torch's libraries: another torch, another object
+    identity = f"{folder}{importlib.metadata.version('torch')}{SOURCE.read_text()}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    target = Path(tempfile.gettempdir()) / f"megahp-cuda-on-host-{key}.so"
     command = ["g++", "-O1", "-g0", "-shared", "-fPIC", "-std=c++20", "-DTORCH_EXTENSION_NAME=cuda_on_host"]
     for include in (folder / "include", folder / "include/torch/csrc/api/include", sysconfig.get_path("include")):
         command += ["-isystem", str(include)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megahp.config import Config, config_to_toml, with_values
+from megahp.config import Config, config_to_dict, config_to_toml, resolve, with_values
 from megahp.diagnose import child_runs
 from megahp.errors import UserError
 
@@ -32,7 +32,7 @@ def test_what_a_run_decided_at_its_start_is_not_another_config(tmp_path: Path) -
     """A sweep that is repeated finds its runs, whose config.toml holds what was "auto"."""
     asked = {"train.dtype": "auto", "compute.compile": "auto", "batch.micro_batch": "auto", "log.root": str(tmp_path)}
     decided = {"train.dtype": "bfloat16", "compute.compile": False, "batch.largest_micro_batch": 8}
-    config = with_values(Config(), asked)
+    config = resolve.from_dict(config_to_dict(with_values(Config(), asked)), "a run file")
     config.directory.mkdir()
     (config.directory / "config.toml").write_text(config_to_toml(with_values(config, decided)))
     child_runs.check_same_config(config)
