@@ -18,6 +18,7 @@ import torch
 from corpus import write_corpus
 from distributed.runs import as_rank
 from distributed.world import World
+from train.test_run import RUN
 
 from megahp.config import resolve
 from megahp.errors import UserError
@@ -29,28 +30,6 @@ from megahp.train import loop, prepare
 from megahp.train.trainer import Step
 
 needs_deepspeed = pytest.mark.skipif(not prepare.find_spec("deepspeed"), reason="deepspeed is not installed")
-RUN = """
-[model]
-layers = 2
-width = 32
-heads = 4
-[data]
-train = ["corpus"]
-sequence_length = 32
-validation_fraction = 0.1
-[batch]
-global_batch = 8
-micro_batch = 2
-[train]
-dtype = "float32"
-tokens = 10240
-validate_every = 7
-validation_samples = 12
-[checkpoint]
-every = 5
-[log]
-tensorboard = false
-"""
 # the batch grows by the measured noise scale, calibrated after every step
 GROWING = (
     "batch.policy=measured",
