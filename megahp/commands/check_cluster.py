@@ -128,19 +128,18 @@ class Board:
         self.store.set(f"{name} {self.world.rank}", json.dumps(value))
         if self.world.rank == 0:
             deadline = time.monotonic() + self.patience.total_seconds()
-            values = [self._get(f"{name} {rank}", deadline) for rank in range(self.world.size)]
+            values = []
+            for key in (f"{name} {rank}" for rank in range(self.world.size)):
+                if (left := deadline - time.monotonic()) > 0:
+                    with suppress(RuntimeError):
+                        self.store.wait([key], timedelta(seconds=left))
+                values.append(json.loads(self.store.get(key)) if self.store.check([key]) else None)
             self.store.set(name, json.dumps(values))
         try:
             self.store.wait([name], 3 * self.patience)  # rank 0 waits for others, and may have started later
         except RuntimeError:
             raise Fault(f"rank 0 does not answer rank {self.world.rank} within {3 * self.patience}") from None
         return json.loads(self.store.get(name))
-
-    def _get(self, key: str, deadline: float) -> Any:
-        if (left := deadline - time.monotonic()) > 0:
-            with suppress(RuntimeError):
-                self.store.wait([key], timedelta(seconds=left))
-        return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def close(self) -> None:
         """Wait for rank 0 to finish, which waits until others have read its last values: launchers end all ranks when
@@ -386,21 +385,19 @@ def rounds(size: int) -> list[dict[int, int]]:
 
 def pair(other: int, rank: int, device: torch.device) -> dict[str, Any]:
     """Return bytes per second each way, both at once; seconds of half a round trip of 8 bytes; wrong elements."""
-    large, times, wrong = MESSAGE[device.type] // 4, [], 0
+    large, best, wrong = MESSAGE[device.type] // 4, dict[int, float](), 0
     for size, repeats in ((large, REPEATS), (2, 10 * REPEATS)):
         source, target = pattern(rank, 0, size).to(device), torch.empty(size, device=device)
-        times.append(min(swap(source, target, other) for _ in range(repeats)))
+        for _ in range(repeats):
+            synchronize(device)
+            began = time.perf_counter()
+            both = [dist.P2POp(dist.isend, source, other), dist.P2POp(dist.irecv, target, other)]
+            for work in dist.batch_isend_irecv(both):
+                work.wait()
+            synchronize(device)
+            best[size] = min(best.get(size, math.inf), time.perf_counter() - began)
         wrong += int((target != pattern(other, 0, size).to(device)).sum())
-    return {"bytes_per_second": 4 * large / times[0], "seconds": times[1], "wrong": wrong}
-
-
-def swap(source: torch.Tensor, target: torch.Tensor, other: int) -> float:
-    synchronize(source.device)
-    began = time.perf_counter()
-    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, source, other), dist.P2POp(dist.irecv, target, other)]):
-        work.wait()
-    synchronize(source.device)
-    return time.perf_counter() - began
+    return {"bytes_per_second": 4 * large / best[large], "seconds": best[2], "wrong": wrong}
 
 
 def all_reduce(group: TorchGroup) -> dict[str, Any]:
@@ -453,11 +450,7 @@ def write(arguments: argparse.Namespace, words: Sequence[str], results: Findings
         with open_unlinked(file.with_name(f".{file.name}.lock"), "w") as lock:
             with suppress(OSError):  # file systems without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            before = bad_nodes(file)
-            fresh = file.with_name(f".{file.name}.{os.getpid()}")
-            with open_unlinked(fresh, "w") as lines:
-                lines.writelines(f"{node}\n" for node in excluded(before, results, problems))
-            fresh.replace(file)
+            replace_text(file, "".join(f"{node}\n" for node in excluded(bad_nodes(file), results, problems)))
 
 
 def cluster_file(results: Findings) -> str:

@@ -129,9 +129,11 @@ class _Times:
             launched[kernel.phase] += times * machine.launch
         for each, times in work.collectives.items():
             seconds = collective_seconds(each, layout, machine)
+            of_weights = each.axes.startswith(("dp_", "ep")) and each.name != "all-to-all"
             if each.axes == "pp":
                 self.transfer = seconds
-            elif _runs_beside(each, layout):
+            elif layout.is_sharded and each.phase != "update" and of_weights:
+                # FSDP gathers and reduces while kernels run; replicas without shards sum after the last backward pass
                 self.hidden[each.phase] += times * seconds
             else:
                 beside_products = stack.hidden_tp if each.axes == "tp" else 0.0
@@ -143,13 +145,6 @@ class _Times:
     def busy(self, phase: str) -> float:
         """Return the seconds of computing, and of communication that is waited for."""
         return sum(self.kinds[phase].values()) + sum(self.exposed[phase].values())
-
-
-def _runs_beside(each: Collective, layout: Layout) -> bool:
-    """Return whether a collective runs while kernels do: FSDP's gathering and reducing of weights. Replicas without
-    shards sum their gradients after the last backward pass."""
-    of_weights = each.axes.startswith(("dp_", "ep")) and each.name != "all-to-all"
-    return layout.is_sharded and of_weights and each.phase != "update"
 
 
 def beside(hidden: float, busy: float, machine: Machine) -> float:

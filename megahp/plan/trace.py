@@ -182,7 +182,9 @@ class Recorder(TorchDispatchMode):
             return NotImplemented  # until DTensor has made of it what runs on this rank's part
         name = op._schema.name.partition("::")[2]
         if name == "_local_scalar_dense" and self.fake:
-            return self._value(args[0])
+            # what the step reads of a fake number, so that shapes are those of a real step: offsets of a part in its
+            # weight (which only slices by its size), experts chosen equally often, pipeline stages that agree to run
+            return 1 if args[0].dtype is torch.int32 else self.load if self.phase == "forward" else 0
         out = op(*args, **(kwargs or {}))
         if self.paused:
             return out
@@ -221,13 +223,6 @@ class Recorder(TorchDispatchMode):
             number = self.numbers.get(tensor.untyped_storage()._cdata)
             if number is not None:
                 self.kinds[number] = kind
-
-    def _value(self, scalar: Tensor) -> int:
-        """Return what the step reads of a fake number, so that shapes are those of a real step: experts chosen equally
-        often, offsets of a part in its weight (which only slices by its size), pipeline stages that agree to run."""
-        if scalar.dtype is torch.int32:
-            return 1
-        return self.load if self.phase == "forward" else 0
 
     def _allocated(self, tensor: Tensor, kind: str) -> None:
         store = tensor.untyped_storage()

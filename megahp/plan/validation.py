@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,16 +197,18 @@ def _source_line(validation: Validation, source: str, kind: str) -> str:
 def records(validation: Validation) -> list[dict[str, Any]]:
     """Return a record a row: source, published and predicted in the row's own unit, error, and its part in the fit; or
     why it is left out."""
-    found: list[dict[str, Any]] = [
-        {"row": number, "source": validation.rows[number]["source"], "left_out": reason}
-        for number, reason in validation.reasons.items()
-    ]
+    found = left_out(validation.rows, validation.reasons)
     for each in validation.predictions:
         found.append(record(each.case, each.row, each.seconds, each.bytes, each.activations))
         found[-1]["calibrates"] = each.calibrates
         if each.case.seconds:
             found[-1]["error_own_quarter"] = each.error_own
     return sorted(found, key=lambda each: each["row"])
+
+
+def left_out(rows: Sequence[Row], reasons: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Return a record for each row that is not predicted."""
+    return [{"row": number, "source": rows[number]["source"], "left_out": reasons[number]} for number in reasons]
 
 
 def record(case: Case, row: Row, seconds: float, peak: float, activations: float) -> dict[str, Any]:
@@ -243,9 +245,7 @@ def record(case: Case, row: Row, seconds: float, peak: float, activations: float
 def predict(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return a record a row, predicted with the machines' own efficiencies."""
     cases, reasons = read_all(rows)
-    found: list[dict[str, Any]] = [
-        {"row": number, "source": rows[number]["source"], "left_out": reason} for number, reason in reasons.items()
-    ]
+    found = left_out(rows, reasons)
     for case in cases:
         each = estimate(case.config, case.ranks, case.machine, case.stack)
         peak = each.bytes * (1 + case.beside[1]) + case.beside[0]
