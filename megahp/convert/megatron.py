@@ -22,15 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megahp.checkpoint.shards import in_files
 from megahp.config import Config, with_values
@@ -305,7 +298,7 @@ def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], legacy: b
 
 def _write_distributed(folder: Path, tensors: Tensors, layers: int, limit: int) -> None:
     described: dict[str, Any] = {}
-    storage: dict[MetadataIndex, Any] = {}
+    storage: dict[dcp.MetadataIndex, Any] = {}
     for index, group in enumerate(in_files(tensors, limit)):
         file = f"__0_{index}.distcp"
         with (folder / file).open("wb") as out:
@@ -317,18 +310,18 @@ def _write_distributed(folder: Path, tensors: Tensors, layers: int, limit: int) 
                 begin = out.tell()
                 _save(chunk.clone(), out)
                 size = torch.Size([layers, *tensor.shape]) if layer else tensor.shape
-                new = TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), size, [])
-                described.setdefault(key, new).chunks.append(ChunkStorageMetadata(at, chunk.shape))
-                storage[MetadataIndex(key, at)] = _StorageInfo(file, begin, out.tell() - begin)
+                new = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=chunk.dtype), size, [])
+                described.setdefault(key, new).chunks.append(dcp.ChunkStorageMetadata(at, chunk.shape))
+                storage[dcp.MetadataIndex(key, at)] = _StorageInfo(file, begin, out.tell() - begin)
     # each linear layer asks for its engine's state; this empty one is what a layer without an engine finds
     blank = folder / "__1_0.distcp"
     _save([None], blank)
     for name, shard in product(LINEAR_LAYERS, range(layers)):
         key = f"decoder.layers.{name}._extra_state/shard_{shard}_{layers}"
-        described[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = _StorageInfo(blank.name, 0, blank.stat().st_size)
+        described[key] = dcp.BytesStorageMetadata()
+        storage[dcp.MetadataIndex(key)] = _StorageInfo(blank.name, 0, blank.stat().st_size)
     with (folder / ".metadata").open("wb") as out:
-        pickle.dump(Metadata(described, storage_data=storage), out)
+        pickle.dump(dcp.Metadata(described, storage_data=storage), out)
     backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     write_json(folder / "metadata.json", {**backends, "common_backend": "torch", "common_backend_version": 1})
 

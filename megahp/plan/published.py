@@ -15,15 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megahp.config.schema import (
-    BatchConfig,
-    ComputeConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-)
+from megahp.config import schema
+from megahp.config.schema import Config
 from megahp.errors import UserError
 from megahp.files import read_text
 from megahp.plan.machine import Machine, load_machine, machine_names
@@ -225,17 +218,17 @@ def _config_of(source: Source, row: Row) -> Config:
     half = "float16" if "fp16" in row["precision"] else "bfloat16"
     return Config(
         model=_model_of(source, row),
-        data=DataConfig(sequence_length=whole(row, "seq")),
-        batch=BatchConfig(global_batch=whole(row, "global_batch"), micro_batch=micro_batch),
+        data=schema.DataConfig(sequence_length=whole(row, "seq")),
+        batch=schema.BatchConfig(global_batch=whole(row, "global_batch"), micro_batch=micro_batch),
         parallel=parallel,
-        compute=ComputeConfig(recompute=recompute),  # type: ignore[arg-type]
-        train=TrainConfig(tokens=10**16, dtype=half, noise_scale=False),  # type: ignore[arg-type]
+        compute=schema.ComputeConfig(recompute=recompute),  # type: ignore[arg-type]
+        train=schema.TrainConfig(tokens=10**16, dtype=half, noise_scale=False),  # type: ignore[arg-type]
     )
 
 
-def _model_of(source: Source, row: Row) -> ModelConfig:
+def _model_of(source: Source, row: Row) -> schema.ModelConfig:
     heads, width = whole(row, "heads"), whole(row, "hidden")
-    llama = ModelConfig(
+    llama = schema.ModelConfig(
         layers=whole(row, "layers"),
         width=width,
         heads=heads,
@@ -252,7 +245,7 @@ def _model_of(source: Source, row: Row) -> ModelConfig:
     return min((llama, gpt), key=lambda model: abs(parameters(model, length) - size))
 
 
-def _parallel_of(source: Source, row: Row) -> ParallelConfig:
+def _parallel_of(source: Source, row: Row) -> schema.ParallelConfig:
     tp, pp, cp, dp = (whole(row, axis) for axis in ("tp", "pp", "cp", "dp"))
     if tp * pp * cp * dp != whole(row, "gpus"):
         raise ValueError("its layout is not of as many GPUs as it states")
@@ -260,7 +253,7 @@ def _parallel_of(source: Source, row: Row) -> ParallelConfig:
     # "hybrid" is a shard to a node, and copies of it
     replicas = max(1, dp // whole(row, "gpus_per_node")) if row["zero"] == "hybrid" else 1
     zero = 3 if row["zero"] == "hybrid" else whole(row, "zero")
-    return ParallelConfig(
+    return schema.ParallelConfig(
         tp=tp,
         pp=pp,
         cp=cp,

@@ -18,17 +18,9 @@ from megahp.parallel.device import claim_device
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
 from megahp.scaling.batch import StepPlan
+from megahp.train import recovery
 from megahp.train.auto_settings import resolve_auto
 from megahp.train.prepare import open_data
-from megahp.train.recovery import (
-    compute_with_retry,
-    consistency_check,
-    report_wrong_samples,
-    rewind,
-    save_at_end,
-    skip,
-    wait_for_save,
-)
 from megahp.train.reporter import Reporter
 from megahp.train.run import Run
 from megahp.train.start import start
@@ -60,12 +52,13 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
             if run.enter_phase(plan):
                 reporter.phase(run, plan)
             # backward is in Engine.forward_backward; clip and optimizer step in Trainer.update; zero_grad in advance
-            step, decision = compute_with_retry(partial(compute, run, loader, plan, notice.given), run, plan, reporter)
+            computing = partial(compute, run, loader, plan, notice.given)
+            step, decision = recovery.compute_with_retry(computing, run, plan, reporter)
             if step.measured.wrong_samples:
-                report_wrong_samples(run, reporter, plan)
+                recovery.report_wrong_samples(run, reporter, plan)
             if decision.action == "rewind":
                 del step  # or its gradients would lie in memory beside what is loaded
-                rewind(run, loader, reporter, plan, decision.reason)
+                recovery.rewind(run, loader, reporter, plan, decision.reason)
                 watchdog.alive(run.progress.step)
                 plan = run.next_step()
                 continue
@@ -74,7 +67,7 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
             if updated:
                 run.update(step, plan)
             else:
-                skip(run, reporter, plan, measured, decision.reason)
+                recovery.skip(run, reporter, plan, measured, decision.reason)
             del step  # or its gradients would survive engine.zero, and lie in memory beside the next ones
             # Calibrate before `advance`, on the first unused sample, with the updated weights.
             if run.batch_scheduler.is_calibration_step(plan.step) and (example := run.example(loader, plan)):
@@ -93,7 +86,6 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
             # stop_requested was all-reduced with the gradients' norms, so that all ranks stop after the same step
             if measured.stop_requested or run.is_outgrown:
                 break
-
     loader.close()
     return finish(run, reporter, notice, validation.get(MIXTURE), is_over=plan is None)
 
@@ -122,16 +114,16 @@ def check_and_save(
 ) -> None:
     """Compare the ranks' copies of weights, and begin to save a checkpoint, where a step is due for it."""
     if run.is_due(run.config.resilience.check_every, is_last):
-        consistency_check(run, watchdog, reporter)
+        recovery.consistency_check(run, watchdog, reporter)
     if run.is_due(run.config.checkpoint.every, is_last):
-        wait_for_save(run, reporter)  # one save at a time; that the last one failed does not end training
+        recovery.wait_for_save(run, reporter)  # one save at a time; that the last one failed does not end training
         run.save(validation_loss)
     watchdog.alive(run.progress.step)
 
 
 def finish(run: Run, reporter: Reporter, notice: Notice, validation_loss: float | None, is_over: bool) -> bool:
     """Save the last step, log how the run ended, and close the log. Returns whether it is finished: over, and saved."""
-    config, is_saved = run.config, save_at_end(run, reporter, validation_loss)
+    config, is_saved = run.config, recovery.save_at_end(run, reporter, validation_loss)
     is_finished = is_over and is_saved
     if is_finished:
         if dist.get_rank() == 0 and config.log.baselines and config.train.validation_samples:
