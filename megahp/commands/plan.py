@@ -171,7 +171,12 @@ def find_layout(options: argparse.Namespace, config: Config, machine: Machine) -
         replace_text(options.run_file, edited(read_text(options.run_file, "run file"), values))
         if options.json != STDOUT:
             print(f"\nwritten into {options.run_file}")
-    return {"layouts": text.layouts_tree(found)}
+    return {
+        "layouts": [
+            {**vars(each.estimate), "memory": each.estimate.bytes, "settings": each.settings, "traced": each.traced}
+            for each in found.fitting
+        ]
+    }
 
 
 def simulate_run(options: argparse.Namespace, config: Config, machine: Machine) -> dict[str, Any]:

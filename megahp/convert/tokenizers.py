@@ -224,15 +224,10 @@ def bytes_tokenizer(eod: int) -> dict[str, Any]:
     }
 
 
-def byte_letters() -> dict[int, str]:
-    """Return the letter of each byte in byte-level tokenizers: bytes that cannot be printed have one above 255, as in
-    GPT-2."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = {byte: chr(byte) for byte in printable}
-    return letters | {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in letters)}
-
-
-BYTE_OF_LETTER = {letter: byte for byte, letter in byte_letters().items()}
+# of byte-level tokenizers: bytes that cannot be printed have a letter above 255, as in GPT-2
+PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
+BYTE_OF_LETTER = {chr(byte): byte for byte in PRINTABLE}
+BYTE_OF_LETTER |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)}
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,7 @@ def read(number: int, row: Row) -> Case:
     stack = replace(source.stack, products_dtype="float8" if kind == "fp8" else "", **source.row(row))
     config, ranks = _config_of(source, row), whole(row, "gpus")
     failed, unit = row["measured_value"] == "OOM", row["measured_unit"]
+    peak = re.search(r"memory (\d+(?:\.\d+)?) ?(GiB|GB)", row["notes"])
     return Case(
         number,
         source.name,
@@ -191,7 +192,7 @@ def read(number: int, row: Row) -> Case:
         machine,
         stack,
         None if failed or not row["measured_value"] or unit.startswith(("GB", "GiB")) else _seconds(row, config, ranks),
-        _memory(row["notes"]),
+        float(peak[1]) * (2**30 if peak[2] == "GiB" else 1e9) if peak else None,
         source.beside,
         float(row["measured_value"]) * 2**30 if unit.startswith("GiB") else None,
         failed,
@@ -303,9 +304,3 @@ def _seconds(row: Row, config: Config, ranks: int) -> float:
         flops = training_flops(config.model, length, causal=False, recomputed_layers=config.model.layers)
         return tokens * flops / (ranks * 1e12 * value)
     raise ValueError(f"its unit {unit!r} is not known")
-
-
-def _memory(notes: str) -> float | None:
-    """Return the peak that the notes name, in bytes."""
-    found = re.search(r"memory (\d+(?:\.\d+)?) ?(GiB|GB)", notes)
-    return float(found[1]) * (2**30 if found[2] == "GiB" else 1e9) if found else None
