@@ -8,7 +8,7 @@ float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -98,14 +98,14 @@ class MegatronGPT(nn.Module):
         return losses.mean()
 
 
-def on_this_device() -> AbstractContextManager[None]:
-    return nullcontext() if torch.cuda.is_available() else on_cpu()
-
-
 @contextmanager
-def on_cpu() -> Iterator[None]:
-    """Let Megatron run without a GPU: it asks for the current one, waits for it, and keeps its random state."""
+def on_this_device() -> Iterator[None]:
+    """Let Megatron run without a GPU too: it asks for the current one, waits for it, and keeps its random state."""
     from megatron.core import tensor_parallel
+
+    if torch.cuda.is_available():
+        yield
+        return
 
     no_tracker = SimpleNamespace(fork=nullcontext)
     with (

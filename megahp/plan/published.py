@@ -136,11 +136,6 @@ class Case:
     activations: float | None  # bytes
     out_of_memory: bool
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.config.step_tokens
-
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the rows of a file with published.csv's columns. Raises UserError."""

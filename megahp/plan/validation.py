@@ -105,7 +105,7 @@ def rankings(validation: Validation) -> dict[str, tuple[int, float]]:
     found = {}
     for (_, source, model, gpu), members in sets.items():
         if len(members) >= LEAST_RANKED:
-            work = [each.case.tokens / each.case.ranks for each in members]
+            work = [each.case.config.step_tokens / each.case.ranks for each in members]
             published = [tokens / (each.case.seconds or np.nan) for tokens, each in zip(work, members, strict=True)]
             predicted = [tokens / each.seconds for tokens, each in zip(work, members, strict=True)]
             found[f"{source}, {model}, {gpu}"] = (len(members), spearman(published, predicted))
@@ -221,7 +221,7 @@ def record(case: Case, row: Row, seconds: float, peak: float, activations: float
     elif case.activations:
         predicted = activations / 2**30
     elif unit == "tok/s/GPU":
-        predicted = case.tokens / seconds / case.ranks
+        predicted = case.config.step_tokens / seconds / case.ranks
     else:
         predicted = peak / 1e9 if unit.startswith("GB") else seconds
     return {
@@ -268,7 +268,7 @@ def draw(validation: Validation, file: Path) -> None:
         sources = validation.sources()
         for index, source in enumerate(sources):
             rows = validation.of(source)
-            rates = [each.case.tokens / each.case.ranks for each in rows]
+            rates = [each.case.config.step_tokens / each.case.ranks for each in rows]
             published = [rate / (each.case.seconds or np.nan) for rate, each in zip(rates, rows, strict=True)]
             predicted = [rate / each.seconds for rate, each in zip(rates, rows, strict=True)]
             style = {"color": PALETTE[colour(index)], "marker": MARKERS[index // 6][0], "s": 10, "label": source}
