@@ -10,8 +10,9 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
+from threading import Lock
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -132,7 +133,7 @@ def recording(mesh: Mesh, fake: FakeTensorMode | None = None, on_gpu: bool = Fal
         # under a dispatch mode torch cannot make this subclass of Tensor
         restored.enter_context(patch("torch.nn.attention.bias.causal_lower_right", lower_right))
         # DTensor finds the shape of a result, once, by an operation on whole fake tensors: nothing that a rank runs
-        restored.enter_context(patch.object(ShardingPropagator, "_fake_mode_lock", recorder.pausing()))
+        restored.enter_context(patch.object(ShardingPropagator, "_fake_mode_lock", recorder.paused))
         yield recorder
 
 
@@ -143,7 +144,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.fake, self.axes = fake, _axes_of_groups(mesh)
         self.phase: Phase = "build"
-        self.paused = False
+        self.paused = Lock()  # held while nothing is recorded
         self.load = 0  # tokens of each expert in one microbatch
         self.kernels: Counter[Kernel] = Counter()
         self.collectives: Counter[Collective] = Counter()
@@ -152,19 +153,6 @@ class Recorder(TorchDispatchMode):
         self.kinds: list[str] = []  # of every storage so far
         self.changes: list[tuple[int, int]] = []  # (number, bytes more or less)
         self.resident = 0  # bytes that are left at the end of what was last recorded
-
-    def pausing(self) -> AbstractContextManager[None]:
-        """Return a block, to be entered again and again, within which nothing is recorded."""
-        recorder = self
-
-        class Pause(AbstractContextManager[None]):
-            def __enter__(self) -> None:
-                recorder.paused = True
-
-            def __exit__(self, *error: object) -> None:
-                recorder.paused = False
-
-        return Pause()
 
     @contextmanager
     def running(self, phase: Phase) -> Iterator[None]:
@@ -186,7 +174,7 @@ class Recorder(TorchDispatchMode):
             # weight (which only slices by its size), experts chosen equally often, pipeline stages that agree to run
             return 1 if args[0].dtype is torch.int32 else self.load if self.phase == "forward" else 0
         out = op(*args, **(kwargs or {}))
-        if self.paused:
+        if self.paused.locked():
             return out
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
