@@ -5,8 +5,6 @@ test_formulas.py). `Stack` says what other training stacks do differently, so th
 predicted by the same formulas. Operations bound by memory are counted in passes over a tensor, a read or a write each.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Hashable

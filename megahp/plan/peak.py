@@ -3,8 +3,6 @@
 Of megahp's own step within a tenth of a trace's (tests/plan/test_formulas.py).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 

@@ -6,8 +6,6 @@ say "by its rows". A row that does not state what the
 formulas need is left out, with the reason.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The sizes that one rank's work and memory follow from, and what other training stacks do differently from megahp."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace

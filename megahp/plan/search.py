@@ -4,8 +4,6 @@ The global batch stays, so every layout trains the same model. Of recomputation,
 layout gets no more than it needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ link in its way. Gathering and reducing of weights run beside computing, and add
 the rest; tensor and context parallelism's collectives are waited for. Pipelines are replayed, action by action.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A prediction's error is |predicted / published - 1|. Of every source a quarter o
 a source's own errors are given twice: with none of its rows in the fit, and with that quarter, for its other rows.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
