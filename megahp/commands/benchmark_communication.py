@@ -22,6 +22,7 @@ the MPI plug-in. Exit code 1: wrong results; 2: invalid input.
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,8 @@ def join_torch(world: launch.World, backend: str) -> Ranks:
     nodes = all_gather_json(launch.node_name())
     name = "nccl" if device.type == "cuda" else "gloo"
     version = ".".join(map(str, torch.cuda.nccl.version())) if name == "nccl" else ""
-    return Ranks(
-        world.rank, nodes, name, version, lambda groups: communication.TorchGroup(groups, device, launch.TIMEOUT)
-    )
+    make_group = partial(communication.TorchGroup, device=device, timeout=launch.TIMEOUT)
+    return Ranks(world.rank, nodes, name, version, make_group)
 
 
 def join_mpi(world: launch.World) -> Ranks:
@@ -155,9 +155,8 @@ def select_groups(arguments: argparse.Namespace, nodes: Sequence[str]) -> dict[s
     """Return the kinds of groups to measure, the run file's included. Raises UserError."""
     kinds = communication.groups_of_nodes(nodes)
     if arguments.run:
-        kinds |= communication.groups_of_layout(
-            fit(resolve.load(arguments.run, arguments.settings).config.parallel, len(nodes))
-        )
+        parallel = resolve.load(arguments.run, arguments.settings).config.parallel
+        kinds |= communication.groups_of_layout(fit(parallel, len(nodes)))
     for kind in arguments.groups or ():
         if kind not in kinds:
             raise UserError(f"--groups {kind!r}: there are {', '.join(map(repr, kinds))}; axes of a mesh need --run")

@@ -279,9 +279,8 @@ def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], legacy: b
 
     torch_dist: a tensor at a time, in files of `limit` bytes; the legacy format: as one file, from memory.
     """
-    padded = with_values(
-        config, {"model.vocab_size": config.model.padded_vocab}
-    )  # its softmax is over padding rows too
+    # Megatron's softmax is over padding rows too
+    padded = with_values(config, {"model.vocab_size": config.model.padded_vocab})
     hf_config, exported = export(padded, ModelWeights(tensors), _family(config.model.norm))
     state = {"args": Namespace(**_training_args(hf_config, config)), "checkpoint_version": 3.0, "iteration": 0}
     target = folder / "release" / ("mp_rank_00" if legacy else "")

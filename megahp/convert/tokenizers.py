@@ -115,11 +115,9 @@ def of_sentencepiece(name: str) -> dict[str, Any]:
     symbols = [piece for piece, _, role in pieces if role == USER_DEFINED and len(piece) > 1]
     is_other = kind not in (UNIGRAM, BPE) or trainer.get(24, 0) or not normalizer.get(5, 1)
     if is_other or (symbols and (has_prefix or removes_spaces)):
-        what = (
-            f"symbols such as {symbols[0]!r} and spaces put before a text or removed"
-            if symbols
-            else "another algorithm"
-        )
+        what = "another algorithm"
+        if symbols:
+            what = f"symbols such as {symbols[0]!r} and spaces put before a text or removed"
         remedy = "name its tokenizer.json, if it has one"
         raise UserError(f"tokenizer {name!r} is a SentencePiece model with {what}; {remedy}")
     steps: list[dict[str, Any]] = []

@@ -81,9 +81,8 @@ def search(config: Config, gpus: int, machine: Machine, fixed: Collection[str] =
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be at least 1")
     pinned = {key: value for key in KEYS if key in fixed and (value := get_setting(config, key)) != AUTO}
-    plain = with_values(
-        config, {key: FIELDS[key].default for key in WRITTEN if key not in {*fixed, "batch.micro_batch"}}
-    )
+    defaults = {key: FIELDS[key].default for key in WRITTEN if key not in {*fixed, "batch.micro_batch"}}
+    plain = with_values(config, defaults)
     candidates: list[Candidate] = []
     for values in layouts(plain, gpus, machine, pinned):
         candidates += candidates_of(plain, values, gpus, machine, pinned)

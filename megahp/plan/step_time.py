@@ -189,16 +189,13 @@ def kernel_seconds(kernel: Kernel, machine: Machine, attention: float = 1.0) -> 
         return moving + GAP
     peak = peak_of(machine, kernel.dtype)
     if kernel.kind == "attention":
-        computing = _attention_operations(kernel, machine.ramp) / (
-            peak * best.attention * efficiency.attention * attention
-        )
-        return max(moving, computing) + GAP
+        rate = peak * best.attention * efficiency.attention * attention
+        return max(moving, _attention_operations(kernel, machine.ramp) / rate) + GAP
     multiple = math.gcd(*kernel.shape[1:], 64)
     if multiple < min(ALIGNED):
         peak = machine.peak.float32
-    computing = _tiled_operations(kernel.shape, machine.units, machine.ramp) / (
-        peak * best.products * efficiency.products
-    )
+    rate = peak * best.products * efficiency.products
+    computing = _tiled_operations(kernel.shape, machine.units, machine.ramp) / rate
     return max(moving, ALIGNED.get(multiple, 1.0) * computing) + GAP
 
 

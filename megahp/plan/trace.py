@@ -183,9 +183,8 @@ class Recorder(TorchDispatchMode):
         elif not _is_free(op, outputs):
             arguments = zip(args, op._schema.arguments, strict=False)
             written = [arg for arg, row in arguments if row.alias_info is not None and row.alias_info.is_write]
-            self._kernel(
-                name, op, inputs, outputs or [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
-            )
+            in_place = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
+            self._kernel(name, inputs, outputs or in_place)
         for tensor in outputs:
             self._allocated(tensor, "gathered" if name in ("all_gather_copy_in", "_allgather_base_") else "")
         return out
@@ -236,7 +235,7 @@ class Recorder(TorchDispatchMode):
         """Return the phase, backward wherever autograd is running, recomputation included."""
         return "backward" if self.phase == "forward" and torch._C._current_graph_task_id() != -1 else self.phase
 
-    def _kernel(self, name: str, op: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _kernel(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         size = sum(tensor.nbytes for tensor in [*inputs, *outputs])  # one changed in place is read and written
         kind: Literal["product", "attention", "memory"] = "memory"
         shape: tuple[int, ...] = ()
