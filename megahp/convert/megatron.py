@@ -302,8 +302,12 @@ def _write_distributed(folder: Path, tensors: Tensors, layers: int, limit: int) 
         file = f"__0_{index}.distcp"
         with (folder / file).open("wb") as out:
             for name, tensor in group.items():
-                layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-                key = f"decoder.layers.{_engine_name(name[layer.end() :])}" if layer else name
+                layer, key = re.match(r"decoder\.layers\.(\d+)\.", name), name
+                if layer:
+                    stem = name[layer.end() :]
+                    for engine, local in ENGINE_NAMES.items():
+                        stem = re.sub(f"^{re.escape(local)}", engine, stem)
+                    key = f"decoder.layers.{stem}"
                 chunk, offsets = (tensor[None], [int(layer[1])]) if layer else (tensor, [])
                 at = torch.Size(offsets + [0] * (chunk.dim() - len(offsets)))
                 begin = out.tell()
@@ -403,12 +407,6 @@ def _local_name(name: str) -> str:
     """Return the name that local layers have for a tensor of Transformer Engine's, or the name itself."""
     for engine, local in ENGINE_NAMES.items():
         name = name.replace(engine, local)
-    return name
-
-
-def _engine_name(name: str) -> str:
-    for engine, local in ENGINE_NAMES.items():
-        name = re.sub(f"^{re.escape(local)}", engine, name)
     return name
 
 
