@@ -6,7 +6,7 @@ float32.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -96,14 +96,14 @@ class MegatronGPT(nn.Module):
         return losses.mean()
 
 
-@contextmanager
-def on_this_device() -> Iterator[None]:
-    """Let Megatron run without a GPU too: it asks for the current one, waits for it, and keeps its random state."""
-    from megatron.core import tensor_parallel
+def on_this_device() -> AbstractContextManager[None]:
+    return nullcontext() if torch.cuda.is_available() else on_cpu()
 
-    if torch.cuda.is_available():
-        yield
-        return
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Let Megatron run without a GPU: it asks for the current one, waits for it, and keeps its random state."""
+    from megatron.core import tensor_parallel
 
     no_tracker = SimpleNamespace(fork=nullcontext)
     with (
