@@ -385,19 +385,21 @@ def rounds(size: int) -> list[dict[int, int]]:
 
 def pair(other: int, rank: int, device: torch.device) -> dict[str, Any]:
     """Return bytes per second each way, both at once; seconds of half a round trip of 8 bytes; wrong elements."""
-    large, best, wrong = MESSAGE[device.type] // 4, dict[int, float](), 0
+    large, times, wrong = MESSAGE[device.type] // 4, [], 0
     for size, repeats in ((large, REPEATS), (2, 10 * REPEATS)):
         source, target = pattern(rank, 0, size).to(device), torch.empty(size, device=device)
-        for _ in range(repeats):
-            synchronize(device)
-            began = time.perf_counter()
-            both = [dist.P2POp(dist.isend, source, other), dist.P2POp(dist.irecv, target, other)]
-            for work in dist.batch_isend_irecv(both):
-                work.wait()
-            synchronize(device)
-            best[size] = min(best.get(size, math.inf), time.perf_counter() - began)
+        times.append(min(swap(source, target, other) for _ in range(repeats)))
         wrong += int((target != pattern(other, 0, size).to(device)).sum())
-    return {"bytes_per_second": 4 * large / best[large], "seconds": best[2], "wrong": wrong}
+    return {"bytes_per_second": 4 * large / times[0], "seconds": times[1], "wrong": wrong}
+
+
+def swap(source: torch.Tensor, target: torch.Tensor, other: int) -> float:
+    synchronize(source.device)
+    began = time.perf_counter()
+    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, source, other), dist.P2POp(dist.irecv, target, other)]):
+        work.wait()
+    synchronize(source.device)
+    return time.perf_counter() - began
 
 
 def all_reduce(group: TorchGroup) -> dict[str, Any]:
