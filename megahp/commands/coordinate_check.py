@@ -199,13 +199,18 @@ def resize(base: Config, kind: str, size: float) -> Config:
 
 def measure(family: Mapping[float, Config], arguments: argparse.Namespace, mesh: Mesh) -> Measured:
     """Measure every size and seed."""
-    runs = [[measure_run(config, seed, arguments, mesh) for seed in arguments.seeds] for config in family.values()]
+
+    def seeded(config: Config, seed: int) -> Config:
+        return with_fast_dtype(with_values(config, {"train.seed": seed}), mesh.device)
+
+    runs = [
+        [measure_run(seeded(config, seed), arguments, mesh) for seed in arguments.seeds] for config in family.values()
+    ]
     return {key: np.array([[run[key] for run in seeds] for seeds in runs]) for key in runs[0][0]}
 
 
-def measure_run(config: Config, seed: int, arguments: argparse.Namespace, mesh: Mesh) -> dict[tuple[str, str], float]:
+def measure_run(config: Config, arguments: argparse.Namespace, mesh: Mesh) -> dict[tuple[str, str], float]:
     """Return quantity and when -> value."""
-    config = with_fast_dtype(with_values(config, {"train.seed": seed}), mesh.device)
     data = open_data(config) if arguments.data else None
 
     def samples(ids: np.ndarray) -> torch.Tensor:
