@@ -171,8 +171,11 @@ def run(part: Part, log: Path, limit: float) -> dict[str, Any]:
         output.flush()
         begins, began = output.tell(), time.monotonic()
         command = [word.replace("{found}", str(found)) for word in part.command]
+        # this checkout's package, and kernels for Hopper unless others are named
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        env = {"TORCH_CUDA_ARCH_LIST": "9.0", **os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             exit_code = process.wait(limit)
@@ -188,12 +191,6 @@ def run(part: Part, log: Path, limit: float) -> dict[str, Any]:
         state = f"failed: did not say {part.says!r}"
     os.truncate(log, min(log.stat().st_size, LARGEST_LOG))
     return {"state": state, "seconds": round(seconds, 1), "found": result, "said": said[-20:]}
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of the parts: this checkout's package, kernels for Hopper unless others are named."""
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {"TORCH_CUDA_ARCH_LIST": "9.0", **os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
 
 
 def read(found: Path) -> Any:

@@ -29,13 +29,6 @@ Groups = list[list[int]]  # ranks: every rank is in one of them, and all communi
 OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send-receive")
 
 
-def bus_factor(operation: str, ranks: int) -> float:
-    """Return bus bandwidth over size / seconds, by doc/PERFORMANCE.md of NVIDIA/nccl-tests: what a link of every rank
-    must carry at least. send-receive, which it does not define, counts what it sends."""
-    share = (ranks - 1) / ranks
-    return {"all-reduce": 2 * share, "send-receive": 1.0}.get(operation, share)
-
-
 def pattern(rank: int, begin: int, end: int) -> Tensor:
     """Return elements begin to end of what a rank sends."""
     return torch.arange(begin, end).remainder(PERIOD).add(rank).to(torch.float32)
@@ -136,8 +129,10 @@ class Timing:
     wrong: int  # elements, over all ranks, that differ from the expected
 
     def bus_bandwidth(self, operation: str, ranks: int, seconds: float) -> float:
-        """Return bytes per second."""
-        return self.size / seconds * bus_factor(operation, ranks)
+        """Return bytes per second by doc/PERFORMANCE.md of NVIDIA/nccl-tests: what a link of every rank must carry at
+        least. send-receive, which it does not define, counts what it sends."""
+        share = (ranks - 1) / ranks
+        return self.size / seconds * {"all-reduce": 2 * share, "send-receive": 1.0}.get(operation, share)
 
 
 def time_operation(group: Group, operation: str, size: int, repeats: int) -> Timing:

@@ -9,14 +9,13 @@ import torch
 
 def machine_of(device: torch.device) -> dict[str, Any]:
     """Return the device's name, the number of CPU threads and torch's version."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()  # has no model name on Arm
+        models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        name = f"{next(models, platform.machine())} ({torch.backends.cpu.get_cpu_capability()})"
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()  # has no model name on Arm
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(models, platform.machine())} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def synchronize(device: torch.device) -> None:

@@ -5,8 +5,6 @@ by autocast; megatron-core's GPT of its local layers, whose weights are bfloat16
 float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace

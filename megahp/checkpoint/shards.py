@@ -340,17 +340,14 @@ def _check(name: str, tensor: schema.Stored) -> None:
         if not fits or chunk.bytes != math.prod(chunk.shape) * size:
             raise ValueError(f"a part of {name} makes no sense: {chunk}")
         near = [other for other in near if not shape or other.offsets[axis] + other.shape[axis] > chunk.offsets[axis]]
-        if chunk.bytes and any(_overlap(other, chunk) for other in near):
-            raise ValueError(f"{name} has a part twice: {chunk}")
+        for other in near:
+            ends = zip(other.offsets, other.shape, chunk.offsets, chunk.shape, strict=True)
+            if chunk.bytes and all(a < b + width and b < a + length for a, length, b, width in ends):
+                raise ValueError(f"{name} has a part twice: {chunk}")
         near.append(chunk)
     # none overlaps and none reaches outside: they cover it if they have as many values
     if sum(math.prod(chunk.shape) for chunk in tensor["chunks"]) != math.prod(shape):
         raise ValueError(f"the parts of {name} do not make it whole")
-
-
-def _overlap(one: Chunk, other: Chunk) -> bool:
-    ends = zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)
-    return all(a < b + width and b < a + length for a, length, b, width in ends)
 
 
 def _write(parts: Mapping[str, tuple[Sequence[int], Tensor]], path: Path) -> tuple[dict[str, Chunk], str]:

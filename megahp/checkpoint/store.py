@@ -31,23 +31,7 @@ from torch import Tensor
 
 from megahp.checkpoint import schema, shards
 from megahp.checkpoint.remote import Location, Remote, location
-from megahp.checkpoint.shards import (
-    INDEX,
-    DamagedError,
-    UnreadableError,
-    UploadError,
-    damaged,
-    digest,
-    naming,
-    read_index,
-    read_json,
-    reading,
-    size_of,
-    sync,
-    unreadable,
-    write_synced,
-    write_tensors,
-)
+from megahp.checkpoint.shards import INDEX, DamagedError, UnreadableError, digest, read_index, reading, size_of
 from megahp.config import CheckpointConfig, Config, resolve
 from megahp.errors import Fault, UserError
 from megahp.files import refuse_link, refuse_links
@@ -138,7 +122,7 @@ def write(target: Path, tensors: Iterable[tuple[str, Tensor]], state: Mapping[st
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    digests = write_tensors(partial, tensors, limit)
+    digests = shards.write_tensors(partial, tensors, limit)
     publish(partial, target, _to_json(state), digests)
 
 
@@ -149,12 +133,12 @@ def publish(partial: Path, target: Path, state: str, digests: Mapping[str, str])
     All its files are on the disk before it has the name under which it is loaded, and the name itself is on the disk
     when this returns: the caller removes older checkpoints then.
     """
-    write_manifest(partial, {**digests, **write_synced(partial / "state.json", state)})
+    write_manifest(partial, {**digests, **shards.write_synced(partial / "state.json", state)})
     if target.exists():  # of the same step: damaged, or from before a restart at an older one
         problems(target, shards=False)  # raises where it cannot be read: it may be whole, and is not removed
         remove(target)
     partial.rename(target)
-    sync(target.parent)
+    shards.sync(target.parent)
 
 
 def copy_all(folder: Path, newest: Path, keep: CheckpointConfig) -> None:
@@ -170,7 +154,7 @@ def copy_all(folder: Path, newest: Path, keep: CheckpointConfig) -> None:
     except (OSError, UnreadableError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         why = f"{newest} is whole, but not copied to checkpoint.remote = {keep.remote!r} ({cause})"
-        raise UploadError(f"{why}; this is retried with the next one") from None
+        raise shards.UploadError(f"{why}; this is retried with the next one") from None
 
 
 def copy(checkpoint: Path, target: Remote) -> None:
@@ -221,7 +205,7 @@ def complete_without_links(folder: P) -> list[P]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise unreadable(folder, error) from None
+        raise shards.unreadable(folder, error) from None
 
 
 def candidates(folder: Path, remote: str) -> list[Location]:
@@ -291,16 +275,16 @@ def read_state(checkpoint: Location) -> dict[str, Any]:
     """Return the JSON state, brought up to this version, with paths in the run directory where that is now. Raises
     DamagedError if it is not what was written, UserError for a version that is not supported."""
     if found := problems(checkpoint, shards=False):
-        raise damaged(checkpoint, found[0])
+        raise shards.damaged(checkpoint, found[0])
     try:
-        state = json.loads(read_json(checkpoint / "state.json"))
+        state = json.loads(shards.read_json(checkpoint / "state.json"))
         for migrate in MIGRATIONS[state["version"] - OLDEST :]:
             state = migrate(state)
         # as JSON again: strict types treat Python's own objects otherwise
         state = schema.checked(schema.STATE, json.dumps(state))
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         why = str(error) if isinstance(error, ValueError) else repr(error)
-        raise damaged(checkpoint, f"state.json: {why}") from None
+        raise shards.damaged(checkpoint, f"state.json: {why}") from None
     if isinstance(checkpoint, Path):
         state["config"] = resolve.placed(state["config"], checkpoint.parent.parent)
     return state
@@ -320,10 +304,10 @@ def load(checkpoint: Location, tensors: Mapping[str, Tensor]) -> None:
     """
     found = gather_results(lambda: problems(checkpoint, dist.get_rank(), dist.get_world_size()), kinds=shards.ERRORS)
     if why := on_rank0(lambda: next((problem for of_rank in found for problem in of_rank), "")):
-        raise damaged(checkpoint, why)
+        raise shards.damaged(checkpoint, why)
 
     def read() -> None:
-        with naming(checkpoint):
+        with shards.naming(checkpoint):
             shards.fill(checkpoint, tensors)
 
     gather_results(read, kinds=shards.ERRORS)
@@ -376,14 +360,14 @@ def write_manifest(checkpoint: Path, digests: Mapping[str, str] = MappingProxyTy
     files = sorted(checkpoint.iterdir())
     sums = {file.name: digests.get(file.name) or digest(file) for file in files}
     entries = {file.name: {"bytes": file.stat().st_size, "sha256": sums[file.name]} for file in files}
-    write_synced(checkpoint / MANIFEST, _sealed(entries, VERSION))
-    sync(checkpoint)
+    shards.write_synced(checkpoint / MANIFEST, _sealed(entries, VERSION))
+    shards.sync(checkpoint)
 
 
 def read_manifest(checkpoint: Location) -> dict[str, schema.Entry]:
     """Return the manifest: name -> bytes and sha256. Raises DamagedError unless every byte of it is as written,
     UserError for a version that is not supported, UnreadableError."""
-    text = read_json(checkpoint / MANIFEST)
+    text = shards.read_json(checkpoint / MANIFEST)
     try:
         manifest = schema.checked(schema.MANIFEST, text)
     except ValueError as error:
@@ -438,7 +422,7 @@ def _to_json(state: Mapping[str, Any]) -> str:
 def validation_loss_of(checkpoint: Location) -> float | None:
     """Return a checkpoint's validation loss, None where it has none or is damaged. Raises UnreadableError."""
     try:
-        loss = json.loads(read_json(checkpoint / "state.json"))["validation_loss"]
+        loss = json.loads(shards.read_json(checkpoint / "state.json"))["validation_loss"]
         return loss if isinstance(loss, float) and math.isfinite(loss) else None  # or min() would keep a NaN
     except (DamagedError, ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -106,10 +106,8 @@ def forecast_segments(config: Config, progress: Progress, noise: float | None) -
     if config.batch.policy != "noise-scale":
         return config
     law = with_values(config, {"batch.policy": "law"})
-    measured, expected = (
-        BatchScheduler(config, 1).target(progress, noise),
-        BatchScheduler(law, 1).target(progress, None),
-    )
+    measured = BatchScheduler(config, 1).target(progress, noise)
+    expected = BatchScheduler(law, 1).target(progress, None)
     if not (measured and expected):
         return law
     scale, exponent = config.batch.critical_batch

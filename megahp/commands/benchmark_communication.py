@@ -22,6 +22,7 @@ the MPI plug-in. Exit code 1: wrong results; 2: invalid input.
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,7 @@ import numpy as np
 import torch
 
 from megahp import launch
-from megahp.benchmark.communication import (
-    OPERATIONS,
-    Group,
-    Groups,
-    MpiGroup,
-    TorchGroup,
-    device_of_rank,
-    groups_of_layout,
-    groups_of_nodes,
-    time_operation,
-    warm_up,
-)
+from megahp.benchmark import communication
 from megahp.commands.arguments import add_outputs, check_minimum, must_spawn
 from megahp.commands.output import provenance, write_json
 from megahp.config import resolve
@@ -65,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run", type=Path, metavar="RUN.toml", help="also measure along the axes of its mesh")
     add("--settings", nargs="+", default=[], metavar="section.key=value", help="override the file's")
     add("--groups", nargs="+", metavar="KIND", help="kinds of groups to measure (default: all)")
-    add("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
+    add("--operations", nargs="+", choices=communication.OPERATIONS, default=communication.OPERATIONS)
     add("--sizes", nargs="+", metavar="BYTES", default=SIZES, help=f"(default {' '.join(SIZES)})")
     add("--repeats", type=int, default=7, help="whose median counts (default 7)")
     add("--backend", choices=["auto", "gloo", "nccl", "mpi"], default="auto")
@@ -81,7 +71,7 @@ class Ranks:
     nodes: list[str]  # of every rank
     backend: str
     version: str  # of MPI or NCCL
-    group: Callable[[Groups], Group]
+    group: Callable[[communication.Groups], communication.Group]
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
@@ -135,13 +125,14 @@ def parse_bytes(size: str) -> int:
 
 def join_torch(world: launch.World, backend: str) -> Ranks:
     """Connect the ranks over gloo or NCCL. Raises UserError."""
-    device = device_of_rank({"auto": "auto", "gloo": "cpu", "nccl": "cuda"}[backend], world)
+    device = communication.device_of_rank({"auto": "auto", "gloo": "cpu", "nccl": "cuda"}[backend], world)
     launch.join(world, device.type == "cuda")
-    warm_up(device)
+    communication.warm_up(device)
     nodes = all_gather_json(launch.node_name())
     name = "nccl" if device.type == "cuda" else "gloo"
     version = ".".join(map(str, torch.cuda.nccl.version())) if name == "nccl" else ""
-    return Ranks(world.rank, nodes, name, version, lambda groups: TorchGroup(groups, device, launch.TIMEOUT))
+    make_group = partial(communication.TorchGroup, device=device, timeout=launch.TIMEOUT)
+    return Ranks(world.rank, nodes, name, version, make_group)
 
 
 def join_mpi(world: launch.World) -> Ranks:
@@ -157,18 +148,19 @@ def join_mpi(world: launch.World) -> Ranks:
     names = bytearray(world.size * NAME_BYTES)  # a buffer: mpi4py pickles other objects
     MPI.COMM_WORLD.Allgather(bytearray(launch.node_name().encode()[:NAME_BYTES].ljust(NAME_BYTES)), names)
     nodes = [names[rank * NAME_BYTES :][:NAME_BYTES].decode().strip() for rank in range(world.size)]
-    return Ranks(MPI.COMM_WORLD.rank, nodes, "mpi", version, lambda groups: MpiGroup(groups, MPI))
+    return Ranks(MPI.COMM_WORLD.rank, nodes, "mpi", version, lambda groups: communication.MpiGroup(groups, MPI))
 
 
-def select_groups(arguments: argparse.Namespace, nodes: Sequence[str]) -> dict[str, Groups]:
+def select_groups(arguments: argparse.Namespace, nodes: Sequence[str]) -> dict[str, communication.Groups]:
     """Return the kinds of groups to measure, the run file's included. Raises UserError."""
-    kinds = groups_of_nodes(nodes)
+    kinds = communication.groups_of_nodes(nodes)
     if arguments.run:
-        kinds |= groups_of_layout(fit(resolve.load(arguments.run, arguments.settings).config.parallel, len(nodes)))
+        parallel = resolve.load(arguments.run, arguments.settings).config.parallel
+        kinds |= communication.groups_of_layout(fit(parallel, len(nodes)))
     for kind in arguments.groups or ():
         if kind not in kinds:
             raise UserError(f"--groups {kind!r}: there are {', '.join(map(repr, kinds))}; axes of a mesh need --run")
-    selected: dict[str, Groups] = {}
+    selected: dict[str, communication.Groups] = {}
     for kind in arguments.groups or kinds:
         # equal groups are measured once, under all of their names
         same = next((other for other, groups in selected.items() if groups == kinds[kind]), None)
@@ -180,7 +172,7 @@ def select_groups(arguments: argparse.Namespace, nodes: Sequence[str]) -> dict[s
 
 
 def measure(
-    ranks: Ranks, kinds: Mapping[str, Groups], sizes: Sequence[int], arguments: argparse.Namespace
+    ranks: Ranks, kinds: Mapping[str, communication.Groups], sizes: Sequence[int], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Return a row per operation, kind of groups and size, times in seconds, bandwidths in bytes per second; rank 0
     prints each at once."""
@@ -192,7 +184,7 @@ def measure(
                 print(f"\n{operation}, {kind}: {len(groups)} x {group.size} ranks, {ranks.backend}")
                 print(LINE.format(*COLUMNS))
             for size in sizes:
-                timing = time_operation(group, operation, size, arguments.repeats)
+                timing = communication.time_operation(group, operation, size, arguments.repeats)
                 low, median, high = np.quantile(timing.seconds, (0.25, 0.5, 0.75)).tolist()
                 algorithm, bus = timing.size / median, timing.bus_bandwidth(operation, group.size, median)
                 row = {

@@ -17,6 +17,7 @@ same, would hide the kernels. apex and te (Transformer Engine) run on CUDA only 
 """
 
 import argparse
+import contextlib
 import ctypes
 import importlib.metadata
 import itertools
@@ -65,17 +66,14 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     check_minimum(arguments, turns=1, threads=1)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if arguments.device == "cpu":
-        keep_freed_memory()
+    if arguments.device == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc only
+        libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h: map no memory for large tensors
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and return none
 
-    installed = {
-        package.name.lower().replace("_", "-"): package.version for package in importlib.metadata.distributions()
-    }
-    machine = {
-        **machine_of(torch.device(arguments.device)),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        **{name: installed[name] for name in PACKAGES if name in installed},
-    }
+    machine = machine_of(torch.device(arguments.device)) | {"cpu": torch.backends.cpu.get_cpu_capability()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            machine[name] = importlib.metadata.version(name)
     print(machine)
     rows = []
     for shape, dtype, op in itertools.product(shapes, arguments.dtype, arguments.op):
@@ -94,14 +92,6 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
-def keep_freed_memory() -> None:
-    """Have glibc neither map memory for large tensors nor return any (M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc only
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, 2**31 - 1)
-
-
 def our_norm(added: bool, weight: Tensor, bias: Tensor | None, probe: Tensor | None) -> Norm:
     options: dict[str, Any] = {"bias": bias, "probe": probe, "centered": bias is not None, "eps": EPS}
     if added:
@@ -109,24 +99,22 @@ def our_norm(added: bool, weight: Tensor, bias: Tensor | None, probe: Tensor | N
     return lambda x: normalize(x, weight, **options)
 
 
-def norm_without_addition(peer: str, weight: Tensor, bias: Tensor | None) -> Norm:
-    if peer in ENGINES:
-        norm = norm_of(ENGINES[peer], "rmsnorm" if bias is None else "layernorm")
-        return lambda x: norm(x, weight, bias, EPS)
-    if bias is None:
-        return lambda x: F.rms_norm(x, weight.shape, weight, EPS)
-    return lambda x: F.layer_norm(x, weight.shape, weight, bias, EPS)
-
-
 def peer_norm(peer: str, added: bool, weight: Tensor, bias: Tensor | None) -> Norm:
     """Return a peer's op. Raises ImportError or UserError where it is not installed."""
-    norm = norm_without_addition(peer, weight, bias)
+    engine = norm_of(ENGINES[peer], "rmsnorm" if bias is None else "layernorm") if peer in ENGINES else None
+
+    def norm(x: Tensor) -> Tensor:
+        if engine:
+            return engine(x, weight, bias, EPS)
+        if bias is None:
+            return F.rms_norm(x, weight.shape, weight, EPS)
+        return F.layer_norm(x, weight.shape, weight, bias, EPS)
 
     def add_then_norm(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         stream = x + branch
         return stream, norm(stream)
 
-    op = add_then_norm if added else norm
+    op: Norm = add_then_norm if added else norm
     return torch.compile(op, fullgraph=True, dynamic=False) if peer == "compiled" else op
 
 

@@ -190,7 +190,13 @@ class Baseline:
     def __init__(self, name: str, config: Config, device: torch.device) -> None:
         self.dtype, self.length, self.device = getattr(torch, config.train.dtype), config.data.sequence_length, device
         with device:
-            model = self.make(name.removesuffix("-compiled"), config)
+            match name.removesuffix("-compiled"):
+                case "nanogpt":
+                    model: torch.nn.Module = nanogpt.GPT(config.model, self.length)
+                case "huggingface":
+                    model = peers.HuggingFaceLlama(config.model, self.length)
+                case _:
+                    model = peers.MegatronGPT(config.model, self.length, self.dtype)
         self.loss: Callable[..., torch.Tensor] = torch.compile(model) if name.endswith("-compiled") else model
         self.weights = list(model.parameters())
         self.optimized = [
@@ -201,13 +207,6 @@ class Baseline:
         self.clip, self.size = config.optimizer.clip, largest_micro_batch(config, self.length)
         self.microbatches = config.batch.global_batch // self.size
         self.data, self.sample = RandomData(config), 0
-
-    def make(self, name: str, config: Config) -> torch.nn.Module:
-        if name == "nanogpt":
-            return nanogpt.GPT(config.model, self.length)
-        if name == "huggingface":
-            return peers.HuggingFaceLlama(config.model, self.length)
-        return peers.MegatronGPT(config.model, self.length, self.dtype)
 
     def step(self) -> None:
         for _ in range(self.microbatches):

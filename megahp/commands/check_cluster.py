@@ -128,19 +128,18 @@ class Board:
         self.store.set(f"{name} {self.world.rank}", json.dumps(value))
         if self.world.rank == 0:
             deadline = time.monotonic() + self.patience.total_seconds()
-            values = [self._get(f"{name} {rank}", deadline) for rank in range(self.world.size)]
+            values = []
+            for key in (f"{name} {rank}" for rank in range(self.world.size)):
+                if (left := deadline - time.monotonic()) > 0:
+                    with suppress(RuntimeError):
+                        self.store.wait([key], timedelta(seconds=left))
+                values.append(json.loads(self.store.get(key)) if self.store.check([key]) else None)
             self.store.set(name, json.dumps(values))
         try:
             self.store.wait([name], 3 * self.patience)  # rank 0 waits for others, and may have started later
         except RuntimeError:
             raise Fault(f"rank 0 does not answer rank {self.world.rank} within {3 * self.patience}") from None
         return json.loads(self.store.get(name))
-
-    def _get(self, key: str, deadline: float) -> Any:
-        if (left := deadline - time.monotonic()) > 0:
-            with suppress(RuntimeError):
-                self.store.wait([key], timedelta(seconds=left))
-        return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def close(self) -> None:
         """Wait for rank 0 to finish, which waits until others have read its last values: launchers end all ranks when
@@ -453,11 +452,7 @@ def write(arguments: argparse.Namespace, words: Sequence[str], results: Findings
         with open_unlinked(file.with_name(f".{file.name}.lock"), "w") as lock:
             with suppress(OSError):  # file systems without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            before = bad_nodes(file)
-            fresh = file.with_name(f".{file.name}.{os.getpid()}")
-            with open_unlinked(fresh, "w") as lines:
-                lines.writelines(f"{node}\n" for node in excluded(before, results, problems))
-            fresh.replace(file)
+            replace_text(file, "".join(f"{node}\n" for node in excluded(bad_nodes(file), results, problems)))
 
 
 def cluster_file(results: Findings) -> str:

@@ -35,7 +35,7 @@ from megahp.commands.output import atomic_folder
 from megahp.config import Config, longest, resolve, with_values
 from megahp.convert import huggingface_folder, megatron
 from megahp.convert.families import FAMILIES
-from megahp.convert.run_directory import check_files, check_shapes, file_limit, find_checkpoint, write_run
+from megahp.convert.run_directory import check_files, check_shapes, find_checkpoint, write_run
 from megahp.convert.tokenizers import KEPT, OF_A_MODEL, find_tokenizer, keep_files, special_tokens, write_tokenizer
 from megahp.data.tokenizer import Tokenizer, tokenizer_of
 from megahp.errors import Fault, UserError, in_one_line
@@ -98,7 +98,7 @@ def export(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     """Write the model of one of our checkpoints in another format. Returns its tokenizer. Raises UserError."""
     path, config = find_checkpoint(arguments.source)
     name = arguments.tokenizer or config.data.tokenizer
-    tokenizer, limit = tokenizer_of(config.data, name), file_limit(arguments)
+    tokenizer, limit = tokenizer_of(config.data, name), int(1e9 * arguments.file_size)
     with_vocabulary(config, tokenizer)  # raises where the tokenizer is another one than the model's
     if arguments.target_format == "huggingface":
         special = special_tokens(name, tokenizer.eod)

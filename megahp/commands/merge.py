@@ -7,6 +7,7 @@ their prefixes or by any of their files (data/part-*). The parts stay as they ar
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    names = (
-        part.removesuffix(Path(part).suffix if part.endswith((".bin", ".idx", ".json")) else "")
-        for part in arguments.parts
-    )
-    parts = list(dict.fromkeys(names))  # data/part-* names three files of each
+    # once each: data/part-* names three files of a part
+    parts = list(dict.fromkeys(re.sub(r"\.(bin|idx|json)$", "", part) for part in arguments.parts))
     datasets = [IndexedDataset(part) for part in parts]
     description, *others = (read_json(Path(f"{part}.json"), "description") for part in parts)
     for part, other in zip(parts[1:], others, strict=True):

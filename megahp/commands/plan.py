@@ -115,15 +115,10 @@ def trace_ranks(config: Config, ranks: int) -> dict[str, Any]:
             calls[1] += each.bytes * count
         for (name, axes), (count, size) in sorted(sent.items(), key=lambda item: -item[1][1]):
             print(f"  {name:<15} {count:,} over {axes}, {size / 2**30:,.2f} GiB")
-        found.append(
-            {
-                "rank": rank,
-                "peak": dict(step.peak),
-                "resident": step.resident,
-                "kernels": [{**vars(each), "count": n} for each, n in step.kernels.items()],
-                "collectives": [{**vars(each), "count": n} for each, n in step.collectives.items()],
-            }
-        )
+        kernels = [{**vars(each), "count": n} for each, n in step.kernels.items()]
+        collectives = [{**vars(each), "count": n} for each, n in step.collectives.items()]
+        memory = {"peak": dict(step.peak), "resident": step.resident}
+        found.append({"rank": rank, **memory, "kernels": kernels, "collectives": collectives})
     return {"ranks": found}
 
 
@@ -176,7 +171,12 @@ def find_layout(options: argparse.Namespace, config: Config, machine: Machine) -
         replace_text(options.run_file, edited(read_text(options.run_file, "run file"), values))
         if options.json != STDOUT:
             print(f"\nwritten into {options.run_file}")
-    return {"layouts": text.layouts_tree(found)}
+    return {
+        "layouts": [
+            {**vars(each.estimate), "memory": each.estimate.bytes, "settings": each.settings, "traced": each.traced}
+            for each in found.fitting
+        ]
+    }
 
 
 def simulate_run(options: argparse.Namespace, config: Config, machine: Machine) -> dict[str, Any]:

@@ -316,11 +316,8 @@ def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
             missing = [cell for cell in cells if not is_done(cell.directory)]
             share = 1 - sum(cell.operations for cell in missing) / total  # of other workers' cells too
             eta = human_duration((time.monotonic() - started) * (1 / share - 1))
-            loss = final_loss(cell.directory, last)
-            print(
-                f"[{len(cells) - len(missing)}/{len(cells)}] {cell}: loss {loss:.4f}, {seconds:.1f} s; ETA {eta}",
-                flush=True,
-            )
+            loss, done = final_loss(cell.directory, last), len(cells) - len(missing)
+            print(f"[{done}/{len(cells)}] {cell}: loss {loss:.4f}, {seconds:.1f} s; ETA {eta}", flush=True)
     except UserError as error:
         complain(error)
         code = STOPPED if isinstance(error, StopRequested) else USER_ERROR

@@ -316,6 +316,11 @@ def _engines(config: Config) -> Iterator[str]:
         yield f"{norms} cannot measure the noise scale; set train.noise_scale=false, or remove it"
     if config.optimizer.engine == "apex" and config.train.dtype == "float64":
         yield "optimizer.engine = 'apex' does not support train.dtype = 'float64'; choose another"
+    if config.compute.compile is True and config.batch.varies_micro_batch:
+        yield (
+            "compute.compile = true compiles blocks anew for every size of microbatches, and batch.micro_batch = "
+            f"{AUTO!r} has many under batch.policy = {config.batch.policy!r}; set a number, or compute.compile=auto"
+        )
 
 
 def _deepspeed(config: Config) -> Iterator[str]:
@@ -358,14 +363,6 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def _compile(config: Config) -> Iterator[str]:
-    if config.compute.compile is True and config.batch.varies_micro_batch:
-        yield (
-            "compute.compile = true compiles blocks anew for every size of microbatches, and batch.micro_batch = "
-            f"{AUTO!r} has many under batch.policy = {config.batch.policy!r}; set a number, or compute.compile=auto"
-        )
-
-
 def _trained_weights(config: Config) -> Iterator[str]:
     train = config.train
     if train.weights == "all":
@@ -398,7 +395,7 @@ def _schedule(config: Config) -> Iterator[str]:
         yield f"schedule.start = {schedule.start} is not before its end, train.tokens = {config.train.tokens}; lower it"
 
 
-def _checkpoints(config: Config) -> Iterator[str]:
+def _resilience(config: Config) -> Iterator[str]:
     checkpoint = config.checkpoint
     if config.resilience.spikes == "rewind" and not checkpoint.every:
         yield "resilience.spikes = 'rewind' needs checkpoints to return to, but checkpoint.every = 0; set it above 0"
@@ -406,9 +403,6 @@ def _checkpoints(config: Config) -> Iterator[str]:
         near = nearest_multiples(checkpoint.every, checkpoint.keep_every)
         both = f"checkpoint.keep_every = {checkpoint.keep_every} is not a multiple of checkpoint.every"
         yield f"{both} = {checkpoint.every}, so few would be kept; nearest: {near}"
-
-
-def _hang(config: Config) -> Iterator[str]:
     if 0 < config.resilience.hang_after < 1:
         yield (
             f"resilience.hang_after = {config.resilience.hang_after:g} would take usual steps for hangs; make it at "
@@ -472,10 +466,8 @@ CHECKS = (
     _sparsity,
     _engines,
     _deepspeed,
-    _compile,
     _trained_weights,
     _schedule,
-    _checkpoints,
-    _hang,
+    _resilience,
     _run,
 )

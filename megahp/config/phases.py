@@ -21,14 +21,11 @@ class Phase:
 
 def phases_of(data: DataConfig) -> list[Phase]:
     """Return the phases of the data, the first from 0 tokens on. Raises ValueError naming the wrong word."""
-
-    def parse_weights(text: str) -> tuple[float, ...]:
-        return tuple(map(float, text.split(",")))
-
     lengths = [(0.0, data.sequence_length)]
     lengths += _parse_words(data.lengths, _parse_whole, "tokens:length, such as 4.7e11:8192")
     mixtures = [(0.0, data.weights)]
-    mixtures += _parse_words(data.mixtures, parse_weights, "tokens:weights, such as 1e9:0.7,0.3")
+    form = "tokens:weights, such as 1e9:0.7,0.3"
+    mixtures += _parse_words(data.mixtures, lambda text: tuple(map(float, text.split(","))), form)
     begins = sorted({tokens for tokens, _ in (*lengths, *mixtures)})
     return [Phase(tokens, _value_at(lengths, tokens), _value_at(mixtures, tokens)) for tokens in begins]
 

@@ -245,10 +245,8 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
     if model.expert_width and not model.dense_layers:
         derived["model.mlp_width"] = (model.expert_width, "derived from model.expert_width")
     if model.rope_scaling in ("llama3", "yarn"):
-        derived["model.rope_fast"] = (
-            4.0 if model.rope_scaling == "llama3" else 32.0,
-            "derived from model.rope_scaling",
-        )
+        fast = 4.0 if model.rope_scaling == "llama3" else 32.0
+        derived["model.rope_fast"] = (fast, "derived from model.rope_scaling")
     if model.rope_scaling == "yarn":  # arXiv 2309.00071, eq. 22: its square scales the logits
         derived["model.rope_magnitude"] = (0.1 * math.log(model.rope_factor) + 1, "derived from model.rope_factor")
     for key, (value, why) in derived.items():

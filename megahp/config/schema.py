@@ -58,6 +58,7 @@ moe_only = partial(setting, only_with=("model.experts", ONE_OR_MORE))
 rope_only = partial(setting, only_with=("model.positions", "rope"))
 selective_rope = partial(setting, only_with=("model.rope_scaling", "llama3", "yarn"))
 window_only = partial(setting, only_with=("model.window", ONE_OR_MORE))
+validating_only = partial(setting, only_with=("train.validation_samples", ONE_OR_MORE))
 
 
 def is_nth(block: int, every: int) -> bool:
@@ -235,11 +236,10 @@ class DataConfig:
         "no change",
     )
     validation_fraction: float = nonnegative(0.01, "fraction of documents held out", at_most=0.5, fixed="always")
-    validation: tuple[str, ...] = setting(
+    validation: tuple[str, ...] = validating_only(
         (),
         'further sets to validate on, as "name:prefix" words, such as "wiki:data/wiki-held-out"; empty = none',
         fixed="never",
-        only_with=("train.validation_samples", ONE_OR_MORE),
     )
     order: Literal["", "keyed", "drawn"] = setting(
         "",
@@ -506,12 +506,8 @@ class TrainConfig:
         at_most=1,
         only_with=("train.noise_scale", True),
     )
-    validate_every: int = nonnegative(
-        0, "steps between validations; 0 = only at the end", only_with=("train.validation_samples", ONE_OR_MORE)
-    )
-    validate_first: bool = setting(
-        False, "also validate before the first step", only_with=("train.validation_samples", ONE_OR_MORE)
-    )
+    validate_every: int = validating_only(0, "steps between validations; 0 = only at the end", at_least=0)
+    validate_first: bool = validating_only(False, "also validate before the first step")
     validation_samples: int = nonnegative(
         64,
         "samples per validation, of each source by its weight, and of each further set; 0 = no validation; 64 is "
@@ -596,10 +592,8 @@ class LogConfig:
     root: str = setting("runs", "folder that holds the run directories")
     every: int = at_least_1(1, "steps between lines of metrics.jsonl")
     tensorboard: bool = setting(False, "also write TensorBoard files (needs the package tensorboard)")
-    baselines: bool = setting(
-        True,
-        "at the end, also compute the validation loss of a unigram and a bigram model",
-        only_with=("train.validation_samples", ONE_OR_MORE),
+    baselines: bool = validating_only(
+        True, "at the end, also compute the validation loss of a unigram and a bigram model"
     )
     wandb: Literal["off", "offline", "online"] = setting(
         "off", "also log to Weights & Biases; offline = write files for a later `wandb sync`"

@@ -22,15 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megahp.checkpoint.shards import in_files
 from megahp.config import Config, with_values
@@ -286,9 +279,8 @@ def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], legacy: b
 
     torch_dist: a tensor at a time, in files of `limit` bytes; the legacy format: as one file, from memory.
     """
-    padded = with_values(
-        config, {"model.vocab_size": config.model.padded_vocab}
-    )  # its softmax is over padding rows too
+    # Megatron's softmax is over padding rows too
+    padded = with_values(config, {"model.vocab_size": config.model.padded_vocab})
     hf_config, exported = export(padded, ModelWeights(tensors), _family(config.model.norm))
     state = {"args": Namespace(**_training_args(hf_config, config)), "checkpoint_version": 3.0, "iteration": 0}
     target = folder / "release" / ("mp_rank_00" if legacy else "")
@@ -305,30 +297,34 @@ def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], legacy: b
 
 def _write_distributed(folder: Path, tensors: Tensors, layers: int, limit: int) -> None:
     described: dict[str, Any] = {}
-    storage: dict[MetadataIndex, Any] = {}
+    storage: dict[dcp.MetadataIndex, Any] = {}
     for index, group in enumerate(in_files(tensors, limit)):
         file = f"__0_{index}.distcp"
         with (folder / file).open("wb") as out:
             for name, tensor in group.items():
-                layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-                key = f"decoder.layers.{_engine_name(name[layer.end() :])}" if layer else name
+                layer, key = re.match(r"decoder\.layers\.(\d+)\.", name), name
+                if layer:
+                    stem = name[layer.end() :]
+                    for engine, local in ENGINE_NAMES.items():
+                        stem = re.sub(f"^{re.escape(local)}", engine, stem)
+                    key = f"decoder.layers.{stem}"
                 chunk, offsets = (tensor[None], [int(layer[1])]) if layer else (tensor, [])
                 at = torch.Size(offsets + [0] * (chunk.dim() - len(offsets)))
                 begin = out.tell()
                 _save(chunk.clone(), out)
                 size = torch.Size([layers, *tensor.shape]) if layer else tensor.shape
-                new = TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), size, [])
-                described.setdefault(key, new).chunks.append(ChunkStorageMetadata(at, chunk.shape))
-                storage[MetadataIndex(key, at)] = _StorageInfo(file, begin, out.tell() - begin)
+                new = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=chunk.dtype), size, [])
+                described.setdefault(key, new).chunks.append(dcp.ChunkStorageMetadata(at, chunk.shape))
+                storage[dcp.MetadataIndex(key, at)] = _StorageInfo(file, begin, out.tell() - begin)
     # each linear layer asks for its engine's state; this empty one is what a layer without an engine finds
     blank = folder / "__1_0.distcp"
     _save([None], blank)
     for name, shard in product(LINEAR_LAYERS, range(layers)):
         key = f"decoder.layers.{name}._extra_state/shard_{shard}_{layers}"
-        described[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = _StorageInfo(blank.name, 0, blank.stat().st_size)
+        described[key] = dcp.BytesStorageMetadata()
+        storage[dcp.MetadataIndex(key)] = _StorageInfo(blank.name, 0, blank.stat().st_size)
     with (folder / ".metadata").open("wb") as out:
-        pickle.dump(Metadata(described, storage_data=storage), out)
+        pickle.dump(dcp.Metadata(described, storage_data=storage), out)
     backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     write_json(folder / "metadata.json", {**backends, "common_backend": "torch", "common_backend_version": 1})
 
@@ -411,12 +407,6 @@ def _local_name(name: str) -> str:
     """Return the name that local layers have for a tensor of Transformer Engine's, or the name itself."""
     for engine, local in ENGINE_NAMES.items():
         name = name.replace(engine, local)
-    return name
-
-
-def _engine_name(name: str) -> str:
-    for engine, local in ENGINE_NAMES.items():
-        name = re.sub(f"^{re.escape(local)}", engine, name)
     return name
 
 

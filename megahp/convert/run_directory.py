@@ -79,7 +79,7 @@ def write_run(
         for name, tensor in check_shapes(tensors, {name: weight.shape for name, weight in model_state(model).items()})
     )
     path = checkpoint.path(partial / "checkpoints", 0)
-    checkpoint.write(path, checked, state_of_weights(config), file_limit(arguments))
+    checkpoint.write(path, checked, state_of_weights(config), int(1e9 * arguments.file_size))
     # moments and progress start anew: the next run branches from this checkpoint, rather than resuming it
     config = with_values(config, {"train.start_from": resolve.HERE})
     (partial / "config.toml").write_text(config_to_toml(config, resolved.origins), encoding="utf-8")
@@ -110,8 +110,3 @@ def check_files(arguments: argparse.Namespace) -> None:
         raise UserError(f"--text {arguments.text} is not a file with text; name another")
     if arguments.text:
         refuse_irregular(arguments.text, "--text", "name another", LARGEST)
-
-
-def file_limit(arguments: argparse.Namespace) -> int:
-    """Return --file-size in bytes."""
-    return int(arguments.file_size * 1e9)

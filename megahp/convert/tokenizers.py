@@ -56,11 +56,11 @@ def special_tokens(name: str, eod: int) -> dict[str, Any]:
     end-of-document token alone. Raises UserError."""
     kept = _beside(name, "config.json")
     ids: dict[str, Any] = {key: kept[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in kept}
-    if wrong := [key for key, value in ids.items() if not _is_ids(value)]:
-        file = Path(name).parent / "config.json"
-        raise UserError(
-            f"{file}: {wrong[0]} = {shown(ids[wrong[0]])} is neither a token's id nor a list of them; fix it"
-        )
+    for key, value in ids.items():
+        each_id = value if isinstance(value, list) else [value]
+        if value is not None and not all(type(token) is int for token in each_id):
+            file = Path(name).parent / "config.json"
+            raise UserError(f"{file}: {key} = {shown(value)} is neither a token's id nor a list of them; fix it")
     return {"bos_token_id": None, "eos_token_id": eod, **ids}
 
 
@@ -76,8 +76,9 @@ def write_tokenizer(folder: Path, name: str, tokenizer: Tokenizer) -> None:
         built = of_sentencepiece(name)
         vocab = built["model"]["vocab"]
         names = [piece for piece, _ in vocab] if isinstance(vocab, list) else list(vocab)
-        end, begin = names[tokenizer.eod], _content(kept.get("bos_token"))
-        if kept.get("add_bos_token") is True and begin in names:
+        end, begin = names[tokenizer.eod], kept.get("bos_token")
+        begin = begin.get("content") if isinstance(begin, Mapping) else begin
+        if kept.get("add_bos_token") is True and isinstance(begin, str) and begin in names:
             built["post_processor"] = _adding(begin, names.index(begin))
         # not of a class that builds a tokenizer of its own, which puts other spaces before a text
         kept = {key: value for key, value in kept.items() if key not in OF_A_CLASS}
@@ -112,20 +113,13 @@ def of_sentencepiece(name: str) -> dict[str, Any]:
     trainer, normalizer = ({n: values[-1] for n, values in _fields(model[n][-1]).items()} for n in (2, 3))
     kind, has_prefix, removes_spaces = trainer.get(3, UNIGRAM), normalizer.get(3, 1), normalizer.get(4, 1)
     symbols = [piece for piece, _, role in pieces if role == USER_DEFINED and len(piece) > 1]
-    if (
-        kind not in (UNIGRAM, BPE)
-        or trainer.get(24, 0)
-        or not normalizer.get(5, 1)
-        or (symbols and (has_prefix or removes_spaces))
-    ):
-        what = (
-            f"symbols such as {symbols[0]!r} and spaces put before a text or removed"
-            if symbols
-            else "another algorithm"
-        )
-        raise UserError(
-            f"tokenizer {name!r} is a SentencePiece model with {what}; name its tokenizer.json, if it has one"
-        )
+    is_other = kind not in (UNIGRAM, BPE) or trainer.get(24, 0) or not normalizer.get(5, 1)
+    if is_other or (symbols and (has_prefix or removes_spaces)):
+        what = "another algorithm"
+        if symbols:
+            what = f"symbols such as {symbols[0]!r} and spaces put before a text or removed"
+        remedy = "name its tokenizer.json, if it has one"
+        raise UserError(f"tokenizer {name!r} is a SentencePiece model with {what}; {remedy}")
     steps: list[dict[str, Any]] = []
     if normalizer.get(2):
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(normalizer[2]).decode()})
@@ -211,20 +205,9 @@ def _adding(begin: str, token: int) -> dict[str, Any]:
     return {"type": "TemplateProcessing", "single": [special, text], "pair": pair, "special_tokens": tokens}
 
 
-def _content(token: Any) -> str:
-    """Return the text of a special token, which tokenizer_config.json may have as a table."""
-    content = token.get("content") if isinstance(token, Mapping) else token
-    return content if isinstance(content, str) else ""
-
-
 def _beside(name: str, file: str) -> dict[str, Any]:
     """Return a JSON file that was kept beside a tokenizer, {} if there is none. Raises UserError."""
     return read_beside(name, file) if Path(name).stem == "tokenizer" else {}
-
-
-def _is_ids(value: Any) -> bool:
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return all(type(each) is int for each in values)
 
 
 def bytes_tokenizer(eod: int) -> dict[str, Any]:
@@ -239,15 +222,10 @@ def bytes_tokenizer(eod: int) -> dict[str, Any]:
     }
 
 
-def byte_letters() -> dict[int, str]:
-    """Return the letter of each byte in byte-level tokenizers: bytes that cannot be printed have one above 255, as in
-    GPT-2."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = {byte: chr(byte) for byte in printable}
-    return letters | {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in letters)}
-
-
-BYTE_OF_LETTER = {letter: byte for byte, letter in byte_letters().items()}
+# of byte-level tokenizers: bytes that cannot be printed have a letter above 255, as in GPT-2
+PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
+BYTE_OF_LETTER = {chr(byte): byte for byte in PRINTABLE}
+BYTE_OF_LETTER |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)}
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def backward(model: Transformer, batch: Batch) -> tuple[dict[str, float], dict[s
     with torch.no_grad():
         squares = {layer: square.item() for layer, square in _squares(model, recorded, logits)}
         grads = {name: local(weight.grad) for name, weight in parameters(model)}  # type: ignore[arg-type]
-    assert squares.keys() == {_layer(name) for name in grads}  # every weight is counted
+    assert squares.keys() == {name.rpartition(".")[0] for name in grads}  # every weight is counted
     return squares, grads
 
 
@@ -174,12 +174,8 @@ def _by_layer(grads: Mapping[str, Tensor]) -> dict[str, float]:
     squares: dict[str, float] = {}
     norms = torch.stack(torch._foreach_norm(list(grads.values()), 2, torch.float64))
     for name, norm in zip(grads, norms.tolist(), strict=True):
-        _add(squares, {_layer(name): norm**2})
+        _add(squares, {name.rpartition(".")[0]: norm**2})
     return squares
-
-
-def _layer(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
 
 
 def _add(totals: dict[str, float], more: Mapping[str, float]) -> None:

@@ -57,11 +57,6 @@ class Curve:
         return float(np.exp2(np.log2([seed.value for seed in self.optima]).mean()))
 
     @property
-    def at_edge(self) -> bool:
-        """Whether any seed's optimum is at the grid's edge."""
-        return any(seed.at_edge for seed in self.optima)
-
-    @property
     def beyond(self) -> list[float]:
         """The next value of the grid, by its own step, at each end where a seed's optimum is."""
         if len(self.values) < 2:

@@ -143,7 +143,7 @@ class Trial(Trainer):
     def weights(self) -> dict[str, Tensor]:
         """Return the global weights, router biases and masks of this rank's pipeline stages."""
         saved = self.engine.saved | self.masks.state()
-        return {name.removeprefix("model."): gather_shards(tensor, tensor) for name, tensor in saved.items()}
+        return {name.removeprefix("model."): whole(each, storage(each)).cpu().clone() for name, each in saved.items()}
 
     def batches(self, plan: StepPlan) -> Iterator[Batch]:
         for ids in self.samples(plan):
@@ -171,12 +171,6 @@ def synthetic_batch(ids: np.ndarray, config: Config, device: torch.device | str 
     documents = (np.arange(length) >= (ids[:, None] * 7 % length)).astype(np.int32)
     masked = torch.from_numpy(documents).to(device) if config.data.mask_documents else None
     return Batch(torch.from_numpy(tokens).to(device), masked, ids)
-
-
-def gather_shards(weight: Tensor, value: Tensor | None) -> Tensor:
-    """Return the global tensor of a value that is sharded over the ranks of one pipeline stage as the weight is."""
-    assert value is not None
-    return whole(weight, storage(value)).cpu().clone()
 
 
 def gather_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:

@@ -100,7 +100,12 @@ class Watchdog:
 
     def _exit(self, position: Mapping[str, Any]) -> None:
         """Log where all ranks stand that report it in time, once for all, and exit."""
-        report_crash(self.directory, self.rank, f"no step for {self.hang_after:g} s; step {self.step}\n{_stacks()}")
+        names, frames = {thread.ident: thread.name for thread in threading.enumerate()}, sys._current_frames()
+        stacks = {names.get(ident, str(ident)): traceback.format_stack(frame) for ident, frame in frames.items()}
+        lines = [f"no step for {self.hang_after:g} s; step {self.step}"]
+        for name in sorted(stacks, key="MainThread".__eq__):  # training's last, where a reader looks first
+            lines.append(f"thread {name}\n{''.join(stacks[name])}")
+        report_crash(self.directory, self.rank, "\n".join(lines))
         # a request to the store blocks where the rank that holds it is the one that hangs
         threading.Timer(2 * ANSWER, self._exit_alone, [position]).start()
         try:
@@ -171,10 +176,3 @@ def hang_report(reports: Mapping[int, Mapping[str, Any]], ranks: int, seconds: f
 def _where(position: Mapping[str, Any]) -> str:
     doing = f"in {position['collective']}, called at" if position["collective"] else "in no collective, at"
     return f"{doing} {position['line']}, after step {position['step']}"
-
-
-def _stacks() -> str:
-    """Return the stacks of all threads of this process, training's last, where a reader looks first."""
-    names, frames = {thread.ident: thread.name for thread in threading.enumerate()}, sys._current_frames()
-    stacks = {names.get(ident, str(ident)): traceback.format_stack(frame) for ident, frame in frames.items()}
-    return "\n".join(f"thread {name}\n{''.join(stacks[name])}" for name in sorted(stacks, key="MainThread".__eq__))

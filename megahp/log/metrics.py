@@ -199,17 +199,13 @@ def read_run(directory: Path) -> LoggedRun:
             texts[number] = path.read_text(encoding="utf-8", errors="replace")
     run = LoggedRun(directory.resolve().name, columns, layers, events, baselines, texts[0], texts[1], directory)
     # Logs of versions before noise_scale_total hold the norm layers' noise scale alone.
-    total, derived = run.column("noise_scale_total"), run.column("noise_scale") * _noise_to_total(run.config)
+    try:
+        noise_to_total = float(tomllib.loads(run.config)["batch"]["noise_to_total"])
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError):
+        noise_to_total = 1.4  # the setting's default
+    total, derived = run.column("noise_scale_total"), run.column("noise_scale") * noise_to_total
     columns["noise_scale_total"] = np.where(np.isnan(total), derived, total)
     return run
-
-
-def _noise_to_total(text: str) -> float:
-    """Return batch.noise_to_total of a config.toml, or else the setting's default."""
-    try:
-        return float(tomllib.loads(text)["batch"]["noise_to_total"])
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError):
-        return 1.4
 
 
 def read_metrics(directory: Path) -> list[Record]:

@@ -5,8 +5,6 @@ products of each generation of GPUs. Priors keep what a set of rows says nothing
 a source weighs as much as any other, however many rows it has.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ test_formulas.py). `Stack` says what other training stacks do differently, so th
 predicted by the same formulas. Operations bound by memory are counted in passes over a tensor, a read or a write each.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Hashable
@@ -126,7 +124,11 @@ class _Counted:
             self._experts(recompute, again, count)
         self._elementwise(recompute, dense, count)
         self._tensor_parallel(recompute, count)
-        self._context_parallel(recompute, count)
+        # context parallelism gathers all keys and values
+        cp, size = self.layout.cp, self.e * self.t * self.layout.cp * 2 * rank.keys
+        self.send("forward", "all-gather", "cp", cp, size, count)
+        self.send("backward", "all-gather", "cp", cp, size, count * (recompute == "full"))
+        self.send("backward", "reduce-scatter", "cp", cp, size, count)
 
     def _mlp(self, hidden: int, rows: int, count: int, again: float) -> None:
         width, dtype = self.model.width, self.stack.products_dtype
@@ -229,13 +231,6 @@ class _Counted:
         """Count the sums of norms' gradients of each example, of which ranks that split the sequence have parts."""
         if self.rank.config.train.noise_scale:
             self.send("backward", "all-reduce", "tp", self.tp, 4 * self.rank.sequences * self.model.width, norms)
-
-    def _context_parallel(self, recompute: str, count: int) -> None:
-        """Count the gathering of all keys and values."""
-        cp, size = self.layout.cp, self.e * self.t * self.layout.cp * 2 * self.rank.keys
-        self.send("forward", "all-gather", "cp", cp, size, count)
-        self.send("backward", "all-gather", "cp", cp, size, count * (recompute == "full"))
-        self.send("backward", "reduce-scatter", "cp", cp, size, count)
 
     # once a microbatch
 

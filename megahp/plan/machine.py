@@ -3,8 +3,6 @@
 A machine is a TOML file, one of megahp/plan/machines or the user's own, whose every number names its source.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass

@@ -1,7 +1,5 @@
 """A cluster file from measurements on the cluster itself (megahp check-cluster, megahp benchmark communication)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any

@@ -3,8 +3,6 @@
 Of megahp's own step within a tenth of a trace's (tests/plan/test_formulas.py).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 
@@ -31,7 +29,7 @@ def peak(rank: Rank) -> Counter[str]:
         # in the end the gradient of all weights of a unit, and what of it is sent, in the place of what it is made from
         made, sent = rank.e, rank.stack.reduced_bytes
         in_block["temporary"] = max(in_block["temporary"], (made + sent) * unit)
-        at_end["temporary"] = (sent if _accumulates(rank) else made + sent) * outer
+        at_end["temporary"] = (sent if rank.accumulates else made + sent) * outer
     return +(states + max(in_block, in_loss, at_end, key=lambda kinds: sum(kinds.values())))
 
 
@@ -41,14 +39,9 @@ def _states(rank: Rank) -> Counter[str]:
     if stack.states == "megatron":
         moments = 12 * rank.own_weights  # with the weights in float32
         return Counter(weights=rank.e * weights, gradients=stack.gradient_bytes * weights, moments=moments)
-    whole = not layout.is_sharded or _accumulates(rank)
+    whole = not layout.is_sharded or rank.accumulates
     gradients = stack.gradient_bytes * (weights if whole else rank.own_weights)
     return Counter(weights=4 * rank.own_weights, moments=8 * rank.own_weights, gradients=gradients)
-
-
-def _accumulates(rank: Rank) -> bool:
-    """Return whether FSDP keeps whole gradients from one microbatch to the next."""
-    return rank.count > 1 and rank.parallel.reduce == "once"
 
 
 def _in_flight(rank: Rank) -> dict[int, int]:

@@ -6,8 +6,6 @@ say "by its rows". A row that does not state what the
 formulas need is left out, with the reason.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megahp.config.schema import (
-    BatchConfig,
-    ComputeConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-)
+from megahp.config import schema
+from megahp.config.schema import Config
 from megahp.errors import UserError
 from megahp.files import read_text
 from megahp.plan.machine import Machine, load_machine, machine_names
@@ -143,11 +134,6 @@ class Case:
     activations: float | None  # bytes
     out_of_memory: bool
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.config.step_tokens
-
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the rows of a file with published.csv's columns. Raises UserError."""
@@ -188,6 +174,7 @@ def read(number: int, row: Row) -> Case:
     stack = replace(source.stack, products_dtype="float8" if kind == "fp8" else "", **source.row(row))
     config, ranks = _config_of(source, row), whole(row, "gpus")
     failed, unit = row["measured_value"] == "OOM", row["measured_unit"]
+    peak = re.search(r"memory (\d+(?:\.\d+)?) ?(GiB|GB)", row["notes"])
     return Case(
         number,
         source.name,
@@ -198,7 +185,7 @@ def read(number: int, row: Row) -> Case:
         machine,
         stack,
         None if failed or not row["measured_value"] or unit.startswith(("GB", "GiB")) else _seconds(row, config, ranks),
-        _memory(row["notes"]),
+        float(peak[1]) * (2**30 if peak[2] == "GiB" else 1e9) if peak else None,
         source.beside,
         float(row["measured_value"]) * 2**30 if unit.startswith("GiB") else None,
         failed,
@@ -225,17 +212,17 @@ def _config_of(source: Source, row: Row) -> Config:
     half = "float16" if "fp16" in row["precision"] else "bfloat16"
     return Config(
         model=_model_of(source, row),
-        data=DataConfig(sequence_length=whole(row, "seq")),
-        batch=BatchConfig(global_batch=whole(row, "global_batch"), micro_batch=micro_batch),
+        data=schema.DataConfig(sequence_length=whole(row, "seq")),
+        batch=schema.BatchConfig(global_batch=whole(row, "global_batch"), micro_batch=micro_batch),
         parallel=parallel,
-        compute=ComputeConfig(recompute=recompute),  # type: ignore[arg-type]
-        train=TrainConfig(tokens=10**16, dtype=half, noise_scale=False),  # type: ignore[arg-type]
+        compute=schema.ComputeConfig(recompute=recompute),  # type: ignore[arg-type]
+        train=schema.TrainConfig(tokens=10**16, dtype=half, noise_scale=False),  # type: ignore[arg-type]
     )
 
 
-def _model_of(source: Source, row: Row) -> ModelConfig:
+def _model_of(source: Source, row: Row) -> schema.ModelConfig:
     heads, width = whole(row, "heads"), whole(row, "hidden")
-    llama = ModelConfig(
+    llama = schema.ModelConfig(
         layers=whole(row, "layers"),
         width=width,
         heads=heads,
@@ -252,7 +239,7 @@ def _model_of(source: Source, row: Row) -> ModelConfig:
     return min((llama, gpt), key=lambda model: abs(parameters(model, length) - size))
 
 
-def _parallel_of(source: Source, row: Row) -> ParallelConfig:
+def _parallel_of(source: Source, row: Row) -> schema.ParallelConfig:
     tp, pp, cp, dp = (whole(row, axis) for axis in ("tp", "pp", "cp", "dp"))
     if tp * pp * cp * dp != whole(row, "gpus"):
         raise ValueError("its layout is not of as many GPUs as it states")
@@ -260,7 +247,7 @@ def _parallel_of(source: Source, row: Row) -> ParallelConfig:
     # "hybrid" is a shard to a node, and copies of it
     replicas = max(1, dp // whole(row, "gpus_per_node")) if row["zero"] == "hybrid" else 1
     zero = 3 if row["zero"] == "hybrid" else whole(row, "zero")
-    return ParallelConfig(
+    return schema.ParallelConfig(
         tp=tp,
         pp=pp,
         cp=cp,
@@ -310,9 +297,3 @@ def _seconds(row: Row, config: Config, ranks: int) -> float:
         flops = training_flops(config.model, length, causal=False, recomputed_layers=config.model.layers)
         return tokens * flops / (ranks * 1e12 * value)
     raise ValueError(f"its unit {unit!r} is not known")
-
-
-def _memory(notes: str) -> float | None:
-    """Return the peak that the notes name, in bytes."""
-    found = re.search(r"memory (\d+(?:\.\d+)?) ?(GiB|GB)", notes)
-    return float(found[1]) * (2**30 if found[2] == "GiB" else 1e9) if found else None

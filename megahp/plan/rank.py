@@ -1,11 +1,8 @@
 """The sizes that one rank's work and memory follow from, and what other training stacks do differently from megahp."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 from megahp.config import Config, longest
@@ -68,6 +65,8 @@ class Rank:
         self.model, self.parallel = config.model, config.parallel
         plan = first_step(config, layout.dp)
         self.count, self.sequences, self.length = plan.num_microbatches(layout.dp), plan.micro_batch, plan.length
+        # whether FSDP keeps whole gradients from one microbatch to the next
+        self.accumulates = self.count > 1 and self.parallel.reduce == "once"
         self.t = plan.micro_batch * plan.length // layout.cp
         self.r = self.t // layout.tp if config.parallel.sequence_parallel else self.t
         self.dtype, self.e = config.train.dtype, BYTES[config.train.dtype]
@@ -75,6 +74,13 @@ class Rank:
         self.stages = {number: cuts[number] for number in stages_of(position, config.parallel)}
         self.blocks = [block for blocks in self.stages.values() for block in blocks]
         self.is_first, self.is_last = 0 in self.stages, len(cuts) - 1 in self.stages
+        # numbers of a token on this rank
+        model, tp = self.model, layout.tp
+        self.queries = model.heads * model.head_size // tp
+        self.keys = max(model.kv_heads // tp, 1) * model.head_size  # with fewer heads than tp ranks, a copy of one
+        self.fused = (model.heads + 2 * model.kv_heads) * model.head_size // tp  # queries, keys and values
+        self.hidden, self.vocabulary = model.mlp_width // tp, model.padded_vocab // tp
+        self._count_weights()
 
     def kind(self, block: int) -> tuple[str, bool]:
         """Return what a block's work depends on: how it is recomputed, and whether it is dense. A window is a mask, and
@@ -93,88 +99,36 @@ class Rank:
         sizes = dict(zip(AXES, self.layout.shape, strict=True))
         return "_".join(axis for axis in axes if sizes[axis] > 1)
 
-    # numbers of a token on this rank
-
-    @property
-    def queries(self) -> int:
-        return self.model.heads * self.model.head_size // self.layout.tp
-
-    @property
-    def keys(self) -> int:
-        """Those of all key heads; with fewer heads than tp ranks, of the copy of one."""
-        return max(self.model.kv_heads // self.layout.tp, 1) * self.model.head_size
-
-    @property
-    def fused(self) -> int:
-        """Outputs of the projection to queries, keys and values."""
-        return (self.model.heads + 2 * self.model.kv_heads) * self.model.head_size // self.layout.tp
-
-    @property
-    def hidden(self) -> int:
-        return self.model.mlp_width // self.layout.tp
-
-    @property
-    def vocabulary(self) -> int:
-        return self.model.padded_vocab // self.layout.tp
-
-    # numbers of weights, whole over the ranks that share them
-
-    @property
-    def norm(self) -> int:
-        return self.model.width * (2 if self.model.norm == "layernorm" and self.model.bias else 1)
-
-    @property
-    def mlp_matrices(self) -> int:
-        return 3 if self.model.gated else 2
-
-    @cached_property
-    def block_weights(self) -> int:
-        """Return those of a block without its experts."""
-        model, tp, matrices = self.model, self.layout.tp, self.mlp_matrices
-        count = model.width * (self.fused + self.queries) + (4 if model.norm_placement == "both" else 2) * self.norm
+    def _count_weights(self) -> None:
+        """Count weights, whole over the ranks that share them: of a block without its experts, of a block's
+        experts on this rank's part of ep, outside the blocks, and all; and those whose moments this rank holds."""
+        model, parallel, layout = self.model, self.parallel, self.layout
+        matrices = 3 if model.gated else 2
+        norm = model.width * (2 if model.norm == "layernorm" and model.bias else 1)
+        block = model.width * (self.fused + self.queries) + (4 if model.norm_placement == "both" else 2) * norm
         if model.bias or model.qkv_bias:
-            count += self.fused
+            block += self.fused
         if model.bias:
-            count += 2 * model.width + (matrices - 1) * self.hidden
+            block += 2 * model.width + (matrices - 1) * self.hidden
         if model.qk_norm:
-            count += 2 * model.head_size
-        if not model.experts:
-            return count + matrices * model.width * self.hidden
-        shared = matrices * model.shared_experts * model.expert_width // tp
-        return count + model.width * (model.experts + shared)
-
-    @cached_property
-    def expert_weights(self) -> int:
-        """Return those of a block's experts on this rank's part of ep."""
-        model = self.model
-        return (
-            self.mlp_matrices * model.width * model.expert_width // self.layout.tp * (model.experts // self.layout.ep)
-        )
-
-    @cached_property
-    def outer_weights(self) -> int:
-        """Return those outside the blocks."""
-        model, table = self.model, self.vocabulary * self.model.width
-        count = 0
+            block += 2 * model.head_size
+        if model.experts:
+            block += model.width * (model.experts + matrices * model.shared_experts * model.expert_width // layout.tp)
+        else:
+            block += matrices * model.width * self.hidden
+        self.block_weights = block
+        of_expert = matrices * model.width * model.expert_width // layout.tp
+        self.expert_weights = of_expert * (model.experts // layout.ep)
+        table, outer = self.vocabulary * model.width, 0
         if self.is_first:
-            count += table + (longest(self.config) * model.width if model.positions == "learned" else 0)
+            outer += table + (longest(self.config) * model.width if model.positions == "learned" else 0)
         if self.is_last:
-            count += self.norm + (0 if model.tied_embeddings and self.is_first else table)
-        return count
-
-    @property
-    def weights(self) -> int:
-        return len(self.blocks) * (self.block_weights + self.expert_weights) + self.outer_weights
-
-    @property
-    def shards(self) -> int:
-        """Ranks that share a weight's moments."""
-        if self.stack.states != "megatron":
-            return self.layout.dp_shard * self.layout.cp
-        return self.layout.dp if self.parallel.zero else 1
-
-    @property
-    def own_weights(self) -> int:
-        """Those whose moments this rank holds; ranks along ep share no experts."""
+            outer += norm + (0 if model.tied_embeddings and self.is_first else table)
+        self.outer_weights = outer
         experts = len(self.blocks) * self.expert_weights
-        return (self.weights - experts + experts * min(self.layout.ep, self.shards)) // self.shards
+        self.weights = len(self.blocks) * self.block_weights + experts + outer
+        shards = layout.dp_shard * layout.cp  # ranks that share a weight's moments
+        if self.stack.states == "megatron":
+            shards = layout.dp if parallel.zero else 1
+        # ranks along ep share no experts
+        self.own_weights = (self.weights - experts + experts * min(layout.ep, shards)) // shards

@@ -1,7 +1,5 @@
 """The pipeline schedules as lists of actions, those that torch.distributed.pipelining runs, and their replay."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple

@@ -4,8 +4,6 @@ The global batch stays, so every layout trains the same model. Of recomputation,
 layout gets no more than it needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -83,14 +81,13 @@ def search(config: Config, gpus: int, machine: Machine, fixed: Collection[str] =
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be at least 1")
     pinned = {key: value for key in KEYS if key in fixed and (value := get_setting(config, key)) != AUTO}
-    plain = with_values(
-        config, {key: FIELDS[key].default for key in WRITTEN if key not in {*fixed, "batch.micro_batch"}}
-    )
+    defaults = {key: FIELDS[key].default for key in WRITTEN if key not in {*fixed, "batch.micro_batch"}}
+    plain = with_values(config, defaults)
     candidates: list[Candidate] = []
     for values in layouts(plain, gpus, machine, pinned):
         candidates += candidates_of(plain, values, gpus, machine, pinned)
     if not PIPELINE & pinned.keys():
-        fastest = distinct(fitting_by_speed(candidates, machine))[:REFINED]
+        fastest = distinct(by_speed(candidates, machine)[0])[:REFINED]
         pipelines = [candidate for candidate in fastest if candidate.layout.pp > 1]
         for candidate, (schedule, stages) in product(pipelines, SCHEDULES):
             values = {**candidate.settings, "parallel.schedule": schedule, "parallel.stages_per_rank": stages}
@@ -101,14 +98,14 @@ def search(config: Config, gpus: int, machine: Machine, fixed: Collection[str] =
             f"no layout of --gpus {gpus} divides model and batch.global_batch = {config.batch.global_batch}{beside}; "
             "choose another number of GPUs, or a batch that is a multiple of it"
         )
-    fitting = fitting_by_speed(candidates, machine)
+    fitting, too_large = by_speed(candidates, machine)
     if not fitting:
         least = min(candidates, key=lambda candidate: candidate.estimate.bytes)
         raise UserError(
             f"no layout fits {gpus} GPUs of {machine.name}, of which {machine.usable / 2**30:,.1f} GiB can be used; "
             f"the leanest takes {least.estimate.bytes / 2**30:,.1f} ({least}); take more GPUs, or a smaller model"
         )
-    return Found(fitting, by_speed(each for each in candidates if each.estimate.bytes > machine.usable))
+    return Found(fitting, too_large)
 
 
 def layouts(config: Config, gpus: int, machine: Machine, pinned: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -129,15 +126,8 @@ def layouts(config: Config, gpus: int, machine: Machine, pinned: Mapping[str, An
             data = {"dp_replicate": 1, "dp_shard": 0} if shards == dp else {"dp_replicate": 0, "dp_shard": shards}
             eps = [ep for ep in range(1, min(shards, model.experts) + 1) if shards % ep == model.experts % ep == 0]
             for ep, (zero, reduce) in product(eps or [1], STATES if pp == 1 and shards * cp > 1 else STATES[:1]):
-                sizes = {
-                    "pp": pp,
-                    "cp": cp,
-                    "tp": tp,
-                    "ep": ep,
-                    "zero": zero if pp == 1 else 0,
-                    "reduce": reduce,
-                    **data,
-                }
+                sizes = {"pp": pp, "cp": cp, "tp": tp, "ep": ep, **data}
+                sizes |= {"zero": zero if pp == 1 else 0, "reduce": reduce}
                 values = {f"parallel.{name}": value for name, value in sizes.items()}
                 # the user may have written a size as 0, for the rest, or as the number that it comes to
                 true_sizes = {"parallel.dp_replicate": dp // shards, "parallel.dp_shard": shards}
@@ -189,13 +179,11 @@ def confirm(found: Found, gpus: int, machine: Machine) -> Found:
     raise UserError(f"no layout fits {gpus} GPUs of {machine.name} by its trace; take more GPUs, or a smaller model")
 
 
-def fitting_by_speed(candidates: Iterable[Candidate], machine: Machine) -> list[Candidate]:
-    """Return those that fit, fastest first."""
-    return by_speed(each for each in candidates if each.estimate.bytes <= machine.usable)
-
-
-def by_speed(candidates: Iterable[Candidate]) -> list[Candidate]:
-    return sorted(candidates, key=lambda each: each.estimate.seconds)
+def by_speed(candidates: Iterable[Candidate], machine: Machine) -> tuple[list[Candidate], list[Candidate]]:
+    """Return those that fit and those that are too large, fastest first."""
+    ordered = sorted(candidates, key=lambda each: each.estimate.seconds)
+    fitting = [each for each in ordered if each.estimate.bytes <= machine.usable]
+    return fitting, [each for each in ordered if each.estimate.bytes > machine.usable]
 
 
 def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -4,8 +4,6 @@ Failures come at random, at a rate in proportion to the GPUs. What a failure cos
 newest complete checkpoint, and a restart. All trials of a run are simulated at once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ link in its way. Gathering and reducing of weights run beside computing, and add
 the rest; tensor and context parallelism's collectives are waited for. Pipelines are replayed, action by action.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -129,9 +127,11 @@ class _Times:
             launched[kernel.phase] += times * machine.launch
         for each, times in work.collectives.items():
             seconds = collective_seconds(each, layout, machine)
+            of_weights = each.axes.startswith(("dp_", "ep")) and each.name != "all-to-all"
             if each.axes == "pp":
                 self.transfer = seconds
-            elif _runs_beside(each, layout):
+            elif layout.is_sharded and each.phase != "update" and of_weights:
+                # FSDP gathers and reduces while kernels run; replicas without shards sum after the last backward pass
                 self.hidden[each.phase] += times * seconds
             else:
                 beside_products = stack.hidden_tp if each.axes == "tp" else 0.0
@@ -143,13 +143,6 @@ class _Times:
     def busy(self, phase: str) -> float:
         """Return the seconds of computing, and of communication that is waited for."""
         return sum(self.kinds[phase].values()) + sum(self.exposed[phase].values())
-
-
-def _runs_beside(each: Collective, layout: Layout) -> bool:
-    """Return whether a collective runs while kernels do: FSDP's gathering and reducing of weights. Replicas without
-    shards sum their gradients after the last backward pass."""
-    of_weights = each.axes.startswith(("dp_", "ep")) and each.name != "all-to-all"
-    return layout.is_sharded and of_weights and each.phase != "update"
 
 
 def beside(hidden: float, busy: float, machine: Machine) -> float:
@@ -196,16 +189,13 @@ def kernel_seconds(kernel: Kernel, machine: Machine, attention: float = 1.0) -> 
         return moving + GAP
     peak = peak_of(machine, kernel.dtype)
     if kernel.kind == "attention":
-        computing = _attention_operations(kernel, machine.ramp) / (
-            peak * best.attention * efficiency.attention * attention
-        )
-        return max(moving, computing) + GAP
+        rate = peak * best.attention * efficiency.attention * attention
+        return max(moving, _attention_operations(kernel, machine.ramp) / rate) + GAP
     multiple = math.gcd(*kernel.shape[1:], 64)
     if multiple < min(ALIGNED):
         peak = machine.peak.float32
-    computing = _tiled_operations(kernel.shape, machine.units, machine.ramp) / (
-        peak * best.products * efficiency.products
-    )
+    rate = peak * best.products * efficiency.products
+    computing = _tiled_operations(kernel.shape, machine.units, machine.ramp) / rate
     return max(moving, ALIGNED.get(multiple, 1.0) * computing) + GAP
 
 

@@ -1,7 +1,6 @@
 """Searches and simulated runs as tables."""
 
 import datetime
-from collections.abc import Mapping
 
 from megahp.config.schema import toml_value
 from megahp.log.progress import human_count, human_duration
@@ -76,11 +75,3 @@ def forecast(found: Forecast, length: int, begin: datetime.date, price: float | 
     size = f"{found.checkpoint_bytes / 1e9:,.0f} GB, a wait of {found.stall:.2g} s"
     lines.append(f"checkpoints {size}; {interval}, {least}, by Young's formula")
     return "\n".join(lines)
-
-
-def layouts_tree(found: Found) -> list[Mapping[str, object]]:
-    """Return the layouts that fit, fastest first, for a JSON file."""
-    return [
-        {**vars(each.estimate), "memory": each.estimate.bytes, "settings": each.settings, "traced": each.traced}
-        for each in found.fitting
-    ]

@@ -10,8 +10,9 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
+from threading import Lock
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -132,7 +133,7 @@ def recording(mesh: Mesh, fake: FakeTensorMode | None = None, on_gpu: bool = Fal
         # under a dispatch mode torch cannot make this subclass of Tensor
         restored.enter_context(patch("torch.nn.attention.bias.causal_lower_right", lower_right))
         # DTensor finds the shape of a result, once, by an operation on whole fake tensors: nothing that a rank runs
-        restored.enter_context(patch.object(ShardingPropagator, "_fake_mode_lock", recorder.pausing()))
+        restored.enter_context(patch.object(ShardingPropagator, "_fake_mode_lock", recorder.paused))
         yield recorder
 
 
@@ -143,7 +144,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.fake, self.axes = fake, _axes_of_groups(mesh)
         self.phase: Phase = "build"
-        self.paused = False
+        self.paused = Lock()  # held while nothing is recorded
         self.load = 0  # tokens of each expert in one microbatch
         self.kernels: Counter[Kernel] = Counter()
         self.collectives: Counter[Collective] = Counter()
@@ -152,19 +153,6 @@ class Recorder(TorchDispatchMode):
         self.kinds: list[str] = []  # of every storage so far
         self.changes: list[tuple[int, int]] = []  # (number, bytes more or less)
         self.resident = 0  # bytes that are left at the end of what was last recorded
-
-    def pausing(self) -> AbstractContextManager[None]:
-        """Return a block, to be entered again and again, within which nothing is recorded."""
-        recorder = self
-
-        class Pause(AbstractContextManager[None]):
-            def __enter__(self) -> None:
-                recorder.paused = True
-
-            def __exit__(self, *error: object) -> None:
-                recorder.paused = False
-
-        return Pause()
 
     @contextmanager
     def running(self, phase: Phase) -> Iterator[None]:
@@ -182,9 +170,11 @@ class Recorder(TorchDispatchMode):
             return NotImplemented  # until DTensor has made of it what runs on this rank's part
         name = op._schema.name.partition("::")[2]
         if name == "_local_scalar_dense" and self.fake:
-            return self._value(args[0])
+            # what the step reads of a fake number, so that shapes are those of a real step: offsets of a part in its
+            # weight (which only slices by its size), experts chosen equally often, pipeline stages that agree to run
+            return 1 if args[0].dtype is torch.int32 else self.load if self.phase == "forward" else 0
         out = op(*args, **(kwargs or {}))
-        if self.paused:
+        if self.paused.locked():
             return out
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -193,9 +183,8 @@ class Recorder(TorchDispatchMode):
         elif not _is_free(op, outputs):
             arguments = zip(args, op._schema.arguments, strict=False)
             written = [arg for arg, row in arguments if row.alias_info is not None and row.alias_info.is_write]
-            self._kernel(
-                name, op, inputs, outputs or [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
-            )
+            in_place = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
+            self._kernel(name, inputs, outputs or in_place)
         for tensor in outputs:
             self._allocated(tensor, "gathered" if name in ("all_gather_copy_in", "_allgather_base_") else "")
         return out
@@ -222,13 +211,6 @@ class Recorder(TorchDispatchMode):
             if number is not None:
                 self.kinds[number] = kind
 
-    def _value(self, scalar: Tensor) -> int:
-        """Return what the step reads of a fake number, so that shapes are those of a real step: experts chosen equally
-        often, offsets of a part in its weight (which only slices by its size), pipeline stages that agree to run."""
-        if scalar.dtype is torch.int32:
-            return 1
-        return self.load if self.phase == "forward" else 0
-
     def _allocated(self, tensor: Tensor, kind: str) -> None:
         store = tensor.untyped_storage()
         number = self.numbers.get(store._cdata)
@@ -253,7 +235,7 @@ class Recorder(TorchDispatchMode):
         """Return the phase, backward wherever autograd is running, recomputation included."""
         return "backward" if self.phase == "forward" and torch._C._current_graph_task_id() != -1 else self.phase
 
-    def _kernel(self, name: str, op: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _kernel(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         size = sum(tensor.nbytes for tensor in [*inputs, *outputs])  # one changed in place is read and written
         kind: Literal["product", "attention", "memory"] = "memory"
         shape: tuple[int, ...] = ()

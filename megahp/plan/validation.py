@@ -4,11 +4,9 @@ A prediction's error is |predicted / published - 1|. Of every source a quarter o
 a source's own errors are given twice: with none of its rows in the fit, and with that quarter, for its other rows.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +103,7 @@ def rankings(validation: Validation) -> dict[str, tuple[int, float]]:
     found = {}
     for (_, source, model, gpu), members in sets.items():
         if len(members) >= LEAST_RANKED:
-            work = [each.case.tokens / each.case.ranks for each in members]
+            work = [each.case.config.step_tokens / each.case.ranks for each in members]
             published = [tokens / (each.case.seconds or np.nan) for tokens, each in zip(work, members, strict=True)]
             predicted = [tokens / each.seconds for tokens, each in zip(work, members, strict=True)]
             found[f"{source}, {model}, {gpu}"] = (len(members), spearman(published, predicted))
@@ -197,16 +195,18 @@ def _source_line(validation: Validation, source: str, kind: str) -> str:
 def records(validation: Validation) -> list[dict[str, Any]]:
     """Return a record a row: source, published and predicted in the row's own unit, error, and its part in the fit; or
     why it is left out."""
-    found: list[dict[str, Any]] = [
-        {"row": number, "source": validation.rows[number]["source"], "left_out": reason}
-        for number, reason in validation.reasons.items()
-    ]
+    found = left_out(validation.rows, validation.reasons)
     for each in validation.predictions:
         found.append(record(each.case, each.row, each.seconds, each.bytes, each.activations))
         found[-1]["calibrates"] = each.calibrates
         if each.case.seconds:
             found[-1]["error_own_quarter"] = each.error_own
     return sorted(found, key=lambda each: each["row"])
+
+
+def left_out(rows: Sequence[Row], reasons: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Return a record for each row that is not predicted."""
+    return [{"row": number, "source": rows[number]["source"], "left_out": reasons[number]} for number in reasons]
 
 
 def record(case: Case, row: Row, seconds: float, peak: float, activations: float) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def record(case: Case, row: Row, seconds: float, peak: float, activations: float
     elif case.activations:
         predicted = activations / 2**30
     elif unit == "tok/s/GPU":
-        predicted = case.tokens / seconds / case.ranks
+        predicted = case.config.step_tokens / seconds / case.ranks
     else:
         predicted = peak / 1e9 if unit.startswith("GB") else seconds
     return {
@@ -243,9 +243,7 @@ def record(case: Case, row: Row, seconds: float, peak: float, activations: float
 def predict(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return a record a row, predicted with the machines' own efficiencies."""
     cases, reasons = read_all(rows)
-    found: list[dict[str, Any]] = [
-        {"row": number, "source": rows[number]["source"], "left_out": reason} for number, reason in reasons.items()
-    ]
+    found = left_out(rows, reasons)
     for case in cases:
         each = estimate(case.config, case.ranks, case.machine, case.stack)
         peak = each.bytes * (1 + case.beside[1]) + case.beside[0]
@@ -268,7 +266,7 @@ def draw(validation: Validation, file: Path) -> None:
         sources = validation.sources()
         for index, source in enumerate(sources):
             rows = validation.of(source)
-            rates = [each.case.tokens / each.case.ranks for each in rows]
+            rates = [each.case.config.step_tokens / each.case.ranks for each in rows]
             published = [rate / (each.case.seconds or np.nan) for rate, each in zip(rates, rows, strict=True)]
             predicted = [rate / each.seconds for rate, each in zip(rates, rows, strict=True)]
             style = {"color": PALETTE[colour(index)], "marker": MARKERS[index // 6][0], "s": 10, "label": source}

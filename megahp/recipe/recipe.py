@@ -255,11 +255,8 @@ def _batch_settings(
     if not (given.gpus or given.batch) and target >= 4 * unit:  # at most a quarter from B_opt, whose optimum is flat
         unit *= min(MAX_SHARED, max(2, 2 ** int(math.log2(target / (4 * unit)))))
     batch = max(least, round(target / unit) * unit)
-    config: dict[str, Any] = {
-        "policy": "measured" if grows else "constant",
-        "global_batch": batch,
-        "micro_batch": micro,
-    }
+    policy = "measured" if grows else "constant"
+    config: dict[str, Any] = {"policy": policy, "global_batch": batch, "micro_batch": micro}
     # A calibration costs one microbatch per rank, so steps of more microbatches can afford it more often; in a pipeline
     # it costs a whole step.
     if grows and run.parallel.pp == 1 and isinstance(micro, int):

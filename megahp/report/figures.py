@@ -18,18 +18,7 @@ import numpy as np
 from megahp.errors import UserError
 from megahp.log.metrics import LoggedRun, Record
 from megahp.log.progress import human_count
-from megahp.report.numbers import (
-    has_weight_decay,
-    layer_kinds,
-    layer_points,
-    recorded,
-    skipped,
-    thin,
-    token_bounds,
-    tokens_per_step,
-    trend,
-    update_density,
-)
+from megahp.report import numbers
 
 RUNS = ("#2b5fa8", "#b5539c", "#2d8a57", "#8a6d1a", "#6a55c2", "#1d8a99")
 PALETTE = {
@@ -74,11 +63,11 @@ def loss_figure(runs: Sequence[LoggedRun]) -> str:
             hue, tokens, validation = PALETTE[colour(index)], run.column("tokens"), run.column("validation_loss")
             draw_trend(axes, run, "loss", hue)
             # An open circle for every validation, and a tick on the x axis for every skipped step.
-            points = thin(tokens[np.isfinite(validation)], validation[np.isfinite(validation)])
+            points = numbers.thin(tokens[np.isfinite(validation)], validation[np.isfinite(validation)])
             axes.plot(*points, "o", color=hue, ms=5, mew=1.4, mfc=PALETTE["paper"], zorder=4)
-            at = tokens[skipped(run)]
+            at = tokens[numbers.skipped(run)]
             if len(at):  # even an empty line, if not clipped, would take up space in the layout
-                axes.plot(*thin(at, np.zeros(len(at))), "|", transform=axes.get_xaxis_transform(), **ticks)
+                axes.plot(*numbers.thin(at, np.zeros(len(at))), "|", transform=axes.get_xaxis_transform(), **ticks)
         draw_baselines(axes, runs)
         axes.set_ylabel("nats per token")
 
@@ -116,10 +105,10 @@ def learning_rate_figure(runs: Sequence[LoggedRun]) -> str:
 
     def draw(axes: Any) -> None:
         for index, run in enumerate(runs):
-            tokens, batch = run.column("tokens"), tokens_per_step(run)
-            axes.plot(*thin(tokens, run.column("lr")), color=PALETTE[colour(index)])
+            tokens, batch = run.column("tokens"), numbers.tokens_per_step(run)
+            axes.plot(*numbers.thin(tokens, run.column("lr")), color=PALETTE[colour(index)])
             if batch[-1] > 1.001 * batch[0]:
-                axes.plot(*thin(tokens, run.column("lr") * np.sqrt(batch / batch[0])), **dashed(index, runs))
+                axes.plot(*numbers.thin(tokens, run.column("lr") * np.sqrt(batch / batch[0])), **dashed(index, runs))
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
 
@@ -145,15 +134,15 @@ def batch_figure(runs: Sequence[LoggedRun], marks: Sequence[Mark]) -> str:
         for index, run in enumerate(runs):
             tokens, hue = run.column("tokens"), PALETTE[colour(index)]
             axes.plot(*stairs(run, run.column("global_batch")), color=hue, ds="steps-pre")
-            axes.plot(*thin(tokens, run.column("noise_scale_total")), **dashed(index, runs))
+            axes.plot(*numbers.thin(tokens, run.column("noise_scale_total")), **dashed(index, runs))
             for key in ("batch_bound_noise", "batch_bound_stability"):
                 bound = run.column(key)
                 if len(known := np.flatnonzero(np.isfinite(bound))):
-                    axes.plot(*thin(tokens, bound), color=PALETTE["muted"], lw=0.8)
+                    axes.plot(*numbers.thin(tokens, bound), color=PALETTE["muted"], lw=0.8)
                     at = known[3 * len(known) // 4]  # named at three quarters of its length
                     annotate(axes, key.rpartition("_")[2], (tokens[at], bound[at]), ("data", "data"), "right")
-            if recorded([run], "batch_target"):
-                axes.plot(*thin(tokens, run.column("batch_target")), color=hue, ls=(0, (1, 1.2)), lw=1.6)
+            if numbers.recorded([run], "batch_target"):
+                axes.plot(*numbers.thin(tokens, run.column("batch_target")), color=hue, ls=(0, (1, 1.2)), lw=1.6)
         logarithmic(axes, 2)
         fit_batch_axis(axes, runs)
         span = max(run.column("tokens")[-1] for run in runs) or 1
@@ -195,8 +184,8 @@ def weights_figure(runs: Sequence[LoggedRun]) -> str:
 
     def draw(axes: Any) -> None:
         for index, run in enumerate(runs):
-            if has_weight_decay(run):
-                axes.plot(*stairs(run, update_density(run)), color=PALETTE[colour(index)], ds="steps-pre")
+            if numbers.has_weight_decay(run):
+                axes.plot(*stairs(run, numbers.update_density(run)), color=PALETTE[colour(index)], ds="steps-pre")
         axes.axhline(1, color=PALETTE["muted"], lw=1, ls=DOTTED)
         annotate(axes, "even average", (1, 1), ("axes fraction", "data"), "right")
         axes.set_ylim(bottom=0)
@@ -211,8 +200,8 @@ def gradient_figure(runs: Sequence[LoggedRun]) -> str:
     def draw(axes: Any) -> None:
         for index, run in enumerate(runs):
             tokens = run.column("tokens")
-            axes.plot(*trend(tokens, run.column("grad_sq_example")), color=PALETTE[colour(index)])
-            axes.plot(*trend(tokens, run.column("grad_sq_batch")), **dashed(index, runs))
+            axes.plot(*numbers.trend(tokens, run.column("grad_sq_example")), color=PALETTE[colour(index)])
+            axes.plot(*numbers.trend(tokens, run.column("grad_sq_batch")), **dashed(index, runs))
         logarithmic(axes, 10)
 
     return plot(draw, runs, "Squared gradient norms against tokens", 5, 2.7)
@@ -222,9 +211,9 @@ def layer_figure(runs: Sequence[LoggedRun]) -> str:
     """Draw the newest noise scale of every norm layer over depth, with a marker for each kind of norm."""
 
     def draw(axes: Any) -> None:
-        for number, kind in enumerate(layer_kinds(runs)):
+        for number, kind in enumerate(numbers.layer_kinds(runs)):
             for index, run in enumerate(runs):
-                at = [(depth, value) for name, depth, value in layer_points(run) if name == kind]
+                at = [(depth, value) for name, depth, value in numbers.layer_points(run) if name == kind]
                 depths, values = zip(*at, strict=True) if at else ((), ())
                 marker, _ = MARKERS[number % len(MARKERS)]
                 axes.plot(depths, values, color=PALETTE[colour(index)], lw=0.5, ms=4.5, marker=marker)
@@ -240,13 +229,13 @@ def draw_trend(axes: Any, run: LoggedRun, key: str, hue: str) -> None:
     """Draw every point as a faint line, and their mean over 2 % of the run as a clear one."""
     x, y = run.column("tokens"), run.column(key)
     if len(x) >= 100:
-        axes.plot(*thin(x, y), color=hue, lw=0.7, alpha=0.28)
-    axes.plot(*trend(x, y), color=hue, marker="." if len(x) < 30 else None, zorder=3)
+        axes.plot(*numbers.thin(x, y), color=hue, lw=0.7, alpha=0.28)
+    axes.plot(*numbers.trend(x, y), color=hue, marker="." if len(x) < 30 else None, zorder=3)
 
 
 def stairs(run: LoggedRun, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the points of a "steps-pre" line: a record's value holds for all its tokens since the previous record."""
-    return thin(token_bounds(run), np.append(values[0], values))
+    return numbers.thin(numbers.token_bounds(run), np.append(values[0], values))
 
 
 def dashed(index: int, runs: Sequence[LoggedRun]) -> dict[str, Any]:

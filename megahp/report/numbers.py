@@ -1,7 +1,7 @@
 """The numbers of a report, the health checks, and the curves behind the figures."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,8 +21,8 @@ def summary(run: LoggedRun) -> dict[str, str]:
     epochs = [f"{source} {read:.3g}" for source, read in (ends or [{}])[-1].items() if isinstance(read, float)]
     seconds, speeds, rates = training_seconds(run), finite(run, "tokens_per_second"), finite(run, "lr")
     return {
-        "Final loss": format_known(loss),
-        "Validation loss": format_known(validation),
+        "Final loss": "" if loss is None else f"{loss:.4f}",
+        "Validation loss": "" if validation is None else f"{validation:.4f}",
         "Unigram baseline": compared(run.baselines.get("unigram"), best),
         "Bigram baseline": compared(run.baselines.get("bigram"), best),
         "Tokens": f"{run.column('tokens')[-1]:,.0f}",
@@ -181,15 +181,10 @@ def has_weight_decay(run: LoggedRun) -> bool:
     return bool((run.column("lr") * run.column("weight_decay") > 0).any())
 
 
-def format_known(number: float | None, form: Callable[[float], str] = "{:.4f}".format) -> str:
-    """Return a number as text, by default a loss in nats; "" for None."""
-    return "" if number is None else form(number)
-
-
 def compared(baseline: float | None, loss: float | None) -> str:
-    """Return a baseline as text, with the loss relative to it."""
+    """Return a baseline as text, with the loss relative to it; "" if there is none."""
     if loss is None or baseline is None:
-        return format_known(baseline)
+        return "" if baseline is None else f"{baseline:.4f}"
     return f"{baseline:.4f} ({abs(loss - baseline):.4f} {'below' if loss <= baseline else 'above'})"
 
 

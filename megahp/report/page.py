@@ -14,17 +14,7 @@ from megahp.errors import UserError, complain, in_one_line
 from megahp.files import open_unlinked
 from megahp.log.metrics import LoggedRun, read_run
 from megahp.log.progress import human_count
-from megahp.report import figures
-from megahp.report.numbers import (
-    has_weight_decay,
-    health,
-    layer_kinds,
-    newest_half,
-    recorded,
-    skipped,
-    summary,
-    update_shares,
-)
+from megahp.report import figures, numbers
 
 COMMON = 30  # events of one kind; more of them would hide all others in the figure
 
@@ -76,10 +66,10 @@ def write_report(runs: Sequence[LoggedRun], out: Path) -> Path:
 
 def text_summary(run: LoggedRun) -> str:
     """Return the summary of one run for a terminal."""
-    rows = {label: value for label, value in summary(run).items() if value}
+    rows = {label: value for label, value in numbers.summary(run).items() if value}
     width = max(map(len, rows))
     lines = [f"{label:<{width}}  {value}" for label, value in rows.items()]
-    checks = [f"{'ok  ' if passed else 'WARN'}  {text}" for passed, text in health(run)]
+    checks = [f"{'ok  ' if passed else 'WARN'}  {text}" for passed, text in numbers.health(run)]
     return "\n".join([run.name, "", *lines, "", *checks])
 
 
@@ -88,22 +78,24 @@ def page(runs: Sequence[LoggedRun]) -> str:
     names = escape(", ".join(run.name for run in runs))
     heading = names if len(runs) == 1 else f"{len(runs)} runs compared"
     marks = events_to_mark(runs)
-    target = "target of the batch policy" if recorded(runs, "batch_target") else ""
+    target = "target of the batch policy" if numbers.recorded(runs, "batch_target") else ""
     batch = line_key(runs, "global batch", "noise scale", target) + "In sequences. Numbered lines are the events below."
     norms = line_key(runs, "mean over single examples", "the batch's mean gradient")
     rates = line_key(runs, "learning rate", "of a growing batch: times sqrt(batch / initial batch)")
-    squares, layers = recorded(runs, "grad_sq_example", "grad_sq_batch"), any(run.layers for run in runs)
+    squares, layers = numbers.recorded(runs, "grad_sq_example", "grad_sq_batch"), any(run.layers for run in runs)
     parts = [
         f'<header><p class="kicker">megahp run report</p><h1>{heading}</h1></header>',
         f'<section class="top{" many" if len(runs) > 1 else ""}">{summary_table(runs)}{health_cards(runs)}</section>',
-        section(runs, "Loss", loss_caption(runs), recorded(runs, "loss", "validation_loss"), figures.loss_figure),
-        section(runs, "Batch size and noise scale", batch, recorded(runs, "global_batch", "noise_scale_total"),
+        section(runs, "Loss", loss_caption(runs), numbers.recorded(runs, "loss", "validation_loss"),
+                figures.loss_figure),
+        section(runs, "Batch size and noise scale", batch, numbers.recorded(runs, "global_batch", "noise_scale_total"),
                 lambda runs: figures.batch_figure(runs, marks)),
         events_section(runs, marks),
-        section(runs, "Updates in the weights", weights_caption(runs), recorded(runs, "weight_decay"), weights_of),
+        section(runs, "Updates in the weights", weights_caption(runs), numbers.recorded(runs, "weight_decay"),
+                weights_of),
         '<div class="pairs">',
-        section(runs, "Learning rate", rates, recorded(runs, "lr"), figures.learning_rate_figure),
-        section(runs, "Throughput", "Tokens per second.", recorded(runs, "tokens_per_second"),
+        section(runs, "Learning rate", rates, numbers.recorded(runs, "lr"), figures.learning_rate_figure),
+        section(runs, "Throughput", "Tokens per second.", numbers.recorded(runs, "tokens_per_second"),
                 figures.throughput_figure),
         section(runs, "Squared gradient norm", norms, squares, figures.gradient_figure),
         section(runs, "Noise scale by layer", layers_caption(runs), layers, figures.layer_figure),
@@ -147,7 +139,7 @@ def line_key(runs: Sequence[LoggedRun], solid: str, dashed: str, dotted: str = "
 
 def summary_table(runs: Sequence[LoggedRun]) -> str:
     """Return the summary, a row per quantity and a column per run, without rows that no run knows."""
-    columns = [summary(run) for run in runs]
+    columns = [numbers.summary(run) for run in runs]
     rows = [label for label in columns[0] if any(column[label] for column in columns)]
     names = (f'<th scope="col">{swatch(index)}{escape(run.name)}</th>' for index, run in enumerate(runs))
     head = f"<thead><tr><td></td>{''.join(names)}</tr></thead>" if len(runs) > 1 else ""
@@ -162,7 +154,7 @@ def health_cards(runs: Sequence[LoggedRun]) -> str:
     """Return a card per run: whether it looks healthy, and the checks behind that."""
     cards = []
     for index, run in enumerate(runs):
-        checks = health(run)
+        checks = numbers.health(run)
         failed = sum(not passed for passed, _ in checks)
         verdict = f"Needs attention: {failed} of {len(checks)} checks failed" if failed else "Looks healthy"
         name = f"{swatch(index)}{escape(run.name)}: " if len(runs) > 1 else ""
@@ -178,15 +170,15 @@ def health_cards(runs: Sequence[LoggedRun]) -> str:
 
 def loss_caption(runs: Sequence[LoggedRun]) -> str:
     parts = ["Faint: every logged step. Line: the mean over 2 % of the run."]
-    if recorded(runs, "validation_loss"):
+    if numbers.recorded(runs, "validation_loss"):
         parts.append("Circles: validation.")
-    if any(skipped(run).any() for run in runs):
+    if any(numbers.skipped(run).any() for run in runs):
         parts.append("Red ticks: skipped steps.")
     return " ".join(parts)
 
 
 def layers_caption(runs: Sequence[LoggedRun]) -> str:
-    marked = zip(layer_kinds(runs), cycle(figures.MARKERS), strict=False)
+    marked = zip(numbers.layer_kinds(runs), cycle(figures.MARKERS), strict=False)
     kinds = "".join(f'<span class="kind">{written} {escape(kind)}</span> ' for kind, (_, written) in marked)
     return f"At the last step. {kinds}"
 
@@ -198,17 +190,17 @@ def weights_caption(runs: Sequence[LoggedRun]) -> str:
         "in it, relative to an even average; for hidden matrices under muP, or CompleteP at alpha = 1."
     ]
     for index, run in enumerate(runs):
-        if has_weight_decay(run):
+        if numbers.has_weight_decay(run):
             name = f"{swatch(index)}{escape(run.name)}: " if len(runs) > 1 else ""
-            first, shares = update_shares(run)
-            newest = f"half of the rest from the last {100 * newest_half(run, shares):.0f} % of the tokens"
+            first, shares = numbers.update_shares(run)
+            newest = f"half of the rest from the last {100 * numbers.newest_half(run, shares):.0f} % of the tokens"
             parts.append(f"{name}Initial weights {100 * first:.1f} %, {newest}.")
     return " ".join(parts)
 
 
 def weights_of(runs: Sequence[LoggedRun]) -> str:
     """Return the figure of updates in the weights, or a note if no weights decayed."""
-    if any(map(has_weight_decay, runs)):
+    if any(map(numbers.has_weight_decay, runs)):
         return figures.weights_figure(runs)
     return '<p class="none">Weight decay is 0: the weights are a sum of all updates, not an average.</p>'
 

@@ -75,6 +75,18 @@ def test_what_a_json_cannot_express_is_refused(tmp_path: Path) -> None:
             of_sentencepiece(str(file))
 
 
+def test_kept_ids_of_special_tokens_are_ids(tmp_path: Path) -> None:
+    name = str(tmp_path / "tokenizer.json")
+    assert tokenizers.special_tokens(name, 7) == {"bos_token_id": None, "eos_token_id": 7}
+    kept = {"eos_token_id": [1, 2], "bos_token_id": 0, "pad_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    assert tokenizers.special_tokens(name, 7) == kept
+    for wrong in ("2", [1, "2"], True, 1.5):
+        (tmp_path / "config.json").write_text(json.dumps({**kept, "eos_token_id": wrong}))
+        with pytest.raises(UserError, match="eos_token_id = .* is neither a token's id nor a list of them"):
+            tokenizers.special_tokens(name, 7)
+
+
 @needs_transformers
 def test_a_llama_of_sentencepiece_is_exported_right_or_not_at_all(tmp_path: Path) -> None:
     """F23, through transformers; and with another tokenizer than the model's nothing stays."""

@@ -13,7 +13,8 @@ from megahp import launch
 from megahp.config import Config, resolve
 from megahp.data.loader import ValidationSamples
 from megahp.diagnose import verify
-from megahp.diagnose.verify import Trial, gather_shards, gather_stages, synthetic_batch
+from megahp.diagnose.verify import Trial, gather_stages, synthetic_batch
+from megahp.parallel import parameters
 from megahp.parallel.device import claim_device
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
@@ -135,7 +136,7 @@ def train(config: Config, steps: int) -> dict[str, Any]:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The global tensor, on every rank."""
-    return gather_shards(tensor, tensor)
+    return parameters.whole(tensor, parameters.storage(tensor)).cpu().clone()
 
 
 def train_cases(cases: Mapping[str, tuple[Config, int]]) -> dict[str, dict[str, Any]]:

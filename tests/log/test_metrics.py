@@ -235,6 +235,21 @@ def test_what_is_no_run_directory_is_refused(tmp_path):
         RunLog(tmp_path / "file")
 
 
+def test_an_old_log_has_the_norm_layers_noise_scale_alone(tmp_path):
+    """The whole model's follows from the run's own ratio, or from what it was by default."""
+    log = RunLog(tmp_path)
+    log.metrics(record(1, noise_scale=3.0))
+    log.metrics(record(2, noise_scale=3.0, noise_scale_total=5.0))
+    log.close()
+    for config, derived in (
+        ("", 4.2),
+        ("[batch]\nnoise_to_total = 2.0\n", 6.0),
+        ("[batch]\nnoise_to_total = []\n", 4.2),
+    ):
+        (tmp_path / "config.toml").write_text(config)
+        assert read_run(tmp_path).column("noise_scale_total").tolist() == pytest.approx([derived, 5.0])
+
+
 def test_a_run_is_read_whole(tmp_path):
     logged(tmp_path, 2).close()
     assert read_run(tmp_path).baselines == {} and read_run(tmp_path).config == ""

@@ -115,6 +115,16 @@ def test_slower_links_cost_what_waits_for_them() -> None:
     assert 3 < after / before < 4
 
 
+def test_shards_are_gathered_beside_what_is_computed() -> None:
+    """Tensor parallelism's collectives are waited for, the shards' add a share alone; copies are summed at the end."""
+    machine = load_machine("h100")
+    sharded = estimate(config(**{"parallel.tp": 2}), 64, machine).split
+    assert {name for name in sharded if name.startswith("exposed")} == {"exposed dp", "exposed tp"}
+    settings = {"model.layers": 4, "parallel.dp_replicate": 0, "parallel.dp_shard": 1}
+    copies = estimate(config(**settings), 64, machine).split
+    assert copies["exposed dp_replicate"] > 0 and "exposed dp" not in copies
+
+
 def test_longer_pipelines_have_larger_bubbles() -> None:
     machine = load_machine("h100")
     shares = []
