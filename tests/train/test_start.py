@@ -426,14 +426,14 @@ def test_a_wrong_sample_met_in_training(folder: Path, stable: list[dict[str, Any
     skipped, plain = losses(folder, f"{name}-skip"), [record["loss"] for record in stable]
     assert skipped[: met - 1] == pytest.approx(plain[: met - 1], rel=1e-4)
     assert skipped[met - 1] != pytest.approx(plain[met - 1], rel=1e-4)
-    # the same samples: in float64 it is the same to 1e-10, while in float32 rounding grows to 6e-4 in 40 steps
+    # the same samples: in float64 it is the same to 1e-10, while in float32 rounding grows to 2e-3 in 40 steps, by CPU
     alone = losses(folder, "wrong-tp=1-skip")
-    assert skipped[: met + 4] == pytest.approx(alone[: met + 4], rel=1e-4) and skipped == pytest.approx(alone, rel=2e-3)
+    assert skipped[: met + 4] == pytest.approx(alone[: met + 4], rel=1e-4) and skipped == pytest.approx(alone, rel=5e-3)
 
     (folder / f"{name}.json").unlink()
     damage(folder, "one", name, {})
     train(folder, name, "--resume", "auto", *words[1:], "--ranks", str(ranks))
-    assert losses(folder, name) == pytest.approx(plain, rel=2e-3)
+    assert losses(folder, name) == pytest.approx(plain, rel=5e-3)
     (mended,) = events(folder, name, "mended")
     assert f"data '{name}' has other tokens" in mended["reason"]
 
