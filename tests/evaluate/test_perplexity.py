@@ -183,7 +183,7 @@ def beginnings(folder: Path) -> dict[str, Any]:
             for _ in range(4):
                 ids.append(int(after(trained, ids or [EOD])[:258].argmax()))
         (score,) = perplexity.evaluate(trained, [TEXTS[2:]], CONTEXT, CONTEXT)
-        written = {prompt: generate(folder / name, prompt, 4, 0, 0, 1) for prompt in own}
+        written = {prompt: generate(folder / name, prompt, 4, 0, 0, 1)[0] for prompt in own}
         expected = {prompt: trained.tokenizer.decode(ids) for prompt, ids in own.items()}
         found[name] = score, nats, written, expected
     return found
