@@ -56,6 +56,7 @@ WITHOUT_TORCH = (
         "config",
         "train",
         "sample",
+        "forecast",
         "evaluate",
         "report",
         "replay",

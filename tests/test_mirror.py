@@ -21,6 +21,7 @@ SPANNED = {
     "distributed/test_layouts.py": "model/build model/mlp parallel/data parallel/mesh parallel/tensor "
     "train/trainer train/validation",
     "distributed/test_sabotage.py": "parallel/collectives parallel/expert parallel/parameters",
+    "evaluate/test_forecast.py": "commands/forecast",
     "evaluate/test_perplexity.py": "commands/evaluate commands/evaluate_tasks evaluate/sample",
     "faults/test_faults.py": "faults/copies faults/notice launch/processes",
     "faults/test_soak.py": "faults/crash",
