@@ -36,8 +36,8 @@ class Scale:
     span: np.ndarray
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """Return z of values [..., n]."""
-        return (values - self.minimum[..., None]) / self.span[..., None]
+        """Return z of values [..., n]; NaN where the span is 0."""
+        return (values - self.minimum[..., None]) / np.where(self.span > 0, self.span, np.nan)[..., None]
 
     def undo(self, z: np.ndarray) -> np.ndarray:
         """Return the values of z [..., n]."""
