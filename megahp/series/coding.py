@@ -170,10 +170,10 @@ class SeriesCoding:
         return self._in_time(of_bins) - inside + np.log(scale.span)[..., None]
 
     def windows(self, series: np.ndarray, stride: int) -> Iterator[np.ndarray]:
-        """Yield windows (float64 [window]) of a series, the first at its beginning or at most `stride` values later,
-        the last at its end; of one that is shorter a single one, which begins with missing values."""
-        short = max(0, self.window - len(series))
-        padded = np.pad(series.astype(np.float64), (short, 0), constant_values=np.nan)
+        """Yield windows (float64 [window]) of a series, `stride` apart, the last at its end. The first ones begin with
+        missing values, and have a history of at least `horizon` values, or all that are given."""
+        earlier = max(0, self.conditioning - self.horizon)
+        padded = np.pad(series.astype(np.float64), (earlier, 0), constant_values=np.nan)
         last = len(padded) - self.window
         for start in range(last % stride, last + 1, stride):
             yield padded[start : start + self.window]

@@ -100,17 +100,15 @@ def test_short_histories_and_scales() -> None:
     assert np.array_equal(coding.scale(given).span, [0, np.nan, 1], equal_nan=True)
 
 
-@pytest.mark.parametrize(("length", "stride"), [(13, 1), (20, 3), (40, 13), (9, 5)])
-def test_windows(length: int, stride: int) -> None:
-    coding, series = CODINGS["plain"], np.arange(length)
-    found = list(coding.windows(series, stride))
-    assert {len(window) for window in found} == {13} and found[-1][-1] == length - 1
-    starts = [window[-1] for window in found]
-    assert all(b - a == stride for a, b in zip(starts, starts[1:], strict=False))
-    if length >= 13:
-        assert 0 <= found[0][0] < stride and not np.isnan(found).any()
-    else:
-        assert len(found) == 1 and np.isnan(found[0][: 13 - length]).all() and found[0][13 - length] == 0
+@pytest.mark.parametrize("given", [7, 5])
+@pytest.mark.parametrize(("length", "stride"), [(13, 1), (20, 3), (40, 13), (12, 5), (11, 1)])
+def test_windows(given: int, length: int, stride: int) -> None:
+    """Every window is one of the series with 7 - 6 missing values before it; shorter than two horizons, it has none."""
+    coding = replace(CODINGS["plain"], conditioning=given)
+    found = [window.tolist() for window in coding.windows(np.arange(length), stride)]
+    ends = list(range(length - 1, given + 4 if given < 6 else 10, -stride))[::-1]
+    wanted = [[time if time >= 0 else None for time in range(end - given - 5, end + 1)] for end in ends]
+    assert [[None if math.isnan(y) else y for y in window] for window in found] == wanted
 
 
 def test_a_file(tmp_path: Path) -> None:
