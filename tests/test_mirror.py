@@ -14,6 +14,7 @@ SPANNED = {
     "commands/test_chain.py": "commands/launch commands/segment",
     "commands/test_convert.py": "convert/run_directory convert/sidecar",
     "commands/test_preprocess.py": "commands/merge data/texts",
+    "commands/test_preprocess_series.py": "series/tokenizer",
     "commands/test_runs.py": "commands/status",
     "commands/test_transfer_sweep.py": "commands/arguments diagnose/curves",
     "data/test_samples.py": "data/cache",
