@@ -21,8 +21,9 @@ from megahp.model.transformer import Transformer
 from megahp.parallel.parameters import parameters, storage
 
 LENGTH, DRAWN = 24, 40
-# Not drawn: a preset is a choice of the others, sizes and eps are mere numbers, the balance is training's alone.
-LEFT_OUT = {"preset", "layers", "width", "mlp_width", "vocab_size", "norm_eps", "balance_rate", "balance_loss"}
+# Not drawn: a preset is a choice of the others, sizes and eps are mere numbers, balance and levels are of the loss.
+LEFT_OUT = {"preset", "layers", "width", "mlp_width", "vocab_size", "norm_eps"}
+LEFT_OUT |= {"balance_rate", "balance_loss", "levels"}
 
 
 def drawn_model(number: int) -> dict[str, Any]:
