@@ -29,7 +29,6 @@ import numpy as np
 HERE = Path(__file__).parent
 DATA, RUNS, RESULTS = Path("data/forecasting"), Path("runs/forecasting"), HERE / "results.jsonl"
 SAMPLES = 100
-AT_ONCE = 1600  # sequences that are sampled together
 QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Line = dict[str, Any]
 
@@ -58,7 +57,7 @@ QUESTIONS = {
     "bins": Question(
         84,
         12,
-        16_000,
+        6_000,
         {"C2FAR 12 x 12 x 12": "--levels 12 12 12", "flat 36": "--levels 36"},
         (
             *("electricity", "co2", "el nino", "equipment", "inflation", "macro", "sunspots", "nile", "fertility"),
@@ -66,9 +65,9 @@ QUESTIONS = {
         ),
     ),
     "orders": Question(
-        96,
-        96,
-        8_000,
+        72,
+        72,
+        3_000,
         {
             "time": "--levels 12 12",
             **{
@@ -87,12 +86,13 @@ def public_sets() -> dict[str, Set]:
     from statsmodels import datasets
 
     folder = Path(datasets.__file__).parent
-    frame = {name: getattr(datasets, name).load_pandas().data for name in (
-        "co2", "elnino", "interest_inflation", "macrodata", "sunspots", "nile", "fertility"
-    )}
+    frame = {
+        name: getattr(datasets, name).load_pandas().data
+        for name in ("co2", "elnino", "interest_inflation", "macrodata", "sunspots", "nile", "fertility")
+    }
     electricity = pd.read_csv(folder.parent / "tsa/stl/tests/results/mstl_elec_vic.csv")["y"]
     equipment = pd.read_csv(folder / "elec_equip/elec_equip.csv").iloc[:, 1]
-    births = frame["fertility"].loc[:, "1960":"2011"].dropna().iloc[::6]
+    births = frame["fertility"].loc[:, "1960":"2011"].dropna().iloc[::16]
     macro = frame["macrodata"].drop(columns=["year", "quarter"])
     inflation = frame["interest_inflation"][["Dp", "R"]]
 
@@ -100,12 +100,12 @@ def public_sets() -> dict[str, Set]:
         return list(data.to_numpy(np.float64).T)
 
     return {
-        "electricity": Set(24, 12, [electricity.to_numpy(np.float64)]),
-        "co2": Set(52, 12, [frame["co2"]["co2"].to_numpy(np.float64)]),
+        "electricity": Set(24, 8, [electricity.to_numpy(np.float64)]),
+        "co2": Set(52, 8, [frame["co2"]["co2"].to_numpy(np.float64)]),
         "el nino": Set(12, 6, [frame["elnino"].iloc[:, 1:].to_numpy(np.float64).reshape(-1)]),
         "equipment": Set(12, 4, [equipment.to_numpy(np.float64)]),
         "inflation": Set(4, 2, columns(inflation)),
-        "macro": Set(4, 2, columns(macro)),
+        "macro": Set(4, 1, columns(macro)),
         "sunspots": Set(11, 5, columns(frame["sunspots"][["SUNACTIVITY"]])),
         "nile": Set(1, 2, columns(frame["nile"][["volume"]])),
         "fertility": Set(1, 1, list(births.to_numpy(np.float64))),
@@ -125,7 +125,7 @@ def synthetic_sets() -> dict[str, Set]:
         for shock in noise[1:]:
             values.append(DECAY * values[-1] + shock)
         decaying.append(np.array(values))
-    return {"seasonal + noise": Set(12, 2, seasonal), "AR(1)": Set(1, 2, decaying)}
+    return {"seasonal + noise": Set(12, 1, seasonal), "AR(1)": Set(1, 1, decaying)}
 
 
 def wave(phase: float, time: np.ndarray) -> np.ndarray:
@@ -160,7 +160,7 @@ def ets(history: np.ndarray, horizon: int, season: int) -> np.ndarray:
     from statsmodels.tsa.exponential_smoothing.ets import ETSModel
 
     recent = interpolated(history)[-max(200, 6 * season) :]
-    seasonal = {"seasonal": "add", "seasonal_periods": season} if 1 < season and len(recent) > 2 * season else {}
+    seasonal = {"seasonal": "add", "seasonal_periods": season} if season > 1 and len(recent) > 2 * season else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit = ETSModel(recent, error="add", trend="add", damped_trend=True, **seasonal).fit(disp=False, maxiter=200)
@@ -239,9 +239,6 @@ def prepare(question: str, arm: str) -> tuple[Path, list[str]]:
         if Path(f"{prefix}.idx").exists():
             continue
         with open(f"{prefix}.jsonl", "w") as file:
-            for index, history, _ in cuts(sets[name], asked.horizon):
-                if index == 0 or True:
-                    file.write("")
             firsts = {index: history for index, history, _ in reversed(list(cuts(sets[name], asked.horizon)))}
             for index, history in sorted(firsts.items()):
                 values = [None if math.isnan(y) else y for y in history.tolist()]
@@ -282,8 +279,10 @@ def train_and_measure(question: str, arm: str, seed: int, words: Sequence[str] =
 def measure(question: str, arm: str, seed: int) -> None:
     """Print a line for each set: measures of samples, and the mean negative log density of a value."""
     import torch
+    from megahp.evaluate.forecast import sample_series
 
     from megahp.evaluate.sample import load_trained
+    from megahp.series.measures import crps
 
     torch.set_num_threads(1)
     trained, sets = load_trained(RUNS / slug(question, arm, seed)), all_sets()
@@ -294,46 +293,30 @@ def measure(question: str, arm: str, seed: int) -> None:
         recent = history[-coding.conditioning :]
         row[-len(recent) :] = recent
     futures, names = np.array([w[3] for w in windows]), np.array([w[0] for w in windows])
-    samples = np.concatenate([sample(trained, part, seed) for part in np.array_split(given, -(-len(given) * SAMPLES // AT_ONCE))])
+    samples = sample_series(trained, list(given), SAMPLES, seed)
     quantiles = np.quantile(samples, QUANTILES, axis=1)
     tokens, scale = coding.encode(np.concatenate((given, futures), 1))
     with torch.no_grad():
         rows = torch.from_numpy(tokens)
         losses = torch.cat([trained.model(part[:, :-1], part[:, 1:]) for part in rows.split(64)]).double().numpy()
     nats = coding.nats(losses[:, coding.prompt_tokens - 1 :], futures, scale)
-    np.savez_compressed(RUNS / slug(question, arm, seed) / "forecasts.npz", quantiles=quantiles, futures=futures, names=names, given=given)
-    from megahp.series.measures import crps
-
+    np.savez_compressed(
+        RUNS / slug(question, arm, seed) / "forecasts.npz",
+        quantiles=quantiles,
+        futures=futures,
+        names=names,
+        given=given,
+    )
     for name in QUESTIONS[question].sets:
         here = names == name
         which = np.array([w[1] for w in windows])[here]
         errors = crps(futures[here], samples[here].swapaxes(0, 1))
-        more = {"nats": float(np.nanmean(nats[here])), "crps": float(np.nanmean(errors) / np.nanmean(np.abs(futures[here])))}
+        more = {
+            "nats": float(np.nanmean(nats[here])),
+            "crps": float(np.nanmean(errors) / np.nanmean(np.abs(futures[here]))),
+        }
         line = {"question": question, "arm": arm, "seed": seed, "set": name}
         print(json.dumps(line | measures(futures[here], quantiles[:, here], which) | more))
-
-
-def sample(trained: Any, given: np.ndarray, seed: int) -> np.ndarray:
-    """Return samples [rows, SAMPLES, horizon] of what follows the rows' values."""
-    import torch
-
-    from megahp.evaluate.decode import Decoder, draw
-    from megahp.series.coding import Scale
-
-    coding, random = trained.tokenizer.coding, np.random.default_rng(seed)
-    generator = torch.Generator().manual_seed(seed)
-    prompt, scale = coding.prompt(given)
-    decoder = Decoder(trained.model, coding.window_tokens)
-    logits = decoder(torch.from_numpy(prompt)).repeat_interleave(SAMPLES, 0)
-    decoder.repeat(SAMPLES)
-    tokens: list[Any] = []
-    for place in range(coding.horizon_tokens):
-        logits = decoder(tokens[-1]) if tokens else logits
-        ids = coding.ids_at(place)
-        tokens.append(draw(logits[:, ids.start : ids.stop].float(), 1.0, 0, generator) + ids.start)
-    sampled = torch.cat(tokens, 1).numpy().reshape(len(given), SAMPLES, -1)
-    z = coding.forecast(sampled, random.uniform(size=(*sampled.shape[:2], coding.horizon)))
-    return Scale(scale.minimum[:, None], scale.span[:, None]).undo(z)
 
 
 def read() -> list[Line]:
@@ -343,6 +326,100 @@ def read() -> list[Line]:
 def write(lines: Sequence[Line]) -> None:
     with open(RESULTS, "a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def by_set(lines: Sequence[Line], arm: str, measured: str) -> dict[str, list[float]]:
+    """Set -> the values of an arm, one a seed."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        if line["arm"] == arm:
+            found.setdefault(line["set"], []).append(line[measured])
+    return found
+
+
+def sign_test(wins: int, pairs: int) -> float:
+    """Return the two-sided p-value of so many wins, if each side were as likely."""
+    tail = sum(math.comb(pairs, k) for k in range(max(wins, pairs - wins), pairs + 1)) / 2**pairs
+    return min(1.0, 2 * tail)
+
+
+def print_tables(lines: Sequence[Line]) -> None:
+    """Print a table of wQL for each question, in Markdown, then signs, coverage and log densities."""
+    for question, asked in QUESTIONS.items():
+        mine = [line for line in lines if line["question"] == question]
+        arms = [*asked.arms, "seasonal naive", "ETS", "truth"]
+        print(f"\n{question}: wQL, mean of the seeds\n\n| set | {' | '.join(arms)} |\n|---{'|---' * len(arms)}|")
+        for name in asked.sets:
+            values = [by_set(mine, arm, "wql").get(name) for arm in arms]
+            print(f"| {name} | {' | '.join(f'{np.mean(v):.4f}' if v else '' for v in values)} |")
+        first, *others = asked.arms
+        for measured in ("wql", "crps", "nats"):
+            base = by_set(mine, first, measured)
+            for other in others:
+                theirs = by_set(mine, other, measured)
+                pairs = [(a, b) for name in asked.sets for a, b in zip(base[name], theirs[name], strict=True)]
+                means = [np.mean(base[name]) < np.mean(theirs[name]) for name in asked.sets]
+                wins = sum(a < b for a, b in pairs)
+                ratio = "" if measured == "nats" else f", geometric mean of ratios {geometric(pairs):.3f}"
+                print(
+                    f"{measured}: {first} below {other} in {wins} of {len(pairs)} pairs of set and seed (p = "
+                    f"{sign_test(wins, len(pairs)):.2g}), in the mean on {sum(means)} of {len(means)} sets{ratio}"
+                )
+        for arm in arms:
+            if found := by_set(mine, arm, "coverage"):
+                shares = ", ".join(f"{name} {100 * np.mean(values):.0f}" for name, values in found.items())
+                mean = 100 * np.mean([np.mean(values) for values in found.values()])
+                print(f"coverage of 80 % intervals by {arm}: {mean:.0f} % ({shares})")
+
+
+def geometric(pairs: Sequence[tuple[float, float]]) -> float:
+    return math.exp(np.mean([math.log(a / b) for a, b in pairs]))
+
+
+def draw(lines: Sequence[Line]) -> None:
+    """Draw a forecast of each set by the first arm of a question, and wQL beside seasonal naive's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    for question, asked in QUESTIONS.items():
+        mine = [line for line in lines if line["question"] == question]
+        figure = Figure((9, 0.32 * len(asked.sets) + 1.6), layout="constrained")
+        axes, reference = figure.add_subplot(), by_set(mine, "seasonal naive", "wql")
+        for arm in (*asked.arms, "ETS", "truth"):
+            found = by_set(mine, arm, "wql")
+            rows = [
+                (n, value / reference[name][0]) for n, name in enumerate(asked.sets) for value in found.get(name, ())
+            ]
+            axes.plot(
+                [x for _, x in rows], [n for n, _ in rows], "os^Dv*P"[len(axes.lines)], ms=5, alpha=0.7, label=arm
+            )
+        axes.axvline(1, color="grey", lw=0.8)
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(asked.sets)), asked.sets)
+        axes.set_xlabel("weighted quantile loss, as a ratio to seasonal naive's; a mark a seed")
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        figure.savefig(HERE / f"{question}.svg")
+        arm = next(iter(asked.arms))
+        file = RUNS / slug(question, arm, 1) / "forecasts.npz"
+        if not file.exists():
+            continue
+        kept = np.load(file)
+        columns = 4
+        figure = Figure((11, 2.1 * math.ceil(len(asked.sets) / columns)), layout="constrained")
+        for number, name in enumerate(asked.sets, 1):
+            axes = figure.add_subplot(math.ceil(len(asked.sets) / columns), columns, number)
+            row = int(np.flatnonzero(kept["names"] == name)[0])
+            history, future, quantiles = kept["given"][row], kept["futures"][row], kept["quantiles"][:, row]
+            ahead = np.arange(len(future))
+            axes.plot(np.arange(-len(history), 0), history, lw=0.8, color="grey")
+            axes.plot(ahead, future, lw=1, color="black")
+            axes.fill_between(ahead, quantiles[0], quantiles[-1], alpha=0.3, lw=0)
+            axes.plot(ahead, quantiles[4], lw=1)
+            axes.set_title(name, fontsize=8)
+            axes.tick_params(labelsize=6)
+        figure.savefig(HERE / f"{question}-forecasts.svg")
 
 
 def main() -> None:
@@ -365,6 +442,8 @@ def main() -> None:
         for lines in threads.map(lambda run: train_and_measure(*run), left):
             write(lines)
             print(*(f"{lines[0][key]}" for key in ("question", "arm", "seed", "trained_in", "measured_in")), flush=True)
+    print_tables(read())
+    draw(read())
 
 
 if __name__ == "__main__":
