@@ -98,8 +98,8 @@ def refuse_unusable(series: Mapping[str, np.ndarray], horizon: int, conditioning
             found[name] = f"of its last {conditioning:,} values, which are read, {why}"
     if found:
         (name, why), others = next(iter(found.items())), len(found) - 1
-        and_others = f" (and {others:,} others cannot either)" if others else ""
-        raise UserError(f"series {name!r} cannot be forecast: {why}{and_others}; leave it out")
+        more = f", and {others:,} more," if others else ""
+        raise UserError(f"series {name!r}{more} cannot be forecast: {why}; leave {'them' if more else 'it'} out")
 
 
 def as_csv(paths: Mapping[str, np.ndarray], quantiles: Sequence[float]) -> str:

@@ -23,7 +23,7 @@ PROMPT = [*b"Go on"]
 
 @torch.no_grad()
 def trained(name: str) -> TrainedModel:
-    config = settings_of(name, "train.dtype=float64", "model.vocab_size=300", "parameterization.name=sp")
+    config = settings_of(name, "train.dtype=float64", "model.vocab_size=300", "parameterization.output_multiplier=8.0")
     model = single_rank_model(config)
     generator = torch.Generator().manual_seed(1)
     for _, weight in parameters(model):

@@ -19,12 +19,14 @@ from distributed import world
 
 from megahp import checkpoint, cli
 from megahp.config import resolve
+from megahp.data.tokenizer import load_tokenizer
 from megahp.evaluate import forecast
 from megahp.evaluate.forecast import sample_paths, sample_series
 from megahp.evaluate.sample import TrainedModel, load_trained, single_rank_model
 from megahp.parallel.parameters import model_state, storage
 from megahp.series.binning import Binning
 from megahp.series.coding import SeriesCoding
+from megahp.train.prepare import with_vocabulary
 from megahp.train.run import state_of_weights
 
 SAMPLES = 4000
@@ -37,14 +39,14 @@ GIVEN = np.array([[3.0, 5.0, np.nan, 4.0, 7.0, 6.0], [20.0, 20.0, 10.0, 15.0, 11
 def write_run(folder: Path, coding: SeriesCoding | None = CODING) -> None:
     """A run on series, or on bytes, of random weights."""
     data: dict[str, Any] = {"sequence_length": 17}
-    model = {"layers": 2, "width": 16, "heads": 2, "vocab_size": 257}
+    model = {"layers": 2, "width": 16, "heads": 2}
     if coding:
         (folder / "data").mkdir(parents=True)
         coding.save(folder / "data" / "some.series")
         data = {"tokenizer": str(folder / "data" / "some.series"), "sequence_length": coding.window_tokens}
-        model |= {"vocab_size": coding.vocab_size, "levels": list(coding.levels)}
     tree = {"model": model, "data": data, "parameterization": {"name": "sp"}, "train": {"dtype": "float64"}}
     config = resolve.resolve([("test", tree)]).config
+    config = with_vocabulary(config, load_tokenizer(config.data.tokenizer))
     generator = torch.Generator().manual_seed(1)
     weights = (
         (name, storage(weight) + 0.3 * torch.randn(storage(weight).shape, generator=generator))
@@ -55,7 +57,7 @@ def write_run(folder: Path, coding: SeriesCoding | None = CODING) -> None:
 
 @torch.no_grad()
 def probabilities(trained: TrainedModel, given: np.ndarray) -> np.ndarray:
-    """Of each path of intervals, at times 1, 2 and 3: a pass for each path and digit. [6, 6, 6]"""
+    """Of each path of intervals, at times 1, 2 and 3, from one pass over all of them. [6, 6, 6]"""
     known = given[-5:]
     z = (known - np.nanmin(known)) / (np.nanmax(known) - np.nanmin(known))
     # 5 values, of which the first two keep their places; the other three are read from the last to the first
@@ -63,16 +65,14 @@ def probabilities(trained: TrainedModel, given: np.ndarray) -> np.ndarray:
     for value in z[[0, 1, 4, 3, 2]]:
         interval = min(5, max(0, math.floor((value + 0.5) / 2 * 6))) if value == value else None
         prompt += [5, 5] if interval is None else [interval // 3, 2 + interval % 3]
-    found = np.zeros((6, 6, 6))
-    for path in itertools.product(range(6), repeat=3):  # in the order in which the model reads them
-        digits = [digit for interval in path for digit in (interval // 3, 2 + interval % 3)]
-        chance, ids = 1.0, list(prompt)
-        for place, digit in enumerate(digits):
-            logits = trained.model(torch.tensor([ids]))[0, -1]
-            level = logits[2:5] if place % 2 else logits[:2]
-            chance *= level.softmax(0)[digit - 2 * (place % 2)].item()
-            ids.append(digit)
-        found[path[::-1]] = chance
+    paths = list(itertools.product(range(6), repeat=3))  # in the order in which the model reads them
+    digits = [[digit for interval in path for digit in (interval // 3, 2 + interval % 3)] for path in paths]
+    logits = trained.model(torch.tensor([prompt + each for each in digits]))[:, len(prompt) - 1 : -1]
+    found = np.ones((6, 6, 6))
+    for path, each, scores in zip(paths, digits, logits, strict=True):
+        for place, digit in enumerate(each):
+            level = scores[place, 2:5] if place % 2 else scores[place, :2]
+            found[path[::-1]] *= level.softmax(0)[digit - 2 * (place % 2)].item()
     return found
 
 
@@ -110,7 +110,7 @@ def test_paths_come_as_often_as_the_model_says(found: Any, row: int) -> None:
 
 
 def test_values_are_spread_over_their_intervals(found: Any) -> None:
-    z = (found[0][0] - 3) / 4
+    z = (found[0][0] - 4) / 3
     inside = ((z + 0.5) * 3)[(z > -1 / 6) & (z < 7 / 6)] % 1  # within an interval that is no tail
     assert np.histogram(inside, 4, (0, 1))[0] / len(inside) == pytest.approx([0.25] * 4, abs=0.02)
     assert z.min() < -0.5 and z.max() > 1.5  # tails go beyond
@@ -132,7 +132,7 @@ def said(*words: object) -> tuple[int, str, str]:
 
 
 FILES = {
-    "good.csv": "name,value\n" + "".join(f"{name},{v}\n" for name in ("a", "b, c") for v in (3, 5, "", 4, 7, 6)),
+    "good.csv": "name,value\n" + "".join(f"{name},{v}\n" for name in ("a", '"b, c"') for v in (3, 5, "", 4, 7, 6)),
     "constant.csv": "value\n" + "2\n" * 9,
     "ended.csv": "value\n3\n4\n" + "2\n" * 9,
     "one.csv": "value\n2\n",
@@ -149,7 +149,7 @@ MISTAKES = {
     "one value": ("series one.csv", "it has one value"),
     "NaN only": ("series unknown.csv", "no value is known"),
     "history": ("series short.csv", "a horizon of 3 is longer than its history of 2"),
-    "several": ("series mixed.csv", "series 'b' cannot be forecast: it is constant (and 1 others cannot either)"),
+    "several": ("series mixed.csv", "series 'b', and 1 more, cannot be forecast: it is constant; leave them out"),
     "horizon": ("series good.csv --horizon 4", "--horizon 4 is above 3, which "),
     "no horizon": ("series good.csv --horizon 0", "--horizon 0 must be at least 1"),
     "samples": ("series good.csv --samples 0", "--samples 0 must be at least 1"),
@@ -161,7 +161,7 @@ MISTAKES = {
     "folder": ("series good.csv --output no/where.csv", "is no folder"),
     "precious": ("series good.csv --output other.csv", "which megahp did not write"),
     "input": ("series good.csv --output good.csv", "which is the input"),
-    "plot": ("series good.csv --plot some.txt", "--plot some.txt cannot be drawn"),
+    "no drawing": ("series good.csv --plot some.txt", "--plot some.txt cannot be drawn"),
 }
 
 
