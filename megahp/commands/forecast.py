@@ -21,6 +21,7 @@ from megahp.commands.arguments import check_minimum
 from megahp.commands.output import begins_with, check_folder, check_replaceable
 from megahp.errors import UserError
 from megahp.files import replace_text
+from megahp.log.progress import ProgressDisplay
 from megahp.series.measures import QUANTILES
 from megahp.series.tables import Columns, read_series, unusable
 
@@ -54,10 +55,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, words: Sequence[str]) -> int:
-    from megahp.evaluate.forecast import coding_of, sample_paths
-    from megahp.evaluate.sample import load_trained
-    from megahp.log.progress import ProgressDisplay
-
     check_minimum(options, horizon=1, samples=1, seed=0)
     if options.output:
         check_folder(options.output)
@@ -65,6 +62,10 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     series = read_series(options.files, Columns(options.name_column, options.time_column, options.value_column))
     if not series:
         raise UserError(f"{options.files[0]} holds no series; name another file")
+
+    from megahp.evaluate.forecast import coding_of, sample_paths  # imported late, with torch: only for valid files
+    from megahp.evaluate.sample import load_trained
+
     trained = load_trained(options.run)
     coding = coding_of(trained)
     horizon = options.horizon or coding.horizon
