@@ -199,8 +199,7 @@ def measures(futures: np.ndarray, quantiles: np.ndarray, which: np.ndarray) -> L
 
 def baselines(question: str) -> list[Line]:
     lines, horizon = [], QUESTIONS[question].horizon
-    random = np.random.default_rng(0)
-    phases = random.uniform(0, 2 * math.pi, 12)
+    phases = np.random.default_rng(0).uniform(0, 2 * math.pi, 12)  # as in synthetic_sets
     for name, each in all_sets().items():
         if name not in QUESTIONS[question].sets:
             continue
@@ -229,44 +228,47 @@ def slug(*names: object) -> str:
 
 
 def prepare(question: str, arm: str) -> tuple[Path, list[str]]:
-    """Write the sets' training parts as windows, once. Returns the coding and the prefixes."""
-    asked = QUESTIONS[question]
-    folder = DATA / slug(question, arm)
+    """Write the sets' training parts as windows, once. Returns the coding, of all sets together, and the prefixes."""
+    asked, folder = QUESTIONS[question], DATA / slug(question, arm)
     coding, prefixes = folder / "all.series", [str(folder / slug(name)) for name in asked.sets]
+    if all(Path(f"{prefix}.json").exists() for prefix in prefixes):
+        return coding, prefixes
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     sets = all_sets()
-    folder.mkdir(parents=True, exist_ok=True)
     for name, prefix in zip(asked.sets, prefixes, strict=True):
-        if Path(f"{prefix}.idx").exists():
-            continue
+        firsts = {index: history for index, history, _ in reversed(list(cuts(sets[name], asked.horizon)))}
         with open(f"{prefix}.jsonl", "w") as file:
-            firsts = {index: history for index, history, _ in reversed(list(cuts(sets[name], asked.horizon)))}
             for index, history in sorted(firsts.items()):
                 values = [None if math.isnan(y) else y for y in history.tolist()]
                 file.write(json.dumps({"name": f"{name} {index}", "value": values}) + "\n")
-        words = ["--conditioning", asked.conditioning, "--horizon", asked.horizon, *asked.arms[arm].split()]
-        files = ["--input", f"{prefix}.jsonl", "--output", prefix, "--tokenizer", coding]
-        megahp("preprocess", "--series", *files, *(words if not coding.exists() else []))
+    files, options = [f"{prefix}.jsonl" for prefix in prefixes], asked.arms[arm].split()
+    window = "--conditioning", asked.conditioning, "--horizon", asked.horizon
+    series = "preprocess", "--series", "--tokenizer", coding
+    megahp(*series, "--input", *files, "--output", folder / "all", *window, *options)  # its tails are all sets'
+    for file, prefix in zip(files, prefixes, strict=True):
+        megahp(*series, "--input", file, "--output", prefix)
     return coding, prefixes
 
 
-def train_and_measure(question: str, arm: str, seed: int, words: Sequence[str] = ()) -> list[Line]:
+def train_and_measure(question: str, arm: str, seed: int) -> list[Line]:
     from megahp.series.coding import load_coding
 
-    asked, began = QUESTIONS[question], time.monotonic()
-    coding_file, prefixes = DATA / slug(question, arm) / "all.series", prepare(question, arm)[1]
-    coding, name = load_coding(coding_file), slug(question, arm, seed)
+    asked, (file, prefixes) = QUESTIONS[question], prepare(question, arm)
+    began = time.monotonic()
+    coding, name = load_coding(file), slug(question, arm, seed)
     shutil.rmtree(RUNS / name, ignore_errors=True)
     documents = [json.loads(Path(f"{prefix}.json").read_text())["documents"] for prefix in prefixes]
     settings = {
         "data.train": json.dumps(prefixes),
         "data.weights": json.dumps([math.sqrt(count) for count in documents]),
-        "data.tokenizer": coding_file,
+        "data.tokenizer": file,
         "data.sequence_length": coding.window_tokens,
         "train.tokens": asked.windows * coding.window_tokens,
         "train.seed": seed,
         "log.name": name,
     }
-    megahp("train", HERE / "run.toml", *(f"{key}={value}" for key, value in settings.items()), *words)
+    megahp("train", HERE / "run.toml", *(f"{key}={value}" for key, value in settings.items()))
     trained_in = time.monotonic() - began
     command = [sys.executable, __file__, "--measure", question, arm, str(seed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def _csv(path: Path, columns: Columns) -> Iterator[Record]:
             if is_long and len(row) not in (0, len(header)):
                 raise ValueError(f"line {number} has {len(row)} cells, and the header {len(header)}")
             if is_long and row:
-                yield dict(zip_longest(header, row))
+                yield dict(zip(header, row, strict=True))
             elif row:
                 while row and not row[-1].strip():  # a shorter series than others
                     row.pop()

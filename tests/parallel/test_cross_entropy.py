@@ -96,6 +96,16 @@ def test_levels(rows: int, levels: tuple[int, ...], softcap: float) -> None:
     assert (found[0] == 0).equal(alone) and not found[1][alone].any()
 
 
+def test_a_level_is_a_distribution() -> None:
+    """Probabilities of a level's ids sum to 1, so that those of all digits of a value do; an id of no level has 1."""
+    given = inputs(torch.float64)
+    x, targets = given["x"][0, :1].expand(VOCABULARY, -1), torch.arange(VOCABULARY)
+    with in_slices_of(7):
+        chances = (-linear_cross_entropy(x, given["weight"], targets, ALONE, levels=(12, 30, 9))).exp()
+    sums = torch.stack([part.sum() for part in chances.split((12, 30, 9, *[1] * 49))])
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_levels_in_whole_logits(dtype: torch.dtype) -> None:
     given = inputs(dtype)
