@@ -20,7 +20,7 @@ from megahp.model.cache import Cache
 from megahp.model.transformer import Transformer
 from megahp.parallel.parameters import parameters, storage
 
-LENGTH, DRAWN = 24, 40
+LENGTH, DRAWN = 20, 28
 # Not drawn: a preset is a choice of the others, sizes and eps are mere numbers, balance and levels are of the loss.
 LEFT_OUT = {"preset", "layers", "width", "mlp_width", "vocab_size", "norm_eps"}
 LEFT_OUT |= {"balance_rate", "balance_loss", "levels"}
@@ -118,7 +118,7 @@ def difference(config: Config, number: int) -> float:
     random, model = Random(number), model_of(config)
     tokens = torch.randint(0, 128, (2, LENGTH), generator=torch.Generator().manual_seed(number))
     first, more = random.choice([1, 7, 12]), random.choice([1, 4])
-    documents = torch.tensor([[0] * 9 + [1] * 15, [0] * 16 + [1] * 8]) if config.data.mask_documents else None
+    documents = torch.tensor([[0] * 7 + [1] * 13, [0] * 14 + [1] * 6]) if config.data.mask_documents else None
     with mock.patch.object(transformer, "QUERIES_AT_ONCE", random.choice([5, 256])):
         found = read_on(model, tokens, [first, more] + [1] * (LENGTH - first - more), documents)
     with torch.no_grad():
