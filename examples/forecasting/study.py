@@ -164,7 +164,7 @@ def ets(history: np.ndarray, horizon: int, season: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit = ETSModel(recent, error="add", trend="add", damped_trend=True, **seasonal).fit(disp=False, maxiter=200)
-        paths = fit.simulate(horizon, anchor="end", repetitions=400, random_state=0)
+        paths = fit.simulate(horizon, anchor="end", repetitions=400, rng=0)
     return np.quantile(np.asarray(paths), QUANTILES, axis=1)
 
 
