@@ -362,11 +362,16 @@ def print_tables(lines: Sequence[Line]) -> None:
         for measured, other in ((measured, other) for measured in ("wql", "crps", "nats") for other in others):
             ours, theirs = (scores(mine, arm, measured) for arm in (first, other))
             pairs = [(ours[each], theirs[each]) for each in ours if each in theirs]
-            wins = sum(a < b for a, b in pairs)
+            means = [
+                [np.mean(by_set(mine, arm, measured).get(name, np.nan)) for arm in (first, other)]
+                for name in asked.sets
+            ]
+            wins, sets = sum(a < b for a, b in pairs), sum(bool(a < b) for a, b in means)
             ratio = "" if measured == "nats" or not pairs else f"; geometric mean of ratios {geometric(pairs):.3f}"
             print(
-                f"{measured}: {first} below {other} in {wins} of {len(pairs)} pairs of set and seed "
-                f"(p = {sign_test(wins, len(pairs)):.2g}){ratio}"
+                f"{measured}: {first} below {other} on {sets} of {len(means)} sets by the seeds' mean "
+                f"(p = {sign_test(sets, len(means)):.2g}), in {wins} of {len(pairs)} pairs of set and seed "
+                f"(p = {sign_test(wins, len(pairs)):.2g}, were seeds independent){ratio}"
             )
         for arm in arms:
             if found := by_set(mine, arm, "coverage"):
