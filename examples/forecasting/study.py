@@ -164,7 +164,7 @@ def ets(history: np.ndarray, horizon: int, season: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit = ETSModel(recent, error="add", trend="add", damped_trend=True, **seasonal).fit(disp=False, maxiter=200)
-        paths = fit.simulate(horizon, anchor="end", repetitions=400, random_state=0)
+        paths = fit.simulate(horizon, anchor="end", repetitions=400, rng=0)
     return np.quantile(np.asarray(paths), QUANTILES, axis=1)
 
 
@@ -330,12 +330,16 @@ def write(lines: Sequence[Line]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
+def scores(lines: Sequence[Line], arm: str, measured: str) -> dict[tuple[str, Any], float]:
+    """(set, seed) -> what was measured of an arm; the seed is None where there is none."""
+    return {(line["set"], line.get("seed")): line[measured] for line in lines if line["arm"] == arm}
+
+
 def by_set(lines: Sequence[Line], arm: str, measured: str) -> dict[str, list[float]]:
     """Set -> the values of an arm, one a seed."""
     found: dict[str, list[float]] = {}
-    for line in lines:
-        if line["arm"] == arm:
-            found.setdefault(line["set"], []).append(line[measured])
+    for (name, _), value in sorted(scores(lines, arm, measured).items(), key=str):
+        found.setdefault(name, []).append(value)
     return found
 
 
@@ -355,18 +359,20 @@ def print_tables(lines: Sequence[Line]) -> None:
             values = [by_set(mine, arm, "wql").get(name) for arm in arms]
             print(f"| {name} | {' | '.join(f'{np.mean(v):.4f}' if v else '' for v in values)} |")
         first, *others = asked.arms
-        for measured in ("wql", "crps", "nats"):
-            base = by_set(mine, first, measured)
-            for other in others:
-                theirs = by_set(mine, other, measured)
-                pairs = [(a, b) for name in asked.sets for a, b in zip(base[name], theirs[name], strict=True)]
-                means = [np.mean(base[name]) < np.mean(theirs[name]) for name in asked.sets]
-                wins = sum(a < b for a, b in pairs)
-                ratio = "" if measured == "nats" else f", geometric mean of ratios {geometric(pairs):.3f}"
-                print(
-                    f"{measured}: {first} below {other} in {wins} of {len(pairs)} pairs of set and seed (p = "
-                    f"{sign_test(wins, len(pairs)):.2g}), in the mean on {sum(means)} of {len(means)} sets{ratio}"
-                )
+        for measured, other in ((measured, other) for measured in ("wql", "crps", "nats") for other in others):
+            ours, theirs = (scores(mine, arm, measured) for arm in (first, other))
+            pairs = [(ours[each], theirs[each]) for each in ours if each in theirs]
+            means = [
+                [np.mean(by_set(mine, arm, measured).get(name, np.nan)) for arm in (first, other)]
+                for name in asked.sets
+            ]
+            wins, sets = sum(a < b for a, b in pairs), sum(bool(a < b) for a, b in means)
+            ratio = "" if measured == "nats" or not pairs else f"; geometric mean of ratios {geometric(pairs):.3f}"
+            print(
+                f"{measured}: {first} below {other} on {sets} of {len(means)} sets by the seeds' mean "
+                f"(p = {sign_test(sets, len(means)):.2g}), in {wins} of {len(pairs)} pairs of set and seed "
+                f"(p = {sign_test(wins, len(pairs)):.2g}, were seeds independent){ratio}"
+            )
         for arm in arms:
             if found := by_set(mine, arm, "coverage"):
                 shares = ", ".join(f"{name} {100 * np.mean(values):.0f}" for name, values in found.items())
