@@ -281,8 +281,8 @@ def train_and_measure(question: str, arm: str, seed: int) -> list[Line]:
 def measure(question: str, arm: str, seed: int) -> None:
     """Print a line for each set: measures of samples, and the mean negative log density of a value."""
     import torch
-    from megahp.evaluate.forecast import sample_series
 
+    from megahp.evaluate.forecast import sample_series
     from megahp.evaluate.sample import load_trained
     from megahp.series.measures import crps
 
