@@ -353,6 +353,8 @@ def print_tables(lines: Sequence[Line]) -> None:
     """Print a table of wQL for each question, in Markdown, then signs, coverage and log densities."""
     for question, asked in QUESTIONS.items():
         mine = [line for line in lines if line["question"] == question]
+        if not mine:
+            continue
         arms = [*asked.arms, "seasonal naive", "ETS", "truth"]
         print(f"\n{question}: wQL, mean of the seeds\n\n| set | {' | '.join(arms)} |\n|---{'|---' * len(arms)}|")
         for name in asked.sets:
@@ -393,6 +395,8 @@ def draw(lines: Sequence[Line]) -> None:
 
     for question, asked in QUESTIONS.items():
         mine = [line for line in lines if line["question"] == question]
+        if not mine:
+            continue
         figure = Figure((9, 0.32 * len(asked.sets) + 1.6), layout="constrained")
         axes, reference = figure.add_subplot(), by_set(mine, "seasonal naive", "wql")
         for arm in (*asked.arms, "ETS", "truth"):
