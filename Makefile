@@ -18,7 +18,7 @@ train: $(READY)
 
 # Tests that neither time anything nor share a port run in parallel with the others, at lower priority (nice). Both
 # groups run to their ends.
-BESIDE := $(addprefix tests/,test_gpu_check.py config convert cuda data diagnose evaluate fuzz model ops parallel plan recipe report scaling)
+BESIDE := $(addprefix tests/,test_gpu_check.py config convert cuda data diagnose evaluate fuzz model ops parallel plan recipe report scaling series)
 QUICK := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
 
 test: lint

@@ -20,7 +20,7 @@ from megahp.exit_codes import FAULT
 
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem for path in (Path(megahp.__file__).parent / "commands").glob("*.py")}
-HELPERS = {"__init__", "arguments", "chain", "output"}
+HELPERS = {"__init__", "arguments", "chain", "output", "preprocess_series"}
 
 
 def file_of(command: str) -> str:
@@ -56,6 +56,7 @@ WITHOUT_TORCH = (
         "config",
         "train",
         "sample",
+        "forecast",
         "evaluate",
         "report",
         "replay",

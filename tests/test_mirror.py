@@ -14,6 +14,7 @@ SPANNED = {
     "commands/test_chain.py": "commands/launch commands/segment",
     "commands/test_convert.py": "convert/run_directory convert/sidecar",
     "commands/test_preprocess.py": "commands/merge data/texts",
+    "commands/test_preprocess_series.py": "series/tokenizer",
     "commands/test_runs.py": "commands/status",
     "commands/test_transfer_sweep.py": "commands/arguments diagnose/curves",
     "data/test_samples.py": "data/cache",
@@ -21,6 +22,7 @@ SPANNED = {
     "distributed/test_layouts.py": "model/build model/mlp parallel/data parallel/mesh parallel/tensor "
     "train/trainer train/validation",
     "distributed/test_sabotage.py": "parallel/collectives parallel/expert parallel/parameters",
+    "evaluate/test_forecast.py": "commands/forecast",
     "evaluate/test_perplexity.py": "commands/evaluate commands/evaluate_tasks evaluate/sample",
     "faults/test_faults.py": "faults/copies faults/notice launch/processes",
     "faults/test_soak.py": "faults/crash",

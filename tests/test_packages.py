@@ -15,7 +15,7 @@ LEVELS = [  # the lowest first; docs/design.md says what each package holds
     "errors exit_codes",
     "files",
     "config",
-    "launch ops",
+    "launch ops series",
     "scaling data",
     "parallel cluster",
     "model log checkpoint",

@@ -11,6 +11,7 @@ COMMANDS = {
     "config": "print every setting and where its value comes from",
     "train": "train the run of a TOML file",
     "sample": "generate text from a run's newest checkpoint",
+    "forecast": "forecast series by a run that was trained on series",
     "evaluate": "measure loss, bits per byte and perplexity of text files",
     "evaluate-tasks": "run lm-evaluation-harness on your own tasks",
     "report": "write report.html of one run, or of several overlaid",

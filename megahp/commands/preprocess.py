@@ -10,6 +10,11 @@ is told from its content and its name, and a file of which it cannot be told is 
 You see the progress, then documents, tokens and speed, and what was left out and why. If more than --most-bad of the
 documents are bad, nothing is written. The output depends only on the input and the tokenizer, not on --workers. After
 a signal or the death of a worker the same command resumes (PREFIX.unfinished holds what is done).
+
+With --series the input is numbers, and each window of a series becomes a document (docs/series.md):
+
+    megahp preprocess --series --input hourly.csv --output data/hourly --tokenizer data/hourly.series \\
+        --conditioning 168 --horizon 24
 """
 
 import argparse
@@ -34,6 +39,7 @@ from typing import Any
 
 import numpy as np
 
+from megahp.commands import preprocess_series
 from megahp.commands.arguments import add_text_arguments
 from megahp.commands.output import check_replaceable, data_files, ending_signals, write_description
 from megahp.data.fast_tokenizer import FastTokenizer, InexactError
@@ -53,6 +59,7 @@ from megahp.data.texts import (
 )
 from megahp.data.tokenizer import Tokenizer, encode_parts, fingerprint_of, load_tokenizer, train_sentencepiece
 from megahp.errors import UserError
+from megahp.series.coding import SUFFIX
 
 CHUNK_CHARACTERS = 1 << 20  # of the documents that a worker gets at a time
 SECONDS_BETWEEN_LINES = 30
@@ -84,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eos", default="", metavar="TOKEN", help=f"the token that ends a document, {words}")
     add("--bos", default="", metavar="TOKEN", help="begin each document with this token, by name or id (default: none)")
     add("--overwrite", action="store_true", help="replace existing output of megahp's")
+    preprocess_series.add_arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,7 @@ class WorkerDied(Exception):
 
 
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    refuse_options_of_others(arguments)
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}: give at least 1")
     outputs = data_files(arguments.output)
@@ -114,6 +123,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     check_replaceable("--output", outputs, named, arguments.overwrite)  # before standard input is read
     try:
         with interrupted_by_signals():
+            if arguments.series:
+                return preprocess_series.run(arguments)
             return preprocess(arguments, outputs)
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
@@ -122,6 +133,21 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     except WorkerDied as error:
         why = f"a worker of --workers {arguments.workers} died, probably out of memory"
         raise UserError(f"{why}: use fewer, and the same command resumes") from error
+
+
+def refuse_options_of_others(arguments: argparse.Namespace) -> None:
+    """Raise UserError for an option that has no effect, with --series or without it, and for a coding of series without
+    it."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    changed = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+    common = ("input", "output", "tokenizer", "overwrite", "series", "overrides")
+    for name in changed:
+        if name not in common and arguments.series != (name in preprocess_series.OPTIONS):
+            effect = "has no effect with --series" if arguments.series else "goes with --series alone"
+            raise UserError(f"--{name.replace('_', '-')} {effect}; remove it")
+    if not arguments.series and arguments.tokenizer.endswith(SUFFIX):
+        raise UserError(f"--tokenizer {arguments.tokenizer!r} codes series; add --series")
 
 
 def preprocess(arguments: argparse.Namespace, outputs: dict[Path, Callable[[Path], bool]]) -> int:

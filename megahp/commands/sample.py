@@ -16,6 +16,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default 0.8)")
     add("--top-k", type=int, default=50, help="sample from the k likeliest tokens; 0 = all (default 50)")
     add("--seed", type=int, default=1, help="of the sampling (default 1)")
+    add("--samples", type=int, default=1, help="texts that continue the prompt, sampled as a batch (default 1)")
     add("--save", action="store_true", help="write the text to RUN/sample.txt, for the report")
 
 
@@ -27,7 +28,8 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         raise UserError(
             f"--save writes into a run directory, which {options.run} is not; name the run, or remove --save"
         )
-    text = generate(options.run, options.prompt, options.tokens, options.temperature, options.top_k, options.seed)
+    how = options.temperature, options.top_k, options.seed, options.samples
+    text = "\n\n---\n\n".join(generate(options.run, options.prompt, options.tokens, *how))
     print(text)
     if options.save:
         with open_unlinked(options.run / "sample.txt", "w") as file:

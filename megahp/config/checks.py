@@ -65,6 +65,9 @@ def _model(config: Config) -> Iterator[str]:
             yield f"model.rope_fast = {model.rope_fast:g} must be above model.rope_slow = {model.rope_slow:g}; raise it"
     if model.kv_heads and model.heads % model.kv_heads:
         yield _not_a_divisor("model.kv_heads", model.kv_heads, "model.heads", model.heads)
+    if model.levels and (min(model.levels) < 2 or 0 < model.vocab_size < sum(model.levels)):
+        levels, size = list(model.levels), model.vocab_size
+        yield f"model.levels = {levels} need 2 ids each, and all of them of model.vocab_size = {size}; remove it"
 
 
 def _experts(config: Config) -> Iterator[str]:

@@ -152,6 +152,11 @@ class ModelConfig:
     vocab_size: int = nonnegative(
         0, "number of token ids; 0 = the tokenizer's. Matrices are padded to a multiple of 128"
     )
+    levels: tuple[int, ...] = setting(
+        (),
+        "how many of the first ids each level of coded numbers has: a token is predicted among those of its level; "
+        "filled in from a *.series tokenizer; empty = text, predicted among all",
+    )
 
     @property
     def padded_vocab(self) -> int:

@@ -15,6 +15,7 @@ from megahp.convert.sidecar import write_json
 from megahp.data.tokenizer import END_OF_DOCUMENT, META_SPACE, Tokenizer, load_tokenizer, read_beside
 from megahp.errors import UserError
 from megahp.files import LARGEST, refuse_irregular
+from megahp.series.tokenizer import SeriesTokenizer
 
 # of a Hugging Face folder, what its tokenizer and the generation of text depend on; without code
 OF_A_MODEL = ("generation_config.json", "config.json")
@@ -240,6 +241,8 @@ class Vocabulary:
 def load_vocabulary(name: str, eos: str = "", bos: str = "") -> Vocabulary:
     """Load a tokenizer, with these end and begin tokens, and its vocabulary. Raises UserError."""
     tokenizer = load_tokenizer(name, eos, bos)
+    if isinstance(tokenizer, SeriesTokenizer):
+        raise UserError(f"tokenizer {name!r} codes series; its tokens stand for no text, and it cannot be extended")
     if name == "bytes":
         return Vocabulary(name, tokenizer, [*(bytes([byte]) for byte in range(256)), END_OF_DOCUMENT[0].encode()])
     if not name.endswith(".model"):

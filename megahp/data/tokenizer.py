@@ -18,6 +18,8 @@ import numpy as np
 
 from megahp.errors import UserError
 from megahp.files import LARGEST, read_json, refuse_irregular, replacing
+from megahp.series.coding import SUFFIX, load_coding
+from megahp.series.tokenizer import SeriesTokenizer
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -70,7 +72,8 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str, eos: str = "", bos: str = "") -> Tokenizer:
-    """Load the tokenizer at `path`: "bytes", a SentencePiece `*.model` or a Hugging Face `*.json`.
+    """Load the tokenizer at `path`: "bytes", a SentencePiece `*.model`, a Hugging Face `*.json`, or a `*.series`, which
+    encodes no text.
 
     eos, bos: its end and begin token, by name or id; bos "none": it has none. Empty: as the files beside it say, or
     else as the tokenizer itself. Raises UserError if the file is missing, damaged, of another kind, or has no end.
@@ -78,6 +81,8 @@ def load_tokenizer(path: str, eos: str = "", bos: str = "") -> Tokenizer:
     if path == "bytes":
         return ByteTokenizer(eos, bos)
     _check_file(path)
+    if path.endswith(SUFFIX):
+        return SeriesTokenizer(path, eos, bos)
     return (SentencePieceTokenizer if path.endswith(".model") else HuggingFaceTokenizer)(path, eos, bos)
 
 
@@ -115,6 +120,8 @@ def fingerprint_of(path: str) -> str:
     if path == "bytes":
         return hashlib.sha256(b"bytes").hexdigest()
     _check_file(path)
+    if path.endswith(SUFFIX):
+        return load_coding(Path(path)).fingerprint
     return _hash_of_file(path) if path.endswith(".model") else _fingerprint(path, _hash_of_file(path))
 
 
@@ -150,8 +157,9 @@ def refuse_other(path: str, recorded: str, what: str) -> None:
 
 def _check_file(path: str) -> None:
     """Raise UserError unless this is a file of a known kind."""
-    if Path(path).suffix not in (".model", ".json"):
-        raise UserError(f"tokenizer {path!r} is none of the known kinds: use 'bytes', a *.model or a *.json file")
+    if Path(path).suffix not in (".model", ".json", SUFFIX):
+        kinds = f"a *.model, a *.json or, for series, a *{SUFFIX} file"
+        raise UserError(f"tokenizer {path!r} is none of the known kinds: use 'bytes', {kinds}")
     remedy = "check the path, or train one with `megahp preprocess`"
     if not Path(path).exists():
         raise UserError(f"tokenizer {path!r} does not exist: {remedy}")

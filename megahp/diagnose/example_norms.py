@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megahp.data.loader import Batch
 from megahp.model.transformer import Transformer
+from megahp.parallel.cross_entropy import level_of, within
 from megahp.parallel.parameters import local, parameters, probes
 from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 
@@ -77,7 +78,9 @@ def backward(model: Transformer, batch: Batch) -> tuple[dict[str, float], dict[s
     with _recorded(model) as recorded:
         logits = model(batch.tokens[:, :-1], documents=batch.documents)
     logits.retain_grad()
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    levels = model.model.levels
+    scored = within(logits, level_of(targets, levels)) if levels else logits
+    losses = F.cross_entropy(scored.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     losses.mean(1).sum().backward()
     with torch.no_grad():
         squares = {layer: square.item() for layer, square in _squares(model, recorded, logits)}

@@ -82,9 +82,11 @@ class Harness(TemplateLM):
         ids = self.trained.encode_prompt(prompt) or self.trained.start
         begin, new, text = len(tokenizer.decode(ids)), list[int](), ""
         temperature = settings.get("temperature", 0.0) if settings["do_sample"] else 0.0
-        following = continuation(self.trained, ids, temperature, settings.get("top_k", 0), seed)
-        while len(new) < settings["max_gen_toks"] and (token := next(following)) != tokenizer.eod:
-            new.append(token)
+        most, top_k = settings["max_gen_toks"], settings.get("top_k", 0)
+        for (token,) in continuation(self.trained, ids, most, temperature, top_k, seed):
+            if token == tokenizer.eod:
+                break
+            new.append(int(token))
             # Decode the whole: a token alone may be part of a character, or its text depend on the one before.
             text = tokenizer.decode(ids + new)[begin:]
             if any(stop in text for stop in stops):

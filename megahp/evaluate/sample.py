@@ -3,15 +3,16 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megahp import checkpoint, launch
-from megahp.config import ComputeConfig, Config, ParallelConfig, longest, with_values
+from megahp.config import ComputeConfig, Config, ParallelConfig, with_values
 from megahp.data.tokenizer import Tokenizer, tokenizer_of
 from megahp.errors import UserError
+from megahp.evaluate.decode import Decoder, arrange_products, draw
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
 from megahp.parallel.device import claim_device, fast_dtype
@@ -54,24 +55,30 @@ def load_trained(location: Path) -> TrainedModel:
         config = with_values(config, {"train.dtype": fast_dtype(device)})
     model = single_rank_model(config)
     checkpoint.load(path, model_state(model))
+    arrange_products(model)
     return TrainedModel(path, config, model, tokenizer, device)
 
 
-def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
-    """Return the prompt and a continuation of it by the run's newest checkpoint. Raises UserError.
+def generate(
+    run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int, samples: int = 1
+) -> list[str]:
+    """Return the prompt with each of so many continuations of it by the run's newest checkpoint. Raises UserError.
 
     temperature: 0 = always the likeliest token. top_k: sample among this many likeliest tokens; 0 = all.
     """
     if not (0 <= temperature < math.inf and tokens >= 0 and top_k >= 0 and 0 <= seed < 2**63):
         given = f"--temperature {temperature}, --tokens {tokens}, --top-k {top_k} and --seed {seed}"
         raise UserError(f"{given} must all be finite and at least 0")
+    if samples < 1:
+        raise UserError(f"--samples {samples} must be at least 1")
     # Bytes of the command line that are not UTF-8 arrive as surrogates, which no tokenizer can encode.
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt is not valid UTF-8; give it as text")
     trained = load_trained(run)
     ids = trained.encode_prompt(prompt) or trained.start
-    ids += islice(continuation(trained, ids, temperature, top_k, seed), tokens)
-    return trained.tokenizer.decode(ids)
+    new = [*continuation(trained, ids, tokens, temperature, top_k, seed, samples)]
+    rows = torch.stack(new, 1).tolist() if new else [[]] * samples
+    return [trained.tokenizer.decode([*ids, *row]) for row in rows]
 
 
 def single_rank_model(config: Config) -> Transformer:
@@ -83,25 +90,22 @@ def single_rank_model(config: Config) -> Transformer:
 
 
 @torch.no_grad()
-def continuation(trained: TrainedModel, ids: Sequence[int], temperature: float, top_k: int, seed: int) -> Iterator[int]:
-    """Yield tokens that continue `ids`, without end, each sampled given the last tokens before it. Without any, the
-    first is sampled after an end token, as a document's first token in training, which the others do not see."""
-    # The context is as long as in training; with ALiBi, which interpolates positions, twice as long (arXiv 2310.13017
-    # found this to work).
-    window = longest(trained.config) * (2 if trained.config.model.positions == "alibi" else 1)
-    vocab_size = trained.tokenizer.vocab_size  # the model's may be larger, but its further ids have no text
-    starts = not ids
-    context = torch.tensor([ids[-window:] or [trained.tokenizer.eod]], device=trained.device)
+def continuation(
+    trained: TrainedModel, ids: Sequence[int], tokens: int, temperature: float, top_k: int, seed: int, samples: int = 1
+) -> Iterator[Tensor]:
+    """Yield so many tokens that continue `ids`, [samples] at a time, each sampled given those before it. Without any,
+    the first is sampled after an end token, as a document's first token in training, which the others do not see."""
     generator = torch.Generator(trained.device).manual_seed(seed)
-    while True:
-        logits = trained.model(context)[:, -1, :vocab_size].float()
-        if temperature == 0:
-            token = logits.argmax(-1, keepdim=True)
-        else:
-            if 0 < top_k < vocab_size:
-                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-            logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature, however low, overflows
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        context = token if starts else torch.cat((context, token), 1)[:, -window:]
-        starts = False
-        yield int(token)
+    decoder = Decoder(trained.model, len(ids) + tokens)
+    if ids:
+        logits = decoder(torch.tensor([ids], device=trained.device))
+        decoder = decoder.repeated(samples)
+    else:
+        logits = trained.model(torch.tensor([[trained.tokenizer.eod]], device=trained.device))[:, -1]
+    logits = logits.expand(samples, -1)
+    for left in reversed(range(tokens)):
+        # the model's vocabulary may be larger than the tokenizer's, but its further ids have no text
+        new = draw(logits[:, : trained.tokenizer.vocab_size].float(), temperature, top_k, generator)
+        yield new[:, 0]
+        if left:
+            logits = decoder(new)

@@ -18,6 +18,9 @@ from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear, enter
 from megahp.scaling.parameterization import Role
 
+# From the keys and values of new tokens to those of all tokens up to them: a block's part of a cache.
+Past = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -59,7 +62,7 @@ class Attention(nn.Module):
                 RMSNorm(model.head_size, model.norm_eps, Role.NORM, ("tp",), axis.heads, probe=probe) for _ in range(2)
             )
 
-    def forward(self, x: Tensor, positions: Positions) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, past: Past | None = None) -> Tensor:
         # s: the rank's tokens, length / cp; with sequence parallelism x is [b, s / tp, width]
         qkv = self.qkv(enter(x, self.axis))  # [b, s, kv_heads / tp * (queries + 2) * head_size]
         if self.copies > 1:
@@ -79,6 +82,8 @@ class Attention(nn.Module):
         if self.axis.context.size > 1:
             # after norm and rotary, so that every rank does these for its own tokens alone; one collective for both
             key, value = gather_sequence(torch.cat((key, value), -1), 2, self.axis.context).chunk(2, -1)
+        if past:
+            key, value = past(key, value)
         function = partial(attend, scale=self.scale)
         if not positions.fused:
             function = partial(attend_by_products, scale=self.scale, softcap=self.softcap)
@@ -89,8 +94,9 @@ class Attention(nn.Module):
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Return attention of [b, heads, queries, size] over [b, kv heads, keys, size] by torch's fused kernel."""
+    causal = bias is None and query.shape[2] > 1  # one query is the last: it attends to all keys
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
+        query, key, value, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
     )
 
 

@@ -78,7 +78,7 @@ class Tile:
     """A part of a rank's attention: consecutive queries and all the keys that any of them attends to.
 
     bias: added to the logits, [queries, keys] or [batch or 1, heads or 1, queries, keys], -inf where a query does not
-    attend; None = causal, the first query at the first key.
+    attend; None = causal, the first query at the first key, or one query, at the last key.
     """
 
     queries: slice  # of the rank's own tokens
@@ -134,7 +134,7 @@ def _bias(
     of which flash kernels serve."""
     windowed = 0 < window < keys.stop - keys.start
     if fused and slopes is None and documents is None and not windowed:
-        if not queries.start:
+        if not queries.start or queries.stop - queries.start == 1:
             return None
         from torch.nn.attention.bias import causal_lower_right  # here: it imports torch._dynamo, for half a second
 

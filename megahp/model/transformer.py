@@ -5,13 +5,15 @@ with sequence parallelism.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megahp.config import ModelConfig
-from megahp.model.attention import Attention, Positions
+from megahp.model.attention import Attention, Past, Positions
+from megahp.model.cache import Cache
 from megahp.model.mlp import MLP
 from megahp.model.moe import MoE
 from megahp.model.norm import LayerNorm, RMSNorm
@@ -47,7 +49,7 @@ class Block(nn.Module):
     def __init__(self, model: ModelConfig, table: Table, axis: TensorAxis, probe: bool, dense: bool) -> None:
         super().__init__()
         self.residual, self.parallel = table.residual, model.parallel_residual
-        self.compute: Callable[[Tensor, Positions, Tensor], Tensor] = self.branches
+        self.compute: Callable[[Tensor, Positions, Tensor, Past | None], Tensor] = self.branches
 
         def norm(*placements: str) -> RMSNorm | LayerNorm | None:
             return make_norm(model, Role.NORM, axis, probe) if model.norm_placement in placements else None
@@ -59,11 +61,11 @@ class Block(nn.Module):
         self.mlp = MLP(model, model.mlp_width, axis) if dense else MoE(model, axis)
         self.mlp_post_norm = norm("post", "both")
 
-    def forward(self, x: Tensor, positions: Positions, loss_weight: Tensor) -> Tensor:
-        return self.compute(x, positions, loss_weight)
+    def forward(self, x: Tensor, positions: Positions, loss_weight: Tensor, past: Past | None = None) -> Tensor:
+        return self.compute(x, positions, loss_weight, past)
 
-    def branches(self, x: Tensor, positions: Positions, loss_weight: Tensor) -> Tensor:
-        branch = self.attention(self.attention_norm(x) if self.attention_norm else x, positions)
+    def branches(self, x: Tensor, positions: Positions, loss_weight: Tensor, past: Past | None = None) -> Tensor:
+        branch = self.attention(self.attention_norm(x) if self.attention_norm else x, positions, past)
         if self.attention_post_norm:
             branch = self.attention_post_norm(branch)
         if self.mlp_norm and not self.parallel:
@@ -90,6 +92,8 @@ class Transformer(nn.Module):
     not the last returns it. documents [b, length]: the document of each token of the whole sequences, where attention
     must not cross documents. loss_weight: the gradient that a token's loss will get, by which the experts'
     balance losses are scaled. longest: the most tokens trained on; ALiBi is interpolated beyond.
+
+    cache: of the tokens before these, to which these are added; without context and sequence parallelism.
     """
 
     def __init__(
@@ -124,25 +128,35 @@ class Transformer(nn.Module):
                 del self.blocks[str(number)]
 
     def forward(
-        self, x: Tensor, targets: Tensor | None = None, documents: Tensor | None = None, loss_weight: float = 0.0
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        loss_weight: float = 0.0,
+        cache: Cache | None = None,
     ) -> Tensor:
-        length = x.shape[1] * self.axis.context.size * (1 if self.is_first else self._stream_shards)  # whole sequences'
-        positions = self._positions(length, x.device, documents)
+        start = cache.length if cache else 0
+        # whole sequences'
+        length = start + x.shape[1] * self.axis.context.size * (1 if self.is_first else self._stream_shards)
+        positions = self._positions(start, length, x.device, documents)
         if self.is_first:
             x = self.embedding(x, self.dtype)  # [b, s] -> [b, r, width]
             if self.positions:
-                x = x + self.positions(length, self.dtype)
+                x = x + self.positions(start, length, self.dtype)
             x = x * self.table.embedding
         # as a tensor, since compiled blocks would be compiled again for another float; on the CPU, where it is read
         weight = torch.tensor(loss_weight, dtype=torch.float64, device="cpu")
         for number, block in self.blocks.items():
-            x = block(x, positions[self._kind(int(number))], weight)  # [b, r, width]
+            past = partial(cache.extend, number) if cache else None
+            x = block(x, positions[self._kind(int(number))], weight, past)  # [b, r, width]
+        if cache:
+            cache.length = length
         if not self.is_last:
             return x.contiguous()  # to be sent; a reduce-scatter leaves the sequence outermost in memory
         x = enter(self.final_norm(x), self.axis) * self.table.logits  # [b, r, width] -> [b, s, width]
         if targets is not None:
             rows = local((self.unembedding or self.embedding).weight)
-            return linear_cross_entropy(x, rows, targets, self.axis, self.model.logits_softcap)
+            return linear_cross_entropy(x, rows, targets, self.axis, self.model.logits_softcap, self.model.levels)
         logits = self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
         return cap(logits, self.model.logits_softcap) if self.model.logits_softcap else logits
 
@@ -161,12 +175,13 @@ class Transformer(nn.Module):
         return self.model.window_of(block), self.model.rotates(block)
 
     def _positions(
-        self, length: int, device: torch.device, documents: Tensor | None
+        self, start: int, length: int, device: torch.device, documents: Tensor | None
     ) -> dict[tuple[int, bool], Positions]:
-        """Return what attention needs of the rank's positions in sequences of `length` tokens, for each kind of block
-        that this stage has."""
+        """Return what attention needs of the rank's positions from `start` on in sequences of `length` tokens, for each
+        kind of block that this stage has."""
         model, context, slopes = self.model, self.axis.context, None
-        local_positions = shard_sequence(torch.arange(length, device=device), 0, context)
+        own = [slice(start, length)] if start else spans(length, context)
+        local_positions = shard_sequence(torch.arange(start, length, device=device), 0, context)
         if model.positions == "alibi":
             slopes = alibi_slopes(model.heads, length / self.longest).chunk(self.axis.size)[self.axis.rank].to(device)
         found = {}
@@ -178,6 +193,6 @@ class Transformer(nn.Module):
             on_cpu = device.type == "cpu" and not self.traced_for_gpu
             fused = not (model.attention_softcap or on_cpu and (self.dtype is torch.bfloat16 or skips))
             at_once = 0 if fused else QUERIES_AT_ONCE
-            parts = tiles(spans(length, context), slopes, documents, self.dtype, window, device, at_once)
+            parts = tiles(own, slopes, documents, self.dtype, window, device, at_once)
             found[window, rotates] = Positions(angles, parts, fused, not fused and documents is not None)
         return found

@@ -1,6 +1,6 @@
 """Unembedding and cross-entropy in one, a slice of the vocabulary at a time: large logits are never all held."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from megahp.parallel.mesh import Axis
 
 
 @uncompiled  # compiled, forward's and backward's logits would be merged, and all of them kept
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float = 0.0) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float = 0.0, levels: Sequence[int] = ()
+) -> Tensor:
     """Return per-token losses in nats, log sum exp(x W^T) - (x W^T)[target], holding at most KEPT bytes of x W^T.
 
     Args:
@@ -27,11 +29,14 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis,
         targets: [...], int64 in 0 .. vocabulary, which is not checked.
         axis: the ranks that the vocabulary is split over.
         softcap: of the logits, see `cap`; 0 = none.
+        levels: the sum is over the target's level alone, see `level_of`; empty = over all ids.
 
     Returns:
         Losses [...], and so all sums, in fp32; in fp64 for fp64 x. Can be differentiated once.
     """
-    losses = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), axis, softcap)
+    flat = targets.flatten()
+    ends = level_of(flat, levels) - axis.rank * len(weight) if levels else None
+    losses = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, flat, axis, softcap, ends)
     return losses.view_as(targets).clone()  # FSDP2 hooks on to a module's output, which must not be a view
 
 
@@ -40,8 +45,25 @@ def cap(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap)
 
 
+def level_of(targets: Tensor, levels: Sequence[int]) -> Tensor:
+    """Return the first id of each target's level, and the one after its last (int64 [..., 2]). levels: how many of the
+    first ids each has; an id beyond them all is a level of its own, so that its loss is 0."""
+    ends = torch.tensor((0, *levels), device=targets.device).cumsum(0)
+    level = torch.bucketize(targets, ends[1:], right=True)
+    found = torch.stack((ends[level], ends[(level + 1).clamp(max=len(levels))]), -1)
+    return torch.where((targets < ends[-1])[..., None], found, torch.stack((targets, targets + 1), -1))
+
+
+def within(logits: Tensor, ends: Tensor, start: int = 0) -> Tensor:
+    """Return logits [..., ids], of ids from `start` on, with those outside `level_of` the targets so low that they have
+    no probability: not -inf, since a slice may hold no others."""
+    ids = torch.arange(start, start + logits.shape[-1], device=logits.device)
+    outside = (ids < ends[..., :1]) | (ids >= ends[..., 1:])
+    return logits.masked_fill(outside, torch.finfo(logits.dtype).min / 2)
+
+
 class _LinearCrossEntropy(Function):
-    """x [n, width], weight [vocabulary / tp, width], targets [n] -> losses [n].
+    """x [n, width], weight [vocabulary / tp, width], targets [n], ends [n, 2] or None -> losses [n].
 
     Forward keeps each token's largest logit and sum of exponentials, rescaled as larger ones come (Milakov and
     Gimelshein, arXiv 1805.02867), and up to KEPT bytes of logits. More of them backward computes again, to the same
@@ -55,30 +77,33 @@ class _LinearCrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float, ends: Tensor | None
+    ) -> Tensor:
         targets = targets - axis.rank * len(weight)
         keeps = len(x) * len(weight) * x.element_size() <= KEPT
         kept = []
         largest = x.new_full(targets.shape, -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))
         total, target_logit = torch.zeros_like(largest), torch.zeros_like(largest)
-        for _, rows, index, is_target in _slices(x, weight, targets):
+        for start, rows, index, is_target in _slices(x, weight, targets):
             products = F.linear(x, rows)
             kept += [products] if keeps else []
             logits = products.to(total.dtype, copy=keeps)  # what is kept must not be changed below
             logits = cap(logits, softcap) if softcap else logits
+            logits = logits if ends is None else within(logits, ends, start)
             target_logit = logits.gather(1, index).squeeze(1).where(is_target, target_logit)
             before, largest = largest, largest.maximum(logits.amax(1))
             total = total * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
         if axis.size > 1:  # the maximum must be known to all before the sums, which are relative to it, can be added
             before, largest = largest, all_reduce(largest, axis.group, dist.ReduceOp.MAX)
             total, target_logit = all_reduce(torch.stack((total * (before - largest).exp(), target_logit)), axis.group)
-        ctx.softcap = softcap
+        ctx.softcap, ctx.ends = softcap, ends
         ctx.save_for_backward(x, weight, targets, largest, total, *kept)
         return total.log() - (target_logit - largest)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x, weight, targets, largest, total, *kept = ctx.saved_tensors
         scale = (grads[0] / total)[:, None]
         grad_x, grad_weight = torch.zeros_like(x, dtype=total.dtype), torch.empty_like(weight)
@@ -89,12 +114,13 @@ class _LinearCrossEntropy(Function):
             if ctx.softcap:
                 logits = cap(logits, ctx.softcap)
                 slope = 1 - (logits / ctx.softcap).square()
+            logits = logits if ctx.ends is None else within(logits, ctx.ends, start)
             grad = logits.sub_(largest[:, None]).exp_().mul_(scale)
             grad = grad.scatter_add_(1, index, -grads[0].where(is_target, 0)[:, None])
             grad = (grad * slope if ctx.softcap else grad).to(x.dtype)
             grad_x += grad @ rows
             grad_weight[start : start + len(rows)] = grad.T @ x
-        return grad_x.to(x.dtype), grad_weight, None, None, None
+        return grad_x.to(x.dtype), grad_weight, None, None, None, None
 
 
 def _slices(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:

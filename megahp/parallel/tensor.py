@@ -85,14 +85,14 @@ class VocabParallelEmbedding(Module):
 
 
 class PositionEmbedding(Module):
-    """Return the rows of a learned [longest, width] matrix for this rank's tokens; with sequence parallelism, its slice
-    of them. length -> [s or s/tp, width]."""
+    """Return the rows of a learned [longest, width] matrix for this rank's tokens of start .. length; with sequence
+    parallelism, its slice of them. [s or s/tp, width]."""
 
     def __init__(self, longest: int, width: int, axis: TensorAxis) -> None:
         super().__init__()
         self.axis = axis
         self.parameter("weight", (longest, width), Row(Role.EMBEDDING, sum_over=axis.sum_over))
 
-    def forward(self, length: int, dtype: torch.dtype) -> Tensor:
-        rows = shard_sequence(local(self.weight)[:length].to(dtype), 0, self.axis.context)
+    def forward(self, start: int, length: int, dtype: torch.dtype) -> Tensor:
+        rows = shard_sequence(local(self.weight)[start:length].to(dtype), 0, self.axis.context)
         return rows.chunk(self.axis.size)[self.axis.rank] if self.axis.sequence_parallel else rows

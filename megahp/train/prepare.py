@@ -44,6 +44,8 @@ from megahp.parallel.device import check_devices, cpu_has_bfloat16, memory_here,
 from megahp.parallel.layout import Layout
 from megahp.scaling.batch import BatchScheduler, Progress, batch_multiple, least_batch, runnable
 from megahp.scaling.flops import parameters as parameter_count
+from megahp.series.coding import SeriesCoding
+from megahp.series.tokenizer import SeriesTokenizer
 from megahp.train.advice import advice, beyond_cpus
 
 if TYPE_CHECKING:
@@ -397,14 +399,31 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
             f"model.vocab_size = {config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
             f"data.tokenizer = {data.tokenizer!r}; remove it to use the tokenizer's"
         )
+    levels = config.model.levels
+    if isinstance(tokenizer, SeriesTokenizer):
+        levels = tokenizer.coding.levels
+        check_series(config, tokenizer.coding)
     values = {
         "model.vocab_size": config.model.vocab_size or tokenizer.vocab_size,
+        "model.levels": levels,
         "data.tokenizer_fingerprint": data.tokenizer_fingerprint or fingerprint_of(tokenizer.path),
         "data.eos": str(tokenizer.eod),
         "data.bos": "none" if tokenizer.bos is None else str(tokenizer.bos),
         "data.begin": data.begin or ("bos" if tokenizer.adds_bos else ""),
     }
     return with_values(config, values)
+
+
+def check_series(config: Config, coding: SeriesCoding) -> None:
+    """Raise UserError for settings under which a sample would not be one window of the coding."""
+    name, data = config.data.tokenizer, config.data
+    if config.model.levels not in ((), coding.levels):
+        levels = list(config.model.levels)
+        raise UserError(f"model.levels = {levels} are not those of {name!r}, {list(coding.levels)}; remove it")
+    if data.lengths or data.sequence_length != coding.window_tokens:
+        which = "data.lengths" if data.lengths else f"data.sequence_length = {data.sequence_length}"
+        remedy = "remove it" if data.lengths else f"set it to {coding.window_tokens}"
+        raise UserError(f"{which}: a sample is a window of {name!r}, of {coding.window_tokens} tokens; {remedy}")
 
 
 def begin_of(config: Config, datasets: Sequence[IndexedDataset]) -> str:

@@ -248,7 +248,7 @@ def gone_on(folder: Path) -> dict[str, Any]:
             torch.allclose((a / 0.1).square(), b / 0.05, rtol=1e-4) for a, b in zip(first, second, strict=True)
         ),
         "gradients": min(a.abs().max().item() for a in first),
-        "sample": generate(imported, "import os", 3, 0, 0, 1),
+        "sample": generate(imported, "import os", 3, 0, 0, 1)[0],
     }
 
 

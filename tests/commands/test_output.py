@@ -29,6 +29,7 @@ RECIPE = "recipe --params 1e7 --tokens 2e8"
         "plan run.toml --ranks 1 --json precious",
         "benchmark norm --json precious",
         "evaluate-tasks run tasks --json precious",
+        "forecast run text.txt --output precious",
         "merge part --output precious --overwrite",
     ],
 )

@@ -22,6 +22,7 @@ model.attention_softcap model.logits_softcap model.bias model.qkv_bias model.qk_
 model.tied_embeddings
 model.experts model.experts_per_token model.expert_width model.shared_experts model.dense_layers
 model.router_score model.router_normalize model.router_scale model.balance_rate model.balance_loss model.vocab_size
+model.levels
 parameterization.name parameterization.base_width parameterization.base_layers parameterization.depth_alpha
 parameterization.init_std parameterization.embedding_multiplier parameterization.output_multiplier
 parameterization.residual_multiplier parameterization.attention_multiplier

@@ -30,6 +30,7 @@ SPLITS = (1, 2, 4, 8)  # examples of a microbatch
 DENSE = ("llama", "gpt2", "alibi")
 DTYPES = {"float32": 1e-5, "float64": 1e-10}
 CASES = {f"{model} {dtype}": (model, dtype, rtol) for model in DENSE for dtype, rtol in DTYPES.items()}
+CASES["series"] = ("gpt2 model.levels=[48,40,30]", "float64", 1e-10)  # a model, and a setting
 
 
 def mean_over_the_microbatch(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
@@ -100,7 +101,7 @@ def outcomes() -> dict[str, Any]:
     """Run every measurement of this file, on one rank."""
     results: dict[str, Any] = {}
     for case, (name, dtype, _) in CASES.items():
-        config = settings_of(name, f"train.dtype={dtype}")
+        config = settings_of(*name.split(), f"train.dtype={dtype}")
         model = model_of(config)
         before = [storage(weight).clone() for _, weight in parameters(model)]
         squares = {size: measure(model, microbatches(config, size)) for size in SPLITS}

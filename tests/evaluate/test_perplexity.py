@@ -128,6 +128,7 @@ def scored(folder: Path) -> dict[str, Any]:
     (folder / "spaces.txt").write_text("   \n \n")
     run = folder / "rope"
     found["widest batch"] = widest_batch(load_trained(run))
+    found["samples"] = said("sample", run, "--prompt", "Go", "--tokens", "3", "--samples", "2")
     found["mistakes"] = {
         "stride": said("evaluate", run, folder / "long.txt", "--stride", "25"),
         "context": said("evaluate", run, folder / "long.txt", "--context", "25"),
@@ -183,7 +184,7 @@ def beginnings(folder: Path) -> dict[str, Any]:
             for _ in range(4):
                 ids.append(int(after(trained, ids or [EOD])[:258].argmax()))
         (score,) = perplexity.evaluate(trained, [TEXTS[2:]], CONTEXT, CONTEXT)
-        written = {prompt: generate(folder / name, prompt, 4, 0, 0, 1) for prompt in own}
+        written = {prompt: generate(folder / name, prompt, 4, 0, 0, 1)[0] for prompt in own}
         expected = {prompt: trained.tokenizer.decode(ids) for prompt, ids in own.items()}
         found[name] = score, nats, written, expected
     return found
@@ -214,6 +215,12 @@ def test_every_token_is_scored_once(found: Any, name: str, context: int, stride:
     assert [score.tokens for score in scores] == [score.bytes for score in scores] == [25, 27 + 111]
     assert [score.documents for score in scores] == [2, 2]
     assert [score.nats for score in scores] == pytest.approx(nats, rel=1e-12)
+
+
+def test_several_samples_are_apart(found: Any) -> None:
+    code, out, _ = found["samples"]
+    first, second = out.removesuffix("\n").split("\n\n---\n\n")
+    assert code == 0 and first != second and first.startswith("Go") and second.startswith("Go")
 
 
 def test_a_small_vocabulary_does_not_make_a_large_batch(found: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megahp.parallel import cross_entropy
-from megahp.parallel.cross_entropy import linear_cross_entropy
+from megahp.parallel.cross_entropy import level_of, linear_cross_entropy, within
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Axis
 from megahp.parallel.tensor import enter
@@ -27,11 +28,21 @@ VOCABULARY = 100
 SLICES = (1, 7, 50, 99, 100, 1000)
 
 
-def plain_losses(x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float = 0.0) -> Tensor:
-    """The same losses, on one rank, from whole logits."""
+def plain_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float = 0.0, levels: Sequence[int] = ()
+) -> Tensor:
+    """The same losses, on one rank, from whole logits; within a level, from its logits alone."""
     logits = F.linear(x, weight.to(x.dtype))
     logits = logits.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
     logits = (logits / softcap).tanh() * softcap if softcap else logits
+    if levels:
+        flat, losses = targets.flatten(), torch.zeros(targets.numel(), dtype=logits.dtype)
+        for level, size in enumerate(levels):
+            first = sum(levels[:level])
+            own = ((flat >= first) & (flat < first + size)).nonzero().squeeze(1)
+            there = F.cross_entropy(logits[own, first : first + size], flat[own] - first, reduction="none")
+            losses = losses.index_put((own,), there)
+        return losses.view_as(targets)
     return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets).clone()
 
 
@@ -67,6 +78,42 @@ def test_equals_the_plain_loss_in_float64(rows: int, softcap: float) -> None:
         found = outcome(partial(linear_cross_entropy, **capped), given, torch.float64)
     wanted = outcome(partial(plain_losses, **capped), given, torch.float64)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("levels", [(12, 30, 9), (100,), (2, 2)])
+@pytest.mark.parametrize("rows", SLICES)
+def test_levels(rows: int, levels: tuple[int, ...], softcap: float) -> None:
+    """A target is predicted among its level alone, wherever slices end; one of no level has no loss. With and without
+    logits kept."""
+    given, settings = inputs(torch.float64), {"levels": levels, "softcap": softcap}
+    wanted = outcome(partial(plain_losses, **settings), given, torch.float64)
+    for kept in (cross_entropy.KEPT, 0):
+        with in_slices_of(rows), mock.patch.object(cross_entropy, "KEPT", kept):
+            found = outcome(partial(linear_cross_entropy, **settings), given, torch.float64)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+    alone = given["targets"] >= sum(levels)
+    assert (found[0] == 0).equal(alone) and not found[1][alone].any()
+
+
+def test_a_level_is_a_distribution() -> None:
+    """Probabilities of a level's ids sum to 1, so that those of all digits of a value do; an id of no level has 1."""
+    given = inputs(torch.float64)
+    x, targets = given["x"][0, :1].expand(VOCABULARY, -1), torch.arange(VOCABULARY)
+    with in_slices_of(7):
+        chances = (-linear_cross_entropy(x, given["weight"], targets, ALONE, levels=(12, 30, 9))).exp()
+    sums = torch.stack([part.sum() for part in chances.split((12, 30, 9, *[1] * 49))])
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_levels_in_whole_logits(dtype: torch.dtype) -> None:
+    given = inputs(dtype)
+    logits = F.linear(given["x"], given["weight"])
+    hidden = within(logits, level_of(given["targets"], (12, 30, 9)))
+    found = F.cross_entropy(hidden.flatten(0, 1).float(), given["targets"].flatten(), reduction="none")
+    wanted = plain_losses(given["x"], given["weight"], given["targets"], ALONE, levels=(12, 30, 9))
+    torch.testing.assert_close(found.view_as(wanted), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])

@@ -269,7 +269,7 @@ def test_experts_and_their_biases_go_on(folder: Path) -> None:
         )
         assert moved["balance_loss"] == pytest.approx(record["balance_loss"], rel=1e-5)
         assert all(1 <= value <= 2 for value in record["expert_load_max"].values())
-    assert world.run(1, generate, folder / "runs/experts", "It", 3, 0.8, 50, 1)[0].startswith("It")
+    assert world.run(1, generate, folder / "runs/experts", "It", 3, 0.8, 50, 1)[0][0].startswith("It")
 
 
 def test_a_replay_notices_a_changed_log(folder: Path, whole: list[dict[str, Any]]) -> None:
