@@ -77,7 +77,8 @@ def backward(model: Transformer, batch: Batch) -> tuple[dict[str, float], dict[s
     with _recorded(model) as recorded:
         logits = model(batch.tokens[:, :-1], documents=batch.documents)
     logits.retain_grad()
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    within = logits[..., : model.model.softmax_size]
+    losses = F.cross_entropy(within.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     losses.mean(1).sum().backward()
     with torch.no_grad():
         squares = {layer: square.item() for layer, square in _squares(model, recorded, logits)}
