@@ -71,7 +71,7 @@ def _activations(trial: HookedTrial) -> dict[str, float]:
     blocks = list(trial.model.blocks.values())
     hooks: dict[nn.Module, Any] = {blocks[-1]: record("stream")}
     hooks |= {module: record("attention") for module in modules() if isinstance(module, Attention)}
-    hooks |= {block.mlp: record("mlp") for block in blocks}
+    hooks |= {block.get_submodule("mlp"): record("mlp") for block in blocks}
     hooks |= {module.up: record("pre-activation") for module in modules() if isinstance(module, MLP)}
     means["logits"] = [trial.forward_with_hooks(hooks).abs().mean().item()]
     return {name: float(np.mean(means[name])) for name in QUANTITIES if name in means}

@@ -184,12 +184,13 @@ def fit_task_error(runs: Sequence[FinishedRun], draws: int = DRAWS, seed: int = 
         )
     losses, errors = points.T
     shapes = np.stack([np.ones((len(DECAYS), len(losses))), -np.exp(-DECAYS[:, None] * (losses - losses.min()))], 2)
-    bases = np.linalg.qr(shapes)[0]  # [exponents, runs, 2]
+    bases, triangles = np.linalg.qr(shapes)  # [exponents, runs, 2], [exponents, 2, 2]
 
     def solve(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the best exponents' indices of errors [draws, runs], most, and scale at the least loss."""
-        best = np.argmax(np.square(np.einsum("gri,dr->dgi", bases, errors)).sum(2), 1)
-        return best, np.einsum("dir,dr->di", np.linalg.pinv(shapes)[best], errors)
+        parts = np.einsum("gri,dr->gdi", bases, errors, optimize=True)  # what a law explains of the errors
+        best = np.argmax(np.square(parts).sum(2), 0)
+        return best, np.linalg.solve(triangles[best], parts[best, np.arange(len(errors)), :, None])[..., 0]
 
     (best,), (linear,) = solve(errors[None])
     predicted, random = shapes[best] @ linear, np.random.default_rng(seed)
@@ -203,8 +204,8 @@ def fit_task_error(runs: Sequence[FinishedRun], draws: int = DRAWS, seed: int = 
     exponents = DECAYS[[best, *drawn]]
     most, scale = np.vstack([linear, lines]).T
     laws = np.column_stack([most, scale * np.exp(exponents * losses.min()), exponents]).tolist()
-    source = f"fitted to {len(known)} runs"
-    law = ErrorLaw(*laws[0], source, "", _range(losses), tuple(map(tuple, laws[1:])))
+    first, source = laws[0], f"fitted to {len(known)} runs"
+    law = ErrorLaw(first[0], first[1], first[2], source, "", _range(losses), tuple(map(tuple, laws[1:])))
     return _with_confidence(law, points, notes)
 
 

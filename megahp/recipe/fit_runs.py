@@ -20,7 +20,7 @@ from megahp.log.status import runs_below
 from megahp.recipe import fit
 from megahp.recipe.fit import FinishedRun, Fit
 from megahp.scaling import flops
-from megahp.scaling.laws import INTERVAL, LossLaw
+from megahp.scaling.laws import INTERVAL, LossLaw, quantiles
 from megahp.scaling.parameterization import Role, table_of
 
 
@@ -185,7 +185,7 @@ def summary(name: str, fitted: Fit) -> Record:
         "source": law.source,
         "confidence": law.confidence,
         "constants": constants,
-        "intervals": dict(zip(constants, np.quantile(law.draws, INTERVAL, axis=0).T.tolist(), strict=True)),
+        "intervals": dict(zip(constants, quantiles(law.draws).T.tolist(), strict=True)),
         "fitted": ranges,
         "notes": fitted.notes,
         **more,
@@ -203,7 +203,7 @@ def optimal(law: LossLaw, compute: float) -> Record:
         "parameters": parameters,
         "tokens": tokens,
         "tokens_per_parameter": tokens / parameters,
-        "tokens_per_parameter_interval": np.quantile(drawn[1] / drawn[0], INTERVAL).tolist(),
+        "tokens_per_parameter_interval": quantiles(drawn[1] / drawn[0]).tolist(),
         "loss": law(parameters, tokens),
         "loss_interval": law.interval(parameters, tokens),
         "inside": inside,

@@ -113,5 +113,14 @@ def increasing_root(function: Callable[[float], float], target: float, low: floa
 def _quantiles(values: list[float]) -> tuple[float, float] | None:
     if not values:
         return None
-    low, high = np.quantile(values, INTERVAL)
+    low, high = quantiles(values)
     return float(low), float(high)
+
+
+def quantiles(draws: Any) -> np.ndarray:
+    """Return the ends of the interval of draws, [draws, ...] -> [2, ...].
+
+    The places are INTERVAL x (n + 1) of the n sorted draws, between which one more would lie 80 % of the time, however
+    many they are; numpy's own, INTERVAL x (n - 1), are nearer to each other.
+    """
+    return np.quantile(draws, INTERVAL, axis=0, method="weibull")
