@@ -112,7 +112,7 @@ REQUIRED: dict[str, dict[tuple[str, str], Requirement]] = {
         ("mlp", "init"): flat(0.1, DEPTH),
         ("pre-activation", "init"): flat(0.1, DEPTH),
         ("stream", "after"): flat(0.2, DEPTH, sp=1.25, mup=1.25, smupar=1.25),
-        ("mlp", "after"): flat(0.2, DEPTH),
+        # nothing of a branch's output: what it learns falls as m_L^(alpha - 1), and must where there are more of them
         ("pre-activation", "after"): flat(0.2, DEPTH),
     },
     "densities": {
