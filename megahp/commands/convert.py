@@ -106,6 +106,8 @@ def export(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
         write_tokenizer(partial, name, tokenizer)
         return tokenizer
     megatron.write(partial, config, Tensors(path), arguments.target_format == "megatron-legacy", limit)
+    if found := megatron.padding(config):
+        print(found)
     if name != "bytes":
         shutil.copyfile(name, partial / f"tokenizer{Path(name).suffix}")
     return tokenizer

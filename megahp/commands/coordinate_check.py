@@ -47,8 +47,8 @@ from megahp.parallel.mesh import Mesh, single_rank_mesh
 from megahp.train.prepare import load_described_tokenizer, open_data, with_vocabulary
 
 FAMILIES = {"widths": "model.width", "depths": "model.layers", "densities": "sparsity.density"}
-LINE = "{quantity:<13}{when:<7}{slope:>+7.2f}  [{low:+.2f}, {high:+.2f}]  {needed:>14}{predicted:>9}  {verdict}"
-HEADER = f"{'quantity':<13}{'when':<7}{'slope':>7}  {'95 % interval':<14}  {'needed':>14}{'theory':>9}"
+LINE = "{quantity:<15}{when:<7}{slope:>+7.2f}  [{low:+.2f}, {high:+.2f}]  {needed:>14}{predicted:>9}  {verdict}"
+HEADER = f"{'quantity':<15}{'when':<7}{'slope':>7}  {'95 % interval':<14}  {'needed':>14}{'theory':>9}"
 
 Measured = dict[tuple[str, str], np.ndarray]  # quantity and when -> [sizes, seeds]
 
@@ -74,17 +74,18 @@ class Requirement:
 
     least: float
     most: float
-    predicted: Mapping[str, float]
+    predicted: Mapping[str, float | None]
     source: str
 
 
-def flat(tolerance: float, source: str, **others: float) -> Requirement:
-    """Require slope 0, as predicted for every parameterization except those named."""
-    every = dict.fromkeys(("sp", "mup", "smupar", "completep", "completep-half"), 0.0)
+def flat(tolerance: float, source: str, **others: float | None) -> Requirement:
+    """Require slope 0, as predicted for every parameterization except those named; None: no prediction."""
+    every: dict[str, float | None] = dict.fromkeys(("sp", "mup", "smupar", "completep", "completep-half"), 0.0)
     return Requirement(-tolerance, tolerance, every | others, source)
 
 
-# CompleteP with alpha below 1 is "completep-half": theory treats alpha = 1/2
+# of CompleteP's alphas the theory is of these; at 0 it has no depth factor, as muP
+ALPHAS = {0.0: "mup", 0.5: "completep-half", 1.0: "completep"}
 MUP = "muP: activations are Theta(1) in width (arXiv 2505.01618 Table 1's columns; derived for one matrix)"
 DEPTH = "arXiv 2505.01618: stable for alpha >= 1/2; SP after steps read from its authors' figure"
 SPARSE = "arXiv 2405.15743: Var(Y) is proportional to density unless init undoes it"
@@ -93,12 +94,14 @@ REQUIRED: dict[str, dict[tuple[str, str], Requirement]] = {
     "widths": {
         ("stream", "init"): flat(0.1, MUP, sp=1.0),
         ("attention", "init"): flat(0.1, MUP, sp=1.0),
-        ("mlp", "init"): flat(0.1, MUP, sp=0.5),
+        ("mlp", "init"): flat(0.1, MUP, sp=None),  # of two matrices or three, and an activation between them
+        ("pre-activation", "init"): flat(0.1, MUP, sp=0.5),
         # with an output multiplier of 1 / m_N they vanish at init, until the unembedding has learnt
         ("logits", "init"): Requirement(-0.6, 0.1, {"sp": 0.5, "mup": -0.5, "smupar": -0.5, "completep": -0.5}, MUP),
         ("stream", "after"): flat(0.2, MUP, sp=1.0),
         ("attention", "after"): flat(0.2, MUP, sp=1.0),
-        ("mlp", "after"): flat(0.2, MUP, sp=0.5),
+        ("mlp", "after"): flat(0.2, MUP, sp=None),
+        ("pre-activation", "after"): flat(0.2, MUP, sp=0.5),
         ("logits", "after"): Requirement(-0.6, 0.2, {}, MUP),
     },
     "depths": {
@@ -107,12 +110,16 @@ REQUIRED: dict[str, dict[tuple[str, str], Requirement]] = {
             -0.6, 0.1, {"sp": 0.5, "mup": 0.5, "smupar": 0.5, "completep-half": 0.0, "completep": -0.5}, DEPTH
         ),
         ("mlp", "init"): flat(0.1, DEPTH),
+        ("pre-activation", "init"): flat(0.1, DEPTH),
         ("stream", "after"): flat(0.2, DEPTH, sp=1.25, mup=1.25, smupar=1.25),
-        ("mlp", "after"): flat(0.2, DEPTH),
+        # nothing of a branch's output: what it learns falls as m_L^(alpha - 1), and must where there are more of them
+        ("pre-activation", "after"): flat(0.2, DEPTH),
     },
     "densities": {
-        ("mlp", "init"): flat(0.1, SPARSE, sp=0.5, mup=0.5, completep=0.5),
-        ("mlp", "after"): flat(0.2, SPARSE, sp=0.5, mup=0.5, completep=0.5),
+        ("mlp", "init"): flat(0.1, SPARSE, sp=None, mup=None, completep=None),
+        ("mlp", "after"): flat(0.2, SPARSE, sp=None, mup=None, completep=None),
+        ("pre-activation", "init"): flat(0.1, SPARSE, sp=0.5, mup=0.5, completep=0.5),
+        ("pre-activation", "after"): flat(0.2, SPARSE, sp=0.5, mup=0.5, completep=0.5),
     },
     "lazy": {("nonlinearity", "step 1"): Requirement(-0.1, math.inf, {"completep-half": -0.5, "completep": 0.0}, LAZY)},
 }
@@ -227,7 +234,7 @@ def judge(
     arguments: argparse.Namespace, rules: ParameterizationConfig, sizes: Sequence[float], measured: Measured
 ) -> list[dict[str, Any]]:
     """Return the slope of everything measured and, where theory requires something of it, whether it holds."""
-    name = "completep-half" if rules.name == "completep" and rules.depth_alpha < 1 else rules.name
+    name = ALPHAS.get(rules.depth_alpha, "") if rules.name == "completep" else rules.name
     requirements = REQUIRED["lazy" if arguments.lazy else family_kind(arguments)]
     rows = []
     for (quantity, when), values in measured.items():

@@ -14,6 +14,7 @@ LAWS = {
     "timescale": "tau_opt(D / N)",
     "optimal-batch": "B_opt(D)",
     "critical-batch": "B_crit(D_min)",
+    "task-error": "downstream error(L)",
 }
 
 

@@ -244,4 +244,5 @@ def load_laws(law: str, loss_law: str | None) -> Laws:
     kinds = ("timescale", "optimal_batch", "critical_batch")
     fitted = {name: getattr(file, name) for name in kinds if getattr(file, name)}
     loss = file.loss if file.loss and not loss_law else loss_laws.named(loss_law or loss_laws.DEFAULT)
-    return Laws(loss, **fitted)
+    error = file.task_error if loss is file.loss else None  # it is of that law's losses
+    return Laws(loss, task_error=error, **fitted)

@@ -84,8 +84,13 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], writt
 
 
 def from_dict(tree: Mapping[str, Mapping[str, Any]], origin: str) -> Config:
-    """Return the config that `config_to_dict` wrote, checked again. Raises UserError."""
-    return resolve([(origin, tree)], written=True).config
+    """Return the config that `config_to_dict` wrote, here or in an older megahp, checked again. Raises UserError."""
+    older: dict[str, dict[str, Any]] = {}
+    for key, field in FIELDS.items():
+        if "before" in field.metadata:
+            section, name = key.split(".")
+            older.setdefault(section, {})[name] = field.metadata["before"]
+    return resolve([("before there was the setting", older), (origin, tree)], written=True).config
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:

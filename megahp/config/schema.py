@@ -29,6 +29,8 @@ class Constraints(TypedDict, total=False):
     fixed: when the value must match the checkpoint's. "on resume": when a run resumes, but a new run that starts from
     the checkpoint may change it. "always": for both. "unless dense": for both, but the new run may be dense. "never":
     both may change it, and the change is logged as an event. The default is the section's `fixed`, else "never".
+
+    before: what settings written before there was this one mean, where that is not the default.
     """
 
     at_least: float
@@ -37,6 +39,7 @@ class Constraints(TypedDict, total=False):
     below: float
     only_with: tuple[str, *tuple[Any, ...]]
     fixed: Literal["never", "on resume", "unless dense", "always"]
+    before: str
 
 
 def setting(default: Any, meaning: str, **constraints: Unpack[Constraints]) -> Any:
@@ -157,10 +160,22 @@ class ModelConfig:
         "how many of the first ids each level of coded numbers has: a token is predicted among those of its level; "
         "filled in from a *.series tokenizer; empty = text, predicted among all",
     )
+    padding: Literal["", "masked", "included"] = setting(
+        "",
+        "whether the rows that pad the vocabulary take part in the softmax of training's loss: masked = no, included = "
+        "yes, as in runs before there was the choice; empty = as in the checkpoint that the run continues, else masked",
+        fixed="on resume",
+        before="included",
+    )
 
     @property
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def softmax_size(self) -> int:
+        """The number of rows of the unembedding, the first, that the loss's softmax is over."""
+        return self.padded_vocab if self.padding == "included" else self.vocab_size
 
     @property
     def gated(self) -> bool:
@@ -200,9 +215,26 @@ class ParameterizationConfig:
     )
     base_layers: int = completep_only(2, "depth at which the base hyperparameters were tuned", at_least=1)
     depth_alpha: float = completep_only(
-        1.0, "CompleteP's alpha: residual branches are scaled by (layers / base_layers)^-alpha", at_least=0.5, at_most=1
+        1.0,
+        "CompleteP's alpha: residual branches are scaled by (layers / base_layers)^-alpha, the learning rate by "
+        "alpha - 1 in place of -alpha; 0 = no depth factor, as in muP. Below 1/2 activations grow with depth",
+        at_least=0,
+        at_most=1,
+    )
+    weight_decay: Literal["", "base", "width", "timescale"] = setting(
+        "",
+        "weight decay of hidden matrices and routers: base = optimizer.weight_decay; width = times width / base_width; "
+        "timescale = divided by the learning rate's multiplier, so that tau is the base's at any size and density; "
+        "empty = as in the checkpoint that the run continues, else as in the papers: base for smupar, width for others",
+        before="width",
+        only_with=("parameterization.name", "mup", "completep", "smupar"),
     )
     init_std: float = positive(0.02, "base standard deviation of every matrix at initialization")
+    residual_init: Literal["same", "gpt2"] = setting(
+        "same",
+        "initial standard deviation of the last matrix of each branch: same = as of other hidden matrices; gpt2 = that "
+        "divided by sqrt(2 layers)",
+    )
     embedding_multiplier: float = positive(1.0, "alpha_in: multiplies the embedding's output")
     output_multiplier: float = positive(1.0, "alpha_out: multiplies the logits")
     residual_multiplier: float = positive(1.0, "multiplies what each branch adds to the residual stream")

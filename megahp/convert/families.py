@@ -83,7 +83,7 @@ ROPE_KEYS = {  # how wavelengths are stretched -> our settings and their keys in
         "rope_magnitude": "attention_factor",
     },
 }
-WITHOUT_EFFECT = ("preset", "balance_rate", "balance_loss")  # settings that do not change logits
+WITHOUT_EFFECT = ("preset", "balance_rate", "balance_loss", "padding")  # settings that do not change logits
 
 
 @dataclass(frozen=True)

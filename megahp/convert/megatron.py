@@ -122,6 +122,22 @@ TRUSTED = {
 }
 
 
+class _MeanPadded(ModelWeights):
+    """Weights whose rows that pad the vocabulary are the mean of the others: Megatron's softmax is over them, and n of
+    them add at most n / vocab_size to its sum, as in huggingface.import_."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: Config) -> None:
+        super().__init__(tensors)
+        self.vocabulary = config.model.vocab_size
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = super().__getitem__(name)
+        if name not in sidecar.VOCABULARY:
+            return weight
+        rows = weight[: self.vocabulary]
+        return torch.cat((rows, rows.mean(0, keepdim=True).expand(len(weight) - len(rows), -1)))
+
+
 class Inert:
     """Stand in for any class or function of a pickle that is not trusted: accept every call, and do nothing."""
 
@@ -274,14 +290,26 @@ def read(folder: Path, legacy: bool, overrides: Mapping[str, Any]) -> tuple[Mapp
     return sidecar.restore(folder, layer, weights)
 
 
+def padding(config: Config) -> str:
+    """Return what `write` does with the rows that pad the vocabulary, "" if there are none."""
+    model = config.model
+    if not (rows := model.padded_vocab - model.vocab_size):
+        return ""
+    if model.padding == "included":
+        return f"{rows} rows pad the vocabulary: Megatron's softmax is over them, as the run's was"
+    of_run = "the run's softmax was not over them"
+    return f"{rows} rows pad the vocabulary: {of_run}, and Megatron's is, so each is the mean of the others there"
+
+
 def write(folder: Path, config: Config, tensors: Mapping[str, Tensor], legacy: bool, limit: int) -> None:
     """Write a model as Megatron's weights without optimizer. Raises UserError where Megatron lacks the model.
 
     torch_dist: a tensor at a time, in files of `limit` bytes; the legacy format: as one file, from memory.
     """
-    # Megatron's softmax is over padding rows too
+    # its softmax is over padding rows too
     padded = with_values(config, {"model.vocab_size": config.model.padded_vocab})
-    hf_config, exported = export(padded, ModelWeights(tensors), _family(config.model.norm))
+    weights = ModelWeights(tensors) if config.model.padding == "included" else _MeanPadded(tensors, config)
+    hf_config, exported = export(padded, weights, _family(config.model.norm))
     state = {"args": Namespace(**_training_args(hf_config, config)), "checkpoint_version": 3.0, "iteration": 0}
     target = folder / "release" / ("mp_rank_00" if legacy else "")
     target.mkdir(parents=True)

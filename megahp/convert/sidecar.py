@@ -113,7 +113,7 @@ def restore(
     if wrong := [key for key, kind in kinds.items() if not isinstance(sidecar.get(key), kind)]:
         raise UserError(f"{file} has no {wrong[0]}, or one of another type; {remedy}")
     config = resolve.from_dict(sidecar["config"], str(file))
-    if table_of(config).to_dict() != sidecar["table"]:
+    if not table_of(config).is_of(sidecar["table"]):
         raise UserError(f"{file} has another parameterization table than this megahp; {remedy}")
     if missing := {str(name) for name in sidecar["tensors"]} - set(extra):
         raise UserError(f"{folder}/megahp.safetensors lacks {min(missing)}; restore it, or {remedy}")
@@ -142,7 +142,7 @@ def restore(
         except (UserError, RuntimeError, IndexError) as error:  # the latter two where shapes do not match
             raise UserError(f"{folder}: {error}; {remedy}") from None
 
-    return sidecar["config"], tensors()
+    return config_to_dict(config), tensors()
 
 
 def write_safetensors(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:

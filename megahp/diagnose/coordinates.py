@@ -22,7 +22,7 @@ from megahp.scaling.batch import StepPlan
 
 Weights = dict[str, Tensor]
 Samples = Callable[[np.ndarray], Tensor]  # their ids -> tokens [samples, 1 + length]
-QUANTITIES = ("stream", "attention", "mlp", "logits")
+QUANTITIES = ("stream", "attention", "mlp", "pre-activation", "logits")
 
 
 class HookedTrial(Trial):
@@ -51,8 +51,9 @@ class HookedTrial(Trial):
 
 
 def activations(config: Config, mesh: Mesh, steps: int, samples: Samples) -> list[dict[str, float]]:
-    """Return mean |activation| at init and after `steps` steps: of the last block's output ("stream"), of all blocks'
-    attention output before it is added to the stream, of all blocks' MLP pre-activations, of the logits."""
+    """Return mean |activation| at init and after `steps` steps: of the last block's output ("stream"); over all blocks,
+    of what attention and MLP give before it is added to the stream ("mlp", with experts too, as in CompleteP's own
+    check), and of dense MLPs' first product ("pre-activation"); of the logits."""
     trial = HookedTrial(config, mesh, samples)
     at_init = _activations(trial)
     for _ in range(steps):
@@ -67,9 +68,11 @@ def _activations(trial: HookedTrial) -> dict[str, float]:
         return lambda _module, _inputs, output: means[name].append(output.abs().mean().item())
 
     modules = trial.model.modules
-    hooks: dict[nn.Module, Any] = {list(trial.model.blocks.values())[-1]: record("stream")}
+    blocks = list(trial.model.blocks.values())
+    hooks: dict[nn.Module, Any] = {blocks[-1]: record("stream")}
     hooks |= {module: record("attention") for module in modules() if isinstance(module, Attention)}
-    hooks |= {module.up: record("mlp") for module in modules() if isinstance(module, MLP)}
+    hooks |= {block.get_submodule("mlp"): record("mlp") for block in blocks}
+    hooks |= {module.up: record("pre-activation") for module in modules() if isinstance(module, MLP)}
     means["logits"] = [trial.forward_with_hooks(hooks).abs().mean().item()]
     return {name: float(np.mean(means[name])) for name in QUANTITIES if name in means}
 

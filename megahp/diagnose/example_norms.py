@@ -78,8 +78,8 @@ def backward(model: Transformer, batch: Batch) -> tuple[dict[str, float], dict[s
     with _recorded(model) as recorded:
         logits = model(batch.tokens[:, :-1], documents=batch.documents)
     logits.retain_grad()
-    levels = model.model.levels
-    scored = within(logits, level_of(targets, levels)) if levels else logits
+    levels, scored = model.model.levels, logits[..., : model.model.softmax_size]
+    scored = within(scored, level_of(targets, levels)) if levels else scored
     losses = F.cross_entropy(scored.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     losses.mean(1).sum().backward()
     with torch.no_grad():

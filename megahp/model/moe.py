@@ -132,7 +132,7 @@ class Experts(Module):
         super().__init__()
         self.activation = model.activation
         count, width, hidden = model.experts, model.width, model.expert_width
-        self.parameter("down", (count, width, hidden), Row(Role.HIDDEN, tp_dim=2, experts=True))
+        self.parameter("down", (count, width, hidden), Row(Role.HIDDEN, tp_dim=2, experts=True, ends_branch=True))
         for name in ("up", "gate") if model.gated else ("up",):
             self.parameter(name, (count, hidden, width), Row(Role.HIDDEN, tp_dim=1, experts=True))
 

@@ -156,7 +156,9 @@ class Transformer(nn.Module):
         x = enter(self.final_norm(x), self.axis) * self.table.logits  # [b, r, width] -> [b, s, width]
         if targets is not None:
             rows = local((self.unembedding or self.embedding).weight)
-            return linear_cross_entropy(x, rows, targets, self.axis, self.model.logits_softcap, self.model.levels)
+            model = self.model
+            restriction = model.logits_softcap, model.softmax_size, model.levels
+            return linear_cross_entropy(x, rows, targets, self.axis, *restriction)
         logits = self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
         return cap(logits, self.model.logits_softcap) if self.model.logits_softcap else logits
 

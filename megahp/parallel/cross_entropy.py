@@ -18,25 +18,34 @@ from megahp.parallel.mesh import Axis
 
 @uncompiled  # compiled, forward's and backward's logits would be merged, and all of them kept
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float = 0.0, levels: Sequence[int] = ()
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    axis: Axis,
+    softcap: float = 0.0,
+    vocabulary: int | None = None,
+    levels: Sequence[int] = (),
 ) -> Tensor:
     """Return per-token losses in nats, log sum exp(x W^T) - (x W^T)[target], holding at most KEPT bytes of x W^T.
 
     Args:
         x: [..., width], whole on every tp rank (from `enter`, whose adjoint sums the ranks' gradients); fp64, fp32,
             bf16 or fp16.
-        weight: [vocabulary / tp, width], this rank's rows, of any floating dtype; multiplied in x's.
+        weight: [rows / tp, width], this rank's rows, of any floating dtype; multiplied in x's.
         targets: [...], int64 in 0 .. vocabulary, which is not checked.
         axis: the ranks that the vocabulary is split over.
         softcap: of the logits, see `cap`; 0 = none.
+        vocabulary: the rows, of all ranks, that the sum is over, the first; the others pad the matrix, and have no
+            gradient. None = all.
         levels: the sum is over the target's level alone, see `level_of`; empty = over all ids.
 
     Returns:
         Losses [...], and so all sums, in fp32; in fp64 for fp64 x. Can be differentiated once.
     """
-    flat = targets.flatten()
-    ends = level_of(flat, levels) - axis.rank * len(weight) if levels else None
-    losses = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, flat, axis, softcap, ends)
+    flat, first = targets.flatten(), axis.rank * len(weight)
+    own = len(weight) if vocabulary is None else min(vocabulary - first, len(weight))
+    ends = level_of(flat, levels) - first if levels else None
+    losses = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, flat, axis, softcap, own, ends)
     return losses.view_as(targets).clone()  # FSDP2 hooks on to a module's output, which must not be a view
 
 
@@ -55,15 +64,15 @@ def level_of(targets: Tensor, levels: Sequence[int]) -> Tensor:
 
 
 def within(logits: Tensor, ends: Tensor, start: int = 0) -> Tensor:
-    """Return logits [..., ids], of ids from `start` on, with those outside `level_of` the targets so low that they have
-    no probability: not -inf, since a slice may hold no others."""
+    """Return logits [..., ids], of ids from `start` on, without those outside `level_of` the targets: -inf."""
     ids = torch.arange(start, start + logits.shape[-1], device=logits.device)
     outside = (ids < ends[..., :1]) | (ids >= ends[..., 1:])
-    return logits.masked_fill(outside, torch.finfo(logits.dtype).min / 2)
+    return logits.masked_fill(outside, -torch.inf)
 
 
 class _LinearCrossEntropy(Function):
-    """x [n, width], weight [vocabulary / tp, width], targets [n], ends [n, 2] or None -> losses [n].
+    """x [n, width], weight [rows / tp, width], targets [n] -> losses [n]. own: this rank's rows that the sum is over, 0
+    or less where it holds none. ends: [n, 2] or None, the rows of each target's level, counted as this rank's.
 
     Forward keeps each token's largest logit and sum of exponentials, rescaled as larger ones come (Milakov and
     Gimelshein, arXiv 1805.02867), and up to KEPT bytes of logits. More of them backward computes again, to the same
@@ -74,22 +83,28 @@ class _LinearCrossEntropy(Function):
     Slices are of the vocabulary, not of the tokens: a row of the weight's gradient is then one product over all tokens,
     as in the plain path, and needs no [vocabulary, width] accumulator in fp32. Only x's gradient is a sum over slices,
     in fp32. Ranks communicate twice in forward and not at all in backward, however many slices there are.
+
+    Rows that pad are multiplied too, since products of sizes that are multiples of 128 are the fast ones, and masked
+    where the logits are made: the last columns of the last slice.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float, ends: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float, own: int, ends: Tensor | None
     ) -> Tensor:
         targets = targets - axis.rank * len(weight)
         keeps = len(x) * len(weight) * x.element_size() <= KEPT
         kept = []
-        largest = x.new_full(targets.shape, -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # not -inf, which a slice or rank that holds none of a target's ids would subtract from itself
+        largest = x.new_full(targets.shape, torch.finfo(dtype).min, dtype=dtype)
         total, target_logit = torch.zeros_like(largest), torch.zeros_like(largest)
         for start, rows, index, is_target in _slices(x, weight, targets):
             products = F.linear(x, rows)
             kept += [products] if keeps else []
             logits = products.to(total.dtype, copy=keeps)  # what is kept must not be changed below
             logits = cap(logits, softcap) if softcap else logits
+            _mask(logits, own - start)
             logits = logits if ends is None else within(logits, ends, start)
             target_logit = logits.gather(1, index).squeeze(1).where(is_target, target_logit)
             before, largest = largest, largest.maximum(logits.amax(1))
@@ -97,13 +112,13 @@ class _LinearCrossEntropy(Function):
         if axis.size > 1:  # the maximum must be known to all before the sums, which are relative to it, can be added
             before, largest = largest, all_reduce(largest, axis.group, dist.ReduceOp.MAX)
             total, target_logit = all_reduce(torch.stack((total * (before - largest).exp(), target_logit)), axis.group)
-        ctx.softcap, ctx.ends = softcap, ends
+        ctx.softcap, ctx.own, ctx.ends = softcap, own, ends
         ctx.save_for_backward(x, weight, targets, largest, total, *kept)
         return total.log() - (target_logit - largest)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         x, weight, targets, largest, total, *kept = ctx.saved_tensors
         scale = (grads[0] / total)[:, None]
         grad_x, grad_weight = torch.zeros_like(x, dtype=total.dtype), torch.empty_like(weight)
@@ -114,13 +129,20 @@ class _LinearCrossEntropy(Function):
             if ctx.softcap:
                 logits = cap(logits, ctx.softcap)
                 slope = 1 - (logits / ctx.softcap).square()
+            _mask(logits, ctx.own - start)
             logits = logits if ctx.ends is None else within(logits, ctx.ends, start)
             grad = logits.sub_(largest[:, None]).exp_().mul_(scale)
             grad = grad.scatter_add_(1, index, -grads[0].where(is_target, 0)[:, None])
             grad = (grad * slope if ctx.softcap else grad).to(x.dtype)
             grad_x += grad @ rows
             grad_weight[start : start + len(rows)] = grad.T @ x
-        return grad_x.to(x.dtype), grad_weight, None, None, None, None
+        return grad_x.to(x.dtype), grad_weight, None, None, None, None, None
+
+
+def _mask(logits: Tensor, own: int) -> None:
+    """Take the columns from `own` on, which pad the vocabulary, out of the softmax, in place."""
+    if own < logits.shape[1]:
+        logits[:, max(own, 0) :] = -torch.inf
 
 
 def _slices(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:

@@ -25,7 +25,8 @@ def initialise(model: nn.Module, table: Table, init_std: float, seed: int) -> No
             part.fill_(row.start)
         else:
             drawn = _draw(name, weight.shape, *extent(weight), seed, "standard_normal")
-            part.copy_(drawn * (init_std * table.rule(row.role, row.density).init_std))
+            scale = table.rule(row.role, row.density).init_std * (table.branch_init if row.ends_branch else 1.0)
+            part.copy_(drawn * (init_std * scale))
     for zero in (*probes(model).values(), *model.buffers()):
         zero.zero_()
 

@@ -53,6 +53,7 @@ class Row:
     fused: tuple[int, ...] = ()
     density: float = 1.0  # share of the entries that are not masked (0)
     trained: bool = True  # False: constant, without a gradient
+    ends_branch: bool = False  # the last matrix of a residual branch
 
     @property
     def split(self) -> dict[str, int | None]:

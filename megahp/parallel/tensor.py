@@ -48,13 +48,13 @@ class ColumnParallelLinear(Module):
 
 
 class RowParallelLinear(Module):
-    """Compute y = leave(x W^T) (+ b), the inputs split over tp. W: [outputs, inputs]."""
+    """Compute y = leave(x W^T) (+ b), the inputs split over tp: the end of a branch. W: [outputs, inputs]."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, axis: TensorAxis) -> None:
         super().__init__()
         self.axis = axis
         self.linear: Linear = F.linear
-        self.parameter("weight", (outputs, inputs), Row(Role.HIDDEN, tp_dim=1))
+        self.parameter("weight", (outputs, inputs), Row(Role.HIDDEN, tp_dim=1, ends_branch=True))
         if bias:
             self.parameter("bias", (outputs,), Row(Role.BIAS, sum_over=axis.sum_over, start=0.0))
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from megahp.log.status import runs_below
 from megahp.recipe import fit
 from megahp.recipe.fit import FinishedRun, Fit
 from megahp.scaling import flops
-from megahp.scaling.laws import INTERVAL, LossLaw
+from megahp.scaling.laws import INTERVAL, LossLaw, quantiles
 from megahp.scaling.parameterization import Role, table_of
 
 
@@ -39,12 +40,18 @@ KINDS = {
     "critical_batch": LawKind(
         fit.fit_critical_batch, "B_crit = scale D_min^exponent", "tokens D_min", "critical batch, tokens"
     ),
+    "task_error": LawKind(
+        fit.fit_task_error, "error = most - scale exp(-exponent L)", "nats per token", "downstream error"
+    ),
 }
 COMPUTE = (*(10.0**power for power in range(18, 24)), 5.76e23, 1e24)  # FLOPs; 5.76e23 is Chinchilla's
 TEXT_SETTINGS = ("data.train", "data.tokenizer", "data.sequence_length", "data.validation_fraction")
 MIN_DRAWS = 20  # an 80 % interval of fewer is its two extremes
 BEYOND = 1e30  # a table's largest value, and 1 / BEYOND its smallest: products of several must stay floats
-REQUIRED, OPTIONAL = ("parameters", "tokens", "loss"), ("batch", "lr", "weight_decay")  # keys of a table's objects
+REQUIRED, OPTIONAL = (
+    ("parameters", "tokens", "loss"),
+    ("batch", "lr", "weight_decay", "error"),
+)  # keys of a table's objects
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
@@ -171,13 +178,14 @@ def summary(name: str, fitted: Fit) -> Record:
         ranges = {"N": law.parameters, "D": law.tokens}
         more = {"compute_optimal": [optimal(law, compute) for compute in COMPUTE]}
     else:
-        constants, ranges = {"scale": law.scale, "exponent": law.exponent}, {kind.x: law.fitted}
+        names = [f.name for f in fields(law) if f.name in ("most", "scale", "exponent")]
+        constants, ranges = {key: getattr(law, key) for key in names}, {kind.x: law.fitted}
     return {
         "formula": kind.formula,
         "source": law.source,
         "confidence": law.confidence,
         "constants": constants,
-        "intervals": dict(zip(constants, np.quantile(law.draws, INTERVAL, axis=0).T.tolist(), strict=True)),
+        "intervals": dict(zip(constants, quantiles(law.draws).T.tolist(), strict=True)),
         "fitted": ranges,
         "notes": fitted.notes,
         **more,
@@ -195,7 +203,7 @@ def optimal(law: LossLaw, compute: float) -> Record:
         "parameters": parameters,
         "tokens": tokens,
         "tokens_per_parameter": tokens / parameters,
-        "tokens_per_parameter_interval": np.quantile(drawn[1] / drawn[0], INTERVAL).tolist(),
+        "tokens_per_parameter_interval": quantiles(drawn[1] / drawn[0]).tolist(),
         "loss": law(parameters, tokens),
         "loss_interval": law.interval(parameters, tokens),
         "inside": inside,

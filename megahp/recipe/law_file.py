@@ -1,7 +1,7 @@
 """Law files: the laws that `megahp fit` fitted to a user's own runs, as TOML, for `megahp recipe --law`.
 
-The sections are [loss], [timescale], [optimal_batch] and [critical_batch], those that could be fitted; each holds every
-field of its law, draws included. Batches and their laws are in tokens.
+The sections are [loss], [timescale], [optimal_batch], [critical_batch] and [task_error], those that could be fitted;
+each holds every field of its law, draws included. Batches and their laws are in tokens.
 """
 
 import math
@@ -12,9 +12,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 from megahp.config.schema import toml_value
 from megahp.errors import UserError
 from megahp.files import read_toml
-from megahp.scaling.laws import LossLaw, PowerLaw
+from megahp.scaling.laws import ErrorLaw, LossLaw, PowerLaw
 
-KINDS: dict[str, Any] = {"loss": LossLaw, **dict.fromkeys(("timescale", "optimal_batch", "critical_batch"), PowerLaw)}
+KINDS: dict[str, Any] = {
+    "loss": LossLaw,
+    **dict.fromkeys(("timescale", "optimal_batch", "critical_batch"), PowerLaw),
+    "task_error": ErrorLaw,
+}
 _ABOVE_0 = ("scale", "a", "b", "alpha", "beta")
 
 
@@ -29,6 +33,7 @@ class LawFile:
     timescale: PowerLaw | None = None  # tau_opt of tokens per parameter
     optimal_batch: PowerLaw | None = None  # tokens of a batch, of the tokens of a run
     critical_batch: PowerLaw | None = None  # tokens of a batch, of D_min
+    task_error: ErrorLaw | None = None  # of the loss
 
 
 def write(path: Path, laws: LawFile) -> None:

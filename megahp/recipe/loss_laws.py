@@ -35,6 +35,11 @@ LOSS_LAWS = {
     "gadre": LossLaw(1.836648, 166.2110, 287.1681, 0.2728507, 0.2728507, *_GADRE, (1.06e7, 4.12e8), (2.1e8, 8.3e9)),
 }
 DEFAULT = "besiroglu"
+# laws that are asked for, of which no constants were read in the paper, its data or two sources that agree
+UNREAD = {
+    # L = exp(a3 N^g + b3) + exp(a2 N^b + b2) D^(-exp(a1 N^a + b1)): the form is a secondary source's
+    "farseer": "Farseer (arXiv 2506.10972)"
+}
 # Relative error on the larger of two held-out runs, of 6.9B parameters. (verified in code: the authors' notebook)
 GADRE_ERROR = 0.0073
 SAME_RUNS = ("hoffmann-rounded", "hoffmann", "besiroglu")  # fits of the same runs
@@ -55,6 +60,9 @@ def named(word: str) -> LossLaw:
 def refuse_unknown(option: str, word: str, known: Iterable[str]) -> None:
     """Raise UserError if a word is neither a known name nor a file."""
     names = list(known)
+    if word in UNREAD and not Path(word).is_file():
+        why = f"the constants of {UNREAD[word]} are known from memory alone, unverified"
+        raise UserError(f"{option} {word}: {why}; fit your own runs with megahp fit, or name one of {', '.join(names)}")
     if word not in names and not Path(word).is_file():
         close = difflib.get_close_matches(word, names, n=1)
         hint = f"did you mean {close[0]}? " if close else ""

@@ -18,7 +18,7 @@ from megahp.recipe.hyperparameter_laws import Choice, deepseek, nanochat, olmo_l
 from megahp.recipe.sizing import Given, outside_embeddings, refuse_mistakes, shaped, tokens_for
 from megahp.scaling import flops, power_laws
 from megahp.scaling.batch import BatchScheduler, Progress, noise_forecast, sizes
-from megahp.scaling.laws import LossLaw, PowerLaw
+from megahp.scaling.laws import ErrorLaw, LossLaw, PowerLaw
 from megahp.scaling.parameterization import Role, Table, table_of
 
 MIN_SAVES, SAVE_SECONDS = 20, 1800.0  # at least so many checkpoints of a run, and at most so long between two
@@ -79,6 +79,7 @@ class Laws:
     timescale: PowerLaw = power_laws.TAU
     optimal_batch: PowerLaw = power_laws.OPTIMAL_BATCH
     critical_batch: PowerLaw = power_laws.CRITICAL_BATCH
+    task_error: ErrorLaw | None = None
     rule: str = "power-lines"
 
 

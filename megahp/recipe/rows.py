@@ -98,7 +98,8 @@ def _rates(recipe: Recipe) -> Iterator[RecipeRow]:
         yield RecipeRow(
             "weight decay, hidden", recipe.weight_decay, "B / (eta D tau_opt), B the first batch", *_by(law)
         )
-        yield RecipeRow("weight decay, base", optimizer.weight_decay, "as set: hidden / m_N", *TABLE)
+        factor = {"base": "", "width": " / m_N", "timescale": " x the learning rate's factor"}[table.decay]
+        yield RecipeRow("weight decay, base", optimizer.weight_decay, f"as set: hidden{factor}", *TABLE)
 
 
 def _batches(recipe: Recipe) -> Iterator[RecipeRow]:
@@ -149,6 +150,13 @@ def _outcome(recipe: Recipe) -> Iterator[RecipeRow]:
         value = f"{law(weights, tokens):.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
         terms = f"{law.floor:.4g} + {law.a:.4g} N^-{law.alpha:.4g} + {law.b:.4g} D^-{law.beta:.4g}"
         yield RecipeRow("loss, nats per token", value, f"{terms} at a batch near B_opt; {kind}", *_by(law))
+        if of_tasks := recipe.laws.task_error:
+            loss = law(weights, tokens)
+            low, high = of_tasks.interval(loss) or (math.nan, math.nan)
+            formula = f"{of_tasks.most:.4g} - {of_tasks.scale:.4g} exp(-{of_tasks.exponent:.4g} L), L as it is above"
+            yield RecipeRow(
+                "downstream error", f"{of_tasks(loss):.4f} ({low:.4f} to {high:.4f})", formula, *_by(of_tasks)
+            )
     exact = flops.training_flops(recipe.run.model, recipe.run.data.sequence_length) * tokens
     yield RecipeRow("FLOPs, 6 N D", 6 * weights * tokens, "6 N D", "Hoffmann et al., arXiv 2203.15556", "convention")
     yield RecipeRow("FLOPs, exact", exact, "all matrix products, half of attention; dense", *COUNTED)
@@ -195,6 +203,8 @@ def notes(recipe: Recipe) -> list[str]:
         ("B_opt", "D", tokens, laws.optimal_batch.fitted, laws.optimal_batch),
         ("B_crit", "D_min", recipe.least_tokens, critical.fitted, critical),
     ]
+    if laws.task_error:
+        used.append(("downstream error", "L", loss(recipe.parameters, tokens), laws.task_error.fitted, laws.task_error))
     warnings = [
         f"{name}: {symbol} = {value:.3g} is outside {low:.3g} to {high:.3g}, where the law was fitted ({law.source})"
         for name, symbol, value, (low, high), law in used

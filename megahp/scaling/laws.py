@@ -1,6 +1,6 @@
 """The forms of scaling laws: constants, their sources, our confidence in them, and the range they were fitted on.
 
-Laws fitted by `megahp fit` keep their bootstrap draws, so that every value read from them has an interval.
+Laws fitted by `megahp fit` keep bootstrap draws (recipe/fit.py), so that every value read from them has an interval.
 
 The laws themselves are in power_laws.py and recipe/loss_laws.py; a law file holds a user's own.
 """
@@ -32,6 +32,29 @@ class PowerLaw:
     def interval(self, x: float) -> tuple[float, float] | None:
         """Return the interval of y at x; None where the law has no draws."""
         return _quantiles([scale * x**exponent for scale, exponent in self.draws])
+
+
+@dataclass(frozen=True)
+class ErrorLaw:
+    """Error of downstream tasks = most - scale exp(-exponent L), L in nats per token: a power law of the perplexity.
+
+    (Gadre et al., arXiv 2403.08540; the form verified in code: mlfoundations/scaling@a003c49, scaling/laws.py)
+    """
+
+    most: float  # the error that the loss tends to, as of guessing
+    scale: float
+    exponent: float
+    source: str
+    confidence: str
+    fitted: tuple[float, float] = (0.0, math.inf)  # least and largest loss
+    draws: tuple[tuple[float, float, float], ...] = ()  # (most, scale, exponent)
+
+    def __call__(self, loss: Any) -> Any:
+        return self.most - self.scale * np.exp(-self.exponent * loss)
+
+    def interval(self, loss: float) -> tuple[float, float] | None:
+        """Return the interval of the error at a loss; None where the law has no draws."""
+        return _quantiles([most - scale * math.exp(-exponent * loss) for most, scale, exponent in self.draws])
 
 
 @dataclass(frozen=True)
@@ -90,5 +113,14 @@ def increasing_root(function: Callable[[float], float], target: float, low: floa
 def _quantiles(values: list[float]) -> tuple[float, float] | None:
     if not values:
         return None
-    low, high = np.quantile(values, INTERVAL)
+    low, high = quantiles(values)
     return float(low), float(high)
+
+
+def quantiles(draws: Any) -> np.ndarray:
+    """Return the ends of the interval of draws, [draws, ...] -> [2, ...].
+
+    The places are INTERVAL x (n + 1) of the n sorted draws, between which one more would lie 80 % of the time, however
+    many they are; numpy's own, INTERVAL x (n - 1), are nearer to each other.
+    """
+    return np.quantile(draws, INTERVAL, axis=0, method="weibull")

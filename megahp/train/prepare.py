@@ -44,6 +44,7 @@ from megahp.parallel.device import check_devices, cpu_has_bfloat16, memory_here,
 from megahp.parallel.layout import Layout
 from megahp.scaling.batch import BatchScheduler, Progress, batch_multiple, least_batch, runnable
 from megahp.scaling.flops import parameters as parameter_count
+from megahp.scaling.parameterization import DECAY
 from megahp.series.coding import SeriesCoding
 from megahp.series.tokenizer import SeriesTokenizer
 from megahp.train.advice import advice, beyond_cpus
@@ -55,7 +56,7 @@ WRONG_SAMPLES = "correct it, leave the document out with data.skip, or set data.
 OTHER_FILES = 1024  # open in a rank beside its data: sockets and libraries
 MOST_OUTSIDE = 1 << 20  # documents with ids outside the vocabulary that are told apart
 DOCUMENTS_SEEN = 100  # of each prefix, to know how documents begin and end
-FILLED_IN = ("data.tokenizer_fingerprint", "data.eos", "data.bos")
+FILLED_IN = ("data.tokenizer_fingerprint", "data.eos", "data.bos", "model.padding", "parameterization.weight_decay")
 
 
 def prepare(
@@ -116,6 +117,7 @@ def check_origin(config: Config, layout: Layout, saved: checkpoint.Location | No
         from megahp import checkpoint
 
         state = checkpoint.read_state(saved)
+        config = with_saved_choices(config, resolve.from_dict(state["config"], str(saved)))
         config = with_saved_dtype(with_sample_order(with_saved_source_order(config, state), state), state)
         refuse_changes(config, state["config"], saved, {"always", "unless dense", "on resume"})
         check_schedule(config, state["progress"]["tokens"], saved)
@@ -123,11 +125,12 @@ def check_origin(config: Config, layout: Layout, saved: checkpoint.Location | No
         return config, 0
     check_batch(config, layout, config.batch.global_batch)
     if not config.train.start_from:
-        return with_values(config, {"data.order": config.data.order or "keyed"}), 0
+        return with_saved_choices(with_values(config, {"data.order": config.data.order or "keyed"})), 0
     from megahp import checkpoint
 
     path = checkpoint.find(checkpoint.location(config.train.start_from))
     state = checkpoint.read_state(path)
+    config = with_saved_choices(config, resolve.from_dict(state["config"], str(path)))
     config = with_saved_dtype(with_sample_order(config, state), state)
     check_start(config, layout, path, state)
     return config, state["progress"]["tokens"]
@@ -158,6 +161,17 @@ def with_sample_order(config: Config, state: Mapping[str, Any]) -> Config:
     runs."""
     read_in = saved_sample_order(state["config"]) if state["data"] is not None else "keyed"
     return with_values(config, {"data.order": config.data.order or read_in})
+
+
+def with_saved_choices(config: Config, saved: Config | None = None) -> Config:
+    """Fill in model.padding and parameterization.weight_decay, if they are empty: as in the settings of the checkpoint
+    that the run continues, else as in new runs."""
+    new = {"model.padding": "masked"}
+    if config.parameterization.name != "sp":  # without effect there
+        new["parameterization.weight_decay"] = DECAY[config.parameterization.name]
+    before = saved or config
+    chosen = {key: get_setting(config, key) or get_setting(before, key) or value for key, value in new.items()}
+    return with_values(config, chosen)
 
 
 def with_saved_dtype(config: Config, state: Mapping[str, Any]) -> Config:

@@ -141,7 +141,7 @@ class Run(Trainer):
     def _load(self, path: checkpoint.Location) -> dict[str, Any]:
         """Load weights, moments, progress and averages of a checkpoint. Returns its JSON state."""
         state = broadcast_from_rank0(lambda: checkpoint.read_state(path))
-        if state["table"] != self.table.to_dict():
+        if not self.table.is_of(state["table"]):
             raise UserError(
                 f"{path} has another parameterization table than this megahp; use the version that wrote it"
             )

@@ -277,6 +277,21 @@ def both_ways(form: str, table: str, model: dict[str, Any], folder: Path) -> dic
     return {"names": set(before) == set(after), "ulps": max(ulps(before[name], after[name]) for name in before)}
 
 
+def padded(folder: Path) -> dict[str, tuple[str, bool, bool]]:
+    """What an export to Megatron's format says of the padding rows, and whether they are the mean of the others, or as
+    they were."""
+    found = {}
+    for padding in ("masked", "included"):
+        place = folder / padding
+        before = written(settings_of("sp", {**GQA, "padding": padding}), place / "ours")["model.unembedding.weight"]
+        output = convert("megahp", "megatron-legacy", place / "ours", place / "theirs", "--no-check")[1]
+        state = torch.load(place / "theirs/release/mp_rank_00/model_optim_rng.pt", weights_only=False)["model"]
+        rows, mean = state["output_layer.weight"][300:], before[:300].mean(0)
+        assert rows.shape == (84, 32)
+        found[padding] = output.partition("\n")[0], torch.allclose(rows, mean.expand(84, -1)), rows.equal(before[300:])
+    return found
+
+
 class Stranger:
     """A class that a reader may not have."""
 
@@ -421,6 +436,7 @@ def everything(folder: Path) -> dict[str, Any]:
     results["megatron"] = {
         (case, form): both_ways(form, *MEGATRON[case], folder / f"{case} {form}") for case in MEGATRON for form in FORMS
     }
+    results["padded"] = padded(folder / "padded")
     results["parallel"] = parallel(folder / "parallel")
     results["malicious"] = malicious(folder / "malicious")
     return results
@@ -514,6 +530,20 @@ def test_megatron_and_back(results: Any, case: str, form: str) -> None:
     result = results["megatron"][case, form]
     assert result["names"]
     assert (0 < result["ulps"] <= 1) if MEGATRON[case][0] == "any" else result["ulps"] == 0
+
+
+@needs_transformers
+def test_megatrons_padding(results: Any) -> None:
+    """The softmax there is over padding rows; they are told as what they were in training."""
+    assert results["padded"] == {
+        "masked": (
+            "84 rows pad the vocabulary: the run's softmax was not over them, and Megatron's is, "
+            "so each is the mean of the others there",
+            True,
+            False,
+        ),
+        "included": ("84 rows pad the vocabulary: Megatron's softmax is over them, as the run's was", False, True),
+    }
 
 
 @needs_transformers

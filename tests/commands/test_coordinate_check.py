@@ -15,9 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from corpus import write_corpus
+from distributed import world
 
 from megahp import cli
+from megahp.config import resolve, with_values
 from megahp.diagnose import coordinates
+from megahp.diagnose.verify import synthetic_batch
+from megahp.parallel.mesh import single_rank_mesh
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "coordinate_check.py"
 COMMAND = ["coordinate-check"]
@@ -71,6 +75,33 @@ def test_a_width_scales_all_that_belongs_to_it(tool: ModuleType, tmp_path: Path)
     for config in family.values():
         assert config.model.head_size == 16 and config.model.vocab_size == 257  # of bytes
         assert config.batch.global_batch == 2 and config.parallel.tp == 1 and config.train.steps == 0
+
+
+def mlps_of_a_block(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """What the check measures at init, and the same worked out from the inputs of the two blocks' MLPs."""
+    words = ["model.vocab_size=128", "data.train=['none']", "train.dtype=float64"]
+    (folder / "run.toml").write_text(RUN)
+    config = resolve.load(folder / "run.toml", words).config
+    config = with_values(config, {"train.noise_scale": False, "batch.micro_batch": config.batch.global_batch})
+    mesh, samples = single_rank_mesh(config), lambda ids: synthetic_batch(ids, config).tokens
+    trial, inputs = coordinates.HookedTrial(config, mesh, samples), {}
+    blocks = trial.model.blocks.items()
+    hooks = {block.mlp: lambda _m, args, _o, name=name: inputs.update({name: args[0]}) for name, block in blocks}
+    trial.forward_with_hooks(hooks)
+    found = {"mlp": 0.0, "pre-activation": 0.0}
+    for name, block in blocks:
+        up, gate, down = (getattr(block.mlp, part).weight.detach() for part in ("up", "gate", "down"))
+        product = inputs[name] @ up.T
+        gated = F.silu(inputs[name] @ gate.T) * product
+        found["pre-activation"] += product.abs().mean().item() / len(blocks)
+        found["mlp"] += (gated @ down.T).abs().mean().item() / len(blocks)
+    return coordinates.activations(config, mesh, 0, samples)[0], found
+
+
+def test_an_mlp_is_seen_before_its_activation_and_at_its_end(tmp_path: Path) -> None:
+    measured, expected = world.run(1, mlps_of_a_block, tmp_path)[0]
+    assert {key: measured[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    assert measured["mlp"] < measured["pre-activation"]
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])

@@ -6,11 +6,11 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from recipe.test_fit import BESIROGLU, SIZES, grid, sweeps
+from recipe.test_fit import BESIROGLU, ERROR, SIZES, grid, sweeps
 
 from megahp.cli import main
 from megahp.recipe import law_file
@@ -45,6 +45,24 @@ def test_the_command_on_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = json.loads(capsys.readouterr().out)["laws"]
     assert found.keys() == {"timescale"} and law_file.read(law).loss is None
     assert found["timescale"]["constants"]["exponent"] == pytest.approx(TAU.exponent)
+
+
+def test_task_results_become_a_law_that_a_recipe_predicts_by(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error at the loss that the same file's law predicts, and no error beside another law's loss."""
+    runs = [replace(run, error=float(ERROR(run.loss))) for run in grid(BESIROGLU)]
+    table, law = write_table(tmp_path / "runs.jsonl", runs), tmp_path / "law.toml"
+    words = ["fit", str(table), "--out", str(law), "--plot", str(tmp_path / "law.png"), "--draws", "20"]
+    assert main([*words, "--loss", "--task-error"]) == 0
+    assert "task_error: error = most - scale exp(-exponent L)" in capsys.readouterr().out
+    recipe = ["recipe", "--params", "1e9", "--tokens", "2e10", "--law", str(law)]
+    assert main([*recipe, "--json"]) == 0
+    rows = {row["name"]: row["value"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    loss, error = (float(rows[name].split()[0]) for name in ("loss, nats per token", "downstream error"))
+    assert error == pytest.approx(float(ERROR(loss)), abs=1e-3)
+    assert main([*recipe, "--loss-law", "besiroglu"]) == 0
+    assert "downstream" not in capsys.readouterr().out
 
 
 def test_the_example_of_the_page(

@@ -23,8 +23,10 @@ model.tied_embeddings
 model.experts model.experts_per_token model.expert_width model.shared_experts model.dense_layers
 model.router_score model.router_normalize model.router_scale model.balance_rate model.balance_loss model.vocab_size
 model.levels
+model.padding
 parameterization.name parameterization.base_width parameterization.base_layers parameterization.depth_alpha
-parameterization.init_std parameterization.embedding_multiplier parameterization.output_multiplier
+parameterization.weight_decay parameterization.init_std parameterization.residual_init
+parameterization.embedding_multiplier parameterization.output_multiplier
 parameterization.residual_multiplier parameterization.attention_multiplier
 data.train data.weights data.mixtures data.tokenizer data.tokenizer_fingerprint data.eos data.bos data.begin
 data.sequence_length data.lengths data.validation_fraction data.validation data.order data.mask_documents

@@ -122,7 +122,7 @@ WORDS = {
         *("train.dtype=float64", "train.weights=embeddings"),
         *("train.start_from=elsewhere", "train.noise_scale=false"),
     ),
-    "series": ("train.dtype=float64", "model.levels=[48,40,30]"),
+    "series": ("train.dtype=float64", "model.levels=[36,30,20]"),
 }
 STEPS = 4  # of 8, 16, 24 and 32 sequences
 BF16 = [

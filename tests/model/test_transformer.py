@@ -176,12 +176,22 @@ def separate_documents() -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def inits_and_losses() -> tuple[float, float]:
-    """Loss of an untrained model, and of one whose target logits are known."""
-    training = Training(settings_of("llama", "parameterization.init_std=0.001"))
-    tokens = torch.from_numpy(np.random.RandomState(0).randint(0, 128, (2, 17)))
-    losses = training.engine.stages[0](tokens[:, :-1], tokens[:, 1:])
-    return losses.mean().item(), losses.shape[1]
+def untrained() -> dict[str, Tensor]:
+    """Losses of models whose logits are nearly equal, 38 rows of 128 padding the vocabulary of the latter two."""
+    words = {
+        "whole": (),
+        "masked": ("model.vocab_size=90",),
+        "included": ("model.vocab_size=90", "model.padding=included"),
+    }
+    tokens, found = torch.from_numpy(np.random.RandomState(0).randint(0, 90, (2, 17))), {}
+    for name, more in words.items():
+        training = Training(settings_of("llama", "parameterization.init_std=0.001", *more))
+        found[name] = training.engine.stages[0](tokens[:, :-1], tokens[:, 1:]).detach()
+    return found
+
+
+def drawn(init: str) -> dict[str, Tensor]:
+    return Training(settings_of("moe", f"parameterization.residual_init={init}")).weights()
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +200,7 @@ def found() -> Any:
 
 
 def everything() -> Any:
-    return both_logits(), separate_documents(), inits_and_losses()
+    return both_logits(), separate_documents(), untrained(), drawn("same"), drawn("gpt2")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -206,10 +216,18 @@ def test_masked_documents_do_not_see_each_other(found: Any, positions: str) -> N
     torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-8)
 
 
-def test_an_untrained_model_knows_nothing(found: Any) -> None:
-    loss, length = found[2]
-    assert loss == pytest.approx(math.log(128), abs=1e-3)
-    assert length == 16
+@pytest.mark.parametrize(("case", "rows"), [("whole", 128), ("masked", 90), ("included", 128)])
+def test_an_untrained_model_knows_nothing(found: Any, case: str, rows: int) -> None:
+    losses = found[2][case]
+    assert losses.mean().item() == pytest.approx(math.log(rows), abs=1e-3)
+    assert losses.shape == (2, 16)
+
+
+def test_gpt2s_residual_init_halves_the_last_matrices_of_two_blocks_branches(found: Any) -> None:
+    same, gpt2 = found[3:]
+    ends = ("attention.out.weight", "mlp.down.weight", "mlp.shared.down.weight", "mlp.experts.down")
+    assert {name.split(".", 2)[-1] for name in same if not same[name].equal(gpt2[name])} == set(ends)
+    assert all(gpt2[name].equal(same[name] / 2) for name in same if name.endswith(ends))
 
 
 def beyond_training() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,10 +30,16 @@ SLICES = (1, 7, 50, 99, 100, 1000)
 
 
 def plain_losses(
-    x: Tensor, weight: Tensor, targets: Tensor, axis: Axis, softcap: float = 0.0, levels: Sequence[int] = ()
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    axis: Axis,
+    softcap: float = 0.0,
+    vocabulary: int | None = None,
+    levels: Sequence[int] = (),
 ) -> Tensor:
     """The same losses, on one rank, from whole logits; within a level, from its logits alone."""
-    logits = F.linear(x, weight.to(x.dtype))
+    logits = F.linear(x, weight.to(x.dtype)[:vocabulary])
     logits = logits.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
     logits = (logits / softcap).tanh() * softcap if softcap else logits
     if levels:
@@ -117,9 +124,30 @@ def test_levels_in_whole_logits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("kept", [0, 2**28])
+@pytest.mark.parametrize("rows", SLICES)
+def test_rows_that_pad_take_no_part(rows: int, kept: int, softcap: float) -> None:
+    """Against numpy's logarithm of a sum over the tokens' rows alone; the others' gradients are exactly 0."""
+    given, vocabulary = inputs(torch.float64), 73
+    given["targets"] %= vocabulary
+    function = partial(linear_cross_entropy, softcap=softcap, vocabulary=vocabulary)
+    with in_slices_of(rows), mock.patch.object(cross_entropy, "KEPT", kept):
+        losses, grad_x, grad_weight = outcome(function, given, torch.float64)
+    x, weight, targets = (given[name].numpy() for name in ("x", "weight", "targets"))
+    logits = x @ weight[:vocabulary].T
+    logits = softcap * np.tanh(logits / softcap) if softcap else logits
+    chosen = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(losses.numpy(), np.log(np.exp(logits).sum(-1)) - chosen, rtol=1e-12)
+    wanted = outcome(partial(plain_losses, softcap=softcap, vocabulary=vocabulary), given, torch.float64)
+    torch.testing.assert_close([losses, grad_x, grad_weight], wanted, rtol=1e-12, atol=1e-13)
+    assert not grad_weight[vocabulary:].any()
+
+
+@pytest.mark.parametrize("vocabulary", [None, 73])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_kept_logits_change_no_bit(dtype: torch.dtype, softcap: float) -> None:
-    given, function = inputs(dtype), partial(linear_cross_entropy, softcap=softcap)
+def test_kept_logits_change_no_bit(dtype: torch.dtype, softcap: float, vocabulary: int | None) -> None:
+    given, function = inputs(dtype), partial(linear_cross_entropy, softcap=softcap, vocabulary=vocabulary)
     with in_slices_of(7):
         kept = outcome(function, given, dtype)
         with mock.patch.object(cross_entropy, "KEPT", 0):
@@ -244,15 +272,17 @@ def test_a_training_step_holds_no_logits() -> None:
     assert world.run(1, largest_of_steps)[0] == [4096 * 32] * 2
 
 
-def losses_and_collectives(sequence_parallel: bool, dtype: torch.dtype, rows: int) -> tuple[list[Tensor], list[str]]:
+def losses_and_collectives(
+    sequence_parallel: bool, dtype: torch.dtype, rows: int, vocabulary: int | None
+) -> tuple[list[Tensor], list[str]]:
     """This rank's losses and gradients, the latter gathered, and the collectives they took after `enter`."""
     axis = mesh_of(Layout(tp=2)).tensor_axis(sequence_parallel)
-    given = inputs(dtype, tokens=(3, 10))
+    given = below(vocabulary, inputs(dtype, tokens=(3, 10)))
     own = given["x"].chunk(2, 1)[axis.rank] if sequence_parallel else given["x"]
     x, weight = own.clone().requires_grad_(), given["weight"].chunk(2)[axis.rank].clone().requires_grad_()
     entered = enter(x, axis)
     with in_slices_of(rows), Collectives() as collectives:
-        losses = linear_cross_entropy(entered, weight, given["targets"], axis)
+        losses = linear_cross_entropy(entered, weight, given["targets"], axis, vocabulary=vocabulary)
         losses.backward(given["upstream"].to(losses.dtype))
     grads = [torch.empty_like(weight) for _ in range(2)]
     dist.all_gather(grads, weight.grad)
@@ -274,7 +304,15 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-CASES = [(sp, dtype, rows) for sp in (False, True) for dtype in (torch.float64, torch.bfloat16) for rows in (3, 50)]
+def below(vocabulary: int | None, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**given, "targets": given["targets"] % (vocabulary or VOCABULARY)}
+
+
+CASES = [
+    (sp, dtype, rows, None) for sp in (False, True) for dtype in (torch.float64, torch.bfloat16) for rows in (3, 50)
+]
+# the second rank's rows pad the vocabulary, some of them or all
+CASES += [(False, torch.float64, 7, vocabulary) for vocabulary in (73, 50, 30)]
 
 
 def all_cases() -> list[Any]:
@@ -287,10 +325,10 @@ def on_two_ranks() -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_vocabulary_split_over_ranks(on_two_ranks: Any, case: tuple[bool, torch.dtype, int]) -> None:
-    sequence_parallel, dtype, _ = case
-    given = inputs(dtype, tokens=(3, 10))
-    exact = outcome(plain_losses, given, torch.float64)
+def test_vocabulary_split_over_ranks(on_two_ranks: Any, case: tuple[bool, torch.dtype, int, int | None]) -> None:
+    sequence_parallel, dtype, _, vocabulary = case
+    given = below(vocabulary, inputs(dtype, tokens=(3, 10)))
+    exact = outcome(partial(plain_losses, vocabulary=vocabulary), given, torch.float64)
     rtol, atol = (1e-12, 1e-13) if dtype == torch.float64 else (2**-7, 2**-5)
     for rank in range(2):
         found, collectives = on_two_ranks[rank][case]

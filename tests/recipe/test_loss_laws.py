@@ -78,3 +78,9 @@ def test_laws_by_name_and_from_files(tmp_path) -> None:
         UserError, match="--loss-law hofman is neither a law .* did you mean hoffmann.* besiroglu, gadre"
     ):
         loss_laws.named("hofman")
+
+
+def test_a_law_whose_constants_nobody_read_is_refused_with_the_reason() -> None:
+    for option in ("--loss-law", "--law"):
+        with pytest.raises(UserError, match=rf"{option} farseer: the constants of Farseer .*unverified; fit your own"):
+            loss_laws.refuse_unknown(option, "farseer", LOSS_LAWS)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from megahp.config import ParameterizationConfig
 from megahp.scaling.parameterization import Role, Rule, Table, fill_in
 
 
-def table(name: str, alpha: float = 1.0, width: int = 2048, layers: int = 32) -> Table:
-    return fill_in(ParameterizationConfig(name=name, depth_alpha=alpha), width, layers, head_size=64)  # base (256, 2)
+def table(name: str, alpha: float = 1.0, width: int = 2048, layers: int = 32, decay: str = "") -> Table:
+    rules = ParameterizationConfig(name=name, depth_alpha=alpha, weight_decay=decay)  # base (256, 2)
+    return fill_in(rules, width, layers, head_size=64)
 
 
 def test_completep_at_alpha_1() -> None:
@@ -28,6 +32,43 @@ def test_completep_at_alpha_half() -> None:
     assert filled.rules[Role.HIDDEN].lr == 0.03125
     assert filled.rules[Role.HIDDEN].eps == 0.03125
     assert filled.rules[Role.NORM].lr == 0.25
+
+
+def test_at_alpha_0_there_is_no_depth_factor_as_in_the_papers_figures() -> None:
+    """Not the formula's, whose learning rate is 1/m_L there: the authors' alpha = 0 is SP and muP. Above 0 it holds."""
+    assert replace(table("completep", 0.0), name="mup") == table("mup")
+    filled = table("completep", 0.25)
+    assert (filled.residual, filled.rules[Role.HIDDEN].lr, filled.rules[Role.NORM].lr) == (1 / 2, 1 / 64, 1 / 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "decay", "density", "expected"),
+    [  # m_N = 8, m_L = 16; at alpha 1/2 the learning rate is 1/32
+        *[("mup", "", 1.0, 8.0), ("completep", "", 1.0, 8.0), ("smupar", "", 0.25, 1.0), ("sp", "", 1.0, 1.0)],
+        *[(name, "base", 0.25, 1.0) for name in ("mup", "completep", "smupar")],
+        *[(name, "width", 0.25, 8.0) for name in ("mup", "completep", "smupar")],
+        *[("mup", "timescale", 0.25, 8.0), ("completep", "timescale", 0.25, 32.0), ("smupar", "timescale", 0.25, 2.0)],
+    ],
+)
+def test_hidden_weight_decay(name: str, decay: str, density: float, expected: float) -> None:
+    """Papers' text by default: Table 1 of CompleteP has lambda m_N in its muP column too, SmuPar's has lambda alone."""
+    filled = table(name, 0.5 if name == "completep" else 1.0, decay=decay)
+    rule = filled.rule(Role.HIDDEN, density)
+    assert rule.weight_decay == expected
+    assert decay != "timescale" or rule.lr * rule.weight_decay == 1
+
+
+def test_gpt2s_residual_init() -> None:
+    rules = ParameterizationConfig(residual_init="gpt2")
+    assert (fill_in(rules, 256, 8, 64).branch_init, table("completep").branch_init) == (1 / 4, 1)
+
+
+def test_a_table_that_an_older_megahp_saved_is_known_again() -> None:
+    """Before there were the choices: without their keys, and every weight decay with width."""
+    saved = json.loads(json.dumps(table("smupar", decay="width").to_dict()))
+    del saved["branch_init"], saved["decay"]
+    assert table("smupar", decay="width").is_of(saved) and not table("smupar").is_of(saved)
+    assert not replace(table("smupar", decay="width"), branch_init=0.5).is_of(saved)
 
 
 def test_the_router_is_an_output_matrix_without_an_output_multiplier() -> None:
@@ -51,8 +92,9 @@ def test_smupar_is_mup_with_density_factors(density: float, std: float, lr: floa
     filled = table("smupar")
     rule = filled.rule(Role.HIDDEN, density)
     assert (0.0867 * rule.init_std, 1.62e-2 * rule.lr) == (pytest.approx(std, rel=1e-4), pytest.approx(lr, rel=1e-4))
-    assert filled.rule(Role.HIDDEN) == table("mup").rules[Role.HIDDEN]
-    assert {role for role in Role if filled.rule(role, density) != table("mup").rules[role]} <= {Role.HIDDEN}
+    mup = table("mup", decay="base")
+    assert filled.rule(Role.HIDDEN) == mup.rules[Role.HIDDEN]
+    assert {role for role in Role if filled.rule(role, density) != mup.rules[role]} <= {Role.HIDDEN}
     assert all(table(name).rule(Role.HIDDEN, density) == table(name).rules[Role.HIDDEN] for name in ("mup", "sp"))
 
 
@@ -60,7 +102,7 @@ def test_smupar_is_mup_with_density_factors(density: float, std: float, lr: floa
 def test_as_many_weights_a_neuron_have_the_same_multipliers_under_mup_and_smupar(octaves: int) -> None:
     """Check 15: with width x density constant, those of muP at the base width."""
     rule = table("smupar", width=256 * 2**octaves).rule(Role.HIDDEN, 2.0**-octaves)
-    assert (rule.init_std, rule.lr) == (pytest.approx(1, rel=1e-12), 1)
+    assert (rule.init_std, rule.lr, rule.weight_decay) == (pytest.approx(1, rel=1e-12), 1, 1)
 
 
 def test_sp_scales_nothing() -> None:

@@ -154,6 +154,34 @@ def test_what_an_older_megahp_wrote_is_accepted(folder: Path) -> None:
     prepared("log.name=new", 'data.train=["older"]')
 
 
+def test_a_run_keeps_what_its_settings_meant_before_they_could_say(folder: Path) -> None:
+    """Softmax over padding rows, and SmuPar's weight decay with width; new runs leave both out."""
+    shutil.copytree("runs/done", "runs/before")
+    place = Path("runs/before/checkpoints/step-00000002")
+    state = json.loads((place / "state.json").read_text())
+    assert state["config"]["model"].pop("padding") == "masked"
+    assert state["config"]["parameterization"].pop("weight_decay") == "width"
+    smupar = {"parameterization.name": "smupar"}
+    state["config"]["parameterization"] |= {"name": "smupar"}
+    (place / "state.json").write_text(json.dumps(state))
+    (place / "manifest.json").unlink()
+    write_manifest(place)
+
+    def chosen(*words: str, resume: bool = False) -> tuple[str, str]:
+        config = prepared(*words, *(f"{key}={value}" for key, value in smupar.items()), resume=resume)
+        return config.model.padding, config.parameterization.weight_decay
+
+    assert chosen("log.name=before", resume=True) == ("included", "width")
+    branch = ("log.name=new", "train.start_from=runs/before", "train.steps=3")
+    assert chosen(*branch) == ("included", "width")
+    assert chosen(*branch, "model.padding=masked") == ("masked", "width")
+    assert chosen("log.name=new") == ("masked", "base")
+    for key, value in (("model.padding", "masked"), ("parameterization.weight_decay", "base")):
+        with pytest.raises(UserError, match=f"{key} = '{value}' but .* was trained with"):
+            chosen("log.name=before", f"{key}={value}", resume=True)
+    assert prepared("log.name=new", "parameterization.name=sp").parameterization.weight_decay == ""
+
+
 def test_a_run_keeps_its_sample_order(folder: Path) -> None:
     """Of a run that names none, since it is older than the choice; a branch keeps that of the run that it is from, and
     new runs have the new one, from weights alone too."""
