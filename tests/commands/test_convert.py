@@ -300,7 +300,7 @@ def parallel(folder: Path) -> dict[str, Any]:
     """Write Megatron's files by hand from our weights: 2 x 2 ranks, Transformer Engine's names, stacked by DCP."""
     from torch.distributed import checkpoint as dcp
 
-    config = settings_of("sp", {**GQA, "bias": True, "rope_theta": 10000.0})
+    config = settings_of("sp", {**GQA, "bias": True, "rope_theta": 10000.0, "padding": "included"})
     ours = {name.removeprefix("model."): value for name, value in written(config, folder / "ours").items()}
     dims = {"attention.out.weight": 1, "mlp.down.weight": 1, "attention.out.bias": None, "mlp.down.bias": None}
     products = {"self_attention.linear_qkv": "attention.qkv", "self_attention.linear_proj": "attention.out"}

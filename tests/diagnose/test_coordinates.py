@@ -50,7 +50,7 @@ CASES = {
     "depth, muP": f"{MUP} {DEPTH} --depths=2,4,8 --seeds=1,2",
     "depth, alpha 1/2": f"{COMPLETEP} parameterization.depth_alpha=0.5 {DEPTH} {DEPTHS}",
     "depth, alpha 1": f"{COMPLETEP} {DEPTH} {DEPTHS}",
-    "depth, alpha 0": f"{COMPLETEP} parameterization.depth_alpha=0 {DEPTH} --depths=2,4,8 --seeds=1 --steps=3",
+    "depth, alpha 0": f"{COMPLETEP} parameterization.depth_alpha=0 {DEPTH} --depths=2,4,8 --seeds=1,2 --steps=3",
     "width, SP": f"{SP} {WIDTH} {WIDTHS} --seeds=1,2",
     "width, muP": f"{MUP} {WIDTH} {WIDTHS} --seeds=1,2",
     "width, CompleteP": f"{COMPLETEP} {WIDTH} {WIDTHS} --steps=3 --seeds=1,2",
