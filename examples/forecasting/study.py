@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
+FIGURES = Path("docs/figures")
 DATA, RUNS, RESULTS = Path("data/forecasting"), Path("runs/forecasting"), HERE / "results.jsonl"
 SAMPLES = 100
 QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -412,7 +413,7 @@ def draw(lines: Sequence[Line]) -> None:
         axes.set_yticks(range(len(asked.sets)), asked.sets)
         axes.set_xlabel("weighted quantile loss, as a ratio to seasonal naive's; a mark a seed")
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        figure.savefig(HERE / f"{question}.svg")
+        figure.savefig(FIGURES / f"forecasting-{question}.svg")
         arm = next(iter(asked.arms))
         file = RUNS / slug(question, arm, 1) / "forecasts.npz"
         if not file.exists():
@@ -431,7 +432,7 @@ def draw(lines: Sequence[Line]) -> None:
             axes.plot(ahead, quantiles[4], lw=1)
             axes.set_title(name, fontsize=8)
             axes.tick_params(labelsize=6)
-        figure.savefig(HERE / f"{question}-forecasts.svg")
+        figure.savefig(FIGURES / f"forecasting-{question}-forecasts.svg")
 
 
 def main() -> None:
