@@ -87,19 +87,20 @@ def measure(corpus: str, seed: int) -> list[Line]:
 
 
 def report(lines: list[Line]) -> Iterator[str]:
-    """Yield the table: of each corpus and moment the noise scale over all seeds, and the mean difference of the loss to
+    """Yield the table: of each corpus and moment the median noise scale of the seeds and their range, and the mean difference of the loss to
     that of factor 1 with its 95 % interval."""
-    yield f"{'corpus':<9}{'tokens':>9}{'seeds':>6}{'noise scale':>13}" + "".join(
+    yield f"{'corpus':<9}{'tokens':>9}{'seeds':>6}{'noise scale':>20}" + "".join(
         f"{f'{k * BATCH}':>19}" for k in FACTORS[1:]
     )
     for corpus, tokens in dict.fromkeys((line["corpus"], line["tokens"]) for line in lines):
         mine = [line for line in lines if (line["corpus"], line["tokens"]) == (corpus, tokens)]
-        scale = sum(line["noise"] for line in mine) / sum(line["true_sq"] for line in mine)
+        scales = sorted(line["noise"] / line["true_sq"] for line in mine)
+        scale = f"{np.median(scales):.0f} ({scales[0]:.0f} to {scales[-1]:.0f})"
         cells = ""
         for factor in FACTORS[1:]:
             differences = np.array([line[f"loss {factor}"] - line["loss 1"] for line in mine])
             cells += f"{differences.mean():>+10.4f} +-{half_interval(differences):.4f}"
-        yield f"{corpus:<9}{tokens:>9,}{len(mine):>6}{scale:>13.1f}{cells}"
+        yield f"{corpus:<9}{tokens:>9,}{len(mine):>6}{scale:>20}{cells}"
 
 
 if __name__ == "__main__":

@@ -76,9 +76,9 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     refuse_unusable(series, horizon, coding.conditioning)
     paths = {}
     with ProgressDisplay(len(series) * options.samples * coding.horizon_tokens, stream=sys.stderr) as progress:
-        for row, (name, values) in enumerate(series.items(), 1):
-            paths[name] = sample_paths(trained, values, options.samples, (options.seed, row - 1))[:, :horizon]
-            progress.show(row * options.samples * coding.horizon_tokens, [("series", f"{row:,}")])
+        for row, (name, values) in enumerate(series.items()):  # as sample_series, with a display
+            paths[name] = sample_paths(trained, values, options.samples, (options.seed, row))[:, :horizon]
+            progress.show((row + 1) * options.samples * coding.horizon_tokens, [("series", f"{row + 1:,}")])
     text = as_csv(paths, sorted(set(options.quantiles)))
     if options.output:
         replace_text(options.output, text)

@@ -1,7 +1,7 @@
 """`megahp preprocess --series`: cut series into windows, and write each as a document of tokens."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -52,37 +52,27 @@ def run(arguments: argparse.Namespace) -> int:
     coding = coding_of(arguments, path)
     columns = Columns(arguments.name_column, arguments.time_column, arguments.value_column)
     series = read_series(map(Path, arguments.input), columns)
-    bad, flat, documents = LeftOut(), LeftOut(), list[int]()
+    if not path.exists() and arguments.tails is None:
+        parts = (part for _, part in windows_of(series, coding, stride, LeftOut()))
+        scaled = (coding.scale(part[:, : coding.conditioning]).apply(part) for part in parts)
+        coding = replace(coding, binning=replace(coding.binning, tails=fit_tails(coding.binning, scaled)))
+    bad, flat, count = LeftOut(), LeftOut(), 0
     with IndexedWriter(arguments.output, coding.vocab_size, arguments.overwrite) as writer:
-
-        def written() -> Iterator[np.ndarray]:
-            """Write all windows, and yield their scaled values."""
-            for name, values in series.items():
-                if problem := unusable(values[: -coding.horizon], coding.horizon):
-                    note(bad, problem, name)
-                    continue
-                windows = coding.windows(values, stride)
-                while part := list(islice(windows, WINDOWS_AT_ONCE)):
-                    tokens, scale = coding.encode(np.stack(part))
-                    usable = scale.span > 0  # not NaN either
-                    for row in tokens[usable]:
-                        writer.add_document(row)
-                    for _ in range(len(part) - int(usable.sum())):
-                        note(flat, "given values are constant, or missing", name)
-                    documents.append(int(usable.sum()))
-                    yield scale.apply(np.stack(part))[usable]
-
-        tails = fit_tails(coding.binning, written())
-        if not sum(documents):
+        for name, part in windows_of(series, coding, stride, bad):
+            tokens, scale = coding.encode(part)
+            usable = scale.span > 0  # not NaN either
+            for row in tokens[usable]:
+                writer.add_document(row)
+            for _ in range(int((~usable).sum())):
+                note(flat, "given values are constant, or missing", name)
+            count += int(usable.sum())
+        if not count:
             reason, (_, first) = next(iter((bad | flat).items()), ("the files are empty", (0, "")))
             raise UserError(f"--input holds no usable window: {first}{': ' * bool(first)}{reason}; correct it")
     if not path.exists():
-        if arguments.tails is None:
-            coding = replace(coding, binning=replace(coding.binning, tails=tails))
         path.parent.mkdir(parents=True, exist_ok=True)
         coding.save(path)
     ids = {"vocab_size": coding.vocab_size, "eod": coding.begin, "bos": coding.begin}
-    count = sum(documents)
     counts = {"documents": count, "tokens": count * coding.window_tokens, "largest_id": writer.largest}
     description = {"tokenizer": str(path), "tokenizer_fingerprint": coding.fingerprint, **ids, **counts}
     write_description(arguments.output, description)
@@ -92,9 +82,22 @@ def run(arguments: argparse.Namespace) -> int:
         f"{below:.4g} and {above:.4g}; train with data.sequence_length={coding.window_tokens}"
     )
     for what, left_out in (("series", bad), ("windows", flat)):
-        for reason, (count, first) in left_out.items():
-            print(f"{arguments.output}: left out {count} {what}: {reason}, the first {first}")
+        for reason, (times, first) in left_out.items():
+            print(f"{arguments.output}: left out {times} {what}: {reason}, the first {first}")
     return 0
+
+
+def windows_of(
+    series: Mapping[str, np.ndarray], coding: SeriesCoding, stride: int, bad: LeftOut
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the windows of all usable series in parts, float64 [n, window], with the series' name; count the others."""
+    for name, values in series.items():
+        if problem := unusable(values[: -coding.horizon], coding.horizon):
+            note(bad, problem, name)
+            continue
+        windows = coding.windows(values, stride)
+        while part := list(islice(windows, WINDOWS_AT_ONCE)):
+            yield name, np.stack(part)
 
 
 def coding_of(arguments: argparse.Namespace, path: Path) -> SeriesCoding:

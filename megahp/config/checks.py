@@ -67,7 +67,10 @@ def _model(config: Config) -> Iterator[str]:
         yield _not_a_divisor("model.kv_heads", model.kv_heads, "model.heads", model.heads)
     if model.levels and (min(model.levels) < 2 or 0 < model.vocab_size < sum(model.levels)):
         levels, size = list(model.levels), model.vocab_size
-        yield f"model.levels = {levels} need 2 ids each, and all of them of model.vocab_size = {size}; remove it"
+        yield (
+            f"model.levels = {levels} must be 2 ids or more each, and at most model.vocab_size = {size} "
+            "together; remove it, the tokenizer fills it in"
+        )
 
 
 def _experts(config: Config) -> Iterator[str]:

@@ -252,7 +252,11 @@ class DataConfig:
     mixtures: tuple[str, ...] = setting(
         (), 'later weights, as "tokens:weight,weight..." words: new weights after that many tokens; empty = no change'
     )
-    tokenizer: str = setting("bytes", "SentencePiece .model, Hugging Face tokenizer .json, or bytes", fixed="never")
+    tokenizer: str = setting(
+        "bytes",
+        "SentencePiece .model, Hugging Face tokenizer .json, bytes, or a .series coding of numbers",
+        fixed="never",
+    )
     tokenizer_fingerprint: str = setting(
         "", "hash of what the tokenizer encodes; another one is refused; empty = filled in at the start", fixed="always"
     )
@@ -630,7 +634,8 @@ class LogConfig:
     every: int = at_least_1(1, "steps between lines of metrics.jsonl")
     tensorboard: bool = setting(False, "also write TensorBoard files (needs the package tensorboard)")
     baselines: bool = validating_only(
-        True, "at the end, also compute the validation loss of a unigram and a bigram model"
+        True,
+        "at the end, also compute the validation loss of a unigram and a bigram model; not of series (model.levels)",
     )
     wandb: Literal["off", "offline", "online"] = setting(
         "off", "also log to Weights & Biases; offline = write files for a later `wandb sync`"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megahp.data.loader import Batch
 from megahp.model.transformer import Transformer
-from megahp.parallel.cross_entropy import level_of, within
+from megahp.parallel.cross_entropy import level_of, outside
 from megahp.parallel.parameters import local, parameters, probes
 from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 
@@ -79,7 +79,7 @@ def backward(model: Transformer, batch: Batch) -> tuple[dict[str, float], dict[s
         logits = model(batch.tokens[:, :-1], documents=batch.documents)
     logits.retain_grad()
     levels, scored = model.model.levels, logits[..., : model.model.softmax_size]
-    scored = within(scored, level_of(targets, levels)) if levels else scored
+    scored = scored.masked_fill(outside(scored, level_of(targets, levels)), -torch.inf) if levels else scored
     losses = F.cross_entropy(scored.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     losses.mean(1).sum().backward()
     with torch.no_grad():

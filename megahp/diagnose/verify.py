@@ -90,6 +90,7 @@ def shrink_config(config: Config, layout: Layout) -> Config:
             "model.full_attention_every": min(model.full_attention_every, 2),
             "model.no_rope_every": min(model.no_rope_every, 2),
             "model.vocab_size": 100,
+            "model.levels": (90 // len(config.model.levels),) * len(config.model.levels) if config.model.levels else (),
             "parallel.split": (1,) * stages if parallel.split else (),
             **{key: bases[key] for key in used_bases},
             "data.train": ("synthetic",),

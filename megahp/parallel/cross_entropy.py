@@ -57,17 +57,18 @@ def cap(logits: Tensor, softcap: float) -> Tensor:
 def level_of(targets: Tensor, levels: Sequence[int]) -> Tensor:
     """Return the first id of each target's level, and the one after its last (int64 [..., 2]). levels: how many of the
     first ids each has; an id beyond them all is a level of its own, so that its loss is 0."""
-    ends = torch.tensor((0, *levels), device=targets.device).cumsum(0)
-    level = torch.bucketize(targets, ends[1:], right=True)
-    found = torch.stack((ends[level], ends[(level + 1).clamp(max=len(levels))]), -1)
-    return torch.where((targets < ends[-1])[..., None], found, torch.stack((targets, targets + 1), -1))
+    first, after, begin = targets, targets + 1, 0
+    for size in levels:
+        inside = (targets >= begin) & (targets < begin + size)
+        first, after = first.masked_fill(inside, begin), after.masked_fill(inside, begin + size)
+        begin += size
+    return torch.stack((first, after), -1)
 
 
-def within(logits: Tensor, ends: Tensor, start: int = 0) -> Tensor:
-    """Return logits [..., ids], of ids from `start` on, without those outside `level_of` the targets: -inf."""
+def outside(logits: Tensor, ends: Tensor, start: int = 0) -> Tensor:
+    """Return which of logits [..., ids], of ids from `start` on, are outside `level_of` the targets, bool."""
     ids = torch.arange(start, start + logits.shape[-1], device=logits.device)
-    outside = (ids < ends[..., :1]) | (ids >= ends[..., 1:])
-    return logits.masked_fill(outside, -torch.inf)
+    return (ids < ends[..., :1]) | (ids >= ends[..., 1:])
 
 
 class _LinearCrossEntropy(Function):
@@ -104,8 +105,7 @@ class _LinearCrossEntropy(Function):
             kept += [products] if keeps else []
             logits = products.to(total.dtype, copy=keeps)  # what is kept must not be changed below
             logits = cap(logits, softcap) if softcap else logits
-            _mask(logits, own - start)
-            logits = logits if ends is None else within(logits, ends, start)
+            _mask(logits, start, own, ends)
             target_logit = logits.gather(1, index).squeeze(1).where(is_target, target_logit)
             before, largest = largest, largest.maximum(logits.amax(1))
             total = total * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
@@ -129,8 +129,7 @@ class _LinearCrossEntropy(Function):
             if ctx.softcap:
                 logits = cap(logits, ctx.softcap)
                 slope = 1 - (logits / ctx.softcap).square()
-            _mask(logits, ctx.own - start)
-            logits = logits if ctx.ends is None else within(logits, ctx.ends, start)
+            _mask(logits, start, ctx.own, ctx.ends)
             grad = logits.sub_(largest[:, None]).exp_().mul_(scale)
             grad = grad.scatter_add_(1, index, -grads[0].where(is_target, 0)[:, None])
             grad = (grad * slope if ctx.softcap else grad).to(x.dtype)
@@ -139,10 +138,13 @@ class _LinearCrossEntropy(Function):
         return grad_x.to(x.dtype), grad_weight, None, None, None, None, None
 
 
-def _mask(logits: Tensor, own: int) -> None:
-    """Take the columns from `own` on, which pad the vocabulary, out of the softmax, in place."""
-    if own < logits.shape[1]:
-        logits[:, max(own, 0) :] = -torch.inf
+def _mask(logits: Tensor, start: int, own: int, ends: Tensor | None) -> None:
+    """Take the rows that pad the vocabulary, from `own` on, and those outside a target's level out of the softmax, in
+    place. logits: [n, ids], of rows from `start` on."""
+    if own < start + logits.shape[1]:
+        logits[:, max(own - start, 0) :] = -torch.inf
+    if ends is not None:
+        logits.masked_fill_(outside(logits, ends, start), -torch.inf)
 
 
 def _slices(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:

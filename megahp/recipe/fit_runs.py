@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from megahp.log.status import runs_below
 from megahp.recipe import fit
 from megahp.recipe.fit import FinishedRun, Fit
 from megahp.scaling import flops
-from megahp.scaling.laws import INTERVAL, LossLaw, quantiles
+from megahp.scaling.laws import INTERVAL, ErrorLaw, LossLaw, quantiles
 from megahp.scaling.parameterization import Role, table_of
 
 
@@ -48,10 +47,7 @@ COMPUTE = (*(10.0**power for power in range(18, 24)), 5.76e23, 1e24)  # FLOPs; 5
 TEXT_SETTINGS = ("data.train", "data.tokenizer", "data.sequence_length", "data.validation_fraction")
 MIN_DRAWS = 20  # an 80 % interval of fewer is its two extremes
 BEYOND = 1e30  # a table's largest value, and 1 / BEYOND its smallest: products of several must stay floats
-REQUIRED, OPTIONAL = (
-    ("parameters", "tokens", "loss"),
-    ("batch", "lr", "weight_decay", "error"),
-)  # keys of a table's objects
+REQUIRED, OPTIONAL = ("parameters", "tokens", "loss"), ("batch", "lr", "weight_decay", "error")  # keys of a table
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
@@ -131,11 +127,13 @@ def _read_table(path: Path) -> list[FinishedRun]:
                 raise ValueError(f"{', '.join(sorted(unknown))} is unknown")
             for key in (*REQUIRED, *(key for key in OPTIONAL if run.get(key) is not None)):
                 value = run.get(key)
-                zero = key == "weight_decay" and value == 0
+                zero = key in ("weight_decay", "error") and value == 0
                 if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf or zero):
                     raise ValueError(f"{key} = {json.dumps(value)} is not a number above 0")
                 if not (1 / BEYOND < value < BEYOND or zero):
                     raise ValueError(f"{key} = {json.dumps(value)[:40]} is not within {1 / BEYOND:g} to {BEYOND:g}")
+                if key == "error" and value > 1:
+                    raise ValueError(f"error = {value:g} is no share of wrong answers, from 0 to 1")
                 run[key] = float(value)
         except ValueError as error:
             raise UserError(f"{path} line {number}: {error}; an object has {', '.join(REQUIRED + OPTIONAL)}") from None
@@ -178,7 +176,7 @@ def summary(name: str, fitted: Fit) -> Record:
         ranges = {"N": law.parameters, "D": law.tokens}
         more = {"compute_optimal": [optimal(law, compute) for compute in COMPUTE]}
     else:
-        names = [f.name for f in fields(law) if f.name in ("most", "scale", "exponent")]
+        names = ["most"] * isinstance(law, ErrorLaw) + ["scale", "exponent"]
         constants, ranges = {key: getattr(law, key) for key in names}, {kind.x: law.fitted}
     return {
         "formula": kind.formula,

@@ -72,6 +72,8 @@ def _law(name: str, section: Any) -> Any:
             raise ValueError(f"{name}.{key} = {value!r} must be {error}") from None
         if key in _ABOVE_0 and not values[key] > 0:
             raise ValueError(f"{name}.{key} = {value!r} must be above 0")
+    if name == "task_error" and not values["exponent"] > 0:
+        raise ValueError(f"{name}.exponent = {values['exponent']!r} must be above 0: the error grows with the loss")
     if name == "critical_batch" and not 0 < values["exponent"] < 1:
         raise ValueError(f"{name}.exponent = {values['exponent']!r} must be above 0 and below 1")
     return kind(**values)

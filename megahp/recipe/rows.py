@@ -152,11 +152,10 @@ def _outcome(recipe: Recipe) -> Iterator[RecipeRow]:
         yield RecipeRow("loss, nats per token", value, f"{terms} at a batch near B_opt; {kind}", *_by(law))
         if of_tasks := recipe.laws.task_error:
             loss = law(weights, tokens)
-            low, high = of_tasks.interval(loss) or (math.nan, math.nan)
+            interval = of_tasks.interval(loss)
+            value = f"{of_tasks(loss):.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
             formula = f"{of_tasks.most:.4g} - {of_tasks.scale:.4g} exp(-{of_tasks.exponent:.4g} L), L as it is above"
-            yield RecipeRow(
-                "downstream error", f"{of_tasks(loss):.4f} ({low:.4f} to {high:.4f})", formula, *_by(of_tasks)
-            )
+            yield RecipeRow("downstream error", value, formula, *_by(of_tasks))
     exact = flops.training_flops(recipe.run.model, recipe.run.data.sequence_length) * tokens
     yield RecipeRow("FLOPs, 6 N D", 6 * weights * tokens, "6 N D", "Hoffmann et al., arXiv 2203.15556", "convention")
     yield RecipeRow("FLOPs, exact", exact, "all matrix products, half of attention; dense", *COUNTED)

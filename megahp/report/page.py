@@ -187,7 +187,7 @@ def weights_caption(runs: Sequence[LoggedRun]) -> str:
     """Return what the dual form of AdamW says, and its two numbers for each run."""
     parts = [
         "With weight decay the final weights are an average of all updates. The line shows how much each update counts "
-        "in it, relative to an even average; for hidden matrices under muP, or CompleteP at alpha = 1."
+        "in it, relative to an even average; for hidden matrices whose rate times weight decay is the base's."
     ]
     for index, run in enumerate(runs):
         if numbers.has_weight_decay(run):

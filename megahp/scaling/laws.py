@@ -54,7 +54,7 @@ class ErrorLaw:
 
     def interval(self, loss: float) -> tuple[float, float] | None:
         """Return the interval of the error at a loss; None where the law has no draws."""
-        return _quantiles([most - scale * math.exp(-exponent * loss) for most, scale, exponent in self.draws])
+        return _quantiles([most - scale * float(np.exp(-exponent * loss)) for most, scale, exponent in self.draws])
 
 
 @dataclass(frozen=True)

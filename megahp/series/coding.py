@@ -132,11 +132,13 @@ class SeriesCoding:
 
     def scale(self, given: np.ndarray) -> Scale:
         """Return the scale of windows by their given values [..., n], n >= 1, NaN = missing. The span is 0 where they
-        are all alike, NaN where all are missing: no forecast can be made of those."""
+        are all alike, NaN where all are missing or it overflows: no forecast can be made of those."""
         none = np.isnan(given).all(-1)
         low = np.where(none, np.nan, np.where(np.isnan(given), np.inf, given).min(-1))
         high = np.where(none, np.nan, np.where(np.isnan(given), -np.inf, given).max(-1))
-        return Scale(low, high - low)
+        with np.errstate(over="ignore"):
+            span = high - low
+        return Scale(low, np.where(np.isfinite(span), span, np.nan))
 
     def encode(self, values: np.ndarray) -> tuple[np.ndarray, Scale]:
         """Return the tokens (int64 [..., window_tokens]) of windows (float [..., window], in order of time, NaN =

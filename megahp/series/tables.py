@@ -1,16 +1,17 @@
 """Series from CSV, JSON lines and Parquet files: a value a record (long format), or a series a record.
 
-A record's value is a number, or a list of them: then the record is a whole series. A CSV file without a value column
-has a series a row: its name, and then its values. Records of a series are equally spaced in time: what is missing is a
-record without a value (empty, null, NaN or NA).
+A record's value is a number, or a list of them: then the record is a whole series. A CSV file has a header; without a
+value column it has a series a row: its name, and then its values. Records of a series are equally spaced in time: what
+is missing is a record without a value (empty, null, NaN or NA).
 """
 
-import contextlib
 import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def read_series(paths: Iterable[Path], columns: Columns) -> dict[str, np.ndarray
     found: dict[str, np.ndarray] = {}
     for path in paths:
         parts: dict[str, list[tuple[Any, Any]]] = {}
+        whole: set[str] = set()  # series that a record has made
         for number, record in enumerate(_records(path, columns), 1):
             name, time, value = (columns.find(record, column, path) for column in ("name", "time", "value"))
             assert value
@@ -61,8 +63,10 @@ def read_series(paths: Iterable[Path], columns: Columns) -> dict[str, np.ndarray
                 values = [(at, each) for at, each in enumerate(record[value])]
             else:
                 values = [(record[time] if time else number, record[value])]
-            if is_whole and named in parts:
+            if named in (parts if is_whole else whole):
                 raise UserError(f"{path}: series {named!r} comes again in record {number}; give each a name of its own")
+            if is_whole:
+                whole.add(named)
             parts.setdefault(named, []).extend(values)
         for named, values in parts.items():
             if named in found:
@@ -100,6 +104,9 @@ def _csv(path: Path, columns: Columns) -> Iterator[Record]:
         rows = csv.reader(file)
         header = next(rows, [])
         is_long = columns.value is not None or "value" in header
+        steps = {b - a for a, b in pairwise(map(_finite, header[1:])) if a is not None and b is not None}
+        if not is_long and len(steps) > 1:  # one step: years, or numbers of places
+            raise ValueError("line 1 must be a header, and holds values")
         for number, row in enumerate(rows, 2):
             if is_long and len(row) not in (0, len(header)):
                 raise ValueError(f"line {number} has {len(row)} cells, and the header {len(header)}")
@@ -134,20 +141,29 @@ def _parquet(path: Path, _: Columns) -> Iterator[Record]:
 
 
 def _in_time(values: list[tuple[Any, Any]], path: Path, name: str) -> Sequence[tuple[Any, Any]]:
-    """Return (time, value) by time: as numbers where all are, else as they compare (ISO dates, as texts)."""
-
-    def key(entry: tuple[Any, Any]) -> Any:
-        return entry[0]
-
-    with contextlib.suppress(ValueError):  # of dates
-        values = [(float(time) if isinstance(time, str) else time, value) for time, value in values]
+    """Return (time, value) by time: as numbers where all are, else as they compare (ISO dates, as texts). Raises
+    UserError for times of several kinds, and for one that comes twice."""
+    times = [time for time, _ in values]
+    numbers = [number for time in times if (number := _finite(time)) is not None]
     try:
-        values = sorted(values, key=key)
+        if 0 < len(numbers) < len(times):  # of texts alone it would be the order of the alphabet
+            raise TypeError
+        ordered = sorted(zip(numbers or times, (value for _, value in values), strict=True), key=itemgetter(0))
     except TypeError:
         raise UserError(f"{path}: times of series {name!r} do not compare; write all alike") from None
-    if twice := next((a for (a, _), (b, _) in zip(values, values[1:], strict=False) if a == b), None):
-        raise UserError(f"{path}: series {name!r} has the time {twice!r} twice; name the series' column, or correct it")
-    return values
+    for (time, _), (after, _) in pairwise(ordered):
+        if time == after:
+            raise UserError(f"{path}: series {name!r} has the time {time!r} twice; name its column, or correct it")
+    return ordered
+
+
+def _finite(time: Any) -> float | None:
+    """Return a time as a finite number; None where it is none."""
+    try:
+        number = float(time)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _number(value: Any, path: Path, name: str) -> float:

@@ -41,7 +41,8 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
     dist.barrier()
     notice = Notice(config.resilience.stop_after, start_time)
 
-    plan, validation = run.next_step(), dict[str, float]()
+    plan = run.next_step()
+    validation: dict[str, float] = {}
     watchdog = Watchdog(store, config.resilience.hang_after, config.directory)
     with reporter.display_progress(run.progress), watchdog:  # each alive() restarts the limit of hang_after seconds
         if config.train.validate_first and is_new:
@@ -126,7 +127,8 @@ def finish(run: Run, reporter: Reporter, notice: Notice, validation_loss: float 
     config, is_saved = run.config, recovery.save_at_end(run, reporter, validation_loss)
     is_finished = is_over and is_saved
     if is_finished:
-        if dist.get_rank() == 0 and config.log.baselines and config.train.validation_samples:
+        counts_tokens = config.log.baselines and not config.model.levels  # of series a loss is within a token's level
+        if dist.get_rank() == 0 and counts_tokens and config.train.validation_samples:
             reporter.baselines(*baselines(config, run.data))
         reason = "the token budget or train.steps is reached"
         reporter.event("finished", reason, run.progress, skipped=run.skipped, epochs=run.epochs())

@@ -56,6 +56,7 @@ WRONG_SAMPLES = "correct it, leave the document out with data.skip, or set data.
 OTHER_FILES = 1024  # open in a rank beside its data: sockets and libraries
 MOST_OUTSIDE = 1 << 20  # documents with ids outside the vocabulary that are told apart
 DOCUMENTS_SEEN = 100  # of each prefix, to know how documents begin and end
+# Settings that a run fills in from its data, tokenizer or the checkpoint it continues: empty in older checkpoints.
 FILLED_IN = ("data.tokenizer_fingerprint", "data.eos", "data.bos", "model.padding", "parameterization.weight_decay")
 
 
@@ -461,7 +462,7 @@ def refuse_changes(
 ) -> None:
     """Raise UserError when a setting differs that is fixed in one of these ways (megahp/config/schema.py: fixed)."""
     for key, (before, now) in changes(config, saved).items():
-        # a checkpoint of an older megahp does not know what the data and the tokenizer fill in
+        # a checkpoint of an older megahp may lack what is filled in
         if fixed_when(key) in fixed and (before != "" or key not in FILLED_IN):
             if key == "data.tokenizer_fingerprint":
                 refuse_other(config.data.tokenizer, before, f"{path} was trained with")

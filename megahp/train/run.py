@@ -143,7 +143,8 @@ class Run(Trainer):
         state = broadcast_from_rank0(lambda: checkpoint.read_state(path))
         if not self.table.is_of(state["table"]):
             raise UserError(
-                f"{path} has another parameterization table than this megahp; use the version that wrote it"
+                f"{path} has another parameterization table than this run; set [parameterization] back, or use the "
+                "megahp that wrote it"
             )
         trained_before = resolve.from_dict(state["config"], str(path)).train.weights
         # AdamW corrects the bias of all moments by one count of updates, so all must have as many updates: where other

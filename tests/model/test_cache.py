@@ -21,9 +21,9 @@ from megahp.model.transformer import Transformer
 from megahp.parallel.parameters import parameters, storage
 
 LENGTH, DRAWN = 20, 28
-# Not drawn: a preset is a choice of the others, sizes and eps are mere numbers, balance and levels are of the loss.
+# Not drawn: a preset is a choice of the others, sizes and eps are numbers, balance, levels, padding are of the loss.
 LEFT_OUT = {"preset", "layers", "width", "mlp_width", "vocab_size", "norm_eps"}
-LEFT_OUT |= {"balance_rate", "balance_loss", "levels"}
+LEFT_OUT |= {"balance_rate", "balance_loss", "levels", "padding"}
 
 
 def drawn_model(number: int) -> dict[str, Any]:
