@@ -87,8 +87,8 @@ def measure(corpus: str, seed: int) -> list[Line]:
 
 
 def report(lines: list[Line]) -> Iterator[str]:
-    """Yield the table: of each corpus and moment the median noise scale of the seeds and their range, and the mean difference of the loss to
-    that of factor 1 with its 95 % interval."""
+    """Yield the table: of each corpus and moment the median noise scale of the seeds and their range, and the mean
+    difference of the loss to that of factor 1 with its 95 % interval."""
     yield f"{'corpus':<9}{'tokens':>9}{'seeds':>6}{'noise scale':>20}" + "".join(
         f"{f'{k * BATCH}':>19}" for k in FACTORS[1:]
     )
