@@ -1,0 +1,61 @@
+"""What the studies under examples/ conclude from their runs, on planted ones."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Import a script of examples/, with its folder on the path as when it is run."""
+    path = EXAMPLES / name
+    monkeypatch.syspath_prepend(str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_decay_to_zero_compares_at_best_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D2Z loses 0.1 nats per doubling of the tokens here, and cosine 0.02 more, so D2Z needs 2^-0.2 of its tokens."""
+    compare = load("decay-to-zero/compare.py", monkeypatch)
+
+    def curve(variant: str, size: float, loss: float) -> dict[str, Any]:
+        seeds = np.array([-0.01, 0.0, 0.01])
+        return {
+            "variant": variant,
+            "size": size,
+            "values": [1e-3, 2e-3],
+            "losses": [list(loss + 0.5 + seeds), list(loss + seeds)],
+        }
+
+    sizes = {1e5: 2.0, 2e5: 1.9, 4e5: 1.8}
+    curves = [curve("D2Z", size, loss) for size, loss in sizes.items()]
+    curves += [curve("cosine to 10 %", size, loss + 0.02) for size, loss in sizes.items()]
+    found = {(size, variant): row for size, variant, *row in compare.rows(curves)}
+    rate, _, differences, share = found[4e5, "cosine to 10 %"]
+    assert rate == 2e-3 and differences == pytest.approx([0.02] * 3) and share == pytest.approx(2**-0.2)
+    assert np.isnan(found[1e5, "cosine to 10 %"][3])  # above all that D2Z has reached
+    assert compare.interval(np.array([1.0, 2.0, 3.0])) == pytest.approx(4.303 / 3**0.5)
+    compare.draw(curves, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+
+def test_branches_are_compared_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    branches = load("batch-growth/branches.py", monkeypatch)
+    lines = [
+        {"corpus": "code", "seed": seed, "tokens": 100, "true_sq": 0.1, "noise": noise}
+        | {f"loss {factor}": 3 + 0.1 * seed - 0.01 * factor for factor in branches.FACTORS}
+        for seed, noise in ((1, 1.0), (2, 2.0), (3, 90.0))
+    ]
+    (_, line) = branches.report(json.loads(json.dumps(lines)))
+    assert "20 (10 to 900)" in line and "-0.0100 +-0.0000" in line and "-0.1500" in line
