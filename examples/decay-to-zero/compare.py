@@ -83,5 +83,6 @@ if __name__ == "__main__":
     print(f"{'tokens':>10} {'schedule':<16}{'best rate':>10}{'loss':>9}{'to D2Z':>10}{'(95 %)':>9}{'D2Z needs':>11}")
     for size, variant, rate, losses, differences, share in rows(curves):
         line = f"{size:>10,.0f} {variant:<16}{rate:>10.2g}{losses.mean():>9.4f}{differences.mean():>+10.4f}"
-        print(f"{line}{interval(differences):>9.4f}" + (f"{share:>10.0%}" if variant != "D2Z" else ""))
+        needs = "-" if np.isnan(share) or variant == "D2Z" else f"{share:.0%}"
+        print(f"{line}{interval(differences):>9.4f}{needs:>11}")
     draw(curves, options.plot)
