@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from study import DATA, FAIR, HERE, Line, half_interval, prepare_data, read
+from study import DATA, FAIR, HERE, Line, half_interval, prepare_data, read, tokenizer_of
 
 from megahp.log.metrics import read_run
 
@@ -49,8 +49,7 @@ def megahp(*words: str) -> None:
 
 def train(corpus: str, seed: int, name: str, *words: str) -> Path:
     """Train a run of the study's smaller model at a constant rate; return its directory."""
-    tokenizer = "bytes" if corpus == "english" else str(DATA / "code.model")
-    data = [f'data.train=["{DATA / corpus}"]', f"data.tokenizer={tokenizer}", f"train.seed={seed}"]
+    data = [f'data.train=["{DATA / corpus}"]', f"data.tokenizer={tokenizer_of(corpus)}", f"train.seed={seed}"]
     constant = ["schedule.name=constant", f"log.root={RUNS}", f"log.name={name}", *words]
     megahp("train", str(HERE / "run.toml"), *data, *constant)
     return RUNS / name

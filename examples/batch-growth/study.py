@@ -202,6 +202,10 @@ def prepare_data() -> None:
             subprocess.run([*command, "--workers", "2"], check=True)
 
 
+def tokenizer_of(corpus: str) -> str:
+    return "bytes" if corpus == "english" else str(DATA / "code.model")
+
+
 def train(run: Line, store: Any) -> Line:
     """Train one run in this process, decide its changes of the batch again from its log, and return its line. store: of
     the process, which it joined with."""
@@ -214,7 +218,6 @@ def train(run: Line, store: Any) -> Line:
     from megahp.train.prepare import prepare
 
     layers, width = SIZES[run["size"]]
-    bytes_or_pieces = "bytes" if run["corpus"] == "english" else str(DATA / "code.model")
     name = "-".join(map(str, key(run))).replace(" ", "_").replace(",", "")
     words = [
         *(f"model.{name}={value}" for name, value in (("layers", layers), ("width", width), ("heads", width // 32))),
@@ -223,7 +226,7 @@ def train(run: Line, store: Any) -> Line:
             for name, value in zip(("layers", "width"), SIZES[TUNED], strict=True)
         ),
         f'data.train=["{DATA / run["corpus"]}"]',
-        f"data.tokenizer={bytes_or_pieces}",
+        f"data.tokenizer={tokenizer_of(run['corpus'])}",
         f"optimizer.lr={run['lr']}",
         f"train.seed={run['seed']}",
         f"train.tokens={TOKENS}",

@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 
+from megahp.series.measures import QUANTILES
+
 HERE = Path(__file__).parent
 FIGURES = Path("docs/figures")
 DATA, RUNS, RESULTS = Path("data/forecasting"), Path("runs/forecasting"), HERE / "results.jsonl"
 SAMPLES = 100
-QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Line = dict[str, Any]
 
 

@@ -5,6 +5,7 @@ import contextlib
 import math
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from megahp.data.texts import FORMATS
@@ -35,6 +36,12 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
     share = "share of the documents that may be bad (default %(default)s)"
     add("--most-bad", type=parse_share, default=0.01, metavar="SHARE", help=share)
+
+
+def add_column_arguments(add: Callable[..., object]) -> None:
+    """Add the options that name the columns of files of series."""
+    for column in ("name", "time", "value"):
+        add(f"--{column}-column", metavar="NAME", help=f"column of the series' {column} (default {column})")
 
 
 def parse_share(text: str) -> float:

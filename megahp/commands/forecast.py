@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megahp.commands.arguments import check_minimum
+from megahp.commands.arguments import add_column_arguments, check_minimum
 from megahp.commands.output import begins_with, check_folder, check_replaceable
 from megahp.errors import UserError
 from megahp.files import replace_text
@@ -43,8 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run directory, or a checkpoint of it")
     add("files", type=Path, nargs="+", metavar="FILE", help="series, as for megahp preprocess --series")
-    for column in ("name", "time", "value"):
-        add(f"--{column}-column", metavar="NAME", help=f"column of the {column} (default {column})")
+    add_column_arguments(add)
     add("--horizon", type=int, metavar="N", help="values to forecast (default, and at most: as in training)")
     add("--samples", type=int, default=100, metavar="N", help="paths to sample (default 100)")
     add("--quantiles", type=parse_quantile, nargs="+", default=QUANTILES, metavar="Q", help="(default 0.1 to 0.9)")
@@ -76,8 +75,8 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     refuse_unusable(series, horizon, coding.conditioning)
     paths = {}
     with ProgressDisplay(len(series) * options.samples * coding.horizon_tokens, stream=sys.stderr) as progress:
-        for row, (name, values) in enumerate(series.items()):  # as sample_series, with a display
-            paths[name] = sample_paths(trained, values, options.samples, (options.seed, row))[:, :horizon]
+        for row, (name, values) in enumerate(series.items()):
+            paths[name] = sample_paths(trained, values, options.samples, options.seed, row)[:, :horizon]
             progress.show((row + 1) * options.samples * coding.horizon_tokens, [("series", f"{row + 1:,}")])
     text = as_csv(paths, sorted(set(options.quantiles)))
     if options.output:

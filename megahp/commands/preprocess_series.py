@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megahp.commands.arguments import add_column_arguments
 from megahp.commands.output import write_description
 from megahp.data.indexed import IndexedWriter
 from megahp.data.texts import LeftOut, note
@@ -40,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tails", type=float, nargs=2, metavar=("LOWER", "UPPER"), help=words)
     add("--sub-series", type=int, metavar="K", help="SutraNets: number of sub-series, a divisor of H (default 1)")
     add("--order", choices=ORDERS, help="of sub-series (default regular)")
-    for column in ("name", "time", "value"):
-        add(f"--{column}-column", metavar="NAME", help=f"column of the series' {column} (default {column})")
+    add_column_arguments(add)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -14,8 +14,8 @@ from megahp.scaling.parameterization import Role
 @torch.no_grad()
 def arrange_products(model: Transformer) -> None:
     """Store the matrices of a model, on a single rank, as products with one token read them fastest, with the same
-    results: in the compute dtype, to which every pass would cast them, and on a CPU by columns, which it reads in
-    longer runs (docs/benchmarks/generation.md). Not embeddings, whose rows are looked up."""
+    results to rounding: in the compute dtype, to which every pass would cast them, and on a CPU by columns, which it
+    reads in longer runs (docs/benchmarks/generation.md). Not embeddings, whose rows are looked up."""
     for module in model.modules():
         for name, row in module.rows.items() if isinstance(module, Module) else ():
             if row.role in (Role.HIDDEN, Role.UNEMBEDDING):

@@ -27,19 +27,20 @@ def sample_series(trained: TrainedModel, given: Sequence[np.ndarray], samples: i
 
     given: rows of float [n], NaN = missing. The paths of a row depend on its number and the seed, and on no other row.
     """
-    rows = [sample_paths(trained, values, samples, (seed, row)) for row, values in enumerate(given)]
+    rows = [sample_paths(trained, values, samples, seed, row) for row, values in enumerate(given)]
     return np.stack(rows)
 
 
 @torch.no_grad()
-def sample_paths(trained: TrainedModel, values: np.ndarray, samples: int, seed: tuple[int, ...]) -> np.ndarray:
+def sample_paths(trained: TrainedModel, values: np.ndarray, samples: int, seed: int, row: int) -> np.ndarray:
     """Return so many paths of the values after one series, float64 [samples, coding.horizon].
 
     values: float [n], NaN = missing, of which the last coding.conditioning count; two of these must differ
-    (megahp.series.tables.unusable). Each digit is drawn among its level's, with the model's probabilities.
+    (megahp.series.tables.unusable). row: the series' number, by which series of one seed have paths of their own. Each
+    digit is drawn among its level's, with the model's probabilities.
     """
     coding, model = coding_of(trained), trained.model
-    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    state = np.random.SeedSequence((seed, row)).generate_state(1, np.uint64)
     generator = torch.Generator(trained.device).manual_seed(int(state[0]))
     tokens, scale = coding.prompt(values)
     prompt = Decoder(model, coding.window_tokens)

@@ -40,7 +40,6 @@ def train(config: Config, world: World, store: dist.Store, layout: Layout, resum
     # must switch together: otherwise a signal could end rank 0 while the others record it and wait for rank 0.
     dist.barrier()
     notice = Notice(config.resilience.stop_after, start_time)
-
     plan = run.next_step()
     validation: dict[str, float] = {}
     watchdog = Watchdog(store, config.resilience.hang_after, config.directory)

@@ -81,7 +81,7 @@ def everything(folder: Path) -> Any:
     trained = load_trained(folder / "series")
     paths = sample_series(trained, GIVEN, SAMPLES, 1)
     with mock.patch.object(forecast, "MOST_CACHED", 10_000):
-        in_turns = sample_paths(trained, GIVEN[0], 50, (1, 0))
+        in_turns = sample_paths(trained, GIVEN[0], 50, 1, 0)
     twice = sample_series(trained, GIVEN[[0, 0]], 20, 1)
     again = twice, sample_series(trained, GIVEN[:1], 20, 1), sample_series(trained, GIVEN[:1], 20, 2)
     expected = [probabilities(trained, row) for row in GIVEN]
