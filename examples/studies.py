@@ -183,27 +183,27 @@ def train(study: Study, run: Run) -> Line:
     from megahp.train.loop import train as train_run
     from megahp.train.prepare import prepare as prepare_run
 
-    began, file = time.monotonic(), study.folder / "run.toml"
+    began = time.monotonic()
     directory, parent = study.runs / run.name, study.runs / run.parent
     words = [*run.settings, f"log.root={study.runs}", f"log.name={run.name}"]
     if run.extend:
         wider = study.runs / f"{run.name}-wider"
         if not wider.exists():
             megahp("extend-vocabulary", parent, wider, "--tokenizer", *run.extend)
-        file = wider / "config.toml"
-    elif run.parent:
+        parent = wider
+    if run.parent:
         words.append(f"train.start_from={parent}")
-    config = resolve.load(file, words).config
+    config = resolve.load(study.folder / "run.toml", words).config
     layout = fit(config.parallel, 1)
     config = prepare_run(config, layout, 1, resume=True)
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "train.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         if not train_run(config, launch.World(), store(), layout, True):
             raise RuntimeError(f"{run.name} was stopped; the same command resumes it")
+        measured = study.measure(directory) if study.measure else {}
     last = next(iter(newest_metrics(directory)))
     line = {"run": run.name, "loss": last["validation_loss"], "losses": last.get("validation_losses", {})}
-    line |= study.measure(directory) if study.measure else {}
-    return line | {"tokens": last["tokens"], "seconds": round(time.monotonic() - began, 1)}
+    return line | measured | {"tokens": last["tokens"], "seconds": round(time.monotonic() - began, 1)}
 
 
 def half_interval(values: Sequence[float]) -> float:
