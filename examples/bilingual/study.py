@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from studies import DATA, Line, Run, Study, arguments, code, english, half_interval, mean_and_interval, prepare, train_all
 
-BASE, EMBEDDINGS, MIXED = 1.2, 0.1, 0.4  # millions of tokens
+BASE, EMBEDDINGS, MIXED = 0.7, 0.06, 0.24  # millions of tokens
 RATE = 0.004
 PIECES = 768
 TOKENIZER = DATA / "bilingual-tokenizer.json"

@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from studies import Line, Run, Study, arguments, code, half_interval, mean_and_interval, prepare, train_all
 
-MILLIONS = 1.2
+MILLIONS = 0.8
 LONGEST, WINDOWS = 1024, 64
 EDGES = [0, 16, 32, 64, 128, 256, 512, 1024]
 

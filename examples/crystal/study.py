@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from studies import Line, Run, Study, arguments, code, english, half_interval, mean_and_interval, prepare, train_all
 
 # millions of tokens (Crystal's, in billions of tokens: 345, 927, 120), shares of text, and peak rates
-TOKENS = 0.43, 1.16, 0.15
+TOKENS = 0.26, 0.70, 0.09
 TEXT = 1.0, 0.372, 0.167
 PEAKS = 0.012, 0.0087825, 0.002
 WARMUPS = 0.01, 0.01, 0.05  # of a phase; Crystal's are shorter, 86 and 276 steps of 294 and 28 thousand

@@ -15,7 +15,7 @@ from studies import Line, Run, Study, arguments, code, half_interval, mean_and_i
 
 from megahp.scaling.sparsity import average_density
 
-MILLIONS = 1.0
+MILLIONS = 0.6
 DENSITY = 0.5
 SPANS = {"25-75 %": (0.25, 0.75), "5-55 %": (0.05, 0.55), "45-95 %": (0.45, 0.95)}
 WIDTH, MLP_WIDTH = 64, 192  # of run.toml

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from studies import Line, Run, Study, arguments, code, english, half_interval, mean_and_interval, prepare, train_all
 
-PRETRAIN, FINETUNE = 1.0, 0.25  # millions of tokens
+PRETRAIN, FINETUNE = 0.6, 0.15  # millions of tokens
 FINETUNE_RATE = 0.004
 DENSITIES = 0.5, 0.25
 LENGTH = 128
