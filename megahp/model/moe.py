@@ -135,9 +135,10 @@ class Experts(Module):
             self.parameter(name, (count, hidden, width), Row(Role.HIDDEN, tp_dim=1, experts=True))
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        down, up, *gate = (local(getattr(self, name)).to(x.dtype) for name in self.rows)
-        hidden = activate(self.activation, grouped_linear(x, up, counts), *(grouped_linear(x, w, counts) for w in gate))
-        return grouped_linear(hidden, down, counts)
+        matrices = {name: local(getattr(self, name)).to(x.dtype) for name in self.rows}
+        up = grouped_linear(x, matrices["up"], counts)
+        gate = grouped_linear(x, matrices["gate"], counts) if "gate" in matrices else None
+        return grouped_linear(activate(self.activation, up, gate), matrices["down"], counts)
 
 
 def grouped_linear(x: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:

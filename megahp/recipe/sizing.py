@@ -187,14 +187,12 @@ def scaled(template: ModelConfig, width: int, layers: int) -> ModelConfig:
         mlp = max(1, round(template.mlp_width * width / template.width / 64)) * 64
     expert = max(1, round(template.expert_width * width / template.width / 64)) * 64 if template.experts else 0
     kv_heads = max(1, heads * template.kv_heads // template.heads)
-    sizes = {"heads": heads, "kv_heads": kv_heads, "mlp_width": mlp, "expert_width": expert}
-    return replace(template, width=width, layers=layers, **sizes)
+    model = replace(template, width=width, layers=layers, heads=heads, kv_heads=kv_heads)
+    return replace(model, mlp_width=mlp, expert_width=expert)
 
 
 def outside_embeddings(model: ModelConfig, length: int) -> int:
     """Count the active weights that are neither token nor position embeddings."""
     tables = (1 if model.tied_embeddings else 2) * model.padded_vocab
-    return (
-        flops.parameters(model, length, active=True)
-        - (tables + (length if model.positions == "learned" else 0)) * model.width
-    )
+    positions = length if model.positions == "learned" else 0
+    return flops.parameters(model, length, active=True) - (tables + positions) * model.width

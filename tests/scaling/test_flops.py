@@ -87,7 +87,8 @@ def settings_of(model: dict) -> Config:
 
 
 def counted() -> dict[str, tuple[int, int, int]]:
-    """Weights of each built model, those that a token meets, and what PyTorch counts of a forward and backward pass over 3 x 16 tokens."""
+    """Weights of each built model, those that a token meets, and what PyTorch counts of a forward and backward pass
+    over 3 x 16 tokens."""
     found = {}
     mesh = make_mesh(Layout(), torch.device("cpu"))
     for name, words in MODELS.items():
