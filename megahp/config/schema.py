@@ -273,8 +273,8 @@ class DataConfig:
     sequence_length: int = at_least_1(256, "tokens per sample")
     lengths: tuple[str, ...] = setting(
         (),
-        'later sequence lengths, at constant tokens per step, as "tokens:length" words, such as "4.7e11:8192"; empty = '
-        "no change",
+        'later sequence lengths, at constant tokens per step, as "tokens:length" words, such as "4.7e11:8192", or '
+        '"doubling:3": doubled so often, after equal shares of train.tokens; empty = no change',
     )
     validation_fraction: float = nonnegative(0.01, "fraction of documents held out", at_most=0.5, fixed="always")
     validation: tuple[str, ...] = validating_only(
