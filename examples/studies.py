@@ -75,15 +75,27 @@ class Study:
         return {line["run"]: line for line in map(json.loads, self.results.read_text().splitlines())}
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """Parse the options that every study has."""
+def main(
+    script: str,
+    description: str | None,
+    prepare: Callable[[], object],
+    runs: Callable[[Study, list[int]], list[Run]],
+    show: Callable[[Study, dict[str, Line], list[int]], None],
+    measure: Callable[[Path], Line] | None = None,
+) -> None:
+    """Run a study's command: train what is missing, unless only shown, and show the results."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at once, of one thread each")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
     add("--scale", type=float, default=1, help="of all tokens; results other than those of 1 are below runs/")
     add("--only-show", action="store_true", help="train nothing")
-    return parser.parse_args()
+    options = parser.parse_args()
+    study = Study(Path(script).parent, options.scale, measure)
+    if not options.only_show:
+        prepare()
+        train_all(study, runs(study, options.seeds), options.jobs)
+    show(study, study.read(), options.seeds)
 
 
 def megahp(*words: object) -> None:
@@ -128,9 +140,9 @@ def prepare(name: str, documents: Callable[[], Iterable[str]], tokenizer: str = 
     return prefixes
 
 
-def train_all(study: Study, runs: Sequence[Run], jobs: int) -> dict[str, Line]:
-    """Train what is missing, as many runs at once as there are jobs; return the lines of all."""
-    lines, by_name = study.read(), {run.name: run for run in runs}
+def train_all(study: Study, runs: Sequence[Run], jobs: int) -> None:
+    """Train what is missing, as many runs at once as there are jobs. A run comes after its parent in `runs`."""
+    lines = study.read()
     missing = {run.name for run in runs if run.name not in lines}
     for run in reversed(runs):  # a child's parent too, if its checkpoint has been deleted
         if run.name in missing and run.parent and not (study.runs / run.parent / "checkpoints").exists():
@@ -150,10 +162,8 @@ def train_all(study: Study, runs: Sequence[Run], jobs: int) -> dict[str, Line]:
                 if name not in lines:
                     with open(study.results, "a") as out:
                         out.write(json.dumps(line) + "\n")
-                    lines[name] = line
                 eta = (time.monotonic() - began) / (total - len(missing)) * len(missing)
                 print(f"{name}: {line['loss']:.4f}; {len(missing)} runs left, {eta / 60:.0f} min", flush=True)
-    return {name: lines[name] for name in by_name}
 
 
 @functools.cache
@@ -204,6 +214,12 @@ def train(study: Study, run: Run) -> Line:
     last = next(iter(newest_metrics(directory)))
     line = {"run": run.name, "loss": last["validation_loss"], "losses": last.get("validation_losses", {})}
     return line | measured | {"tokens": last["tokens"], "seconds": round(time.monotonic() - began, 1)}
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    print("\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def half_interval(values: Sequence[float]) -> float:

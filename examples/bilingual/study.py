@@ -3,9 +3,9 @@
     python examples/bilingual/study.py [--jobs 2] [--seeds 1 2 3]
 
 A model of Python in bytes learns English (arXiv 2407.12869, there English and Arabic): its vocabulary is extended by
-768 tokens of English, embedding and unembedding are trained alone, then all weights on both languages. Ablated, at equal
-tokens: no new tokens, how their rows begin, the embeddings' stage, and how much of the mix is the first language. Bits
-per byte on held-out text of both, before and after. Needs `tokenizers`.
+768 tokens of English, embedding and unembedding are trained alone, then all weights on both languages. Ablated, at
+equal tokens: no new tokens, how their rows begin, the embeddings' stage, and the first language's share of the mix.
+Bits per byte on held-out text of both, before and after. Needs `tokenizers`.
 """
 
 import json
@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from studies import DATA, Line, Run, Study, arguments, code, english, half_interval, mean_and_interval, prepare, train_all
+from studies import DATA, Line, Run, Study, code, english, half_interval, main, mean_and_interval, prepare, print_table
 
 BASE, EMBEDDINGS, MIXED = 0.7, 0.06, 0.24  # millions of tokens
 RATE = 0.004
@@ -64,14 +64,18 @@ def runs(study: Study, seeds: list[int]) -> list[Run]:
         found.append(Run(f"no new tokens/{seed}", [*data(FIRST, ""), *longer, own], f"base/{seed}"))
         for rule in ("mean", "zeros"):
             stage = [*data(0.0, "-extended"), "train.weights=embeddings", f"train.tokens={embeddings}"]
-            first = Run(f"embeddings, {rule}/{seed}", [*stage, *extended, own], f"base/{seed}", (str(TOKENIZER), "--rule", rule))
+            first = Run(
+                f"embeddings, {rule}/{seed}", [*stage, *extended, own], f"base/{seed}", (str(TOKENIZER), "--rule", rule)
+            )
             found.append(first)
             for share in (FIRST, 0.0, 0.5) if rule == "mean" else (FIRST,):
                 whole = [f"schedule.start={embeddings}", f"train.tokens={embeddings + mixed}"]
                 arm = f"{rule}, {share:.0%} of the first language/{seed}"
                 found.append(Run(arm, [*data(share, "-extended"), *whole, *extended, own], first.name))
         direct = [*data(FIRST, "-extended"), f"train.tokens={embeddings + mixed}", *extended, own]
-        found.append(Run(f"mean, no embeddings' stage/{seed}", direct, f"base/{seed}", (str(TOKENIZER), "--rule", "mean")))
+        found.append(
+            Run(f"mean, no embeddings' stage/{seed}", direct, f"base/{seed}", (str(TOKENIZER), "--rule", "mean"))
+        )
     return found
 
 
@@ -103,16 +107,14 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
     """Print bits per byte of both languages, and what is lost of the first; draw one over the other."""
     from megahp.report.figures import PALETTE, plot_in
 
-    arms = list(dict.fromkeys(name.rpartition("/")[0] for name in lines))
-    print("\n| | second language, bits per byte | first | forgotten | tokens per byte of the second |\n|---|---|---|---|---|")
+    rows = []
     with plot_in(study.figure, 5.5, 3.4) as figure:
         axes = figure.add_subplot()
-        for arm in arms:
+        for arm in dict.fromkeys(name.rpartition("/")[0] for name in lines):
             mine = [lines[f"{arm}/{seed}"] for seed in seeds]
             second, first = ([line["bits"][kind] for line in mine] for kind in ("second", "first"))
             lost = [value - lines[f"base/{seed}"]["bits"]["first"] for value, seed in zip(first, seeds, strict=True)]
-            share = mine[0]["tokens per byte"][0]
-            print(f"| {arm} | {mean_and_interval(second)} | {mean_and_interval(first)} | {mean_and_interval(lost)} | {share:.2f} |")
+            rows.append([arm, *map(mean_and_interval, (second, first, lost)), f"{mine[0]['tokens per byte'][0]:.2f}"])
             if arm == "base" or arm.startswith("embeddings"):
                 continue  # far off the others
             x, y = sum(first) / len(first), sum(second) / len(second)
@@ -120,20 +122,17 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
             axes.errorbar([x], [y], fmt="o", ms=4, capsize=2, color=PALETTE["run1"], **halves)
             axes.annotate(arm, (x, y), (4, 4), textcoords="offset points", fontsize=6)
         axes.set(xlabel="first language, bits per byte", ylabel="second language, bits per byte")
+    print_table(("", "second language, bits per byte", "first", "forgotten", "tokens per byte of the second"), rows)
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    study = Study(Path(__file__).parent, options.scale, measure)
-    for name, documents in (("english", english), ("code", code)):
+def prepare_data() -> None:
+    corpora = {"english": english, "code": code}
+    for name, documents in corpora.items():
         prepare(name, documents)
     write_tokenizer()
-    for name, documents in (("english", english), ("code", code)):
+    for name, documents in corpora.items():
         prepare(f"{name}-extended", documents, str(TOKENIZER))
-    wanted = runs(study, options.seeds)
-    lines = study.read() if options.only_show else train_all(study, wanted, options.jobs)
-    show(study, lines, options.seeds)
 
 
 if __name__ == "__main__":
-    main()
+    main(__file__, __doc__, prepare_data, runs, show, measure)

@@ -3,17 +3,19 @@
     python examples/btlm/study.py [--jobs 2] [--seeds 1 2 3]
 
 Three ways to spend the same tokens: all at 64 (BTLM: 2,048), three quarters at 64 and one at 256 (BTLM: 8,192), all at
-256. Each is measured on held-out text of up to 1,024 tokens, by position, with ALiBi's slopes as trained and interpolated.
+256. Each is measured on held-out text of up to 1,024 tokens, by position, with ALiBi's slopes as trained and
+interpolated.
 """
 
 import itertools
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from studies import Line, Run, Study, arguments, code, half_interval, mean_and_interval, prepare, train_all
+from studies import Line, Run, Study, code, half_interval, main, mean_and_interval, prepare, print_table
 
 MILLIONS = 0.8
 LONGEST, WINDOWS = 1024, 64
@@ -60,30 +62,20 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
     """Print a table in Markdown, and draw it."""
     from megahp.report.figures import PALETTE, plot_in
 
-    arms = list(dict.fromkeys(name.rpartition("/")[0] for name in lines))
-    print(f"\n| trained at | slopes | {' | '.join(f'{a} to {b}' for a, b in itertools.pairwise(EDGES))} |")
-    print(f"|---|---{'|---' * (len(EDGES) - 1)}|")
+    arms, rows = list(dict.fromkeys(name.rpartition("/")[0] for name in lines)), []
     with plot_in(study.figure, 6, 3.6) as figure:
         axes, middles = figure.add_subplot(), [max(1, (a * b) ** 0.5) for a, b in itertools.pairwise(EDGES)]
         for number, arm in enumerate(arms):
             for kind, mark in (("interpolated", "o-"), ("as trained", "x:")):
                 losses = np.array([lines[f"{arm}/{seed}"][kind] for seed in seeds])
-                print(f"| {arm} | {kind} | {' | '.join(mean_and_interval(column) for column in losses.T)} |")
+                rows.append([arm, kind, *map(mean_and_interval, losses.T)])
                 style = {"fmt": mark, "ms": 4, "capsize": 2, "color": PALETTE[f"run{number}"]}
                 halves = [half_interval(column) for column in losses.T]
                 axes.errorbar(middles, losses.mean(0), halves, label=f"{arm}, {kind}", **style)
         axes.set(xscale="log", xlabel="position, tokens", ylabel="loss, nats per byte")
         axes.legend(frameon=False, fontsize=7)
-
-
-def main() -> None:
-    options = arguments(__doc__)
-    study = Study(Path(__file__).parent, options.scale, measure)
-    prepare("code", code)
-    wanted = runs(study, options.seeds)
-    lines = study.read() if options.only_show else train_all(study, wanted, options.jobs)
-    show(study, lines, options.seeds)
+    print_table(("trained at", "slopes", *(f"{a} to {b}" for a, b in itertools.pairwise(EDGES))), rows)
 
 
 if __name__ == "__main__":
-    main()
+    main(__file__, __doc__, partial(prepare, "code", code), runs, show, measure)

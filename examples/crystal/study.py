@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from studies import Line, Run, Study, arguments, code, english, half_interval, mean_and_interval, prepare, train_all
+from studies import Line, Run, Study, code, english, half_interval, main, mean_and_interval, prepare, print_table
 
 # millions of tokens (Crystal's, in billions of tokens: 345, 927, 120), shares of text, and peak rates
 TOKENS = 0.26, 0.70, 0.09
@@ -39,7 +39,11 @@ def runs(study: Study, seeds: list[int]) -> list[Run]:
             Run(f"phase 1/{seed}", [*one, f"train.seed={seed}"]),
             Run(f"phase 2/{seed}", [*phase(1, first, second, 0.01557), f"train.seed={seed}"], f"phase 1/{seed}"),
             Run(f"phase 3/{seed}", [*phase(2, second, third, 0.1), f"train.seed={seed}"], f"phase 2/{seed}"),
-            Run(f"phase 2 to the end/{seed}", [*phase(1, first, third, 0.01557), f"train.seed={seed}"], f"phase 1/{seed}"),
+            Run(
+                f"phase 2 to the end/{seed}",
+                [*phase(1, first, third, 0.01557), f"train.seed={seed}"],
+                f"phase 1/{seed}",
+            ),
             Run(f"mixed from the start/{seed}", [*mixed, f"train.seed={seed}"]),
         ]
     return found
@@ -51,15 +55,18 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
 
     arms = list(dict.fromkeys(name.rpartition("/")[0] for name in lines))
     losses = {
-        (arm, kind): [lines[f"{arm}/{seed}"]["losses"][kind] for seed in seeds] for arm in arms for kind in ("text", "code")
+        (arm, kind): [lines[f"{arm}/{seed}"]["losses"][kind] for seed in seeds]
+        for arm in arms
+        for kind in ("text", "code")
     }
-    print("\n| | text | to three phases | code | to three phases |\n|---|---|---|---|---|")
+    rows = []
     for arm in arms:
         cells = []
         for kind in ("text", "code"):
             other = [a - b for a, b in zip(losses[arm, kind], losses["phase 3", kind], strict=True)]
             cells += [mean_and_interval(losses[arm, kind]), "" if arm == "phase 3" else mean_and_interval(other)]
-        print(f"| {arm} | {' | '.join(cells)} |")
+        rows.append([arm, *cells])
+    print_table(("", "text", "to three phases", "code", "to three phases"), rows)
     with plot_in(study.figure, 6, 3.2) as figure:
         axes, ends = figure.add_subplot(), [sum(TOKENS[: n + 1]) for n in range(3)]
         for number, kind in enumerate(("text", "code")):
@@ -72,20 +79,17 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
             )  # fmt: skip
             for mark, arm in (("s", "phase 2 to the end"), ("^", "mixed from the start")):
                 each = losses[arm, kind]
-                axes.errorbar(ends[2:], [sum(each) / len(each)], [half_interval(each)], fmt=mark, label=f"{kind}: {arm}", **style)
+                axes.errorbar(
+                    ends[2:], [sum(each) / len(each)], [half_interval(each)], fmt=mark, label=f"{kind}: {arm}", **style
+                )
         axes.set(xlabel="tokens, M", ylabel="held-out loss, nats per byte")
         axes.legend(frameon=False, fontsize=7)
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    study = Study(Path(__file__).parent, options.scale)
+def prepare_data() -> None:
     prepare("english", english)
     prepare("code", code)
-    wanted = runs(study, options.seeds)
-    lines = study.read() if options.only_show else train_all(study, wanted, options.jobs)
-    show(study, lines, options.seeds)
 
 
 if __name__ == "__main__":
-    main()
+    main(__file__, __doc__, prepare_data, runs, show)

@@ -8,10 +8,11 @@ weights as the pruned one has on average, by the width of its MLP; and the dense
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from studies import Line, Run, Study, arguments, code, half_interval, mean_and_interval, prepare, train_all
+from studies import Line, Run, Study, code, half_interval, main, mean_and_interval, prepare, print_table
 
 from megahp.scaling.sparsity import average_density
 
@@ -54,7 +55,7 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
     def losses(arm: str) -> list[float]:
         return [lines[f"{arm}/{seed}"]["loss"] for seed in seeds]
 
-    print("\n| | hidden weights, average | at the end | loss | to dense of N_avg |\n|---|---|---|---|---|")
+    rows = []
     points: list[tuple[str, float, str]] = [("dense", 1.0, ""), (f"dense, {DENSITY:.0%}", DENSITY, "")]
     for name, (begin, end) in SPANS.items():
         average = average_density(DENSITY, begin, end)
@@ -66,23 +67,15 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
             other = mean_and_interval([a - b for a, b in zip(mine, losses(rival), strict=True)], 4) if rival else ""
             if rival:
                 average = lines[f"{arm}/{seeds[0]}"]["average density"]
-            print(f"| {arm} | {average:.3f} | {last:.3f} | {mean_and_interval(mine, 4)} | {other} |")
+            rows.append([arm, f"{average:.3f}", f"{last:.3f}", mean_and_interval(mine, 4), other])
             hue, mark = ("accent", "s") if rival else ("run1", "o")
             label = ("pruned" if rival else "dense") if arm in ("dense", "pruned 25-75 %") else None
             style = {"fmt": mark, "color": PALETTE[hue], "capsize": 2, "label": label}
             axes.errorbar([average], [sum(mine) / len(mine)], [half_interval(mine)], **style)
         axes.set(xlabel="hidden weights, average over the run, share of the dense model's", ylabel="held-out loss")
         axes.legend(frameon=False, fontsize=7)
-
-
-def main() -> None:
-    options = arguments(__doc__)
-    study = Study(Path(__file__).parent, options.scale, measure)
-    prepare("code", code)
-    wanted = runs(study, options.seeds)
-    lines = study.read() if options.only_show else train_all(study, wanted, options.jobs)
-    show(study, lines, options.seeds)
+    print_table(("", "hidden weights, average", "at the end", "loss", "to dense of N_avg"), rows)
 
 
 if __name__ == "__main__":
-    main()
+    main(__file__, __doc__, partial(prepare, "code", code), runs, show, measure)

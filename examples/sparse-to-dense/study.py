@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from studies import Line, Run, Study, arguments, code, english, half_interval, mean_and_interval, prepare, train_all
+from studies import Line, Run, Study, code, english, half_interval, main, mean_and_interval, prepare, print_table
 
 PRETRAIN, FINETUNE = 0.6, 0.15  # millions of tokens
 FINETUNE_RATE = 0.004
@@ -62,33 +62,29 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
     def losses(arm: str, kind: str) -> list[float]:
         return [lines[f"{arm}/{seed}"]["losses"][kind] for seed in seeds]
 
-    rows = [("dense", 1.0, "dense")]
+    arms, rows = [("dense", 1.0, "dense")], []
     for density in DENSITIES:
         rival = f"dense, FLOPs of density {density:g}"
-        rows += [(f"sparse, density {density:g}", cost_of(density), rival), (rival, cost_of(density), rival)]
-    print("\n| pretrained | FLOPs | code, before | text, finetuned | to dense of equal FLOPs |\n|---|---|---|---|---|")
+        arms += [(f"sparse, density {density:g}", cost_of(density), rival), (rival, cost_of(density), rival)]
     with plot_in(study.figure, 5, 3.2) as figure:
         axes = figure.add_subplot()
-        for arm, cost, rival in rows:
-            text = losses(f"{arm}, finetuned", "text")
+        for arm, cost, rival in arms:
+            before, text = losses(arm, "code"), losses(f"{arm}, finetuned", "text")
             others = [a - b for a, b in zip(text, losses(f"{rival}, finetuned", "text"), strict=True)]
             difference = "" if arm == rival else mean_and_interval(others)
-            print(f"| {arm} | {cost:.0%} | {mean_and_interval(losses(arm, 'code'))} | {mean_and_interval(text)} | {difference} |")
+            rows.append([arm, f"{cost:.0%}", mean_and_interval(before), mean_and_interval(text), difference])
             hue, mark = ("run1", "o") if arm.startswith("dense") else ("accent", "s")
-            axes.errorbar([cost], [sum(text) / len(text)], [half_interval(text)], fmt=mark, color=PALETTE[hue], capsize=2)
-            axes.annotate(arm, (cost, sum(text) / len(text)), (5, 5), textcoords="offset points", fontsize=6)
+            mean, style = sum(text) / len(text), {"fmt": mark, "color": PALETTE[hue], "capsize": 2}
+            axes.errorbar([cost], [mean], [half_interval(text)], **style)
+            axes.annotate(arm, (cost, mean), (5, 5), textcoords="offset points", fontsize=6)
         axes.set(xlabel="FLOPs of pretraining, share of the dense model's", ylabel="loss on text after finetuning")
+    print_table(("pretrained", "FLOPs", "code, before", "text, finetuned", "to dense of equal FLOPs"), rows)
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    study = Study(Path(__file__).parent, options.scale)
+def prepare_data() -> None:
     prepare("english", english)
     prepare("code", code)
-    wanted = runs(study, options.seeds)
-    lines = study.read() if options.only_show else train_all(study, wanted, options.jobs)
-    show(study, lines, options.seeds)
 
 
 if __name__ == "__main__":
-    main()
+    main(__file__, __doc__, prepare_data, runs, show)
