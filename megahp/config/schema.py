@@ -167,6 +167,19 @@ class ModelConfig:
         fixed="on resume",
         before="included",
     )
+    quantize: Literal["none", "int8", "int4"] = setting(
+        "none",
+        "how the products read the blocks' matrices, which are trained in full precision: rounded to so many bits "
+        "(quantisation-aware training); none = as they are",
+        fixed="on resume",
+    )
+    quantize_group: int = setting(
+        32,
+        "weights that share a scale, consecutive inputs of an output",
+        at_least=1,
+        only_with=("model.quantize", "int8", "int4"),
+        fixed="on resume",
+    )
 
     @property
     def padded_vocab(self) -> int:
