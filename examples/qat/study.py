@@ -2,8 +2,8 @@
 
     python examples/qat/study.py [--jobs 2] [--seeds 1 2 3]
 
-One schedule, decay to zero, at each budget: in full precision throughout, with int4 weights (`model.quantize`, groups of
-32) for the last 10, 25 or 50 % of the tokens, or throughout. So quantisation is fused with the decay, and no arm has
+One schedule, decay to zero, at each budget: in full precision throughout, with int4 weights (`model.quantize`, groups
+of 32) for the last 10, 25 or 50 % of the tokens, or throughout. So quantisation is fused with the decay, and no arm has
 more tokens than another. The run in full precision is measured once more with its weights rounded at the end.
 """
 
