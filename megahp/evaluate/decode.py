@@ -3,10 +3,12 @@
 from copy import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megahp.model.cache import Cache
 from megahp.model.transformer import Transformer
+from megahp.ops.quantize import BITS, quantized
 from megahp.parallel.parameters import Module
 from megahp.scaling.parameterization import Role
 
@@ -16,11 +18,15 @@ def arrange_products(model: Transformer) -> None:
     """Store the matrices of a model, on a single rank, as products with one token read them fastest, with the same
     results to rounding: in the compute dtype, to which every pass would cast them, and on a CPU by columns, which it
     reads in longer runs (docs/benchmarks/generation.md). Not embeddings, whose rows are looked up."""
+    quantize = model.model.quantize
     for module in model.modules():
         for name, row in module.rows.items() if isinstance(module, Module) else ():
             if row.role in (Role.HIDDEN, Role.UNEMBEDDING):
                 weight = getattr(module, name)
                 cast = weight.data.to(model.dtype)
+                if row.role is Role.HIDDEN and quantize != "none":
+                    cast = quantized(cast, BITS[quantize], model.model.quantize_group)
+                    module.linear = F.linear
                 weight.data = cast.mT.contiguous().mT if cast.device.type == "cpu" else cast
 
 

@@ -142,6 +142,11 @@ def make_recipe(given: Given, base: Base, laws: Laws, name: str = "") -> Recipe:
     template = resolve.resolve([(base.name, {"model": base.model})]).config.model
     if laws.rule == "power-lines" and base.get("parameterization", "name") == "sp":
         raise UserError(f"parameterization.name = 'sp' ({base.name}) transfers nothing; tune a base with completep")
+    if (quantize := template.quantize) != "none":
+        raise UserError(
+            f"model.quantize = {quantize!r} ({base.name}): the laws are of full precision; remove it from the base, and "
+            "add it to the run file, or to a branch"
+        )
     if (method := base.get("sparsity", "method")) != "none":
         raise UserError(
             f"sparsity.method = {method!r} ({base.name}): the laws are of dense models; remove it from the base, and "
