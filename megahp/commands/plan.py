@@ -77,6 +77,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError("model.vocab_size = 0 is the tokenizer's, which a plan does not read; set it, e.g. 32000")
     if config.parallel.engine != "megahp":
         raise UserError("parallel.engine = 'deepspeed' is not planned, only megahp's own; add parallel.engine=megahp")
+    if config.distill.teachers:
+        raise UserError("distill.teachers are not planned; add distill.teachers=[], and know that they take more")
     if options.cluster:
         machine = load_machine(options.cluster)
         found = simulate_run(options, config, machine) if options.simulate else find_layout(options, config, machine)

@@ -557,6 +557,29 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Runs whose predictions a run learns from beside its data's tokens (megahp/train/teachers.py)."""
+
+    fixed = "on resume"
+
+    teachers: tuple[str, ...] = setting(
+        (),
+        "checkpoints, or run directories for their newest, of the same tokenizer: the mean of their probabilities is "
+        "learned; empty = none",
+        fixed="never",  # files may move: they are identified by their fingerprints
+    )
+    fingerprints: tuple[str, ...] = setting(
+        (), "hashes of the teachers' checkpoints; others are refused; empty = filled in at the start"
+    )
+    weight: float = setting(
+        1.0,
+        "share of the teachers in what a token is to be predicted as; the token itself has the rest",
+        above=0,
+        at_most=1,
+    )
+
+
+@dataclass(frozen=True)
 class ComputeConfig:
     """How a block is computed: trades time for memory without changing the model."""
 
@@ -656,6 +679,7 @@ class Config:
     sparsity: SparsityConfig = SparsityConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
+    distill: DistillConfig = DistillConfig()
     compute: ComputeConfig = ComputeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resilience: ResilienceConfig = ResilienceConfig()

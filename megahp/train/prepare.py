@@ -20,6 +20,7 @@ import numpy as np
 from megahp.config import (
     AUTO,
     Config,
+    SparsityConfig,
     TrainConfig,
     config_differences,
     fixed_when,
@@ -78,7 +79,7 @@ def prepare(
     if not config.data.train:
         raise UserError("data.train is empty; name at least one prefix written by `megahp preprocess`")
     begin_before = config.data.begin  # of the model that these settings came with
-    config = with_vocabulary(config, load_described_tokenizer(config))
+    config = with_teachers(with_vocabulary(config, load_described_tokenizer(config)))
     check_memory(config, layout, local_ranks)
     refuse_links(config.directory)  # before the first look inside, which would follow them
     saved = newest(config)
@@ -429,6 +430,38 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return with_values(config, values)
 
 
+def with_teachers(config: Config) -> Config:
+    """Fill in the fingerprints of distill.teachers, and name the checkpoints of run directories. Raises UserError for a
+    teacher that cannot predict this run's tokens on its layout, and for another one than the fingerprint's."""
+    if not config.distill.teachers:
+        return config
+    from megahp import checkpoint
+
+    names, fingerprints = [], []
+    for name in config.distill.teachers:
+        path = checkpoint.find(checkpoint.location(name))
+        saved, teacher = checkpoint.settings_of(path), f"distill.teachers: {path}"
+        refuse_other(config.data.tokenizer, saved.data.tokenizer_fingerprint, f"{path} was trained with")
+        if saved.model.vocab_size != config.model.vocab_size:
+            sizes = f"{saved.model.vocab_size} token ids and the run {config.model.vocab_size}"
+            raise UserError(f"{teacher} has {sizes}; set model.vocab_size={saved.model.vocab_size}, or name another")
+        if longest(saved) < longest(config):
+            lengths = f"at most {longest(saved)} tokens at a time and the run has sequences of {longest(config)}"
+            raise UserError(f"{teacher} has read {lengths}; shorten them, or name another")
+        if "float64" in (before := saved.train.dtype, now := config.train.dtype) and before != now:
+            raise UserError(
+                f"{teacher} has weights for train.dtype = {before!r}, not {now!r}; use one, or name another"
+            )
+        of_teacher = replace(config, model=saved.model, parameterization=saved.parameterization)
+        if conflicts := find_conflicts(replace(of_teacher, sparsity=SparsityConfig())):
+            raise UserError(f"{teacher} cannot be loaded on this layout: {conflicts[0]}")
+        names.append(checkpoint.url_of(path))
+        fingerprints.append(checkpoint.fingerprint(path))
+    if config.distill.fingerprints not in ((), tuple(fingerprints)):
+        raise UserError("distill.fingerprints are of other checkpoints than distill.teachers; name those, or remove it")
+    return with_values(config, {"distill.teachers": tuple(names), "distill.fingerprints": tuple(fingerprints)})
+
+
 def check_series(config: Config, coding: SeriesCoding) -> None:
     """Raise UserError for settings under which a sample would not be one window of the coding."""
     name, data = config.data.tokenizer, config.data
@@ -467,6 +500,8 @@ def refuse_changes(
             if key == "data.tokenizer_fingerprint":
                 refuse_other(config.data.tokenizer, before, f"{path} was trained with")
                 continue
+            if key == "distill.fingerprints":
+                raise UserError(f"{path} was trained with other distill.teachers; name those, or start a new run")
             or_new = ", or start a new run under another log.name" if "on resume" in fixed else ""
             raise UserError(f"{key} = {now!r} but {path} was trained with {before!r}; set it back{or_new}")
 
