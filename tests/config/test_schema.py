@@ -45,6 +45,7 @@ parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel parallel.zero
 parallel.engine parallel.offload
 train.start_from train.weights train.tokens train.steps train.dtype train.device train.seed train.noise_scale
 train.noise_half_life train.validate_every train.validate_first train.validation_samples
+distill.teachers distill.fingerprints distill.weight
 compute.compile compute.recompute compute.recompute_every compute.keep_heap compute.norms compute.fp8
 checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best checkpoint.remote
 resilience.stop_after resilience.stop_at_batch resilience.hang_after resilience.save_again resilience.check_every

@@ -18,9 +18,12 @@ from distributed.training import Training, settings_of, write_model
 
 from megahp import checkpoint
 from megahp.checkpoint.shards import Tensors
+from megahp.config import DistillConfig
+from megahp.diagnose.verify import shrink_config
 from megahp.errors import UserError
 from megahp.evaluate.sample import single_rank_model
 from megahp.log.replay import replay
+from megahp.parallel.layout import fit
 from megahp.parallel.parameters import model_state
 
 RUN = (
@@ -39,8 +42,8 @@ def by_hand(folder: Path) -> dict[str, Any]:
     words = ("train.dtype=float64", "model.vocab_size=90")
     teachers = [write_model(folder / name, name, *words) for name in ("gemma", "moe")]
     before = [checkpoint.fingerprint(Path(name)) for name in teachers]
-    config = settings_of("gpt2", *words, *words_of(teachers))
-    ours, plain = Training(config), Training(settings_of("gpt2", *words)).engine.stages[0]
+    config = settings_of("alibi", *words, *words_of(teachers))  # which masks documents
+    ours, plain = Training(config), Training(settings_of("alibi", *words)).engine.stages[0]
     others = []
     for name in teachers:
         settings = checkpoint.settings_of(Path(name))
@@ -52,8 +55,8 @@ def by_hand(folder: Path) -> dict[str, Any]:
     for batch in ours.batches(plan):
         x, y = batch.tokens[:, :-1], batch.tokens[:, 1:]
         with torch.no_grad():
-            mean = torch.stack([other(x)[..., :90].softmax(-1) for other in others]).mean(0)
-        learned = plain(x)[..., :90].log_softmax(-1)
+            mean = torch.stack([other(x, None, batch.documents)[..., :90].softmax(-1) for other in others]).mean(0)
+        learned = plain(x, None, batch.documents)[..., :90].log_softmax(-1)
         hard = F.nll_loss(learned.flatten(0, 1), y.flatten(), reduction="sum")
         soft = F.kl_div(learned, mean, reduction="sum") + torch.special.entr(mean).sum()
         loss = (WEIGHT * soft + (1 - WEIGHT) * hard) / plan.tokens
@@ -181,6 +184,12 @@ def test_a_run_names_its_teachers_checkpoints(found: dict[str, Any]) -> None:
 )
 def test_what_does_not_go_together_is_one_line(found: dict[str, Any], what: str, words: str) -> None:
     assert words in found["refused"][what] and "\n" not in found["refused"][what]
+
+
+def test_a_layout_is_verified_without_teachers() -> None:
+    """They have the sizes of the run, and not of its small model."""
+    config = settings_of("llama", *words_of(["runs/first"]))
+    assert shrink_config(config, fit(config.parallel, 1)).distill == DistillConfig()
 
 
 @pytest.mark.parametrize(
