@@ -8,12 +8,12 @@ is drawn. Interrupted, it resumes. In order:
 
 - rates: for each weight decay the learning rate's grid, on one seed, at 16 epochs, extended until the best has been
   tried on both sides;
-- epochs x weight decay on three seeds, at those rates;
+- epochs on three seeds, at the usual weight decay and at the best;
 - members: the best weight decay of 16 epochs on fifteen seeds, and three ensembles of one to five of them, whose
   probabilities are averaged (`megahp evaluate RUN RUN ...`);
 - students of the members' size: of an ensemble of five, and of its first member (distill.teachers), with the members'
   rate and weight decay, not tuned again;
-- 64 epochs, at the usual weight decay and at the best.
+- 64 epochs, at those two weight decays; the other weight decays.
 
 --toy does all of that in seconds, in runs/infinite-compute/toy.jsonl: only that it runs can be learned from it.
 """
@@ -180,8 +180,9 @@ def planned(study: Study, lines: Sequence[Line]) -> Iterator[Line]:
         while ahead := rates_ahead(study, grid_of(study, lines, decay)):
             yield run_of(study.tuned, decay, ahead[0], 1)
     rates, best = chosen(study, lines)
+    both = dict.fromkeys((USUAL, best))
     for seed in study.seeds:
-        yield from (run_of(epochs, decay, rates[decay], seed) for epochs in study.epochs for decay in study.decays)
+        yield from (run_of(epochs, decay, rates[decay], seed) for epochs in study.epochs for decay in both)
     member = run_of(study.tuned, best, rates[best], 0)
     for number in range(len(study.seeds)):
         group = study.group(number)
@@ -190,8 +191,8 @@ def planned(study: Study, lines: Sequence[Line]) -> Iterator[Line]:
         for teachers in (group, group[:1]):
             yield member | {"seed": 100 + number, "teachers": teachers}
             yield {"student": teachers}
-    for seed in study.seeds:
-        yield from (run_of(study.most, decay, rates[decay], seed) for decay in (USUAL, best))
+    for epochs, decays in ((study.most, tuple(both)), *((epochs, study.decays) for epochs in study.epochs)):
+        yield from (run_of(epochs, decay, rates[decay], seed) for seed in study.seeds for decay in decays)
 
 
 def carry_out(study: Study, file: Path) -> None:

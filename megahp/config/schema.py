@@ -737,10 +737,13 @@ def config_differences(before: Config, after: Config) -> dict[str, tuple[Any, An
 
 def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Return the config as {section: {key: value}}, passwords of URLs masked."""
-    return {
-        section: {key: masked(value) if isinstance(value, str) else value for key, value in values.items()}
-        for section, values in asdict(config).items()
-    }
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(shown, value))
+        return masked(value) if isinstance(value, str) else value
+
+    return {section: {key: shown(value) for key, value in values.items()} for section, values in asdict(config).items()}
 
 
 def config_to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:

@@ -8,7 +8,16 @@ from typing import Literal, Union, get_args, get_origin
 
 import pytest
 
-from megahp.config import config_to_dict, config_to_toml, fixed_when, resolve, schema, setting_names
+from megahp.config import (
+    Config,
+    config_to_dict,
+    config_to_toml,
+    fixed_when,
+    resolve,
+    schema,
+    setting_names,
+    with_values,
+)
 from megahp.config.presets import PRESETS
 from megahp.config.schema import FIELDS, TYPES
 
@@ -112,3 +121,9 @@ def test_what_is_printed_is_a_valid_run_file() -> None:
         text = config_to_toml(resolved.config, resolved.origins)
         assert resolve.from_dict(tomllib.loads(text), "again") == resolved.config
         assert resolve.from_dict(config_to_dict(resolved.config), "again") == resolved.config
+
+
+def test_passwords_are_masked_in_lists_too() -> None:
+    config = with_values(Config(), {"distill.teachers": ("s3://me:word@host/a", "runs/b")})
+    assert config_to_dict(config)["distill"]["teachers"] == ("s3://me:***@host/a", "runs/b")
+    assert "word" not in config_to_toml(config)

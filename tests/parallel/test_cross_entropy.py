@@ -179,28 +179,22 @@ def test_teachers(weight: float, rows: int, kept: int, softcap: float) -> None:
 def test_teachers_within_a_level(rows: int) -> None:
     """A level is a distribution of its own, for teachers too; a target of no level has no loss."""
     given, teachers, levels = inputs(torch.float64), two_teachers(1.0), (12, 30, 9)
+    given["targets"] %= 73
     with in_slices_of(rows):
-        function = partial(linear_cross_entropy, levels=levels, teachers=teachers)
-        losses, grad_x, _ = outcome(function, given, torch.float64)
-    ids = torch.arange(VOCABULARY)
-    for place in [(0, 0), (1, 4), (2, 7), (2, 10)]:
-        target, begin = given["targets"][place], 0
-        inside = ids == target
-        for size in levels:
-            inside |= (ids >= begin) & (ids < begin + size) & bool(begin <= target < begin + size)
-            begin += size
-        outside = ~inside
-        mean = torch.zeros(VOCABULARY, dtype=torch.float64)
-        for x, matrix, softcap in zip(teachers.x, teachers.rows, teachers.softcaps, strict=True):
-            logits = matrix @ x[place]
-            logits = (logits / softcap).tanh() * softcap if softcap else logits
-            mean += logits.masked_fill(outside | (ids >= 73) & ~inside, -torch.inf).softmax(-1) / 2
-        learned = (given["weight"] @ given["x"][place]).masked_fill(outside, -torch.inf).log_softmax(-1)
-        expected = -(mean * learned.masked_fill(outside, 0.0)).sum()
-        if target < 73:
-            torch.testing.assert_close(losses[place], expected, rtol=1e-12, atol=1e-13)
-    alone = given["targets"] >= sum(levels)
-    assert not losses[alone & (given["targets"] < 73)].any()
+        losses, *_ = outcome(partial(linear_cross_entropy, levels=levels, teachers=teachers), given, torch.float64)
+    student, *taught = (
+        whole_logits(*model, None).view(3, 11, -1)
+        for model in [
+            (given["x"], given["weight"], 0.0),
+            *zip(teachers.x, teachers.rows, teachers.softcaps, strict=True),
+        ]
+    )
+    for place in np.ndindex(3, 11):
+        target = int(given["targets"][place])
+        begin, end = next(((b, e) for b, e in ((0, 12), (12, 42), (42, 51)) if b <= target < e), (target, target + 1))
+        mean = torch.stack([logits[place][begin:end].softmax(-1) for logits in taught]).mean(0)
+        expected = F.cross_entropy(student[place][begin:end], mean)
+        torch.testing.assert_close(losses[place], expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
