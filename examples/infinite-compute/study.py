@@ -11,9 +11,9 @@ is drawn. Interrupted, it resumes. In order:
 - epochs on three seeds, at the usual weight decay and at the best;
 - members: the best weight decay of 16 epochs on fifteen seeds, and three ensembles of one to five of them, whose
   probabilities are averaged (`megahp evaluate RUN RUN ...`);
-- students of the members' size: of an ensemble of five, and of its first member (distill.teachers), with the members'
-  rate and weight decay, not tuned again;
-- 64 epochs, at those two weight decays; the other weight decays.
+- students of the members' size (distill.teachers): of an ensemble of five, and of its first member, with the members'
+  rate and weight decay; of five with the usual weight decay and its rate;
+- 64 epochs, at those two weight decays; students of five for as long; the other weight decays.
 
 --toy does all of that in seconds, in runs/infinite-compute/toy.jsonl: only that it runs can be learned from it.
 """
@@ -107,8 +107,9 @@ def folder_of(study: Study, run: Line) -> Path:
     return RUNS / str(study.tokens) / "-".join(words)
 
 
-def train(study: Study, run: Line, store: Any) -> Line:
-    """Train a run in this process. store: of the process, which it joined with."""
+def train(study: Study, run: Line, member: Line, store: Any) -> Line:
+    """Train a run in this process. member: what teachers are, but for their seeds; store: of the process, which it
+    joined with."""
     from megahp import launch
     from megahp.config import resolve
     from megahp.log.metrics import read_run
@@ -117,7 +118,7 @@ def train(study: Study, run: Line, store: Any) -> Line:
     from megahp.train.prepare import prepare
 
     folder = folder_of(study, run)
-    teachers = [str(folder_of(study, run | {"seed": seed, "teachers": []})) for seed in run["teachers"]]
+    teachers = [str(folder_of(study, member | {"seed": seed})) for seed in run["teachers"]]
     words = [
         f'data.train=["{DATA}/train-{study.tokens}"]',
         f"train.tokens={run['epochs'] * study.tokens}",
@@ -139,6 +140,7 @@ def train(study: Study, run: Line, store: Any) -> Line:
     columns = read_run(folder).columns
     losses = columns["loss"][-max(1, len(columns["loss"]) // 20) :]
     found = {"loss": float(columns["validation_loss"][-1]), "training": float(np.mean(losses))}
+    found |= {"evaluated": measure([folder])} if teachers else {}
     return run | found | {"seconds": round(time.process_time() - began, 1)}
 
 
@@ -174,6 +176,12 @@ def chosen(study: Study, lines: Sequence[Line]) -> tuple[dict[float, float], flo
     return rates, min(study.decays, key=lambda decay: grids[decay][rates[decay]])
 
 
+def member_of(study: Study, lines: Sequence[Line]) -> Line:
+    """What all members of ensembles are, but for their seeds."""
+    rates, best = chosen(study, lines)
+    return run_of(study.tuned, best, rates[best], 0)
+
+
 def planned(study: Study, lines: Sequence[Line]) -> Iterator[Line]:
     """What is to be trained and measured, in order; those that are there already too."""
     for decay in study.decays:
@@ -183,16 +191,20 @@ def planned(study: Study, lines: Sequence[Line]) -> Iterator[Line]:
     both = dict.fromkeys((USUAL, best))
     for seed in study.seeds:
         yield from (run_of(epochs, decay, rates[decay], seed) for epochs in study.epochs for decay in both)
-    member = run_of(study.tuned, best, rates[best], 0)
-    for number in range(len(study.seeds)):
-        group = study.group(number)
+    member, groups = member_of(study, lines), [study.group(number) for number in range(len(study.seeds))]
+    for number, group in enumerate(groups):
         yield from (member | {"seed": seed} for seed in group)
         yield from ({"ensemble": group[:count]} for count in range(1, len(group) + 1))
-        for teachers in (group, group[:1]):
-            yield member | {"seed": 100 + number, "teachers": teachers}
-            yield {"student": teachers}
-    for epochs, decays in ((study.most, tuple(both)), *((epochs, study.decays) for epochs in study.epochs)):
-        yield from (run_of(epochs, decay, rates[decay], seed) for seed in study.seeds for decay in decays)
+        yield from (member | {"seed": 100 + number, "teachers": teachers} for teachers in (group, group[:1]))
+
+    def students(epochs: int, decay: float) -> Iterator[Line]:
+        yield from (run_of(epochs, decay, rates[decay], 100 + number, group) for number, group in enumerate(groups))
+
+    yield from students(study.tuned, USUAL)
+    yield from (run_of(study.most, decay, rates[decay], seed) for seed in study.seeds for decay in both)
+    yield from students(study.most, best)
+    for epochs in study.epochs:
+        yield from (run_of(epochs, decay, rates[decay], seed) for seed in study.seeds for decay in study.decays)
 
 
 def carry_out(study: Study, file: Path) -> None:
@@ -205,23 +217,16 @@ def carry_out(study: Study, file: Path) -> None:
     for each in planned(study, lines):
         if find(lines, **each):
             continue
-        if "epochs" in each:
-            need = [each | {"seed": seed, "teachers": []} for seed in each["teachers"]]
+        seeds = each.get("ensemble") or each["teachers"]
+        member = member_of(study, lines) if seeds else {}
+        models = [member | {"seed": seed} for seed in seeds]
+        for model in models:
+            if not (folder_of(study, model) / "checkpoints").exists():  # results that came with a clone
+                train(study, model, member, store)
+        if "ensemble" in each:
+            line = each | {"loss": measure([folder_of(study, model) for model in models])}
         else:
-            rates, best = chosen(study, lines)
-            member = run_of(study.tuned, best, rates[best], 0)
-            need = [member | {"seed": seed} for seed in each.get("ensemble", ())]
-            if "student" in each:
-                number = (each["student"][0] - 1) // study.members
-                need = [member | {"seed": 100 + number, "teachers": each["student"]}]
-        for run in need:
-            if not (folder_of(study, run) / "checkpoints").exists():  # results that came with a clone
-                train(study, run, store)
-        line = (
-            train(study, each, store)
-            if "epochs" in each
-            else each | {"loss": measure([folder_of(study, run) for run in need])}
-        )
+            line = train(study, each, member, store)
         lines.append(line)
         with open(file, "a") as out:
             out.write(json.dumps(line) + "\n")
@@ -272,12 +277,21 @@ def report(lines: Sequence[Line], study: Study) -> Iterator[str]:
     for count, losses in enumerate(zip(*groups, strict=True), 1):
         gains = [loss - group[0] for loss, group in zip(losses, groups, strict=True)]
         yield f"ensembles of {count}: {shown(losses)}" + (f", to one member {shown(gains)}" if count > 1 else "")
-    for number, group in enumerate(groups):
-        seeds = study.group(number)
-        students = {len(t): line["loss"] for t in (seeds, seeds[:1]) for line in find(lines, student=t)}
-        kept = {n: (group[0] - loss) / (group[0] - group[-1]) for n, loss in students.items()}
-        words = ", ".join(f"of {n}: {students[n]:.3f}, {kept[n]:.0%} of the ensemble's gain" for n in students)
-        yield f"group {number + 1}: member {group[0]:.3f}, ensemble {group[-1]:.3f}; students {words}"
+    taught = [line for line in lines if "evaluated" in line]
+    kinds = dict.fromkeys((line["epochs"], line["decay"], len(line["teachers"])) for line in taught)
+    for epochs, decay, count in kinds:
+        found = {n: losses for n in range(len(groups)) if (losses := student(lines, study, n, epochs, decay, count))}
+        gains = [loss - groups[n][0] for n, loss in found.items()]
+        kept = [(groups[n][0] - loss) / (groups[n][0] - groups[n][-1]) for n, loss in found.items()]
+        words = f"students of {count}, {epochs} epochs, decay {decay:g}: {shown([*found.values()])}"
+        shares = ", ".join(f"{share:.0%}" for share in kept)
+        yield f"{words}, to the first member {shown(gains)}; {shares} of the ensemble's gain"
+
+
+def student(lines: Sequence[Line], study: Study, group: int, epochs: int, decay: float, count: int) -> float:
+    """The loss of a group's student; 0 if there is none."""
+    found = find(lines, epochs=epochs, decay=decay, seed=100 + group, teachers=study.group(group)[:count])
+    return found[0]["evaluated"] if found else 0.0
 
 
 def draw(lines: Sequence[Line], study: Study, file: Path) -> None:
@@ -307,16 +321,11 @@ def draw(lines: Sequence[Line], study: Study, file: Path) -> None:
         left.set(xscale="log", xlabel="epochs", ylabel="held-out loss, nats (dotted: training)")
         left.legend(frameon=False, fontsize=7)
         for number, group in enumerate(of_ensembles(lines, study)):
-            hue, seeds = PALETTE[f"run{number}"], study.group(number)
+            hue = PALETTE[f"run{number}"]
             right.plot(range(1, len(group) + 1), group, "o-", ms=4, color=hue)
-            for teachers, mark in ((seeds, "*"), (seeds[:1], "x")):
-                right.plot(
-                    [1] * len(found := find(lines, student=teachers)),
-                    [line["loss"] for line in found],
-                    mark,
-                    ms=8,
-                    color=hue,
-                )
+            for line in lines:
+                if "evaluated" in line and line["seed"] == 100 + number:
+                    right.plot(1, line["evaluated"], "x" if line["teachers"][1:] == [] else "*", ms=8, color=hue)
         right.set(xlabel="members (star: a student of the ensemble; x: of one member)", ylabel="held-out loss, nats")
 
 
