@@ -36,6 +36,7 @@ COMMANDS = {
     "benchmark checkpoint": "time saving and loading",
     "benchmark communication": "time collectives over a run's groups of ranks",
     "benchmark scaling": "measure weak and strong scaling of training",
+    "benchmark time-to-loss": "compare how long settings train until they reach a loss",
 }
 HIDDEN = ("requeue", "segment")  # called by the scripts of slurm/
 RESTARTED = ("train", "verify-layout", *HIDDEN)  # a failing file system is a fault here, which a restart may cure

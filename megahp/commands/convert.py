@@ -100,6 +100,10 @@ def export(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     name = arguments.tokenizer or config.data.tokenizer
     tokenizer, limit = tokenizer_of(config.data, name), int(1e9 * arguments.file_size)
     with_vocabulary(config, tokenizer)  # raises where the tokenizer is another one than the model's
+    if config.model.quantize != "none":
+        print(
+            f"weights are written as trained; the run reads them in {config.model.quantize}: quantize what is written"
+        )
     if arguments.target_format == "huggingface":
         special = special_tokens(name, tokenizer.eod)
         huggingface_folder.write(partial, config, Tensors(path), special, limit, arguments.architecture)
@@ -145,6 +149,7 @@ def compare(arguments: argparse.Namespace, written: Path, tokenizer: Tokenizer) 
     exporting = arguments.source_format == "megahp"
     ours, theirs = (arguments.source, written) if exporting else (written, arguments.source)
     path, config = find_checkpoint(ours)
+    config = with_values(config, {"model.quantize": "none"})  # the weights themselves are compared
     ids = tokenizer.encode(text)
     if not ids:
         raise UserError(f"--text {file} holds no text; name another file")

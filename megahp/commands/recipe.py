@@ -30,7 +30,7 @@ MARKED = (10, 20, 30, 50, 80, 130, 200, 320, 500, 1000)  # tokens per parameter 
 
 def add_arguments(parser: ArgumentParser) -> None:
     numbers = {
-        "params": "parameters, embeddings included, such as 1e9, 1B or 300M",
+        "params": "parameters, embeddings included, and of experts the active ones; such as 1e9, 1B or 300M",
         "tokens": "tokens to train on",
         "tpp": "tokens per parameter",
         "epochs": "tokens, as times that the data of --data, which is there already, is read",

@@ -295,6 +295,27 @@ def _float8(config: Config) -> Iterator[str]:
         )
 
 
+def _quantize(config: Config) -> Iterator[str]:
+    """Groups must lie within a rank's weights."""
+    model, tp = config.model, config.parallel.tp
+    if model.quantize == "none":
+        return
+    inputs = {
+        "model.width": model.width,
+        "model.mlp_width / parallel.tp": model.mlp_width // tp,
+        "model.heads x model.head_size / parallel.tp": model.heads * model.head_size // tp,
+    }
+    for name, size in inputs.items():
+        if size % model.quantize_group:
+            yield (
+                f"{name} = {size} is not a multiple of model.quantize_group = {model.quantize_group}; choose a group "
+                "that divides it"
+            )
+    for key, is_set in {"experts": model.experts > 0, "compute.fp8": config.compute.fp8 != "none"}.items():
+        if is_set:
+            yield f"model.quantize = {model.quantize!r} does not support {key}; remove one of them"
+
+
 def _sparsity(config: Config) -> Iterator[str]:
     sparsity, layers = config.sparsity, config.model.layers
     method = f"sparsity.method = {sparsity.method!r}"
@@ -358,6 +379,7 @@ def _deepspeed(config: Config) -> Iterator[str]:
         "train.weights": (config.train.weights, "all"),
         "compute.compile": (compute.compile is True, False),
         "compute.fp8": (compute.fp8, "none"),
+        "model.quantize": (config.model.quantize, "none"),
         "compute.norms": (compute.norms, "megahp"),
     }
     for key, (value, supported) in unsupported.items():
@@ -485,6 +507,7 @@ CHECKS = (
     _data,
     _batch,
     _float8,
+    _quantize,
     _sparsity,
     _engines,
     _deepspeed,

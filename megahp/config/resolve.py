@@ -7,6 +7,7 @@ combinations are refused here, before torch is imported or a process started, an
 import difflib
 import math
 import operator
+import re
 import reprlib
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -258,6 +259,12 @@ def _derive(config: Config, origins: dict[str, str]) -> Config:
         if get_setting(config, key) == 0:
             config = with_values(config, {key: value})
             origins[key] = why
+    data = config.data
+    if len(data.lengths) == 1 and (times := re.fullmatch("doubling:([1-9])", data.lengths[0])):
+        parts = int(times[1]) + 1
+        words = [f"{config.train.tokens * n // parts}:{data.sequence_length << n}" for n in range(1, parts)]
+        config = with_values(config, {"data.lengths": tuple(words)})
+        origins["data.lengths"] = f"derived from {data.lengths[0]} and train.tokens"
     return config
 
 

@@ -167,6 +167,19 @@ class ModelConfig:
         fixed="on resume",
         before="included",
     )
+    quantize: Literal["none", "int8", "int4"] = setting(
+        "none",
+        "how the products read the blocks' matrices, which are trained in full precision: rounded to so many bits "
+        "(quantisation-aware training); none = as they are",
+        fixed="on resume",
+    )
+    quantize_group: int = setting(
+        32,
+        "weights that share a scale, consecutive inputs of an output",
+        at_least=1,
+        only_with=("model.quantize", "int8", "int4"),
+        fixed="on resume",
+    )
 
     @property
     def padded_vocab(self) -> int:
@@ -273,8 +286,8 @@ class DataConfig:
     sequence_length: int = at_least_1(256, "tokens per sample")
     lengths: tuple[str, ...] = setting(
         (),
-        'later sequence lengths, at constant tokens per step, as "tokens:length" words, such as "4.7e11:8192"; empty = '
-        "no change",
+        'later sequence lengths, at constant tokens per step, as "tokens:length" words, such as "4.7e11:8192", or '
+        '"doubling:3": doubled so often, after equal shares of train.tokens; empty = no change',
     )
     validation_fraction: float = nonnegative(0.01, "fraction of documents held out", at_most=0.5, fixed="always")
     validation: tuple[str, ...] = validating_only(

@@ -83,7 +83,8 @@ ROPE_KEYS = {  # how wavelengths are stretched -> our settings and their keys in
         "rope_magnitude": "attention_factor",
     },
 }
-WITHOUT_EFFECT = ("preset", "balance_rate", "balance_loss", "padding")  # settings that do not change logits
+# settings that do not change logits; and quantization, which whoever reads the weights repeats (docs/compute.md)
+WITHOUT_EFFECT = ("preset", "balance_rate", "balance_loss", "padding", "quantize", "quantize_group")
 
 
 @dataclass(frozen=True)

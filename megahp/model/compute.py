@@ -1,10 +1,10 @@
 """How blocks are computed: compiled, with activations recomputed in the backward pass, by other engines.
 
-Float8 alone changes what they compute. All of it stays inside a block's forward pass, so that hooks, names and shards
-are as they were.
+Float8 and quantized weights alone change what they compute. All of it stays inside a block's forward pass, so that
+hooks, names and shards are as they were.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, checkpoint, create_selective_checkpoint_contexts
 
-from megahp.config import ComputeConfig
+from megahp.config import ComputeConfig, ModelConfig
 from megahp.model.moe import MoE
 from megahp.model.norm import LayerNorm, RMSNorm
 from megahp.ops.engines import linear_of, norm_of
+from megahp.ops.quantize import BITS, quantized_linear
 from megahp.parallel.parameters import storage
 from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from megahp.scaling.parameterization import Role
@@ -27,6 +28,7 @@ SAVED = [
     aten.addmm.default,
     aten.bmm.default,
     aten._scaled_mm.default,
+    aten._grouped_mm.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
@@ -74,12 +76,25 @@ def replace_norms(model: nn.Module, engine: str) -> None:
             module.engine = norm_of(engine, "rmsnorm" if isinstance(module, RMSNorm) else "layernorm")
 
 
+def hidden_products(model: nn.Module) -> Iterator[ColumnParallelLinear | RowParallelLinear]:
+    """Yield the layers that multiply by hidden matrices: not embedding, unembedding, router and experts."""
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.rows["weight"].role is Role.HIDDEN:
+            yield module
+
+
+def quantize_products(model: nn.Module, config: ModelConfig) -> None:
+    """Multiply by hidden matrices as they are when quantized."""
+    linear = quantized_linear(BITS[config.quantize], config.quantize_group)
+    for module in hidden_products(model):
+        module.linear = linear
+
+
 def replace_products(model: nn.Module, engine: str, device: torch.device) -> None:
-    """Multiply by the hidden matrices in float8, but not by embedding, unembedding and router. Raises UserError.
+    """Multiply by the hidden matrices in float8. Raises UserError.
 
     The model's weights are this tp rank's parts, on any device; it will compute on the one given.
     """
     linear = cache(partial(linear_of, engine, device))  # one for all blocks: each would be compiled anew
-    for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.rows["weight"].role is Role.HIDDEN:
-            module.linear = linear(*storage(module.weight).shape)
+    for module in hidden_products(model):
+        module.linear = linear(*storage(module.weight).shape)

@@ -124,8 +124,6 @@ def routers(model: nn.Module) -> dict[str, Router]:
 class Experts(Module):
     """Apply this rank's experts, whose matrices are stacked: rows x [n, width] sorted by expert, and the number of rows
     of each -> [n, width], under tp a partial sum.
-
-    One expert after the other: torch's grouped products support neither fp64 nor every width.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -137,12 +135,27 @@ class Experts(Module):
             self.parameter(name, (count, hidden, width), Row(Role.HIDDEN, tp_dim=1, experts=True))
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        outputs = []
-        matrices = (local(getattr(self, name)).to(x.dtype).unbind() for name in self.rows)
-        for rows, down, up, *gate in zip(x.split(counts), *matrices, strict=True):
-            hidden = activate(self.activation, F.linear(rows, up), F.linear(rows, gate[0]) if gate else None)
-            outputs.append(F.linear(hidden, down))
-        return torch.cat(outputs)
+        matrices = {name: local(getattr(self, name)).to(x.dtype) for name in self.rows}
+        up = grouped_linear(x, matrices["up"], counts)
+        gate = grouped_linear(x, matrices["gate"], counts) if "gate" in matrices else None
+        return grouped_linear(activate(self.activation, up, gate), matrices["down"], counts)
+
+
+def grouped_linear(x: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
+    """Return x_i W_i^T for consecutive parts x_i of the rows of x [n, in], `counts` rows each, and W_i of matrices
+    [experts, out, in]: [n, out]. In one product where torch has one, else one after the other.
+    """
+    if has_grouped_product(x, matrices):
+        return F.grouped_mm(x, matrices.mT, offs=torch.tensor(counts, device=x.device).cumsum(0, dtype=torch.int32))
+    return torch.cat([F.linear(rows, matrix) for rows, matrix in zip(x.split(counts), matrices.unbind(), strict=True)])
+
+
+def has_grouped_product(x: Tensor, matrices: Tensor) -> bool:
+    """Return whether torch multiplies these in one product: bf16, rows of whole 16 bytes, and no GPU before compute
+    capability 8.0, as `F.grouped_mm` documents."""
+    if x.dtype != torch.bfloat16 or any(size % 8 for size in matrices.shape[1:]):
+        return False
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 class _AddLoss(Function):

@@ -42,6 +42,7 @@ from megahp.train.engine import Engine
 from megahp.train.optimizer import make_optimizer
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+GROUPED = "_grouped_mm"  # of experts: rows of a matrix, or columns, are those of one product after the other
 FREE = ("aten::detach", "aten::_unsafe_view")  # views, though their schemas do not say so
 ATTENTION = "_scaled_dot_product"
 COLLECTIVES = {
@@ -240,8 +241,8 @@ class Recorder(TorchDispatchMode):
         kind: Literal["product", "attention", "memory"] = "memory"
         shape: tuple[int, ...] = ()
         flops = 0
-        if name in PRODUCTS:
-            left, right = inputs[-2:]
+        if name in PRODUCTS or name == GROUPED:
+            left, right = inputs[:2] if name == GROUPED else inputs[-2:]
             batch = left.shape[0] if left.dim() == 3 else 1
             kind, shape = "product", (batch, left.shape[-2], right.shape[-1], left.shape[-1])
             flops = 2 * math.prod(shape)

@@ -112,7 +112,8 @@ def _read_run(path: Path, config: Config, notes: list[str]) -> FinishedRun:
     elif optimizer.name != "adamw":
         notes.append(f"{path}: tau is AdamW's, not {optimizer.name}'s; it is not used for the timescale law")
         values = {"batch": batch}
-    return FinishedRun(str(path), flops.parameters(config.model, longest(config)), tokens, loss, **values)
+    parameters = flops.parameters(config.model, longest(config), active=True)
+    return FinishedRun(str(path), parameters, tokens, loss, **values)
 
 
 def _read_table(path: Path) -> list[FinishedRun]:

@@ -92,7 +92,7 @@ class Recipe:
     base: Base
     laws: Laws
     choice: Choice | None  # of the rule; None for Power Lines
-    parameters: int
+    parameters: int  # active ones, which is what the laws' N is taken to be where there are experts
     outside_embeddings: int
     sized: tuple[str, str]  # formulas of parameters and tokens
     ranks: int  # data-parallel
@@ -142,10 +142,6 @@ def make_recipe(given: Given, base: Base, laws: Laws, name: str = "") -> Recipe:
     template = resolve.resolve([(base.name, {"model": base.model})]).config.model
     if laws.rule == "power-lines" and base.get("parameterization", "name") == "sp":
         raise UserError(f"parameterization.name = 'sp' ({base.name}) transfers nothing; tune a base with completep")
-    if template.experts:
-        raise UserError(
-            f"model.experts = {template.experts} ({base.name}): the laws are of dense models; give a dense base"
-        )
     if (method := base.get("sparsity", "method")) != "none":
         raise UserError(
             f"sparsity.method = {method!r} ({base.name}): the laws are of dense models; remove it from the base, and "
@@ -158,7 +154,7 @@ def make_recipe(given: Given, base: Base, laws: Laws, name: str = "") -> Recipe:
         )
     length = base.get("data", "sequence_length")
     model, size_formula = shaped(template, given, laws.loss, length)
-    n = flops.parameters(model, length)
+    n = flops.parameters(model, length, active=True)
     tokens, tokens_formula = tokens_for(n, flops.training_flops(model, length), given, laws.loss)
     choice = next((other for other in rules(model, length, tokens) if other.rule == laws.rule), None)
     name = name or f"{human_count(given.params or n)}-{human_count(tokens)}"
@@ -209,7 +205,7 @@ def _tree(
 ) -> list[tuple[str, dict[str, Any]]]:
     """Return the layers of the run file, without the batch: the base less what belongs to its own run, the command
     line's settings, and the derived ones, which win."""
-    shape = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width")
+    shape = ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width", *["expert_width"] * (model.experts > 0))
     dropped = {"model": shape, "train": ("tokens", "steps", "start_from", "weights"), "log": ("name",)}
     kept: dict[str, Any] = {
         name: {key: value for key, value in section.items() if key not in dropped.get(name, ())}

@@ -53,7 +53,11 @@ def _size(recipe: Recipe) -> Iterator[RecipeRow]:
     size, tokens = recipe.sized
     size = "nearest shape to those given" if size == "given" else size
     by_size = loss if "L(" in size else GIVEN
-    yield RecipeRow("parameters", recipe.parameters, f"{size}; exact, with embeddings", *by_size)
+    active = f"; active: {model.experts_per_token} of {model.experts} experts" * (model.experts > 0)
+    yield RecipeRow("parameters", recipe.parameters, f"{size}; exact, with embeddings{active}", *by_size)
+    if model.experts:
+        total = flops.parameters(model, recipe.run.data.sequence_length)
+        yield RecipeRow("all parameters", total, "all experts", *COUNTED)
     yield RecipeRow(
         "tokens", recipe.tokens, tokens, *(OURS if "the default" in tokens else loss if "L(" in tokens else GIVEN)
     )
@@ -224,6 +228,11 @@ def notes(recipe: Recipe) -> list[str]:
     if choice:
         warnings.append(f"{choice.rule} is for {choice.rate}; schedule, init and weight decay are not its own")
         warnings += [f"{choice.rule}: {choice.outside}"] if choice.outside else []
+    if experts := recipe.run.model.experts:
+        warnings.append(
+            f"the laws are of dense models: N is the active parameters here, which is ours; with {experts} experts the "
+            "loss is lower than the law says, and weight decay and batch are untried: fit your own (megahp fit)"
+        )
     warnings += beyond_base(recipe)
     if recipe.base.preset and not choice:
         tuned = resolve.resolve([(recipe.base.name, {"model": recipe.base.tree["model"]})]).config.model
@@ -239,7 +248,7 @@ def beyond_base(recipe: Recipe) -> list[str]:
     if not base.tokens or recipe.choice:
         return warnings
     tree = [(base.name, {"model": base.tree["model"]}), ("its vocabulary", {"model": base.overrides.get("model", {})})]
-    size = flops.parameters(resolve.resolve(tree).config.model, recipe.run.data.sequence_length)
+    size = flops.parameters(resolve.resolve(tree).config.model, recipe.run.data.sequence_length, active=True)
     for what, target, tuned in (("tokens", recipe.tokens, base.tokens), ("parameters", recipe.parameters, size)):
         if 1 / NEAR[what] <= target / tuned <= NEAR[what]:
             continue

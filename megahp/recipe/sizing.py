@@ -140,12 +140,12 @@ def shaped(template: ModelConfig, given: Given, law: LossLaw, length: int) -> tu
     target, formula = parameters_for(given, law)
 
     def distance(model: ModelConfig) -> float:
-        size_error = abs(math.log(flops.parameters(model, length) / target))
+        size_error = abs(math.log(flops.parameters(model, length, active=True) / target))
         ratio_error = abs(math.log(model.width / model.layers / RATIO(outside_embeddings(model, length))))
         return 30 * max(0.0, size_error - TOLERANCE) + ratio_error  # 30: beyond it the size comes first
 
     model = min(_shapes(template, target, given, length), key=distance, default=None)
-    if model is None or abs(math.log(flops.parameters(model, length) / target)) > 0.25:
+    if model is None or abs(math.log(flops.parameters(model, length, active=True) / target)) > 0.25:
         raise UserError(
             f"no shape has about {target:.3g} parameters with heads of {template.head_size} and a vocabulary of "
             f"{template.vocab_size}; give --width and --layers, a --preset or another vocabulary"
@@ -158,15 +158,24 @@ def _shapes(template: ModelConfig, target: float, given: Given, length: int) -> 
     eight heads on of twice that."""
     head = template.head_size
     for width in [given.width] if given.width else [k * head for k in range(1, 1024) if k <= 8 or k % 2 == 0]:
-        one = scaled(template, width, 1)
-        first, second = (flops.parameters(replace(one, layers=layers), length) for layers in (1, 2))
-        layers = given.layers or max(1, 1 + round((target - first) / (second - first)))  # size is linear in depth
+        one = scaled(template, width, template.layers)
+        least = 1 + template.dense_layers  # a layer at least has the experts
+        first, second = (
+            flops.parameters(replace(one, layers=layers), length, active=True) for layers in (least, least + 1)
+        )
+        layers = given.layers or max(least, least + round((target - first) / (second - first)))  # linear in depth
         if layers <= width and one.heads % one.kv_heads == 0:
             yield replace(one, layers=layers)
 
 
 def scaled(template: ModelConfig, width: int, layers: int) -> ModelConfig:
-    """Return the template at another width and depth: same head size, query heads per key head, MLP ratio."""
+    """Return the template at another width and depth: same head size, query heads per key head, ratio of MLP and
+    experts to the width, number of experts. Raises UserError."""
+    if template.experts and layers <= template.dense_layers:
+        raise UserError(
+            f"--layers {layers} leaves no block with experts after model.dense_layers = {template.dense_layers}; give "
+            f"at least {template.dense_layers + 1}"
+        )
     if width == template.width:
         return replace(template, layers=layers)
     if width % template.head_size:
@@ -177,11 +186,14 @@ def scaled(template: ModelConfig, width: int, layers: int) -> ModelConfig:
     heads, mlp = width // template.head_size, resolve.mlp_width(template.activation, width)
     if template.mlp_width != resolve.mlp_width(template.activation, template.width):  # not the default proportion
         mlp = max(1, round(template.mlp_width * width / template.width / 64)) * 64
+    expert = max(1, round(template.expert_width * width / template.width / 64)) * 64 if template.experts else 0
     kv_heads = max(1, heads * template.kv_heads // template.heads)
-    return replace(template, width=width, layers=layers, heads=heads, kv_heads=kv_heads, mlp_width=mlp)
+    model = replace(template, width=width, layers=layers, heads=heads, kv_heads=kv_heads)
+    return replace(model, mlp_width=mlp, expert_width=expert)
 
 
 def outside_embeddings(model: ModelConfig, length: int) -> int:
-    """Count the weights that are neither token nor position embeddings."""
+    """Count the active weights that are neither token nor position embeddings."""
     tables = (1 if model.tied_embeddings else 2) * model.padded_vocab
-    return flops.parameters(model, length) - (tables + (length if model.positions == "learned" else 0)) * model.width
+    positions = length if model.positions == "learned" else 0
+    return flops.parameters(model, length, active=True) - (tables + positions) * model.width

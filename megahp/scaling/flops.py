@@ -12,8 +12,9 @@ them count, as in those papers, PaLM, nanoGPT and torchtitan. So utilisations of
 from megahp.config import ModelConfig
 
 
-def parameters(model: ModelConfig, longest: int) -> int:
-    """Return the number of weights. longest: positions of a learned embedding. model: resolved, with its vocabulary."""
+def parameters(model: ModelConfig, longest: int, active: bool = False) -> int:
+    """Return the number of weights. longest: positions of a learned embedding. model: resolved, with its vocabulary.
+    active: of experts count only those that a token is routed to, and the shared ones."""
     norm = model.width * (2 if model.norm == "layernorm" and model.bias else 1)
     block = (4 if model.norm_placement == "both" else 2) * norm
     if model.bias or model.qkv_bias:
@@ -26,7 +27,8 @@ def parameters(model: ModelConfig, longest: int) -> int:
         block += 2
     embeddings = (1 if model.tied_embeddings else 2) * model.padded_vocab * model.width
     positions = longest * model.width if model.positions == "learned" else 0
-    return sum(_matrices(model, model.experts)) + model.layers * block + norm + embeddings + positions
+    experts = model.experts_per_token if active else model.experts
+    return sum(_matrices(model, experts)) + model.layers * block + norm + embeddings + positions
 
 
 def training_flops(model: ModelConfig, length: int, causal: bool = True, recomputed_layers: int = 0) -> float:

@@ -99,7 +99,6 @@ def test_a_mistake_is_one_line(
     ("section", "told"),
     [
         ("[parameterization]\nname = 'sp'", "transfers nothing"),
-        ("[model]\nexperts = 4", "laws are of dense models"),
         ("[sparsity]\nmethod = 'static'\ndensity = 0.5", "laws are of dense models"),
     ],
 )

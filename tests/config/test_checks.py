@@ -74,6 +74,10 @@ DEEPSPEED = "parallel.engine=deepspeed"
         (["compute.fp8=torchao", "model.kv_heads=1", "model.head_size=4"], ["2 x model.kv_heads", "= 8", "16"]),
         (["compute.fp8=torchao", "model.width=264"], ["model.width = 264", "256, 272"]),
         (["compute.fp8=torchao", 'data.lengths=["1e6:8"]'], ["sequence length 8", "16"]),
+        (["model.quantize=int4", "model.width=264"], ["model.width = 264", "model.quantize_group = 32", "divides it"]),
+        (["model.quantize=int4", "model.mlp_width=96", "parallel.tp=2"], ["model.mlp_width / parallel.tp = 48", "32"]),
+        (["model.quantize=int8", "model.experts=8"], ["model.quantize = 'int8'", "experts", "remove one"]),
+        (["model.quantize=int8", "compute.fp8=torchao"], ["model.quantize = 'int8'", "compute.fp8", "remove one"]),
         (
             ["batch.policy=measured", "train.noise_scale=false"],
             ["batch.policy = 'measured'", "train.noise_scale = true"],
@@ -118,6 +122,7 @@ DEEPSPEED = "parallel.engine=deepspeed"
             ["deepspeed", "train.weights = 'embeddings'", "train.weights=all"],
         ),
         ([DEEPSPEED, "compute.compile=true"], ["deepspeed", "compute.compile = true", "compute.compile=false"]),
+        ([DEEPSPEED, "model.quantize=int4"], ["deepspeed", "model.quantize = 'int4'", "model.quantize=none"]),
         ([DEEPSPEED, "compute.fp8=torchao"], ["deepspeed", "compute.fp8 = 'torchao'", "compute.fp8=none"]),
         (
             [DEEPSPEED, "compute.norms=apex", "train.noise_scale=false"],

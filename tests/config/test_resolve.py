@@ -33,6 +33,17 @@ def test_command_line_wins_over_file_over_preset_over_default(tmp_path: Path) ->
     assert resolved.config.log.name == "first"
 
 
+def test_lengths_that_double_after_equal_shares(tmp_path: Path) -> None:
+    words = ["data.sequence_length=64", 'data.lengths=["doubling:3"]', "train.tokens=10002", "batch.global_batch=8"]
+    found = resolve.load(write(tmp_path, ""), words)
+    assert found.config.data.lengths == ("2500:128", "5001:256", "7501:512")
+    assert found.origins["data.lengths"] == "derived from doubling:3 and train.tokens"
+    assert resolve.from_dict(config_to_dict(found.config), "again") == found.config
+    for word in ("doubling:0", "doubling", "doubling:3,1e6:8"):
+        (problem,) = problems_of(tmp_path, "", f'data.lengths=["{word}"]')
+        assert "is not tokens:length" in problem
+
+
 @pytest.mark.parametrize(
     ("words", "widths"),
     [

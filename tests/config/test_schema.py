@@ -32,7 +32,7 @@ model.tied_embeddings
 model.experts model.experts_per_token model.expert_width model.shared_experts model.dense_layers
 model.router_score model.router_normalize model.router_scale model.balance_rate model.balance_loss model.vocab_size
 model.levels
-model.padding
+model.padding model.quantize model.quantize_group
 parameterization.name parameterization.base_width parameterization.base_layers parameterization.depth_alpha
 parameterization.weight_decay parameterization.init_std parameterization.residual_init
 parameterization.embedding_multiplier parameterization.output_multiplier
@@ -105,6 +105,7 @@ def test_what_a_setting_goes_with_is_possible_and_may_be_lacking(key: str) -> No
         ("data.sequence_length", "on resume"),
         ("train.seed", "on resume"),
         ("train.weights", "on resume"),
+        ("model.quantize", "on resume"),
         ("data.train", "never"),
         ("model.balance_rate", "never"),
         ("optimizer.lr", "never"),

@@ -18,7 +18,7 @@ from distributed import world
 from distributed.training import mesh_of, whole
 from torch import Tensor
 
-from megahp.config import Config, resolve
+from megahp.config import Config, resolve, with_values
 from megahp.convert import families, huggingface, huggingface_folder
 from megahp.errors import UserError
 from megahp.model.build import build_model
@@ -171,6 +171,21 @@ def exported(config: Config, folder: Path) -> float:
     model = drawn(config)
     hf_config, tensors = huggingface.export(config, weights_of(model))
     return difference(model, loaded(write(folder, hf_config, dict(tensors))))
+
+
+def quantized(folder: Path) -> dict[str, float]:
+    """Return the same for a model that reads its weights in 4 bits, before and after torchao quantizes the export."""
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+    from torchao.quantization.quant_primitives import MappingType
+
+    config = with_values(settings_of("llama", "mup"), {"model.quantize": "int4", "model.quantize_group": 16})
+    model = drawn(config)
+    hf_config, tensors = huggingface.export(config, weights_of(model))
+    theirs = loaded(write(folder, hf_config, dict(tensors)))
+    before = difference(model, theirs)
+    mapping = MappingType.SYMMETRIC_NO_CLIPPING_ERR
+    quantize_(theirs.model.layers, IntxWeightOnlyConfig(torch.int4, PerGroup(16), mapping))
+    return {"before": before, "after": difference(model, theirs)}
 
 
 def there_and_back(case: str, folder: Path) -> dict[str, Any]:
@@ -350,6 +365,7 @@ def everything(folder: Path) -> dict[str, Any]:
         "one way": one_way,
         "float64": exported(settings_of("gpt2", "completep", "float64"), folder / "float64"),
         "both ways": {case: there_and_back(case, folder / case) for case in CASES},
+        "quantized": quantized(folder / "quantized"),
         "some biases": some_biases(folder),
         "first gpt2": first_gpt2(folder),
         "padding": padding(),
@@ -368,6 +384,11 @@ def test_transformers_computes_our_logits(results: Any) -> None:
     far = {case: by for case, by in results["one way"].items() if not by <= RTOL}
     assert not far
     assert results["float64"] < 1e-14
+
+
+@needs_transformers
+def test_torchao_quantizes_an_export_as_it_was_trained(results: Any) -> None:
+    assert results["quantized"]["after"] <= RTOL < 0.01 < results["quantized"]["before"]
 
 
 @needs_transformers

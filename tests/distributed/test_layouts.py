@@ -117,7 +117,10 @@ EIGHT_RANKS: dict[int, dict[str, tuple[str, ...]]] = {
     }
 }
 # tolerance of measures, of weights
-DTYPES = {"float32": (1e-5, None), **dict.fromkeys(("float64", "embeddings", "series", "taught"), (1e-10, 1e-10))}
+DTYPES = {
+    "float32": (1e-5, None),
+    **dict.fromkeys(("float64", "embeddings", "series", "int4", "taught"), (1e-10, 1e-10)),
+}
 # in place of its type
 WORDS = {
     "embeddings": (
@@ -125,6 +128,7 @@ WORDS = {
         *("train.start_from=elsewhere", "train.noise_scale=false"),
     ),
     "series": ("train.dtype=float64", "model.levels=[36,30,20]"),
+    "int4": ("train.dtype=float64", "model.quantize=int4", "model.quantize_group=8"),
 }
 STEPS = 4  # of 8, 16, 24 and 32 sequences
 BF16 = [
@@ -135,7 +139,9 @@ BF16 = [
     ("ep2 shard4", "moe"),
     ("pp4 1f1b", "gpt2"),
 ]
-Cell = tuple[str, str, str]  # layout, model, dtype; in float64: embeddings alone, or tokens of series, in levels
+Cell = tuple[
+    str, str, str
+]  # layout, model, dtype; in float64: embeddings alone, tokens of series, in levels, or weights of 4 bits
 TAUGHT: list[Cell] = [  # by teachers, in float64
     ("tp2", "llama", "taught"),
     ("tp2 sp", "gpt2", "taught"),
@@ -149,6 +155,7 @@ TAUGHT: list[Cell] = [  # by teachers, in float64
 ]
 TEACHERS = ("gemma", "gpt2", "moe")  # with capped logits, tied embeddings, learned positions, experts
 SERIES: list[Cell] = [(layout, "gpt2", "series") for layout in ("tp2", "shard2", "cp2")]
+QUANTIZED: list[Cell] = [(layout, "llama", "int4") for layout in ("tp2 sp", "shard2", "cp2", "pp2 zero-bubble")]
 EMBEDDINGS: list[Cell] = [
     ("tp2 sp, full recomputation", "gpt2", "embeddings"),
     ("pp2 zero-bubble", "gpt2", "embeddings"),
@@ -234,10 +241,12 @@ def compare(outcomes: Mapping[Cell, Any], cell: Cell) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[Cell, Any]:
-    return train_cells([*some_cells(), *EMBEDDINGS, *SERIES, *((*cell, "bfloat16") for cell in BF16)], LAYOUTS)
+    return train_cells(
+        [*some_cells(), *EMBEDDINGS, *SERIES, *QUANTIZED, *((*cell, "bfloat16") for cell in BF16)], LAYOUTS
+    )
 
 
-@pytest.mark.parametrize("cell", [*some_cells(), *EMBEDDINGS, *SERIES], ids="/".join)
+@pytest.mark.parametrize("cell", [*some_cells(), *EMBEDDINGS, *SERIES, *QUANTIZED], ids="/".join)
 def test_layout_equals_one_rank(outcomes: dict[Cell, Any], cell: Cell) -> None:
     assert compare(outcomes, cell) == []
 

@@ -12,6 +12,7 @@ from distributed import world
 from distributed.training import MadeUpData, Training, settings_of, synthetic_batch, whole
 from torch import Tensor
 
+from megahp.model import moe
 from megahp.model.moe import Router
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import make_mesh
@@ -153,8 +154,30 @@ def per_example(model: str) -> dict[str, tuple[float, float]]:
     return {name: (measured[name], looped[name]) for name in measured}
 
 
+def balancing() -> dict[str, Tensor]:
+    """1,200 updates of the bias over tokens whose scores stay: experts of each token, loads, biases before each."""
+    words = ("model.balance_rate=0.001", "model.experts=8", "model.experts_per_token=2")
+    axis = make_mesh(Layout(), torch.device("cpu")).tensor_axis(False)
+    model = settings_of("moe", *words).model
+    router = Router(model, axis).double()
+    generator = torch.Generator().manual_seed(1)
+    router.weight.data = torch.randn(8, model.width, generator=generator, dtype=torch.float64)
+    x = torch.randn(4, 128, model.width, generator=generator, dtype=torch.float64) / model.width**0.5
+    x += torch.linalg.pinv(router.weight.data) @ torch.linspace(1, -1, 8, dtype=torch.float64)  # some are favourites
+    found: dict[str, list[Tensor]] = {"chosen": [], "load": [], "bias": []}
+    with torch.no_grad():
+        for _ in range(1200):
+            _, chosen, load = router(x, torch.tensor(0.0))
+            for key, value in (("chosen", chosen.flatten(0, 1)), ("load", load), ("bias", router.bias.clone())):
+                found[key].append(value)
+            router.rebalance(load.double())
+        scores = torch.nn.functional.linear(x, router.weight).sigmoid().flatten(0, 1)
+    return {key: torch.stack(values) for key, values in found.items()} | {"scores": scores}
+
+
 def alone() -> dict[str, Any]:
     return {
+        "balancing": balancing(),
         "layers": {
             (family, favoured): both_layers(family, favoured) for family in FAMILIES for favoured in (False, True)
         },
@@ -230,6 +253,47 @@ def test_the_load_moves_the_bias_by_its_rate(found: dict[str, Any]) -> None:
     assert first == [-u, u, u, u]
     assert second == first  # balanced
     assert third == pytest.approx([0.0, 0.0, 0.0, 2 * u], abs=1e-9)
+
+
+def test_the_bias_balances_as_its_theory_says(found: dict[str, Any]) -> None:
+    """With constant scores: the Lagrangian sum_t max_k (s + b) - mean load sum b falls at every update until loads are
+    balanced to a few tokens; a token leaves an expert only for one that was less loaded beside the mean; and loads stay
+    balanced. (The statements of the theory of auxiliary-loss-free balancing's abstract, 2025)"""
+    chosen, load, bias, scores = (found["balancing"][key] for key in ("chosen", "load", "bias", "scores"))
+    mean = len(scores) * 2 / 8
+    lagrangian = (scores + bias[:, None]).topk(2).values.sum((1, 2)) - mean * bias.sum(-1)
+    imbalance = (load - mean).abs().amax(-1) / mean
+    balanced = int((imbalance < 0.05).nonzero()[0])
+    assert imbalance[0] > 1 and 100 < balanced < 600
+    assert (lagrangian[1 : balanced + 1] < lagrangian[:balanced]).all()
+    assert imbalance[balanced:].max() < 0.1
+    is_chosen = torch.zeros(len(chosen), len(scores), 8, dtype=torch.bool).scatter_(2, chosen, True)
+    left, entered = is_chosen[:-1] & ~is_chosen[1:], ~is_chosen[:-1] & is_chosen[1:]
+    direction = (mean - load[:-1]).sign()[:, None].expand_as(left)
+    moved = left.any(-1)
+    assert moved.any(-1)[:balanced].float().mean() > 0.9
+    highest_left = direction.where(left, -2).amax(-1)
+    assert (direction.where(entered, 2).amin(-1) > highest_left)[moved].all()
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.bfloat16, 12)])
+def test_one_product_of_all_experts_equals_one_after_the_other(dtype: torch.dtype, width: int) -> None:
+    """Rows of 12 bf16 are not whole 16 bytes, which torch's product refuses."""
+    generator = torch.Generator().manual_seed(1)
+    x, matrices = (torch.randn(*size, generator=generator).to(dtype) for size in ((7, width), (4, 8, width)))
+    counts = [3, 0, 4, 0]
+    assert moe.has_grouped_product(x, matrices) == (dtype == torch.bfloat16 and width == 16)
+    found = []
+    for multiply in (
+        lambda x, w: moe.grouped_linear(x, w, counts),
+        lambda x, w: torch.cat([part @ each.T for part, each in zip(x.split(counts), w, strict=True)]),
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, matrices)]
+        y = multiply(*leaves)
+        y.square().sum().backward()
+        found.append((y.detach(), *(leaf.grad for leaf in leaves)))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_what_is_computed_again_or_evaluated_is_not_counted(found: dict[str, Any]) -> None:

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from megahp.errors import UserError
 from megahp.recipe import rows as recipe_rows
 from megahp.recipe.loss_laws import LOSS_LAWS
-from megahp.recipe.recipe import PROXY, Laws, Recipe, make_recipe, steps_of
+from megahp.recipe.recipe import PROXY, Base, Laws, Recipe, make_recipe, steps_of
 from megahp.recipe.sizing import Given
 from megahp.scaling import power_laws
 from megahp.scaling.batch import BatchScheduler, Progress, noise_forecast
@@ -24,6 +25,30 @@ def of(laws: Laws = LAWS, preset: str = "", **given: float) -> Recipe:
 
 def value(found: Recipe, name: str) -> float | str:
     return next(row.value for row in recipe_rows.rows(found) if row.name == name)
+
+
+def test_with_experts_the_laws_take_active_parameters() -> None:
+    """So the plan of a model with experts is that of the dense model which a token meets, but for the router."""
+    experts = {"experts": 8, "experts_per_token": 2, "expert_width": 256, "shared_experts": 1, "dense_layers": 1}
+    model = {"layers": 4, "width": 256, "heads": 4, "mlp_width": 768, "vocab_size": 50257}
+    base = {"optimizer": PROXY.tree["optimizer"], "data": {"sequence_length": 2048}}
+    found = {}
+    for name, more in (("dense", {}), ("experts", experts)):
+        found[name] = make_recipe(Given(params=3e8), Base(name, {"model": model | more, **base}, "test", "test"), LAWS)
+    dense, routed = found["dense"], found["experts"]
+    assert (dense.run.model.width, dense.run.model.layers) == (routed.run.model.width, routed.run.model.layers)
+    shape, width = routed.run.model, routed.run.model.width
+    assert (shape.experts, shape.expert_width, shape.mlp_width) == (8, width, 3 * width)
+    router = 8 * width * (shape.layers - 1)
+    assert routed.parameters - router == dense.parameters
+    idle = 6 * 3 * width * shape.expert_width * (shape.layers - 1)
+    assert value(routed, "all parameters") == routed.parameters + idle
+    assert routed.tokens == pytest.approx(20 * routed.parameters)
+    assert routed.weight_decay == pytest.approx(dense.weight_decay, rel=0.05)
+    assert any("active parameters" in note for note in recipe_rows.notes(routed))
+    assert not any("active" in note for note in recipe_rows.notes(dense))
+    with pytest.raises(UserError, match="no block with experts"):
+        make_recipe(Given(width=512, layers=1), routed.base, LAWS)
 
 
 # Parameters, tokens and, at this batch, weight decay of hidden matrices and D_min.

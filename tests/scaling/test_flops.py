@@ -86,8 +86,9 @@ def settings_of(model: dict) -> Config:
     return resolve.from_dict({"model": base | model, "data": {"sequence_length": 16}}, "test")
 
 
-def counted() -> dict[str, tuple[int, int]]:
-    """Weights of each built model, and what PyTorch counts of a forward and backward pass over 3 x 16 tokens."""
+def counted() -> dict[str, tuple[int, int, int]]:
+    """Weights of each built model, those that a token meets, and what PyTorch counts of a forward and backward pass
+    over 3 x 16 tokens."""
     found = {}
     mesh = make_mesh(Layout(), torch.device("cpu"))
     for name, words in MODELS.items():
@@ -98,8 +99,10 @@ def counted() -> dict[str, tuple[int, int]]:
         recomputed = mock.patch.object(cross_entropy, "KEPT", 0)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), recomputed:
             model(tokens, tokens).sum().backward()
-        weights = sum(math.prod(weight.shape) for _, weight in named_parameters(model))
-        found[name] = weights, counter.get_total_flops()
+        weights = {name: math.prod(weight.shape) for name, weight in named_parameters(model)}
+        idle = sum(count for name, count in weights.items() if ".experts." in name) // 2  # 3 of 6 experts
+        total = sum(weights.values())
+        found[name] = total, total - idle, counter.get_total_flops()
     return found
 
 
@@ -107,8 +110,8 @@ def test_the_built_model_has_as_many_and_pytorch_counts_the_same() -> None:
     """Both count matrix products alone. PyTorch counts all of attention, for a causal mask saves its kernel nothing,
     and the logits again, where the loss computes them anew in its backward pass: work of the hardware's alone."""
     (found,) = world.run(1, counted)
-    for name, (weights, flops) in found.items():
+    for name, (weights, active, flops) in found.items():
         model = settings_of(MODELS[name]).model
-        assert parameters(model, 16) == weights, name
+        assert (parameters(model, 16), parameters(model, 16, active=True)) == (weights, active), name
         again = 2 * model.width * model.padded_vocab
         assert 3 * 16 * (training_flops(model, 16, causal=False) + again) == flops, name
