@@ -270,6 +270,10 @@ def report(lines: Sequence[Line], study: Study) -> Iterator[str]:
             for losses in [losses_of(lines, study, epochs, decay)]
         ]
         yield f"{epochs:<8}" + "".join(f"{cell:<28}" for cell in cells)
+    for epochs in (*study.epochs, study.most):
+        pairs = zip(*(losses_of(lines, study, epochs, decay) for decay in (best, USUAL)), strict=False)
+        if differences := [one - other for one, other in pairs]:
+            yield f"{epochs} epochs, decay {best:g} to {USUAL:g}, seed by seed: {shown(differences)}"
     yield "best rates: " + ", ".join(f"{lr:g} of decay {decay:g}" for decay, lr in rates.items())
     epochs = {decay: STEP / (lr * decay * study.tokens) for decay, lr in rates.items()}
     yield "timescale 1 / (rate x decay), in epochs: " + ", ".join(f"{each:.3g}" for each in epochs.values())
