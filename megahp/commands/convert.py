@@ -101,9 +101,7 @@ def export(arguments: argparse.Namespace, partial: Path) -> Tokenizer:
     tokenizer, limit = tokenizer_of(config.data, name), int(1e9 * arguments.file_size)
     with_vocabulary(config, tokenizer)  # raises where the tokenizer is another one than the model's
     if config.model.quantize != "none":
-        print(
-            f"weights are written as trained; the run reads them in {config.model.quantize}: quantize what is written"
-        )
+        print(f"weights are written as trained, and the run reads them in {config.model.quantize}; quantize the result")
     if arguments.target_format == "huggingface":
         special = special_tokens(name, tokenizer.eod)
         huggingface_folder.write(partial, config, Tensors(path), special, limit, arguments.architecture)

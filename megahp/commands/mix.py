@@ -1,0 +1,233 @@
+"""Search the data weights under which small proxy runs learn the validation sets best.
+
+    megahp mix RUN.toml [section.key=value ...] --out FOLDER [--trials 24] [--shares 0.11,0.33,1] [--set] [--json FILE]
+
+RUN.toml is a proxy of the run that the weights are for: its sources, a small model, few tokens. data.validation names
+the sets, held out from what the model is for; the mean of their losses is minimised. The first two mixtures are in
+proportion to the sources' tokens, and equal; the others come from optuna's tree-structured Parzen estimator. Each is
+trained on a share of train.tokens, and on the next larger one only if it is in the best third of those trained so far
+(successive halving). That is multi-fidelity Bayesian optimisation, as in ADMIRE-BayesOpt (2025; its abstract was read).
+
+Start the same command several times, such as by `sbatch --array=1-8 --wrap "megahp mix ..."`: each is a worker, and
+takes the next mixture until there are --trials of them. After an interruption the same command resumes, and continues
+unfinished runs. You see a line per mixture, then the best. --set writes data.weights into RUN.toml.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megahp.commands.arguments import check_minimum
+from megahp.commands.output import provenance, write_json
+from megahp.config import CheckpointConfig, Config, LogConfig, config_to_dict, parse_validation, resolve, with_values
+from megahp.config.edit import edited
+from megahp.data.indexed import IndexedDataset
+from megahp.diagnose.child_runs import check_same_config, has_diverged, is_done, train
+from megahp.errors import UserError
+from megahp.files import open_unlinked, read_text, replace_text
+from megahp.log.metrics import newest_metrics
+from megahp.log.progress import human_duration
+from megahp.parallel.layout import fit
+from megahp.train.prepare import prepare
+
+KEPT = 3  # a mixture is trained on the next share if it is in the best 1/KEPT
+LEAST = 0.001  # of a source, before the weights are made to add up to 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN.toml")
+    add("overrides", nargs="*", metavar="section.key=value", help="override the file's settings, in every run")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder of the runs and of the search's state")
+    add("--trials", type=int, default=24, metavar="N", help="mixtures to try (default 24)")
+    add(
+        "--shares",
+        type=parse_shares,
+        default=[1 / 9, 1 / 3, 1.0],
+        metavar="S,S,...",
+        help="of train.tokens, the last 1",
+    )
+    add("--ranks", type=int, default=1, metavar="N", help="ranks of each run (default 1)")
+    add("--seed", type=int, default=1, metavar="N", help="of the search; runs have train.seed (default 1)")
+    add("--set", action="store_true", help="write the best weights into RUN.toml")
+    add("--json", type=Path, metavar="FILE", help="write every mixture and its losses")
+
+
+def parse_shares(text: str) -> list[float]:
+    """Parse 0.1,0.3,1 as an option's value. Raises ValueError."""
+    return [float(word) for word in text.split(",")]
+
+
+def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    config = checked(options)
+    study = open_study(options, config)
+    began, before = time.monotonic(), len(ended(study))
+    while len(ended(study)) < options.trials:
+        try_next(study, options, config)
+        done = len(trials := ended(study))
+        left = (time.monotonic() - began) / max(1, done - before) * max(0, options.trials - done)
+        print(f"[{done}/{options.trials}] {describe(trials[-1], config)}; ETA {human_duration(left)}", flush=True)
+    whole = sorted((trial for trial in ended(study) if trial.state.name == "COMPLETE"), key=lambda trial: trial.value)
+    if not whole:
+        raise UserError(f"all {options.trials} mixtures diverged or were pruned; lower optimizer.lr, or raise --trials")
+    print("\nthe best, then the sources' own proportions:")
+    for trial in [*whole[:5], *(trial for trial in ended(study) if trial.number == 0)]:
+        print(describe(trial, config))
+    best = [round(weight, 4) for weight in weights_of(whole[0])]
+    print(f"data.weights = {best}")
+    if options.set:
+        text = read_text(options.run, "run file")
+        replace_text(options.run, edited(text, {"data.weights": best}))
+    found = [{"weights": weights_of(trial), "losses": trial.intermediate_values} for trial in ended(study)]
+    write_json(options.json, {**provenance(words), "sources": config.data.train, "mixtures": found})
+    return 0
+
+
+def checked(options: argparse.Namespace) -> Config:
+    """Return the settings of every run, but for weights, tokens and name. Raises UserError."""
+    check_minimum(options, trials=1, ranks=1, seed=0)
+    shares = options.shares
+    if not all(0 < a < b for a, b in zip(shares, shares[1:], strict=False)) or not 0 < shares[0] <= shares[-1] == 1:
+        raise UserError(f"--shares {shares} must be ascending, above 0, and end at 1")
+    config = resolve.load(options.run, options.overrides).config
+    if len(config.data.train) < 2:
+        raise UserError(f"data.train = {list(config.data.train)} is one source; name those to be mixed")
+    if config.data.weights or config.data.mixtures:
+        raise UserError("data.weights and data.mixtures are what is searched; remove them from the proxy's run file")
+    if not config.data.validation:
+        raise UserError("data.validation is empty; name the sets whose losses are to be lowest, as name:prefix")
+    log = LogConfig(root=str(options.out), tensorboard=False, baselines=False)
+    config = replace(config, checkpoint=CheckpointConfig(keep=1), log=log)
+    for share in shares:  # all checks of `megahp train`, before anything trains
+        of_share(config, [1.0] * len(config.data.train), share, options.ranks)
+    return config
+
+
+def of_share(config: Config, weights: Sequence[float], share: float, ranks: int) -> Config:
+    """Return the config of one run, as `megahp train` resolves it. Raises UserError."""
+    name = "-".join(f"{100 * weight:.4g}" for weight in weights)
+    tokens = round(share * config.train.tokens)
+    values = {"data.weights": tuple(weights), "train.tokens": tokens, "log.name": f"{name}/{tokens}"}
+    config = resolve.from_dict(config_to_dict(with_values(config, values)), "mixture")  # checks the tokens anew
+    resolved = prepare(config, fit(config.parallel, ranks), ranks, resume=True)
+    check_same_config(resolved)
+    return resolved
+
+
+def open_study(options: argparse.Namespace, config: Config) -> Any:
+    """Open or begin the search, which workers share through a file. Raises UserError for another one's folder."""
+    try:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise UserError(f"optuna is not installed ({error}); pip install 'megahp[mix]'") from None
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = JournalFileBackend(str(options.out / "search.log"))
+    settings = json.loads(json.dumps({"config": config_to_dict(config), "shares": options.shares}))
+    with claimed(options.out / "search.lock", wait=True):  # or two workers would begin it
+        study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(file),
+            # other workers' unfinished mixtures count as bad, so that all do not try the same
+            sampler=optuna.samplers.TPESampler(seed=options.seed, multivariate=True, constant_liar=True),
+            pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=KEPT),
+            study_name="mix",
+            load_if_exists=True,
+        )
+        if not study.user_attrs:
+            study.set_user_attr("settings", settings)
+            equal = [1 / len(config.data.train)] * len(config.data.train)
+            for weights in (proportions(config), equal):
+                study.enqueue_trial({f"source {n}": weight for n, weight in enumerate(weights)})
+    if study.user_attrs["settings"] != settings:
+        raise UserError(f"{options.out} holds a search with other settings or shares; name another --out")
+    return study
+
+
+def proportions(config: Config) -> list[float]:
+    """Return the sources' shares of all tokens."""
+    tokens = np.array([IndexedDataset(prefix).total_tokens for prefix in config.data.train], np.float64)
+    return (tokens / tokens.sum()).tolist()
+
+
+def try_next(study: Any, options: argparse.Namespace, config: Config) -> None:
+    """Train the next mixture, on more and more tokens while it is among the best: one that a worker was ended in, if
+    there is any."""
+    import optuna
+
+    states = optuna.trial.TrialState
+    for trial in study.get_trials(states=[states.RUNNING]):
+        with claimed(options.out / f"claims/{trial.number}") as is_left:
+            if is_left:  # its worker's lock ended with it; the runs that it finished are found by their weights
+                study.tell(trial.number, state=states.FAIL)
+                study.enqueue_trial(trial.params)
+    trial = study.ask()
+    with claimed(options.out / f"claims/{trial.number}", wait=True):
+        raw = [trial.suggest_float(f"source {n}", LEAST, 1) for n in range(len(config.data.train))]
+        weights = [value / sum(raw) for value in raw]
+        for rung, share in enumerate(options.shares):
+            loss = loss_of(of_share(config, weights, share, options.ranks), options.ranks)
+            trial.report(loss, KEPT**rung)
+            if loss == math.inf or (share < 1 and trial.should_prune()):
+                study.tell(trial, state=states.PRUNED)
+                return
+        study.tell(trial, loss)
+
+
+def loss_of(config: Config, ranks: int) -> float:
+    """Train one run, unless it has ended; return the mean loss of the validation sets, infinite if it diverged."""
+    directory = config.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    if not is_done(directory):
+        with open_unlinked(directory / "train.log", "a") as log:
+            code = train(config, ranks, log)
+        if code and not has_diverged(directory):
+            raise UserError(f"{directory} ended with exit code {code}; the same command resumes it")
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    if has_diverged(directory):
+        return math.inf
+    losses = next(newest_metrics(directory))["validation_losses"]
+    return float(np.mean([losses[name] for name in parse_validation(config.data)]))
+
+
+@contextlib.contextmanager
+def claimed(file: Path, wait: bool = False) -> Iterator[bool]:
+    """Yield whether this worker got a lock, which the kernel releases however the worker ends."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open_unlinked(file, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def ended(study: Any) -> list[Any]:
+    """Return the mixtures that were trained, on all tokens or pruned, in the order in which they ended."""
+    trials = [trial for trial in study.get_trials() if trial.state.name in ("COMPLETE", "PRUNED")]
+    return sorted(trials, key=lambda trial: trial.datetime_complete)
+
+
+def weights_of(trial: Any) -> list[float]:
+    """Return a mixture's weights, which add up to 1."""
+    raw = [trial.params[f"source {n}"] for n in range(len(trial.params))]
+    return [value / sum(raw) for value in raw]
+
+
+def describe(trial: Any, config: Config) -> str:
+    """Return a line of a mixture's weights and losses."""
+    parts = zip(weights_of(trial), config.data.train, strict=True)
+    losses = " -> ".join(f"{loss:.4f}" for _, loss in sorted(trial.intermediate_values.items()))
+    return f"{', '.join(f'{100 * weight:.1f} % {prefix}' for weight, prefix in parts)}: {losses}"
