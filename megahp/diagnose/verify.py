@@ -105,6 +105,7 @@ def shrink_config(config: Config, layout: Layout) -> Config:
             "sparsity.layers": config.sparsity.layers[:depth],
             "train.dtype": "float64" if config.parallel.engine == "megahp" else "float32",
             "schedule.start": 0,
+            "distill.teachers": (),  # of other sizes
             "compute.norms": "megahp",
             "compute.fp8": "none",
         },

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megahp.model.cache import Cache
+from megahp.model.compute import hidden_products
 from megahp.model.transformer import Transformer
 from megahp.ops.quantize import BITS, quantized
 from megahp.parallel.parameters import Module
@@ -18,15 +19,16 @@ def arrange_products(model: Transformer) -> None:
     """Store the matrices of a model, on a single rank, as products with one token read them fastest, with the same
     results to rounding: in the compute dtype, to which every pass would cast them, and on a CPU by columns, which it
     reads in longer runs (docs/benchmarks/generation.md). Not embeddings, whose rows are looked up."""
-    quantize = model.model.quantize
+    if model.model.quantize != "none":  # once, not in every pass
+        for product in hidden_products(model):
+            weight = product.weight.data.to(model.dtype)
+            product.weight.data = quantized(weight, BITS[model.model.quantize], model.model.quantize_group)
+            product.linear = F.linear
     for module in model.modules():
         for name, row in module.rows.items() if isinstance(module, Module) else ():
             if row.role in (Role.HIDDEN, Role.UNEMBEDDING):
                 weight = getattr(module, name)
                 cast = weight.data.to(model.dtype)
-                if row.role is Role.HIDDEN and quantize != "none":
-                    cast = quantized(cast, BITS[quantize], model.model.quantize_group)
-                    module.linear = F.linear
                 weight.data = cast.mT.contiguous().mT if cast.device.type == "cpu" else cast
 
 

@@ -29,7 +29,7 @@ def quantized(weight: Tensor, bits: int, group: int) -> Tensor:
 
 
 def quantized_linear(bits: int, group: int) -> Linear:
-    """Return a linear layer that multiplies by quantized weights. Their gradient is the weights', as if nothing had been
+    """Return a linear layer that multiplies by quantized weights, whose gradient the weights get as if nothing had been
     rounded (Bengio et al., arXiv 1308.3432)."""
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
