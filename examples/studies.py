@@ -92,13 +92,17 @@ def main(
     add("--only-show", action="store_true", help="train nothing")
     options = parser.parse_args()
     study = Study(Path(script).parent, options.scale, measure)
+    wanted = runs(study, options.seeds)
     if not options.only_show:
         prepare()
-        train_all(study, runs(study, options.seeds), options.jobs)
-    show(study, study.read(), options.seeds)
+        train_all(study, wanted, options.jobs)
+    lines = study.read()
+    if missing := [run.name for run in wanted if run.name not in lines]:
+        sys.exit(f"{study.results} lacks {len(missing)} runs, such as {missing[0]}; repeat without --only-show")
+    show(study, {run.name: lines[run.name] for run in wanted}, options.seeds)
 
 
-def megahp(*words: object) -> None:
+def run_megahp(*words: object) -> None:
     """Run a command of megahp on one thread; print its output if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", "megahp", *map(str, words)],
@@ -136,7 +140,7 @@ def prepare(name: str, documents: Callable[[], Iterable[str]], tokenizer: str = 
             for number, text in enumerate(documents()):
                 if (number % HELD_OUT == HELD_OUT - 1) == chosen:
                     file.write(json.dumps({"text": text}) + "\n")
-        megahp("preprocess", "--input", f"{prefix}.jsonl", "--tokenizer", tokenizer, "--output", prefix)
+        run_megahp("preprocess", "--input", f"{prefix}.jsonl", "--tokenizer", tokenizer, "--output", prefix)
     return prefixes
 
 
@@ -199,7 +203,7 @@ def train(study: Study, run: Run) -> Line:
     if run.extend:
         wider = study.runs / f"{run.name}-wider"
         if not wider.exists():
-            megahp("extend-vocabulary", parent, wider, "--tokenizer", *run.extend)
+            run_megahp("extend-vocabulary", parent, wider, "--tokenizer", *run.extend)
         parent = wider
     if run.parent:
         words.append(f"train.start_from={parent}")

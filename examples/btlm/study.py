@@ -69,6 +69,9 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
             for kind, mark in (("interpolated", "o-"), ("as trained", "x:")):
                 losses = np.array([lines[f"{arm}/{seed}"][kind] for seed in seeds])
                 rows.append([arm, kind, *map(mean_and_interval, losses.T)])
+                if kind == "as trained" and arm != arms[0]:
+                    before = np.array([lines[f"{arms[number - 1]}/{seed}"][kind] for seed in seeds])
+                    rows.append([f"{arm} less {arms[number - 1]}", kind, *map(mean_and_interval, (losses - before).T)])
                 style = {"fmt": mark, "ms": 4, "capsize": 2, "color": PALETTE[f"run{number}"]}
                 halves = [half_interval(column) for column in losses.T]
                 axes.errorbar(middles, losses.mean(0), halves, label=f"{arm}, {kind}", **style)

@@ -8,6 +8,7 @@ from megahp.checkpoint.store import (
     complete,
     complete_without_links,
     find,
+    fingerprint,
     first_valid,
     folder_of,
     is_checkpoint,

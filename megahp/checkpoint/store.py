@@ -295,6 +295,12 @@ def settings_of(checkpoint: Location) -> Config:
     return resolve.from_dict(read_state(checkpoint)["config"], str(checkpoint))
 
 
+def fingerprint(checkpoint: Location) -> str:
+    """Return a hash of all that a checkpoint holds, the same wherever it lies."""
+    read_manifest(checkpoint)  # which is what was written
+    return digest(checkpoint / MANIFEST)
+
+
 def load(checkpoint: Location, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors, in place and on whatever layout they have, as one of the ranks, which all call this.
 

@@ -40,8 +40,9 @@ from megahp.train.prepare import prepare
 # what a validation loss is of
 SAMPLES = (
     *("data.train", "data.weights", "data.mixtures", "data.tokenizer", "data.sequence_length", "data.validation"),
-    *("data.validation_fraction", "data.mask_documents", "train.validation_samples"),
+    *("data.validation_fraction", "data.mask_documents", "data.skip", "train.validation_samples"),
 )
+OWN = ("checkpoint.", "log.", "train.seed", "train.validate_every", "resilience.stop_after")  # what the benchmark sets
 COLUMNS = ("entry", "trials", "reached", "seconds", "range", "steps", "least loss", "all trials, s")
 LINE = "{:<24}{:>7}{:>9}{:>10}{:>20}{:>9}{:>12}{:>15}"
 
@@ -116,6 +117,9 @@ def read_trials(options: argparse.Namespace) -> list[Trial]:
             raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
     if len(set(options.seeds)) < len(options.seeds):
         raise UserError(f"--seeds {options.seeds} has a seed twice; name it once")
+    labels = dict.fromkeys(label for label, _ in map(split_label, options.entries))
+    if len(set(map(folder_name, labels))) < len(labels):
+        raise UserError(f"--entries: two of {', '.join(labels)} have the same folder name; give each another label")
     trials: list[Trial] = []
     for seed in options.seeds:
         counts: dict[str, int] = {}
@@ -123,7 +127,11 @@ def read_trials(options: argparse.Namespace) -> list[Trial]:
             label, words = split_label(text)
             counts[label] = counts.get(label, 0) + 1
             file = Path(words.pop(0)) if words and words[0].endswith(".toml") else options.run
-            config = resolve.load(file, [*options.overrides, *words]).config
+            resolved = resolve.load(file, [*options.overrides, *words])
+            for key, origin in resolved.origins.items():
+                if origin == "command line" and key.startswith(OWN):
+                    raise UserError(f"{key} ({label}) is set by the benchmark; remove it")
+            config = resolved.config
             name = f"{folder_name(label)}/{counts[label]}/{seed}"
             own = {
                 "train.seed": seed,

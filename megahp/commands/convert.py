@@ -215,7 +215,7 @@ def our_logits(config: Config, weights: Iterable[tuple[str, Tensor]], tokens: Te
 def reread_logits(arguments: argparse.Namespace, form: str, folder: Path, tokens: Tensor) -> Tensor:
     """Return the logits of a model in another format through our own import."""
     layer, tensors = read(form, folder, resolve.parse_overrides(arguments.overrides).get("model", {}))
-    config = resolve.resolve([(str(folder), layer)]).config
+    config = with_values(resolve.resolve([(str(folder), layer)]).config, {"model.quantize": "none"})
     return our_logits(config, weights_of(tensors), tokens)
 
 

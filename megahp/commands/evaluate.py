@@ -1,8 +1,10 @@
 """Measure loss, bits per byte and perplexity of text files under a checkpoint.
 
     megahp evaluate runs/mine held_out.txt other.jsonl.zst [--context N] [--stride N] [--json]
+    megahp evaluate runs/a runs/b runs/c held_out.txt
 
-You see a row per file, and one of all. A file of JSON lines has a document per line, any other file is one document.
+You see a row per file, and one of all. A file of JSON lines has a document per line, any other file is one document. Of
+several checkpoints, or run directories, the probabilities are averaged.
 """
 
 import json
@@ -10,6 +12,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
+from itertools import takewhile
 from pathlib import Path
 
 from megahp.commands.arguments import add_text_arguments
@@ -23,7 +26,8 @@ HEADER = ("tokens", "bytes", "nats/token", "bits/byte", "perplexity")
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="or a run directory: its newest")
-    add("files", type=Path, nargs="+", metavar="FILE", help="text, JSON lines, Parquet ..., as for megahp preprocess")
+    files = "text, JSON lines, Parquet ..., as for megahp preprocess; folders before them: further checkpoints"
+    add("files", type=Path, nargs="+", metavar="FILE", help=files)
     add_text_arguments(parser)
     add("--context", type=int, metavar="N", help="tokens of a window (default: a training sample's)")
     add("--stride", type=int, metavar="N", help="tokens from a window to the next (default: half of --context)")
@@ -32,8 +36,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace, words: Sequence[str]) -> int:
     from megahp.evaluate.perplexity import Score, context_of, evaluate
-    from megahp.evaluate.sample import load_trained
+    from megahp.evaluate.sample import ensemble, load_trained
 
+    more = list(takewhile(Path.is_dir, options.files))
+    del options.files[: len(more)]
+    if not options.files:
+        raise UserError(f"{more[-1]} is a checkpoint or run directory, and no file to evaluate; name one after it")
     texts = []
     sources = [inspect(file, options.format) for file in options.files]
     check_key(sources, options.json_key)
@@ -44,7 +52,7 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         for reason, (count, first) in left_out.items():
             print(f"{source.name}: left out {count}: {reason}, the first {first}", file=sys.stderr)
         texts.append(found)
-    trained = load_trained(options.checkpoint)
+    trained = ensemble([load_trained(each) for each in (options.checkpoint, *more)])
     context = context_of(trained, options.context)
     stride = max(1, context // 2) if options.stride is None else options.stride
     if not 1 <= stride <= context:
@@ -57,10 +65,12 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         rows.append(("all", Score(*map(sum, zip(*map(astuple, scores), strict=True)))))
     if options.json:
         files = [{"file": name} | asdict(score) | score.numbers() for name, score in rows]
-        results = {"checkpoint": str(trained.path), "context": context, "stride": stride, "files": files}
-        print(json.dumps(results, indent=2))
+        others = [str(each.path) for each in trained.others]
+        measured = {"checkpoint": str(trained.path), "averaged_with": others, "context": context, "stride": stride}
+        print(json.dumps({**measured, "files": files}, indent=2))
         return 0
-    print(f"{trained.path}, windows of {context} tokens, {stride} apart")
+    names = " + ".join(str(each.path) for each in (trained, *trained.others))
+    print(f"{names}, windows of {context} tokens, {stride} apart")
     width = max(len(name) for name, _ in rows) + 1
     print(LINE.format("", *HEADER, width=width))
     for name, score in rows:

@@ -12,7 +12,7 @@ from typing import Any
 
 from megahp.commands.arguments import parse_number
 from megahp.commands.output import begins_with, check_replaceable
-from megahp.config import Config, config_to_toml, get_setting, resolve
+from megahp.config import Config, config_to_toml, get_setting, resolve, with_values
 from megahp.config.presets import PRESETS
 from megahp.data.tokenizer import load_tokenizer
 from megahp.errors import UserError
@@ -33,6 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "params": "parameters, embeddings included, and of experts the active ones; such as 1e9, 1B or 300M",
         "tokens": "tokens to train on",
         "tpp": "tokens per parameter",
+        "epochs": "tokens, as times that the data of --data, which is there already, is read",
         "flops": "compute, as 6 N D",
         "days": "compute, as days of the cluster",
         "target-loss": "loss to reach, nats per token",
@@ -79,6 +80,8 @@ def run(options: Namespace, words: Sequence[str]) -> int:
         is_ours = begins_with(config_to_toml(Config()).partition(" = ")[0].encode())  # the first section and key
         check_replaceable("--out", {options.out: is_ours}, filter(None, [options.base]), options.overwrite)
     given, base, name = read_given(options), load_base(options), options.out.stem if options.out else ""
+    if given.epochs:
+        given = replace(given, tokens=given.epochs * tokens_of_epoch(base))
     recipe = make_recipe(given, base, laws, name)
     for _ in range(2 if options.gpu else 0):  # the layout rounds the batch, which may then allow a faster one
         recipe = make_recipe(*laid_out(recipe, machine_of(options.gpu)), laws, name)
@@ -203,7 +206,23 @@ def read_given(options: Namespace) -> Given:
             raise UserError("--preset sets width and layers; remove --width and --layers")
         shape = resolve.resolve([("", {"model": {"preset": options.preset}})]).config.model
         given = replace(given, width=shape.width, layers=shape.layers)
+    if given.epochs and given.tokens:
+        raise UserError("--epochs and --tokens both set the tokens; remove one")
     return given
+
+
+def tokens_of_epoch(base: Base) -> float:
+    """Return the training tokens of the base's data; of several sources, until one has been read once. Raises
+    UserError."""
+    from megahp.train.prepare import open_data
+
+    prefixes = base.get("data", "train")
+    if not prefixes or not all(Path(f"{prefix}.idx").exists() for prefix in prefixes):
+        raise UserError("--epochs counts how often data is read; name prefixes that are there in --data, or --tokens")
+    names = ("weights", "sequence_length", "validation_fraction", "skip")
+    values = {"data.train": tuple(prefixes), **{f"data.{name}": base.get("data", name) for name in names}}
+    data = open_data(with_values(Config(), values))
+    return 1 / max(data.epochs(0, 1).values())
 
 
 def load_base(options: Namespace) -> Base:

@@ -9,6 +9,7 @@ from megahp.config.schema import (
     CheckpointConfig,
     ComputeConfig,
     Config,
+    DistillConfig,
     LogConfig,
     ModelConfig,
     OptimizerConfig,

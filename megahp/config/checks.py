@@ -38,6 +38,9 @@ def find_unused(config: Config) -> Iterator[tuple[str, str]]:
     if config.schedule.name == "wsd" and not config.schedule.decay:
         for key in ("schedule.shape", "schedule.floor"):
             yield key, "schedule.decay = 0; it needs one above 0"
+    if not config.distill.teachers:
+        for key in ("distill.fingerprints", "distill.weight"):
+            yield key, "distill.teachers = []; it needs at least one"
     if not config.checkpoint.every:
         yield "checkpoint.keep_best", "checkpoint.every = 0, which saves one at the end only; it needs at least 1"
 
@@ -410,6 +413,19 @@ def _trained_weights(config: Config) -> Iterator[str]:
         )
 
 
+def _distill(config: Config) -> Iterator[str]:
+    """Yield the layouts on which teachers do not predict."""
+    parallel, teachers = config.parallel, config.distill.teachers
+    if not teachers:
+        return
+    one = f"distill.teachers = {list(teachers)}"
+    for key, size in (("parallel.pp", parallel.pp), ("parallel.ep", parallel.ep)):
+        if size > 1:
+            yield f"{one} is not supported with {key} = {size}; set {key}=1, or remove it"
+    if parallel.engine == "deepspeed":
+        yield f"{one} is not supported with parallel.engine = 'deepspeed'; set parallel.engine=megahp, or remove it"
+
+
 def _schedule(config: Config) -> Iterator[str]:
     schedule = config.schedule
     if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
@@ -496,6 +512,7 @@ CHECKS = (
     _engines,
     _deepspeed,
     _trained_weights,
+    _distill,
     _schedule,
     _resilience,
     _run,

@@ -22,7 +22,7 @@ class Phase:
 def phases_of(data: DataConfig) -> list[Phase]:
     """Return the phases of the data, the first from 0 tokens on. Raises ValueError naming the wrong word."""
     lengths = [(0.0, data.sequence_length)]
-    lengths += _parse_words(data.lengths, _parse_whole, "tokens:length, such as 4.7e11:8192")
+    lengths += _parse_words(data.lengths, _parse_whole, "tokens:length, such as 4.7e11:8192, or one doubling:3")
     mixtures = [(0.0, data.weights)]
     form = "tokens:weights, such as 1e9:0.7,0.3"
     mixtures += _parse_words(data.mixtures, lambda text: tuple(map(float, text.split(","))), form)

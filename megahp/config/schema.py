@@ -570,6 +570,29 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Runs whose predictions a run learns from beside its data's tokens (megahp/train/teachers.py)."""
+
+    fixed = "on resume"
+
+    teachers: tuple[str, ...] = setting(
+        (),
+        "checkpoints, or run directories for their newest, of the same tokenizer: the mean of their probabilities is "
+        "learned; empty = none",
+        fixed="never",  # files may move: they are identified by their fingerprints
+    )
+    fingerprints: tuple[str, ...] = setting(
+        (), "hashes of the teachers' checkpoints; others are refused; empty = filled in at the start"
+    )
+    weight: float = setting(
+        1.0,
+        "share of the teachers in what a token is to be predicted as; the token itself has the rest",
+        above=0,
+        at_most=1,
+    )
+
+
+@dataclass(frozen=True)
 class ComputeConfig:
     """How a block is computed: trades time for memory without changing the model."""
 
@@ -669,6 +692,7 @@ class Config:
     sparsity: SparsityConfig = SparsityConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
+    distill: DistillConfig = DistillConfig()
     compute: ComputeConfig = ComputeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resilience: ResilienceConfig = ResilienceConfig()
@@ -726,10 +750,13 @@ def config_differences(before: Config, after: Config) -> dict[str, tuple[Any, An
 
 def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Return the config as {section: {key: value}}, passwords of URLs masked."""
-    return {
-        section: {key: masked(value) if isinstance(value, str) else value for key, value in values.items()}
-        for section, values in asdict(config).items()
-    }
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(shown, value))
+        return masked(value) if isinstance(value, str) else value
+
+    return {section: {key: shown(value) for key, value in values.items()} for section, values in asdict(config).items()}
 
 
 def config_to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:

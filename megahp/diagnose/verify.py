@@ -89,6 +89,7 @@ def shrink_config(config: Config, layout: Layout) -> Config:
             "model.window": min(model.window, length // 2),
             "model.full_attention_every": min(model.full_attention_every, 2),
             "model.no_rope_every": min(model.no_rope_every, 2),
+            "model.quantize_group": 8 if model.quantize != "none" else model.quantize_group,
             "model.vocab_size": 100,
             "model.levels": (90 // len(config.model.levels),) * len(config.model.levels) if config.model.levels else (),
             "parallel.split": (1,) * stages if parallel.split else (),
@@ -104,6 +105,7 @@ def shrink_config(config: Config, layout: Layout) -> Config:
             "sparsity.layers": config.sparsity.layers[:depth],
             "train.dtype": "float64" if config.parallel.engine == "megahp" else "float32",
             "schedule.start": 0,
+            "distill.teachers": (),  # of other sizes
             "compute.norms": "megahp",
             "compute.fp8": "none",
         },

@@ -3,10 +3,13 @@
 from copy import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megahp.model.cache import Cache
+from megahp.model.compute import hidden_products
 from megahp.model.transformer import Transformer
+from megahp.ops.quantize import BITS, quantized
 from megahp.parallel.parameters import Module
 from megahp.scaling.parameterization import Role
 
@@ -16,6 +19,11 @@ def arrange_products(model: Transformer) -> None:
     """Store the matrices of a model, on a single rank, as products with one token read them fastest, with the same
     results to rounding: in the compute dtype, to which every pass would cast them, and on a CPU by columns, which it
     reads in longer runs (docs/benchmarks/generation.md). Not embeddings, whose rows are looked up."""
+    if model.model.quantize != "none":  # once, not in every pass
+        for product in hidden_products(model):
+            weight = product.weight.data.to(model.dtype)
+            product.weight.data = quantized(weight, BITS[model.model.quantize], model.model.quantize_group)
+            product.linear = F.linear
     for module in model.modules():
         for name, row in module.rows.items() if isinstance(module, Module) else ():
             if row.role in (Role.HIDDEN, Role.UNEMBEDDING):

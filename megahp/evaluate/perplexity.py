@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from os.path import commonprefix
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from megahp.config import longest
 from megahp.errors import UserError
 from megahp.evaluate.sample import TrainedModel
 from megahp.log.progress import ProgressDisplay
@@ -128,16 +126,14 @@ def predict(trained: TrainedModel, rows: Sequence[Tensor]) -> tuple[Tensor, Tens
     effect on it. The vocabulary's padding is cut off.
     """
     tokens = pad_sequence(list(rows), batch_first=True).to(trained.device)
-    logits = trained.model(tokens[:, :-1])[..., : trained.config.model.vocab_size]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 would round the loss
-    targets = tokens[:, 1:]
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    return losses.double().cpu(), (logits.argmax(-1) == targets).cpu()
+    found, targets = trained.log_probabilities(tokens[:, :-1]), tokens[:, 1:]
+    losses = -found.gather(-1, targets[..., None]).squeeze(-1)
+    return losses.double().cpu(), (found.argmax(-1) == targets).cpu()
 
 
 def context_of(trained: TrainedModel, given: int | None) -> int:
     """Return the context length: as given, or else as in training. Raises UserError for a longer one."""
-    most = longest(trained.config)
+    most = trained.context
     if given is not None and not 1 <= given <= most:
         raise UserError(f"--context {given} must be 1 to {most}, the context that {trained.path} was trained with")
     return given or most

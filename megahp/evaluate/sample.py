@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megahp import checkpoint, launch
-from megahp.config import ComputeConfig, Config, ParallelConfig, with_values
-from megahp.data.tokenizer import Tokenizer, tokenizer_of
+from megahp.config import ComputeConfig, Config, ParallelConfig, longest, with_values
+from megahp.data.tokenizer import Tokenizer, fingerprint_of, tokenizer_of
 from megahp.errors import UserError
 from megahp.evaluate.decode import Decoder, arrange_products, draw
 from megahp.model.build import build_model
@@ -22,13 +22,17 @@ from megahp.parallel.parameters import model_state
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint's model, on a single rank."""
+    """A checkpoint's model, on a single rank.
+
+    others: those that its probabilities are averaged with (`ensemble`), in `log_probabilities` alone.
+    """
 
     path: Path
     config: Config
     model: Transformer
     tokenizer: Tokenizer
     device: torch.device
+    others: "tuple[TrainedModel, ...]" = ()
 
     @property
     def start(self) -> list[int]:
@@ -39,6 +43,25 @@ class TrainedModel:
         if tokenizer.bos is not None and data.begin in ("bos", ""):
             return [tokenizer.bos]
         return [] if data.begin == "none" or data.mask_documents else [tokenizer.eod]
+
+    @property
+    def context(self) -> int:
+        """Return the longest context that it, and the others, were trained with, in tokens."""
+        return min(longest(each.config) for each in (self, *self.others))
+
+    @torch.no_grad()
+    def log_probabilities(self, tokens: Tensor) -> Tensor:
+        """Return the logarithm of the probability of each next token, its mean over the others too: [b, n, vocabulary]
+        after tokens [b, n], in fp32, or fp64 for a model in fp64."""
+        members = (self, *self.others)
+        total: Tensor | None = None
+        for member in members:
+            logits = member.model(tokens)[..., : self.config.model.vocab_size]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 would round the loss
+            own = logits.log_softmax(-1)
+            total = own if total is None else torch.logaddexp(total, own)
+        assert total is not None
+        return total - math.log(len(members)) if self.others else total
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the tokens of a text that the model continues, after a begin token where all documents had one."""
@@ -57,6 +80,20 @@ def load_trained(location: Path) -> TrainedModel:
     checkpoint.load(path, model_state(model))
     arrange_products(model)
     return TrainedModel(path, config, model, tokenizer, device)
+
+
+def ensemble(members: Sequence[TrainedModel]) -> TrainedModel:
+    """Return the first with the others, whose probabilities are averaged with its own. Raises UserError where they do
+    not predict the same tokens after the same ones."""
+    first, *others = members
+    for other in others:
+        names = f"{first.path} and {other.path}"
+        before, after = (fingerprint_of(each.config.data.tokenizer) for each in (first, other))
+        if before != after or first.config.model.vocab_size != other.config.model.vocab_size:
+            raise UserError(f"{names} have different tokenizers or vocabularies; average runs of the same")
+        if (first.start, first.config.data.begin) != (other.start, other.config.data.begin):
+            raise UserError(f"{names} saw other tokens before a document in training; average runs of the same")
+    return replace(first, others=tuple(others))
 
 
 def generate(

@@ -136,17 +136,19 @@ class Experts(Module):
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         matrices = {name: local(getattr(self, name)).to(x.dtype) for name in self.rows}
-        up = grouped_linear(x, matrices["up"], counts)
-        gate = grouped_linear(x, matrices["gate"], counts) if "gate" in matrices else None
-        return grouped_linear(activate(self.activation, up, gate), matrices["down"], counts)
+        ends = torch.tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)  # one copy for all products
+        up = grouped_linear(x, matrices["up"], counts, ends)
+        gate = grouped_linear(x, matrices["gate"], counts, ends) if "gate" in matrices else None
+        return grouped_linear(activate(self.activation, up, gate), matrices["down"], counts, ends)
 
 
-def grouped_linear(x: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
+def grouped_linear(x: Tensor, matrices: Tensor, counts: list[int], ends: Tensor) -> Tensor:
     """Return x_i W_i^T for consecutive parts x_i of the rows of x [n, in], `counts` rows each, and W_i of matrices
-    [experts, out, in]: [n, out]. In one product where torch has one, else one after the other.
+    [experts, out, in]: [n, out]. In one product where torch has one, else one after the other. ends: int32, on x's
+    device: the sums of counts up to each.
     """
     if has_grouped_product(x, matrices):
-        return F.grouped_mm(x, matrices.mT, offs=torch.tensor(counts, device=x.device).cumsum(0, dtype=torch.int32))
+        return F.grouped_mm(x, matrices.mT, offs=ends)
     return torch.cat([F.linear(rows, matrix) for rows, matrix in zip(x.split(counts), matrices.unbind(), strict=True)])
 
 

@@ -19,7 +19,7 @@ from megahp.model.moe import MoE
 from megahp.model.norm import LayerNorm, RMSNorm
 from megahp.model.positions import alibi_slopes, rotary, tiles
 from megahp.parallel.context import shard_sequence, spans
-from megahp.parallel.cross_entropy import cap, linear_cross_entropy
+from megahp.parallel.cross_entropy import Teachers, cap, linear_cross_entropy
 from megahp.parallel.mesh import TensorAxis
 from megahp.parallel.parameters import local
 from megahp.parallel.tensor import ColumnParallelLinear, PositionEmbedding, VocabParallelEmbedding, enter
@@ -86,14 +86,15 @@ class Transformer(nn.Module):
     """The decoder, or a pipeline stage of it.
 
     `forward` takes tokens [b, s], and returns the losses of their targets [b, s], in nats per token; without targets
-    logits [b, s, vocabulary / tp].
+    logits [b, s, vocabulary / tp]; without `unembed` what the unembedding multiplies, [b, s, width].
 
     As a pipeline stage that is not the first it takes the residual stream [b, r, width] instead of tokens; one that is
     not the last returns it. documents [b, length]: the document of each token of the whole sequences, where attention
     must not cross documents. loss_weight: the gradient that a token's loss will get, by which the experts'
     balance losses are scaled. longest: the most tokens trained on; ALiBi is interpolated beyond.
 
-    cache: of the tokens before these, to which these are added; without context and sequence parallelism.
+    teachers: what they predict for these tokens, which the targets are mixed with. cache: of the tokens before these,
+    to which these are added; without context and sequence parallelism.
     """
 
     def __init__(
@@ -134,6 +135,8 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         loss_weight: float = 0.0,
         cache: Cache | None = None,
+        teachers: Teachers | None = None,
+        unembed: bool = True,
     ) -> Tensor:
         start = cache.length if cache else 0
         # whole sequences'
@@ -154,11 +157,12 @@ class Transformer(nn.Module):
         if not self.is_last:
             return x.contiguous()  # to be sent; a reduce-scatter leaves the sequence outermost in memory
         x = enter(self.final_norm(x), self.axis) * self.table.logits  # [b, r, width] -> [b, s, width]
+        if not unembed:
+            return x
         if targets is not None:
-            rows = local((self.unembedding or self.embedding).weight)
             model = self.model
             restriction = model.logits_softcap, model.softmax_size, model.levels
-            return linear_cross_entropy(x, rows, targets, self.axis, *restriction)
+            return linear_cross_entropy(x, self.unembedding_rows, targets, self.axis, *restriction, teachers)
         logits = self.unembedding(x) if self.unembedding else F.linear(x, local(self.embedding.weight).to(x.dtype))
         return cap(logits, self.model.logits_softcap) if self.model.logits_softcap else logits
 
@@ -166,6 +170,11 @@ class Transformer(nn.Module):
         """Return what a stage sends to the next for these tokens [b, s], on `meta`: [b, r, width]."""
         length = tokens.shape[1] // self._stream_shards
         return torch.empty(len(tokens), length, self.model.width, dtype=self.dtype, device="meta")
+
+    @property
+    def unembedding_rows(self) -> Tensor:
+        """This rank's rows of the unembedding, [rows / tp, width]."""
+        return local((self.unembedding or self.embedding).weight)
 
     @property
     def _stream_shards(self) -> int:

@@ -82,6 +82,12 @@ def prepare_pass(model: nn.Module, is_last: bool, parallel: ParallelConfig) -> N
         model.set_reshard_after_backward(is_last or parallel.zero_level > 1)
 
 
+def unshard(model: nn.Module) -> None:
+    """Gather the weights outside the blocks, until `reshard`."""
+    if _is_unit(model):
+        model.unshard()
+
+
 def reshard(model: nn.Module) -> None:
     """Free the gathered weights."""
     for unit in fsdp_units(model):

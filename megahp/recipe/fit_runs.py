@@ -103,6 +103,10 @@ def _read_run(path: Path, config: Config, notes: list[str]) -> FinishedRun:
         )
     if config.sparsity.method != "none":
         raise UserError(f"{path} is sparse, and the laws are of dense models; remove it from the list")
+    if config.model.quantize != "none":
+        raise UserError(f"{path} is quantized, and the laws are of full precision; remove it from the list")
+    if config.distill.teachers:
+        raise UserError(f"{path} learned from teachers, and the laws are of data alone; remove it from the list")
     rule, optimizer = table_of(config).rules[Role.HIDDEN], config.optimizer
     hidden = {"lr": optimizer.lr * rule.lr, "weight_decay": optimizer.weight_decay * rule.weight_decay}
     values = {"batch": batch, **hidden}

@@ -142,6 +142,11 @@ def make_recipe(given: Given, base: Base, laws: Laws, name: str = "") -> Recipe:
     template = resolve.resolve([(base.name, {"model": base.model})]).config.model
     if laws.rule == "power-lines" and base.get("parameterization", "name") == "sp":
         raise UserError(f"parameterization.name = 'sp' ({base.name}) transfers nothing; tune a base with completep")
+    if (quantize := template.quantize) != "none":
+        raise UserError(
+            f"model.quantize = {quantize!r} ({base.name}): the laws are of full precision; remove it from the base, "
+            "and add it to the run file, or to a branch"
+        )
     if (method := base.get("sparsity", "method")) != "none":
         raise UserError(
             f"sparsity.method = {method!r} ({base.name}): the laws are of dense models; remove it from the base, and "
@@ -210,7 +215,7 @@ def _tree(
     kept: dict[str, Any] = {
         name: {key: value for key, value in section.items() if key not in dropped.get(name, ())}
         for name, section in {**base.tree, "model": base.model}.items()
-        if name not in ("schedule", "batch")
+        if name not in ("schedule", "batch", "distill")
     }
     derived: dict[str, Any] = {
         "model": {key: getattr(model, key) for key in shape},

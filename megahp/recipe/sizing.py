@@ -31,6 +31,7 @@ class Given:
     """What the user gives, by the names of the command's options; None: not given."""
 
     params: float | None = None
+    epochs: float | None = None  # over the data that there is, from which the tokens follow
     tokens: float | None = None
     tpp: float | None = None
     flops: float | None = None
@@ -112,7 +113,7 @@ def parameters_for(given: Given, law: LossLaw) -> tuple[float, str]:
 def tokens_for(parameters: float, per_token: float, given: Given, law: LossLaw) -> tuple[float, str]:
     """Return D and its formula. per_token: exact training FLOPs of a token, since --days is time, not 6 N D."""
     if given.tokens:
-        return given.tokens, "given"
+        return given.tokens, f"{given.epochs:g} epochs of the data" if given.epochs else "given"
     if given.days:
         return given.compute / per_token, "C / exact FLOPs"
     if given.compute:

@@ -35,8 +35,8 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, start_to
         others = f", and {more} other prefixes more than {EPOCHS} times" if more else ""
         yield (
             f"data.train: {prefix!r} is read {most:,.1f} times in {human_count(tokens)} tokens{others}; data that "
-            f"is repeated more than {EPOCHS} times adds less and less (arXiv 2305.16264): add data, or lower "
-            "train.tokens"
+            f"is repeated more than {EPOCHS} times adds less and less (arXiv 2305.16264): add data, lower "
+            "train.tokens, or tune optimizer.weight_decay for it (docs/recipe.md, Fixed data)"
         )
     seconds = tokens * training_flops(config.model, longest(config)) / (ranks * FASTEST[device])
     if seconds > LONG and not 0 < config.checkpoint.every <= steps:

@@ -19,6 +19,7 @@ from megahp.parallel.context import shard_sequence
 from megahp.parallel.mesh import Mesh
 from megahp.parallel.parameters import is_first_replica, local, parameters, probes, saved_state, sum_gradients
 from megahp.parallel.pipeline import Pipeline
+from megahp.train.teachers import TeacherModels
 
 FIRST_SCALE = 65536.0
 SCALE_GROWS_AFTER = 2000  # steps
@@ -43,7 +44,12 @@ class Measurement:
 
 
 class Engine:
-    """A model on a mesh, from batches to summed gradients. Losses are in nats per token."""
+    """A model on a mesh, from batches to summed gradients. Losses are in nats per token.
+
+    teachers: whose predictions training learns; None = the data's tokens alone. Evaluation is of the tokens.
+    """
+
+    teachers: TeacherModels | None = None
 
     def __init__(
         self, model: Model, mesh: Mesh, parallel: ParallelConfig, weights: Mapping[str, Tensor] | None = None
@@ -94,7 +100,9 @@ class Engine:
                 data_parallel.prepare_pass(model, index == count - 1, self.parallel)
                 # divided by the tokens of the global batch, not of this microbatch: accumulation and data parallelism
                 # then are plain sums, and gradients do not depend on how a batch is divided
-                loss = model(**self._inputs(batch), loss_weight=scale / tokens).sum() / tokens
+                own = self._inputs(batch)
+                taught = self.teachers.predict(own) if self.teachers else None
+                loss = model(**own, teachers=taught, loss_weight=scale / tokens).sum() / tokens
                 (loss * scale).backward()
                 total += loss.detach()
         # after the last backward pass, once for all microbatches: a tied weight's copies need FSDP's reduction first

@@ -20,6 +20,7 @@ import numpy as np
 from megahp.config import (
     AUTO,
     Config,
+    SparsityConfig,
     TrainConfig,
     config_differences,
     fixed_when,
@@ -86,6 +87,7 @@ def prepare(
         raise UserError(f"{config.directory} is a file; choose another log.name")
     if not resume and (saved or (config.directory / "metrics.jsonl").exists()):
         raise UserError(f"{saved or config.directory} already exists; pass --resume auto to continue, or set log.name")
+    config = with_teachers(config, saved if resume else None)
     config, start_tokens = check_origin(config, layout, saved if resume else None)
     data = open_data(config)
     check_token_ids(config, data)
@@ -429,6 +431,41 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return with_values(config, values)
 
 
+def with_teachers(config: Config, resumed: checkpoint.Location | None) -> Config:
+    """Fill in the fingerprints of distill.teachers, and name the checkpoints of run directories: those of the `resumed`
+    checkpoint's run, which may have been trained further since, else the newest. Raises UserError for a teacher
+    that cannot predict this run's tokens on its layout, and for another one than the fingerprint's."""
+    if not config.distill.teachers:
+        return config
+    from megahp import checkpoint
+
+    names, fingerprints = [], []
+    of_run = checkpoint.settings_of(resumed).distill.teachers if resumed else ()
+    for name in config.distill.teachers:
+        kept = [each for each in of_run if each.startswith(f"{name.rstrip('/')}/")]
+        path = checkpoint.find(checkpoint.location(kept[0] if len(kept) == 1 else name))
+        saved, teacher = checkpoint.settings_of(path), f"distill.teachers: {path}"
+        refuse_other(config.data.tokenizer, saved.data.tokenizer_fingerprint, f"{path} was trained with")
+        if saved.model.vocab_size != config.model.vocab_size:
+            sizes = f"{saved.model.vocab_size} token ids and the run {config.model.vocab_size}"
+            raise UserError(f"{teacher} has {sizes}; set model.vocab_size={saved.model.vocab_size}, or name another")
+        if longest(saved) < longest(config):
+            lengths = f"at most {longest(saved)} tokens at a time and the run has sequences of {longest(config)}"
+            raise UserError(f"{teacher} has read {lengths}; shorten them, or name another")
+        if "float64" in (before := saved.train.dtype, now := config.train.dtype) and before != now:
+            raise UserError(
+                f"{teacher} has weights for train.dtype = {before!r}, not {now!r}; use one, or name another"
+            )
+        of_teacher = replace(config, model=saved.model, parameterization=saved.parameterization)
+        if conflicts := find_conflicts(replace(of_teacher, sparsity=SparsityConfig())):
+            raise UserError(f"{teacher} cannot be loaded on this layout: {conflicts[0]}")
+        names.append(checkpoint.url_of(path))
+        fingerprints.append(checkpoint.fingerprint(path))
+    if config.distill.fingerprints not in ((), tuple(fingerprints)):
+        raise UserError("distill.fingerprints are of other checkpoints than distill.teachers; name those, or remove it")
+    return with_values(config, {"distill.teachers": tuple(names), "distill.fingerprints": tuple(fingerprints)})
+
+
 def check_series(config: Config, coding: SeriesCoding) -> None:
     """Raise UserError for settings under which a sample would not be one window of the coding."""
     name, data = config.data.tokenizer, config.data
@@ -467,6 +504,9 @@ def refuse_changes(
             if key == "data.tokenizer_fingerprint":
                 refuse_other(config.data.tokenizer, before, f"{path} was trained with")
                 continue
+            if key == "distill.fingerprints":
+                names = ", ".join(saved.get("distill", {}).get("teachers", ()))
+                raise UserError(f"{path} was trained with other distill.teachers, {names}; name those, or begin anew")
             or_new = ", or start a new run under another log.name" if "on resume" in fixed else ""
             raise UserError(f"{key} = {now!r} but {path} was trained with {before!r}; set it back{or_new}")
 

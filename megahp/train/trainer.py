@@ -16,6 +16,7 @@ from megahp.scaling.parameterization import Table, table_of
 from megahp.train.engine import Engine, Measurement, clip, initial_loss_scale
 from megahp.train.masks import MaskChange, Masks
 from megahp.train.optimizer import Optimizer, make_optimizer
+from megahp.train.teachers import TeacherModels
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Trainer:
         self.config, self.mesh = config, mesh
         self.table = table_of(config)
         self.engine, self.optimizer = make_engine(config, mesh, self.table)
+        self.engine.teachers = TeacherModels(config, mesh) if config.distill.teachers else None
         self.masks = Masks(config, self.engine, self.optimizer)
         self.progress = Progress()
         self.batch_scheduler = BatchScheduler(config, mesh.layout.dp)

@@ -78,6 +78,8 @@ def test_a_diverged_run_is_a_result(command: Callable[..., int], capsys: pytest.
         (["--seeds", "1,1", *ONE], "has a seed twice"),
         (["--entries", "a: optimizer.lr=0.01", "b: data.sequence_length=8"], "validate on other samples"),
         (["--entries", "a: optimizer.lr=nothing"], "optimizer.lr"),
+        (["--entries", "a b: optimizer.lr=0.01", "a/b: optimizer.lr=0.02"], "the same folder name"),
+        (["--entries", "a: checkpoint.every=1"], "checkpoint.every (a) is set by the benchmark"),
         (["--entries", "a: missing.toml"], "missing.toml"),
     ],
 )

@@ -411,6 +411,7 @@ MEGATRON: dict[str, tuple[str, dict[str, Any]]] = {
     "qk norm": ("two", {**GQA, "qk_norm": True, "head_size": 16}),
     "no biases": ("any", {**GPT2, "bias": False, "activation": "gelu-exact", "positions": "none"}),
     "relu2": ("any", {"activation": "relu2", "bias": True}),
+    "quantized": ("any", {**GQA, "quantize": "int4", "quantize_group": 8}),
 }
 FORMS = ("megatron", "megatron-legacy")
 

@@ -64,6 +64,9 @@ def run(words: str) -> int:
         ("--params 1e9 --batch 0", "--batch 0 must be above 0"),
         ("--params 1e9 --batch 30 --gpus 8 --gpu H100", "--batch 30 cannot be divided over 8 data-parallel ranks"),
         ("--params 1e9 --width 1000", "--width 1000 is not a multiple of the head size 64; the nearest are 960, 1024"),
+        ("--params 1e9 --epochs 8", "--epochs counts how often data is read; name prefixes that are there in --data"),
+        ("--params 1e9 --epochs 8 --data none", "name prefixes that are there in --data, or --tokens"),
+        ("--params 1e9 --epochs 8 --tokens 1e9", "--epochs and --tokens both set the tokens; remove one"),
         ("--params 1e5", "no shape has about 1e+05 parameters"),
         ("--params 1e9 --vocab-size 0", "--vocab-size 0 must be above 0"),
         ("--preset lama --tpp 20", "--preset lama is unknown"),
@@ -130,6 +133,20 @@ def test_a_law_file_takes_the_place_of_power_lines(tmp_path: Path, capsys: pytes
         assert run(f"--params 1e9 --law {tmp_path / 'loss.toml'} --json {words}") == 0
         rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
         assert rows["loss, nats per token"]["source"] == "my losses" and "Power Lines" in rows["tau_opt"]["source"]
+
+
+def test_epochs_are_of_the_training_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 40 documents a tenth is held out; and what is repeated often is told."""
+    with IndexedWriter(str(tmp_path / "corpus"), 257) as writer:
+        for _ in range(40):
+            writer.add_document([1] * 2500)
+    (tmp_path / "base.toml").write_text("[data]\nvalidation_fraction = 0.1\nsequence_length = 32\n")
+    data = f"--data {tmp_path / 'corpus'} --tokenizer bytes --base {tmp_path / 'base.toml'}"
+    assert run(f"--params 1M --epochs 16 {data} --json") == 0
+    found = json.loads(capsys.readouterr().out)
+    (row,) = [row for row in found["rows"] if row["name"] == "tokens"]
+    assert row["value"] == pytest.approx(16 * 90_000, rel=0.01) and row["formula"] == "16 epochs of the data"
+    assert any("is read 16.0 times" in note and "optimizer.weight_decay" in note for note in found["notes"])
 
 
 @pytest.mark.parametrize("words", ["--params 1e9 --tokens 2e10", "--params 1B --tokens 20b", "--params 1000M --tpp 20"])

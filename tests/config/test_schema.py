@@ -8,7 +8,16 @@ from typing import Literal, Union, get_args, get_origin
 
 import pytest
 
-from megahp.config import config_to_dict, config_to_toml, fixed_when, resolve, schema, setting_names
+from megahp.config import (
+    Config,
+    config_to_dict,
+    config_to_toml,
+    fixed_when,
+    resolve,
+    schema,
+    setting_names,
+    with_values,
+)
 from megahp.config.presets import PRESETS
 from megahp.config.schema import FIELDS, TYPES
 
@@ -45,6 +54,7 @@ parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel parallel.zero
 parallel.engine parallel.offload
 train.start_from train.weights train.tokens train.steps train.dtype train.device train.seed train.noise_scale
 train.noise_half_life train.validate_every train.validate_first train.validation_samples
+distill.teachers distill.fingerprints distill.weight
 compute.compile compute.recompute compute.recompute_every compute.keep_heap compute.norms compute.fp8
 checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best checkpoint.remote
 resilience.stop_after resilience.stop_at_batch resilience.hang_after resilience.save_again resilience.check_every
@@ -112,3 +122,9 @@ def test_what_is_printed_is_a_valid_run_file() -> None:
         text = config_to_toml(resolved.config, resolved.origins)
         assert resolve.from_dict(tomllib.loads(text), "again") == resolved.config
         assert resolve.from_dict(config_to_dict(resolved.config), "again") == resolved.config
+
+
+def test_passwords_are_masked_in_lists_too() -> None:
+    config = with_values(Config(), {"distill.teachers": ("s3://me:word@host/a", "runs/b")})
+    assert config_to_dict(config)["distill"]["teachers"] == ("s3://me:***@host/a", "runs/b")
+    assert "word" not in config_to_toml(config)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megahp.config import resolve
+from megahp.config.checks import find_conflicts
 from megahp.config.presets import PRESETS
 from megahp.diagnose.verify import shrink_config
 from megahp.parallel.layout import Layout, fit
@@ -29,6 +30,7 @@ KINDS = {
     "experts": ("model.bias=false", "model.experts=8", "model.dense_layers=1", "model.experts_per_token=3"),
     "float8": ("compute.fp8=torchao", "train.dtype=bfloat16"),
     "sparse": ("sparsity.method=static", "sparsity.density=0.25"),
+    "quantized": ("model.quantize=int4",),
     "lengths": ('data.lengths=["1e5:1024"]', "train.dtype=float16"),
 }
 
@@ -43,7 +45,7 @@ def test_the_small_run_is_valid(preset: str, rules: str, policy: str) -> None:
         config = resolve.resolve([("test", resolve.parse_overrides(words))]).config
         small = shrink_config(config, fit(config.parallel, ranks))
         assert small.model.layers <= 3 and small.model.width <= 64 and small.train.dtype == "float64"
-        assert small.parallel == config.parallel
+        assert small.parallel == config.parallel and not [*find_conflicts(small)]
 
 
 def test_the_layout_is_the_runs() -> None:

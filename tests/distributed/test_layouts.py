@@ -6,8 +6,10 @@ batch grows in mid-run. `pytest -m slow` runs every model on every layout, and p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,7 +17,7 @@ import pytest
 from parallel.test_cross_entropy import plain_losses
 
 from distributed import world
-from distributed.training import MODELS, differences, settings_of, train_cases
+from distributed.training import MODELS, differences, settings_of, train_cases, write_model
 from megahp.config import Config
 from megahp.model import transformer
 from megahp.parallel import cross_entropy
@@ -117,10 +119,7 @@ EIGHT_RANKS: dict[int, dict[str, tuple[str, ...]]] = {
 # tolerance of measures, of weights
 DTYPES = {
     "float32": (1e-5, None),
-    "float64": (1e-10, 1e-10),
-    "embeddings": (1e-10, 1e-10),
-    "series": (1e-10, 1e-10),
-    "int4": (1e-10, 1e-10),
+    **dict.fromkeys(("float64", "embeddings", "series", "int4", "taught"), (1e-10, 1e-10)),
 }
 # in place of its type
 WORDS = {
@@ -143,6 +142,18 @@ BF16 = [
 Cell = tuple[
     str, str, str
 ]  # layout, model, dtype; in float64: embeddings alone, tokens of series, in levels, or weights of 4 bits
+TAUGHT: list[Cell] = [  # by teachers, in float64
+    ("tp2", "llama", "taught"),
+    ("tp2 sp", "gpt2", "taught"),
+    ("shard2", "gpt2", "taught"),
+    ("shard2, zero 2, reduced every time", "moe", "taught"),
+    ("shard2, zero 1", "alibi", "taught"),
+    ("replicate2, uneven microbatches", "llama", "taught"),
+    ("cp2", "llama", "taught"),
+    ("cp2 tp2 sp", "gemma", "taught"),
+    ("tp2 sp shard2", "olmo", "taught"),
+]
+TEACHERS = ("gemma", "gpt2", "moe")  # with capped logits, tied embeddings, learned positions, experts
 SERIES: list[Cell] = [(layout, "gpt2", "series") for layout in ("tp2", "shard2", "cp2")]
 QUANTIZED: list[Cell] = [(layout, "llama", "int4") for layout in ("tp2 sp", "shard2", "cp2", "pp2 zero-bubble")]
 EMBEDDINGS: list[Cell] = [
@@ -238,6 +249,24 @@ def outcomes() -> dict[Cell, Any]:
 @pytest.mark.parametrize("cell", [*some_cells(), *EMBEDDINGS, *SERIES, *QUANTIZED], ids="/".join)
 def test_layout_equals_one_rank(outcomes: dict[Cell, Any], cell: Cell) -> None:
     assert compare(outcomes, cell) == []
+
+
+def write_teachers(folder: Path) -> list[str]:
+    return [write_model(folder / name, name, "model.vocab_size=90", "train.dtype=float64") for name in TEACHERS]
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, Any]:
+    (teachers,) = world.run(1, write_teachers, tmp_path_factory.mktemp("teachers"))
+    named = f"distill.teachers={json.dumps(teachers)}"
+    words = ("train.dtype=float64", "model.vocab_size=90", named, "distill.weight=0.7")
+    with mock.patch.dict(WORDS, taught=words):
+        return train_cells(TAUGHT, LAYOUTS)
+
+
+@pytest.mark.parametrize("cell", TAUGHT, ids="/".join)
+def test_teachers_teach_the_same_on_every_layout(taught: dict[Cell, Any], cell: Cell) -> None:
+    assert compare(taught, cell) == []
 
 
 @pytest.mark.parametrize("cell", EMBEDDINGS, ids="/".join)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from megahp import launch
+from megahp import checkpoint, launch
 from megahp.config import Config, resolve
 from megahp.data.loader import ValidationSamples
 from megahp.diagnose import verify
 from megahp.diagnose.verify import Trial, gather_stages, synthetic_batch
+from megahp.evaluate.sample import single_rank_model
 from megahp.parallel import parameters
 from megahp.parallel.device import claim_device
 from megahp.parallel.layout import Layout, fit
 from megahp.parallel.mesh import Mesh, make_mesh
+from megahp.train.run import state_of_weights
 from megahp.train.validation import validate
 
 BASE: dict[str, Any] = {
@@ -100,6 +103,17 @@ def settings_of(model: str, *overrides: str) -> Config:
     return resolve.resolve(
         [("base", BASE), ("model", MODELS[model]), ("test", resolve.parse_overrides(overrides))]
     ).config
+
+
+def write_model(folder: Path, model: str, *overrides: str) -> str:
+    """A run directory whose checkpoint holds a model as it is drawn, its matrices larger so that it is sure of more.
+    Returns the checkpoint. To be called on a rank."""
+    config = settings_of(model, *overrides)
+    drawn = parameters.model_state(single_rank_model(config))
+    weights = [(name, parameters.storage(weight) * (3 if weight.dim() > 1 else 1)) for name, weight in drawn.items()]
+    path = checkpoint.path(folder / "checkpoints", 1)
+    checkpoint.write(path, weights, state_of_weights(config), 10**9)
+    return str(path)
 
 
 @functools.cache

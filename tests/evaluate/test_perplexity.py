@@ -24,7 +24,7 @@ from megahp import checkpoint, cli
 from megahp.config import resolve
 from megahp.convert.tokenizers import bytes_tokenizer
 from megahp.evaluate import perplexity
-from megahp.evaluate.sample import TrainedModel, generate, load_trained, single_rank_model
+from megahp.evaluate.sample import TrainedModel, ensemble, generate, load_trained, single_rank_model
 from megahp.parallel.parameters import model_state, storage
 from megahp.train.run import state_of_weights
 
@@ -59,8 +59,9 @@ def write_run(folder: Path, model: dict[str, Any], tokenizer: str = "bytes", **d
 
 @torch.no_grad()
 def after(trained: TrainedModel, ids: Sequence[int]) -> Tensor:
-    """Log-probabilities of the token that follows these, [vocabulary]."""
-    return trained.model(torch.tensor([ids]))[0, -1, :300].log_softmax(0)
+    """Log-probabilities of the token that follows these, [vocabulary]; of several models, of their mean."""
+    members = (trained, *trained.others)
+    return torch.stack([each.model(torch.tensor([ids]))[0, -1, :300].softmax(0) for each in members]).mean(0).log()
 
 
 def one_by_one(trained: TrainedModel, ids: Sequence[int], first: int, context: int, stride: int) -> tuple[float, bool]:
@@ -118,6 +119,7 @@ def scored(folder: Path) -> dict[str, Any]:
         files = [folder / "some.jsonl.zst", folder / "long.txt", "--json-key", "body", "--most-bad", "0.4"]
         found[name, "json"] = said("evaluate", folder / name, *files, "--json")
         found[name, "table"] = said("evaluate", folder / name / "checkpoints" / "step-00000002", *files)
+    found["ensemble"] = of_several(folder)
     found["beginnings"] = beginnings(folder)
     lines = iter(
         Path(contextlib.__file__).read_text().split("\n")
@@ -125,6 +127,8 @@ def scored(folder: Path) -> dict[str, Any]:
     trainer = {"vocab_size": 290, "model_type": "bpe", "minloglevel": 3, "model_prefix": str(folder / "stripping")}
     SentencePieceTrainer.train(sentence_iterator=lines, **trainer)
     write_run(folder / "stripping", {}, str(folder / "stripping.model"))
+    write_run(folder / "larger", {"vocab_size": 301})
+    write_run(folder / "masked", {}, mask_documents=True)
     (folder / "spaces.txt").write_text("   \n \n")
     run = folder / "rope"
     found["widest batch"] = widest_batch(load_trained(run))
@@ -135,6 +139,10 @@ def scored(folder: Path) -> dict[str, Any]:
         "empty": said("evaluate", run, folder / "empty.txt"),
         "spaces": said("evaluate", folder / "stripping", folder / "spaces.txt"),
         "missing": said("evaluate", run, folder / "none.txt"),
+        "no file": said("evaluate", run, folder / "experts"),
+        "vocabularies": said("evaluate", run, folder / "larger", folder / "long.txt"),
+        "tokenizers": said("evaluate", run, folder / "stripping", folder / "long.txt"),
+        "starts": said("evaluate", run, folder / "masked", folder / "long.txt"),
         "key": said("evaluate", run, folder / "long.txt", "--json-key", "body"),
         "run": said("evaluate", folder, folder / "long.txt"),
         "bad": said("evaluate", run, folder / "some.jsonl.zst", "--json-key", "body"),
@@ -142,6 +150,24 @@ def scored(folder: Path) -> dict[str, Any]:
         "JSON": said("evaluate", run, folder / "object.json"),
     }
     return found
+
+
+def of_several(folder: Path) -> dict[str, Any]:
+    """Three models, one of a shorter context: scores of the texts and what they must be; what the command prints."""
+    write_run(folder / "short", {}, sequence_length=10)
+    names = [folder / name for name in ("rope", "experts", "short")]
+    trained = ensemble([load_trained(name) for name in names])
+    nats = [one_by_one(trained, [EOD, *text.encode()], 1, 10, 5) for text in TEXTS]
+    (score,) = perplexity.evaluate(trained, [TEXTS], trained.context, 5)
+    alone = ensemble([load_trained(names[0])])
+    printed = said("evaluate", *names, folder / "long.txt", "--json")
+    return {
+        "score": (score.nats, sum(each for each, _ in nats)),
+        "context": trained.context,
+        "alone": alone.others,
+        "printed": (printed, nats[3][0]),
+        "table": said("evaluate", *names, folder / "long.txt"),
+    }
 
 
 # What stood before a document's first token in training: settings, and what is before the first token scored, and what
@@ -217,6 +243,18 @@ def test_every_token_is_scored_once(found: Any, name: str, context: int, stride:
     assert [score.nats for score in scores] == pytest.approx(nats, rel=1e-12)
 
 
+def test_probabilities_of_several_models_are_averaged(found: Any) -> None:
+    of_all = found["ensemble"]
+    ours, theirs = of_all["score"]
+    assert ours == pytest.approx(theirs, rel=1e-12) and of_all["context"] == 10 and of_all["alone"] == ()
+    (code, out, _), nats = of_all["printed"]
+    printed = json.loads(out)
+    assert code == 0 and printed["files"][0]["nats"] == pytest.approx(nats, rel=1e-12)
+    assert [Path(name).parts[-3] for name in printed["averaged_with"]] == ["experts", "short"]
+    code, out, _ = of_all["table"]
+    assert code == 0 and "rope/checkpoints/step-00000002 + " in out.splitlines()[0]
+
+
 def test_several_samples_are_apart(found: Any) -> None:
     code, out, _ = found["samples"]
     first, second = out.removesuffix("\n").split("\n\n---\n\n")
@@ -264,6 +302,10 @@ def test_the_command_prints_loss_bits_and_perplexity(found: Any, name: str) -> N
         ("bad", "2 of 5 documents are bad, above --most-bad 0.01, the first at "),
         ("binary", "shard-00000.safetensors' is binary"),
         ("JSON", "object.json' is JSON, but neither lines nor an array of records"),
+        ("no file", "experts is a checkpoint or run directory, and no file to evaluate; name one after it"),
+        ("vocabularies", "have different tokenizers or vocabularies; average runs of the same"),
+        ("tokenizers", "have different tokenizers or vocabularies; average runs of the same"),
+        ("starts", "saw other tokens before a document in training; average runs of the same"),
         ("run", "is neither a checkpoint nor a run directory that has one; name one"),
     ],
 )

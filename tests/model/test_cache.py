@@ -23,6 +23,7 @@ from megahp.parallel.parameters import parameters, storage
 LENGTH, DRAWN = 20, 28
 # Not drawn: a preset is a choice of the others, sizes and eps are numbers, balance, levels, padding are of the loss.
 LEFT_OUT = {"preset", "layers", "width", "mlp_width", "vocab_size", "norm_eps"}
+# quantized products: tests/ops/test_quantize.py
 LEFT_OUT |= {"balance_rate", "balance_loss", "levels", "padding", "quantize", "quantize_group"}
 
 

@@ -285,7 +285,7 @@ def test_one_product_of_all_experts_equals_one_after_the_other(dtype: torch.dtyp
     assert moe.has_grouped_product(x, matrices) == (dtype == torch.bfloat16 and width == 16)
     found = []
     for multiply in (
-        lambda x, w: moe.grouped_linear(x, w, counts),
+        lambda x, w: moe.grouped_linear(x, w, counts, torch.tensor(counts).cumsum(0, dtype=torch.int32)),
         lambda x, w: torch.cat([part @ each.T for part, each in zip(x.split(counts), w, strict=True)]),
     ):
         leaves = [tensor.clone().requires_grad_() for tensor in (x, matrices)]

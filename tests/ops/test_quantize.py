@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from distributed import world
 from distributed.training import settings_of
 from torch import nn
@@ -13,8 +14,9 @@ from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 from torchao.quantization.quant_primitives import MappingType
 
 from megahp.config import with_values
+from megahp.evaluate.decode import arrange_products
 from megahp.evaluate.sample import single_rank_model
-from megahp.ops.quantize import BITS, quantized
+from megahp.ops.quantize import BITS, quantized, quantized_linear
 from megahp.parallel.parameters import parameters, storage
 from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 
@@ -42,13 +44,20 @@ def test_equals_torchao(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_is_on_the_grid_and_passes_gradients(dtype: torch.dtype) -> None:
+    """The weight's gradient is that of the rounded weight."""
     weight = (weights() / 1e4).to(dtype).requires_grad_()
-    found = quantized(weight, 4, 32)
-    assert found.dtype == dtype and not found[3, :32].any()
-    assert all(len(group.unique()) <= 16 for group in found.detach().unflatten(-1, (-1, 32)).flatten(0, 1))
-    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    found.backward(gradient)
-    assert torch.equal(weight.grad, gradient)
+    rounded = quantized(weight.detach(), 4, 32).requires_grad_()
+    assert rounded.dtype == dtype and not rounded[3, :32].any()
+    assert all(len(group.unique()) <= 16 for group in rounded.detach().unflatten(-1, (-1, 32)).flatten(0, 1))
+    generator, found = torch.Generator().manual_seed(2), []
+    x, gradient = (torch.randn(3, 5, size, generator=generator).to(dtype) for size in (64, 48))
+    for linear, matrix in ((quantized_linear(4, 32), weight), (F.linear, rounded)):
+        own = x.clone().requires_grad_()
+        y = linear(own, matrix, None)
+        y.backward(gradient)
+        found.append((y, own.grad, matrix.grad))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 def rounded_by_hand() -> dict[str, Any]:
@@ -67,10 +76,13 @@ def rounded_by_hand() -> dict[str, Any]:
         storage(weight).copy_(quantized(original, 4, 8) if name in products else original)
     tokens = torch.arange(32).view(2, 16)
     with torch.no_grad():
-        return {"quantized": model(tokens), "by hand": plain(tokens), "products": len(products)}
+        found = {"quantized": model(tokens), "by hand": plain(tokens), "products": len(products)}
+        arrange_products(model)
+        return found | {"arranged": model(tokens)}
 
 
 def test_a_model_multiplies_by_them() -> None:
     (found,) = world.run(1, rounded_by_hand)
     assert found["products"] == 10  # of two blocks: queries, keys and values; output; up; gate; down
-    torch.testing.assert_close(found["quantized"], found["by hand"], rtol=1e-12, atol=1e-12)
+    for kind in ("quantized", "arranged"):
+        torch.testing.assert_close(found[kind], found["by hand"], rtol=1e-12, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megahp.parallel import cross_entropy
-from megahp.parallel.cross_entropy import level_of, linear_cross_entropy, outside
+from megahp.parallel.cross_entropy import Teachers, level_of, linear_cross_entropy, outside
 from megahp.parallel.layout import Layout
 from megahp.parallel.mesh import Axis
 from megahp.parallel.tensor import enter
@@ -37,11 +38,16 @@ def plain_losses(
     softcap: float = 0.0,
     vocabulary: int | None = None,
     levels: Sequence[int] = (),
+    teachers: Teachers | None = None,
 ) -> Tensor:
     """The same losses, on one rank, from whole logits; within a level, from its logits alone."""
-    logits = F.linear(x, weight.to(x.dtype)[:vocabulary])
-    logits = logits.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
-    logits = (logits / softcap).tanh() * softcap if softcap else logits
+    logits = whole_logits(x, weight, softcap, vocabulary)
+    if teachers:
+        heard = zip(teachers.x, teachers.rows, teachers.softcaps, strict=True)
+        mean = sum(whole_logits(*teacher, teachers.vocabulary).softmax(-1) for teacher in heard) / len(teachers.x)
+        hard = F.one_hot(targets.flatten(), logits.shape[-1]).to(logits.dtype)
+        chances = teachers.weight * F.pad(mean, (0, logits.shape[-1] - mean.shape[-1])) + (1 - teachers.weight) * hard
+        return F.cross_entropy(logits, chances, reduction="none").view_as(targets).clone()
     if levels:
         flat, losses = targets.flatten(), torch.zeros(targets.numel(), dtype=logits.dtype)
         for level, size in enumerate(levels):
@@ -51,6 +57,12 @@ def plain_losses(
             losses = losses.index_put((own,), there)
         return losses.view_as(targets)
     return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets).clone()
+
+
+def whole_logits(x: Tensor, weight: Tensor, softcap: float, vocabulary: int | None) -> Tensor:
+    logits = F.linear(x, weight.to(x.dtype)[:vocabulary])
+    logits = logits.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
+    return (logits / softcap).tanh() * softcap if softcap else logits
 
 
 def in_slices_of(rows: int) -> Any:
@@ -121,6 +133,79 @@ def test_levels_in_whole_logits(dtype: torch.dtype) -> None:
     found = F.cross_entropy(hidden.flatten(0, 1).float(), given["targets"].flatten(), reduction="none")
     wanted = plain_losses(given["x"], given["weight"], given["targets"], ALONE, levels=(12, 30, 9))
     torch.testing.assert_close(found.view_as(wanted), wanted, rtol=1e-5, atol=1e-6)
+
+
+def two_teachers(weight: float, dtype: torch.dtype = torch.float64, tokens: tuple[int, ...] = (3, 11)) -> Teachers:
+    """Of other widths than the student's, one of capped logits, over the first 73 ids."""
+    x, rows = [], []
+    for number, width in enumerate((24, 8)):
+        generator = torch.Generator().manual_seed(number + 1)
+        x.append(torch.randn(*tokens, width, generator=generator).to(dtype))
+        rows.append(torch.randn(VOCABULARY, width, generator=generator).to(dtype))
+    return Teachers(weight, 73, x, rows, [0.0, 1.5])
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("kept", [0, 2**28])
+@pytest.mark.parametrize("rows", SLICES)
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_teachers(weight: float, rows: int, kept: int, softcap: float) -> None:
+    """The gradients are those of torch's kl_div to the mean of the teachers' probabilities, and of the plain loss, in
+    their shares; the loss is theirs and the entropy."""
+    given, teachers = inputs(torch.float64), two_teachers(weight)
+    given["targets"] %= 73
+    settings = {"softcap": softcap, "vocabulary": 73, "teachers": teachers}
+    with in_slices_of(rows), mock.patch.object(cross_entropy, "KEPT", kept):
+        found = outcome(partial(linear_cross_entropy, **settings), given, torch.float64)
+    chances = [
+        (logits / 1.5).tanh().mul(1.5).softmax(-1) if capped else logits.softmax(-1)
+        for x, matrix, capped in zip(teachers.x, teachers.rows, (False, True), strict=True)
+        for logits in [x @ matrix[:73].T]
+    ]
+    mean = torch.stack(chances).mean(0)
+
+    def mixed(x: Tensor, matrix: Tensor, targets: Tensor, axis: Axis) -> Tensor:
+        logits = x @ matrix[:73].T
+        learned = ((logits / softcap).tanh() * softcap if softcap else logits).log_softmax(-1)
+        divergence = F.kl_div(learned, mean, reduction="none").sum(-1)
+        plain = -learned.gather(-1, targets[..., None]).squeeze(-1)
+        return weight * (divergence - torch.special.xlogy(mean, mean).sum(-1)) + (1 - weight) * plain
+
+    torch.testing.assert_close(found, outcome(mixed, given, torch.float64), rtol=1e-11, atol=1e-12)
+    assert not found[2][73:].any()
+
+
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_teachers_within_a_level(rows: int) -> None:
+    """A level is a distribution of its own, for teachers too; a target of no level has no loss."""
+    given, teachers, levels = inputs(torch.float64), two_teachers(1.0), (12, 30, 9)
+    given["targets"] %= 73
+    with in_slices_of(rows):
+        losses, *_ = outcome(partial(linear_cross_entropy, levels=levels, teachers=teachers), given, torch.float64)
+    student, *taught = (
+        whole_logits(*model, None).view(3, 11, -1)
+        for model in [
+            (given["x"], given["weight"], 0.0),
+            *zip(teachers.x, teachers.rows, teachers.softcaps, strict=True),
+        ]
+    )
+    for place in np.ndindex(3, 11):
+        target = int(given["targets"][place])
+        begin, end = next(((b, e) for b, e in ((0, 12), (12, 42), (42, 51)) if b <= target < e), (target, target + 1))
+        mean = torch.stack([logits[place][begin:end].softmax(-1) for logits in taught]).mean(0)
+        expected = F.cross_entropy(student[place][begin:end], mean)
+        torch.testing.assert_close(losses[place], expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_teacher_is_held_whole_either(dtype: torch.dtype) -> None:
+    tokens, vocabulary = 2048, 2**15
+    given = inputs(dtype, (tokens,), vocabulary=vocabulary)
+    other = inputs(dtype, (tokens,), vocabulary=vocabulary, width=8)
+    teachers = Teachers(1.0, vocabulary, [other["x"]] * 2, [other["weight"]] * 2, [0.0, 0.0])
+    with Largest() as largest:
+        outcome(partial(linear_cross_entropy, teachers=teachers), given, dtype)
+    assert largest.numel <= tokens * vocabulary / 16
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
@@ -273,7 +358,7 @@ def test_a_training_step_holds_no_logits() -> None:
 
 
 def losses_and_collectives(
-    sequence_parallel: bool, dtype: torch.dtype, rows: int, vocabulary: int | None
+    sequence_parallel: bool, dtype: torch.dtype, rows: int, vocabulary: int | None, taught: bool = False
 ) -> tuple[list[Tensor], list[str]]:
     """This rank's losses and gradients, the latter gathered, and the collectives they took after `enter`."""
     axis = mesh_of(Layout(tp=2)).tensor_axis(sequence_parallel)
@@ -281,8 +366,12 @@ def losses_and_collectives(
     own = given["x"].chunk(2, 1)[axis.rank] if sequence_parallel else given["x"]
     x, weight = own.clone().requires_grad_(), given["weight"].chunk(2)[axis.rank].clone().requires_grad_()
     entered = enter(x, axis)
+    teachers = two_teachers(0.7, dtype, (3, 10)) if taught else None
+    if teachers:
+        teachers = replace(teachers, rows=[each.chunk(2)[axis.rank] for each in teachers.rows])
     with in_slices_of(rows), Collectives() as collectives:
-        losses = linear_cross_entropy(entered, weight, given["targets"], axis, vocabulary=vocabulary)
+        settings = {"vocabulary": vocabulary, "teachers": teachers}
+        losses = linear_cross_entropy(entered, weight, given["targets"], axis, **settings)
         losses.backward(given["upstream"].to(losses.dtype))
     grads = [torch.empty_like(weight) for _ in range(2)]
     dist.all_gather(grads, weight.grad)
@@ -308,11 +397,16 @@ def below(vocabulary: int | None, given: dict[str, Tensor]) -> dict[str, Tensor]
     return {**given, "targets": given["targets"] % (vocabulary or VOCABULARY)}
 
 
-CASES = [
-    (sp, dtype, rows, None) for sp in (False, True) for dtype in (torch.float64, torch.bfloat16) for rows in (3, 50)
+Case = tuple[bool, torch.dtype, int, int | None, bool]
+CASES: list[Case] = [
+    (sp, dtype, rows, None, False)
+    for sp in (False, True)
+    for dtype in (torch.float64, torch.bfloat16)
+    for rows in (3, 50)
 ]
 # the second rank's rows pad the vocabulary, some of them or all
-CASES += [(False, torch.float64, 7, vocabulary) for vocabulary in (73, 50, 30)]
+CASES += [(False, torch.float64, 7, vocabulary, False) for vocabulary in (73, 50, 30)]
+CASES += [(sp, torch.float64, 7, vocabulary, True) for sp in (False, True) for vocabulary in (None, 73)]
 
 
 def all_cases() -> list[Any]:
@@ -325,14 +419,15 @@ def on_two_ranks() -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_vocabulary_split_over_ranks(on_two_ranks: Any, case: tuple[bool, torch.dtype, int, int | None]) -> None:
-    sequence_parallel, dtype, _, vocabulary = case
+def test_vocabulary_split_over_ranks(on_two_ranks: Any, case: Case) -> None:
+    sequence_parallel, dtype, _, vocabulary, taught = case
     given = below(vocabulary, inputs(dtype, tokens=(3, 10)))
-    exact = outcome(partial(plain_losses, vocabulary=vocabulary), given, torch.float64)
+    teachers = two_teachers(0.7, dtype, (3, 10)) if taught else None
+    exact = outcome(partial(plain_losses, vocabulary=vocabulary, teachers=teachers), given, torch.float64)
     rtol, atol = (1e-12, 1e-13) if dtype == torch.float64 else (2**-7, 2**-5)
     for rank in range(2):
         found, collectives = on_two_ranks[rank][case]
         for ours, right in zip(found, exact, strict=True):
             torch.testing.assert_close(ours.double(), right, rtol=rtol, atol=atol)
         adjoint = "_reduce_scatter_base" if sequence_parallel else "allreduce"
-        assert collectives == ["allreduce", "allreduce", adjoint]
+        assert collectives == ["allreduce", "allreduce"] * (3 if taught else 1) + [adjoint]
