@@ -42,7 +42,7 @@ VARIANTS = {  # parameterization.name and weight_decay, as in SmuPar's paper; an
     "SmuPar, decay by density": ("smupar", "timescale"),
 }
 DENSE_SMUPAR = ("SmuPar", 1.0)  # the same model as muP's
-COLUMNS = f"{'density':>9}{'rate':>9}{'loss':>9}{'+-':>8}{'to SP':>10}{'+-':>8}{'to muP':>10}{'+-':>8}"
+COLUMNS = f"{'density':>9}{'rate':>9}{'loss':>10}{'+-':>8}{'to SP':>10}{'+-':>8}{'to muP':>10}{'+-':>8}"
 Run = dict[str, Any]
 
 
@@ -52,7 +52,7 @@ class Study:
     around the best; seeds: the first also tunes."""
 
     lines: Sequence[Run]
-    rounds: Sequence[int] = (32, 16)
+    rounds: Sequence[int] = (24, 8)
     seeds: Sequence[int] = (1, 2, 3)
     densities: Sequence[float] = (1.0, 2**-3, 2**-6)
 
@@ -151,6 +151,10 @@ class Study:
                 yield variant, density, lr, self.losses(variant, density, lr)
 
 
+def read(file: Path) -> list[Run]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def key(run: Run) -> tuple[Any, ...]:
     return tuple(run[name] for name in ("variant", "width", "density", "seed", *BOX))
 
@@ -173,11 +177,17 @@ def cell(run: Run, overrides: Sequence[str]) -> Cell:
 
 
 def collect(runs: Sequence[Run], overrides: Sequence[str], file: Path) -> None:
-    """Append a line to the results for each of these runs that has ended."""
-    with open(file, "a") as out:
-        for run in runs:
-            if is_done(directory := cell(run, overrides).directory):
+    """Append a line to the results for each of these runs that has ended, unless another process has."""
+    for run in Study(read(file)).left(runs):
+        if is_done(directory := cell(run, overrides).directory):
+            with open(file, "a") as out:
                 out.write(json.dumps({**run, "loss": final_loss(directory, None)}) + "\n")
+
+
+def mean(losses: np.ndarray) -> str:
+    """Format the mean of the seeds that are there, and half of its interval."""
+    known = losses[~np.isnan(losses)]
+    return f"{known.mean():>+10.4f}{half_interval(known):>8.4f}" if len(known) else f"{'':>18}"
 
 
 def report(study: Study) -> Iterator[str]:
@@ -187,11 +197,8 @@ def report(study: Study) -> Iterator[str]:
         yield f"\n{'at its own best rate' if own else 'at the rate of the dense model':<32}" + COLUMNS
         table = {(variant, density): (lr, losses) for variant, density, lr, losses in study.table(own)}
         for (variant, density), (lr, losses) in table.items():
-            line = f"{variant:<32}{density:>9.4g}{lr:>9.3g}{losses.mean():>9.4f}{half_interval(losses):>8.4f}"
-            for other in ("SP", "muP"):
-                apart = losses - table[other, density][1]
-                line += f"{apart.mean():>+10.4f}{half_interval(apart):>8.4f}" if apart.any() else f"{'':>18}"
-            yield line
+            apart = [mean(losses - table[other, density][1]) for other in ("SP", "muP")]
+            yield f"{variant:<32}{density:>9.4g}{lr:>9.3g}{mean(losses).replace('+', ' ', 1)}{''.join(apart)}"
 
 
 def draw(study: Study, file: Path) -> None:
@@ -201,7 +208,7 @@ def draw(study: Study, file: Path) -> None:
         for axes, own in zip(panels, (False, True), strict=True):
             for number, variant in enumerate(VARIANTS):
                 mine = [(density, losses) for name, density, _, losses in study.table(own) if name == variant]
-                densities, means = [each[0] for each in mine], [each[1].mean() for each in mine]
+                densities, means = [each[0] for each in mine], [np.nanmean(each[1]) for each in mine]
                 errors = [half_interval(losses) for _, losses in mine]
                 style = {"fmt": "o-", "ms": 4, "capsize": 2, "color": PALETTE[f"run{number}"]}
                 axes.errorbar(densities, means, errors, label=variant, **style)
@@ -226,10 +233,8 @@ def main() -> int:
     options = parser.parse_args()
 
     def study() -> Study:
-        lines = [json.loads(line) for line in options.results.read_text().splitlines()]
-        return Study(lines, options.rounds, options.seeds, options.densities)
+        return Study(read(options.results), options.rounds, options.seeds, options.densities)
 
-    options.results.touch()
     if options.worker:
         return work([cell(run, options.overrides) for run in study().missing()], 1, None)
     while not options.show and (runs := study().missing()):

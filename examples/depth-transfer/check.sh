@@ -10,7 +10,7 @@ for variant in "SP: parameterization.name=sp" \
     "SmuPar: parameterization.name=smupar $base" \
     "CompleteP: $completep" \
     "CompleteP x SmuPar: $completep parameterization.scale_density=true"; do
-    for sizes in "--depths 2,4,8,16 sparsity.density=0.25" "--densities 1,0.25,0.0625,0.015625 model.layers=8"; do
+    for sizes in "--depths 2,4,8,16 sparsity.density=0.25" "--densities 1,0.5,0.25,0.125 model.layers=8"; do
         echo "${variant%%:*}, $sizes"
         megahp coordinate-check examples/depth-transfer/run.toml $sizes sparsity.method=static optimizer.lr=0.002 \
             model.vocab_size=257 ${variant#*: } "$@" || test $? = 1
