@@ -63,8 +63,8 @@ def test_branches_are_compared_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planted(run: dict[str, Any]) -> dict[str, Any]:
-    """The base is best at 0.016, 0.08, 9 and 1; a dense SP at 0.001; SP's and muP's optima rise as density^-1."""
-    best = {"lr": 0.016, "std": 0.08, "alpha_in": 9.0, "alpha_out": 1.0}
+    """The base is best at 0.008, 0.15, 4 and 3, where the second round comes nearest; a dense SP at 0.001; SP's and muP's optima rise as density^-1."""
+    best = {"lr": 0.008, "std": 0.15, "alpha_in": 4.0, "alpha_out": 3.0}
     if run["variant"] == "base":
         return run | {"loss": 2 + sum(np.log(run[name] / value) ** 2 for name, value in best.items())}
     optimum = (0.001 if run["variant"] == "SP" else 0.0123) / (run["density"] if "SmuPar" not in run["variant"] else 1)
@@ -85,6 +85,7 @@ def test_density_study_tunes_the_base_and_finds_optima(tmp_path: Path, monkeypat
     assert len({study.key(line) for line in found.lines}) == len(found.lines)  # nothing twice
     configurations = [line for line in found.lines if line["variant"] == "base"]
     first, second = configurations[: found.rounds[0]], configurations[found.rounds[0] :]
+    assert len(second) == found.rounds[1] and found.base in second
     best = min(first, key=lambda line: line["loss"])
     assert max(line["alpha_in"] for line in first) / min(line["alpha_in"] for line in first) > 64**0.8
     # a quarter of the range in logarithms to either side

@@ -52,7 +52,7 @@ class Study:
     around the best; seeds: the first also tunes."""
 
     lines: Sequence[Run]
-    rounds: Sequence[int] = (24, 8)
+    rounds: Sequence[int] = (32, 8)
     seeds: Sequence[int] = (1, 2, 3)
     densities: Sequence[float] = (1.0, 2**-3, 2**-6)
 
@@ -84,7 +84,9 @@ class Study:
                 runs.append({"variant": "base", "width": BASE, "density": 1.0, "seed": self.seeds[0], **settings})
             if self.left(runs):
                 break
-            middle, half = np.log([self.base[name] for name in BOX]), half / 2
+            tried = {key(run) for run in runs}
+            best = min((line for line in self.lines if key(line) in tried), key=lambda line: line["loss"])
+            middle, half = np.log([best[name] for name in BOX]), half / 2
         return runs
 
     @property
