@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from corpus import write_corpus
 
+from megahp.scaling.parameterization import Role, table_of
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -97,6 +99,19 @@ def test_density_study_tunes_the_base_and_finds_optima(tmp_path: Path, monkeypat
     assert "2.3620  0.0025   +0.0000  0.0000" in "\n".join(study.report(found))  # SP at 1/64: +- 4.303 x 0.001 / 3^1/2
     study.draw(found, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+
+def test_density_study_gives_sp_the_dense_network_of_mup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At initialization: embedding's output, hidden matrices and logits are of the same size, attention apart."""
+    study = load("density-transfer/study.py", monkeypatch)
+    found = complete(study, rounds=(1, 1), densities=(1.0,))
+    sizes = []
+    for variant in ("SP", "muP"):
+        config = study.cell(found.target(variant, 1.0, 0.01, 1), ()).config
+        table, std = table_of(config), config.parameterization.init_std
+        hidden = std * table.rule(Role.HIDDEN).init_std
+        sizes.append([hidden, std * table.embedding, std * table.logits])
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-4)
 
 
 def test_density_study_trains_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
