@@ -131,8 +131,8 @@ class Study:
         if runs := self.ahead("SP", 1.0):
             return runs
         if runs := [run for pair in self.pairs for run in seeds(*pair, self.reused(pair[0]))]:
-            return sorted(runs, key=lambda run: run["seed"])
-        for density in sorted(self.densities):  # the sparsest first
+            return sorted(runs, key=lambda run: run["density"])  # the sparsest first
+        for density in sorted(self.densities):
             pairs = [pair for pair in self.pairs if pair[1] == density]
             if runs := [run for pair in pairs for run in self.ahead(*pair) or seeds(*pair, self.own(*pair))]:
                 return runs
