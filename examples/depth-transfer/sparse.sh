@@ -9,9 +9,9 @@ base="parameterization.base_width=64"
 completep="parameterization.name=completep $base parameterization.base_layers=2"
 megahp transfer-sweep examples/depth-transfer/run.toml sparsity.method=static sparsity.density=0.25 \
     --family model.layers=2,4,8,16 --seeds 1,2 --grid optimizer.lr=0.016,0.032,0.064 --variants \
-    "SP: parameterization.name=sp optimizer.lr=0.004,0.008,0.016" \
-    "muP: parameterization.name=mup $base" \
+    "SP: parameterization.name=sp optimizer.lr=0.008,0.016,0.032" \
+    "muP: parameterization.name=mup $base optimizer.lr=0.032,0.064,0.128" \
     "SmuPar: parameterization.name=smupar parameterization.weight_decay=width $base" \
-    "CompleteP: $completep" \
+    "CompleteP: $completep optimizer.lr=0.032,0.064,0.128" \
     "CompleteP x SmuPar: $completep parameterization.scale_density=true" \
     --out runs/depth-sparse --json runs/depth-sparse.json --plot runs/depth-sparse.svg "$@"
