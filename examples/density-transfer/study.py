@@ -42,7 +42,8 @@ VARIANTS = {  # parameterization.name and weight_decay, as in SmuPar's paper; an
     "SmuPar, decay by density": ("smupar", "timescale"),
 }
 DENSE_SMUPAR = ("SmuPar", 1.0)  # the same model as muP's
-COLUMNS = f"{'density':>9}{'rate':>9}{'loss':>10}{'+-':>8}{'to SP':>10}{'+-':>8}{'to muP':>10}{'+-':>8}"
+OTHERS = ("SP", "muP", "SmuPar")
+COLUMNS = f"{'density':>9}{'rate':>9}{'loss':>10}{'+-':>8}" + "".join(f"{'to ' + name:>10}{'+-':>8}" for name in OTHERS)
 Run = dict[str, Any]
 
 
@@ -193,13 +194,13 @@ def mean(losses: np.ndarray) -> str:
 
 
 def report(study: Study) -> Iterator[str]:
-    """Yield the tables: losses with their differences to SP's and muP's of the same density, paired by seed."""
+    """Yield the tables: losses, and their differences to others' at the same density, paired by seed."""
     yield "base: " + ", ".join(f"{name} {study.base[name]:g}" for name in (*BOX, "loss"))
     for own in (False, True):
         yield f"\n{'at its own best rate' if own else 'at the rate of the dense model':<32}" + COLUMNS
         table = {(variant, density): (lr, losses) for variant, density, lr, losses in study.table(own)}
         for (variant, density), (lr, losses) in table.items():
-            apart = [mean(losses - table[other, density][1]) for other in ("SP", "muP")]
+            apart = [mean(losses - table[other, density][1]) for other in OTHERS]
             yield f"{variant:<32}{density:>9.4g}{lr:>9.3g}{mean(losses).replace('+', ' ', 1)}{''.join(apart)}"
 
 

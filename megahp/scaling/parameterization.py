@@ -64,7 +64,7 @@ class Table:
 
         A sum over fewer inputs is smaller by sqrt(m_rho), and an update's part of it by m_rho: SmuPar compensates for
         both. (arXiv 2405.15743, table 1) Weight decay stays, so lr x weight_decay grows as 1/m_rho, unless it keeps the
-        timescale, which is untried in public.
+        timescale, which is ours (docs/transfer.md).
         """
         rule = self.rules[role]
         if not self.scale_density or role is not Role.HIDDEN:
