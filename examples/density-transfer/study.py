@@ -197,7 +197,7 @@ def report(study: Study) -> Iterator[str]:
     """Yield the tables: losses, and their differences to others' at the same density, paired by seed."""
     yield "base: " + ", ".join(f"{name} {study.base[name]:g}" for name in (*BOX, "loss"))
     for own in (False, True):
-        yield f"\n{'at its own best rate' if own else 'at the rate of the dense model':<32}" + COLUMNS
+        yield f"\n{'at the best rate tried' if own else 'at the rate of the dense model':<32}" + COLUMNS
         table = {(variant, density): (lr, losses) for variant, density, lr, losses in study.table(own)}
         for (variant, density), (lr, losses) in table.items():
             apart = [mean(losses - table[other, density][1]) for other in OTHERS]
@@ -215,7 +215,7 @@ def draw(study: Study, file: Path) -> None:
                 errors = [half_interval(losses) for _, losses in mine]
                 style = {"fmt": "o-", "ms": 4, "capsize": 2, "color": PALETTE[f"run{number}"]}
                 axes.errorbar(densities, means, errors, label=variant, **style)
-            axes.set(xlabel="density", title="at its own best rate" if own else "at the rate of the dense model")
+            axes.set(xlabel="density", title="at the best rate tried" if own else "at the rate of the dense model")
             logarithmic_x(axes, study.densities, [f"{density:.3g}" for density in study.densities])
         panels[0].set_ylabel("validation loss, nats")
         panels[0].legend(frameon=False, fontsize=7)
