@@ -9,8 +9,9 @@ alpha_out are tuned together on a dense model of width 64, and SP's rate on a de
 settings such that it begins as the same network. Reused: width 256 at each density with the dense model's rate. Own:
 the best rate of each parameterization at each density, found on the first seed in steps of a factor 2 until it has been
 tried on both sides, then run on all seeds. A run that the results lack is trained, on one thread, and becomes a line
-there; then the tables are printed and the figure drawn. After an interruption the same command resumes. The second
-command is the full form, hours long. Results: docs/transfer.md.
+there; then the tables are printed and the figure drawn. After an interruption the same command resumes. The first
+command is about 120 runs, three quarters of an hour of CPU; the second is the full form, hours long. Results:
+docs/transfer.md.
 """
 
 import argparse
