@@ -162,6 +162,10 @@ def contents(folder: Path) -> dict[str, bytes]:
             "train run.toml sparsity.method=gradual sparsity.density=0.5 parameterization.name=smupar",
             ["'smupar'", "'gradual'", "parameterization.name=mup"],
         ),
+        (
+            "train run.toml sparsity.method=gradual sparsity.density=0.5 parameterization.scale_density=true",
+            ["parameterization.scale_density", "'gradual'", "set it to false"],
+        ),
         ("train run.toml sparsity.method=static optimizer.name=muon", ["sparsity.method = 'static'", "'muon'"]),
         ("train run.toml train.start_from=runs/done sparsity.method=static", ["sparsity.method = 'static'", "'none'"]),
         ("train run.toml log.name=done --resume auto sparsity.method=static", ["sparsity.method", "log.name"]),

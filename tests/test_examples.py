@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from corpus import write_corpus
 
 from megahp.config import resolve
+from megahp.scaling.parameterization import Role, table_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -50,7 +52,6 @@ def test_decay_to_zero_compares_at_best_rates(tmp_path: Path, monkeypatch: pytes
     rate, _, differences, share = found[4e5, "cosine to 10 %"]
     assert rate == 2e-3 and differences == pytest.approx([0.02] * 3) and share == pytest.approx(2**-0.2)
     assert np.isnan(found[1e5, "cosine to 10 %"][3])  # above all that D2Z has reached
-    assert compare.interval(np.array([1.0, 2.0, 3.0])) == pytest.approx(4.303 / 3**0.5)
     compare.draw(curves, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 1000
 
@@ -115,3 +116,72 @@ def test_run_files_and_the_commands_in_them_are_valid(file: Path) -> None:
         if command.startswith("megahp train"):
             _, _, name, *words = shlex.split(command.partition("    #")[0])
             resolve.load(EXAMPLES.parent / name, [word for word in words if not word.endswith("=...")])
+
+
+def planted(run: dict[str, Any]) -> dict[str, Any]:
+    """The base is best at 0.008, 0.15, 4 and 3; a dense SP at 0.001; SP's and muP's optima rise as 1 / density."""
+    best = {"lr": 0.008, "std": 0.15, "alpha_in": 4.0, "alpha_out": 3.0}
+    if run["variant"] == "base":
+        return run | {"loss": 2 + sum(np.log(run[name] / value) ** 2 for name, value in best.items())}
+    optimum = (0.001 if run["variant"] == "SP" else 0.0123) / (run["density"] if "SmuPar" not in run["variant"] else 1)
+    return run | {"loss": 2 + 0.01 * np.log2(run["lr"] / optimum) ** 2 + 0.001 * run["seed"]}
+
+
+def complete(study: ModuleType, **options: Any) -> Any:
+    """Run the density study on planted losses."""
+    found = study.Study([], **options)
+    while runs := found.missing():
+        found = study.Study([*found.lines, *map(planted, runs)], **options)
+    return found
+
+
+def test_density_study_tunes_the_base_and_finds_optima(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load("density-transfer/study.py", monkeypatch)
+    found = complete(study)
+    assert len({study.key(line) for line in found.lines}) == len(found.lines)  # nothing twice
+    configurations = [line for line in found.lines if line["variant"] == "base"]
+    first, second = configurations[: found.rounds[0]], configurations[found.rounds[0] :]
+    assert len(second) == found.rounds[1] and found.base in second
+    best = min(first, key=lambda line: line["loss"])
+    assert max(line["alpha_in"] for line in first) / min(line["alpha_in"] for line in first) > 64**0.8
+    # a quarter of the range in logarithms to either side
+    assert all(8**-0.5 <= line["alpha_in"] / best["alpha_in"] * 1.01 <= 8**0.5 * 1.02 for line in second)
+    assert found.own("SP", 1.0) == 0.001 and found.own("SP", 1 / 8) == 0.008 and found.own("SP", 1 / 64) == 0.064
+    assert found.own("SmuPar", 1 / 64) == found.own("muP", 1.0) and len(found.losses("SmuPar", 1.0, found.base["lr"]))
+    reused = {(variant, density): losses for variant, density, _, losses in found.table(own=False)}
+    assert reused["SP", 1 / 64].mean() - reused["SP", 1.0].mean() == pytest.approx(0.01 * 6**2)
+    assert "2.3620  0.0025   +0.0000  0.0000" in "\n".join(study.report(found))  # SP at 1/64: +- 4.303 x 0.001 / 3^1/2
+    study.draw(found, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+
+def test_density_study_gives_sp_the_dense_network_of_mup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At initialization: embedding's output, hidden matrices and logits are of the same size, attention apart."""
+    study = load("density-transfer/study.py", monkeypatch)
+    found = complete(study, rounds=(1, 1), densities=(1.0,))
+    sizes = []
+    for variant in ("SP", "muP"):
+        config = study.cell(found.target(variant, 1.0, 0.01, 1), ()).config
+        table, std = table_of(config), config.parameterization.init_std
+        hidden = std * table.rule(Role.HIDDEN).init_std
+        sizes.append([hidden, std * table.embedding, std * table.logits])
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-4)
+
+
+def test_density_study_trains_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command, on a results file that lacks two runs: they are trained, added and shown."""
+    study = load("density-transfer/study.py", monkeypatch)
+    write_corpus(tmp_path / "corpus")
+    results, lines = tmp_path / "results.jsonl", complete(study).lines
+    lost = [line for line in lines if line["seed"] == 3 and line["density"] == 1 / 64][:2]
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines if line not in lost))
+    small = ("model.layers=1", "model.width=32", "model.heads=2", "model.mlp_width=32", "train.tokens=2560")
+    place = (f'data.train=["{tmp_path / "corpus"}"]', "train.validation_samples=1", f"log.root={tmp_path / 'runs'}")
+    options = ("--results", str(results), "--plot", str(tmp_path / "plot.svg"), "--jobs", "1")
+    command = [sys.executable, str(EXAMPLES / "density-transfer/study.py"), *small, *place, *options]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "[2/2]" in said and "at the best rate tried" in said and (tmp_path / "plot.svg").exists()
+    added = [json.loads(line) for line in results.read_text().splitlines()][-2:]
+    assert {study.key(line) for line in added} == {study.key(line) for line in lost}
+    assert all(line["loss"] > 3 for line in added)  # after ten steps; what was planted is below
+    assert not study.Study(study.read(results)).missing()

@@ -234,8 +234,10 @@ def judge(
     arguments: argparse.Namespace, rules: ParameterizationConfig, sizes: Sequence[float], measured: Measured
 ) -> list[dict[str, Any]]:
     """Return the slope of everything measured and, where theory requires something of it, whether it holds."""
+    kind = "lazy" if arguments.lazy else family_kind(arguments)
     name = ALPHAS.get(rules.depth_alpha, "") if rules.name == "completep" else rules.name
-    requirements = REQUIRED["lazy" if arguments.lazy else family_kind(arguments)]
+    name = "smupar" if kind == "densities" and rules.scale_density else name
+    requirements = REQUIRED[kind]
     rows = []
     for (quantity, when), values in measured.items():
         required = requirements.get((quantity, when))

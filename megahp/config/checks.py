@@ -331,6 +331,8 @@ def _sparsity(config: Config) -> Iterator[str]:
         yield f"sparsity.begin = {sparsity.begin:g} is not before sparsity.end = {sparsity.end:g}; lower it"
     if sparsity.method == "gradual" and config.parameterization.name == "smupar":
         yield f"parameterization.name = 'smupar' needs a constant density, not {method}; set parameterization.name=mup"
+    if sparsity.method == "gradual" and config.parameterization.scale_density:
+        yield f"parameterization.scale_density needs a constant density, not {method}; set it to false"
     if sparsity.method == "gradual" and sparsity.end == 1:
         yield "sparsity.end = 1 leaves no steps at the final density; lower it, such as 0.75"
     if sparsity.method != "none" and config.optimizer.name == "muon":

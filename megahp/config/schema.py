@@ -234,6 +234,9 @@ class ParameterizationConfig:
         at_least=0,
         at_most=1,
     )
+    scale_density: bool = completep_only(
+        False, "also divide hidden init by the root of density and the hidden learning rate by density, as smupar does"
+    )
     weight_decay: Literal["", "base", "width", "timescale"] = setting(
         "",
         "weight decay of hidden matrices and routers: base = optimizer.weight_decay; width = times width / base_width; "

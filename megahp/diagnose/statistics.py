@@ -29,6 +29,15 @@ def resampled(estimates: np.ndarray, draws: int = 1000, seed: int = 0) -> np.nda
     return estimates[checkpoint, random.integers(batches, size=(draws, checkpoints, batches))].mean(2)
 
 
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided, at 1 to 9 degrees
+
+
+def half_interval(values: np.ndarray) -> float:
+    """Return half of the 95 % interval of the mean of values [runs], by Student's t: 2 to 10 of them, else NaN."""
+    count = len(values)
+    return T_95[count - 2] * float(np.std(values, ddof=1)) / count**0.5 if 2 <= count <= 10 else np.nan
+
+
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Return the central interval that holds `level` of a bootstrap's values [draws]; NaN where more than 1 % of them
     are not finite."""

@@ -5,8 +5,8 @@ A weight's learning rate is optimizer.lr x the batch rule's factor (scaling/batc
 (BatchScheduler.step) x its role's (Rule.lr, by train/optimizer.py: rates).
 
 No other file contains a scaling exponent. Sources: SP, muP and depth-alpha columns of CompleteP (arXiv 2505.01618)
-Table 1; SmuPar (arXiv 2405.15743), which is muP with density factors, of a base that is dense. The two papers' muPs
-differ in the weight decay of hidden matrices: see DECAY.
+Table 1; SmuPar (arXiv 2405.15743), which is muP with density factors, of a base that is dense; CompleteP with these
+(scale_density) is ours. The two papers' muPs differ in the weight decay of hidden matrices: see DECAY.
 """
 
 import math
@@ -57,16 +57,17 @@ class Table:
     attention: float  # softmax scale
     branch_init: float = 1.0  # multiplies the initial standard deviation of each branch's last matrix
     decay: str = "width"  # parameterization.weight_decay
+    scale_density: bool = False  # whether hidden matrices have SmuPar's factors
 
     def rule(self, role: Role, density: float = 1.0) -> Rule:
         """Return the rule of a weight. density: the share of it that is not masked, m_rho.
 
         A sum over fewer inputs is smaller by sqrt(m_rho), and an update's part of it by m_rho: SmuPar compensates for
         both. (arXiv 2405.15743, table 1) Weight decay stays, so lr x weight_decay grows as 1/m_rho, unless it keeps the
-        timescale, which is untried in public.
+        timescale, which is ours (docs/transfer.md).
         """
         rule = self.rules[role]
-        if self.name != "smupar" or role is not Role.HIDDEN:
+        if not self.scale_density or role is not Role.HIDDEN:
             return rule
         decay = rule.weight_decay * (density if self.decay == "timescale" else 1.0)
         return replace(rule, init_std=rule.init_std * density**-0.5, lr=rule.lr / density, weight_decay=decay)
@@ -75,8 +76,9 @@ class Table:
         return asdict(self)
 
     def is_of(self, saved: Mapping[str, Any]) -> bool:
-        """Return whether `to_dict` gave this, here or in an older megahp, whose tables lacked the last two fields."""
-        return {"branch_init": 1.0, "decay": self.decay, **saved} == self.to_dict()
+        """Return whether `to_dict` gave this, here or in an older megahp, whose tables lacked the last fields."""
+        older = {"branch_init": 1.0, "decay": self.decay, "scale_density": saved["name"] == "smupar"}
+        return {**older, **saved} == self.to_dict()
 
 
 def spectral_scale(fan_out: int, fan_in: int) -> float:
@@ -137,4 +139,5 @@ def fill_in(rules: ParameterizationConfig, width: int, layers: int, head_size: i
         attention=rules.attention_multiplier * (head_size**-0.5 if rules.name == "sp" else 1 / head_size),
         branch_init=(2 * layers) ** -0.5 if rules.residual_init == "gpt2" else 1.0,
         decay=decay,
+        scale_density=rules.name == "smupar" or rules.scale_density,
     )

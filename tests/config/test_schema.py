@@ -34,6 +34,7 @@ model.router_score model.router_normalize model.router_scale model.balance_rate 
 model.levels
 model.padding model.quantize model.quantize_group
 parameterization.name parameterization.base_width parameterization.base_layers parameterization.depth_alpha
+parameterization.scale_density
 parameterization.weight_decay parameterization.init_std parameterization.residual_init
 parameterization.embedding_multiplier parameterization.output_multiplier
 parameterization.residual_multiplier parameterization.attention_multiplier

@@ -40,9 +40,11 @@ SP = "parameterization.name=sp"
 MUP = "parameterization.name=mup parameterization.base_width=64"
 SMUPAR = "parameterization.name=smupar parameterization.base_width=64"
 COMPLETEP = "parameterization.name=completep parameterization.base_width=64 parameterization.base_layers=2"
+PRODUCT = f"{COMPLETEP} parameterization.scale_density=true"
 # std x sqrt(width) = 0.32 and an embedding of 0.02, as in the authors' own check at width 256
 DEPTH = "optimizer.lr=3e-3 parameterization.init_std=0.04 parameterization.embedding_multiplier=0.5"
 WIDTH = "optimizer.lr=1e-3"
+SPARSE = "sparsity.method=static sparsity.density=0.25"
 DENSITY = "optimizer.lr=1e-3 sparsity.method=static"
 DEPTHS, WIDTHS, DENSITIES = "--depths=2,4,8,16", "--widths=64,128,256", "--densities=1,0.25,0.0625"
 CASES = {
@@ -59,6 +61,8 @@ CASES = {
     "density, CompleteP": f"{COMPLETEP} {DENSITY} {DENSITIES} --steps=1 --seeds=1,2",
     "density, muP": f"{MUP} {DENSITY} {DENSITIES} --steps=3 --seeds=1,2",
     "density, SmuPar": f"{SMUPAR} {DENSITY} {DENSITIES} --steps=3 --seeds=1,2",
+    "density, CompleteP x SmuPar": f"{PRODUCT} {DENSITY} {DENSITIES} model.layers=8 --steps=3 --seeds=1,2",
+    "depth, CompleteP x SmuPar": f"{PRODUCT} {DEPTH} {SPARSE} {DEPTHS} --seeds=1,2",
     "lazy, SP": f"{SP} {DEPTH} {DEPTHS} --lazy --seeds=1,2",
     "lazy, alpha 1/2": f"{COMPLETEP} parameterization.depth_alpha=0.5 {DEPTH} {DEPTHS} --lazy",
     "lazy, alpha 1": f"{COMPLETEP} {DEPTH} {DEPTHS} --lazy",

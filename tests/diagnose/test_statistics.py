@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megahp.diagnose.statistics import correlation, interval, resampled, slope
+from megahp.diagnose.statistics import correlation, half_interval, interval, resampled, slope
 
 
 def test_slope_and_correlation() -> None:
@@ -37,3 +37,12 @@ def test_an_interval_of_what_means_nothing_is_none() -> None:
     assert np.isfinite(interval(values)).all()
     values[1:3] = np.nan
     assert np.isnan(interval(values)).all()
+
+
+def test_a_means_interval_holds_it_as_often_as_it_says() -> None:
+    random = np.random.default_rng(3)
+    for count in (2, 3, 5, 10):
+        draws = random.normal(1.0, 2.0, size=(4000, count))
+        held = [abs(values.mean() - 1) < half_interval(values) for values in draws]
+        assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+    assert np.isnan(half_interval(np.ones(1))) and np.isnan(half_interval(np.ones(11)))

@@ -64,11 +64,14 @@ def test_gpt2s_residual_init() -> None:
 
 
 def test_a_table_that_an_older_megahp_saved_is_known_again() -> None:
-    """Before there were the choices: without their keys, and every weight decay with width."""
+    """Before there were the choices: without their keys, every weight decay with width, density's factors by name."""
     saved = json.loads(json.dumps(table("smupar", decay="width").to_dict()))
-    del saved["branch_init"], saved["decay"]
+    del saved["branch_init"], saved["decay"], saved["scale_density"]
     assert table("smupar", decay="width").is_of(saved) and not table("smupar").is_of(saved)
     assert not replace(table("smupar", decay="width"), branch_init=0.5).is_of(saved)
+    saved = json.loads(json.dumps(table("completep").to_dict()))
+    del saved["scale_density"]
+    assert table("completep").is_of(saved) and not replace(table("completep"), scale_density=True).is_of(saved)
 
 
 def test_the_router_is_an_output_matrix_without_an_output_multiplier() -> None:
@@ -96,6 +99,33 @@ def test_smupar_is_mup_with_density_factors(density: float, std: float, lr: floa
     assert filled.rule(Role.HIDDEN) == mup.rules[Role.HIDDEN]
     assert {role for role in Role if filled.rule(role, density) != mup.rules[role]} <= {Role.HIDDEN}
     assert all(table(name).rule(Role.HIDDEN, density) == table(name).rules[Role.HIDDEN] for name in ("mup", "sp"))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "decay", "init_std", "lr", "weight_decay", "eps", "residual"),
+    [  # m_N = 8, m_L = 16, density 1/4: worked out by hand from Table 1 of CompleteP and of SmuPar
+        (1.0, "", 0.70711, 0.5, 8.0, 1 / 128, 1 / 16),  # 8^-1/2 x 2; 1/8 x 4
+        (0.5, "", 0.70711, 0.125, 8.0, 1 / 32, 1 / 4),  # 1/8 x 16^-1/2 x 4
+        (1.0, "timescale", 0.70711, 0.5, 2.0, 1 / 128, 1 / 16),
+        (0.5, "timescale", 0.70711, 0.125, 8.0, 1 / 32, 1 / 4),
+    ],
+)
+def test_completep_with_density_factors(
+    alpha: float, decay: str, init_std: float, lr: float, weight_decay: float, eps: float, residual: float
+) -> None:
+    """Depth, width and density multiply; what is not a hidden matrix knows nothing of density."""
+    rules = ParameterizationConfig(name="completep", depth_alpha=alpha, weight_decay=decay, scale_density=True)
+    filled, dense = fill_in(rules, 2048, 32, 64), table("completep", alpha, decay=decay)
+    expected = Rule(init_std=init_std, lr=lr, weight_decay=weight_decay, eps=eps, spectral_lr=16 ** (alpha - 1))
+    found = filled.rule(Role.HIDDEN, 0.25)
+    assert vars(found) == pytest.approx(vars(expected), rel=1e-4) and filled.residual == residual
+    assert filled.rules == dense.rules and filled.rule(Role.HIDDEN) == dense.rule(Role.HIDDEN, 0.25)
+    assert {role for role in Role if filled.rule(role, 0.25) != dense.rules[role]} == {Role.HIDDEN}
+
+
+def test_completep_without_depth_is_smupar() -> None:
+    rules = ParameterizationConfig(name="completep", depth_alpha=0.0, weight_decay="base", scale_density=True)
+    assert replace(fill_in(rules, 2048, 32, 64), name="smupar") == table("smupar")
 
 
 @pytest.mark.parametrize("octaves", range(4))

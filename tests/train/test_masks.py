@@ -36,7 +36,7 @@ COMMON = ("train.dtype=float64", "train.tokens=1792", 'batch.table=["128:16"]') 
 METHODS = {
     "static": ("parameterization.name=smupar", "parameterization.base_layers=2", "sparsity.layers=[0.5,0.125]"),
     "gradual": ("sparsity.density=0.3", "sparsity.every=2"),
-    "rigl": ("sparsity.density=0.4", "sparsity.every=2"),
+    "rigl": ("parameterization.scale_density=true", "sparsity.density=0.4", "sparsity.every=2"),
 }
 LAYOUTS = {
     "one": (),
@@ -161,7 +161,7 @@ def plainly(case: Case) -> dict[str, Any]:
             weight.grad.mul_((chosen.optimizer.clip / norm).clamp(max=1))
         for group in optimizer.param_groups:
             rule = table.rules[rows[group["name"]].role]
-            sparser = density_of(group["name"], chosen) if group["name"] in own and "smupar" in table.name else 1
+            sparser = density_of(group["name"], chosen) if group["name"] in own and table.scale_density else 1
             group.update(lr=plan.lr * rule.lr / sparser, weight_decay=plan.weight_decay * rule.weight_decay)
             group.update(eps=plan.eps * rule.eps, betas=(plan.beta1, plan.beta2))
         optimizer.step()
@@ -176,7 +176,7 @@ def plainly(case: Case) -> dict[str, Any]:
 
 
 def density_of(name: str, chosen: Config) -> float:
-    return chosen.sparsity.layers[int(name.split(".")[1])]
+    return chosen.sparsity.layers[int(name.split(".")[1])] if chosen.sparsity.layers else chosen.sparsity.density
 
 
 def changed(
