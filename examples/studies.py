@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from megahp.diagnose.statistics import half_interval
+
 HERE = Path(__file__).parent
 DATA = Path("data/studies")
 HELD_OUT = 16  # every sixteenth document is
@@ -226,15 +228,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     print("\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
-def half_interval(values: Sequence[float]) -> float:
-    """Return half of the 95 % interval of a mean, by Student's t; NaN of fewer than three values."""
-    from scipy.stats import t
-
-    count = len(values)
-    return float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5) if count > 2 else np.nan
-
-
 def mean_and_interval(values: Sequence[float], digits: int = 3) -> str:
     """Return a mean with half of its 95 % interval, to print."""
-    half = half_interval(values)
+    half = half_interval(np.asarray(values))
     return f"{np.mean(values):.{digits}f}" + ("" if np.isnan(half) else f" +- {half:.{digits}f}")

@@ -33,6 +33,8 @@ from typing import Any
 
 import numpy as np
 
+from megahp.diagnose.statistics import half_interval
+
 HERE = Path(__file__).parent
 DATA, RUNS = Path("data/infinite-compute"), Path("runs/infinite-compute")
 TEXTS = HERE.parent / "batch-growth/shakespeare.jsonl"
@@ -40,7 +42,6 @@ HELD_OUT = 60  # texts, the last ones: 131 thousand bytes
 USUAL = 0.1  # weight decay
 RATES = [0.5e-3 * 2**k for k in range(8)]
 STEP = 1024  # tokens
-T_OF_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of values
 Line = dict[str, Any]
 
 
@@ -233,14 +234,8 @@ def carry_out(study: Study, file: Path) -> None:
         print(line, flush=True)
 
 
-def half_interval(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of a mean."""
-    count = len(values)
-    return T_OF_95.get(count, 2.0) * float(np.std(values, ddof=1)) / count**0.5 if count > 1 else np.nan
-
-
 def shown(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.3f} +- {half_interval(values):.3f}" if len(values) else ""
+    return f"{np.mean(values):.3f} +- {half_interval(np.asarray(values)):.3f}" if len(values) else ""
 
 
 def losses_of(lines: Sequence[Line], study: Study, epochs: int, decay: float, key: str = "loss") -> list[float]:
@@ -309,7 +304,7 @@ def draw(lines: Sequence[Line], study: Study, file: Path) -> None:
                 points = {epochs: losses for epochs, losses in points.items() if losses}
                 means, errors = (
                     [np.mean(each) for each in points.values()],
-                    [half_interval(each) for each in points.values()],
+                    [half_interval(np.asarray(each)) for each in points.values()],
                 )
                 label = f"decay {decay:g}" if key == "loss" else None
                 left.errorbar(
