@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from megahp.config import ScheduleConfig
-from megahp.report.figures import PALETTE, plot_in
+from megahp.diagnose.statistics import half_interval
+from megahp.report.figures import PALETTE, logarithmic_x, plot_in
 from megahp.scaling.schedules import dual_coefficients, fraction
 
 HERE = Path(__file__).parent
@@ -30,7 +31,6 @@ SCHEDULES = {
     "inverse sqrt": ScheduleConfig(name="inverse-sqrt"),
     "constant": ScheduleConfig(name="constant"),
 }
-T_OF_95 = {2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}  # Student's t, two-sided, by degrees of freedom
 
 
 def best(curve: dict[str, Any]) -> tuple[float, np.ndarray]:
@@ -38,12 +38,6 @@ def best(curve: dict[str, Any]) -> tuple[float, np.ndarray]:
     losses = np.array(curve["losses"], float)
     at = int(losses.mean(1).argmin())
     return curve["values"][at], losses[at]
-
-
-def interval(differences: np.ndarray) -> float:
-    """Return half of the 95 % interval of a mean; NaN of fewer than three values."""
-    count = len(differences)
-    return T_OF_95.get(count - 1, np.nan) * float(np.std(differences, ddof=1)) / count**0.5 if count > 1 else np.nan
 
 
 def rows(curves: list[dict[str, Any]]) -> Iterator[tuple[float, str, float, np.ndarray, np.ndarray, float]]:
@@ -64,12 +58,13 @@ def draw(curves: list[dict[str, Any]], file: Path) -> None:
         for number, (name, schedule) in enumerate(SCHEDULES.items()):
             mine = [row for row in table if row[1] == name]
             sizes, differences = [row[0] / WEIGHTS for row in mine], [row[4] for row in mine]
-            means, errors = [each.mean() for each in differences], [interval(each) for each in differences]
+            means, errors = [each.mean() for each in differences], [half_interval(each) for each in differences]
             style = {"color": PALETTE[f"run{number}"], "label": name}
             left.errorbar(sizes, means, errors, fmt="o-", ms=4, capsize=2, **style)
             rates = np.array([fraction(schedule, step, 1000) for step in steps])
             right.plot(steps / 1000, 1000 * dual_coefficients(rates, np.full(1000, 0.01))[1], **style)
-        left.set(xscale="log", xlabel="tokens per weight", ylabel="nats above decay to zero")
+        left.set(xlabel="tokens per weight", ylabel="nats above decay to zero")
+        logarithmic_x(left, sizes, [f"{size:.3g}" for size in sizes])
         right.set(xlabel="part of the run", ylabel="share in the last weights, per mille a step", ylim=(0, 4))
         left.legend(frameon=False, fontsize=7)
 
@@ -84,5 +79,5 @@ if __name__ == "__main__":
     for size, variant, rate, losses, differences, share in rows(curves):
         line = f"{size:>10,.0f} {variant:<16}{rate:>10.2g}{losses.mean():>9.4f}{differences.mean():>+10.4f}"
         needs = "-" if np.isnan(share) or variant == "D2Z" else f"{share:.0%}"
-        print(f"{line}{interval(differences):>9.4f}{needs:>11}")
+        print(f"{line}{half_interval(differences):>9.4f}{needs:>11}")
     draw(curves, options.plot)

@@ -5,6 +5,7 @@
 #     sh examples/density-transfer/study.sh   (results: docs/transfer.md)
 set -eu
 sh examples/stdlib-bytes.sh
+mkdir -p runs
 megahp transfer-sweep examples/density-transfer/run.toml \
     --grid optimizer.lr=0.002,0.004,0.008,0.016,0.032 --family sparsity.density=1,0.25,0.0625 --seeds 1,2,3 \
     --variants "SP: optimizer.lr=0.0005,0.001,0.002,0.004,0.008,0.016,0.032" \

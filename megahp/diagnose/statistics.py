@@ -1,4 +1,7 @@
-"""Slopes, correlations and bootstrap intervals over several checkpoints and batches."""
+"""Slopes, correlations, and intervals: by bootstrap over checkpoints and batches, by Student's t over seeds."""
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,3 +40,24 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
         return np.nan, np.nan
     low, high = np.nanquantile(values, (tail, 1 - tail))
     return float(low), float(high)
+
+
+def student(x: float, freedom: int) -> float:
+    """Return P(T > x) of Student's t, by the trapezoid rule."""
+    grid = np.linspace(0, abs(x), 20_001)
+    density = (1 + grid**2 / freedom) ** (-(freedom + 1) / 2)
+    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    tail = 0.5 - scale * float(np.trapezoid(density, grid))
+    return tail if x >= 0 else 1 - tail
+
+
+def half_interval(values: Sequence[float] | np.ndarray) -> float:
+    """Return half of the 95 % interval of a mean, by Student's t; NaN of fewer than three values."""
+    freedom = len(values) - 1
+    if freedom < 2:
+        return math.nan
+    low, high = 0.0, 1000.0  # of t at a tail of 2.5 %
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, freedom) > 0.025 else (low, middle)
+    return high * float(np.std(values, ddof=1)) / math.sqrt(len(values))
