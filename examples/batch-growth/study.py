@@ -258,7 +258,7 @@ def train(run: Line, store: Any, overrides: Sequence[str]) -> Line:
         "tokens": int(last["tokens"]),
         "changes": [[event["tokens"], event["now"]] for event in logged.events if event["event"] == "batch"],
         "reasons": [event["reason"].partition(": ")[2] for event in logged.events if event["event"] == "batch"],
-        "noise_scale": scales[:: len(scales) // 20],
+        "noise_scale": scales[:: max(len(scales) // 20, 1)],
         "replayed": not replayed.differences,
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -293,6 +293,8 @@ def train_all(file: Path, todo: Any, jobs: int, overrides: Sequence[str]) -> Non
         for left in range(len(runs) - 1, len(runs) - 1 - min(len(runs), 4 * jobs), -1):
             line = done.get(timeout=3600)  # a worker that the system killed would be waited for without end
             if isinstance(line, Exception):
+                for worker in workers:
+                    worker.kill()  # they take SIGTERM for a notice, and this process would wait for them
                 raise line
             with open(file, "a") as out:
                 out.write(json.dumps(line) + "\n")
@@ -411,7 +413,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["S"])
     parser.add_argument("--corpora", nargs="+", choices=["code", "english"], default=["code", "english"])
     parser.add_argument("--only-show", action="store_true", help="train nothing: table and figure of what is there")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
     known, file = read(HERE / "results.jsonl"), HERE / "results.jsonl"
     if options.quick:
@@ -437,6 +439,8 @@ def main() -> None:
     if not options.only_show:
         train_all(file, todo, options.jobs, options.overrides)
     lines = read(file)
+    if options.quick:  # with those that found the rates
+        lines = [line for line in known if line["seed"] in TUNING] + lines
     print("\n".join(report(lines)))
     draw(lines, Path("runs/batch-growth.svg") if options.quick else Path("docs/figures/batch-growth.svg"))
 

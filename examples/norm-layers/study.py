@@ -180,7 +180,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=12, help=f"of {BATCH} sequences, of a measurement")
     parser.add_argument("--only-show", action="store_true", help="train nothing")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if not options.only_show:
         subprocess.run(["sh", str(HERE.parent / "stdlib-bytes.sh")], check=True)
         done = {line["seed"] for line in read(OUT)}

@@ -3,11 +3,11 @@
     python examples/power-lines/study.py [--seeds 3] [--jobs 2] [--points N] [--only-show] [section.key=value ...]
 
 A ladder of widths at one learning rate, which CompleteP transfers, and a width left out. At every (N, D) and batch the
-weight decay is swept, so that tau = B / (eta lambda D) is the published law's times 1/2, 1 and 2, then the best by its
-mean over the seeds and its neighbours by factors of two, until they all are there; so are the batches. Every run
-becomes a line in results.jsonl, which is what counts as done: interrupted, the same command resumes. Then laws are
-fitted to the means over the seeds of the ladder, written to means.jsonl for `megahp fit`, and to each seed alone, and
-what they predict for the width left out is set beside the best found there.
+weight decay is swept, so that tau = B / (eta lambda D) is the published law's and twice that, then the best by its mean
+over the seeds and its neighbours by factors of two, until they all are there; so are the batches. Every run becomes a
+line in results.jsonl, which is what counts as done: interrupted, the same command resumes. Then laws are fitted to the
+means over the seeds of the ladder, written to means.jsonl for `megahp fit`, and to each seed alone, and what they
+predict for the width left out is set beside the best found there.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import numpy as np
 
 from megahp.commands.transfer_sweep import Cell, final_loss, start_workers, work
 from megahp.config import LogConfig, longest, resolve
+from megahp.diagnose.child_runs import check_same_config
 from megahp.diagnose.statistics import half_interval
 from megahp.diagnose.transfer import optimum
 from megahp.errors import UserError
@@ -40,10 +41,10 @@ from megahp.train.prepare import prepare
 
 HERE = Path(__file__).parent
 OUT, MEANS, RUNS = HERE / "results.jsonl", HERE / "means.jsonl", Path("runs/power-lines")
-LADDER = ((16, 147_456), (32, 204_800), (24, 393_216), (16, 589_824))  # (width, tokens)
+LADDER = ((32, 204_800), (24, 393_216), (16, 147_456), (16, 589_824))  # (width, tokens)
 LEFT_OUT = (48, 393_216)
 BATCHES = (4, 8, 16)  # sequences, to begin with
-OCTAVES = (-1, 0, 1)  # of tau, from the published law's; to begin with
+OCTAVES = (0, 1)  # of tau, from the published law's; to begin with
 FURTHEST = 4  # octaves
 Line = dict[str, Any]
 Place = tuple[int, int, int, int]  # width, tokens, batch, octave
@@ -54,16 +55,13 @@ def cell(place: Place, seed: int, overrides: Sequence[str]) -> Cell:
     width, tokens, batch, octave = place
     words = [f"model.width={width}", f"model.heads={max(width // 16, 1)}", f"batch.global_batch={batch}"]
     words += [f"train.tokens={tokens}", f"train.seed={seed}", *overrides]
-    config = resolve.load(HERE / "run.toml", words).config
+    log = LogConfig(name="-".join(map(str, (*place, seed))), root=str(RUNS), tensorboard=False, baselines=False)
+    config = replace(resolve.load(HERE / "run.toml", words).config, log=log)
+    config = prepare(config, fit_layout(config.parallel, 1), 1, resume=True)  # the vocabulary, so N
     tau = 2.0**octave * TAU(tokens / parameters(config.model, longest(config)))
     decay = batch * config.data.sequence_length / (config.optimizer.lr * tokens * tau)
-    name = "-".join(map(str, (*place, seed)))
-    config = replace(
-        config,
-        optimizer=replace(config.optimizer, weight_decay=decay),
-        log=LogConfig(name=name, root=str(RUNS), tensorboard=False, baselines=False),
-    )
-    config = prepare(config, fit_layout(config.parallel, 1), 1, resume=True)
+    config = replace(config, optimizer=replace(config.optimizer, weight_decay=decay))
+    check_same_config(config)
     return Cell(f"width {width}, {tokens} tokens, batch {batch}", batch, tau, seed, config)
 
 
@@ -147,7 +145,7 @@ def finished(lines: Sequence[Line]) -> list[FinishedRun]:
     places: dict[Place, list[Line]] = {}
     for line in lines:
         places.setdefault(tuple(line["place"]), []).append(line)
-    most = max(map(len, places.values()))
+    most = max(map(len, places.values()), default=0)
     return [
         FinishedRun(
             "-".join(map(str, place)),
@@ -313,7 +311,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, metavar="N", help="of (N, D), the first N (default: all)")
     parser.add_argument("--only-show", action="store_true", help="train nothing")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.worker:
         runs = json.loads(options.worker.read_text())
         work([cell(tuple(place), seed, options.overrides) for place, seed in runs], 1, None)
