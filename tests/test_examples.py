@@ -77,3 +77,32 @@ def test_norm_layers_are_compared_along_each_run(monkeypatch: pytest.MonkeyPatch
     text = "\n".join(study.report(lines))
     assert "norms, smoothed in training       2.00 +- 0.00    2.00 +- 0.00    2.00 +- 0.00   10.00 +- 0.00" in text
     assert "at 9 of 12 checkpoints" in text
+
+
+def test_power_lines_are_found_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a loss whose optimum is at twice the published tau and at a batch that goes as D^0.7, the search trains the
+    neighbours of every optimum, of every seed, and the laws come back."""
+    study = load("power-lines/study.py", monkeypatch)
+    lines: list[dict[str, Any]] = []
+    points = (*study.LADDER, study.LEFT_OUT)
+    while runs := study.missing(lines, points, 3):
+        for (width, tokens, batch, octave), seed in runs:
+            best = 8 * (tokens / 300_000) ** 0.7
+            loss = 2 + 0.01 * seed + 0.1 * np.log2(batch / best) ** 2 + 0.05 * (octave - 1) ** 2
+            size, of_step = 1000.0 * width, 64.0 * batch
+            decay = of_step / (0.01 * tokens * 2.0**octave * study.TAU(tokens / size))
+            known = {"parameters": size, "batch": of_step, "lr": 0.01, "weight_decay": decay, "loss": loss}
+            lines.append({"place": [width, tokens, batch, octave], "seed": seed, **known})
+    assert len({(tuple(line["place"]), line["seed"]) for line in lines}) == len(lines)
+    for point in points:
+        of = study.means(lines, point)
+        assert all({0, 1, 2} <= set(octaves) for octaves in of.values())
+    runs = study.finished([line for line in lines if tuple(line["place"][:2]) != study.LEFT_OUT])
+    assert all(run.loss > 2.02 for run in runs)  # means of three seeds
+    assert study.fit_timescale(runs).law.exponent == pytest.approx(study.TAU.exponent, abs=1e-6)
+    assert study.fit_optimal_batch(runs).law.exponent == pytest.approx(0.7, abs=0.05)
+    assert list(study.slopes(runs).values()) == pytest.approx([1] * len(study.LADDER))
+    text = "\n".join(study.report(lines))
+    assert "the ladder's: batch 6" in text and "mean 1.00" in text
+    study.draw(lines, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
