@@ -95,7 +95,7 @@ def test_power_lines_are_found_where_they_are(tmp_path: Path, monkeypatch: pytes
             lines.append({"place": [width, tokens, batch, octave], "seed": seed, **known})
     assert len({(tuple(line["place"]), line["seed"]) for line in lines}) == len(lines)
     for point in points:
-        of = study.means(lines, point)
+        of = study.losses(lines, point)
         assert all({0, 1, 2} <= set(octaves) for octaves in of.values())
     runs = study.finished([line for line in lines if tuple(line["place"][:2]) != study.LEFT_OUT])
     assert all(run.loss > 2.02 for run in runs)  # means of three seeds

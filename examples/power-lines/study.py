@@ -28,7 +28,7 @@ from megahp.commands.transfer_sweep import Cell, final_loss, start_workers, work
 from megahp.config import LogConfig, longest, resolve
 from megahp.diagnose.child_runs import check_same_config
 from megahp.diagnose.statistics import half_interval
-from megahp.diagnose.transfer import optimum
+from megahp.diagnose.transfer import Optimum, optimum
 from megahp.errors import UserError
 from megahp.parallel.layout import fit as fit_layout
 from megahp.recipe.fit import FinishedRun, fit_loss, fit_optimal_batch, fit_timescale
@@ -84,32 +84,35 @@ def read() -> list[Line]:
     return [json.loads(line) for line in OUT.read_text().splitlines()] if OUT.exists() else []
 
 
-def means(lines: Sequence[Line], point: tuple[int, int]) -> dict[int, dict[int, float]]:
-    """Return batch -> octave -> mean loss over the seeds, infinite where one diverged."""
+def losses(lines: Sequence[Line], point: tuple[int, int]) -> dict[int, dict[int, list[float]]]:
+    """Return batch -> octave -> losses of the seeds, infinite where one diverged."""
     found: dict[int, dict[int, list[float]]] = {}
     for line in lines:
         width, tokens, batch, octave = line["place"]
         if (width, tokens) == point:
-            losses = found.setdefault(batch, {}).setdefault(octave, [])
-            losses.append(math.inf if line["loss"] is None else line["loss"])
-    return {
-        batch: {octave: float(np.mean(each)) for octave, each in sorted(of.items())}
-        for batch, of in sorted(found.items())
-    }
+            of = found.setdefault(batch, {}).setdefault(octave, [])
+            of.append(math.inf if line["loss"] is None else line["loss"])
+    return found
+
+
+def best_of(groups: dict[int, list[float]]) -> int:
+    """Return the key of the least mean, of those with as many seeds as the most: others do not compare."""
+    most = max(map(len, groups.values()))
+    return min((key for key, of in groups.items() if len(of) == most), key=lambda key: float(np.mean(groups[key])))
 
 
 def wanted(lines: Sequence[Line], point: tuple[int, int]) -> Iterator[Place]:
     """Yield the places of a point that every seed is to train, as far as they are known."""
-    known = means(lines, point)
+    known = losses(lines, point)
+    best = {batch: best_of(of) for batch, of in known.items()}
     batches = set(BATCHES)
     if known:
-        best = min(known, key=lambda batch: min(known[batch].values()))
-        batches = {*known, best // 2, 2 * best} - {1}
+        at = best_of({batch: known[batch][octave] for batch, octave in best.items()})
+        batches = {*known, at // 2, 2 * at} - {1}
     for batch in sorted(batches):
         octaves: Sequence[int] = OCTAVES
-        if batch in known:
-            best = min(known[batch], key=lambda octave: known[batch][octave])
-            octaves = [octave for octave in (best - 1, best, best + 1) if abs(octave) <= FURTHEST]
+        if batch in best:
+            octaves = [best[batch] + step for step in (-1, 0, 1) if abs(best[batch] + step) <= FURTHEST]
         yield from ((*point, batch, octave) for octave in octaves)
 
 
@@ -228,8 +231,8 @@ def left_out(lines: Sequence[Line], runs: Sequence[FinishedRun]) -> Iterator[str
     if not there:
         return
     best, size, tokens = min(there, key=lambda run: run.loss), there[0].parameters, LEFT_OUT[1]
-    at = f"batch {best.batch:.0f}, tau {best.timescale:.3f}"
-    yield f"left out: N = {size:.4g}, D = {tokens}; best {best.loss:.4f} at {at}; B_opt there {own_batch(there):.0f}"
+    at = f"batch {best.batch:.0f}, tau {best.timescale:.3f}; B_opt there {own_batch(there).value:.0f}"
+    yield f"left out: N = {size:.4g}, D = {tokens}; best {best.loss:.4f} at {at}"
     try:
         law = fit_loss(runs, tied=True).law
         low, high = law.interval(size, tokens)
@@ -254,13 +257,13 @@ def left_out(lines: Sequence[Line], runs: Sequence[FinishedRun]) -> Iterator[str
         yield f"    {name}: {chosen}; nearest tried {tried}"
 
 
-def own_batch(runs: Sequence[FinishedRun]) -> float:
-    """Return the optimal batch of one (N, D), each batch at its best tau."""
-    losses: dict[float, float] = {}
+def own_batch(runs: Sequence[FinishedRun]) -> Optimum:
+    """Return the optimal batch, in tokens, of one (N, D), each batch at its best tau."""
+    least: dict[float, float] = {}
     for run in runs:
-        losses[run.batch or 0] = min(run.loss, losses.get(run.batch or 0, math.inf))
-    batches = sorted(losses)
-    return optimum(batches, [losses[batch] for batch in batches]).value
+        least[run.batch or 0] = min(run.loss, least.get(run.batch or 0, math.inf))
+    batches = sorted(least)
+    return optimum(batches, [least[batch] for batch in batches])
 
 
 def draw(lines: Sequence[Line], file: Path) -> None:
@@ -282,10 +285,11 @@ def draw(lines: Sequence[Line], file: Path) -> None:
             x = [tokens / size for size, tokens, *_ in inside]
             y = [batch / (rates[tokens] * decay * tokens) for _, tokens, batch, decay, _ in inside]
             style = {"color": PALETTE[hue], "ms": 4, "ls": "none"}
-            taus.plot(x, y, "o", label=label, **style)
+            taus.plot(x, y, "o", label=label if x else None, **style)
             points = sorted({(run.parameters, run.tokens) for run in mine})
             own = [own_batch([run for run in mine if (run.parameters, run.tokens) == point]) for point in points]
-            batches.plot([tokens for _, tokens in points], own, "o", label=label, **style)
+            found = [(tokens, at.value) for (_, tokens), at in zip(points, own, strict=True) if not at.at_edge]
+            batches.plot([tokens for tokens, _ in found], [batch for _, batch in found], "o", **style)
             for point in points:
                 curve = [(batch, decay) for size, tokens, batch, decay, at_edge in inside if (size, tokens) == point]
                 if curve:
