@@ -50,19 +50,26 @@ Line = dict[str, Any]
 Place = tuple[int, int, int, int]  # width, tokens, batch, octave
 
 
-def cell(place: Place, seed: int, overrides: Sequence[str]) -> Cell:
+def cell(place: Place, seed: int, decay: float, overrides: Sequence[str]) -> Cell:
     """Return a run as a cell of a sweep. A place and a seed are its directory."""
-    width, tokens, batch, octave = place
+    width, tokens, batch, _ = place
     words = [f"model.width={width}", f"model.heads={max(width // 16, 1)}", f"batch.global_batch={batch}"]
-    words += [f"train.tokens={tokens}", f"train.seed={seed}", *overrides]
+    words += [f"train.tokens={tokens}", f"train.seed={seed}", f"optimizer.weight_decay={decay}", *overrides]
     log = LogConfig(name="-".join(map(str, (*place, seed))), root=str(RUNS), tensorboard=False, baselines=False)
     config = replace(resolve.load(HERE / "run.toml", words).config, log=log)
+    return Cell(f"width {width}, {tokens} tokens, batch {batch}", batch, decay, seed, config)
+
+
+def checked(place: Place, seed: int, overrides: Sequence[str]) -> Cell:
+    """Return the cell at the place's tau, checked. Not for workers: another may be writing to its directory."""
+    _, tokens, batch, octave = place
+    config = cell(place, seed, 0.1, overrides).config
     config = prepare(config, fit_layout(config.parallel, 1), 1, resume=True)  # the vocabulary, so N
     tau = 2.0**octave * TAU(tokens / parameters(config.model, longest(config)))
     decay = batch * config.data.sequence_length / (config.optimizer.lr * tokens * tau)
     config = replace(config, optimizer=replace(config.optimizer, weight_decay=decay))
     check_same_config(config)
-    return Cell(f"width {width}, {tokens} tokens, batch {batch}", batch, tau, seed, config)
+    return replace(cell(place, seed, decay, overrides), config=config)
 
 
 def line_of(place: Place, cell: Cell) -> Line:
@@ -130,10 +137,10 @@ def train(options: argparse.Namespace) -> None:
     """Train and keep what is missing, round by round."""
     points = (*LADDER, LEFT_OUT)[: options.points]
     while runs := missing(read(), points, options.seeds):
-        cells = [cell(place, seed, options.overrides) for place, seed in runs]
+        cells = [checked(place, seed, options.overrides) for place, seed in runs]
         todo = RUNS / "todo.json"
         RUNS.mkdir(parents=True, exist_ok=True)
-        todo.write_text(json.dumps(runs))
+        todo.write_text(json.dumps([(*run, each.value) for run, each in zip(runs, cells, strict=True)]))
         command = [sys.executable, __file__, "--worker", str(todo), *options.overrides]
         if code := start_workers(command, min(options.jobs, len(runs))):
             sys.exit(code)
@@ -318,7 +325,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     if options.worker:
         runs = json.loads(options.worker.read_text())
-        work([cell(tuple(place), seed, options.overrides) for place, seed in runs], 1, None)
+        work([cell(tuple(place), seed, decay, options.overrides) for place, seed, decay in runs], 1, None)
     if not options.only_show:
         subprocess.run(["sh", str(HERE.parent / "stdlib-bytes.sh")], check=True)
         train(options)
