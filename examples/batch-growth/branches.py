@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from study import DATA, FAIR, HERE, Line, half_interval, prepare_data, read, tokenizer_of
+from study import DATA, FAIR, HERE, Line, prepare_data, read, tokenizer_of
 
+from megahp.diagnose.statistics import half_interval
 from megahp.log.metrics import read_run
 
 OUT = HERE / "branches.jsonl"

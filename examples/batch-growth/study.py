@@ -1,6 +1,7 @@
 """Does a growing batch save serial steps at equal loss? The study behind `batch.policy = "measured"` (docs/batch.md).
 
     python examples/batch-growth/study.py [--quick] [--jobs 2] [--sizes S M] [--corpora code english]
+        [section.key=value ...]
 
 Every run that is missing in results.jsonl is trained, on one thread, and becomes a line there; then the table is
 printed and the figure drawn. Interrupted, it resumes. An arm is a batch, or a way to grow from one. A constant batch's
@@ -30,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megahp.diagnose.statistics import half_interval, student
 
 HERE = Path(__file__).parent
 DATA = Path("data/batch-growth")
@@ -189,14 +192,14 @@ def mean_of(lines: Sequence[Line], arm: str) -> float:
     return float(np.mean([line["loss"] for line in of_arm(lines, arm).values()]))
 
 
-def prepare_data() -> None:
-    """Both corpora: Python's own library in 1,024 pieces, and Shakespeare as bytes."""
+def prepare_data(corpora: Sequence[str] = ("code", "english")) -> None:
+    """Prepare those that are missing: Python's own library in 1,024 pieces, and Shakespeare as bytes."""
     stdlib = sysconfig.get_path("stdlib")
     outside = ["--exclude", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"]
     code = ["--input", stdlib, "--extensions", ".py", *outside, "--tokenizer", str(DATA / "code.model")]
     english = ["--input", str(HERE / "shakespeare.jsonl"), "--tokenizer", "bytes"]
     for name, words in (("code", [*code, "--train-sentencepiece", "1024"]), ("english", english)):
-        if not (DATA / f"{name}.idx").exists():
+        if name in corpora and not (DATA / f"{name}.idx").exists():
             DATA.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "megahp", "preprocess", *words, "--output", str(DATA / name)]
             subprocess.run([*command, "--workers", "2"], check=True)
@@ -206,9 +209,9 @@ def tokenizer_of(corpus: str) -> str:
     return "bytes" if corpus == "english" else str(DATA / "code.model")
 
 
-def train(run: Line, store: Any) -> Line:
+def train(run: Line, store: Any, overrides: Sequence[str]) -> Line:
     """Train one run in this process, decide its changes of the batch again from its log, and return its line. store: of
-    the process, which it joined with."""
+    the process, which it joined with; overrides: settings of every run."""
     from megahp import launch
     from megahp.config import resolve
     from megahp.log.metrics import read_run, without_nan
@@ -234,6 +237,7 @@ def train(run: Line, store: Any) -> Line:
         *ARMS[run["arm"]],
         f"log.root={RUNS}",
         f"log.name={name}",
+        *overrides,
     ]
     config = resolve.load(HERE / "run.toml", words).config
     layout = fit(config.parallel, 1)
@@ -254,13 +258,13 @@ def train(run: Line, store: Any) -> Line:
         "tokens": int(last["tokens"]),
         "changes": [[event["tokens"], event["now"]] for event in logged.events if event["event"] == "batch"],
         "reasons": [event["reason"].partition(": ")[2] for event in logged.events if event["event"] == "batch"],
-        "noise_scale": scales[:: len(scales) // 20],
+        "noise_scale": scales[:: max(len(scales) // 20, 1)],
         "replayed": not replayed.differences,
         "seconds": round(time.monotonic() - began, 1),
     }
 
 
-def work(tasks: Any, done: Any) -> None:
+def work(tasks: Any, done: Any, overrides: Sequence[str]) -> None:
     import torch
 
     from megahp import launch
@@ -270,16 +274,16 @@ def work(tasks: Any, done: Any) -> None:
     torch.set_num_threads(1)
     while (run := tasks.get()) is not None:
         try:
-            done.put(train(run, store))
+            done.put(train(run, store, overrides))
         except Exception as error:  # told by the parent, which ends
             done.put(error)
 
 
-def train_all(file: Path, todo: Any, jobs: int) -> None:
+def train_all(file: Path, todo: Any, jobs: int, overrides: Sequence[str]) -> None:
     """Train what `todo(lines)` says is missing until nothing is."""
     context = multiprocessing.get_context("spawn")
     tasks, done = context.Queue(), context.Queue()
-    workers = [context.Process(target=work, args=(tasks, done), daemon=True) for _ in range(jobs)]
+    workers = [context.Process(target=work, args=(tasks, done, overrides), daemon=True) for _ in range(jobs)]
     for worker in workers:
         worker.start()
     began, trained = time.monotonic(), 0
@@ -289,6 +293,8 @@ def train_all(file: Path, todo: Any, jobs: int) -> None:
         for left in range(len(runs) - 1, len(runs) - 1 - min(len(runs), 4 * jobs), -1):
             line = done.get(timeout=3600)  # a worker that the system killed would be waited for without end
             if isinstance(line, Exception):
+                for worker in workers:
+                    worker.kill()  # they take SIGTERM for a notice, and this process would wait for them
                 raise line
             with open(file, "a") as out:
                 out.write(json.dumps(line) + "\n")
@@ -301,28 +307,6 @@ def train_all(file: Path, todo: Any, jobs: int) -> None:
             )
     for _ in workers:
         tasks.put(None)
-
-
-def student(x: float, freedom: int) -> float:
-    """P(T > x) of Student's t, by the trapezoid rule."""
-    grid = np.linspace(0, abs(x), 20_001)
-    density = (1 + grid**2 / freedom) ** (-(freedom + 1) / 2)
-    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
-    tail = 0.5 - scale * float(np.trapezoid(density, grid))
-    return tail if x >= 0 else 1 - tail
-
-
-def quantile(tail: float, freedom: int) -> float:
-    low, high = 0.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student(middle, freedom) > tail else (low, middle)
-    return high
-
-
-def half_interval(values: Any) -> float:
-    """Half of the 95 % interval of a mean, nan of fewer than three values."""
-    return quantile(0.025, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 2 else np.nan
 
 
 def compare(losses: dict[int, float], others: dict[int, float]) -> str:
@@ -419,6 +403,7 @@ def draw(lines: Sequence[Line], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the run file's settings")
     parser.add_argument(
         "--quick", action="store_true", help="3 seeds of the arms that matter, at the rates found before"
     )
@@ -428,14 +413,14 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["S"])
     parser.add_argument("--corpora", nargs="+", choices=["code", "english"], default=["code", "english"])
     parser.add_argument("--only-show", action="store_true", help="train nothing: table and figure of what is there")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
     known, file = read(HERE / "results.jsonl"), HERE / "results.jsonl"
     if options.quick:
         file = Path("runs/batch-growth-quick.jsonl")
         file.parent.mkdir(exist_ok=True)
     if not options.only_show:
-        prepare_data()
+        prepare_data(options.corpora)
 
     def todo(lines: Sequence[Line]) -> list[Line]:
         places = [(corpus, size) for size in options.sizes for corpus in options.corpora]
@@ -452,8 +437,10 @@ def main() -> None:
         return wanted
 
     if not options.only_show:
-        train_all(file, todo, options.jobs)
+        train_all(file, todo, options.jobs, options.overrides)
     lines = read(file)
+    if options.quick:  # with those that found the rates
+        lines = [line for line in known if line["seed"] in TUNING] + lines
     print("\n".join(report(lines)))
     draw(lines, Path("runs/batch-growth.svg") if options.quick else Path("docs/figures/batch-growth.svg"))
 

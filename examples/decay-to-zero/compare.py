@@ -19,7 +19,7 @@ import numpy as np
 
 from megahp.config import ScheduleConfig
 from megahp.diagnose.statistics import half_interval
-from megahp.report.figures import PALETTE, plot_in
+from megahp.report.figures import PALETTE, logarithmic_x, plot_in
 from megahp.scaling.schedules import dual_coefficients, fraction
 
 HERE = Path(__file__).parent
@@ -63,7 +63,8 @@ def draw(curves: list[dict[str, Any]], file: Path) -> None:
             left.errorbar(sizes, means, errors, fmt="o-", ms=4, capsize=2, **style)
             rates = np.array([fraction(schedule, step, 1000) for step in steps])
             right.plot(steps / 1000, 1000 * dual_coefficients(rates, np.full(1000, 0.01))[1], **style)
-        left.set(xscale="log", xlabel="tokens per weight", ylabel="nats above decay to zero")
+        left.set(xlabel="tokens per weight", ylabel="nats above decay to zero")
+        logarithmic_x(left, sizes, [f"{size:.3g}" for size in sizes])
         right.set(xlabel="part of the run", ylabel="share in the last weights, per mille a step", ylim=(0, 4))
         left.legend(frameon=False, fontsize=7)
 

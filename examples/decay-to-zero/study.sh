@@ -5,6 +5,7 @@
 #     sh examples/decay-to-zero/study.sh --family train.tokens=204800,819200,3276800     (results: docs/studies.md)
 set -eu
 sh examples/stdlib-bytes.sh
+mkdir -p runs
 megahp transfer-sweep examples/decay-to-zero/run.toml --family train.tokens=204800,819200 --seeds 1,2,3 \
     --grid optimizer.lr=0.0005,0.001,0.002,0.004,0.008 --variants \
     "D2Z: schedule.name=decay-to-zero" \

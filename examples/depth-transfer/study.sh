@@ -5,6 +5,7 @@
 # Each parameterization has the five rates around its optima, found with one seed and every other rate.
 set -eu
 sh examples/stdlib-bytes.sh
+mkdir -p runs
 base="parameterization.base_width=64"
 completep="parameterization.name=completep $base parameterization.base_layers=2"
 megahp transfer-sweep examples/depth-transfer/run.toml --family model.layers=2,4,8,16 --seeds 1,2,3 \

@@ -1,4 +1,7 @@
-"""Slopes, correlations and bootstrap intervals over several checkpoints and batches."""
+"""Slopes, correlations, and intervals: by bootstrap over checkpoints and batches, by Student's t over seeds."""
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,15 +32,6 @@ def resampled(estimates: np.ndarray, draws: int = 1000, seed: int = 0) -> np.nda
     return estimates[checkpoint, random.integers(batches, size=(draws, checkpoints, batches))].mean(2)
 
 
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided, at 1 to 9 degrees
-
-
-def half_interval(values: np.ndarray) -> float:
-    """Return half of the 95 % interval of the mean of values [runs], by Student's t: 2 to 10 of them, else NaN."""
-    count = len(values)
-    return T_95[count - 2] * float(np.std(values, ddof=1)) / count**0.5 if 2 <= count <= 10 else np.nan
-
-
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Return the central interval that holds `level` of a bootstrap's values [draws]; NaN where more than 1 % of them
     are not finite."""
@@ -46,3 +40,24 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
         return np.nan, np.nan
     low, high = np.nanquantile(values, (tail, 1 - tail))
     return float(low), float(high)
+
+
+def student(x: float, freedom: int) -> float:
+    """Return P(T > x) of Student's t, by the trapezoid rule."""
+    grid = np.linspace(0, abs(x), 20_001)
+    density = (1 + grid**2 / freedom) ** (-(freedom + 1) / 2)
+    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    tail = 0.5 - scale * float(np.trapezoid(density, grid))
+    return tail if x >= 0 else 1 - tail
+
+
+def half_interval(values: Sequence[float] | np.ndarray) -> float:
+    """Return half of the 95 % interval of a mean, by Student's t; NaN of fewer than three values."""
+    freedom = len(values) - 1
+    if freedom < 2:
+        return math.nan
+    low, high = 0.0, 1000.0  # of t at a tail of 2.5 %
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, freedom) > 0.025 else (low, middle)
+    return high * float(np.std(values, ddof=1)) / math.sqrt(len(values))

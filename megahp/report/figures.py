@@ -251,16 +251,21 @@ def annotate(axes: Any, text: str, at: tuple[float, float], coordinates: tuple[s
 
 def logarithmic(axes: Any, base: int) -> None:
     """Make the y axis logarithmic, with a handful of plain numbers; linear if nothing drawn is positive."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
     if not np.isfinite(axes.dataLim.minposy):
         return
     axes.set_yscale("log", base=base, nonpositive="mask")
-    low, high = axes.get_ylim()
+    _write_plain_ticks(axes.yaxis, base)
+
+
+def _write_plain_ticks(axis: Any, base: int) -> None:
+    """Give a logarithmic axis a handful of plain numbers, where matplotlib would write formulas."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
     narrow = base == 10 and high < 30 * low  # powers of ten alone would give one or two ticks
-    axes.yaxis.set_major_locator(LogLocator(base, subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=8))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1000 else human_count(value))
+    axis.set_major_locator(LogLocator(base, subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=8))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1000 else human_count(value))
 
 
 def logarithmic_x(axes: Any, values: Sequence[float], labels: Sequence[str]) -> None:
@@ -326,6 +331,11 @@ def plot_in(file: Path, width: float, height: float) -> Iterator[Any]:
     """Yield a figure of width x height inches in the report's style, to be drawn on, then save it. Raises UserError."""
     with _styled(str(file), width, height, {"figure.facecolor": PALETTE["paper"]}) as figure:
         yield figure
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"):
+            if axis.isDefault_majfmt:
+                _write_plain_ticks(axis, 10)
+            elif axis.isDefault_minfmt:
+                axis.set_minor_formatter(lambda value, _: "")
         try:
             figure.savefig(file)
         except ValueError as error:

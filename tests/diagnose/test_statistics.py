@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megahp.diagnose.statistics import correlation, half_interval, interval, resampled, slope
+from megahp.diagnose.statistics import correlation, half_interval, interval, resampled, slope, student
 
 
 def test_slope_and_correlation() -> None:
@@ -41,8 +41,17 @@ def test_an_interval_of_what_means_nothing_is_none() -> None:
 
 def test_a_means_interval_holds_it_as_often_as_it_says() -> None:
     random = np.random.default_rng(3)
-    for count in (2, 3, 5, 10):
-        draws = random.normal(1.0, 2.0, size=(4000, count))
+    for count in (3, 5):
+        draws = random.normal(1.0, 2.0, size=(2000, count))
         held = [abs(values.mean() - 1) < half_interval(values) for values in draws]
         assert np.mean(held) == pytest.approx(0.95, abs=0.015)
     assert np.isnan(half_interval(np.ones(1))) and np.isnan(half_interval(np.ones(11)))
+
+
+def test_students_interval_and_tail() -> None:
+    """Against the tables: t of 95 %, two-sided, for 2 and 9 degrees of freedom; nothing is said of two values."""
+    assert half_interval([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    ten = np.arange(10.0)
+    assert half_interval(ten) == pytest.approx(2.2622 * ten.std(ddof=1) / 10**0.5, rel=1e-4)
+    assert student(2.1314, 15) == pytest.approx(0.025, rel=1e-3) and student(-1, 3) == pytest.approx(1 - student(1, 3))
+    assert np.isnan(half_interval([1.0, 2.0]))
