@@ -2,8 +2,7 @@
 and run again adds nothing.
 
 Not here: the density study and infinite-compute, whose commands tests/test_examples.py runs; forecasting needs
-statsmodels; batch-growth/branches.py, batch-target and the quick start's seeds start dozens
-of processes.
+statsmodels; batch-growth/branches.py, batch-target and the quick start's seeds start dozens of processes.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ ROOT = Path(__file__).parent.parent
 TOY = "model.width=16 model.heads=1 train.validation_samples=64 train.dtype=float32"
 SWEEP = f"{TOY} train.tokens=2048 --seeds 1 --jobs 2"
 SCRIPT = f"{TOY} train.tokens=4096 --seeds 1"
-CHAINS = ("btlm", "crystal", "bilingual", "sparse-to-dense", "pruning", "multigrid", "qat")  # on examples/studies.py
+CHAINS = ("btlm", "crystal", "bilingual", "sparse-to-dense", "pruning", "multigrid", "qat")  # of examples/studies.py
 COMMANDS = {  # a study's command, and its results
     **{
-        f"python examples/{name}/study.py --scale 0.02 --seeds 1 --jobs 2": f"runs/{name}-0.02/results.jsonl"
+        f"python examples/{name}/study.py --scale 0.05 --seeds 1 --jobs 2": f"runs/{name}-0.05/results.jsonl"
         for name in CHAINS
     },
     f"sh examples/depth-transfer/study.sh {SWEEP} --family model.layers=1,2": "runs/depth-transfer.json",

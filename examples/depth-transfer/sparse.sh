@@ -4,6 +4,7 @@
 # After an interruption the same command resumes.
 #     sh examples/depth-transfer/sparse.sh [--jobs N] [...]
 set -eu
+mkdir -p runs
 sh examples/stdlib-bytes.sh
 base="parameterization.base_width=64"
 completep="parameterization.name=completep $base parameterization.base_layers=2"
