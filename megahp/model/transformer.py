@@ -93,7 +93,8 @@ class Transformer(nn.Module):
     must not cross documents. loss_weight: the gradient that a token's loss will get, by which the experts'
     balance losses are scaled. longest: the most tokens trained on; ALiBi is interpolated beyond.
 
-    cache: of the tokens before these, to which these are added; without context and sequence parallelism.
+    cache: of the tokens before these, to which these are added. Raises ValueError with context or sequence parallelism,
+    under which a rank reads a part of each sequence.
     """
 
     def __init__(
@@ -136,6 +137,11 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         start = cache.length if cache else 0
+        if cache and (self.axis.context.size > 1 or self.axis.sequence_parallel):
+            raise ValueError(
+                f"a cache needs whole sequences on each rank, and parallel.cp = {self.axis.context.size}, "
+                f"parallel.sequence_parallel = {self.axis.sequence_parallel}; build the model with 1 and False"
+            )
         # whole sequences'
         length = start + x.shape[1] * self.axis.context.size * (1 if self.is_first else self._stream_shards)
         positions = self._positions(start, length, x.device, documents)
