@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from megahp.report.figures import DOTTED, MARKERS, PALETTE, colour, plot_in
+from megahp.report.figures import DOTTED, MARKERS, PALETTE, colour, logarithmic_x, plot_in
 from megahp.series.measures import QUANTILES
 
 HERE = Path(__file__).parent
@@ -473,7 +473,8 @@ def draw_losses(file: Path, asked: Question, lines: Sequence[Line]) -> None:
             hue = PALETTE[colour(number)]
             axes.plot([x for _, x in rows], [n for n, _ in rows], marker, color=hue, ms=5, alpha=0.7, label=arm)
         axes.axvline(1, color=PALETTE["muted"], lw=1, ls=DOTTED)
-        axes.set(xscale="log", xlabel="weighted quantile loss, as a ratio to seasonal naive's; a mark a seed")
+        logarithmic_x(axes, (0.25, 0.5, 1, 2, 4), ("1/4", "1/2", "1", "2", "4"))
+        axes.set_xlabel("weighted quantile loss, as a ratio to seasonal naive's; a mark a seed")
         axes.set_yticks(range(len(asked.sets)), asked.sets)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
