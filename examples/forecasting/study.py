@@ -69,7 +69,7 @@ QUESTIONS = {
     "bins": Question(
         84,
         12,
-        12_000,
+        16_000,
         0.4,
         {"C2FAR 12 x 12 x 12": "--levels 12 12 12", "flat 36": "--levels 36"},
         (
