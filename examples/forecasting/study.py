@@ -17,15 +17,16 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from megahp.report.figures import DOTTED, MARKERS, PALETTE, colour, logarithmic_x, plot_in
 from megahp.series.measures import QUANTILES
 
 HERE = Path(__file__).parent
@@ -33,33 +34,43 @@ FIGURES = Path("docs/figures")
 DATA, RUNS, RESULTS = Path("data/forecasting"), Path("runs/forecasting"), HERE / "results.jsonl"
 SAMPLES = 100
 Line = dict[str, Any]
+# Quantiles [QUANTILES, horizon] of a series' number, its history and the horizon.
+Forecaster = Callable[[int, np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Set:
-    """Series of one kind. season: values of a period, 1 = none; windows: the last ones of each that are forecast."""
+    """Series of one kind. season: values of a period, 1 = none; windows: the last ones of each that are forecast.
+
+    truth: of a series' number, a history and a horizon the quantiles that the future was drawn from, where known.
+    """
 
     season: int
     windows: int
     series: Sequence[np.ndarray]
+    truth: Forecaster | None = None
 
 
 @dataclass(frozen=True)
 class Question:
-    """Arms to compare: name -> options of preprocess. windows: that a run is trained on."""
+    """Arms to compare: name -> options of preprocess. windows: that a run is trained on, a share `practice` of them of
+    practice_series(). settings: where they are not run.toml's."""
 
     conditioning: int
     horizon: int
     windows: int
+    practice: float
     arms: dict[str, str]
     sets: Sequence[str]
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 QUESTIONS = {
     "bins": Question(
         84,
         12,
-        6_000,
+        16_000,
+        0.4,
         {"C2FAR 12 x 12 x 12": "--levels 12 12 12", "flat 36": "--levels 36"},
         (
             *("electricity", "co2", "el nino", "equipment", "inflation", "macro", "sunspots", "nile", "fertility"),
@@ -70,6 +81,7 @@ QUESTIONS = {
         72,
         72,
         3_000,
+        0.0,
         {
             "time": "--levels 12 12",
             **{
@@ -78,6 +90,13 @@ QUESTIONS = {
             },
         },
         ("electricity", "co2", "el nino", "seasonal + noise", "AR(1)"),
+        {
+            "model.positions": "learned",  # rotary ones favour the order of time, in which a season is one distance
+            "model.rope_theta": 10_000,
+            "batch.global_batch": 16,
+            "batch.micro_batch": 16,
+            "optimizer.lr": 1e-2,
+        },
     ),
 }
 
@@ -119,19 +138,61 @@ NOISE, DECAY = 0.3, 0.8
 
 def synthetic_sets() -> dict[str, Set]:
     random = np.random.default_rng(0)
-    seasonal, decaying = [], []
-    for phase in random.uniform(0, 2 * math.pi, 12):
-        seasonal.append(10 + wave(phase, np.arange(400)) + random.normal(scale=NOISE, size=400))
+    seasonal, decaying, phases = [], [], random.uniform(0, 2 * math.pi, 12)
+
+    def wave(number: int, time: np.ndarray) -> np.ndarray:
+        return 10 + np.sin(2 * math.pi * time / 12 + phases[number])
+
+    for number in range(12):
+        seasonal.append(wave(number, np.arange(400)) + random.normal(scale=NOISE, size=400))
         noise = random.normal(size=400)
-        values = [noise[0] / math.sqrt(1 - DECAY**2)]
-        for shock in noise[1:]:
-            values.append(DECAY * values[-1] + shock)
-        decaying.append(np.array(values))
-    return {"seasonal + noise": Set(12, 1, seasonal), "AR(1)": Set(1, 1, decaying)}
+        decaying.append(autoregressive(np.append(noise[0] / math.sqrt(1 - DECAY**2), noise[1:]), DECAY))
+
+    def of_seasonal(number: int, history: np.ndarray, horizon: int) -> np.ndarray:
+        return normal(wave(number, len(history) + np.arange(horizon)), NOISE)
+
+    def of_decaying(_: int, history: np.ndarray, horizon: int) -> np.ndarray:
+        steps = np.arange(1, horizon + 1)
+        return normal(history[-1] * DECAY**steps, np.sqrt((1 - DECAY ** (2 * steps)) / (1 - DECAY**2)))
+
+    return {"seasonal + noise": Set(12, 1, seasonal, of_seasonal), "AR(1)": Set(1, 1, decaying, of_decaying)}
 
 
-def wave(phase: float, time: np.ndarray) -> np.ndarray:
-    return np.sin(2 * math.pi * time / 12 + phase)
+def autoregressive(shocks: np.ndarray, decay: float) -> np.ndarray:
+    """Return values that are each `decay` times the one before, plus a shock."""
+    values = shocks.copy()
+    for n in range(1, len(values)):
+        values[n] += decay * values[n - 1]
+    return values
+
+
+def practice_series() -> list[np.ndarray]:
+    """Return series to train on, and not to measure, of what short public ones show too rarely: seasons that drift and
+    swell, levels that wander, trends and noise, each of a random size. (As Chronos has series of
+    Gaussian processes: arXiv 2403.07815, section 4.2)"""
+    random, time, found = np.random.default_rng(1), np.arange(170), list[np.ndarray]()
+
+    def walk() -> np.ndarray:
+        return np.cumsum(random.normal(size=len(time)))
+
+    for _ in range(100):
+        season, decay = random.choice((1, 4, 11, 12, 24, 52)), random.choice((0, 0.5, 0.8, 0.95))
+        waves = np.outer(np.arange(1, 4), np.arange(season) / season) + random.random((3, 1))
+        smooth = random.normal(size=3) / (1, 2, 3) @ np.sin(2 * math.pi * waves)
+        pattern = random.normal(size=season) if random.random() < 0.5 else smooth
+        drift, swell = random.choice((0, 0, 0.02), 2)
+        phase = (time + season * drift * walk()) % season
+        parts = np.stack(
+            (
+                np.interp(phase, np.arange(season + 1), np.append(pattern, pattern[0])) * np.exp(swell * walk()),
+                walk() / 6,
+                random.normal() * time / 85,
+                autoregressive(random.normal(size=len(time)), decay) * math.sqrt(1 - decay**2),
+            )
+        )
+        sizes = 10 ** random.uniform(-1.5, 0.5, 4) * (random.random(4) < 0.7)
+        found.append(np.append(sizes[:3], max(sizes[3], 0.02)) @ parts)
+    return found
 
 
 def all_sets() -> dict[str, Set]:
@@ -154,7 +215,7 @@ def naive(history: np.ndarray, horizon: int, season: int) -> np.ndarray:
     steps = np.arange(horizon)
     point = filled[len(filled) - season + steps % season]
     scale = np.sqrt(np.mean((filled[season:] - filled[:-season]) ** 2)) * np.sqrt(steps // season + 1)
-    return point + np.array([[NormalDist().inv_cdf(q)] for q in QUANTILES]) * scale
+    return normal(point, scale)
 
 
 def ets(history: np.ndarray, horizon: int, season: int) -> np.ndarray:
@@ -170,14 +231,9 @@ def ets(history: np.ndarray, horizon: int, season: int) -> np.ndarray:
     return np.quantile(np.asarray(paths), QUANTILES, axis=1)
 
 
-def truth(name: str, phase: float, history: np.ndarray, horizon: int) -> np.ndarray:
-    """The distribution that a synthetic series was drawn from."""
-    steps = np.arange(1, horizon + 1)
-    if name == "AR(1)":
-        point, scale = history[-1] * DECAY**steps, np.sqrt((1 - DECAY ** (2 * steps)) / (1 - DECAY**2))
-    else:
-        point, scale = 10 + wave(phase, len(history) - 1 + steps), np.full(horizon, NOISE)
-    return point + np.array([[NormalDist().inv_cdf(q)] for q in QUANTILES]) * scale
+def normal(mean: np.ndarray, scale: np.ndarray | float) -> np.ndarray:
+    """Return the quantiles [QUANTILES, horizon] of normal distributions."""
+    return mean + np.array([[NormalDist().inv_cdf(q)] for q in QUANTILES]) * scale
 
 
 def interpolated(values: np.ndarray) -> np.ndarray:
@@ -201,20 +257,20 @@ def measures(futures: np.ndarray, quantiles: np.ndarray, which: np.ndarray) -> L
 
 def baselines(question: str) -> list[Line]:
     lines, horizon = [], QUESTIONS[question].horizon
-    phases = np.random.default_rng(0).uniform(0, 2 * math.pi, 12)  # as in synthetic_sets
     for name, each in all_sets().items():
         if name not in QUESTIONS[question].sets:
             continue
         windows = list(cuts(each, horizon))
         which, futures = np.array([w[0] for w in windows]), np.array([w[2] for w in windows])
-        arms: dict[str, Callable[[int, np.ndarray], np.ndarray]] = {
-            "seasonal naive": lambda _, history, season=each.season: naive(history, horizon, season),
-            "ETS": lambda _, history, season=each.season: ets(history, horizon, season),
+        arms: dict[str, Forecaster | None] = {
+            "seasonal naive": lambda _, history, horizon, season=each.season: naive(history, horizon, season),
+            "ETS": lambda _, history, horizon, season=each.season: ets(history, horizon, season),
+            "truth": each.truth,
         }
-        if name in synthetic_sets():
-            arms["truth"] = lambda index, history, name=name: truth(name, phases[index], history, horizon)
         for arm, forecast in arms.items():
-            quantiles = np.stack([forecast(index, history) for index, history, _ in windows], 1)
+            if not forecast:
+                continue
+            quantiles = np.stack([forecast(index, history, horizon) for index, history, _ in windows], 1)
             lines.append({"question": question, "arm": arm, "set": name, **measures(futures, quantiles, which)})
     return lines
 
@@ -232,14 +288,18 @@ def slug(*names: object) -> str:
 def prepare(question: str, arm: str) -> tuple[Path, list[str]]:
     """Write the sets' training parts as windows, once. Returns the coding, of all sets together, and the prefixes."""
     asked, folder = QUESTIONS[question], DATA / slug(question, arm)
-    coding, prefixes = folder / "all.series", [str(folder / slug(name)) for name in asked.sets]
+    names = [*asked.sets, *(["practice"] if asked.practice else [])]
+    coding, prefixes = folder / "all.series", [str(folder / slug(name)) for name in names]
     if all(Path(f"{prefix}.json").exists() for prefix in prefixes):
         return coding, prefixes
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     sets = all_sets()
-    for name, prefix in zip(asked.sets, prefixes, strict=True):
-        firsts = {index: history for index, history, _ in reversed(list(cuts(sets[name], asked.horizon)))}
+    for name, prefix in zip(names, prefixes, strict=True):
+        if name == "practice":
+            firsts = dict(enumerate(practice_series()))
+        else:  # the history of the first window that is forecast
+            firsts = {index: history for index, history, _ in reversed(list(cuts(sets[name], asked.horizon)))}
         with open(f"{prefix}.jsonl", "w") as file:
             for index, history in sorted(firsts.items()):
                 values = [None if math.isnan(y) else y for y in history.tolist()]
@@ -261,9 +321,12 @@ def train_and_measure(question: str, arm: str, seed: int) -> list[Line]:
     coding, name = load_coding(file), slug(question, arm, seed)
     shutil.rmtree(RUNS / name, ignore_errors=True)
     documents = [json.loads(Path(f"{prefix}.json").read_text())["documents"] for prefix in prefixes]
+    weights = np.sqrt(documents[: len(asked.sets)])
+    weights *= (1 - asked.practice) / weights.sum()
     settings = {
+        **asked.settings,
         "data.train": json.dumps(prefixes),
-        "data.weights": json.dumps([math.sqrt(count) for count in documents]),
+        "data.weights": json.dumps([*weights, *([asked.practice] if asked.practice else [])]),
         "data.tokenizer": file,
         "data.sequence_length": coding.window_tokens,
         "train.tokens": asked.windows * coding.window_tokens,
@@ -389,51 +452,46 @@ def geometric(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def draw(lines: Sequence[Line]) -> None:
-    """Draw a forecast of each set by the first arm of a question, and wQL beside seasonal naive's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
+    """Draw wQL beside seasonal naive's for each question, and a forecast of each set by its first arm."""
     for question, asked in QUESTIONS.items():
         mine = [line for line in lines if line["question"] == question]
-        if not mine:
-            continue
-        figure = Figure((9, 0.32 * len(asked.sets) + 1.6), layout="constrained")
-        axes, reference = figure.add_subplot(), by_set(mine, "seasonal naive", "wql")
-        for arm in (*asked.arms, "ETS", "truth"):
-            found = by_set(mine, arm, "wql")
-            rows = [
-                (n, value / reference[name][0]) for n, name in enumerate(asked.sets) for value in found.get(name, ())
-            ]
-            axes.plot(
-                [x for _, x in rows], [n for n, _ in rows], "os^Dv*P"[len(axes.lines)], ms=5, alpha=0.7, label=arm
-            )
-        axes.axvline(1, color="grey", lw=0.8)
-        axes.set_xscale("log")
-        axes.set_yticks(range(len(asked.sets)), asked.sets)
+        if mine:
+            draw_losses(FIGURES / f"forecasting-{question}.svg", asked, mine)
+        file = RUNS / slug(question, next(iter(asked.arms)), 1) / "forecasts.npz"
+        if mine and file.exists():
+            draw_forecasts(FIGURES / f"forecasting-{question}-forecasts.svg", asked.sets, np.load(file))
+
+
+def draw_losses(file: Path, asked: Question, lines: Sequence[Line]) -> None:
+    reference = by_set(lines, "seasonal naive", "wql")
+    with plot_in(file, 9, 0.32 * len(asked.sets) + 1.6) as figure:
+        axes = figure.add_subplot()
+        for number, arm in enumerate((*asked.arms, "ETS", "truth")):
+            found = by_set(lines, arm, "wql")
+            rows = [(n, loss / reference[name][0]) for n, name in enumerate(asked.sets) for loss in found.get(name, ())]
+            marker, _ = MARKERS[number % len(MARKERS)]
+            hue = PALETTE[colour(number)]
+            axes.plot([x for _, x in rows], [n for n, _ in rows], marker, color=hue, ms=5, alpha=0.7, label=arm)
+        axes.axvline(1, color=PALETTE["muted"], lw=1, ls=DOTTED)
+        logarithmic_x(axes, (0.25, 0.5, 1, 2, 4), ("1/4", "1/2", "1", "2", "4"))
         axes.set_xlabel("weighted quantile loss, as a ratio to seasonal naive's; a mark a seed")
+        axes.set_yticks(range(len(asked.sets)), asked.sets)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        figure.savefig(FIGURES / f"forecasting-{question}.svg")
-        arm = next(iter(asked.arms))
-        file = RUNS / slug(question, arm, 1) / "forecasts.npz"
-        if not file.exists():
-            continue
-        kept = np.load(file)
-        columns = 4
-        figure = Figure((11, 2.1 * math.ceil(len(asked.sets) / columns)), layout="constrained")
-        for number, name in enumerate(asked.sets, 1):
-            axes = figure.add_subplot(math.ceil(len(asked.sets) / columns), columns, number)
-            row = int(np.flatnonzero(kept["names"] == name)[0])
+
+
+def draw_forecasts(file: Path, names: Sequence[str], kept: Mapping[str, np.ndarray]) -> None:
+    columns, hue = 4, PALETTE["run0"]
+    rows = math.ceil(len(names) / columns)
+    with plot_in(file, 11, 2.1 * rows) as figure:
+        for number, name in enumerate(names, 1):
+            axes, row = figure.add_subplot(rows, columns, number), int(np.flatnonzero(kept["names"] == name)[0])
             history, future, quantiles = kept["given"][row], kept["futures"][row], kept["quantiles"][:, row]
             ahead = np.arange(len(future))
-            axes.plot(np.arange(-len(history), 0), history, lw=0.8, color="grey")
-            axes.plot(ahead, future, lw=1, color="black")
-            axes.fill_between(ahead, quantiles[0], quantiles[-1], alpha=0.3, lw=0)
-            axes.plot(ahead, quantiles[4], lw=1)
-            axes.set_title(name, fontsize=8)
-            axes.tick_params(labelsize=6)
-        figure.savefig(FIGURES / f"forecasting-{question}-forecasts.svg")
+            axes.plot(np.arange(-len(history), 0), history, lw=0.8, color=PALETTE["muted"])
+            axes.plot(ahead, future, lw=1, color=PALETTE["ink"])
+            axes.fill_between(ahead, quantiles[0], quantiles[-1], color=hue, alpha=0.3, lw=0)
+            axes.plot(ahead, quantiles[4], lw=1, color=hue)
+            axes.set_title(name, fontsize=8.5)
 
 
 def main() -> None:

@@ -92,8 +92,9 @@ def windows_of(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the windows of all usable series in parts, float64 [n, window], with the series' name; count the others."""
     for name, values in series.items():
-        if problem := unusable(values[: -coding.horizon], coding.horizon):
-            note(bad, problem, name)
+        problem, before = unusable(values, 0), unusable(values[: -coding.horizon], coding.horizon)
+        if problem or before:
+            note(bad, problem or f"before its last {coding.horizon} values, {before}", name)
             continue
         windows = coding.windows(values, stride)
         while part := list(islice(windows, WINDOWS_AT_ONCE)):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from megahp.commands.arguments import add_run_file
 from megahp.config import resolve
+from megahp.series.coding import SUFFIX
 
 MAX_LINES = 20  # of differences
 
@@ -24,7 +25,10 @@ def run(options: Namespace, words: Sequence[str]) -> int:
     config = resolve.load(options.run_file, options.overrides).config
 
     from megahp.diagnose.verify import verify  # imports torch: only for valid settings
+    from megahp.train.prepare import load_described_tokenizer, with_vocabulary
 
+    if config.data.tokenizer.endswith(SUFFIX):  # then the loss is restricted to levels, which are filled in from it
+        config = with_vocabulary(config, load_described_tokenizer(config))
     differences = verify(config, options.ranks)
     for difference in differences[:MAX_LINES]:
         print(difference)

@@ -4,13 +4,14 @@ from copy import copy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megahp.model.cache import Cache
 from megahp.model.compute import hidden_products
 from megahp.model.transformer import Transformer
 from megahp.ops.quantize import BITS, quantized
 from megahp.parallel.parameters import Module
+from megahp.parallel.tensor import ColumnParallelLinear
 from megahp.scaling.parameterization import Role
 
 
@@ -18,12 +19,17 @@ from megahp.scaling.parameterization import Role
 def arrange_products(model: Transformer) -> None:
     """Store the matrices of a model, on a single rank, as products with one token read them fastest, with the same
     results to rounding: in the compute dtype, to which every pass would cast them, and on a CPU by columns, which it
-    reads in longer runs (docs/benchmarks/generation.md). Not embeddings, whose rows are looked up."""
+    reads in longer runs (docs/benchmarks/generation.md). Not embeddings, whose rows are looked up: one that is tied
+    gets a copy for the logits."""
     if model.model.quantize != "none":  # once, not in every pass
         for product in hidden_products(model):
             weight = product.weight.data.to(model.dtype)
             product.weight.data = quantized(weight, BITS[model.model.quantize], model.model.quantize_group)
             product.linear = F.linear
+    if model.unembedding is None:
+        width, vocabulary = model.model.width, model.model.padded_vocab
+        model.unembedding = ColumnParallelLinear(width, vocabulary, False, Role.UNEMBEDDING)
+        model.unembedding.weight = nn.Parameter(model.embedding.weight.detach())
     for module in model.modules():
         for name, row in module.rows.items() if isinstance(module, Module) else ():
             if row.role in (Role.HIDDEN, Role.UNEMBEDDING):
@@ -51,7 +57,7 @@ class Decoder:
         self.cache = Cache(min(model.longest, length))
         self.read: Tensor | None = None  # the tokens so far, [b, n]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return logits [b, padded vocabulary] of the token after the sequences and these next tokens [b, n]."""
         self.read = tokens if self.read is None else torch.cat((self.read, tokens), 1)

@@ -94,7 +94,8 @@ class Transformer(nn.Module):
     balance losses are scaled. longest: the most tokens trained on; ALiBi is interpolated beyond.
 
     teachers: what they predict for these tokens, which the targets are mixed with. cache: of the tokens before these,
-    to which these are added; without context and sequence parallelism.
+    to which these are added. Raises ValueError with context or sequence parallelism, under which a rank reads a part of
+    each sequence.
     """
 
     def __init__(
@@ -139,6 +140,11 @@ class Transformer(nn.Module):
         unembed: bool = True,
     ) -> Tensor:
         start = cache.length if cache else 0
+        if cache and (self.axis.context.size > 1 or self.axis.sequence_parallel):
+            raise ValueError(
+                f"a cache needs whole sequences on each rank, and parallel.cp = {self.axis.context.size}, "
+                f"parallel.sequence_parallel = {self.axis.sequence_parallel}; build the model with 1 and False"
+            )
         # whole sequences'
         length = start + x.shape[1] * self.axis.context.size * (1 if self.is_first else self._stream_shards)
         positions = self._positions(start, length, x.device, documents)

@@ -78,13 +78,13 @@ def read_series(paths: Iterable[Path], columns: Columns) -> dict[str, np.ndarray
 def unusable(history: np.ndarray, horizon: int) -> str:
     """Return why no forecast over this horizon can be made from a history; "" if one can."""
     known = history[~np.isnan(history)]
-    if not len(known):
-        return "no value is known"
     if len(known) == 1:
         return "it has one value"
-    if known.min() == known.max():
-        return "it is constant"
-    return f"a horizon of {horizon} is longer than its history of {len(history)}" if horizon > len(history) else ""
+    if horizon > len(history):
+        return f"a horizon of {horizon} is longer than its history of {len(history)}"
+    if not len(known):
+        return "no value is known"
+    return "it is constant" if known.min() == known.max() else ""
 
 
 def _records(path: Path, columns: Columns) -> Iterator[Record]:

@@ -85,7 +85,8 @@ UNUSABLE = {
     "constant": ([2.0] * 40, "it is constant"),
     "one": ([*[np.nan] * 30, 1.0, *[np.nan] * 9], "it has one value"),
     "none": ([np.nan] * 40, "no value is known"),
-    "brief": (list(range(11)), "a horizon of 6 is longer than its history of 5"),
+    "late": ([*[2.0] * 30, *range(6)], "before its last 6 values, it is constant"),
+    "brief": (list(range(11)), "before its last 6 values, a horizon of 6 is longer than its history of 5"),
 }
 
 

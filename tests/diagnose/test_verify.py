@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megahp.config import resolve
+from megahp import cli
+from megahp.config import Config, resolve
 from megahp.config.checks import find_conflicts
 from megahp.config.presets import PRESETS
 from megahp.diagnose.verify import shrink_config
@@ -51,6 +52,18 @@ def test_the_small_run_is_valid(preset: str, rules: str, policy: str) -> None:
 def test_the_layout_is_the_runs() -> None:
     config = resolve.resolve([("test", {"data": {"train": ["a"]}, "parallel": {"tp": 2}})]).config
     assert fit(config.parallel, 4) == Layout(tp=2, dp_shard=2)
+
+
+def test_a_run_on_series_has_the_levels_of_its_coding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.csv").write_text("value\n" + "".join(f"{n % 7}\n" for n in range(30)))
+    coding, seen = tmp_path / "a.series", list[Config]()
+    words = f"preprocess --series --input {tmp_path}/a.csv --output {tmp_path}/a --tokenizer {coding}".split()
+    assert cli.main([*words, "--conditioning", "4", "--horizon", "2", "--levels", "5", "7"]) == 0
+    monkeypatch.setattr("megahp.diagnose.verify.verify", lambda config, ranks: seen.append(config) or [])
+    run = f'[data]\ntrain = ["{tmp_path}/a"]\ntokenizer = "{coding}"\nsequence_length = 13\n'
+    (tmp_path / "run.toml").write_text(run)
+    assert cli.main(["verify-layout", str(tmp_path / "run.toml"), "--ranks", "2"]) == 0
+    assert seen[0].model.levels == (5, 7)
 
 
 @pytest.mark.parametrize(

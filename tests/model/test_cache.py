@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from random import Random
 from typing import Any
 from unittest import mock
@@ -138,9 +138,35 @@ def differences() -> dict[str, float]:
     return found
 
 
+def refused() -> list[str]:
+    """What a model says of a cache whose layout splits sequences: over cp, or over tp."""
+    model, found = single_rank_model(drawn_settings(0, "float64")), list[str]()
+    whole = model.axis
+    for axis in (replace(whole, context=replace(whole.context, size=2)), replace(whole, sequence_parallel=True)):
+        model.axis = axis
+        with pytest.raises(ValueError) as error:
+            model(torch.zeros(1, 1, dtype=torch.int64), cache=Cache(LENGTH))
+        found.append(str(error.value))
+    return found
+
+
+def everything() -> tuple[dict[str, float], list[str]]:
+    return differences(), refused()
+
+
 @pytest.fixture(scope="module")
-def found() -> dict[str, float]:
-    return world.run(1, differences)[0]
+def results() -> Any:
+    return world.run(1, everything)[0]
+
+
+@pytest.fixture(scope="module")
+def found(results: Any) -> dict[str, float]:
+    return results[0]
+
+
+def test_a_cache_of_split_sequences_is_refused(results: Any) -> None:
+    for said, setting in zip(results[1], ("cp = 2", "sequence_parallel = True"), strict=True):
+        assert setting in said
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("float64", 1e-10), ("float32", 1e-5)])

@@ -115,7 +115,7 @@ def test_missing_files_and_columns(tmp_path: Path) -> None:
     ("history", "problem"),
     [
         ([np.nan] * 5, "no value is known"),
-        ([], "no value is known"),
+        ([], "a horizon of 4 is longer than its history of 0"),
         ([np.nan, 3], "it has one value"),
         ([3, np.nan, 3, 3], "it is constant"),
         ([3, 4, 5], "a horizon of 4 is longer than its history of 3"),
