@@ -1,6 +1,7 @@
 """Search the data weights under which small proxy runs learn the validation sets best.
 
-    megahp mix RUN.toml [section.key=value ...] --out FOLDER [--trials 24] [--shares 0.11,0.33,1] [--set] [--json FILE]
+    megahp mix RUN.toml [section.key=value ...] --out FOLDER [--trials 24] [--shares 0.11,0.33,1]
+        [--set REAL.toml] [--json FILE]
 
 RUN.toml is a proxy of the run that the weights are for: its sources, a small model, few tokens. data.validation names
 the sets, held out from what the model is for; the mean of their losses is minimised. The first two mixtures are in
@@ -9,18 +10,18 @@ trained on a share of train.tokens, and on the next larger one only if it is in 
 (successive halving). That is multi-fidelity Bayesian optimisation, as in ADMIRE-BayesOpt (2025; its abstract was read).
 
 Start the same command several times, such as by `sbatch --array=1-8 --wrap "megahp mix ..."`: each is a worker, and
-takes the next mixture until there are --trials of them. After an interruption the same command resumes, and continues
-unfinished runs. You see a line per mixture, then the best. --set writes data.weights into RUN.toml.
+takes the next mixture until there are --trials of them. Workers share FOLDER, on a file system whose locks all nodes
+see. After an interruption the same command resumes, and continues unfinished runs. You see a line per mixture, then the
+best. --set writes data.weights into the run file that they are for, of the same data.train.
 """
 
 import argparse
 import contextlib
-import fcntl
 import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ from megahp.commands.output import provenance, write_json
 from megahp.config import CheckpointConfig, Config, LogConfig, config_to_dict, parse_validation, resolve, with_values
 from megahp.config.edit import edited
 from megahp.data.indexed import IndexedDataset
-from megahp.diagnose.child_runs import check_same_config, has_diverged, is_done, train
+from megahp.diagnose.child_runs import check_same_config, claimed, has_diverged, is_done, train
 from megahp.errors import UserError
-from megahp.files import open_unlinked, read_text, replace_text
+from megahp.files import open_unlinked, read_text, read_toml, replace_text
 from megahp.log.metrics import newest_metrics
 from megahp.log.progress import human_duration
 from megahp.parallel.layout import fit
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--ranks", type=int, default=1, metavar="N", help="ranks of each run (default 1)")
     add("--seed", type=int, default=1, metavar="N", help="of the search; runs have train.seed (default 1)")
-    add("--set", action="store_true", help="write the best weights into RUN.toml")
+    add("--set", type=Path, metavar="REAL.toml", help="write the best weights into this run file")
     add("--json", type=Path, metavar="FILE", help="write every mixture and its losses")
 
 
@@ -72,22 +73,24 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     config = checked(options)
     study = open_study(options, config)
     began, before = time.monotonic(), len(ended(study))
-    while len(ended(study)) < options.trials:
-        try_next(study, options, config)
-        done = len(trials := ended(study))
+    while trial := try_next(study, options, config):
+        done = len(ended(study))
         left = (time.monotonic() - began) / max(1, done - before) * max(0, options.trials - done)
-        print(f"[{done}/{options.trials}] {describe(trials[-1], config)}; ETA {human_duration(left)}", flush=True)
+        print(f"[{done}/{options.trials}] {describe(trial, config)}; ETA {human_duration(left)}", flush=True)
+    if (others := options.trials - len(ended(study))) > 0:
+        print(f"{others} mixtures are being trained by other workers")
     whole = sorted((trial for trial in ended(study) if trial.state.name == "COMPLETE"), key=lambda trial: trial.value)
     if not whole:
         raise UserError(f"all {options.trials} mixtures diverged or were pruned; lower optimizer.lr, or raise --trials")
     print("\nthe best, then the sources' own proportions:")
-    for trial in [*whole[:5], *(trial for trial in ended(study) if trial.number == 0)]:
+    own = [trial for trial in ended(study) if np.allclose(weights_of(trial), proportions(config))]
+    for trial in [*whole[:5], *own[:1]]:
         print(describe(trial, config))
     best = [round(weight, 4) for weight in weights_of(whole[0])]
     print(f"data.weights = {best}")
     if options.set:
-        text = read_text(options.run, "run file")
-        replace_text(options.run, edited(text, {"data.weights": best}))
+        text = read_text(options.set, "run file")
+        replace_text(options.set, edited(text, {"data.weights": best}))
     found = [{"weights": weights_of(trial), "losses": trial.intermediate_values} for trial in ended(study)]
     write_json(options.json, {**provenance(words), "sources": config.data.train, "mixtures": found})
     return 0
@@ -106,6 +109,11 @@ def checked(options: argparse.Namespace) -> Config:
         raise UserError("data.weights and data.mixtures are what is searched; remove them from the proxy's run file")
     if not config.data.validation:
         raise UserError("data.validation is empty; name the sets whose losses are to be lowest, as name:prefix")
+    if config.train.steps:
+        raise UserError(f"train.steps = {config.train.steps} would end all shares alike; lower train.tokens instead")
+    real = read_toml(options.set, "run file").get("data", {}).get("train") if options.set else None
+    if options.set and real != [*config.data.train]:
+        raise UserError(f"--set {options.set} has data.train = {real}, and the proxy {[*config.data.train]}; give one")
     log = LogConfig(root=str(options.out), tensorboard=False, baselines=False)
     config = replace(config, checkpoint=CheckpointConfig(keep=1), log=log)
     for share in shares:  # all checks of `megahp train`, before anything trains
@@ -134,13 +142,11 @@ def open_study(options: argparse.Namespace, config: Config) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     options.out.mkdir(parents=True, exist_ok=True)
-    file = JournalFileBackend(str(options.out / "search.log"))
+    file = JournalFileBackend(str(options.out.resolve() / "search.log"))  # its lock is a link, from inside the folder
     settings = json.loads(json.dumps({"config": config_to_dict(config), "shares": options.shares}))
     with claimed(options.out / "search.lock", wait=True):  # or two workers would begin it
         study = optuna.create_study(
             storage=optuna.storages.JournalStorage(file),
-            # other workers' unfinished mixtures count as bad, so that all do not try the same
-            sampler=optuna.samplers.TPESampler(seed=options.seed, multivariate=True, constant_liar=True),
             pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=KEPT),
             study_name="mix",
             load_if_exists=True,
@@ -148,7 +154,7 @@ def open_study(options: argparse.Namespace, config: Config) -> Any:
         if not study.user_attrs:
             study.set_user_attr("settings", settings)
             equal = [1 / len(config.data.train)] * len(config.data.train)
-            for weights in (proportions(config), equal):
+            for weights in dict.fromkeys(map(tuple, (proportions(config), equal))):
                 study.enqueue_trial({f"source {n}": weight for n, weight in enumerate(weights)})
     if study.user_attrs["settings"] != settings:
         raise UserError(f"{options.out} holds a search with other settings or shares; name another --out")
@@ -161,28 +167,36 @@ def proportions(config: Config) -> list[float]:
     return (tokens / tokens.sum()).tolist()
 
 
-def try_next(study: Any, options: argparse.Namespace, config: Config) -> None:
-    """Train the next mixture, on more and more tokens while it is among the best: one that a worker was ended in, if
-    there is any."""
+def try_next(study: Any, options: argparse.Namespace, config: Config) -> Any:
+    """Train the next mixture, on more and more tokens while it is among the best: one whose worker was ended, if there
+    is any. Returns it; None if there are enough."""
     import optuna
 
     states = optuna.trial.TrialState
-    for trial in study.get_trials(states=[states.RUNNING]):
-        with claimed(options.out / f"claims/{trial.number}") as is_left:
-            if is_left:  # its worker's lock ended with it; the runs that it finished are found by their weights
-                study.tell(trial.number, state=states.FAIL)
-                study.enqueue_trial(trial.params)
-    trial = study.ask()
-    with claimed(options.out / f"claims/{trial.number}", wait=True):
-        raw = [trial.suggest_float(f"source {n}", LEAST, 1) for n in range(len(config.data.train))]
+    with contextlib.ExitStack() as claim:
+        with claimed(options.out / "search.lock", wait=True):  # from finding what is left to claiming what is taken
+            for left in study.get_trials(states=[states.RUNNING]):
+                with claimed(options.out / f"claims/{left.number}") as is_left:
+                    if is_left:  # its worker's lock ended with it; the runs that it finished are found by their weights
+                        study.tell(left.number, state=states.FAIL)
+                        if params := left.params or left.system_attrs.get("fixed_params"):
+                            study.enqueue_trial(params)
+            trials = study.get_trials()
+            if sum(trial.state.name in ("COMPLETE", "PRUNED", "RUNNING") for trial in trials) >= options.trials:
+                return None
+            # another seed for every mixture, or all workers would draw the same; others' unfinished ones count as bad
+            seed = options.seed + len(trials)
+            study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            trial = study.ask()
+            claim.enter_context(claimed(options.out / f"claims/{trial.number}", wait=True))
+            raw = [trial.suggest_float(f"source {n}", LEAST, 1) for n in range(len(config.data.train))]
         weights = [value / sum(raw) for value in raw]
         for rung, share in enumerate(options.shares):
             loss = loss_of(of_share(config, weights, share, options.ranks), options.ranks)
             trial.report(loss, KEPT**rung)
             if loss == math.inf or (share < 1 and trial.should_prune()):
-                study.tell(trial, state=states.PRUNED)
-                return
-        study.tell(trial, loss)
+                return study.tell(trial, state=states.PRUNED)
+        return study.tell(trial, loss)
 
 
 def loss_of(config: Config, ranks: int) -> float:
@@ -193,25 +207,12 @@ def loss_of(config: Config, ranks: int) -> float:
         with open_unlinked(directory / "train.log", "a") as log:
             code = train(config, ranks, log)
         if code and not has_diverged(directory):
-            raise UserError(f"{directory} ended with exit code {code}; the same command resumes it")
+            raise UserError(f"{directory} ended with exit code {code}; see its train.log; the same command resumes it")
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     if has_diverged(directory):
         return math.inf
     losses = next(newest_metrics(directory))["validation_losses"]
     return float(np.mean([losses[name] for name in parse_validation(config.data)]))
-
-
-@contextlib.contextmanager
-def claimed(file: Path, wait: bool = False) -> Iterator[bool]:
-    """Yield whether this worker got a lock, which the kernel releases however the worker ends."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open_unlinked(file, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            yield False
-        else:
-            yield True
 
 
 def ended(study: Any) -> list[Any]:

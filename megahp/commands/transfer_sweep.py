@@ -23,7 +23,6 @@ the family is given as slope (of log2 optimum in log2 size) times span, and as l
 
 import argparse
 import contextlib
-import fcntl
 import gc
 import itertools
 import math
@@ -34,7 +33,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -48,7 +47,7 @@ from megahp.commands.arguments import add_outputs, folder_name, key_of, parse_in
 from megahp.commands.output import write_json
 from megahp.config import Config, LogConfig, resolve, setting_names
 from megahp.diagnose import child_runs
-from megahp.diagnose.child_runs import check_same_config, has_diverged, is_done
+from megahp.diagnose.child_runs import check_same_config, claimed, has_diverged, is_done
 from megahp.diagnose.curves import plot, show, tables
 from megahp.diagnose.transfer import Curve, drift
 from megahp.errors import Fault, UserError, complain
@@ -103,6 +102,11 @@ class Cell:
     @property
     def directory(self) -> Path:
         return self.config.directory
+
+    @property
+    def claim(self) -> Path:
+        """The file that the worker which trains it has locked."""
+        return self.directory / ".claim"
 
     @property
     def operations(self) -> float:
@@ -309,7 +313,7 @@ def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
     store = launch.join(launch.World(), uses_cuda(cells[0].config)) if ranks == 1 else None
     try:
         for cell in cells:
-            with claimed(cell) as is_claimed:
+            with claimed(cell.claim) as is_claimed:
                 if not is_claimed or is_done(cell.directory):
                     continue
                 seconds = train_cell(cell, ranks, store)
@@ -325,19 +329,6 @@ def work(cells: Sequence[Cell], ranks: int, last: float | None) -> int:
         code = INTERRUPTED
     launch.leave(code)
     return code
-
-
-@contextlib.contextmanager
-def claimed(cell: Cell) -> Iterator[bool]:
-    """Yield whether this worker got the cell's lock, which the kernel releases however the worker ends."""
-    cell.directory.mkdir(parents=True, exist_ok=True)
-    with open_unlinked(cell.directory / ".claim", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
 
 
 def train_cell(cell: Cell, ranks: int, store: dist.Store | None) -> float:

@@ -1,9 +1,12 @@
 """Training runs that a measurement starts as child processes with `megahp train`, and how they ended."""
 
+import contextlib
+import fcntl
 import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -66,3 +69,19 @@ def has_diverged(directory: Path) -> bool:
         return True
     skipped = [event["step"] for event in newest if event["event"] == "skipped"]
     return len(skipped) == MAX_SKIPPED_IN_A_ROW and skipped[0] - skipped[-1] == MAX_SKIPPED_IN_A_ROW - 1
+
+
+@contextlib.contextmanager
+def claimed(file: Path, wait: bool = False) -> Iterator[bool]:
+    """Yield whether this worker got a lock, which the kernel releases however the worker ends. wait: until it is free.
+    Raises UserError for a file system without locks."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open_unlinked(file, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        except OSError as error:
+            raise UserError(f"{file} cannot be locked ({error}); use a folder on a file system with locks") from None
+        else:
+            yield True

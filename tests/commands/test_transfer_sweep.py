@@ -130,7 +130,7 @@ def train_three(folder: Path) -> list[tuple[int, int]]:
     words = [*SWEEP[:2], "optimizer.lr=0.001,0.002,1e38", *SWEEP[3:], "--out", "thrice"]
     left = []
     for cell in tool.read_cells(cli.parse([*COMMAND, *words])[1])[:3]:
-        with tool.claimed(cell):
+        with tool.claimed(cell.claim):
             tool.train_cell(cell, 1, dist.HashStore())
         left.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
     return left
@@ -143,9 +143,9 @@ def test_a_run_leaves_nothing_behind_in_its_process(folder: Path) -> None:
 
 def test_a_cell_has_one_worker(tool: ModuleType, sweep: Callable[..., int]) -> None:
     cell, other = tool.read_cells(cli.parse([*COMMAND, *SWEEP, "--out", "claims"])[1])[:2]
-    with tool.claimed(cell) as mine, tool.claimed(cell) as again, tool.claimed(other) as another:
+    with tool.claimed(cell.claim) as mine, tool.claimed(cell.claim) as again, tool.claimed(other.claim) as another:
         assert (mine, again, another) == (True, False, True)
-    with tool.claimed(cell) as mine:
+    with tool.claimed(cell.claim) as mine:
         assert mine
 
 
@@ -155,7 +155,7 @@ def test_what_another_worker_still_trains_is_not_taken_for_missing(
     words = [*SWEEP, "--out", "swept"]
     last = tool.read_cells(cli.parse([*COMMAND, *words])[1])[-1]
     shutil.rmtree(last.directory)
-    with tool.claimed(last):
+    with tool.claimed(last.claim):
         assert sweep(*words, "--jobs", 1) == 2
     assert f"megahp: {last} and 0 more are being trained by other workers" in capsys.readouterr().err
 
