@@ -1,6 +1,6 @@
 #!/bin/sh
 # Check the activations of every parameterization over depths at density 1/4 and over densities at 8 layers: ten tables,
-# two minutes. Some fail, as theory predicts.
+# a minute or two. Some fail, as theory predicts.
 #     sh examples/depth-transfer/check.sh   (results: docs/transfer.md)
 set -eu
 base="parameterization.base_width=64"

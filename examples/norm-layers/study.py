@@ -6,7 +6,7 @@ For each seed a run of run.toml keeps twelve checkpoints, and `megahp measure no
 of every kind of layer at each. Every run becomes twelve lines in results.jsonl; interrupted, the same command resumes.
 Then the tables are printed, and the figure drawn: slope (through the origin) and Pearson's r of the whole model's noise
 scale over each of the others along a run, mean over the seeds with 95 % intervals, with and without embedding and
-unembedding, which the paper leaves out (Gray et al., arXiv 2411.00999). About 8 minutes of one core.
+unembedding, which the paper leaves out (Gray et al., arXiv 2411.00999). About 10 minutes of one free core.
 """
 
 import argparse

@@ -25,13 +25,12 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megahp.commands.arguments import key_of, parse_number
 from megahp.commands.output import provenance, write_json
-from megahp.config import Config, DistillConfig, get_setting, resolve, with_values
+from megahp.config import Config, get_setting, resolve
 from megahp.config.edit import edited
 from megahp.errors import UserError
 from megahp.files import read_text, replace_text
@@ -79,9 +78,10 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError("model.vocab_size = 0 is the tokenizer's, which a plan does not read; set it, e.g. 32000")
     if config.parallel.engine != "megahp":
         raise UserError("parallel.engine = 'deepspeed' is not planned, only megahp's own; add parallel.engine=megahp")
-    if config.model.quantize != "none" or config.distill.teachers:
-        print("planned without model.quantize and distill.teachers, which take more time and memory", file=sys.stderr)
-        config = with_values(replace(config, distill=DistillConfig()), {"model.quantize": "none"})
+    if config.distill.teachers:
+        print("planned without distill.teachers, which take more time and memory", file=sys.stderr)
+    if options.cluster and config.model.quantize != "none":
+        print("times are without the rounding of model.quantize, which takes more", file=sys.stderr)
     if options.cluster:
         machine = load_machine(options.cluster)
         found = simulate_run(options, config, machine) if options.simulate else find_layout(options, config, machine)

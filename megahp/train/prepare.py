@@ -441,9 +441,9 @@ def with_teachers(config: Config, resumed: checkpoint.Location | None) -> Config
 
     names, fingerprints = [], []
     of_run = checkpoint.settings_of(resumed).distill.teachers if resumed else ()
-    for name in config.distill.teachers:
-        kept = [each for each in of_run if each.startswith(f"{name.rstrip('/')}/")]
-        path = checkpoint.find(checkpoint.location(kept[0] if len(kept) == 1 else name))
+    for number, name in enumerate(config.distill.teachers):
+        kept = of_run[number] if number < len(of_run) else ""
+        path = checkpoint.find(checkpoint.location(kept if kept.startswith(f"{name.rstrip('/')}/") else name))
         saved, teacher = checkpoint.settings_of(path), f"distill.teachers: {path}"
         refuse_other(config.data.tokenizer, saved.data.tokenizer_fingerprint, f"{path} was trained with")
         if saved.model.vocab_size != config.model.vocab_size:
