@@ -135,7 +135,8 @@ class _LinearCrossEntropy(Function):
         dtype = torch.promote_types(x.dtype, torch.float32)
         # not -inf, which a slice or rank that holds none of a target's ids would subtract from itself
         largest = x.new_full(targets.shape, torch.finfo(dtype).min, dtype=dtype)
-        total, target_logit, soft_logit = (torch.zeros_like(largest) for _ in range(3))
+        total, target_logit = torch.zeros_like(largest), torch.zeros_like(largest)
+        soft_logit = torch.zeros_like(largest) if soft else largest
         for start, rows, index, is_target in _slices(x, weight, targets):
             products = F.linear(x, rows)
             kept += [products] if keeps else []

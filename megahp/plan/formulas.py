@@ -141,7 +141,13 @@ class _Counted:
         hidden, chosen, mine = model.expert_width // self.tp, self.t * model.experts_per_token, model.experts // ep
         self.linear(model.experts, model.width, self.t, count, again, "float32")
         # as many rows as this rank sends, since others send as many
-        self._mlp(hidden, chosen // mine, count * mine, again)
+        if rank.dtype == "bfloat16" and not (model.width % 8 or hidden % 8):  # one product of all (model/moe.py)
+            self._mlp(hidden, chosen, count, again)
+            weights = rank.e * (mine - 1) * (3 if model.gated else 2) * model.width * hidden  # beside one expert's
+            self.memory("forward", "experts", weights, count)
+            self.memory("backward", "experts", weights, (2 + again) * count)
+        else:
+            self._mlp(hidden, chosen // mine, count * mine, again)
         if model.shared_experts:
             self._mlp(model.shared_experts * hidden, self.t, count, again)
         activation = self.passes.gated if model.gated else self.passes.plain

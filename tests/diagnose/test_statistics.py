@@ -45,7 +45,6 @@ def test_a_means_interval_holds_it_as_often_as_it_says() -> None:
         draws = random.normal(1.0, 2.0, size=(2000, count))
         held = [abs(values.mean() - 1) < half_interval(values) for values in draws]
         assert np.mean(held) == pytest.approx(0.95, abs=0.015)
-    assert np.isnan(half_interval(np.ones(1))) and np.isnan(half_interval(np.ones(11)))
 
 
 def test_students_interval_and_tail() -> None:
