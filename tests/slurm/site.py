@@ -56,7 +56,8 @@ class Site:
         self.cluster, self.folder = cluster, folder
         write_corpus(folder / "corpus", 0.02)
         (folder / "run.toml").write_text(RUN)
-        killed = self.fault("torchrun", kind="kill", rank=1, step=12) | self.checked()
+        # steps after the checkpoint of step 10, whose files another rank may still be writing
+        killed = self.fault("torchrun", kind="kill", rank=1, step=18) | self.checked()
         two = ("--nodes=2",)
         self.jobs = {
             "limited": self.launch(
