@@ -146,6 +146,22 @@ def prepare(name: str, documents: Callable[[], Iterable[str]], tokenizer: str = 
     return prefixes
 
 
+def held_out_code(length: int, count: int) -> Any:
+    """Return the first windows of held-out code, int64 [count, length + 1]: of each document one in eight."""
+    import torch
+
+    from megahp.data.indexed import IndexedDataset
+
+    documents = IndexedDataset(str(prepare("code", code)[1]))
+    lengths = documents.document_tokens(np.arange(documents.documents))
+    windows = [
+        documents.tokens(document, start, start + length + 1)
+        for document in np.flatnonzero(lengths > length).tolist()
+        for start in range(0, int(lengths[document]) - length, 8 * length)
+    ]
+    return torch.from_numpy(np.stack(windows[:count]).astype(np.int64))
+
+
 def train_all(study: Study, runs: Sequence[Run], jobs: int) -> None:
     """Train what is missing, as many runs at once as there are jobs. A run comes after its parent in `runs`."""
     lines = study.read()

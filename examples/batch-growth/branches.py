@@ -12,9 +12,7 @@ branches.jsonl; interrupted, it resumes. About 15 minutes on one core.
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +24,9 @@ from study import DATA, FAIR, HERE, Line, prepare_data, read, tokenizer_of
 from megahp.diagnose.statistics import half_interval
 from megahp.log.metrics import read_run
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from studies import run_megahp
+
 OUT = HERE / "branches.jsonl"
 RUNS = Path("runs/batch-growth-branches")
 BATCH, LENGTH, RATE = 8, 64, 5.7e-3  # the constant batch's own best rate is within the grid's steps of it on both
@@ -35,24 +36,11 @@ FACTORS = (1, 2, 4, 8, 16)
 TOKENS = 12 * max(FACTORS) * BATCH * LENGTH
 
 
-def megahp(*words: str) -> None:
-    """Run a command of megahp on one thread; print what it said if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "megahp", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(f"{done.stdout}\nmegahp {' '.join(words)} failed")
-
-
 def train(corpus: str, seed: int, name: str, *words: str) -> Path:
     """Train a run of the study's smaller model at a constant rate; return its directory."""
     data = [f'data.train=["{DATA / corpus}"]', f"data.tokenizer={tokenizer_of(corpus)}", f"train.seed={seed}"]
     constant = ["schedule.name=constant", f"log.root={RUNS}", f"log.name={name}", *words]
-    megahp("train", str(HERE / "run.toml"), *data, *constant)
+    run_megahp("train", str(HERE / "run.toml"), *data, *constant)
     return RUNS / name
 
 
@@ -62,7 +50,7 @@ def measure(corpus: str, seed: int) -> list[Line]:
     batch = [f"batch.global_batch={BATCH}", f"optimizer.lr={RATE}", "schedule.warmup=0.1"]
     keep = [f"checkpoint.every={EVERY}", f"checkpoint.keep={MOMENTS}", f"train.steps={MOMENTS * EVERY}"]
     base, found = train(corpus, seed, "base", *batch, *keep, "train.tokens=800_000"), RUNS / "noise.json"
-    megahp("measure", "noise-scale", str(base), "--batch", "64", "--batches", "24", "--json", str(found))
+    run_megahp("measure", "noise-scale", str(base), "--batch", "64", "--batches", "24", "--json", str(found))
     lines: list[Line] = []
     for at in json.loads(found.read_text())["checkpoints"]:
         tokens, total = at["tokens"], at["kinds"]["total"]

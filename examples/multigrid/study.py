@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from studies import Line, Run, Study, code, half_interval, main, mean_and_interval, prepare, print_table
+from studies import Line, Run, Study, code, half_interval, held_out_code, main, mean_and_interval, prepare, print_table
 
 MILLIONS, LENGTH, WINDOWS = 0.6, 512, 256
 ARMS = {
@@ -28,18 +28,10 @@ def measure(directory: Path) -> Line:
     """Return the mean loss of held-out windows, and the seconds of all steps but the first ten."""
     import torch
 
-    from megahp.data.indexed import IndexedDataset
     from megahp.evaluate.sample import load_trained
     from megahp.log.metrics import read_metrics
 
-    trained, documents = load_trained(directory), IndexedDataset(str(prepare("code", code)[1]))
-    lengths = documents.document_tokens(np.arange(documents.documents))
-    windows = [
-        documents.tokens(document, start, start + LENGTH + 1)
-        for document in np.flatnonzero(lengths > LENGTH).tolist()
-        for start in range(0, int(lengths[document]) - LENGTH, 8 * LENGTH)
-    ]
-    rows = torch.from_numpy(np.stack(windows[:WINDOWS]).astype(np.int64))
+    trained, rows = load_trained(directory), held_out_code(LENGTH, WINDOWS)
     with torch.no_grad():
         losses = torch.cat([trained.model(part[:, :-1], part[:, 1:]) for part in rows.split(8)]).double()
     seconds = sum(step["step_seconds"] for step in read_metrics(directory)[10:])

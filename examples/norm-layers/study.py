@@ -11,7 +11,6 @@ unembedding, which the paper leaves out (Gray et al., arXiv 2411.00999). About 1
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,9 @@ from megahp.diagnose.statistics import correlation, half_interval, slope
 from megahp.log.metrics import read_run
 from megahp.report.figures import PALETTE, plot_in
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from studies import run_megahp
+
 HERE = Path(__file__).parent
 OUT = HERE / "results.jsonl"
 RUNS = Path("runs/norm-layers")
@@ -36,27 +38,14 @@ TOTALS = ("total", "total without embeddings")
 Line = dict[str, Any]
 
 
-def megahp(*words: str) -> None:
-    """Run a command of megahp on one thread; print what it said if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "megahp", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(f"{done.stdout}\nmegahp {' '.join(words)} failed")
-
-
 def measure(seed: int, batches: int, overrides: Sequence[str]) -> list[Line]:
     """Train a run, and return a line for each of its checkpoints."""
     shutil.rmtree(RUNS, ignore_errors=True)
     words = [f"train.seed={seed}", f"log.root={RUNS}", "log.name=run", *overrides]
-    megahp("train", str(HERE / "run.toml"), *words)
+    run_megahp("train", str(HERE / "run.toml"), *words)
     found = RUNS / "noise.json"
     measured = ["--batch", str(BATCH), "--batches", str(batches), "--json", str(found)]
-    megahp("measure", "noise-scale", str(RUNS / "run"), *measured)
+    run_megahp("measure", "noise-scale", str(RUNS / "run"), *measured)
     logged, lines = read_run(RUNS / "run"), []
     tokens, last = logged.column("tokens"), float(logged.column("validation_loss")[-1])
     for at in json.loads(found.read_text())["checkpoints"]:

@@ -14,7 +14,19 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from studies import STEP, Line, Run, Study, code, half_interval, main, mean_and_interval, prepare, print_table
+from studies import (
+    STEP,
+    Line,
+    Run,
+    Study,
+    code,
+    half_interval,
+    held_out_code,
+    main,
+    mean_and_interval,
+    prepare,
+    print_table,
+)
 
 LENGTH, WINDOWS = 128, 1024
 BUDGETS = 0.15, 0.3, 0.6  # millions of tokens
@@ -44,18 +56,10 @@ def measure(directory: Path) -> Line:
     import torch
 
     from megahp.config import with_values
-    from megahp.data.indexed import IndexedDataset
     from megahp.evaluate.sample import load_trained
     from megahp.model.compute import quantize_products
 
-    trained, documents = load_trained(directory), IndexedDataset(str(prepare("code", code)[1]))
-    lengths = documents.document_tokens(np.arange(documents.documents))
-    windows = [
-        documents.tokens(document, start, start + LENGTH + 1)
-        for document in np.flatnonzero(lengths > LENGTH).tolist()
-        for start in range(0, int(lengths[document]) - LENGTH, 8 * LENGTH)
-    ]
-    rows, found = torch.from_numpy(np.stack(windows[:WINDOWS]).astype(np.int64)), {}
+    trained, rows, found = load_trained(directory), held_out_code(LENGTH, WINDOWS), {}
     for kind in ("as trained", "int4"):
         with torch.no_grad():
             losses = torch.cat([trained.model(part[:, :-1], part[:, 1:]) for part in rows.split(32)])

@@ -147,7 +147,6 @@ def compare(arguments: argparse.Namespace, written: Path, tokenizer: Tokenizer) 
     exporting = arguments.source_format == "megahp"
     ours, theirs = (arguments.source, written) if exporting else (written, arguments.source)
     path, config = find_checkpoint(ours)
-    config = with_values(config, {"model.quantize": "none"})  # the weights themselves are compared
     ids = tokenizer.encode(text)
     if not ids:
         raise UserError(f"--text {file} holds no text; name another file")
@@ -202,9 +201,10 @@ class InFloat64(TorchFunctionMode):
 
 @torch.no_grad()
 def our_logits(config: Config, weights: Iterable[tuple[str, Tensor]], tokens: Tensor) -> Tensor:
-    """Return logits [1, s, vocabulary], float64, of tokens [1, s]. Raises UserError for weights that are not the
-    model's."""
-    model = single_rank_model(with_values(config, {"train.dtype": "float64", "train.device": "cpu"}))
+    """Return logits [1, s, vocabulary], float64, of tokens [1, s], by the weights as they are stored, not quantized.
+    Raises UserError for weights that are not the model's."""
+    values = {"train.dtype": "float64", "train.device": "cpu", "model.quantize": "none"}
+    model = single_rank_model(with_values(config, values))
     parameters = model_state(model)
     for name, weight in check_shapes(weights, {name: parameter.shape for name, parameter in parameters.items()}):
         storage(parameters[name]).copy_(weight)
@@ -215,7 +215,7 @@ def our_logits(config: Config, weights: Iterable[tuple[str, Tensor]], tokens: Te
 def reread_logits(arguments: argparse.Namespace, form: str, folder: Path, tokens: Tensor) -> Tensor:
     """Return the logits of a model in another format through our own import."""
     layer, tensors = read(form, folder, resolve.parse_overrides(arguments.overrides).get("model", {}))
-    config = with_values(resolve.resolve([(str(folder), layer)]).config, {"model.quantize": "none"})
+    config = resolve.resolve([(str(folder), layer)]).config
     return our_logits(config, weights_of(tensors), tokens)
 
 
