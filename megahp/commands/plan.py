@@ -78,6 +78,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError("model.vocab_size = 0 is the tokenizer's, which a plan does not read; set it, e.g. 32000")
     if config.parallel.engine != "megahp":
         raise UserError("parallel.engine = 'deepspeed' is not planned, only megahp's own; add parallel.engine=megahp")
+    if config.compute.fp4:
+        raise UserError("simulated FP4 is not planned; add compute.fp4_forward=none compute.fp4_backward=none")
     if config.distill.teachers:
         print("planned without distill.teachers, which take more time and memory", file=sys.stderr)
     if options.cluster and config.model.quantize != "none":

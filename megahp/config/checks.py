@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from megahp.config.phases import parse_skip, parse_table, parse_validation, phases_of
-from megahp.config.schema import AUTO, VOCAB_MULTIPLE, Config
+from megahp.config.schema import AUTO, FP4_BLOCKS, VOCAB_MULTIPLE, Config
 from megahp.errors import nearest_divisors, nearest_multiples
 
 STAGES_PER_RANK = {
@@ -41,6 +41,11 @@ def find_unused(config: Config) -> Iterator[tuple[str, str]]:
     if not config.distill.teachers:
         for key in ("distill.fingerprints", "distill.weight"):
             yield key, "distill.teachers = []; it needs at least one"
+    if not {"nvfp4", "ue5m3"} & set(config.compute.fp4.values()):
+        formats = (
+            f"compute.fp4_forward = {config.compute.fp4_forward!r} and fp4_backward = {config.compute.fp4_backward!r}"
+        )
+        yield "compute.fp4_tensor_scale", f"{formats}; it needs nvfp4 or ue5m3 in one of them"
     if not config.checkpoint.every:
         yield "checkpoint.keep_best", "checkpoint.every = 0, which saves one at the end only; it needs at least 1"
 
@@ -275,11 +280,8 @@ def _float8(config: Config) -> Iterator[str]:
         "model.heads x model.head_size / parallel.tp": model.heads * model.head_size // tp,
         "2 x model.kv_heads x model.head_size / parallel.tp": 2 * model.kv_heads * model.head_size // tp,
     }
-    try:
-        for phase in phases_of(config.data):
-            sides[f"sequence length {phase.length} / parallel.cp"] = phase.length // config.parallel.cp
-    except ValueError:
-        pass  # reported by _data
+    for length in _lengths(config):
+        sides[f"sequence length {length} / parallel.cp"] = length // config.parallel.cp
     for name, size in sides.items():
         if size % 16:
             yield (
@@ -293,6 +295,54 @@ def _float8(config: Config) -> Iterator[str]:
             f"compute.fp8 = {fp8!r} outputs bfloat16 or float32, not train.dtype = {config.train.dtype!r}; choose one "
             "of those, or remove it"
         )
+
+
+def _fp4(config: Config) -> Iterator[str]:
+    """Blocks must lie within a rank's part of what a product sums over: of the inputs forward; backward of the outputs,
+    and of a sequence's tokens, of which context parallelism gives a rank two spans."""
+    model, compute, tp, cp = config.model, config.compute, config.parallel.tp, config.parallel.cp
+    width, mlp_width = ("model.width", model.width), ("model.mlp_width / parallel.tp", model.mlp_width // tp)
+    heads, kv_heads = "model.heads x model.head_size", model.heads + 2 * model.kv_heads
+    spans, parts = (2 * cp, f" / (2 x parallel.cp = {cp})") if cp > 1 else (1, "")
+    sides = {
+        "forward": [width, mlp_width, (f"{heads} / parallel.tp", model.heads * model.head_size // tp)],
+        "backward": [
+            *(width, mlp_width),
+            ("(model.heads + 2 x model.kv_heads) x model.head_size / parallel.tp", kv_heads * model.head_size // tp),
+            *((f"sequence length {length}{parts}", length // spans) for length in _lengths(config)),
+        ],
+    }
+    for direction, kind in compute.fp4.items():
+        for name, size in sides[direction]:
+            if size % (block := FP4_BLOCKS[kind]):
+                yield (
+                    f"{name} = {size} is not a multiple of {block}, the block of compute.fp4_{direction} = {kind!r}; "
+                    f"nearest that are: {nearest_multiples(block, size)}"
+                )
+    if compute.fp4:
+        others = {
+            "experts": model.experts > 0,
+            "compute.fp8": compute.fp8 != "none",
+            "model.quantize": model.quantize != "none",
+        }
+        for key, is_set in others.items():
+            if is_set:
+                yield f"compute.fp4_{next(iter(compute.fp4))} does not support {key}; remove one of them"
+    wanted = {"both": ("forward", "backward"), "none": ()}.get(compute.fp4_hadamard, (compute.fp4_hadamard,))
+    for direction in wanted:
+        if direction not in compute.fp4:
+            yield (
+                f"compute.fp4_hadamard = {compute.fp4_hadamard!r} rotates nothing with compute.fp4_{direction} = "
+                f"'none'; set one, or compute.fp4_hadamard={next(iter(compute.fp4), 'none')}"
+            )
+
+
+def _lengths(config: Config) -> list[int]:
+    """Return the lengths of the phases' sequences."""
+    try:
+        return list(dict.fromkeys(phase.length for phase in phases_of(config.data)))
+    except ValueError:
+        return []  # reported by _data
 
 
 def _quantize(config: Config) -> Iterator[str]:
@@ -381,6 +431,8 @@ def _deepspeed(config: Config) -> Iterator[str]:
         "train.weights": (config.train.weights, "all"),
         "compute.compile": (compute.compile is True, False),
         "compute.fp8": (compute.fp8, "none"),
+        "compute.fp4_forward": (compute.fp4_forward, "none"),
+        "compute.fp4_backward": (compute.fp4_backward, "none"),
         "model.quantize": (config.model.quantize, "none"),
         "compute.norms": (compute.norms, "megahp"),
     }
@@ -509,6 +561,7 @@ CHECKS = (
     _data,
     _batch,
     _float8,
+    _fp4,
     _quantize,
     _sparsity,
     _engines,

@@ -64,6 +64,11 @@ window_only = partial(setting, only_with=("model.window", ONE_OR_MORE))
 validating_only = partial(setting, only_with=("train.validation_samples", ONE_OR_MORE))
 
 
+FP4_BLOCKS = {"mxfp4": 32, "nvfp4": 16, "ue5m3": 16}  # elements that share a scale
+Fp4 = Literal["none", "mxfp4", "nvfp4", "ue5m3"]
+Directions = Literal["none", "forward", "backward", "both"]
+
+
 def is_nth(block: int, every: int) -> bool:
     """Return whether a block, counted from 0, is an every-th one; every: 0 = none is."""
     return every > 0 and (block + 1) % every == 0
@@ -619,6 +624,29 @@ class ComputeConfig:
     fp8: Literal["none", "torchao", "transformer-engine"] = setting(
         "none", "library of the float8 matrix products in hidden layers, forward and backward; none = no float8"
     )
+    fp4_forward: Fp4 = setting(
+        "none", "4-bit format that the hidden layers' forward products are simulated in; none = as train.dtype has them"
+    )
+    fp4_backward: Fp4 = setting(
+        "none", "4-bit format of the products that give those layers' gradients, simulated; none = as train.dtype"
+    )
+    fp4_hadamard: Directions = setting(
+        "none", "4-bit products whose operands are rotated, block by block, by a Hadamard matrix with random signs"
+    )
+    fp4_tensor_scale: Directions = setting(
+        "both", "4-bit products whose operands have a scale of the whole tensor beside their blocks'; never in mxfp4"
+    )
+    fp4_stochastic: bool = setting(
+        False,
+        "round the gradients of outputs up or down at random, so that their mean is right",
+        only_with=("compute.fp4_backward", *FP4_BLOCKS),
+    )
+
+    @property
+    def fp4(self) -> dict[str, str]:
+        """The directions whose products are simulated in 4 bits, and their formats."""
+        formats = {"forward": self.fp4_forward, "backward": self.fp4_backward}
+        return {direction: kind for direction, kind in formats.items() if kind != "none"}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from megahp.config import (
     resolve,
     with_values,
 )
+from megahp.config.schema import FIELDS
 from megahp.data.loader import Batch
 from megahp.errors import UserError
 from megahp.parallel.device import check_devices, claim_device, uses_cuda
@@ -58,7 +59,8 @@ def verify(config: Config, ranks: int) -> list[str]:
 
 def shrink_config(config: Config, layout: Layout) -> Config:
     """Return the config of a run of this kind, as small as the layout allows, in float64 if its engine has that, on
-    synthetic data; without float8 and other engines' layers, which do not support float64."""
+    synthetic data; without float8 and other engines' layers, which do not support float64, and FP4,
+    whose blocks are larger."""
     model, parallel, tp = config.model, config.parallel, layout.tp
     stages = layout.pp * parallel.local_stages
     layers = min(model.layers, stages + 1)
@@ -108,6 +110,7 @@ def shrink_config(config: Config, layout: Layout) -> Config:
             "distill.teachers": (),  # of other sizes
             "compute.norms": "megahp",
             "compute.fp8": "none",
+            **{key: FIELDS[key].default for key in FIELDS if key.startswith("compute.fp4_")},
         },
     )
     batch = least_batch(small, layout.dp)  # which depends on the values above

@@ -6,7 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from megahp.config import Config, longest
-from megahp.model.compute import apply_recompute_and_compile, quantize_products, replace_norms, replace_products
+from megahp.model.compute import (
+    apply_recompute_and_compile,
+    quantize_products,
+    replace_norms,
+    replace_products,
+    simulate_fp4,
+)
 from megahp.model.moe import routers
 from megahp.model.transformer import Transformer
 from megahp.parallel.data import shard
@@ -52,7 +58,7 @@ def build_model(
        gathering and resharding are neither compiled nor, but for a block's experts, repeated by a recomputation.
     3. Other engines' norms, in place of the op that measures.
     4. Tensor-parallel parts as DTensors: float8 products need their shapes, and FSDP2 shards them further.
-    5. Products in float8, or by quantized weights.
+    5. Products in float8, in simulated FP4, or by quantized weights.
     6. FSDP2, over the data-parallel ranks; prefetching, once all of its units exist.
     7. Memory, for this rank's shards alone, and the weights drawn into it (`fill`; a plan allocates nothing real).
     """
@@ -69,6 +75,8 @@ def build_model(
         distribute(model, mesh, master)
         if compute.fp8 != "none":
             replace_products(model, compute.fp8, mesh.device)
+        if compute.fp4:
+            simulate_fp4(model, compute, config.train.seed, mesh.device)
         if config.model.quantize != "none":
             quantize_products(model, config.model)
         shard(model, list(model.blocks.values()), mesh, config.parallel, model.dtype, master)

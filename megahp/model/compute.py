@@ -1,6 +1,6 @@
 """How blocks are computed: compiled, with activations recomputed in the backward pass, by other engines.
 
-Float8 and quantized weights alone change what they compute. All of it stays inside a block's forward pass, so that
+Float8, simulated FP4 and quantized weights alone change what they compute. All of it stays inside a block's forward pass, so that
 hooks, names and shards are as they were.
 """
 
@@ -16,6 +16,7 @@ from megahp.config import ComputeConfig, ModelConfig
 from megahp.model.moe import MoE
 from megahp.model.norm import LayerNorm, RMSNorm
 from megahp.ops.engines import linear_of, norm_of
+from megahp.ops.fp4 import fp4_linear
 from megahp.ops.quantize import BITS, quantized_linear
 from megahp.parallel.parameters import storage
 from megahp.parallel.tensor import ColumnParallelLinear, RowParallelLinear
@@ -86,6 +87,13 @@ def hidden_products(model: nn.Module) -> Iterator[ColumnParallelLinear | RowPara
 def quantize_products(model: nn.Module, config: ModelConfig) -> None:
     """Multiply by hidden matrices as they are when quantized."""
     linear = quantized_linear(BITS[config.quantize], config.quantize_group)
+    for module in hidden_products(model):
+        module.linear = linear
+
+
+def simulate_fp4(model: nn.Module, compute: ComputeConfig, seed: int, device: torch.device) -> None:
+    """Multiply by the hidden matrices as in 4-bit formats."""
+    linear = fp4_linear(compute, seed, device)
     for module in hidden_products(model):
         module.linear = linear
 

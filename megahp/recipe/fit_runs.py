@@ -103,7 +103,7 @@ def _read_run(path: Path, config: Config, notes: list[str]) -> FinishedRun:
         )
     if config.sparsity.method != "none":
         raise UserError(f"{path} is sparse, and the laws are of dense models; remove it from the list")
-    if config.model.quantize != "none":
+    if config.model.quantize != "none" or config.compute.fp4:
         raise UserError(f"{path} is quantized, and the laws are of full precision; remove it from the list")
     if config.distill.teachers:
         raise UserError(f"{path} learned from teachers, and the laws are of data alone; remove it from the list")

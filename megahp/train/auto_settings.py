@@ -66,8 +66,8 @@ def _is_compiled(config: Config, mesh: Mesh, saved: bool | Auto) -> tuple[bool, 
         why = "a rank has no C++ compiler (g++, or the one that CXX names)"
     elif mesh.device.type != "cpu":
         why = "what that gains is not measured on GPUs"
-    elif config.model.experts or config.compute.fp8 != "none" or split_backward:
-        why = "what that gains is measured for dense blocks alone, without float8 or a split backward pass"
+    elif config.model.experts or config.compute.fp8 != "none" or config.compute.fp4 or split_backward:
+        why = "what that gains is measured for dense blocks alone, without float8, FP4 or a split backward pass"
     elif config.batch.varies_micro_batch:
         why = "microbatches that follow a growing batch would be compiled anew at each size"
     elif seconds < COMPILE_SECONDS / COMPILE_SHARE:

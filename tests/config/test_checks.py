@@ -74,6 +74,28 @@ DEEPSPEED = "parallel.engine=deepspeed"
         (["compute.fp8=torchao", "model.kv_heads=1", "model.head_size=4"], ["2 x model.kv_heads", "= 8", "16"]),
         (["compute.fp8=torchao", "model.width=264"], ["model.width = 264", "256, 272"]),
         (["compute.fp8=torchao", 'data.lengths=["1e6:8"]'], ["sequence length 8", "16"]),
+        (
+            ["compute.fp4_forward=mxfp4", "model.width=48"],
+            ["model.width = 48", "32, the block", "fp4_forward = 'mxfp4'"],
+        ),
+        (
+            ["compute.fp4_forward=nvfp4", "model.mlp_width=48", "parallel.tp=2"],
+            ["model.mlp_width / parallel.tp = 24", "compute.fp4_forward = 'nvfp4'", "16, 32"],
+        ),
+        (
+            ["compute.fp4_backward=mxfp4", "data.sequence_length=192", "parallel.cp=2"],
+            ["sequence length 192 / (2 x parallel.cp = 2) = 48", "compute.fp4_backward = 'mxfp4'", "32, 64"],
+        ),
+        (["compute.fp4_backward=nvfp4", 'data.lengths=["1e6:72"]'], ["sequence length 72", "16"]),
+        (["compute.fp4_backward=nvfp4", "model.kv_heads=1", "model.head_size=4"], ["2 x model.kv_heads) x", "= 24"]),
+        (["compute.fp4_backward=nvfp4", "model.experts=8"], ["compute.fp4_backward", "experts", "remove one"]),
+        (["compute.fp4_forward=nvfp4", "compute.fp8=torchao"], ["compute.fp4_forward", "compute.fp8", "remove one"]),
+        (["compute.fp4_forward=nvfp4", "model.quantize=int8"], ["compute.fp4_forward", "quantize", "remove one"]),
+        (
+            ["compute.fp4_backward=nvfp4", "compute.fp4_hadamard=both"],
+            ["compute.fp4_hadamard = 'both'", "fp4_forward = 'none'", "compute.fp4_hadamard=backward"],
+        ),
+        (["compute.fp4_hadamard=forward"], ["fp4_forward = 'none'", "compute.fp4_hadamard=none"]),
         (["model.quantize=int4", "model.width=264"], ["model.width = 264", "model.quantize_group = 32", "divides it"]),
         (["model.quantize=int4", "model.mlp_width=96", "parallel.tp=2"], ["model.mlp_width / parallel.tp = 48", "32"]),
         (["model.quantize=int8", "model.experts=8"], ["model.quantize = 'int8'", "experts", "remove one"]),
@@ -122,6 +144,7 @@ DEEPSPEED = "parallel.engine=deepspeed"
             ["deepspeed", "train.weights = 'embeddings'", "train.weights=all"],
         ),
         ([DEEPSPEED, "compute.compile=true"], ["deepspeed", "compute.compile = true", "compute.compile=false"]),
+        ([DEEPSPEED, "compute.fp4_forward=nvfp4"], ["deepspeed", "compute.fp4_forward = 'nvfp4'", "fp4_forward=none"]),
         ([DEEPSPEED, "model.quantize=int4"], ["deepspeed", "model.quantize = 'int4'", "model.quantize=none"]),
         ([DEEPSPEED, "compute.fp8=torchao"], ["deepspeed", "compute.fp8 = 'torchao'", "compute.fp8=none"]),
         (

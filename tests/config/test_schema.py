@@ -57,6 +57,7 @@ train.start_from train.weights train.tokens train.steps train.dtype train.device
 train.noise_half_life train.validate_every train.validate_first train.validation_samples
 distill.teachers distill.fingerprints distill.weight
 compute.compile compute.recompute compute.recompute_every compute.keep_heap compute.norms compute.fp8
+compute.fp4_forward compute.fp4_backward compute.fp4_hadamard compute.fp4_tensor_scale compute.fp4_stochastic
 checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best checkpoint.remote
 resilience.stop_after resilience.stop_at_batch resilience.hang_after resilience.save_again resilience.check_every
 resilience.spikes resilience.spike_sigmas resilience.spike_window

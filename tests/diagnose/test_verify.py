@@ -33,6 +33,7 @@ KINDS = {
     "sparse": ("sparsity.method=static", "sparsity.density=0.25"),
     "quantized": ("model.quantize=int4",),
     "lengths": ('data.lengths=["1e5:1024"]', "train.dtype=float16"),
+    "fp4": ("compute.fp4_forward=nvfp4", "compute.fp4_backward=nvfp4", "compute.fp4_hadamard=both"),
 }
 
 
