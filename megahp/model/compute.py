@@ -1,7 +1,7 @@
 """How blocks are computed: compiled, with activations recomputed in the backward pass, by other engines.
 
-Float8, simulated FP4 and quantized weights alone change what they compute. All of it stays inside a block's forward pass, so that
-hooks, names and shards are as they were.
+Float8, simulated FP4 and quantized weights alone change what they compute. All of it stays inside a block's forward
+pass, so that hooks, names and shards are as they were.
 """
 
 from collections.abc import Callable, Iterator

@@ -40,7 +40,7 @@ HASH = ((16, 0x85EBCA6B - 2**32), (13, 0xC2B2AE35 - 2**32), (16, 1))
 
 @dataclass(frozen=True)
 class Scale:
-    """The values of a block's scale: `digits` bits after the leading one, from least, the smallest normal one, to most."""
+    """The values that a block's scale may have: `digits` bits after the leading 1, from the least normal one on."""
 
     digits: int
     least: float
@@ -134,8 +134,8 @@ def _hadamard(size: int) -> np.ndarray:
 
 
 def fp4_linear(compute: ComputeConfig, seed: int, device: torch.device) -> Linear:
-    """Return a linear layer of [b, s, inputs] whose products are those of `compute.fp4_...`: of x and W along inputs; of
-    the output's gradient and W along outputs; of the gradient and x along the tokens of each sequence."""
+    """Return a linear layer of x [b, s, inputs] whose products are those of `compute.fp4_...`: of x and W, with blocks
+    along inputs; of the output's gradient and W, along outputs; of the gradient and x, along a sequence's tokens."""
 
     def rounding(direction: str, stochastic: bool = False) -> Callable[[Tensor], Tensor]:
         if direction not in compute.fp4:

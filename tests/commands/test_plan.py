@@ -99,6 +99,7 @@ def test_a_run_is_simulated(run_file: Path, capsys: pytest.CaptureFixture[str]) 
         (["--validate"], "--validate alone"),
         (["--ranks", "8", "--plot", "x.svg"], "--plot x.svg is of --validate"),
         (["--ranks", "0"], "--ranks 0 must be at least 1"),
+        (["--ranks", "8", "compute.fp4_forward=nvfp4"], "simulated FP4 is not planned; add compute.fp4_forward=none"),
         (["--ranks", "1024"], "batch.global_batch = 64 is below 256"),
         (["--ranks", "8", "--json", "parallel.tp=2"], "--json parallel.tp=2 looks like a setting"),
         (["--cluster", "h100", "--gpus", "1024", "--simulate"], "batch.global_batch = 64 is below 256"),

@@ -111,6 +111,11 @@ def test_values_that_nothing_can_use(tmp_path: Path, text: str, problem: str) ->
         (["parallel.ep=2"], ["parallel.ep = 2", "model.experts = 0", "needs at least 1"]),
         (["model.balance_rate=0.1"], ["model.balance_rate = 0.1", "model.experts = 0"]),
         (["--rank", "2"], ["--rank"]),
+        (
+            ["compute.fp4_forward=mxfp4", "compute.fp4_tensor_scale=none"],
+            ["compute.fp4_tensor_scale = 'none'", "no effect", "fp4_forward = 'mxfp4'", "needs nvfp4 or ue5m3"],
+        ),
+        (["compute.fp4_stochastic=true"], ["compute.fp4_stochastic = True", "no effect", "fp4_backward = 'none'"]),
         (["batch.critical_batch=[90, 0.5]"], ["batch.critical_batch = (90.0, 0.5)", "no effect", "law"]),
     ],
 )

@@ -4,18 +4,22 @@ three products one block at a time, and a model that multiplies so."""
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed import world
+from corpus import write_corpus
+from distributed import runs, world
 from distributed.training import Training, differences, settings_of, train
 from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32, unpack_uint4
 from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_dtype, to_mx
 from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
 
+from megahp import checkpoint
+from megahp.checkpoint.shards import Tensors
 from megahp.config import ComputeConfig
 from megahp.config.schema import FP4_BLOCKS
 from megahp.ops.fp4 import SCALES, Rounding, fp4_linear
@@ -236,16 +240,23 @@ WAYS = {
 }
 
 
-def trained() -> dict[str, Any]:
+def trained(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: train(settings_of("llama", *FP4, *words), 2) for name, words in WAYS.items()}
     (model,) = Training(settings_of("llama", *FP4)).engine.stages
     found["replaced"] = [module.linear is not F.linear for module in model.modules() if hasattr(module, "linear")]
+    write_corpus(folder / "corpus")
+    data = (f'data.train=["{folder}/corpus"]', "model.vocab_size=300", f"log.root={folder}", "checkpoint.every=2")
+    for name, parts in {"whole": (4,), "cut": (2, 4)}.items():
+        for steps in parts:
+            words = (*FP4, *data, "train.dtype=float32", f"log.name={name}", f"train.steps={steps}")
+            runs.go(settings_of("llama", *words), steps == 4)
+        found[name] = dict(Tensors(checkpoint.find(folder / name)).items())
     return found
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, Any]:
-    return world.run_afresh(1, trained)[0]
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return world.run_afresh(1, trained, tmp_path_factory.mktemp("runs"))[0]
 
 
 def test_hidden_matrices_alone_are_multiplied_so(outcomes: dict[str, Any]) -> None:
@@ -255,3 +266,8 @@ def test_hidden_matrices_alone_are_multiplied_so(outcomes: dict[str, Any]) -> No
 @pytest.mark.parametrize("way", list(WAYS)[1:])
 def test_every_way_rounds_alike(outcomes: dict[str, Any], way: str) -> None:
     assert differences(outcomes[way], outcomes["plain"], 1e-10, 1e-10) == []
+
+
+def test_it_resumes_to_the_bit(outcomes: dict[str, Any]) -> None:
+    whole, resumed = outcomes["whole"], outcomes["cut"]
+    assert whole.keys() == resumed.keys() and all(whole[name].equal(resumed[name]) for name in whole)

@@ -110,3 +110,10 @@ def test_a_sparse_run_is_no_run_of_these_laws(tmp_path: Path) -> None:
     run = write_run(tmp_path / "sparse", {"sparsity": {"method": "static", "density": 0.5}})
     with pytest.raises(UserError, match="sparse is sparse, and the laws are of dense models"):
         read_runs([run])
+
+
+@pytest.mark.parametrize("settings", [{"model": {"quantize": "int4"}}, {"compute": {"fp4_backward": "nvfp4"}}])
+def test_a_run_of_few_bits_is_no_run_of_these_laws(tmp_path: Path, settings: dict[str, dict[str, str]]) -> None:
+    run = write_run(tmp_path / "rounded", settings)
+    with pytest.raises(UserError, match="rounded is quantized, and the laws are of full precision"):
+        read_runs([run])
