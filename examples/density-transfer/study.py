@@ -156,7 +156,9 @@ class Study:
 
 
 def read(file: Path) -> list[Run]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """Return all results; a loss is null where the run diverged, and infinite here."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [line | {"loss": np.inf if line["loss"] is None else line["loss"]} for line in lines]
 
 
 def key(run: Run) -> tuple[Any, ...]:
@@ -184,8 +186,9 @@ def collect(runs: Sequence[Run], overrides: Sequence[str], file: Path) -> None:
     """Append a line to the results for each of these runs that has ended, unless another process has."""
     for run in Study(read(file)).left(runs):
         if is_done(directory := cell(run, overrides).directory):
+            loss = final_loss(directory, None)
             with open(file, "a") as out:
-                out.write(json.dumps({**run, "loss": final_loss(directory, None)}) + "\n")
+                out.write(json.dumps({**run, "loss": loss if np.isfinite(loss) else None}) + "\n")
 
 
 def mean(losses: np.ndarray) -> str:
