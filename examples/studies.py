@@ -10,6 +10,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -208,7 +209,7 @@ def begin_worker() -> None:
 
     from megahp import launch
 
-    launch.die_with_parent()
+    launch.die_with_parent(signal.SIGKILL)  # a run that SIGTERM stops would be followed by the pool's next one
     torch.set_num_threads(1)
     store()
 
