@@ -192,7 +192,8 @@ def train_all(study: Study, runs: Sequence[Run], jobs: int) -> None:
     began, total = time.monotonic(), len(waiting)
     context, training = multiprocessing.get_context("spawn"), dict[Future[Line], str]()
     study.results.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(jobs, context, begin_worker) as pool:
+    with ProcessPoolExecutor(jobs, context, begin_worker) as pool, contextlib.ExitStack() as at_end:
+        at_end.callback(pool.shutdown, cancel_futures=True)  # after an error, what waits would be trained, and lost
         while waiting or training:
             for run in [run for run in waiting if run.parent not in missing]:
                 training[pool.submit(train, study, run)] = run.name
