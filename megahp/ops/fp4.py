@@ -100,15 +100,15 @@ class Rounding:
 
     def _scales(self, largest: Tensor) -> Tensor:
         """Return the scales of blocks of these largest magnitudes."""
-        form, of_tensor = self.scale, 1.0
-        if self.tensor_scale:
-            # a tensor of zeros has one too
+        form = self.scale
+        of_tensor: Tensor | float = 1.0
+        if self.tensor_scale:  # a tensor of zeros has one too
             of_tensor = _power(2 * (largest.amax() / (LARGEST * form.most)).clamp(min=2.0**-100))
         down = form.digits == 0 and not self.stochastic
         wanted = (largest / ((4.0 if down else LARGEST) * of_tensor)).clamp(form.least, form.most)
         unit = _power(wanted) / 2**form.digits
-        round_ = torch.floor if down else torch.ceil if self.stochastic else torch.round
-        return round_(wanted / unit) * unit * of_tensor
+        rounded = torch.floor if down else torch.ceil if self.stochastic else torch.round
+        return rounded(wanted / unit) * unit * of_tensor
 
     def _uniform(self, scaled: Tensor) -> Tensor:
         """Return a number from [0, 1) for each element of blocks [..., block]: of the block's values and its place."""
@@ -140,8 +140,8 @@ def fp4_linear(compute: ComputeConfig, seed: int, device: torch.device) -> Linea
     def rounding(direction: str, stochastic: bool = False) -> Callable[[Tensor], Tensor]:
         if direction not in compute.fp4:
             return lambda x: x
-        chosen = (setting in (direction, "both") for setting in (compute.fp4_hadamard, compute.fp4_tensor_scale))
-        return Rounding(compute.fp4[direction], *chosen, stochastic, seed, device)
+        rotated, scaled = (each in (direction, "both") for each in (compute.fp4_hadamard, compute.fp4_tensor_scale))
+        return Rounding(compute.fp4[direction], rotated, scaled, stochastic, seed, device)
 
     forward, backward = rounding("forward"), rounding("backward")
     gradient = rounding("backward", compute.fp4_stochastic)

@@ -126,6 +126,7 @@ def test_random_rounding_has_the_value_as_its_mean(kind: str) -> None:
     assert (error.mean(0).abs() <= 4.5 * error.std(0) / 5000**0.5 + 1e-6).all()
     mean_square = error.square().mean().item()
     assert error.mean().item() ** 2 < 20 * mean_square / error.numel()  # they do not err together
+    assert np.corrcoef(error[:, 5], error[:, 10])[0, 1] ** 2 < 20 / 5000  # nor do those of a block
     nearest = (Rounding(kind)(blocks) - blocks).double()
     assert nearest[:, 5].mean().abs() > 4.5 * error[:, 5].std() / 5000**0.5  # which the test can see
 
