@@ -83,6 +83,10 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
         print_table((kind, *FORMATS), rows)
         if kind != "as trained":
             continue
+        nearest = np.mean([costs[f"{each}, to nearest"] for each in FORMATS], 0)
+        for name in ("random", "rotated", "random and rotated"):
+            change = np.mean([costs[f"{each}, {name}"] for each in FORMATS], 0) - nearest
+            print(f"\n{name}: {mean_and_interval(change)} to nearest alone, mean of the formats")
         with plot_in(study.figure, 5.5, 3.2) as figure:
             axes = figure.add_subplot()
             for number, each in enumerate(FORMATS):

@@ -6,14 +6,14 @@ product sums over form a block and share a scale.
 
 | format | block | scale | source |
 |---|---|---|---|
-| mxfp4 | 32 | E8M0, a power of two | OCP Microscaling Formats v1.0, sections 5 and 6.3 |
-| nvfp4 | 16 | E4M3, and one scale for the tensor | arXiv 2509.25149, appendix B |
-| ue5m3 | 16 | E5M3 without a sign | arXiv 2509.17791; its largest value, with NaN as E4M3 has it, is ours |
+| mxfp4 | 32 | E8M0, a power of two | OCP Microscaling Formats v1.0, section 6.3 |
+| nvfp4 | 16 | E4M3, and one scale for the tensor | arXiv 2509.25149 |
+| ue5m3 | 16 | E5M3 without a sign | arXiv 2509.17791; its bias, 15, and one code for NaN are ours |
 
 Nothing here depends on where a tensor's parts are, so every layout rounds alike as long as blocks are whole:
 
 - The scale of a tensor is a power of two, which leaves the digits of the blocks' scales as they are: a rank's part, a
-  microbatch or the whole batch give the same values (except for blocks below 2^-14 of the largest).
+  microbatch or the whole batch give the same values (except for blocks below 2^-13 of the largest).
 - The random numbers of stochastic rounding are a hash of the block's own values, to a 16th of its scale, which sums in
   another order leave alone. They need no state, so a recomputation and a resumed run draw the same.
 """
