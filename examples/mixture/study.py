@@ -30,7 +30,7 @@ from studies import (
 )
 
 MILLIONS = 0.2
-TRIALS, MEMBERS, INTERVALS = 24, 10, 5
+TRIALS, MEMBERS, INTERVALS = 16, 8, 8
 SETS = "english", "code"
 SOURCES = *SETS, "headers"
 

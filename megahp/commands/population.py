@@ -66,7 +66,10 @@ class Searched:
 
     def explore(self, value: Any, random: np.random.Generator) -> Any:
         """Return a value near this one, in the range."""
-        return self.rounded(np.clip(value * random.choice(FACTORS, self.sources), self.low, self.high))
+        factors = random.choice(FACTORS, self.sources)
+        while self.sources and np.ptp(factors) == 0:  # weights that all change alike would not change
+            factors = random.choice(FACTORS, self.sources)
+        return self.rounded(np.clip(value * factors, self.low, self.high))
 
     def rounded(self, value: Any) -> Any:
         """Return the value as a run file has it: of four digits, and weights that add up to 1."""
