@@ -200,15 +200,15 @@ def test_weights_go_to_the_source_that_is_validated(
     """In real runs; the other source is noise. The weights that are printed, as settings of one run, train the same
     model as the intervals did."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = ["--search", "data.weights=0.05:1", "--members", 3, "--intervals", 3, "--seed", 11, "optimizer.lr=0.02"]
+    words = ["--search", "data.weights=0.05:1", "--members", 3, "--intervals", 2, "--seed", 11, "optimizer.lr=0.02"]
     assert population(*words, "--out", "real", "--json", "real.json") == 0
     said = capsys.readouterr().out
     found = json.loads(Path("real.json").read_text())
-    first, second, last = found["intervals"]
-    shares = [[settings["data.weights"][0] for settings in each["settings"]] for each in (first, second)]
-    assert np.argsort(first["losses"]).tolist() == np.argsort(shares[0])[::-1].tolist()
-    assert second["parents"][np.argmax(first["losses"])] == np.argmin(first["losses"]) and second != last
-    assert found["schedule"][-1]["data.weights"][0] > np.median(shares[0])
+    first, last = found["intervals"]
+    shares = [settings["data.weights"][0] for settings in first["settings"]]
+    assert np.argsort(first["losses"]).tolist() == np.argsort(shares)[::-1].tolist()
+    assert last["parents"][np.argmax(first["losses"])] == np.argmin(first["losses"])
+    assert found["schedule"][-1]["data.weights"][0] > np.median(shares)
     assert [*Path("real").rglob("checkpoints")] == [Path(found["best"], "checkpoints")]
     settings = [line.replace(" = ", "=") for line in said.splitlines()[-2:]]
     assert loss_of_one_run("whole", *settings, "optimizer.lr=0.02") == min(last["losses"])
@@ -225,7 +225,7 @@ def test_a_member_with_an_absurd_rate_is_replaced(
     rates = [[settings["optimizer.lr"] for settings in each["settings"]] for each in (first, second)]
     good = int(np.argmin(rates[0]))
     assert rates[0][1 - good] > 1 and second["parents"] == [good, good]
-    assert rates[1][1 - good] in pytest.approx([0.8 * rates[0][good], 1.2 * rates[0][good]], rel=1e-3)
+    assert round(rates[1][1 - good] / rates[0][good], 3) in (0.8, 1.2)
     assert loss_of_one_run("alone", f"optimizer.lr={rates[0][good]}") == second["losses"][good]
     assert second["losses"][1 - good] < first["losses"][good]  # trained further, not anew
 
