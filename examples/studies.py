@@ -10,10 +10,12 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -35,36 +37,48 @@ Line = dict[str, Any]
 class Run:
     """A run of a study.
 
-    name: of its line, and of its directory under the study's. settings: over those of the study's run.toml. parent: the
-    run whose newest checkpoint it starts from. extend: the tokenizer file and options of `megahp extend-vocabulary`,
-    which make the parent's model into that which this run begins with; its progress begins at 0 then.
+    name: of its line, and of its directory under the study's. settings: over those of its run file. parent: the run
+    whose newest checkpoint it starts from. extend: the tokenizer file and options of `megahp extend-vocabulary`, which
+    make the parent's model into that which this run begins with; its progress begins at 0 then. file: its run file, by
+    default the study's run.toml.
     """
 
     name: str
     settings: Sequence[str]
     parent: str = ""
     extend: Sequence[str] = ()
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
 class Study:
-    """Where a study's runs and results are, and what is measured of each run beside its losses."""
+    """Where a study's runs and results are, and what is measured of each run beside its losses.
+
+    At another scale, or with overrides of its run file, runs and results are others than the committed ones.
+    """
 
     folder: Path  # of the script
-    scale: float  # of every number of tokens
+    scale: float = 1  # of every number of tokens
     measure: Callable[[Path], Line] | None = None
+    overrides: Sequence[str] = ()
 
     @property
     def runs(self) -> Path:
-        return Path("runs") / (self.folder.name if self.scale == 1 else f"{self.folder.name}-{self.scale:g}")
+        scale = f"-{self.scale:g}" if self.scale != 1 else ""
+        overrides = f"-{zlib.crc32(' '.join(self.overrides).encode()):08x}" if self.overrides else ""
+        return Path("runs") / (self.folder.name + scale + overrides)
 
     @property
     def results(self) -> Path:
-        return self.folder / "results.jsonl" if self.scale == 1 else self.runs / "results.jsonl"
+        return (self.folder if self.is_committed else self.runs) / "results.jsonl"
 
     @property
     def figure(self) -> Path:
-        return Path(f"docs/figures/{self.folder.name}.svg") if self.scale == 1 else self.runs / "figure.svg"
+        return Path(f"docs/figures/{self.folder.name}.svg") if self.is_committed else self.runs / "figure.svg"
+
+    @property
+    def is_committed(self) -> bool:
+        return self.scale == 1 and not self.overrides
 
     def tokens(self, millions: float) -> int:
         """Return whole steps of tokens, so that a run ends where the next begins."""
@@ -148,18 +162,23 @@ def prepare(name: str, documents: Callable[[], Iterable[str]], tokenizer: str = 
 
 def held_out_code(length: int, count: int) -> Any:
     """Return the first windows of held-out code, int64 [count, length + 1]: of each document one in eight."""
+    return windows(prepare("code", code)[1], length, 8)[:count]
+
+
+def windows(prefix: Path, length: int, every: int) -> Any:
+    """Return every n-th window of each document of a corpus, int64 [windows, length + 1]."""
     import torch
 
     from megahp.data.indexed import IndexedDataset
 
-    documents = IndexedDataset(str(prepare("code", code)[1]))
+    documents = IndexedDataset(str(prefix))
     lengths = documents.document_tokens(np.arange(documents.documents))
-    windows = [
+    found = [
         documents.tokens(document, start, start + length + 1)
         for document in np.flatnonzero(lengths > length).tolist()
-        for start in range(0, int(lengths[document]) - length, 8 * length)
+        for start in range(0, int(lengths[document]) - length, every * length)
     ]
-    return torch.from_numpy(np.stack(windows[:count]).astype(np.int64))
+    return torch.from_numpy(np.stack(found).astype(np.int64))
 
 
 def train_all(study: Study, runs: Sequence[Run], jobs: int) -> None:
@@ -173,7 +192,8 @@ def train_all(study: Study, runs: Sequence[Run], jobs: int) -> None:
     began, total = time.monotonic(), len(waiting)
     context, training = multiprocessing.get_context("spawn"), dict[Future[Line], str]()
     study.results.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(jobs, context, begin_worker) as pool:
+    with ProcessPoolExecutor(jobs, context, begin_worker) as pool, contextlib.ExitStack() as at_end:
+        at_end.callback(pool.shutdown, cancel_futures=True)  # after an error, what waits would be trained, and lost
         while waiting or training:
             for run in [run for run in waiting if run.parent not in missing]:
                 training[pool.submit(train, study, run)] = run.name
@@ -201,7 +221,7 @@ def begin_worker() -> None:
 
     from megahp import launch
 
-    launch.die_with_parent()
+    launch.die_with_parent(signal.SIGKILL)  # a run that SIGTERM stops would be followed by the pool's next one
     torch.set_num_threads(1)
     store()
 
@@ -225,7 +245,7 @@ def train(study: Study, run: Run) -> Line:
         parent = wider
     if run.parent:
         words.append(f"train.start_from={parent}")
-    config = resolve.load(study.folder / "run.toml", words).config
+    config = resolve.load(run.file or study.folder / "run.toml", words).config
     layout = fit(config.parallel, 1)
     config = prepare_run(config, layout, 1, resume=True)
     directory.mkdir(parents=True, exist_ok=True)

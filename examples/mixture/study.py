@@ -50,7 +50,7 @@ def prepare_data() -> None:
 
 def searched(study: Study) -> dict[str, Any]:
     """Return what both commands found, after running them if there is nothing yet; each on a core."""
-    folder = study.folder if study.scale == 1 else study.runs
+    folder = study.results.parent
     # the searches' runs have a seed that the final ones do not
     settings = [study.folder / "run.toml", f"train.tokens={study.tokens(MILLIONS)}", "train.seed=0"]
     trials, members, intervals = (max(2, round(study.scale * size)) for size in (TRIALS, MEMBERS, INTERVALS))
