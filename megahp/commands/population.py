@@ -1,7 +1,7 @@
 """Train a population of runs that change settings on the way: the worst continue from the best, with settings nearby.
 
     megahp population RUN.toml [section.key=value ...] --search optimizer.lr=0.001:0.1 [--search data.weights=0.01:1]
-        --out FOLDER [--members 10] [--intervals 10] [--json FILE] [--plot FILE]
+        --out FOLDER [--members 20] [--intervals 20] [--json FILE] [--plot FILE]
 
 Population based training (Jaderberg et al., arXiv 1711.09846), all members an interval at a time. Members are runs of
 RUN.toml with the same seed, schedule and tokens. Each has settings of its own, drawn from the ranges of --search,
@@ -95,8 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "a setting that changes, and its range; may be given several times"
     add("--search", action="append", required=True, metavar="KEY=LOW:HIGH", help=about)
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder of the runs and decisions")
-    add("--members", type=int, default=10, metavar="N", help="runs at a time (default 10)")
-    add("--intervals", type=int, default=10, metavar="N", help="that train.tokens are cut into (default 10)")
+    add("--members", type=int, default=20, metavar="N", help="runs at a time (default 20)")
+    add("--intervals", type=int, default=20, metavar="N", help="that train.tokens are cut into (default 20)")
     add("--ranks", type=int, default=1, metavar="N", help="ranks of each run (default 1)")
     add("--seed", type=int, default=1, metavar="N", help="of the decisions; runs have train.seed (default 1)")
     add_outputs(parser, "losses and settings over the tokens")

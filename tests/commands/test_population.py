@@ -91,8 +91,7 @@ def decisions(folder: str) -> list[str]:
 
 def test_follows_an_optimum_that_moves(population: Callable[..., int], planted: list[Any]) -> None:
     """The best rate falls tenfold: no constant one is as good as the schedule that the population finds."""
-    sizes = ["--members", 20, "--intervals", 20]
-    assert population("--search", RATE, "--out", "moving", *sizes, "--json", "moving.json", "--plot", "moving.svg") == 0
+    assert population("--search", RATE, "--out", "moving", "--json", "moving.json", "--plot", "moving.svg") == 0
     found = json.loads(Path("moving.json").read_text())
     rates = np.array([step["optimizer.lr"] for step in found["schedule"]])
     optimum = 0.1 * 10 ** (-np.arange(20) / 20)
