@@ -177,17 +177,18 @@ def test_workers_share_an_interval_and_wait_for_its_end(
     population: Callable[..., int], planted: list[Any], tool: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Threads are workers too: a lock is of an open file."""
-    kept, words = tool.loss_of, ["--search", RATE, "--members", 4, "--intervals", 4]
+    kept, words, begun = tool.loss_of, ["--search", RATE, "--members", 4, "--intervals", 4], list[Path]()
 
     def slow(config: Any, ranks: int) -> float:
         if not (config.directory / "events.jsonl").exists():
+            begun.append(config.directory)
             time.sleep(0.02)
         return kept(config, ranks)
 
     monkeypatch.setattr(tool, "loss_of", slow)
     with ThreadPoolExecutor(3) as workers:
         assert [*workers.map(lambda _: population(*words, "--out", "shared"), range(3))] == [0, 0, 0]
-    assert len(planted) == len({config.directory for config in planted}) == 16
+    assert len(begun) == len({*begun}) == 16
     numbers = [int(config.directory.parent.name) for config in planted]
     assert numbers == sorted(numbers)
     assert population(*words, "--out", "alone") == 0 and decisions("shared") == decisions("alone")
