@@ -119,8 +119,9 @@ EIGHT_RANKS: dict[int, dict[str, tuple[str, ...]]] = {
 # tolerance of measures, of weights
 DTYPES = {
     "float32": (1e-5, None),
-    **dict.fromkeys(("float64", "embeddings", "series", "int4", "taught"), (1e-10, 1e-10)),
+    **dict.fromkeys(("float64", "embeddings", "series", "int4", "dct", "galore", "taught"), (1e-10, 1e-10)),
 }
+LOW_RANK = ("optimizer.rank=8", "optimizer.refresh=2")  # so that subspaces change in mid-run
 # in place of its type
 WORDS = {
     "embeddings": (
@@ -129,6 +130,7 @@ WORDS = {
     ),
     "series": ("train.dtype=float64", "model.levels=[36,30,20]"),
     "int4": ("train.dtype=float64", "model.quantize=int4", "model.quantize_group=8"),
+    **{name: ("train.dtype=float64", f"optimizer.name={name}", *LOW_RANK) for name in ("dct", "galore")},
 }
 STEPS = 4  # of 8, 16, 24 and 32 sequences
 BF16 = [
@@ -141,7 +143,7 @@ BF16 = [
 ]
 Cell = tuple[
     str, str, str
-]  # layout, model, dtype; in float64: embeddings alone, tokens of series, in levels, or weights of 4 bits
+]  # layout, model, dtype; in float64: embeddings alone, tokens of series, in levels, weights of 4 bits, or an optimizer
 TAUGHT: list[Cell] = [  # by teachers, in float64
     ("tp2", "llama", "taught"),
     ("tp2 sp", "gpt2", "taught"),
@@ -156,6 +158,14 @@ TAUGHT: list[Cell] = [  # by teachers, in float64
 TEACHERS = ("gemma", "gpt2", "moe")  # with capped logits, tied embeddings, learned positions, experts
 SERIES: list[Cell] = [(layout, "gpt2", "series") for layout in ("tp2", "shard2", "cp2")]
 QUANTIZED: list[Cell] = [(layout, "llama", "int4") for layout in ("tp2 sp", "shard2", "cp2", "pp2 zero-bubble")]
+LOW_MEMORY: list[Cell] = [
+    *(
+        (layout, "llama", "dct")
+        for layout in ("tp2", "shard2, zero 1", "pp2 interleaved", "tp2 sp shard2", "cp2 shard2")
+    ),
+    *((layout, "llama", "galore") for layout in ("tp2 sp", "shard2", "cp2", "pp2 zbv", "replicate2 shard2")),
+    *((layout, "moe", optimizer) for layout in ("ep2", "ep2 shard4") for optimizer in ("dct", "galore")),
+]
 EMBEDDINGS: list[Cell] = [
     ("tp2 sp, full recomputation", "gpt2", "embeddings"),
     ("pp2 zero-bubble", "gpt2", "embeddings"),
@@ -241,12 +251,13 @@ def compare(outcomes: Mapping[Cell, Any], cell: Cell) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[Cell, Any]:
-    return train_cells(
-        [*some_cells(), *EMBEDDINGS, *SERIES, *QUANTIZED, *((*cell, "bfloat16") for cell in BF16)], LAYOUTS
-    )
+    return train_cells([*CELLS, *((*cell, "bfloat16") for cell in BF16)], LAYOUTS)
 
 
-@pytest.mark.parametrize("cell", [*some_cells(), *EMBEDDINGS, *SERIES, *QUANTIZED], ids="/".join)
+CELLS = [*some_cells(), *EMBEDDINGS, *SERIES, *QUANTIZED, *LOW_MEMORY]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids="/".join)
 def test_layout_equals_one_rank(outcomes: dict[Cell, Any], cell: Cell) -> None:
     assert compare(outcomes, cell) == []
 
