@@ -25,11 +25,11 @@ REMAINDER = ", remainder"
 # the rates tried, the best of them last
 RATES = {
     "adamw": ("0.004", "0.016", "0.008"),
-    "muon": ("0.004", "0.008", "0.016"),
-    "dct": ("0.016", "0.064", "0.032"),
-    "galore": ("0.016", "0.064", "0.032"),
+    "muon": ("0.008", "0.032", "0.016"),
+    "dct": ("0.008", "0.032", "0.016"),
+    "galore": ("0.008", "0.032", "0.016"),
     f"dct{REMAINDER}": ("0.016", "0.064", "0.032"),
-    f"galore{REMAINDER}": ("0.016", "0.064", "0.032"),
+    f"galore{REMAINDER}": ("0.008", "0.032", "0.016"),
 }
 # width and MLP's width that take as many bytes as AdamW's model
 SIZES = {"muon": (72, 224), "dct": (80, 224), "galore": (80, 208)}

@@ -50,7 +50,6 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed": {"compute.recompute": "full"},
     "muon": {"optimizer.name": "muon"},
     "dct": {"optimizer.name": "dct", "optimizer.rank": 64},
-    "galore": {"optimizer.name": "galore", "optimizer.rank": 64},
     "experts": MIXTURE,
     "experts, one product": MIXTURE | {"train.dtype": "bfloat16"},
     "gpt-2": {f"model.{key}": value for key, value in GPT.items()},
