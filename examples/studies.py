@@ -35,15 +35,17 @@ Line = dict[str, Any]
 class Run:
     """A run of a study.
 
-    name: of its line, and of its directory under the study's. settings: over those of the study's run.toml. parent: the
-    run whose newest checkpoint it starts from. extend: the tokenizer file and options of `megahp extend-vocabulary`,
-    which make the parent's model into that which this run begins with; its progress begins at 0 then.
+    name: of its line, and of its directory under the study's. settings: over those of its run file. parent: the run
+    whose newest checkpoint it starts from. extend: the tokenizer file and options of `megahp extend-vocabulary`, which
+    make the parent's model into that which this run begins with; its progress begins at 0 then. file: its run file, by
+    default the study's run.toml.
     """
 
     name: str
     settings: Sequence[str]
     parent: str = ""
     extend: Sequence[str] = ()
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -148,18 +150,23 @@ def prepare(name: str, documents: Callable[[], Iterable[str]], tokenizer: str = 
 
 def held_out_code(length: int, count: int) -> Any:
     """Return the first windows of held-out code, int64 [count, length + 1]: of each document one in eight."""
+    return windows(prepare("code", code)[1], length, 8)[:count]
+
+
+def windows(prefix: Path, length: int, every: int) -> Any:
+    """Return every n-th window of each document of a corpus, int64 [windows, length + 1]."""
     import torch
 
     from megahp.data.indexed import IndexedDataset
 
-    documents = IndexedDataset(str(prepare("code", code)[1]))
+    documents = IndexedDataset(str(prefix))
     lengths = documents.document_tokens(np.arange(documents.documents))
-    windows = [
+    found = [
         documents.tokens(document, start, start + length + 1)
         for document in np.flatnonzero(lengths > length).tolist()
-        for start in range(0, int(lengths[document]) - length, 8 * length)
+        for start in range(0, int(lengths[document]) - length, every * length)
     ]
-    return torch.from_numpy(np.stack(windows[:count]).astype(np.int64))
+    return torch.from_numpy(np.stack(found).astype(np.int64))
 
 
 def train_all(study: Study, runs: Sequence[Run], jobs: int) -> None:
@@ -225,7 +232,7 @@ def train(study: Study, run: Run) -> Line:
         parent = wider
     if run.parent:
         words.append(f"train.start_from={parent}")
-    config = resolve.load(study.folder / "run.toml", words).config
+    config = resolve.load(run.file or study.folder / "run.toml", words).config
     layout = fit(config.parallel, 1)
     config = prepare_run(config, layout, 1, resume=True)
     directory.mkdir(parents=True, exist_ok=True)

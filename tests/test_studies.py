@@ -20,16 +20,10 @@ ROOT = Path(__file__).parent.parent
 TOY = "model.width=16 model.heads=1 train.validation_samples=64 train.dtype=float32"
 SWEEP = f"{TOY} train.tokens=2048 --seeds 1 --jobs 2"
 SCRIPT = f"{TOY} train.tokens=4096 --seeds 1"
-CHAINS = (
-    "btlm",
-    "crystal",
-    "bilingual",
-    "sparse-to-dense",
-    "pruning",
-    "multigrid",
-    "qat",
+CHAINS = (  # of examples/studies.py
+    *("btlm", "crystal", "bilingual", "sparse-to-dense", "pruning", "family", "multigrid", "qat", "experts"),
     "low-memory",
-)  # of examples/studies.py
+)
 COMMANDS = {  # a study's command, and its results
     **{
         f"python examples/{name}/study.py --scale 0.05 --seeds 1 --jobs 2": f"runs/{name}-0.05/results.jsonl"

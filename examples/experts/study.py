@@ -1,0 +1,117 @@
+"""What do more experts learn at equal compute: the text they are trained on, or text like it?
+
+    python examples/experts/study.py [--jobs 2] [--seeds 1 2 3]
+
+A token passes MLPs of 256 hidden units in every arm, two experts of 128 unless the arm says otherwise, so active
+weights and FLOPs are equal (but for the router's); the number of experts, and with it that of all weights, is not. A
+sample of 120 kB of code is read eight times. Loss on that sample says what was memorised, loss on held-out code what
+was learned beyond it. Three rates are tried on the first seed, with the dense model and with 32 experts.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from studies import (
+    Line,
+    Run,
+    Study,
+    code,
+    half_interval,
+    held_out_code,
+    main,
+    mean_and_interval,
+    prepare,
+    print_table,
+    windows,
+)
+
+LENGTH, WINDOWS = 64, 1024
+MILLIONS = 0.96  # of tokens, eight times the sample's
+PIECE, EVERY = 2048, 80  # bytes of a piece of the sample, which is every 96th
+RATES = {"dense": (0.004, 0.008, 0.016), "2 of 32": (0.004, 0.008, 0.016)}
+ARMS = {"dense": ["model.mlp_width=256"]}
+for active, number in ((2, 4), (2, 8), (2, 16), (2, 32), (1, 8), (4, 32)):
+    ARMS[f"{active} of {number}"] = [
+        *(f"model.experts={number}", f"model.experts_per_token={active}", f"model.expert_width={256 // active}")
+    ]
+AS_MANY = "1 of 8", "2 of 16", "4 of 32"  # weights in all, in experts of other sizes
+
+
+def sample() -> list[str]:
+    """Return pieces from all over the library, none of the held-out modules'."""
+    kept = [text for number, text in enumerate(code()) if number % 16 != 15]
+    pieces = [text[start : start + PIECE] for text in kept for start in range(0, len(text), PIECE)]
+    return pieces[::EVERY]
+
+
+def corpora() -> tuple[Path, Path]:
+    prepare("code", code)
+    return prepare("code-sample", sample)
+
+
+def runs(study: Study, seeds: list[int]) -> list[Run]:
+    def run(arm: str, seed: int, name: str = "", *settings: str) -> Run:
+        words = [*ARMS[arm], f"train.tokens={study.tokens(MILLIONS)}", f"train.seed={seed}", *settings]
+        return Run(f"{arm}{name}/{seed}", words)
+
+    tuning = [run(arm, seeds[0], f", rate {lr}", f"optimizer.lr={lr}") for arm, rates in RATES.items() for lr in rates]
+    return [*tuning, *(run(arm, seed) for seed in seeds for arm in ARMS)]
+
+
+def measure(directory: Path) -> Line:
+    """Return all weights of a run's model, and its mean losses on the sample and on held-out code."""
+    import torch
+
+    from megahp.evaluate.sample import load_trained
+    from megahp.scaling import flops
+
+    trained = load_trained(directory)
+    found: Line = {"parameters": flops.parameters(trained.config.model, LENGTH)}
+    texts = {"sample": windows(corpora()[0], LENGTH, 1)[:WINDOWS], "held-out": held_out_code(LENGTH, WINDOWS)}
+    for kind, rows in texts.items():
+        with torch.no_grad():
+            losses = torch.cat([trained.model(part[:, :-1], part[:, 1:]) for part in rows.split(64)])
+        found[kind] = losses.double().mean().item()
+    return found
+
+
+def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
+    """Print the rates tried, then losses on the sample and on held-out code by arm; draw them over all weights."""
+    from megahp.report.figures import PALETTE, logarithmic_x, plot_in
+
+    def losses(arm: str, kind: str) -> np.ndarray:
+        return np.array([lines[f"{arm}/{seed}"][kind] for seed in seeds])
+
+    for arm, rates in RATES.items():
+        tried = [lines[f"{arm}, rate {lr}/{seeds[0]}"]["held-out"] for lr in rates]
+        print(f"{arm}: " + ", ".join(f"rate {lr}: {loss:.4f}" for lr, loss in zip(rates, tried, strict=True)))
+    kinds, rows = ("sample", "held-out"), []
+    for arm in ARMS:
+        cells = [mean_and_interval(losses(arm, kind)) for kind in kinds]
+        if arm != "dense":
+            cells = [
+                f"{cell}, {mean_and_interval(losses(arm, kind) - losses('dense', kind))} to dense"
+                for cell, kind in zip(cells, kinds, strict=True)
+            ]
+        rows.append([arm, f"{lines[f'{arm}/{seeds[0]}']['parameters']:,}", *cells])
+    print_table(("experts", "weights in all", "loss on the sample", "on held-out code"), rows)
+    with plot_in(study.figure, 5.5, 3.2) as figure:
+        axes = figure.add_subplot()
+        curves = {"2 of N": [arm for arm in ARMS if arm not in AS_MANY or arm == "2 of 16"]}
+        curves |= {arm: [arm] for arm in AS_MANY if arm != "2 of 16"}
+        for number, kind in enumerate(kinds):
+            for (label, arms), marker in zip(curves.items(), "osD", strict=True):
+                x = [lines[f"{arm}/{seeds[0]}"]["parameters"] for arm in arms]
+                errors = [half_interval(losses(arm, kind)) for arm in arms]
+                style = {"fmt": f"{marker}-", "ms": 4, "capsize": 2, "color": PALETTE[f"run{number}"]}
+                axes.errorbar(x, [losses(arm, kind).mean() for arm in arms], errors, label=f"{kind}, {label}", **style)
+        axes.set(xlabel="weights in all", ylabel="nats per byte")
+        logarithmic_x(axes, [2e5, 5e5, 1e6], ["0.2 M", "0.5 M", "1 M"])
+        axes.legend(frameon=False, fontsize=7)
+
+
+if __name__ == "__main__":
+    main(__file__, __doc__, corpora, runs, show, measure)
