@@ -44,7 +44,7 @@ def main() -> None:
                 if number:
                     seconds[number % 2 == 0].append(time.perf_counter() - began)
             state = sum(tensor.nbytes for tensor in optimizer.state().values())
-            times = [f"{1e3 * min(seconds[chosen]):.0f}" for chosen in (False, True)]
+            times = [f"{1e3 * min(seconds[chosen]):.1f}" for chosen in (False, True)]
             rows.append([f"{shape[0]} x {shape[1]}", name, *times, f"{state / 1e6:.2f}"])
     print_table(("matrix", "optimizer", "ms an update", "ms with a new subspace", "state, MB"), rows)
 

@@ -25,7 +25,7 @@ REMAINDER = ", remainder"
 # the rates tried, the best of them last
 RATES = {
     "adamw": ("0.004", "0.016", "0.008"),
-    "muon": ("0.008", "0.032", "0.016"),
+    "muon": ("0.016", "0.064", "0.032"),
     "dct": ("0.008", "0.032", "0.016"),
     "galore": ("0.008", "0.032", "0.016"),
     f"dct{REMAINDER}": ("0.016", "0.064", "0.032"),

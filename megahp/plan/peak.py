@@ -45,8 +45,8 @@ def _states(rank: Rank) -> Counter[str]:
     hidden = rank.own_weights * (1 - rank.outer_weights / rank.weights)
     # whole matrices' moments are on one rank each, so replicas share them too
     copies = 1 if rank.config.optimizer.name in ("adamw", "muon") else layout.dp_replicate
-    moments = 8 * rank.own_weights - 4 * hidden * (2 - moments_per_weight(rank.config) / copies)
-    return Counter(weights=4 * rank.own_weights, moments=int(moments), gradients=gradients)
+    moments = int(8 * rank.own_weights - 4 * hidden * (2 - moments_per_weight(rank.config) / copies))
+    return Counter(weights=4 * rank.own_weights, moments=moments, gradients=gradients)
 
 
 def _in_flight(rank: Rank) -> dict[int, int]:
