@@ -10,10 +10,12 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -50,23 +52,33 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """Where a study's runs and results are, and what is measured of each run beside its losses."""
+    """Where a study's runs and results are, and what is measured of each run beside its losses.
+
+    At another scale, or with overrides of its run file, runs and results are others than the committed ones.
+    """
 
     folder: Path  # of the script
-    scale: float  # of every number of tokens
+    scale: float = 1  # of every number of tokens
     measure: Callable[[Path], Line] | None = None
+    overrides: Sequence[str] = ()
 
     @property
     def runs(self) -> Path:
-        return Path("runs") / (self.folder.name if self.scale == 1 else f"{self.folder.name}-{self.scale:g}")
+        scale = f"-{self.scale:g}" if self.scale != 1 else ""
+        overrides = f"-{zlib.crc32(' '.join(self.overrides).encode()):08x}" if self.overrides else ""
+        return Path("runs") / (self.folder.name + scale + overrides)
 
     @property
     def results(self) -> Path:
-        return self.folder / "results.jsonl" if self.scale == 1 else self.runs / "results.jsonl"
+        return (self.folder if self.is_committed else self.runs) / "results.jsonl"
 
     @property
     def figure(self) -> Path:
-        return Path(f"docs/figures/{self.folder.name}.svg") if self.scale == 1 else self.runs / "figure.svg"
+        return Path(f"docs/figures/{self.folder.name}.svg") if self.is_committed else self.runs / "figure.svg"
+
+    @property
+    def is_committed(self) -> bool:
+        return self.scale == 1 and not self.overrides
 
     def tokens(self, millions: float) -> int:
         """Return whole steps of tokens, so that a run ends where the next begins."""
@@ -180,7 +192,8 @@ def train_all(study: Study, runs: Sequence[Run], jobs: int) -> None:
     began, total = time.monotonic(), len(waiting)
     context, training = multiprocessing.get_context("spawn"), dict[Future[Line], str]()
     study.results.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(jobs, context, begin_worker) as pool:
+    with ProcessPoolExecutor(jobs, context, begin_worker) as pool, contextlib.ExitStack() as at_end:
+        at_end.callback(pool.shutdown, cancel_futures=True)  # after an error, what waits would be trained, and lost
         while waiting or training:
             for run in [run for run in waiting if run.parent not in missing]:
                 training[pool.submit(train, study, run)] = run.name
@@ -208,7 +221,7 @@ def begin_worker() -> None:
 
     from megahp import launch
 
-    launch.die_with_parent()
+    launch.die_with_parent(signal.SIGKILL)  # a run that SIGTERM stops would be followed by the pool's next one
     torch.set_num_threads(1)
     store()
 

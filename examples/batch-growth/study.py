@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -269,7 +270,7 @@ def work(tasks: Any, done: Any, overrides: Sequence[str]) -> None:
 
     from megahp import launch
 
-    launch.die_with_parent()
+    launch.die_with_parent(signal.SIGKILL)  # a run that SIGTERM stops would be followed by the pool's next one
     store = launch.join(launch.World(), False)
     torch.set_num_threads(1)
     while (run := tasks.get()) is not None:

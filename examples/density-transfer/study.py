@@ -31,6 +31,9 @@ from megahp.diagnose.child_runs import is_done
 from megahp.diagnose.statistics import half_interval
 from megahp.report.figures import PALETTE, logarithmic_x, plot_in
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import studies
+
 HERE = Path(__file__).parent
 BASE, WIDTH = 64, 256
 BOX = {"lr": (0.004, 0.064), "std": (0.02, 0.32), "alpha_in": (1.0, 64.0), "alpha_out": (0.25, 16.0)}
@@ -156,7 +159,9 @@ class Study:
 
 
 def read(file: Path) -> list[Run]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """Return all results; a loss is null where the run diverged, and infinite here."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [line | {"loss": np.inf if line["loss"] is None else line["loss"]} for line in lines]
 
 
 def key(run: Run) -> tuple[Any, ...]:
@@ -172,7 +177,8 @@ def cell(run: Run, overrides: Sequence[str]) -> Cell:
         *([] if name == "sp" else [f"parameterization.base_width={BASE}"]),
         *(f"parameterization.{key}={run[name]}" for name, key in SETTINGS.items()),
         *(f"optimizer.lr={run['lr']}", f"sparsity.density={run['density']}", f"train.seed={run['seed']}"),
-        *("log.root=runs/density-transfer", f"log.name={run['variant'].replace(' ', '-')}/{'-'.join(values)}"),
+        f"log.root={studies.Study(HERE, overrides=overrides).runs}",
+        f"log.name={run['variant'].replace(' ', '-')}/{'-'.join(values)}",
         *("log.tensorboard=false", "log.baselines=false", "checkpoint.keep=1"),
         *overrides,
     ]
@@ -184,8 +190,9 @@ def collect(runs: Sequence[Run], overrides: Sequence[str], file: Path) -> None:
     """Append a line to the results for each of these runs that has ended, unless another process has."""
     for run in Study(read(file)).left(runs):
         if is_done(directory := cell(run, overrides).directory):
+            loss = final_loss(directory, None)
             with open(file, "a") as out:
-                out.write(json.dumps({**run, "loss": final_loss(directory, None)}) + "\n")
+                out.write(json.dumps({**run, "loss": loss if np.isfinite(loss) else None}) + "\n")
 
 
 def mean(losses: np.ndarray) -> str:
@@ -230,11 +237,14 @@ def main() -> int:
     add("--rounds", type=int, nargs=2, default=Study.rounds, help="configurations of the base in each round")
     add("--seeds", type=int, nargs="+", default=Study.seeds, help="the first also tunes")
     add("--densities", type=float, nargs="+", default=Study.densities, help="of width 256, 1 the first")
-    add("--results", type=Path, default=HERE / "results.jsonl")
-    add("--plot", type=Path, default=Path("docs/figures/density-transfer.svg"))
+    add("--results", type=Path, help="by default those of the study, or with overrides others in runs/")
+    add("--plot", type=Path, metavar="FILE.svg", help="the figure")
     add("--show", action="store_true", help="train nothing")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    files = studies.Study(HERE, overrides=options.overrides)
+    options.results, options.plot = options.results or files.results, options.plot or files.figure
+    options.results.parent.mkdir(parents=True, exist_ok=True)
 
     def study() -> Study:
         return Study(read(options.results), options.rounds, options.seeds, options.densities)

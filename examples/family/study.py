@@ -5,8 +5,8 @@
 What a lab would do. The rate is tuned on the smallest model; `megahp recipe --base run.toml --law laws.toml` then makes
 every run file: CompleteP transfers rate and init, Power Lines' timescale sets the weight decay, and the batch grows
 along the run. Three sizes at 2.5 to 20 tokens a weight are trained, `megahp fit` fits the loss to them, and predicts
-the fourth, of twice the third's weights, before it is trained. The fourth is trained at its constant first batch too,
-and the third with a quarter of the timescale and four times it.
+the fourth, of one and a half times the third's weights, before it is trained. The fourth is trained at its constant
+first batch too, and the third with a quarter of the timescale and four times it.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from studies import HERE, Line, Run, Study, code, half_interval, main, mean_and_interval, prepare, print_table
 
 FOLDER = HERE / "family"
-SIZES = {"32k": (24, 2, 32_256), "61k": (32, 3, 61_600), "148k": (48, 4, 147_888)}  # width, layers, weights
-FOURTH = "295k", (64, 5, 295_616)
+SIZES = {"32k": (24, 2, 32_256), "61k": (32, 3, 61_600), "96k": (40, 3, 96_280)}  # width, layers, weights
+FOURTH = "148k", (48, 4, 147_888)
 RATIOS = 2.5, 5, 10, 20  # tokens a weight
 RATES = 0.25, 0.5, 1, 2, 4  # of run.toml's, on the smallest model
 TAUS = {"a quarter of tau": 4, "four times tau": 0.25}  # weight decays, of the recipe's
@@ -65,7 +65,7 @@ def runs(study: Study, seeds: list[int]) -> list[Run]:
                 add(f", rate x{factor:g}", seeds[0], f"optimizer.lr={factor * given.optimizer.lr}", decay(1 / factor))
         for seed in seeds:
             add("", seed)
-            if (size, ratio) == ("148k", 10):
+            if (size, ratio) == ("96k", 10):
                 for name, factor in TAUS.items():
                     add(f", {name}", seed, decay(factor))
             if size not in SIZES:
@@ -119,7 +119,7 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
         rows.append([run.name, f"{run.tokens:,}", mean_and_interval(losses(run.name)), batches, steps])
     print_table(("weights and tokens a weight", "tokens", "loss", "batch", "steps (forecast)"), rows)
     for name in TAUS:
-        print(f"148k at 10, {name}: {against(f'148k at 10, {name}', '148k at 10')}")
+        print(f"96k at 10, {name}: {against(f'96k at 10, {name}', '96k at 10')}")
 
     try:
         law = fit_loss(means, tied=True).law

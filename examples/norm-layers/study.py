@@ -26,11 +26,9 @@ from megahp.log.metrics import read_run
 from megahp.report.figures import PALETTE, plot_in
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from studies import run_megahp
+from studies import Study, run_megahp
 
 HERE = Path(__file__).parent
-OUT = HERE / "results.jsonl"
-RUNS = Path("runs/norm-layers")
 BATCH = 128  # sequences, of a measurement
 EMBEDDINGS = ("embedding", "unembedding")
 PARTS = {"first third": (0, 0.34), "second third": (0.34, 0.67), "until 92 %": (0.67, 0.95), "the end": (0.95, 1)}
@@ -38,15 +36,15 @@ TOTALS = ("total", "total without embeddings")
 Line = dict[str, Any]
 
 
-def measure(seed: int, batches: int, overrides: Sequence[str]) -> list[Line]:
+def measure(study: Study, seed: int, batches: int) -> list[Line]:
     """Train a run, and return a line for each of its checkpoints."""
-    shutil.rmtree(RUNS, ignore_errors=True)
-    words = [f"train.seed={seed}", f"log.root={RUNS}", "log.name=run", *overrides]
+    shutil.rmtree(study.runs / "run", ignore_errors=True)
+    words = [f"train.seed={seed}", f"log.root={study.runs}", "log.name=run", *study.overrides]
     run_megahp("train", str(HERE / "run.toml"), *words)
-    found = RUNS / "noise.json"
+    found = study.runs / "noise.json"
     measured = ["--batch", str(BATCH), "--batches", str(batches), "--json", str(found)]
-    run_megahp("measure", "noise-scale", str(RUNS / "run"), *measured)
-    logged, lines = read_run(RUNS / "run"), []
+    run_megahp("measure", "noise-scale", str(study.runs / "run"), *measured)
+    logged, lines = read_run(study.runs / "run"), []
     tokens, last = logged.column("tokens"), float(logged.column("validation_loss")[-1])
     for at in json.loads(found.read_text())["checkpoints"]:
         (step,) = np.flatnonzero(tokens == at["tokens"])
@@ -165,20 +163,23 @@ def read(file: Path) -> list[Line]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the run file's settings")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override the run file; results in runs/"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=12, help=f"of {BATCH} sequences, of a measurement")
     parser.add_argument("--only-show", action="store_true", help="train nothing")
     options = parser.parse_intermixed_args()
+    study = Study(HERE, overrides=options.overrides)
     if not options.only_show:
         subprocess.run(["sh", str(HERE.parent / "stdlib-bytes.sh")], check=True)
-        done = {line["seed"] for line in read(OUT)}
+        done = {line["seed"] for line in read(study.results)}
         began, left = time.monotonic(), [seed for seed in range(1, options.seeds + 1) if seed not in done]
         for number, seed in enumerate(left, start=1):
-            lines = measure(seed, options.batches, options.overrides)
-            with OUT.open("a") as out:
+            lines = measure(study, seed, options.batches)
+            with study.results.open("a") as out:
                 out.writelines(json.dumps(line) + "\n" for line in lines)
             eta = (time.monotonic() - began) / number * (len(left) - number)
             print(f"seed {seed}; {number} of {len(left)}, {eta / 60:.0f} min left", flush=True)
-    print("\n".join(report(read(OUT))))
-    draw(read(OUT), Path("docs/figures/norm-layers.svg"))
+    print("\n".join(report(read(study.results))))
+    draw(read(study.results), study.figure)

@@ -39,8 +39,10 @@ from megahp.scaling.parameterization import Role, table_of
 from megahp.scaling.power_laws import OPTIMAL_BATCH, TAU
 from megahp.train.prepare import prepare
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from studies import Study
+
 HERE = Path(__file__).parent
-OUT, MEANS, RUNS = HERE / "results.jsonl", HERE / "means.jsonl", Path("runs/power-lines")
 LADDER = ((32, 204_800), (24, 393_216), (16, 147_456), (16, 589_824))  # (width, tokens)
 LEFT_OUT = (48, 393_216)
 BATCHES = (4, 8, 16)  # sequences, to begin with
@@ -55,7 +57,12 @@ def cell(place: Place, seed: int, decay: float, overrides: Sequence[str]) -> Cel
     width, tokens, batch, _ = place
     words = [f"model.width={width}", f"model.heads={max(width // 16, 1)}", f"batch.global_batch={batch}"]
     words += [f"train.tokens={tokens}", f"train.seed={seed}", f"optimizer.weight_decay={decay}", *overrides]
-    log = LogConfig(name="-".join(map(str, (*place, seed))), root=str(RUNS), tensorboard=False, baselines=False)
+    log = LogConfig(
+        name="-".join(map(str, (*place, seed))),
+        root=str(Study(HERE, overrides=overrides).runs),
+        tensorboard=False,
+        baselines=False,
+    )
     config = replace(resolve.load(HERE / "run.toml", words).config, log=log)
     return Cell(f"width {width}, {tokens} tokens, batch {batch}", batch, decay, seed, config)
 
@@ -87,8 +94,8 @@ def line_of(place: Place, cell: Cell) -> Line:
     }
 
 
-def read() -> list[Line]:
-    return [json.loads(line) for line in OUT.read_text().splitlines()] if OUT.exists() else []
+def read(file: Path) -> list[Line]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def losses(lines: Sequence[Line], point: tuple[int, int]) -> dict[int, dict[int, list[float]]]:
@@ -133,18 +140,18 @@ def missing(lines: Sequence[Line], points: Sequence[tuple[int, int]], seeds: int
     return []
 
 
-def train(options: argparse.Namespace) -> None:
+def train(study: Study, options: argparse.Namespace) -> None:
     """Train and keep what is missing, round by round."""
     points = (*LADDER, LEFT_OUT)[: options.points]
-    while runs := missing(read(), points, options.seeds):
+    while runs := missing(read(study.results), points, options.seeds):
         cells = [checked(place, seed, options.overrides) for place, seed in runs]
-        todo = RUNS / "todo.json"
-        RUNS.mkdir(parents=True, exist_ok=True)
+        todo = study.runs / "todo.json"
+        study.runs.mkdir(parents=True, exist_ok=True)
         todo.write_text(json.dumps([(*run, each.value) for run, each in zip(runs, cells, strict=True)]))
         command = [sys.executable, __file__, "--worker", str(todo), *options.overrides]
         if code := start_workers(command, min(options.jobs, len(runs))):
             sys.exit(code)
-        with OUT.open("a") as out:
+        with study.results.open("a") as out:
             for (place, _), each in zip(runs, cells, strict=True):
                 out.write(json.dumps(line_of(place, each)) + "\n")
                 shutil.rmtree(each.directory)
@@ -316,26 +323,29 @@ def draw(lines: Sequence[Line], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the run file's settings")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override the run file; results in runs/"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at once")
     parser.add_argument("--points", type=int, metavar="N", help="of (N, D), the first N (default: all)")
     parser.add_argument("--only-show", action="store_true", help="train nothing")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
+    study = Study(HERE, overrides=options.overrides)
     if options.worker:
         runs = json.loads(options.worker.read_text())
         work([cell(tuple(place), seed, decay, options.overrides) for place, seed, decay in runs], 1, None)
     if not options.only_show:
         subprocess.run(["sh", str(HERE.parent / "stdlib-bytes.sh")], check=True)
-        train(options)
-    lines = read()
+        train(study, options)
+    lines = read(study.results)
     ladder = finished([line for line in lines if tuple(line["place"][:2]) != LEFT_OUT])
-    MEANS.write_text(
+    study.results.with_name("means.jsonl").write_text(
         "".join(json.dumps({k: v for k, v in vars(run).items() if v is not None}) + "\n" for run in ladder)
     )
     print("\n".join(report(lines)))
-    draw(lines, Path("docs/figures/power-lines.svg"))
+    draw(lines, study.figure)
 
 
 if __name__ == "__main__":

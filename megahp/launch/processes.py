@@ -105,10 +105,10 @@ def is_repeat(number: int, since: float) -> bool:
     return since > (KEY_ECHO if number == signal.SIGINT else ECHO)
 
 
-def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent is killed, which then cannot end it itself."""
+def die_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
+    """Ask Linux to send this process a signal when its parent is killed, which then cannot end it itself."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
 
 
 def _before_exec() -> None:

@@ -51,11 +51,12 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, start_to
         )
 
 
-def beyond_cpus(config: Config, layout: Layout, ranks_here: int, start_tokens: int = 0) -> str:
+def beyond_cpus(config: Config, layout: Layout, ranks_here: int, start_tokens: int = 0, teachers: float = 0.0) -> str:
     """Return a warning that this machine cannot hold its ranks of a CPU run in memory, or that the run takes more than
-    a day; "" if neither."""
+    a day; "" if neither. teachers: bytes of their weights on a rank."""
     ranks, cores = math.prod(layout.shape), cores_here()
-    needed, memory = ranks_here * training_bytes(config, shards_of(config.parallel, layout)), memory_here()
+    needed = ranks_here * (training_bytes(config, shards_of(config.parallel, layout)) + teachers)
+    memory = memory_here()
     operations = (config.train.tokens - start_tokens) * training_flops(config.model, longest(config))
     seconds = operations * ranks_here / (ranks * cores * LIKELY)
     takes = []

@@ -17,7 +17,7 @@ from megahp.parallel.mesh import Mesh
 from megahp.parallel.messages import all_gather_json, on_rank0
 from megahp.scaling.flops import training_flops
 from megahp.scaling.memory import fitting_sequences, training_bytes
-from megahp.train.prepare import newest
+from megahp.train.prepare import newest, teacher_bytes
 
 # Tokens of a CPU rank's forward pass beyond which larger ones only leave the caches: docs/benchmarks/training.md
 CACHED_TOKENS = 4096
@@ -87,8 +87,9 @@ def _largest_micro_batch(config: Config, mesh: Mesh, world: World, saved: int) -
     """Return the most sequences of a forward pass that every rank can hold, and why; `saved`, which another start has
     decided (0 = none), if that can be held at all: another division of the batch would round otherwise."""
     is_cpu, layout = mesh.device.type == "cpu", mesh.layout
-    free = free_memory(mesh.device) / (world.local_size if is_cpu else 1)  # CPU ranks share it
     shards = shards_of(config.parallel, layout)
+    free = free_memory(mesh.device) / (world.local_size if is_cpu else 1)  # CPU ranks share it
+    free -= teacher_bytes(config, shards)
     fitting, why = fitting_sequences(config, shards, free), "as half of the free memory holds"
     cached = max(1, CACHED_TOKENS * layout.cp * layout.tp // config.data.sequence_length)
     if is_cpu and cached < fitting:

@@ -42,7 +42,7 @@ from megahp.errors import UserError
 from megahp.files import read_json, refuse_links
 from megahp.log.wandb_log import check_wandb
 from megahp.parallel.device import check_devices, cpu_has_bfloat16, memory_here, uses_cuda
-from megahp.parallel.layout import Layout
+from megahp.parallel.layout import Layout, shards_of
 from megahp.scaling.batch import BatchScheduler, Progress, batch_multiple, least_batch, runnable
 from megahp.scaling.flops import parameters as parameter_count
 from megahp.scaling.parameterization import DECAY
@@ -102,8 +102,10 @@ def prepare(
         is_cuda = uses_cuda(config) if local_ranks else config.train.device != "cpu"
         for line in advice(config, data, math.prod(layout.shape), "cuda" if is_cuda else "cpu", start_tokens):
             warn(f"warning: {line}")
-        if local_ranks and not is_cuda and (problem := beyond_cpus(config, layout, local_ranks, start_tokens)):
-            warn(f"warning: {problem}; make model or train.tokens smaller, or add ranks on other machines")
+        if local_ranks and not is_cuda:
+            teachers = teacher_bytes(config, shards_of(config.parallel, layout))
+            if problem := beyond_cpus(config, layout, local_ranks, start_tokens, teachers):
+                warn(f"warning: {problem}; make model or train.tokens smaller, or add ranks on other machines")
         if local_ranks and not is_cuda and config.train.dtype == "bfloat16" and not cpu_has_bfloat16():
             warn(
                 "warning: train.dtype = 'bfloat16' is tens of times slower than float32 on this CPU, which has no "
@@ -464,6 +466,14 @@ def with_teachers(config: Config, resumed: checkpoint.Location | None) -> Config
     if config.distill.fingerprints not in ((), tuple(fingerprints)):
         raise UserError("distill.fingerprints are of other checkpoints than distill.teachers; name those, or remove it")
     return with_values(config, {"distill.teachers": tuple(names), "distill.fingerprints": tuple(fingerprints)})
+
+
+def teacher_bytes(config: Config, shards: int) -> float:
+    """Return the bytes that the teachers' weights, in fp32, take on a rank that holds one shard of each."""
+    from megahp import checkpoint
+
+    models = [checkpoint.settings_of(checkpoint.find(checkpoint.location(name))) for name in config.distill.teachers]
+    return sum(4 * parameter_count(saved.model, longest(saved)) for saved in models) / shards
 
 
 def check_series(config: Config, coding: SeriesCoding) -> None:

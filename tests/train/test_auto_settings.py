@@ -12,10 +12,11 @@ import pytest
 from corpus import write_corpus
 from distributed import world
 from distributed.runs import train
-from distributed.training import mesh_of, settings_of
+from distributed.training import mesh_of, settings_of, write_model
 from train.test_run import GROWING, RUN, copy_of
 
 from megahp.config import resolve
+from megahp.evaluate.sample import single_rank_model
 from megahp.launch import World
 from megahp.log.metrics import read_events
 from megahp.log.replay import replay
@@ -49,6 +50,11 @@ def decided(free: dict[int, float], saved: int = 0, *words: str) -> tuple[int, l
     return config.batch.largest_micro_batch, lines
 
 
+def teacher_in(folder: Path) -> tuple[str, int]:
+    model = single_rank_model(settings_of("gemma"))
+    return write_model(folder / "teacher", "gemma"), sum(weight.numel() for weight in model.parameters())
+
+
 def world_size() -> int:
     import torch.distributed as dist
 
@@ -65,6 +71,15 @@ def test_the_rank_with_least_memory_decides_for_all() -> None:
     assert tokens[0] == 4096 // 16 and "4096 tokens" in tokens[1][0]
     assert world.run(1, decided, {0: 1.0})[0][0] == 1
     assert world.run(1, decided, {0: 1.0}, 0, "batch.largest_micro_batch=7")[0] == (7, [])
+
+
+def test_the_weights_of_teachers_are_memory_that_is_not_free(tmp_path: Path) -> None:
+    teacher, weights = world.run(1, teacher_in, tmp_path)[0]
+    words = f'distill.teachers=["{teacher}", "{teacher}"]', f"model.vocab_size={settings_of('gemma').model.vocab_size}"
+    fixed, one = (training_bytes(settings_of("llama", AUTO, words[1]), 1, sequences) for sequences in (0, 1))
+    free = [2 * (fixed + number * (one - fixed)) + 2 * 4 * weights for number in (8.5, 7.5)]
+    assert 2 * 4 * weights > 2 * (one - fixed)  # or they would not matter
+    assert [world.run(1, decided, {0: each}, 0, *words)[0][0] for each in free] == [8, 4]
 
 
 def test_a_resume_divides_batches_as_before_where_memory_holds_that_at_all() -> None:
