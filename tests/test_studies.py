@@ -21,7 +21,7 @@ TOY = "model.width=16 model.heads=1 train.validation_samples=64 train.dtype=floa
 SWEEP = f"{TOY} train.tokens=2048 --seeds 1 --jobs 2"
 SCRIPT = f"{TOY} train.tokens=4096 --seeds 1"
 CHAINS = (  # of examples/studies.py
-    *("btlm", "crystal", "bilingual", "sparse-to-dense", "pruning", "family", "multigrid", "qat", "experts"),
+    *("btlm", "crystal", "bilingual", "sparse-to-dense", "pruning", "family", "multigrid", "qat", "experts", "mixture"),
     "low-memory",
 )
 COMMANDS = {  # a study's command, and its results
@@ -61,6 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_study(folder: Path, command: str) -> None:
+    if "mixture" in command:
+        pytest.importorskip("optuna")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     found = []

@@ -29,6 +29,7 @@ COMMANDS = {
     "coordinate-check": "check that activations keep their size as the model grows",
     "transfer-sweep": "check that the best learning rate stays the same as the model grows",
     "mix": "search the data weights that small proxy runs learn most from",
+    "population": "change settings as a population of runs trains: the worst continue from the best",
     "measure noise-scale": "measure the gradient noise scale at a run's checkpoints, exactly, by kind of layer",
     "measure critical-batch": "measure the critical batch at a checkpoint, by branched training",
     "benchmark norm": "compare the norm ops with torch's and others' kernels",

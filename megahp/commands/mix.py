@@ -22,7 +22,6 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,12 @@ import numpy as np
 
 from megahp.commands.arguments import check_minimum
 from megahp.commands.output import provenance, write_json
-from megahp.config import CheckpointConfig, Config, LogConfig, config_to_dict, parse_validation, resolve, with_values
+from megahp.config import Config, config_to_dict, resolve, with_values
 from megahp.config.edit import edited
 from megahp.data.indexed import IndexedDataset
-from megahp.diagnose.child_runs import check_same_config, claimed, has_diverged, is_done, train
+from megahp.diagnose.child_runs import check_same_config, claimed, for_search, loss_of
 from megahp.errors import UserError
-from megahp.files import open_unlinked, read_text, read_toml, replace_text
-from megahp.log.metrics import newest_metrics
+from megahp.files import read_text, read_toml, replace_text
 from megahp.log.progress import human_duration
 from megahp.parallel.layout import fit
 from megahp.train.prepare import prepare
@@ -114,8 +112,7 @@ def checked(options: argparse.Namespace) -> Config:
     real = read_toml(options.set, "run file").get("data", {}).get("train") if options.set else None
     if options.set and real != [*config.data.train]:
         raise UserError(f"--set {options.set} has data.train = {real}, and the proxy {[*config.data.train]}; give one")
-    log = LogConfig(root=str(options.out), tensorboard=False, baselines=False)
-    config = replace(config, checkpoint=CheckpointConfig(keep=1), log=log)
+    config = for_search(config, options.out)
     for share in shares:  # all checks of `megahp train`, before anything trains
         of_share(config, [1.0] * len(config.data.train), share, options.ranks)
     return config
@@ -192,27 +189,13 @@ def try_next(study: Any, options: argparse.Namespace, config: Config) -> Any:
             raw = [trial.suggest_float(f"source {n}", LEAST, 1) for n in range(len(config.data.train))]
         weights = [value / sum(raw) for value in raw]
         for rung, share in enumerate(options.shares):
-            loss = loss_of(of_share(config, weights, share, options.ranks), options.ranks)
+            proxy = of_share(config, weights, share, options.ranks)
+            loss = loss_of(proxy, options.ranks)
+            shutil.rmtree(proxy.directory / "checkpoints", ignore_errors=True)
             trial.report(loss, KEPT**rung)
             if loss == math.inf or (share < 1 and trial.should_prune()):
                 return study.tell(trial, state=states.PRUNED)
         return study.tell(trial, loss)
-
-
-def loss_of(config: Config, ranks: int) -> float:
-    """Train one run, unless it has ended; return the mean loss of the validation sets, infinite if it diverged."""
-    directory = config.directory
-    directory.mkdir(parents=True, exist_ok=True)
-    if not is_done(directory):
-        with open_unlinked(directory / "train.log", "a") as log:
-            code = train(config, ranks, log)
-        if code and not has_diverged(directory):
-            raise UserError(f"{directory} ended with exit code {code}; see its train.log; the same command resumes it")
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    if has_diverged(directory):
-        return math.inf
-    losses = next(newest_metrics(directory))["validation_losses"]
-    return float(np.mean([losses[name] for name in parse_validation(config.data)]))
 
 
 def ended(study: Any) -> list[Any]:

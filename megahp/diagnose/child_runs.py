@@ -3,20 +3,39 @@
 import contextlib
 import fcntl
 import itertools
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from megahp.config import AUTO, Config, config_differences, config_to_toml
+import numpy as np
+
+from megahp.config import (
+    AUTO,
+    CheckpointConfig,
+    Config,
+    LogConfig,
+    config_differences,
+    config_to_toml,
+    parse_validation,
+)
 from megahp.config.resolve import read_config
 from megahp.errors import UserError
 from megahp.files import open_unlinked
 from megahp.launch import die_with_parent
-from megahp.log.metrics import newest_events
+from megahp.log.metrics import newest_events, newest_metrics
 from megahp.train.recovery import MAX_SKIPPED_IN_A_ROW
+
+
+def for_search(config: Config, folder: Path) -> Config:
+    """Return the settings of a search's runs: in this folder, with one checkpoint, and nothing logged that is not
+    read."""
+    log = LogConfig(root=str(folder), tensorboard=False, baselines=False)
+    return replace(config, checkpoint=CheckpointConfig(every=config.checkpoint.every, keep=1), log=log)
 
 
 def check_same_config(config: Config) -> None:
@@ -38,6 +57,23 @@ def train(config: Config, ranks: int, output: IO[str] | None = None, **environme
     command = [sys.executable, "-m", "megahp", "train", str(file), "--ranks", str(ranks), "--resume", "auto"]
     code = subprocess.call(command, stdout=output, env=os.environ | environment, preexec_fn=die_with_parent)
     return 128 - code if code < 0 else code  # a signal's number is negative here; shells add 128
+
+
+def loss_of(config: Config, ranks: int) -> float:
+    """Train one run, unless it has ended, with its output in train.log. Returns the mean loss of the sets of
+    data.validation or, without any, the mixture's; infinite if the run diverged. Raises UserError if it did not end."""
+    directory = config.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    if not is_done(directory):
+        with open_unlinked(directory / "train.log", "a") as log:
+            code = train(config, ranks, log)
+        if code and not has_diverged(directory):
+            raise UserError(f"{directory} ended with exit code {code}; see its train.log; the same command resumes it")
+    if has_diverged(directory):
+        return math.inf
+    last = next(newest_metrics(directory))
+    sets = parse_validation(config.data)
+    return float(np.mean([last["validation_losses"][name] for name in sets]) if sets else last["validation_loss"])
 
 
 def write_run_file(config: Config) -> Path:

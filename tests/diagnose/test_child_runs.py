@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,20 @@ def test_what_a_run_decided_at_its_start_is_not_another_config(tmp_path: Path) -
     child_runs.check_same_config(config)
     with pytest.raises(UserError, match="was trained with train.dtype = 'bfloat16', not 'float32'"):
         child_runs.check_same_config(with_values(config, {"train.dtype": "float32"}))
+
+
+def test_the_loss_of_a_run_that_has_ended(tmp_path: Path) -> None:
+    """The mean over the further sets, or the mixture's; nothing is trained again."""
+    config = with_values(Config(), {"log.root": str(tmp_path)})
+    config.directory.mkdir()
+    event = {"step": 2, "tokens": 2, "time": 0, "event": "finished", "reason": ""}
+    (config.directory / "events.jsonl").write_text(json.dumps(event) + "\n")
+    lines = [
+        {"step": 1, "tokens": 1, "validation_loss": 9.0},
+        {"step": 2, "tokens": 2, "validation_loss": 3.0, "validation_losses": {"source": 8.0, "a": 1.0, "b": 4.0}},
+    ]
+    (config.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert child_runs.loss_of(config, 1) == 3.0
+    assert child_runs.loss_of(with_values(config, {"data.validation": ("a:x", "b:y")}), 1) == 2.5
+    (config.directory / "events.jsonl").write_text(json.dumps({**event, "event": "broken"}) + "\n")
+    assert child_runs.loss_of(config, 1) == math.inf
