@@ -167,6 +167,10 @@ def contents(folder: Path) -> dict[str, bytes]:
             ["parameterization.scale_density", "'gradual'", "set it to false"],
         ),
         ("train run.toml sparsity.method=static optimizer.name=muon", ["sparsity.method = 'static'", "'muon'"]),
+        (
+            "train run.toml sparsity.method=static optimizer.name=dct optimizer.rank=8",
+            ["sparsity.method = 'static'", "'dct'"],
+        ),
         ("train run.toml train.start_from=runs/done sparsity.method=static", ["sparsity.method = 'static'", "'none'"]),
         ("train run.toml log.name=done --resume auto sparsity.method=static", ["sparsity.method", "log.name"]),
         ("train run.toml compute.norms=apex", ["compute.norms = 'apex'", "train.noise_scale=false"]),
@@ -178,6 +182,11 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("train run.toml compute.fp8=transformer-engine", ["compute.fp8 = 'transformer-engine'", "not installed"]),
         ("train run.toml compute.recompute_every=2", ["compute.recompute_every", "needs selective or full"]),
         ("train run.toml optimizer.momentum=0.9", ["optimizer.momentum", "needs muon"]),
+        ("train run.toml optimizer.rank=8", ["optimizer.rank", "needs dct or galore"]),
+        (
+            "train run.toml log.name=done --resume auto optimizer.name=dct optimizer.rank=8",
+            ["optimizer.name", "log.name"],
+        ),
         ("sample runs/nowhere", ["runs/nowhere"]),
         ("report runs/nowhere", ["runs/nowhere"]),
         ("checkpoint verify runs/nowhere", ["runs/nowhere is neither a checkpoint nor a run directory"]),

@@ -22,7 +22,7 @@ SWEEP = f"{TOY} train.tokens=2048 --seeds 1 --jobs 2"
 SCRIPT = f"{TOY} train.tokens=4096 --seeds 1"
 CHAINS = (  # of examples/studies.py
     *("btlm", "crystal", "bilingual", "sparse-to-dense", "pruning", "family", "multigrid", "qat", "experts", "mixture"),
-    "fp4",
+    *("low-memory", "fp4"),
 )
 COMMANDS = {  # a study's command, and its results
     **{

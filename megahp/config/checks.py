@@ -242,9 +242,10 @@ def _batch(config: Config) -> Iterator[str]:
         yield f"{policy} needs the noise scale; set train.noise_scale = true"
     elif batch.policy == "measured" and batch.global_batch == 1:
         yield f"{policy} measures nothing at batch.global_batch = 1; set it to at least 2"
-    elif batch.policy == "measured" and config.optimizer.name == "muon":
+    elif batch.policy == "measured" and config.optimizer.name != "adamw":
+        name = f"optimizer.name = {config.optimizer.name!r}"
         yield (
-            f"{policy} rescales the hyperparameters of AdamW, but optimizer.name = 'muon' has others; "
+            f"{policy} rescales the hyperparameters of AdamW, but {name} has others; "
             "set batch.policy = 'constant' or 'table', or optimizer.name = 'adamw'"
         )
     elif len(batch.critical_batch) != 2 or not all(0 < value < math.inf for value in batch.critical_batch):
@@ -385,10 +386,19 @@ def _sparsity(config: Config) -> Iterator[str]:
         yield f"parameterization.scale_density needs a constant density, not {method}; set it to false"
     if sparsity.method == "gradual" and sparsity.end == 1:
         yield "sparsity.end = 1 leaves no steps at the final density; lower it, such as 0.75"
-    if sparsity.method != "none" and config.optimizer.name == "muon":
+    if sparsity.method != "none" and config.optimizer.name != "adamw":
         yield (
-            f"{method} would mask the updates that optimizer.name = 'muon' orthogonalizes as whole matrices; "
+            f"{method} would mask the updates that optimizer.name = {config.optimizer.name!r} makes of whole matrices; "
             "set optimizer.name=adamw"
+        )
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    model, optimizer = config.model, config.optimizer
+    if optimizer.name in ("dct", "galore") and optimizer.rank >= model.width:
+        yield (
+            f"optimizer.rank = {optimizer.rank} saves no moments, since matrices have model.width = {model.width} on a "
+            f"side; make it smaller, such as {max(1, model.width // 4)}, or set optimizer.name=adamw"
         )
 
 
@@ -564,6 +574,7 @@ CHECKS = (
     _fp4,
     _quantize,
     _sparsity,
+    _optimizer,
     _engines,
     _deepspeed,
     _trained_weights,

@@ -421,14 +421,18 @@ class BatchConfig:
 
 
 muon_only = partial(setting, only_with=("optimizer.name", "muon"))
+low_rank_only = partial(setting, only_with=("optimizer.name", "dct", "galore"))
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The update rule and clipping. The parameterization derives each weight's values from these base values."""
 
-    name: Literal["adamw", "muon"] = setting(
-        "adamw", "update rule; muon = Muon for hidden matrices, AdamW for the rest", fixed="always"
+    name: Literal["adamw", "muon", "dct", "galore"] = setting(
+        "adamw",
+        "update rule; muon = Muon for hidden matrices, AdamW for the rest; dct, galore = the same with AdamW whose "
+        "moments are of low rank, in a subspace of cosines or of the gradient's singular vectors",
+        fixed="always",
     )
     lr: float = positive(4e-3, "peak learning rate")
     weight_decay: float = nonnegative(0.1, "decoupled weight decay (multiplied by the learning rate)")
@@ -437,6 +441,9 @@ class OptimizerConfig:
     eps: float = setting(1e-8, "added to the square root of the second moment", at_least=LEAST_EPS)
     muon_lr: float = muon_only(0.02, "peak learning rate of hidden matrices, in units of spectral norm", above=0)
     momentum: float = muon_only(0.95, "decay of Muon's momentum", at_least=0, below=1)
+    rank: int = low_rank_only(128, "dimensions of each hidden matrix's subspace", at_least=1, fixed="always")
+    refresh: int = low_rank_only(200, "updates from one choice of the subspaces to the next", at_least=1)
+    remainder: bool = low_rank_only(True, "add the gradient's part outside the subspace, scaled as that inside")
     clip: float = nonnegative(1.0, "clip the global gradient norm to this; 0 = no clipping")
     engine: Literal["torch", "apex"] = setting("torch", "library whose fused AdamW is used")
 

@@ -73,6 +73,8 @@ def shrink_config(config: Config, layout: Layout) -> Config:
         config.parameterization.name, ("parameterization.base_width",)
     )
     early = {"sparsity.every": 1, "sparsity.begin": 0.0}  # or masks would not change within STEPS
+    low_rank = {"optimizer.rank": 4, "optimizer.refresh": 2}  # or subspaces would not change either
+    used_low_rank = low_rank if config.optimizer.name in ("dct", "galore") else {}
     used_early = {"gradual": tuple(early), "rigl": ("sparsity.every",)}.get(config.sparsity.method, ())
     small = with_values(
         replace(config, batch=BatchConfig(micro_batch=1, policy="table")),
@@ -103,6 +105,7 @@ def shrink_config(config: Config, layout: Layout) -> Config:
             "data.weights": (),
             "optimizer.eps": 1e-7,  # a smaller one would amplify gradients that are only rounding
             "optimizer.engine": "torch",
+            **used_low_rank,
             **{key: early[key] for key in used_early},
             "sparsity.layers": config.sparsity.layers[:depth],
             "train.dtype": "float64" if config.parallel.engine == "megahp" else "float32",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from megahp.parallel.logits import KEPT, rows_at_once
 from megahp.plan.rank import Rank
 from megahp.plan.schedules import rank_actions, steady
+from megahp.scaling.memory import moments_per_weight
 
 
 def peak(rank: Rank) -> Counter[str]:
@@ -41,7 +42,11 @@ def _states(rank: Rank) -> Counter[str]:
         return Counter(weights=rank.e * weights, gradients=stack.gradient_bytes * weights, moments=moments)
     whole = not layout.is_sharded or rank.accumulates
     gradients = stack.gradient_bytes * (weights if whole else rank.own_weights)
-    return Counter(weights=4 * rank.own_weights, moments=8 * rank.own_weights, gradients=gradients)
+    hidden = rank.own_weights * (1 - rank.outer_weights / rank.weights)
+    # whole matrices' moments are on one rank each, so replicas share them too
+    copies = 1 if rank.config.optimizer.name in ("adamw", "muon") else layout.dp_replicate
+    moments = int(8 * rank.own_weights - 4 * hidden * (2 - moments_per_weight(rank.config) / copies))
+    return Counter(weights=4 * rank.own_weights, moments=moments, gradients=gradients)
 
 
 def _in_flight(rank: Rank) -> dict[int, int]:

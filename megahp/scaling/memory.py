@@ -1,11 +1,14 @@
 """About how much memory training takes: an estimate to warn by and to choose microbatches by, not a bound."""
 
-from megahp.config import AUTO, Config, longest
+import math
+
+from megahp.config import AUTO, Config, ModelConfig, longest
 from megahp.scaling.flops import parameters
 
 PROCESS = 4e8  # bytes of Python and torch
 # Weight, gradient, two moments, and the copies of weight and moments that a checkpoint is written from; fp32 each.
 PER_PARAMETER = 4 * (1 + 1 + 2 + 3)
+PER_MOMENT = 4 * (1 + 1)  # with its copy
 # Of one layer, token and unit of width, at two bytes a number: what the backward pass needs without attention's matrix
 # (Korthikanti et al., arXiv 2205.05198: 34 s b h; from memory, unverified). On a CPU in bfloat16: 30 and 34, and
 # about 70 of one very small model (docs/log.md).
@@ -27,6 +30,8 @@ def training_bytes(config: Config, shards: int = 1, sequences: int | None = None
     if sequences is None:
         sequences = config.batch.micro_batch if isinstance(config.batch.micro_batch, int) else 1
     weights = parameters(model, length) / shards
+    hidden = model.layers * sum(math.prod(shape) for shape in matrix_shapes(model)) / shards
+    saved = PER_MOMENT * (2 - moments_per_weight(config)) * hidden  # by moments that the optimizer does not keep
     tokens = sequences * config.data.sequence_length / (config.parallel.cp * config.parallel.tp)
     layers, every = model.layers / config.parallel.pp, config.compute.recompute_every
     kept = layers * (PER_ACTIVATION * (every - 1) + RECOMPUTED[config.compute.recompute]) / every
@@ -39,7 +44,29 @@ def training_bytes(config: Config, shards: int = 1, sequences: int | None = None
     # capped attention keeps three numbers of each score, and two bytes of each
     scores = 6 * layers * model.heads * length * tokens if model.attention_softcap else 0
     bias = 2 * 4 * model.heads * length**2 if model.positions == "alibi" else 0  # distances by slope, and masked
-    return PROCESS + PER_PARAMETER * weights + kept * tokens * model.width + scores + bias
+    return PROCESS + PER_PARAMETER * weights - saved + kept * tokens * model.width + scores + bias
+
+
+def moments_per_weight(config: Config) -> float:
+    """Return the numbers that the optimizer keeps for each weight of the hidden matrices, on average."""
+    optimizer, shapes = config.optimizer, [sorted(shape) for shape in matrix_shapes(config.model)]
+    if optimizer.name in ("adamw", "muon"):
+        return 2 if optimizer.name == "adamw" else 1
+    # of each matrix both moments, [larger side, rank], and GaLore's basis, [smaller side, rank]
+    bases = 1 if optimizer.name == "galore" else 0
+    kept = sum(min(optimizer.rank, side) * (2 * larger + bases * side) for side, larger in shapes)
+    return kept / sum(math.prod(shape) for shape in shapes)
+
+
+def matrix_shapes(model: ModelConfig) -> list[tuple[int, int]]:
+    """Return the shapes of a layer's hidden matrices, which are those of experts where the model has any."""
+    queries, keys, width = model.heads * model.head_size, model.kv_heads * model.head_size, model.width
+    inner = 3 if model.gated else 2
+    mlp = [(model.mlp_width, width)] * inner
+    if model.experts:
+        shared = [(model.shared_experts * model.expert_width, width)] * inner if model.shared_experts else []
+        mlp = [(model.expert_width, width)] * (inner * model.experts) + shared
+    return [(queries, width), (keys, width), (keys, width), (width, queries), *mlp]
 
 
 def fitting_sequences(config: Config, shards: int, free: float) -> int:

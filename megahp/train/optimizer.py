@@ -1,5 +1,7 @@
-"""AdamW and Muon on this rank's parts of the weights, with multipliers from the parameterization table."""
+"""AdamW, Muon and low-rank AdamW on this rank's parts of the weights, with multipliers from the parameterization
+table."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -28,7 +30,8 @@ class Optimizer(Protocol):
         """Make one update from this rank's parts of the gradients, in the order of the weights."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return the moments of every weight, laid out as the weight is, under flat names: moment.weight."""
+        """Return the moments that this rank holds under flat names, moment.weight: laid out as the weight is, or, of
+        matrices whose moments are whole on one rank, plain."""
 
 
 def make_optimizer(
@@ -41,6 +44,8 @@ def make_optimizer(
     """Make the configured optimizer. group: the ranks that hold these weights, or parts or copies of them."""
     if config.name == "muon":
         return Muon(config, weights, rows, table, group)
+    if config.name in ("dct", "galore"):
+        return LowRank(config, weights, rows, table, group)
     return ADAMW[config.engine](weights, rows, table)
 
 
@@ -131,17 +136,13 @@ def rates(rule: Rule, plan: StepPlan) -> dict[str, Any]:
     return {"lr": plan.lr * rule.lr, "weight_decay": plan.weight_decay * rule.weight_decay, "eps": plan.eps * rule.eps}
 
 
-class Muon:
-    """Muon (K. Jordan, 2024) for hidden matrices, AdamW for everything else.
+class PerMatrix:
+    """An update rule of whole hidden matrices, AdamW for everything else.
 
-    A hidden matrix moves by -rate sqrt(fan_out / fan_in) U, U its Nesterov momentum made orthogonal: an update of that
-    spectral norm is muP's own rule for any width (arXiv 2310.17813, condition 1), so no 1/m_N enters; rate is
-    `ratio` times the plan's, which carries schedule and batch rule. It decays as AdamW would have it decay, so tau
-    means the same for every weight.
-
-    The matrices are assigned to the ranks round robin: each is gathered, orthogonalised by one rank and broadcast, and
-    every rank keeps its part. So every layout computes the same update, and a rank holds three whole matrices at most
-    (those of a layer's experts count as one).
+    The matrices are assigned to the ranks round robin: each is gathered, its update computed by one rank and broadcast,
+    and every rank keeps its part. So every layout computes the same update, and a rank holds three whole matrices at
+    most (those of a layer's experts count as one). They decay as AdamW would have them decay, so tau means the same for
+    every weight.
     """
 
     def __init__(
@@ -153,12 +154,10 @@ class Muon:
         group: dist.ProcessGroup,
     ) -> None:
         self.rows, self.rule, self.group = rows, table.rules[Role.HIDDEN], group
-        self.ratio, self.decay = config.muon_lr / config.lr, config.momentum
         self.names = list(weights)
         self.hidden = {name: weight for name, weight in weights.items() if rows[name].role is Role.HIDDEN}
         rest = {name: weight for name, weight in weights.items() if name not in self.hidden}
         self.adamw = ADAMW[config.engine](rest, rows, table)
-        self.momentum = {name: torch.zeros_like(storage(weight)) for name, weight in self.hidden.items()}
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
@@ -168,11 +167,6 @@ class Muon:
         for start in range(0, len(names), ranks):
             self._update(names[start : start + ranks], by_name, plan)
 
-    def state(self) -> dict[str, Tensor]:
-        return self.adamw.state() | {
-            f"momentum.{name}": like(weight, self.momentum[name]) for name, weight in self.hidden.items()
-        }
-
     @property
     def updates(self) -> int:
         return self.adamw.updates
@@ -181,23 +175,148 @@ class Muon:
     def updates(self, count: int) -> None:
         self.adamw.updates = count
 
+    def part(self, name: str, grad: Tensor) -> Tensor:
+        """Return this rank's part of the matrices that `direction` is given."""
+        return grad
+
+    def rate(self, plan: StepPlan) -> float:
+        """Return the rate at which a matrix moves against its direction."""
+        return plan.lr * self.rule.lr
+
+    def direction(self, key: str, matrix: Tensor, plan: StepPlan) -> Tensor:
+        """Return a matrix's update at rate -1, on the rank it is assigned to. key: of its state."""
+        raise NotImplementedError
+
     def _update(self, names: Sequence[str], grads: Mapping[str, Tensor], plan: StepPlan) -> None:
-        """Update at most as many matrices as there are ranks, the n-th orthogonalised by rank n."""
+        """Update at most as many matrices as there are ranks, the n-th computed by rank n."""
         own_update = torch.empty(0)
         for rank, name in enumerate(names):
-            momentum = self.momentum[name].lerp_(grads[name], 1 - self.decay)
-            gathered = whole(self.hidden[name], grads[name].lerp(momentum, self.decay))
+            gathered = whole(self.hidden[name], self.part(name, grads[name]))
             if rank == self.group.rank():
-                matrices = self.rows[name].matrices(gathered)
-                scaled = [spectral_scale(*matrix.shape) * orthogonal(matrix) for matrix in matrices]
-                own_update = self.rows[name].fuse(scaled).contiguous()
+                matrices = enumerate(self.rows[name].matrices(gathered))
+                directions = [self.direction(f"{name}.{index}", matrix, plan) for index, matrix in matrices]
+                own_update = self.rows[name].fuse(directions).contiguous()
         for rank, name in enumerate(names):
             weight = self.hidden[name]
             update = own_update if rank == self.group.rank() else gathered.new_empty(weight.shape)
             dist.broadcast(update, group=self.group, group_src=rank)
             part = storage(weight)
             part.mul_(1 - plan.lr * self.rule.lr * plan.weight_decay * self.rule.weight_decay)
-            part.sub_(part_of(weight, update), alpha=self.ratio * plan.lr * self.rule.spectral_lr)
+            part.sub_(part_of(weight, update), alpha=self.rate(plan))
+
+
+class Muon(PerMatrix):
+    """Muon (K. Jordan, 2024) for hidden matrices.
+
+    A hidden matrix moves by -rate sqrt(fan_out / fan_in) U, U its Nesterov momentum made orthogonal: an update of that
+    spectral norm is muP's own rule for any width (arXiv 2310.17813, condition 1), so no 1/m_N enters; rate is
+    `ratio` times the plan's, which carries schedule and batch rule.
+    """
+
+    def __init__(self, config: OptimizerConfig, *arguments: Any) -> None:
+        super().__init__(config, *arguments)
+        self.ratio, self.decay = config.muon_lr / config.lr, config.momentum
+        self.momentum = {name: torch.zeros_like(storage(weight)) for name, weight in self.hidden.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        return self.adamw.state() | {
+            f"momentum.{name}": like(weight, self.momentum[name]) for name, weight in self.hidden.items()
+        }
+
+    def part(self, name: str, grad: Tensor) -> Tensor:
+        momentum = self.momentum[name].lerp_(grad, 1 - self.decay)
+        return grad.lerp(momentum, self.decay)
+
+    def rate(self, plan: StepPlan) -> float:
+        return self.ratio * plan.lr * self.rule.spectral_lr
+
+    def direction(self, key: str, matrix: Tensor, plan: StepPlan) -> Tensor:
+        return spectral_scale(*matrix.shape) * orthogonal(matrix)
+
+
+class LowRank(PerMatrix):
+    """AdamW of hidden matrices in a subspace of their smaller side, so that moments are [larger side, rank].
+
+    galore: the subspace of the gradient's first singular vectors (GaLore, arXiv 2403.03507), which are stored. dct:
+    that of the cosines with which the gradient is most aligned (arXiv 2505.17967), whose indices are stored. Every
+    `refresh` updates it is chosen anew, and the moments are turned into it.
+
+    With `remainder` the part of the gradient outside the subspace is added, each row by the factor that Adam gave to
+    the row's part inside (Fira, arXiv 2410.01897). The update is scaled so that its entries have the root mean square
+    of the subspace's, which is that of AdamW's: so AdamW's rates hold at any rank and width.
+
+    Moments are whole, on the one rank that computes the matrix's update, and on no other.
+    """
+
+    def __init__(self, config: OptimizerConfig, *arguments: Any) -> None:
+        super().__init__(config, *arguments)
+        self.config = config
+        self.moments: dict[str, dict[str, Tensor]] = {}  # of this rank's matrices
+        for name in list(self.hidden)[self.group.rank() :: self.group.size()]:
+            weight = self.hidden[name]
+            for index, matrix in enumerate(self.rows[name].matrices(torch.empty(weight.shape, device="meta"))):
+                side, larger = sorted(matrix.shape)
+                rank, part = min(config.rank, side), storage(weight)
+                moments = {moment: part.new_zeros(larger, rank) for moment in MOMENTS}
+                if config.name == "dct":
+                    moments["columns"] = torch.zeros(rank, dtype=torch.int64, device=part.device)
+                else:
+                    moments["basis"] = part.new_zeros(side, rank)
+                self.moments[f"{name}.{index}"] = moments
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the rest's moments as AdamW does; of hidden matrices this rank's, whole, with their subspaces."""
+        return self.adamw.state() | {
+            f"{moment}.{key}": tensor for key, moments in self.moments.items() for moment, tensor in moments.items()
+        }
+
+    def direction(self, key: str, matrix: Tensor, plan: StepPlan) -> Tensor:
+        moments, is_tall = self.moments[key], matrix.shape[0] >= matrix.shape[1]
+        grad = matrix if is_tall else matrix.T  # [larger side, side]
+        exp_avg, exp_avg_sq, count = moments["exp_avg"], moments["exp_avg_sq"], self.updates
+        if (count - 1) % self.config.refresh == 0:
+            self._choose(moments, grad)
+        basis = self._basis(moments, grad.shape[1])  # [side, rank]
+        inside, eps = grad @ basis, plan.eps * self.rule.eps
+        exp_avg.lerp_(inside, 1 - plan.beta1)
+        exp_avg_sq.lerp_(inside.square(), 1 - plan.beta2)
+        adam = exp_avg / (1 - plan.beta1**count) / ((exp_avg_sq / (1 - plan.beta2**count)).sqrt() + eps)
+        update = adam @ basis.T
+        if self.config.remainder:
+            factors = adam.norm(dim=1, keepdim=True) / (inside.norm(dim=1, keepdim=True) + eps)
+            update += factors * (grad - inside @ basis.T)
+        size = update.norm().clamp(min=torch.finfo(update.dtype).tiny)
+        update *= adam.norm() / size * math.sqrt(basis.shape[0] / basis.shape[1])
+        return update if is_tall else update.T
+
+    def _basis(self, moments: Mapping[str, Tensor], side: int) -> Tensor:
+        if self.config.name == "dct":
+            return cosines(side, moments["columns"], moments["exp_avg"].dtype)
+        return moments["basis"]
+
+    def _choose(self, moments: Mapping[str, Tensor], grad: Tensor) -> None:
+        """Choose the subspace that holds most of the gradient, of all or of those of cosines, and turn the moments."""
+        side, rank = grad.shape[1], moments["exp_avg"].shape[1]
+        before = self._basis(moments, side).clone()
+        if self.config.name == "dct":
+            every = cosines(side, torch.arange(side, device=grad.device), grad.dtype)
+            moments["columns"].copy_((grad @ every).square().sum(0).topk(rank).indices.sort().values)
+        else:
+            moments["basis"].copy_(torch.linalg.svd(grad, full_matrices=False).Vh[:rank].T)
+        turn = before.T @ self._basis(moments, side)  # so cosines that stay keep their moments, and new ones have none
+        moments["exp_avg"].copy_(moments["exp_avg"] @ turn)
+        moments["exp_avg_sq"].copy_(moments["exp_avg_sq"] @ turn.square())
+
+
+def cosines(size: int, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return columns of the orthogonal matrix of the discrete cosine transform (II): [size, len(columns)].
+
+    Entry j of column k is sqrt(2 / size) cos(pi (2 j + 1) k / (2 size)), that of column 0 sqrt(1 / size).
+    """
+    places = 2 * torch.arange(size, device=columns.device) + 1
+    angles = torch.outer(places, columns) % (4 * size)  # less whole periods, in integers: exact at any size
+    norms = (2 - (columns == 0).to(dtype)).div(size).sqrt()
+    return (angles.to(dtype) * (math.pi / (2 * size))).cos() * norms
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

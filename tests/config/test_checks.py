@@ -105,6 +105,11 @@ DEEPSPEED = "parallel.engine=deepspeed"
             ["batch.policy = 'measured'", "train.noise_scale = true"],
         ),
         (["batch.policy=measured", "optimizer.name=muon"], ["batch.policy = 'measured'", "'muon'", "'adamw'"]),
+        (["batch.policy=measured", "optimizer.name=dct"], ["batch.policy = 'measured'", "'dct'", "'adamw'"]),
+        (
+            ["optimizer.name=galore", "model.width=128", "model.heads=4", "optimizer.rank=128"],
+            ["optimizer.rank = 128", "model.width = 128", "such as 32"],
+        ),
         (["batch.policy=measured", "batch.global_batch=1", "batch.micro_batch=1"], ["measures nothing", "at least 2"]),
         (["batch.policy=law", "batch.critical_batch=[90]"], ["batch.critical_batch = [90.0]", "scale, exponent"]),
         (["batch.policy=law", "batch.critical_batch=[90, -1]"], ["batch.critical_batch", "above 0"]),
@@ -134,6 +139,7 @@ DEEPSPEED = "parallel.engine=deepspeed"
         ([DEEPSPEED, "parallel.zero=2", "parallel.reduce=every"], ["parallel.reduce = 'every'", "deepspeed"]),
         ([DEEPSPEED, "parallel.prefetch=2"], ["parallel.prefetch = 2", "deepspeed"]),
         ([DEEPSPEED, "optimizer.name=muon"], ["deepspeed", "optimizer.name = 'muon'", "optimizer.name=adamw"]),
+        ([DEEPSPEED, "optimizer.name=dct"], ["deepspeed", "optimizer.name = 'dct'", "optimizer.name=adamw"]),
         ([DEEPSPEED, "optimizer.engine=apex"], ["deepspeed", "optimizer.engine = 'apex'", "optimizer.engine=torch"]),
         (
             [DEEPSPEED, "sparsity.method=static", "sparsity.density=0.5"],

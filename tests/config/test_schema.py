@@ -48,7 +48,8 @@ batch.increment batch.ramp_samples
 batch.table batch.target batch.critical_batch batch.noise_share batch.noise_to_total batch.calibrate_every
 batch.look_every batch.delay batch.hysteresis batch.growth
 optimizer.name optimizer.lr optimizer.weight_decay optimizer.beta1 optimizer.beta2 optimizer.eps
-optimizer.muon_lr optimizer.momentum optimizer.clip optimizer.engine
+optimizer.muon_lr optimizer.momentum optimizer.rank optimizer.refresh optimizer.remainder optimizer.clip
+optimizer.engine
 sparsity.method sparsity.density sparsity.layers sparsity.begin sparsity.end sparsity.drop sparsity.every
 parallel.tp parallel.pp parallel.schedule parallel.stages_per_rank parallel.split parallel.cp parallel.ep
 parallel.dp_replicate parallel.dp_shard parallel.sequence_parallel parallel.zero parallel.reduce parallel.prefetch

@@ -57,6 +57,7 @@ CASES = {
     "width, muP": f"{MUP} {WIDTH} {WIDTHS} --seeds=1,2",
     "width, CompleteP": f"{COMPLETEP} {WIDTH} {WIDTHS} --steps=3 --seeds=1,2",
     "width, Muon": f"{MUP} {WIDTH} {WIDTHS} optimizer.name=muon --seeds=1,2",
+    "width, DCT": f"{MUP} {WIDTH} {WIDTHS} optimizer.name=dct optimizer.rank=16 optimizer.refresh=4 --seeds=1,2",
     "density, SP": f"{SP} {DENSITY} {DENSITIES} --steps=1 --seeds=1,2",
     "density, CompleteP": f"{COMPLETEP} {DENSITY} {DENSITIES} --steps=1 --seeds=1,2",
     "density, muP": f"{MUP} {DENSITY} {DENSITIES} --steps=3 --seeds=1,2",

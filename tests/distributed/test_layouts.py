@@ -119,8 +119,9 @@ EIGHT_RANKS: dict[int, dict[str, tuple[str, ...]]] = {
 # tolerance of measures, of weights
 DTYPES = {
     "float32": (1e-5, None),
-    **dict.fromkeys(("float64", "embeddings", "series", "int4", "fp4", "taught"), (1e-10, 1e-10)),
+    **dict.fromkeys(("float64", "embeddings", "series", "int4", "fp4", "dct", "galore", "taught"), (1e-10, 1e-10)),
 }
+LOW_RANK = ("optimizer.rank=8", "optimizer.refresh=2")  # so that subspaces change in mid-run
 # in place of its type
 WORDS = {
     "embeddings": (
@@ -135,6 +136,7 @@ WORDS = {
         *("compute.fp4_forward=nvfp4", "compute.fp4_backward=mxfp4", "compute.fp4_hadamard=backward"),
         "compute.fp4_stochastic=true",
     ),
+    **{name: ("train.dtype=float64", f"optimizer.name={name}", *LOW_RANK) for name in ("dct", "galore")},
 }
 STEPS = 4  # of 8, 16, 24 and 32 sequences
 BF16 = [
@@ -147,7 +149,8 @@ BF16 = [
 ]
 Cell = tuple[
     str, str, str
-]  # layout, model, dtype; in float64: embeddings alone, tokens of series, in levels, weights of 4 bits, or products
+]  # layout, model, dtype; in float64: embeddings alone, tokens of series, in levels, weights or products in 4 bits,
+# or an optimizer
 TAUGHT: list[Cell] = [  # by teachers, in float64
     ("tp2", "llama", "taught"),
     ("tp2 sp", "gpt2", "taught"),
@@ -169,6 +172,14 @@ FP4: list[Cell] = [
     ("pp2 zero-bubble", "llama", "fp4"),
     ("cp2 tp2 sp", "gpt2", "fp4"),
     ("pp2 shard2, selective recomputation", "llama", "fp4"),
+]
+LOW_MEMORY: list[Cell] = [
+    *(
+        (layout, "llama", "dct")
+        for layout in ("tp2", "shard2, zero 1", "pp2 interleaved", "tp2 sp shard2", "cp2 shard2")
+    ),
+    *((layout, "llama", "galore") for layout in ("tp2 sp", "shard2", "cp2", "pp2 zbv", "replicate2 shard2")),
+    *((layout, "moe", optimizer) for layout in ("ep2", "ep2 shard4") for optimizer in ("dct", "galore")),
 ]
 EMBEDDINGS: list[Cell] = [
     ("tp2 sp, full recomputation", "gpt2", "embeddings"),
@@ -253,15 +264,15 @@ def compare(outcomes: Mapping[Cell, Any], cell: Cell) -> list[str]:
     return differences(outcomes[cell], outcomes[reference(layout), model, dtype], *DTYPES[dtype])
 
 
-PLAIN = [*some_cells(), *SERIES, *QUANTIZED, *FP4]
-
-
 @pytest.fixture(scope="module")
 def outcomes() -> dict[Cell, Any]:
-    return train_cells([*PLAIN, *EMBEDDINGS, *((*cell, "bfloat16") for cell in BF16)], LAYOUTS)
+    return train_cells([*CELLS, *((*cell, "bfloat16") for cell in BF16)], LAYOUTS)
 
 
-@pytest.mark.parametrize("cell", [*PLAIN, *EMBEDDINGS], ids="/".join)
+CELLS = [*some_cells(), *EMBEDDINGS, *SERIES, *QUANTIZED, *FP4, *LOW_MEMORY]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids="/".join)
 def test_layout_equals_one_rank(outcomes: dict[Cell, Any], cell: Cell) -> None:
     assert compare(outcomes, cell) == []
 

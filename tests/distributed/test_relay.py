@@ -18,7 +18,7 @@ from megahp.diagnose.verify import gather_stages, synthetic_batch
 from megahp.parallel.parameters import storage
 
 BLOCKS = "model.layers=4"
-LEGS = {
+LEGS = {  # of a model, and settings
     "moe": [
         "pp2 shard2, zbv",
         "cp2 tp2 sp",
@@ -30,6 +30,14 @@ LEGS = {
         "pp2 ep2",
         "tp2 sp replicate2",
     ],
+    "moe optimizer.name=galore optimizer.rank=8 optimizer.refresh=3": [
+        "replicate2 shard2",
+        "ep2 tp2 sp",
+        "pp2 ep2",
+        "tp2 sp replicate2",
+        "pp4 1f1b",
+    ],
+    "gpt2 optimizer.name=dct optimizer.rank=8 optimizer.refresh=3": ["tp2 shard2", "pp2 cp2", "cp4", "tp4 sp"],
     "gpt2": ["pp4 1f1b", "cp4", "pp2 replicate2, zero-bubble", "tp2 shard2", "pp2 cp2", "shard4, zero 2, prefetch"],
 }
 
@@ -43,7 +51,7 @@ def relay(model: str, folder: str) -> dict[str, Any]:
     losses: list[float] = []
     before: Training | None = None
     for number, leg in enumerate(LEGS[model]):
-        training = Training(settings_of(model, "train.dtype=float64", BLOCKS, *LAYOUTS[4][leg]))
+        training = Training(settings_of(*model.split(), "train.dtype=float64", BLOCKS, *LAYOUTS[4][leg]))
         if before:
             checkpoint.load(checkpoint.path(Path(folder), number), tensors(training))
             training.progress, training.optimizer.updates = before.progress, before.optimizer.updates
@@ -58,7 +66,7 @@ def relay(model: str, folder: str) -> dict[str, Any]:
 
 
 def stay(model: str) -> dict[str, Any]:
-    training = Training(settings_of(model, "train.dtype=float64", BLOCKS, EIGHT, FULL))
+    training = Training(settings_of(*model.split(), "train.dtype=float64", BLOCKS, EIGHT, FULL))
     losses = [training.step()["measured"]["loss"] for _ in LEGS[model]]
     return {"losses": losses, "weights": training.weights()}
 

@@ -107,6 +107,22 @@ def test_replicas_without_shards_sum_once_after_the_backward_pass(alone: Process
         assert split["exposed dp_replicate"] > 0 and "exposed dp" not in split and not work.peak["gathered"]
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "dct", "galore"])
+def test_moments_are_those_of_the_optimizer(alone: ProcessPoolExecutor, optimizer: str) -> None:
+    """On average over the ranks, of which low-rank moments of a matrix are on one."""
+    config = with_settings(RUN, {"optimizer.name": optimizer})
+    ours = rank_works(config, RANKS)[0].peak["moments"]
+    traced = [alone.submit(trace, config, RANKS, rank).result().peak["moments"] for rank in range(RANKS)]
+    assert ours == pytest.approx(sum(traced) / RANKS, rel=0.01)
+    replicated = with_settings(RUN, {"optimizer.name": optimizer, "parallel.dp_replicate": 2})
+    of_replicas = rank_works(replicated, RANKS)[0].peak["moments"]
+    if optimizer == "muon":
+        assert of_replicas == pytest.approx(2 * ours)
+    else:  # those of the matrices have no copies
+        outer = 2 * 4 * 2 * config.model.vocab_size * config.model.width / RANKS
+        assert of_replicas == pytest.approx(ours + outer, rel=0.001)
+
+
 def test_no_torch_is_imported() -> None:
     """Formulas import no torch, so that a search of thousands of layouts begins at once."""
     code = "import sys, megahp.plan.step_time, megahp.plan.validation; sys.exit('torch' in sys.modules)"

@@ -49,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"train.dtype": "bfloat16", "train.device": "cpu"},
     "recomputed": {"compute.recompute": "full"},
     "muon": {"optimizer.name": "muon"},
+    "dct": {"optimizer.name": "dct", "optimizer.rank": 64},
     "experts": MIXTURE,
     "experts, one product": MIXTURE | {"train.dtype": "bfloat16"},
     "gpt-2": {f"model.{key}": value for key, value in GPT.items()},

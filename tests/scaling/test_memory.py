@@ -40,6 +40,10 @@ def test_the_parts(tmp_path: Path) -> None:
     assert of("model.positions=rope", "train.dtype=float32") - whole == 34 * 16 * 256 * 8 * 256
     weights = whole - of("model.positions=rope", shards=2)
     assert 2 * weights / PER_PARAMETER == pytest.approx(8 * 12 * 256**2, rel=0.1)
+    saved = whole - of("model.positions=rope", "optimizer.name=muon")  # a moment, and its copy
+    assert saved == pytest.approx(8 * 8 * 12 * 256**2, rel=0.05)
+    low_rank = whole - of("model.positions=rope", "optimizer.name=dct", "optimizer.rank=64")
+    assert low_rank == pytest.approx(1.5 * saved)  # of both moments three quarters
     assert of("model.positions=rope", "parallel.cp=2") < whole
     assert of("model.positions=rope", "model.attention_softcap=30") - whole == 6 * 8 * 4 * 256 * 16 * 256
     experts = ("model.experts=8", "model.experts_per_token=2", "model.expert_width=512")
