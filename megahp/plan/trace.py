@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.attention.bias import causal_lower_right
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -108,6 +109,7 @@ def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> W
         return recorder.trace()
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it holds meshes, which the next trace's equal: of groups that are gone
 
 
 @contextmanager

@@ -169,6 +169,13 @@ def test_a_trace_is_that_of_a_new_process(alone: ProcessPoolExecutor) -> None:
         assert alone.submit(trace, config_of("tp"), 2).result() == first.result()
 
 
+def test_ranks_are_traced_one_after_another(alone: ProcessPoolExecutor) -> None:
+    """Muon gathers over groups of the trace's own, not over those of the trace before, which are gone."""
+    config = with_values(config_of("muon"), {"parallel.dp_replicate": 2})
+    first, last = (alone.submit(trace, config, 4, rank).result() for rank in (0, 3))
+    assert first.collectives == last.collectives
+
+
 def test_the_command(tmp_path: Path) -> None:
     run = "[model]\nvocab_size = 4096\nlayers = 4\n[data]\ntrain = ['none']\n[parallel]\npp = 2\ntp = 2\n"
     (tmp_path / "run.toml").write_text(run)
