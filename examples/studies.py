@@ -61,6 +61,7 @@ class Study:
     scale: float = 1  # of every number of tokens
     measure: Callable[[Path], Line] | None = None
     overrides: Sequence[str] = ()
+    only_show: bool = False
 
     @property
     def runs(self) -> Path:
@@ -107,7 +108,7 @@ def main(
     add("--scale", type=float, default=1, help="of all tokens; results other than those of 1 are below runs/")
     add("--only-show", action="store_true", help="train nothing")
     options = parser.parse_args()
-    study = Study(Path(script).parent, options.scale, measure)
+    study = Study(Path(script).parent, options.scale, measure, only_show=options.only_show)
     wanted = runs(study, options.seeds)
     if not options.only_show:
         prepare()

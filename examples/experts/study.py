@@ -37,6 +37,7 @@ for active, number in ((2, 4), (2, 8), (2, 16), (1, 4), (4, 16)):
     ARMS[f"{active} of {number}"] = [
         *(f"model.experts={number}", f"model.experts_per_token={active}", f"model.expert_width={256 // active}")
     ]
+ARMS["1 of 4"].append("model.router_normalize=false")  # or its weight is 1, and the router gets no gradient
 AS_MANY = "1 of 4", "2 of 8", "4 of 16"  # weights in all, in experts of other sizes
 
 

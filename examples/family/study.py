@@ -4,7 +4,7 @@
 
 What a lab would do. The rate is tuned on the smallest model; `megahp recipe --base run.toml --law laws.toml` then makes
 every run file: CompleteP transfers rate and init, Power Lines' timescale sets the weight decay, and the batch grows
-along the run. Three sizes at 2.5 to 20 tokens a weight are trained, `megahp fit` fits the loss to them, and predicts
+along the run. Three sizes at four numbers of tokens each are trained, `megahp fit` fits the loss to them, and predicts
 the fourth, of one and a half times the third's weights, before it is trained. The fourth is trained at its constant
 first batch too, and the third with a quarter of the timescale and four times it.
 """
@@ -22,53 +22,58 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from studies import HERE, Line, Run, Study, code, half_interval, main, mean_and_interval, prepare, print_table
 
 FOLDER = HERE / "family"
-SIZES = {"32k": (24, 2, 32_256), "61k": (32, 3, 61_600), "96k": (40, 3, 96_280)}  # width, layers, weights
-FOURTH = "148k", (48, 4, 147_888)
-RATIOS = 2.5, 5, 10, 20  # tokens a weight
+# width, layers, most tokens in millions: 20 a weight, 17 of the second, whose MLP is wider; 10 of the fourth
+SIZES = {"32k": (24, 2, 0.64512), "74k": (32, 3, 1.232), "96k": (40, 3, 1.9256)}
+FOURTH = "148k", (48, 4, 1.47888)
+SHARES = 0.125, 0.25, 0.5, 1  # of those tokens
+TUNED, VARIED = "32k at 50 %", "96k at 50 %"  # whose rate is, and whose timescale
 RATES = 0.25, 0.5, 1, 2, 4  # of run.toml's, on the smallest model
 TAUS = {"a quarter of tau": 4, "four times tau": 0.25}  # weight decays, of the recipe's
 
 
-def run_files(study: Study) -> Iterator[tuple[str, float, Path]]:
-    """Write the run files of all sizes by `megahp recipe`. Yield size, tokens a weight, file."""
+def run_files(study: Study) -> Iterator[tuple[str, Path]]:
+    """Write the run files of all sizes by `megahp recipe`. Yield name and file of each."""
     from megahp.cli import main as megahp  # in this process: 13 starts would take half a minute
 
-    for name, (width, layers, weights) in [*SIZES.items(), FOURTH]:
-        for ratio in RATIOS if name in SIZES else [10]:
-            file = study.runs / f"recipes/{name}-{ratio:g}.toml"
+    for size, (width, layers, millions) in [*SIZES.items(), FOURTH]:
+        for share in SHARES if size in SIZES else [1]:
+            name = named(size, share)
+            file = study.runs / f"recipes/{name}.toml"
             file.parent.mkdir(parents=True, exist_ok=True)
-            size = "--width", width, "--layers", layers, "--tokens", study.tokens(ratio * weights / 1e6)
+            given = "--width", width, "--layers", layers, "--tokens", study.tokens(share * millions)
             laws = "--base", FOLDER / "run.toml", "--law", FOLDER / "laws.toml"
-            with contextlib.redirect_stdout(io.StringIO()):
-                if megahp(list(map(str, ["recipe", *size, *laws, "--out", file, "--overwrite"]))):
-                    sys.exit(f"megahp recipe made no {file}")
-            yield name, ratio, file
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+                if megahp(list(map(str, ["recipe", *given, *laws, "--out", file, "--overwrite"]))):
+                    sys.exit(f"{said.getvalue()}megahp recipe made no {file}")
+            yield name, file
+
+
+def named(size: str, share: float) -> str:
+    return f"{size} at {100 * share:g} %"
 
 
 def runs(study: Study, seeds: list[int]) -> list[Run]:
     from megahp.config import resolve
 
     found = []
-    for size, ratio, file in run_files(study):
+    for run, file in run_files(study):
         given = resolve.load(file).config
 
-        def add(
-            name: str, seed: int, *settings: str, size: str = size, ratio: float = ratio, file: Path = file
-        ) -> None:
-            found.append(Run(f"{size} at {ratio:g}{name}/{seed}", [f"train.seed={seed}", *settings], file=file))
+        def add(name: str, seed: int, *settings: str, run: str = run, file: Path = file) -> None:
+            found.append(Run(f"{run}{name}/{seed}", [f"train.seed={seed}", *settings], file=file))
 
         def decay(factor: float, given: resolve.Config = given) -> str:
             return f"optimizer.weight_decay={factor * given.optimizer.weight_decay}"
 
-        if (size, ratio) == ("32k", 10):
+        if run == TUNED:
             for factor in RATES:
                 add(f", rate x{factor:g}", seeds[0], f"optimizer.lr={factor * given.optimizer.lr}", decay(1 / factor))
         for seed in seeds:
             add("", seed)
-            if (size, ratio) == ("96k", 10):
+            if run == VARIED:
                 for name, factor in TAUS.items():
                     add(f", {name}", seed, decay(factor))
-            if size not in SIZES:
+            if run == named(FOURTH[0], 1):
                 add(", constant batch", seed, f"batch.largest={given.batch.global_batch}")
     return found
 
@@ -102,11 +107,11 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
     def against(name: str, other: str) -> str:
         return mean_and_interval([a - b for a, b in zip(losses(name), losses(other), strict=True)], 4)
 
-    rates = [lines[f"32k at 10, rate x{factor:g}/{seeds[0]}"] for factor in RATES]
+    rates = [lines[f"{TUNED}, rate x{factor:g}/{seeds[0]}"] for factor in RATES]
     print_table(("rate", "loss"), [[f"{line['lr']:g}", f"{line['loss']:.4f}"] for line in rates])
 
-    size, (*_, weights) = FOURTH
-    ladder = {f"{name} at {ratio:g}": name for name in SIZES for ratio in RATIOS}
+    size, fourth = FOURTH[0], named(FOURTH[0], 1)
+    ladder = {named(name, share): name for name in SIZES for share in SHARES}
     means = []
     for name in ladder:
         line = lines[f"{name}/{seeds[0]}"]
@@ -117,16 +122,16 @@ def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:
         batches = f"{mine[0]['batch'][0]} to {np.mean([line['batch'][1] for line in mine]):.0f}"
         steps = f"{np.mean([line['steps'] for line in mine]):.0f} ({mine[0]['forecast']})"
         rows.append([run.name, f"{run.tokens:,}", mean_and_interval(losses(run.name)), batches, steps])
-    print_table(("weights and tokens a weight", "tokens", "loss", "batch", "steps (forecast)"), rows)
+    print_table(("weights, share of the tokens", "tokens", "loss", "batch", "steps (forecast)"), rows)
     for name in TAUS:
-        print(f"96k at 10, {name}: {against(f'96k at 10, {name}', '96k at 10')}")
+        print(f"{VARIED}, {name}: {against(f'{VARIED}, {name}', VARIED)}")
 
     try:
         law = fit_loss(means, tied=True).law
     except UserError as error:  # as of a trial with a hundredth of the tokens
         return print(error)
-    fourth, constant = f"{size} at 10", f"{size} at 10, constant batch"
-    tokens = lines[f"{fourth}/{seeds[0]}"]["tokens"]
+    constant = f"{fourth}, constant batch"
+    weights, tokens = (lines[f"{fourth}/{seeds[0]}"][key] for key in ("parameters", "tokens"))
     predicted, interval = law(weights, tokens), law.interval(weights, tokens)
     assert interval is not None
     print(f"\n{fourth}: predicted {predicted:.4f} ({interval[0]:.4f} to {interval[1]:.4f})")

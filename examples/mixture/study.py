@@ -59,6 +59,8 @@ def searched(study: Study) -> dict[str, Any]:
         "population": ["--search", "data.weights=0.01:1", "--members", members, "--intervals", intervals],
     }
     if missing := [name for name in words if not (folder / f"{name}.json").exists()]:
+        if study.only_show:
+            sys.exit(f"{folder} lacks {missing[0]}.json; repeat without --only-show")
         prepare_data()
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor() as pool:

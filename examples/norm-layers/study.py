@@ -181,5 +181,7 @@ if __name__ == "__main__":
                 out.writelines(json.dumps(line) + "\n" for line in lines)
             eta = (time.monotonic() - began) / number * (len(left) - number)
             print(f"seed {seed}; {number} of {len(left)}, {eta / 60:.0f} min left", flush=True)
-    print("\n".join(report(read(study.results))))
-    draw(read(study.results), study.figure)
+    if not (lines := read(study.results)):
+        sys.exit(f"{study.results} has no results; repeat without --only-show")
+    print("\n".join(report(lines)))
+    draw(lines, study.figure)

@@ -339,7 +339,8 @@ def main() -> None:
     if not options.only_show:
         subprocess.run(["sh", str(HERE.parent / "stdlib-bytes.sh")], check=True)
         train(study, options)
-    lines = read(study.results)
+    if not (lines := read(study.results)):
+        sys.exit(f"{study.results} has no results; repeat without --only-show")
     ladder = finished([line for line in lines if tuple(line["place"][:2]) != LEFT_OUT])
     study.results.with_name("means.jsonl").write_text(
         "".join(json.dumps({k: v for k, v in vars(run).items() if v is not None}) + "\n" for run in ladder)

@@ -47,6 +47,7 @@ from megahp.train.prepare import prepare
 SHARE = 0.2  # of the members, which are replaced, and by which (arXiv 1711.09846, 4.1.1, truncation selection)
 FACTORS = (0.8, 1.2)  # of every setting of one that is replaced (the same, perturb)
 WEIGHTS = "data.weights"
+SECTIONS = ("optimizer", "schedule", "distill", "model")  # what a run does otherwise, such as stopping, is no choice
 FORM = "write section.key=LOW:HIGH, such as optimizer.lr=0.001:0.1"
 Settings = dict[str, Any]  # section.key -> a number, or data.weights
 
@@ -72,10 +73,8 @@ class Searched:
         return self.rounded(np.clip(value * factors, self.low, self.high))
 
     def rounded(self, value: Any) -> Any:
-        """Return the value as a run file has it: of four digits, and weights that add up to 1."""
-        if self.sources:
-            return [float(f"{weight:.4g}") for weight in value / value.sum()]
-        return float(f"{value:.4g}")
+        """Return the value in four digits."""
+        return [float(f"{each:.4g}") for each in value] if self.sources else float(f"{value:.4g}")
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,14 @@ class Interval:
     before: list[float]
     parents: list[int]
     settings: list[Settings]
+
+
+def of_run_file(settings: Settings) -> Settings:
+    """Return the settings as a run file has them: weights that add up to 1."""
+    if WEIGHTS not in settings:
+        return settings
+    weights = settings[WEIGHTS]
+    return settings | {WEIGHTS: [float(f"{weight / sum(weights):.4g}") for weight in weights]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +136,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     schedule = list[tuple[int, Settings]]()
     for number, (member, (interval, losses)) in enumerate(zip(line, history, strict=True)):
         begins = steps_before(config, options, number) * config.step_tokens
-        schedule.append((begins, interval.settings[member]))
+        schedule.append((begins, of_run_file(interval.settings[member])))
         print(f"from {begins:,} tokens: {describe(number, member, interval)}: {losses[member]:.4f}")
     if WEIGHTS in schedule[0][1]:
         print(mixtures(schedule))
@@ -170,7 +177,10 @@ def checked(options: argparse.Namespace) -> tuple[Config, list[Searched]]:
     config = for_search(config, options.out)
     for bound in ("low", "high"):  # all checks of `megahp train`, before anything trains
         values = {each.key: each.rounded(getattr(each, bound) * np.ones(each.sources or ())) for each in searched}
-        of_run = resolved(config, {**values, "log.name": "limits"})
+        of_run = resolved(config, {**of_run_file(values), "log.name": "limits"})
+        for key in (each.key for each in searched if each.key != WEIGHTS):
+            if get_setting(of_run, key) != values[key]:  # a setting that is not used has its default
+                raise UserError(f"--search {key} has no effect with the run's other settings; remove it")
         prepare(of_run, fit(of_run.parallel, options.ranks), options.ranks, resume=True)
     return config, searched
 
@@ -181,8 +191,11 @@ def parse(word: str, config: Config) -> Searched:
     if key not in setting_names():
         raise UserError(f"--search {word}: {key!r} is not a setting; {resolve.suggest(key, setting_names())}")
     section, name = key.split(".")
-    if key != WEIGHTS and TYPES[section][name] is not float:
-        raise UserError(f"--search {word}: {key} is no number that could change by a fifth; search another")
+    if key != WEIGHTS and (TYPES[section][name] is not float or section not in SECTIONS):
+        raise UserError(
+            f"--search {word}: only fractional settings of {', '.join(SECTIONS)} and data.weights can be searched, and "
+            f"{key} is none; search another"
+        )
     if fixed_when(key) not in ("never", "on resume"):
         raise UserError(f"--search {word}: {key} cannot change when a run starts from a checkpoint; search another")
     try:
@@ -191,6 +204,8 @@ def parse(word: str, config: Config) -> Searched:
         raise UserError(f"--search {word}: {text!r} is no range; {FORM}") from None
     if not 0 < low < high < math.inf:
         raise UserError(f"--search {word}: the range must ascend, and begin above 0; {FORM}")
+    if high < low * FACTORS[1] / FACTORS[0]:
+        raise UserError(f"--search {word}: a step, times {FACTORS[0]} or {FACTORS[1]}, would leave the range; widen it")
     if key != WEIGHTS:
         return Searched(key, low, high, None)
     if (sources := len(config.data.train)) < 2 or config.data.mixtures:
@@ -241,7 +256,7 @@ def agree(folder: Path, number: int, record: Mapping[str, Any]) -> None:
 
 def of_member(options: argparse.Namespace, config: Config, number: int, member: int, interval: Interval) -> Config:
     """Return the config of one member's run in one interval. Raises UserError."""
-    values = {**interval.settings[member], "log.name": f"{number}/{member}"}
+    values = {**of_run_file(interval.settings[member]), "log.name": f"{number}/{member}"}
     values["train.steps"] = steps_before(config, options, number + 1)
     if number:
         values["train.start_from"] = str(options.out / f"{number - 1}/{interval.parents[member]}")
@@ -292,7 +307,9 @@ def lineage(intervals: Sequence[Interval], member: int) -> list[int]:
 def describe(number: int, member: int, interval: Interval) -> str:
     """Return the name of a member's run, whom it continued from, and its settings."""
     parent = interval.parents[member]
-    settings = ", ".join(f"{key} = {toml_value(value)}" for key, value in interval.settings[member].items())
+    settings = ", ".join(
+        f"{key} = {toml_value(value)}" for key, value in of_run_file(interval.settings[member]).items()
+    )
     return f"{number}/{member}{'' if parent == member else f' from {number - 1}/{parent}'}: {settings}"
 
 
@@ -311,7 +328,7 @@ def plot(file: Path, found: Mapping[str, Any], tokens: int) -> None:
     intervals, edges = found["intervals"], [*(step["tokens"] for step in found["schedule"]), tokens]
     columns = {"loss": np.array([interval["losses"] for interval in intervals])}
     for key in intervals[0]["settings"][0]:
-        values = np.array([[settings[key] for settings in interval["settings"]] for interval in intervals])
+        values = np.array([[of_run_file(each)[key] for each in interval["settings"]] for interval in intervals])
         if values.ndim == 2:
             columns[key] = values
         else:

@@ -304,13 +304,13 @@ def _fp4(config: Config) -> Iterator[str]:
     model, compute, tp, cp = config.model, config.compute, config.parallel.tp, config.parallel.cp
     width, mlp_width = ("model.width", model.width), ("model.mlp_width / parallel.tp", model.mlp_width // tp)
     heads, kv_heads = "model.heads x model.head_size", model.heads + 2 * model.kv_heads
-    spans, parts = (2 * cp, f" / (2 x parallel.cp = {cp})") if cp > 1 else (1, "")
+    spans, name = (2 * cp, f"sequence length {{}} / (2 x parallel.cp = {cp})") if cp > 1 else (1, "sequence length")
     sides = {
         "forward": [width, mlp_width, (f"{heads} / parallel.tp", model.heads * model.head_size // tp)],
         "backward": [
             *(width, mlp_width),
             ("(model.heads + 2 x model.kv_heads) x model.head_size / parallel.tp", kv_heads * model.head_size // tp),
-            *((f"sequence length {length}{parts}", length // spans) for length in _lengths(config)),
+            *((name.format(length), length // spans) for length in _lengths(config)),
         ],
     }
     for direction, kind in compute.fp4.items():

@@ -21,6 +21,7 @@ from megahp.config import (
     LogConfig,
     config_differences,
     config_to_toml,
+    get_setting,
     parse_validation,
 )
 from megahp.config.resolve import read_config
@@ -33,7 +34,10 @@ from megahp.train.recovery import MAX_SKIPPED_IN_A_ROW
 
 def for_search(config: Config, folder: Path) -> Config:
     """Return the settings of a search's runs: in this folder, with one checkpoint, and nothing logged that is not
-    read."""
+    read. Raises UserError for settings of checkpoints and logs that this would ignore."""
+    for key in ("checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.remote", "log.wandb"):
+        if (value := get_setting(config, key)) != get_setting(Config(), key):
+            raise UserError(f"{key} = {value!r} is not for the many runs of a search; remove it")
     log = LogConfig(root=str(folder), tensorboard=False, baselines=False)
     return replace(config, checkpoint=CheckpointConfig(every=config.checkpoint.every, keep=1), log=log)
 
@@ -73,7 +77,8 @@ def loss_of(config: Config, ranks: int) -> float:
         return math.inf
     last = next(newest_metrics(directory))
     sets = parse_validation(config.data)
-    return float(np.mean([last["validation_losses"][name] for name in sets]) if sets else last["validation_loss"])
+    losses = [last["validation_losses"][name] for name in sets] if sets else [last["validation_loss"]]
+    return math.inf if None in losses else float(np.mean(losses))  # none: not a number
 
 
 def write_run_file(config: Config) -> Path:

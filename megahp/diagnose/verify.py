@@ -59,8 +59,8 @@ def verify(config: Config, ranks: int) -> list[str]:
 
 def shrink_config(config: Config, layout: Layout) -> Config:
     """Return the config of a run of this kind, as small as the layout allows, in float64 if its engine has that, on
-    synthetic data; without float8 and other engines' layers, which do not support float64, and FP4,
-    whose blocks are larger."""
+    synthetic data; without float8 and other engines' layers, which do not support float64, and FP4, whose blocks are
+    larger."""
     model, parallel, tp = config.model, config.parallel, layout.tp
     stages = layout.pp * parallel.local_stages
     layers = min(model.layers, stages + 1)

@@ -1,6 +1,6 @@
 """About how much memory training takes: an estimate to warn by and to choose microbatches by, not a bound."""
 
-import math
+from collections import Counter
 
 from megahp.config import AUTO, Config, ModelConfig, longest
 from megahp.scaling.flops import parameters
@@ -30,8 +30,8 @@ def training_bytes(config: Config, shards: int = 1, sequences: int | None = None
     if sequences is None:
         sequences = config.batch.micro_batch if isinstance(config.batch.micro_batch, int) else 1
     weights = parameters(model, length) / shards
-    hidden = model.layers * sum(math.prod(shape) for shape in matrix_shapes(model)) / shards
-    saved = PER_MOMENT * (2 - moments_per_weight(config)) * hidden  # by moments that the optimizer does not keep
+    # by moments that the optimizer does not keep
+    saved = PER_MOMENT * (2 - moments_per_weight(config)) * hidden_weights(model) / shards
     tokens = sequences * config.data.sequence_length / (config.parallel.cp * config.parallel.tp)
     layers, every = model.layers / config.parallel.pp, config.compute.recompute_every
     kept = layers * (PER_ACTIVATION * (every - 1) + RECOMPUTED[config.compute.recompute]) / every
@@ -49,24 +49,35 @@ def training_bytes(config: Config, shards: int = 1, sequences: int | None = None
 
 def moments_per_weight(config: Config) -> float:
     """Return the numbers that the optimizer keeps for each weight of the hidden matrices, on average."""
-    optimizer, shapes = config.optimizer, [sorted(shape) for shape in matrix_shapes(config.model)]
+    optimizer = config.optimizer
     if optimizer.name in ("adamw", "muon"):
         return 2 if optimizer.name == "adamw" else 1
+    shapes = matrix_shapes(config.model)
     # of each matrix both moments, [larger side, rank], and GaLore's basis, [smaller side, rank]
     bases = 1 if optimizer.name == "galore" else 0
-    kept = sum(min(optimizer.rank, side) * (2 * larger + bases * side) for side, larger in shapes)
-    return kept / sum(math.prod(shape) for shape in shapes)
+    kept = sum(n * min(optimizer.rank, side) * (2 * larger + bases * side) for (side, larger), n in shapes.items())
+    return kept / hidden_weights(config.model)
 
 
-def matrix_shapes(model: ModelConfig) -> list[tuple[int, int]]:
-    """Return the shapes of a layer's hidden matrices, which are those of experts where the model has any."""
-    queries, keys, width = model.heads * model.head_size, model.kv_heads * model.head_size, model.width
-    inner = 3 if model.gated else 2
-    mlp = [(model.mlp_width, width)] * inner
-    if model.experts:
-        shared = [(model.shared_experts * model.expert_width, width)] * inner if model.shared_experts else []
-        mlp = [(model.expert_width, width)] * (inner * model.experts) + shared
-    return [(queries, width), (keys, width), (keys, width), (width, queries), *mlp]
+def hidden_weights(model: ModelConfig) -> int:
+    """Return the weights of all hidden matrices."""
+    return sum(n * side * larger for (side, larger), n in matrix_shapes(model).items())
+
+
+def matrix_shapes(model: ModelConfig) -> Counter[tuple[int, int]]:
+    """Return how many hidden matrices the model has of each shape, smaller side first."""
+    queries, keys = model.heads * model.head_size, model.kv_heads * model.head_size
+    layers, inner = model.expert_layers, 3 if model.gated else 2
+    sides = (
+        *((queries, 2 * model.layers), (keys, 2 * model.layers)),
+        (model.mlp_width, inner * (model.layers - layers)),
+        (model.expert_width, inner * model.experts * layers),
+        (model.shared_experts * model.expert_width, inner * layers),
+    )
+    shapes = Counter[tuple[int, int]]()
+    for side, count in sides:  # beside the width
+        shapes[min(side, model.width), max(side, model.width)] += count
+    return shapes
 
 
 def fitting_sequences(config: Config, shards: int, free: float) -> int:

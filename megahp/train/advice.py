@@ -44,6 +44,11 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, start_to
             f"checkpoint.every = {config.checkpoint.every}: no checkpoint before the end, and a fault would cost "
             f"{human_duration(seconds)} of training or more; set it"
         )
+    if config.model.experts and config.model.experts_per_token == 1 and config.model.router_normalize:
+        yield (
+            "model.router_normalize = true with model.experts_per_token = 1: the weight of a token's only expert is "
+            "always 1, so that the router gets no gradient from the loss; set model.router_normalize=false"
+        )
     if train.validate_every > steps:
         yield (
             f"train.validate_every = {train.validate_every}: the run has at most {steps} steps, so only its end is "

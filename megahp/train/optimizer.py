@@ -274,7 +274,7 @@ class LowRank(PerMatrix):
         moments, is_tall = self.moments[key], matrix.shape[0] >= matrix.shape[1]
         grad = matrix if is_tall else matrix.T  # [larger side, side]
         exp_avg, exp_avg_sq, count = moments["exp_avg"], moments["exp_avg_sq"], self.updates
-        if (count - 1) % self.config.refresh == 0:
+        if (count - 1) % self.config.refresh == 0 and grad.any():  # an expert without tokens says nothing
             self._choose(moments, grad)
         basis = self._basis(moments, grad.shape[1])  # [side, rank]
         inside, eps = grad @ basis, plan.eps * self.rule.eps

@@ -86,7 +86,7 @@ DEEPSPEED = "parallel.engine=deepspeed"
             ["compute.fp4_backward=mxfp4", "data.sequence_length=192", "parallel.cp=2"],
             ["sequence length 192 / (2 x parallel.cp = 2) = 48", "compute.fp4_backward = 'mxfp4'", "32, 64"],
         ),
-        (["compute.fp4_backward=nvfp4", 'data.lengths=["1e6:72"]'], ["sequence length 72", "16"]),
+        (["compute.fp4_backward=nvfp4", 'data.lengths=["1e6:72"]'], ["sequence length = 72", "16"]),
         (["compute.fp4_backward=nvfp4", "model.kv_heads=1", "model.head_size=4"], ["2 x model.kv_heads) x", "= 24"]),
         (["compute.fp4_backward=nvfp4", "model.experts=8"], ["compute.fp4_backward", "experts", "remove one"]),
         (["compute.fp4_forward=nvfp4", "compute.fp8=torchao"], ["compute.fp4_forward", "compute.fp8", "remove one"]),

@@ -54,5 +54,8 @@ def test_the_loss_of_a_run_that_has_ended(tmp_path: Path) -> None:
     (config.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert child_runs.loss_of(config, 1) == 3.0
     assert child_runs.loss_of(with_values(config, {"data.validation": ("a:x", "b:y")}), 1) == 2.5
+    nothing = {"step": 3, "tokens": 3, "validation_loss": None}  # not a number
+    (config.directory / "metrics.jsonl").write_text(json.dumps(nothing) + "\n")
+    assert child_runs.loss_of(config, 1) == math.inf
     (config.directory / "events.jsonl").write_text(json.dumps({**event, "event": "broken"}) + "\n")
     assert child_runs.loss_of(config, 1) == math.inf

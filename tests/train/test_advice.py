@@ -54,6 +54,14 @@ def test_nothing_is_said_of_a_run_as_it_should_be(folder: Path) -> None:
     assert said(folder) == said(folder, "train.tokens=39_000", "train.validate_every=200") == []
 
 
+def test_a_router_that_cannot_learn_is_told(folder: Path) -> None:
+    """The weight of the only expert, over the sum of one, is 1 whatever the router says."""
+    words = ("model.experts=4", "model.experts_per_token=1")
+    (line,) = said(folder, *words)
+    assert "the router gets no gradient from the loss; set model.router_normalize=false" in line
+    assert said(folder, *words, "model.router_normalize=false") == said(folder, "model.experts=4") == []
+
+
 def test_epochs_are_counted_for_each_source(folder: Path) -> None:
     (line,) = said(folder, "train.tokens=40_000")
     assert f"{folder / 'large'!s}' is read 4.0 times in 40k tokens, and 1 other prefixes more than 4 times" in line

@@ -14,8 +14,10 @@ from scipy.fft import dct
 from train.test_muon import heads_of
 
 from megahp.config import Config
+from megahp.evaluate.sample import single_rank_model
+from megahp.parallel import parameters
 from megahp.parallel.parameters import storage
-from megahp.scaling.memory import moments_per_weight
+from megahp.scaling.memory import hidden_weights, moments_per_weight
 from megahp.scaling.parameterization import Role, table_of
 from megahp.train.optimizer import cosines
 
@@ -169,3 +171,44 @@ def resume(kind: str) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_takes_the_same_steps(kind: str) -> None:
     assert world.run(1, resume, kind) == [True]
+
+
+def hidden_matrices(words: tuple[str, ...]) -> tuple[int, int]:
+    """Weights of the hidden matrices of a model, by its rows and by the estimate."""
+    config = settings_of("moe", *words)
+    model = single_rank_model(config)
+    weights, table = dict(parameters.parameters(model)), parameters.rows(model)
+    hidden = [weight.numel() for name, weight in weights.items() if table[name].role is Role.HIDDEN]
+    return sum(hidden), hidden_weights(config.model)
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("model.layers=4", "model.dense_layers=3"), ("model.shared_experts=0",)], ids=str
+)
+def test_the_estimate_knows_dense_layers_and_shared_experts(words: tuple[str, ...]) -> None:
+    counted, estimated = world.run(1, hidden_matrices, words)[0]
+    assert counted == estimated
+
+
+def test_an_expert_without_tokens_keeps_its_subspace() -> None:
+    for kept in world.run(1, subspaces_after_nothing)[0]:
+        assert kept
+
+
+def subspaces_after_nothing() -> list[bool]:
+    """Whether a refresh on gradients of 0 keeps each matrix's subspace, and the moments only decay."""
+    found = []
+    for kind in KINDS:
+        training = Training(config_of(kind))
+        optimizer: Any = training.optimizer
+        training.step()
+        before = {key: {name: tensor.clone() for name, tensor in of.items()} for key, of in optimizer.moments.items()}
+        optimizer.updates = REFRESH  # the next one chooses anew
+        plan = training.batch_scheduler.step(training.progress)
+        weights = {**optimizer.adamw.weights, **optimizer.hidden}
+        optimizer.step([torch.zeros_like(storage(weights[name])) for name in optimizer.names], plan)
+        name = "columns" if kind == "dct" else "basis"
+        for key, of in optimizer.moments.items():
+            found.append(torch.equal(of[name], before[key][name]))
+            found.append(torch.allclose(of["exp_avg"], plan.beta1 * before[key]["exp_avg"]))
+    return found
