@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from megahp.config import Config, longest
 from megahp.data.loader import TrainingData
+from megahp.errors import nearest_multiples
 from megahp.log.progress import human_count, human_duration
 from megahp.parallel.device import cores_here, memory_here
 from megahp.parallel.layout import Layout, shards_of
@@ -14,6 +15,7 @@ from megahp.scaling.memory import training_bytes
 # "training with up to 4 epochs of repeated data yields negligible changes to loss compared to having unique data"
 # (Muennighoff et al., arXiv 2305.16264, abstract)
 EPOCHS = 4
+ALIGNED = 8  # numbers of 16 bits in 16 bytes
 LONG = 1800.0  # seconds of training that a fault may cost without a warning
 # FLOP/s of one rank, at best, so that the time is underestimated: 40 % of an H100's bfloat16; a large CPU
 FASTEST = {"cuda": 4e14, "cpu": 1e12}
@@ -44,7 +46,16 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, start_to
             f"checkpoint.every = {config.checkpoint.every}: no checkpoint before the end, and a fault would cost "
             f"{human_duration(seconds)} of training or more; set it"
         )
-    if config.model.experts and config.model.experts_per_token == 1 and config.model.router_normalize:
+    model, tp = config.model, config.parallel.tp
+    inner = ("expert_width", model.expert_width) if model.experts else ("mlp_width", model.mlp_width)
+    for name, side in (("width", model.width), (f"{inner[0]} / parallel.tp" if tp > 1 else inner[0], inner[1] // tp)):
+        if device == "cuda" and side % ALIGNED:
+            yield (
+                f"model.{name} = {side} is not a multiple of {ALIGNED}, which the matrix units of GPUs load at once "
+                f"(NVIDIA's matrix multiplication guide), so its products are slower; nearest that are: "
+                f"{nearest_multiples(ALIGNED, side)}"
+            )
+    if model.experts and model.experts_per_token == 1 and model.router_normalize:
         yield (
             "model.router_normalize = true with model.experts_per_token = 1: the weight of a token's only expert is "
             "always 1, so that the router gets no gradient from the loss; set model.router_normalize=false"

@@ -54,6 +54,15 @@ def test_nothing_is_said_of_a_run_as_it_should_be(folder: Path) -> None:
     assert said(folder) == said(folder, "train.tokens=39_000", "train.validate_every=200") == []
 
 
+def test_sides_that_matrix_units_cannot_load_are_told_on_gpus(folder: Path) -> None:
+    words = ("train.tokens=2000", "checkpoint.every=1", "model.mlp_width=1364")
+    (line,) = said(folder, *words, device="cuda")
+    assert line.startswith("model.mlp_width = 1364 is not a multiple of 8") and line.endswith("1360, 1368")
+    (line,) = said(folder, *words, "parallel.tp=2", "model.heads=2", "model.mlp_width=1368", device="cuda", ranks=2)
+    assert "model.mlp_width / parallel.tp = 684" in line
+    assert said(folder, *words) == said(folder, *words, "model.mlp_width=1360", device="cuda") == []
+
+
 def test_a_router_that_cannot_learn_is_told(folder: Path) -> None:
     """The weight of the only expert, over the sum of one, is 1 whatever the router says."""
     words = ("model.experts=4", "model.experts_per_token=1")
