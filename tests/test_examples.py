@@ -107,7 +107,10 @@ def test_infinite_compute_s_toy(tmp_path: Path) -> None:
         assert "ensembles of 2:" in done.stdout and "of the ensemble's gain" in done.stdout
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*/*.toml")), ids=lambda file: str(file.relative_to(EXAMPLES)))
+RUN_FILES = sorted(file for file in EXAMPLES.glob("*/*.toml") if file.name != "laws.toml")
+
+
+@pytest.mark.parametrize("file", RUN_FILES, ids=lambda file: str(file.relative_to(EXAMPLES)))
 def test_run_files_and_the_commands_in_them_are_valid(file: Path) -> None:
     """Every `megahp train` in a run file's comments resolves, as the file itself does."""
     resolve.load(file)

@@ -7,7 +7,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from megahp.config.schema import TYPES
+from megahp.config import Config, get_setting
+from megahp.config.schema import TYPES, toml_value
 
 RUN = """[model]
 layers = 1
@@ -27,6 +28,7 @@ device = "cpu"
 tensorboard = false
 baselines = false
 """
+LARGE = ("model", "data", "batch", "train")  # whose defaults are no run of a moment
 KEYS = [(section, key) for section, keys in TYPES.items() for key in keys]
 NUMBERS = ["0", "-1", "1", "2", "3", "7", "0.5", "-0.0", "1e-300", "1e300", "1e400", "nan", "inf", "-inf", "9" * 30]
 NUMBERS += ["9" * 5000, "9223372036854775808", "0x10", "1_000", "4.0", "1e3", "true", "false"]
@@ -103,6 +105,8 @@ def mutant(draw: random.Random) -> Mutant:
         section, key = draw.choice(KEYS)
         key = key if draw.random() < 0.97 else draw.choice((key + "s", key.upper(), "", "a.b", '"ä"'))
         line = f"{key} = {value(draw)}"
+        if (section, key) in KEYS and section not in LARGE and draw.random() < 0.3:  # most others are refused
+            line = f"{key} = {toml_value(get_setting(Config(), f'{section}.{key}'))}"
         header = f"[{section}]"
         lines = [each for each in lines if not each.startswith(f"{key} = ") or draw.random() < 0.03]
         if header not in lines:
