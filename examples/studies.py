@@ -87,9 +87,12 @@ class Study:
 
     def read(self) -> dict[str, Line]:
         """Return the line of each run that has one."""
-        if not self.results.exists():
-            return {}
-        return {line["run"]: line for line in map(json.loads, self.results.read_text().splitlines())}
+        return {line["run"]: line for line in read_lines(self.results)}
+
+
+def read_lines(file: Path) -> list[Line]:
+    """Return the lines of JSON of a file, none if it is not there."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def main(
@@ -180,6 +183,14 @@ def windows(prefix: Path, length: int, every: int) -> Any:
         for start in range(0, int(lengths[document]) - length, every * length)
     ]
     return torch.from_numpy(np.stack(found).astype(np.int64))
+
+
+def mean_loss(model: Any, rows: Any, count: int) -> float:
+    """Return a model's mean loss of windows, int64 [windows, length + 1], `count` at a time."""
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([model(part[:, :-1], part[:, 1:]) for part in rows.split(count)]).double().mean().item()
 
 
 def train_all(study: Study, runs: Sequence[Run], jobs: int) -> None:

@@ -160,8 +160,7 @@ class Study:
 
 def read(file: Path) -> list[Run]:
     """Return all results; a loss is null where the run diverged, and infinite here."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [line | {"loss": np.inf if line["loss"] is None else line["loss"]} for line in lines]
+    return [line | {"loss": np.inf if line["loss"] is None else line["loss"]} for line in studies.read_lines(file)]
 
 
 def key(run: Run) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ from studies import (
     held_out_code,
     main,
     mean_and_interval,
+    mean_loss,
     prepare,
     print_table,
     windows,
@@ -64,19 +65,13 @@ def runs(study: Study, seeds: list[int]) -> list[Run]:
 
 def measure(directory: Path) -> Line:
     """Return all weights of a run's model, and its mean losses on the sample and on held-out code."""
-    import torch
-
     from megahp.evaluate.sample import load_trained
     from megahp.scaling import flops
 
     trained = load_trained(directory)
     found: Line = {"parameters": flops.parameters(trained.config.model, LENGTH)}
     texts = {"sample": windows(corpora()[0], LENGTH, 1)[:WINDOWS], "held-out": held_out_code(LENGTH, WINDOWS)}
-    for kind, rows in texts.items():
-        with torch.no_grad():
-            losses = torch.cat([trained.model(part[:, :-1], part[:, 1:]) for part in rows.split(64)])
-        found[kind] = losses.double().mean().item()
-    return found
+    return found | {kind: mean_loss(trained.model, rows, 64) for kind, rows in texts.items()}
 
 
 def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:

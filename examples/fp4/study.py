@@ -15,7 +15,19 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from studies import Line, Run, Study, code, half_interval, held_out_code, main, mean_and_interval, prepare, print_table
+from studies import (
+    Line,
+    Run,
+    Study,
+    code,
+    half_interval,
+    held_out_code,
+    main,
+    mean_and_interval,
+    mean_loss,
+    prepare,
+    print_table,
+)
 
 LENGTH, WINDOWS = 128, 512
 TOKENS = 0.2  # millions
@@ -53,16 +65,12 @@ def runs(study: Study, seeds: list[int]) -> list[Run]:
 
 def measure(directory: Path) -> Line:
     """Return the mean loss of held-out windows with forward products in full precision, and as trained."""
-    import torch
-
     from megahp.evaluate.sample import load_trained
     from megahp.model.compute import simulate_fp4
 
     trained, rows, found = load_trained(directory), held_out_code(LENGTH, WINDOWS), {}
     for kind in ("read in full", "as trained"):
-        with torch.no_grad():
-            losses = torch.cat([trained.model(part[:, :-1], part[:, 1:]) for part in rows.split(32)])
-        found[kind] = losses.double().mean().item()
+        found[kind] = mean_loss(trained.model, rows, 32)
         simulate_fp4(trained.model, trained.config.compute, trained.config.train.seed, trained.device)
     return found
 

@@ -14,7 +14,19 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from studies import Line, Run, Study, code, half_interval, held_out_code, main, mean_and_interval, prepare, print_table
+from studies import (
+    Line,
+    Run,
+    Study,
+    code,
+    half_interval,
+    held_out_code,
+    main,
+    mean_and_interval,
+    mean_loss,
+    prepare,
+    print_table,
+)
 
 MILLIONS, LENGTH, WINDOWS = 0.6, 512, 256
 ARMS = {
@@ -26,16 +38,12 @@ ARMS = {
 
 def measure(directory: Path) -> Line:
     """Return the mean loss of held-out windows, and the seconds of all steps but the first ten."""
-    import torch
-
     from megahp.evaluate.sample import load_trained
     from megahp.log.metrics import read_metrics
 
     trained, rows = load_trained(directory), held_out_code(LENGTH, WINDOWS)
-    with torch.no_grad():
-        losses = torch.cat([trained.model(part[:, :-1], part[:, 1:]) for part in rows.split(8)]).double()
     seconds = sum(step["step_seconds"] for step in read_metrics(directory)[10:])
-    return {"loss at 512": losses.mean().item(), "step seconds": seconds}
+    return {"loss at 512": mean_loss(trained.model, rows, 8), "step seconds": seconds}
 
 
 def show(study: Study, lines: dict[str, Line], seeds: list[int]) -> None:

@@ -26,7 +26,7 @@ from megahp.log.metrics import read_run
 from megahp.report.figures import PALETTE, plot_in
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from studies import Study, run_megahp
+from studies import Study, read_lines, run_megahp
 
 HERE = Path(__file__).parent
 BATCH = 128  # sequences, of a measurement
@@ -157,10 +157,6 @@ def draw(lines: Sequence[Line], file: Path) -> None:
         against.legend(frameon=False, fontsize=7, loc="lower right")
 
 
-def read(file: Path) -> list[Line]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -173,7 +169,7 @@ if __name__ == "__main__":
     study = Study(HERE, overrides=options.overrides)
     if not options.only_show:
         subprocess.run(["sh", str(HERE.parent / "stdlib-bytes.sh")], check=True)
-        done = {line["seed"] for line in read(study.results)}
+        done = {line["seed"] for line in read_lines(study.results)}
         began, left = time.monotonic(), [seed for seed in range(1, options.seeds + 1) if seed not in done]
         for number, seed in enumerate(left, start=1):
             lines = measure(study, seed, options.batches)
@@ -181,7 +177,7 @@ if __name__ == "__main__":
                 out.writelines(json.dumps(line) + "\n" for line in lines)
             eta = (time.monotonic() - began) / number * (len(left) - number)
             print(f"seed {seed}; {number} of {len(left)}, {eta / 60:.0f} min left", flush=True)
-    if not (lines := read(study.results)):
+    if not (lines := read_lines(study.results)):
         sys.exit(f"{study.results} has no results; repeat without --only-show")
     print("\n".join(report(lines)))
     draw(lines, study.figure)

@@ -40,7 +40,7 @@ from megahp.scaling.power_laws import OPTIMAL_BATCH, TAU
 from megahp.train.prepare import prepare
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from studies import Study
+from studies import Study, read_lines
 
 HERE = Path(__file__).parent
 LADDER = ((32, 204_800), (24, 393_216), (16, 147_456), (16, 589_824))  # (width, tokens)
@@ -94,10 +94,6 @@ def line_of(place: Place, cell: Cell) -> Line:
     }
 
 
-def read(file: Path) -> list[Line]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def losses(lines: Sequence[Line], point: tuple[int, int]) -> dict[int, dict[int, list[float]]]:
     """Return batch -> octave -> losses of the seeds, infinite where one diverged."""
     found: dict[int, dict[int, list[float]]] = {}
@@ -143,7 +139,7 @@ def missing(lines: Sequence[Line], points: Sequence[tuple[int, int]], seeds: int
 def train(study: Study, options: argparse.Namespace) -> None:
     """Train and keep what is missing, round by round."""
     points = (*LADDER, LEFT_OUT)[: options.points]
-    while runs := missing(read(study.results), points, options.seeds):
+    while runs := missing(read_lines(study.results), points, options.seeds):
         cells = [checked(place, seed, options.overrides) for place, seed in runs]
         todo = study.runs / "todo.json"
         study.runs.mkdir(parents=True, exist_ok=True)
@@ -339,7 +335,7 @@ def main() -> None:
     if not options.only_show:
         subprocess.run(["sh", str(HERE.parent / "stdlib-bytes.sh")], check=True)
         train(study, options)
-    if not (lines := read(study.results)):
+    if not (lines := read_lines(study.results)):
         sys.exit(f"{study.results} has no results; repeat without --only-show")
     ladder = finished([line for line in lines if tuple(line["place"][:2]) != LEFT_OUT])
     study.results.with_name("means.jsonl").write_text(

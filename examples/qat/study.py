@@ -24,6 +24,7 @@ from studies import (
     held_out_code,
     main,
     mean_and_interval,
+    mean_loss,
     prepare,
     print_table,
 )
@@ -53,17 +54,13 @@ def runs(study: Study, seeds: list[int]) -> list[Run]:
 
 def measure(directory: Path) -> Line:
     """Return the mean loss of held-out windows as the run's model reads its weights, and with int4 weights."""
-    import torch
-
     from megahp.config import with_values
     from megahp.evaluate.sample import load_trained
     from megahp.model.compute import quantize_products
 
     trained, rows, found = load_trained(directory), held_out_code(LENGTH, WINDOWS), {}
     for kind in ("as trained", "int4"):
-        with torch.no_grad():
-            losses = torch.cat([trained.model(part[:, :-1], part[:, 1:]) for part in rows.split(32)])
-        found[kind] = losses.double().mean().item()
+        found[kind] = mean_loss(trained.model, rows, 32)
         quantize_products(trained.model, with_values(trained.config, {"model.quantize": "int4"}).model)
     return found
 

@@ -119,8 +119,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     for number in range(options.intervals):
         agree(options.out, number + 1, asdict(interval))
         runs = [of_member(options, config, number, member, interval) for member in range(options.members)]
-        for member in train_all(runs, options.ranks):
-            done, loss = count_done(options), loss_of(runs[member], options.ranks)
+        for member, loss in train_all(runs, options.ranks):
+            done = count_done(options)
             eta = human_duration((time.monotonic() - began) / (done - before) * (total - done))
             print(f"[{done}/{total}] {describe(number, member, interval)}: {loss:.4f}; ETA {eta}", flush=True)
         losses = [loss_of(run, options.ranks) for run in runs]
@@ -273,15 +273,14 @@ def steps_before(config: Config, options: argparse.Namespace, number: int) -> in
     return round(number * (config.train.tokens // config.step_tokens) / options.intervals)
 
 
-def train_all(runs: Sequence[Config], ranks: int) -> Iterator[int]:
-    """Train each run that no other worker trains, and yield its number; then wait until those of others have ended, and
-    train what they left."""
+def train_all(runs: Sequence[Config], ranks: int) -> Iterator[tuple[int, float]]:
+    """Train each run that no other worker trains, and yield its number and loss; then wait until those of others have
+    ended, and train what they left."""
     for wait in (False, True):
         for number, config in enumerate(runs):
             with claimed(config.directory / ".claim", wait) as is_claimed:
                 if is_claimed and not is_done(config.directory):
-                    loss_of(config, ranks)
-                    yield number
+                    yield number, loss_of(config, ranks)
 
 
 def count_done(options: argparse.Namespace) -> int:

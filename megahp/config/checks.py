@@ -275,11 +275,8 @@ def _float8(config: Config) -> Iterator[str]:
     model, tp, fp8 = config.model, config.parallel.tp, config.compute.fp8
     if fp8 == "none":
         return
-    sides = {
-        "model.width": model.width,
-        "model.mlp_width / parallel.tp": model.mlp_width // tp,
-        "model.heads x model.head_size / parallel.tp": model.heads * model.head_size // tp,
-        "2 x model.kv_heads x model.head_size / parallel.tp": 2 * model.kv_heads * model.head_size // tp,
+    sides = _inputs(config) | {
+        "2 x model.kv_heads x model.head_size / parallel.tp": 2 * model.kv_heads * model.head_size // tp
     }
     for length in _lengths(config):
         sides[f"sequence length {length} / parallel.cp"] = length // config.parallel.cp
@@ -302,14 +299,13 @@ def _fp4(config: Config) -> Iterator[str]:
     """Blocks must lie within a rank's part of what a product sums over: of the inputs forward; backward of the outputs,
     and of a sequence's tokens, of which context parallelism gives a rank two spans."""
     model, compute, tp, cp = config.model, config.compute, config.parallel.tp, config.parallel.cp
-    width, mlp_width = ("model.width", model.width), ("model.mlp_width / parallel.tp", model.mlp_width // tp)
-    heads, kv_heads = "model.heads x model.head_size", model.heads + 2 * model.kv_heads
+    inputs, heads = [*_inputs(config).items()], model.heads + 2 * model.kv_heads
     spans, name = (2 * cp, f"sequence length {{}} / (2 x parallel.cp = {cp})") if cp > 1 else (1, "sequence length")
     sides = {
-        "forward": [width, mlp_width, (f"{heads} / parallel.tp", model.heads * model.head_size // tp)],
+        "forward": inputs,
         "backward": [
-            *(width, mlp_width),
-            ("(model.heads + 2 x model.kv_heads) x model.head_size / parallel.tp", kv_heads * model.head_size // tp),
+            *inputs[:2],  # outputs as well: of attention and the MLP, and of its first products
+            ("(model.heads + 2 x model.kv_heads) x model.head_size / parallel.tp", heads * model.head_size // tp),
             *((name.format(length), length // spans) for length in _lengths(config)),
         ],
     }
@@ -338,6 +334,16 @@ def _fp4(config: Config) -> Iterator[str]:
             )
 
 
+def _inputs(config: Config) -> dict[str, int]:
+    """Return the inputs of the hidden matrices on a rank, by what decides them."""
+    model, tp = config.model, config.parallel.tp
+    return {
+        "model.width": model.width,
+        "model.mlp_width / parallel.tp": model.mlp_width // tp,
+        "model.heads x model.head_size / parallel.tp": model.heads * model.head_size // tp,
+    }
+
+
 def _lengths(config: Config) -> list[int]:
     """Return the lengths of the phases' sequences."""
     try:
@@ -348,15 +354,10 @@ def _lengths(config: Config) -> list[int]:
 
 def _quantize(config: Config) -> Iterator[str]:
     """Groups must lie within a rank's weights."""
-    model, tp = config.model, config.parallel.tp
+    model = config.model
     if model.quantize == "none":
         return
-    inputs = {
-        "model.width": model.width,
-        "model.mlp_width / parallel.tp": model.mlp_width // tp,
-        "model.heads x model.head_size / parallel.tp": model.heads * model.head_size // tp,
-    }
-    for name, size in inputs.items():
+    for name, size in _inputs(config).items():
         if size % model.quantize_group:
             yield (
                 f"{name} = {size} is not a multiple of model.quantize_group = {model.quantize_group}; choose a group "
