@@ -15,7 +15,8 @@ from megahp.parallel.messages import all_gather_json
 
 SHARDS = ("dp_shard", "ep", "cp")  # the axes that FSDP2 shards a weight over
 EXPERT_SHARDS = ("dp_shard", "cp")  # and an expert's: ranks along ep hold other experts
-WITHIN_STAGE = ("dp_replicate", "dp_shard", "ep", "cp", "tp")  # the axes of one pipeline stage
+WITHIN_REPLICA = ("dp_shard", "ep", "cp", "tp")  # the axes of one replica of a pipeline stage
+WITHIN_STAGE = ("dp_replicate", *WITHIN_REPLICA)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
     devices = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
     # Making a group is a collective of all ranks, in one order. So all groups are made here: later, only the stages
     # with experts would ask for theirs, and the others would not be there.
-    for axes in (SHARDS, EXPERT_SHARDS, ("cp", "tp"), WITHIN_STAGE):
+    for axes in (SHARDS, EXPERT_SHARDS, ("cp", "tp"), WITHIN_REPLICA):
         devices[axes]._flatten()
     embedding_group = None
     if layout.pp > 1:

@@ -17,6 +17,7 @@ each rank's loss is divided by the tokens of the whole global batch.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megahp.parallel.layout import AXES
-from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, Mesh
+from megahp.parallel.layout import AXES, Layout
+from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, WITHIN_REPLICA, Mesh
 from megahp.scaling.parameterization import Role
 
 if TYPE_CHECKING:
@@ -214,6 +215,28 @@ def extent(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(chunk.offsets), tuple(chunk.sizes)
 
 
+def extents(weight: Tensor, layout: Layout) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return what `extent` returns on every rank of one replica, in the order of WITHIN_REPLICA's group."""
+    sizes = dict(zip(AXES, layout.shape, strict=True))
+    places = itertools.product(*(range(sizes[axis]) for axis in WITHIN_REPLICA))
+    if not is_dtensor(weight):
+        return [extent(weight) for _ in places]
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+
+    mesh, found = weight.device_mesh, []
+    for place in places:
+        at, coordinate = {"dp_replicate": 0, **dict(zip(WITHIN_REPLICA, place, strict=True))}, []
+        for name in mesh.mesh_dim_names or ():
+            index = 0
+            for axis in FLATTENED.get(name, (name,)):
+                index = index * sizes[axis] + at[axis]
+            coordinate.append(index)
+        # torch's public function knows this rank's coordinate alone
+        shape, offsets = _compute_local_shape_and_global_offset(weight.shape, mesh.shape, coordinate, weight.placements)
+        found.append((offsets, shape))
+    return found
+
+
 def boxes(weight: Tensor, part: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
     """Return this rank's part of a tensor laid out like the weight as boxes: offsets in the global tensor, and views of
     the part. One box, unless the weight is a FlatPart: then whole rows, and pieces of rows before and after them."""
@@ -248,11 +271,6 @@ def indices(weight: Tensor) -> Tensor:
     for start, size, whole in zip(*extent(weight), weight.shape, strict=True):
         index = index[..., None] * whole + torch.arange(start, start + size, device=weight.device)
     return index
-
-
-def part_of(weight: Tensor, whole: Tensor) -> Tensor:
-    """Return this rank's part of a global tensor that is to be sharded like the weight."""
-    return whole[tuple(slice(start, start + size) for start, size in zip(*extent(weight), strict=True))]
 
 
 def like(weight: Tensor, part: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ predicted by the same formulas. Operations bound by memory are counted in passes
 
 import math
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 from megahp.config import Config
@@ -35,6 +35,7 @@ PASSES = {
     "compiled": Passes((4, 7), (1, 2), (2, 2), (3, 5), (2, 3), 8),
 }
 DROPOUT = 5  # passes over the width of a token in each direction: two branches, and their masks of a byte
+ITERATIONS = 5  # of Newton and Schulz, in Muon (train/optimizer.py)
 EXPERTS = (8, 12)  # passes over the width of each token sent to an expert: sorting, sending, weighing, adding up
 
 
@@ -300,6 +301,9 @@ class _Counted:
         rank = self.rank
         mine = rank.own_weights
         self.memory("update", "norm", 4 * mine)
+        if rank.config.optimizer.name != "adamw":
+            self._matrices(mine - rank.own_outer_weights)
+            mine = rank.own_outer_weights
         # weight, gradient and both moments are read, all but the gradient written
         self.memory("update", "update", (16 + 12) * mine, 1, 4)
         if self.layout.dp * self.layout.cp == 1:
@@ -318,6 +322,61 @@ class _Counted:
         self._shard(rank.outer_weights, 1, axes, self.layout.dp_shard * self.layout.cp)
         shards = self.layout.dp_shard * self.layout.cp // self.layout.ep
         self._shard(rank.expert_weights, blocks, rank.named("dp_shard", "cp"), shards)
+
+    def _matrices(self, mine: int) -> None:
+        """Count the updates of whole matrices that rank 0 of the stage owns, and the exchange of parts with the owners
+        (parallel/owners.py). mine: hidden weights of which this rank has its part. The choice of a new subspace, in one
+        of optimizer.refresh updates, is left out."""
+        layout, optimizer = self.layout, self.rank.config.optimizer
+        replicas, ranks = layout.dp_replicate, layout.dp_shard * layout.cp * layout.tp
+        weights = sorted(self._hidden_weights(), key=lambda shapes: sum(map(math.prod, shapes)))
+        sizes = [sum(map(math.prod, shapes)) for shapes in weights]
+        within, stage = self.rank.named("dp_shard", "ep", "cp", "tp"), replicas * ranks
+        for first in range(0, len(weights), stage):
+            parts = [sum(sizes[of : of + ranks]) / ranks for of in range(first, min(first + stage, len(sizes)), ranks)]
+            for _ in ("gather", "scatter"):
+                self.send("update", "all-to-all", within, ranks, 4 * max(parts[0], sizes[first]))
+            for part in parts:
+                self.send("update", "broadcast", "dp_replicate", replicas, 4 * part)
+            self.memory("update", "exchange", 4 * 8 * sizes[first], 1, 4)
+            for shape in weights[first]:
+                self._direction(*sorted(shape))
+        momentum = 6 if optimizer.name == "muon" else 0  # and decay and update of the parts
+        self.memory("update", "update", 4 * (momentum + 7) * mine, 1, len(weights))
+
+    def _hidden_weights(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield each hidden weight of this rank's stages as the shapes of the whole matrices that it is made of."""
+        model, tp = self.model, self.tp
+        inner, width, queries = 2 if model.gated else 1, model.width, model.heads * model.head_size
+        keys = model.kv_heads * model.head_size
+        for block in self.rank.blocks:
+            yield [(queries, width), (keys, width), (keys, width)]
+            yield [(width, queries)]
+            _, dense = self.rank.kind(block)
+            yield from [[(self.rank.hidden * tp, width)]] * ((inner + 1) * dense)
+            if not dense:
+                yield from [[(model.expert_width, width)] * model.experts] * (inner + 1)
+                if model.shared_experts:
+                    yield from [[(model.shared_experts * model.expert_width, width)]] * (inner + 1)
+
+    def _direction(self, side: int, larger: int) -> None:
+        """Count the update of one whole matrix, in float32."""
+        optimizer = self.rank.config.optimizer
+        if optimizer.name == "muon":
+            for k in (larger, side):
+                self.product("update", side, side, k, ITERATIONS, dtype="float32")
+            self.product("update", side, larger, side, ITERATIONS, dtype="float32")
+            # sums and multiples of Gram matrix and matrix; norms, and divisions by them
+            size = ITERATIONS * (7 * side * side + 5 * side * larger) + 10 * side * larger
+            self.memory("update", "orthogonal", 4 * size, 1, 6 * ITERATIONS + 8)
+            return
+        rank = min(optimizer.rank, side)
+        self.product("update", larger, rank, side, 1, dtype="float32")
+        self.product("update", larger, side, rank, 1 + optimizer.remainder, dtype="float32")
+        size = (6 + 8 * optimizer.remainder) * side * larger + 22 * rank * larger
+        self.memory("update", "low rank", 4 * size, 1, 30)
+        if optimizer.name == "dct":  # the columns, from their indices
+            self.memory("update", "low rank", 4 * 20 * rank * side, 1, 12)
 
     def _shard(self, weights: int, units: int, axes: str, shards: int) -> None:
         """Count FSDP's collectives for units of so many weights, and the copies that FSDP2 makes beside them."""

@@ -42,7 +42,7 @@ def _states(rank: Rank) -> Counter[str]:
         return Counter(weights=rank.e * weights, gradients=stack.gradient_bytes * weights, moments=moments)
     whole = not layout.is_sharded or rank.accumulates
     gradients = stack.gradient_bytes * (weights if whole else rank.own_weights)
-    hidden = rank.own_weights * (1 - rank.outer_weights / rank.weights)
+    hidden = rank.own_weights - rank.own_outer_weights
     # whole matrices' moments are on one rank each, so replicas share them too
     copies = 1 if rank.config.optimizer.name in ("adamw", "muon") else layout.dp_replicate
     moments = int(8 * rank.own_weights - 4 * hidden * (2 - moments_per_weight(rank.config) / copies))

@@ -101,7 +101,8 @@ class Rank:
 
     def _count_weights(self) -> None:
         """Count weights, whole over the ranks that share them: of a block without its experts, of a block's
-        experts on this rank's part of ep, outside the blocks, and all; and those whose moments this rank holds."""
+        experts on this rank's part of ep, outside the blocks, and all; and those whose moments this rank holds, of all
+        and of those outside."""
         model, parallel, layout = self.model, self.parallel, self.layout
         matrices = 3 if model.gated else 2
         norm = model.width * (2 if model.norm == "layernorm" and model.bias else 1)
@@ -132,3 +133,4 @@ class Rank:
             shards = layout.dp if parallel.zero else 1
         # ranks along ep share no experts
         self.own_weights = (self.weights - experts + experts * min(layout.ep, shards)) // shards
+        self.own_outer_weights = outer // shards

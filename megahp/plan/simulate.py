@@ -12,17 +12,16 @@ from functools import cache
 import numpy as np
 
 from megahp.cluster.growth import Growth, Segment, segments
-from megahp.config import Config, longest, with_values
+from megahp.config import Config, with_values
 from megahp.errors import UserError
 from megahp.parallel.layout import fit
 from megahp.plan.machine import Machine
 from megahp.plan.step_time import estimate
 from megahp.plan.work import first_step
 from megahp.scaling.batch import BatchScheduler, Progress
-from megahp.scaling.flops import parameters
+from megahp.scaling.memory import checkpoint_bytes
 
 TRIALS = 200
-STATE_BYTES = 12  # of a weight in a checkpoint: itself and two moments, float32
 HOPELESS = 1000.0  # attempts that a run would need, on average, to get from one checkpoint to the next
 StepSeconds = Callable[[int, int], float]  # (GPUs, tokens of a step) -> seconds
 
@@ -123,7 +122,7 @@ def simulate(
     if not plan:
         raise UserError(f"train.tokens = {config.train.tokens} leaves no step to simulate; raise it")
     seconds = step_seconds(config, machine)
-    size = STATE_BYTES * parameters(config.model, longest(config))
+    size = checkpoint_bytes(config)
     random, parts, steps = np.random.default_rng(config.train.seed), list[Part](), 0
     for segment in plan:
         on = segment.nodes * per_node

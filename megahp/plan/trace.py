@@ -34,7 +34,8 @@ from megahp.data.loader import Batch
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
 from megahp.parallel.layout import AXES, fit
-from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, WITHIN_STAGE, Mesh, make_mesh
+from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, WITHIN_REPLICA, Mesh, make_mesh
+from megahp.parallel.owners import Owners
 from megahp.parallel.parameters import storage
 from megahp.parallel.stages import stage_blocks
 from megahp.plan.work import Collective, Kernel, Phase, Work, first_step, on_gpus
@@ -51,6 +52,7 @@ COLLECTIVES = {
     "_reduce_scatter_base_": "reduce-scatter",
     "allreduce_": "all-reduce",
     "all_reduce": "all-reduce",
+    "all_gather_into_tensor": "all-gather",
     "alltoall_base_": "all-to-all",
     "broadcast_": "broadcast",
     "send": "send",
@@ -88,14 +90,18 @@ def trace_step(config: Config, ranks: int, rank: int = 0) -> Work:
     spare = (min(map(len, stage_blocks(config))) - least) // period
     if spare < 2:
         return with_fewer(0)
-    return with_fewer(spare * period).extrapolate(with_fewer((spare - 1) * period), spare - 1)
+    whole = with_fewer(spare * period).extrapolate(with_fewer((spare - 1) * period), spare - 1)
+    if config.optimizer.name == "adamw":
+        return whole
+    # which of the matrices a rank owns does not repeat with the blocks
+    return whole.with_update_of(trace(config, ranks, rank, update_only=True))
 
 
-def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> Work:
+def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0, update_only: bool = False) -> Work:
     """Trace a step of one of the ranks. Must be called in a process without a process group.
 
     microbatches: how many of the step's to run, at most, since they are alike; 0 = all. Kernels and collectives are
-    those of these. Raises UserError for a layout that these ranks cannot run.
+    those of these. update_only: of gradients that are there. Raises UserError for a layout that these ranks cannot run.
     """
     if dist.is_initialized():
         raise RuntimeError("a trace needs a process group of its own")
@@ -105,7 +111,7 @@ def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0) -> W
         mesh = make_mesh(layout, torch.device("cpu"))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with recording(mesh, fake, on_gpu=config.train.device != "cpu") as recorder:
-            step(on_gpus(config), mesh, recorder, microbatches)
+            step(on_gpus(config), mesh, recorder, microbatches, update_only)
         return recorder.trace()
     finally:
         dist.destroy_process_group()
@@ -181,7 +187,7 @@ class Recorder(TorchDispatchMode):
             return out
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if name in COLLECTIVES:
+        if op.namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "barrier"):
             self._collective(name, args, [*inputs, *outputs])
         elif not _is_free(op, outputs):
             arguments = zip(args, op._schema.arguments, strict=False)
@@ -267,7 +273,7 @@ class Recorder(TorchDispatchMode):
             self.collectives[Collective(COLLECTIVES[name], axes, size, largest, self._phase())] += 1
 
 
-def step(config: Config, mesh: Mesh, recorder: Recorder, microbatches: int = 0) -> None:
+def step(config: Config, mesh: Mesh, recorder: Recorder, microbatches: int = 0, update_only: bool = False) -> None:
     """Build this rank's part of the model and run one step."""
 
     def allocate(model: Transformer, config: Config, device: torch.device) -> None:
@@ -283,9 +289,7 @@ def step(config: Config, mesh: Mesh, recorder: Recorder, microbatches: int = 0) 
         count = min(count, microbatches)
     with recorder.running("build"):
         engine = Engine(model, mesh, config.parallel)
-        optimizer = make_optimizer(
-            config.optimizer, engine.trained, engine.rows, table_of(config), mesh.group(*WITHIN_STAGE)
-        )
+        optimizer = make_optimizer(config.optimizer, engine.trained, engine.rows, table_of(config), Owners(mesh))
         recorder.mark(map(storage, optimizer.state().values()), "moments")
     if config.model.experts:
         chosen = plan.micro_batch * plan.length // (mesh.layout.cp * mesh.layout.tp) * config.model.experts_per_token
@@ -294,9 +298,9 @@ def step(config: Config, mesh: Mesh, recorder: Recorder, microbatches: int = 0) 
         tokens = torch.zeros(plan.micro_batch, plan.length + 1, dtype=torch.int64)
         documents = tokens[:, 1:].int() if config.data.mask_documents else None
         batches = [Batch(tokens, documents, np.empty(0, np.int64))] * count
-        loss = engine.forward_backward(batches, count, plan.tokens)
+        loss = None if update_only else engine.forward_backward(batches, count, plan.tokens)
         recorder.phase = "update"
-        grads = engine.gradients()
+        grads = [*map(storage, engine.trained.values())] if update_only else engine.gradients()
         recorder.mark(grads, "gradients")
         torch._foreach_norm(grads, 2, torch.float64)
         optimizer.step(grads, plan)
@@ -307,7 +311,7 @@ def step(config: Config, mesh: Mesh, recorder: Recorder, microbatches: int = 0) 
 def _axes_of_groups(mesh: Mesh) -> dict[str, tuple[str, int]]:
     """Return the axes along which the ranks of each process group differ, and its size, by the group's name."""
     found = {dist.group.WORLD.group_name: ("world", dist.get_world_size())}  # type: ignore[union-attr]
-    for axes in (SHARDS, EXPERT_SHARDS, ("cp", "tp"), WITHIN_STAGE, *((axis,) for axis in AXES)):
+    for axes in (SHARDS, EXPERT_SHARDS, ("cp", "tp"), WITHIN_REPLICA, *((axis,) for axis in AXES)):
         group = mesh.group(*axes)
         # of axes of one rank torch makes no group of its own, so that several names may mean the same
         found[group.group_name] = ("_".join(axis for axis in axes if mesh.group(axis).size() > 1), group.size())

@@ -67,6 +67,21 @@ class Work:
             other.resident + steps * (other.resident - self.resident),
         )
 
+    def with_update_of(self, other: Work) -> Work:
+        """Return this work with the optimizer's kernels, collectives and moments of another."""
+
+        def merged(own: Counter[Any], others: Counter[Any]) -> Counter[Any]:
+            kept = {key: count for key, count in own.items() if key.phase != "update"}
+            return Counter(kept | {key: count for key, count in others.items() if key.phase == "update"})
+
+        moments = other.peak["moments"]
+        return Work(
+            merged(self.kernels, other.kernels),
+            merged(self.collectives, other.collectives),
+            Counter({**self.peak, "moments": moments}),
+            self.resident + moments - self.peak["moments"],
+        )
+
 
 def on_gpus(config: Config) -> Config:
     """Return the config with the train.dtype that "auto" is on the GPUs that are planned for."""

@@ -47,6 +47,12 @@ def training_bytes(config: Config, shards: int = 1, sequences: int | None = None
     return PROCESS + PER_PARAMETER * weights - saved + kept * tokens * model.width + scores + bias
 
 
+def checkpoint_bytes(config: Config) -> float:
+    """Return the bytes of a checkpoint: the weights and the optimizer's moments in float32."""
+    weights, hidden = parameters(config.model, longest(config)), hidden_weights(config.model)
+    return 4 * (3 * weights - (2 - moments_per_weight(config)) * hidden)
+
+
 def moments_per_weight(config: Config) -> float:
     """Return the numbers that the optimizer keeps for each weight of the hidden matrices, on average."""
     optimizer = config.optimizer

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megahp.config import OptimizerConfig
 from megahp.ops.engines import fused_adam
-from megahp.parallel.parameters import Row, like, part_of, storage, whole
+from megahp.parallel.owners import Owners
+from megahp.parallel.parameters import Row, like, storage
 from megahp.scaling.batch import StepPlan
 from megahp.scaling.parameterization import Role, Rule, Table, spectral_scale
 
@@ -35,17 +35,13 @@ class Optimizer(Protocol):
 
 
 def make_optimizer(
-    config: OptimizerConfig,
-    weights: Mapping[str, Tensor],
-    rows: Mapping[str, Row],
-    table: Table,
-    group: dist.ProcessGroup,
+    config: OptimizerConfig, weights: Mapping[str, Tensor], rows: Mapping[str, Row], table: Table, owners: Owners
 ) -> Optimizer:
-    """Make the configured optimizer. group: the ranks that hold these weights, or parts or copies of them."""
+    """Make the configured optimizer."""
     if config.name == "muon":
-        return Muon(config, weights, rows, table, group)
+        return Muon(config, weights, rows, table, owners)
     if config.name in ("dct", "galore"):
-        return LowRank(config, weights, rows, table, group)
+        return LowRank(config, weights, rows, table, owners)
     return ADAMW[config.engine](weights, rows, table)
 
 
@@ -139,10 +135,9 @@ def rates(rule: Rule, plan: StepPlan) -> dict[str, Any]:
 class PerMatrix:
     """An update rule of whole hidden matrices, AdamW for everything else.
 
-    The matrices are assigned to the ranks round robin: each is gathered, its update computed by one rank and broadcast,
-    and every rank keeps its part. So every layout computes the same update, and a rank holds three whole matrices at
-    most (those of a layer's experts count as one). They decay as AdamW would have them decay, so tau means the same for
-    every weight.
+    Each matrix is gathered on the one rank that owns it, which computes the update and scatters it. So every layout
+    computes the same update, and a rank holds a few whole matrices at most (those of a layer's experts count as one).
+    They decay as AdamW would have them decay, so tau means the same for every weight.
     """
 
     def __init__(
@@ -151,11 +146,13 @@ class PerMatrix:
         weights: Mapping[str, Tensor],
         rows: Mapping[str, Row],
         table: Table,
-        group: dist.ProcessGroup,
+        owners: Owners,
     ) -> None:
-        self.rows, self.rule, self.group = rows, table.rules[Role.HIDDEN], group
+        self.rows, self.rule, self.owners = rows, table.rules[Role.HIDDEN], owners
         self.names = list(weights)
-        self.hidden = {name: weight for name, weight in weights.items() if rows[name].role is Role.HIDDEN}
+        hidden = [name for name in weights if rows[name].role is Role.HIDDEN]
+        # by size, as ranks wait for the one with the largest
+        self.hidden = {name: weights[name] for name in sorted(hidden, key=lambda name: weights[name].numel())}
         rest = {name: weight for name, weight in weights.items() if name not in self.hidden}
         self.adamw = ADAMW[config.engine](rest, rows, table)
 
@@ -163,7 +160,7 @@ class PerMatrix:
     def step(self, grads: Sequence[Tensor], plan: StepPlan) -> None:
         by_name = dict(zip(self.names, grads, strict=True))
         self.adamw.step([by_name[name] for name in self.adamw.weights], plan)
-        names, ranks = list(self.hidden), self.group.size()
+        names, ranks = list(self.hidden), self.owners.size
         for start in range(0, len(names), ranks):
             self._update(names[start : start + ranks], by_name, plan)
 
@@ -188,21 +185,18 @@ class PerMatrix:
         raise NotImplementedError
 
     def _update(self, names: Sequence[str], grads: Mapping[str, Tensor], plan: StepPlan) -> None:
-        """Update at most as many matrices as there are ranks, the n-th computed by rank n."""
-        own_update = torch.empty(0)
-        for rank, name in enumerate(names):
-            gathered = whole(self.hidden[name], self.part(name, grads[name]))
-            if rank == self.group.rank():
-                matrices = enumerate(self.rows[name].matrices(gathered))
-                directions = [self.direction(f"{name}.{index}", matrix, plan) for index, matrix in matrices]
-                own_update = self.rows[name].fuse(directions).contiguous()
-        for rank, name in enumerate(names):
-            weight = self.hidden[name]
-            update = own_update if rank == self.group.rank() else gathered.new_empty(weight.shape)
-            dist.broadcast(update, group=self.group, group_src=rank)
-            part = storage(weight)
-            part.mul_(1 - plan.lr * self.rule.lr * plan.weight_decay * self.rule.weight_decay)
-            part.sub_(part_of(weight, update), alpha=self.rate(plan))
+        """Update at most as many matrices as there are ranks, each of which owns one."""
+        weights = [self.hidden[name] for name in names]
+        whole = self.owners.gather(weights, [self.part(name, grads[name]) for name in names])
+        if whole is not None:
+            name = names[self.owners.rank]
+            matrices = enumerate(self.rows[name].matrices(whole))
+            whole = self.rows[name].fuse(
+                [self.direction(f"{name}.{index}", matrix, plan) for index, matrix in matrices]
+            )
+        parts = [storage(weight) for weight in weights]
+        torch._foreach_mul_(parts, 1 - plan.lr * self.rule.lr * plan.weight_decay * self.rule.weight_decay)
+        torch._foreach_sub_(parts, self.owners.scatter(weights, whole), alpha=self.rate(plan))
 
 
 class Muon(PerMatrix):
@@ -252,7 +246,7 @@ class LowRank(PerMatrix):
         super().__init__(config, *arguments)
         self.config = config
         self.moments: dict[str, dict[str, Tensor]] = {}  # of this rank's matrices
-        for name in list(self.hidden)[self.group.rank() :: self.group.size()]:
+        for name in list(self.hidden)[self.owners.rank :: self.owners.size]:
             weight = self.hidden[name]
             for index, matrix in enumerate(self.rows[name].matrices(torch.empty(weight.shape, device="meta"))):
                 side, larger = sorted(matrix.shape)

@@ -9,7 +9,8 @@ from torch import Tensor
 from megahp.config import AUTO, Config
 from megahp.data.loader import Batch, Loader, rank_samples
 from megahp.model.build import build_model
-from megahp.parallel.mesh import WITHIN_STAGE, Mesh
+from megahp.parallel.mesh import Mesh
+from megahp.parallel.owners import Owners
 from megahp.scaling.batch import BatchScheduler, Change, Progress, StepPlan
 from megahp.scaling.noise_scale import NoiseScale
 from megahp.scaling.parameterization import Table, table_of
@@ -36,8 +37,7 @@ def make_engine(config: Config, mesh: Mesh, table: Table) -> tuple[Engine, Optim
         engine = DeepSpeedEngine(model, mesh, parallel, table)
         return engine, PartitionedAdamW(engine)
     plain = Engine(model, mesh, parallel)
-    group = mesh.group(*WITHIN_STAGE)
-    return plain, make_optimizer(config.optimizer, plain.trained, plain.rows, table, group)
+    return plain, make_optimizer(config.optimizer, plain.trained, plain.rows, table, Owners(mesh))
 
 
 class Trainer:

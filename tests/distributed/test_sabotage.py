@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -18,8 +18,9 @@ from distributed import training, world
 from distributed.training import Training, differences, settings_of, train
 from megahp.model import norm, positions, transformer
 from megahp.model.moe import Experts, Router
-from megahp.parallel import collectives, context, cross_entropy, parameters, tensor
+from megahp.parallel import collectives, context, cross_entropy, tensor
 from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, Axis, Mesh
+from megahp.parallel.owners import Owners
 from megahp.train.engine import Engine
 
 SPLIT = ("parallel.tp=2", "parallel.sequence_parallel=true")
@@ -29,6 +30,7 @@ EXPERTS = ("parallel.ep=2",)
 REPLICAS = ("parallel.dp_replicate=2",)
 OF_SHARDS = (*REPLICAS, "parallel.dp_shard=2")  # on four ranks, all others on two
 ALL_REDUCE = dist.all_reduce
+EXCHANGE = Owners._exchange
 VALIDATE = training.validate
 REDUCE_SCATTER = (
     "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
@@ -66,16 +68,18 @@ def only_over_all_ranks(
     return None if group else ALL_REDUCE(x, *arguments, **options)
 
 
-def only_its_maker_has_it(update: torch.Tensor, group: dist.ProcessGroup, group_src: int) -> None:
+def only_its_owner_has_it(update: torch.Tensor, group: dist.ProcessGroup, group_src: int) -> None:
     if group.rank() != group_src:
         update.zero_()
 
 
-def its_own_part_only(weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    gathered = parameters.like(weight, part).full_tensor()
-    others = torch.ones_like(gathered, dtype=torch.bool)
-    parameters.part_of(weight, others).fill_(False)
-    return gathered.masked_fill(others, 0)
+def nothing_but_its_own(self: Owners, pieces: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
+    """What ranks send to each other is lost."""
+    received, rank = EXCHANGE(self, pieces, sizes), self.replica.rank()
+    for sender, piece in enumerate(received.split(sizes)):
+        if sender != rank:
+            piece.zero_()
+    return received
 
 
 @contextlib.contextmanager
@@ -315,15 +319,20 @@ SABOTAGE: dict[str, tuple[str, tuple[str, ...], Callable[[], Any]]] = {
         lambda: mock.patch.object(cross_entropy, "all_reduce", all_but_largest),
     ),
     "cross-entropy, sums": ("llama", PLAIN, lambda: mock.patch.object(cross_entropy, "all_reduce", only_largest)),
-    "muon, the update from the rank that made it": (
+    "muon, the parts of a replica's ranks (tp)": (
         "muon",
         PLAIN,
-        lambda: mock.patch("megahp.train.optimizer.dist.broadcast", only_its_maker_has_it),
+        lambda: mock.patch.object(Owners, "_exchange", nothing_but_its_own),
     ),
-    "muon, the momentum of all ranks": (
+    "muon, the parts of a replica's ranks": (
         "muon",
         (),
-        lambda: mock.patch("megahp.train.optimizer.whole", its_own_part_only),
+        lambda: mock.patch.object(Owners, "_exchange", nothing_but_its_own),
+    ),
+    "muon, the updates of other replicas": (
+        "muon",
+        REPLICAS,
+        lambda: mock.patch("megahp.parallel.owners.dist.broadcast", only_its_owner_has_it),
     ),
     "router over tp": ("moe", PLAIN, lambda: without_row_sum("blocks.1.mlp.router.weight")),
     "balance loss, one tp rank's": ("moe-loss", PLAIN, lambda: with_each(Router, counted_by_every_tp_rank)),

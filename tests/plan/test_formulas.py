@@ -27,6 +27,7 @@ RUN: dict[str, Any] = {
     "train": {"tokens": 1e9, "device": "cuda", "dtype": "bfloat16"},
 }
 GPT = {"activation": "gelu", "norm": "layernorm", "positions": "learned", "bias": True, "tied_embeddings": True}
+EXPERTS = {"model.mlp_width": 0, "model.experts": 8, "model.expert_width": 256, "parallel.ep": 2}
 CASES: dict[str, dict[str, Any]] = {
     "shards": {},
     "replicas, recomputed": {"parallel.dp_replicate": 2, "compute.recompute": "full"},
@@ -37,7 +38,14 @@ CASES: dict[str, dict[str, Any]] = {
     "pp": {"parallel.pp": 2},
     "zero bubble": {"parallel.pp": 2, "parallel.schedule": "zero-bubble"},
     "gpt-2": {f"model.{key}": value for key, value in {**GPT, "kv_heads": 8}.items()},
-    "experts": {"model.mlp_width": 0, "model.experts": 8, "model.expert_width": 256, "parallel.ep": 2},
+    "experts": EXPERTS,
+    "muon, tp, replicas": {"optimizer.name": "muon", "parallel.tp": 2, "parallel.dp_replicate": 2},
+    "muon, pp, experts": {"optimizer.name": "muon", "parallel.pp": 2, **EXPERTS},
+    "dct": {"optimizer.name": "dct"},
+    "galore, replicas without shards": {
+        **{"optimizer.name": "galore", "optimizer.remainder": False},
+        **{"parallel.dp_replicate": 4, "parallel.dp_shard": 1},
+    },
 }
 RANKS = 4
 

@@ -147,12 +147,15 @@ ALIKE: dict[str, dict[str, Any]] = {
     "shards": {"model.layers": 6, "batch.global_batch": 20},
     "context": {"model.layers": 7, "batch.global_batch": 10, "model.window": 32, "model.full_attention_every": 2},
     "pp": {"model.layers": 6, "batch.global_batch": 12},
+    "muon": {"model.layers": 6, "batch.global_batch": 20},
+    "dct": {"model.layers": 6, "batch.global_batch": 20},
 }
 
 
 @pytest.mark.parametrize("case", ALIKE)
 def test_what_is_alike_is_traced_once(alone: ProcessPoolExecutor, case: str) -> None:
-    """Six blocks and five microbatches by those of four and three; seven of two kinds by five; pipelines' too."""
+    """Six blocks and five microbatches by those of four and three; seven of two kinds by five; pipelines' too.
+    Of matrices that ranks own, a rank's are not alike."""
     config = with_values(config_of(case), ALIKE[case])
     whole, extrapolated = alone.submit(trace, config, 2).result(), alone.submit(trace_step, config, 2).result()
     assert whole.flops("product", "attention") == extrapolated.flops("product", "attention")

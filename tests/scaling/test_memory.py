@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from corpus import write_corpus
+from distributed import world
+from distributed.training import Training, settings_of
 
 from megahp.config import resolve
-from megahp.scaling.memory import PER_PARAMETER, PROCESS, training_bytes
+from megahp.scaling.memory import PER_PARAMETER, PROCESS, checkpoint_bytes, training_bytes
 
 WORDS = [
     "model.layers=8",
@@ -49,6 +51,19 @@ def test_the_parts(tmp_path: Path) -> None:
     experts = ("model.experts=8", "model.experts_per_token=2", "model.expert_width=512")
     rows = of("model.positions=rope", *experts) - of("model.positions=rope", *experts, "batch.micro_batch=8")
     assert rows == (34 * 256 + 2 * 2 * (2 * 256 + 3 * 512)) * 8 * 256 * 8
+
+
+def saved_bytes(words: tuple[str, ...]) -> tuple[int, float]:
+    """What weights and moments take, and the estimate."""
+    training = Training(settings_of("moe", *words))
+    saved = [*training.engine.trained.values(), *training.optimizer.state().values()]
+    return sum(each.numel() * 4 for each in saved if each.is_floating_point()), checkpoint_bytes(training.config)
+
+
+@pytest.mark.parametrize("words", [(), ("optimizer.name=muon",), ("optimizer.name=galore", "optimizer.rank=8")])
+def test_a_checkpoint_takes_as_much(words: tuple[str, ...]) -> None:
+    saved, estimated = world.run(1, saved_bytes, words)[0]
+    assert estimated == pytest.approx(saved, rel=0.05)  # of padding rows of the vocabulary
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in kB")
