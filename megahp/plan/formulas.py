@@ -19,20 +19,20 @@ from megahp.plan.work import Collective, Kernel, Phase, Work
 
 
 class Passes(NamedTuple):
-    """Passes over the numbers of a token, (forward, backward), and the kernels that make them."""
+    """Passes over the numbers of a token, and the kernels that make them, (forward, backward)."""
 
     norms: tuple[int, int]  # of width: both norms of a block, the second with the sum of stream and branch
     sums: tuple[int, int]  # of width: the stream and the second branch
     rotation: tuple[int, int]  # of queries and keys
     gated: tuple[int, int]  # of the hidden layer
     plain: tuple[int, int]  # of the hidden layer, without a gate
-    kernels: int
+    kernels: tuple[int, int]
 
 
 PASSES = {
-    "eager": Passes((6, 10), (3, 6), (9, 9), (5, 10), (2, 3), 24),
-    "fused": Passes((4, 7), (1, 2), (2, 2), (3, 5), (2, 3), 8),
-    "compiled": Passes((4, 7), (1, 2), (2, 2), (3, 5), (2, 3), 8),
+    "eager": Passes((6, 10), (3, 6), (9, 9), (5, 10), (2, 3), (24, 36)),
+    "fused": Passes((4, 7), (1, 2), (2, 2), (3, 5), (2, 3), (8, 8)),
+    "compiled": Passes((4, 7), (1, 2), (2, 2), (3, 5), (2, 3), (8, 8)),
 }
 DROPOUT = 5  # passes over the width of a token in each direction: two branches, and their masks of a byte
 ITERATIONS = 5  # of Newton and Schulz, in Muon (train/optimizer.py)
@@ -175,9 +175,9 @@ class _Counted:
             if dense:
                 size += activation[forward_or_backward] * rank.hidden * self.t
             sizes.append(self.e * size)
-        self.memory("forward", "elementwise", sizes[0], count, passes.kernels)
-        self.memory("backward", "elementwise", sizes[0], count * (recompute != "none"), passes.kernels)
-        self.memory("backward", "elementwise", sizes[1], count, passes.kernels)
+        self.memory("forward", "elementwise", sizes[0], count, passes.kernels[0])
+        self.memory("backward", "elementwise", sizes[0], count * (recompute != "none"), passes.kernels[0])
+        self.memory("backward", "elementwise", sizes[1], count, passes.kernels[1])
 
     def _attention(self, recompute: str, count: int) -> None:
         """Count attention over all scores; the time of a fused kernel leaves the masked half out."""
