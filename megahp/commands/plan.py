@@ -96,6 +96,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
 def trace_ranks(config: Config, ranks: int) -> dict[str, Any]:
     """Print what a rank of each pipeline position computes, sends and allocates in a step."""
     from megahp.plan.trace import trace_step  # imported late, with torch: only for valid settings
+    from megahp.plan.work import at_longest
 
     layout = fit(config.parallel, ranks)
     check_batch(config, layout, config.batch.global_batch)
@@ -105,11 +106,17 @@ def trace_ranks(config: Config, ranks: int) -> dict[str, Any]:
     for stage in range(layout.pp):
         rank = stage * (ranks // layout.pp)
         step = trace_step(config, ranks, rank)
+        peaks = {"": step.peak}
+        if (fullest := at_longest(config)) is not config:
+            peaks = {
+                f" in sequences of {config.data.sequence_length:,} tokens": step.peak,
+                f" in sequences of {fullest.data.sequence_length:,} tokens": trace_step(fullest, ranks, rank).peak,
+            }
         if layout.pp > 1:
             print(f"pipeline rank {stage}")
-        total = sum(step.peak.values())
-        parts = ", ".join(f"{kind} {step.peak[kind] / 2**30:.2f}" for kind in KINDS if step.peak[kind])
-        print(f"  peak memory     {total / 2**30:.2f} GiB: {parts}")
+        for when, peak in peaks.items():
+            parts = ", ".join(f"{kind} {peak[kind] / 2**30:.2f}" for kind in KINDS if peak[kind])
+            print(f"  peak memory     {sum(peak.values()) / 2**30:.2f} GiB{when}: {parts}")
         print(f"  between steps   {step.resident / 2**30:.2f} GiB")
         products, attention = step.flops("product") / 1e12, step.flops("attention") / 1e12
         moved = sum(each.bytes * count for each, count in step.kernels.items() if each.kind == "memory")
@@ -124,7 +131,7 @@ def trace_ranks(config: Config, ranks: int) -> dict[str, Any]:
             print(f"  {name:<15} {count:,} over {axes}, {size / 2**30:,.2f} GiB")
         kernels = [{**vars(each), "count": n} for each, n in step.kernels.items()]
         collectives = [{**vars(each), "count": n} for each, n in step.collectives.items()]
-        memory = {"peak": dict(step.peak), "resident": step.resident}
+        memory = {"peak": dict([*peaks.values()][-1]), "resident": step.resident}
         found.append({"rank": rank, **memory, "kernels": kernels, "collectives": collectives})
     return {"ranks": found}
 

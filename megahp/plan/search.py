@@ -18,6 +18,7 @@ from megahp.parallel.layout import Layout, fit
 from megahp.plan.formulas import rank_works
 from megahp.plan.machine import Machine
 from megahp.plan.step_time import Estimate, estimate
+from megahp.plan.work import at_longest
 from megahp.train.prepare import check_batch
 
 NAMES = ("tp", "sequence_parallel", "cp", "pp", "schedule", "stages_per_rank", "ep", "dp_replicate", "dp_shard", "zero")
@@ -151,7 +152,10 @@ def candidates_of(
                 check_batch(settings, layout, settings.batch.global_batch)
                 if find_conflicts(settings):
                     continue
-                candidate = Candidate(settings, layout, estimate(settings, gpus, machine))
+                found = estimate(settings, gpus, machine)
+                if (fullest := at_longest(settings)) is not settings:
+                    found = replace(found, peak=estimate(fullest, gpus, machine).peak)
+                candidate = Candidate(settings, layout, found)
                 yield candidate
                 if candidate.estimate.bytes <= machine.usable:
                     break
@@ -168,9 +172,10 @@ def confirm(found: Found, gpus: int, machine: Machine) -> Found:
 
     refuted = list[Candidate]()
     for index, candidate in enumerate(found.fitting):
-        works = rank_works(candidate.config, gpus)
+        config = at_longest(candidate.config)
+        works = rank_works(config, gpus)
         fullest = max(range(len(works)), key=lambda rank: sum(works[rank].peak.values()))
-        trace = trace_step(candidate.config, gpus, fullest * gpus // len(works))
+        trace = trace_step(config, gpus, fullest * gpus // len(works))
         # its memory alone: a time by the trace would not compare with the others' times by formulas
         traced = replace(candidate, estimate=replace(candidate.estimate, peak=dict(trace.peak)), traced=True)
         if traced.estimate.bytes <= machine.usable:

@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megahp.config import AUTO, Config, with_values
+from megahp.config import AUTO, Config, longest, with_values
 from megahp.errors import UserError
-from megahp.scaling.batch import BatchScheduler, Progress, StepPlan
+from megahp.scaling.batch import BatchScheduler, Progress, StepPlan, largest_micro_batch
 
 Phase = Literal["build", "forward", "backward", "update"]
 
@@ -97,3 +97,16 @@ def first_step(config: Config, dp: int) -> StepPlan:
     if plan is None:
         raise UserError(f"train.tokens = {config.train.tokens} leaves no step to plan; raise it")
     return plan
+
+
+def at_longest(config: Config) -> Config:
+    """Return the run as if its longest sequences were the first: a step keeps its tokens, and a microbatch has as many,
+    or one sequence, in which a rank then allocates most."""
+    length, first = longest(config), config.data.sequence_length
+    if length == first:
+        return config
+    values: dict[str, Any] = {"data.sequence_length": length, "data.lengths": ()}
+    values["batch.global_batch"] = config.batch.global_batch * first // length
+    if config.batch.micro_batch != AUTO:
+        values["batch.micro_batch"] = largest_micro_batch(config, length)
+    return with_values(config, values)

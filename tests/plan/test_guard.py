@@ -14,6 +14,7 @@ from megahp.errors import UserError
 from megahp.launch import World
 from megahp.parallel.layout import fit
 from megahp.plan.guard import ERROR, check_fits, machine_here, predicted_peak
+from megahp.plan.search import search
 
 
 def test_what_fits_is_said() -> None:
@@ -34,6 +35,19 @@ def test_what_cannot_fit_is_refused_and_the_remedy_fits() -> None:
     values = {f"{section}.{key}": value for section, found in tree.items() for key, value in found.items()}
     fitting = with_values(large, values)
     assert len(settings) <= 2 and fit(fitting.parallel, GPUS) and predicted_peak(fitting, GPUS) <= memory
+
+
+def test_the_longest_sequences_must_fit_too() -> None:
+    """Of longer sequences a microbatch has fewer, until it is one."""
+    words = {"data.lengths": ("2e8:16384", "4e8:65536"), "batch.micro_batch": 2, "parallel.pp": 1}
+    growing = with_values(config(), words)
+    longest = {"data.sequence_length": 65536, "batch.global_batch": 4, "batch.micro_batch": 1, "parallel.pp": 1}
+    peak = predicted_peak(with_values(config(), longest), GPUS)
+    assert predicted_peak(growing, GPUS) == peak > 3 * predicted_peak(with_values(growing, {"data.lengths": ()}), GPUS)
+    with pytest.raises(UserError, match="a step takes about"):
+        check_fits(growing, GPUS, machine(0.8 * peak / 2**30))
+    found = search(with_values(growing, {"parallel.tp": 1}), GPUS, machine(1.05 * peak / 2**30))
+    assert all(predicted_peak(each.config, GPUS) == each.estimate.bytes for each in found.fitting)
 
 
 def test_none_fits() -> None:
