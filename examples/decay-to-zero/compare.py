@@ -1,6 +1,7 @@
-"""Compare schedules at their own best rates: what study.sh measured, and where each schedule's weights come from.
+"""Compare schedules at their own best rates: what study.sh and long.sh measured, and where the weights of each schedule
+come from.
 
-    python examples/decay-to-zero/compare.py [RESULTS.json] [--plot FILE.svg]
+    python examples/decay-to-zero/compare.py [RESULTS.json ...] [--plot FILE.svg]
 
 Prints a line per number of tokens and schedule: the best rate of the grid by its mean over the seeds, the loss there,
 its paired difference to decay to zero at that one's best rate with a 95 % interval, and the share of the tokens with
@@ -11,7 +12,7 @@ run.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,18 @@ SCHEDULES = {
     "inverse sqrt": ScheduleConfig(name="inverse-sqrt"),
     "constant": ScheduleConfig(name="constant"),
 }
+
+
+def joined(curves: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one curve for each size and variant, with all rates of those there are."""
+    found: dict[tuple[float, str], dict[float, list[float]]] = {}
+    for curve in curves:
+        rates = found.setdefault((curve["size"], curve["variant"]), {})
+        rates.update(zip(curve["values"], curve["losses"], strict=True))
+    return [
+        {"size": size, "variant": variant, "values": sorted(rates), "losses": [rates[rate] for rate in sorted(rates)]}
+        for (size, variant), rates in found.items()
+    ]
 
 
 def best(curve: dict[str, Any]) -> tuple[float, np.ndarray]:
@@ -71,10 +84,10 @@ def draw(curves: list[dict[str, Any]], file: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", default=HERE / "results.json")
+    parser.add_argument("results", type=Path, nargs="*", default=sorted(HERE.glob("results*.json")))
     parser.add_argument("--plot", type=Path, default=Path("docs/figures/decay-to-zero.svg"))
     options = parser.parse_args()
-    curves = json.loads(options.results.read_text())["curves"]
+    curves = joined([curve for file in options.results for curve in json.loads(file.read_text())["curves"]])
     print(f"{'tokens':>10} {'schedule':<16}{'best rate':>10}{'loss':>9}{'to D2Z':>10}{'(95 %)':>9}{'D2Z needs':>11}")
     for size, variant, rate, losses, differences, share in rows(curves):
         line = f"{size:>10,.0f} {variant:<16}{rate:>10.2g}{losses.mean():>9.4f}{differences.mean():>+10.4f}"

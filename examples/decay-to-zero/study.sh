@@ -1,8 +1,7 @@
 #!/bin/sh
 # Compare decay to zero with cosine to a tenth, WSD, inverse square root and a constant rate, each at its own best peak
 # rate, at 5 and 20 tokens a weight (41 thousand weights); three seeds. Then: python examples/decay-to-zero/compare.py
-# 150 runs, about 15 minutes on two cores. After an interruption the same command resumes. At 80 tokens too, an hour:
-#     sh examples/decay-to-zero/study.sh --family train.tokens=204800,819200,3276800     (results: docs/studies.md)
+# 150 runs, about 15 minutes on two cores. After an interruption the same command resumes. At 80 tokens: long.sh.
 set -eu
 sh examples/stdlib-bytes.sh
 mkdir -p runs
