@@ -35,6 +35,8 @@ class Owners:
         own_parts = parts[first : first + ranks]
         if not own_parts:  # this replica owns none
             return None
+        if ranks == 1:
+            return own_parts[0]
         if self.rank >= len(weights):
             self._exchange(own_parts, [])
             return None
@@ -66,6 +68,8 @@ class Owners:
         sent = [piece.numel() for piece in pieces]
         rest = [0] * self.replica.size()
         flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        if len(rest) == 1:
+            return flat
         return all_to_all(flat, (sent + rest)[: len(rest)], ([*sizes] + rest)[: len(rest)], self.replica)
 
     def _views(self, weight: Tensor, whole: Tensor) -> list[Tensor]:
