@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from studies import begin_worker, print_table
 
 from megahp.config import resolve
+from megahp.parallel.mesh import single_rank_mesh
+from megahp.parallel.owners import Owners
 from megahp.parallel.parameters import Row
 from megahp.scaling.batch import BatchScheduler, Progress
 from megahp.scaling.parameterization import Role, table_of
@@ -25,6 +27,7 @@ SHAPES, RANK, REPEATS = ((1024, 1024), (4096, 1024)), 256, 5
 def main() -> None:
     begin_worker()
     config = resolve.load(Path(__file__).parent / "run.toml", ["train.tokens=1e6"]).config
+    owners = Owners(single_rank_mesh(config))
     plan, rows = BatchScheduler(config, 1).step(Progress()), []
     assert plan
     for shape in SHAPES:
@@ -32,9 +35,7 @@ def main() -> None:
         for name in ("adamw", "muon", "dct", "galore"):
             settings = replace(config.optimizer, name=name, rank=RANK, refresh=10**9)
             weights, table = {"matrix": torch.zeros(shape)}, table_of(config)
-            optimizer = make_optimizer(
-                settings, weights, {"matrix": Row(Role.HIDDEN)}, table, torch.distributed.group.WORLD
-            )
+            optimizer = make_optimizer(settings, weights, {"matrix": Row(Role.HIDDEN)}, table, owners)
             seconds: dict[bool, list[float]] = {True: [], False: []}
             for number in range(2 * REPEATS + 1):
                 if number % 2 == 0:

@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
 def trace_ranks(config: Config, ranks: int) -> dict[str, Any]:
     """Print what a rank of each pipeline position computes, sends and allocates in a step."""
     from megahp.plan.trace import trace_step  # imported late, with torch: only for valid settings
-    from megahp.plan.work import at_longest
+    from megahp.plan.work import at_each_length
 
     layout = fit(config.parallel, ranks)
     check_batch(config, layout, config.batch.global_batch)
@@ -105,18 +105,14 @@ def trace_ranks(config: Config, ranks: int) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for stage in range(layout.pp):
         rank = stage * (ranks // layout.pp)
-        step = trace_step(config, ranks, rank)
-        peaks = {"": step.peak}
-        if (fullest := at_longest(config)) is not config:
-            peaks = {
-                f" in sequences of {config.data.sequence_length:,} tokens": step.peak,
-                f" in sequences of {fullest.data.sequence_length:,} tokens": trace_step(fullest, ranks, rank).peak,
-            }
+        lengths = at_each_length(config)
+        step, *later = (trace_step(each, ranks, rank) for each in lengths)
         if layout.pp > 1:
             print(f"pipeline rank {stage}")
-        for when, peak in peaks.items():
-            parts = ", ".join(f"{kind} {peak[kind] / 2**30:.2f}" for kind in KINDS if peak[kind])
-            print(f"  peak memory     {sum(peak.values()) / 2**30:.2f} GiB{when}: {parts}")
+        for each, work in zip(lengths, (step, *later), strict=True):
+            when = f" in sequences of {each.data.sequence_length:,} tokens" if later else ""
+            parts = ", ".join(f"{kind} {work.peak[kind] / 2**30:.2f}" for kind in KINDS if work.peak[kind])
+            print(f"  peak memory     {sum(work.peak.values()) / 2**30:.2f} GiB{when}: {parts}")
         print(f"  between steps   {step.resident / 2**30:.2f} GiB")
         products, attention = step.flops("product") / 1e12, step.flops("attention") / 1e12
         moved = sum(each.bytes * count for each, count in step.kernels.items() if each.kind == "memory")
@@ -131,7 +127,8 @@ def trace_ranks(config: Config, ranks: int) -> dict[str, Any]:
             print(f"  {name:<15} {count:,} over {axes}, {size / 2**30:,.2f} GiB")
         kernels = [{**vars(each), "count": n} for each, n in step.kernels.items()]
         collectives = [{**vars(each), "count": n} for each, n in step.collectives.items()]
-        memory = {"peak": dict([*peaks.values()][-1]), "resident": step.resident}
+        fullest = max((step, *later), key=lambda work: sum(work.peak.values()))
+        memory = {"peak": dict(fullest.peak), "resident": step.resident}
         found.append({"rank": rank, **memory, "kernels": kernels, "collectives": collectives})
     return {"ranks": found}
 

@@ -12,11 +12,12 @@ from megahp.parallel.parameters import extents, storage
 
 
 class Owners:
-    """Assigns weights to the ranks of a pipeline stage, round robin: the n-th of any `size` weights is rank n's.
+    """Assigns weights to the ranks of a pipeline stage: of those of one call, at most `size`, the n-th is rank n's.
 
     The ranks of a replica exchange parts all to all, so each sends and receives about as much as the one weight that it
-    owns, where gathering every weight on every rank would take `size` times that. Replicas own different weights, and
-    broadcast what they make of them to each other.
+    owns (with fewer weights than ranks, owners receive more than they send). Gathering every weight on every rank would
+    take as many times more as there are weights. Replicas own different weights, and broadcast what they make of them
+    to each other.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -35,16 +36,15 @@ class Owners:
         own_parts = parts[first : first + ranks]
         if not own_parts:  # this replica owns none
             return None
-        if ranks == 1:
+        if ranks == 1:  # a part is the whole, and is returned itself
             return own_parts[0]
         if self.rank >= len(weights):
             self._exchange(own_parts, [])
             return None
         whole = own_parts[0].new_empty(weights[self.rank].shape)
         views = self._views(weights[self.rank], whole)
-        received = self._exchange(own_parts, sizes := [view.numel() for view in views])
-        for view, piece in zip(views, received.split(sizes), strict=True):
-            view.copy_(piece.view_as(view))
+        received = self._exchange(own_parts, sizes := [view.numel() for view in views]).split(sizes)
+        torch._foreach_copy_(views, [piece.view_as(view) for piece, view in zip(received, views, strict=True)])
         return whole
 
     def scatter(self, weights: Sequence[Tensor], whole: Tensor | None) -> list[Tensor]:
@@ -66,11 +66,16 @@ class Owners:
     def _exchange(self, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """Send the n-th piece to rank n of the replica; return what its ranks send, of these sizes, in their order."""
         sent = [piece.numel() for piece in pieces]
-        rest = [0] * self.replica.size()
-        flat = torch.cat([piece.reshape(-1) for piece in pieces])
-        if len(rest) == 1:
+        flat = pieces[0].new_empty(sum(sent))
+        places = zip(flat.split(sent), pieces, strict=True)
+        torch._foreach_copy_([place.view_as(piece) for place, piece in places], pieces)  # in one kernel
+        if self.replica.size() == 1:
             return flat
-        return all_to_all(flat, (sent + rest)[: len(rest)], ([*sizes] + rest)[: len(rest)], self.replica)
+        return all_to_all(flat, self._padded(sent), self._padded(sizes), self.replica)
+
+    def _padded(self, sizes: Sequence[int]) -> list[int]:
+        """Return a size for each rank of the replica: 0 for those after the last."""
+        return [*sizes, *[0] * (self.replica.size() - len(sizes))]
 
     def _views(self, weight: Tensor, whole: Tensor) -> list[Tensor]:
         """Return of each rank of the replica, in order, its part of the whole of this weight."""

@@ -221,19 +221,24 @@ def extents(weight: Tensor, layout: Layout) -> list[tuple[tuple[int, ...], tuple
     places = itertools.product(*(range(sizes[axis]) for axis in WITHIN_REPLICA))
     if not is_dtensor(weight):
         return [extent(weight) for _ in places]
-    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-
     mesh, found = weight.device_mesh, []
     for place in places:
-        at, coordinate = {"dp_replicate": 0, **dict(zip(WITHIN_REPLICA, place, strict=True))}, []
-        for name in mesh.mesh_dim_names or ():
+        at = {"dp_replicate": 0, **dict(zip(WITHIN_REPLICA, place, strict=True))}
+        offsets, shape = [0] * weight.dim(), list(weight.shape)
+        # from the last: FSDP2, whose axes come first, cuts what tp and ep have left
+        for name, ranks, placement in [*zip(mesh.mesh_dim_names or (), mesh.shape, weight.placements, strict=True)][
+            ::-1
+        ]:
             index = 0
             for axis in FLATTENED.get(name, (name,)):
                 index = index * sizes[axis] + at[axis]
-            coordinate.append(index)
-        # torch's public function knows this rank's coordinate alone
-        shape, offsets = _compute_local_shape_and_global_offset(weight.shape, mesh.shape, coordinate, weight.placements)
-        found.append((offsets, shape))
+            if not placement.is_replicate():
+                dim = placement.dim
+                size = -(-shape[dim] // ranks)  # as torch.chunk: the last parts are smaller, or empty
+                begin = min(index * size, shape[dim])
+                offsets[dim] += begin
+                shape[dim] = min(size, shape[dim] - begin)
+        found.append((tuple(offsets), tuple(shape)))
     return found
 
 

@@ -324,12 +324,12 @@ class _Counted:
         self._shard(rank.expert_weights, blocks, rank.named("dp_shard", "cp"), shards)
 
     def _matrices(self, mine: int) -> None:
-        """Count the updates of whole matrices that rank 0 of the stage owns, and the exchange of parts with the owners
-        (parallel/owners.py). mine: hidden weights of which this rank has its part. The choice of a new subspace, in one
-        of optimizer.refresh updates, is left out."""
+        """Count the updates of whole matrices that rank 0 of the stage owns, which are the largest, and the exchange of
+        parts with the owners (parallel/owners.py). mine: this rank's part of the hidden weights. The choice of a new
+        subspace, in one of optimizer.refresh updates, is left out."""
         layout, optimizer = self.layout, self.rank.config.optimizer
         replicas, ranks = layout.dp_replicate, layout.dp_shard * layout.cp * layout.tp
-        weights = sorted(self._hidden_weights(), key=lambda shapes: sum(map(math.prod, shapes)))
+        weights = sorted(self._hidden_weights(), key=lambda shapes: -sum(map(math.prod, shapes)))
         sizes = [sum(map(math.prod, shapes)) for shapes in weights]
         within, stage = self.rank.named("dp_shard", "ep", "cp", "tp"), replicas * ranks
         for first in range(0, len(weights), stage):
@@ -346,14 +346,14 @@ class _Counted:
 
     def _hidden_weights(self) -> Iterator[list[tuple[int, int]]]:
         """Yield each hidden weight of this rank's stages as the shapes of the whole matrices that it is made of."""
-        model, tp = self.model, self.tp
+        model = self.model
         inner, width, queries = 2 if model.gated else 1, model.width, model.heads * model.head_size
         keys = model.kv_heads * model.head_size
         for block in self.rank.blocks:
             yield [(queries, width), (keys, width), (keys, width)]
             yield [(width, queries)]
             _, dense = self.rank.kind(block)
-            yield from [[(self.rank.hidden * tp, width)]] * ((inner + 1) * dense)
+            yield from [[(model.mlp_width, width)]] * ((inner + 1) * dense)
             if not dense:
                 yield from [[(model.expert_width, width)] * model.experts] * (inner + 1)
                 if model.shared_experts:

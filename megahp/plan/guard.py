@@ -8,7 +8,7 @@ from megahp.errors import UserError
 from megahp.plan.formulas import rank_works
 from megahp.plan.machine import Machine, load_machine, machine_names
 from megahp.plan.search import WRITTEN, Candidate, search
-from megahp.plan.work import at_longest
+from megahp.plan.work import at_each_length
 
 ERROR = 0.1  # of the formulas' peak (tests/plan/test_formulas.py): what is refused is too large even if they err so far
 GIB = 2**30
@@ -32,8 +32,8 @@ def check_fits(config: Config, ranks: int, machine: Machine) -> str:
 
 
 def predicted_peak(config: Config, ranks: int) -> int:
-    """Return the bytes that PyTorch allocates at most on the fullest rank, by formulas, at the longest sequences."""
-    return max(sum(work.peak.values()) for work in rank_works(at_longest(config), ranks))
+    """Return the bytes that PyTorch allocates at most on the fullest rank at any sequence length, by formulas."""
+    return max(sum(work.peak.values()) for each in at_each_length(config) for work in rank_works(each, ranks))
 
 
 def changes(config: Config, candidate: Candidate) -> dict[str, object]:

@@ -18,7 +18,7 @@ from megahp.parallel.layout import Layout, fit
 from megahp.plan.formulas import rank_works
 from megahp.plan.machine import Machine
 from megahp.plan.step_time import Estimate, estimate
-from megahp.plan.work import at_longest
+from megahp.plan.work import at_each_length
 from megahp.train.prepare import check_batch
 
 NAMES = ("tp", "sequence_parallel", "cp", "pp", "schedule", "stages_per_rank", "ep", "dp_replicate", "dp_shard", "zero")
@@ -153,9 +153,9 @@ def candidates_of(
                 if find_conflicts(settings):
                     continue
                 found = estimate(settings, gpus, machine)
-                if (fullest := at_longest(settings)) is not settings:
-                    found = replace(found, peak=estimate(fullest, gpus, machine).peak)
-                candidate = Candidate(settings, layout, found)
+                peaks = [found.peak, *(estimate(each, gpus, machine).peak for each in at_each_length(settings)[1:])]
+                fullest = max(peaks, key=lambda peak: sum(peak.values()))
+                candidate = Candidate(settings, layout, replace(found, peak=fullest))
                 yield candidate
                 if candidate.estimate.bytes <= machine.usable:
                     break
@@ -166,16 +166,19 @@ def candidates_of(
 def confirm(found: Found, gpus: int, machine: Machine) -> Found:
     """Return what was found with the fastest layout that also fits by its trace put first. Imports torch.
 
-    Of a pipeline the rank that the formulas find fullest is traced.
+    Of a pipeline the rank that the formulas find fullest is traced, at the sequence length at which it is.
     """
     from megahp.plan.trace import trace_step
 
     refuted = list[Candidate]()
     for index, candidate in enumerate(found.fitting):
-        config = at_longest(candidate.config)
-        works = rank_works(config, gpus)
-        fullest = max(range(len(works)), key=lambda rank: sum(works[rank].peak.values()))
-        trace = trace_step(config, gpus, fullest * gpus // len(works))
+        places = [
+            (sum(work.peak.values()), config, position)
+            for config in at_each_length(candidate.config)
+            for position, work in enumerate(rank_works(config, gpus))
+        ]
+        _, config, position = max(places, key=lambda place: place[0])
+        trace = trace_step(config, gpus, position * gpus // candidate.layout.pp)
         # its memory alone: a time by the trace would not compare with the others' times by formulas
         traced = replace(candidate, estimate=replace(candidate.estimate, peak=dict(trace.peak)), traced=True)
         if traced.estimate.bytes <= machine.usable:

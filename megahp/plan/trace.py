@@ -101,7 +101,8 @@ def trace(config: Config, ranks: int, rank: int = 0, microbatches: int = 0, upda
     """Trace a step of one of the ranks. Must be called in a process without a process group.
 
     microbatches: how many of the step's to run, at most, since they are alike; 0 = all. Kernels and collectives are
-    those of these. update_only: of gradients that are there. Raises UserError for a layout that these ranks cannot run.
+    those of these. update_only: the optimizer's update alone, with the weights in the place of their gradients. Raises
+    UserError for a layout that these ranks cannot run.
     """
     if dist.is_initialized():
         raise RuntimeError("a trace needs a process group of its own")

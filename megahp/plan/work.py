@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megahp.config import AUTO, Config, longest, with_values
+from megahp.config import AUTO, Config, phases_of, with_values
 from megahp.errors import UserError
 from megahp.scaling.batch import BatchScheduler, Progress, StepPlan, largest_micro_batch
 
@@ -99,14 +99,21 @@ def first_step(config: Config, dp: int) -> StepPlan:
     return plan
 
 
-def at_longest(config: Config) -> Config:
-    """Return the run as if its longest sequences were the first: a step keeps its tokens, and a microbatch has as many,
-    or one sequence, in which a rank then allocates most."""
-    length, first = longest(config), config.data.sequence_length
-    if length == first:
-        return config
-    values: dict[str, Any] = {"data.sequence_length": length, "data.lengths": ()}
-    values["batch.global_batch"] = config.batch.global_batch * first // length
-    if config.batch.micro_batch != AUTO:
-        values["batch.micro_batch"] = largest_micro_batch(config, length)
-    return with_values(config, values)
+def at_each_length(config: Config) -> list[Config]:
+    """Return the run as if it began with each of its sequence lengths, its own first: a step keeps its tokens, and a
+    microbatch has as many at most, or one sequence.
+
+    None of them allocates most by necessity: longer sequences take more in a microbatch of one, shorter ones in several
+    microbatches, between which FSDP keeps whole gradients.
+    """
+    found = [config]
+    for length in dict.fromkeys(phase.length for phase in phases_of(config.data)):
+        if length != config.data.sequence_length:
+            values: dict[str, Any] = {"data.sequence_length": length, "data.lengths": ()}
+            values["batch.global_batch"] = config.batch.global_batch * config.data.sequence_length // length
+            if config.batch.micro_batch != AUTO:
+                values["batch.micro_batch"] = largest_micro_batch(config, length)
+            elif config.batch.largest_micro_batch:
+                values["batch.largest_micro_batch"] = largest_micro_batch(config, length)
+            found.append(with_values(config, values))
+    return found

@@ -151,8 +151,8 @@ class PerMatrix:
         self.rows, self.rule, self.owners = rows, table.rules[Role.HIDDEN], owners
         self.names = list(weights)
         hidden = [name for name in weights if rows[name].role is Role.HIDDEN]
-        # by size, as ranks wait for the one with the largest
-        self.hidden = {name: weights[name] for name in sorted(hidden, key=lambda name: weights[name].numel())}
+        hidden.sort(key=lambda name: weights[name].numel(), reverse=True)  # ranks wait for the one with the largest
+        self.hidden = {name: weights[name] for name in hidden}
         rest = {name: weight for name, weight in weights.items() if name not in self.hidden}
         self.adamw = ADAMW[config.engine](rest, rows, table)
 

@@ -9,7 +9,7 @@ import torch
 from plan.small import GPUS, config, machine
 
 from megahp.commands.train import check_device_memory
-from megahp.config import resolve, with_values
+from megahp.config import Config, resolve, with_values
 from megahp.errors import UserError
 from megahp.launch import World
 from megahp.parallel.layout import fit
@@ -37,17 +37,32 @@ def test_what_cannot_fit_is_refused_and_the_remedy_fits() -> None:
     assert len(settings) <= 2 and fit(fitting.parallel, GPUS) and predicted_peak(fitting, GPUS) <= memory
 
 
-def test_the_longest_sequences_must_fit_too() -> None:
-    """Of longer sequences a microbatch has fewer, until it is one."""
-    words = {"data.lengths": ("2e8:16384", "4e8:65536"), "batch.micro_batch": 2, "parallel.pp": 1}
-    growing = with_values(config(), words)
-    longest = {"data.sequence_length": 65536, "batch.global_batch": 4, "batch.micro_batch": 1, "parallel.pp": 1}
-    peak = predicted_peak(with_values(config(), longest), GPUS)
-    assert predicted_peak(growing, GPUS) == peak > 3 * predicted_peak(with_values(growing, {"data.lengths": ()}), GPUS)
+def alone(config: Config, length: int, batch: int, micro: int) -> int:
+    """The peak of a run of one length."""
+    values = {"data.sequence_length": length, "batch.global_batch": batch, "batch.micro_batch": micro}
+    return predicted_peak(with_values(config, {"data.lengths": (), **values}), GPUS)
+
+
+def test_every_sequence_length_must_fit() -> None:
+    """Of longer sequences a microbatch has fewer, until it is one. Short ones may take more, in several microbatches
+    between which FSDP keeps whole gradients."""
+    growing = with_values(
+        config(), {"data.lengths": ("2e8:16384", "4e8:65536"), "batch.micro_batch": 2, "parallel.pp": 1}
+    )
+    peak = predicted_peak(growing, GPUS)
+    assert peak == alone(growing, 65536, 4, 1) > 3 * alone(growing, 4096, 64, 2)
     with pytest.raises(UserError, match="a step takes about"):
         check_fits(growing, GPUS, machine(0.8 * peak / 2**30))
     found = search(with_values(growing, {"parallel.tp": 1}), GPUS, machine(1.05 * peak / 2**30))
     assert all(predicted_peak(each.config, GPUS) == each.estimate.bytes for each in found.fitting)
+
+    values = {"data.lengths": ("2e8:16384",), "batch.global_batch": 32, "batch.micro_batch": 2, "parallel.pp": 1}
+    several = with_values(config(), {**values, "parallel.tp": 1, "compute.recompute": "full"})
+    assert predicted_peak(several, GPUS) == alone(several, 4096, 32, 2) > alone(several, 16384, 8, 1)
+
+    decided = {"batch.micro_batch": "auto", "batch.largest_micro_batch": 8, "batch.global_batch": 256}
+    chosen = with_values(several, decided)
+    assert predicted_peak(chosen, GPUS) == max(alone(chosen, 4096, 256, 8), alone(chosen, 16384, 64, 2))
 
 
 def test_none_fits() -> None:
