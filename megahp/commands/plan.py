@@ -106,11 +106,11 @@ def trace_ranks(config: Config, ranks: int) -> dict[str, Any]:
     for stage in range(layout.pp):
         rank = stage * (ranks // layout.pp)
         lengths = at_each_length(config)
-        step, *later = (trace_step(each, ranks, rank) for each in lengths)
+        step, *later = (trace_step(begun, ranks, rank) for begun in lengths)
         if layout.pp > 1:
             print(f"pipeline rank {stage}")
-        for each, work in zip(lengths, (step, *later), strict=True):
-            when = f" in sequences of {each.data.sequence_length:,} tokens" if later else ""
+        for begun, work in zip(lengths, (step, *later), strict=True):
+            when = f" in sequences of {begun.data.sequence_length:,} tokens" if later else ""
             parts = ", ".join(f"{kind} {work.peak[kind] / 2**30:.2f}" for kind in KINDS if work.peak[kind])
             print(f"  peak memory     {sum(work.peak.values()) / 2**30:.2f} GiB{when}: {parts}")
         print(f"  between steps   {step.resident / 2**30:.2f} GiB")

@@ -68,7 +68,7 @@ class Owners:
         sent = [piece.numel() for piece in pieces]
         flat = pieces[0].new_empty(sum(sent))
         places = zip(flat.split(sent), pieces, strict=True)
-        torch._foreach_copy_([place.view_as(piece) for place, piece in places], pieces)  # in one kernel
+        torch._foreach_copy_([place.view_as(piece) for place, piece in places], [*pieces])  # in one kernel
         if self.replica.size() == 1:
             return flat
         return all_to_all(flat, self._padded(sent), self._padded(sizes), self.replica)

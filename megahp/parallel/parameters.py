@@ -233,7 +233,7 @@ def extents(weight: Tensor, layout: Layout) -> list[tuple[tuple[int, ...], tuple
             for axis in FLATTENED.get(name, (name,)):
                 index = index * sizes[axis] + at[axis]
             if not placement.is_replicate():
-                dim = placement.dim
+                dim = placement.dim  # type: ignore[attr-defined]
                 size = -(-shape[dim] // ranks)  # as torch.chunk: the last parts are smaller, or empty
                 begin = min(index * size, shape[dim])
                 offsets[dim] += begin

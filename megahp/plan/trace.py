@@ -58,6 +58,7 @@ COLLECTIVES = {
     "send": "send",
     "recv_": "receive",
 }
+SILENT = ("barrier", "wait_tensor", "_wrap_tensor_autograd")  # of the same namespaces, which send nothing
 
 
 def trace_step(config: Config, ranks: int, rank: int = 0) -> Work:
@@ -188,7 +189,7 @@ class Recorder(TorchDispatchMode):
             return out
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if op.namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "barrier"):
+        if op.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
             self._collective(name, args, [*inputs, *outputs])
         elif not _is_free(op, outputs):
             arguments = zip(args, op._schema.arguments, strict=False)
