@@ -77,7 +77,7 @@ def draw(curves: list[dict[str, Any]], file: Path) -> None:
             rates = np.array([fraction(schedule, step, 1000) for step in steps])
             right.plot(steps / 1000, 1000 * dual_coefficients(rates, np.full(1000, 0.01))[1], **style)
         left.set(xlabel="tokens per weight", ylabel="nats above decay to zero")
-        logarithmic_x(left, sizes, [f"{size:.3g}" for size in sizes])
+        logarithmic_x(left, sizes, [f"{size:.2g}" for size in sizes])
         right.set(xlabel="part of the run", ylabel="share in the last weights, per mille a step", ylim=(0, 4))
         left.legend(frameon=False, fontsize=7)
 
