@@ -34,7 +34,6 @@ from megahp.parallel.layout import fit as fit_layout
 from megahp.recipe.fit import FinishedRun, fit_loss, fit_optimal_batch, fit_timescale
 from megahp.report.figures import PALETTE, plot_in
 from megahp.scaling.flops import parameters
-from megahp.scaling.laws import PowerLaw
 from megahp.scaling.parameterization import Role, table_of
 from megahp.scaling.power_laws import OPTIMAL_BATCH, TAU
 from megahp.train.prepare import prepare
@@ -249,13 +248,16 @@ def left_out(lines: Sequence[Line], runs: Sequence[FinishedRun]) -> Iterator[str
         yield f"    loss predicted {law(size, tokens):.4f}, {low:.4f} to {high:.4f}"
     except UserError as error:
         yield f"    {error}"
-    choices: dict[str, tuple[PowerLaw, PowerLaw]] = {"published": (TAU, OPTIMAL_BATCH)}
+    at_best = "tau at the best batch"
+    choices = {"published": (TAU, float(OPTIMAL_BATCH(tokens))), f"published {at_best}": (TAU, float(best.batch or 0))}
     try:
-        choices["the ladder's"] = (fit_timescale(runs).law, fit_optimal_batch(runs).law)
+        ladder = fit_timescale(runs).law
+        choices[f"the ladder's {at_best}"] = (ladder, float(best.batch or 0))
+        choices["the ladder's"] = (ladder, float(fit_optimal_batch(runs).law(tokens)))
     except UserError as error:
         yield f"    {error}"
-    for name, (timescale, optimal_batch) in choices.items():
-        tau, batch = timescale(tokens / size), optimal_batch(tokens)
+    for name, (timescale, batch) in choices.items():
+        tau = timescale(tokens / size)
 
         def distance(run: FinishedRun, tau: float = tau, batch: float = batch) -> float:
             return abs(math.log((run.batch or 0) / batch)) + abs(math.log((run.timescale or 0) / tau))
