@@ -10,7 +10,7 @@ base="parameterization.base_width=64"
 completep="parameterization.name=completep $base parameterization.base_layers=2"
 megahp transfer-sweep examples/depth-transfer/run.toml sparsity.method=static sparsity.density=0.25 \
     --family model.layers=2,4,8,16 --seeds 1,2,3 --grid optimizer.lr=0.016,0.032,0.064 --variants \
-    "SP: parameterization.name=sp optimizer.lr=0.008,0.016,0.032,0.064" \
+    "SP: parameterization.name=sp optimizer.lr=0.016,0.032,0.064,0.128" \
     "muP: parameterization.name=mup $base optimizer.lr=0.032,0.064,0.128" \
     "SmuPar: parameterization.name=smupar parameterization.weight_decay=width $base" \
     "CompleteP: $completep optimizer.lr=0.032,0.064,0.128,0.256" \
