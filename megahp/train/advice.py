@@ -60,6 +60,14 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, start_to
             "model.router_normalize = true with model.experts_per_token = 1: the weight of a token's only expert is "
             "always 1, so that the router gets no gradient from the loss; set model.router_normalize=false"
         )
+    rules = config.parameterization
+    factors = {"mup": "parameterization.name=smupar", "completep": "parameterization.scale_density=true"}
+    if config.sparsity.method == "static" and rules.name in factors and not rules.scale_density:
+        yield (
+            f"sparsity.method = 'static' under parameterization.name = {rules.name!r}: a learning rate tuned on a dense "
+            f"base is too low for sparse matrices; set {factors[rules.name]}, unless it was tuned at this density "
+            "(docs/transfer.md)"
+        )
     if train.validate_every > steps:
         yield (
             f"train.validate_every = {train.validate_every}: the run has at most {steps} steps, so only its end is "

@@ -54,6 +54,17 @@ def test_nothing_is_said_of_a_run_as_it_should_be(folder: Path) -> None:
     assert said(folder) == said(folder, "train.tokens=39_000", "train.validate_every=200") == []
 
 
+def test_sparse_matrices_need_the_factors_of_density(folder: Path) -> None:
+    sparse = ("sparsity.method=static", "sparsity.density=0.25")
+    (line,) = said(folder, *sparse)
+    assert "too low for sparse matrices; set parameterization.scale_density=true" in line
+    (line,) = said(folder, *sparse, "parameterization.name=mup")
+    assert "set parameterization.name=smupar" in line
+    for rules in ("name=smupar", "name=sp", "scale_density=true"):
+        assert said(folder, *sparse, f"parameterization.{rules}") == []
+    assert said(folder, "sparsity.method=rigl", "sparsity.density=0.25") == []
+
+
 def test_sides_that_matrix_units_cannot_load_are_told_on_gpus(folder: Path) -> None:
     words = ("train.tokens=2000", "checkpoint.every=1", "model.mlp_width=1364")
     (line,) = said(folder, *words, device="cuda")
