@@ -64,8 +64,8 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, start_to
     factors = {"mup": "parameterization.name=smupar", "completep": "parameterization.scale_density=true"}
     if config.sparsity.method == "static" and rules.name in factors and not rules.scale_density:
         yield (
-            f"sparsity.method = 'static' under parameterization.name = {rules.name!r}: a learning rate tuned on a dense "
-            f"base is too low for sparse matrices; set {factors[rules.name]}, unless it was tuned at this density "
+            f"sparsity.method = 'static' under parameterization.name = {rules.name!r}: a learning rate tuned on a "
+            f"dense base is too low for sparse matrices; set {factors[rules.name]}, unless it was tuned at this density "
             "(docs/transfer.md)"
         )
     if train.validate_every > steps:
