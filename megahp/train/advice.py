@@ -65,8 +65,8 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, start_to
     if config.sparsity.method == "static" and rules.name in factors and not rules.scale_density:
         yield (
             f"sparsity.method = 'static' under parameterization.name = {rules.name!r}: a learning rate tuned on a "
-            f"dense base is too low for sparse matrices; set {factors[rules.name]}, unless it was tuned at this density "
-            "(docs/transfer.md)"
+            "dense base is too low for sparse matrices (docs/transfer.md); unless it was tuned at this density, set "
+            f"{factors[rules.name]}"
         )
     if train.validate_every > steps:
         yield (
