@@ -55,8 +55,8 @@ def best(curve: dict[str, Any]) -> tuple[float, np.ndarray]:
 
 def rows(curves: list[dict[str, Any]]) -> Iterator[tuple[float, str, float, np.ndarray, np.ndarray, float]]:
     """Yield tokens, schedule, best rate, losses, differences to D2Z, share of the tokens that D2Z needs."""
-    found = {(curve["size"], curve["variant"]): best(curve) for curve in curves}
-    sizes = sorted({size for size, _ in found})
+    sizes = sorted({curve["size"] for curve in curves if curve["variant"] == "D2Z"})
+    found = {(curve["size"], curve["variant"]): best(curve) for curve in curves if curve["size"] in sizes}
     own = [float(found[size, "D2Z"][1].mean()) for size in sizes]
     for size, variant in sorted(found, key=lambda key: (key[0], list(SCHEDULES).index(key[1]))):
         rate, losses = found[size, variant]

@@ -103,7 +103,7 @@ def at_each_length(config: Config) -> list[Config]:
     """Return the run as if it began with each of its sequence lengths, its own first: a step keeps its tokens, and a
     microbatch has as many at most, or one sequence.
 
-    None of them allocates most by necessity: longer sequences take more in a microbatch of one, shorter ones in several
+    Any of them may allocate most: longer sequences take more in a microbatch of one, shorter ones in several
     microbatches, between which FSDP keeps whole gradients.
     """
     found = [config]

@@ -62,11 +62,13 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, start_to
         )
     rules = config.parameterization
     factors = {"mup": "parameterization.name=smupar", "completep": "parameterization.scale_density=true"}
-    if config.sparsity.method == "static" and rules.name in factors and not rules.scale_density:
+    density = min(config.sparsity.layers or (config.sparsity.density,))
+    masked = config.sparsity.method == "static" and density < 1
+    if masked and rules.name in factors and not rules.scale_density:
         yield (
-            f"sparsity.method = 'static' under parameterization.name = {rules.name!r}: a learning rate tuned on a "
-            "dense base is too low for sparse matrices (docs/transfer.md); unless it was tuned at this density, set "
-            f"{factors[rules.name]}"
+            f"sparsity.density = {density:g} under parameterization.name = {rules.name!r}: a learning rate tuned on a "
+            "dense base is too low for sparse matrices (docs/transfer.md); unless it was tuned at this density, begin a "
+            f"run with {factors[rules.name]}"
         )
     if train.validate_every > steps:
         yield (
