@@ -1,9 +1,9 @@
 """Every study of examples/ that trains, at toy size: its own command, in an empty folder, writes results and figure,
 and run again adds nothing.
 
-Not here: the density study and infinite-compute, whose commands tests/test_examples.py runs; decay-to-zero/long.sh, which
-is study.sh's command at other tokens and rates; forecasting needs statsmodels; batch-growth/branches.py, batch-target
-and the quick start's seeds start dozens of processes.
+Not here: the density study and infinite-compute, whose commands tests/test_examples.py runs; decay-to-zero/long.sh,
+which is study.sh's command at other tokens and rates; forecasting needs statsmodels; batch-growth/branches.py,
+batch-target and the quick start's seeds start dozens of processes.
 """
 
 from __future__ import annotations

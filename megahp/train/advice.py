@@ -67,8 +67,8 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, start_to
     if masked and rules.name in factors and not rules.scale_density:
         yield (
             f"sparsity.density = {density:g} under parameterization.name = {rules.name!r}: a learning rate tuned on a "
-            "dense base is too low for sparse matrices (docs/transfer.md); unless it was tuned at this density, begin a "
-            f"run with {factors[rules.name]}"
+            "dense base is too low for sparse matrices (docs/transfer.md); unless it was tuned at this density, begin "
+            f"a run with {factors[rules.name]}"
         )
     if train.validate_every > steps:
         yield (

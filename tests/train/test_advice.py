@@ -57,7 +57,7 @@ def test_nothing_is_said_of_a_run_as_it_should_be(folder: Path) -> None:
 def test_sparse_matrices_need_the_factors_of_density(folder: Path) -> None:
     sparse = ("sparsity.method=static", "sparsity.density=0.25")
     (line,) = said(folder, *sparse)
-    assert "too low for sparse matrices" in line and line.endswith("begin a run with parameterization.scale_density=true")
+    assert "too low for sparse matrices" in line and line.endswith("run with parameterization.scale_density=true")
     (line,) = said(folder, *sparse, "parameterization.name=mup")
     assert line.endswith("begin a run with parameterization.name=smupar")
     for rules in ("name=smupar", "name=sp", "scale_density=true"):
