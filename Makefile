@@ -27,9 +27,9 @@ test: lint
 	wait $$!; beside=$$?; cat .beside.log; exit $$((main | beside))
 
 lint: $(READY)
-	@$(BIN)/ruff check
-	@$(BIN)/ruff format --check --quiet
-	@$(BIN)/mypy
+	@$(BIN)/python -m ruff check
+	@$(BIN)/python -m ruff format --check --quiet
+	@$(BIN)/python -m mypy
 
 test-slow: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
