@@ -103,16 +103,17 @@ def trace_ranks(config: Config, ranks: int) -> dict[str, Any]:
     named = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, layout.shape, strict=True) if size > 1)
     print(f"{ranks} ranks: {named or 'one rank'}")
     found: list[dict[str, Any]] = []
+    lengths = at_each_length(config)
     for stage in range(layout.pp):
         rank = stage * (ranks // layout.pp)
-        lengths = at_each_length(config)
-        step, *later = (trace_step(begun, ranks, rank) for begun in lengths)
+        steps = [trace_step(begun, ranks, rank) for begun in lengths]
+        step = steps[0]
         if layout.pp > 1:
             print(f"pipeline rank {stage}")
-        for begun, work in zip(lengths, (step, *later), strict=True):
-            when = f" in sequences of {begun.data.sequence_length:,} tokens" if later else ""
+        for begun, work in zip(lengths, steps, strict=True):
+            when = f" in sequences of {begun.data.sequence_length:,} tokens" if len(steps) > 1 else ""
             parts = ", ".join(f"{kind} {work.peak[kind] / 2**30:.2f}" for kind in KINDS if work.peak[kind])
-            print(f"  peak memory     {sum(work.peak.values()) / 2**30:.2f} GiB{when}: {parts}")
+            print(f"  peak memory     {work.bytes / 2**30:.2f} GiB{when}: {parts}")
         print(f"  between steps   {step.resident / 2**30:.2f} GiB")
         products, attention = step.flops("product") / 1e12, step.flops("attention") / 1e12
         moved = sum(each.bytes * count for each, count in step.kernels.items() if each.kind == "memory")
@@ -127,7 +128,7 @@ def trace_ranks(config: Config, ranks: int) -> dict[str, Any]:
             print(f"  {name:<15} {count:,} over {axes}, {size / 2**30:,.2f} GiB")
         kernels = [{**vars(each), "count": n} for each, n in step.kernels.items()]
         collectives = [{**vars(each), "count": n} for each, n in step.collectives.items()]
-        fullest = max((step, *later), key=lambda work: sum(work.peak.values()))
+        fullest = max(steps, key=lambda work: work.bytes)
         memory = {"peak": dict(fullest.peak), "resident": step.resident}
         found.append({"rank": rank, **memory, "kernels": kernels, "collectives": collectives})
     return {"ranks": found}

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megahp.errors import Fault
-from megahp.parallel.mesh import WITHIN_STAGE, Mesh
+from megahp.parallel.layout import WITHIN_STAGE
+from megahp.parallel.mesh import Mesh
 from megahp.parallel.messages import all_gather_json
 from megahp.parallel.parameters import Row, replicated_axes, storage
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from megahp.config import ParallelConfig
-from megahp.parallel.mesh import EXPERT_SHARDS, Mesh
+from megahp.parallel.layout import EXPERT_SHARDS
+from megahp.parallel.mesh import Mesh
 from megahp.parallel.parameters import probes, storage
 
 if TYPE_CHECKING:

@@ -8,6 +8,10 @@ from megahp.errors import UserError, nearest_divisors, nearest_multiples
 
 # Outermost first: the ranks of tp, which communicate most, are neighbours, and so share a machine.
 AXES = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")
+SHARDS = ("dp_shard", "ep", "cp")  # the axes that FSDP2 shards a weight over
+EXPERT_SHARDS = ("dp_shard", "cp")  # and an expert's: ranks along ep hold other experts
+WITHIN_REPLICA = ("dp_shard", "ep", "cp", "tp")  # the axes of one replica of a pipeline stage
+WITHIN_STAGE = ("dp_replicate", *WITHIN_REPLICA)
 FREE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # their product is the number of ranks: ep divides dp_shard
 
 

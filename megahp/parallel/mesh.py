@@ -10,13 +10,8 @@ from megahp import launch
 from megahp.config import Config
 from megahp.errors import UserError
 from megahp.parallel.device import claim_device, uses_cuda
-from megahp.parallel.layout import AXES, Layout
+from megahp.parallel.layout import AXES, EXPERT_SHARDS, SHARDS, WITHIN_REPLICA, Layout
 from megahp.parallel.messages import all_gather_json
-
-SHARDS = ("dp_shard", "ep", "cp")  # the axes that FSDP2 shards a weight over
-EXPERT_SHARDS = ("dp_shard", "cp")  # and an expert's: ranks along ep hold other experts
-WITHIN_REPLICA = ("dp_shard", "ep", "cp", "tp")  # the axes of one replica of a pipeline stage
-WITHIN_STAGE = ("dp_replicate", *WITHIN_REPLICA)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megahp.parallel.collectives import all_to_all
-from megahp.parallel.mesh import WITHIN_REPLICA, Mesh
+from megahp.parallel.layout import WITHIN_REPLICA
+from megahp.parallel.mesh import Mesh
 from megahp.parallel.parameters import extents, storage
 
 

@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megahp.parallel.layout import AXES, Layout
-from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, WITHIN_REPLICA, Mesh
+from megahp.parallel.layout import AXES, EXPERT_SHARDS, SHARDS, WITHIN_REPLICA, Layout
+from megahp.parallel.mesh import Mesh
 from megahp.scaling.parameterization import Role
 
 if TYPE_CHECKING:
@@ -222,22 +222,22 @@ def extents(weight: Tensor, layout: Layout) -> list[tuple[tuple[int, ...], tuple
     if not is_dtensor(weight):
         return [extent(weight) for _ in places]
     mesh, found = weight.device_mesh, []
+    cuts = [
+        (FLATTENED.get(name, (name,)), ranks, placement.dim)  # type: ignore[attr-defined]
+        for name, ranks, placement in zip(mesh.mesh_dim_names or (), mesh.shape, weight.placements, strict=True)
+        if not placement.is_replicate()
+    ]
     for place in places:
-        at = {"dp_replicate": 0, **dict(zip(WITHIN_REPLICA, place, strict=True))}
+        at = dict(zip(WITHIN_REPLICA, place, strict=True))
         offsets, shape = [0] * weight.dim(), list(weight.shape)
-        # from the last: FSDP2, whose axes come first, cuts what tp and ep have left
-        for name, ranks, placement in [*zip(mesh.mesh_dim_names or (), mesh.shape, weight.placements, strict=True)][
-            ::-1
-        ]:
+        for axes, ranks, dim in reversed(cuts):  # FSDP2, whose axes come first, cuts what tp and ep have left
             index = 0
-            for axis in FLATTENED.get(name, (name,)):
+            for axis in axes:
                 index = index * sizes[axis] + at[axis]
-            if not placement.is_replicate():
-                dim = placement.dim  # type: ignore[attr-defined]
-                size = -(-shape[dim] // ranks)  # as torch.chunk: the last parts are smaller, or empty
-                begin = min(index * size, shape[dim])
-                offsets[dim] += begin
-                shape[dim] = min(size, shape[dim] - begin)
+            size = -(-shape[dim] // ranks)  # as torch.chunk: the last parts are smaller, or empty
+            begin = min(index * size, shape[dim])
+            offsets[dim] += begin
+            shape[dim] = min(size, shape[dim] - begin)
         found.append((tuple(offsets), tuple(shape)))
     return found
 

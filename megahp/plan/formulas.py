@@ -7,11 +7,11 @@ predicted by the same formulas. Operations bound by memory are counted in passes
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from megahp.config import Config
-from megahp.parallel.layout import fit
+from megahp.parallel.layout import EXPERT_SHARDS, SHARDS, WITHIN_REPLICA, fit
 from megahp.parallel.logits import KEPT, rows_at_once
 from megahp.plan.peak import peak
 from megahp.plan.rank import BYTES, Rank, Stack, stack_of
@@ -308,7 +308,7 @@ class _Counted:
         self.memory("update", "update", (16 + 12) * mine, 1, 4)
         if self.layout.dp * self.layout.cp == 1:
             return
-        axes, blocks = rank.named("dp_shard", "ep", "cp"), len(rank.blocks)
+        axes, blocks = rank.named(*SHARDS), len(rank.blocks)
         if self.stack.states == "megatron":
             calls = self.stack.calls_per_block
             self._reduce_in_buffers(blocks * (rank.block_weights + rank.expert_weights), blocks * calls, axes)
@@ -321,7 +321,7 @@ class _Counted:
         self._shard(rank.block_weights, blocks, axes, self.layout.dp_shard * self.layout.cp)
         self._shard(rank.outer_weights, 1, axes, self.layout.dp_shard * self.layout.cp)
         shards = self.layout.dp_shard * self.layout.cp // self.layout.ep
-        self._shard(rank.expert_weights, blocks, rank.named("dp_shard", "cp"), shards)
+        self._shard(rank.expert_weights, blocks, rank.named(*EXPERT_SHARDS), shards)
 
     def _matrices(self, mine: int) -> None:
         """Count the updates of whole matrices that rank 0 of the stage owns, which are the largest, and the exchange of
@@ -329,13 +329,12 @@ class _Counted:
         subspace, in one of optimizer.refresh updates, is left out."""
         layout, optimizer = self.layout, self.rank.config.optimizer
         replicas, ranks = layout.dp_replicate, layout.dp_shard * layout.cp * layout.tp
-        weights = sorted(self._hidden_weights(), key=lambda shapes: -sum(map(math.prod, shapes)))
-        sizes = [sum(map(math.prod, shapes)) for shapes in weights]
-        within, stage = self.rank.named("dp_shard", "ep", "cp", "tp"), replicas * ranks
+        weights = sorted(self._hidden_weights(), key=_numbers, reverse=True)
+        sizes = [*map(_numbers, weights)]
+        within, stage = self.rank.named(*WITHIN_REPLICA), replicas * ranks
         for first in range(0, len(weights), stage):
             parts = [sum(sizes[of : of + ranks]) / ranks for of in range(first, min(first + stage, len(sizes)), ranks)]
-            for _ in ("gather", "scatter"):
-                self.send("update", "all-to-all", within, ranks, 4 * max(parts[0], sizes[first]))
+            self.send("update", "all-to-all", within, ranks, 4 * max(parts[0], sizes[first]), 2)  # there and back
             for part in parts:
                 self.send("update", "broadcast", "dp_replicate", replicas, 4 * part)
             self.memory("update", "exchange", 4 * 8 * sizes[first], 1, 4)
@@ -410,3 +409,8 @@ class _Counted:
             self.send("update", "all-gather", axes, dp, self.e * weights / calls, calls)
         else:
             self.send(phase, "all-reduce", axes, dp, stack.reduced_bytes * weights / calls, calls)
+
+
+def _numbers(shapes: Sequence[tuple[int, int]]) -> int:
+    """Return the numbers of a weight made of matrices of these shapes."""
+    return sum(map(math.prod, shapes))

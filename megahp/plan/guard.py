@@ -33,7 +33,7 @@ def check_fits(config: Config, ranks: int, machine: Machine) -> str:
 
 def predicted_peak(config: Config, ranks: int) -> int:
     """Return the bytes that PyTorch allocates at most on the fullest rank at any sequence length, by formulas."""
-    return max(sum(work.peak.values()) for each in at_each_length(config) for work in rank_works(each, ranks))
+    return max(work.bytes for each in at_each_length(config) for work in rank_works(each, ranks))
 
 
 def changes(config: Config, candidate: Candidate) -> dict[str, object]:

@@ -152,10 +152,9 @@ def candidates_of(
                 check_batch(settings, layout, settings.batch.global_batch)
                 if find_conflicts(settings):
                     continue
-                found = estimate(settings, gpus, machine)
-                peaks = [found.peak, *(estimate(each, gpus, machine).peak for each in at_each_length(settings)[1:])]
-                fullest = max(peaks, key=lambda peak: sum(peak.values()))
-                candidate = Candidate(settings, layout, replace(found, peak=fullest))
+                first, *later = (estimate(each, gpus, machine) for each in at_each_length(settings))
+                fullest = max((first, *later), key=lambda each: each.bytes)
+                candidate = Candidate(settings, layout, replace(first, peak=fullest.peak))
                 yield candidate
                 if candidate.estimate.bytes <= machine.usable:
                     break
@@ -173,7 +172,7 @@ def confirm(found: Found, gpus: int, machine: Machine) -> Found:
     refuted = list[Candidate]()
     for index, candidate in enumerate(found.fitting):
         places = [
-            (sum(work.peak.values()), config, position)
+            (work.bytes, config, position)
             for config in at_each_length(candidate.config)
             for position, work in enumerate(rank_works(config, gpus))
         ]

@@ -90,7 +90,7 @@ def step_time(works: Sequence[Work], config: Config, ranks: int, machine: Machin
     return Estimate(
         total,
         {name: seconds for name, seconds in split.items() if seconds},
-        dict(max(works, key=lambda work: sum(work.peak.values())).peak),
+        dict(max(works, key=lambda work: work.bytes).peak),
         plan.tokens / total,
         plan.tokens * training_flops(config.model, plan.length) / peak_rate,
         done / peak_rate,

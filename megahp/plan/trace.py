@@ -33,8 +33,8 @@ from megahp.config import Config, with_values
 from megahp.data.loader import Batch
 from megahp.model.build import build_model
 from megahp.model.transformer import Transformer
-from megahp.parallel.layout import AXES, fit
-from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, WITHIN_REPLICA, Mesh, make_mesh
+from megahp.parallel.layout import AXES, EXPERT_SHARDS, SHARDS, WITHIN_REPLICA, fit
+from megahp.parallel.mesh import Mesh, make_mesh
 from megahp.parallel.owners import Owners
 from megahp.parallel.parameters import storage
 from megahp.parallel.stages import stage_blocks

@@ -51,6 +51,11 @@ class Work:
     peak: Counter[str]  # bytes of each kind when most are allocated: weights, moments, gradients, gathered, ...
     resident: int  # bytes between steps
 
+    @property
+    def bytes(self) -> int:
+        """Bytes that are allocated at the peak."""
+        return sum(self.peak.values())
+
     def flops(self, *kinds: str) -> int:
         return sum(kernel.flops * count for kernel, count in self.kernels.items() if kernel.kind in kinds)
 

@@ -62,9 +62,8 @@ def advice(config: Config, data: TrainingData, ranks: int, device: str, start_to
         )
     rules = config.parameterization
     factors = {"mup": "parameterization.name=smupar", "completep": "parameterization.scale_density=true"}
-    density = min(config.sparsity.layers or (config.sparsity.density,))
-    masked = config.sparsity.method == "static" and density < 1
-    if masked and rules.name in factors and not rules.scale_density:
+    density = min(config.sparsity.initial_densities(model.layers)) if config.sparsity.method == "static" else 1
+    if density < 1 and rules.name in factors and not rules.scale_density:
         yield (
             f"sparsity.density = {density:g} under parameterization.name = {rules.name!r}: a learning rate tuned on a "
             "dense base is too low for sparse matrices (docs/transfer.md); unless it was tuned at this density, begin "

@@ -19,7 +19,8 @@ from distributed.training import Training, differences, settings_of, train
 from megahp.model import norm, positions, transformer
 from megahp.model.moe import Experts, Router
 from megahp.parallel import collectives, context, cross_entropy, tensor
-from megahp.parallel.mesh import EXPERT_SHARDS, SHARDS, Axis, Mesh
+from megahp.parallel.layout import EXPERT_SHARDS, SHARDS
+from megahp.parallel.mesh import Axis, Mesh
 from megahp.parallel.owners import Owners
 from megahp.train.engine import Engine
 

@@ -32,7 +32,7 @@ def exchange(model: str, words: tuple[str, ...]) -> dict[str, Any]:
     training = Training(settings_of(model, *words))
     mesh, weights = training.mesh, training.engine.trained
     hidden = {name: weight for name, weight in weights.items() if training.engine.rows[name].role is Role.HIDDEN}
-    owner, replica = Owners(mesh), mesh.rank("dp_replicate")
+    owner = Owners(mesh)
     found: dict[str, Any] = {"size": owner.size, "weights": len(hidden), "owned": 0, "sent": 0, "numbers": 0}
     places = [all_gather_json(extent(weight), owner.replica) for weight in hidden.values()]
     found["extents"] = places == [
@@ -48,10 +48,8 @@ def exchange(model: str, words: tuple[str, ...]) -> dict[str, Any]:
     for first in range(0, len(names), owner.size):
         chunk = [hidden[name] for name in names[first : first + owner.size]]
         values = [torch.randn_like(storage(weight)) for weight in chunk]
-        if replica:  # as gradients are, the same on every replica
-            values = [value * 0 for value in values]
-        for value in values:
-            dist.all_reduce(value, group=owner.replicas)
+        for value in values:  # as gradients are, the same on every replica
+            dist.broadcast(value, group=owner.replicas, group_src=0)
         wanted = [whole(like(weight, value)) for weight, value in zip(chunk, values, strict=True)]
         with mock.patch.object(dist, "all_to_all_single", counted):
             gathered = owner.gather(chunk, values)
